@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'COLUMNS', 'INSTRUMENT', 'COSTS', 'LIMITS', 'JOURNAL', 'grid', 'Instrument',
-           'check_positive', 'check_not_negative', 'CostModel', 'Limits', 'Order', 'Fill', 'Funding', 'Reason',
-           'Decision']
+           'check_positive', 'check_not_negative', 'CostModel', 'Limits', 'Order', 'Fill', 'Funding', 'Scaler',
+           'Reason', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 from dataclasses import asdict, dataclass, fields
@@ -78,8 +78,8 @@ class CostModel:
     def __post_init__(self): check_not_negative(self, "taker_fee", "slippage")
     def row(self): return np.array((self.taker_fee, self.slippage), COSTS)
 
-# %% ../nbs/00_ground/01_records.ipynb #33a44cb5
-LIMITS = np.dtype([("max_position", "f8"), ("max_leverage", "f8"), ("min_trade", "f8"), ("max_drawdown", "f8")])
+# %% ../nbs/00_ground/01_records.ipynb #8a777b17
+LIMITS = np.dtype([("max_position", "f8"), ("max_leverage", "f8"), ("min_trade", "f8"), ("max_drawdown", "f8"), ("leverage", "f8")])
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,20 @@ class Limits:
     max_leverage:float = 1.0  # notional of all symbols as a multiple of equity
     min_trade:float = 0.02    # smallest change of a position, as a multiple of equity
     max_drawdown:float = 0.15 # from the highest equity; beyond it everything is closed and stays closed
+    leverage:int = 5          # set at the exchange: a position binds notional / leverage of the balance
 
     def __post_init__(self):
-        check_positive(self, "max_position", "max_leverage", "max_drawdown")
+        check_positive(self, "max_position", "max_leverage", "max_drawdown", "leverage")
         check_not_negative(self, "min_trade")
         if self.max_drawdown > 1: raise ValueError(f"Limits.max_drawdown must be at most 1 (a fraction of the highest equity), was {self.max_drawdown}")
         if self.max_position > self.max_leverage:
             raise ValueError(f"Limits.max_position {self.max_position} is above max_leverage {self.max_leverage}: lower the first or raise the second")
+        if self.max_leverage > self.leverage:
+            raise ValueError(f"Limits.max_leverage {self.max_leverage} is above leverage {self.leverage}, which the exchange would enforce: raise the second")
         if self.min_trade >= self.max_position:
             raise ValueError(f"Limits.min_trade {self.min_trade} is not below max_position {self.max_position}: no order could ever be sent")
 
-    def row(self): return np.array((self.max_position, self.max_leverage, self.min_trade, self.max_drawdown), LIMITS)
+    def row(self): return np.array((self.max_position, self.max_leverage, self.min_trade, self.max_drawdown, self.leverage), LIMITS)
 
 # %% ../nbs/00_ground/01_records.ipynb #75d13cac
 @dataclass(frozen=True)
@@ -131,6 +134,18 @@ class Funding:
     symbol:str
     amount:float        # quote, above zero is received
     funding_time:int
+
+# %% ../nbs/00_ground/01_records.ipynb #5974a48e
+@dataclass(frozen=True)
+class Scaler:
+    "Subtract the centre, divide by the scale: one number per feature"
+    centre:tuple # of float
+    scale:tuple  # of float, above 0
+
+    def __post_init__(self):
+        if len(self.centre) != len(self.scale): raise ValueError(f"Scaler has {len(self.centre)} centres and {len(self.scale)} scales: one per feature")
+        if not all(np.isfinite(c) and np.isfinite(s) and s > 0 for c, s in zip(self.centre, self.scale)):
+            raise ValueError(f"Scaler needs finite centres and scales above 0, was {self.centre} and {self.scale}: a feature was constant or not a number")
 
 # %% ../nbs/00_ground/01_records.ipynb #e39a63b4
 class Reason(IntEnum):

@@ -1,0 +1,210 @@
+"Every indicator: agreement with ta and TA-Lib on real candles, forgetting to the last bit, array and stream, no look-ahead"
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import ta
+import talib
+from hypothesis import given, settings, strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from tradelab.features.grammar import INDICATORS, parse
+from tradelab.market.synthetic import ar1, random_walk
+from tradelab.records import COLUMNS
+
+ALL = [indicator().output(output) for indicator in INDICATORS.values() for output in indicator.outputs]
+FIRST = [indicator() for indicator in INDICATORS.values()]
+SYNTHETIC = {"walk": random_walk(6_000, seed=3)[list(COLUMNS)].to_numpy(), "ar1": ar1(6_000, seed=4)[list(COLUMNS)].to_numpy()}
+text = lambda feature: feature.text
+
+
+@pytest.fixture(scope="module")
+def real(request):
+    shared = request.getfixturevalue("shared")
+    return pd.read_parquet(shared / "data" / "BTCUSDT-perp-1h.parquet")[list(COLUMNS)].astype(float)
+
+
+def window_deviation(values, window):
+    "The exact formula, window by window"
+    return np.r_[[np.nan] * (window - 1), np.lib.stride_tricks.sliding_window_view(values, window).std(axis=1)]
+
+
+def others(frame):
+    "Feature -> what another library, or the plain formula, says"
+    o, h, l, c, v = (frame[name] for name in COLUMNS)
+    a = {name: frame[name].to_numpy(copy=True) for name in COLUMNS}
+    hlc = a["high"], a["low"], a["close"]
+    typical, obv = (h + l + c) / 3, talib.OBV(a["close"], a["volume"])
+    macd = talib.MACD(a["close"])
+    bands = talib.BBANDS(a["close"], 20, 2, 2)
+    k, d = talib.STOCHF(*hlc, 14, 3)
+    deviation = window_deviation(a["close"], 20)
+    middle = talib.SMA(a["close"], 20)
+    return {
+        "return(1)": [c / c.shift(1) - 1, ta.momentum.roc(c, 1) / 100], "return(24)": [c / c.shift(24) - 1, talib.ROCP(a["close"], 24)],
+        "sma(20)": [ta.trend.sma_indicator(c, 20), middle], "sma(20).relative": [c / middle - 1],
+        "ema(20)": [ta.trend.ema_indicator(c, 20), talib.EMA(a["close"], 20)], "ema(20).relative": [c / talib.EMA(a["close"], 20) - 1],
+        "macd(12,26,9)": [ta.trend.macd(c), macd[0]], "macd(12,26,9).signal": [ta.trend.macd_signal(c), macd[1]],
+        "macd(12,26,9).histogram": [ta.trend.macd_diff(c), macd[2]], "macd(12,26,9).relative": [ta.trend.macd_diff(c) / c],
+        "adx(14)": [talib.ADX(*hlc, 14)], "adx(14).plus": [talib.PLUS_DI(*hlc, 14)], "adx(14).minus": [talib.MINUS_DI(*hlc, 14)],
+        "rsi(14)": [ta.momentum.rsi(c, 14), talib.RSI(a["close"], 14)], "cci(20)": [ta.trend.cci(h, l, c, 20), talib.CCI(*hlc, 20)],
+        "stochastic(14,3)": [ta.momentum.stoch(h, l, c, 14, 3), k], "stochastic(14,3).d": [ta.momentum.stoch_signal(h, l, c, 14, 3), d],
+        "williams_r(14)": [ta.momentum.williams_r(h, l, c, 14), talib.WILLR(*hlc, 14)],
+        "atr(14)": [ta.volatility.average_true_range(h, l, c, 14), talib.ATR(*hlc, 14)], "atr(14).relative": [talib.NATR(*hlc, 14) / 100],
+        "bollinger(20,2)": [.5 + .5 * (c - middle) / (2 * deviation)], "bollinger(20,2).width": [4 * deviation / middle],
+        "bollinger(20,2).upper": [ta.volatility.bollinger_hband(c, 20, 2), bands[0]], "bollinger(20,2).lower": [ta.volatility.bollinger_lband(c, 20, 2), bands[2]],
+        "bollinger(20,2).middle": [ta.volatility.bollinger_mavg(c, 20), bands[1]],
+        "volatility(20)": [np.r_[np.nan, window_deviation(np.diff(np.log(a["close"])), 20)]],
+        "donchian(20)": [ta.volatility.donchian_channel_pband(h, l, c, 20)], "donchian(20).upper": [ta.volatility.donchian_channel_hband(h, l, c, 20)],
+        "donchian(20).lower": [ta.volatility.donchian_channel_lband(h, l, c, 20)],
+        "mfi(14)": [ta.volume.money_flow_index(h, l, c, v, 14), talib.MFI(*hlc, a["volume"], 14)], "cmf(20)": [ta.volume.chaikin_money_flow(h, l, c, v, 20)],
+        "obv_change(20)": [np.r_[[np.nan] * 20, obv[20:] - obv[:-20]]],
+        "obv_change(20).relative": [np.r_[[np.nan] * 20, obv[20:] - obv[:-20]] / v.rolling(20).sum()],
+        "volume_ratio(20)": [v / v.rolling(20).mean()],
+    }
+
+
+def assert_agrees(feature, candles, other):
+    ours, other = feature.array(candles)[feature.warm_up - 1:], np.asarray(other, float)[feature.warm_up - 1:]
+    assert np.isfinite(ours).all()
+    defined = np.isfinite(other)    # ta says 0/0 where nothing moved
+    assert defined.mean() > .99
+    difference = np.abs(ours - other)[defined].max()
+    assert difference <= 1e-9 * max(np.abs(other[defined]).max(), other[defined].std()), (feature.text, difference)
+
+
+def test_agrees_on_real_candles(real):
+    expected = others(real)
+    assert {feature.text for feature in ALL} - {"return(1)"} <= set(expected), "an indicator without an outside truth"
+    for name, truths in expected.items():
+        for other in truths: assert_agrees(parse(name), real.to_numpy(), other)
+
+
+@pytest.mark.parametrize("feature", ALL, ids=text)
+@pytest.mark.parametrize("market", SYNTHETIC)
+def test_forgets_its_start_on_synthetic_candles(feature, market):
+    forgets(feature, SYNTHETIC[market], range(1, 4_000, 97))
+
+
+@pytest.mark.parametrize("feature", ALL, ids=text)
+def test_forgets_its_start_on_real_candles(feature, real):
+    forgets(feature, real.to_numpy(), range(100, 30_000, 1_013))
+
+
+def forgets(feature, candles, starts):
+    whole = feature.array(candles)
+    for start in starts:
+        end = start + feature.warm_up + 50
+        assert_array_equal(feature.array(candles[start:end])[feature.warm_up - 1:], whole[start + feature.warm_up - 1:end], f"from {start}")
+
+
+@pytest.mark.parametrize("name", ["ema(100)", "rsi(50)", "atr(100)", "macd(50,100,50).histogram", "adx(30)", "rsi(2)", "ema(1)"])
+def test_forgets_with_other_windows(name, real):
+    forgets(parse(name), real.to_numpy(), range(100, 20_000, 997))
+
+
+@pytest.mark.parametrize("feature", FIRST, ids=text)
+def test_is_defined_from_the_warm_up_on(feature):
+    array = feature.array(SYNTHETIC["walk"])
+    assert np.isfinite(array[feature.warm_up - 1:]).all() and np.isnan(array[0]) or feature.text == "return(1)"
+    defined = np.flatnonzero(np.isfinite(array))
+    assert (np.diff(defined) == 1).all() and defined[0] < feature.warm_up
+
+
+@st.composite
+def features(draw):
+    "Any indicator, any output, random parameters"
+    indicator = INDICATORS[draw(st.sampled_from(sorted(INDICATORS)))]
+    values = [draw(st.integers(1, 12) if isinstance(default, int) else st.floats(.5, 4)) for default in indicator.parameters.values()]
+    return indicator(*values).output(draw(st.sampled_from(indicator.outputs)))
+
+
+@st.composite
+def histories(draw):
+    "Candles on a coarse grid, so that equal prices and empty volumes are common"
+    rows = draw(st.lists(st.tuples(*[st.integers(1, 40)] * 4, st.integers(0, 3)), min_size=2, max_size=60))
+    return np.array([(o, max(o, h, l, c), min(o, h, l, c), c, v) for o, h, l, c, v in rows], float)
+
+
+@settings(max_examples=400, deadline=None)
+@given(features(), histories(), st.data())
+def test_array_and_stream_hold_the_same_bits_and_the_past_does_not_see_the_future(feature, candles, data):
+    array, stream = feature.array(candles), feature.stream()
+    assert_array_equal(array, [stream.update(candle) for candle in candles])
+    now = data.draw(st.integers(1, len(candles)))
+    altered = candles.copy()
+    altered[now:] *= data.draw(st.floats(.5, 2))
+    assert_array_equal(array[:now], feature.array(candles[:now]))
+    assert_array_equal(array[:now], feature.array(altered)[:now])
+    assert not np.isinf(array).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(features())
+def test_a_feature_is_what_its_text_says(feature):
+    assert parse(feature.text) == feature and parse(feature.text).text == feature.text
+
+
+@pytest.mark.parametrize("feature", ALL, ids=text)
+def test_a_stream_goes_on_from_a_copy_of_its_state(feature):
+    candles = SYNTHETIC["walk"][:300]
+    first, second = feature.stream(), feature.stream()
+    for candle in candles[:150]: first.update(candle)
+    second.state[:] = first.state
+    assert_array_equal([first.update(candle) for candle in candles[150:]], [second.update(candle) for candle in candles[150:]])
+
+
+@pytest.mark.parametrize("feature", ALL, ids=text)
+def test_a_frozen_price_after_wild_ones_is_not_a_nan(feature):
+    candles = np.vstack([SYNTHETIC["walk"][:200], np.tile([100.1, 100.1, 100.1, 100.1, 0.], (100, 1))])
+    assert np.isfinite(feature.array(candles)[feature.indicator.state_size(*feature.parameters) + 60:]).all()
+
+
+@pytest.mark.parametrize("name", ["volatility(20)", "bollinger(20,2).width"])
+def test_a_frozen_price_has_no_deviation(name, real):
+    candles = np.vstack([real.to_numpy(), np.tile([100.1, 100.1, 100.1, 100.1, 0.], (30, 1))])
+    assert (parse(name).array(candles)[-5:] == 0).all()
+
+
+def test_takes_arrays_of_any_layout():
+    candles = SYNTHETIC["walk"][:100]
+    frozen = candles.copy()
+    frozen.setflags(write=False)
+    wide = np.zeros((100, 10))
+    wide[:, ::2] = candles
+    for other in (frozen, np.asfortranarray(candles), wide[:, ::2]): assert_array_equal(parse("rsi").array(other), parse("rsi").array(candles))
+
+
+def test_bad_candles_are_refused_and_leave_no_trace():
+    candles, stream = SYNTHETIC["walk"][:100], parse("rsi(3)").stream()
+    for candle in candles[:50]: stream.update(candle)
+    before = stream.state.copy()
+    for bad in (np.nan, np.inf, 0., -1.):
+        candle = candles[50].copy()
+        candle[3] = bad
+        with pytest.raises(ValueError, match="candle 0 is not usable"): stream.update(candle)
+    with pytest.raises(ValueError, match="a candle is 5 numbers"): stream.update(candles[50, :4])
+    assert_array_equal(stream.state, before)
+    with pytest.raises(ValueError, match=r"shape \(T, 5\)"): parse("rsi(3)").array(candles[0])
+    assert len(parse("rsi(3)").array(candles[:0])) == 0
+
+
+UNCOMPILED = """
+import json, sys
+import numpy as np
+from tradelab.features.grammar import parse
+candles = np.array(json.load(sys.stdin))
+print(json.dumps({text: np.nan_to_num(parse(text).array(candles), nan=-1e9).tolist() for text in sys.argv[1:]}))
+"""
+
+
+def test_uncompiled_functions_say_the_same():
+    candles, texts = SYNTHETIC["walk"][:120], [feature.text for feature in ALL]
+    done = subprocess.run([sys.executable, "-c", UNCOMPILED, *texts], input=json.dumps(candles.tolist()), capture_output=True, text=True,
+                          env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=True)
+    for name, values in json.loads(done.stdout).items():
+        assert_allclose(values, np.nan_to_num(parse(name).array(candles), nan=-1e9), rtol=1e-9, atol=1e-12, err_msg=name)

@@ -1,0 +1,153 @@
+"Jobs as a person runs them: papermill, its exit codes, and what a signal does"
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tradelab import jobs
+
+pytestmark = pytest.mark.integration
+PAPERMILL = [sys.executable, "-m", "papermill", "--engine", "tradelab", "--no-progress-bar"]
+
+LOOP = """\
+import asyncio, signal
+from pathlib import Path
+stop = asyncio.Event()
+asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+Path("started").touch()
+await stop.wait()
+await asyncio.sleep(.2)
+print("closed in order")
+"""
+CANCELLED = """\
+import asyncio
+from pathlib import Path
+Path("started").touch()
+try: await asyncio.sleep(600)
+except asyncio.CancelledError: print("closed in order")
+"""
+DEAF = """\
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+Path("started").touch()
+time.sleep(600)
+"""
+
+
+def write(path, *cells, parameters="policy:str = 'latest'\nsteps:int = 10\nshare:float = 0.5"):
+    sources = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=sources, metadata=kernel), path)
+    return path
+
+
+def papermill(*arguments, **options):
+    return subprocess.run([*PAPERMILL, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+def stream_of(path): return "".join(output.text for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", []) if output.output_type == "stream")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["-p", "polcy", "x"], "there is no parameter polcy: did you mean policy? The notebook takes policy, steps, share"),
+    (["-p", "steps", "many"], "parameter steps must be int, was 'many': give a value such as 10"),
+    (["-p", "share", "half"], "parameter share must be float, was 'half'"),
+    (["-y", "policy: [a]"], "parameter policy must be str, was ['a']")])
+def test_papermill_refuses_a_bad_parameter_in_one_sentence_and_writes_nothing(project, arguments, sentence):
+    ran = papermill(write(project / "nbs/live.ipynb", "print(policy)"), "out.ipynb", *arguments)
+    assert ran.returncode == 1 and f"Error: {sentence}" in ran.stderr and "Traceback" not in ran.stderr
+    assert not (project / "out.ipynb").exists()
+
+
+def test_papermill_gives_the_parameters_to_the_notebook_and_shows_what_it_prints(project):
+    ran = papermill(write(project / "nbs/live.ipynb", "print('I run', policy, steps, share)"), "out.ipynb", "-p", "policy", "mine", "-p", "share", "1")
+    assert ran.returncode == 0 and "I run mine 10 1" in ran.stdout
+    assert "I run mine 10 1" in stream_of("out.ipynb")
+
+
+def test_a_wrong_setting_stops_the_job_before_it_starts(project):
+    (project / "tradelab.toml").write_text("[risk]\nmax_leverage = -1")
+    ran = papermill(write(project / "nbs/live.ipynb", "print(policy)"), "out.ipynb")
+    assert ran.returncode == 1 and "Error: risk.max_leverage must be a finite number above 0, was -1.0: change it in tradelab.toml" in ran.stderr
+    assert not (project / "out.ipynb").exists()
+
+
+def test_a_failing_cell_is_one_sentence_on_the_console_and_a_traceback_in_the_notebook(project):
+    ran = papermill(write(project / "nbs/live.ipynb", "raise ValueError('there is no run nonsense: see runs/')", "print('never')"), "out.ipynb")
+    assert ran.returncode == 1 and "Error: there is no run nonsense: see runs/ (the traceback is in out.ipynb)" in ran.stderr and "Traceback" not in ran.stderr
+    text = Path("out.ipynb").read_text()
+    assert "ValueError" in text and "Traceback" in text and not stream_of("out.ipynb")
+
+
+def test_no_configured_secret_gets_into_the_executed_notebook(project):
+    secret = "mainnet-secret-0123456789"
+    (project / ".env").write_text(f"TRADELAB_MAINNET_SECRET={secret}")
+    reveal = "from pathlib import Path\nvalue = Path('.env').read_text().split('=')[1]\nprint(value)\nprint({'text': value})"
+    ran = papermill(write(project / "nbs/live.ipynb", reveal, "value", "raise RuntimeError(f'refused: {value} https://x/y?signature=0a1b2c')"), "out.ipynb")
+    everything = Path("out.ipynb").read_text() + ran.stdout + ran.stderr
+    assert ran.returncode == 1 and secret not in everything and "0a1b2c" not in everything.replace("signature=0a1b2c')", "") and "[redacted]" in everything
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("loop", [LOOP, CANCELLED], ids=["handler", "cancelled"])
+def test_a_signal_closes_the_session_and_the_notebook_ends_complete(project, number, loop):
+    write(project / "nbs/live.ipynb", loop, "print('the last cell')")
+    process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    assert "closed in order" in stream_of("out.ipynb") and "the last cell" in stream_of("out.ipynb")
+
+
+def test_a_third_signal_gives_up(project):
+    write(project / "nbs/live.ipynb", DEAF)
+    process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(.3)
+    assert process.wait(60) != 0
+
+
+def test_a_close_that_takes_too_long_is_given_up(project):
+    (project / ".env").write_text("TRADELAB_STOP_GRACE=1")
+    write(project / "nbs/live.ipynb", DEAF)
+    process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+
+
+def start(project, *command):
+    "A job that has come to its long cell"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if (project / "started").exists() or process.poll() is not None: break
+        time.sleep(.1)
+    time.sleep(.3)
+    assert process.poll() is None
+    return process
+
+
+def test_run_writes_a_dated_record_and_its_page(project, capfd):
+    write(project / "nbs/train.ipynb", "print('trained', steps, 'steps')")
+    output = jobs.run("train", {"steps": "7"}, text=True)
+    assert output.parent == project / "reports/train" and output.name.startswith("train-2") and sorted(path.suffix for path in output.parent.iterdir()) == [".html", ".ipynb"]
+    page = output.with_suffix(".html").read_text()
+    assert "trained 7 steps" in page and "print(" not in page and "steps = 7" in "".join(page.replace("<span class", "").split("Parameters")[-1:]) or "steps" in page
+    assert "trained 7 steps" in capfd.readouterr().out
+
+
+def test_run_refuses_before_it_writes(project):
+    write(project / "nbs/train.ipynb", "print(steps)")
+    for parameters in ({"stps": 7}, {"steps": 7.5}):
+        with pytest.raises(jobs.BadParameters): jobs.run("train", parameters)
+    assert not (project / "reports").exists()
+
+
+def test_the_repository_jobs_run_on_the_kernel_that_every_environment_has(root):
+    for path in (root / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in path.parts: assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path
