@@ -35,10 +35,10 @@ def window_deviation(values, window):
 
 def others(frame):
     "Feature -> what another library, or the plain formula, says"
-    o, h, l, c, v = (frame[name] for name in COLUMNS)
+    h, l, c, v = (frame[name] for name in COLUMNS[1:])
     a = {name: frame[name].to_numpy(copy=True) for name in COLUMNS}
     hlc = a["high"], a["low"], a["close"]
-    typical, obv = (h + l + c) / 3, talib.OBV(a["close"], a["volume"])
+    obv = talib.OBV(a["close"], a["volume"])
     macd = talib.MACD(a["close"])
     bands = talib.BBANDS(a["close"], 20, 2, 2)
     k, d = talib.STOCHF(*hlc, 14, 3)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BadParameters', 'JobFailed', 'Parameter', 'tagged', 'parameters_of', 'read', 'fits', 'check_parameters', 'signals_to',
-           'SignalClient', 'SignalEngine', 'failure', 'find', 'write_page', 'run']
+           'clean', 'hear', 'SignalEngine', 'failure', 'find', 'write_page', 'run']
 
-# %% ../nbs/00_ground/07_jobs.ipynb #db9ac654
+# %% ../nbs/00_ground/07_jobs.ipynb #c42fe5fb
 import ast
 import builtins
 import os
@@ -16,15 +16,11 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
 import nbformat
-from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NBClientEngine
-from papermill.exceptions import PapermillExecutionError
-from papermill.log import logger
-from papermill.utils import merge_kwargs, remove_args
 from pydantic import SecretStr
 
 from .config import BadSettings, nearest, project_root, settings
@@ -140,62 +136,84 @@ def signals_to(
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/00_ground/07_jobs.ipynb #f67b583f
-def _clean(content):
+# %% ../nbs/00_ground/07_jobs.ipynb #f784265c
+def clean(
+    content,  # of a message from the kernel
+):
     "Text without secrets, at any depth; pictures stay as they are"
-    if isinstance(content, dict): return {key: value if str(key).startswith("image/") else _clean(value) for key, value in content.items()}
-    if isinstance(content, list): return [_clean(value) for value in content]
+    if isinstance(content, dict): return {key: value if str(key).startswith("image/") else clean(value) for key, value in content.items()}
+    if isinstance(content, list): return [clean(value) for value in content]
     return redact(content) if isinstance(content, str) else content
 
 
-class SignalClient(PapermillNotebookClient):
-    "papermill's client: passes signals to the kernel, shows what it prints, keeps secrets out"
+def hear(
+    process_message,   # of papermill's client
+    log_output,        # papermill shows the output itself
+    message, cell, cell_index,
+):
+    "Clean a message of the kernel and show what it prints, before papermill's client puts it into the notebook"
+    if message["msg_type"] in ("stream", "error", "display_data", "update_display_data", "execute_result"): message["content"] = clean(message["content"])
+    if message["msg_type"] == "stream" and not log_output:
+        stream = sys.stderr if message["content"]["name"] == "stderr" else sys.stdout
+        print(message["content"]["text"], end="", file=stream, flush=True)
+    return process_message(message, cell, cell_index)
 
-    def execute(self, **options):
-        with signals_to(self._interrupt, settings().stop_grace): return super().execute(**options)
-
-    def _interrupt(self):
-        pid = getattr(getattr(self.km, "provisioner", None), "pid", None)
-        if pid is not None: os.kill(pid, signal.SIGINT)
-        return pid is not None
-
-    def process_message(self, message, cell, cell_index):
-        if message["msg_type"] in ("stream", "error", "display_data", "update_display_data", "execute_result"): message["content"] = _clean(message["content"])
-        output = super().process_message(message, cell, cell_index)
-        if message["msg_type"] == "stream" and not self.log_output:
-            stream = sys.stderr if message["content"]["name"] == "stderr" else sys.stdout
-            print(message["content"]["text"], end="", file=stream, flush=True)
-        return output
-
-# %% ../nbs/00_ground/07_jobs.ipynb #ce61215c
-class SignalEngine(NBClientEngine):
+# %% ../nbs/00_ground/07_jobs.ipynb #03dc1ecd
+class SignalEngine:
     "papermill's engine for tradelab: checked parameters, orderly stops, one sentence for a failure"
 
-    @classmethod
-    def execute_notebook(cls, nb, kernel_name, output_path=None, progress_bar=True, **options):
-        check_parameters(nb, {name: value for name, _, value in tagged(nb, "injected-parameters")})
-        try: here = settings()
-        except BadSettings as error: raise BadParameters(str(error)) from None
-        for _, value in here:
-            if isinstance(value, SecretStr): register_secret(value)
+    @staticmethod
+    def nb_kernel_name(nb, name=None): return name or nb.metadata.get("kernelspec", {}).get("name", "python3")
+
+    @staticmethod
+    def nb_language(nb, language=None): return language or "python"
+
+    @staticmethod
+    def execute_notebook(nb, kernel_name, output_path=None, progress_bar=True, log_output=False, autosave_cell_every=30, **options):
+        from papermill.engines import NotebookExecutionManager
+        from papermill.exceptions import PapermillExecutionError
         from papermill.execute import raise_for_execution_errors
-        nb = super().execute_notebook(nb, kernel_name, output_path=output_path, progress_bar=False, **options)
-        try: raise_for_execution_errors(nb, output_path)
+        check_parameters(nb, {name: value for name, _, value in tagged(nb, "injected-parameters")})
+        grace = _prepare()
+        manager = NotebookExecutionManager(nb, output_path, log_output, progress_bar=False, autosave_cell_every=autosave_cell_every)
+        manager.notebook_start()
+        try: _execute(manager, grace, kernel_name=kernel_name, log_output=log_output, **options)
+        finally: manager.notebook_complete()
+        try: raise_for_execution_errors(manager.nb, output_path)
         except PapermillExecutionError as error: raise JobFailed(failure(error, output_path)) from None
-        return nb
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None, start_timeout=60, execution_timeout=None, **options):
-        options = remove_args(["input_path", "timeout", "startup_timeout"], **options)
-        return SignalClient(nb_man, **merge_kwargs(options, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger, coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=40"],
-                                                   log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file)).execute()
+        return manager.nb
 
 
+def _prepare():
+    "Secrets are registered before the first cell runs; wrong settings stop a job before it starts"
+    try: here = settings()
+    except BadSettings as error: raise BadParameters(str(error)) from None
+    for _, value in here:
+        if isinstance(value, SecretStr): register_secret(value)
+    return here.stop_grace
+
+
+def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=None, input_path=None, **options):
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.log import logger
+    client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
+                                     coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=40"], **options)
+    client.process_message = partial(hear, client.process_message, log_output)
+    with signals_to(partial(_interrupt, client), grace): client.execute()
+
+
+def _interrupt(client):
+    "Interrupt the kernel; false where there is none yet"
+    pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
+    if pid is not None: os.kill(pid, signal.SIGINT)
+    return pid is not None
+
+# %% ../nbs/00_ground/07_jobs.ipynb #322e8a09
 def failure(
     error,            # PapermillExecutionError
     path=None,        # of the executed notebook
 )->str:
-    "What went wrong in a job, in one sentence; an error of Python's own kinds is named, ours speak for themselves"
+    "What went wrong in a job, in one sentence"
     if error.ename == "KeyboardInterrupt": what = "it was stopped before it could close"
     else: what = f"{error.ename}: {error.evalue}" if not error.evalue or hasattr(builtins, error.ename) and error.ename not in ("ValueError", "RuntimeError") else error.evalue
     return redact(what) + (f" (the traceback is in {path})" if path else "")

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['INK', 'LONG', 'SHORT', 'BEHIND', 'exposure', 'check_results', 'draw_curves', 'draw_exposure', 'TearSheet']
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #1cf20e1d
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cbc21202
 import base64
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -42,9 +43,9 @@ def check_results(
             raise ValueError(f"{' and '.join(spans)} are not the same steps: run both over the same candles, with the same start")
     return results
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #0adc3df7
-INK, LONG, SHORT = "#14507a", "#2e7d5b", "#b5483a"
-BEHIND = [dict(color="#444444", ls="--"), dict(color="#777777", ls=":"), dict(color="#999999", ls="-."), dict(color="#888888", ls=(0, (6, 1, 1, 1, 1, 1))), dict(color="#aaaaaa", ls="-")]
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #93a6b0eb
+INK, LONG, SHORT = "#123f63", "#2e7d5b", "#b5483a"
+BEHIND = "#c9962f", "#8a8a8a", "#a06cad", "#4f9d94", "#c2766b", "#b5b5b5"
 
 
 def draw_curves(
@@ -54,16 +55,25 @@ def draw_curves(
     "Equity as a multiple of its start, and drawdown; the subject in colour"
     curves = {name: check_equity(result.equity) for name, result in results.items()}
     for i, (name, equity) in reversed(list(enumerate(curves.items()))):
-        style = dict(BEHIND[(i - 1) % len(BEHIND)], lw=1) if i else dict(color=INK, lw=1.6)
+        style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.6)
         axes[0].plot(equity / equity.iloc[0], label=name, **style)
-        if i: axes[1].plot(-100 * drawdown(equity), **style)
-        else: axes[1].fill_between(equity.index, -100 * drawdown(equity), color=INK, alpha=.35, lw=0)
+        axes[1].plot(-100 * drawdown(equity), **style | dict(lw=.8))
+        if not i: axes[1].fill_between(equity.index, -100 * drawdown(equity), color=INK, alpha=.25, lw=0)
     multiples = np.concatenate([equity / equity.iloc[0] for equity in curves.values()])
     if multiples.min() > 0 and (multiples.max() > 2 or multiples.min() < .5): _logarithmic(axes[0])
     axes[0].set_ylabel("Equity [x start]")
     axes[1].set_ylabel("Drawdown [%]")
     handles, names = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[::-1], names[::-1], frameon=False, fontsize=8, loc="upper left", ncols=min(len(names), 5))
+    for axis in axes: _dates(axis)
+
+
+def _dates(axis):
+    "Short dates that do not run into each other"
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    locator = AutoDateLocator(maxticks=8)
+    axis.xaxis.set_major_locator(locator)
+    axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
 
 def _logarithmic(axis):
@@ -74,7 +84,7 @@ def _logarithmic(axis):
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #183b5426
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #ca3d8fc8
 def draw_exposure(
     axis,                  # matplotlib axis
     journal:pd.DataFrame,
@@ -89,8 +99,9 @@ def draw_exposure(
     if len(share.columns) > 1: axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=4)
     axis.axhline(0, color="#999999", lw=.6)
     axis.set_ylabel("Exposure [x equity]")
+    _dates(axis)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #8ef100e0
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #278a1618
 @dataclass(frozen=True)
 class TearSheet:
     "One result beside its baselines"
@@ -138,16 +149,19 @@ class TearSheet:
 
 def _figure(sheet):
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(3, 1, figsize=(9, 6.4), sharex=True, height_ratios=(3, 1.2, 1.2), layout="constrained")
-    draw_curves(axes[:2], sheet.results)
-    draw_exposure(axes[2], sheet.results[sheet.subject].journal)
-    figure.suptitle(sheet.subject, x=.01, ha="left", weight="bold", fontsize=11)
-    axes[0].set_title(sheet.face, loc="left", fontsize=7.5, color="#555555", wrap=True)
-    axes[2].set_xlabel("Time [UTC]")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e6e6e6", lw=.6)
-        axis.set_axisbelow(True)
-        axis.margins(x=0)
+    with plt.rc_context({"font.size": 9}):
+        figure, axes = plt.subplots(3, 1, figsize=(9, 6.6), sharex=True, height_ratios=(3, 1.3, 1.3), layout="constrained")
+        draw_curves(axes[:2], sheet.results)
+        draw_exposure(axes[2], sheet.results[sheet.subject].journal)
+        face = fill(sheet.face, 155)
+        axes[0].set_title(face, loc="left", fontsize=7.5, color="#555555")
+        axes[0].annotate(sheet.subject, (0, 1), (0, 9 + 9 * len(face.splitlines())), "axes fraction", "offset points", weight="bold", fontsize=11)
+        axes[2].set_xlabel("Time [UTC]")
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", color="#e6e6e6", lw=.6)
+            axis.set_axisbelow(True)
+            axis.margins(x=0)
+        figure.align_ylabels()
     plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
     return figure

@@ -6,9 +6,9 @@
 __all__ = ['UPDATE', 'push', 'full', 'item', 'total', 'highest', 'lowest', 'mean', 'deviation', 'smooth', 'forgetting', 'run',
            'first_bad', 'check_candles', 'check_parameters', 'FeatureStream', 'Feature', 'Indicator']
 
-# %% ../../nbs/20_features/20_indicator.ipynb #3856255a
+# %% ../../nbs/20_features/20_indicator.ipynb #9e94a5b8
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import numpy as np
 from numba import types

@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['sma', 'ema', 'macd', 'adx']
 
-# %% ../../nbs/20_features/21_trend.ipynb #43270a4c
-import numpy as np
-
+# %% ../../nbs/20_features/21_trend.ipynb #6883d627
 from ..compiled import compiled
 from .indicator import Indicator, forgetting, full, mean, push, smooth
 from ..records import CLOSE, HIGH, LOW

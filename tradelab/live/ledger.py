@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'SESSIONS', 'ORDERS', 'FILLS', 'FUNDINGS', 'STEPS', 'EVENTS', 'SNAPSHOTS', 'open_database', 'clock',
-           'Ledger']
+           'OrderLedger', 'Ledger']
 
-# %% ../../nbs/70_live/72_ledger.ipynb #9ef73fd8
+# %% ../../nbs/70_live/72_ledger.ipynb #fb0eea75
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,7 @@ import sqlalchemy as sql
 from .orders import Intent, State, move
 from ..records import JOURNAL, Fill, Funding, Order
 
-# %% ../../nbs/70_live/72_ledger.ipynb #507b3e7a
+# %% ../../nbs/70_live/72_ledger.ipynb #1306bef2
 TABLES = sql.MetaData()
 
 
@@ -33,7 +32,7 @@ ORDERS = _table("orders", _key("order_id", sql.String(36)), *_columns(sql.String
 FILLS = _table("fills", _key("symbol", sql.String(40)), _key("trade_id", sql.String(40)), sql.Column("sequence", sql.BigInteger), *_columns(sql.Double, "quantity", "price", "fee"),
                sql.Column("fill_time", sql.BigInteger), sql.Column("order_id", sql.String(40)))
 FUNDINGS = _table("fundings", _key("symbol", sql.String(40)), _key("funding_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger), sql.Column("amount", sql.Double))
-STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)),
+STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)), sql.Column("place", sql.Integer),
                *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in JOURNAL.names if name != "open_time"])
 EVENTS = _table("events", _key("number", sql.BigInteger), sql.Column("time", sql.BigInteger), sql.Column("kind", sql.String(40)), sql.Column("text", sql.Text))
 SNAPSHOTS = _table("snapshots", sql.Column("open_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger), sql.Column("content", sql.Text))
@@ -54,7 +53,7 @@ def open_database(
         raise OSError(f"the ledger {where} cannot be opened ({error.orig}): check that its folder exists, is writable and has space") from None
     return engine
 
-# %% ../../nbs/70_live/72_ledger.ipynb #e01500c8
+# %% ../../nbs/70_live/72_ledger.ipynb #d478e35b
 def clock()->int:
     "This machine's time, ms since the epoch"
     return time.time_ns() // 1_000_000
@@ -63,8 +62,8 @@ def clock()->int:
 def _record(kind, row, fields): return kind(**{name: row[name] for name in fields})
 
 
-class Ledger:
-    "The memory of all sessions"
+class OrderLedger:
+    "Sessions, and what was intended and sent in them"
 
     def __init__(self, url:str="sqlite:///tradelab.db"): self._engine = open_database(url)
     def close(self): self._engine.dispose()
@@ -110,6 +109,10 @@ class Ledger:
         if after != intent: self._write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == intent.order.order_id).values(**facts))
         return after
 
+# %% ../../nbs/70_live/72_ledger.ipynb #714a60d5
+class Ledger(OrderLedger):
+    "The memory of all sessions"
+
     def book(self, session:str, entry, sequence:int)->bool:
         "Write down a fill or a funding payment; False where it is known already"
         table = FILLS if isinstance(entry, Fill) else FUNDINGS
@@ -125,7 +128,7 @@ class Ledger:
     def step(self, session:str, symbols, rows:np.ndarray, snapshot:dict, sequence:int):
         "Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked up to `sequence`"
         open_time = int(rows["open_time"][0])
-        values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol} for symbol, row in zip(symbols, rows)]
+        values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n, (symbol, row) in enumerate(zip(symbols, rows))]
         kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
         self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time), STEPS.insert().values(values),
                     SNAPSHOTS.delete().where(SNAPSHOTS.c.session == session), SNAPSHOTS.insert().values(kept))
@@ -144,5 +147,5 @@ class Ledger:
 
     def journal(self, session:str)->pd.DataFrame:
         "The journal of a session: a row per step and symbol, the columns of JOURNAL and the symbol, index open_time"
-        frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.symbol), columns=[*JOURNAL.names, "symbol"])
+        frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), columns=[*JOURNAL.names, "symbol"])
         return frame.set_index(pd.DatetimeIndex(frame.pop("open_time").astype("int64").astype("datetime64[ms]"), tz="UTC", name="open_time"))

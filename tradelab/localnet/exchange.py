@@ -109,7 +109,7 @@ def find_order(
         if order[key] == value and order["symbol"] == symbol: return order
     raise Refused(refusal)
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #f71d6517
+# %% ../../nbs/60_localnet/63_exchange.ipynb #17da5763
 def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only:bool, now:int)->dict:
     "A market order that has just been accepted"
     size = number_text(abs(quantity))
@@ -131,9 +131,11 @@ def filled(order:dict, price:float, now:int)->dict:
 def order_reply(
     order:dict,
     profile:str="2026-07",   # or "classic": replies as they were before 15 July 2026
+    result:bool=True,        # False: only that the order was accepted (newOrderRespType=ACK)
 )->dict:
     "The reply to POST order"
     hidden = ("time", "pair", "cumBase") + (("avgPrice", "cumQuote") if profile == "2026-07" else ())
+    if not result: order = order | {"status": "NEW", "executedQty": "0", "avgPrice": "0.00", "cumQuote": "0"}
     return {name: value for name, value in order.items() if name not in hidden} | {"cumQty": order["executedQty"]}
 
 # %% ../../nbs/60_localnet/63_exchange.ipynb #81066f6d

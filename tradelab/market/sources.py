@@ -337,7 +337,23 @@ def check_funding(
     if len(wrong): raise BadCandles(f"{name}: {text(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the rows and drop doubled ones")
     return rates
 
-# %% ../../nbs/10_market/14_sources.ipynb #afd53ff3
+# %% ../../nbs/10_market/14_sources.ipynb #9d770a5f
+def _funding_file(path):
+    table = read_table(path)
+    if "funding_rate" not in table: raise BadCandles(f"{path.name}: no column 'funding_rate' among {', '.join(map(str, table.columns))}: rename it; exporters also call it fundingRate, rate")
+    return pd.Series(table["funding_rate"].to_numpy(), time_index(table, path.name, ("funding_time", "timestamp", "fundingTime", "date")))
+
+
+def _funding_exchange(exchange, symbol, start, end):
+    (_, now), = reach([exchange])
+    if isinstance(now, Unreachable): raise now
+    with asking(exchange): require_symbol(exchange, symbol)
+    with asking(exchange):
+        rows = pages(lambda since, limit: exchange.fetch_funding_rate_history(symbol, since, limit), lambda row: row["timestamp"], start, min(now, end or now),
+                     milliseconds("8h"), f"{symbol} funding from {exchange.id}", limit=100)
+        return pd.Series([row["fundingRate"] for row in rows], pd.DatetimeIndex(np.array([row["timestamp"] for row in rows], "int64").astype("datetime64[ms]"), tz="UTC")), exchange.id
+
+# %% ../../nbs/10_market/14_sources.ipynb #1a684c10
 def funding_history(
     symbol:str,      # ccxt's unified name
     start=None,      # as in `history`
@@ -354,19 +370,3 @@ def funding_history(
     rates = rates[(times(rates) >= (start or 0)) & (times(rates) < (end or 1 << 62))]
     rates.attrs = {"source": source, "symbol": symbol}
     return rates
-
-
-def _funding_file(path):
-    table = read_table(path)
-    if "funding_rate" not in table: raise BadCandles(f"{path.name}: no column 'funding_rate' among {', '.join(map(str, table.columns))}: rename it; exporters also call it fundingRate, rate")
-    return pd.Series(table["funding_rate"].to_numpy(), time_index(table, path.name, ("funding_time", "timestamp", "fundingTime", "date")))
-
-
-def _funding_exchange(exchange, symbol, start, end):
-    (_, now), = reach([exchange])
-    if isinstance(now, Unreachable): raise now
-    with asking(exchange): require_symbol(exchange, symbol)
-    with asking(exchange):
-        rows = pages(lambda since, limit: exchange.fetch_funding_rate_history(symbol, since, limit), lambda row: row["timestamp"], start, min(now, end or now),
-                     milliseconds("8h"), f"{symbol} funding from {exchange.id}", limit=100)
-        return pd.Series([row["fundingRate"] for row in rows], pd.DatetimeIndex(np.array([row["timestamp"] for row in rows], "int64").astype("datetime64[ms]"), tz="UTC")), exchange.id

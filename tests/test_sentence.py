@@ -1,0 +1,140 @@
+"The sentence on real candles: the forms agree bit for bit, the past does not know the future, money is conserved."
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradelab.account import POSITION, new_account
+from tradelab.evaluation.difference import first_difference
+from tradelab.market.candles import matrix
+from tradelab.market.sources import funding_history, history
+from tradelab.market.synthetic import ar1, funding
+from tradelab.policies import Policy, mlp, pack
+from tradelab.records import INSTRUMENT, JOURNAL, CostModel, Instrument, Limits, Reason
+from tradelab.risk.limits import gate
+from tradelab.sim.backtest import backtest
+from tradelab.strategies.example import Momentum, SmaCross
+
+FEATURES = ("return(1)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative", "bollinger(20,2)", "volatility(20)")
+
+
+def network(seed=0, symbols=1, window=4, features=FEATURES, scaler=None):
+    "An untrained actor: any function of what it sees will do"
+    random = np.random.default_rng(seed)
+    width = symbols * (window * len(features) + 3)
+    layers = [(random.normal(size=(16, width)) / 4, random.normal(size=16)), (random.normal(size=(symbols, 16)), random.normal(size=symbols))]
+    return Policy("network", mlp, pack(layers, "relu", "tanh"), features, window, scaler)
+
+
+def same(a, b):
+    return first_difference(a, b) is None and first_difference(a.observations, b.observations) is None and a.equity.equals(b.equity)
+
+
+@pytest.fixture(scope="module")
+def bitcoin(shared):
+    candles = history("BTC/USDT:USDT", "1h", "2022-06-01", "2022-09-01", source=str(shared / "data/BTCUSDT-perp-1h.parquet"))
+    return candles, funding_history("BTC/USDT:USDT", "2022-06-01", "2022-09-01", source=str(shared / "data/BTCUSDT-perp-funding-8h.parquet"))
+
+
+@pytest.mark.parametrize("policy", [network(), Momentum(), SmaCross()], ids=lambda policy: policy.name)
+def test_both_forms_agree_on_real_candles(bitcoin, policy):
+    candles, payments = bitcoin
+    array, event = (backtest(policy, candles, funding=payments, form=form, keep_observations=True) for form in ("array", "event"))
+    assert same(array, event)
+    assert (array.rows["order"] != 0).sum() > 20 and (array.rows["funding"] != 0).any()
+
+
+def test_several_symbols_are_one_account(shared):
+    names = {"BTC/USDT:USDT": "BTCUSDT", "ETH/USDT:USDT": "ETHUSDT"}
+    candles = {symbol: history(symbol, "1h", "2022-06-01", "2022-08-01", source=str(shared / f"data/{name}-perp-1h.parquet")) for symbol, name in names.items()}
+    payments = {symbol: funding_history(symbol, "2022-06-01", "2022-08-01", source=str(shared / f"data/{name}-perp-funding-8h.parquet")) for symbol, name in names.items()}
+    array, event = (backtest(network(symbols=2), candles, funding=payments, form=form, keep_observations=True) for form in ("array", "event"))
+    assert same(array, event)
+    assert all((array.rows["order"][:, n] != 0).any() for n in range(2))
+
+
+def test_one_altered_bit_is_found(bitcoin):
+    candles, payments = bitcoin
+    altered = candles.copy()
+    altered.iloc[1_500, altered.columns.get_loc("close")] = np.nextafter(altered["close"].iloc[1_500], np.inf)
+    difference = first_difference(backtest(Momentum(), candles, funding=payments), backtest(Momentum(), altered, funding=payments))
+    assert difference.bar == candles.index[1_500] and difference.column == "close"
+
+
+def test_the_future_does_not_move_the_past(bitcoin):
+    candles, payments = bitcoin
+    future = candles.copy()
+    future.iloc[1_000:, :4] *= 1.05
+    before, after = (backtest(network(), frame, funding=payments, keep_observations=True) for frame in (candles, future))
+    kept = before.journal.index < candles.index[1_000]
+    columns = ["close", "equity", "position", "target", "order"]
+    assert first_difference(before.journal.loc[kept, columns], after.journal.loc[kept, columns]) is None
+    assert first_difference(before.observations[kept], after.observations[kept]) is None
+
+
+def test_a_planted_look_ahead_is_caught(bitcoin):
+    "A feature that peeks one candle ahead: rerun on a truncated history, and the last decisions change"
+    candles, _ = bitcoin
+    def peeking(frame):
+        values = frame.copy()
+        values["volume"] = (frame["close"].shift(-1) / frame["close"]).fillna(1.).clip(lower=.5)   # tomorrow's change, smuggled in as volume
+        return values
+    policy = network(features=("volume_ratio(2)",), window=1)
+    whole, cut = backtest(policy, peeking(candles)), backtest(policy, peeking(candles[:1_200]))
+    common = whole.journal[:len(cut.journal)]
+    assert first_difference(common[["target"]], cut.journal[["target"]]) is not None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.floats(.05, 1), st.floats(0, .002))
+def test_money_is_conserved(seed, size, slippage):
+    "Equity is the deposit plus what every fill and funding payment moved; recomputed from the journal alone"
+    candles = ar1(400, seed=seed)
+    limits = Limits(max_position=size, max_drawdown=.05)
+    result = backtest(network(seed, features=("return(1)",), window=2), candles, funding=funding(candles, seed=seed), costs=CostModel(slippage=slippage), limits=limits)
+    rows = result.rows[:, 0]
+    cash = 10_000 - (rows["fill_quantity"] * rows["fill_price"]).sum() - rows["fee"].sum() + rows["funding"].sum()
+    assert np.isclose(result.equity.iloc[-1], cash + rows["fill_quantity"].sum() * candles["close"].iloc[-1], rtol=1e-9)
+
+
+def test_a_drawdown_halts_for_good():
+    "After the halt everything is closed once, and nothing is opened again"
+    candles = ar1(3_000, rho=0, volatility=.02, seed=2)
+    result = backtest(network(features=("return(1)",), window=1), candles, limits=Limits(max_position=1., max_drawdown=.1))
+    halted = result.rows["reason"][:, 0] == Reason.HALTED
+    first = int(np.argmax(halted))
+    assert halted.any() and result.rows["drawdown"][first, 0] >= .1
+    assert (result.rows["order"][first + 1:, 0] == 0).all() and (result.rows["position"][first + 1:, 0] == 0).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(-2, 2), st.floats(-.9, .9), st.floats(10, 1e5)), min_size=1, max_size=4))
+def test_the_gate_keeps_its_limits(rows):
+    limits = Limits(max_position=.6, max_leverage=1.)
+    symbols = len(rows)
+    account, positions = new_account(10_000.), np.zeros(symbols, POSITION)
+    targets, held, prices = (np.array(column, float) for column in zip(*rows))
+    positions["quantity"] = np.round(held * 6_000 / prices / symbols, 3)
+    instruments = np.array([Instrument().row()] * symbols, INSTRUMENT)
+    quantities, reasons = np.zeros(symbols), np.zeros(symbols, np.int64)
+    gate(targets, account, positions, prices, limits.row(), instruments, quantities, reasons)
+    before, after = np.abs(positions["quantity"] * prices), np.abs((positions["quantity"] + quantities) * prices)
+    grown = after > before
+    assert (after[grown] <= 6_000 + 1e-6).all() and (not grown.any() or after[grown].sum() <= 10_000 + 1e-6)
+    order = np.arange(symbols)[::-1]
+    mirrored = np.zeros(symbols)
+    gate(targets[order].copy(), account, positions[order].copy(), prices[order].copy(), limits.row(), instruments, mirrored, reasons)
+    assert np.array_equal(mirrored[order], quantities)
+
+
+def test_the_journal_has_the_fields_of_the_environment():
+    from tradelab.features.observation import Observation
+    from tradelab.learn.env import Market, MarketEnv
+    candles = ar1(300, seed=1)
+    environment = MarketEnv(Market.of(candles, Observation(["return(1)"]).fit(matrix(candles)[1])))
+    environment.reset(seed=0)
+    *_, info = environment.step(np.array([.5]))
+    assert tuple(info) == JOURNAL.names
+    assert set(backtest(Momentum(), candles).journal.columns) == {*JOURNAL.names, "symbol"} - {"open_time"}
+    assert isinstance(backtest(Momentum(), candles).journal.index, pd.DatetimeIndex)
