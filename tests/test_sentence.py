@@ -74,11 +74,11 @@ def test_the_future_does_not_move_the_past(bitcoin):
 
 
 def test_a_planted_look_ahead_is_caught(bitcoin):
-    "A feature that peeks one candle ahead: rerun on a truncated history, and the last decisions change"
+    "A feature that peeks two candles ahead: rerun on a truncated history, and the last decisions change"
     candles, _ = bitcoin
     def peeking(frame):
         values = frame.copy()
-        values["volume"] = (frame["close"].shift(-1) / frame["close"]).fillna(1.).clip(lower=.5)   # tomorrow's change, smuggled in as volume
+        values["volume"] = (frame["close"].shift(-2) / frame["close"]).fillna(1.).clip(lower=.5)   # the change to come, smuggled in as volume
         return values
     policy = network(features=("volume_ratio(2)",), window=1)
     whole, cut = backtest(policy, peeking(candles)), backtest(policy, peeking(candles[:1_200]))

@@ -158,7 +158,7 @@ def hear(
         print(message["content"]["text"], end="", file=stream, flush=True)
     return process_message(message, cell, cell_index)
 
-# %% ../nbs/00_ground/07_jobs.ipynb #03dc1ecd
+# %% ../nbs/00_ground/07_jobs.ipynb #8246c017
 class SignalEngine:
     "papermill's engine for tradelab: checked parameters, orderly stops, one sentence for a failure"
 
@@ -205,8 +205,10 @@ def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=Non
 def _interrupt(client):
     "Interrupt the kernel; false where there is none yet"
     pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
-    if pid is not None: os.kill(pid, signal.SIGINT)
-    return pid is not None
+    if pid is None: return False
+    os.kill(pid, signal.SIGINT)
+    if client.kc is not None: client.kc.kernel_info() # a message wakes an event loop that sleeps: ipykernel's handler cancels the cell's task, but does not
+    return True
 
 # %% ../nbs/00_ground/07_jobs.ipynb #322e8a09
 def failure(

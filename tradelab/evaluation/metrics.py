@@ -120,7 +120,7 @@ def round_trips(
     if not len(journal): return pd.DataFrame(columns=["symbol", "side", "entry_time", "exit_time", "profit"])
     return pd.concat([_symbol_trips(rows) for _, rows in journal.groupby("symbol", sort=False)]).sort_values("exit_time", kind="stable", ignore_index=True)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #9dfdf22e
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #e2c16430
 JOURNAL_COLUMNS = ("close", "position", "fill_quantity", "fill_price", "fee", "funding", "symbol")
 
 
@@ -131,7 +131,8 @@ def check_journal(
     "Refuse a journal that does not belong to the equity (`ValueError`)"
     missing = [name for name in JOURNAL_COLUMNS if name not in journal.columns]
     if missing: raise ValueError(f"journal lacks {', '.join(missing)}: it needs the columns of records.JOURNAL and symbol")
-    if not isinstance(journal.index, pd.DatetimeIndex): raise ValueError(f"journal needs a UTC DatetimeIndex of open times, had {journal.index.dtype}: set open_time as its index")
+    if not isinstance(journal.index, pd.DatetimeIndex):
+        raise ValueError(f"journal needs a UTC DatetimeIndex of open times, had {journal.index.dtype}: set open_time as its index")
     strange = ~journal.index.isin(equity.index)
     if strange.any(): raise ValueError(f"journal has a row at {journal.index[np.argmax(strange)]} where there is no equity: cut both to the same span")
     return journal

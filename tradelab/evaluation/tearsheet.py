@@ -43,9 +43,9 @@ def check_results(
             raise ValueError(f"{' and '.join(spans)} are not the same steps: run both over the same candles, with the same start")
     return results
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #93a6b0eb
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #94a23aa6
 INK, LONG, SHORT = "#123f63", "#2e7d5b", "#b5483a"
-BEHIND = "#c9962f", "#8a8a8a", "#a06cad", "#4f9d94", "#c2766b", "#b5b5b5"
+BEHIND = "#9a9a9a", "#c9962f", "#4f9d94", "#a06cad", "#c2766b", "#7d8fb3"
 
 
 def draw_curves(
@@ -56,11 +56,13 @@ def draw_curves(
     curves = {name: check_equity(result.equity) for name, result in results.items()}
     for i, (name, equity) in reversed(list(enumerate(curves.items()))):
         style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.6)
-        axes[0].plot(equity / equity.iloc[0], label=name, **style)
-        axes[1].plot(-100 * drawdown(equity), **style | dict(lw=.8))
-        if not i: axes[1].fill_between(equity.index, -100 * drawdown(equity), color=INK, alpha=.25, lw=0)
+        times, depth = _times(equity), -100 * drawdown(equity).to_numpy()
+        axes[0].plot(times, equity.to_numpy() / equity.iloc[0], label=name, **style)
+        axes[1].plot(times, depth, **style | dict(lw=.8))
+        if not i: axes[1].fill_between(times, depth, color=INK, alpha=.25, lw=0)
     multiples = np.concatenate([equity / equity.iloc[0] for equity in curves.values()])
     if multiples.min() > 0 and (multiples.max() > 2 or multiples.min() < .5): _logarithmic(axes[0])
+    axes[0].margins(y=.12)
     axes[0].set_ylabel("Equity [x start]")
     axes[1].set_ylabel("Drawdown [%]")
     handles, names = axes[0].get_legend_handles_labels()
@@ -68,10 +70,15 @@ def draw_curves(
     for axis in axes: _dates(axis)
 
 
+def _times(frame):
+    "UTC times as matplotlib converts them quickly"
+    return frame.index.tz_localize(None).to_numpy()
+
+
 def _dates(axis):
     "Short dates that do not run into each other"
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-    locator = AutoDateLocator(maxticks=8)
+    locator = AutoDateLocator()
     axis.xaxis.set_major_locator(locator)
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
 
@@ -84,24 +91,45 @@ def _logarithmic(axis):
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #ca3d8fc8
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #0a80b8b9
 def draw_exposure(
     axis,                  # matplotlib axis
     journal:pd.DataFrame,
 ):
     "The exposure of the subject: long and short in their colours, or a line for each of several symbols"
     share = exposure(journal)
+    times = _times(share)
     for symbol in share:
-        if len(share.columns) > 1: axis.step(share.index, share[symbol], where="post", lw=1, label=symbol)
+        if len(share.columns) > 1: axis.step(times, share[symbol].to_numpy(), where="post", lw=1, label=symbol)
         else:
             for side, color in ((share[symbol].clip(lower=0), LONG), (share[symbol].clip(upper=0), SHORT)):
-                axis.fill_between(share.index, side, step="post", color=color, alpha=.55, lw=0)
+                axis.fill_between(times, side.to_numpy(), step="post", color=color, alpha=.55, lw=0)
     if len(share.columns) > 1: axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=4)
     axis.axhline(0, color="#999999", lw=.6)
     axis.set_ylabel("Exposure [x equity]")
     _dates(axis)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #278a1618
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #a834ee10
+def _figure(sheet):
+    import matplotlib.pyplot as plt
+    with plt.rc_context({"font.size": 9}):
+        figure, axes = plt.subplots(3, 1, figsize=(9, 6.6), sharex=True, height_ratios=(3, 1.3, 1.3), layout="constrained")
+        draw_curves(axes[:2], sheet.results)
+        draw_exposure(axes[2], sheet.results[sheet.subject].journal)
+        face = fill(sheet.face, 155)
+        axes[0].set_title(face, loc="left", fontsize=7.5, color="#555555")
+        axes[0].annotate(sheet.subject, (0, 1), (0, 9 + 9 * len(face.splitlines())), "axes fraction", "offset points", weight="bold", fontsize=11)
+        axes[2].set_xlabel("Time [UTC]")
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", color="#e6e6e6", lw=.6)
+            axis.set_axisbelow(True)
+            axis.set_xmargin(0)
+        figure.align_ylabels()
+    plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
+    return figure
+
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cfd669a0
 @dataclass(frozen=True)
 class TearSheet:
     "One result beside its baselines"
@@ -124,7 +152,8 @@ class TearSheet:
         source = self.source or equity.attrs.get("source", "")
         prices = f"SYNTHETIC prices: {source}" if "synthetic" in source.lower() else f"Prices: {source or 'source not said'}"
         note = self.note or "in or out of sample: not said"
-        return f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} steps. Net of costs. {note[:1].upper()}{note[1:]}. {prices}."
+        span = f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} step{'s' * (len(equity) > 1)}"
+        return f"{span}. Net of costs. {note[:1].upper()}{note[1:]}. {prices}."
 
     def table(self)->pd.DataFrame:
         "A column for each result, in the units of the row labels"
@@ -145,23 +174,3 @@ class TearSheet:
         self.plot().savefig(png, format="png", dpi=110)
         picture = f'<img alt="equity, drawdown and exposure of {escape(self.subject)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
         return f"<p><b>{escape(self.subject)}</b><br>{escape(self.face)}</p>\n{self.written().to_html(border=0)}\n{picture}"
-
-
-def _figure(sheet):
-    import matplotlib.pyplot as plt
-    with plt.rc_context({"font.size": 9}):
-        figure, axes = plt.subplots(3, 1, figsize=(9, 6.6), sharex=True, height_ratios=(3, 1.3, 1.3), layout="constrained")
-        draw_curves(axes[:2], sheet.results)
-        draw_exposure(axes[2], sheet.results[sheet.subject].journal)
-        face = fill(sheet.face, 155)
-        axes[0].set_title(face, loc="left", fontsize=7.5, color="#555555")
-        axes[0].annotate(sheet.subject, (0, 1), (0, 9 + 9 * len(face.splitlines())), "axes fraction", "offset points", weight="bold", fontsize=11)
-        axes[2].set_xlabel("Time [UTC]")
-        for axis in axes:
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(axis="y", color="#e6e6e6", lw=.6)
-            axis.set_axisbelow(True)
-            axis.margins(x=0)
-        figure.align_ylabels()
-    plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
-    return figure

@@ -265,7 +265,7 @@ class Requests:
         symbols = {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
         return account_of(await self._ask("the account", self._exchange.fapiPrivateV3GetAccount()), symbols, self.quote)
 
-# %% ../../nbs/70_live/71_broker.ipynb #583c8156
+# %% ../../nbs/70_live/71_broker.ipynb #c0109058
 class Broker(Requests):
     "An exchange account over REST and two sockets; what the sockets say arrives in `events`"
 
@@ -311,7 +311,7 @@ class Broker(Requests):
 
     def _heard(self, url, frame):
         socket = "user" if "/private" in url else "market"
-        self.on_frame(socket, frame)
+        self.on_frame(socket, {name: value for name, value in frame.items() if name != "listenKey"} if isinstance(frame, dict) else frame)
         if socket == "market" and isinstance(frame, dict) and "id" in frame and frame.get("result", 0) is None: self.events.put_nowait(Notice("open", "market"))
         try: events = normalise(frame, self._symbols, self.quote)
         except (KeyError, TypeError, ValueError) as error: events = [Notice("unreadable", f"{socket} frame: {type(error).__name__} {error}")]

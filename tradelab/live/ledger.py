@@ -53,7 +53,7 @@ def open_database(
         raise OSError(f"the ledger {where} cannot be opened ({error.orig}): check that its folder exists, is writable and has space") from None
     return engine
 
-# %% ../../nbs/70_live/72_ledger.ipynb #d478e35b
+# %% ../../nbs/70_live/72_ledger.ipynb #34c4e7b9
 def clock()->int:
     "This machine's time, ms since the epoch"
     return time.time_ns() // 1_000_000
@@ -93,7 +93,8 @@ class OrderLedger:
 
     def intend(self, session:str, orders:list):
         "Write down orders before they are sent; what is written already stays as it is"
-        known = {row["order_id"] for row in self._of(ORDERS, session)} if orders else ()
+        names = [order.order_id for order in orders]
+        known = {row["order_id"] for row in self._read(sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session, ORDERS.c.order_id.in_(names)))}
         rows = [vars(order) | dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0, message="") for order in orders if order.order_id not in known]
         if rows: self._write(ORDERS.insert().values(rows))
 
@@ -109,7 +110,7 @@ class OrderLedger:
         if after != intent: self._write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == intent.order.order_id).values(**facts))
         return after
 
-# %% ../../nbs/70_live/72_ledger.ipynb #714a60d5
+# %% ../../nbs/70_live/72_ledger.ipynb #3085746b
 class Ledger(OrderLedger):
     "The memory of all sessions"
 
@@ -129,9 +130,16 @@ class Ledger(OrderLedger):
         "Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked up to `sequence`"
         open_time = int(rows["open_time"][0])
         values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n, (symbol, row) in enumerate(zip(symbols, rows))]
-        kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
         self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time), STEPS.insert().values(values),
-                    SNAPSHOTS.delete().where(SNAPSHOTS.c.session == session), SNAPSHOTS.insert().values(kept))
+                    *self._keep(session, open_time, snapshot, sequence))
+
+    def _keep(self, session, open_time, snapshot, sequence):
+        kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
+        return SNAPSHOTS.delete().where(SNAPSHOTS.c.session == session), SNAPSHOTS.insert().values(kept)
+
+    def keep(self, session:str, open_time:int, snapshot:dict, sequence:int):
+        "Write down the trader's state before its first step"
+        self._write(*self._keep(session, open_time, snapshot, sequence))
 
     def snapshot(self, session:str)->dict|None:
         "The trader's state after the last step: open_time, sequence, content; None before the first"

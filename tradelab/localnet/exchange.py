@@ -6,10 +6,10 @@
 __all__ = ['TIERS', 'BRACKETS', 'CONDITIONAL', 'OPEN_STATES', 'leverage_brackets', 'maintenance', 'max_notional', 'check_kind',
            'read_quantity', 'read_client_id', 'find_order', 'new_order', 'side', 'filled', 'order_reply', 'new_trade',
            'order_event', 'trade_lite', 'income_row', 'selected', 'margin', 'check_reduction', 'check_affordable',
-           'check_notional', 'account_event', 'position_event', 'break_even', 'Exchange', 'balance_words',
-           'account_reply', 'position_in_account', 'balances', 'positions_at_risk', 'position_risk', 'set_leverage',
-           'set_margin_type', 'set_position_mode', 'symbol_settings', 'open_orders', 'all_orders', 'user_trades',
-           'incomes', 'cancel']
+           'check_notional', 'account_event', 'position_event', 'break_even', 'Exchange', 'compile_fills',
+           'balance_words', 'account_reply', 'position_in_account', 'balances', 'positions_at_risk', 'position_risk',
+           'set_leverage', 'set_margin_type', 'set_position_mode', 'symbol_settings', 'open_orders', 'all_orders',
+           'user_trades', 'incomes', 'cancel']
 
 # %% ../../nbs/60_localnet/63_exchange.ipynb #2233f122
 import re
@@ -311,6 +311,14 @@ class Exchange:
         "What the user stream must still be told"
         events, self.events = self.events, []
         return events
+
+# %% ../../nbs/60_localnet/63_exchange.ipynb #aef917a4
+def compile_fills(exchange:Exchange):
+    "Compile what an order and a funding payment will call, on a scratch account"
+    account, positions = new_account(1.), np.zeros(1, POSITION)
+    price, fee = market_fill(1., 1., exchange.cost_row, exchange.instrument_rows[0])
+    apply_fill(account, positions, 0, 1., price, fee)
+    apply_funding(account, float(funding_amount(positions[0]["quantity"], price, 0.)))
 
 # %% ../../nbs/60_localnet/63_exchange.ipynb #3bde3e2a
 def balance_words(exchange:Exchange)->dict:

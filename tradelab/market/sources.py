@@ -28,7 +28,7 @@ from .candles import BadCandles, check, frame, milliseconds, moment, text, times
 from .store import merge
 from .synthetic import ar1
 
-# %% ../../nbs/10_market/14_sources.ipynb #2166ef60
+# %% ../../nbs/10_market/14_sources.ipynb #5d24af0c
 FILES = (".parquet", ".csv", ".json")
 
 
@@ -42,7 +42,7 @@ def read_table(
     if not path.is_file(): raise FileNotFoundError(f"no file {path}: check the path, it is relative to {Path.cwd()}")
     try:
         if kind == ".parquet": return pd.read_parquet(path)
-        if kind == ".csv": return pd.read_csv(path, float_precision="round_trip")
+        if kind == ".csv": return pd.read_csv(path)
         content = json.loads((gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()))
         if isinstance(content, dict): return pd.DataFrame(content["data"], columns=content["columns"]) if {"columns", "data"} <= content.keys() else pd.DataFrame(content)
         if all(isinstance(row, dict) for row in content): return pd.DataFrame(content)
@@ -137,7 +137,7 @@ def connect(
         exchange.urls["api"] = {name: re.sub(r"^https?://[^/]+", base_url, url) if isinstance(url, str) else url for name, url in exchange.urls["api"].items()}
     return exchange
 
-# %% ../../nbs/10_market/14_sources.ipynb #3ddd3170
+# %% ../../nbs/10_market/14_sources.ipynb #04e22011
 @contextmanager
 def asking(
     exchange,   # ccxt exchange
@@ -146,7 +146,7 @@ def asking(
     import ccxt
     def said(error): return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     try: yield exchange
-    except ccxt.NetworkError as error: raise Unreachable(f"{exchange.id} cannot be reached ({said(error)})") from error
+    except ccxt.OperationFailed as error: raise Unreachable(f"{exchange.id} cannot be reached ({said(error)})") from error
     except ccxt.BaseError as error: raise NoCandles(f"{exchange.id} refused ({said(error)})") from error
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise NoCandles(f"{exchange.id} answered what is not its protocol ({said(error)}): check its address") from error
@@ -174,13 +174,13 @@ def _ask_time(exchange, answer):
     except Exception as error: answer.set_result(Unreachable(str(error)))
     finally: exchange.timeout, exchange.options["maxRetriesOnFailure"] = patience, retries
 
-# %% ../../nbs/10_market/14_sources.ipynb #6f272dd4
+# %% ../../nbs/10_market/14_sources.ipynb #03cc4c64
 def pages(
     fetch,        # (since in ms, limit) -> rows
     time_of,      # row -> ms
     start:int,    # ms
     end:int,      # ms, exclusive
-    step:int,     # ms from row to row
+    step:int,     # ms from row to row, at least
     label:str,    # of the progress bar
     limit:int=1000,
 )->list:          # rows with start <= time < end
@@ -190,10 +190,10 @@ def pages(
     with tqdm(total=(end - start) // step, desc=label, unit="rows") as bar:
         while since < end:
             page = [row for row in fetch(since, limit) if since <= time_of(row) < end]
-            after = time_of(page[-1]) + 1 if page else since + 100 * step
+            since = time_of(page[-1]) + step // 2 if page else since + 100 * step
             rows += page
-            bar.update((min(after, end) - since) // step)
-            since = after
+            bar.update(len(page))
+            if page and time_of(page[-1]) + step >= end: break
     return rows
 
 # %% ../../nbs/10_market/14_sources.ipynb #3e2e7f71
@@ -337,7 +337,7 @@ def check_funding(
     if len(wrong): raise BadCandles(f"{name}: {text(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the rows and drop doubled ones")
     return rates
 
-# %% ../../nbs/10_market/14_sources.ipynb #9d770a5f
+# %% ../../nbs/10_market/14_sources.ipynb #890f1e83
 def _funding_file(path):
     table = read_table(path)
     if "funding_rate" not in table: raise BadCandles(f"{path.name}: no column 'funding_rate' among {', '.join(map(str, table.columns))}: rename it; exporters also call it fundingRate, rate")
@@ -350,7 +350,7 @@ def _funding_exchange(exchange, symbol, start, end):
     with asking(exchange): require_symbol(exchange, symbol)
     with asking(exchange):
         rows = pages(lambda since, limit: exchange.fetch_funding_rate_history(symbol, since, limit), lambda row: row["timestamp"], start, min(now, end or now),
-                     milliseconds("8h"), f"{symbol} funding from {exchange.id}", limit=100)
+                     milliseconds("1h"), f"{symbol} funding from {exchange.id}", limit=100)
         return pd.Series([row["fundingRate"] for row in rows], pd.DatetimeIndex(np.array([row["timestamp"] for row in rows], "int64").astype("datetime64[ms]"), tz="UTC")), exchange.id
 
 # %% ../../nbs/10_market/14_sources.ipynb #1a684c10

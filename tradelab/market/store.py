@@ -74,7 +74,7 @@ def only_writer(
         for part in folder.glob(".*.part"): part.unlink(missing_ok=True)
         yield
 
-# %% ../../nbs/10_market/13_store.ipynb #594f4e35
+# %% ../../nbs/10_market/13_store.ipynb #79776b0d
 def to_bytes(
     candles:pd.DataFrame,   # one month
 )->bytes:
@@ -89,7 +89,7 @@ def from_file(
     path:Path,
 )->pd.DataFrame:
     "The candles of a month"
-    try: table = pq.read_table(path, partitioning=None)
+    try: table = pq.read_table(pa.BufferReader(path.read_bytes()))
     except (pa.ArrowInvalid, OSError) as error: raise BadCandles(f"{path}: not a whole parquet file ({error}): delete it, it will be downloaded again") from error
     columns = [name for name in (*COLUMNS, *OPTIONAL) if name in table.column_names]
     index = pd.DatetimeIndex(table["open_time"].to_numpy().astype("datetime64[ms]"), tz="UTC", name="open_time")

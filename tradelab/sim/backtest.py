@@ -89,7 +89,7 @@ def _events(policy, times, candles, rates, start, account, positions, costs, lim
     mark(trader.account, trader.positions, candles[-1, :, CLOSE].copy())
     account[:], positions[:] = trader.account, trader.positions
 
-# %% ../../nbs/50_sim/52_backtest.ipynb #ac24fb7d
+# %% ../../nbs/50_sim/52_backtest.ipynb #5f7dea6a
 @dataclass(frozen=True)
 class Result:
     "What a policy did over a span: `journal`, `equity`, `summary()`, `plot()`"
@@ -98,7 +98,8 @@ class Result:
     symbols:tuple
     final:tuple                         # (open time, equity) of the last candle, which only values
     source:str = ""                     # where the candles are from
-    baselines:dict = field(default_factory=dict, repr=False) # results of flat, and buy and hold, over the same candles
+    note:str = ""                       # in or out of sample
+    baselines:dict = field(default_factory=dict, repr=False) # results of other policies over the same candles
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
 
     @property
@@ -122,13 +123,13 @@ class Result:
     @property
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
-        return TearSheet({self.name: self, **self.baselines}, source=self.source)
+        return TearSheet({self.name: self, **self.baselines}, note=self.note, source=self.source)
 
     def plot(self): return self.tearsheet.plot()
     def _repr_html_(self): return self.tearsheet._repr_html_()
     def __str__(self): return str(self.tearsheet)
 
-# %% ../../nbs/50_sim/52_backtest.ipynb #e89c4915
+# %% ../../nbs/50_sim/52_backtest.ipynb #52da56be
 def backtest(
     policy,                      # a Policy, or a run with `policy`, `costs`, `limits`, `instruments`
     candles,                     # a frame, or a dict of frames by symbol
@@ -140,6 +141,7 @@ def backtest(
     funding=None,                # Series of rates by UTC time, or a dict of them by symbol
     deposit:float=10_000.,       # quote
     form:str="array",            # or "event": through a `Trader`, candle by candle
+    beside:tuple=(flat(), buy_and_hold()), # policies to compare with, over the same candles
     keep_observations:bool=False,# hold every observation, float32
 )->Result:
     "Run a policy over candles, net of costs. ValueError where the span is too short, or a policy answers with NaN"
@@ -148,10 +150,15 @@ def backtest(
     instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
     market = times, values, funding_rates(funding, times, symbols)
     setting = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits()), instruments, deposit
-    first = _first(times, start, Observation.of(policy).warm_up)
-    source = str(getattr(candles, "attrs", {}).get("source", ""))
-    baselines = {each.name: _run(each, market, first, setting, "array", False, symbols, source, {}) for each in (flat(), buy_and_hold()) if each.name != policy.name}
-    return _run(policy, market, first, setting, form, keep_observations, symbols, source, baselines)
+    first = _first(times, start, max(Observation.of(each).warm_up for each in (policy, *beside)))
+    face = str(getattr(candles, "attrs", {}).get("source", "")), _note(getattr(run, "fitted_until", None), times[first])
+    baselines = {each.name: _run(each, market, first, setting, "array", False, symbols, (*face, {})) for each in beside if each.name != policy.name}
+    return _run(policy, market, first, setting, form, keep_observations, symbols, (*face, baselines))
+
+
+def _note(fitted_until, first_time):
+    if fitted_until is None: return "nothing was fitted, the policy is a rule"
+    return f"{'out of sample' if first_time >= fitted_until else 'IN SAMPLE'}: fitted on candles until {text(fitted_until)}"
 
 
 def _first(times, start, warm_up):
@@ -163,8 +170,8 @@ def _first(times, start, warm_up):
                          else f"{len(times)} candles are too few, the features need {warm_up} to warm up: give a longer history")
     return first
 
-# %% ../../nbs/50_sim/52_backtest.ipynb #db0e57b9
-def _run(policy, market, first, setting, form, keep, symbols, source, baselines):
+# %% ../../nbs/50_sim/52_backtest.ipynb #650e97cb
+def _run(policy, market, first, setting, form, keep, symbols, face):
     (times, candles, rates), (costs, limits, instruments, deposit) = market, setting
     if form not in ("array", "event"): raise ValueError(f"form must be 'array' or 'event', was {form!r}")
     observation, account, positions = Observation.of(policy), new_account(deposit), np.zeros(len(symbols), POSITION)
@@ -177,4 +184,4 @@ def _run(policy, market, first, setting, form, keep, symbols, source, baselines)
         head = np.full((observation.window - 1, *features.shape[1:]), np.nan, np.float32)
         _loop(policy.function, policy.parameters, times, candles, rates, np.concatenate([head, features]), first, account, positions,
               costs.row()[()], limits.row()[()], np.array([each.row() for each in instruments], INSTRUMENT), journal, seen)
-    return Result(policy.name, journal, symbols, (int(times[-1]), float(account[0]["equity"])), source, baselines, seen if keep else None)
+    return Result(policy.name, journal, symbols, (int(times[-1]), float(account[0]["equity"])), *face, seen if keep else None)
