@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['one_sentence', 'main', 'run', 'is_python', 'state_of', 'running_sessions', 'stop', 'localnet', 'serve']
 
-# %% ../nbs/99_top/99_command.ipynb #9750b8e6
+# %% ../nbs/99_top/99_command.ipynb #affdc0d8
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -44,13 +45,15 @@ def run(job, parameters, output):
     with one_sentence(): made = jobs.run(job, dict(parameters), output, text=True)
     click.echo(f"{job} is done: {os.path.relpath(made.with_suffix('.html'))}")
 
-# %% ../nbs/99_top/99_command.ipynb #44b5bce7
+# %% ../nbs/99_top/99_command.ipynb #15ac25e6
 def is_python(
     process_id:int,
 )->bool:
     "Whether a process of this number lives and is a Python"
-    found = subprocess.run(["ps", "-p", str(process_id), "-o", "command="], capture_output=True, text=True)
-    return "python" in found.stdout.lower()
+    try: os.kill(process_id, 0)
+    except (ProcessLookupError, PermissionError): return False
+    if not shutil.which("ps"): return True
+    return "python" in subprocess.run(["ps", "-p", str(process_id), "-o", "command="], capture_output=True, text=True).stdout.lower()
 
 
 def state_of(
@@ -66,7 +69,7 @@ def running_sessions(
 )->dict[str, int]:   # process id by session
     "The sessions that run on this machine, newest first"
     states = {path.parent: state_of(path.parent) for path in sorted(folder.glob("*/session.json"), key=lambda path: path.stat().st_mtime, reverse=True)}
-    return {session.name: state["pid"] for session, state in states.items() if state.get("state") == "running" and is_python(state.get("pid", 0))}
+    return {session.name: state["pid"] for session, state in states.items() if state.get("state") == "running" and is_python(state["pid"])}
 
 # %% ../nbs/99_top/99_command.ipynb #e736ce9c
 @main.command()

@@ -6,9 +6,10 @@
 __all__ = ['TABLES', 'SESSIONS', 'ORDERS', 'FILLS', 'FUNDINGS', 'STEPS', 'EVENTS', 'SNAPSHOTS', 'open_database', 'clock',
            'OrderLedger', 'Ledger']
 
-# %% ../../nbs/70_live/72_ledger.ipynb #fb0eea75
+# %% ../../nbs/70_live/72_ledger.ipynb #43b8f093
 import json
 import time
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -110,7 +111,7 @@ class OrderLedger:
         if after != intent: self._write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == intent.order.order_id).values(**facts))
         return after
 
-# %% ../../nbs/70_live/72_ledger.ipynb #3085746b
+# %% ../../nbs/70_live/72_ledger.ipynb #149d46ca
 class Ledger(OrderLedger):
     "The memory of all sessions"
 
@@ -152,6 +153,12 @@ class Ledger(OrderLedger):
         self._write(EVENTS.insert().values(session=session, number=number, time=clock(), kind=kind, text=text))
 
     def events(self, session:str)->pd.DataFrame: return pd.DataFrame(self._of(EVENTS, session, EVENTS.c.number), columns=["number", "time", "kind", "text"])
+
+    def rows(self, session:str)->list:
+        "The journal as it was given: symbols and JOURNAL rows of each step, oldest first"
+        steps = groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), key=lambda row: row["open_time"])
+        steps = [list(rows) for _, rows in steps]
+        return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in JOURNAL.names) for row in rows], JOURNAL)) for rows in steps]
 
     def journal(self, session:str)->pd.DataFrame:
         "The journal of a session: a row per step and symbol, the columns of JOURNAL and the symbol, index open_time"

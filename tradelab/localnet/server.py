@@ -192,7 +192,7 @@ def subscribe(
     streams += added
     return added
 
-# %% ../../nbs/60_localnet/66_server.ipynb #36bd17d4
+# %% ../../nbs/60_localnet/66_server.ipynb #e05c5ef8
 class Streams:
     "Who is connected, and who hears what"
     def __init__(self, market:Market, api_key:str):
@@ -226,17 +226,18 @@ class Streams:
         for connection in [each for each in self.connections if stream in each.streams]: await connection.send(stream, payload)
 
     async def greet(self, connection:Connection, added:list):
-        "The forming candle, for new subscriptions"
+        "The forming candle or the mark price, for new subscriptions"
         self.update()
         for stream in added:
             if stream in self.klines: await connection.send(stream, kline_payload(self.market, self.market.closed, self.klines[stream]))
+            if stream in self.marks: await connection.send(stream, mark_event(self.market, self.marks[stream]))
 
 
 def kline_payload(market:Market, t:int, n:int)->dict:
     "Candle t of symbol n as an event; final if it has closed"
     return kline_event(market.now, market.ids[n], market.interval, market.kline(t, n), t < market.closed)
 
-# %% ../../nbs/60_localnet/66_server.ipynb #6a22155d
+# %% ../../nbs/60_localnet/66_server.ipynb #b443df39
 async def obey(
     streams:Streams,
     connection:Connection,
@@ -252,6 +253,7 @@ async def obey(
         elif method == "LIST_SUBSCRIPTIONS": result = list(connection.streams)
         else: raise ValueError(f"unknown method {method!r}")
     except (ValueError, AttributeError, TypeError) as error: return await connection.reply({"error": {"code": 2, "msg": f"Invalid request: {error}"}, "id": number})
+    streams.update()
     await connection.reply({"result": result, "id": number})
     await streams.greet(connection, added)
 

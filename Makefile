@@ -1,0 +1,71 @@
+# `make help` lists the verbs. Each sets up what it needs from nothing: Python 3.11, make and gcc are enough.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH  ?= torch~=2.13.0
+BIN    := .venv/bin
+READY  := .venv/ready
+COVER  := $(BIN)/python -m coverage run -m pytest
+PASSES := .cache/test-passes.jsonl
+
+.PHONY: help setup demo test notebooks export readme lab benchmark lock clean
+.DEFAULT_GOAL := help
+
+help: ## list the verbs
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 | \2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|' 2>/dev/null || grep -E '^[a-z]+:.*##' Makefile
+
+setup: $(READY) ## install everything into .venv (TORCH="..." chooses another build of torch)
+
+$(READY): settings.ini setup.py requirements.lock
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "tradelab needs Python 3.11 and did not find it: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[dev]"
+	@touch $@
+
+demo: $(READY) ## train an agent, test it, trade it live on localnet, replay, report
+	$(BIN)/tradelab run train
+	$(BIN)/tradelab run backtest -p policy latest
+	$(BIN)/tradelab run live -p policy latest
+	$(BIN)/tradelab run replay
+	$(BIN)/tradelab run report
+	@echo; echo "Where to look:"; for job in train backtest live replay report; do ls -t reports/$$job/*.html | head -1 | sed 's/^/  /'; done
+
+test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skipped
+	@rm -f $(PASSES); $(BIN)/python -m coverage erase
+	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
+	@echo "--- tests"
+	$(COVER) -q tests
+	@echo "--- the chapters against the package, uncompiled"
+	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled tests
+	@echo "--- all notebooks, cell by cell"
+	$(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs
+	@$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --fail-under=85
+	@if [ -f benchmarks/cold_compile.py ]; then $(BIN)/python benchmarks/cold_compile.py; fi
+	@$(BIN)/python .ci/summary.py $(PASSES)
+
+notebooks: $(READY) ## execute all chapters in place and clean them
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --log-level WARN nbs/*/*.ipynb nbs/index.ipynb
+	$(BIN)/nbdev_clean
+
+export: $(READY) ## notebooks -> tradelab/
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(READY) ## nbs/index.ipynb -> README.md
+	$(BIN)/python .ci/readme.py
+
+lab: $(READY) ## open JupyterLab
+	$(BIN)/jupyter lab nbs
+
+benchmark: $(READY) ## print what was measured
+	$(BIN)/python benchmarks/measure.py
+
+lock: $(READY) ## write the versions of .venv into requirements.lock
+	@echo "# Exact versions that were tested together; made with: make lock" > requirements.lock
+	@$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -v ' @ ' >> requirements.lock
+	@touch $(READY)
+
+clean: ## remove what can be made again; data, runs, sessions, reports and settings stay
+	rm -rf build dist tradelab.egg-info .cache .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find nbs tradelab tests -name .ipynb_checkpoints -o -name __pycache__ -o -name .hypothesis | xargs rm -rf

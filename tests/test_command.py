@@ -1,0 +1,80 @@
+"The command as a person types it"
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.integration
+TRADELAB = Path(sys.executable).parent / "tradelab"
+
+
+def tradelab(*words, **options): return subprocess.run([TRADELAB, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
+
+
+def write_job(path, *cells):
+    sources = [nbformat.v4.new_code_cell("symbol:str = 'BTC/USDT:USDT'\nsteps:int = 10", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    nbformat.write(nbformat.v4.new_notebook(cells=sources, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+
+
+def test_help_and_version():
+    assert "run" in tradelab("--help").stdout and tradelab("--version").stdout.startswith("tradelab, version ")
+
+
+def test_run(project):
+    write_job(project / "nbs/train.ipynb", "print('trained on', symbol, steps + 1)")
+    ran = tradelab("run", "train", "-p", "symbol", "007", "-p", "steps", "5")
+    assert ran.returncode == 0 and "trained on 007 6" in ran.stdout and "train is done: reports/train/train-2" in ran.stdout
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["run", "trian"], "there is no job trian: did you mean train?"),
+    (["run", "train", "-p", "stpes", "5"], "there is no parameter stpes: did you mean steps?"),
+    (["run", "train", "-p", "steps", "5.5"], "parameter steps must be int, was 5.5"),
+    (["run", "train", "--output", "page.html"], "the output must be a file .ipynb"),
+    (["run", "train"], "train: there is no run nonsense (the traceback is in "),
+    (["stop"], "no session is running")])
+def test_bad_input_is_one_sentence_and_exit_code_1(project, words, sentence):
+    write_job(project / "nbs/train.ipynb", "raise ValueError('there is no run nonsense')")
+    ran = tradelab(*words)
+    assert ran.returncode == 1 and f"Error: {sentence}" in ran.stderr and "Traceback" not in ran.stderr
+    assert (project / "reports").exists() == (words == ["run", "train"])
+
+
+def test_stop_closes_a_running_session(project):
+    session = "import asyncio, json, os, signal\nfrom pathlib import Path\nfolder = Path('sessions/momentum')\nfolder.mkdir(parents=True)\nstop = asyncio.Event()\n" \
+              "asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)\n" \
+              "write = lambda state: (folder / 'session.json').write_text(json.dumps({'pid': os.getpid(), 'state': state}))\nwrite('running')\nawait stop.wait()\nwrite('stopped')"
+    write_job(project / "nbs/live.ipynb", session, "print('statistics of the session')")
+    job = subprocess.Popen([TRADELAB, "run", "live", "--output", "out.ipynb"], stdout=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (project / "sessions/momentum/session.json").exists() or job.poll() is not None: break
+        time.sleep(.1)
+    time.sleep(.2)
+    stopped = tradelab("stop")
+    assert stopped.returncode == 0 and "asked momentum to stop" in stopped.stdout and "momentum has stopped" in stopped.stdout
+    assert "statistics of the session" in job.communicate(timeout=60)[0] and job.returncode == 0
+    assert json.loads((project / "sessions/momentum/session.json").read_text())["state"] == "stopped"
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_localnet_serves_until_it_is_stopped(project):
+    port = free_port()
+    server = subprocess.Popen([TRADELAB, "localnet", "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert f"localnet at http://127.0.0.1:{port}" in server.stdout.readline()
+        taken = tradelab("localnet", "--port", port)
+        assert taken.returncode == 1 and str(port) in taken.stderr and "Traceback" not in taken.stderr
+        server.send_signal(signal.SIGTERM)
+        assert "localnet has stopped" in server.communicate(timeout=30)[0] and server.returncode == 0
+    finally: server.kill()

@@ -1,0 +1,65 @@
+"Settings as files and variables of a real process"
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tradelab.config import BadSettings, _flat, _variables, known_keys, settings, venue_for
+
+ROOT = Path(__file__).parents[1]
+SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
+
+
+def test_later_places_win(project, monkeypatch):
+    (project / "tradelab.toml").write_text("[risk]\nmax_position = 0.1\nmax_drawdown = 0.1\nmin_trade = 0.01\n[costs]\ntaker_fee = 0.001")
+    (project / ".env").write_text("TRADELAB_RISK__MAX_POSITION=0.2\nTRADELAB_RISK__MAX_DRAWDOWN=0.2\nOTHER_TOOL=1")
+    monkeypatch.setenv("TRADELAB_RISK__MAX_POSITION", "0.3")
+    here = settings(costs={"slippage": .5})
+    assert (here.risk.min_trade, here.risk.max_drawdown, here.risk.max_position, here.costs.taker_fee, here.costs.slippage) == (.01, .2, .3, .001, .5)
+    assert settings(risk={"max_position": .4}).risk.max_position == .4
+
+
+@pytest.mark.parametrize("place, sentence", [
+    ("toml", r"risk.max_levrage in tradelab.toml is not a setting: did you mean risk.max_leverage\?"),
+    ("dotenv", r"TRADELAB_RISK__MAX_LEVRAGE in .env is not a setting: did you mean TRADELAB_RISK__MAX_LEVERAGE\?"),
+    ("environment", r"TRADELAB_RISK__MAX_LEVRAGE in the environment is not a setting: did you mean TRADELAB_RISK__MAX_LEVERAGE\?"),
+    ("production", r"risk.max_levrage in tradelab.toml \[production\] is not a setting"),
+    ("parameters", r"risk.max_levrage in the parameters is not a setting: did you mean risk.max_leverage\?")])
+def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sentence):
+    if place == "toml": (project / "tradelab.toml").write_text("[risk]\nmax_levrage = 2")
+    if place == "production": (project / "tradelab.toml").write_text("[production.risk]\nmax_levrage = 2")
+    if place == "dotenv": (project / ".env").write_text("TRADELAB_RISK__MAX_LEVRAGE=2")
+    if place == "environment": monkeypatch.setenv("TRADELAB_RISK__MAX_LEVRAGE", "2")
+    with pytest.raises(BadSettings, match=sentence): settings(**({"risk": {"max_levrage": 2}} if place == "parameters" else {}))
+
+
+def test_a_session_says_where_it_goes_and_never_to_mainnet_by_itself(project):
+    (project / ".env").write_text("TRADELAB_MAINNET_KEY=0123456789abcdef\nTRADELAB_MAINNET_SECRET=fedcba9876543210")
+    assert venue_for(settings()).name == "localnet"
+    (project / "tradelab.toml").write_text('venue = "mainnet"')
+    with pytest.raises(BadSettings, match="mainnet_confirmation does not name the account"): venue_for(settings())
+    (project / "tradelab.toml").write_text('venue = "mainnet"\nmainnet_confirmation = "01234567"')
+    assert venue_for(settings()).rest == "https://fapi.binance.com"
+
+
+def test_the_settings_are_those_of_the_project_from_any_folder_in_it(project):
+    (project / "tradelab.toml").write_text('log_level = "DEBUG"')
+    (project / "nbs/10_market").mkdir()
+    probe = "from tradelab.config import settings; here = settings(); print(here.log_level, here.runs)"
+    ran = subprocess.run([sys.executable, "-c", probe], cwd=project / "nbs/10_market", capture_output=True, text=True)
+    assert ran.stdout.strip() == f"DEBUG {project.resolve() / 'runs'}"
+
+
+def test_the_examples_name_every_setting_and_its_default(project):
+    text = (ROOT / "tradelab.toml.example").read_text()
+    (project / "tradelab.toml").write_text(text)
+    assert settings().model_dump() == settings(**{}).model_dump()
+    written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name != "production"}))
+    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} and all(name in text for name in SECRETS | {"venue", "mainnet_confirmation"})
+    example = settings()
+    (project / "tradelab.toml").write_text("")
+    assert example == settings()
+    dotenv = dict(line.lstrip("# ").split("=") for line in (ROOT / ".env.example").read_text().splitlines() if line.lstrip("# ").startswith("TRADELAB_"))
+    assert set(_variables({name: value or "x" for name, value in dotenv.items()})) <= set(known_keys())

@@ -1,0 +1,106 @@
+"The never-rules: who may import what, who owns what, and what a job must not do"
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+JOBS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.stem != "index"]
+MODULES = [path for path in sorted((ROOT / "tradelab").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
+OWNERS = {  # a library lives in one named place
+    "ccxt": {"tradelab.market.sources", "tradelab.live.broker"},
+    "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": {"tradelab.features.observation"},
+    "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {"tradelab.localnet.server"}, "papermill": {"tradelab.jobs"}, "click": {"tradelab.jobs", "tradelab.command"},
+    "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
+    "nbdev": set(), "fastcore": set(), "execnb": set()}
+
+
+def cells(path): return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def number_of_modules():
+    "The number of each chapter by the module that it exports"
+    numbers = {}
+    for path in NOTEBOOKS:
+        exports = re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", "\n".join(source for source, _ in cells(path)))
+        if exports: numbers[f"tradelab.{exports[1]}"] = int(re.match(r"\d+", path.name)[0])
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def graph(): return grimp.build_graph("tradelab", include_external_packages=True, cache_dir=None)
+
+
+def test_contracts():
+    ran = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_no_chapter_imports_an_equal_or_higher_number(graph):
+    numbers, climbing = number_of_modules(), []
+    for module, number in numbers.items():
+        climbing += [f"{module} ({number}) imports {other} ({numbers[other]})" for other in graph.find_modules_directly_imported_by(module) if numbers.get(other, -1) >= number]
+    assert not climbing
+
+
+def test_the_trader_imports_the_ground_only(graph):
+    ours = {module for module in graph.find_upstream_modules("tradelab.trader") if module.startswith("tradelab.")}
+    assert all(module.count(".") == 1 for module in ours), ours
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_library_lives_in_one_place(graph, library):
+    if library not in graph.modules: return
+    owner = OWNERS[library]
+    strangers = {module for module in graph.find_modules_that_directly_import(library) if not (module.startswith(owner + ".") if isinstance(owner, str) else module in owner)}
+    assert not strangers
+
+
+def test_only_config_reads_the_environment():
+    names = {"environ", "getenv", "environb"}
+    readers = {path.stem for path in MODULES for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.Attribute) and node.attr in names or isinstance(node, ast.ImportFrom) and names & {alias.name for alias in node.names}}
+    assert readers == {"config"}
+
+
+def test_only_account_changes_a_position():
+    change = re.compile(r"(positions?(\[\w+\])?\[\"(quantity|entry_price)\"\])(\[\w+\])?\s*[-+*/]?=(?!=)")
+    assert {path.stem for path in MODULES if change.search(path.read_text())} <= {"account"}
+
+
+def test_no_clock_where_it_decides():
+    clock = re.compile(r"\b(time\.time|time\.monotonic|datetime\.now|Timestamp\.now|Timestamp\.utcnow|perf_counter)\(")
+    rooms = ("features", "risk", "evaluation", "sim")
+    assert not [path for path in MODULES if (path.parent.name in rooms or path.stem in ("account", "policies", "trader", "records")) and clock.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_is_wiring_only(path):
+    parts = cells(path)
+    trees = [ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))) for source, _ in parts]
+    assert not [node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    tagged = [tree for tree, (_, tags) in zip(trees, parts, strict=True) if "parameters" in tags]
+    assert len(tagged) == 1 and 1 <= len(tagged[0].body) <= 10
+    for line in tagged[0].body: ast.literal_eval(line.value)
+    assert "default_exp" not in "".join(source for source, _ in parts)
+
+
+def test_nothing_imports_a_job():
+    loads = re.compile(r"^\s*%run\b|^\s*(from|import)\s+nbs\b|import_?notebook", re.M)
+    assert not [path for path in MODULES if loads.search(path.read_text())]
+    assert not [path for path in NOTEBOOKS for source, _ in cells(path) if loads.search(source)]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("module, heavy", [("tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot", "papermill"}), ("tradelab.live.session", {"torch", "stable_baselines3"}),
+                                           ("tradelab.learn.registry", {"torch", "stable_baselines3", "gymnasium"}), ("tradelab.command", {"numba", "pandas", "papermill"})])
+def test_an_import_loads_no_more_than_it_needs(module, heavy):
+    probe = f"import sys, {module}; print(*({heavy!r} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0 and ran.stdout.strip() == "", ran.stdout + ran.stderr
