@@ -31,7 +31,7 @@ demo: $(READY) ## train an agent, test it, trade it live on localnet, replay, re
 	@echo; echo "Where to look:"; for job in train backtest live replay report; do ls -t reports/$$job/*.html | head -1 | sed 's/^/  /'; done
 
 test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skipped
-	@rm -f $(PASSES); $(BIN)/python -m coverage erase
+	@mkdir -p .cache && : > $(PASSES); $(BIN)/python -m coverage erase
 	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
 	@echo "--- tests"
 	$(COVER) -q tests
@@ -42,7 +42,7 @@ test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skip
 	@$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered --fail-under=85
 	@if [ -f benchmarks/cold_compile.py ]; then $(BIN)/python benchmarks/cold_compile.py; fi
-	@$(BIN)/python .ci/summary.py $(PASSES)
+	@$(BIN)/python .ci/summary.py $(PASSES) && rm $(PASSES)
 
 notebooks: $(READY) ## execute all chapters in place and clean them
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --log-level WARN nbs/*/*.ipynb nbs/index.ipynb

@@ -44,11 +44,12 @@ class Notice:
     kind:str            # open, lost, expired, margin call, fee, unreadable
     text:str
 
-# %% ../../nbs/70_live/71_broker.ipynb #4fa719fe
+# %% ../../nbs/70_live/71_broker.ipynb #4e08d17a
 STATES = {"NEW": State.ACKNOWLEDGED, "PARTIALLY_FILLED": State.ACKNOWLEDGED, "FILLED": State.FILLED, "CANCELED": State.CANCELED,
           "EXPIRED": State.EXPIRED, "EXPIRED_IN_MATCH": State.EXPIRED, "REJECTED": State.REJECTED}
 
 
+def _due(time): return int(time) // 60_000 * 60_000 # funding falls due on a full hour, and is stamped some milliseconds later, not the same everywhere
 def _signed(side, quantity): return float(quantity) if side == "BUY" else -float(quantity)
 
 
@@ -67,7 +68,7 @@ def _account_events(message, symbols, quote):
     if update["m"] != "FUNDING_FEE": return []
     market = update.get("S") or next((position["s"] for position in update.get("P", [])), next(iter(symbols)))
     paid = [float(balance["bc"]) for balance in update["B"] if balance["a"] == quote]
-    return [Funding(symbols[market], amount, int(message["T"])) for amount in paid if market in symbols]
+    return [Funding(symbols[market], amount, _due(message["T"])) for amount in paid if market in symbols]
 
 
 def normalise(
@@ -265,7 +266,7 @@ class Requests:
         symbols = {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
         return account_of(await self._ask("the account", self._exchange.fapiPrivateV3GetAccount()), symbols, self.quote)
 
-# %% ../../nbs/70_live/71_broker.ipynb #c0109058
+# %% ../../nbs/70_live/71_broker.ipynb #bf1c9e1f
 class Broker(Requests):
     "An exchange account over REST and two sockets; what the sockets say arrives in `events`"
 
@@ -301,7 +302,7 @@ class Broker(Requests):
     async def fundings(self, symbol, since:int)->list:
         "Funding payments from `since` (ms) on, oldest first"
         rows = await self._ask("funding payments", self._exchange.fapiPrivateGetIncome({"symbol": self._id(symbol), "incomeType": "FUNDING_FEE", "startTime": since, "limit": 1000}))
-        return [Funding(symbol, float(row["income"]), int(row["time"])) for row in rows]
+        return [Funding(symbol, float(row["income"]), _due(row["time"])) for row in rows]
 
     async def stream(self, symbols, timeframe):
         "Open the market and the user stream; a Notice of kind *open* tells of each"

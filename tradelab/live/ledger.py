@@ -54,7 +54,7 @@ def open_database(
         raise OSError(f"the ledger {where} cannot be opened ({error.orig}): check that its folder exists, is writable and has space") from None
     return engine
 
-# %% ../../nbs/70_live/72_ledger.ipynb #34c4e7b9
+# %% ../../nbs/70_live/72_ledger.ipynb #bfbf9b50
 def clock()->int:
     "This machine's time, ms since the epoch"
     return time.time_ns() // 1_000_000
@@ -79,15 +79,21 @@ class OrderLedger:
 
     def open_session(self, session:str, settings:dict):
         "Write down a new session; ValueError where its id is taken"
-        try: self._write(SESSIONS.insert().values(session=session, started=clock(), settings=json.dumps(settings), state="running"))
-        except sql.exc.IntegrityError: raise ValueError(f"session {session!r} is in the ledger already: resume it, or give the new one another id") from None
+        self.check_new(session)
+        self._write(SESSIONS.insert().values(session=session, started=clock(), settings=json.dumps(settings), state="running"))
+
+    def check_new(self, session:str):
+        if session in self.sessions(): raise ValueError(f"session {session!r} is in the ledger already: resume it, or give the new one another id")
+
+    def sessions(self)->list:
+        "Ids of all sessions, newest first"
+        return [row["session"] for row in self._read(sql.select(SESSIONS.c.session).order_by(SESSIONS.c.started.desc()))]
 
     def session(self, session:str)->dict:
         "Settings and state of a session; KeyError naming the newest where there is none"
         row = next(iter(self._of(SESSIONS, session)), None)
         if row is None:
-            newest = [known["session"] for known in self._read(SESSIONS.select().order_by(SESSIONS.c.started.desc()).limit(3))]
-            raise KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(newest) or 'none'}")
+            raise KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(self.sessions()[:3]) or 'none'}")
         return row | {"settings": json.loads(row["settings"])}
 
     def set_state(self, session:str, state:str): self._write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PAUSE', 'BadFeed', 'Feed', 'Books', 'difference', 'OpenOrders', 'Desk', 'Journal', 'write_status',
-           'Statistics', 'RefusedStart', 'check_instruments', 'check_explained', 'Signals', 'Listener', 'Stepper',
-           'history', 'Starter', 'Session']
+           'Statistics', 'RefusedStart', 'check_instruments', 'check_explained', 'check_same', 'reserve_of', 'Signals',
+           'undisturbed', 'Listener', 'Stepper', 'history', 'rehearse', 'Recovery', 'Starter', 'Session']
 
 # %% ../../nbs/70_live/75_session.ipynb #5a5df7df
 import asyncio
@@ -171,7 +171,7 @@ class OpenOrders:
         if fill.order_id in self.open: self._forget(self.open[fill.order_id])
         if fill.order_id not in self.known: self.note("foreign", f"a fill of {fill.quantity} {fill.symbol} at {fill.price} belongs to no order of this session")
 
-# %% ../../nbs/70_live/75_session.ipynb #5ab55f64
+# %% ../../nbs/70_live/75_session.ipynb #e7ee3da6
 ATTEMPTS, PAUSE = 3, .5 # sendings of one order; seconds between questions
 
 
@@ -215,11 +215,15 @@ class Desk(OpenOrders):
         if answer.outcome in (Outcome.REJECTED, Outcome.LATER):
             self._advance(intent, State.REJECTED, message=answer.text)
             self.note("rejected", f"{order.symbol} {order.quantity}: {answer.text}")
-            if answer.outcome is Outcome.LATER: await (self.broker.synchronise() if answer.code == -1021 else asyncio.sleep(PAUSE))
+            if answer.outcome is Outcome.LATER: await self._wait_for_clock() if answer.code == -1021 else await asyncio.sleep(PAUSE)
             return answer.outcome is Outcome.LATER
         if (now := self.open.get(order.order_id)) and now.state is State.SENT: self._advance(now, State.UNKNOWN, message=answer.text)
         self.note("unknown", f"{order.symbol} {order.quantity}: {answer.text}; asking about {order.order_id}")
         return await self.prove(order)
+
+    async def _wait_for_clock(self):
+        try: await self.broker.synchronise()
+        except BrokerError as error: self.note("unanswered", str(error))
 
     async def prove(self, order:Order)->bool:
         "Ask about an order until its outcome is proven; True where it never arrived"
@@ -291,7 +295,7 @@ class Statistics:
         times = {f"{label} {share} [ms]": value for label, values in (("close to order", self.to_order), ("close to answer", self.to_answer)) for share, value in zip(("median", "p99"), tail(values))}
         return counts | amounts | {"drawdown [%]": round(100 * self.drawdown, 2)} | times
 
-# %% ../../nbs/70_live/75_session.ipynb #efb6a7e0
+# %% ../../nbs/70_live/75_session.ipynb #609392d8
 class RefusedStart(RuntimeError):
     "A session must not start here; says why, and what to do"
 
@@ -311,7 +315,22 @@ def check_explained(expected:dict, money:Money):
         if abs(here - there) > 1e-9:
             raise RefusedStart(f"the exchange holds {there} {symbol}, the ledger explains {here}: close the difference by hand, or resume the session that opened it")
 
-# %% ../../nbs/70_live/75_session.ipynb #0403a3b7
+def check_same(session:str, known:dict, given:dict):
+    "Refuse to resume a session as another one"
+    for name, value in given.items():
+        if known[name] != value: raise RefusedStart(f"session {session} has {name} {known[name]!r}, not {value!r}: resume it as it was, or start a new one")
+
+
+def reserve_of(
+    money:Money,    # the exchange's
+    own:float,      # quote, the trader's wallet
+    quote:str,
+)->float:           # quote, 0 or more
+    "Money of the account that the trader was not given"
+    if money.wallet < own - 1e-6: raise RefusedStart(f"the account holds {money.wallet:,.2f} {quote}, the trader was given {own:,.2f}: lower its deposit")
+    return money.wallet - own if money.wallet - own > 1e-6 else 0.
+
+# %% ../../nbs/70_live/75_session.ipynb #82b3cbd5
 class Signals:
     "While it is open, SIGINT and SIGTERM call a function"
 
@@ -328,7 +347,16 @@ class Signals:
     def __exit__(self, *_):
         for number, before in self._caught:
             asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, before)
+            if before is not None: signal.signal(number, before)
+
+# %% ../../nbs/70_live/75_session.ipynb #89bb6d50
+async def undisturbed(step):
+    "Wait for a coroutine; a cancellation takes effect when it has ended"
+    task = asyncio.ensure_future(step)
+    try: return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 # %% ../../nbs/70_live/75_session.ipynb #4a931906
 class Listener:
@@ -392,7 +420,7 @@ class Listener:
         self.ledger.step(self.id, self.trader.symbols, rows, self.trader.snapshot(), self.books.sequence)
         self.journal.write(self.trader.symbols, rows)
 
-# %% ../../nbs/70_live/75_session.ipynb #d2013fdd
+# %% ../../nbs/70_live/75_session.ipynb #7a8e7754
 class Stepper(Listener):
     "What a session does at a close"
 
@@ -424,6 +452,7 @@ class Stepper(Listener):
 
     async def _carry_out(self, orders, arrived):
         "Write down, send, and wait until each order has ended and is booked"
+        if self.desk.open: await self._fetch()
         self.ledger.intend(self.id, orders)
         self.desk.sent = self.desk.acknowledged = None
         for leg, order in enumerate(orders): await self.desk.place(order, leg)
@@ -474,83 +503,27 @@ async def history(
     if holes: raise BadFeed(f"the exchange's history of {', '.join(symbols)} has a hole after {text(holes[0])}: nothing can be decided on it")
     return np.array(common, np.int64), np.array([[row[open_time] for row in rows] for open_time in common]).reshape(-1, len(symbols), 5)
 
-# %% ../../nbs/70_live/75_session.ipynb #2920496b
-class Starter(Stepper):
-    "What a session does before its first candle, and after a lost connection"
+# %% ../../nbs/70_live/75_session.ipynb #9f65a619
+def rehearse(trader:Trader, times, candles, step:int):
+    "Let a trader like this one decide once, so that everything is compiled"
+    if not len(times): return
+    understudy = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
+    understudy.warm(times, candles)
+    understudy.on_candle(int(times[-1]) + step, candles[-1])
 
-    async def _start(self):
-        "Up to the moment at which the first candle may come"
-        trader, broker = self.trader, self.broker
-        await broker.connect(trader.symbols, trader.limits.leverage)
-        check_instruments(trader.instruments, broker.instruments(trader.symbols))
-        kept = self._remember() if self._resumed else None
-        sequence = kept["sequence"] if kept else 0
-        self.desk = Desk(self.id, broker, self.ledger, self._note, self.patience, sequence)
-        self.books = Books(self.id, trader, self.ledger, None, self.step)
-        self.books.recall(sequence)
-        if kept: await self._fetch()
-        await self._check_money(kept)
-        self._open_files()
-        await broker.stream(trader.symbols, self.timeframe)
-        await self._hear_both()
-        if kept: await self._fetch()
-        await self._see_history(kept)
-        self._status("running")
-        if not self.feed.ready: await broker.account()
+# %% ../../nbs/70_live/75_session.ipynb #de4db78d
+class Recovery(Stepper):
+    "How a session waits for its next step, through gaps and lost connections"
 
-    def _settings(self): return dict(venue=self.broker.venue.name, symbols=list(self.trader.symbols), timeframe=self.timeframe, policy=self.trader.policy.name)
-
-    def _remember(self):
-        "What the ledger holds of the session that is resumed"
-        known, given = self.ledger.session(self.id)["settings"], self._settings()
-        for name, value in given.items():
-            if known[name] != value: raise RefusedStart(f"session {self.id} has {name} {known[name]!r}, not {value!r}: resume it as it was, or start a new one")
-        kept = self.ledger.snapshot(self.id)
-        self.reserve, self._since = known["reserve"], kept["open_time"]
-        self.trader.restore(kept["content"])
-        self._halted = bool(self.trader.account["halted"][0])
-        return kept
-
-    async def _check_money(self, kept):
-        "Refuse what cannot be explained; say where the session stands"
-        money, own, broker = await self.broker.account(), wallet(self.trader.account), self.broker
-        check_explained(self.books.expected(), money)
-        if not kept:
-            if money.wallet < own - 1e-6: raise RefusedStart(f"the account holds {money.wallet:,.2f} {broker.quote}, the trader was given {own:,.2f}: lower its deposit")
-            self.reserve = money.wallet - own if money.wallet - own > 1e-6 else 0.
-        self.say(f"session {self.id}{' resumed' if kept else ''}: {broker.venue.name} at {broker.venue.rest} ({broker.venue.why}), wallet {money.wallet:,.2f} {broker.quote}, "
-                 f"{', '.join(self.trader.symbols)} {self.timeframe}, leverage {self.trader.limits.leverage}, policy {self.trader.policy.name}")
-
-    def _open_files(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._resumed: self.ledger.open_session(self.id, self._settings() | dict(reserve=self.reserve))
-        self.ledger.set_state(self.id, "running")
-        self.recorder = self.books.recorder = Recorder(self.folder / "recording.zst")
-        self.journal = Journal(self.folder / "journal.csv", self.ledger.rows(self.id))
-        self.broker.on_frame = self.recorder.frame
-        self._status("starting")
-
-    async def _hear_both(self):
-        until = monotonic() + self.patience
-        while not {"market", "user"} <= set(self._opened):
-            if not await self._hear(until - monotonic()):
-                raise RefusedStart(f"{self.broker.venue.name}: no answer on the {' and '.join(sorted({'market', 'user'} - set(self._opened)))} stream within {self.patience:g} s: check its address")
-        self._reopened = sum(self._opened.values())
-
-    async def _see_history(self, kept):
-        "Warm up; what has closed since the last step waits in the feed"
-        trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
-        times, candles = await history(self.broker, trader.symbols, self.timeframe, *((10**9, last - (wanted - 1) * self.step) if kept else (wanted, None)))
-        seen = times <= last if kept else times == times
-        if seen.sum() < trader.warm_up:
-            raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.symbols)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
-        self.recorder.start(self._settings(), kept and kept["content"])
-        self.recorder.warm(times[seen], candles[seen])
-        trader.warm(times[seen], candles[seen])
-        if not kept: self.ledger.keep(self.id, trader.open_time, trader.snapshot(), 0)
-        self.feed, self.desk.cautious = Feed(trader.symbols, self.step, trader.open_time if seen.any() else None), bool(kept)
-        self._feed_in(times[~seen], candles[~seen])
-        for candle in self._early: self._take(candle)
+    async def _next(self):
+        "The next step; None where the session was stopped"
+        while not self._stopping:
+            while self.broker.events.qsize(): self._take(self.broker.events.get_nowait())
+            if sum(self._opened.values()) > self._reopened: await self._reconnected()
+            if self._book(): self._save()
+            if step := self.feed.take(): return step
+            if self.feed.gap or not await self._hear(2 * self.step / 1000 + 60): await self._fill_gap()
+        return None
 
     def _feed_in(self, times, candles):
         for open_time, rows in zip(times.tolist(), candles):
@@ -574,7 +547,84 @@ class Starter(Stepper):
         await self._fill_gap()
         if not self.feed.ready and not self.broker.events.qsize(): await self.broker.account()
 
-# %% ../../nbs/70_live/75_session.ipynb #3da4babf
+    async def _hear_both(self):
+        until = monotonic() + self.patience
+        while not {"market", "user"} <= set(self._opened):
+            if not await self._hear(until - monotonic()):
+                raise RefusedStart(f"{self.broker.venue.name}: no answer on the {' and '.join(sorted({'market', 'user'} - set(self._opened)))} stream within {self.patience:g} s: check its address")
+        self._reopened = sum(self._opened.values())
+
+# %% ../../nbs/70_live/75_session.ipynb #ab69713a
+class Starter(Recovery):
+    "What a session does before its first candle"
+
+    async def _start(self):
+        "Up to the moment at which the first candle may come"
+        trader, broker = self.trader, self.broker
+        if not self._resumed: self.ledger.check_new(self.id)
+        await broker.connect(trader.symbols, trader.limits.leverage)
+        check_instruments(trader.instruments, broker.instruments(trader.symbols))
+        kept = self._remember() if self._resumed else None
+        sequence = kept["sequence"] if kept else 0
+        self.desk = Desk(self.id, broker, self.ledger, self._note, self.patience, sequence)
+        self.books = Books(self.id, trader, self.ledger, None, self.step)
+        self.books.recall(sequence)
+        if kept: await self._fetch()
+        await self._check_money()
+        self._open_files()
+        await broker.stream(trader.symbols, self.timeframe)
+        await self._hear_both()
+        if kept: await self._fetch()
+        await self._see_history(kept)
+        self._status("running")
+        if not self.feed.ready: await broker.account()
+
+    def _settings(self): return dict(venue=self.broker.venue.name, symbols=list(self.trader.symbols), timeframe=self.timeframe, policy=self.trader.policy.name)
+
+    def _remember(self):
+        "What the ledger holds of the session that is resumed"
+        known = self.ledger.session(self.id)["settings"]
+        check_same(self.id, known, self._settings())
+        kept = self.ledger.snapshot(self.id)
+        self.reserve, self._since = known["reserve"], kept["open_time"]
+        self.trader.restore(kept["content"])
+        self._halted = bool(self.trader.account["halted"][0])
+        return kept
+
+    async def _check_money(self):
+        "Refuse what cannot be explained; say where the session stands"
+        money, broker = await self.broker.account(), self.broker
+        check_explained(self.books.expected(), money)
+        if not self._resumed: self.reserve = reserve_of(money, wallet(self.trader.account), broker.quote)
+        self.say(f"session {self.id}{' resumed' if self._resumed else ''}: {broker.venue.name} at {broker.venue.rest} ({broker.venue.why}), wallet {money.wallet:,.2f} {broker.quote}, "
+                 f"{', '.join(self.trader.symbols)} {self.timeframe}, leverage {self.trader.limits.leverage}, policy {self.trader.policy.name}")
+
+    def _open_files(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._resumed: self.ledger.open_session(self.id, self._settings() | dict(reserve=self.reserve))
+        self.ledger.set_state(self.id, "running")
+        self.recorder = self.books.recorder = Recorder(self.folder / "recording.zst")
+        self.journal = Journal(self.folder / "journal.csv", self.ledger.rows(self.id))
+        self.broker.on_frame = self.recorder.frame
+        self._status("starting")
+
+    async def _see_history(self, kept):
+        "Warm up; what has closed since the last step waits in the feed"
+        trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
+        times, candles = await history(self.broker, trader.symbols, self.timeframe, *((10**9, last - (wanted - 1) * self.step) if kept else (wanted, None)))
+        seen = times <= last if kept else times == times
+        if seen.sum() < trader.warm_up:
+            raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.symbols)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
+        self.recorder.start(self._settings(), kept and kept["content"])
+        self.recorder.warm(times[seen], candles[seen])
+        trader.warm(times[seen], candles[seen])
+        if not kept: self.ledger.keep(self.id, trader.open_time, trader.snapshot(), 0)
+        rehearse(trader, times[seen], candles[seen], self.step)
+        self.feed, self.desk.cautious = Feed(trader.symbols, self.step, trader.open_time if seen.any() else None), bool(kept)
+        self._feed_in(times[~seen], candles[~seen])
+        for candle in self._early: self._take(candle)
+
+# %% ../../nbs/70_live/75_session.ipynb #0603d323
 class Session(Starter):
     "A trader on an exchange; `await session.run()` until it is stopped"
 
@@ -608,7 +658,7 @@ class Session(Starter):
         with Signals(self.stop):
             try:
                 await self._start()
-                while (max_candles is None or self.statistics.candles < max_candles) and (step := await self._next()): await self._undisturbed(self._step(*step))
+                while (max_candles is None or self.statistics.candles < max_candles) and (step := await self._next()): await undisturbed(self._step(*step))
                 state = "stopped"
             except asyncio.CancelledError:
                 state = "stopped"
@@ -618,14 +668,6 @@ class Session(Starter):
                 raise
             finally: await self._finish(state)
         return self.statistics
-
-    async def _undisturbed(self, step):
-        "Let a step end even where the session is cancelled"
-        task = asyncio.ensure_future(step)
-        try: await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await task
-            raise
 
     async def _finish(self, state):
         try: await self.broker.close()
@@ -640,13 +682,3 @@ class Session(Starter):
     def _status(self, state):
         write_status(self.folder / "session.json", pid=os.getpid(), state=state, session=self.id, venue=self.broker.venue.name, symbols=list(self.trader.symbols),
                      timeframe=self.timeframe, statistics=self.statistics.summary())
-
-    async def _next(self):
-        "The next step; None where the session was stopped"
-        while not self._stopping:
-            while self.broker.events.qsize(): self._take(self.broker.events.get_nowait())
-            if sum(self._opened.values()) > self._reopened: await self._reconnected()
-            if self._book(): self._save()
-            if step := self.feed.take(): return step
-            if self.feed.gap or not await self._hear(2 * self.step / 1000 + 60): await self._fill_gap()
-        return None

@@ -22,8 +22,9 @@ from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number
 from ..records import INSTRUMENT, CostModel, Instrument
 from ..sim.kernel import market_fill
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #9eeb3708
-TIERS = ((300_000, 150, .004), (800_000, 100, .005), (3_000_000, 75, .0065), (12_000_000, 50, .01), (70_000_000, 25, .02), (1_000_000_000, 5, .1))
+# %% ../../nbs/60_localnet/63_exchange.ipynb #5e8e360f
+TIERS = ((300_000, 150, .004), (800_000, 100, .005), (3_000_000, 75, .0065), (12_000_000, 50, .01), (70_000_000, 25, .02),
+         (1_000_000_000, 5, .1))
 
 
 def leverage_brackets()->list[dict]:
@@ -31,7 +32,8 @@ def leverage_brackets()->list[dict]:
     brackets, floor, before, cum = [], 0, 0., 0.
     for n, (cap, leverage, rate) in enumerate(TIERS, 1):
         if n > 1: cum = round(cum + floor * (rate - before), 2)
-        brackets.append({"bracket": n, "initialLeverage": leverage, "notionalCap": cap, "notionalFloor": floor, "maintMarginRatio": rate, "cum": cum})
+        brackets.append({"bracket": n, "initialLeverage": leverage, "notionalCap": cap, "notionalFloor": floor,
+                         "maintMarginRatio": rate, "cum": cum})
         floor, before = cap, rate
     return brackets
 
@@ -109,13 +111,16 @@ def find_order(
         if order[key] == value and order["symbol"] == symbol: return order
     raise Refused(refusal)
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #17da5763
+# %% ../../nbs/60_localnet/63_exchange.ipynb #dd79f837
 def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only:bool, now:int)->dict:
     "A market order that has just been accepted"
     size = number_text(abs(quantity))
-    return {"orderId": number, "symbol": symbol, "pair": symbol, "status": "NEW", "clientOrderId": client_id, "price": "0", "avgPrice": "0.00", "origQty": size, "executedQty": "0",
-            "cumQuote": "0", "cumBase": "0", "timeInForce": "GTC", "type": "MARKET", "reduceOnly": reduce_only, "closePosition": False, "side": side(quantity),
-            "positionSide": "BOTH", "stopPrice": "0", "workingType": "CONTRACT_PRICE", "priceProtect": False, "origType": "MARKET", "priceMatch": "NONE",
+    return {"orderId": number, "symbol": symbol, "pair": symbol, "status": "NEW", "clientOrderId": client_id, "price": "0",
+            "avgPrice": "0.00", "origQty": size, "executedQty": "0",
+            "cumQuote": "0", "cumBase": "0", "timeInForce": "GTC", "type": "MARKET", "reduceOnly": reduce_only,
+            "closePosition": False, "side": side(quantity),
+            "positionSide": "BOTH", "stopPrice": "0", "workingType": "CONTRACT_PRICE", "priceProtect": False, "origType": "MARKET",
+            "priceMatch": "NONE",
             "selfTradePreventionMode": "EXPIRE_MAKER", "goodTillDate": 0, "time": now, "updateTime": now}
 
 
@@ -125,7 +130,8 @@ def side(quantity:float)->str: return "BUY" if quantity > 0 else "SELL"
 def filled(order:dict, price:float, now:int)->dict:
     "The order after its one trade"
     size, paid = order["origQty"], number_text(price)
-    return order | {"status": "FILLED", "avgPrice": paid, "executedQty": size, "cumQuote": money_text(float(size) * price), "cumBase": size, "updateTime": now}
+    return order | {"status": "FILLED", "avgPrice": paid, "executedQty": size, "cumQuote": money_text(float(size) * price),
+                    "cumBase": size, "updateTime": now}
 
 
 def order_reply(
@@ -138,22 +144,30 @@ def order_reply(
     if not result: order = order | {"status": "NEW", "executedQty": "0", "avgPrice": "0.00", "cumQuote": "0"}
     return {name: value for name, value in order.items() if name not in hidden} | {"cumQty": order["executedQty"]}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #81066f6d
+# %% ../../nbs/60_localnet/63_exchange.ipynb #13560ed0
 def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, realised:float, asset:str)->dict:
     "A trade of ours, as userTrades lists it"
-    return {"symbol": order["symbol"], "pair": order["symbol"], "id": number, "orderId": order["orderId"], "side": side(quantity), "price": number_text(price),
-            "qty": number_text(abs(quantity)), "baseQty": number_text(abs(quantity)), "quoteQty": money_text(abs(quantity) * price), "realizedPnl": money_text(realised),
-            "commission": money_text(fee), "commissionAsset": asset, "marginAsset": asset, "positionSide": "BOTH", "buyer": quantity > 0, "maker": False, "time": order["time"]}
+    return {"symbol": order["symbol"], "pair": order["symbol"], "id": number, "orderId": order["orderId"], "side": side(quantity),
+            "price": number_text(price),
+            "qty": number_text(abs(quantity)), "baseQty": number_text(abs(quantity)), "quoteQty": money_text(abs(quantity) * price),
+            "realizedPnl": money_text(realised),
+            "commission": money_text(fee), "commissionAsset": asset, "marginAsset": asset, "positionSide": "BOTH",
+            "buyer": quantity > 0, "maker": False, "time": order["time"]}
 
 
 def order_event(order:dict, trade:dict|None=None)->dict:
     "ORDER_TRADE_UPDATE: an order was accepted, or traded"
     now, done = order["updateTime"], trade is not None
-    told = {"s": order["symbol"], "c": order["clientOrderId"], "S": order["side"], "o": order["type"], "f": order["timeInForce"], "q": order["origQty"], "p": order["price"],
-            "ap": order["avgPrice"], "sp": order["stopPrice"], "x": "TRADE" if done else "NEW", "X": order["status"], "i": order["orderId"],
-            "l": trade["qty"] if done else "0", "z": order["executedQty"], "L": trade["price"] if done else "0", "T": now, "t": trade["id"] if done else 0,
-            "b": "0", "a": "0", "m": False, "R": order["reduceOnly"], "wt": order["workingType"], "ot": order["origType"], "ps": order["positionSide"],
-            "cp": order["closePosition"], "pP": order["priceProtect"], "si": 0, "ss": 0, "rp": trade["realizedPnl"] if done else "0",
+    told = {"s": order["symbol"], "c": order["clientOrderId"], "S": order["side"], "o": order["type"], "f": order["timeInForce"],
+            "q": order["origQty"], "p": order["price"],
+            "ap": order["avgPrice"], "sp": order["stopPrice"], "x": "TRADE" if done else "NEW", "X": order["status"],
+            "i": order["orderId"],
+            "l": trade["qty"] if done else "0", "z": order["executedQty"], "L": trade["price"] if done else "0", "T": now,
+            "t": trade["id"] if done else 0,
+            "b": "0", "a": "0", "m": False, "R": order["reduceOnly"], "wt": order["workingType"], "ot": order["origType"],
+            "ps": order["positionSide"],
+            "cp": order["closePosition"], "pP": order["priceProtect"], "si": 0, "ss": 0,
+            "rp": trade["realizedPnl"] if done else "0",
             "V": order["selfTradePreventionMode"], "pm": order["priceMatch"], "gtd": order["goodTillDate"], "er": "0"}
     if done: told |= {"N": trade["commissionAsset"], "n": trade["commission"]}
     return {"e": "ORDER_TRADE_UPDATE", "E": now, "T": now, "o": told}
@@ -161,13 +175,16 @@ def order_event(order:dict, trade:dict|None=None)->dict:
 
 def trade_lite(order:dict, trade:dict)->dict:
     "TRADE_LITE: the fastest word of a fill, without its fee"
-    return {"e": "TRADE_LITE", "E": trade["time"], "T": trade["time"], "s": trade["symbol"], "q": order["origQty"], "p": order["price"], "m": trade["maker"],
-            "c": order["clientOrderId"], "S": order["side"], "L": trade["price"], "l": trade["qty"], "t": trade["id"], "i": order["orderId"]}
+    return {"e": "TRADE_LITE", "E": trade["time"], "T": trade["time"], "s": trade["symbol"], "q": order["origQty"],
+            "p": order["price"], "m": trade["maker"],
+            "c": order["clientOrderId"], "S": order["side"], "L": trade["price"], "l": trade["qty"], "t": trade["id"],
+            "i": order["orderId"]}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #5fbba1be
+# %% ../../nbs/60_localnet/63_exchange.ipynb #b86d82cb
 def income_row(number:int, kind:str, amount:float, symbol:str, asset:str, now:int, trade:str="")->dict:
     "A row of GET income"
-    return {"symbol": symbol, "incomeType": kind, "income": money_text(amount), "asset": asset, "info": kind if not trade else trade, "time": now, "tranId": number, "tradeId": trade}
+    return {"symbol": symbol, "incomeType": kind, "income": money_text(amount), "asset": asset,
+            "info": kind if not trade else trade, "time": now, "tranId": number, "tradeId": trade}
 
 
 def selected(
@@ -221,7 +238,7 @@ def check_notional(
     "Refuse an order that is too small to trade"
     if notional < instrument.min_notional: raise Refused(-4164, number_text(instrument.min_notional))
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #475d7130
+# %% ../../nbs/60_localnet/63_exchange.ipynb #09d23451
 def account_event(
     reason:str,          # ORDER or FUNDING_FEE
     time:int,            # ms, of the market clock
@@ -237,7 +254,8 @@ def account_event(
 
 def position_event(symbol:str, position, realised:float, taker_fee:float)->dict:
     "A position as ACCOUNT_UPDATE tells it"
-    return {"s": symbol, "pa": number_text(position["quantity"]), "ep": number_text(position["entry_price"]), "bep": break_even(position, taker_fee),
+    return {"s": symbol, "pa": number_text(position["quantity"]), "ep": number_text(position["entry_price"]),
+            "bep": break_even(position, taker_fee),
             "cr": money_text(realised), "up": money_text(margin(position, 1)["profit"]), "mt": "cross", "iw": "0", "ps": "BOTH"}
 
 
@@ -245,7 +263,7 @@ def break_even(position, taker_fee:float)->str:
     "The price at which closing pays for its own fee"
     return number_text(round(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee), 8))
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #091b8ad5
+# %% ../../nbs/60_localnet/63_exchange.ipynb #869c1384
 class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
@@ -268,7 +286,7 @@ class Exchange:
         "Let one candle close; funding due up to its close is booked, on the positions held, at its closing price"
         before = self.market.now
         self.market.closed += 1
-        for time, n, rate in sorted((time, n, rate) for n in range(len(self.positions)) for time, rate in self.market.due(n, before)): self.fund(n, rate, time)
+        for time, n, rate in sorted((time, k, rate) for k in range(len(self.positions)) for time, rate in self.market.due(k, before)): self.fund(n, rate, time)
         self.value()
 
     def fund(self, n:int, rate:float, time:int):
@@ -320,15 +338,18 @@ def compile_fills(exchange:Exchange):
     apply_fill(account, positions, 0, 1., price, fee)
     apply_funding(account, float(funding_amount(positions[0]["quantity"], price, 0.)))
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #3bde3e2a
+# %% ../../nbs/60_localnet/63_exchange.ipynb #6cade2fa
 def balance_words(exchange:Exchange)->dict:
     "The sums of an account in its one asset"
     rows, equity, money = [exchange.margin(n) for n in range(len(exchange.positions))], exchange.account[0]["equity"], wallet(exchange.account)
     initial, kept = sum(row["initial"] for row in rows), sum(row["maintenance"] for row in rows)
     free = money_text(max(equity - initial, 0.))
-    return {"initialMargin": money_text(initial), "maintMargin": money_text(kept), "walletBalance": money_text(money), "unrealizedProfit": money_text(equity - money),
-            "marginBalance": money_text(equity), "positionInitialMargin": money_text(initial), "openOrderInitialMargin": money_text(0.),
-            "crossWalletBalance": money_text(money), "crossUnPnl": money_text(equity - money), "availableBalance": free, "maxWithdrawAmount": free}
+    return {"initialMargin": money_text(initial), "maintMargin": money_text(kept), "walletBalance": money_text(money),
+            "unrealizedProfit": money_text(equity - money),
+            "marginBalance": money_text(equity), "positionInitialMargin": money_text(initial),
+            "openOrderInitialMargin": money_text(0.),
+            "crossWalletBalance": money_text(money), "crossUnPnl": money_text(equity - money), "availableBalance": free,
+            "maxWithdrawAmount": free}
 
 
 def account_reply(exchange:Exchange, version:int)->dict:
@@ -337,27 +358,34 @@ def account_reply(exchange:Exchange, version:int)->dict:
     totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items() if name not in ("availableBalance", "maxWithdrawAmount")}
     asset = {"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True} if version == 2 else {})
     if version == 3: shown = [n for n in shown if exchange.positions[n]["quantity"] != 0]
-    reply = totals | {"availableBalance": words["availableBalance"], "maxWithdrawAmount": words["maxWithdrawAmount"], "assets": [asset],
+    reply = totals | {"availableBalance": words["availableBalance"], "maxWithdrawAmount": words["maxWithdrawAmount"],
+                      "assets": [asset],
                       "positions": [position_in_account(exchange, n, version) for n in shown]}
-    return reply if version == 3 else {"feeTier": 0, "feeBurn": False, "canTrade": True, "canDeposit": True, "canWithdraw": True, "updateTime": 0,
+    return reply if version == 3 else {"feeTier": 0, "feeBurn": False, "canTrade": True, "canDeposit": True, "canWithdraw": True,
+                                       "updateTime": 0,
                                        "multiAssetsMargin": False, "tradeGroupId": -1} | reply
 
 
 def position_in_account(exchange:Exchange, n:int, version:int)->dict:
     "A position as GET account lists it"
     row, position = exchange.margin(n), exchange.positions[n]
-    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]), "unrealizedProfit": money_text(row["profit"]),
-              "initialMargin": money_text(row["initial"]), "maintMargin": money_text(row["maintenance"]), "updateTime": exchange.changed[n]}
+    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]),
+              "unrealizedProfit": money_text(row["profit"]),
+              "initialMargin": money_text(row["initial"]), "maintMargin": money_text(row["maintenance"]),
+              "updateTime": exchange.changed[n]}
     if version == 3: return shared | {"isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0"}
-    return shared | {"positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0", "leverage": str(exchange.leverage[n]), "isolated": False,
-                     "entryPrice": number_text(position["entry_price"]), "maxNotional": str(max_notional(exchange.leverage[n])), "bidNotional": "0", "askNotional": "0"}
+    return shared | {"positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0",
+                     "leverage": str(exchange.leverage[n]), "isolated": False,
+                     "entryPrice": number_text(position["entry_price"]), "maxNotional": str(max_notional(exchange.leverage[n])),
+                     "bidNotional": "0", "askNotional": "0"}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #eefb4088
+# %% ../../nbs/60_localnet/63_exchange.ipynb #b258c10b
 def balances(exchange:Exchange)->list:
     "GET balance"
     words = balance_words(exchange)
     kept = {name: words[name] for name in ("crossWalletBalance", "crossUnPnl", "availableBalance", "maxWithdrawAmount")}
-    return [{"accountAlias": "localnet", "asset": exchange.asset, "balance": words["walletBalance"], **kept, "marginAvailable": True, "updateTime": exchange.market.now}]
+    return [{"accountAlias": "localnet", "asset": exchange.asset, "balance": words["walletBalance"], **kept,
+             "marginAvailable": True, "updateTime": exchange.market.now}]
 
 
 def positions_at_risk(exchange:Exchange, parameters:dict, version:int)->list:
@@ -368,14 +396,20 @@ def positions_at_risk(exchange:Exchange, parameters:dict, version:int)->list:
 def position_risk(exchange:Exchange, n:int, version:int)->dict:
     "One position of GET positionRisk"
     row, position = exchange.margin(n), exchange.positions[n]
-    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]), "entryPrice": number_text(position["entry_price"]),
-              "breakEvenPrice": break_even(position, exchange.costs.taker_fee), "markPrice": money_text(position["mark_price"]), "unRealizedProfit": money_text(row["profit"]), "liquidationPrice": "0",
-              "isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0", "updateTime": exchange.changed[n]}
-    if version == 2: return shared | {"leverage": str(exchange.leverage[n]), "marginType": "cross", "isAutoAddMargin": "false", "maxNotionalValue": str(max_notional(exchange.leverage[n]))}
-    return shared | {"marginAsset": exchange.asset, "initialMargin": money_text(row["initial"]), "maintMargin": money_text(row["maintenance"]), "adl": 1,
-                     "positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0", "bidNotional": "0", "askNotional": "0"}
+    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]),
+              "entryPrice": number_text(position["entry_price"]),
+              "breakEvenPrice": break_even(position, exchange.costs.taker_fee), "markPrice": money_text(position["mark_price"]),
+              "unRealizedProfit": money_text(row["profit"]), "liquidationPrice": "0",
+              "isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0",
+              "updateTime": exchange.changed[n]}
+    if version == 2: return shared | {"leverage": str(exchange.leverage[n]), "marginType": "cross", "isAutoAddMargin": "false",
+                                      "maxNotionalValue": str(max_notional(exchange.leverage[n]))}
+    return shared | {"marginAsset": exchange.asset, "initialMargin": money_text(row["initial"]),
+                     "maintMargin": money_text(row["maintenance"]), "adl": 1,
+                     "positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0", "bidNotional": "0",
+                     "askNotional": "0"}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #c24efe23
+# %% ../../nbs/60_localnet/63_exchange.ipynb #2dee87b3
 def set_leverage(exchange:Exchange, parameters:dict)->dict:
     "POST leverage"
     n, leverage = exchange.market.find(parameters), whole(parameters, "leverage")
@@ -404,9 +438,10 @@ def set_position_mode(parameters:dict):
 def symbol_settings(exchange:Exchange, n:int)->dict:
     "GET symbolConfig for one symbol"
     leverage = exchange.leverage[n]
-    return {"symbol": exchange.market.ids[n], "marginType": "CROSSED", "isAutoAddMargin": False, "leverage": leverage, "maxNotionalValue": str(max_notional(leverage))}
+    return {"symbol": exchange.market.ids[n], "marginType": "CROSSED", "isAutoAddMargin": False, "leverage": leverage,
+            "maxNotionalValue": str(max_notional(leverage))}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #fa04515e
+# %% ../../nbs/60_localnet/63_exchange.ipynb #0e9a155d
 def open_orders(exchange:Exchange, parameters:dict)->list:
     "GET openOrders; market orders are never open"
     asked = [exchange.market.ids[n] for n in exchange.market.asked(parameters)]
@@ -416,19 +451,22 @@ def open_orders(exchange:Exchange, parameters:dict)->list:
 def all_orders(exchange:Exchange, parameters:dict)->list:
     "GET allOrders"
     rows, first = exchange.orders, whole(parameters, "orderId", 0)
-    return selected([row for row in rows if row["orderId"] >= first], parameters, exchange.market.ids[exchange.market.find(parameters)])
+    return selected([row for row in rows if row["orderId"] >= first], parameters,
+                    exchange.market.ids[exchange.market.find(parameters)])
 
 
 def user_trades(exchange:Exchange, parameters:dict)->list:
     "GET userTrades; `fromId` begins at a trade, `orderId` picks one order's"
     rows, first, order = exchange.trades, whole(parameters, "fromId", 0), whole(parameters, "orderId", 0)
-    return selected([row for row in rows if row["id"] >= first and order in (0, row["orderId"])], parameters, exchange.market.ids[exchange.market.find(parameters)])
+    return selected([row for row in rows if row["id"] >= first and order in (0, row["orderId"])], parameters,
+                    exchange.market.ids[exchange.market.find(parameters)])
 
 
 def incomes(exchange:Exchange, parameters:dict)->list:
     "GET income"
     symbol = exchange.market.ids[exchange.market.find(parameters)] if parameters.get("symbol") else None
-    return selected([row for row in exchange.incomes if parameters.get("incomeType") in (None, row["incomeType"])], parameters, symbol, 100)
+    return selected([row for row in exchange.incomes if parameters.get("incomeType") in (None, row["incomeType"])], parameters,
+                    symbol, 100)
 
 
 def cancel(exchange:Exchange, parameters:dict):

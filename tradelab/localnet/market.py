@@ -13,7 +13,7 @@ from .wire import Refused, assets, exchange_id, mandatory, money_text, number_te
 from ..market.candles import TIMEFRAMES, check_times, matrix, text, times
 from ..records import CLOSE, OPEN, VOLUME, Instrument
 
-# %% ../../nbs/60_localnet/61_market.ipynb #e15bbb05
+# %% ../../nbs/60_localnet/61_market.ipynb #ff736477
 LIMIT_ORDERS = 200
 
 
@@ -25,14 +25,20 @@ def symbol_reply(
     step, tick = number_text(instrument.quantity_step), number_text(instrument.price_tick)
     lots = {"stepSize": step, "minQty": number_text(instrument.min_quantity), "maxQty": number_text(instrument.max_quantity)}
     return {
-        "symbol": base + quote, "pair": base + quote, "contractType": "PERPETUAL", "deliveryDate": 4133404800000, "onboardDate": 1569398400000,
-        "status": "TRADING", "maintMarginPercent": "2.5000", "requiredMarginPercent": "5.0000", "baseAsset": base, "quoteAsset": quote, "marginAsset": quote,
-        "pricePrecision": decimals(tick), "quantityPrecision": decimals(step), "baseAssetPrecision": 8, "quotePrecision": 8, "underlyingType": "COIN",
-        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": "0.012500", "marketTakeBound": "0.05",
+        "symbol": base + quote, "pair": base + quote, "contractType": "PERPETUAL", "deliveryDate": 4133404800000,
+        "onboardDate": 1569398400000,
+        "status": "TRADING", "maintMarginPercent": "2.5000", "requiredMarginPercent": "5.0000", "baseAsset": base,
+        "quoteAsset": quote, "marginAsset": quote,
+        "pricePrecision": decimals(tick), "quantityPrecision": decimals(step), "baseAssetPrecision": 8, "quotePrecision": 8,
+        "underlyingType": "COIN",
+        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": "0.012500",
+        "marketTakeBound": "0.05",
         "filters": [{"filterType": "PRICE_FILTER", "tickSize": tick, "minPrice": tick, "maxPrice": "10000000"},
                     {"filterType": "LOT_SIZE", **lots}, {"filterType": "MARKET_LOT_SIZE", **lots},
-                    {"filterType": "MAX_NUM_ORDERS", "limit": LIMIT_ORDERS}, {"filterType": "MIN_NOTIONAL", "notional": number_text(instrument.min_notional)},
-                    {"filterType": "PERCENT_PRICE", "multiplierUp": "1.0500", "multiplierDown": "0.9500", "multiplierDecimal": "4"}],
+                    {"filterType": "MAX_NUM_ORDERS", "limit": LIMIT_ORDERS},
+                    {"filterType": "MIN_NOTIONAL", "notional": number_text(instrument.min_notional)},
+                    {"filterType": "PERCENT_PRICE", "multiplierUp": "1.0500", "multiplierDown": "0.9500",
+                     "multiplierDecimal": "4"}],
         "orderTypes": ["MARKET"], "timeInForce": ["GTC"]}
 
 
@@ -40,7 +46,7 @@ def decimals(number:str)->int:
     "Digits behind the point"
     return len(number.partition(".")[2])
 
-# %% ../../nbs/60_localnet/61_market.ipynb #f59bc941
+# %% ../../nbs/60_localnet/61_market.ipynb #280e5313
 def just_opened(
     candle:np.ndarray,   # (5,), as it will be
 )->np.ndarray:           # (5,), as it is at its first moment
@@ -68,7 +74,8 @@ def kline_event(
     "A candle as the stream sends it; only `x` says that it is final"
     start, opened, high, low, close, volume, end, traded = kline[:8]
     return {"e": "kline", "E": int(event_time), "s": symbol,
-            "k": {"t": start, "T": end, "s": symbol, "i": interval, "f": -1, "L": -1, "o": opened, "c": close, "h": high, "l": low, "v": volume,
+            "k": {"t": start, "T": end, "s": symbol, "i": interval, "f": -1, "L": -1, "o": opened, "c": close, "h": high, "l": low,
+                  "v": volume,
                   "n": 0, "x": closed, "q": traded, "V": "0", "Q": "0", "B": "0"}}
 
 # %% ../../nbs/60_localnet/61_market.ipynb #00ce27db
@@ -146,14 +153,15 @@ def klines(market:Market, parameters:dict)->list:
     first, end = (first, min(end, first + limit)) if parameters.get("startTime") else (max(first, end - limit), end)
     return [market.kline(t, n) for t in range(first, end)]
 
-# %% ../../nbs/60_localnet/61_market.ipynb #23ec2c97
+# %% ../../nbs/60_localnet/61_market.ipynb #bd820d4d
 def premium(market:Market, n:int)->dict:
     "GET premiumIndex for one symbol"
     due, rates = market.funding[n]
     past = int(np.searchsorted(due, market.now, side="right"))
     following = int(due[past]) if past < len(due) else (market.now // EIGHT_HOURS + 1) * EIGHT_HOURS
     price = money_text(market.mark_price(n))
-    return {"symbol": market.ids[n], "markPrice": price, "indexPrice": price, "estimatedSettlePrice": price, "interestRate": "0.00010000",
+    return {"symbol": market.ids[n], "markPrice": price, "indexPrice": price, "estimatedSettlePrice": price,
+            "interestRate": "0.00010000",
             "lastFundingRate": money_text(rates[past - 1] if past else 0.), "nextFundingTime": following, "time": market.now}
 
 
@@ -163,14 +171,16 @@ EIGHT_HOURS = 8 * 3_600_000
 def mark_event(market:Market, n:int)->dict:
     "The mark price as the stream sends it"
     known = premium(market, n)
-    return {"e": "markPriceUpdate", "E": market.now, "s": known["symbol"], "p": known["markPrice"], "ap": known["markPrice"], "i": known["indexPrice"],
+    return {"e": "markPriceUpdate", "E": market.now, "s": known["symbol"], "p": known["markPrice"], "ap": known["markPrice"],
+            "i": known["indexPrice"],
             "P": known["estimatedSettlePrice"], "r": known["lastFundingRate"], "T": known["nextFundingTime"], "st": 1}
 
 
 def funding_rates(market:Market, parameters:dict)->list:
     "GET fundingRate: what fell due already, oldest first"
     begin, end, limit = whole(parameters, "startTime", 0), whole(parameters, "endTime", market.now), whole(parameters, "limit", 100)
-    rows = [{"symbol": market.ids[n], "fundingTime": time, "fundingRate": money_text(rate), "markPrice": money_text(market.candles[settled(market, time), n, CLOSE]),
+    rows = [{"symbol": market.ids[n], "fundingTime": time, "fundingRate": money_text(rate),
+             "markPrice": money_text(market.candles[settled(market, time), n, CLOSE]),
              "rateType": "Regular"} for n in market.asked(parameters) for time, rate in market.due(n, begin - 1) if time <= end]
     rows.sort(key=lambda row: row["fundingTime"])
     return rows[:limit] if parameters.get("startTime") else rows[-limit:]

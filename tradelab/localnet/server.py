@@ -6,9 +6,9 @@
 __all__ = ['MARKET_DATA', 'ACCOUNT_DATA', 'ACTIONS', 'ENDPOINTS', 'BARRIER', 'milliseconds_now', 'Meter', 'Endpoint',
            'one_or_all', 'exchange_info', 'commission', 'renew_listen_key', 'ordered', 'asked_order', 'cancel_all',
            'check_access', 'Connection', 'wanted', 'subscribe', 'Streams', 'kline_payload', 'obey', 'Service', 'answer',
-           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet']
+           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'find_or_start']
 
-# %% ../../nbs/60_localnet/66_server.ipynb #3b34573d
+# %% ../../nbs/60_localnet/66_server.ipynb #9eb36899
 import asyncio
 import errno
 import hashlib
@@ -18,12 +18,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from urllib.error import URLError
+from urllib.request import urlopen
 
 from aiohttp import WSMsgType, web
 
+from ..config import Venue
 from tradelab.localnet.exchange import (
-    BRACKETS, Exchange, account_reply, all_orders, balances, cancel, compile_fills, find_order, incomes, open_orders, order_reply, positions_at_risk,
+    BRACKETS, Exchange, account_reply, all_orders, balances, cancel, compile_fills, find_order, incomes, open_orders, order_reply,
+    positions_at_risk,
     set_leverage, set_margin_type, set_position_mode, symbol_settings, user_trades,
 )
 from .market import Market, funding_rates, kline_event, klines, mark_event, premium, symbol_reply
@@ -47,7 +52,7 @@ class Meter:
         self.used += amount
         return self.used
 
-# %% ../../nbs/60_localnet/66_server.ipynb #d2cfdd90
+# %% ../../nbs/60_localnet/66_server.ipynb #687ab09c
 @dataclass(frozen=True)
 class Endpoint:
     "A row of the table of what REST serves"
@@ -66,7 +71,8 @@ def exchange_info(exchange:Exchange)->dict:
     limits = (("REQUEST_WEIGHT", "MINUTE", 1, 2400), ("ORDERS", "MINUTE", 1, 1200), ("ORDERS", "SECOND", 10, 300))
     return {"timezone": "UTC", "serverTime": milliseconds_now(), "futuresType": "U_MARGINED", "exchangeFilters": [],
             "rateLimits": [dict(zip(("rateLimitType", "interval", "intervalNum", "limit"), limit)) for limit in limits],
-            "assets": [{"asset": exchange.asset, "marginAvailable": True, "autoAssetExchange": "0"}], "symbols": [symbol_reply(instrument) for instrument in exchange.instruments]}
+            "assets": [{"asset": exchange.asset, "marginAvailable": True, "autoAssetExchange": "0"}],
+            "symbols": [symbol_reply(instrument) for instrument in exchange.instruments]}
 
 
 MARKET_DATA = {
@@ -76,24 +82,31 @@ MARKET_DATA = {
     ("GET", "v1/klines"): Endpoint(5, "public", lambda service, asked: klines(service.exchange.market, asked)),
     ("GET", "v1/fundingRate"): Endpoint(0, "public", lambda service, asked: funding_rates(service.exchange.market, asked)),
     ("GET", "v1/premiumIndex"): Endpoint(
-        1, "public", lambda service, asked: one_or_all(service.exchange.market, asked, lambda n: premium(service.exchange.market, n))),
+        1, "public", lambda service, asked: one_or_all(service.exchange.market, asked,
+                                                       lambda n: premium(service.exchange.market, n))),
 }
 
-# %% ../../nbs/60_localnet/66_server.ipynb #426c0af0
+# %% ../../nbs/60_localnet/66_server.ipynb #1b52f264
 ACCOUNT_DATA = {
     ("GET", f"{version}/{name}"): Endpoint(5, "signed", reply) for version, name, reply in (
-        ("v3", "account", lambda service, asked: account_reply(service.exchange, 3)), ("v2", "account", lambda service, asked: account_reply(service.exchange, 2)),
-        ("v3", "balance", lambda service, asked: balances(service.exchange)), ("v2", "balance", lambda service, asked: balances(service.exchange)),
+        ("v3", "account", lambda service, asked: account_reply(service.exchange, 3)),
+        ("v2", "account", lambda service, asked: account_reply(service.exchange, 2)),
+        ("v3", "balance", lambda service, asked: balances(service.exchange)),
+        ("v2", "balance", lambda service, asked: balances(service.exchange)),
         ("v3", "positionRisk", lambda service, asked: positions_at_risk(service.exchange, asked, 3)),
         ("v2", "positionRisk", lambda service, asked: positions_at_risk(service.exchange, asked, 2)),
-        ("v1", "allOrders", lambda service, asked: all_orders(service.exchange, asked)), ("v1", "userTrades", lambda service, asked: user_trades(service.exchange, asked)),
-        ("v1", "income", lambda service, asked: incomes(service.exchange, asked)), ("v1", "openOrders", lambda service, asked: open_orders(service.exchange, asked)),
+        ("v1", "allOrders", lambda service, asked: all_orders(service.exchange, asked)),
+        ("v1", "userTrades", lambda service, asked: user_trades(service.exchange, asked)),
+        ("v1", "income", lambda service, asked: incomes(service.exchange, asked)),
+        ("v1", "openOrders", lambda service, asked: open_orders(service.exchange, asked)),
         ("v1", "symbolConfig", lambda service, asked: [symbol_settings(service.exchange, n) for n in service.exchange.market.asked(asked)]),
         ("v1", "commissionRate", lambda service, asked: commission(service.exchange, service.exchange.market.find(asked))),
         ("v1", "leverageBracket", lambda service, asked: [
             {"symbol": service.exchange.market.ids[n], "notionalCoef": 1.0, "brackets": BRACKETS} for n in service.exchange.market.asked(asked)]),
-        ("v1", "positionSide/dual", lambda service, asked: {"dualSidePosition": False}), ("v1", "multiAssetsMargin", lambda service, asked: {"multiAssetsMargin": False}),
-        ("v1", "accountConfig", lambda service, asked: {"feeTier": 0, "canTrade": True, "canDeposit": True, "canWithdraw": True, "dualSidePosition": False, "updateTime": 0,
+        ("v1", "positionSide/dual", lambda service, asked: {"dualSidePosition": False}),
+        ("v1", "multiAssetsMargin", lambda service, asked: {"multiAssetsMargin": False}),
+        ("v1", "accountConfig", lambda service, asked: {"feeTier": 0, "canTrade": True, "canDeposit": True, "canWithdraw": True,
+                                                        "dualSidePosition": False, "updateTime": 0,
                                                       "multiAssetsMargin": False, "tradeGroupId": -1}))}
 
 
@@ -102,7 +115,7 @@ def commission(exchange:Exchange, n:int)->dict:
     rate = number_text(exchange.costs.taker_fee)
     return {"symbol": exchange.market.ids[n], "makerCommissionRate": rate, "takerCommissionRate": rate, "rpiCommissionRate": rate}
 
-# %% ../../nbs/60_localnet/66_server.ipynb #31d97395
+# %% ../../nbs/60_localnet/66_server.ipynb #15fc08f3
 def renew_listen_key(service, asked:dict)->dict:
     "PUT listenKey"
     if not service.streams.listen_key: raise Refused(-1125)
@@ -128,11 +141,13 @@ def cancel_all(service, asked:dict)->dict:
 
 ACTIONS = {
     ("POST", "v1/order"): Endpoint(0, "signed", ordered), ("GET", "v1/order"): Endpoint(1, "signed", asked_order),
-    ("DELETE", "v1/order"): Endpoint(1, "signed", lambda service, asked: cancel(service.exchange, asked)), ("DELETE", "v1/allOpenOrders"): Endpoint(1, "signed", cancel_all),
+    ("DELETE", "v1/order"): Endpoint(1, "signed", lambda service, asked: cancel(service.exchange, asked)),
+    ("DELETE", "v1/allOpenOrders"): Endpoint(1, "signed", cancel_all),
     ("POST", "v1/leverage"): Endpoint(1, "signed", lambda service, asked: set_leverage(service.exchange, asked)),
     ("POST", "v1/marginType"): Endpoint(1, "signed", lambda service, asked: set_margin_type(service.exchange, asked)),
     ("POST", "v1/positionSide/dual"): Endpoint(1, "signed", lambda service, asked: set_position_mode(asked)),
-    ("POST", "v1/listenKey"): Endpoint(1, "key", lambda service, asked: {"listenKey": service.streams.open_key()}), ("PUT", "v1/listenKey"): Endpoint(1, "key", renew_listen_key),
+    ("POST", "v1/listenKey"): Endpoint(1, "key", lambda service, asked: {"listenKey": service.streams.open_key()}),
+    ("PUT", "v1/listenKey"): Endpoint(1, "key", renew_listen_key),
     ("DELETE", "v1/listenKey"): Endpoint(1, "key", lambda service, asked: service.streams.close_key()),
 }
 ENDPOINTS = MARKET_DATA | ACCOUNT_DATA | ACTIONS
@@ -192,7 +207,7 @@ def subscribe(
     streams += added
     return added
 
-# %% ../../nbs/60_localnet/66_server.ipynb #e05c5ef8
+# %% ../../nbs/60_localnet/66_server.ipynb #44f43f8c
 class Streams:
     "Who is connected, and who hears what"
     def __init__(self, market:Market, api_key:str):
@@ -229,15 +244,16 @@ class Streams:
         "The forming candle or the mark price, for new subscriptions"
         self.update()
         for stream in added:
-            if stream in self.klines: await connection.send(stream, kline_payload(self.market, self.market.closed, self.klines[stream]))
-            if stream in self.marks: await connection.send(stream, mark_event(self.market, self.marks[stream]))
+            n = (self.klines | self.marks).get(stream)
+            if stream in self.klines: await connection.send(stream, kline_payload(self.market, self.market.closed, n))
+            if stream in self.marks: await connection.send(stream, mark_event(self.market, n))
 
 
 def kline_payload(market:Market, t:int, n:int)->dict:
     "Candle t of symbol n as an event; final if it has closed"
     return kline_event(market.now, market.ids[n], market.interval, market.kline(t, n), t < market.closed)
 
-# %% ../../nbs/60_localnet/66_server.ipynb #b443df39
+# %% ../../nbs/60_localnet/66_server.ipynb #23f64922
 async def obey(
     streams:Streams,
     connection:Connection,
@@ -252,7 +268,8 @@ async def obey(
         elif method == "UNSUBSCRIBE": connection.streams[:] = [name for name in connection.streams if name not in names]
         elif method == "LIST_SUBSCRIPTIONS": result = list(connection.streams)
         else: raise ValueError(f"unknown method {method!r}")
-    except (ValueError, AttributeError, TypeError) as error: return await connection.reply({"error": {"code": 2, "msg": f"Invalid request: {error}"}, "id": number})
+    except (ValueError, AttributeError, TypeError) as error:
+        return await connection.reply({"error": {"code": 2, "msg": f"Invalid request: {error}"}, "id": number})
     streams.update()
     await connection.reply({"result": result, "id": number})
     await streams.greet(connection, added)
@@ -306,7 +323,7 @@ class Service:
         return {"market_time": market.now, "closed": market.closed, "candles": len(market.times), "sent": self.sent, "barrier_calls": self.calls,
                 "session": self.streams.session.is_set(), "orders": len(self.exchange.orders), "finished": self.finished.is_set()}
 
-# %% ../../nbs/60_localnet/66_server.ipynb #d6018017
+# %% ../../nbs/60_localnet/66_server.ipynb #4c39faae
 BARRIER = (("GET", "v3/account"), ("GET", "v2/account"))
 
 
@@ -327,7 +344,8 @@ def answer(
         reply = endpoint.reply(service, parameters(query, body))
     except Refused as refused: reply, status = refused.reply, refused.status
     headers = {"X-MBX-USED-WEIGHT-1M": str(service.weight.count(endpoint.weight if endpoint else 1, now))}
-    if name == ("POST", "v1/order"): headers |= {f"X-MBX-ORDER-COUNT-{label}": str(meter.count(status == 200, now)) for label, meter in service.order_counts.items()}
+    if name == ("POST", "v1/order"):
+        for label, meter in service.order_counts.items(): headers[f"X-MBX-ORDER-COUNT-{label}"] = str(meter.count(status == 200, now))
     if name in BARRIER and status == 200: service.passed()
     return reply, status, headers
 
@@ -409,7 +427,7 @@ async def serve(
         play.cancel()
     finally: await runner.cleanup()
 
-# %% ../../nbs/60_localnet/66_server.ipynb #40d43971
+# %% ../../nbs/60_localnet/66_server.ipynb #b199b16d
 class Localnet:
     "`with Localnet(candles) as venue: ...` at `venue.url`; or `Localnet(candles, port=18080).run_forever()`"
     def __init__(
@@ -428,7 +446,8 @@ class Localnet:
         order_reply:str="2026-07", # words of POST order; "classic" has avgPrice and cumQuote
     ):
         if order_reply not in ("2026-07", "classic"): raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
-        if interval_ms < 0 or not (lockstep or interval_ms): raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an interval above 0")
+        if interval_ms < 0 or not (lockstep or interval_ms):
+            raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an interval above 0")
         instruments = instruments.values() if isinstance(instruments, dict) else instruments or ()
         self.exchange = Exchange(Market(candles, funding, start), instruments, costs, deposit)
         self.service = Service(self.exchange, (api_key, api_secret), interval_ms, order_reply)
@@ -463,6 +482,25 @@ class Localnet:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with self:
-                print(f"localnet listens at {self.url} with {len(self.exchange.market.times)} candles of {', '.join(self.exchange.market.symbols)}; Ctrl-C stops it", flush=True)
+                market = self.exchange.market
+                print(f"localnet listens at {self.url} with {len(market.times)} candles of {', '.join(market.symbols)}; Ctrl-C stops it", flush=True)
                 self._thread.join()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
+
+# %% ../../nbs/60_localnet/66_server.ipynb #63fdb140
+@contextmanager
+def find_or_start(
+    venue:Venue,        # of the settings
+    candles:dict,       # frames by symbol, for a new one
+    **options,          # of `Localnet`
+):                      # the venue, with the address that answers
+    "The localnet at this address"
+    try:
+        with urlopen(f"{venue.rest}/_sim/state", timeout=1) as answer: json.load(answer)["market_time"]
+        found = True
+    except (URLError, OSError, ValueError, KeyError): found = False
+    if found: yield replace(venue, why=f"{venue.why}; found one at {venue.rest}, its candles are traded")
+    else:
+        port = int(venue.rest.rpartition(":")[2])
+        with Localnet(candles, api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(), port=port, **options) as started:
+            yield replace(venue, rest=started.url, stream=started.url.replace("http", "ws"))

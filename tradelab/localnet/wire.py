@@ -42,19 +42,26 @@ def exchange_id(symbol:str)->str:
     "The exchange's name of a symbol"
     return "".join(assets(symbol))
 
-# %% ../../nbs/60_localnet/60_wire.ipynb #1049dede
+# %% ../../nbs/60_localnet/60_wire.ipynb #24351ffb
 REFUSALS = {
     -1021: "Timestamp for this request {0}", -1022: "Signature for this request is not valid.",
-    -1102: "Mandatory parameter '{0}' was not sent, was empty/null, or malformed.", -1111: "Precision is over the maximum defined for this asset.",
-    -1116: "Invalid orderType.", -1117: "Invalid side.", -1120: "Invalid interval.", -1121: "Invalid symbol.", -1125: "This listenKey does not exist.",
-    -2011: "Unknown order sent.", -2013: "Order does not exist.", -2014: "API-key format invalid.", -2015: "Invalid API-key, IP, or permissions for action",
-    -2019: "Margin is insufficient.", -2022: "ReduceOnly Order is rejected.", -2027: "Exceeded the maximum allowable position at current leverage.",
-    -4003: "Quantity less than or equal to zero.", -4004: "Quantity less than min quantity.", -4005: "Quantity greater than max quantity.",
-    -4015: "Client order id is not valid.", -4023: "Qty not increased by step size.", -4028: "Leverage {0} is not valid", -4046: "No need to change margin type.",
+    -1102: "Mandatory parameter '{0}' was not sent, was empty/null, or malformed.",
+    -1111: "Precision is over the maximum defined for this asset.",
+    -1116: "Invalid orderType.", -1117: "Invalid side.", -1120: "Invalid interval.", -1121: "Invalid symbol.",
+    -1125: "This listenKey does not exist.",
+    -2011: "Unknown order sent.", -2013: "Order does not exist.", -2014: "API-key format invalid.",
+    -2015: "Invalid API-key, IP, or permissions for action",
+    -2019: "Margin is insufficient.", -2022: "ReduceOnly Order is rejected.",
+    -2027: "Exceeded the maximum allowable position at current leverage.",
+    -4003: "Quantity less than or equal to zero.", -4004: "Quantity less than min quantity.",
+    -4005: "Quantity greater than max quantity.",
+    -4015: "Client order id is not valid.", -4023: "Qty not increased by step size.", -4028: "Leverage {0} is not valid",
+    -4046: "No need to change margin type.",
     -4059: "No need to change position side.", -4061: "Order's position side does not match user's setting.",
     -4084: "Method is not allowed currently: localnet keeps {0}.", -4116: "ClientOrderId is duplicated.",
     -4120: "Order type not supported for this endpoint. Please use the Algo Order API endpoints instead.",
-    -4164: "Order's notional must be no smaller than {0} (unless you choose reduce only).", -5000: "Path {0}, Method {1} is invalid",
+    -4164: "Order's notional must be no smaller than {0} (unless you choose reduce only).",
+    -5000: "Path {0}, Method {1} is invalid",
 }
 STATUS = {-2014: 401, -2015: 401, -5000: 404}
 

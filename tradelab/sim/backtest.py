@@ -89,18 +89,26 @@ def _events(policy, times, candles, rates, start, account, positions, costs, lim
     mark(trader.account, trader.positions, candles[-1, :, CLOSE].copy())
     account[:], positions[:] = trader.account, trader.positions
 
-# %% ../../nbs/50_sim/52_backtest.ipynb #5f7dea6a
+# %% ../../nbs/50_sim/52_backtest.ipynb #0e9b50f5
 @dataclass(frozen=True)
 class Result:
     "What a policy did over a span: `journal`, `equity`, `summary()`, `plot()`"
     name:str
     rows:np.ndarray                     # JOURNAL, (T, n_symbols)
     symbols:tuple
-    final:tuple                         # (open time, equity) of the last candle, which only values
+    final:tuple = ()                    # (open time, equity) of the last candle, which only values
     source:str = ""                     # where the candles are from
     note:str = ""                       # in or out of sample
     baselines:dict = field(default_factory=dict, repr=False) # results of other policies over the same candles
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
+
+    @classmethod
+    def of(cls, journal:pd.DataFrame, name:str, **face):
+        "From a journal as a session keeps it: columns of JOURNAL and `symbol`, index open_time"
+        if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
+        symbols = tuple(dict.fromkeys(journal["symbol"]))
+        rows = np.array([tuple(row) for row in journal.assign(open_time=journal.index.as_unit("ms").asi8)[list(JOURNAL.names)].itertuples(index=False)], JOURNAL)
+        return cls(name, rows.reshape(-1, len(symbols)), symbols, **face)
 
     @property
     def journal(self)->pd.DataFrame:
@@ -113,7 +121,7 @@ class Result:
     @property
     def equity(self)->pd.Series:
         "Equity at the close of each candle, quote"
-        times, values = [*self.rows["open_time"][:, 0], self.final[0]], [*self.rows["equity"][:, 0], self.final[1]]
+        times, values = [*self.rows["open_time"][:, 0], *self.final[:1]], [*self.rows["equity"][:, 0], *self.final[1:]]
         return pd.Series(values, pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time"), name=self.name)
 
     def summary(self):

@@ -1,0 +1,339 @@
+"The live session against localnet, over real sockets and through ccxt"
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import SecretStr
+
+from tradelab.config import Venue
+from tradelab.evaluation.difference import first_difference
+from tradelab.features.observation import Observation
+from tradelab.live.broker import Broker, BrokerError
+from tradelab.live.ledger import Ledger
+from tradelab.live.recorder import read, replay
+from tradelab.live.session import BadFeed, RefusedStart, Session
+from tradelab.localnet.server import Localnet
+from tradelab.market.candles import times
+from tradelab.market.synthetic import ar1, funding
+from tradelab.records import CostModel, Instrument, Limits, Order
+from tradelab.risk.limits import gate
+from tradelab.strategies.example import Momentum
+from tradelab.trader import Trader
+
+pytestmark = pytest.mark.integration
+
+BITCOIN, ETHER = "BTC/USDT:USDT", "ETH/USDT:USDT"
+MARKET, HISTORY = ar1(140, seed=3), 40
+
+
+def localnet(symbols=(BITCOIN,), **options):
+    candles = {symbol: ar1(140, seed=3 + n) for n, symbol in enumerate(symbols)}
+    paid = {symbol: funding(frame, seed=n) for n, (symbol, frame) in enumerate(candles.items())}
+    return Localnet(candles, paid, [Instrument(symbol) for symbol in symbols], CostModel(), start=int(times(MARKET)[HISTORY]), **options)
+
+
+def venue(exchange, key="localnet-key", secret="localnet-secret"):
+    return Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr(key), SecretStr(secret))
+
+
+def trader(symbols=(BITCOIN,), limits=Limits()):
+    policy = Momentum(lookback=5, threshold=.005)
+    return Trader(policy, Observation.of(policy), gate, limits, tuple(Instrument(symbol) for symbol in symbols))
+
+
+def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
+    ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
+    return Session(trader(symbols, limits), broker(venue(exchange, *keys)), ledger, folder / "sessions", **({"id": "momentum_test"} | options))
+
+
+def run(session, candles=None): return asyncio.run(session.run(candles))
+def journal(folder, name="momentum_test"): return Ledger(f"sqlite:///{folder}/tradelab.db").journal(name)
+def recording(folder, name="momentum_test"): return folder / "sessions" / name / "recording.zst"
+def orders_at(exchange): return Counter(order["clientOrderId"] for order in exchange.exchange.orders)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "Eighty candles in one go: what every interrupted session must have done, too"
+    folder = tmp_path_factory.mktemp("whole")
+    with localnet() as exchange:
+        live = session(exchange, folder)
+        statistics = run(live, 80)
+        orders = orders_at(exchange)
+    return {"folder": folder, "statistics": statistics, "orders": orders, "journal": journal(folder)}
+
+
+def test_orders_flow_and_the_books_agree_with_the_exchange_at_every_candle(whole):
+    statistics, steps = whole["statistics"], whole["journal"]
+    assert statistics.candles == len(steps) == 80 and statistics.late == statistics.rejected == statistics.disagreements == 0
+    assert (steps["order"] > 0).sum() > 5 and (steps["order"] < 0).sum() > 5
+    assert (steps["fill_quantity"] == steps["order"]).all() and statistics.orders == statistics.fills == (steps["order"] != 0).sum()
+    assert (steps["funding"] != 0).any() and np.isclose(steps["fee"].sum(), statistics.fees) and np.isclose(steps["funding"].sum(), statistics.funding)
+    assert set(whole["orders"].values()) == {1} and len(whole["orders"]) == statistics.orders
+    assert list(times(steps)) == list(times(MARKET)[HISTORY:HISTORY + 80])
+
+
+def test_what_a_session_leaves(whole):
+    folder = whole["folder"] / "sessions" / "momentum_test"
+    table = pd.read_csv(folder / "journal.csv")
+    table.index = pd.DatetimeIndex(table.pop("open_time").to_numpy().astype("datetime64[ms]"), tz="UTC", name="open_time")
+    pd.testing.assert_frame_equal(table, whole["journal"], check_exact=True, check_dtype=False, check_index_type=False)
+    status = json.loads((folder / "session.json").read_text())
+    assert status["state"] == "stopped" and status["pid"] == os.getpid() and status["statistics"]["candles"] == 80
+    kinds = Counter(line["kind"] for line in read(folder / "recording.zst"))
+    assert kinds["candle"] == kinds["decision"] == 80 and kinds["frame"] > 160 and kinds["fill"] == whole["statistics"].fills
+    assert Ledger(f"sqlite:///{whole['folder']}/tradelab.db").session("momentum_test")["state"] == "stopped"
+    written = (folder / "session.json").read_text() + "".join(json.dumps(line) for line in read(folder / "recording.zst"))
+    assert "localnet-secret" not in written and "localnet-key" not in written and "listenKey" not in written
+
+
+def test_replay_finds_no_difference_and_finds_a_planted_one(whole):
+    recorded, recomputed = replay(recording(whole["folder"]), trader())
+    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+    lines = list(read(recording(whole["folder"])))
+    candle = [line for line in lines if line["kind"] == "candle"][50]
+    candle["candle"][0][3] = float(np.nextafter(candle["candle"][0][3], np.inf))
+    found = first_difference(*replay(lines, trader()))
+    assert found.bar == pd.Timestamp(candle["open_time"], unit="ms", tz="UTC") and found.column == "close" and found.a != found.b
+
+
+def test_a_session_that_was_stopped_and_resumed_is_the_session_that_was_not(whole, tmp_path):
+    with localnet() as exchange:
+        assert run(session(exchange, tmp_path), 30).candles == 30
+        assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 1).candles == 1
+        assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 49).candles == 49
+        orders = orders_at(exchange)
+    assert first_difference(whole["journal"], journal(tmp_path)) is None and orders == whole["orders"]
+    recorded, recomputed = replay(recording(tmp_path), trader())
+    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+    assert first_difference(recorded, replay(recording(whole["folder"]), trader())[0]) is None
+
+
+KILLED = """
+import asyncio, os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_live import Broker, SecretStr, Session, Venue, Ledger, trader, BITCOIN
+
+class Killed(Broker):
+    sent = 0
+    async def submit(self, order):
+        Killed.sent += 1
+        if {moment!r} == "before" and Killed.sent == {nth}: os.kill(os.getpid(), signal.SIGKILL)
+        answer = await super().submit(order)
+        if {moment!r} == "after" and Killed.sent == {nth}: os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    async def account(self):
+        if {moment!r} == "account" and Killed.sent == {nth}: os.kill(os.getpid(), signal.SIGKILL)
+        return await super().account()
+
+if {moment!r} == "intent":
+    intend = Ledger.intend
+    def killed(self, session, orders):
+        intend(self, session, orders)
+        Killed.sent += len(orders)
+        if Killed.sent >= {nth}: os.kill(os.getpid(), signal.SIGKILL)
+    Ledger.intend = killed
+
+folder = Path({folder!r})
+venue = Venue("localnet", "a test", {url!r}, {url!r}.replace("http", "ws"), SecretStr("localnet-key"), SecretStr("localnet-secret"))
+session = Session(trader(), Killed(venue), Ledger(f"sqlite:///{{folder}}/tradelab.db"), folder / "sessions", id="momentum_test")
+asyncio.run(session.run(80))
+"""
+
+
+def start(exchange, folder, moment="", nth=0):
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), url=exchange.url, moment=moment, nth=nth)
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("moment, nth", [("intent", 5), ("before", 5), ("after", 5), ("account", 5), ("after", 1)])
+def test_a_session_that_was_killed_neither_repeats_nor_loses_an_order(whole, tmp_path, moment, nth):
+    with localnet() as exchange:
+        process = start(exchange, tmp_path, moment, nth)
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == -signal.SIGKILL, said
+        done = [line["open_time"] for line in read(recording(tmp_path)) if line["kind"] == "decision"]
+        assert len(done) >= nth                                    # the recording of a killed session can be read
+        run(session(exchange, tmp_path, id="", resume="momentum_test"), 80 - len(journal(tmp_path)))
+        orders = orders_at(exchange)
+    attempts = Counter(name[-1] for name in orders)                # the one that was about to be sent is proven absent, and sent under its next name
+    assert Counter(name[:-1] for name in orders) == Counter(name[:-1] for name in whole["orders"]) and attempts["1"] == (moment == "before")
+    assert first_difference(whole["journal"], journal(tmp_path)) is None
+    recorded, recomputed = replay(recording(tmp_path), trader())
+    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_session_in_order(whole, tmp_path, number):
+    with localnet() as exchange:
+        process = start(exchange, tmp_path)
+        status = tmp_path / "sessions" / "momentum_test" / "session.json"
+        while process.poll() is None and not (status.exists() and len(journal(tmp_path)) > 10): time.sleep(.02)
+        assert json.loads(status.read_text())["pid"] == process.pid
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped: candles" in said and json.loads(status.read_text())["state"] == "stopped"
+    steps = journal(tmp_path)
+    assert 10 < len(steps) < 80 and first_difference(whole["journal"].iloc[:len(steps)], steps) is None
+    assert len(replay(recording(tmp_path), trader())[0]) == len(steps)
+
+
+class Slow(Broker):
+    "Waits 100 ms before everything it says"
+    async def submit(self, order): await asyncio.sleep(.1); return await super().submit(order)
+    async def account(self): await asyncio.sleep(.1); return await super().account()
+
+
+def test_a_slow_client_does_the_same(whole, tmp_path):
+    with localnet() as exchange: run(session(exchange, tmp_path, Slow), 40)
+    assert first_difference(whole["journal"].iloc[:40], journal(tmp_path)) is None
+
+
+class Deaf(Broker):
+    "Loses a socket again and again"
+    calls, route = 0, ""
+
+    async def account(self):
+        Deaf.calls += 1
+        if Deaf.calls % 9 == 0:
+            for url, client in list(self._exchange.clients.items()):
+                if self.route in url and client.connection: await client.connection.close()
+        return await super().account()
+
+
+@pytest.mark.parametrize("route", ["/private", "/market", "ws://"])
+def test_what_a_lost_stream_did_not_tell_is_fetched(whole, tmp_path, route):
+    with localnet() as exchange:
+        statistics = run(session(exchange, tmp_path, type("Deaf", (Deaf,), {"route": route})), 40)
+    events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
+    assert {"lost", "reconnected"} <= set(events["kind"]) and statistics.disagreements == 0
+    assert first_difference(whole["journal"].iloc[:40], journal(tmp_path)) is None
+
+
+def test_two_symbols(tmp_path):
+    symbols = (BITCOIN, ETHER)
+    with localnet(symbols) as exchange:
+        statistics = run(session(exchange, tmp_path, symbols=symbols), 15)
+        assert run(session(exchange, tmp_path, symbols=symbols, id="", resume="momentum_test"), 15).disagreements == 0
+    steps = journal(tmp_path)
+    assert statistics.disagreements == 0 and len(steps) == 60 and list(steps["symbol"][:2]) == list(symbols)
+    assert (steps["fill_quantity"] == steps["order"]).all() and first_difference(*replay(recording(tmp_path), trader(symbols))) is None
+
+
+def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):
+    limits = Limits(max_drawdown=.002)
+    with localnet() as exchange:
+        run(session(exchange, tmp_path, limits=limits), 30)
+        events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
+        assert list(events["kind"]) == ["halt"] and "everything is closed and stays closed" in events["text"][0]
+        run(session(exchange, tmp_path, limits=limits, id="", resume="momentum_test"), 10)
+    assert (journal(tmp_path)["order"].iloc[30:] == 0).all() and journal(tmp_path)["position"].iloc[-1] == 0
+
+
+def refused(error, match, live, folder):
+    with pytest.raises(error, match=match) as caught: run(live, 5)
+    assert not (folder / "sessions").exists() and journal(folder).empty
+    return str(caught.value)
+
+
+def test_wrong_keys_are_one_sentence_without_the_key(tmp_path):
+    with localnet() as exchange:
+        said = refused(BrokerError, "localnet refuses these keys .*: check localnet_key and localnet_secret", session(exchange, tmp_path, keys=("somebody", "localnet-secret")), tmp_path)
+        assert "somebody" not in said
+        said = refused(BrokerError, "localnet refuses these keys .-1022", session(exchange, tmp_path, keys=("localnet-key", "guessed-secret")), tmp_path)
+        assert "guessed" not in said and "localnet-key" not in said and "signature=" not in said
+
+
+def test_a_symbol_that_the_exchange_does_not_list(tmp_path):
+    with localnet() as exchange:
+        refused(BrokerError, "localnet does not list 'BTC/USDC:USDC': did you mean BTC/USDT:USDT", session(exchange, tmp_path, symbols=("BTC/USDC:USDC",)), tmp_path)
+
+
+def test_a_position_that_the_ledger_does_not_explain(tmp_path):
+    async def buy(broker):
+        await broker.connect([BITCOIN], 5)
+        await broker.submit(Order("by-hand", BITCOIN, .1, False, 0, 20_000.))
+        await broker.close()
+
+    with localnet() as exchange:
+        asyncio.run(buy(Broker(venue(exchange))))
+        refused(RefusedStart, "the exchange holds 0.1 BTC/USDT:USDT, the ledger explains 0.0: close the difference by hand", session(exchange, tmp_path), tmp_path)
+
+
+def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path):
+    async def sell(broker):
+        await broker.connect([BITCOIN], 5)
+        await broker.submit(Order("by-hand", BITCOIN, -.05, False, 0, 20_000.))
+        await broker.close()
+
+    with localnet() as exchange:
+        live = session(exchange, tmp_path)
+        run(live, 20)
+        while not live.trader.positions["quantity"][0]:
+            live = session(exchange, tmp_path, id="", resume="momentum_test")
+            run(live, 1)
+        before = journal(tmp_path)
+        asyncio.run(sell(Broker(venue(exchange))))
+        resumed = session(exchange, tmp_path, id="", resume="momentum_test")
+        run(resumed, 1)
+    events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
+    assert "foreign" in set(events["kind"]) and len(journal(tmp_path)) == len(before) + 1 and resumed.statistics.disagreements == 0
+
+
+def test_more_money_or_less_than_the_trader_was_given(tmp_path):
+    with localnet(deposit=15_000.) as exchange:
+        live = session(exchange, tmp_path)
+        assert run(live, 10).disagreements == 0 and live.reserve == 5_000
+        assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 10).disagreements == 0
+    with localnet(deposit=500.) as exchange:
+        with pytest.raises(RefusedStart, match="the account holds 500.00 USDT, the trader was given 10,000.00: lower its deposit"): run(session(exchange, tmp_path, id="poor"), 5)
+
+
+def test_a_session_is_resumed_as_it_was(tmp_path):
+    with localnet((BITCOIN, ETHER)) as exchange:
+        run(session(exchange, tmp_path), 3)
+        with pytest.raises(RefusedStart, match="has symbols .* resume it as it was, or start a new one"): run(session(exchange, tmp_path, symbols=(ETHER,), id="", resume="momentum_test"))
+        with pytest.raises(ValueError, match="is in the ledger already: resume it"): run(session(exchange, tmp_path), 1)
+        with pytest.raises(KeyError, match="knows no session 'another'"): run(session(exchange, tmp_path, id="", resume="another"), 1)
+
+
+def test_too_little_history(tmp_path):
+    market = {BITCOIN: MARKET}
+    with Localnet(market, start=int(times(MARKET)[3])) as exchange:
+        with pytest.raises(RefusedStart, match="localnet has 3 closed candles of BTC/USDT:USDT, policy momentum.* needs"): run(session(exchange, tmp_path), 5)
+
+
+def test_a_timeframe_that_the_exchange_does_not_have(tmp_path):
+    with localnet() as exchange:
+        with pytest.raises((BrokerError, RefusedStart, BadFeed)): run(session(exchange, tmp_path, timeframe="4h", patience=3.), 5)
+
+
+def test_stop_from_another_thread(tmp_path):
+    with localnet() as exchange:
+        live = session(exchange, tmp_path)
+        live.progress = lambda statistics: live.stop() if statistics.candles == 7 else None
+        assert run(live).candles == 7
+
+
+def test_a_cancelled_session_loses_nothing(whole, tmp_path):
+    async def cancelled(live):
+        task = asyncio.ensure_future(live.run())
+        live.progress = lambda statistics: task.cancel() if statistics.candles == 12 else None
+        await task
+
+    with localnet() as exchange:
+        with pytest.raises(asyncio.CancelledError): asyncio.run(cancelled(session(exchange, tmp_path, Slow)))
+        assert json.loads((tmp_path / "sessions" / "momentum_test" / "session.json").read_text())["state"] == "stopped"
+        run(session(exchange, tmp_path, id="", resume="momentum_test"), 10)
+    assert first_difference(whole["journal"].iloc[:len(journal(tmp_path))], journal(tmp_path)) is None
