@@ -5,6 +5,9 @@ BIN    := .venv/bin
 READY  := .venv/ready
 COVER  := $(BIN)/python -m coverage run -m pytest
 PASSES := .cache/test-passes.jsonl
+# what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange
+APART  := TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_RUNS=.cache/test/runs TRADELAB_SESSIONS=.cache/test/sessions \
+          TRADELAB_LOGS=.cache/test/logs TRADELAB_DATABASE=sqlite:///.cache/test/tradelab.db
 
 .PHONY: help setup demo test notebooks export readme lab benchmark lock clean
 .DEFAULT_GOAL := help
@@ -34,11 +37,12 @@ test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skip
 	@mkdir -p .cache && : > $(PASSES); $(BIN)/python -m coverage erase
 	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
 	@echo "--- tests"
-	$(COVER) -q tests
+	$(COVER) -q -n 2 --dist loadfile tests
 	@echo "--- the chapters against the package, uncompiled"
 	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled tests
 	@echo "--- all notebooks, cell by cell"
-	$(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs
+	@rm -rf .cache/test; mkdir -p .cache/test
+	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs
 	@$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered --fail-under=85
 	@if [ -f benchmarks/cold_compile.py ]; then $(BIN)/python benchmarks/cold_compile.py; fi

@@ -2,6 +2,7 @@
 import json
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ def pytest_sessionstart(session):
 def pytest_terminal_summary(terminalreporter, config):
     stats = terminalreporter.stats
     skipped = [(report.nodeid, report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "") for report in stats.get("skipped", [])]
-    if skipped: terminalreporter.section("skipped tests and cells")
-    for name, reason in skipped: terminalreporter.write_line(f"{name}: {reason or 'no reason given'}")
+    kinds = Counter((name.split("[")[0], reason) for name, reason in skipped)
+    if kinds: terminalreporter.section("skipped tests and cells")
+    for (name, reason), count in kinds.items(): terminalreporter.write_line(f"{name}{f' ({count} times)' if count > 1 else ''}: {reason or 'no reason given'}")
     counts = {kind: len(stats.get(kind, [])) for kind in ("passed", "failed", "error", "xfailed", "xpassed", "warnings")}
     if not PASSES.exists(): return # only `make test` asks for it
     with PASSES.open("a") as file: print(json.dumps({**counts, "skipped": skipped, "seconds": time.time() - config.started}), file=file)

@@ -9,6 +9,8 @@ import inspect
 import json
 import os
 import re
+import sys
+import types
 from pathlib import Path
 
 import matplotlib
@@ -33,10 +35,13 @@ def test_chapter(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(builtins, "display", lambda *things, **_: None, raising=False)
     for name in [name for name in os.environ if name.startswith("TRADELAB_")]: monkeypatch.delenv(name)
-    names = {**vars(importlib.import_module(module_of(path)))}
+    main = types.ModuleType("__main__") # as in a kernel
+    exported = vars(importlib.import_module(module_of(path)))
+    vars(main).update({name: value for name, value in exported.items() if not re.fullmatch("__.*__", name)})
+    monkeypatch.setitem(sys.modules, "__main__", main)
     for number, cell in enumerate(json.loads(path.read_text())["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] != "code" or NOT_HERE.search(source): continue
         code = compile(source, f"{path.stem}, cell {number}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        result = eval(code, names)
+        result = eval(code, vars(main))
         if inspect.iscoroutine(result): asyncio.run(result)

@@ -14,16 +14,18 @@ import pandas as pd
 import pytest
 from pydantic import SecretStr
 
+from tradelab.compiled import compiled
 from tradelab.config import Venue
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.live.broker import Broker, BrokerError
 from tradelab.live.ledger import Ledger
-from tradelab.live.recorder import read, replay
+from tradelab.live.recorder import find_session, read, recorded_settings, replay
 from tradelab.live.session import BadFeed, RefusedStart, Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
+from tradelab.policies import Policy
 from tradelab.records import CostModel, Instrument, Limits, Order
 from tradelab.risk.limits import gate
 from tradelab.strategies.example import Momentum
@@ -92,6 +94,9 @@ def test_what_a_session_leaves(whole):
     kinds = Counter(line["kind"] for line in read(folder / "recording.zst"))
     assert kinds["candle"] == kinds["decision"] == 80 and kinds["frame"] > 160 and kinds["fill"] == whole["statistics"].fills
     assert Ledger(f"sqlite:///{whole['folder']}/tradelab.db").session("momentum_test")["state"] == "stopped"
+    then = recorded_settings(find_session(whole["folder"] / "sessions", "latest") / "recording.zst")
+    assert then["policy"] == then["origin"] == "momentum(5,0.005)" and then["symbols"] == [BITCOIN] and Limits(**then["limits"]) == Limits() and then["deposit"] == 10_000
+    assert [Instrument(**each) for each in then["instruments"]] == [Instrument(BITCOIN)]
     written = (folder / "session.json").read_text() + "".join(json.dumps(line) for line in read(folder / "recording.zst"))
     assert "localnet-secret" not in written and "localnet-key" not in written and "listenKey" not in written
 
@@ -116,6 +121,27 @@ def test_a_session_that_was_stopped_and_resumed_is_the_session_that_was_not(whol
     recorded, recomputed = replay(recording(tmp_path), trader())
     assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
     assert first_difference(recorded, replay(recording(whole["folder"]), trader())[0]) is None
+
+
+@compiled
+def _follow(parameters, observation, targets):
+    for n in range(len(targets)):
+        change = observation[n, 0]
+        targets[n] = 0. if abs(change) < .002 else min(max(60. * change, -1.), 1.)
+
+
+def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
+    policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
+    make = lambda: Trader(policy, Observation.of(policy), gate, Limits(), (Instrument(BITCOIN),))
+    with localnet() as exchange:
+        live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"), tmp_path / "sessions", id="momentum_test")
+        statistics = run(live, 95)
+        held = {order["clientOrderId"]: order["origQty"] for order in exchange.exchange.orders}
+    steps = journal(tmp_path)
+    assert statistics.orders > 50 and statistics.disagreements == statistics.rejected == 0 and set(live.ledger.events("momentum_test")["kind"]) == set()
+    assert all(len(quantity.partition(".")[2]) <= 3 for quantity in held.values())
+    assert np.allclose(steps["fill_quantity"], steps["order"], atol=1e-12) and (steps["position"] == 0).any()
+    assert first_difference(*replay(recording(tmp_path), make())) is None
 
 
 KILLED = """

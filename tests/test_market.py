@@ -286,9 +286,12 @@ def test_a_full_disk_changes_nothing(tmp_path):
         import resource, sys
         from tradelab.market.store import CannotStore, Store
         from tradelab.market.synthetic import ar1
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))            # no file may grow beyond 20 kB
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))      # no file may grow beyond 20 kB
         try: Store(sys.argv[1]).write("kraken", "BTC/USD", "1h", ar1(24 * 80, seed=1, start="2022-01-01") * 2)
-        except CannotStore as error: sys.exit(str(error))
+        except CannotStore as error: sentence = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)                   # coverage may write its own file
+        sys.exit(sentence)
     """, tmp_path)
     out, error = writer.communicate(timeout=60)
     assert writer.returncode == 1 and "cannot keep" in error and "File too large: make room there or choose another folder; no file was left half-written" in error and "Traceback" not in error

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['record', 'record_fill', 'packed', 'unpacked', 'Trader']
 
-# %% ../nbs/00_ground/06_trader.ipynb #fe9f7deb
+# %% ../nbs/00_ground/06_trader.ipynb #cd8d78b4
 import base64
 from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
 
-from .account import ACCOUNT, POSITION, apply_fill, apply_funding, mark, new_account
+from .account import ACCOUNT, POSITION, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import compiled
 from .policies import Policy
 from .records import CLOSE, INSTRUMENT, JOURNAL, Decision, Fill, Funding, Instrument, Limits
@@ -38,7 +38,7 @@ def record(
         entry["reason"], entry["order"] = reasons[n], quantities[n]
         entry["fill_quantity"], entry["fill_price"], entry["fee"], entry["funding"] = 0., 0., 0., 0.
 
-# %% ../nbs/00_ground/06_trader.ipynb #80c25193
+# %% ../nbs/00_ground/06_trader.ipynb #5ed66d7f
 @compiled
 def record_fill(
     row,       # JOURNAL, (n_symbols,), changed
@@ -50,11 +50,11 @@ def record_fill(
     "Add a fill to the row of its step"
     entry = row[n]
     before = entry["fill_quantity"]
-    after = before + quantity
+    after = decimal8(before + quantity)
     if before == 0. or after == 0.: entry["fill_price"] = price
     else: entry["fill_price"] = (before * entry["fill_price"] + quantity * price) / after
     entry["fill_quantity"] = after
-    entry["fee"] += fee
+    entry["fee"] = decimal8(entry["fee"] + fee)
 
 # %% ../nbs/00_ground/06_trader.ipynb #57f09d45
 def packed(array:np.ndarray)->dict:

@@ -109,11 +109,12 @@ def draw_exposure(
     axis.set_ylabel("Exposure [x equity]")
     _dates(axis)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #a834ee10
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #c192de68
 def _figure(sheet):
     import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(9, 6.6), layout="constrained")  # before the context: the first figure wakes the notebook's backend, which the context would put to sleep again
     with plt.rc_context({"font.size": 9}):
-        figure, axes = plt.subplots(3, 1, figsize=(9, 6.6), sharex=True, height_ratios=(3, 1.3, 1.3), layout="constrained")
+        axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.3, 1.3))
         draw_curves(axes[:2], sheet.results)
         draw_exposure(axes[2], sheet.results[sheet.subject].journal)
         face = fill(sheet.face, 155)

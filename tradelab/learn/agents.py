@@ -29,7 +29,7 @@ from ..market.candles import check, data_hash, matrix, text
 from ..policies import Policy, mlp, pack
 from ..records import Instrument
 
-# %% ../../nbs/80_learn/85_agents.ipynb #a0790937
+# %% ../../nbs/80_learn/85_agents.ipynb #db8d14f6
 @dataclass(frozen=True)
 class Agent:
     "An algorithm, and the settings that learn here; `train` can be told others"
@@ -44,8 +44,8 @@ class Agent:
 
 
 def _sac(env, steps, **shared):
-    return SAC("MlpPolicy", env, buffer_size=min(max(steps, 1_000), 200_000), learning_starts=min(1_000, steps // 4), gradient_steps=max(1, env.num_envs // 4),
-               ent_coef="auto_0.1", target_entropy=-3. * env.action_space.shape[0], **shared)
+    return SAC("MlpPolicy", env, buffer_size=min(max(steps, 1_000), 200_000), learning_starts=min(1_000, steps // 4), gradient_steps=max(1, env.num_envs // 16),
+               ent_coef="auto_0.02", target_entropy=-3. * env.action_space.shape[0], **shared)
 
 
 def _ppo(env, steps, batch_size, **shared):
@@ -54,7 +54,7 @@ def _ppo(env, steps, batch_size, **shared):
 
 
 AGENTS = {agent.name: agent for agent in (
-    Agent("SAC", _sac, 1e-3, 256, 32, lambda model: [*model.actor.latent_pi, model.actor.mu], "relu", "tanh"),
+    Agent("SAC", _sac, 1e-3, 256, 64, lambda model: [*model.actor.latent_pi, model.actor.mu], "relu", "tanh"),
     Agent("PPO", _ppo, 1e-3, 1024, 64, lambda model: [*model.policy.mlp_extractor.policy_net, model.policy.action_net], "tanh", "clip"))}
 
 
@@ -128,7 +128,7 @@ def timeframe_of(
     for name, frame in frames.items(): check(frame, f"{period // size}{unit}", name)
     return f"{period // size}{unit}"
 
-# %% ../../nbs/80_learn/85_agents.ipynb #57007b30
+# %% ../../nbs/80_learn/85_agents.ipynb #660fbafb
 EPISODE = 256 # candles: short, so that a halted account does not sit out the rest of the data
 
 
@@ -154,7 +154,7 @@ def train(
 )->Run:
     "Train an agent and keep it as a run"
     how, here = choose(agent), settings()
-    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 10,000 for SAC or 60,000 for PPO are a beginning")
+    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     torch.set_num_threads(1)
     times, values, symbols = matrix(candles)
     if observation.scaler is None: observation = observation.fit(values)

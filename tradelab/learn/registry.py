@@ -8,7 +8,7 @@ __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'PROVENANCE', 'DERIVED', 'S
            'configuration', 'save', 'read_configuration', 'read', 'UnknownRun', 'find_module', 'find_rule', 'arguments',
            'load_rule', 'load', 'plot_learning']
 
-# %% ../../nbs/80_learn/83_registry.ipynb #bb6f06ec
+# %% ../../nbs/80_learn/83_registry.ipynb #1dda615f
 import ast
 import html
 import inspect
@@ -37,13 +37,14 @@ from safetensors import SafetensorError, safe_open
 from ..compiled import source_hash
 from ..config import nearest, settings
 from ..features.observation import Observation
+from ..market.candles import moment
 from ..market.store import replace_files
 from ..policies import ACTIVATIONS, Policy, mlp
 from ..records import CostModel, Instrument, Limits, Scaler
 from ..sim.backtest import make_trader
 from ..trader import Trader
 
-# %% ../../nbs/80_learn/83_registry.ipynb #e7e7fc7f
+# %% ../../nbs/80_learn/83_registry.ipynb #06db7e6c
 @dataclass(frozen=True, eq=False)
 class Run:
     "A policy with everything that it was made for"
@@ -59,12 +60,23 @@ class Run:
     @property
     def symbols(self)->tuple: return tuple(instrument.symbol for instrument in self.instruments)
 
+    @property
+    def warm_up(self)->int:
+        "Candles of history that the first decision needs"
+        return Observation.of(self.policy).warm_up
+
+    @property
+    def fitted_until(self)->int|None:
+        "Open time of the last candle that it was fitted on; None for a rule"
+        return moment(self.config["span"][1]) if "span" in self.config else None
+
     def trader(self,
         deposit:float=10_000., # quote
         instruments:tuple=(),  # what the exchange says now; default: as in training
+        limits:Limits=None,    # default: as in training
     )->Trader:
         "A trader that decides as this run does"
-        return make_trader(self.policy, self.limits, tuple(instruments) or self.instruments or (Instrument(),), deposit)
+        return make_trader(self.policy, limits or self.limits, tuple(instruments) or self.instruments or (Instrument(),), deposit)
 
     def plot_learning(self): return plot_learning(self)
     def __str__(self): return "\n".join(f"{name:<9} {value}" for name, value in describe(self).items())
@@ -306,7 +318,7 @@ def load_rule(
     here = settings()
     return Run(name, target, here.risk, here.costs, config={"policy": target.name, "source_sha256": source_sha256(module), "versions": versions()})
 
-# %% ../../nbs/80_learn/83_registry.ipynb #85b6c533
+# %% ../../nbs/80_learn/83_registry.ipynb #a0584c3c
 def load(
     name:str,           # a train id, "latest", or "tradelab.strategies.example:Momentum"
     folder:Path=None,   # of all runs; default: the `runs` of the settings
@@ -318,8 +330,8 @@ def load(
     how = "train one with `tradelab run train`, or name a rule such as tradelab.strategies.example:Momentum"
     if name == "latest" and not known: raise UnknownRun(f"there is no latest run, {runs} holds none: {how}")
     if name != "latest" and name not in known:
-        near = [found for found, *_ in process.extract(name, known, limit=3)]
-        raise UnknownRun(f"there is no run {name!r} in {runs}: {f'nearest are {chr(44).join(near)}; ' if near else ''}{how}")
+        near = ", ".join(found for found, *_ in process.extract(name, known, limit=3))
+        raise UnknownRun(f"there is no run {name!r} in {runs}: {f'nearest are {near}; ' if near else ''}{how}")
     return read(runs / (known[-1] if name == "latest" else name))
 
 # %% ../../nbs/80_learn/83_registry.ipynb #b1effa25

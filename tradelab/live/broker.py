@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['STATES', 'RECEIVE_WINDOW', 'Candle', 'OrderUpdate', 'Notice', 'normalise', 'BrokerError', 'error_code', 'error_text',
-           'Answer', 'Money', 'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'Requests', 'Broker']
+           'Answer', 'Money', 'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'Requests',
+           'quantity_text', 'Broker']
 
-# %% ../../nbs/70_live/71_broker.ipynb #5d1d4fdd
+# %% ../../nbs/70_live/71_broker.ipynb #e8afb17d
 import asyncio
 import re
 from dataclasses import dataclass, replace
+from decimal import ROUND_FLOOR, Decimal
 from difflib import get_close_matches
 from functools import cache
 from urllib.parse import urlsplit
@@ -210,7 +212,7 @@ async def hold(
             events.put_nowait(Notice("lost", f"{name}: {error_text(error)}"))
             await asyncio.sleep(pause)
 
-# %% ../../nbs/70_live/71_broker.ipynb #dc5ee129
+# %% ../../nbs/70_live/71_broker.ipynb #f1b6da0f
 class Requests:
     "What is asked over REST; nothing here remembers anything but the markets"
 
@@ -233,6 +235,12 @@ class Requests:
 
     async def connect(self, symbols, leverage:int):
         "Markets, clock, keys, one-way mode and leverage; BrokerError says which of them failed"
+        try: await self._connect(symbols, leverage)
+        except BrokerError:
+            await self._exchange.close()
+            raise
+
+    async def _connect(self, symbols, leverage):
         await self._ask("the list of markets", self._exchange.load_markets())
         markets = [listed(symbol, self._exchange.markets, self.venue.name) for symbol in symbols]
         self._symbols, self.quote = {market["id"]: market["symbol"] for market in markets}, markets[0]["settle"]
@@ -266,7 +274,17 @@ class Requests:
         symbols = {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
         return account_of(await self._ask("the account", self._exchange.fapiPrivateV3GetAccount()), symbols, self.quote)
 
-# %% ../../nbs/70_live/71_broker.ipynb #bf1c9e1f
+# %% ../../nbs/70_live/71_broker.ipynb #742a83e4
+def quantity_text(
+    quantity:float,  # base units, of either sign
+    step:float,      # base units
+)->str:              # without sign, on the step, never more than a millionth of a step above the quantity
+    "A quantity as an exchange reads it"
+    size = Decimal(repr(step))
+    whole = (Decimal(repr(abs(quantity))) / size + Decimal("1e-6")).to_integral_value(ROUND_FLOOR)
+    return format((whole * size).normalize(), "f")
+
+# %% ../../nbs/70_live/71_broker.ipynb #ab1f08c5
 class Broker(Requests):
     "An exchange account over REST and two sockets; what the sockets say arrives in `events`"
 
@@ -277,7 +295,7 @@ class Broker(Requests):
 
     async def submit(self, order:Order)->Answer:
         "Send a market order, once"
-        quantity = self._exchange.amount_to_precision(order.symbol, abs(order.quantity))
+        quantity = quantity_text(order.quantity, float(self._exchange.markets[order.symbol]["precision"]["amount"]))
         request = {"symbol": self._id(order.symbol), "side": "BUY" if order.quantity > 0 else "SELL", "type": "MARKET", "quantity": quantity,
                    "newClientOrderId": order.order_id, "newOrderRespType": "RESULT"} | ({"reduceOnly": "true"} if order.reduce_only else {})
         return await self._answer(self._exchange.fapiPrivatePostOrder(request))

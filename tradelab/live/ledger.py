@@ -117,7 +117,7 @@ class OrderLedger:
         if after != intent: self._write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == intent.order.order_id).values(**facts))
         return after
 
-# %% ../../nbs/70_live/72_ledger.ipynb #149d46ca
+# %% ../../nbs/70_live/72_ledger.ipynb #5b304ce9
 class Ledger(OrderLedger):
     "The memory of all sessions"
 
@@ -167,6 +167,6 @@ class Ledger(OrderLedger):
         return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in JOURNAL.names) for row in rows], JOURNAL)) for rows in steps]
 
     def journal(self, session:str)->pd.DataFrame:
-        "The journal of a session: a row per step and symbol, the columns of JOURNAL and the symbol, index open_time"
-        frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), columns=[*JOURNAL.names, "symbol"])
+        "The journal of a session: a row per step and symbol, the symbol and the columns of JOURNAL, index open_time"
+        frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), columns=["open_time", "symbol", *JOURNAL.names[1:]])
         return frame.set_index(pd.DatetimeIndex(frame.pop("open_time").astype("int64").astype("datetime64[ms]"), tz="UTC", name="open_time"))

@@ -137,7 +137,7 @@ class Result:
     def _repr_html_(self): return self.tearsheet._repr_html_()
     def __str__(self): return str(self.tearsheet)
 
-# %% ../../nbs/50_sim/52_backtest.ipynb #52da56be
+# %% ../../nbs/50_sim/52_backtest.ipynb #82ff376b
 def backtest(
     policy,                      # a Policy, or a run with `policy`, `costs`, `limits`, `instruments`
     candles,                     # a frame, or a dict of frames by symbol
@@ -166,7 +166,7 @@ def backtest(
 
 def _note(fitted_until, first_time):
     if fitted_until is None: return "nothing was fitted, the policy is a rule"
-    return f"{'out of sample' if first_time >= fitted_until else 'IN SAMPLE'}: fitted on candles until {text(fitted_until)}"
+    return f"{'out of sample' if first_time > fitted_until else 'IN SAMPLE'}: fitted on candles until {text(fitted_until)}"
 
 
 def _first(times, start, warm_up):

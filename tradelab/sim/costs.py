@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['slipped', 'fee']
 
-# %% ../../nbs/50_sim/50_costs.ipynb #400bf5c4
-from ..account import money
+# %% ../../nbs/50_sim/50_costs.ipynb #29afab08
+from ..account import decimal8
 from ..compiled import compiled
 
 # %% ../../nbs/50_sim/50_costs.ipynb #e76ddc41
@@ -19,7 +19,7 @@ def slipped(
     "The price after slippage, against the taker"
     return price * (1. + costs["slippage"]) if quantity > 0. else price * (1. - costs["slippage"])
 
-# %% ../../nbs/50_sim/50_costs.ipynb #3a2a75be
+# %% ../../nbs/50_sim/50_costs.ipynb #f21c9e14
 @compiled
 def fee(
     price,     # quote per base, of the fill
@@ -27,4 +27,4 @@ def fee(
     costs,     # a row of COSTS
 )->float:      # quote, above zero is paid
     "The taker's fee"
-    return money(price * abs(quantity) * costs["taker_fee"])
+    return decimal8(price * abs(quantity) * costs["taker_fee"])
