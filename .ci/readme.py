@@ -35,7 +35,7 @@ def render():
             if {"text/plain", "image/png"} & set(output.get("data", {})): output.data.pop("text/html", None)
             if "image/png" in output.get("data", {}): output.data.pop("text/plain", None)
         if cell.source: shown.append(cell)
-    notebook.cells = shown
+    notebook.cells, notebook.metadata["language_info"] = shown, {"name": "python"}
     body, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": "index", "output_files_dir": "nbs/index_files"})
     images = {ROOT / name: data for name, data in resources["outputs"].items()}
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", images

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'PROVENANCE', 'DERIVED', 'STRATEGIES', 'Run', 'describe', 'train_id',
            'train_ids', 'DamagedRun', 'policy_bytes', 'read_parameters', 'seal', 'verify', 'versions', 'source_sha256',
-           'configuration', 'save', 'read_configuration', 'read', 'UnknownRun', 'find_module', 'find_rule', 'arguments',
-           'load_rule', 'load', 'plot_learning']
+           'configuration', 'runs_folder', 'save', 'read_configuration', 'read', 'UnknownRun', 'find_module',
+           'find_rule', 'arguments', 'load_rule', 'load', 'plot_learning']
 
 # %% ../../nbs/80_learn/83_registry.ipynb #1dda615f
 import ast
@@ -44,7 +44,7 @@ from ..records import CostModel, Instrument, Limits, Scaler
 from ..sim.backtest import make_trader
 from ..trader import Trader
 
-# %% ../../nbs/80_learn/83_registry.ipynb #06db7e6c
+# %% ../../nbs/80_learn/83_registry.ipynb #17b7c7b7
 @dataclass(frozen=True, eq=False)
 class Run:
     "A policy with everything that it was made for"
@@ -85,9 +85,11 @@ class Run:
         rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(str(value))}</td></tr>" for name, value in describe(self).items())
         return f"<table>{rows}</table>"
 
-
-def describe(run:Run)->dict:
-    "What a person wants to know about a run first"
+# %% ../../nbs/80_learn/83_registry.ipynb #7405d759
+def describe(
+    run:Run,
+)->dict:      # texts by what they tell
+    "The facts of a run, in words"
     config = run.config
     facts = {"run": run.id, "policy": run.policy.name, "sees": f"{', '.join(run.policy.features) or 'only its own portfolio'}; window {run.policy.window}",
              "market": f"{', '.join(run.symbols) or 'any'} {run.timeframe}".rstrip()}
@@ -95,7 +97,7 @@ def describe(run:Run)->dict:
     costs, limits = run.costs, run.limits
     return facts | {"costs": f"fee {costs.taker_fee:.4%}, slippage {costs.slippage:.4%}", "limits": f"position {limits.max_position:g}, leverage {limits.max_leverage:g}, drawdown {limits.max_drawdown:.0%}"}
 
-# %% ../../nbs/80_learn/83_registry.ipynb #d4e89756
+# %% ../../nbs/80_learn/83_registry.ipynb #faabb52d
 _TRAIN_ID = re.compile(r"train_.+_(\d{8}_\d{6})")
 
 
@@ -104,9 +106,9 @@ def train_id(
 )->str:
     "The name of a training run"
     symbol = re.sub(r"[^A-Za-z0-9]+", "-", config["symbols"][0]) + (f"-and-{len(config['symbols']) - 1}-more" if len(config["symbols"]) > 1 else "")
-    start, end = (re.sub(r"\D", "", str(moment)[:10]) for moment in config["span"])
-    moment = datetime.fromtimestamp(config["created_time"] / 1000, UTC)
-    return (f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{moment:%Y%m%d_%H%M%S}")
+    start, end = (re.sub(r"\D", "", str(time)[:10]) for time in config["span"])
+    began = datetime.fromtimestamp(config["created_time"] / 1000, UTC)
+    return (f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{began:%Y%m%d_%H%M%S}")
 
 
 def train_ids(
@@ -205,19 +207,29 @@ def configuration(run:Run)->dict:
             "sources": {module: source_sha256(module) for module in sorted({text.split(":")[0] for text in policy.features if ":" in text})},
             "costs": asdict(run.costs), "limits": asdict(run.limits), "instruments": [asdict(each) for each in run.instruments], "versions": versions()}
 
-# %% ../../nbs/80_learn/83_registry.ipynb #f4accfea
+# %% ../../nbs/80_learn/83_registry.ipynb #b1da8a41
+def runs_folder(
+    folder:Path=None,   # default: the `runs` of the settings
+)->Path:
+    "The folder of all runs, there and writable; OSError where it cannot be"
+    runs = Path(folder or settings().runs)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs): return runs
+    except OSError as error: raise type(error)(f"cannot keep runs in {runs}: {error.strerror}: choose another folder, or make this one writable") from None
+
+# %% ../../nbs/80_learn/83_registry.ipynb #28eff943
 def save(
     run:Run,             # its id is the name of the folder
     files:dict=None,     # more to keep, bytes by name: model.zip, learning_curve.csv
     folder:Path=None,    # of all runs; default: the `runs` of the settings
 )->Run:                  # as `load` gives it
     "Keep a trained run. FileExistsError where one of this name is there; OSError where the disk refuses"
-    runs = Path(folder or settings().runs)
+    runs = runs_folder(folder)
     if (runs / run.id).exists(): raise FileExistsError(f"run {run.id} is there already: runs never change, train again or choose another folder than {runs}")
     scaler = run.policy.scaler and {"features": run.policy.features, **asdict(run.policy.scaler)}
     contents = {CONFIG: yaml.safe_dump(configuration(run), sort_keys=False, allow_unicode=True).encode(), SCALER: json.dumps(scaler, indent=1).encode(),
                 POLICY: policy_bytes(run.policy), **(files or {})}
-    runs.mkdir(parents=True, exist_ok=True)
     waiting = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=runs))
     try:
         waiting.chmod(0o755)
