@@ -109,11 +109,15 @@ def simulating():
 
 @measure
 def trading():
-    "Close of a candle to the order on the wire, over real sockets: from the last live sessions on this machine"
-    from tradelab.config import settings
-    for folder in sorted(settings().sessions.glob("*/session.json"))[-1:]:
-        statistics_ = json.loads(folder.read_text()).get("statistics", {})
-        yield "live: close to order", f"median {statistics_['close_to_order_median_ms']:.1f} ms, 99 % {statistics_['close_to_order_p99_ms']:.1f} ms", folder.parent.name
+    "Close of a candle to the order on the wire, and to its answer: a session of 400 candles on localnet, over real sockets"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {f"TRADELAB_{name.upper()}": f"{folder}/{name}" for name in ("runs", "sessions", "reports", "logs", "data")} | {"TRADELAB_DATABASE": f"sqlite:///{folder}/tradelab.db",
+                       "TRADELAB_VENUE": "localnet", "TRADELAB_LOCALNET_PORT": "0"}
+        printed = subprocess.run([Path(sys.executable).parent / "tradelab", "run", "live", "-p", "policy", "tradelab.strategies.example:Momentum(5, 0.005)", "-p", "candles", "400"],
+                                 check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}).stdout
+    figures = next(json.loads(line) for line in printed.splitlines() if line.startswith("{"))
+    for what in ("order", "answer"):
+        yield f"live: close to {what}", f"median {figures[f'close to {what} median [ms]']} ms, 99 % {figures[f'close to {what} p99 [ms]']} ms", f"{figures['orders']} orders in {figures['candles']} candles"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,7 +127,7 @@ import sys
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import train
 from tradelab.market.synthetic import ar1
-print(train("PPO", ar1(2_000), Observation(["return(1)"]), steps=100_000_000, folder=sys.argv[1]).id)
+print(train("PPO", ar1(2_000), Observation(["return(1)"]), steps=1_000_000, folder=sys.argv[1]).id)
 """
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         seen = ""
@@ -137,7 +136,7 @@ print(train("PPO", ar1(2_000), Observation(["return(1)"]), steps=100_000_000, fo
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, seen + err
     run = load("latest", tmp_path)
-    assert run.id == out.strip() and run.config["interrupted"] and 0 < run.config["steps"] < 100_000_000
+    assert run.id == out.strip() and run.config["interrupted"] and 0 < run.config["steps"] < 1_000_000
     assert "interrupted" in str(run) and [path.name for path in tmp_path.iterdir()] == [run.id]
 
 
@@ -185,8 +184,7 @@ def test_weights_return_bit_for_bit(kept):
 
 
 def test_full_disk_leaves_nothing(kept, tmp_path):
-    "A real file system without room: /dev/full answers as a full disk does"
-    if not Path("/dev/full").exists(): pytest.skip("no /dev/full on this system")
+    "The system refuses to write on, as a full disk does"
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
            f"from pathlib import Path; from tradelab.learn.registry import read, save, Run\nrun = read(Path({str(kept.folder)!r}))\n" \
            f"save(Run(run.id + '1', run.policy, instruments=run.instruments, config=run.config), {{'model.zip': bytes(100_000)}}, run.folder.parent)"

@@ -86,17 +86,17 @@ class Settings(BaseSettings):
         places = read_places(init_settings.init_kwargs.get("environment"))
         return init_settings, *((lambda keys=keys: _nested(keys)) for _, keys in reversed(places))
 
-# %% ../nbs/00_ground/02_config.ipynb #db26a2f4
+# %% ../nbs/00_ground/02_config.ipynb #cdf9c6cf
 class BadSettings(ValueError):
     "A setting that is unknown or wrong; says where it stands"
 
-
+# %% ../nbs/00_ground/02_config.ipynb #c6716410
 def known_keys()->list[str]:
     "Every key that can be set, with dots: `risk.max_leverage`"
     tables = {"risk": Limits, "costs": CostModel}
     return [key for name in Settings.model_fields for key in ([f"{name}.{field.name}" for field in fields(tables[name])] if name in tables else [name])]
 
-
+# %% ../nbs/00_ground/02_config.ipynb #48545982
 def nearest(
     word:str,     # what was written
     known,        # what could have been meant
@@ -132,10 +132,17 @@ def _variables(variables):
     "Environment variables that are ours, as dotted keys; an empty one counts as not set"
     return {name[len(PREFIX):].lower().replace("__", "."): value for name, value in variables.items() if name.upper().startswith(PREFIX) and value}
 
-# %% ../nbs/00_ground/02_config.ipynb #c7356836
+# %% ../nbs/00_ground/02_config.ipynb #6b4d5727
 TOML, DOTENV, ENVIRONMENT, PARAMETERS = "tradelab.toml", ".env", "the environment", "the parameters"
 
 
+def _refuse_unknown(where, keys):
+    written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
+    for key in keys:
+        if key not in known_keys():
+            raise BadSettings(f"{written(key)} in {where} is not a setting: did you mean {written(nearest(key, known_keys()))}?")
+
+# %% ../nbs/00_ground/02_config.ipynb #d1e96f84
 def read_places(
     environment:str|None=None,      # from the parameters, if they say
 )->list[tuple[str, dict]]:          # (where, dotted keys), later wins
@@ -150,23 +157,7 @@ def read_places(
     for where, keys in places: _refuse_unknown(where, keys)
     return [(where, keys) for where, keys in places if "[" not in where or where == f"{TOML} [{chosen}]"]
 
-
-def _refuse_unknown(where, keys):
-    written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
-    for key in keys:
-        if key not in known_keys():
-            raise BadSettings(f"{written(key)} in {where} is not a setting: did you mean {written(nearest(key, known_keys()))}?")
-
-# %% ../nbs/00_ground/02_config.ipynb #a970905d
-def settings(
-    **parameters,   # what the caller insists on; tables as dictionaries or records: risk=Limits(...)
-)->Settings:
-    "The settings that hold here and now; raises `BadSettings`"
-    _refuse_unknown(PARAMETERS, _flat(parameters))
-    try: return Settings(**parameters)
-    except ValidationError as error: raise BadSettings("\n".join(_sentence(detail, parameters) for detail in error.errors())) from None
-
-
+# %% ../nbs/00_ground/02_config.ipynb #78b491f4
 def _sentence(detail, parameters):
     "One error of pydantic as one sentence"
     key = ".".join(str(part) for part in detail["loc"] if part in ".".join(known_keys()).split("."))
@@ -178,7 +169,16 @@ def _sentence(detail, parameters):
     where = next((where for where, keys in reversed(places) if any((k + ".").startswith(key + ".") or (key + ".").startswith(k + ".") for k in keys)), TOML)
     return f"{key} {what}: change it in {where}"
 
-# %% ../nbs/00_ground/02_config.ipynb #edd5601e
+# %% ../nbs/00_ground/02_config.ipynb #dffaa37a
+def settings(
+    **parameters,   # what the caller insists on; tables as dictionaries or records: risk=Limits(...)
+)->Settings:
+    "The settings that hold here and now; raises `BadSettings`"
+    _refuse_unknown(PARAMETERS, _flat(parameters))
+    try: return Settings(**parameters)
+    except ValidationError as error: raise BadSettings("\n".join(_sentence(detail, parameters) for detail in error.errors())) from None
+
+# %% ../nbs/00_ground/02_config.ipynb #80919a7b
 @dataclass(frozen=True)
 class Venue:
     "Where orders go, and why there"
@@ -191,7 +191,7 @@ class Venue:
 
     def __str__(self): return self.name
 
-
+# %% ../nbs/00_ground/02_config.ipynb #fabee90a
 def venue_for(
     here:Settings,
 )->Venue:

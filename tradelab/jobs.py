@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadParameters', 'JobFailed', 'Parameter', 'tagged', 'parameters_of', 'read', 'fits', 'check_parameters', 'signals_to',
-           'clean', 'hear', 'SignalEngine', 'failure', 'find', 'write_page', 'run']
+           'clean', 'hear', 'failure', 'SignalEngine', 'find', 'write_page', 'run']
 
 # %% ../nbs/00_ground/07_jobs.ipynb #c42fe5fb
 import ast
@@ -34,7 +34,7 @@ class BadParameters(click.ClickException, ValueError):
 class JobFailed(click.ClickException, RuntimeError):
     "A cell of the job raised; the executed notebook holds the traceback"
 
-# %% ../nbs/00_ground/07_jobs.ipynb #d48c7e0a
+# %% ../nbs/00_ground/07_jobs.ipynb #9f1a38b9
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell"
@@ -44,7 +44,7 @@ class Parameter:
 
     def __str__(self): return f"{self.name} ({' or '.join(sorted(self.kinds)) or 'anything'}, {self.default!r} by default)"
 
-
+# %% ../nbs/00_ground/07_jobs.ipynb #5df8f08b
 def _literal(node):
     "The value of a literal; papermill writes nan and inf as calls of float"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "float": return float(ast.literal_eval(node.args[0]))
@@ -78,7 +78,7 @@ def parameters_of(
         taken[name] = Parameter(name, frozenset(kinds if known else ()), default)
     return taken
 
-# %% ../nbs/00_ground/07_jobs.ipynb #c44d9db2
+# %% ../nbs/00_ground/07_jobs.ipynb #6c9c1b24
 def read(
     parameter:Parameter,
     text:str,             # from a command line
@@ -89,7 +89,7 @@ def read(
     try: return _literal(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, SyntaxError): return float(text) if text.lower().strip("+-") in ("nan", "inf") else text
 
-
+# %% ../nbs/00_ground/07_jobs.ipynb #6625d94c
 def fits(
     parameter:Parameter,
     value,
@@ -136,7 +136,7 @@ def signals_to(
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/00_ground/07_jobs.ipynb #f784265c
+# %% ../nbs/00_ground/07_jobs.ipynb #8b4040cb
 def clean(
     content,  # of a message from the kernel
 ):
@@ -145,7 +145,7 @@ def clean(
     if isinstance(content, list): return [clean(value) for value in content]
     return redact(content) if isinstance(content, str) else content
 
-
+# %% ../nbs/00_ground/07_jobs.ipynb #91334b77
 def hear(
     process_message,   # of papermill's client
     log_output,        # papermill shows the output itself
@@ -158,7 +158,44 @@ def hear(
         print(message["content"]["text"], end="", file=stream, flush=True)
     return process_message(message, cell, cell_index)
 
-# %% ../nbs/00_ground/07_jobs.ipynb #8246c017
+# %% ../nbs/00_ground/07_jobs.ipynb #322e8a09
+def failure(
+    error,            # PapermillExecutionError
+    path=None,        # of the executed notebook
+)->str:
+    "What went wrong in a job, in one sentence"
+    if error.ename == "KeyboardInterrupt": what = "it was stopped before it could close"
+    else: what = f"{error.ename}: {error.evalue}" if not error.evalue or hasattr(builtins, error.ename) and error.ename not in ("ValueError", "RuntimeError") else error.evalue
+    return redact(what) + (f" (the traceback is in {path})" if path else "")
+
+# %% ../nbs/00_ground/07_jobs.ipynb #5785407e
+def _prepare():
+    "Secrets are registered before the first cell runs; wrong settings stop a job before it starts"
+    try: here = settings()
+    except BadSettings as error: raise BadParameters(str(error)) from None
+    for _, value in here:
+        if isinstance(value, SecretStr): register_secret(value)
+    return here.stop_grace
+
+
+def _interrupt(client):
+    "Interrupt the kernel; false where there is none yet"
+    pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
+    if pid is None: return False
+    os.kill(pid, signal.SIGINT)
+    if client.kc is not None: client.kc.kernel_info() # a message wakes an event loop that sleeps: ipykernel's handler cancels the cell's task, but does not
+    return True
+
+
+def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=None, input_path=None, **options):
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.log import logger
+    client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
+                                     coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"], **options)
+    client.process_message = partial(hear, client.process_message, log_output)
+    with signals_to(partial(_interrupt, client), grace): client.execute()
+
+# %% ../nbs/00_ground/07_jobs.ipynb #26983fb5
 class SignalEngine:
     "papermill's engine for tradelab: checked parameters, orderly stops, one sentence for a failure"
 
@@ -183,44 +220,7 @@ class SignalEngine:
         except PapermillExecutionError as error: raise JobFailed(failure(error, output_path)) from None
         return manager.nb
 
-
-def _prepare():
-    "Secrets are registered before the first cell runs; wrong settings stop a job before it starts"
-    try: here = settings()
-    except BadSettings as error: raise BadParameters(str(error)) from None
-    for _, value in here:
-        if isinstance(value, SecretStr): register_secret(value)
-    return here.stop_grace
-
-
-def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=None, input_path=None, **options):
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.log import logger
-    client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
-                                     coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=40"], **options)
-    client.process_message = partial(hear, client.process_message, log_output)
-    with signals_to(partial(_interrupt, client), grace): client.execute()
-
-
-def _interrupt(client):
-    "Interrupt the kernel; false where there is none yet"
-    pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
-    if pid is None: return False
-    os.kill(pid, signal.SIGINT)
-    if client.kc is not None: client.kc.kernel_info() # a message wakes an event loop that sleeps: ipykernel's handler cancels the cell's task, but does not
-    return True
-
-# %% ../nbs/00_ground/07_jobs.ipynb #322e8a09
-def failure(
-    error,            # PapermillExecutionError
-    path=None,        # of the executed notebook
-)->str:
-    "What went wrong in a job, in one sentence"
-    if error.ename == "KeyboardInterrupt": what = "it was stopped before it could close"
-    else: what = f"{error.ename}: {error.evalue}" if not error.evalue or hasattr(builtins, error.ename) and error.ename not in ("ValueError", "RuntimeError") else error.evalue
-    return redact(what) + (f" (the traceback is in {path})" if path else "")
-
-# %% ../nbs/00_ground/07_jobs.ipynb #09749b48
+# %% ../nbs/00_ground/07_jobs.ipynb #3cdc6abf
 def find(
     job:str,       # "train", or a path to a notebook
 )->Path:
@@ -234,7 +234,7 @@ def find(
     if job not in names: raise BadParameters(f"there is no job {job}: did you mean {nearest(job, names)}? The jobs are {', '.join(names)}")
     return folder / f"{job}.ipynb"
 
-
+# %% ../nbs/00_ground/07_jobs.ipynb #fdd3bef4
 def write_page(
     path:Path,     # of an executed notebook
 )->Path:           # of the HTML page beside it

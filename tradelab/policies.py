@@ -35,18 +35,18 @@ class Policy:
         self.function(self.parameters, observation, targets)
         return targets
 
-# %% ../nbs/00_ground/05_policies.ipynb #b65e569f
+# %% ../nbs/00_ground/05_policies.ipynb #ac43705e
 @compiled
 def _flat(parameters, observation, targets): targets[:] = 0.
-
-
-@compiled
-def _hold(parameters, observation, targets): targets[:] = 1.
 
 
 def flat()->Policy:
     "Never holds anything"
     return Policy("flat", _flat)
+
+# %% ../nbs/00_ground/05_policies.ipynb #7d775f16
+@compiled
+def _hold(parameters, observation, targets): targets[:] = 1.
 
 
 def buy_and_hold()->Policy:
@@ -69,7 +69,7 @@ def activate(
         elif code == 2: values[i] = max(value, 0.)
         elif code == 3: values[i] = min(max(value, -1.), 1.)
 
-# %% ../nbs/00_ground/05_policies.ipynb #09f651a8
+# %% ../nbs/00_ground/05_policies.ipynb #e4082816
 @compiled
 def mlp(
     parameters,  # as `pack` lays them out
@@ -91,7 +91,7 @@ def mlp(
         values = result
     targets[:] = values
 
-
+# %% ../nbs/00_ground/05_policies.ipynb #4b54a26e
 def pack(
     layers:list,      # of (weights (outputs, inputs), biases (outputs,)), as torch keeps them
     hidden:str,       # activation between layers

@@ -95,7 +95,7 @@ def curve_metrics(
     with np.errstate(over="ignore"): annual = float(np.float64(max(values[-1], 0.) / values[0]) ** (1 / years) - 1)
     return result | dict(annual_return=annual, calmar=_ratio(annual, fall)) | ratios(values[1:] / values[:-1] - 1, periods_per_year(equity, timeframe))
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #964d9e47
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #06443aa6
 def _symbol_trips(rows):
     "The finished round trips of one symbol"
     before, quantity, price, fee, funding = (np.nan_to_num(rows[name].to_numpy(np.float64)) for name in ("position", "fill_quantity", "fill_price", "fee", "funding"))
@@ -112,7 +112,7 @@ def _symbol_trips(rows):
     return pd.DataFrame(dict(symbol=rows["symbol"].iloc[0], side=np.where(before[ends] > 0, "long", "short"), entry_time=rows.index[entries[:finished]],
                              exit_time=rows.index[ends], profit=profit[:finished]))
 
-
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #02a436a4
 def round_trips(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
 )->pd.DataFrame:          # symbol, side, entry_time, exit_time, profit [quote]; in order of exit

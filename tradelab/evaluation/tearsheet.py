@@ -43,7 +43,29 @@ def check_results(
             raise ValueError(f"{' and '.join(spans)} are not the same steps: run both over the same candles, with the same start")
     return results
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #94a23aa6
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e31ae5b6
+def _times(frame):
+    "UTC times as matplotlib converts them quickly"
+    return frame.index.tz_localize(None).to_numpy()
+
+
+def _dates(axis):
+    "Short dates that do not run into each other"
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    locator = AutoDateLocator()
+    axis.xaxis.set_major_locator(locator)
+    axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def _logarithmic(axis):
+    "A logarithmic scale whose labels are plain numbers"
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #bd520968
 INK, LONG, SHORT = "#123f63", "#2e7d5b", "#b5483a"
 BEHIND = "#9a9a9a", "#c9962f", "#4f9d94", "#a06cad", "#c2766b", "#7d8fb3"
 
@@ -68,28 +90,6 @@ def draw_curves(
     handles, names = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[::-1], names[::-1], frameon=False, fontsize=8, loc="upper left", ncols=min(len(names), 5))
     for axis in axes: _dates(axis)
-
-
-def _times(frame):
-    "UTC times as matplotlib converts them quickly"
-    return frame.index.tz_localize(None).to_numpy()
-
-
-def _dates(axis):
-    "Short dates that do not run into each other"
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-    locator = AutoDateLocator()
-    axis.xaxis.set_major_locator(locator)
-    axis.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-
-
-def _logarithmic(axis):
-    "A logarithmic scale whose labels are plain numbers"
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #0a80b8b9
 def draw_exposure(
@@ -130,7 +130,22 @@ def _figure(sheet):
     plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
     return figure
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cfd669a0
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b677df84
+def _face(equity, note, source):
+    "What the reader must know, in a sentence or two"
+    source, note = source or equity.attrs.get("source", ""), note or "in or out of sample: not said"
+    prices = f"SYNTHETIC prices: {source}" if "synthetic" in source.lower() else f"Prices: {source or 'source not said'}"
+    span = f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} step{'s' * (len(equity) > 1)}"
+    return f"{span}. Net of costs. {note[:1].upper()}{note[1:]}. {prices}."
+
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #1d76f47c
+def _page(sheet):
+    png = BytesIO()
+    sheet.plot().savefig(png, format="png", dpi=110)
+    picture = f'<img alt="equity, drawdown and exposure of {escape(sheet.subject)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+    return f"<p><b>{escape(sheet.subject)}</b><br>{escape(sheet.face)}</p>\n{sheet.written().to_html(border=0)}\n{picture}"
+
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #63d866c3
 @dataclass(frozen=True)
 class TearSheet:
     "One result beside its baselines"
@@ -149,12 +164,7 @@ class TearSheet:
     @property
     def face(self)->str:
         "What the reader must know, in a sentence or two"
-        equity = self.results[self.subject].equity
-        source = self.source or equity.attrs.get("source", "")
-        prices = f"SYNTHETIC prices: {source}" if "synthetic" in source.lower() else f"Prices: {source or 'source not said'}"
-        note = self.note or "in or out of sample: not said"
-        span = f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} step{'s' * (len(equity) > 1)}"
-        return f"{span}. Net of costs. {note[:1].upper()}{note[1:]}. {prices}."
+        return _face(self.results[self.subject].equity, self.note, self.source)
 
     def table(self)->pd.DataFrame:
         "A column for each result, in the units of the row labels"
@@ -170,8 +180,4 @@ class TearSheet:
 
     def __str__(self): return f"{self.subject}\n{self.face}\n\n{self.written().to_string()}"
 
-    def _repr_html_(self):
-        png = BytesIO()
-        self.plot().savefig(png, format="png", dpi=110)
-        picture = f'<img alt="equity, drawdown and exposure of {escape(self.subject)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
-        return f"<p><b>{escape(self.subject)}</b><br>{escape(self.face)}</p>\n{self.written().to_html(border=0)}\n{picture}"
+    def _repr_html_(self): return _page(self)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPDATE', 'push', 'full', 'item', 'total', 'highest', 'lowest', 'mean', 'deviation', 'smooth', 'forgetting', 'run',
-           'first_bad', 'check_candles', 'check_parameters', 'FeatureStream', 'Feature', 'Indicator']
+           'first_bad', 'check_candles', 'check_parameters', 'Indicator', 'FeatureStream', 'Feature']
 
 # %% ../../nbs/20_features/20_indicator.ipynb #9e94a5b8
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from numba import types
 from ..compiled import compiled
 from ..records import COLUMNS, VOLUME
 
-# %% ../../nbs/20_features/20_indicator.ipynb #77baf632
+# %% ../../nbs/20_features/20_indicator.ipynb #f3c7c310
 @compiled
 def push(
     ring,       # a slice of the state, one cell longer than the window
@@ -30,7 +30,7 @@ def push(
     ring[0] += 1.
     return left
 
-
+# %% ../../nbs/20_features/20_indicator.ipynb #b52974ff
 @compiled
 def full(ring)->bool:
     "Whether the ring holds a whole window"
@@ -43,7 +43,7 @@ def item(ring, i)->float:
     place = int(ring[0]) % (len(ring) - 1) + i
     return ring[1 + place if place < len(ring) - 1 else 2 + place - len(ring)]
 
-# %% ../../nbs/20_features/20_indicator.ipynb #c5d29409
+# %% ../../nbs/20_features/20_indicator.ipynb #ff39158c
 @compiled
 def total(ring)->float:
     "Sum over the window"
@@ -51,7 +51,7 @@ def total(ring)->float:
     for i in range(len(ring) - 1): result += item(ring, i)
     return result
 
-
+# %% ../../nbs/20_features/20_indicator.ipynb #25375b10
 @compiled
 def highest(ring)->float:
     "Largest value of the window"
@@ -67,7 +67,7 @@ def lowest(ring)->float:
     for i in range(2, len(ring)): result = min(result, ring[i])
     return result
 
-# %% ../../nbs/20_features/20_indicator.ipynb #a62c8481
+# %% ../../nbs/20_features/20_indicator.ipynb #c749a557
 @compiled
 def mean(ring)->float:
     "Mean over the window"
@@ -75,7 +75,7 @@ def mean(ring)->float:
     for i in range(len(ring) - 1): result += item(ring, i) - oldest
     return oldest + result / (len(ring) - 1)
 
-
+# %% ../../nbs/20_features/20_indicator.ipynb #f6840560
 @compiled
 def deviation(ring)->float:
     "Standard deviation over the window, divided by n (as Bollinger's bands and TA-Lib have it)"
@@ -117,7 +117,7 @@ def run(
     "Call an update for each candle: the whole difference between the array form and the stream"
     for t in range(len(candles)): update(state, parameters, candles[t], out[t])
 
-# %% ../../nbs/20_features/20_indicator.ipynb #6d569c1f
+# %% ../../nbs/20_features/20_indicator.ipynb #244f2ab2
 @compiled
 def first_bad(
     candles,    # (T, 5)
@@ -129,7 +129,7 @@ def first_bad(
             if not (np.isfinite(value) and (value > 0. or column == VOLUME and value == 0.)): return t
     return -1
 
-
+# %% ../../nbs/20_features/20_indicator.ipynb #03bf2fb9
 def check_candles(candles):
     "Raise where candles are not (T, 5) usable numbers"
     if candles.ndim != 2 or candles.shape[1] != 5: raise ValueError(f"candles must have the shape (T, 5), {' '.join(COLUMNS)}, was {candles.shape}")
@@ -154,6 +154,22 @@ def check_parameters(
             raise ValueError(f"{name}: {key} must be a {'whole ' if whole else ''}number above 0, was {value} in {name}({given})")
     return tuple(type(default)(value) for default, value in zip(parameters.values(), values))
 
+# %% ../../nbs/20_features/20_indicator.ipynb #d75ece0a
+@dataclass(frozen=True)
+class Indicator:
+    "A named update with its parameters and outputs; calling it gives a `Feature`"
+    name:str
+    update:Callable                     # compiled, signature UPDATE
+    parameters:dict = field(hash=False) # parameter -> default; a whole default says that it is a window
+    outputs:tuple                       # the first is what the bare name means
+    state_size:Callable                 # of the parameters: cells of memory
+    warm_up:Callable                    # of the parameters: candles
+
+    def __call__(self, *values)->"Feature": return Feature(self, check_parameters(self.name, self.parameters, values), self.outputs[0])
+
+    @property
+    def summary(self): return (self.update.__doc__ or "").strip().splitlines()[0] if self.update.__doc__ else ""
+
 # %% ../../nbs/20_features/20_indicator.ipynb #ee340a46
 class FeatureStream:
     "A feature candle by candle; `state` is all it remembers"
@@ -177,11 +193,11 @@ class FeatureStream:
         self._update(self.state, self._parameters, self._candle[0], self._out)
         return float(self._out[self._column])
 
-# %% ../../nbs/20_features/20_indicator.ipynb #97692436
+# %% ../../nbs/20_features/20_indicator.ipynb #f004d43f
 @dataclass(frozen=True)
 class Feature:
     "One number a candle; made by calling an `Indicator`"
-    indicator:"Indicator"
+    indicator:Indicator
     parameters:tuple
     selected:str    # one of the indicator's outputs
 
@@ -215,19 +231,3 @@ class Feature:
         return out[:, self.column].copy()
 
     def __repr__(self): return f"Feature({self.text})"
-
-# %% ../../nbs/20_features/20_indicator.ipynb #1e44ac82
-@dataclass(frozen=True)
-class Indicator:
-    "A named update with its parameters and outputs; calling it gives a `Feature`"
-    name:str
-    update:Callable                     # compiled, signature UPDATE
-    parameters:dict = field(hash=False) # parameter -> default; a whole default says that it is a window
-    outputs:tuple                       # the first is what the bare name means
-    state_size:Callable                 # of the parameters: cells of memory
-    warm_up:Callable                    # of the parameters: candles
-
-    def __call__(self, *values)->Feature: return Feature(self, check_parameters(self.name, self.parameters, values), self.outputs[0])
-
-    @property
-    def summary(self): return (self.update.__doc__ or "").strip().splitlines()[0] if self.update.__doc__ else ""

@@ -103,7 +103,7 @@ class Watch(BaseCallback):
 
     def close(self): self._bar.close()
 
-# %% ../../nbs/80_learn/85_agents.ipynb #ca584feb
+# %% ../../nbs/80_learn/85_agents.ipynb #e01bc9e1
 def learn(
     model,           # of stable-baselines3
     watch:Watch,
@@ -112,7 +112,7 @@ def learn(
     "Learn for so many steps, or until Ctrl-C"
     try: model.learn(steps, callback=watch)
     except KeyboardInterrupt:
-        if not watch.points: raise # nothing is learnt yet
+        if model._n_updates == 0: raise # nothing is learnt yet
         return True
     finally: watch.close()
     return False

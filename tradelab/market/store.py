@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from .candles import OPTIONAL, BadCandles, check, frame, moment
 from ..records import COLUMNS
 
-# %% ../../nbs/10_market/13_store.ipynb #2b4f3923
+# %% ../../nbs/10_market/13_store.ipynb #cc7ef495
 def safe(
     name:str,   # a source or a symbol
 )->str:         # without "/", ":" or dots
@@ -29,7 +29,7 @@ def safe(
     if not name: raise ValueError("a source or symbol must have a name, was ''")
     return quote(name, safe="/:").replace("_", "%5F").replace(".", "%2E").replace("/", "_").replace(":", "__")
 
-
+# %% ../../nbs/10_market/13_store.ipynb #d3b1970d
 def unsafe(
     name:str,   # a folder
 )->str:
@@ -74,7 +74,7 @@ def only_writer(
         for part in folder.glob(".*.part"): part.unlink(missing_ok=True)
         yield
 
-# %% ../../nbs/10_market/13_store.ipynb #79776b0d
+# %% ../../nbs/10_market/13_store.ipynb #82e70446
 def to_bytes(
     candles:pd.DataFrame,   # one month
 )->bytes:
@@ -84,7 +84,7 @@ def to_bytes(
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
-
+# %% ../../nbs/10_market/13_store.ipynb #038c7ded
 def from_file(
     path:Path,
 )->pd.DataFrame:
@@ -95,7 +95,7 @@ def from_file(
     index = pd.DatetimeIndex(table["open_time"].to_numpy().astype("datetime64[ms]"), tz="UTC", name="open_time")
     return pd.DataFrame({name: table[name].to_numpy() for name in columns}, index=index)
 
-# %% ../../nbs/10_market/13_store.ipynb #bf94d21b
+# %% ../../nbs/10_market/13_store.ipynb #baa5485e
 def merge(
     held:pd.DataFrame,   # candles
     new:pd.DataFrame,    # candles that win
@@ -104,14 +104,30 @@ def merge(
     both = pd.concat([held, new])
     return both[~both.index.duplicated(keep="last")].sort_index()
 
-
+# %% ../../nbs/10_market/13_store.ipynb #db6db2bf
 def months(
     folder:Path,   # of one series
 )->list:
     "The files of a series, oldest first"
     return sorted(folder.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].parquet"))
 
-# %% ../../nbs/10_market/13_store.ipynb #bab955af
+# %% ../../nbs/10_market/13_store.ipynb #b70aaba0
+def _merged(folder, candles):
+    "What the files of these months hold afterwards: bytes by path"
+    contents = {}
+    for month, new in candles.groupby(candles.index.strftime("%Y-%m")):
+        path = folder / f"{month}.parquet"
+        contents[path] = to_bytes(merge(from_file(path), new) if path.exists() else new)
+    return contents
+
+
+def _described(folder):
+    "One series as a row of `held`"
+    files, (source, symbol, timeframe) = months(folder), folder.parts[-3:]
+    ends = from_file(files[0]).index[0], from_file(files[-1]).index[-1]
+    return unsafe(source), unsafe(symbol), timeframe, *ends, sum(pq.read_metadata(path).num_rows for path in files), len(files)
+
+# %% ../../nbs/10_market/13_store.ipynb #1152a84f
 @dataclass(frozen=True)
 class Store:
     "Candles on disk, by source, symbol, timeframe and month"
@@ -125,11 +141,7 @@ class Store:
         candles = check(candles, timeframe, f"{source} {symbol}")
         folder = self.series(source, symbol, timeframe)
         with only_writer(folder):
-            contents = {}
-            for month, new in candles.groupby(candles.index.strftime("%Y-%m")):
-                path = folder / f"{month}.parquet"
-                if path.exists(): new = merge(from_file(path), new)
-                contents[path] = to_bytes(new)
+            contents = _merged(folder, candles)
             replace_files(contents)
         return list(contents)
 
@@ -145,10 +157,5 @@ class Store:
 
     def held(self):
         "What is there: one row a series, from its files alone"
-        rows = []
-        for folder in sorted(Path(self.folder).glob("*/*/*/")):
-            if not (files := months(folder)): continue
-            source, symbol, timeframe = folder.parts[-3:]
-            ends = from_file(files[0]).index[0], from_file(files[-1]).index[-1]
-            rows.append((unsafe(source), unsafe(symbol), timeframe, *ends, sum(pq.read_metadata(path).num_rows for path in files), len(files)))
+        rows = [_described(folder) for folder in sorted(Path(self.folder).glob("*/*/*/")) if months(folder)]
         return pd.DataFrame(rows, columns=["source", "symbol", "timeframe", "first", "last", "candles", "months"])

@@ -28,7 +28,7 @@ def desired_notional(
     if not np.isfinite(target): raise ValueError("a policy answered with a target that is not a finite number: check its inputs and weights")
     return min(max(target, -1.), 1.) * limits["max_position"] * max(equity, 0.)
 
-# %% ../../nbs/30_risk/31_limits.ipynb #51500267
+# %% ../../nbs/30_risk/31_limits.ipynb #abf37b54
 @compiled
 def leverage_factor(
     notionals,  # (n_symbols,), signed, quote
@@ -39,7 +39,7 @@ def leverage_factor(
     gross, allowed = np.abs(notionals).sum(), limits["max_leverage"] * max(equity, 0.)
     return 1. if gross <= allowed else allowed / gross
 
-
+# %% ../../nbs/30_risk/31_limits.ipynb #3e3da7a1
 @compiled
 def balance_factor(
     notionals,  # (n_symbols,), signed, quote: wanted
