@@ -26,11 +26,11 @@ $(READY): settings.ini setup.py requirements.lock
 	@touch $@
 
 demo: $(READY) ## train an agent, test it, trade it live on localnet, replay, report
-	$(BIN)/tradelab run train
+	$(BIN)/tradelab run train -p span 2020-01-01/2022-07-01 -p steps 100000
 	$(BIN)/tradelab run backtest -p policy latest
-	$(BIN)/tradelab run live -p policy latest
+	$(BIN)/tradelab run live -p policy latest -p venue localnet -p candles 300
 	$(BIN)/tradelab run replay
-	$(BIN)/tradelab run report
+	$(BIN)/tradelab run report -p policy latest -p session latest
 	@echo; echo "Where to look:"; for job in train backtest live replay report; do ls -t reports/$$job/*.html | head -1 | sed 's/^/  /'; done
 
 test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skipped

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'BRACKETS', 'CONDITIONAL', 'OPEN_STATES', 'leverage_brackets', 'maintenance', 'max_notional', 'check_kind',
-           'read_quantity', 'read_client_id', 'find_order', 'new_order', 'side', 'filled', 'order_reply', 'new_trade',
+           'read_quantity', 'read_client_id', 'find_order', 'side', 'new_order', 'filled', 'order_reply', 'new_trade',
            'order_event', 'trade_lite', 'income_row', 'selected', 'margin', 'check_reduction', 'check_affordable',
-           'check_notional', 'account_event', 'position_event', 'break_even', 'Exchange', 'compile_fills',
-           'balance_words', 'account_reply', 'position_in_account', 'balances', 'positions_at_risk', 'position_risk',
-           'set_leverage', 'set_margin_type', 'set_position_mode', 'symbol_settings', 'open_orders', 'all_orders',
+           'check_notional', 'account_event', 'break_even', 'position_event', 'Exchange', 'compile_fills',
+           'balance_words', 'position_in_account', 'account_reply', 'balances', 'position_risk', 'positions_at_risk',
+           'set_leverage', 'symbol_settings', 'set_margin_type', 'set_position_mode', 'open_orders', 'all_orders',
            'user_trades', 'incomes', 'cancel']
 
 # %% ../../nbs/60_localnet/63_exchange.ipynb #2233f122
@@ -22,7 +22,7 @@ from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number
 from ..records import INSTRUMENT, CostModel, Instrument
 from ..sim.kernel import market_fill
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #5e8e360f
+# %% ../../nbs/60_localnet/63_exchange.ipynb #3626a31c
 TIERS = ((300_000, 150, .004), (800_000, 100, .005), (3_000_000, 75, .0065), (12_000_000, 50, .01), (70_000_000, 25, .02),
          (1_000_000_000, 5, .1))
 
@@ -37,6 +37,9 @@ def leverage_brackets()->list[dict]:
         floor, before = cap, rate
     return brackets
 
+# %% ../../nbs/60_localnet/63_exchange.ipynb #a75908d5
+BRACKETS = leverage_brackets()
+
 
 def maintenance(
     notional:float,   # quote, without sign
@@ -45,17 +48,14 @@ def maintenance(
     row = next((row for row in BRACKETS if notional <= row["notionalCap"]), BRACKETS[-1])
     return notional * row["maintMarginRatio"] - row["cum"]
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #02135336
 def max_notional(
     leverage:int,
 )->int:             # quote
     "The largest position that a leverage allows"
     return max(row["notionalCap"] for row in BRACKETS if row["initialLeverage"] >= leverage)
 
-
-BRACKETS = leverage_brackets()
-
-# %% ../../nbs/60_localnet/63_exchange.ipynb #9692cbfc
+# %% ../../nbs/60_localnet/63_exchange.ipynb #ab17986f
 CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
 
 
@@ -67,7 +67,7 @@ def check_kind(parameters:dict):
     if kind != "MARKET": raise Refused(-1116)
     if parameters.get("positionSide", "BOTH") != "BOTH": raise Refused(-4061)
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #9173f5d7
 def read_quantity(
     parameters:dict,
     instrument:Instrument,
@@ -83,7 +83,7 @@ def read_quantity(
     if quantity > instrument.max_quantity: raise Refused(-4005)
     return quantity if parameters["side"] == "BUY" else -quantity
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #ae65acfb
+# %% ../../nbs/60_localnet/63_exchange.ipynb #f44bf054
 OPEN_STATES = ("NEW", "PARTIALLY_FILLED")
 
 
@@ -97,7 +97,7 @@ def read_client_id(
     if any(order["clientOrderId"] == name and order["status"] in OPEN_STATES for order in orders): raise Refused(-4116)
     return name
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #ec6c153d
 def find_order(
     parameters:dict,
     symbol:str,
@@ -111,7 +111,10 @@ def find_order(
         if order[key] == value and order["symbol"] == symbol: return order
     raise Refused(refusal)
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #dd79f837
+# %% ../../nbs/60_localnet/63_exchange.ipynb #76f8bb05
+def side(quantity:float)->str: return "BUY" if quantity > 0 else "SELL"
+
+
 def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only:bool, now:int)->dict:
     "A market order that has just been accepted"
     size = number_text(abs(quantity))
@@ -123,17 +126,14 @@ def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only
             "priceMatch": "NONE",
             "selfTradePreventionMode": "EXPIRE_MAKER", "goodTillDate": 0, "time": now, "updateTime": now}
 
-
-def side(quantity:float)->str: return "BUY" if quantity > 0 else "SELL"
-
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #f97f9d86
 def filled(order:dict, price:float, now:int)->dict:
     "The order after its one trade"
     size, paid = order["origQty"], number_text(price)
     return order | {"status": "FILLED", "avgPrice": paid, "executedQty": size, "cumQuote": money_text(float(size) * price),
                     "cumBase": size, "updateTime": now}
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #0c8ab8ef
 def order_reply(
     order:dict,
     profile:str="2026-07",   # or "classic": replies as they were before 15 July 2026
@@ -144,7 +144,7 @@ def order_reply(
     if not result: order = order | {"status": "NEW", "executedQty": "0", "avgPrice": "0.00", "cumQuote": "0"}
     return {name: value for name, value in order.items() if name not in hidden} | {"cumQty": order["executedQty"]}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #13560ed0
+# %% ../../nbs/60_localnet/63_exchange.ipynb #41ef15da
 def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, realised:float, asset:str)->dict:
     "A trade of ours, as userTrades lists it"
     return {"symbol": order["symbol"], "pair": order["symbol"], "id": number, "orderId": order["orderId"], "side": side(quantity),
@@ -154,7 +154,7 @@ def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, re
             "commission": money_text(fee), "commissionAsset": asset, "marginAsset": asset, "positionSide": "BOTH",
             "buyer": quantity > 0, "maker": False, "time": order["time"]}
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #c758e92b
 def order_event(order:dict, trade:dict|None=None)->dict:
     "ORDER_TRADE_UPDATE: an order was accepted, or traded"
     now, done = order["updateTime"], trade is not None
@@ -172,7 +172,7 @@ def order_event(order:dict, trade:dict|None=None)->dict:
     if done: told |= {"N": trade["commissionAsset"], "n": trade["commission"]}
     return {"e": "ORDER_TRADE_UPDATE", "E": now, "T": now, "o": told}
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #989b4343
 def trade_lite(order:dict, trade:dict)->dict:
     "TRADE_LITE: the fastest word of a fill, without its fee"
     return {"e": "TRADE_LITE", "E": trade["time"], "T": trade["time"], "s": trade["symbol"], "q": order["origQty"],
@@ -180,13 +180,13 @@ def trade_lite(order:dict, trade:dict)->dict:
             "c": order["clientOrderId"], "S": order["side"], "L": trade["price"], "l": trade["qty"], "t": trade["id"],
             "i": order["orderId"]}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #b86d82cb
+# %% ../../nbs/60_localnet/63_exchange.ipynb #68e6d34c
 def income_row(number:int, kind:str, amount:float, symbol:str, asset:str, now:int, trade:str="")->dict:
     "A row of GET income"
     return {"symbol": symbol, "incomeType": kind, "income": money_text(amount), "asset": asset,
             "info": kind if not trade else trade, "time": now, "tranId": number, "tradeId": trade}
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #f71118bf
 def selected(
     rows:list,
     parameters:dict,
@@ -218,7 +218,7 @@ def check_reduction(
     if held * quantity >= 0: raise Refused(-2022)
     return quantity if abs(quantity) <= abs(held) else -held
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #baca308b
+# %% ../../nbs/60_localnet/63_exchange.ipynb #99eff1db
 def check_affordable(
     before:float,    # quote, notional held, without sign
     after:float,     # quote, notional after the order, without sign
@@ -230,7 +230,7 @@ def check_affordable(
     if after > max_notional(leverage): raise Refused(-2027)
     if after / leverage > free: raise Refused(-2019)
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #763fab0b
 def check_notional(
     notional:float,         # quote, of the order, without sign
     instrument:Instrument,
@@ -238,7 +238,7 @@ def check_notional(
     "Refuse an order that is too small to trade"
     if notional < instrument.min_notional: raise Refused(-4164, number_text(instrument.min_notional))
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #09d23451
+# %% ../../nbs/60_localnet/63_exchange.ipynb #eaf7f16f
 def account_event(
     reason:str,          # ORDER or FUNDING_FEE
     time:int,            # ms, of the market clock
@@ -251,6 +251,11 @@ def account_event(
     balance = {"a": asset, "wb": money_text(money), "cw": money_text(money), "bc": money_text(change)}
     return {"e": "ACCOUNT_UPDATE", "E": time, "T": time, "a": {"m": reason, "B": [balance], "P": []} | told}
 
+# %% ../../nbs/60_localnet/63_exchange.ipynb #92e06dd8
+def break_even(position, taker_fee:float)->str:
+    "The price at which closing pays for its own fee"
+    return number_text(round(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee), 8))
+
 
 def position_event(symbol:str, position, realised:float, taker_fee:float)->dict:
     "A position as ACCOUNT_UPDATE tells it"
@@ -258,12 +263,19 @@ def position_event(symbol:str, position, realised:float, taker_fee:float)->dict:
             "bep": break_even(position, taker_fee),
             "cr": money_text(realised), "up": money_text(margin(position, 1)["profit"]), "mt": "cross", "iw": "0", "ps": "BOTH"}
 
+# %% ../../nbs/60_localnet/63_exchange.ipynb #53dd7ecd
+def _asked(exchange, n, parameters):
+    "What an order for symbol n asks for, with the price and fee of its fill; raises `Refused`"
+    check_kind(parameters)
+    quantity, client_id, reduce_only = read_quantity(parameters, exchange.instruments[n]), read_client_id(parameters, exchange.orders), flag(parameters, "reduceOnly")
+    held, opened = float(exchange.positions[n]["quantity"]), exchange.market.price(n)
+    if reduce_only: quantity = check_reduction(held, quantity)
+    else: check_notional(abs(quantity) * opened, exchange.instruments[n])
+    price, fee = market_fill(quantity, opened, exchange.cost_row, exchange.instrument_rows[n])
+    check_affordable(abs(held) * price, abs(held + quantity) * price, exchange.leverage[n], exchange.free(n) - fee - abs(quantity * (price - opened)))
+    return client_id, quantity, reduce_only, price, fee
 
-def break_even(position, taker_fee:float)->str:
-    "The price at which closing pays for its own fee"
-    return number_text(round(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee), 8))
-
-# %% ../../nbs/60_localnet/63_exchange.ipynb #869c1384
+# %% ../../nbs/60_localnet/63_exchange.ipynb #c4ea7ee3
 class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
@@ -299,13 +311,7 @@ class Exchange:
     def order(self, parameters:dict)->dict:
         "POST order: check, fill, tell; returns the order"
         n, now = self.market.find(parameters), self.market.now
-        check_kind(parameters)
-        quantity, client_id, reduce_only = read_quantity(parameters, self.instruments[n]), read_client_id(parameters, self.orders), flag(parameters, "reduceOnly")
-        held, opened = float(self.positions[n]["quantity"]), self.market.price(n)
-        if reduce_only: quantity = check_reduction(held, quantity)
-        else: check_notional(abs(quantity) * opened, self.instruments[n])
-        price, fee = market_fill(quantity, opened, self.cost_row, self.instrument_rows[n])
-        check_affordable(abs(held) * price, abs(held + quantity) * price, self.leverage[n], self.free(n) - fee - abs(quantity * (price - opened)))
+        client_id, quantity, reduce_only, price, fee = _asked(self, n, parameters)
         accepted = new_order(len(self.orders) + 1, client_id, self.market.ids[n], quantity, reduce_only, now)
         self.orders.append(filled(accepted, price, now))
         self.events.append(order_event(accepted))
@@ -338,7 +344,7 @@ def compile_fills(exchange:Exchange):
     apply_fill(account, positions, 0, 1., price, fee)
     apply_funding(account, float(funding_amount(positions[0]["quantity"], price, 0.)))
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #6cade2fa
+# %% ../../nbs/60_localnet/63_exchange.ipynb #087ff3c3
 def balance_words(exchange:Exchange)->dict:
     "The sums of an account in its one asset"
     rows, equity, money = [exchange.margin(n) for n in range(len(exchange.positions))], exchange.account[0]["equity"], wallet(exchange.account)
@@ -351,21 +357,7 @@ def balance_words(exchange:Exchange)->dict:
             "crossWalletBalance": money_text(money), "crossUnPnl": money_text(equity - money), "availableBalance": free,
             "maxWithdrawAmount": free}
 
-
-def account_reply(exchange:Exchange, version:int)->dict:
-    "GET account"
-    words, shown = balance_words(exchange), range(len(exchange.positions))
-    totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items() if name not in ("availableBalance", "maxWithdrawAmount")}
-    asset = {"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True} if version == 2 else {})
-    if version == 3: shown = [n for n in shown if exchange.positions[n]["quantity"] != 0]
-    reply = totals | {"availableBalance": words["availableBalance"], "maxWithdrawAmount": words["maxWithdrawAmount"],
-                      "assets": [asset],
-                      "positions": [position_in_account(exchange, n, version) for n in shown]}
-    return reply if version == 3 else {"feeTier": 0, "feeBurn": False, "canTrade": True, "canDeposit": True, "canWithdraw": True,
-                                       "updateTime": 0,
-                                       "multiAssetsMargin": False, "tradeGroupId": -1} | reply
-
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #dcb8be6f
 def position_in_account(exchange:Exchange, n:int, version:int)->dict:
     "A position as GET account lists it"
     row, position = exchange.margin(n), exchange.positions[n]
@@ -379,7 +371,21 @@ def position_in_account(exchange:Exchange, n:int, version:int)->dict:
                      "entryPrice": number_text(position["entry_price"]), "maxNotional": str(max_notional(exchange.leverage[n])),
                      "bidNotional": "0", "askNotional": "0"}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #b258c10b
+# %% ../../nbs/60_localnet/63_exchange.ipynb #37a8c776
+def account_reply(exchange:Exchange, version:int)->dict:
+    "GET account"
+    words, shown = balance_words(exchange), range(len(exchange.positions))
+    totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items() if name not in ("availableBalance", "maxWithdrawAmount")}
+    asset = {"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True} if version == 2 else {})
+    if version == 3: shown = [n for n in shown if exchange.positions[n]["quantity"] != 0]
+    reply = totals | {"availableBalance": words["availableBalance"], "maxWithdrawAmount": words["maxWithdrawAmount"],
+                      "assets": [asset],
+                      "positions": [position_in_account(exchange, n, version) for n in shown]}
+    return reply if version == 3 else {"feeTier": 0, "feeBurn": False, "canTrade": True, "canDeposit": True, "canWithdraw": True,
+                                       "updateTime": 0,
+                                       "multiAssetsMargin": False, "tradeGroupId": -1} | reply
+
+# %% ../../nbs/60_localnet/63_exchange.ipynb #89e2fb75
 def balances(exchange:Exchange)->list:
     "GET balance"
     words = balance_words(exchange)
@@ -387,12 +393,7 @@ def balances(exchange:Exchange)->list:
     return [{"accountAlias": "localnet", "asset": exchange.asset, "balance": words["walletBalance"], **kept,
              "marginAvailable": True, "updateTime": exchange.market.now}]
 
-
-def positions_at_risk(exchange:Exchange, parameters:dict, version:int)->list:
-    "GET positionRisk; nothing is liquidated here yet, so the liquidation price is 0"
-    return [position_risk(exchange, n, version) for n in exchange.market.asked(parameters) if version == 2 or exchange.positions[n]["quantity"] != 0]
-
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #d1ebd01f
 def position_risk(exchange:Exchange, n:int, version:int)->dict:
     "One position of GET positionRisk"
     row, position = exchange.margin(n), exchange.positions[n]
@@ -409,7 +410,12 @@ def position_risk(exchange:Exchange, n:int, version:int)->dict:
                      "positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0", "bidNotional": "0",
                      "askNotional": "0"}
 
-# %% ../../nbs/60_localnet/63_exchange.ipynb #2dee87b3
+# %% ../../nbs/60_localnet/63_exchange.ipynb #495f914a
+def positions_at_risk(exchange:Exchange, parameters:dict, version:int)->list:
+    "GET positionRisk"
+    return [position_risk(exchange, n, version) for n in exchange.market.asked(parameters) if version == 2 or exchange.positions[n]["quantity"] != 0]
+
+# %% ../../nbs/60_localnet/63_exchange.ipynb #48e4f76a
 def set_leverage(exchange:Exchange, parameters:dict)->dict:
     "POST leverage"
     n, leverage = exchange.market.find(parameters), whole(parameters, "leverage")
@@ -421,6 +427,13 @@ def set_leverage(exchange:Exchange, parameters:dict)->dict:
     return {"symbol": exchange.market.ids[n], "leverage": leverage, "maxNotionalValue": str(max_notional(leverage))}
 
 
+def symbol_settings(exchange:Exchange, n:int)->dict:
+    "GET symbolConfig for one symbol"
+    leverage = exchange.leverage[n]
+    return {"symbol": exchange.market.ids[n], "marginType": "CROSSED", "isAutoAddMargin": False, "leverage": leverage,
+            "maxNotionalValue": str(max_notional(leverage))}
+
+# %% ../../nbs/60_localnet/63_exchange.ipynb #6af817c1
 def set_margin_type(exchange:Exchange, parameters:dict):
     "POST marginType: all positions share the account"
     exchange.market.find(parameters)
@@ -434,14 +447,7 @@ def set_position_mode(parameters:dict):
     if not flag(parameters, "dualSidePosition"): raise Refused(-4059)
     raise Refused(-4084, "one position a symbol")
 
-
-def symbol_settings(exchange:Exchange, n:int)->dict:
-    "GET symbolConfig for one symbol"
-    leverage = exchange.leverage[n]
-    return {"symbol": exchange.market.ids[n], "marginType": "CROSSED", "isAutoAddMargin": False, "leverage": leverage,
-            "maxNotionalValue": str(max_notional(leverage))}
-
-# %% ../../nbs/60_localnet/63_exchange.ipynb #0e9a155d
+# %% ../../nbs/60_localnet/63_exchange.ipynb #e185927f
 def open_orders(exchange:Exchange, parameters:dict)->list:
     "GET openOrders; market orders are never open"
     asked = [exchange.market.ids[n] for n in exchange.market.asked(parameters)]
@@ -454,22 +460,22 @@ def all_orders(exchange:Exchange, parameters:dict)->list:
     return selected([row for row in rows if row["orderId"] >= first], parameters,
                     exchange.market.ids[exchange.market.find(parameters)])
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #7c739e0a
 def user_trades(exchange:Exchange, parameters:dict)->list:
     "GET userTrades; `fromId` begins at a trade, `orderId` picks one order's"
     rows, first, order = exchange.trades, whole(parameters, "fromId", 0), whole(parameters, "orderId", 0)
     return selected([row for row in rows if row["id"] >= first and order in (0, row["orderId"])], parameters,
                     exchange.market.ids[exchange.market.find(parameters)])
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #6517db0a
 def incomes(exchange:Exchange, parameters:dict)->list:
     "GET income"
     symbol = exchange.market.ids[exchange.market.find(parameters)] if parameters.get("symbol") else None
     return selected([row for row in exchange.incomes if parameters.get("incomeType") in (None, row["incomeType"])], parameters,
                     symbol, 100)
 
-
+# %% ../../nbs/60_localnet/63_exchange.ipynb #83573349
 def cancel(exchange:Exchange, parameters:dict):
-    "DELETE order: what is filled cannot be cancelled"
+    "DELETE order"
     order = find_order(parameters, exchange.market.ids[exchange.market.find(parameters)], exchange.orders, -2011)
     if order["status"] not in OPEN_STATES: raise Refused(-2011)

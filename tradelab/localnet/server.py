@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKET_DATA', 'ACCOUNT_DATA', 'ACTIONS', 'ENDPOINTS', 'BARRIER', 'milliseconds_now', 'Meter', 'Endpoint',
            'one_or_all', 'exchange_info', 'commission', 'renew_listen_key', 'ordered', 'asked_order', 'cancel_all',
-           'check_access', 'Connection', 'wanted', 'subscribe', 'Streams', 'kline_payload', 'obey', 'Service', 'answer',
+           'check_access', 'Connection', 'wanted', 'subscribe', 'kline_payload', 'Streams', 'obey', 'Service', 'answer',
            'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'find_or_start']
 
 # %% ../../nbs/60_localnet/66_server.ipynb #9eb36899
@@ -52,7 +52,7 @@ class Meter:
         self.used += amount
         return self.used
 
-# %% ../../nbs/60_localnet/66_server.ipynb #687ab09c
+# %% ../../nbs/60_localnet/66_server.ipynb #b17343c8
 @dataclass(frozen=True)
 class Endpoint:
     "A row of the table of what REST serves"
@@ -60,12 +60,12 @@ class Endpoint:
     security:str      # public, key or signed
     reply:Callable    # of the service and the parameters
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #26f8a06c
 def one_or_all(market:Market, asked:dict, reply:Callable):
     "One record where a symbol was named, a list of all otherwise"
     return reply(market.find(asked)) if asked.get("symbol") else [reply(n) for n in range(len(market.ids))]
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #5c3122ba
 def exchange_info(exchange:Exchange)->dict:
     "GET exchangeInfo"
     limits = (("REQUEST_WEIGHT", "MINUTE", 1, 2400), ("ORDERS", "MINUTE", 1, 1200), ("ORDERS", "SECOND", 10, 300))
@@ -74,7 +74,7 @@ def exchange_info(exchange:Exchange)->dict:
             "assets": [{"asset": exchange.asset, "marginAvailable": True, "autoAssetExchange": "0"}],
             "symbols": [symbol_reply(instrument) for instrument in exchange.instruments]}
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #f8ba442b
 MARKET_DATA = {
     ("GET", "v1/ping"): Endpoint(1, "public", lambda service, asked: {}),
     ("GET", "v1/time"): Endpoint(1, "public", lambda service, asked: {"serverTime": milliseconds_now()}),
@@ -86,7 +86,13 @@ MARKET_DATA = {
                                                        lambda n: premium(service.exchange.market, n))),
 }
 
-# %% ../../nbs/60_localnet/66_server.ipynb #1b52f264
+# %% ../../nbs/60_localnet/66_server.ipynb #5b9b2ce3
+def commission(exchange:Exchange, n:int)->dict:
+    "GET commissionRate"
+    rate = number_text(exchange.costs.taker_fee)
+    return {"symbol": exchange.market.ids[n], "makerCommissionRate": rate, "takerCommissionRate": rate, "rpiCommissionRate": rate}
+
+# %% ../../nbs/60_localnet/66_server.ipynb #57526220
 ACCOUNT_DATA = {
     ("GET", f"{version}/{name}"): Endpoint(5, "signed", reply) for version, name, reply in (
         ("v3", "account", lambda service, asked: account_reply(service.exchange, 3)),
@@ -109,19 +115,13 @@ ACCOUNT_DATA = {
                                                         "dualSidePosition": False, "updateTime": 0,
                                                       "multiAssetsMargin": False, "tradeGroupId": -1}))}
 
-
-def commission(exchange:Exchange, n:int)->dict:
-    "GET commissionRate; only takers trade here, so there is one rate"
-    rate = number_text(exchange.costs.taker_fee)
-    return {"symbol": exchange.market.ids[n], "makerCommissionRate": rate, "takerCommissionRate": rate, "rpiCommissionRate": rate}
-
-# %% ../../nbs/60_localnet/66_server.ipynb #15fc08f3
+# %% ../../nbs/60_localnet/66_server.ipynb #81d4b90c
 def renew_listen_key(service, asked:dict)->dict:
     "PUT listenKey"
     if not service.streams.listen_key: raise Refused(-1125)
     return {"listenKey": service.streams.listen_key}
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #f4c7ac8d
 def ordered(service, asked:dict)->dict:
     "POST order, in the words of the chosen profile"
     return order_reply(service.exchange.order(asked), service.order_reply, asked.get("newOrderRespType") == "RESULT")
@@ -132,13 +132,13 @@ def asked_order(service, asked:dict)->dict:
     order = find_order(asked, service.exchange.market.ids[service.exchange.market.find(asked)], service.exchange.orders)
     return {name: value for name, value in order.items() if name not in ("pair", "cumBase")}
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #47ee442c
 def cancel_all(service, asked:dict)->dict:
-    "DELETE allOpenOrders; there are none to cancel"
+    "DELETE allOpenOrders"
     service.exchange.market.find(asked)
     return {"code": 200, "msg": "The operation of cancel all open order is done."}
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #ce97e749
 ACTIONS = {
     ("POST", "v1/order"): Endpoint(0, "signed", ordered), ("GET", "v1/order"): Endpoint(1, "signed", asked_order),
     ("DELETE", "v1/order"): Endpoint(1, "signed", lambda service, asked: cancel(service.exchange, asked)),
@@ -169,7 +169,7 @@ def check_access(
     check_signature(account[1], query, body)
     check_time(parameters(query, body), now)
 
-# %% ../../nbs/60_localnet/66_server.ipynb #11a3d9da
+# %% ../../nbs/60_localnet/66_server.ipynb #8063d5bc
 @dataclass(eq=False)
 class Connection:
     "A socket and what it wants to hear"
@@ -184,7 +184,7 @@ class Connection:
         try: await self.socket.send_str(json.dumps(payload))
         except ConnectionError: pass
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #0887e8ff
 def wanted(
     path:str,     # of the socket
     query:str,    # raw
@@ -207,7 +207,12 @@ def subscribe(
     streams += added
     return added
 
-# %% ../../nbs/60_localnet/66_server.ipynb #44f43f8c
+# %% ../../nbs/60_localnet/66_server.ipynb #f79e9f2d
+def kline_payload(market:Market, t:int, n:int)->dict:
+    "Candle t of symbol n as an event; final if it has closed"
+    return kline_event(market.now, market.ids[n], market.interval, market.kline(t, n), t < market.closed)
+
+# %% ../../nbs/60_localnet/66_server.ipynb #5c2cfdb1
 class Streams:
     "Who is connected, and who hears what"
     def __init__(self, market:Market, api_key:str):
@@ -247,11 +252,6 @@ class Streams:
             n = (self.klines | self.marks).get(stream)
             if stream in self.klines: await connection.send(stream, kline_payload(self.market, self.market.closed, n))
             if stream in self.marks: await connection.send(stream, mark_event(self.market, n))
-
-
-def kline_payload(market:Market, t:int, n:int)->dict:
-    "Candle t of symbol n as an event; final if it has closed"
-    return kline_event(market.now, market.ids[n], market.interval, market.kline(t, n), t < market.closed)
 
 # %% ../../nbs/60_localnet/66_server.ipynb #23f64922
 async def obey(
@@ -349,7 +349,7 @@ def answer(
     if name in BARRIER and status == 200: service.passed()
     return reply, status, headers
 
-# %% ../../nbs/60_localnet/66_server.ipynb #1a40f15a
+# %% ../../nbs/60_localnet/66_server.ipynb #09db6a55
 async def serve_rest(service:Service, request:web.Request)->web.Response:
     "Answer one request"
     body = (await request.read()).decode(errors="replace")
@@ -357,7 +357,7 @@ async def serve_rest(service:Service, request:web.Request)->web.Response:
     await service.publish_account()
     return web.json_response(reply, status=status, headers=headers)
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #e82d294a
 async def serve_socket(service:Service, request:web.Request)->web.WebSocketResponse:
     "Keep one socket until either side hangs up"
     socket = web.WebSocketResponse(heartbeat=180, timeout=1)
@@ -375,7 +375,7 @@ async def serve_socket(service:Service, request:web.Request)->web.WebSocketRespo
         streams.update()
     return socket
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #9201d5fd
 def application(service:Service)->web.Application:
     "All paths of the exchange"
     app = web.Application()
@@ -391,7 +391,7 @@ def application(service:Service)->web.Application:
     app.on_shutdown.append(hang_up)
     return app
 
-# %% ../../nbs/60_localnet/66_server.ipynb #74285eec
+# %% ../../nbs/60_localnet/66_server.ipynb #5d5026fe
 class PortInUse(OSError):
     "Somebody else listens there"
 
@@ -407,7 +407,7 @@ async def listen(
         raise PortInUse(error.errno, f"port {port} on 127.0.0.1 is in use: stop what listens there, or choose another port (0 takes a free one)") from None
     return runner.addresses[0][1]
 
-
+# %% ../../nbs/60_localnet/66_server.ipynb #37274b70
 async def serve(
     service:Service,
     port:int,

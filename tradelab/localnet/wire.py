@@ -13,14 +13,14 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-# %% ../../nbs/60_localnet/60_wire.ipynb #884fdba8
+# %% ../../nbs/60_localnet/60_wire.ipynb #acbf5e26
 def number_text(
     value:float,
 )->str:
     "The shortest decimal text with the same bits, without an exponent"
     return np.format_float_positional(float(value) + 0., trim="-")
 
-
+# %% ../../nbs/60_localnet/60_wire.ipynb #f094314e
 def money_text(
     amount:float,   # quote
 )->str:
@@ -42,7 +42,7 @@ def exchange_id(symbol:str)->str:
     "The exchange's name of a symbol"
     return "".join(assets(symbol))
 
-# %% ../../nbs/60_localnet/60_wire.ipynb #24351ffb
+# %% ../../nbs/60_localnet/60_wire.ipynb #ed5ef75d
 REFUSALS = {
     -1021: "Timestamp for this request {0}", -1022: "Signature for this request is not valid.",
     -1102: "Mandatory parameter '{0}' was not sent, was empty/null, or malformed.",
@@ -65,7 +65,7 @@ REFUSALS = {
 }
 STATUS = {-2014: 401, -2015: 401, -5000: 404}
 
-
+# %% ../../nbs/60_localnet/60_wire.ipynb #c75eed9d
 class Refused(Exception):
     "An answer that is an error: a code, its sentence, and the HTTP status that carries them"
     def __init__(self, code:int, *values):
@@ -75,7 +75,7 @@ class Refused(Exception):
     @property
     def reply(self): return {"code": self.code, "msg": str(self)}
 
-# %% ../../nbs/60_localnet/60_wire.ipynb #1afde4b3
+# %% ../../nbs/60_localnet/60_wire.ipynb #5123410e
 def parameters(
     query:str,     # raw, as received
     body:str="",   # raw, urlencoded
@@ -83,7 +83,7 @@ def parameters(
     "The parameters of a request, wherever they were sent"
     return dict(parse_qsl(query, keep_blank_values=True) + parse_qsl(body, keep_blank_values=True))
 
-
+# %% ../../nbs/60_localnet/60_wire.ipynb #80d40539
 def mandatory(parameters:dict, name:str)->str:
     "A parameter that must be there"
     if parameters.get(name): return parameters[name]
@@ -96,14 +96,14 @@ def whole(parameters:dict, name:str, default:int|None=None)->int:
     try: return int(text)
     except ValueError: raise Refused(-1102, name) from None
 
-
+# %% ../../nbs/60_localnet/60_wire.ipynb #7fe62031
 def flag(parameters:dict, name:str)->bool:
     "A parameter that is true or false, in any case; false where it is absent"
     text = parameters.get(name, "false").lower()
     if text in ("true", "false"): return text == "true"
     raise Refused(-1102, name)
 
-# %% ../../nbs/60_localnet/60_wire.ipynb #963944c7
+# %% ../../nbs/60_localnet/60_wire.ipynb #219d106c
 def signature(
     secret:str,    # the secret of the api key
     query:str,     # raw
@@ -113,7 +113,7 @@ def signature(
     signed = "".join("&".join(part for part in text.split("&") if not part.startswith("signature=")) for text in (query, body))
     return hmac.new(secret.encode(), signed.encode(), hashlib.sha256).hexdigest()
 
-
+# %% ../../nbs/60_localnet/60_wire.ipynb #e92e5f52
 def check_signature(secret:str, query:str, body:str=""):
     "Refuse a request that was not signed with the secret"
     given = mandatory(parameters(query, body), "signature")
