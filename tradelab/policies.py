@@ -15,7 +15,7 @@ from numba import types
 from .compiled import compiled
 from .records import Scaler
 
-# %% ../nbs/00_ground/05_policies.ipynb #c99a17bf
+# %% ../nbs/00_ground/05_policies.ipynb #8edae0ed
 POLICY = types.void(types.float64[::1], types.float32[:, ::1], types.float64[::1]) # parameters, observation, targets
 
 
@@ -28,6 +28,8 @@ class Policy:
     features:tuple = ()                 # texts such as "rsi(14)", in the order of the observation's columns
     window:int = 1                      # candles in the observation, oldest first
     scaler:Scaler|None = None           # None: features as they are
+
+    def __post_init__(self): object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
 
     def act(self, observation:np.ndarray)->np.ndarray:
         "Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width)"

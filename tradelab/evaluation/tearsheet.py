@@ -145,7 +145,7 @@ def _page(sheet):
     picture = f'<img alt="equity, drawdown and exposure of {escape(sheet.subject)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
     return f"<p><b>{escape(sheet.subject)}</b><br>{escape(sheet.face)}</p>\n{sheet.written().to_html(border=0)}\n{picture}"
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #63d866c3
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #1370db12
 @dataclass(frozen=True)
 class TearSheet:
     "One result beside its baselines"
@@ -162,9 +162,7 @@ class TearSheet:
     def metrics(self)->dict[str, Metrics]: return {name: metrics(result.equity, result.journal) for name, result in self.results.items()}
 
     @property
-    def face(self)->str:
-        "What the reader must know, in a sentence or two"
-        return _face(self.results[self.subject].equity, self.note, self.source)
+    def face(self)->str: return _face(self.results[self.subject].equity, self.note, self.source)
 
     def table(self)->pd.DataFrame:
         "A column for each result, in the units of the row labels"

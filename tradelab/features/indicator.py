@@ -193,7 +193,16 @@ class FeatureStream:
         self._update(self.state, self._parameters, self._candle[0], self._out)
         return float(self._out[self._column])
 
-# %% ../../nbs/20_features/20_indicator.ipynb #f004d43f
+# %% ../../nbs/20_features/20_indicator.ipynb #cf206f3c
+def _history(indicator, parameters, candles):
+    "All outputs of an indicator over candles, (T, n_outputs)"
+    candles = np.require(candles, np.float64, ["C", "W"])
+    check_candles(candles)
+    out = np.full((len(candles), len(indicator.outputs)), np.nan)
+    run(indicator.update, np.zeros(indicator.state_size(*parameters)), np.array(parameters, float), candles, out)
+    return out
+
+# %% ../../nbs/20_features/20_indicator.ipynb #cca04082
 @dataclass(frozen=True)
 class Feature:
     "One number a candle; made by calling an `Indicator`"
@@ -219,15 +228,8 @@ class Feature:
 
     def stream(self)->FeatureStream: return FeatureStream(self)
 
-    def array(
-        self,
-        candles,        # (T, 5)
-    )->np.ndarray:      # (T,), NaN until it is defined
-        "The feature over a history"
-        candles = np.require(candles, np.float64, ["C", "W"])
-        check_candles(candles)
-        out, state = np.full((len(candles), len(self.indicator.outputs)), np.nan), np.zeros(self.indicator.state_size(*self.parameters))
-        run(self.indicator.update, state, np.array(self.parameters, float), candles, out)
-        return out[:, self.column].copy()
+    def array(self, candles)->np.ndarray:
+        "The feature over a history: candles (T, 5) to values (T,), NaN until it is defined"
+        return _history(self.indicator, self.parameters, candles)[:, self.column].copy()
 
     def __repr__(self): return f"Feature({self.text})"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'RECEIVE_WINDOW', 'Candle', 'OrderUpdate', 'Notice', 'normalise', 'BrokerError', 'error_code', 'error_text',
-           'Answer', 'Money', 'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'Requests',
-           'quantity_text', 'Broker']
+           'Answer', 'Money', 'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows',
+           'Requests', 'quantity_text', 'order_request', 'order_answer', 'fill_of', 'Trading', 'Broker']
 
 # %% ../../nbs/70_live/71_broker.ipynb #e8afb17d
 import asyncio
@@ -22,7 +22,7 @@ from ..config import Venue
 from .orders import NO_SUCH_ORDER, WRONG_KEYS, Outcome, State, outcome
 from ..records import Fill, Funding, Instrument, Order
 
-# %% ../../nbs/70_live/71_broker.ipynb #2d410ff5
+# %% ../../nbs/70_live/71_broker.ipynb #c25fb711
 @dataclass(frozen=True)
 class Candle:
     "A closed candle of one symbol"
@@ -30,7 +30,7 @@ class Candle:
     open_time:int       # ms
     values:tuple        # open, high, low, close, volume: the floats of the exchange's decimal strings
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #b0ddec6d
 @dataclass(frozen=True)
 class OrderUpdate:
     "Where the exchange says an order stands"
@@ -46,7 +46,7 @@ class Notice:
     kind:str            # open, lost, expired, margin call, fee, unreadable
     text:str
 
-# %% ../../nbs/70_live/71_broker.ipynb #4e08d17a
+# %% ../../nbs/70_live/71_broker.ipynb #6fcaabbe
 STATES = {"NEW": State.ACKNOWLEDGED, "PARTIALLY_FILLED": State.ACKNOWLEDGED, "FILLED": State.FILLED, "CANCELED": State.CANCELED,
           "EXPIRED": State.EXPIRED, "EXPIRED_IN_MATCH": State.EXPIRED, "REJECTED": State.REJECTED}
 
@@ -54,7 +54,7 @@ STATES = {"NEW": State.ACKNOWLEDGED, "PARTIALLY_FILLED": State.ACKNOWLEDGED, "FI
 def _due(time): return int(time) // 60_000 * 60_000 # funding falls due on a full hour, and is stamped some milliseconds later, not the same everywhere
 def _signed(side, quantity): return float(quantity) if side == "BUY" else -float(quantity)
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #5dd1af75
 def _order_events(order, symbols, quote):
     if order["s"] not in symbols: return []
     update = OrderUpdate(order["c"], STATES[order["X"]], float(order["z"]), str(order["i"]))
@@ -64,7 +64,7 @@ def _order_events(order, symbols, quote):
     paid_elsewhere = [Notice("fee", f"a fee of {fee} {asset} is not counted: pay fees in {quote} in the settings of the exchange")] if asset != quote else []
     return [fill, *paid_elsewhere, update]
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #a1648061
 def _account_events(message, symbols, quote):
     update = message["a"]
     if update["m"] != "FUNDING_FEE": return []
@@ -72,7 +72,7 @@ def _account_events(message, symbols, quote):
     paid = [float(balance["bc"]) for balance in update["B"] if balance["a"] == quote]
     return [Funding(symbols[market], amount, _due(message["T"])) for amount in paid if market in symbols]
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #c5813fce
 def normalise(
     message,             # one frame of a socket, decoded
     symbols:dict,        # our symbol for each of the exchange's
@@ -89,7 +89,7 @@ def normalise(
     if event == "MARGIN_CALL": return [Notice("margin call", ", ".join(symbols.get(position["s"], position["s"]) for position in message["p"]))]
     return []
 
-# %% ../../nbs/70_live/71_broker.ipynb #dbf943cf
+# %% ../../nbs/70_live/71_broker.ipynb #3e70e2e3
 class BrokerError(RuntimeError):
     "The exchange could not be reached, refused, or answered with something that cannot be right"
 
@@ -101,14 +101,14 @@ def error_code(
     found = re.search(r'"code"\s*:\s*"?(-?\d+)', str(error))
     return int(found[1]) if found else None
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #082caeac
 def error_text(error:Exception)->str:
     "What an exception says, in one line and without addresses' parameters"
     message = re.search(r'"msg"\s*:\s*"([^"]*)', str(error))
     text = f"{error_code(error)} {message[1]}" if message else f"{type(error).__name__}: {error}"
     return " ".join(re.sub(r"\?\S*|(signature|listenKey|apiKey)=\S*", "", text).split())[:300]
 
-# %% ../../nbs/70_live/71_broker.ipynb #68b807ad
+# %% ../../nbs/70_live/71_broker.ipynb #40705f02
 @dataclass(frozen=True)
 class Answer:
     "What the exchange answered about one order"
@@ -117,7 +117,7 @@ class Answer:
     code:int|None = None           # Binance's, where it refused
     text:str = ""
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #2e72772a
 @dataclass(frozen=True)
 class Money:
     "What the exchange says of the account"
@@ -137,7 +137,7 @@ def account_of(
     held = {symbols.get(position["symbol"], position["symbol"]): float(position["positionAmt"]) for position in answer.get("positions", [])}
     return Money(wallet[0], {symbol: quantity for symbol, quantity in held.items() if quantity})
 
-# %% ../../nbs/70_live/71_broker.ipynb #84b3b145
+# %% ../../nbs/70_live/71_broker.ipynb #fb4d2ad6
 def instrument_of(
     market:dict,      # ccxt's market; `info` holds the exchange's own words
 )->Instrument:
@@ -147,7 +147,7 @@ def instrument_of(
     return Instrument(market["symbol"], float(filters["PRICE_FILTER"]["tickSize"]), float(filters["LOT_SIZE"]["stepSize"]),
                       float(lot["minQty"]), float(lot["maxQty"]), float(filters.get("MIN_NOTIONAL", {"notional": 0})["notional"]))
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #fa89b5f5
 def listed(
     symbol:str,       # ccxt's unified name
     markets:dict,     # those of the exchange
@@ -159,7 +159,7 @@ def listed(
     near = get_close_matches(re.sub(r"[^A-Z]", "", symbol.split(":")[0].upper()), plain, n=3, cutoff=.5)
     raise BrokerError(f"{venue} does not list {symbol!r}: " + (f"did you mean {', '.join(plain[name] for name in near)}?" if near else f"it lists {', '.join(sorted(markets)[:5])} ..."))
 
-# %% ../../nbs/70_live/71_broker.ipynb #9b6a3260
+# %% ../../nbs/70_live/71_broker.ipynb #141e8df3
 RECEIVE_WINDOW = 5_000 # ms: how old a signed request may be when it arrives
 
 
@@ -180,7 +180,7 @@ def _exchange_class():
 
     return Heard
 
-
+# %% ../../nbs/70_live/71_broker.ipynb #3bf7fb18
 def exchange_for(
     venue:Venue,        # addresses and keys
     paced:bool,         # wait between requests as Binance's limits ask
@@ -195,7 +195,7 @@ def exchange_for(
     api["ws"]["linear"] = venue.stream.rstrip("/") + "/ws"
     exchange.exceptions["exact"].update(exchange.exceptions["linear"]["exact"])
     exchange.options.update(fetchCurrencies=False, recvWindow=RECEIVE_WINDOW, watchPositions={"fetchPositionsSnapshot": False})
-    exchange.logger.setLevel("WARNING") # below it, ccxt logs signed addresses
+    exchange.logger.setLevel("WARNING")
     return exchange
 
 # %% ../../nbs/70_live/71_broker.ipynb #dd52d2f8
@@ -212,7 +212,37 @@ async def hold(
             events.put_nowait(Notice("lost", f"{name}: {error_text(error)}"))
             await asyncio.sleep(pause)
 
-# %% ../../nbs/70_live/71_broker.ipynb #f1b6da0f
+# %% ../../nbs/70_live/71_broker.ipynb #7684e9bb
+async def asked(
+    venue:Venue,         # who is asked
+    what:str,            # for the message
+    request,             # awaitable of ccxt
+    fine:int|None=None,  # a code that is no failure
+):
+    "The answer to a request; BrokerError where there is none that can be used"
+    try: return await request
+    except Exception as error: code, said = error_code(error), error_text(error)
+    if fine is not None and code == fine: return None
+    if code in WRONG_KEYS: raise BrokerError(f"{venue.name} refuses these keys ({said}): check {venue.name}_key and {venue.name}_secret in the settings")
+    raise BrokerError(f"{what}: {venue.name} at {venue.rest} gave no answer that can be used ({said})")
+
+# %% ../../nbs/70_live/71_broker.ipynb #21042ca3
+async def closed_rows(
+    page,                # coroutine function: a request with limit, and endTime beyond the first -> rows, oldest first
+    limit:int,           # closed candles
+    since:int|None=None, # ms, none before it
+)->list:
+    "The newest closed candles, as the exchange writes them"
+    rows, until = [], {}
+    while len(rows) < limit + 1:
+        request = {"limit": min(limit + 1 - len(rows), 1000)} | until
+        older = await page(request)
+        rows = older + rows
+        if len(older) < request["limit"] or (since is not None and int(rows[0][0]) <= since): break
+        until = {"endTime": int(rows[0][0]) - 1}
+    return [row for row in rows[:-1] if since is None or int(row[0]) >= since]
+
+# %% ../../nbs/70_live/71_broker.ipynb #8a5457c2
 class Requests:
     "What is asked over REST; nothing here remembers anything but the markets"
 
@@ -225,48 +255,19 @@ class Requests:
         self._exchange = exchange_for(venue, venue.name != "localnet" if paced is None else paced, timeout)
 
     def __repr__(self): return f"{type(self).__name__}({self.venue.name} at {self.venue.rest})"
-
-    async def _ask(self, what, request, fine=None):
-        try: return await request
-        except Exception as error: code, said = error_code(error), error_text(error)
-        if fine is not None and code == fine: return None
-        if code in WRONG_KEYS: raise BrokerError(f"{self.venue.name} refuses these keys ({said}): check {self.venue.name}_key and {self.venue.name}_secret in the settings")
-        raise BrokerError(f"{what}: {self.venue.name} at {self.venue.rest} gave no answer that can be used ({said})")
-
-    async def connect(self, symbols, leverage:int):
-        "Markets, clock, keys, one-way mode and leverage; BrokerError says which of them failed"
-        try: await self._connect(symbols, leverage)
-        except BrokerError:
-            await self._exchange.close()
-            raise
-
-    async def _connect(self, symbols, leverage):
-        await self._ask("the list of markets", self._exchange.load_markets())
-        markets = [listed(symbol, self._exchange.markets, self.venue.name) for symbol in symbols]
-        self._symbols, self.quote = {market["id"]: market["symbol"] for market in markets}, markets[0]["settle"]
-        await self.synchronise()
-        await self.account()
-        await self._ask("one-way mode", self._exchange.fapiPrivatePostPositionSideDual({"dualSidePosition": "false"}), fine=-4059)
-        for market in markets: await self._ask(f"leverage {leverage}", self._exchange.fapiPrivatePostLeverage({"symbol": market["id"], "leverage": leverage}))
-
+    def _ask(self, what, request, fine=None): return asked(self.venue, what, request, fine)
+    def _listed(self, symbol): return listed(symbol, self._exchange.markets, self.venue.name)
+    def _id(self, symbol): return self._exchange.markets[symbol]["id"]
     async def synchronise(self): await self._ask("the exchange's clock", self._exchange.load_time_difference())
 
     def instruments(self, symbols)->tuple:
         "What the exchange takes of each symbol"
-        return tuple(instrument_of(listed(symbol, self._exchange.markets, self.venue.name)) for symbol in symbols)
-
-    def _id(self, symbol): return self._exchange.markets[symbol]["id"]
+        return tuple(instrument_of(self._listed(symbol)) for symbol in symbols)
 
     async def history(self, symbol, timeframe, limit:int, since:int|None=None):
         "The newest `limit` closed candles (none before `since`): open times (T,) and candles (T, 5)"
-        rows, until = [], {}
-        while len(rows) < limit + 1:
-            request = {"symbol": self._id(symbol), "interval": timeframe, "limit": min(limit + 1 - len(rows), 1000)} | until
-            page = await self._ask("candles", self._exchange.fapiPublicGetKlines(request))
-            rows = page + rows
-            if len(page) < request["limit"] or (since is not None and int(rows[0][0]) <= since): break
-            until = {"endTime": int(rows[0][0]) - 1}
-        rows = [row for row in rows[:-1] if since is None or int(row[0]) >= since]
+        fixed = {"symbol": self._id(symbol), "interval": timeframe}
+        rows = await closed_rows(lambda request: self._ask("candles", self._exchange.fapiPublicGetKlines(fixed | request)), limit, since)
         return np.array([int(row[0]) for row in rows], np.int64), np.array([[float(value) for value in row[1:6]] for row in rows]).reshape(-1, 5)
 
     async def account(self)->Money:
@@ -284,43 +285,84 @@ def quantity_text(
     whole = (Decimal(repr(abs(quantity))) / size + Decimal("1e-6")).to_integral_value(ROUND_FLOOR)
     return format((whole * size).normalize(), "f")
 
-# %% ../../nbs/70_live/71_broker.ipynb #ab1f08c5
-class Broker(Requests):
+# %% ../../nbs/70_live/71_broker.ipynb #2a23803e
+def order_request(
+    order:Order,
+    market:dict,      # ccxt's
+)->dict:
+    "A market order as Binance is asked for it"
+    quantity = quantity_text(order.quantity, float(market["precision"]["amount"]))
+    request = {"symbol": market["id"], "side": "BUY" if order.quantity > 0 else "SELL", "type": "MARKET", "quantity": quantity,
+               "newClientOrderId": order.order_id, "newOrderRespType": "RESULT"}
+    return request | ({"reduceOnly": "true"} if order.reduce_only else {})
+
+# %% ../../nbs/70_live/71_broker.ipynb #83f856f0
+async def order_answer(
+    request,         # awaitable of ccxt
+)->Answer:
+    "What a request about an order proves"
+    try: reply = await request
+    except Exception as error: return Answer(outcome(error_code(error)), None, error_code(error), error_text(error))
+    try: return Answer(Outcome.ACCEPTED, OrderUpdate(reply["clientOrderId"], STATES[reply["status"]], float(reply["executedQty"]), str(reply["orderId"])))
+    except (KeyError, TypeError, ValueError): return Answer(Outcome.UNKNOWN, text=f"the answer is not an order: {str(reply)[:60]!r}")
+
+# %% ../../nbs/70_live/71_broker.ipynb #3939362f
+def fill_of(
+    trade:dict,     # of GET userTrades
+    symbol:str,     # ours
+    quote:str,      # the currency of the account
+)->Fill:
+    "A trade in our words"
+    fee = float(trade["commission"]) if trade["commissionAsset"] == quote else 0.
+    return Fill(symbol, _signed(trade["side"], trade["qty"]), float(trade["price"]), fee, int(trade["time"]), str(trade["orderId"]), str(trade["id"]))
+
+# %% ../../nbs/70_live/71_broker.ipynb #e59d1e7e
+class Trading(Requests):
+    "An account to trade on, over REST"
+
+    async def connect(self, symbols, leverage:int):
+        "Markets, clock, keys, one-way mode and leverage; BrokerError says which of them failed"
+        try: await self._connect(symbols, leverage)
+        except BrokerError:
+            await self._exchange.close()
+            raise
+
+    async def _connect(self, symbols, leverage):
+        await self._ask("the list of markets", self._exchange.load_markets())
+        markets = [self._listed(symbol) for symbol in symbols]
+        self._symbols, self.quote = {market["id"]: market["symbol"] for market in markets}, markets[0]["settle"]
+        await self.synchronise()
+        await self.account()
+        await self._ask("one-way mode", self._exchange.fapiPrivatePostPositionSideDual({"dualSidePosition": "false"}), fine=-4059)
+        for market in markets: await self._ask(f"leverage {leverage}", self._exchange.fapiPrivatePostLeverage({"symbol": market["id"], "leverage": leverage}))
+
+    async def submit(self, order:Order)->Answer:
+        "Send a market order, once"
+        return await order_answer(self._exchange.fapiPrivatePostOrder(order_request(order, self._exchange.markets[order.symbol])))
+
+    async def query(self, order:Order)->Answer:
+        "What became of an order, by our name for it; REJECTED with code -2013 where the exchange knows no such order, UNKNOWN where it gave no answer"
+        answer = await order_answer(self._exchange.fapiPrivateGetOrder({"symbol": self._id(order.symbol), "origClientOrderId": order.order_id}))
+        return answer if answer.update or answer.code == NO_SUCH_ORDER else replace(answer, outcome=Outcome.UNKNOWN)
+
+    async def fills(self, symbol, since:int)->list:
+        "Our trades from `since` (ms) on, oldest first; their `order_id` is the venue's number"
+        trades = await self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol), "startTime": since, "limit": 1000}))
+        return [fill_of(trade, symbol, self.quote) for trade in trades]
+
+    async def fundings(self, symbol, since:int)->list:
+        "Funding payments from `since` (ms) on, oldest first"
+        rows = await self._ask("funding payments", self._exchange.fapiPrivateGetIncome({"symbol": self._id(symbol), "incomeType": "FUNDING_FEE", "startTime": since, "limit": 1000}))
+        return [Funding(symbol, float(row["income"]), _due(row["time"])) for row in rows]
+
+# %% ../../nbs/70_live/71_broker.ipynb #78863d56
+class Broker(Trading):
     "An exchange account over REST and two sockets; what the sockets say arrives in `events`"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.events, self.on_frame, self._tasks = asyncio.Queue(), lambda socket, frame: None, []
         self._exchange.heard, self._exchange.opened = self._heard, self._opened
-
-    async def submit(self, order:Order)->Answer:
-        "Send a market order, once"
-        quantity = quantity_text(order.quantity, float(self._exchange.markets[order.symbol]["precision"]["amount"]))
-        request = {"symbol": self._id(order.symbol), "side": "BUY" if order.quantity > 0 else "SELL", "type": "MARKET", "quantity": quantity,
-                   "newClientOrderId": order.order_id, "newOrderRespType": "RESULT"} | ({"reduceOnly": "true"} if order.reduce_only else {})
-        return await self._answer(self._exchange.fapiPrivatePostOrder(request))
-
-    async def query(self, order:Order)->Answer:
-        "What became of an order, by our name for it; REJECTED with code -2013 where the exchange knows no such order, UNKNOWN where it gave no answer"
-        answer = await self._answer(self._exchange.fapiPrivateGetOrder({"symbol": self._id(order.symbol), "origClientOrderId": order.order_id}))
-        return answer if answer.update or answer.code == NO_SUCH_ORDER else replace(answer, outcome=Outcome.UNKNOWN)
-
-    async def _answer(self, request):
-        try: reply = await request
-        except Exception as error: return Answer(outcome(error_code(error)), None, error_code(error), error_text(error))
-        try: return Answer(Outcome.ACCEPTED, OrderUpdate(reply["clientOrderId"], STATES[reply["status"]], float(reply["executedQty"]), str(reply["orderId"])))
-        except (KeyError, TypeError, ValueError): return Answer(Outcome.UNKNOWN, text=f"the answer is not an order: {str(reply)[:60]!r}")
-
-    async def fills(self, symbol, since:int)->list:
-        "Our trades from `since` (ms) on, oldest first; their `order_id` is the venue's number"
-        trades = await self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol), "startTime": since, "limit": 1000}))
-        return [Fill(symbol, _signed(trade["side"], trade["qty"]), float(trade["price"]), float(trade["commission"]) if trade["commissionAsset"] == self.quote else 0.,
-                     int(trade["time"]), str(trade["orderId"]), str(trade["id"])) for trade in trades]
-
-    async def fundings(self, symbol, since:int)->list:
-        "Funding payments from `since` (ms) on, oldest first"
-        rows = await self._ask("funding payments", self._exchange.fapiPrivateGetIncome({"symbol": self._id(symbol), "incomeType": "FUNDING_FEE", "startTime": since, "limit": 1000}))
-        return [Funding(symbol, float(row["income"]), _due(row["time"])) for row in rows]
 
     async def stream(self, symbols, timeframe):
         "Open the market and the user stream; a Notice of kind *open* tells of each"

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'SESSIONS', 'ORDERS', 'FILLS', 'FUNDINGS', 'STEPS', 'EVENTS', 'SNAPSHOTS', 'open_database', 'clock',
-           'OrderLedger', 'Ledger']
+           'Database', 'SessionLedger', 'OrderLedger', 'MoneyLedger', 'Ledger']
 
-# %% ../../nbs/70_live/72_ledger.ipynb #43b8f093
+# %% ../../nbs/70_live/72_ledger.ipynb #0c12659c
 import json
 import time
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -54,17 +55,14 @@ def open_database(
         raise OSError(f"the ledger {where} cannot be opened ({error.orig}): check that its folder exists, is writable and has space") from None
     return engine
 
-# %% ../../nbs/70_live/72_ledger.ipynb #bfbf9b50
+# %% ../../nbs/70_live/72_ledger.ipynb #c5317bcd
 def clock()->int:
     "This machine's time, ms since the epoch"
     return time.time_ns() // 1_000_000
 
-
-def _record(kind, row, fields): return kind(**{name: row[name] for name in fields})
-
-
-class OrderLedger:
-    "Sessions, and what was intended and sent in them"
+# %% ../../nbs/70_live/72_ledger.ipynb #3137349c
+class Database:
+    "The tables at one URL"
 
     def __init__(self, url:str="sqlite:///tradelab.db"): self._engine = open_database(url)
     def close(self): self._engine.dispose()
@@ -76,6 +74,10 @@ class OrderLedger:
         with self._engine.connect() as connection: return [dict(row) for row in connection.execute(statement).mappings()]
 
     def _of(self, table, session, *order): return self._read(table.select().where(table.c.session == session).order_by(*order))
+
+# %% ../../nbs/70_live/72_ledger.ipynb #13a6a477
+class SessionLedger(Database):
+    "Which sessions there are, and what a person should know of them"
 
     def open_session(self, session:str, settings:dict):
         "Write down a new session; ValueError where its id is taken"
@@ -92,11 +94,24 @@ class OrderLedger:
     def session(self, session:str)->dict:
         "Settings and state of a session; KeyError naming the newest where there is none"
         row = next(iter(self._of(SESSIONS, session)), None)
-        if row is None:
-            raise KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(self.sessions()[:3]) or 'none'}")
+        if row is None: raise KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(self.sessions()[:3]) or 'none'}")
         return row | {"settings": json.loads(row["settings"])}
 
     def set_state(self, session:str, state:str): self._write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))
+
+    def event(self, session:str, kind:str, text:str):
+        "Write down something that happened"
+        number = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.number), 0) + 1).where(EVENTS.c.session == session).scalar_subquery()
+        self._write(EVENTS.insert().values(session=session, number=number, time=clock(), kind=kind, text=text))
+
+    def events(self, session:str)->pd.DataFrame: return pd.DataFrame(self._of(EVENTS, session, EVENTS.c.number), columns=["number", "time", "kind", "text"])
+
+# %% ../../nbs/70_live/72_ledger.ipynb #6f30a433
+def _record(kind, row, fields): return kind(**{name: row[name] for name in fields})
+
+
+class OrderLedger(SessionLedger):
+    "What was intended and sent"
 
     def intend(self, session:str, orders:list):
         "Write down orders before they are sent; what is written already stays as it is"
@@ -113,13 +128,13 @@ class OrderLedger:
     def advance(self, session:str, intent:Intent, state:State, **facts)->Intent:
         "Write down what became of an order, and return it as it is now"
         facts["state"] = move(intent.state, state)
-        after = Intent(intent.order, **({name: getattr(intent, name) for name in ("state", "exchange_id", "executed", "sent_time", "message")} | facts))
+        after = replace(intent, **facts)
         if after != intent: self._write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == intent.order.order_id).values(**facts))
         return after
 
-# %% ../../nbs/70_live/72_ledger.ipynb #5b304ce9
-class Ledger(OrderLedger):
-    "The memory of all sessions"
+# %% ../../nbs/70_live/72_ledger.ipynb #28e255ef
+class MoneyLedger(OrderLedger):
+    "What was filled and paid"
 
     def book(self, session:str, entry, sequence:int)->bool:
         "Write down a fill or a funding payment; False where it is known already"
@@ -133,12 +148,16 @@ class Ledger(OrderLedger):
         rows = [(row["sequence"], _record(kind, row, kind.__dataclass_fields__)) for table, kind in ((FILLS, Fill), (FUNDINGS, Funding)) for row in self._of(table, session)]
         return sorted(((number, entry) for number, entry in rows if number > after), key=lambda pair: pair[0])
 
+# %% ../../nbs/70_live/72_ledger.ipynb #7838fccc
+class Ledger(MoneyLedger):
+    "The memory of all sessions"
+
     def step(self, session:str, symbols, rows:np.ndarray, snapshot:dict, sequence:int):
         "Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked up to `sequence`"
         open_time = int(rows["open_time"][0])
         values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n, (symbol, row) in enumerate(zip(symbols, rows))]
-        self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time), STEPS.insert().values(values),
-                    *self._keep(session, open_time, snapshot, sequence))
+        again = STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time)
+        self._write(again, STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
 
     def _keep(self, session, open_time, snapshot, sequence):
         kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
@@ -153,17 +172,9 @@ class Ledger(OrderLedger):
         row = next(iter(self._of(SNAPSHOTS, session)), None)
         return row and row | {"content": json.loads(row["content"])}
 
-    def event(self, session:str, kind:str, text:str):
-        "Write down something that happened"
-        number = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.number), 0) + 1).where(EVENTS.c.session == session).scalar_subquery()
-        self._write(EVENTS.insert().values(session=session, number=number, time=clock(), kind=kind, text=text))
-
-    def events(self, session:str)->pd.DataFrame: return pd.DataFrame(self._of(EVENTS, session, EVENTS.c.number), columns=["number", "time", "kind", "text"])
-
     def rows(self, session:str)->list:
         "The journal as it was given: symbols and JOURNAL rows of each step, oldest first"
-        steps = groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), key=lambda row: row["open_time"])
-        steps = [list(rows) for _, rows in steps]
+        steps = [list(rows) for _, rows in groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), key=lambda row: row["open_time"])]
         return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in JOURNAL.names) for row in rows], JOURNAL)) for rows in steps]
 
     def journal(self, session:str)->pd.DataFrame:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..records import Decision, Order
 
-# %% ../../nbs/70_live/70_orders.ipynb #2a56b77c
+# %% ../../nbs/70_live/70_orders.ipynb #2dbd808e
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -25,7 +25,7 @@ def _letters(number):
     while number: number, digit = divmod(number, 36); text = DIGITS[digit] + text
     return text or "0"
 
-
+# %% ../../nbs/70_live/70_orders.ipynb #1cbf3128
 def client_order_id(
     session:str,   # the id of the session
     symbol:str,    # ccxt's unified name
@@ -55,7 +55,7 @@ def intended(
         orders.append(Order(name, symbol, quantity, bool(reduces), decision.open_time, float(prices[n])))
     return orders
 
-# %% ../../nbs/70_live/70_orders.ipynb #b6779b38
+# %% ../../nbs/70_live/70_orders.ipynb #0e5773ac
 class State(StrEnum):
     "Where an order stands"
     INTENT = "intent"             # written down, not sent
@@ -71,7 +71,7 @@ class State(StrEnum):
     @property
     def ended(self): return not MOVES[self]
 
-
+# %% ../../nbs/70_live/70_orders.ipynb #570e59f4
 _ENDS = {State.FILLED, State.CANCELED, State.EXPIRED}
 MOVES = {State.INTENT: {State.SENT, State.ABSENT} | _ENDS | {State.ACKNOWLEDGED},
          State.SENT: {State.UNKNOWN, State.ACKNOWLEDGED, State.REJECTED, State.ABSENT} | _ENDS,
@@ -89,7 +89,7 @@ def move(
         raise ValueError(f"an order cannot go from {state} to {new}: from {state} it goes to {', '.join(sorted(MOVES[state])) or 'nothing'}")
     return new
 
-# %% ../../nbs/70_live/70_orders.ipynb #b199a74b
+# %% ../../nbs/70_live/70_orders.ipynb #7ed3c6e0
 class Outcome(StrEnum):
     "What an answer to a new order proves"
     ACCEPTED = "accepted"       # no error: the exchange has it
@@ -98,7 +98,7 @@ class Outcome(StrEnum):
     EXISTS = "exists"           # the exchange has an order of this name
     UNKNOWN = "unknown"         # nothing
 
-
+# %% ../../nbs/70_live/70_orders.ipynb #35b9db7a
 UNPROVEN = {-1000, -1001, -1006, -1007, -1008, -1016}  # the server failed, or did not hear from its matching engine
 PASSING = {-1003, -1015, -1021, -5028}                 # too many requests, too many orders, clock outside of recvWindow
 DUPLICATE, NO_SUCH_ORDER = -4116, -2013

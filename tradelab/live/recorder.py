@@ -47,7 +47,7 @@ def read(
         *lines, rest = (rest + piece).split(b"\n")
         yield from map(json.loads, lines)
 
-# %% ../../nbs/70_live/73_recorder.ipynb #2e7c9749
+# %% ../../nbs/70_live/73_recorder.ipynb #ec28d79d
 def mend(path:Path):
     "Rewrite a recording without its cut tail, as one whole stream"
     whole = path.with_suffix(".mended")
@@ -55,7 +55,7 @@ def mend(path:Path):
         for line in read(path): stream.write(json.dumps(line).encode() + b"\n")
     os.replace(whole, path)
 
-
+# %% ../../nbs/70_live/73_recorder.ipynb #40fb976f
 class Recorder:
     "Writes a recording, line by line; `flush` makes sure of what was written"
 
@@ -87,14 +87,14 @@ class Recorder:
         self._stream.close()
         self._file.close()
 
-# %% ../../nbs/70_live/73_recorder.ipynb #2540174b
+# %% ../../nbs/70_live/73_recorder.ipynb #5c41c8a8
 def recorded_settings(path:Path)->dict:
     "The settings with which a session was started"
     for line in read(path):
         if line["kind"] == "start": return line["settings"]
     raise ValueError(f"{path} holds no start of a session: nothing in it can be read, or it is not a recording")
 
-
+# %% ../../nbs/70_live/73_recorder.ipynb #e6839641
 def find_session(
     sessions:Path,  # the folder of all sessions
     name:str,       # of one of them, or latest
@@ -106,7 +106,7 @@ def find_session(
     if name in folders: return folders[name]
     raise FileNotFoundError(f"no session {name!r} in {sessions}: " + (f"its newest are {', '.join(list(folders)[:3])}" if folders else "there is none yet, run one first"))
 
-# %% ../../nbs/70_live/73_recorder.ipynb #18c0a655
+# %% ../../nbs/70_live/73_recorder.ipynb #f4e3b7e1
 SEEN = [name for name in JOURNAL.names[:JOURNAL.names.index("order") + 1] if name != "open_time"]
 
 
@@ -114,12 +114,16 @@ def decided(
     decision:Decision,
     rows:np.ndarray,       # JOURNAL, (n_symbols,), as they were at the decision
     symbols,
+    columns,               # names of the observation's numbers
 )->list:                   # a dict per symbol
     "The comparable form of a decision"
+    if decision.observation.shape[1] != len(columns):
+        raise ValueError(f"the recording holds observations of {decision.observation.shape[1]} numbers, the trader's have {len(columns)} ({', '.join(columns)}): replay it with the run that was recorded")
+    names = [f"observed {name}" if name in SEEN else name for name in columns]
     return [{"open_time": int(decision.open_time), "symbol": symbol} | {name: rows[name][n] for name in SEEN} | {"quantity": decision.quantities[n]}
-            | {f"observation_{k}": value for k, value in enumerate(decision.observation[n])} for n, symbol in enumerate(symbols)]
+            | dict(zip(names, decision.observation[n])) for n, symbol in enumerate(symbols)]
 
-
+# %% ../../nbs/70_live/73_recorder.ipynb #b0b2c528
 def _table(steps):
     frame = pd.DataFrame([row for step in steps.values() for row in step])
     if frame.empty: raise ValueError("the recording holds no decision: there is nothing to compare")
@@ -131,20 +135,25 @@ def _heard(line):
     return Decision(line["open_time"], *(unpacked(line[name]) for name in ("observation", "targets", "quantities", "reasons")))
 
 
+def _afresh(trader):
+    "A trader like this one, before its first candle"
+    return Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments, float(trader.account[0]["deposit"]))
+
+# %% ../../nbs/70_live/73_recorder.ipynb #af5936d2
 def replay(
     recording:Path,   # recording.zst, or any iterable of its lines
     trader:Trader,    # as the session was given it; only its settings are used
 )->tuple:             # two DataFrames, index open_time: recorded, recomputed
     "Run a trader over the inputs of a recording; the frames are equal where nothing else decided"
-    recorded, recomputed, again = {}, {}, None
+    recorded, recomputed, again, names = {}, {}, None, (trader.symbols, trader.observation.columns)
     for line in (recording if not isinstance(recording, (str, Path)) else read(recording)):
         match line["kind"]:
             case "start":
-                again = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments, float(trader.account[0]["deposit"]))
+                again = _afresh(trader)
                 if line["snapshot"]: again.restore(line["snapshot"])
             case "warm": again.warm(unpacked(line["times"]), unpacked(line["candles"]))
-            case "candle": recomputed[line["open_time"]] = decided(again.on_candle(line["open_time"], np.array(line["candle"])), again.rows, trader.symbols)
-            case "decision": recorded[line["open_time"]] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), trader.symbols)
+            case "candle": recomputed[line["open_time"]] = decided(again.on_candle(line["open_time"], np.array(line["candle"])), again.rows, *names)
+            case "decision": recorded[line["open_time"]] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)
             case "fill": again.on_fill(Fill(**{name: line[name] for name in Fill.__dataclass_fields__}))
             case "funding": again.on_funding(Funding(**{name: line[name] for name in Funding.__dataclass_fields__}))
     return _table(recorded), _table({open_time: step for open_time, step in recomputed.items() if open_time in recorded})

@@ -6,9 +6,10 @@
 __all__ = ['MARKET_DATA', 'ACCOUNT_DATA', 'ACTIONS', 'ENDPOINTS', 'BARRIER', 'milliseconds_now', 'Meter', 'Endpoint',
            'one_or_all', 'exchange_info', 'commission', 'renew_listen_key', 'ordered', 'asked_order', 'cancel_all',
            'check_access', 'Connection', 'wanted', 'subscribe', 'kline_payload', 'Streams', 'obey', 'Service', 'answer',
-           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'find_or_start']
+           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'listens',
+           'find_or_start']
 
-# %% ../../nbs/60_localnet/66_server.ipynb #9eb36899
+# %% ../../nbs/60_localnet/66_server.ipynb #7a51ae48
 import asyncio
 import errno
 import hashlib
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from aiohttp import WSMsgType, web
@@ -487,20 +487,26 @@ class Localnet:
                 self._thread.join()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
-# %% ../../nbs/60_localnet/66_server.ipynb #63fdb140
+# %% ../../nbs/60_localnet/66_server.ipynb #61a6eb85
+def listens(
+    venue:Venue,   # of the settings
+)->bool:
+    "Whether a localnet answers at this address"
+    try:
+        with urlopen(f"{venue.rest}/_sim/state", timeout=1) as answer: return "market_time" in json.load(answer)
+    except (OSError, ValueError): return False
+
+# %% ../../nbs/60_localnet/66_server.ipynb #3bec6e32
 @contextmanager
 def find_or_start(
     venue:Venue,        # of the settings
     candles:dict,       # frames by symbol, for a new one
     **options,          # of `Localnet`
 ):                      # the venue, with the address that answers
-    "The localnet at this address"
-    try:
-        with urlopen(f"{venue.rest}/_sim/state", timeout=1) as answer: json.load(answer)["market_time"]
-        found = True
-    except (URLError, OSError, ValueError, KeyError): found = False
-    if found: yield replace(venue, why=f"{venue.why}; found one at {venue.rest}, its candles are traded")
-    else:
-        port = int(venue.rest.rpartition(":")[2])
-        with Localnet(candles, api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(), port=port, **options) as started:
-            yield replace(venue, rest=started.url, stream=started.url.replace("http", "ws"))
+    "The localnet at this address, or a new one"
+    if venue.name != "localnet" or listens(venue):
+        yield venue
+        return
+    key, secret, port = venue.key.get_secret_value(), venue.secret.get_secret_value(), int(venue.rest.rpartition(":")[2])
+    with Localnet(candles, api_key=key, api_secret=secret, port=port, **options) as started:
+        yield replace(venue, rest=started.url, stream=started.url.replace("http", "ws"))

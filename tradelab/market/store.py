@@ -127,22 +127,20 @@ def _described(folder):
     ends = from_file(files[0]).index[0], from_file(files[-1]).index[-1]
     return unsafe(source), unsafe(symbol), timeframe, *ends, sum(pq.read_metadata(path).num_rows for path in files), len(files)
 
-# %% ../../nbs/10_market/13_store.ipynb #1152a84f
+# %% ../../nbs/10_market/13_store.ipynb #96d4f54a
 @dataclass(frozen=True)
 class Store:
     "Candles on disk, by source, symbol, timeframe and month"
     folder:Path   # made at the first write
 
-    def series(self, source, symbol, timeframe):
-        return Path(self.folder) / safe(source) / safe(symbol) / timeframe
+    def series(self, source, symbol, timeframe): return Path(self.folder) / safe(source) / safe(symbol) / timeframe
 
     def write(self, source, symbol, timeframe, candles):
         "Check and keep candles; returns the files written"
         candles = check(candles, timeframe, f"{source} {symbol}")
         folder = self.series(source, symbol, timeframe)
         with only_writer(folder):
-            contents = _merged(folder, candles)
-            replace_files(contents)
+            replace_files(contents := _merged(folder, candles))
         return list(contents)
 
     def read(self, source, symbol, timeframe, start=None, end=None):
