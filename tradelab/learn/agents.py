@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AGENTS', 'POINTS', 'EPISODE', 'Agent', 'choose', 'compiled_policy', 'Watch', 'learn', 'timeframe_of', 'provenance',
-           'kept', 'train']
+           'kept', 'untrained', 'train']
 
-# %% ../../nbs/80_learn/85_agents.ipynb #dba71d2f
+# %% ../../nbs/80_learn/85_agents.ipynb #033903d5
 import io
 import sys
 import time
@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
+
+try: import torch
+except ModuleNotFoundError as error: raise ModuleNotFoundError("training needs torch and stable-baselines3, which are not installed: pip install 'tradelab[learn]'") from error
+
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
@@ -29,7 +32,7 @@ from ..market.candles import check, data_hash, matrix, text
 from ..policies import Policy, mlp, pack
 from ..records import Instrument
 
-# %% ../../nbs/80_learn/85_agents.ipynb #690b1d38
+# %% ../../nbs/80_learn/85_agents.ipynb #bf4eb52d
 @dataclass(frozen=True)
 class Agent:
     "An algorithm, and the settings that learn here; `train` can be told others"
@@ -42,7 +45,7 @@ class Agent:
     hidden:str            # activation between layers, a word of `policies.ACTIVATIONS`
     last:str              # what maps the result into [-1, 1]
 
-
+# %% ../../nbs/80_learn/85_agents.ipynb #5a97995e
 def _sac(env, steps, **shared):
     return SAC("MlpPolicy", env, buffer_size=min(max(steps, 1_000), 200_000), learning_starts=min(1_000, steps // 4), gradient_steps=max(1, env.num_envs // 16),
                ent_coef="auto_0.02", target_entropy=-3. * env.action_space.shape[0], **shared)
@@ -57,7 +60,7 @@ AGENTS = {agent.name: agent for agent in (
     Agent("SAC", _sac, 1e-3, 256, 64, lambda model: [*model.actor.latent_pi, model.actor.mu], "relu", "tanh"),
     Agent("PPO", _ppo, 1e-3, 1024, 64, lambda model: [*model.policy.mlp_extractor.policy_net, model.policy.action_net], "tanh", "clip"))}
 
-
+# %% ../../nbs/80_learn/85_agents.ipynb #8a3598a3
 def choose(
     name:str,   # one of AGENTS
 )->Agent:
@@ -147,7 +150,17 @@ def kept(
     curve = pd.DataFrame(watch.points, columns=["step", "reward"])
     return {"model.zip": archive.getvalue(), "learning_curve.csv": curve.to_csv(index=False).encode()}
 
-# %% ../../nbs/80_learn/85_agents.ipynb #ca6a5af4
+# %% ../../nbs/80_learn/85_agents.ipynb #64c5e60c
+def untrained(
+    agent:Agent,
+    env:MarketVecEnv,
+    config:dict,       # steps, batch_size, learning_rate, gamma, seed, net
+):
+    "The model before its first step"
+    return agent.build(VecNormalize(env, norm_obs=False, gamma=config["gamma"]), config["steps"], batch_size=config["batch_size"], learning_rate=config["learning_rate"],
+                       gamma=config["gamma"], seed=config["seed"], device="cpu", policy_kwargs={"net_arch": list(config["net"])})
+
+# %% ../../nbs/80_learn/85_agents.ipynb #8bfb28cc
 EPISODE = 256 # candles: short, so that a halted account does not sit out the rest of the data
 
 
@@ -184,8 +197,6 @@ def train(
     market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding)
     config["episode"] = episode or min(EPISODE, len(times) - 1 - market.first)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
-    model = how.build(VecNormalize(env, norm_obs=False, gamma=gamma), steps, batch_size=config["batch_size"], learning_rate=config["learning_rate"], gamma=gamma,
-                      seed=seed, device="cpu", policy_kwargs={"net_arch": list(net)})
-    watch = Watch(env, steps, progress)
+    model, watch = untrained(how, env, config), Watch(env, steps, progress)
     config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
     return save(Run(train_id(config), compiled_policy(how, model, observation), limits, costs, instruments, timeframe_of(candles), config), kept(model, watch), runs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'PROVENANCE', 'DERIVED', 'STRATEGIES', 'Run', 'describe', 'train_id',
-           'train_ids', 'DamagedRun', 'policy_bytes', 'read_parameters', 'seal', 'verify', 'versions', 'source_sha256',
-           'configuration', 'runs_folder', 'save', 'read_configuration', 'read', 'UnknownRun', 'find_module',
+           'train_ids', 'policy_bytes', 'DamagedRun', 'read_parameters', 'seal', 'verify', 'versions', 'source_sha256',
+           'configuration', 'runs_folder', 'write', 'read_configuration', 'read', 'save', 'UnknownRun', 'find_module',
            'find_rule', 'arguments', 'load_rule', 'load', 'plot_learning']
 
 # %% ../../nbs/80_learn/83_registry.ipynb #1dda615f
@@ -97,7 +97,7 @@ def describe(
     costs, limits = run.costs, run.limits
     return facts | {"costs": f"fee {costs.taker_fee:.4%}, slippage {costs.slippage:.4%}", "limits": f"position {limits.max_position:g}, leverage {limits.max_leverage:g}, drawdown {limits.max_drawdown:.0%}"}
 
-# %% ../../nbs/80_learn/83_registry.ipynb #faabb52d
+# %% ../../nbs/80_learn/83_registry.ipynb #faa3fcb4
 _TRAIN_ID = re.compile(r"train_.+_(\d{8}_\d{6})")
 
 
@@ -108,9 +108,9 @@ def train_id(
     symbol = re.sub(r"[^A-Za-z0-9]+", "-", config["symbols"][0]) + (f"-and-{len(config['symbols']) - 1}-more" if len(config["symbols"]) > 1 else "")
     start, end = (re.sub(r"\D", "", str(time)[:10]) for time in config["span"])
     began = datetime.fromtimestamp(config["created_time"] / 1000, UTC)
-    return (f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{began:%Y%m%d_%H%M%S}")
+    return f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{began:%Y%m%d_%H%M%S}"
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #44b1a6cf
 def train_ids(
     folder:Path,    # of all runs
 )->list[str]:
@@ -118,11 +118,7 @@ def train_ids(
     found = [path.name for path in folder.iterdir() if path.is_dir() and _TRAIN_ID.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda name: (_TRAIN_ID.fullmatch(name)[1], name))
 
-# %% ../../nbs/80_learn/83_registry.ipynb #45b132b9
-class DamagedRun(ValueError):
-    "A run that is not what was trained; says which file, and why"
-
-
+# %% ../../nbs/80_learn/83_registry.ipynb #939b7891
 def policy_bytes(
     policy:Policy,   # an `mlp`
 )->bytes:
@@ -133,7 +129,11 @@ def policy_bytes(
     facts = {"function": "mlp", "name": policy.name, "widths": json.dumps(widths), "hidden": ACTIVATIONS[hidden], "last": ACTIVATIONS[last]}
     return safetensors.numpy.save({"parameters": np.ascontiguousarray(policy.parameters, np.float64)}, facts)
 
-# %% ../../nbs/80_learn/83_registry.ipynb #5c9f4b38
+# %% ../../nbs/80_learn/83_registry.ipynb #80e310d1
+class DamagedRun(ValueError):
+    "A run that is not what was trained; says which file, and why"
+
+
 def read_parameters(
     path:Path,        # policy.safetensors
     inputs:int,       # width of the observation, all symbols
@@ -152,7 +152,7 @@ def read_parameters(
         raise DamagedRun(f"{path.name} maps {widths[0]} numbers to {widths[-1]}, but the features, window and symbols of the run make {inputs} and {outputs}: they do not belong together, train again")
     return facts["name"], parameters
 
-# %% ../../nbs/80_learn/83_registry.ipynb #fd98cfbc
+# %% ../../nbs/80_learn/83_registry.ipynb #0791d29c
 CONFIG, SCALER, POLICY, MANIFEST = "config_metadata.yaml", "scaler_train.json", "policy.safetensors", "MANIFEST.json"
 
 
@@ -162,7 +162,7 @@ def seal(
     "The manifest of these files"
     return json.dumps({name: sha256(content).hexdigest() for name, content in sorted(files.items())}, indent=1).encode()
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #3abf7a61
 def verify(
     folder:Path,   # of one run
 ):
@@ -175,11 +175,7 @@ def verify(
                         ("was changed since the training", [name for name in sealed.keys() & found.keys() if sha256(found[name].read_bytes()).hexdigest() != sealed[name]])):
         if names: raise DamagedRun(f"run {folder.name}: {', '.join(sorted(names))} {what}: {'remove it' if 'not part' in what else 'restore it, or train again'}")
 
-# %% ../../nbs/80_learn/83_registry.ipynb #a43a8e62
-PROVENANCE = ("agent", "steps", "interrupted", "learning_rate", "batch_size", "seed", "threads", "source", "span", "data_hash", "created_time") # the trainer says
-DERIVED = ("symbols", "timeframe", "features", "window", "sources", "costs", "limits", "instruments", "versions")                              # the run says
-
-
+# %% ../../nbs/80_learn/83_registry.ipynb #d6da8b50
 def versions()->dict:
     "Versions of what computes; a package that is not installed is left out"
     found = {"python": platform.python_version(), "sources": source_hash()}
@@ -188,13 +184,17 @@ def versions()->dict:
         except PackageNotFoundError: pass
     return found
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #ee351173
 def source_sha256(
     module:str,   # import name
 )->str:           # empty where there is no file, as in a notebook
     "The hash of the file behind a module"
     file = getattr(import_module(module), "__file__", None)
     return sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+# %% ../../nbs/80_learn/83_registry.ipynb #715c75af
+PROVENANCE = ("agent", "steps", "interrupted", "learning_rate", "batch_size", "seed", "threads", "source", "span", "data_hash", "created_time") # the trainer says
+DERIVED = ("symbols", "timeframe", "features", "window", "sources", "costs", "limits", "instruments", "versions")                              # the run says
 
 
 def configuration(run:Run)->dict:
@@ -218,13 +218,13 @@ def runs_folder(
         with tempfile.TemporaryFile(dir=runs): return runs
     except OSError as error: raise type(error)(f"cannot keep runs in {runs}: {error.strerror}: choose another folder, or make this one writable") from None
 
-# %% ../../nbs/80_learn/83_registry.ipynb #28eff943
-def save(
+# %% ../../nbs/80_learn/83_registry.ipynb #3d1edd9c
+def write(
     run:Run,             # its id is the name of the folder
     files:dict=None,     # more to keep, bytes by name: model.zip, learning_curve.csv
     folder:Path=None,    # of all runs; default: the `runs` of the settings
-)->Run:                  # as `load` gives it
-    "Keep a trained run. FileExistsError where one of this name is there; OSError where the disk refuses"
+)->Path:                 # the run's folder
+    "Write down a trained run. FileExistsError where one of this name is there; OSError where the disk refuses"
     runs = runs_folder(folder)
     if (runs / run.id).exists(): raise FileExistsError(f"run {run.id} is there already: runs never change, train again or choose another folder than {runs}")
     scaler = run.policy.scaler and {"features": run.policy.features, **asdict(run.policy.scaler)}
@@ -236,15 +236,15 @@ def save(
         replace_files({waiting / name: content for name, content in {**contents, MANIFEST: seal(contents)}.items()})
         os.rename(waiting, runs / run.id)
     finally: shutil.rmtree(waiting, ignore_errors=True)
-    return read(runs / run.id)
+    return runs / run.id
 
-# %% ../../nbs/80_learn/83_registry.ipynb #0c8a1227
+# %% ../../nbs/80_learn/83_registry.ipynb #623fddc9
 def _record(kind, values, path):
     "A settings record from its keys"
     try: return kind(**values)
     except (TypeError, ValueError) as error: raise DamagedRun(f"{path}: {kind.__name__} does not fit this version ({error}): train again") from None
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #442c2f60
 def read_configuration(
     path:Path,   # config_metadata.yaml
 )->dict:
@@ -255,7 +255,7 @@ def read_configuration(
     if missing: raise DamagedRun(f"{path.name} lacks {', '.join(missing)}: restore it, or train again")
     return config
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #79249171
 def read(
     folder:Path,   # of one run
 )->Run:
@@ -272,7 +272,16 @@ def read(
     return Run(folder.name, Policy(name, mlp, parameters, seen.features, seen.window, seen.scaler), _record(Limits, config["limits"], CONFIG), _record(CostModel, config["costs"], CONFIG),
                instruments, config["timeframe"], config, folder)
 
-# %% ../../nbs/80_learn/83_registry.ipynb #c755277f
+# %% ../../nbs/80_learn/83_registry.ipynb #9543030c
+def save(
+    run:Run,             # its id is the name of the folder
+    files:dict=None,     # more to keep, bytes by name
+    folder:Path=None,    # of all runs; default: the `runs` of the settings
+)->Run:
+    "Keep a trained run, and give it back as `load` gives it"
+    return read(write(run, files, folder))
+
+# %% ../../nbs/80_learn/83_registry.ipynb #783dbf02
 _IMPORT = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(\(.*\))?")
 STRATEGIES = "tradelab.strategies" # where a user's own rules stand
 
@@ -293,7 +302,7 @@ def find_module(
         hint = f"did you mean {nearest(name, known)}? " if known else ""
         raise UnknownRun(f"there is no module {error.name!r}: {hint}A rule of your own is importable once its notebook is exported") from None
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #23628b4d
 def find_rule(
     module:str,     # import name
     attribute:str,  # function, class or policy in it
@@ -304,7 +313,7 @@ def find_rule(
     known = [name for name, value in vars(found).items() if not name.startswith("_") and (isinstance(value, Policy) or callable(value) and getattr(value, "__module__", "") == module)]
     raise UnknownRun(f"{module} has no {attribute!r}: " + (f"did you mean {nearest(attribute, known)}? It has {', '.join(known)}" if known else "it defines no rule"))
 
-# %% ../../nbs/80_learn/83_registry.ipynb #a7089439
+# %% ../../nbs/80_learn/83_registry.ipynb #53d4b168
 def arguments(
     text:str,   # "(20, threshold=0.02)", or empty
 )->tuple:       # (positional, named)
@@ -315,7 +324,7 @@ def arguments(
         return [ast.literal_eval(value) for value in call.args], {each.arg: ast.literal_eval(each.value) for each in call.keywords}
     except (SyntaxError, ValueError): raise UnknownRun(f"cannot read the arguments {text}: write numbers or texts, such as (20, threshold=0.02)") from None
 
-
+# %% ../../nbs/80_learn/83_registry.ipynb #b679db76
 def load_rule(
     name:str,   # "tradelab.strategies.example:Momentum(20, 0.02)"
 )->Run:

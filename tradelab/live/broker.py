@@ -242,7 +242,7 @@ async def closed_rows(
         until = {"endTime": int(rows[0][0]) - 1}
     return [row for row in rows[:-1] if since is None or int(row[0]) >= since]
 
-# %% ../../nbs/70_live/71_broker.ipynb #8a5457c2
+# %% ../../nbs/70_live/71_broker.ipynb #3e30b8f4
 class Requests:
     "What is asked over REST; nothing here remembers anything but the markets"
 
@@ -266,8 +266,7 @@ class Requests:
 
     async def history(self, symbol, timeframe, limit:int, since:int|None=None):
         "The newest `limit` closed candles (none before `since`): open times (T,) and candles (T, 5)"
-        fixed = {"symbol": self._id(symbol), "interval": timeframe}
-        rows = await closed_rows(lambda request: self._ask("candles", self._exchange.fapiPublicGetKlines(fixed | request)), limit, since)
+        rows = await closed_rows(lambda page: self._ask("candles", self._exchange.fapiPublicGetKlines({"symbol": self._id(symbol), "interval": timeframe} | page)), limit, since)
         return np.array([int(row[0]) for row in rows], np.int64), np.array([[float(value) for value in row[1:6]] for row in rows]).reshape(-1, 5)
 
     async def account(self)->Money:

@@ -148,7 +148,7 @@ class MoneyLedger(OrderLedger):
         rows = [(row["sequence"], _record(kind, row, kind.__dataclass_fields__)) for table, kind in ((FILLS, Fill), (FUNDINGS, Funding)) for row in self._of(table, session)]
         return sorted(((number, entry) for number, entry in rows if number > after), key=lambda pair: pair[0])
 
-# %% ../../nbs/70_live/72_ledger.ipynb #7838fccc
+# %% ../../nbs/70_live/72_ledger.ipynb #24424fe6
 class Ledger(MoneyLedger):
     "The memory of all sessions"
 
@@ -156,8 +156,7 @@ class Ledger(MoneyLedger):
         "Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked up to `sequence`"
         open_time = int(rows["open_time"][0])
         values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n, (symbol, row) in enumerate(zip(symbols, rows))]
-        again = STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time)
-        self._write(again, STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
+        self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time), STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
 
     def _keep(self, session, open_time, snapshot, sequence):
         kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
