@@ -38,5 +38,5 @@ def pytest_terminal_summary(terminalreporter, config):
     if kinds: terminalreporter.section("skipped tests and cells")
     for (name, reason), count in kinds.items(): terminalreporter.write_line(f"{name}{f' ({count} times)' if count > 1 else ''}: {reason or 'no reason given'}")
     counts = {kind: len(stats.get(kind, [])) for kind in ("passed", "failed", "error", "xfailed", "xpassed", "warnings")}
-    if not PASSES.exists(): return # only `make test` asks for it
+    if not PASSES.exists() or hasattr(config, "workerinput"): return # only `make test` asks for it, and once
     with PASSES.open("a") as file: print(json.dumps({**counts, "skipped": skipped, "seconds": time.time() - config.started}), file=file)
