@@ -65,6 +65,35 @@ def others(frame):
         "obv_change(20)": [np.r_[[np.nan] * 20, obv[20:] - obv[:-20]]],
         "obv_change(20).relative": [np.r_[[np.nan] * 20, obv[20:] - obv[:-20]] / v.rolling(20).sum()],
         "volume_ratio(20)": [v / v.rolling(20).mean()],
+    } | more(h, l, c, v, hlc, a)
+
+
+def more(h, l, c, v, hlc, a):
+    aroon, sar, ichimoku = talib.AROON(*hlc[:2], 25), talib.SAR(*hlc[:2], .02, .2), ta.trend.IchimokuIndicator(h, l)
+    keltner, returns = ta.volatility.KeltnerChannel(h, l, c, 20, 10, original_version=False, multiplier=2), np.diff(np.log(a["close"]))
+    strength, lines = talib.STOCHRSI(a["close"], 14, 14, 3), [talib.AD(*hlc, a["volume"]), ta.volume.acc_dist_index(h, l, c, v).to_numpy()]
+    vortex, vwap = ta.trend.VortexIndicator(h, l, c, 14), ta.volume.volume_weighted_average_price(h, l, c, v, 14)
+    force = ta.volume.force_index(c, v, 13)
+    return {
+        "wma(9)": [talib.WMA(a["close"], 9), ta.trend.wma_indicator(c, 9)], "wma(9).relative": [c / talib.WMA(a["close"], 9) - 1],
+        "kama(10,2,30)": [ta.momentum.kama(c), talib.KAMA(a["close"], 10)], "kama(10,2,30).relative": [c / ta.momentum.kama(c) - 1],
+        "trix(15)": [ta.trend.trix(c, 15), talib.TRIX(a["close"], 15)],
+        "aroon(25)": [talib.AROONOSC(*hlc[:2], 25)], "aroon(25).up": [aroon[1]], "aroon(25).down": [aroon[0]],
+        "vortex(14)": [vortex.vortex_indicator_diff()], "vortex(14).plus": [vortex.vortex_indicator_pos()], "vortex(14).minus": [vortex.vortex_indicator_neg()],
+        "psar(0.02,0.2)": [sar], "psar(0.02,0.2).relative": [c / sar - 1], "psar(0.02,0.2).trend": [np.where(c > sar, 1., -1.)],
+        "ichimoku(9,26,52)": [ichimoku.ichimoku_conversion_line()], "ichimoku(9,26,52).base": [ichimoku.ichimoku_base_line()],
+        "ichimoku(9,26,52).span_a": [ichimoku.ichimoku_a()], "ichimoku(9,26,52).span_b": [ichimoku.ichimoku_b()],
+        "log_return(1)": [np.r_[np.nan, returns], ta.others.daily_log_return(c) / 100], "roc(12)": [ta.momentum.roc(c, 12), talib.ROC(a["close"], 12)],
+        "tsi(25,13)": [ta.momentum.tsi(c, 25, 13)], "ppo(12,26,9)": [ta.momentum.ppo(c), talib.PPO(a["close"], 12, 26, 1)],
+        "ppo(12,26,9).signal": [ta.momentum.ppo_signal(c)], "ppo(12,26,9).histogram": [ta.momentum.ppo_hist(c)],
+        "stochastic_rsi(14,3,3)": [100 * ta.momentum.stochrsi(c), strength[0]], "stochastic_rsi(14,3,3).k": [100 * ta.momentum.stochrsi_k(c), strength[1]],
+        "stochastic_rsi(14,3,3).d": [100 * ta.momentum.stochrsi_d(c)],
+        "realised_volatility(24)": [np.r_[[np.nan] * 24, np.sqrt((np.lib.stride_tricks.sliding_window_view(returns, 24) ** 2).sum(1))]],
+        "ulcer(14)": [ta.volatility.ulcer_index(c, 14)], "keltner(20,10,2)": [keltner.keltner_channel_pband()], "keltner(20,10,2).width": [keltner.keltner_channel_wband() / 100],
+        "keltner(20,10,2).upper": [keltner.keltner_channel_hband()], "keltner(20,10,2).lower": [keltner.keltner_channel_lband()],
+        "keltner(20,10,2).middle": [keltner.keltner_channel_mband()],
+        "ad_change(20)": [np.r_[[np.nan] * 19, line[19:] - np.r_[0, line[:-20]]] for line in lines], "vwap(14)": [vwap], "vwap(14).relative": [c / vwap - 1],
+        "force_index(13)": [force], "force_index(13).relative": [force / v.iloc[1:].ewm(span=13, adjust=False).mean().reindex(v.index) / c],
     }
 
 

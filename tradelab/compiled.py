@@ -39,18 +39,19 @@ def cache_folder(
     for old in [path for path in versions if path != folder][keep - 1:]: shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/00_ground/00_compiled.ipynb #370dcb89
+# %% ../nbs/00_ground/00_compiled.ipynb #6d987d27
 def compiled(
     target,       # the function, or the signature(s) it is declared with
+    **options,    # numba's own
 ):
     "Compile a pure function with numba; no fastmath, so that the same inputs give the same bits everywhere"
-    if not isinstance(target, python_types.FunctionType): return lambda function: _compile(function, target)
-    return _compile(target, None)
+    if not isinstance(target, python_types.FunctionType): return lambda function: _compile(function, target, options)
+    return _compile(target, None, options)
 
 
-def _compile(function, signature):
-    if not function.__module__.startswith(f"{__name__.split('.')[0]}."): return numba.njit(signature)(function)
+def _compile(function, signature, options):
+    if not function.__module__.startswith(f"{__name__.split('.')[0]}."): return numba.njit(signature, **options)(function)
     config, before = numba.core.config, numba.core.config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())
-    try: return numba.njit(signature, cache=True)(function)
+    try: return numba.njit(signature, cache=True, **options)(function)
     finally: config.CACHE_DIR = before

@@ -1,0 +1,262 @@
+"Quality and defects: what the documentation of the real data says must be found, what seeds inject must be found, and clean candles must be left alone"
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tradelab.market.candles import COLUMNS, BadCandles, frame, moment, text, times
+from tradelab.market.quality import KINDS, QualityStream, check_clock, check_funding, check_quality, compare_sources, repair
+from tradelab.market.synthetic import DEFECTS, correlated, funding, garleanu_pedersen, jumps, mean_reverting, random_walk, realistic, regimes, stochastic_volatility, stylised_facts, with_defect
+
+HOUR = 3_600_000
+SPOT, PERPETUAL = ("BTC", "ETH", "BNB", "XRP", "ADA", "LTC", "SOL", "DOGE"), ("BTC", "ETH", "BNB", "XRP")
+
+
+def raw(shared, name): return pd.read_parquet(shared / "data" / f"{name}.parquet")
+
+
+def report_on(shared, name, timeframe="1h", **witnesses): return check_quality(raw(shared, name), timeframe, name, **witnesses)
+
+
+def spans(findings): return {(text(each.start_time)[:-4], text(each.end_time)[:-4]) for each in findings}
+
+
+def touches(findings, start, end=None): return any(each.start_time <= moment(end or start) and each.end_time >= moment(start) for each in findings)
+
+
+# ---- what README says about the real files
+
+OUTAGES = """2017-09-06 17-22 | 2018-01-04 04 | 2018-06-26 02-11 | 2018-06-27 13 | 2018-07-04 01-07 |
+2018-10-19 06-08 | 2018-11-14 02-08 | 2019-03-12 02-07 | 2019-05-15 03-12 | 2019-08-15 02-09 | 2019-11-13 02-03 |
+2019-11-25 02-03 | 2020-02-09 02 | 2020-02-19 12-16 | 2020-03-04 10 | 2020-04-25 02-03 | 2020-06-28 02-04 | 2020-11-30 06 |
+2020-12-21 14-17 | 2020-12-25 02 | 2021-02-11 04 | 2021-03-06 02 | 2021-04-20 02-03 | 2021-04-25 05-07 | 2021-08-13 02-05 | 2021-09-29 07-08"""
+
+
+def outages():
+    for entry in OUTAGES.replace("\n", " ").split("|"):
+        day, hours = entry.split()
+        first, _, last = hours.partition("-")
+        yield f"{day} {first}:00", f"{day} {last or first}:00"
+    yield "2018-02-08 01:00", "2018-02-09 09:00"
+
+
+@pytest.mark.parametrize("symbol", SPOT)
+def test_outages_are_found_and_nothing_else_is_missing(shared, symbol):
+    report = report_on(shared, f"{symbol}USDT-1h")
+    listed = text(times(report.candles)[0])[:-4]
+    assert spans(report.of("gap")) == {span for span in outages() if span[0] > listed}
+    assert report.completeness == pytest.approx(len(report.candles) / (len(report.candles) + sum(each.count for each in report.of("gap"))))
+
+
+@pytest.mark.parametrize("symbol", PERPETUAL)
+def test_perpetuals_have_no_missing_hours(shared, symbol):
+    report = report_on(shared, f"{symbol}USDT-perp-1h")
+    assert not report.of("gap", "duplicate", "out_of_order", "off_grid", "ohlc", "invalid_value", "swapped_columns", "wrong_units") and report.completeness == report.consistency == 1
+
+
+@pytest.mark.parametrize("name, count, some", [("BTCUSDT-1h", 3, "2017-09-06 16:00"), ("ETHUSDT-1h", 5, "2017-09-06 16:00"), ("BNBUSDT-1h", 3, "2019-06-07 21:00"), ("LTCUSDT-1h", 2, "2019-06-07 21:00"),
+                                               ("SOLUSDT-1h", 1, "2021-02-11 03:00"), ("DOGEUSDT-1h", 1, "2021-02-11 03:00"), ("BTCUSD-coinbase-1h", 28, "2018-08-10 01:00"), ("BTCUSDT-perp-1h", 3, "2019-09-08 18:00")])
+def test_zero_volume_hours(shared, name, count, some):
+    found = report_on(shared, name).of("zero_volume")
+    assert sum(each.count for each in found) == count and touches(found, some)
+
+
+@pytest.mark.parametrize("name, when", [("BNBUSDT-1h", "2017-11-06 03:00"), ("XRPUSDT-1h", "2018-05-04 08:00"), ("ETHUSDT-1h", "2017-08-22 04:00"), ("ETHUSDT-perp-1h", "2020-03-13 02:00"), ("ETHUSDT-perp-1h", "2021-05-19 13:00")])
+def test_bad_prints(shared, name, when): assert touches(report_on(shared, name).of("spike"), when)
+
+
+def test_flat_start_and_standstill(shared):
+    assert touches(report_on(shared, "BTCUSDT-perp-1h").of("zero_volume"), "2019-09-09 00:00", "2019-09-09 01:00")
+    coinbase = report_on(shared, "BTCUSD-coinbase-1h")
+    [still] = [each for each in coinbase.of("frozen") if each.count == 15]
+    assert spans([still]) == {("2018-08-10 01:00", "2018-08-10 15:00")}
+    [late] = coinbase.of("out_of_order")
+    assert text(late.start_time).startswith("2017-11-11 23:00")
+
+
+def test_bitfinex_outages_and_columns(shared):
+    table = raw(shared, "BTCUSD-bitfinex-1m-2019")
+    report = check_quality(table, "1m")
+    assert len(report.of("gap")) == 9955 and sum(each.count for each in report.of("gap")) == 12_873
+    for start, end in (("01-07 10:01", "01-07 13:17"), ("01-07 13:19", "01-07 13:58"), ("01-07 15:40", "01-07 17:28"), ("02-09 07:44", "02-09 10:13"), ("06-26 08:46", "06-26 11:53"),
+                       ("06-26 11:55", "06-26 12:48"), ("07-11 12:04", "07-11 13:36"), ("07-11 13:38", "07-11 14:17")):
+        assert (f"2019-{start}", f"2019-{end}") in spans(report.of("gap"))
+    for start, end in (("2019-08-01 10:12", "2019-08-01 12:37"), ("2019-11-28 10:36", "2019-11-28 12:19")): assert touches([each for each in report.of("gap") if each.count > 10], start, end)
+    misread = table[:20_000].rename(columns={"close": "high", "high": "low", "low": "close"})       # their order is open close high low
+    wrong = check_quality(misread, "1m")
+    assert max(wrong.of("swapped_columns"), key=lambda each: each.count).column == "open close high low"
+    assert sum(each.count for each in wrong.of("swapped_columns")) > 15_000 and wrong.consistency < .25
+    assert report.accuracy > .99
+
+
+def test_the_appended_tail(shared):
+    report = check_quality(pd.read_csv(shared / "data/raw/BTCUSDT-1h-appended-tail.csv"), "1h", "BTC")
+    assert touches(report.of("out_of_order"), "2023-06-14 10:00") and spans(report.of("duplicate")) == {("2023-06-14 10:00", "2023-06-14 10:00")}
+    [partial] = report.of("unfinished")
+    assert text(partial.start_time) == "2023-06-14 11:00 UTC" and "25969.9 -> 25975.7" in partial.evidence
+    assert len(report.findings) == 3 and text(times(report.candles)[0]) == "2023-05-24 09:00 UTC"     # the hours of March that README names are not in this cut of the file
+    mended, log = repair(pd.read_csv(shared / "data/raw/BTCUSDT-1h-appended-tail.csv"), report.of("out_of_order", "duplicate", "unfinished"), "1h")
+    assert not check_quality(mended, "1h").of("out_of_order", "duplicate", "unfinished") and mended.loc["2023-06-14 11:00", "close"] == 25975.71 and len(log) == 3
+
+
+def rates_of(shared, name): return raw(shared, name).pipe(lambda table: pd.Series(table.funding_rate.to_numpy(), pd.to_datetime(table.timestamp, unit="ms", utc=True)))
+
+
+@pytest.mark.parametrize("symbol, missing", [("BTC", 4), ("ETH", 0), ("BNB", 0), ("XRP", 0)])
+def test_funding_of_the_perpetuals(shared, symbol, missing):
+    rates, candles = rates_of(shared, f"{symbol}USDT-perp-funding-8h"), raw(shared, f"{symbol}USDT-perp-1h")
+    candles = candles[candles.timestamp < rates.index[-1].value // 1_000_000 + HOUR]
+    report = check_quality(candles, "1h", funding=rates)
+    assert sum(each.count for each in report.of("funding_missing")) == missing and not report.of("funding_before_price", "off_grid")
+    assert check_funding(rates) == []
+
+
+def test_funding_as_freqtrade_keeps_it(shared):
+    with gzip.open(shared / "data/raw/BTC_USDT_USDT-8h-funding_rate.json.gz") as file: rows = np.array(json.load(file), dtype="float64")
+    late = pd.Series(rows[:, 1], pd.to_datetime(rows[:, 0].astype("int64"), unit="ms", utc=True))
+    [found] = check_funding(late)
+    assert found.kind == "off_grid" and found.severity == "info" and found.measure == 47
+
+
+def test_the_recorder_whose_clock_was_behind(shared):
+    with gzip.open(shared / "data/BTCUSDT-spot-l2-20240808.gz", "rt") as file: pairs = [line.split(" ", 1) for line in file]
+    messages = [(json.loads(message).get("data", {}).get("E"), int(received) // 1_000_000) for received, message in pairs]
+    sent, received = np.array([pair for pair in messages if pair[0]]).T
+    [found] = check_clock(sent, received, "BTC")
+    assert -1280 < found.measure < -1240 and "100% of messages came before they were sent: our clock is" in found.evidence
+
+
+@pytest.mark.parametrize("symbol", ("BTC", "ETH", "XRP", "SOL"))
+def test_daily_candles_are_the_sum_of_hours(shared, symbol): assert not report_on(shared, f"{symbol}USDT-1h", coarse={"1d": daily_of(raw(shared, f"{symbol}USDT-1d"))}).of("not_the_sum")
+
+
+def daily_of(table): return frame(table.timestamp, table[list(COLUMNS)])
+
+
+def test_two_sources_of_one_market(shared):
+    spot, perpetual, coinbase = (daily_of(raw(shared, name).sort_values("timestamp")) for name in ("BTCUSDT-1h", "BTCUSDT-perp-1h", "BTCUSD-coinbase-1h"))
+    found = compare_sources(perpetual["2020":], spot, "1h")
+    assert len(found) < 12 and not [each for each in found if each.kind in ("clock", "wrong_units")]
+    assert not [each for each in compare_sources(coinbase, spot, "1h") if each.kind == "clock"]       # no shift of the time zone
+    shifted = perpetual["2020":].set_axis(perpetual["2020":].index + pd.Timedelta("2h"))
+    assert [each.measure for each in compare_sources(shifted, spot, "1h") if each.kind == "clock"] == [2 * HOUR]
+
+
+# ---- clean candles
+
+DOCUMENTED = {"BNBUSDT-1h": ["2017-11-06 03:00"], "XRPUSDT-1h": ["2018-05-04 08:00"], "ETHUSDT-1h": ["2017-08-22 04:00"], "ETHUSDT-perp-1h": ["2020-03-13 02:00", "2021-05-19 13:00"]}
+
+
+@pytest.mark.parametrize("name", [*(f"{symbol}USDT-1h" for symbol in SPOT), *(f"{symbol}USDT-perp-1h" for symbol in PERPETUAL)])
+def test_at_most_two_alarms_a_year(shared, name):
+    report = report_on(shared, name)
+    years = (times(report.candles)[-1] - times(report.candles)[0]) / (365.25 * 24 * HOUR)
+    alarms = [each for each in report.alarms if each.kind != "gap" and not any(touches([each], when) for when in DOCUMENTED.get(name, []))]
+    assert len(alarms) / years <= 2
+    yearly = pd.Series([pd.Timestamp(each.start_time, unit="ms").year for each in alarms], dtype="int64").value_counts()
+    assert yearly.max() <= 3 if len(yearly) else True                # not all of them in one year
+
+
+@pytest.mark.parametrize("market", [random_walk, realistic, lambda length, seed: stochastic_volatility(length, seed=seed)[0], lambda length, seed: regimes(length, seed=seed)[0], lambda length, seed: mean_reverting(length, seed=seed),
+                                    lambda length, seed: garleanu_pedersen(length, seed=seed)[0], lambda length, seed: correlated(length, seed=seed)["ETH/USDT:USDT"]])
+def test_synthetic_markets_are_clean(market):
+    assert sum(len(check_quality(market(8766, seed=seed), "1h").alarms) for seed in range(3)) <= 3 * 2
+
+
+# ---- injected defects
+
+def check_with_witness(market, other, daily, kind, seed):
+    if kind.startswith("funding"):
+        bad, truth = with_defect(funding(market), kind, seed)
+        return check_quality(market, "1h", funding=bad), truth
+    if kind == "not_the_sum":
+        bad, truth = with_defect(daily, kind, seed)
+        return check_quality(market, "1h", coarse={"1d": bad}), truth
+    bad, truth = with_defect(market, kind, seed)
+    return check_quality(bad, "1h", reference=other if kind == "disagreement" else None), truth
+
+
+def witnesses(market):
+    distance = np.exp(1e-3 + np.random.default_rng(0).normal(0, 2e-4, len(market)))
+    daily = market.resample("1D").agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+    return market.assign(**{name: market[name] * distance for name in COLUMNS[:4]}), daily
+
+
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_injected_into_a_synthetic_market(kind):
+    market = realistic(2500, seed=21)
+    found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed) for seed in range(1000, 1040))]
+    assert np.mean(found) >= .95
+
+
+@pytest.mark.parametrize("symbol", PERPETUAL)
+@pytest.mark.parametrize("kind", DEFECTS)
+def test_injected_into_real_candles(shared, symbol, kind):
+    market = daily_of(raw(shared, f"{symbol}USDT-perp-1h"))["2021-11":"2022-06"]
+    found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed) for seed in range(2000, 2020))]
+    assert np.mean(found) >= .95
+
+
+def test_every_kind_has_a_defect(): assert set(KINDS) == set(DEFECTS)
+
+
+# ---- stream and history
+
+@pytest.mark.parametrize("kind", ["spike", "frozen", "zero_volume", "wrong_units", "swapped_columns", "invalid_value", "ohlc", "gap"])
+def test_the_stream_says_what_the_report_says(kind):
+    bad, truth = with_defect(realistic(1500, seed=3), kind, seed=5)
+    stream, told = QualityStream("1h"), set()
+    for time, candle in zip(times(bad), bad.to_numpy()):
+        told |= {(each.kind, row) for each in stream.accept(time, candle).findings for row in range(each.start_time, each.end_time + 1, HOUR)}
+    report = {(each.kind, row) for each in check_quality(bad, "1h").findings for row in range(each.start_time, each.end_time + 1, HOUR)}
+    streamed = {("swapped_columns" if each[0] == "ohlc" and kind == "swapped_columns" else each[0], each[1]) for each in told}
+    assert {each for each in report if each[0] != "spike"} <= streamed | {("spike", row) for _, row in streamed} and any(each[0] == kind for each in streamed)
+
+
+def test_the_future_does_not_change_what_was_said():
+    good = realistic(2000, seed=8)
+    generator = np.random.default_rng(0)
+    for cut in generator.integers(300, 1900, 10):
+        future = good.copy()
+        future.iloc[cut:, :4] *= np.exp(generator.normal(0, .5))
+        before = [each for each in check_quality(good[:cut], "1h").findings]
+        after = {(each.kind, each.start_time) for each in check_quality(future, "1h").findings if each.end_time < times(good)[cut - 1]}
+        assert {(each.kind, each.start_time) for each in before if each.end_time < times(good)[cut - 1]} == after
+
+
+def test_nothing_is_changed():
+    bad, _ = with_defect(random_walk(1000), "gap")
+    copy = bad.copy()
+    report = check_quality(bad, "1h")
+    repair(bad, report.findings, "1h")
+    pd.testing.assert_frame_equal(bad, copy)
+
+
+@pytest.mark.parametrize("table, message", [(pd.DataFrame(), "no column 'open' among none"), (pd.DataFrame({name: [1.] for name in COLUMNS}), "no open times: give a UTC index"),
+                                            (pd.DataFrame({name: [] for name in COLUMNS}), "no rows")])
+def test_what_cannot_be_judged(table, message):
+    with pytest.raises(BadCandles, match=message): check_quality(table, "1h")
+
+
+def test_text_in_a_column_is_an_invalid_value():
+    table = random_walk(300).astype(object)
+    table.iloc[7, 3] = "n/a"
+    [found] = check_quality(table, "1h").alarms
+    assert (found.kind, found.evidence) == ("invalid_value", "close is nan")
+
+
+# ---- synthetic
+
+def test_the_realistic_market_resembles_bitcoin(shared):
+    real, synthetic = stylised_facts(raw(shared, "BTCUSDT-perp-1h")[1000:]), stylised_facts(realistic(30_000, seed=0))
+    for name in ("autocorrelation", "autocorrelation of size", "autocorrelation of size, lag 24", "autocorrelation of size, lag 168", "size after a fall", "volume and size"):
+        assert abs(real[name] - synthetic[name]) < .15, name
+    assert abs(real["tail index"] - synthetic["tail index"]) < 1 and min(real["excess kurtosis"], synthetic["excess kurtosis"]) > 5
+
+
+def test_jumps_are_where_it_is_said():
+    candles, leaps = jumps(5000, volatility=.002, size=.1, seed=3)
+    moved = np.log(candles.close / candles.open)
+    assert np.abs(moved[leaps.abs() > .02] - leaps[leaps.abs() > .02]).max() < .012
