@@ -6,13 +6,14 @@
 __all__ = ['DIGITS', 'MOVES', 'UNPROVEN', 'PASSING', 'DUPLICATE', 'NO_SUCH_ORDER', 'WRONG_KEYS', 'client_order_id', 'intended',
            'State', 'move', 'Outcome', 'outcome', 'proves_absence', 'Intent']
 
-# %% ../../nbs/70_live/70_orders.ipynb #7cfe5236
+# %% ../../nbs/70_live/70_orders.ipynb #e40af05b
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
 
 import numpy as np
 
+from ..account import reduces
 from ..records import Decision, Order
 
 # %% ../../nbs/70_live/70_orders.ipynb #2dbd808e
@@ -37,7 +38,7 @@ def client_order_id(
     digest = blake2b(f"{session}\0{symbol}".encode(), digest_size=7).hexdigest()
     return f"tl-{digest}-{_letters(open_time)}-{leg}-{attempt}"
 
-# %% ../../nbs/70_live/70_orders.ipynb #b1c786f8
+# %% ../../nbs/70_live/70_orders.ipynb #a6d2f541
 def intended(
     decision:Decision,  # what the trader wants at the close of one candle
     symbols:list[str],  # in the order of its arrays
@@ -50,9 +51,8 @@ def intended(
     for n, symbol in enumerate(symbols):
         quantity = float(decision.quantities[n])
         if quantity == 0: continue
-        reduces = held[n] * quantity < 0 and abs(quantity) <= abs(held[n])
         name = client_order_id(session, symbol, decision.open_time, len(orders))
-        orders.append(Order(name, symbol, quantity, bool(reduces), decision.open_time, float(prices[n])))
+        orders.append(Order(name, symbol, quantity, bool(reduces(quantity, held[n])), decision.open_time, float(prices[n])))
     return orders
 
 # %% ../../nbs/70_live/70_orders.ipynb #0e5773ac

@@ -6,10 +6,10 @@
 __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALTED', 'BALANCE_SHARE', 'desired_notional',
            'leverage_factor', 'balance_factor', 'sized', 'gate']
 
-# %% ../../nbs/30_risk/31_limits.ipynb #a33269d8
+# %% ../../nbs/30_risk/31_limits.ipynb #ac6c4707
 import numpy as np
 
-from ..account import round_quantity
+from ..account import reduces, round_quantity
 from ..compiled import compiled
 from ..records import Reason
 
@@ -53,7 +53,7 @@ def balance_factor(
     available = max(equity - bound, 0.) * BALANCE_SHARE
     return 1. if added <= available else available / added
 
-# %% ../../nbs/30_risk/31_limits.ipynb #21064a97
+# %% ../../nbs/30_risk/31_limits.ipynb #c6f5afab
 @compiled
 def sized(
     wanted,      # signed base units to hold
@@ -67,9 +67,8 @@ def sized(
     if wanted == 0. and held != 0.: quantity = -held
     else:
         quantity = round_quantity(wanted - held, instrument)
-        reducing = quantity * held < 0. and abs(quantity) <= abs(held)
         small = abs(quantity) * price < limits["min_trade"] * equity
-        refused = abs(quantity) < instrument["min_quantity"] or (abs(quantity) * price < instrument["min_notional"] and not reducing)
+        refused = abs(quantity) < instrument["min_quantity"] or (abs(quantity) * price < instrument["min_notional"] and not reduces(quantity, held))
         if quantity == 0. or small or refused: return 0., TOO_SMALL
     if abs(quantity) > instrument["max_quantity"]: return np.sign(quantity) * instrument["max_quantity"], MAX_QUANTITY
     return quantity, AS_ASKED
