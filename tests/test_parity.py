@@ -28,6 +28,8 @@ FEATURES, WINDOW = ("return(1)", "rsi(14)", "atr(14).relative"), 3
 @pytest.fixture(scope="module")
 def market():
     candles = ar1(HISTORY + LIVE + 60, volatility=.01, seed=11)
+    candles["open"] = (candles["open"] * (1 + .001 * np.random.default_rng(11).normal(size=len(candles)))).round(1)   # a gap between two candles: the next open is not this close
+    candles["high"], candles["low"] = candles[["open", "high"]].max(axis=1), candles[["open", "low"]].min(axis=1)
     return candles, funding(candles, seed=11)
 
 
