@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,19 +14,35 @@ from hypothesis import given, settings, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tradelab.features.grammar import INDICATORS, parse
-from tradelab.market.synthetic import ar1, random_walk
-from tradelab.records import COLUMNS
+from tradelab.features.indicator import FeatureStream
+from tradelab.market.candles import as_of, matrix, resample, with_funding
+from tradelab.market.synthetic import ar1, correlated, funding, random_walk
+from tradelab.records import COLUMNS, KNOWN, OPEN_TIME
 
 ALL = [indicator().output(output) for indicator in INDICATORS.values() for output in indicator.outputs]
 FIRST = [indicator() for indicator in INDICATORS.values()]
-SYNTHETIC = {"walk": random_walk(6_000, seed=3)[list(COLUMNS)].to_numpy(), "ar1": ar1(6_000, seed=4)[list(COLUMNS)].to_numpy()}
 text = lambda feature: feature.text
+
+
+def filled(frame):
+    "Candles with every column that a feature can read"
+    random = np.random.default_rng(len(frame))
+    frame = frame.assign(quote_volume=frame.close * frame.volume, trades=random.integers(1, 1000, len(frame)), taker_buy_volume=frame.volume * random.random(len(frame)),
+                         index_price=frame.close * (1 + .001 * random.normal(size=len(frame))))
+    return with_funding(frame, pd.concat([pd.Series([1e-4], [frame.index[0]]), funding(frame)]))
+
+
+def known(frame): return matrix(frame, KNOWN)[1][:, 0]
+
+
+SYNTHETIC = {"walk": known(filled(random_walk(6_000, seed=3))), "ar1": known(filled(ar1(6_000, seed=4)))}
 
 
 @pytest.fixture(scope="module")
 def real(request):
     shared = request.getfixturevalue("shared")
-    return pd.read_parquet(shared / "data" / "BTCUSDT-perp-1h.parquet")[list(COLUMNS)].astype(float)
+    table = pd.read_parquet(shared / "data" / "BTCUSDT-perp-1h.parquet")
+    return filled(table[list(COLUMNS)].astype(float).set_axis(pd.DatetimeIndex(pd.to_datetime(table.timestamp, unit="ms", utc=True), name="open_time")))
 
 
 def window_deviation(values, window):
@@ -65,7 +82,14 @@ def others(frame):
         "obv_change(20)": [np.r_[[np.nan] * 20, obv[20:] - obv[:-20]]],
         "obv_change(20).relative": [np.r_[[np.nan] * 20, obv[20:] - obv[:-20]] / v.rolling(20).sum()],
         "volume_ratio(20)": [v / v.rolling(20).mean()],
-    } | more(h, l, c, v, hlc, a)
+    } | more(h, l, c, v, hlc, a) | around(frame)
+
+
+def around(frame):
+    hour, day, money = frame.index.hour.to_numpy(), frame.index.day_of_week.to_numpy() * 24 + frame.index.hour.to_numpy(), frame.quote_volume
+    return {"funding_rate": [frame.funding_rate], "basis": [frame.close / frame.index_price - 1], "quote_volume(20)": [money / money.rolling(20).mean()], "quote_volume(20).mean": [money.rolling(20).mean()],
+            "taker_share(1)": [frame.taker_buy_volume / frame.volume], "time_of_day": [np.sin(2 * np.pi * hour / 24)], "time_of_day.cos": [np.cos(2 * np.pi * hour / 24)],
+            "time_of_week": [np.sin(2 * np.pi * day / 168)], "time_of_week.cos": [np.cos(2 * np.pi * day / 168)]}
 
 
 def more(h, l, c, v, hlc, a):
@@ -110,7 +134,7 @@ def test_agrees_on_real_candles(real):
     expected = others(real)
     assert {feature.text for feature in ALL} - {"return(1)"} <= set(expected), "an indicator without an outside truth"
     for name, truths in expected.items():
-        for other in truths: assert_agrees(parse(name), real.to_numpy(), other)
+        for other in truths: assert_agrees(parse(name), known(real), other)
 
 
 @pytest.mark.parametrize("feature", ALL, ids=text)
@@ -121,7 +145,7 @@ def test_forgets_its_start_on_synthetic_candles(feature, market):
 
 @pytest.mark.parametrize("feature", ALL, ids=text)
 def test_forgets_its_start_on_real_candles(feature, real):
-    forgets(feature, real.to_numpy(), range(100, 30_000, 1_013))
+    forgets(feature, known(real), range(100, 30_000, 1_013))
 
 
 def forgets(feature, candles, starts):
@@ -133,47 +157,49 @@ def forgets(feature, candles, starts):
 
 @pytest.mark.parametrize("name", ["ema(100)", "rsi(50)", "atr(100)", "macd(50,100,50).histogram", "adx(30)", "rsi(2)", "ema(1)"])
 def test_forgets_with_other_windows(name, real):
-    forgets(parse(name), real.to_numpy(), range(100, 20_000, 997))
+    forgets(parse(name), known(real), range(100, 20_000, 997))
 
 
 @pytest.mark.parametrize("feature", FIRST, ids=text)
 def test_is_defined_from_the_warm_up_on(feature):
     array = feature.array(SYNTHETIC["walk"])
-    assert np.isfinite(array[feature.warm_up - 1:]).all() and np.isnan(array[0]) or feature.text == "return(1)"
+    assert np.isfinite(array[feature.warm_up - 1:]).all() and (np.isnan(array[0]) or feature.warm_up == 1)
     defined = np.flatnonzero(np.isfinite(array))
     assert (np.diff(defined) == 1).all() and defined[0] < feature.warm_up
 
 
 @st.composite
-def features(draw):
-    "Any indicator, any output, random parameters"
+def features(draw, symbols=("",)):
+    "Any indicator, any output, random parameters, timeframe and lag"
     indicator = INDICATORS[draw(st.sampled_from(sorted(INDICATORS)))]
     values = [draw(st.integers(1, 12) if isinstance(default, int) else st.floats(.5, 4)) for default in indicator.parameters.values()]
-    return indicator(*values).output(draw(st.sampled_from(indicator.outputs)))
+    feature = indicator(*values).output(draw(st.sampled_from(indicator.outputs)))
+    return replace(feature, timeframe=draw(st.sampled_from(["", "", "1h", "2h", "4h"])), lag=draw(st.integers(0, 3)), symbol=draw(st.sampled_from(symbols)))
 
 
 @st.composite
 def histories(draw):
-    "Candles on a coarse grid, so that equal prices and empty volumes are common"
-    rows = draw(st.lists(st.tuples(*[st.integers(1, 40)] * 4, st.integers(0, 3)), min_size=2, max_size=60))
-    return np.array([(o, max(o, h, l, c), min(o, h, l, c), c, v) for o, h, l, c, v in rows], float)
+    "Candles on a coarse grid, so that equal prices and empty volumes are common; all columns, from any hour on"
+    rows = draw(st.lists(st.tuples(*[st.integers(1, 40)] * 4, st.integers(0, 3), st.integers(0, 9), st.integers(-5, 5)), min_size=3, max_size=60))
+    times = 3_600_000. * (draw(st.integers(0, 200)) + np.arange(len(rows)))
+    return np.array([(o, max(o, h, l, c), min(o, h, l, c), c, v, v * c, 7, v * taken / 9, rate / 1e4, c * (1 + rate / 1e3), time) for (o, h, l, c, v, taken, rate), time in zip(rows, times)], float)
 
 
 @settings(max_examples=400, deadline=None)
 @given(features(), histories(), st.data())
 def test_array_and_stream_hold_the_same_bits_and_the_past_does_not_see_the_future(feature, candles, data):
-    array, stream = feature.array(candles), feature.stream()
-    assert_array_equal(array, [stream.update(candle) for candle in candles])
-    now = data.draw(st.integers(1, len(candles)))
+    array, stream = feature.array(candles), feature.stream("1h")
+    assert_array_equal(array, [stream.update(candle)[0] for candle in candles])
+    now = data.draw(st.integers(2, len(candles)))
     altered = candles.copy()
-    altered[now:] *= data.draw(st.floats(.5, 2))
+    altered[now:, :OPEN_TIME] *= data.draw(st.floats(.5, 2))
     assert_array_equal(array[:now], feature.array(candles[:now]))
     assert_array_equal(array[:now], feature.array(altered)[:now])
     assert not np.isinf(array).any()
 
 
 @settings(max_examples=100, deadline=None)
-@given(features())
+@given(features(("", "ETH/USDT:USDT", "1000PEPE/USDT")))
 def test_a_feature_is_what_its_text_says(feature):
     assert parse(feature.text) == feature and parse(feature.text).text == feature.text
 
@@ -183,19 +209,19 @@ def test_a_stream_goes_on_from_a_copy_of_its_state(feature):
     candles = SYNTHETIC["walk"][:300]
     first, second = feature.stream(), feature.stream()
     for candle in candles[:150]: first.update(candle)
-    second.state[:] = first.state
-    assert_array_equal([first.update(candle) for candle in candles[150:]], [second.update(candle) for candle in candles[150:]])
+    second.memory[:] = first.memory
+    assert_array_equal([first.update(candle)[0] for candle in candles[150:]], [second.update(candle)[0] for candle in candles[150:]])
 
 
 @pytest.mark.parametrize("feature", ALL, ids=text)
 def test_a_frozen_price_after_wild_ones_is_not_a_nan(feature):
-    candles = np.vstack([SYNTHETIC["walk"][:200], np.tile([100.1, 100.1, 100.1, 100.1, 0.], (100, 1))])
+    candles = np.vstack([SYNTHETIC["walk"][:200], np.tile([100.1, 100.1, 100.1, 100.1, 0., 0., 0., 0., 1e-4, 100., 0.], (100, 1))])
     assert np.isfinite(feature.array(candles)[feature.indicator.state_size(*feature.parameters) + 60:]).all()
 
 
 @pytest.mark.parametrize("name", ["volatility(20)", "bollinger(20,2).width"])
 def test_a_frozen_price_has_no_deviation(name, real):
-    candles = np.vstack([real.to_numpy(), np.tile([100.1, 100.1, 100.1, 100.1, 0.], (30, 1))])
+    candles = np.vstack([known(real)[:, :5], np.tile([100.1, 100.1, 100.1, 100.1, 0.], (30, 1))])
     assert (parse(name).array(candles)[-5:] == 0).all()
 
 
@@ -203,7 +229,7 @@ def test_takes_arrays_of_any_layout():
     candles = SYNTHETIC["walk"][:100]
     frozen = candles.copy()
     frozen.setflags(write=False)
-    wide = np.zeros((100, 10))
+    wide = np.zeros((100, 22))
     wide[:, ::2] = candles
     for other in (frozen, np.asfortranarray(candles), wide[:, ::2]): assert_array_equal(parse("rsi").array(other), parse("rsi").array(candles))
 
@@ -211,13 +237,13 @@ def test_takes_arrays_of_any_layout():
 def test_bad_candles_are_refused_and_leave_no_trace():
     candles, stream = SYNTHETIC["walk"][:100], parse("rsi(3)").stream()
     for candle in candles[:50]: stream.update(candle)
-    before = stream.state.copy()
+    before = stream.memory.copy()
     for bad in (np.nan, np.inf, 0., -1.):
         candle = candles[50].copy()
         candle[3] = bad
         with pytest.raises(ValueError, match="candle 0 is not usable"): stream.update(candle)
     with pytest.raises(ValueError, match="a candle is 5 numbers"): stream.update(candles[50, :4])
-    assert_array_equal(stream.state, before)
+    assert_array_equal(stream.memory, before)
     with pytest.raises(ValueError, match=r"shape \(T, 5\)"): parse("rsi(3)").array(candles[0])
     assert len(parse("rsi(3)").array(candles[:0])) == 0
 
@@ -226,7 +252,7 @@ UNCOMPILED = """
 import json, sys
 import numpy as np
 from tradelab.features.grammar import parse
-candles = np.array(json.load(sys.stdin))
+candles = np.array(json.load(sys.stdin), float)
 print(json.dumps({text: np.nan_to_num(parse(text).array(candles), nan=-1e9).tolist() for text in sys.argv[1:]}))
 """
 
@@ -237,3 +263,54 @@ def test_uncompiled_functions_say_the_same():
                           env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=True)
     for name, values in json.loads(done.stdout).items():
         assert_allclose(values, np.nan_to_num(parse(name).array(candles), nan=-1e9), rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+# ---- other timeframes, other symbols, other columns
+
+@pytest.mark.parametrize("name", ["rsi(14)", "return(1)", "volume_ratio(5)", "taker_share(3)", "quote_volume(4).mean", "funding_rate", "basis", "macd(3,6,4).signal"])
+@pytest.mark.parametrize("timeframe", ["4h", "1d"])
+def test_another_timeframe_is_the_feature_of_the_longer_candles_as_of_their_close(name, timeframe, real):
+    frame = real[:6_000]
+    longer = resample(frame, timeframe, name="BTC")
+    assert_allclose(longer.taker_buy_volume[1:], frame.taker_buy_volume.resample({"4h": "4h", "1d": "1D"}[timeframe]).sum()[longer.index][1:], rtol=1e-12)
+    expected = as_of(frame, pd.DataFrame({"value": parse(name).array(known(longer))}, longer.index), timeframe)["value"]
+    assert_allclose(parse(f"{name}@{timeframe}").array(known(frame)), expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("name, bits", [("rsi(14)@4h", True), ("return(1)@4h[-2]", True), ("obv_change(5)@4h", False)])
+def test_the_exchange_s_own_longer_candles_give_the_same(name, bits, shared):
+    short, own = (pd.read_parquet(shared / "data" / f"SOLUSDT-{timeframe}.parquet").pipe(lambda table: table.set_index(pd.DatetimeIndex(pd.to_datetime(table.timestamp, unit="ms", utc=True), name="open_time")))["2021-10":"2022-03"]
+                  for timeframe in ("15m", "1h"))
+    name = name.replace("4h", "1h")
+    ours = parse(name).array(known(short))
+    expected = as_of(short, pd.DataFrame({"value": parse(name.replace("@1h", "")).array(known(own))}, own.index), "1h")["value"].to_numpy()
+    (assert_array_equal if bits else assert_allclose)(ours[3:], expected[3:])
+
+
+@pytest.mark.parametrize("name", ["rsi(14)@4h", "ema(20).relative@2h[-3]", "taker_share(5)@1d", "return(1)[-5]", "atr(5).relative@1d[-1]"])
+def test_other_timeframes_and_lags_forget_their_start(name):
+    feature, candles = parse(name), SYNTHETIC["walk"]
+    whole, warm_up = feature.array(candles), feature.history("1h")
+    for start in range(1, 6_000 - warm_up - 60, 191):
+        assert_array_equal(feature.array(candles[start:start + warm_up + 50])[warm_up - 1:], whole[start + warm_up - 1:start + warm_up + 50], f"from {start}")
+
+
+def test_many_symbols_and_features_in_one_stream_are_their_arrays():
+    frames = correlated(500, ("BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"), seed=5)
+    candles = matrix({symbol: filled(frame) for symbol, frame in frames.items()}, KNOWN)[1]
+    wanted = [(row, replace(feature, timeframe=timeframe, lag=lag)) for row, timeframe, lag in ((0, "", 0), (1, "4h", 2), (2, "2h", 0)) for feature in [*ALL, parse("mass_index(3,5)")]]
+    stream = FeatureStream([feature for _, feature in wanted], "1h", [row for row, _ in wanted], 3)
+    seen = np.array([stream.update(candle).copy() for candle in candles])
+    for (row, feature), values in zip(wanted, seen.T): (assert_allclose if feature.indicator.update is None else assert_array_equal)(values, feature.array(candles[:, row]), err_msg=feature.text)
+
+
+def test_a_missing_column_is_named_and_nothing_is_seen():
+    candles, stream = SYNTHETIC["walk"][:5], parse("taker_share(2)").stream()
+    stream.update(candles[0])
+    before = stream.memory.copy()
+    with pytest.raises(ValueError, match=r"taker_share\(2\) needs taker_buy_volume, which candle 0 does not have: take candles from a source that has it"): stream.update(candles[1, :5])
+    assert_array_equal(stream.memory, before)
+    with pytest.raises(ValueError, match=r"taker_share\(2\) needs taker_buy_volume, which candle 3 does not have"):
+        parse("taker_share(2)").array(np.where((np.arange(5)[:, None] == 3) & (np.arange(11) == 7), np.nan, candles))
+    with pytest.raises(ValueError, match=r"rsi\(14\)@4h: .*|candles have no open times, and 4h"): parse("rsi(14)@4h").array(candles[:, :5])
+    with pytest.raises(ValueError, match="15m is not a multiple of 1h"): parse("rsi(14)@15m").stream("1h")

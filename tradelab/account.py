@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'POSITION', 'EXACT', 'new_account', 'wallet', 'decimal8', 'apply_fill', 'reduces', 'funding_amount',
-           'apply_funding', 'mark', 'round_price', 'round_quantity']
+           'apply_funding', 'mark', 'age', 'round_price', 'round_quantity']
 
 # %% ../nbs/00_ground/04_account.ipynb #14e04aec
 import numpy as np
@@ -14,7 +14,7 @@ from .records import INSTRUMENT
 
 # %% ../nbs/00_ground/04_account.ipynb #4cf9c58e
 ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8")])
-POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8")])
+POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8")]) # age: closes that it has seen
 
 
 def new_account(
@@ -68,6 +68,7 @@ def apply_fill(
         money["realised"] += -closed * (price - entry)
         if abs(quantity) > abs(held): position["entry_price"] = price
     if after == 0.: position["entry_price"] = 0.
+    if after * held <= 0.: position["age"] = 0.
     position["quantity"] = after
 
 # %% ../nbs/00_ground/04_account.ipynb #3e998d40
@@ -112,6 +113,14 @@ def mark(
     row["equity"] = wallet(account) + unrealised
     row["peak"] = max(row["peak"], row["equity"])
     row["drawdown"] = 1. - row["equity"] / row["peak"]
+
+
+@compiled
+def age(
+    positions,  # POSITION, (n_symbols,)
+):
+    "A candle has closed over the positions: once a candle"
+    for n in range(len(positions)): positions[n]["age"] = positions[n]["age"] + 1. if positions[n]["quantity"] != 0. else 0.
 
 # %% ../nbs/00_ground/04_account.ipynb #90fde760
 @compiled

@@ -12,10 +12,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from .account import ACCOUNT, POSITION, apply_fill, apply_funding, decimal8, mark, new_account
+from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import compiled
 from .policies import Policy
-from .records import CLOSE, INSTRUMENT, JOURNAL, Decision, Fill, Funding, Instrument, Limits
+from .records import CLOSE, COLUMNS, INSTRUMENT, JOURNAL, KNOWN, OPEN_TIME, Decision, Fill, Funding, Instrument, Limits
 
 # %% ../nbs/00_ground/06_trader.ipynb #631b7345
 @compiled
@@ -83,12 +83,17 @@ class Trader:
         instruments:tuple=(Instrument(),), # one per symbol, in the order of the candles' rows
         deposit:float=10_000.,  # quote
     ):
-        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation, gate, limits, tuple(instruments)
         self.symbols = tuple(instrument.symbol for instrument in instruments)
+        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.on(self.symbols), gate, limits, tuple(instruments)
         self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)
         self.open_time = -1
         self._limits, self._instruments = limits.row(), np.array([instrument.row() for instrument in instruments], INSTRUMENT)
-        self._stream = observation.stream(len(instruments))
+        self._stream, self._known = self.observation.stream(), np.full((len(self.seen), len(KNOWN)), np.nan)
+
+    @property
+    def seen(self)->tuple:
+        "The symbols whose candles it is given: those that it trades, then those that a feature only looks at"
+        return self.observation.rows
 
     @property
     def warm_up(self)->int:
@@ -96,20 +101,23 @@ class Trader:
         return self.observation.warm_up
 
     def warm(self, times, candles):
-        "See history, (T,) open times and (T, n_symbols, 5) candles, without deciding"
+        "See history, (T,) open times and candles as `on_candle` takes them, (T, n_seen, 5 or 11), without deciding"
         for open_time, candle in zip(times, candles): self._see(int(open_time), candle)
 
     def _see(self, open_time, candle):
         if open_time <= self.open_time: raise ValueError(f"candle {open_time} does not follow candle {self.open_time}: candles come in order, once")
-        if not np.isfinite(candle).all(): raise ValueError(f"candle {open_time} holds a value that is not a finite number: {candle.tolist()}")
-        self._stream.push(candle)
+        if not np.isfinite(candle[:, :len(COLUMNS)]).all(): raise ValueError(f"candle {open_time} holds a value that is not a finite number: {candle.tolist()}")
+        self._known[:, :candle.shape[1]], self._known[:, OPEN_TIME] = candle, open_time
+        self._stream.push(self._known)
         self.open_time = open_time
 
     def on_candle(self, open_time:int, candle:np.ndarray)->Decision:
-        "Decide at the close of a candle, float64 of shape (n_symbols, 5)"
+        "Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN"
         self._see(open_time, candle)
-        prices, quantities, reasons = candle[:, CLOSE].copy(), np.zeros(len(candle)), np.zeros(len(candle), np.int64)
+        count = len(self.symbols)
+        prices, quantities, reasons = candle[:count, CLOSE].copy(), np.zeros(count), np.zeros(count, np.int64)
         mark(self.account, self.positions, prices)
+        age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
         targets = self.policy.act(observation)
         self.gate(targets, self.account, self.positions, prices, self._limits, self._instruments, quantities, reasons)

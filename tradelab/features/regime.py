@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
-from .indicator import Feature, Indicator, bare, check_candles
+from .indicator import Feature, Indicator, bare, columns_of
 from ..records import CLOSE, COLUMNS
 
 # %% ../../nbs/20_features/28_regime.ipynb #5a86e041
@@ -125,7 +125,7 @@ class RegimeStream:
         "Take the next closed candle"
         if np.shape(candle) != (5,): raise ValueError(f"a candle is 5 numbers, {' '.join(COLUMNS)}, was {candle!r}")
         self._candle[0] = candle
-        check_candles(self._candle)
+        columns_of(self._candle)
         self._out.fill(np.nan)
         tell(self.state, self._parameters, self._candle, self._out)
         number, confidence, *probabilities = self._out[0].tolist()
@@ -257,7 +257,7 @@ def values_of(
 )->np.ndarray:   # (T, 5) float64
     "Candles as an array, checked"
     values = candles[list(COLUMNS)].to_numpy("float64") if isinstance(candles, pd.DataFrame) else np.asarray(candles, "float64")
-    check_candles(values)
+    columns_of(values)
     return np.ascontiguousarray(values)
 
 # %% ../../nbs/20_features/28_regime.ipynb #4f2f9658

@@ -6,7 +6,7 @@
 __all__ = ['market_fill', 'settle', 'step']
 
 # %% ../../nbs/50_sim/51_kernel.ipynb #cbf2bcc9
-from ..account import apply_fill, apply_funding, funding_amount, mark, round_price
+from ..account import age, apply_fill, apply_funding, funding_amount, mark, round_price
 from ..compiled import compiled
 from ..records import CLOSE, OPEN
 from ..risk.limits import gate
@@ -71,3 +71,4 @@ def step(
     record(row, times[t], candles[t], targets, account, positions, quantities, reasons)
     settle(row, account, positions, rates[t], candles[t + 1], costs, instruments)
     mark(account, positions, candles[t + 1, :, CLOSE].copy())
+    age(positions)
