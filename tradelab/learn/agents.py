@@ -172,6 +172,8 @@ def train(
     steps:int,                # candles lived through, over all environments
     seed:int=0,
     funding=None,             # Series of rates by UTC time, or a dict of them by symbol
+    watch=None,               # frames by symbol that features look at and nobody trades
+    scaler:str="standard",    # or "robust"
     costs=None,               # CostModel; default: of the settings
     limits=None,              # Limits; default: of the settings
     instruments=None,         # one per symbol
@@ -189,14 +191,16 @@ def train(
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     torch.set_num_threads(1)
     runs = runs_folder(folder)
-    times, values, symbols = matrix(candles)
-    if observation.scaler is None: observation = observation.fit(values)
+    frames = candles if isinstance(candles, dict) else {candles.attrs.get("symbol", Instrument().symbol): candles}
+    symbols, timeframe = tuple(frames), timeframe_of(candles)
+    observation = observation.on(symbols, timeframe)
+    if observation.scaler is None: observation = observation.fit(frames | (watch or {}), scaler)
     costs, limits, instruments = costs or here.costs, limits or here.risk, tuple(instruments or map(Instrument, symbols))
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
-              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(candles)}
-    market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding)
-    config["episode"] = episode or min(EPISODE, len(times) - 1 - market.first)
+              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames | watch if watch else candles)}
+    market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch)
+    config["episode"] = episode or min(EPISODE, len(market.times) - 1 - market.first)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
     model, watch = untrained(how, env, config), Watch(env, steps, progress)
     config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
-    return save(Run(train_id(config), compiled_policy(how, model, observation), limits, costs, instruments, timeframe_of(candles), config), kept(model, watch), runs)
+    return save(Run(train_id(config), compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config), kept(model, watch), runs)

@@ -15,9 +15,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import compiled
 from ..features.observation import Observation, assemble
-from ..market.candles import matrix
-from ..records import CLOSE, INSTRUMENT, JOURNAL, CostModel, Instrument, Limits
-from ..sim.backtest import funding_rates
+from ..market.candles import matrix, timeframe_at
+from ..records import CLOSE, COLUMNS, INSTRUMENT, JOURNAL, KNOWN, CostModel, Instrument, Limits
+from ..sim.backtest import funding_rates, looked_at
 from ..sim.kernel import step
 
 # %% ../../nbs/80_learn/80_env.ipynb #a6d7f0cc
@@ -38,13 +38,15 @@ class Market:
     deposit:float           # quote
 
     @classmethod
-    def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, funding=None, deposit=10_000.):
-        "From a frame, or a dict of frames by symbol"
-        times, values, symbols = matrix(candles)
+    def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, funding=None, watch=None, deposit=10_000.):
+        "From a frame, or a dict of frames by symbol; `watch`: those that features look at and nobody trades"
+        times, known, names = matrix((candles if isinstance(candles, dict) else {candles.attrs.get("symbol", Instrument().symbol): candles}) | (watch or {}), KNOWN)
+        symbols = names[:len(names) - len(watch or {})]
+        observation, values = observation.on(symbols, timeframe_at(times)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
         rows = np.array([each.row() for each in instruments or [Instrument(symbol) for symbol in symbols]], INSTRUMENT)
         if len(times) < observation.warm_up + 2:
             raise ValueError(f"{len(times)} candles are too few to train on: the features need {observation.warm_up} to warm up, and an episode at least 2")
-        return cls(times, values, funding_rates(funding, times, symbols), observation.matrix(values), observation, costs.row(), limits.row(), rows, deposit)
+        return cls(times, values, funding_rates(funding, times, symbols), observation.matrix(looked_at(observation, known, names)), observation, costs.row(), limits.row(), rows, deposit)
 
     @property
     def first(self)->int:

@@ -63,7 +63,12 @@ class Run:
     @property
     def warm_up(self)->int:
         "Candles of history that the first decision needs"
-        return Observation.of(self.policy).warm_up
+        return self.observation.warm_up
+
+    @property
+    def observation(self)->Observation:
+        "What its policy sees, over its symbols and its timeframe"
+        return Observation.of(self.policy, self.timeframe).on(self.symbols)
 
     @property
     def fitted_until(self)->int|None:
@@ -76,7 +81,7 @@ class Run:
         limits:Limits=None,    # default: as in training
     )->Trader:
         "A trader that decides as this run does"
-        return make_trader(self.policy, limits or self.limits, tuple(instruments) or self.instruments or (Instrument(),), deposit)
+        return make_trader(self.policy, limits or self.limits, tuple(instruments) or self.instruments or (Instrument(),), deposit, self.timeframe)
 
     def plot_learning(self): return plot_learning(self)
     def __str__(self): return "\n".join(f"{name:<9} {value}" for name, value in describe(self).items())
@@ -194,7 +199,7 @@ def source_sha256(
 
 # %% ../../nbs/80_learn/83_registry.ipynb #715c75af
 PROVENANCE = ("agent", "steps", "interrupted", "learning_rate", "batch_size", "seed", "threads", "source", "span", "data_hash", "created_time") # the trainer says
-DERIVED = ("symbols", "timeframe", "features", "window", "sources", "costs", "limits", "instruments", "versions")                              # the run says
+DERIVED = ("symbols", "timeframe", "features", "window", "observation_sha256", "sources", "costs", "limits", "instruments", "versions")                              # the run says
 
 
 def configuration(run:Run)->dict:
@@ -203,7 +208,7 @@ def configuration(run:Run)->dict:
     if missing: raise ValueError(f"the run's config lacks {', '.join(missing)}: without it nobody can repeat the training")
     policy = run.policy
     return {**{key: run.config[key] for key in PROVENANCE}, **{key: value for key, value in run.config.items() if key not in DERIVED},
-            "symbols": list(run.symbols), "timeframe": run.timeframe, "features": list(policy.features), "window": policy.window,
+            "symbols": list(run.symbols), "timeframe": run.timeframe, "features": list(policy.features), "window": policy.window, "observation_sha256": run.observation.sha256,
             "sources": {module: source_sha256(module) for module in sorted({text.split(":")[0] for text in policy.features if ":" in text})},
             "costs": asdict(run.costs), "limits": asdict(run.limits), "instruments": [asdict(each) for each in run.instruments], "versions": versions()}
 
@@ -265,12 +270,15 @@ def read(
     scaler = json.loads((folder / SCALER).read_text())
     instruments = tuple(_record(Instrument, values, CONFIG) for values in config["instruments"])
     if scaler and scaler.pop("features") != config["features"]: raise DamagedRun(f"run {folder.name}: {SCALER} was fitted for other features than {CONFIG} names: train again")
-    seen = Policy("", mlp, features=tuple(config["features"]), window=config["window"], scaler=scaler and Scaler(tuple(scaler["centre"]), tuple(scaler["scale"])))
+    seen = Policy("", mlp, features=tuple(config["features"]), window=config["window"], scaler=scaler and Scaler(tuple(scaler["centre"]), tuple(scaler["scale"]), scaler["kind"]))
     name, parameters = read_parameters(folder / POLICY, inputs=Observation.of(seen).width * len(instruments), outputs=len(instruments))
     for module, expected in config["sources"].items():
         if source_sha256(module) != expected: warnings.warn(f"run {folder.name} was trained with another version of {module}: if a feature changed, train again", stacklevel=2)
-    return Run(folder.name, Policy(name, mlp, parameters, seen.features, seen.window, seen.scaler), _record(Limits, config["limits"], CONFIG), _record(CostModel, config["costs"], CONFIG),
+    run = Run(folder.name, Policy(name, mlp, parameters, seen.features, seen.window, seen.scaler), _record(Limits, config["limits"], CONFIG), _record(CostModel, config["costs"], CONFIG),
                instruments, config["timeframe"], config, folder)
+    if run.observation.sha256 != config["observation_sha256"]:
+        raise DamagedRun(f"run {folder.name} was trained on another observation than this version makes of {CONFIG} ({', '.join(run.observation.columns[-6:])} behind the features): train again")
+    return run
 
 # %% ../../nbs/80_learn/83_registry.ipynb #9543030c
 def save(

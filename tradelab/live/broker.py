@@ -28,7 +28,7 @@ class Candle:
     "A closed candle of one symbol"
     symbol:str
     open_time:int       # ms
-    values:tuple        # open, high, low, close, volume: the floats of the exchange's decimal strings
+    values:tuple        # open, high, low, close, volume, quote volume, trades, taker's buy volume: the floats of the exchange's decimal strings
 
 # %% ../../nbs/70_live/71_broker.ipynb #b0ddec6d
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def normalise(
     event = message.get("e") if isinstance(message, dict) else None
     if event == "kline":
         k = message["k"]
-        return [Candle(symbols[k["s"]], int(k["t"]), tuple(float(k[name]) for name in "ohlcv"))] if k["x"] and k["s"] in symbols else []
+        return [Candle(symbols[k["s"]], int(k["t"]), tuple(float(k[name]) for name in "ohlcvqnV"))] if k["x"] and k["s"] in symbols else []
     if event == "ORDER_TRADE_UPDATE": return _order_events(message["o"], symbols, quote)
     if event == "ACCOUNT_UPDATE": return _account_events(message, symbols, quote)
     if event == "listenKeyExpired": return [Notice("expired", "the exchange ended the user stream's key")]
@@ -265,9 +265,9 @@ class Requests:
         return tuple(instrument_of(self._listed(symbol)) for symbol in symbols)
 
     async def history(self, symbol, timeframe, limit:int, since:int|None=None):
-        "The newest `limit` closed candles (none before `since`): open times (T,) and candles (T, 5)"
+        "The newest `limit` closed candles (none before `since`): open times (T,) and candles (T, 8): the five numbers, quote volume, trades, taker's buy volume"
         rows = await closed_rows(lambda page: self._ask("candles", self._exchange.fapiPublicGetKlines({"symbol": self._id(symbol), "interval": timeframe} | page)), limit, since)
-        return np.array([int(row[0]) for row in rows], np.int64), np.array([[float(value) for value in row[1:6]] for row in rows]).reshape(-1, 5)
+        return np.array([int(row[0]) for row in rows], np.int64), np.array([[float(value) for value in (*row[1:6], *row[7:10])] for row in rows]).reshape(-1, 8)
 
     async def account(self)->Money:
         "Wallet and positions"
@@ -319,17 +319,17 @@ def fill_of(
 class Trading(Requests):
     "An account to trade on, over REST"
 
-    async def connect(self, symbols, leverage:int):
-        "Markets, clock, keys, one-way mode and leverage; BrokerError says which of them failed"
-        try: await self._connect(symbols, leverage)
+    async def connect(self, symbols, leverage:int, watched=()):
+        "Markets, clock, keys, one-way mode and leverage; BrokerError says which of them failed; of `watched` symbols only the candles are wanted"
+        try: await self._connect(symbols, leverage, watched)
         except BrokerError:
             await self._exchange.close()
             raise
 
-    async def _connect(self, symbols, leverage):
+    async def _connect(self, symbols, leverage, watched):
         await self._ask("the list of markets", self._exchange.load_markets())
         markets = [self._listed(symbol) for symbol in symbols]
-        self._symbols, self.quote = {market["id"]: market["symbol"] for market in markets}, markets[0]["settle"]
+        self._symbols, self.quote = {market["id"]: market["symbol"] for market in (*markets, *map(self._listed, watched))}, markets[0]["settle"]
         await self.synchronise()
         await self.account()
         await self._ask("one-way mode", self._exchange.fapiPrivatePostPositionSideDual({"dualSidePosition": "false"}), fine=-4059)

@@ -30,7 +30,7 @@ class BadFeed(ValueError):
 
 def check_candle(symbol:str, open_time:int, values:tuple):
     "Refuse open, high, low, close, volume that no market can have"
-    opened, high, low, close, volume = values
+    opened, high, low, close, volume = values[:5]
     if not (0 < low <= min(opened, close) and max(opened, close) <= high < np.inf and 0 <= volume < np.inf):
         raise BadFeed(f"{symbol} at {text(open_time)} cannot be a candle: open {opened}, high {high}, low {low}, close {close}, volume {volume}; the session stops, look at the exchange")
 
@@ -61,7 +61,7 @@ class Feed:
     def gap(self): return not self.ready and any(open_time > self.last + self.step for open_time in self._known)
 
     def take(self):
-        "The next step: open time, candles (n_symbols, 5), and whether it is late; None where it is not complete"
+        "The next step: open time, candles (n_symbols, numbers of each), and whether it is late; None where it is not complete"
         if not self.ready: return None
         self.last += self.step
         rows = self._known.pop(self.last)

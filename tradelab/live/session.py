@@ -339,14 +339,14 @@ async def history(
     timeframe:str,
     limit:int,              # closed candles
     since:int|None=None,    # ms, none before it
-)->tuple:                   # open times (T,), candles (T, n_symbols, 5)
+)->tuple:                   # open times (T,), candles (T, n_symbols, 8)
     "The newest closed candles that all symbols have"
     parts = [await broker.history(symbol, timeframe, limit, since) for symbol in symbols]
     common = sorted(set.intersection(*(set(times.tolist()) for times, _ in parts)))
     rows = [dict(zip(times.tolist(), candles)) for times, candles in parts]
     holes = [open_time for open_time, following in zip(common, common[1:]) if following - open_time != milliseconds(timeframe)]
     if holes: raise BadFeed(f"the exchange's history of {', '.join(symbols)} has a hole after {text(holes[0])}: nothing can be decided on it")
-    return np.array(common, np.int64), np.array([[row[open_time] for row in rows] for open_time in common]).reshape(-1, len(symbols), 5)
+    return np.array(common, np.int64), np.array([[row[open_time] for row in rows] for open_time in common]).reshape(-1, len(symbols), 8)
 
 # %% ../../nbs/70_live/75_session.ipynb #9f65a619
 def rehearse(trader:Trader, times, candles, step:int):
@@ -372,13 +372,13 @@ class Recovery(Stepper):
 
     def _feed_in(self, times, candles):
         for open_time, rows in zip(times.tolist(), candles):
-            for symbol, values in zip(self.trader.symbols, rows.tolist()): self.feed.add(symbol, open_time, values)
+            for symbol, values in zip(self.trader.seen, rows.tolist()): self.feed.add(symbol, open_time, values)
 
     async def _fill_gap(self):
         "Fetch candles that the stream did not bring"
         if self.feed.last is None: return
         for _ in range(ATTEMPTS):
-            try: self._feed_in(*await history(self.broker, self.trader.symbols, self.timeframe, 1000, self.feed.last + self.step))
+            try: self._feed_in(*await history(self.broker, self.trader.seen, self.timeframe, 1000, self.feed.last + self.step))
             except BrokerError as error: self._note("unanswered", str(error))
             if not self.feed.gap: return
             await asyncio.sleep(PAUSE)
@@ -443,16 +443,16 @@ class Preparation(Checker):
     async def _see_history(self, kept):
         "Warm up; what has closed since the last step waits in the feed"
         trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
-        times, candles = await history(self.broker, trader.symbols, self.timeframe, *((10**9, last - (wanted - 1) * self.step) if kept else (wanted, None)))
+        times, candles = await history(self.broker, trader.seen, self.timeframe, *((10**9, last - (wanted - 1) * self.step) if kept else (wanted, None)))
         seen = times <= last if kept else times == times
         if seen.sum() < trader.warm_up:
-            raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.symbols)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
+            raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.seen)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
         self.recorder.start(self._settings(), kept and kept["content"])
         self.recorder.warm(times[seen], candles[seen])
         trader.warm(times[seen], candles[seen])
         if not kept: self.ledger.keep(self.id, trader.open_time, trader.snapshot(), 0)
         rehearse(trader, times[seen], candles[seen], self.step)
-        self.feed, self.desk.cautious = Feed(trader.symbols, self.step, trader.open_time if seen.any() else None), bool(kept)
+        self.feed, self.desk.cautious = Feed(trader.seen, self.step, trader.open_time if seen.any() else None), bool(kept)
         self._feed_in(times[~seen], candles[~seen])
         for candle in self._early: self._take(candle)
 
@@ -468,7 +468,7 @@ class Starter(Preparation):
         "Up to the moment at which the first candle may come"
         trader, broker = self.trader, self.broker
         if not self._resumed: self.ledger.check_new(self.id)
-        await broker.connect(trader.symbols, trader.limits.leverage)
+        await broker.connect(trader.symbols, trader.limits.leverage, trader.observation.watched)
         check_instruments(trader.instruments, broker.instruments(trader.symbols))
         kept = self._remember() if self._resumed else None
         sequence = kept["sequence"] if kept else 0
@@ -478,7 +478,7 @@ class Starter(Preparation):
         if kept: await self._fetch()
         await self._check_money()
         self._open_files()
-        await broker.stream(trader.symbols, self.timeframe)
+        await broker.stream(trader.seen, self.timeframe)
         await self._hear_both()
         if kept: await self._fetch()
         await self._see_history(kept)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, whole
 from ..market.candles import TIMEFRAMES, check_times, matrix, text, times
-from ..records import CLOSE, OPEN, VOLUME, Instrument
+from ..records import CLOSE, COLUMNS, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
 
 # %% ../../nbs/60_localnet/61_market.ipynb #548daa0c
 def decimals(number:str)->int:
@@ -48,20 +48,21 @@ def symbol_reply(
 
 # %% ../../nbs/60_localnet/61_market.ipynb #bceae4c9
 def just_opened(
-    candle:np.ndarray,   # (5,), as it will be
-)->np.ndarray:           # (5,), as it is at its first moment
+    candle:np.ndarray,   # KNOWN, as it will be
+)->np.ndarray:           # KNOWN, as it is at its first moment
     "A forming candle at the moment of its open"
-    return np.array([candle[OPEN]] * 4 + [0.])
+    return np.array([candle[OPEN]] * 4 + [0.] * (len(KNOWN) - 4))
 
 # %% ../../nbs/60_localnet/61_market.ipynb #61979b26
 def kline_reply(
     open_time:int,        # ms
     step:int,             # ms, length of a candle
-    candle:np.ndarray,    # (5,)
+    candle:np.ndarray,    # KNOWN; what its source has not told counts as none
 )->list:
     "A candle as REST sends it"
-    traded = number_text(candle[VOLUME] * candle[CLOSE])
-    return [int(open_time), *map(number_text, candle), int(open_time + step - 1), traded, 0, "0", "0", "0"]
+    traded = candle[QUOTE_VOLUME] if candle[QUOTE_VOLUME] >= 0 else candle[VOLUME] * candle[CLOSE]
+    trades, bought = np.nan_to_num(candle[[TRADES, TAKER_BUY_VOLUME]])
+    return [int(open_time), *map(number_text, candle[:len(COLUMNS)]), int(open_time + step - 1), number_text(traded), int(trades), number_text(bought), number_text(bought * candle[CLOSE]), "0"]
 
 # %% ../../nbs/60_localnet/61_market.ipynb #24113a59
 def kline_event(
@@ -72,11 +73,11 @@ def kline_event(
     closed:bool,          # is it final?
 )->dict:
     "A candle as the stream sends it"
-    start, opened, high, low, close, volume, end, traded = kline[:8]
+    start, opened, high, low, close, volume, end, traded, trades, bought, spent = kline[:11]
     return {"e": "kline", "E": int(event_time), "s": symbol,
             "k": {"t": start, "T": end, "s": symbol, "i": interval, "f": -1, "L": -1, "o": opened, "c": close, "h": high, "l": low,
                   "v": volume,
-                  "n": 0, "x": closed, "q": traded, "V": "0", "Q": "0", "B": "0"}}
+                  "n": trades, "x": closed, "q": traded, "V": bought, "Q": spent, "B": "0"}}
 
 # %% ../../nbs/60_localnet/61_market.ipynb #00ce27db
 def schedule(
@@ -108,7 +109,8 @@ class Market:
         funding:dict|None=None,  # Series of rates by symbol
         start:int|None=None,     # ms: open time of the first candle that closes here; those before are history
     ):
-        self.times, self.candles, self.symbols = matrix(candles)
+        self.times, self.known, self.symbols = matrix(candles, KNOWN)
+        self.candles = np.ascontiguousarray(self.known[:, :, :len(COLUMNS)])
         if len(self.times) < 2: raise ValueError(f"a market needs at least 2 candles, the last one only lends its open; got {len(self.times)}")
         self.step = int(self.times[1] - self.times[0])
         self.interval = next((name for name, length in TIMEFRAMES.items() if length == self.step), f"{self.step} ms")
@@ -140,7 +142,7 @@ class Market:
 
     def kline(self, t:int, n:int)->list:
         "Candle t as it is known now"
-        candle = self.candles[t, n] if t < self.closed else just_opened(self.candles[t, n])
+        candle = self.known[t, n] if t < self.closed else just_opened(self.known[t, n])
         return kline_reply(self.times[t], self.step, candle)
 
     def due(self, n:int, after:int)->list[tuple]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'OPTIONAL', 'AROUND', 'ALIASES', 'milliseconds', 'moment', 'text', 'interval', 'frame', 'times',
            'BadCandles', 'check_columns', 'check_times', 'check_values', 'check_optional', 'check', 'parts',
-           'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding', 'matrix', 'Aligned', 'align',
-           'data_hash']
+           'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding', 'matrix',
+           'Aligned', 'align', 'data_hash']
 
 # %% ../../nbs/10_market/10_candles.ipynb #b4823b29
 import hashlib
@@ -183,14 +183,22 @@ def parts(
     return count
 
 # %% ../../nbs/10_market/10_candles.ipynb #63f20a4e
+def timeframe_at(
+    times,    # int64 ms, without holes
+)->str:       # such as "1h"; empty where no timeframe is that long
+    "The timeframe of candles by their open times"
+    step = int(times[1] - times[0]) if len(times) > 1 else 0
+    return next((name for name, length in TIMEFRAMES.items() if length == step), "")
+
+
 def timeframe_of(
     frame:pd.DataFrame,   # candles, possibly with holes
     name:str="candles",   # what the message calls them
 )->str:
     "The timeframe of a table: its smallest step"
     steps = np.diff(times(frame))
-    found = {step: timeframe for timeframe, step in TIMEFRAMES.items()}.get(int(steps.min()) if len(steps) else 0)
-    if found is None: raise BadCandles(f"{name}: the smallest of {len(steps)} steps is {steps.min() if len(steps) else 'none'} ms, no timeframe is that long: say which one it is, or correct the times")
+    found = timeframe_at((0, steps.min())) if len(steps) else ""
+    if not found: raise BadCandles(f"{name}: the smallest of {len(steps)} steps is {steps.min() if len(steps) else 'none'} ms, no timeframe is that long: say which one it is, or correct the times")
     return found
 
 # %% ../../nbs/10_market/10_candles.ipynb #6f180d3c
