@@ -144,7 +144,7 @@ print(train("PPO", ar1(2_000), Observation(["return(1)"]), steps=1_000_000, fold
 def kept(tmp_path):
     "A run that nobody trained: random weights, one feature of the user's own"
     random = np.random.default_rng(0)
-    policy = Policy("random", mlp, pack([(random.normal(size=(8, 4)), random.normal(size=8)), (random.normal(size=(1, 8)), random.normal(size=1))], "relu", "tanh"), ("tradelab.strategies.example:gap",))
+    policy = Policy("random", mlp, pack([(random.normal(size=(8, 7)), random.normal(size=8)), (random.normal(size=(1, 8)), random.normal(size=1))], "relu", "tanh"), ("tradelab.strategies.example:gap",))
     config = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4, batch_size=256, seed=7, threads=1, source="", span=["2024-01-01", "2024-02-01"], data_hash="", created_time=0)
     return save(Run("train_BTC_20240101_20240201_SAC_lr0.0003_bs256_ws1_seed7_20240301_000000", policy, instruments=(Instrument(),), timeframe="1h", config=config), {"model.zip": b"model"}, tmp_path)
 

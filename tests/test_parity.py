@@ -15,14 +15,14 @@ from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import read, replay, unpacked
 from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
-from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 
 pytestmark = pytest.mark.integration
 HISTORY, LIVE = 1_000, 240
-FEATURES, WINDOW = ("return(1)", "rsi(14)", "atr(14).relative"), 3
+FEATURES, WINDOW = ("return(1)", "rsi(14)", "atr(14).relative", "return(1)@4h", "rsi(5)@2h[-1]", "taker_share(3)", "quote_volume(8)", "time_of_day.cos", "return(1)[ETH/USDT:USDT]"), 3
+BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,20 @@ def market():
     candles = ar1(HISTORY + LIVE + 60, volatility=.01, seed=11)
     candles["open"] = (candles["open"] * (1 + .001 * np.random.default_rng(11).normal(size=len(candles)))).round(1)   # a gap between two candles: the next open is not this close
     candles["high"], candles["low"] = candles[["open", "high"]].max(axis=1), candles[["open", "low"]].min(axis=1)
-    return candles, funding(candles, seed=11)
+    candles["taker_buy_volume"] = (candles["volume"] * np.random.default_rng(12).random(len(candles))).round(3)
+    candles["trades"], candles["quote_volume"] = 7., (candles["close"] * candles["volume"]).round(4)
+    return candles, funding(candles, seed=11), ar1(len(candles), volatility=.01, seed=12)
 
 
-def trade(folder, policy, candles, payments, parts=(100, LIVE - 100)):
+def trade(folder, policy, candles, payments, watched, parts=(100, LIVE - 100)):
     "A live session on localnet, stopped and resumed between the parts; every input comes through a socket"
-    run, ledger = Run("parity", policy), Ledger(f"sqlite:///{folder}/tradelab.db")
+    run, ledger = Run("parity", policy, timeframe="1h"), Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, first):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
         name = {"id": "parity"} if first else {"resume": "parity"}
         return await Session(run.trader(), Broker(venue), ledger, folder, origin="parity", say=lambda line: None, **name).run(count)
     start = candles.index[HISTORY].value // 10**6
-    with Localnet({"BTC/USDT:USDT": candles}, {"BTC/USDT:USDT": payments}, start=start, api_key="key", api_secret="secret") as exchange:
+    with Localnet({BTC: candles, ETH: watched}, {BTC: payments}, start=start, api_key="key", api_secret="secret") as exchange:
         for number, count in enumerate(parts): asyncio.run(session(exchange, count, number == 0))
     return ledger.journal("parity"), list(read(folder / "parity/recording.zst"))
 
@@ -51,7 +53,7 @@ def observations(lines): return np.array([unpacked(line["observation"]) for line
 
 @pytest.fixture(scope="module", params=["agent", "rule"])
 def session(request, market, tmp_path_factory):
-    scaler = Observation(FEATURES, WINDOW).fit(matrix(market[0][:HISTORY])[1]).scaler
+    scaler = Observation(FEATURES, WINDOW, symbols=(BTC,)).fit({BTC: market[0][:HISTORY], ETH: market[2][:HISTORY]}, "robust").scaler
     policy = network(features=FEATURES, window=WINDOW, scaler=scaler) if request.param == "agent" else Momentum(5, .005)
     folder = tmp_path_factory.mktemp(request.param)
     journal, lines = trade(folder, policy, *market)
@@ -60,8 +62,8 @@ def session(request, market, tmp_path_factory):
 
 def test_live_is_the_backtest(session, market):
     policy, _, journal, lines = session
-    candles, payments = market
-    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, keep_observations=True)
+    candles, payments, watched = market
+    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, watch={ETH: watched}, keep_observations=True)
     assert len(journal) == LIVE and (journal["order"] > 0).sum() >= 25 and (journal["order"] < 0).sum() >= 25 and (journal["funding"] != 0).sum() >= 10
     assert first_difference(expected.journal[:LIVE], journal) is None
     assert np.array_equal(expected.observations[:LIVE].view(np.uint32), observations(lines).view(np.uint32))
@@ -69,24 +71,24 @@ def test_live_is_the_backtest(session, market):
 
 def test_replay_finds_nothing_and_finds_what_was_planted(session):
     policy, folder, _, lines = session
-    assert first_difference(*replay(lines, Run("parity", policy).trader())) is None
+    assert first_difference(*replay(lines, Run("parity", policy, timeframe="1h").trader())) is None
     number = [i for i, line in enumerate(lines) if line["kind"] == "candle"][150]
     altered = [dict(line) for line in lines]
     values = np.array(altered[number]["candle"])
     values[0, 3] = np.nextafter(values[0, 3], np.inf)
     altered[number]["candle"] = values.tolist()
-    difference = first_difference(*replay(altered, Run("parity", policy).trader()))
+    difference = first_difference(*replay(altered, Run("parity", policy, timeframe="1h").trader()))
     assert difference.bar.value // 10**6 == altered[number]["open_time"] and difference.column == "close" and difference.b == values[0, 3]
 
 
 def test_one_altered_bit_breaks_parity(session, market, tmp_path):
     "The exchange sends a candle whose close is one bit higher than the backtest's"
     policy, _, _, _ = session
-    candles, payments = market
+    candles, payments, watched = market
     bar, altered = candles.index[HISTORY + 30], candles.copy()
     altered.loc[bar, "close"] = np.nextafter(altered.loc[bar, "close"], 0)
-    journal, _ = trade(tmp_path, policy, altered, payments, parts=(40,))
-    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments)
+    journal, _ = trade(tmp_path, policy, altered, payments, watched, parts=(40,))
+    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, watch={ETH: watched})
     difference = first_difference(expected.journal[:40], journal)
     assert difference.bar == bar and difference.column == "close" and difference.a == candles.loc[bar, "close"] and difference.b == altered.loc[bar, "close"]
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tradelab.account import POSITION, new_account
 from tradelab.evaluation.difference import first_difference
+from tradelab.features.observation import PORTFOLIO
 from tradelab.market.candles import matrix
 from tradelab.market.sources import funding_history, history
 from tradelab.market.synthetic import ar1, funding
@@ -19,10 +20,10 @@ from tradelab.strategies.example import Momentum, SmaCross
 FEATURES = ("return(1)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative", "bollinger(20,2)", "volatility(20)")
 
 
-def network(seed=0, symbols=1, window=4, features=FEATURES, scaler=None):
+def network(seed=1, symbols=1, window=4, features=FEATURES, scaler=None):
     "An untrained actor: any function of what it sees will do"
     random = np.random.default_rng(seed)
-    width = symbols * (window * len(features) + 3)
+    width = symbols * (window * len(features) + len(PORTFOLIO))
     layers = [(random.normal(size=(16, width)) / 4, random.normal(size=16)), (random.normal(size=(symbols, 16)), random.normal(size=symbols))]
     return Policy("network", mlp, pack(layers, "relu", "tanh"), features, window, scaler)
 
