@@ -547,7 +547,7 @@ def look(
     for m in range(len(candles)):
         if not usable(candles[m]): return m
     for f in range(len(slots)):
-        for i in range(VOLUME + 1, len(KNOWN)):
+        for i in range(VOLUME + 1, len(KNOWN) if slots[f]["needs"] else 0):
             if slots[f]["needs"] >> i & 1 and not np.isfinite(candles[clocks[slots[f]["clock"]]["row"], i]): return -2 - f
     for k in range(len(clocks)):
         clock, bar, candle = clocks[k], bars[k, :, 0], candles[clocks[k]["row"]]
@@ -574,7 +574,7 @@ class FeatureStream:
         count:int=1,        # rows of the candles
     ):
         self.features, rows = tuple(features), tuple(rows) or (0,) * len(features)
-        self.step = milliseconds(timeframe) if timeframe else 1
+        self.step = float(milliseconds(timeframe) if timeframe else 1)
         lengths = [self.step * (parts(timeframe, each.timeframe) if each.timeframe and each.history(timeframe) else 1) for each in self.features]
         clocks = list(dict.fromkeys(zip(rows, lengths)))
         self.clocks, self.bars = np.array([(row, length, -1., 0) for row, length in clocks], CLOCK), np.zeros((len(clocks), 1 + len(KNOWN), 1))
@@ -584,16 +584,24 @@ class FeatureStream:
 
     def update(self, candles)->np.ndarray:
         "Take the next closed candle, (5,) or (11,), or one of each symbol; the values now, NaN until they are defined"
-        candles = np.asarray(candles, np.float64)
-        if candles.ndim == 1: candles = candles[None]
+        if not (type(candles) is np.ndarray and candles.shape == self._candles.shape and candles.dtype == np.float64 and candles.flags.c_contiguous): candles = self._copied(candles)
+        bad = look(self.clocks, self.slots, self.memory, self.bars, candles, self.step, self.values)
+        if bad != -1: self._refuse(bad, candles)
+        for f in self._asked: self._ask(f)
+        return self.values
+
+    def _copied(self, candles):
+        "What is not in the form that compiled code reads"
+        candles = np.atleast_2d(np.asarray(candles, np.float64))
         if candles.ndim != 2 or len(candles) != len(self._candles) or candles.shape[1] not in (len(COLUMNS), len(KNOWN)):
             raise ValueError(f"a candle is {len(COLUMNS)} numbers, {' '.join(COLUMNS)}, or {len(KNOWN)}, {' '.join(KNOWN)}, for each of {len(self._candles)} symbols; was an array of shape {candles.shape}")
         self._candles[:, :candles.shape[1]], self._candles[:, candles.shape[1]:] = candles, np.nan
-        bad = look(self.clocks, self.slots, self.memory, self.bars, self._candles, float(self.step), self.values)
-        if bad >= 0: columns_of(self._candles[bad:bad + 1, :len(COLUMNS)])
-        if bad < -1: self.features[-2 - bad].check(self._candles[self.clocks["row"][self.slots["clock"][-2 - bad]], :, None])
-        for f in self._asked: self._ask(f)
-        return self.values
+        return self._candles
+
+    def _refuse(self, bad, candles):
+        "Say what `look` has refused"
+        if bad >= 0: columns_of(candles[bad:bad + 1, :len(COLUMNS)])
+        self.features[-2 - bad].check(candles[self.clocks["row"][self.slots["clock"][-2 - bad]], :, None])
 
     def _ask(self, f):
         "What has no loop, over the last candles"

@@ -94,13 +94,15 @@ def put(
     clip,    # in units of the scale
     strip,   # (2 windows, n_symbols, n_features), float32, written
     place,   # in the window
-):
+)->bool:     # whether all of them are numbers
     "Write one row of features, scaled, into both halves of the strip: the window is then always one piece of it"
-    window = len(strip) // 2
+    window, whole = len(strip) // 2, True
     for n in range(which.shape[0]):
         for f in range(which.shape[1]):
             value = scaled(values[which[n, f]], centre[f], scale[f], clip)
             strip[place, n, f], strip[place + window, n, f] = value, value
+            whole &= not np.isnan(value)
+    return whole
 
 
 class ObservationStream:
@@ -109,22 +111,27 @@ class ObservationStream:
     def __init__(self, observation, n_symbols:int):
         seen, self._which = observation.seen(n_symbols)
         self._stream = FeatureStream([feature for _, feature in seen], observation.timeframe, [row for row, _ in seen], n_symbols + len(observation.watched))
-        self._observation, self._scaling, self._place, self.window = observation, observation.scaling, 0, None
+        self._observation, (self._centre, self._scale, self._clip), self._place, self._length, self._whole = observation, observation.scaling, 0, observation.window, 0
         self._strip = np.full((2 * observation.window, *self._which.shape), np.nan, np.float32)
+        self._shape, self._views = (n_symbols, observation.width), [self._strip[place:place + observation.window] for place in range(observation.window)]
+
+    @property
+    def window(self)->np.ndarray:
+        "The last rows of features, oldest first; a view"
+        return self._views[self._place]
 
     def push(self, candles:np.ndarray):
         "See one candle of each row, float64 of shape (rows, 5 or 11)"
-        put(self._stream.update(candles), self._which, *self._scaling, self._strip, self._place)
-        self._place = (self._place + 1) % (len(self._strip) // 2)
-        self.window = self._strip[self._place:self._place + len(self._strip) // 2]
+        whole = put(self._stream.update(candles), self._which, self._centre, self._scale, self._clip, self._strip, self._place)
+        self._whole, self._place = self._whole + 1 if whole else 0, (self._place + 1) % self._length
 
     def observe(self, account, positions)->np.ndarray:
         "The observation now: float32 of shape (n_symbols, width); ValueError while a feature is still warming up"
-        out = np.empty((len(self._which), self._observation.width), np.float32)
-        assemble(self._strip[:len(self._strip) // 2] if self.window is None else self.window, account, positions, out)
-        if np.isnan(out).any():
-            names = dict.fromkeys(name.partition(" ")[0] for name, values in zip(self._observation.columns, out.T) if np.isnan(values).any())
+        if self._whole < self._length:
+            names = [name for f, name in enumerate(self._observation.features) if np.isnan(self.window[:, :, f]).any()]
             raise ValueError(f"{', '.join(names)} is not a number yet: give the trader its warm-up candles before the first decision")
+        out = np.empty(self._shape, np.float32)
+        assemble(self._views[self._place], account, positions, out)
         return out
 
 # %% ../../nbs/20_features/28_observation.ipynb #bbc1fbb2
