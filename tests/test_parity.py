@@ -2,6 +2,7 @@
 import asyncio
 
 import numpy as np
+import pandas as pd
 import pytest
 from pydantic import SecretStr
 from test_sentence import network
@@ -15,13 +16,14 @@ from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import read, replay, unpacked
 from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
+from tradelab.market.candles import with_funding
 from tradelab.market.synthetic import ar1, funding
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 
 pytestmark = pytest.mark.integration
 HISTORY, LIVE = 1_000, 240
-FEATURES, WINDOW = ("return(1)", "rsi(14)", "atr(14).relative", "return(1)@4h", "rsi(5)@2h[-1]", "taker_share(3)", "quote_volume(8)", "time_of_day.cos", "return(1)[ETH/USDT:USDT]"), 3
+FEATURES, WINDOW = ("return(1)", "rsi(14)", "atr(14).relative", "return(1)@4h", "rsi(5)@2h[-1]", "taker_share(3)", "quote_volume(8)", "time_of_day.cos", "return(1)[ETH/USDT:USDT]", "funding_rate", "basis"), 3
 BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 
 
@@ -32,7 +34,9 @@ def market():
     candles["high"], candles["low"] = candles[["open", "high"]].max(axis=1), candles[["open", "low"]].min(axis=1)
     candles["taker_buy_volume"] = (candles["volume"] * np.random.default_rng(12).random(len(candles))).round(3)
     candles["trades"], candles["quote_volume"] = 7., (candles["close"] * candles["volume"]).round(4)
-    return candles, funding(candles, seed=11), ar1(len(candles), volatility=.01, seed=12)
+    candles["index_price"] = (candles["close"] * (1 + .001 * np.random.default_rng(13).normal(size=len(candles)))).round(2)
+    watched = ar1(len(candles), volatility=.01, seed=12)
+    return candles, funding(candles, seed=11), watched.assign(index_price=watched["close"])
 
 
 def trade(folder, policy, candles, payments, watched, parts=(100, LIVE - 100)):
@@ -53,7 +57,8 @@ def observations(lines): return np.array([unpacked(line["observation"]) for line
 
 @pytest.fixture(scope="module", params=["agent", "rule"])
 def session(request, market, tmp_path_factory):
-    scaler = Observation(FEATURES, WINDOW, symbols=(BTC,)).fit({BTC: market[0][:HISTORY], ETH: market[2][:HISTORY]}, "robust").scaler
+    training = with_funding(market[0], market[1])[:HISTORY]
+    scaler = Observation(FEATURES, WINDOW, symbols=(BTC,)).fit({BTC: training, ETH: market[2][:HISTORY]}).scaler
     policy = network(features=FEATURES, window=WINDOW, scaler=scaler) if request.param == "agent" else Momentum(5, .005)
     folder = tmp_path_factory.mktemp(request.param)
     journal, lines = trade(folder, policy, *market)

@@ -136,16 +136,17 @@ class ObservationStream:
 
 # %% ../../nbs/20_features/28_observation.ipynb #bbc1fbb2
 def fitted(
-    values,         # (rows, features), of the training span
+    values,         # (rows,), of the training span
     how:str,        # "standard" or "robust"
-)->Scaler:
-    "Centre and scale of each feature"
+    name:str,       # of the feature, for the message
+)->tuple:           # centre, scale
+    "What a scaler takes away and divides by"
     from sklearn.preprocessing import RobustScaler, StandardScaler
     if how not in ("standard", "robust"): raise ValueError(f"a scaler is 'standard' or 'robust', was {how!r}")
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=0))
-    if len(bad): raise ValueError(f"feature {bad[0] + 1} is not a number on {np.sum(~np.isfinite(values[:, bad[0]]))} candles of the training span: a longer candle or a column is missing there")
-    scaler = (StandardScaler() if how == "standard" else RobustScaler()).fit(values)
-    return Scaler(tuple(map(float, scaler.mean_ if how == "standard" else scaler.center_)), tuple(map(float, scaler.scale_)), how)
+    bad = int(np.sum(~np.isfinite(values)))
+    if bad: raise ValueError(f"{name} is not a number on {bad} candles of the training span: a longer candle is missing there")
+    scaler = (StandardScaler() if how == "standard" else RobustScaler()).fit(values[:, None])
+    return float(scaler.mean_[0] if how == "standard" else scaler.center_[0]), float(scaler.scale_[0])
 
 # %% ../../nbs/20_features/28_observation.ipynb #4e0a4c9c
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ class Observation:
         return tuple(dict.fromkeys(feature.symbol for feature in self.parsed if feature.symbol and feature.symbol not in self.symbols))
 
     @property
+    def needs(self)->frozenset:
+        "Numbers of the columns that its features read beyond the first five"
+        return frozenset(need for feature in self.parsed for need in feature.indicator.needs)
+
+    @property
     def rows(self)->tuple:
         "The symbols whose candles it is given, in their order"
         return (*self.symbols, *self.watched)
@@ -185,7 +191,7 @@ class Observation:
         "(row, Feature) of each that is computed, once; and for each symbol and each feature, which of them"
         wanted = [[(n if not feature.symbol else self.symbols.index(feature.symbol) if feature.symbol in self.symbols else n_symbols + self.watched.index(feature.symbol), replace(feature, symbol=""))
                    for feature in self.parsed] for n in range(n_symbols)]
-        seen = list(dict.fromkeys(each for row in wanted for each in row))
+        seen = list(dict.fromkeys(each for column in zip(*wanted) for each in column))
         return seen, np.array([[seen.index(each) for each in row] for row in wanted], np.int64).reshape(n_symbols, len(self.parsed))
 
     @property
@@ -220,9 +226,13 @@ class Observation:
         if not isinstance(candles, np.ndarray): return replace(self.on(), timeframe=self.timeframe or timeframe_of(next(iter(candles.values())) if isinstance(candles, dict) else candles)).fit(matrix(candles, KNOWN)[1], how)
         if not self.features: return self
         if len(candles) <= self.warm_up: raise ValueError(f"{len(candles)} candles are too few to fit: the warm-up alone takes {self.warm_up}")
-        seen, which = self.seen(candles.shape[1] - len(self.watched))
-        values = np.stack(list(feature_columns(seen, candles)))[:, self.warm_up:]
-        return replace(self, scaler=fitted(np.concatenate([values[row].T for row in which]), how))
+        (seen, which), kept, found = self.seen(candles.shape[1] - len(self.watched)), {}, []
+        for number, values in enumerate(feature_columns(seen, candles)):
+            kept[number] = values[self.warm_up:]
+            while len(found) < len(self.features) and (columns := set(which[:, len(found)].tolist())) <= kept.keys():
+                found.append(fitted(np.concatenate([kept[each] for each in sorted(columns)]), how, self.features[len(found)]))
+                kept = {each: values for each, values in kept.items() if each in which[:, len(found):]}
+        return replace(self, scaler=Scaler(*zip(*found), how))
 
     def specification(self)->dict:
         "All that it is, as data"

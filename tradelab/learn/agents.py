@@ -28,7 +28,7 @@ from ..config import nearest, settings
 from ..features.observation import Observation
 from .env import Market, MarketVecEnv
 from .registry import Run, runs_folder, save, train_id
-from ..market.candles import check, data_hash, matrix, text
+from ..market.candles import check, data_hash, frames_of, matrix, text
 from ..policies import Policy, mlp, pack
 from ..records import Instrument
 
@@ -191,13 +191,12 @@ def train(
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     torch.set_num_threads(1)
     runs = runs_folder(folder)
-    frames = candles if isinstance(candles, dict) else {candles.attrs.get("symbol", Instrument().symbol): candles}
-    symbols, timeframe = tuple(frames), timeframe_of(candles)
+    (frames, symbols), timeframe = frames_of(candles, watch, funding), timeframe_of(candles)
     observation = observation.on(symbols, timeframe)
-    if observation.scaler is None: observation = observation.fit(frames | (watch or {}), scaler)
+    if observation.scaler is None: observation = observation.fit(frames, scaler)
     costs, limits, instruments = costs or here.costs, limits or here.risk, tuple(instruments or map(Instrument, symbols))
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
-              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames | watch if watch else candles)}
+              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch else candles)}
     market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch)
     config["episode"] = episode or min(EPISODE, len(market.times) - 1 - market.first)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)

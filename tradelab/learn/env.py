@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import compiled
 from ..features.observation import Observation, assemble
-from ..market.candles import matrix, timeframe_at
+from ..market.candles import frames_of, matrix, timeframe_at
 from ..records import CLOSE, COLUMNS, INSTRUMENT, JOURNAL, KNOWN, CostModel, Instrument, Limits
 from ..sim.backtest import funding_rates, looked_at
 from ..sim.kernel import step
@@ -40,8 +40,8 @@ class Market:
     @classmethod
     def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, funding=None, watch=None, deposit=10_000.):
         "From a frame, or a dict of frames by symbol; `watch`: those that features look at and nobody trades"
-        times, known, names = matrix((candles if isinstance(candles, dict) else {candles.attrs.get("symbol", Instrument().symbol): candles}) | (watch or {}), KNOWN)
-        symbols = names[:len(names) - len(watch or {})]
+        frames, symbols = frames_of(candles, watch, funding)
+        times, known, names = matrix(frames, KNOWN)
         observation, values = observation.on(symbols, timeframe_at(times)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
         rows = np.array([each.row() for each in instruments or [Instrument(symbol) for symbol in symbols]], INSTRUMENT)
         if len(times) < observation.warm_up + 2:

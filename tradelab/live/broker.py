@@ -269,6 +269,21 @@ class Requests:
         rows = await closed_rows(lambda page: self._ask("candles", self._exchange.fapiPublicGetKlines({"symbol": self._id(symbol), "interval": timeframe} | page)), limit, since)
         return np.array([int(row[0]) for row in rows], np.int64), np.array([[float(value) for value in (*row[1:6], *row[7:10])] for row in rows]).reshape(-1, 8)
 
+    async def index_prices(self, symbol, timeframe, limit:int, since:int)->dict:
+        "The index price at the close of the newest `limit` closed candles, none before `since`, by open time"
+        pair = self._listed(symbol)["info"]["pair"]
+        rows = await closed_rows(lambda page: self._ask("index prices", self._exchange.fapiPublicGetIndexPriceKlines({"pair": pair, "interval": timeframe} | page)), limit, since)
+        return {int(row[0]): float(row[4]) for row in rows}
+
+    async def funding_rates(self, symbol, since:int)->dict:
+        "Funding rates settled from `since` (ms) on, by the time they fell due, oldest first"
+        rates = {}
+        while True:
+            page = await self._ask("funding rates", self._exchange.fapiPublicGetFundingRate({"symbol": self._id(symbol), "startTime": since, "limit": 1000}))
+            rates |= {_due(row["fundingTime"]): float(row["fundingRate"]) for row in page}
+            if len(page) < 1000: return rates
+            since = int(page[-1]["fundingTime"]) + 1
+
     async def account(self)->Money:
         "Wallet and positions"
         symbols = {market["id"]: symbol for symbol, market in self._exchange.markets.items()}

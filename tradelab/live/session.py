@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'SAME', 'QUIET', 'Journal', 'write_status', 'median_and_p99', 'Statistics', 'RefusedStart',
            'check_instruments', 'check_explained', 'check_same', 'reserve_of', 'Signals', 'undisturbed', 'Listener',
-           'Bookkeeper', 'status_line', 'Sender', 'Auditor', 'Stepper', 'history', 'rehearse', 'Recovery', 'Checker',
-           'Preparation', 'Starter', 'Session']
+           'Bookkeeper', 'status_line', 'Sender', 'Auditor', 'around', 'Stepper', 'history', 'rehearse', 'Recovery',
+           'Checker', 'Preparation', 'Starter', 'Session']
 
 # %% ../../nbs/70_live/75_session.ipynb #1338204d
 import asyncio
@@ -31,7 +31,7 @@ from .orders import intended
 from .recorder import Recorder
 from ..log import get_logger
 from ..market.candles import milliseconds, text
-from ..records import CLOSE, JOURNAL, Fill, Funding
+from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding
 from ..trader import Trader
 
 logger = get_logger("live.session")
@@ -303,14 +303,47 @@ class Auditor(Sender):
     @property
     def _held(self): return dict(zip(self.trader.symbols, self.trader.positions["quantity"].tolist()))
 
+# %% ../../nbs/70_live/75_session.ipynb #267b511c
+async def around(
+    broker:Broker,
+    trader:Trader,
+    timeframe:str,
+    times,              # (T,), open times
+    candles:np.ndarray, # (T, n_seen, 8)
+)->np.ndarray:          # (T, n_seen, 10), NaN where the exchange does not say; the same candles where no feature asks
+    "Candles with the funding rate and the index price that were known at their close"
+    needs, step = trader.observation.needs & {FUNDING_RATE, INDEX_PRICE}, milliseconds(timeframe)
+    if not needs or not len(times): return candles
+    known = np.concatenate([candles, np.full((*candles.shape[:2], 2), np.nan)], axis=2)
+    for m, symbol in enumerate(trader.seen):
+        if FUNDING_RATE in needs:
+            rates = await broker.funding_rates(symbol, int(times[0]) - 86_400_000)
+            rows = np.searchsorted(list(rates), np.asarray(times) + step) - 1
+            known[rows >= 0, m, FUNDING_RATE] = np.array(list(rates.values()))[rows[rows >= 0]]
+        if INDEX_PRICE in needs:
+            prices = await broker.index_prices(symbol, timeframe, len(times) + 3, int(times[0]))
+            known[:, m, INDEX_PRICE] = [prices.get(int(time), np.nan) for time in times]
+    return known
+
 # %% ../../nbs/70_live/75_session.ipynb #1cfce357
 class Stepper(Auditor):
     "What a session does at a close"
 
+    async def _around(self, open_time, candles):
+        "The candles of one close with all that a feature asks for; BadFeed where the exchange does not tell it"
+        for _ in range(ATTEMPTS * 4):
+            try: known = (await around(self.broker, self.trader, self.timeframe, [open_time], candles[None]))[0]
+            except BrokerError as error: self._note("unanswered", str(error))
+            else:
+                asked = [need for need in self.trader.observation.needs if need < known.shape[1]]
+                if np.isfinite(known[:, asked]).all(): return known
+            await asyncio.sleep(PAUSE)
+        raise BadFeed(f"{text(open_time)}: {self.broker.venue.name} does not tell the funding rate or the index price that {self.trader.policy.name} looks at: the session stops")
+
     async def _step(self, open_time:int, candles:np.ndarray, late:bool):
         "Decide at one close and carry it out"
         trader, statistics = self.trader, self.statistics
-        held = trader.positions["quantity"].copy()
+        held, candles = trader.positions["quantity"].copy(), await self._around(open_time, candles)
         self.recorder.candle(open_time, candles)
         decision = trader.on_candle(open_time, candles)
         self.recorder.decision(decision, trader.rows)
@@ -447,11 +480,12 @@ class Preparation(Checker):
         seen = times <= last if kept else times == times
         if seen.sum() < trader.warm_up:
             raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.seen)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
+        known = await around(self.broker, trader, self.timeframe, times[seen], candles[seen])
         self.recorder.start(self._settings(), kept and kept["content"])
-        self.recorder.warm(times[seen], candles[seen])
-        trader.warm(times[seen], candles[seen])
+        self.recorder.warm(times[seen], known)
+        trader.warm(times[seen], known)
         if not kept: self.ledger.keep(self.id, trader.open_time, trader.snapshot(), 0)
-        rehearse(trader, times[seen], candles[seen], self.step)
+        rehearse(trader, times[seen], known, self.step)
         self.feed, self.desk.cautious = Feed(trader.seen, self.step, trader.open_time if seen.any() else None), bool(kept)
         self._feed_in(times[~seen], candles[~seen])
         for candle in self._early: self._take(candle)

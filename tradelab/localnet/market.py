@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LIMIT_ORDERS', 'EIGHT_HOURS', 'decimals', 'symbol_reply', 'just_opened', 'kline_reply', 'kline_event', 'schedule',
-           'first_to_close', 'Market', 'klines', 'premium', 'mark_event', 'settled', 'funding_rates']
+           'first_to_close', 'Market', 'klines', 'index_klines', 'premium', 'mark_event', 'settled', 'funding_rates']
 
 # %% ../../nbs/60_localnet/61_market.ipynb #5dd1eaf8
 import numpy as np
 
 from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, whole
 from ..market.candles import TIMEFRAMES, check_times, matrix, text, times
-from ..records import CLOSE, COLUMNS, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
+from ..records import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
 
 # %% ../../nbs/60_localnet/61_market.ipynb #548daa0c
 def decimals(number:str)->int:
@@ -161,6 +161,15 @@ def klines(market:Market, parameters:dict)->list:
     end = np.searchsorted(known, whole(parameters, "endTime", market.now), side="right")
     first, end = (first, min(end, first + limit)) if parameters.get("startTime") else (max(first, end - limit), end)
     return [market.kline(t, n) for t in range(first, end)]
+
+# %% ../../nbs/60_localnet/61_market.ipynb #c3f8c31d
+def index_klines(market:Market, parameters:dict)->list:
+    "GET indexPriceKlines: the index at the close of each candle"
+    n = market.find({"symbol": mandatory(parameters, "pair")})
+    def price(row):
+        t = min(int(np.searchsorted(market.times, row[0])), max(market.closed - 1, 0))
+        return money_text(market.known[t, n, INDEX_PRICE]) if np.isfinite(market.known[t, n, INDEX_PRICE]) else row[4]
+    return [[row[0], *[price(row)] * 4, "0", row[6], "0", 0, "0", "0", "0"] for row in klines(market, {**parameters, "symbol": market.ids[n]})]
 
 # %% ../../nbs/60_localnet/61_market.ipynb #4c56a365
 EIGHT_HOURS = 8 * 3_600_000

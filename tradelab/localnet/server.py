@@ -31,7 +31,7 @@ from tradelab.localnet.exchange import (
     positions_at_risk,
     set_leverage, set_margin_type, set_position_mode, symbol_settings, user_trades,
 )
-from .market import Market, funding_rates, kline_event, klines, mark_event, premium, symbol_reply
+from .market import Market, funding_rates, index_klines, kline_event, klines, mark_event, premium, symbol_reply
 from .wire import Refused, check_signature, check_time, number_text, parameters
 from ..records import CostModel
 
@@ -80,6 +80,7 @@ MARKET_DATA = {
     ("GET", "v1/time"): Endpoint(1, "public", lambda service, asked: {"serverTime": milliseconds_now()}),
     ("GET", "v1/exchangeInfo"): Endpoint(1, "public", lambda service, asked: exchange_info(service.exchange)),
     ("GET", "v1/klines"): Endpoint(5, "public", lambda service, asked: klines(service.exchange.market, asked)),
+    ("GET", "v1/indexPriceKlines"): Endpoint(5, "public", lambda service, asked: index_klines(service.exchange.market, asked)),
     ("GET", "v1/fundingRate"): Endpoint(0, "public", lambda service, asked: funding_rates(service.exchange.market, asked)),
     ("GET", "v1/premiumIndex"): Endpoint(
         1, "public", lambda service, asked: one_or_all(service.exchange.market, asked,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'OPTIONAL', 'AROUND', 'ALIASES', 'milliseconds', 'moment', 'text', 'interval', 'frame', 'times',
            'BadCandles', 'check_columns', 'check_times', 'check_values', 'check_optional', 'check', 'parts',
-           'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding', 'matrix',
-           'Aligned', 'align', 'data_hash']
+           'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding', 'frames_of',
+           'matrix', 'Aligned', 'align', 'data_hash']
 
 # %% ../../nbs/10_market/10_candles.ipynb #b4823b29
 import hashlib
@@ -282,6 +282,20 @@ def with_funding(
     known = np.full(len(frame), np.nan)
     known[rows >= 0] = rates.to_numpy("float64")[rows[rows >= 0]]
     return frame.assign(funding_rate=known)
+
+# %% ../../nbs/10_market/10_candles.ipynb #2f704591
+def frames_of(
+    candles,        # a frame, or a dict of frames by symbol: those that are traded
+    watch=None,     # dict of frames by symbol that features look at and nobody trades
+    funding=None,   # Series of rates by UTC time, or dict of them by symbol
+)->tuple:           # dict of frames, with funding_rate where the rates are given; the traded symbols
+    "All candles that a policy may see"
+    frames = dict(candles) if isinstance(candles, dict) else {candles.attrs.get("symbol", Instrument().symbol): candles}
+    symbols, rates = tuple(frames), {next(iter(frames), ""): funding} if isinstance(funding, pd.Series) else funding or {}
+    doubled = [symbol for symbol in watch or {} if symbol in frames]
+    if doubled: raise BadCandles(f"{doubled[0]} is traded and watched: give its candles once")
+    frames |= watch or {}
+    return {symbol: with_funding(frame, rates[symbol]) if len(rates.get(symbol, ())) and "funding_rate" not in frame else frame for symbol, frame in frames.items()}, symbols
 
 # %% ../../nbs/10_market/10_candles.ipynb #82266b94
 def matrix(

@@ -18,7 +18,7 @@ from ..compiled import compiled
 from ..evaluation.metrics import metrics
 from ..evaluation.tearsheet import TearSheet
 from ..features.observation import Observation, assemble
-from ..market.candles import matrix, moment, text, timeframe_at
+from ..market.candles import frames_of, matrix, moment, text, timeframe_at
 from ..policies import POLICY, Policy, buy_and_hold, flat
 from ..records import CLOSE, COLUMNS, COSTS, INSTRUMENT, JOURNAL, KNOWN, LIMITS, CostModel, Fill, Funding, Instrument, Limits
 from ..risk.limits import gate
@@ -215,8 +215,9 @@ def backtest(
 )->Result:
     "Run a policy over candles, net of costs. ValueError where the span is too short, or a policy answers with NaN"
     run, policy = policy, getattr(policy, "policy", policy)
-    times, known, names = matrix((candles if isinstance(candles, dict) else {candles.attrs.get("symbol", Instrument().symbol): candles}) | (watch or {}), KNOWN)
-    symbols, timeframe = names[:len(names) - len(watch or {})], timeframe_at(times)
+    frames, symbols = frames_of(candles, watch, funding)
+    times, known, names = matrix(frames, KNOWN)
+    timeframe = timeframe_at(times)
     instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
     market = times, known, names, timeframe, funding_rates(funding, times, symbols)
     setting = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits()), instruments, deposit
