@@ -147,17 +147,16 @@ def moments(
     size,
 )->tuple:       # mean, standard deviation
     "Mean and standard deviation, divided by n (as Bollinger's bands and TA-Lib have it)"
-    oldest, end = state[start], start + size
-    a, b, c, d, aa, bb, cc, dd = 0., 0., 0., 0., 0., 0., 0., 0.
-    while start + 4 <= end:
-        i, start = whole(start), start + 4
-        e, f, g, h = state[i] - oldest, state[i + 1] - oldest, state[i + 2] - oldest, state[i + 3] - oldest
-        a, b, c, d, aa, bb, cc, dd = a + e, b + f, c + g, d + h, aa + e * e, bb + f * f, cc + g * g, dd + h * h
-    while start < end:
-        e = state[whole(start)] - oldest
-        a, aa, start = a + e, aa + e * e, start + 1
-    shift = ((a + b) + (c + d)) / size
-    return oldest + shift, np.sqrt(max(((aa + bb) + (cc + dd)) / size - shift * shift, 0.))
+    oldest, part, a, b, aa, bb = state[start], 1. / size, 0., 0., 0., 0.
+    for k in range(0, size - 1, 2):
+        i = start + whole(k)
+        e, f = oldest - state[i], oldest - state[i + 1]
+        a, b, aa, bb = a + e, b + f, aa + e * e, bb + f * f
+    if size & 1:
+        e = oldest - state[start + size - 1]
+        a, aa = a + e, aa + e * e
+    shift = (a + b) * part
+    return oldest - shift, np.sqrt(max((aa + bb) * part - shift * shift, 0.))
 
 # %% ../../nbs/20_features/20_indicator.ipynb #c23505b8
 @bare

@@ -41,18 +41,18 @@ ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda windo
 @bare
 def _wma(state, parameters, candle, out):
     "Linearly weighted moving average of the close; relative: the close above it, a fraction"
-    clock = turn(state, parameters[0])
-    start, size, even, odd, weight = slide(state, candle[CLOSE], clock, 2), clock[1], 0., 0., 1.
+    window, clock, close = parameters[0], turn(state, parameters[0]), candle[CLOSE]
+    start, size, even, odd, weight = slide(state, close, clock, 2), clock[1], 0., 0., 2.
     if not complete(state): return
-    oldest, end = state[start], start + size
-    while start + 2 <= end:
-        i, start = whole(start), start + 2
+    oldest = state[start]
+    for k in range(1, size - 1, 2):
+        i = start + whole(k)
         odd += weight * (state[i] - oldest)
         even += (weight + 1.) * (state[i + 1] - oldest)
         weight += 2.
-    if start < end: odd += weight * (candle[CLOSE] - oldest)
-    out[0] = oldest + 2. * (odd + even) / (parameters[0] * (parameters[0] + 1.))
-    out[1] = candle[CLOSE] / out[0] - 1.
+    if size % 2 == 0: odd += window * (close - oldest)
+    out[0] = oldest + (odd + even) * (2. / (window * (window + 1.)))
+    out[1] = close / out[0] - 1.
 
 
 wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window: 2 * window + 2, lambda window: window)
@@ -62,13 +62,13 @@ wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window
 def _kama(state, parameters, candle, out):
     "Kaufman's adaptive moving average of the close; relative: the close above it, a fraction"
     close, clock, fast, slow = candle[CLOSE], turn(state, parameters[0]), 2. / (parameters[1] + 1.), 2. / (parameters[2] + 1.)
-    before, average = state[2] if state[2] > 0. else close, state[5]
-    past, way = push(state, close, clock, 6 + clock[1]), window_sum(state, abs(close - before), clock, 3, 6)
-    state[2] = state[5] = close
+    before, average = state[2], state[3]
+    past, way = push(state, close, clock, 6 + clock[1]), window_sum(state, abs(close - before), clock, 4, 6)
+    state[2] = state[3] = close
     if past == 0.: return
     efficiency = abs(close - past) / way if way > 0. else 0.
-    average = average + (efficiency * (fast - slow) + slow) ** 2 * (close - average)
-    state[5] = average
+    average += (efficiency * (fast - slow) + slow) ** 2 * (close - average)
+    state[3] = average
     out[0] = average
     out[1] = close / average - 1.
 
