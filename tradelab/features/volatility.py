@@ -16,11 +16,11 @@ from ..records import CLOSE, HIGH, LOW
 @bare
 def _range_average(state, candle, alpha):
     "Of the true range; cells: the close before, the count, the average"
-    before = state[0] if state[0] > 0. else candle[CLOSE]
+    before, alpha = state[0] if state[0] > 0. else candle[CLOSE], share(alpha, state[1])
     state[0] = candle[CLOSE]
-    average = smooth(state, max(candle[HIGH], before) - min(candle[LOW], before), share(alpha, state[1]), 2)
     state[1] += 1.
-    return average
+    state[2] = (1. - alpha) * state[2] + alpha * (max(candle[HIGH], before) - min(candle[LOW], before))
+    return state[2]
 
 
 @bare
