@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 
 from tradelab.compiled import compiled
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import Feature, Indicator, complete, moments, slide, window_high, window_low, window_sum
+from tradelab.features.indicator import Feature, Indicator, complete, extreme_age, moments, slide, turn, window_high, window_low, window_sum
 from tradelab.features.library import OURS, library
 from tradelab.market.synthetic import random_walk
 from tradelab.records import COLUMNS
@@ -87,35 +87,38 @@ values = st.one_of(st.floats(1e-6, 1e6), st.integers(0, 3).map(float))
 @settings(max_examples=300, deadline=None)
 @given(st.lists(values, min_size=1, max_size=200), st.integers(1, 30))
 def test_windows_say_what_the_plain_formula_says(series, size):
-    sums, highs, lows, strip = np.zeros(size + 4), np.zeros(size + 4), np.zeros(size + 4), np.zeros(2 * size + 2)
+    state = np.zeros(8 + 5 * size)
     for t, value in enumerate(series):
-        last = series[max(0, t - size + 1):t + 1]
-        assert window_sum(sums, value) == math.fsum(last)
-        assert (window_high(highs, value), window_low(lows, value)) == (max(last), min(last))
-        assert (highs[1], lows[1]) == (last[::-1].index(max(last)), last[::-1].index(min(last)))
-        start = slide(strip, value)
-        assert (start >= 0) == complete(sums) == complete(highs) == (len(last) == size)
-        if start < 0: continue
-        same = strip[start:start + size]
-        assert same.tolist() == last
-        mean, deviation = moments(same)
+        last, clock = series[max(0, t - size + 1):t + 1], turn(state, size)
+        assert window_sum(state, value, clock, 2, 8) == math.fsum(last)
+        high, low = window_high(state, value, clock, 4, 8 + size), window_low(state, value, clock, 6, 8 + 2 * size)
+        assert (high, low) == (max(last), min(last))
+        assert extreme_age(state, high, clock, 5, 8 + size) == last[::-1].index(max(last)) and extreme_age(state, low, clock, 7, 8 + 2 * size) == last[::-1].index(min(last))
+        start = slide(state, value, clock, 8 + 3 * size)
+        assert complete(state) == (len(last) == size)
+        if not complete(state): continue
+        assert state[start:start + size].tolist() == last
+        mean, deviation = moments(state, start, size)
         assert np.isclose(mean, np.mean(last), rtol=1e-13) and np.isclose(deviation, np.std(last), rtol=1e-9, atol=1e-9 * max(last))
         if len(set(last)) == 1: assert (mean, deviation) == (last[0], 0)
 
 
+def summed(state, value): return window_sum(state, value, turn(state, 20), 2, 4)
+
+
 def test_a_sum_does_not_drift():
     series, sums = np.random.default_rng(0).lognormal(0, 3, 300_000), np.zeros(24)
-    for value in series: total = window_sum(sums, value)
+    for value in series: total = summed(sums, value)
     assert total == math.fsum(series[-20:])
-    for _ in range(20): total = window_sum(sums, 0.)
+    for _ in range(20): total = summed(sums, 0.)
     assert total == 0
 
 
 def test_the_absurd_is_forgotten():
     sums = np.zeros(24)
-    for value in (1e-9, 1e300, 3., 1e-200): window_sum(sums, value)
-    for _ in range(9 * 20): window_sum(sums, .1)
-    assert sums[:2].sum() == math.fsum([.1] * 20)
+    for value in (1e-9, 1e300, 3., 1e-200): summed(sums, value)
+    for _ in range(9 * 20): summed(sums, .1)
+    assert sums[2:4].sum() == math.fsum([.1] * 20)
 
 
 FLAT = {"volatility(20)": 0, "volatility(7)": 0, "realised_volatility(24)": 0, "bollinger(20,2).width": 0, "bollinger(20,2)": .5, "ulcer(14)": 0, "cci(20)": 0, "donchian(20)": .5,

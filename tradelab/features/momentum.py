@@ -9,15 +9,15 @@ __all__ = ['return_', 'log_return', 'roc', 'rsi', 'tsi', 'ppo', 'stochastic', 's
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, full, mean, moments, previous, push, slide, smooth, window_high, window_low)
+    Indicator, bare, complete, forgetting, mean, moments, previous, push, share, slide, smooth, turn, whole, window_high, window_low)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/22_momentum.ipynb #37c90211
 @bare
 def _return(state, parameters, candle, out):
     "Change of the close over the window, a fraction"
-    before = push(state, candle[CLOSE])
-    if not np.isnan(before): out[0] = candle[CLOSE] / before - 1.
+    before = push(state, candle[CLOSE], turn(state, parameters[0]), 2)
+    if before > 0.: out[0] = candle[CLOSE] / before - 1.
 
 
 return_ = Indicator("return", _return, {"window": 1}, ("value",), lambda window: window + 2, lambda window: window + 1)
@@ -26,15 +26,15 @@ return_ = Indicator("return", _return, {"window": 1}, ("value",), lambda window:
 @bare
 def _log_return(state, parameters, candle, out):
     "Logarithm of the close over the close `window` candles before"
-    before = push(state, candle[CLOSE])
-    if not np.isnan(before): out[0] = np.log(candle[CLOSE] / before)
+    before = push(state, candle[CLOSE], turn(state, parameters[0]), 2)
+    if before > 0.: out[0] = np.log(candle[CLOSE] / before)
 
 
 @bare
 def _roc(state, parameters, candle, out):
     "Rate of change: change of the close over the window, in percent"
-    before = push(state, candle[CLOSE])
-    if not np.isnan(before): out[0] = 100. * (candle[CLOSE] - before) / before
+    before = push(state, candle[CLOSE], turn(state, parameters[0]), 2)
+    if before > 0.: out[0] = 100. * (candle[CLOSE] - before) / before
 
 
 log_return = Indicator("log_return", _log_return, {"window": 1}, ("value",), lambda window: window + 2, lambda window: window + 1)
@@ -43,10 +43,11 @@ roc = Indicator("roc", _roc, {"window": 12}, ("value",), lambda window: window +
 # %% ../../nbs/20_features/22_momentum.ipynb #3ca7f5ce
 @bare
 def _strength(state, window, close):
-    before, alpha = previous(state[0:2], close), 1. / window
+    before, count, alpha = previous(state, close), state[2], 1. / window
     if np.isnan(before): return np.nan
-    change = close - before
-    gain, loss = smooth(state[2:4], max(change, 0.), alpha), smooth(state[4:6], max(-change, 0.), alpha)
+    change, alpha = close - before, share(alpha, count)
+    gain, loss = smooth(state, max(change, 0.), alpha, 3), smooth(state, max(-change, 0.), alpha, 4)
+    state[2] = count + 1.
     if state[2] < window: return np.nan
     return 100. * gain / (gain + loss) if gain + loss > 0. else 50.
 
@@ -57,100 +58,105 @@ def _rsi(state, parameters, candle, out):
     out[0] = _strength(state, parameters[0], candle[CLOSE])
 
 
-rsi = Indicator("rsi", _rsi, {"window": 14}, ("value",), lambda window: 6, lambda window: forgetting(1 / window) + 1)
+rsi = Indicator("rsi", _rsi, {"window": 14}, ("value",), lambda window: 5, lambda window: forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #786ccdb8
 @bare
 def _tsi(state, parameters, candle, out):
     "True strength index: twice averaged change of the close over its twice averaged size, -100 to 100"
-    slow, fast, before = 2. / (parameters[0] + 1.), 2. / (parameters[1] + 1.), previous(state[0:2], candle[CLOSE])
+    before, count, settled = previous(state, candle[CLOSE]), state[2], max(parameters[0], parameters[1])
+    slow, fast = share(2. / (parameters[0] + 1.), count), share(2. / (parameters[1] + 1.), count)
     if np.isnan(before): return
     change = candle[CLOSE] - before
-    net = smooth(state[4:6], smooth(state[2:4], change, slow), fast)
-    way = smooth(state[8:10], smooth(state[6:8], abs(change), slow), fast)
-    if state[2] >= max(parameters[0], parameters[1]): out[0] = 100. * net / way if way > 0. else 0.
+    net = smooth(state, smooth(state, change, slow, 3), fast, 4)
+    way = smooth(state, smooth(state, abs(change), slow, 5), fast, 6)
+    state[2] = count + 1.
+    if state[2] >= settled: out[0] = 100. * net / way if way > 0. else 0.
 
 
-tsi = Indicator("tsi", _tsi, {"slow": 25, "fast": 13}, ("value",), lambda slow, fast: 10,
+tsi = Indicator("tsi", _tsi, {"slow": 25, "fast": 13}, ("value",), lambda slow, fast: 7,
                 lambda slow, fast: forgetting(2 / (slow + 1)) + forgetting(2 / (fast + 1)) + 1)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #7c2860f2
 @bare
 def _ppo(state, parameters, candle, out):
     "Fast over slow exponential average less 1, in percent, its signal and histogram"
-    fast = smooth(state[0:2], candle[CLOSE], 2. / (parameters[0] + 1.))
-    slow = smooth(state[2:4], candle[CLOSE], 2. / (parameters[1] + 1.))
-    value, settled = 100. * (fast - slow) / slow, max(parameters[0], parameters[1])
-    signal = smooth(state[4:6], value, 2. / (parameters[2] + 1.))
+    count, settled = state[0], max(parameters[0], parameters[1])
+    fast = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), count), 1)
+    slow = smooth(state, candle[CLOSE], share(2. / (parameters[1] + 1.), count), 2)
+    value = 100. * (fast - slow) / slow
+    signal = smooth(state, value, share(2. / (parameters[2] + 1.), count), 3)
+    state[0] = count + 1.
     if state[0] >= settled: out[0] = value
     if state[0] < settled + parameters[2] - 1.: return
     out[1] = signal
     out[2] = value - signal
 
 
-ppo = Indicator("ppo", _ppo, {"fast": 12, "slow": 26, "signal": 9}, ("ppo", "signal", "histogram"), lambda fast, slow, signal: 6,
+ppo = Indicator("ppo", _ppo, {"fast": 12, "slow": 26, "signal": 9}, ("ppo", "signal", "histogram"), lambda fast, slow, signal: 4,
                 lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
 
 # %% ../../nbs/20_features/22_momentum.ipynb #f31ded74
 @bare
+def _mean_of_last(state, value, window, at, strip):
+    "NaN until there are enough"
+    clock = turn(state, window, at)
+    start = slide(state, value, clock, strip)
+    return mean(state, start, clock[1]) if complete(state, at) else np.nan
+
+
+@bare
 def _stochastic(state, parameters, candle, out):
     "Place of the close in the range of the window, 0 to 100; d is its mean over `smooth`"
-    window, days = int(parameters[0]), int(parameters[1])
-    highs, lows, last = state[0:window + 4], state[window + 4:2 * window + 8], state[2 * window + 8:2 * window + 10 + days]
-    high, low = window_high(highs, candle[HIGH]), window_low(lows, candle[LOW])
-    if not complete(highs): return
+    days, clock = parameters[1], turn(state, parameters[0])
+    high, low = window_high(state, candle[HIGH], clock, 2, 6), window_low(state, candle[LOW], clock, 3, 6 + clock[1])
+    if not complete(state): return
     out[0] = 100. * (candle[CLOSE] - low) / (high - low) if high > low else 50.
-    push(last, out[0])
-    if full(last): out[1] = mean(last)
+    out[1] = _mean_of_last(state, out[0], days, 4, 6 + 2 * clock[1])
 
 
 stochastic = Indicator("stochastic", _stochastic, {"window": 14, "smooth": 3}, ("k", "d"),
-                       lambda window, smooth: 2 * window + smooth + 10, lambda window, smooth: window + smooth - 1)
+                       lambda window, smooth: 2 * window + 2 * smooth + 6, lambda window, smooth: window + smooth - 1)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #754029a0
 @bare
 def _stochastic_rsi(state, parameters, candle, out):
     "Place of the relative strength index in its range of the window, 0 to 100; k is its mean, d the mean of k"
-    window, first = int(parameters[0]), int(parameters[1])
-    highs, lows, rest = state[6:window + 10], state[window + 10:2 * window + 14], state[2 * window + 14:]
-    strength = _strength(state[0:6], parameters[0], candle[CLOSE])
+    window, first, second = whole(parameters[0]), whole(parameters[1]), whole(parameters[2])
+    strength = _strength(state, parameters[0], candle[CLOSE])
     if np.isnan(strength): return
-    high, low = window_high(highs, strength), window_low(lows, strength)
-    if not complete(highs): return
+    clock = turn(state, window, 5)
+    high, low = window_high(state, strength, clock, 7, 13), window_low(state, strength, clock, 8, 13 + window)
+    if not complete(state, 5): return
     out[0] = 100. * (strength - low) / (high - low) if high - low > 1e-9 else 50.
-    push(rest[:first + 2], out[0])
-    if not full(rest[:first + 2]): return
-    out[1] = mean(rest[:first + 2])
-    push(rest[first + 2:], out[1])
-    if full(rest[first + 2:]): out[2] = mean(rest[first + 2:])
+    out[1] = _mean_of_last(state, out[0], first, 9, 13 + 2 * window)
+    if not np.isnan(out[1]): out[2] = _mean_of_last(state, out[1], second, 11, 13 + 2 * (window + first))
 
 
 stochastic_rsi = Indicator("stochastic_rsi", _stochastic_rsi, {"window": 14, "smooth": 3, "signal": 3}, ("value", "k", "d"),
-                           lambda window, smooth, signal: 2 * window + smooth + signal + 18,
+                           lambda window, smooth, signal: 2 * (window + smooth + signal) + 13,
                            lambda window, smooth, signal: forgetting(1 / window) + window + smooth + signal - 2)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #a83727b5
 @bare
 def _williams_r(state, parameters, candle, out):
     "Distance of the close from the top of the range of the window, -100 to 0"
-    window = int(parameters[0])
-    highs, lows = state[0:window + 4], state[window + 4:2 * window + 8]
-    high, low = window_high(highs, candle[HIGH]), window_low(lows, candle[LOW])
-    if not complete(highs): return
-    out[0] = -100. * (high - candle[CLOSE]) / (high - low) if high > low else -50.
+    clock = turn(state, parameters[0])
+    high, low = window_high(state, candle[HIGH], clock, 2, 4), window_low(state, candle[LOW], clock, 3, 4 + clock[1])
+    if complete(state): out[0] = -100. * (high - candle[CLOSE]) / (high - low) if high > low else -50.
 
 
-williams_r = Indicator("williams_r", _williams_r, {"window": 14}, ("value",), lambda window: 2 * window + 8, lambda window: window)
+williams_r = Indicator("williams_r", _williams_r, {"window": 14}, ("value",), lambda window: 2 * window + 4, lambda window: window)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #9007ab7b
 @bare
 def _cci(state, parameters, candle, out):
     "Commodity channel index: distance of the typical price from its mean, in mean deviations / 0.015"
-    window, typical = int(parameters[0]), (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
-    start, spread = slide(state, typical), 0.
-    if start < 0: return
-    average = moments(state[start:start + window])[0]
-    for i in range(start, start + window): spread += abs(state[i] - average)
+    clock, typical, spread = turn(state, parameters[0]), (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3., 0.
+    start = slide(state, typical, clock, 2)
+    if not complete(state): return
+    average = moments(state, start, clock[1])[0]
+    for i in range(clock[1]): spread += abs(state[start + whole(i)] - average)
     out[0] = (typical - average) / (.015 * spread / parameters[0]) if spread > 0. else 0.
 
 

@@ -9,14 +9,14 @@ __all__ = ['sma', 'ema', 'wma', 'kama', 'macd', 'trix', 'adx', 'aroon', 'vortex'
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, previous, push, slide, smooth, window_high, window_low, window_sum)
+    Indicator, bare, complete, extreme_age, forgetting, push, share, slide, smooth, turn, whole, window_high, window_low, window_sum)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/21_trend.ipynb #ba8f4242
 @bare
 def _sma(state, parameters, candle, out):
     "Simple moving average of the close; relative: the close above it, a fraction"
-    summed = window_sum(state, candle[CLOSE])
+    summed = window_sum(state, candle[CLOSE], turn(state, parameters[0]), 2, 4)
     if not complete(state): return
     out[0] = summed / parameters[0]
     out[1] = candle[CLOSE] / out[0] - 1.
@@ -28,7 +28,8 @@ sma = Indicator("sma", _sma, {"window": 20}, ("value", "relative"), lambda windo
 @bare
 def _ema(state, parameters, candle, out):
     "Exponential moving average of the close; relative: the close above it, a fraction"
-    average = smooth(state, candle[CLOSE], 2. / (parameters[0] + 1.))
+    average = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), state[0]), 1)
+    state[0] += 1.
     if state[0] < parameters[0]: return
     out[0] = average
     out[1] = candle[CLOSE] / average - 1.
@@ -40,17 +41,18 @@ ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda windo
 @bare
 def _wma(state, parameters, candle, out):
     "Linearly weighted moving average of the close; relative: the close above it, a fraction"
-    start = slide(state, candle[CLOSE])
-    if start < 0: return
-    values, even, odd, weight = state[start:start + int(parameters[0])], 0., 0., 1.
-    whole = len(values) - len(values) % 2
-    for i in range(0, whole, 2):
-        odd += weight * (values[i] - values[0])
-        even += (weight + 1.) * (values[i + 1] - values[0])
+    window, clock, close = parameters[0], turn(state, parameters[0]), candle[CLOSE]
+    start, size, even, odd, weight = slide(state, close, clock, 2), clock[1], 0., 0., 2.
+    if not complete(state): return
+    oldest = state[start]
+    for k in range(1, size - 1, 2):
+        i = start + whole(k)
+        odd += weight * (state[i] - oldest)
+        even += (weight + 1.) * (state[i + 1] - oldest)
         weight += 2.
-    if whole < len(values): odd += weight * (candle[CLOSE] - values[0])
-    out[0] = values[0] + 2. * (odd + even) / (parameters[0] * (parameters[0] + 1.))
-    out[1] = candle[CLOSE] / out[0] - 1.
+    if size % 2 == 0: odd += window * (close - oldest)
+    out[0] = oldest + (odd + even) * (2. / (window * (window + 1.)))
+    out[1] = close / out[0] - 1.
 
 
 wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window: 2 * window + 2, lambda window: window)
@@ -59,27 +61,30 @@ wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window
 @bare
 def _kama(state, parameters, candle, out):
     "Kaufman's adaptive moving average of the close; relative: the close above it, a fraction"
-    window, close = int(parameters[0]), candle[CLOSE]
-    before, past, steps = previous(state[2:4], close), push(state[4:window + 6], close), state[window + 6:]
-    if np.isnan(before): return
-    way = window_sum(steps, abs(close - before))
-    if not complete(steps): return
+    close, clock, fast, slow = candle[CLOSE], turn(state, parameters[0]), 2. / (parameters[1] + 1.), 2. / (parameters[2] + 1.)
+    before, average = state[2], state[3]
+    past, way = push(state, close, clock, 6 + clock[1]), window_sum(state, abs(close - before), clock, 4, 6)
+    state[2] = state[3] = close
+    if past == 0.: return
     efficiency = abs(close - past) / way if way > 0. else 0.
-    fast, slow = 2. / (parameters[1] + 1.), 2. / (parameters[2] + 1.)
-    out[0] = smooth(state[0:2], close, (efficiency * (fast - slow) + slow) ** 2)
-    out[1] = close / out[0] - 1.
+    average += (efficiency * (fast - slow) + slow) ** 2 * (close - average)
+    state[3] = average
+    out[0] = average
+    out[1] = close / average - 1.
 
 
-kama = Indicator("kama", _kama, {"window": 10, "fast": 2, "slow": 30}, ("value", "relative"), lambda window, fast, slow: 2 * window + 10,
+kama = Indicator("kama", _kama, {"window": 10, "fast": 2, "slow": 30}, ("value", "relative"), lambda window, fast, slow: 2 * window + 6,
                  lambda window, fast, slow: window + forgetting((2 / (max(fast, slow) + 1)) ** 2) // 6)
 
 # %% ../../nbs/20_features/21_trend.ipynb #eb58f8fd
 @bare
 def _macd(state, parameters, candle, out):
     "Fast less slow exponential average, its signal and histogram; relative: the histogram over the close"
-    fast = smooth(state[0:2], candle[CLOSE], 2. / (parameters[0] + 1.))
-    slow = smooth(state[2:4], candle[CLOSE], 2. / (parameters[1] + 1.))
-    signal, settled = smooth(state[4:6], fast - slow, 2. / (parameters[2] + 1.)), max(parameters[0], parameters[1])
+    count, settled = state[0], max(parameters[0], parameters[1])
+    fast = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), count), 1)
+    slow = smooth(state, candle[CLOSE], share(2. / (parameters[1] + 1.), count), 2)
+    signal = smooth(state, fast - slow, share(2. / (parameters[2] + 1.), count), 3)
+    state[0] = count + 1.
     if state[0] >= settled: out[0] = fast - slow
     if state[0] < settled + parameters[2] - 1.: return
     out[1] = signal
@@ -87,76 +92,78 @@ def _macd(state, parameters, candle, out):
     out[3] = out[2] / candle[CLOSE]
 
 
-macd = Indicator("macd", _macd, {"fast": 12, "slow": 26, "signal": 9}, ("macd", "signal", "histogram", "relative"), lambda fast, slow, signal: 6,
+macd = Indicator("macd", _macd, {"fast": 12, "slow": 26, "signal": 9}, ("macd", "signal", "histogram", "relative"), lambda fast, slow, signal: 4,
                  lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
 
 # %% ../../nbs/20_features/21_trend.ipynb #bcb3162c
 @bare
 def _trix(state, parameters, candle, out):
     "Change of the threefold exponential average of the close, in percent"
-    alpha, before = 2. / (parameters[0] + 1.), state[5]
-    value = smooth(state[0:2], candle[CLOSE], alpha)
-    value = smooth(state[2:4], value, alpha)
-    value = smooth(state[4:6], value, alpha)
+    alpha, before = share(2. / (parameters[0] + 1.), state[0]), state[3]
+    value = smooth(state, candle[CLOSE], alpha, 1)
+    value = smooth(state, value, alpha, 2)
+    value = smooth(state, value, alpha, 3)
+    state[0] += 1.
     if state[0] > parameters[0]: out[0] = 100. * (value / before - 1.)
 
 
-trix = Indicator("trix", _trix, {"window": 15}, ("value",), lambda window: 6, lambda window: 3 * forgetting(2 / (window + 1)) + 1)
+trix = Indicator("trix", _trix, {"window": 15}, ("value",), lambda window: 4, lambda window: 3 * forgetting(2 / (window + 1)) + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #cfe08255
 @bare
 def _adx(state, parameters, candle, out):
     "Average directional index and the shares of upward and downward movement, 0 to 100"
-    window, alpha, (high, low, close) = parameters[0], 1. / parameters[0], (state[0], state[1], state[2])
-    first = state[3] == 0.
-    state[0], state[1], state[2], state[3] = candle[HIGH], candle[LOW], candle[CLOSE], 1.
-    if first: return
-    up, down = candle[HIGH] - high, low - candle[LOW]
-    plus = smooth(state[4:6], up if up > down and up > 0. else 0., alpha)
-    minus = smooth(state[6:8], down if down > up and down > 0. else 0., alpha)
-    true_range = smooth(state[8:10], max(candle[HIGH], close) - min(candle[LOW], close), alpha)
-    if state[4] < window: return
+    window, high, low, close, count, settled = parameters[0], state[0], state[1], state[2], state[3], state[4]
+    state[0], state[1], state[2] = candle[HIGH], candle[LOW], candle[CLOSE]
+    if close == 0.: return
+    up, down, alpha = candle[HIGH] - high, low - candle[LOW], share(1. / window, count)
+    plus = smooth(state, up if up > down and up > 0. else 0., alpha, 5)
+    minus = smooth(state, down if down > up and down > 0. else 0., alpha, 6)
+    true_range = smooth(state, max(candle[HIGH], close) - min(candle[LOW], close), alpha, 7)
+    state[3] = count + 1.
+    if state[3] < window: return
     out[1] = 100. * plus / true_range if true_range > 0. else 0.
     out[2] = 100. * minus / true_range if true_range > 0. else 0.
-    index = smooth(state[10:12], 100. * abs(plus - minus) / (plus + minus) if plus + minus > 0. else 0., alpha)
-    if state[10] >= window: out[0] = index
+    index = smooth(state, 100. * abs(plus - minus) / (plus + minus) if plus + minus > 0. else 0., share(1. / window, settled), 8)
+    state[4] = settled + 1.
+    if state[4] >= window: out[0] = index
 
 
-adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda window: 12, lambda window: 2 * forgetting(1 / window) + 1)
+adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda window: 9, lambda window: 2 * forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #32ddd67f
 @bare
 def _aroon(state, parameters, candle, out):
     "Youth of the highest high less that of the lowest low, -100 to 100, and both, 0 to 100"
-    window = int(parameters[0])
-    highs, lows = state[0:window + 5], state[window + 5:2 * window + 10]
-    window_high(highs, candle[HIGH])
-    window_low(lows, candle[LOW])
-    if not complete(highs): return
-    out[1] = 100. * (window - highs[1]) / window
-    out[2] = 100. * (window - lows[1]) / window
+    window, clock = parameters[0], turn(state, parameters[0] + 1.)
+    lows = 6 + clock[1]
+    up = window - extreme_age(state, window_high(state, candle[HIGH], clock, 2, 6), clock, 3, 6)
+    down = window - extreme_age(state, window_low(state, candle[LOW], clock, 4, lows), clock, 5, lows)
+    if not complete(state): return
+    out[1] = 100. * up / window
+    out[2] = 100. * down / window
     out[0] = out[1] - out[2]
 
 
-aroon = Indicator("aroon", _aroon, {"window": 25}, ("oscillator", "up", "down"), lambda window: 2 * window + 10, lambda window: window + 1)
+aroon = Indicator("aroon", _aroon, {"window": 25}, ("oscillator", "up", "down"), lambda window: 2 * window + 8, lambda window: window + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #4a862430
 @bare
 def _vortex(state, parameters, candle, out):
     "Vortex: sums of the upward and downward swings over the true ranges; difference is plus less minus"
-    size, (high, low, close), first = int(parameters[0]) + 4, (state[0], state[1], state[2]), state[3] == 0.
-    state[0], state[1], state[2], state[3] = candle[HIGH], candle[LOW], candle[CLOSE], 1.
-    if first: return
-    ups, downs, ranges = state[4:4 + size], state[4 + size:4 + 2 * size], state[4 + 2 * size:4 + 3 * size]
-    up, down = window_sum(ups, abs(candle[HIGH] - low)), window_sum(downs, abs(candle[LOW] - high))
-    moved = window_sum(ranges, max(candle[HIGH], close) - min(candle[LOW], close))
-    if not complete(ups): return
+    high, low, close, size = state[2], state[3], state[4], whole(parameters[0])
+    state[2], state[3], state[4] = candle[HIGH], candle[LOW], candle[CLOSE]
+    if close == 0.: return
+    clock = turn(state, size)
+    up, down = window_sum(state, abs(candle[HIGH] - low), clock, 5, 11), window_sum(state, abs(candle[LOW] - high), clock, 7, 11 + size)
+    moved = window_sum(state, max(candle[HIGH], close) - min(candle[LOW], close), clock, 9, 11 + 2 * size)
+    if not complete(state): return
     out[1] = up / moved if moved > 0. else 1.
     out[2] = down / moved if moved > 0. else 1.
     out[0] = out[1] - out[2]
 
 
-vortex = Indicator("vortex", _vortex, {"window": 14}, ("difference", "plus", "minus"), lambda window: 3 * window + 16, lambda window: window + 1)
+vortex = Indicator("vortex", _vortex, {"window": 14}, ("difference", "plus", "minus"), lambda window: 3 * window + 11, lambda window: window + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #31b8ba34
 @bare
@@ -204,21 +211,21 @@ psar = Indicator("psar", _psar, {"step": .02, "maximum": .2}, ("value", "relativ
 
 # %% ../../nbs/20_features/21_trend.ipynb #acba4d31
 @bare
-def _middle(state, start, window, candle):
-    size = window + 4
-    high, low = window_high(state[start:start + size], candle[HIGH]), window_low(state[start + size:start + 2 * size], candle[LOW])
-    return .5 * (high + low) if complete(state[start:start + size]) else np.nan
+def _middle(state, window, candle, at, ring):
+    clock = turn(state, window, at)
+    high, low = window_high(state, candle[HIGH], clock, at + 2, ring), window_low(state, candle[LOW], clock, at + 3, ring + clock[1])
+    return .5 * (high + low) if complete(state, at) else np.nan
 
 
 @bare
 def _ichimoku(state, parameters, candle, out):
     "Ichimoku's lines in quote, none of them shifted"
-    first, second, third = int(parameters[0]), int(parameters[1]), int(parameters[2])
-    out[0] = _middle(state, 0, first, candle)
-    out[1] = _middle(state, 2 * first + 8, second, candle)
+    first, second = whole(parameters[0]), whole(parameters[1])
+    out[0] = _middle(state, parameters[0], candle, 0, 12)
+    out[1] = _middle(state, parameters[1], candle, 4, 12 + 2 * first)
     out[2] = .5 * (out[0] + out[1])
-    out[3] = _middle(state, 2 * (first + second) + 16, third, candle)
+    out[3] = _middle(state, parameters[2], candle, 8, 12 + 2 * (first + second))
 
 
 ichimoku = Indicator("ichimoku", _ichimoku, {"conversion": 9, "base": 26, "span": 52}, ("conversion", "base", "span_a", "span_b"),
-                     lambda conversion, base, span: 2 * (conversion + base + span) + 24, lambda conversion, base, span: max(conversion, base, span))
+                     lambda conversion, base, span: 2 * (conversion + base + span) + 12, lambda conversion, base, span: max(conversion, base, span))

@@ -9,31 +9,40 @@ __all__ = ['atr', 'bollinger', 'volatility', 'realised_volatility', 'ulcer', 'ke
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, moments, previous, slide, smooth, window_high, window_low, window_sum)
+    Indicator, bare, complete, forgetting, moments, previous, share, slide, smooth, turn, window_high, window_low, window_sum)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/23_volatility.ipynb #1ddd5b23
 @bare
+def _range_average(state, candle, alpha):
+    "Of the true range; cells: the close before, the count, the average"
+    before, alpha = state[0] if state[0] > 0. else candle[CLOSE], share(alpha, state[1])
+    state[0] = candle[CLOSE]
+    state[1] += 1.
+    state[2] = (1. - alpha) * state[2] + alpha * (max(candle[HIGH], before) - min(candle[LOW], before))
+    return state[2]
+
+
+@bare
 def _atr(state, parameters, candle, out):
     "Average true range in quote; relative: a fraction of the close"
-    before = previous(state[0:2], candle[CLOSE])
-    if np.isnan(before): before = candle[CLOSE]
-    average = smooth(state[2:4], max(candle[HIGH], before) - min(candle[LOW], before), 1. / parameters[0])
-    if state[2] < parameters[0]: return
+    average = _range_average(state, candle, 1. / parameters[0])
+    if state[1] < parameters[0]: return
     out[0] = average
     out[1] = average / candle[CLOSE]
 
 
-atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda window: 4, lambda window: forgetting(1 / window) + 1)
+atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda window: 3, lambda window: forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #04e84211
 @bare
 def _bollinger(state, parameters, candle, out):
     "Place between the Bollinger bands, 0 to 1, their relative width, and the bands in quote"
-    start = slide(state, candle[CLOSE])
-    if start < 0: return
-    middle, half = moments(state[start:start + int(parameters[0])])
-    half *= parameters[1]
+    clock, deviations = turn(state, parameters[0]), parameters[1]
+    start = slide(state, candle[CLOSE], clock, 2)
+    if not complete(state): return
+    middle, half = moments(state, start, clock[1])
+    half *= deviations
     out[0] = .5 + .5 * (candle[CLOSE] - middle) / half if half > 0. else .5
     out[1] = 2. * half / middle
     out[2] = middle + half
@@ -48,10 +57,11 @@ bollinger = Indicator("bollinger", _bollinger, {"window": 20, "deviations": 2.},
 @bare
 def _volatility(state, parameters, candle, out):
     "Standard deviation of the log returns of the window, a fraction per candle"
-    returns, before = state[2:], previous(state[0:2], candle[CLOSE])
+    before = previous(state, candle[CLOSE])
     if np.isnan(before): return
-    start = slide(returns, np.log(candle[CLOSE] / before))
-    if start >= 0: out[0] = moments(returns[start:start + int(parameters[0])])[1]
+    clock = turn(state, parameters[0], 2)
+    start = slide(state, np.log(candle[CLOSE] / before), clock, 4)
+    if complete(state, 2): out[0] = moments(state, start, clock[1])[1]
 
 
 volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), lambda window: 2 * window + 4, lambda window: window + 1)
@@ -60,10 +70,10 @@ volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), la
 @bare
 def _realised_volatility(state, parameters, candle, out):
     "Root of the summed squared log returns of the window: a fraction for that horizon"
-    returns, before = state[2:], previous(state[0:2], candle[CLOSE])
+    before = previous(state, candle[CLOSE])
     if np.isnan(before): return
-    summed = window_sum(returns, np.log(candle[CLOSE] / before) ** 2)
-    if complete(returns): out[0] = np.sqrt(summed)
+    summed = window_sum(state, np.log(candle[CLOSE] / before) ** 2, turn(state, parameters[0], 2), 4, 6)
+    if complete(state, 2): out[0] = np.sqrt(summed)
 
 
 realised_volatility = Indicator("realised_volatility", _realised_volatility, {"window": 24}, ("value",), lambda window: window + 6, lambda window: window + 1)
@@ -72,25 +82,22 @@ realised_volatility = Indicator("realised_volatility", _realised_volatility, {"w
 @bare
 def _ulcer(state, parameters, candle, out):
     "Ulcer index: root of the mean squared drawdown from the highest close of the window, in percent"
-    size = int(parameters[0]) + 4
-    highs, drawdowns = state[0:size], state[size:]
-    high = window_high(highs, candle[CLOSE])
-    if not complete(highs): return
-    summed = window_sum(drawdowns, (100. * (candle[CLOSE] - high) / high) ** 2)
-    if complete(drawdowns): out[0] = np.sqrt(summed / parameters[0])
+    clock = turn(state, parameters[0])
+    high = window_high(state, candle[CLOSE], clock, 2, 7)
+    if not complete(state): return
+    summed = window_sum(state, (100. * (candle[CLOSE] - high) / high) ** 2, turn(state, parameters[0], 3), 5, 7 + clock[1])
+    if complete(state, 3): out[0] = np.sqrt(summed / parameters[0])
 
 
-ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 * window + 8, lambda window: 2 * window - 1)
+ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 * window + 7, lambda window: 2 * window - 1)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #3bda5e0c
 @bare
 def _keltner(state, parameters, candle, out):
     "Place in the Keltner channel, 0 to 1, its relative width, and its lines in quote"
-    before = previous(state[0:2], candle[CLOSE])
-    if np.isnan(before): before = candle[CLOSE]
-    middle = smooth(state[2:4], candle[CLOSE], 2. / (parameters[0] + 1.))
-    half = parameters[2] * smooth(state[4:6], max(candle[HIGH], before) - min(candle[LOW], before), 1. / parameters[1])
-    if state[2] < max(parameters[0], parameters[1]): return
+    middle = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), state[1]), 3)
+    half = parameters[2] * _range_average(state, candle, 1. / parameters[1])
+    if state[1] < max(parameters[0], parameters[1]): return
     out[0] = .5 + .5 * (candle[CLOSE] - middle) / half if half > 0. else .5
     out[1] = 2. * half / middle
     out[2] = middle + half
@@ -99,19 +106,18 @@ def _keltner(state, parameters, candle, out):
 
 
 keltner = Indicator("keltner", _keltner, {"window": 20, "atr": 10, "multiplier": 2.}, ("percent", "width", "upper", "lower", "middle"),
-                    lambda window, atr, multiplier: 6, lambda window, atr, multiplier: max(forgetting(2 / (window + 1)), forgetting(1 / atr) + 1))
+                    lambda window, atr, multiplier: 4, lambda window, atr, multiplier: max(forgetting(2 / (window + 1)), forgetting(1 / atr) + 1))
 
 # %% ../../nbs/20_features/23_volatility.ipynb #07768cf2
 @bare
 def _donchian(state, parameters, candle, out):
     "Place of the close in the channel of highs and lows, 0 to 1, and the channel in quote"
-    window = int(parameters[0])
-    highs, lows = state[0:window + 4], state[window + 4:2 * window + 8]
-    upper, lower = window_high(highs, candle[HIGH]), window_low(lows, candle[LOW])
-    if not complete(highs): return
+    clock = turn(state, parameters[0])
+    upper, lower = window_high(state, candle[HIGH], clock, 2, 4), window_low(state, candle[LOW], clock, 3, 4 + clock[1])
+    if not complete(state): return
     out[0] = (candle[CLOSE] - lower) / (upper - lower) if upper > lower else .5
     out[1] = upper
     out[2] = lower
 
 
-donchian = Indicator("donchian", _donchian, {"window": 20}, ("position", "upper", "lower"), lambda window: 2 * window + 8, lambda window: window)
+donchian = Indicator("donchian", _donchian, {"window": 20}, ("position", "upper", "lower"), lambda window: 2 * window + 4, lambda window: window)

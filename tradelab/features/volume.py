@@ -8,24 +8,23 @@ __all__ = ['mfi', 'cmf', 'ad_change', 'obv_change', 'vwap', 'force_index', 'volu
 # %% ../../nbs/20_features/24_volume.ipynb #162c17dc
 import numpy as np
 
-from .indicator import Indicator, bare, complete, forgetting, previous, smooth, window_sum
+from .indicator import Indicator, bare, complete, forgetting, previous, share, smooth, turn, window_sum
 from ..records import CLOSE, HIGH, LOW, VOLUME
 
 # %% ../../nbs/20_features/24_volume.ipynb #defe4ada
 @bare
 def _mfi(state, parameters, candle, out):
     "Money flow index: share of the money that moved on rising prices, 0 to 100"
-    window = int(parameters[0])
-    rises, falls = state[2:window + 6], state[window + 6:2 * window + 10]
     typical = (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
-    before = previous(state[0:2], typical)
+    before, money = previous(state, typical), typical * candle[VOLUME]
     if np.isnan(before): return
-    rise = window_sum(rises, typical * candle[VOLUME] if typical > before else 0.)
-    fall = window_sum(falls, typical * candle[VOLUME] if typical < before else 0.)
-    if complete(rises): out[0] = 100. * rise / (rise + fall) if rise + fall > 0. else 50.
+    clock = turn(state, parameters[0], 2)
+    rise = window_sum(state, money if typical > before else 0., clock, 4, 8)
+    fall = window_sum(state, money if typical < before else 0., clock, 6, 8 + clock[1])
+    if complete(state, 2): out[0] = 100. * rise / (rise + fall) if rise + fall > 0. else 50.
 
 
-mfi = Indicator("mfi", _mfi, {"window": 14}, ("value",), lambda window: 2 * window + 10, lambda window: window + 1)
+mfi = Indicator("mfi", _mfi, {"window": 14}, ("value",), lambda window: 2 * window + 8, lambda window: window + 1)
 
 # %% ../../nbs/20_features/24_volume.ipynb #302bc5d2
 @bare
@@ -37,18 +36,18 @@ def _weighted(candle):
 @bare
 def _cmf(state, parameters, candle, out):
     "Chaikin money flow: volume weighted by the place of the close in its candle, -1 to 1"
-    size = int(parameters[0]) + 4
-    flow, volume = window_sum(state[:size], _weighted(candle)), window_sum(state[size:], candle[VOLUME])
-    if complete(state[:size]): out[0] = flow / volume if volume > 0. else 0.
+    clock = turn(state, parameters[0])
+    flow, volume = window_sum(state, _weighted(candle), clock, 2, 6), window_sum(state, candle[VOLUME], clock, 4, 6 + clock[1])
+    if complete(state): out[0] = flow / volume if volume > 0. else 0.
 
 
-cmf = Indicator("cmf", _cmf, {"window": 20}, ("value",), lambda window: 2 * window + 8, lambda window: window)
+cmf = Indicator("cmf", _cmf, {"window": 20}, ("value",), lambda window: 2 * window + 6, lambda window: window)
 
 # %% ../../nbs/20_features/24_volume.ipynb #b9c46cd1
 @bare
 def _ad_change(state, parameters, candle, out):
     "Change of the accumulation/distribution line over the window, base units"
-    flow = window_sum(state, _weighted(candle))
+    flow = window_sum(state, _weighted(candle), turn(state, parameters[0]), 2, 4)
     if complete(state): out[0] = flow
 
 
@@ -58,51 +57,52 @@ ad_change = Indicator("ad_change", _ad_change, {"window": 20}, ("value",), lambd
 @bare
 def _obv_change(state, parameters, candle, out):
     "Change of on-balance volume over the window, base units; relative: over all volume of the window, -1 to 1"
-    window = int(parameters[0])
-    flows, volumes, before = state[2:window + 6], state[window + 6:2 * window + 10], previous(state[0:2], candle[CLOSE])
+    before = previous(state, candle[CLOSE])
     if np.isnan(before): return
-    flow, volume = window_sum(flows, candle[VOLUME] * np.sign(candle[CLOSE] - before)), window_sum(volumes, candle[VOLUME])
-    if not complete(flows): return
+    clock, side = turn(state, parameters[0], 2), (1. if candle[CLOSE] > before else 0.) - (1. if candle[CLOSE] < before else 0.)
+    flow, volume = window_sum(state, side * candle[VOLUME], clock, 4, 8), window_sum(state, candle[VOLUME], clock, 6, 8 + clock[1])
+    if not complete(state, 2): return
     out[0] = flow
     out[1] = out[0] / volume if volume > 0. else 0.
 
 
-obv_change = Indicator("obv_change", _obv_change, {"window": 20}, ("value", "relative"), lambda window: 2 * window + 10, lambda window: window + 1)
+obv_change = Indicator("obv_change", _obv_change, {"window": 20}, ("value", "relative"), lambda window: 2 * window + 8, lambda window: window + 1)
 
 # %% ../../nbs/20_features/24_volume.ipynb #31592a9a
 @bare
 def _vwap(state, parameters, candle, out):
     "Volume-weighted average of the typical price; relative: the close above it, a fraction"
-    size = int(parameters[0]) + 4
-    typical = (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
-    money, volume = window_sum(state[:size], typical * candle[VOLUME]), window_sum(state[size:], candle[VOLUME])
-    if not complete(state[:size]): return
+    clock, typical = turn(state, parameters[0]), (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
+    money, volume = window_sum(state, typical * candle[VOLUME], clock, 2, 6), window_sum(state, candle[VOLUME], clock, 4, 6 + clock[1])
+    if not complete(state): return
     out[0] = money / volume if volume > 0. else candle[CLOSE]
     out[1] = candle[CLOSE] / out[0] - 1.
 
 
-vwap = Indicator("vwap", _vwap, {"window": 14}, ("value", "relative"), lambda window: 2 * window + 8, lambda window: window)
+vwap = Indicator("vwap", _vwap, {"window": 14}, ("value", "relative"), lambda window: 2 * window + 6, lambda window: window)
 
 # %% ../../nbs/20_features/24_volume.ipynb #6046638a
 @bare
 def _force_index(state, parameters, candle, out):
     "Averaged change of the close times volume, in quote; relative: per averaged volume, a fraction of the close"
-    before, alpha = previous(state[0:2], candle[CLOSE]), 2. / (parameters[0] + 1.)
+    before, count, alpha = previous(state, candle[CLOSE]), state[2], 2. / (parameters[0] + 1.)
     if np.isnan(before): return
-    force = smooth(state[2:4], (candle[CLOSE] - before) * candle[VOLUME], alpha)
-    volume = smooth(state[4:6], candle[VOLUME], alpha)
+    alpha = share(alpha, count)
+    force = smooth(state, (candle[CLOSE] - before) * candle[VOLUME], alpha, 3)
+    volume = smooth(state, candle[VOLUME], alpha, 4)
+    state[2] = count + 1.
     if state[2] < parameters[0]: return
     out[0] = force
     out[1] = force / volume / candle[CLOSE] if volume > 0. else 0.
 
 
-force_index = Indicator("force_index", _force_index, {"window": 13}, ("value", "relative"), lambda window: 6, lambda window: forgetting(2 / (window + 1)) + 1)
+force_index = Indicator("force_index", _force_index, {"window": 13}, ("value", "relative"), lambda window: 5, lambda window: forgetting(2 / (window + 1)) + 1)
 
 # %% ../../nbs/20_features/24_volume.ipynb #75927b77
 @bare
 def _volume_ratio(state, parameters, candle, out):
     "Volume over its mean of the window, 1 is usual"
-    volume = window_sum(state, candle[VOLUME])
+    volume = window_sum(state, candle[VOLUME], turn(state, parameters[0]), 2, 4)
     if complete(state): out[0] = candle[VOLUME] * parameters[0] / volume if volume > 0. else 1.
 
 
