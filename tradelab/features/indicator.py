@@ -17,7 +17,9 @@ from types import FunctionType
 import numba
 import numpy as np
 from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
 from ..account import decimal8
 from ..compiled import c_function, compiled
@@ -280,29 +282,48 @@ def _apart(context):
     return numba.types.void(), generate
 
 
+@cache
+def _local(
+    size:int,
+):          # a compiled function without arguments
+    "A local array of so many numbers"
+    if numba.config.DISABLE_JIT: return lambda: np.empty(size)
+    kind = numba.types.Array(numba.types.float64, 1, "C")
+    @intrinsic
+    def local(context):
+        def generate(target, builder, *_):
+            array, cells = make_array(kind)(target, builder), cgutils.alloca_once(builder, ir.ArrayType(ir.DoubleType(), size))
+            populate_array(array, data=builder.bitcast(cells, ir.DoubleType().as_pointer()), shape=[target.get_constant(numba.types.intp, size)],
+                           strides=[target.get_constant(numba.types.intp, 8)], itemsize=target.get_constant(numba.types.intp, 8), meminfo=None)
+            return array._getvalue()
+        return kind(), generate
+    return local
+
+
 if numba.config.DISABLE_JIT: _apart = lambda: None
 
 
-def _each(state, parameters, columns, out, column, values):
+def _each(state, parameters, columns, values):
     _apart()
-    for t in range(columns.shape[1]):
-        for i in range(len(out)): out[i] = np.nan
-        update(state, parameters, columns[:, t], out) # noqa: F821 (`looped` sets it)
-        values[t] = out[column]
+    for t in range(len(values)):
+        out = local()                              # noqa: F821 (`looped` sets the names)
+        for i in range(outputs): out[i] = np.nan   # noqa: F821
+        update(state, parameters, columns[:, t], out) # noqa: F821
+        values[t] = out[column]                    # noqa: F821
 
 # %% ../../nbs/20_features/20_indicator.ipynb #facae154
 _CELLS, _COUNT = numba.types.CPointer(numba.types.float64), numba.types.intp
-LOOP = numba.types.void(_CELLS, _COUNT, _CELLS, _COUNT, _CELLS, _COUNT, _COUNT, _CELLS, _COUNT, _COUNT, _CELLS)
+LOOP = numba.types.void(_CELLS, _COUNT, _CELLS, _COUNT, _CELLS, _COUNT, _COUNT, _CELLS)
 
 
-def _entry(state, cells, parameters, count, columns, height, length, out, outputs, column, values):
-    each(numba.carray(state, cells), numba.carray(parameters, count), numba.carray(columns, (height, length)), numba.carray(out, outputs), column, numba.carray(values, length)) # noqa: F821
+def _entry(state, cells, parameters, count, columns, height, length, values):
+    each(numba.carray(state, cells), numba.carray(parameters, count), numba.carray(columns, (height, length)), numba.carray(values, length)) # noqa: F821
 
 
-def _beside(update, function, names):
+def _beside(update, function, column, names):
     "A copy of a function that stands where the update stands, and sees these names"
     plain = getattr(update, "py_func", update)
-    title = dict(co_name=f"{plain.__name__}{function.__name__}", co_qualname=f"{plain.__qualname__}{function.__name__}")
+    title = dict(co_name=f"{plain.__name__}{function.__name__}{column}", co_qualname=f"{plain.__qualname__}{function.__name__}{column}")
     copy = FunctionType(function.__code__.replace(co_filename=plain.__code__.co_filename, co_firstlineno=plain.__code__.co_firstlineno, **title), globals() | names)
     copy.__module__ = plain.__module__
     return copy
@@ -311,10 +332,13 @@ def _beside(update, function, names):
 @cache
 def looped(
     update,         # a compiled function of (state, parameters, candle, out)
+    outputs:int,    # how many it has
+    column:int,     # which of them is wanted
 ):                  # a C function of the signature LOOP
     "Call an update for each candle: the whole difference between the array form and the stream"
-    each = _beside(update, _each, {"update": update})
-    return each if numba.config.DISABLE_JIT else c_function(LOOP)(_beside(update, _entry, {"each": numba.njit(error_model="numpy", _nrt=False)(each)}))
+    each = _beside(update, _each, column, dict(update=update, local=_local(outputs), outputs=outputs, column=column))
+    if numba.config.DISABLE_JIT: return each
+    return c_function(LOOP)(_beside(update, _entry, column, {"each": numba.njit(error_model="numpy", _nrt=False, forceinline=True)(each)}))
 
 
 _addresses = []
@@ -322,9 +346,11 @@ _addresses = []
 
 def address(
     update,
+    outputs:int,
+    column:int,
 )->int:
-    "Where the loop of an update stands"
-    loop = looped(update)
+    "Where such a loop stands"
+    loop = looped(update, outputs, column)
     if not numba.config.DISABLE_JIT: return loop.address
     if loop not in _addresses: _addresses.append(loop)
     return _addresses.index(loop)
@@ -337,7 +363,7 @@ def _begin(context, array):
 
 
 @intrinsic
-def _call(context, loop, a, b, c, d, e, f, g, h, i, j, k):
+def _call(context, loop, a, b, c, d, e, f, g, h):
     def generate(target, builder, signature, arguments):
         function = ir.FunctionType(ir.VoidType(), [target.get_value_type(each) for each in LOOP.args])
         builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
@@ -351,12 +377,10 @@ def run(
     state,      # all that it remembers, changed
     parameters,
     columns,    # (C, T), in one piece
-    out,        # (n_outputs,), memory
-    column,     # which of them is wanted
     values,     # (T,), written
 ):
     "Call a loop by its address"
-    _call(loop, _begin(state), len(state), _begin(parameters), len(parameters), _begin(columns), columns.shape[0], columns.shape[1], _begin(out), len(out), column, _begin(values))
+    _call(loop, _begin(state), len(state), _begin(parameters), len(parameters), _begin(columns), columns.shape[0], columns.shape[1], _begin(values))
 
 
 if numba.config.DISABLE_JIT: run = lambda loop, *arguments: _addresses[loop](*arguments)
@@ -418,8 +442,8 @@ class Indicator:
 
     def values(self, parameters:tuple, column:int, columns:np.ndarray)->np.ndarray: # (T,)
         "One of its outputs over candles, (C, T)"
-        state, out, values = np.zeros(self.state_size(*parameters)), np.zeros(len(self.outputs)), np.empty(columns.shape[1])
-        run(address(self.update), state, np.array(parameters, float), columns, out, column, values)
+        values = np.empty(columns.shape[1])
+        run(address(self.update, len(self.outputs), column), np.zeros(self.state_size(*parameters)), np.array(parameters, float), columns, values)
         return values
 
     @property
@@ -553,7 +577,7 @@ class Feature:
     def __repr__(self): return f"Feature({self.text})"
 
 # %% ../../nbs/20_features/20_indicator.ipynb #20e161dd
-SLOT = np.dtype([(name, "i8") for name in ("loop", "clock", "state", "cells", "ring", "lag", "outputs", "column", "parameters", "count", "needs")])
+SLOT = np.dtype([(name, "i8") for name in ("loop", "clock", "state", "cells", "ring", "lag", "parameters", "count", "needs")])
 CLOCK = np.dtype([("row", "i8"), ("length", "f8"), ("newest", "f8"), ("closed", "i8")]) # symbol, ms; open time of the newest candle of that length, and whether it closed just now
 
 
@@ -561,17 +585,17 @@ def laid_out(
     features,       # Feature
     clocks:list,    # for each, the number of its clock
 )->tuple:           # SLOT (features,), the memory that they point into
-    "The table of a set of features: state, delay, outputs and parameters of each, one after another"
+    "The table of a set of features: state, delay and parameters of each, one after another"
     slots, memory = np.zeros(len(features), SLOT), [np.zeros(0)]
     for slot, feature, clock in zip(slots, features, clocks):
         indicator, parameters, compiled_ = feature.indicator, np.array(feature.parameters, float), feature.indicator.update is not None
         state = np.zeros(indicator.state_size(*feature.parameters) if compiled_ else 0)
         ring = np.r_[0., np.full(feature.lag, np.nan)]
-        starts = np.cumsum([sum(map(len, memory)), len(state), len(ring), len(indicator.outputs)])
-        slot["loop"], slot["clock"], slot["column"], slot["lag"] = address(indicator.update) if compiled_ else -1, clock, feature.column, feature.lag
-        slot["state"], slot["cells"], slot["ring"], slot["outputs"], slot["parameters"], slot["count"] = starts[0], len(state), *starts[1:], len(parameters)
+        starts = np.cumsum([sum(map(len, memory)), len(state), len(ring)])
+        slot["loop"], slot["clock"], slot["lag"] = address(indicator.update, len(indicator.outputs), feature.column) if compiled_ else -1, clock, feature.lag
+        slot["state"], slot["cells"], slot["ring"], slot["parameters"], slot["count"] = starts[0], len(state), *starts[1:], len(parameters)
         slot["needs"] = sum(1 << need for need in indicator.needs)
-        memory += [state, ring, np.zeros(len(indicator.outputs)), parameters]
+        memory += [state, ring, parameters]
     return slots, np.concatenate(memory)
 
 # %% ../../nbs/20_features/20_indicator.ipynb #3ff71e01
@@ -613,8 +637,8 @@ def look(
         if clock["newest"] < 0.: values[f] = np.nan
         if not clock["closed"] or slot["loop"] < 0: continue
         run(slot["loop"], memory[slot["state"]:slot["state"] + slot["cells"]], memory[slot["parameters"]:slot["parameters"] + slot["count"]],
-            bars[slot["clock"], 1:], memory[slot["outputs"]:slot["parameters"]], slot["column"], values[f:f + 1])
-        if slot["lag"]: values[f] = delayed(memory[slot["ring"]:slot["outputs"]], values[f])
+            bars[slot["clock"], 1:], values[f:f + 1])
+        if slot["lag"]: values[f] = delayed(memory[slot["ring"]:slot["parameters"]], values[f])
     return -1
 
 # %% ../../nbs/20_features/20_indicator.ipynb #79139673
