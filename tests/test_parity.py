@@ -59,7 +59,7 @@ def observations(lines): return np.array([unpacked(line["observation"]) for line
 def session(request, market, tmp_path_factory):
     training = with_funding(market[0], market[1])[:HISTORY]
     scaler = Observation(FEATURES, WINDOW, symbols=(BTC,)).fit({BTC: training, ETH: market[2][:HISTORY]}).scaler
-    policy = network(features=FEATURES, window=WINDOW, scaler=scaler) if request.param == "agent" else Momentum(5, .005)
+    policy = network(4, features=FEATURES, window=WINDOW, scaler=scaler) if request.param == "agent" else Momentum(5, .005)
     folder = tmp_path_factory.mktemp(request.param)
     journal, lines = trade(folder, policy, *market)
     return policy, folder, journal, lines

@@ -179,8 +179,8 @@ class Observation:
 
     @property
     def needs(self)->frozenset:
-        "Numbers of the columns that its features read beyond the first five"
-        return frozenset(need for feature in self.parsed for need in feature.indicator.needs)
+        "(row, column) of each number that its features read beyond the first five"
+        return frozenset((row, need) for row, feature in self.seen(len(self.symbols) or 1)[0] for need in feature.indicator.needs)
 
     @property
     def rows(self)->tuple:

@@ -312,15 +312,15 @@ async def around(
     candles:np.ndarray, # (T, n_seen, 8)
 )->np.ndarray:          # (T, n_seen, 10), NaN where the exchange does not say; the same candles where no feature asks
     "Candles with the funding rate and the index price that were known at their close"
-    needs, step = trader.observation.needs & {FUNDING_RATE, INDEX_PRICE}, milliseconds(timeframe)
+    needs, step = {(row, need) for row, need in trader.observation.needs if need in (FUNDING_RATE, INDEX_PRICE)}, milliseconds(timeframe)
     if not needs or not len(times): return candles
     known = np.concatenate([candles, np.full((*candles.shape[:2], 2), np.nan)], axis=2)
     for m, symbol in enumerate(trader.seen):
-        if FUNDING_RATE in needs:
+        if (m, FUNDING_RATE) in needs:
             rates = await broker.funding_rates(symbol, int(times[0]) - 86_400_000)
             rows = np.searchsorted(list(rates), np.asarray(times) + step) - 1
             known[rows >= 0, m, FUNDING_RATE] = np.array(list(rates.values()))[rows[rows >= 0]]
-        if INDEX_PRICE in needs:
+        if (m, INDEX_PRICE) in needs:
             prices = await broker.index_prices(symbol, timeframe, len(times) + 3, int(times[0]))
             known[:, m, INDEX_PRICE] = [prices.get(int(time), np.nan) for time in times]
     return known
@@ -335,8 +335,7 @@ class Stepper(Auditor):
             try: known = (await around(self.broker, self.trader, self.timeframe, [open_time], candles[None]))[0]
             except BrokerError as error: self._note("unanswered", str(error))
             else:
-                asked = [need for need in self.trader.observation.needs if need < known.shape[1]]
-                if np.isfinite(known[:, asked]).all(): return known
+                if all(np.isfinite(known[row, need]) for row, need in self.trader.observation.needs if need < known.shape[1]): return known
             await asyncio.sleep(PAUSE)
         raise BadFeed(f"{text(open_time)}: {self.broker.venue.name} does not tell the funding rate or the index price that {self.trader.policy.name} looks at: the session stops")
 
