@@ -209,7 +209,7 @@ def configuration(run:Run)->dict:
     policy = run.policy
     return {**{key: run.config[key] for key in PROVENANCE}, **{key: value for key, value in run.config.items() if key not in DERIVED},
             "symbols": list(run.symbols), "timeframe": run.timeframe, "features": list(policy.features), "window": policy.window, "observation_sha256": run.observation.sha256,
-            "sources": {module: source_sha256(module) for module in sorted({text.split(":")[0] for text in policy.features if ":" in text})},
+            "sources": {module: source_sha256(module) for module in sorted({feature.indicator.name.split(":")[0] for feature in run.observation.parsed if ":" in feature.indicator.name})},
             "costs": asdict(run.costs), "limits": asdict(run.limits), "instruments": [asdict(each) for each in run.instruments], "versions": versions()}
 
 # %% ../../nbs/80_learn/83_registry.ipynb #b1da8a41
