@@ -2,7 +2,6 @@
 import asyncio
 
 import numpy as np
-import pandas as pd
 import pytest
 from pydantic import SecretStr
 from test_sentence import network

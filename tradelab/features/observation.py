@@ -89,9 +89,7 @@ def feature_columns(
 def put(
     values,  # (features,), float64
     which,   # (n_symbols, n_features), int64: where in them each number of the observation is
-    centre,  # (n_features,)
-    scale,   # (n_features,)
-    clip,    # in units of the scale
+    scaling, # (3, n_features): centre, scale, clip
     strip,   # (2 windows, n_symbols, n_features), float32, written
     place,   # in the window
 )->bool:     # whether all of them are numbers
@@ -99,7 +97,7 @@ def put(
     window, whole = len(strip) // 2, True
     for n in range(which.shape[0]):
         for f in range(which.shape[1]):
-            value = scaled(values[which[n, f]], centre[f], scale[f], clip)
+            value = scaled(values[which[n, f]], scaling[0, f], scaling[1, f], scaling[2, f])
             strip[place, n, f], strip[place + window, n, f] = value, value
             whole &= not np.isnan(value)
     return whole
@@ -111,7 +109,7 @@ class ObservationStream:
     def __init__(self, observation, n_symbols:int):
         seen, self._which = observation.seen(n_symbols)
         self._stream = FeatureStream([feature for _, feature in seen], observation.timeframe, [row for row, _ in seen], n_symbols + len(observation.watched))
-        self._observation, (self._centre, self._scale, self._clip), self._place, self._length, self._whole = observation, observation.scaling, 0, observation.window, 0
+        self._observation, self._scaling, self._place, self._length, self._whole = observation, observation.scaling, 0, observation.window, 0
         self._strip = np.full((2 * observation.window, *self._which.shape), np.nan, np.float32)
         self._shape, self._views = (n_symbols, observation.width), [self._strip[place:place + observation.window] for place in range(observation.window)]
 
@@ -122,7 +120,7 @@ class ObservationStream:
 
     def push(self, candles:np.ndarray):
         "See one candle of each row, float64 of shape (rows, 5 or 11)"
-        whole = put(self._stream.update(candles), self._which, self._centre, self._scale, self._clip, self._strip, self._place)
+        whole = put(self._stream.update(candles), self._which, self._scaling, self._strip, self._place)
         self._whole, self._place = self._whole + 1 if whole else 0, (self._place + 1) % self._length
 
     def observe(self, account, positions)->np.ndarray:
@@ -195,10 +193,11 @@ class Observation:
         return seen, np.array([[seen.index(each) for each in row] for row in wanted], np.int64).reshape(n_symbols, len(self.parsed))
 
     @property
-    def scaling(self):
-        "Centre, scale and clip as `scaled` takes them"
-        if self.scaler is None: return np.zeros(len(self.features)), np.ones(len(self.features)), np.inf
-        return np.array(self.scaler.centre, float), np.array(self.scaler.scale, float), CLIP
+    def scaling(self)->np.ndarray:
+        "Centre, scale and clip of each feature, as `scaled` takes them: (3, n_features)"
+        shape = np.ones((3, len(self.features)))
+        if self.scaler is None: return shape * [[0.], [1.], [np.inf]]
+        return np.array([self.scaler.centre, self.scaler.scale, CLIP * shape[0]])
 
     @property
     def columns(self)->list:
@@ -216,9 +215,9 @@ class Observation:
     def matrix(self, candles:np.ndarray)->np.ndarray:
         "Scaled features of (T, rows, 5 or 11) candles: float32, (T, n_symbols, n_features)"
         seen, which = self.seen(candles.shape[1] - len(self.watched))
-        out, (centre, scale, clip) = np.empty((len(candles), *which.shape), np.float32), self.scaling
+        out, scaling = np.empty((len(candles), *which.shape), np.float32), self.scaling
         for number, values in enumerate(feature_columns(seen, candles)):
-            for n, f in np.argwhere(which == number): scale_column(values, centre[f], scale[f], clip, out[:, n, f])
+            for n, f in np.argwhere(which == number): scale_column(values, *scaling[:, f], out[:, n, f])
         return out
 
     def fit(self, candles, how:str="standard")->"Observation":
