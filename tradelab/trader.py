@@ -88,12 +88,8 @@ class Trader:
         self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)
         self.open_time = -1
         self._limits, self._instruments = limits.row(), np.array([instrument.row() for instrument in instruments], INSTRUMENT)
+        self.seen = self.observation.rows # the symbols whose candles it is given: those that it trades, then those that a feature only looks at
         self._stream, self._known = self.observation.stream(), np.full((len(self.seen), len(KNOWN)), np.nan)
-
-    @property
-    def seen(self)->tuple:
-        "The symbols whose candles it is given: those that it trades, then those that a feature only looks at"
-        return self.observation.rows
 
     @property
     def warm_up(self)->int:
@@ -114,8 +110,7 @@ class Trader:
     def on_candle(self, open_time:int, candle:np.ndarray)->Decision:
         "Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN"
         self._see(open_time, candle)
-        count = len(self.symbols)
-        prices, quantities, reasons = candle[:count, CLOSE].copy(), np.zeros(count), np.zeros(count, np.int64)
+        prices, quantities, reasons = candle[:len(self.symbols), CLOSE].copy(), np.zeros(len(self.symbols)), np.zeros(len(self.symbols), np.int64)
         mark(self.account, self.positions, prices)
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
