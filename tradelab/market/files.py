@@ -86,7 +86,7 @@ def ask(
             time.sleep(wait)
     raise Unreachable(f"{host} cannot be reached ({failure})")
 
-# %% ../../nbs/10_market/14_files.ipynb #700fa893
+# %% ../../nbs/10_market/14_files.ipynb #da42f63d
 FILES = (".parquet", ".feather", ".csv", ".json")
 
 
@@ -105,8 +105,10 @@ def content_of(
     "The bytes of a file"
     name = Path(urlsplit(str(path)).path).name if str(path).startswith("http") else Path(path).name
     kind = next((suffix for suffix in reversed(Path(name).suffixes) if suffix in FILES), None)
-    if kind is None: raise ValueError(f"{name} is not a file of candles that can be read: use {', '.join(FILES)}")
-    if str(path).startswith("http"): content = ask(str(path))
+    if str(path).startswith("http"):
+        content = ask(str(path))
+        kind = kind or (".json" if content.lstrip()[:1] in (b"[", b"{") else ".csv")
+    elif kind is None: raise ValueError(f"{name} is not a file of candles that can be read: use {', '.join(FILES)}")
     elif not Path(path).is_file(): raise FileNotFoundError(f"no file {path}: check the path, it is relative to {Path.cwd()}")
     else: content = Path(path).read_bytes()
     try: content = gzip.decompress(content) if name.endswith(".gz") else content
