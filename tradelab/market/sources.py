@@ -61,7 +61,7 @@ def polite(
     exchange.fetch = fetch
     return exchange
 
-# %% ../../nbs/10_market/19_sources.ipynb #5fb7a76e
+# %% ../../nbs/10_market/19_sources.ipynb #e8fed282
 OTHERS = ("auto", "synthetic", "archive", "yahoo", "none")
 
 
@@ -86,7 +86,7 @@ def connect(
         raise ValueError(f"unknown source {exchange_id!r}{f', did you mean {near[0]!r}' if near else ''}: use 'auto', 'synthetic', an exchange that ccxt knows, 'archive', 'yahoo', or a path to {', '.join(FILES)}")
     options = {"fetchCurrencies": False, "maxRetriesOnFailure": 3, "maxRetriesOnFailureDelay": 1000}
     exchange = getattr(ccxt, exchange_id)({"enableRateLimit": True, "timeout": 10_000, "options": options})
-    if base_url: exchange.urls["api"] = redirected(exchange.urls["api"], base_url)
+    if base_url: exchange.urls["api"], exchange.options["redirected"] = redirected(exchange.urls["api"], base_url), base_url
     return polite(exchange)
 
 # %% ../../nbs/10_market/19_sources.ipynb #14880275
@@ -147,13 +147,13 @@ def pages(
             if page: yield page
             if page and time_of(page[-1]) + step >= end: return
 
-# %% ../../nbs/10_market/19_sources.ipynb #eebfb4be
+# %% ../../nbs/10_market/19_sources.ipynb #0afd3812
 def require_symbol(
     exchange,     # ccxt exchange
     symbol:str,   # ccxt's unified name
 ):
     "Refuse a symbol that the exchange does not list"
-    if symbol in exchange.load_markets(): return
+    if symbol in (exchange.markets or exchange.load_markets()): return
     near = difflib.get_close_matches(symbol, exchange.markets, 1)
     raise NoCandles(f"{exchange.id} does not list {symbol!r}{f', did you mean {near[0]!r}' if near else ''}: symbols are written like BTC/USDT:USDT (perpetual) or BTC/USDT (spot)")
 
@@ -323,7 +323,7 @@ def stand_in(
         print(f"*** NO EXCHANGE COULD BE REACHED. The {len(candles)} candles of {symbol} are SYNTHETIC ({candles.attrs['source']}), not a market. For a real one give source=<a file>, or connect to the internet. ***")
     return candles
 
-# %% ../../nbs/10_market/19_sources.ipynb #ea0f0e01
+# %% ../../nbs/10_market/19_sources.ipynb #35fa3390
 async def watching(
     client,          # ccxt.pro exchange
     symbol:str,
@@ -331,9 +331,10 @@ async def watching(
     pause:float=1.,  # seconds before dialling again
 ):                   # yields lists of rows, None where the line broke
     "What an exchange sends about its candles, dialled again for ever"
+    from ccxt import OperationFailed
     while True:
-        try: yield [(row[0], *row[1:6]) for row in await client.watch_ohlcv(symbol, timeframe)]
-        except Exception as error:
+        try: yield [tuple(row[:6]) for row in await client.watch_ohlcv(symbol, timeframe)]
+        except OperationFailed as error:
             logger.warning("the line broke", source=client.id, symbol=symbol, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
             yield None
             await asyncio.sleep(pause)
@@ -342,16 +343,17 @@ async def watching(
 async def watch(exchange, symbol, timeframe):
     "The closed candles of an exchange's socket, judged"
     import ccxt.pro
-    client = getattr(ccxt.pro, exchange.id)({"enableRateLimit": True, "options": {"fetchCurrencies": False}})
-    client.urls["api"] = exchange.urls["api"]
+    client = getattr(ccxt.pro, exchange.id)({"enableRateLimit": True, "options": {"fetchCurrencies": False, "maxRetriesOnFailure": 3, "maxRetriesOnFailureDelay": 1000}})
+    if exchange.options.get("redirected"): client.urls["api"] = redirected(client.urls["api"], exchange.options["redirected"])
 
     async def ask(start, end):
-        with asking(client): return [(row[0], row[1:6]) for row in await client.fetch_ohlcv(symbol, timeframe, start, (end - start) // milliseconds(timeframe) + 1)]
+        with asking(client): return [tuple(row[:6]) for row in await client.fetch_ohlcv(symbol, timeframe, start, (end - start) // milliseconds(timeframe) + 1)]
     try:
         with asking(client): await client.load_markets()
         require_symbol(client, symbol)
-        async with aclosing(watching(client, symbol, timeframe)) as updates:
-            async for closed in judged(closing(updates, timeframe, ask), timeframe, symbol): yield closed
+        with asking(client):
+            async with aclosing(watching(client, symbol, timeframe)) as updates:
+                async for closed in judged(closing(updates, timeframe, ask), timeframe, symbol): yield closed
     finally: await client.close()
 
 # %% ../../nbs/10_market/19_sources.ipynb #5edf3fc1
