@@ -8,7 +8,7 @@ import setuptools
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: shlex.split(settings[f"{name}_requirements"]) for name in ("learn", "ops", "dev")}
+extras = {name: shlex.split(settings[f"{name}_requirements"]) for name in ("learn", "ops", "yahoo", "dev")}
 
 setuptools.setup(
     name=settings["lib_name"], version=settings["version"], description=settings["description"],

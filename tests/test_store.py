@@ -125,7 +125,7 @@ def test_a_candle_that_is_still_forming_is_refused(tmp_path):
 # ---- gaps and freshness
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 390), st.integers(2, 60)), max_size=4), st.sets(st.integers(1, 398), max_size=20), st.integers(0, 200), st.integers(201, 400))
+@given(st.lists(st.tuples(st.integers(0, 370), st.integers(2, 60)), max_size=4), st.sets(st.integers(1, 398), max_size=20), st.integers(0, 200), st.integers(201, 400))
 def test_a_source_is_asked_for_what_is_missing_and_nothing_else(tmp_path_factory, writes, down, start, end):
     store, source = Store(tmp_path_factory.mktemp("store")), Source(MARKET[:400].drop(MARKET.index[sorted(down)]))
     for at, length in writes: store.write(*SERIES, source.candles[at:at + length], gaps=True)

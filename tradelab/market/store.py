@@ -169,9 +169,11 @@ def wanted(
 def holes(
     answer:pd.DataFrame,   # candles that came in one answer
     step:int,              # ms
+    span=None,             # (start, end) in ms that the answer speaks for, beyond its own first and last candle
 )->list:                   # (start, end) in ms
     "The spans within an answer that its source has nothing for"
     opens = times(answer)
+    if span and len(opens): opens = np.unique(np.r_[span[0] - step, opens, span[1]])
     return [(int(opens[i]) + step, int(opens[i + 1])) for i in np.flatnonzero(np.diff(opens) > step)]
 
 # %% ../../nbs/10_market/13_store.ipynb #58896a07
@@ -281,13 +283,13 @@ class Store:
     def series(self, source, symbol, timeframe):
         return Path(self.folder) / safe(source) / safe(symbol) / timeframe
 
-    def write(self, source, symbol, timeframe, candles, now=None, gaps=False)->Written:
-        "Check and keep candles; `now` is the exchange's time when it gave them; with `gaps` the holes between them are kept as proven"
+    def write(self, source, symbol, timeframe, candles, now=None, gaps=False, span=None)->Written:
+        "Check and keep candles; `now` is the exchange's time when it gave them; with `gaps` the holes between them, and towards the ends of `span`, are kept as proven"
         name, step, folder = f"{source} {symbol}", milliseconds(timeframe), self.series(source, symbol, timeframe)
         candles = _closed(check(candles, timeframe, name, gaps), step, now, name)
         with only_writer(folder):
             contents, written = _merged(folder, candles)
-            found = [hole for hole in holes(candles, step) if now is None or hole[1] + self.revisable <= now]
+            found = [hole for hole in holes(candles, step, span) if now is None or hole[1] + self.revisable <= now]
             if found: contents[folder / "absent.json"] = json.dumps(sorted({*absent(folder), *found})).encode()
             replace_files(contents)
         _log(name, written)
