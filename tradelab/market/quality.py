@@ -94,8 +94,8 @@ def arrivals(times, step, offset):
 
 # %% ../../nbs/10_market/12_quality.ipynb #8accf142
 SHORT, LONG = 24, 168
-STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i8"), ("power", "i8"), ("still", "i8"), ("needed", "i8"), ("loud", "i8"), ("crossed", "i8"), ("widest_row", "i8"),
-                  ("widest", "f8"), ("habit", "f8"), ("open", "f8"), ("high", "f8"), ("low", "f8"), ("close", "f8"), ("volume", "f8"), ("before", "f8"), ("stillness", "f8"),
+STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i8"), ("power", "i8"), ("still", "i8"), ("needed", "i8"), ("loud", "i8"), ("crossed", "i8"), ("foreign", "i8"), ("widest_row", "i8"),
+                  ("widest", "f8"), ("habit", "f8"), ("open", "f8"), ("high", "f8"), ("low", "f8"), ("close", "f8"), ("volume", "f8"), ("before", "f8"), ("stillness", "f8"), ("lasting", "f8"), ("doubt", "f8"),
                   ("short", "f8", SHORT), ("short_ranked", "f8", SHORT), ("long", "f8", LONG), ("long_ranked", "f8", LONG), ("volumes", "f8", LONG), ("volumes_ranked", "f8", LONG)])
 
 
@@ -119,7 +119,7 @@ def middle(ranked, count):
     return ranked[min(count, len(ranked)) // 2]
 
 # %% ../../nbs/10_market/12_quality.ipynb #c8308ba9
-WICK, GROWTH = 3., .6
+WICK, GROWTH = 4., .6
 
 
 @compiled
@@ -154,7 +154,10 @@ def power_of_ten(ratio):
 @compiled
 def rescale(now, candle):
     "Follow the units of the price; the power of ten that they are off by"
-    if now["rows"] > 0: now["power"] += power_of_ten(candle[OPEN] / now["close"])
+    slip = now["power"] == 0 and now["rows"] > 1 and abs(np.log(candle[OPEN] / now["before"])) < 1.        # only the last close was wrong
+    if now["rows"] > 0 and not slip: now["power"] += power_of_ten(candle[OPEN] / now["close"])
+    now["foreign"] = now["foreign"] + 1 if now["power"] else 0
+    if now["foreign"] > now["rows"]: now["power"] = now["foreign"] = 0
     return now["power"]
 
 # %% ../../nbs/10_market/12_quality.ipynb #8ea614c6
@@ -162,13 +165,16 @@ def rescale(now, candle):
 def stillness(now, candle):
     "Candles that the price stood still, once they are too many; else 0"
     if now["rows"] == 0: return 0
-    flat = candle[HIGH] == candle[LOW] and candle[CLOSE] == now["close"]
-    if flat and now["still"] == 0: now["needed"] = max(3, int(np.ceil(np.log(1e-6) / np.log(min(max(now["stillness"], .01), .9)))))
+    same = candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"] and candle[CLOSE] == now["close"]
+    flat = same or (candle[HIGH] == candle[LOW] and candle[CLOSE] == now["close"])
+    usual, lasting = min(max(now["stillness"], .01), .95), min(max(now["lasting"], now["stillness"], .01), .98)
+    if flat and now["still"] == 0: now["needed"] = max(3, int(np.ceil(1 + np.log(1e-6 / usual) / np.log(lasting))))
+    if now["still"] == 0 and not flat: now["lasting"] += (now["stillness"] - now["lasting"]) / 64
+    elif now["still"] > 0 and now["still"] < now["needed"]: now["lasting"] += ((1. if flat else 0.) - now["lasting"]) / 20
     now["still"] = now["still"] + 1 if flat else 0
-    now["stillness"] += ((1. if flat else 0.) - now["stillness"]) / LONG
-    if flat: return now["still"] if now["still"] >= now["needed"] else 0
-    same = candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"] and candle[CLOSE] == now["close"] and candle[VOLUME] == now["volume"]
-    return 2 if same and candle[HIGH] > candle[LOW] else 0
+    now["stillness"] += ((1. if flat else 0.) - now["stillness"]) / min(now["rows"] + 1, LONG)
+    if now["still"] == 1 and same and candle[HIGH] > candle[LOW] and candle[VOLUME] == now["volume"] and now["stillness"] < .05: return 2
+    return now["still"] if flat and now["still"] >= now["needed"] else 0
 
 # %% ../../nbs/10_market/12_quality.ipynb #e0d34a73
 LOUD, LOUDER = 6, 1.5 # candles; power of ten
@@ -178,10 +184,10 @@ LOUD, LOUDER = 6, 1.5 # candles; power of ten
 def loudness(now, candle, scale):
     "Candles in a row, signed, with a volume 30 times too large or small for the move they came with"
     if now["trades"] < SHORT or candle[VOLUME] == 0: return now["loud"]
-    exponent = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]))
-    calm = scale / 3 < np.log(candle[HIGH] / candle[LOW]) < 3 * scale
+    exponent, movement = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"])), np.log(candle[HIGH] / candle[LOW])
+    if exponent > 0 and movement > 0: exponent = max(exponent - 1.5 * max(np.log10(movement / middle(now["long_ranked"], now["moves"])), 0.), 0.)
     sudden = now["loud"] != 0 or now["volume"] == 0 or abs(np.log10(candle[VOLUME] / now["volume"])) > LOUDER - .3
-    if abs(exponent) >= LOUDER and sudden and (calm or now["loud"] == 0): now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + (1 if exponent > 0 else -1)
+    if abs(exponent) >= LOUDER and sudden and (exponent > 0 or movement > scale / 3 or now["loud"] == 0): now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + (1 if exponent > 0 else -1)
     elif abs(exponent) < LOUDER: now["loud"] -= np.sign(now["loud"])
     return now["loud"]
 
@@ -191,26 +197,30 @@ VOTES = 6
 
 @compiled
 def crossing(now, candle, scale):
-    "Votes for open and close being exchanged, 0 ... 8"
+    "Votes for open and close being exchanged, once they are too many; else 0"
     straight, crossed = abs(np.log(candle[OPEN] / now["close"])), abs(np.log(candle[CLOSE] / now["open"]))
-    if straight > .25 * scale and crossed < .2 * straight: now["crossed"] = min(now["crossed"] + 1, 2 * VOTES)
-    elif straight <= .1 * scale: now["crossed"] = max(now["crossed"] - 1, 0)
-    return now["crossed"]
+    vote = 1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale and straight < .2 * crossed else 0
+    odds = min(max(now["doubt"], .02), .48)
+    needed = max(VOTES, int(np.ceil(np.log(1e-6) / np.log(odds / (1. - odds)))))
+    if vote and now["crossed"] < needed: now["doubt"] += ((1. if vote > 0 else 0.) - now["doubt"]) / LONG
+    now["crossed"] = min(max(now["crossed"] + vote, 0), 2 * needed)
+    return now["crossed"] if now["crossed"] >= needed else 0
 
 # %% ../../nbs/10_market/12_quality.ipynb #85d8727b
 EVIDENCE = 3                     # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
-JUMP, RARE, BEYOND = 2.8, .03, 3.7
+JUMP, RARE, BEYOND = 2.8, .03, 5.
 
 
 @compiled
-def spikes(now, candle, scale, follows, out):
+def spikes(now, candle, scale, follows, waited, out):
     "SPIKE or 0; out: how many ranges, and how many rows back"
     reach = wick(candle, scale, candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]) if now["trades"] else 1.)
-    leap = abs(np.log(candle[OPEN] / now["close"])) / scale if follows else 0.
+    leap = abs(np.log(candle[OPEN] / now["close"])) / scale / np.sqrt(1. + waited) if follows else 0.
     back = abs(np.log(candle[OPEN] / now["before"])) / scale if now["rows"] > 1 else leap
-    usual = BEYOND * max(now["habit"], .5)
+    habit = max(now["habit"], .5)
+    usual = BEYOND * (1. + now["stillness"]) * habit
     out[0] = max(reach, leap)
-    now["habit"] = usual / BEYOND + .05 * ((1. if out[0] > usual / BEYOND else 0.) - RARE)
+    now["habit"] = habit * np.exp(.1 * ((1. if out[0] > habit else 0.) - RARE))
     out[1] = 1. if leap > max(JUMP, usual) and reach <= WICK and back < .5 * leap else 0.
     return SPIKE if reach > max(WICK, usual) or leap > max(JUMP, usual) else 0
 
@@ -227,12 +237,13 @@ def remember(now, time, candle):
     if candle[VOLUME] > 0:
         keep(now["volumes"], now["volumes_ranked"], now["trades"], candle[VOLUME])
         now["trades"] += 1
+    if now["rows"] == 0: now["stillness"], now["lasting"], now["doubt"], now["habit"] = .5, .5, .02, 1.
     now["before"], now["time"] = now["close"], time
     now["open"], now["high"], now["low"], now["close"], now["volume"] = candle[OPEN], candle[HIGH], candle[LOW], candle[CLOSE], candle[VOLUME]
     now["rows"] += 1
 
 # %% ../../nbs/10_market/12_quality.ipynb #7f4b2faa
-LISTING = 8. # ranges
+LISTING = 10. # ranges
 
 
 @compiled
@@ -263,12 +274,13 @@ def judge(
     scale = max(middle(now["short_ranked"], now["moves"]), middle(now["long_ranked"], now["moves"])) if now["moves"] else 0.
     follows = now["rows"] > 0 and time - now["time"] == step
     if candle[VOLUME] == 0: bits |= ZERO
+    waited = now["still"]
     out[2] = stillness(now, candle)
     if out[2]: bits |= FROZEN
     if now["moves"] >= SHORT:
-        bits |= spikes(now, candle, scale, follows, out)
+        bits |= spikes(now, candle, scale, follows, waited, out)
         if abs(loudness(now, candle, scale)) >= LOUD: bits |= VOLUME_UNITS
-        if follows and crossing(now, candle, scale) >= VOTES: bits |= CROSSED
+        if follows and crossing(now, candle, scale): bits |= CROSSED
     before = now["moves"]
     remember(now, time, candle)
     if before == SHORT - 1 and now["moves"] == SHORT: bits |= listing(now, out)
