@@ -119,7 +119,7 @@ def middle(ranked, count):
     return ranked[min(count, len(ranked)) // 2]
 
 # %% ../../nbs/10_market/12_quality.ipynb #c8308ba9
-WICK, GROWTH = 4., .6
+WICK, GROWTH = 3.5, .6
 
 
 @compiled
@@ -154,8 +154,11 @@ def power_of_ten(ratio):
 @compiled
 def rescale(now, candle):
     "Follow the units of the price; the power of ten that they are off by"
-    slip = now["power"] == 0 and now["rows"] > 1 and abs(np.log(candle[OPEN] / now["before"])) < 1.        # only the last close was wrong
-    if now["rows"] > 0 and not slip: now["power"] += power_of_ten(candle[OPEN] / now["close"])
+    if now["rows"] == 0: return 0
+    power = power_of_ten(candle[OPEN] / now["close"])
+    if abs(np.log10(candle[CLOSE] / now["close"]) - power) > .4: power = 0                                      # only the open leapt
+    if now["power"] == 0 and now["rows"] > 1 and abs(np.log10(candle[OPEN] / now["before"])) < .4: power = 0    # only the last close had
+    now["power"] += power
     now["foreign"] = now["foreign"] + 1 if now["power"] else 0
     if now["foreign"] > now["rows"]: now["power"] = now["foreign"] = 0
     return now["power"]
@@ -181,14 +184,14 @@ LOUD, LOUDER = 6, 1.5 # candles; power of ten
 
 
 @compiled
-def loudness(now, candle, scale):
+def loudness(now, candle):
     "Candles in a row, signed, with a volume 30 times too large or small for the move they came with"
-    if now["trades"] < SHORT or candle[VOLUME] == 0: return now["loud"]
-    exponent, movement = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"])), np.log(candle[HIGH] / candle[LOW])
-    if exponent > 0 and movement > 0: exponent = max(exponent - 1.5 * max(np.log10(movement / middle(now["long_ranked"], now["moves"])), 0.), 0.)
-    sudden = now["loud"] != 0 or now["volume"] == 0 or abs(np.log10(candle[VOLUME] / now["volume"])) > LOUDER - .3
-    if abs(exponent) >= LOUDER and sudden and (exponent > 0 or movement > scale / 3 or now["loud"] == 0): now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + (1 if exponent > 0 else -1)
-    elif abs(exponent) < LOUDER: now["loud"] -= np.sign(now["loud"])
+    movement = np.log(candle[HIGH] / candle[LOW])
+    if now["trades"] < SHORT or candle[VOLUME] == 0 or movement == 0: return now["loud"]
+    exponent, due = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"])), 1.5 * np.log10(movement / middle(now["long_ranked"], now["moves"]))
+    exponent -= min(max(due, 0.), exponent) if exponent > 0 else max(min(due, 0.), exponent)
+    if abs(exponent) < LOUDER: now["loud"] -= np.sign(now["loud"])
+    else: now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + int(np.sign(exponent))
     return now["loud"]
 
 # %% ../../nbs/10_market/12_quality.ipynb #cb29098a
@@ -208,7 +211,7 @@ def crossing(now, candle, scale):
 
 # %% ../../nbs/10_market/12_quality.ipynb #85d8727b
 EVIDENCE = 3                     # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
-JUMP, RARE, BEYOND = 2.8, .03, 5.
+JUMP, RARE, BEYOND = 2.8, .03, 4.
 
 
 @compiled
@@ -218,7 +221,7 @@ def spikes(now, candle, scale, follows, waited, out):
     leap = abs(np.log(candle[OPEN] / now["close"])) / scale / np.sqrt(1. + waited) if follows else 0.
     back = abs(np.log(candle[OPEN] / now["before"])) / scale if now["rows"] > 1 else leap
     habit = max(now["habit"], .5)
-    usual = BEYOND * (1. + now["stillness"]) * habit
+    usual = BEYOND * (1. + now["stillness"] ** 2) * habit
     out[0] = max(reach, leap)
     now["habit"] = habit * np.exp(.1 * ((1. if out[0] > habit else 0.) - RARE))
     out[1] = 1. if leap > max(JUMP, usual) and reach <= WICK and back < .5 * leap else 0.
@@ -237,7 +240,7 @@ def remember(now, time, candle):
     if candle[VOLUME] > 0:
         keep(now["volumes"], now["volumes_ranked"], now["trades"], candle[VOLUME])
         now["trades"] += 1
-    if now["rows"] == 0: now["stillness"], now["lasting"], now["doubt"], now["habit"] = .5, .5, .02, 1.
+    if now["rows"] == 0: now["stillness"], now["lasting"], now["doubt"], now["habit"] = .5, .5, .1, 1.
     now["before"], now["time"] = now["close"], time
     now["open"], now["high"], now["low"], now["close"], now["volume"] = candle[OPEN], candle[HIGH], candle[LOW], candle[CLOSE], candle[VOLUME]
     now["rows"] += 1
@@ -279,7 +282,7 @@ def judge(
     if out[2]: bits |= FROZEN
     if now["moves"] >= SHORT:
         bits |= spikes(now, candle, scale, follows, waited, out)
-        if abs(loudness(now, candle, scale)) >= LOUD: bits |= VOLUME_UNITS
+        if abs(loudness(now, candle)) >= LOUD: bits |= VOLUME_UNITS
         if follows and crossing(now, candle, scale): bits |= CROSSED
     before = now["moves"]
     remember(now, time, candle)
