@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'OPTIONAL', 'AROUND', 'ALIASES', 'milliseconds', 'moment', 'text', 'interval', 'frame', 'times',
-           'BadCandles', 'check_columns', 'check_times', 'check_values', 'check_optional', 'check', 'parts',
-           'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding', 'frames_of',
-           'matrix', 'Aligned', 'align', 'data_hash']
+           'BadCandles', 'check_columns', 'check_times', 'check_values', 'optional_faults', 'check_optional', 'check',
+           'parts', 'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding',
+           'frames_of', 'matrix', 'Aligned', 'align', 'data_hash']
 
 # %% ../../nbs/10_market/10_candles.ipynb #b4823b29
 import hashlib
@@ -34,7 +34,7 @@ def moment(
     value,   # "2022-01-01", a Timestamp or datetime, or ms since the epoch
 )->int:      # ms since the epoch, UTC
     "A point in time, however it was written"
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool): return int(value)
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value): return int(value)
     try: stamp = pd.Timestamp(value)
     except (ValueError, TypeError): stamp = pd.NaT
     if stamp is pd.NaT: raise ValueError(f"{value!r} is not a time: write '2022-01-01', '2022-01-01 08:00', a Timestamp, or milliseconds since the epoch")
@@ -97,6 +97,9 @@ def check_columns(
     name:str="candles",     # what the message calls them
 ):
     "Refuse a table that lacks one of the five numbers"
+    if not isinstance(frame, pd.DataFrame): raise BadCandles(f"{name}: a {type(frame).__name__} is not a table of candles: give a DataFrame with columns {', '.join(COLUMNS)}")
+    twice = frame.columns[frame.columns.duplicated()].intersection([*COLUMNS, *OPTIONAL])
+    if len(twice): raise BadCandles(f"{name}: column {twice[0]!r} is there more than once: keep the right one")
     missing = [column for column in COLUMNS if column not in frame.columns]
     if not missing: return
     raise BadCandles(f"{name}: no column {missing[0]!r} among {', '.join(map(str, frame.columns)) or 'none'}: rename it; exporters also call it {ALIASES[missing[0]]}")
@@ -136,17 +139,27 @@ def check_values(
     refuse(candles[:, LOW] > candles[:, [OPEN, HIGH, CLOSE]].min(axis=1), LOW, "above another price of its candle")
 
 # %% ../../nbs/10_market/10_candles.ipynb #0faf5bab
+def optional_faults(
+    frame:pd.DataFrame,  # candles with some of the optional columns, numbers
+)->list:                 # (column, rows concerned (T,) bool, why)
+    "What is impossible in a quote volume, a count of trades or a taker's share; NaN is not known, and possible"
+    rules, volume = [], frame["volume"].to_numpy("float64")
+    for column in (*OPTIONAL, *AROUND):
+        if column not in frame: continue
+        values = frame[column].to_numpy("float64")
+        rules += [(column, np.isinf(values), "not a number"), (column, (values < 0) & (column != "funding_rate"), "below 0")]
+        if column == "trades": rules.append((column, (values != np.floor(values)) & np.isfinite(values), "not a whole number"))
+        if column == "taker_buy_volume": rules.append((column, values > volume, "more than the volume of its candle"))
+    return [rule for rule in rules if rule[1].any()]
+
+
 def check_optional(
     frame:pd.DataFrame,  # candles with some of the optional columns, float64
     name:str="candles",  # what the message calls them
 ):
-    "Refuse an impossible quote volume, count of trades or taker's share"
-    for column in (*OPTIONAL, *AROUND):
-        if column not in frame: continue
-        values = frame[column].to_numpy()
-        for bad, why in ((np.isinf(values), "not a number"), ((column != "funding_rate") & (values < 0), "below 0"), ((column == "trades") & (values != np.floor(values)) & np.isfinite(values), "not a whole number"),
-                         ((column == "taker_buy_volume") & (values > frame["volume"].to_numpy()), "more than the volume of its candle")):
-            if bad.any(): raise BadCandles(f"{name}: {column} is {values[bad][0]} at {text(times(frame[bad])[0])}, {why}: correct the row at its source, or leave the column out")
+    "Refuse what is impossible in them"
+    for column, bad, why in optional_faults(frame)[:1]:
+        raise BadCandles(f"{name}: {column} is {frame[column].to_numpy()[bad][0]} at {text(times(frame[bad])[0])}, {why}: correct the row at its source, or leave the column out")
 
 # %% ../../nbs/10_market/10_candles.ipynb #42ab709d
 def check(

@@ -8,8 +8,9 @@ __all__ = ['KINDS', 'STALE', 'OFF_GRID', 'SHORT', 'LONG', 'STATE', 'WICK', 'GROW
            'RARE', 'BEYOND', 'LISTING', 'TIME_COLUMNS', 'REPAIRS', 'Finding', 'finding', 'arrival', 'arrivals', 'keep',
            'middle', 'wick', 'broken', 'power_of_ten', 'rescale', 'stillness', 'loudness', 'crossing', 'spikes',
            'remember', 'listing', 'judge', 'scan', 'runs', 'true_order', 'words', 'value_findings', 'time_findings',
-           'check_sum', 'compare_sources', 'compare_downloads', 'check_clock', 'check_funding', 'as_found', 'score',
-           'QualityReport', 'check_quality', 'Verdict', 'QualityStream', 'repair']
+           'check_sum', 'compare_sources', 'compare_downloads', 'check_clock', 'check_funding', 'times_found',
+           'as_found', 'witness', 'score', 'QualityReport', 'optional_findings', 'check_quality', 'Verdict',
+           'QualityStream', 'repair']
 
 # %% ../../nbs/10_market/12_quality.ipynb #453f39c3
 from collections import deque
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
-from .candles import BadCandles, check_columns, frame, milliseconds, text, times
+from .candles import OPTIONAL, BadCandles, check_columns, frame, milliseconds, moment, optional_faults, text, times
 from ..records import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
 
 # %% ../../nbs/10_market/12_quality.ipynb #cb60617c
@@ -94,8 +95,8 @@ def arrivals(times, step, offset):
 
 # %% ../../nbs/10_market/12_quality.ipynb #8accf142
 SHORT, LONG = 24, 168
-STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i8"), ("power", "i8"), ("still", "i8"), ("needed", "i8"), ("loud", "i8"), ("crossed", "i8"), ("widest_row", "i8"),
-                  ("widest", "f8"), ("habit", "f8"), ("open", "f8"), ("high", "f8"), ("low", "f8"), ("close", "f8"), ("volume", "f8"), ("before", "f8"), ("stillness", "f8"),
+STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i8"), ("power", "i8"), ("still", "i8"), ("needed", "i8"), ("loud", "i8"), ("crossed", "i8"), ("foreign", "i8"), ("widest_row", "i8"),
+                  ("widest", "f8"), ("habit", "f8"), ("open", "f8"), ("high", "f8"), ("low", "f8"), ("close", "f8"), ("volume", "f8"), ("before", "f8"), ("stillness", "f8"), ("lasting", "f8"), ("doubt", "f8"),
                   ("short", "f8", SHORT), ("short_ranked", "f8", SHORT), ("long", "f8", LONG), ("long_ranked", "f8", LONG), ("volumes", "f8", LONG), ("volumes_ranked", "f8", LONG)])
 
 
@@ -119,7 +120,7 @@ def middle(ranked, count):
     return ranked[min(count, len(ranked)) // 2]
 
 # %% ../../nbs/10_market/12_quality.ipynb #c8308ba9
-WICK, GROWTH = 3., .6
+WICK, GROWTH = 3.5, .6
 
 
 @compiled
@@ -154,7 +155,13 @@ def power_of_ten(ratio):
 @compiled
 def rescale(now, candle):
     "Follow the units of the price; the power of ten that they are off by"
-    if now["rows"] > 0: now["power"] += power_of_ten(candle[OPEN] / now["close"])
+    if now["rows"] == 0: return 0
+    power = power_of_ten(candle[OPEN] / now["close"])
+    if abs(np.log10(candle[CLOSE] / now["close"]) - power) > .4: power = 0                                      # only the open leapt
+    if now["power"] == 0 and now["rows"] > 1 and abs(np.log10(candle[OPEN] / now["before"])) < .4: power = 0    # only the last close had
+    now["power"] += power
+    now["foreign"] = now["foreign"] + 1 if now["power"] else 0
+    if now["foreign"] > now["rows"]: now["power"] = now["foreign"] = 0
     return now["power"]
 
 # %% ../../nbs/10_market/12_quality.ipynb #8ea614c6
@@ -162,27 +169,30 @@ def rescale(now, candle):
 def stillness(now, candle):
     "Candles that the price stood still, once they are too many; else 0"
     if now["rows"] == 0: return 0
-    flat = candle[HIGH] == candle[LOW] and candle[CLOSE] == now["close"]
-    if flat and now["still"] == 0: now["needed"] = max(3, int(np.ceil(np.log(1e-6) / np.log(min(max(now["stillness"], .01), .9)))))
+    same = candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"] and candle[CLOSE] == now["close"]
+    flat = same or (candle[HIGH] == candle[LOW] and candle[CLOSE] == now["close"])
+    usual, lasting = min(max(now["stillness"], .01), .95), min(max(now["lasting"], now["stillness"], .01), .98)
+    if flat and now["still"] == 0: now["needed"] = max(3, int(np.ceil(.999 + np.log(1e-6 / usual) / np.log(lasting))))
+    if now["still"] == 0 and not flat: now["lasting"] += (now["stillness"] - now["lasting"]) / 64
+    elif now["still"] > 0 and now["still"] < now["needed"]: now["lasting"] += ((1. if flat else 0.) - now["lasting"]) / 20
     now["still"] = now["still"] + 1 if flat else 0
-    now["stillness"] += ((1. if flat else 0.) - now["stillness"]) / LONG
-    if flat: return now["still"] if now["still"] >= now["needed"] else 0
-    same = candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"] and candle[CLOSE] == now["close"] and candle[VOLUME] == now["volume"]
-    return 2 if same and candle[HIGH] > candle[LOW] else 0
+    now["stillness"] += ((1. if flat else 0.) - now["stillness"]) / min(now["rows"] + 1, LONG)
+    if now["still"] == 1 and same and candle[HIGH] > candle[LOW] and candle[VOLUME] == now["volume"] and now["stillness"] < .05: return 2
+    return now["still"] if flat and now["still"] >= now["needed"] else 0
 
 # %% ../../nbs/10_market/12_quality.ipynb #e0d34a73
 LOUD, LOUDER = 6, 1.5 # candles; power of ten
 
 
 @compiled
-def loudness(now, candle, scale):
+def loudness(now, candle):
     "Candles in a row, signed, with a volume 30 times too large or small for the move they came with"
-    if now["trades"] < SHORT or candle[VOLUME] == 0: return now["loud"]
-    exponent = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]))
-    calm = scale / 3 < np.log(candle[HIGH] / candle[LOW]) < 3 * scale
-    sudden = now["loud"] != 0 or now["volume"] == 0 or abs(np.log10(candle[VOLUME] / now["volume"])) > LOUDER - .3
-    if abs(exponent) >= LOUDER and sudden and (calm or now["loud"] == 0): now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + (1 if exponent > 0 else -1)
-    elif abs(exponent) < LOUDER: now["loud"] -= np.sign(now["loud"])
+    movement = np.log(candle[HIGH] / candle[LOW])
+    if now["trades"] < SHORT or candle[VOLUME] == 0 or movement == 0: return now["loud"]
+    exponent, due = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"])), 1.5 * np.log10(movement / middle(now["long_ranked"], now["moves"]))
+    exponent -= min(max(due, 0.), exponent) if exponent > 0 else max(min(due, 0.), exponent)
+    if abs(exponent) < LOUDER: now["loud"] -= np.sign(now["loud"])
+    else: now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + int(np.sign(exponent))
     return now["loud"]
 
 # %% ../../nbs/10_market/12_quality.ipynb #cb29098a
@@ -191,26 +201,30 @@ VOTES = 6
 
 @compiled
 def crossing(now, candle, scale):
-    "Votes for open and close being exchanged, 0 ... 8"
+    "Votes for open and close being exchanged, once they are too many; else 0"
     straight, crossed = abs(np.log(candle[OPEN] / now["close"])), abs(np.log(candle[CLOSE] / now["open"]))
-    if straight > .25 * scale and crossed < .2 * straight: now["crossed"] = min(now["crossed"] + 1, 2 * VOTES)
-    elif straight <= .1 * scale: now["crossed"] = max(now["crossed"] - 1, 0)
-    return now["crossed"]
+    vote = 1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale and straight < .2 * crossed else 0
+    odds = min(max(now["doubt"], .02), .48)
+    needed = max(VOTES, int(np.ceil(np.log(1e-6) / np.log(odds / (1. - odds)))))
+    if vote and now["crossed"] < needed: now["doubt"] += ((1. if vote > 0 else 0.) - now["doubt"]) / LONG
+    now["crossed"] = min(max(now["crossed"] + vote, 0), 2 * needed)
+    return now["crossed"] if now["crossed"] >= needed else 0
 
 # %% ../../nbs/10_market/12_quality.ipynb #85d8727b
 EVIDENCE = 3                     # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
-JUMP, RARE, BEYOND = 2.8, .03, 3.7
+JUMP, RARE, BEYOND = 2.8, .03, 4.
 
 
 @compiled
-def spikes(now, candle, scale, follows, out):
+def spikes(now, candle, scale, follows, waited, out):
     "SPIKE or 0; out: how many ranges, and how many rows back"
     reach = wick(candle, scale, candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]) if now["trades"] else 1.)
-    leap = abs(np.log(candle[OPEN] / now["close"])) / scale if follows else 0.
+    leap = abs(np.log(candle[OPEN] / now["close"])) / scale / np.sqrt(1. + waited) if follows else 0.
     back = abs(np.log(candle[OPEN] / now["before"])) / scale if now["rows"] > 1 else leap
-    usual = BEYOND * max(now["habit"], .5)
+    habit = max(now["habit"], .5)
+    usual = BEYOND * (1. + now["stillness"] ** 2) * habit
     out[0] = max(reach, leap)
-    now["habit"] = usual / BEYOND + .05 * ((1. if out[0] > usual / BEYOND else 0.) - RARE)
+    now["habit"] = habit * np.exp(.1 * ((1. if out[0] > habit else 0.) - RARE))
     out[1] = 1. if leap > max(JUMP, usual) and reach <= WICK and back < .5 * leap else 0.
     return SPIKE if reach > max(WICK, usual) or leap > max(JUMP, usual) else 0
 
@@ -227,12 +241,13 @@ def remember(now, time, candle):
     if candle[VOLUME] > 0:
         keep(now["volumes"], now["volumes_ranked"], now["trades"], candle[VOLUME])
         now["trades"] += 1
+    if now["rows"] == 0: now["stillness"], now["lasting"], now["doubt"], now["habit"] = .5, .5, .1, 1.
     now["before"], now["time"] = now["close"], time
     now["open"], now["high"], now["low"], now["close"], now["volume"] = candle[OPEN], candle[HIGH], candle[LOW], candle[CLOSE], candle[VOLUME]
     now["rows"] += 1
 
 # %% ../../nbs/10_market/12_quality.ipynb #7f4b2faa
-LISTING = 8. # ranges
+LISTING = 10. # ranges
 
 
 @compiled
@@ -263,12 +278,13 @@ def judge(
     scale = max(middle(now["short_ranked"], now["moves"]), middle(now["long_ranked"], now["moves"])) if now["moves"] else 0.
     follows = now["rows"] > 0 and time - now["time"] == step
     if candle[VOLUME] == 0: bits |= ZERO
+    waited = now["still"]
     out[2] = stillness(now, candle)
     if out[2]: bits |= FROZEN
     if now["moves"] >= SHORT:
-        bits |= spikes(now, candle, scale, follows, out)
-        if abs(loudness(now, candle, scale)) >= LOUD: bits |= VOLUME_UNITS
-        if follows and crossing(now, candle, scale) >= VOTES: bits |= CROSSED
+        bits |= spikes(now, candle, scale, follows, waited, out)
+        if abs(loudness(now, candle)) >= LOUD: bits |= VOLUME_UNITS
+        if follows and crossing(now, candle, scale): bits |= CROSSED
     before = now["moves"]
     remember(now, time, candle)
     if before == SHORT - 1 and now["moves"] == SHORT: bits |= listing(now, out)
@@ -416,6 +432,7 @@ def check_sum(
     grouped = fine[list(COLUMNS)].groupby(times(fine) // long_step * long_step)
     made = grouped.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})[grouped.size() == long_step // step]
     given = coarse[list(COLUMNS)].set_axis(times(coarse))
+    given = given[~given.index.duplicated(keep="last")]
     common = made.index.intersection(given.index)
     made, given = made.loc[common], given.loc[common]
     differ = ~np.isclose(made, given, rtol=1e-6, atol=1e-9)
@@ -424,10 +441,12 @@ def check_sum(
 
 # %% ../../nbs/10_market/12_quality.ipynb #36fa2350
 def _shifted(symbol, one, two, step, reach=24):
-    first, second = (np.clip(moves / moves.abs().median(), -5, 5).to_numpy() for moves in (np.log(one).diff()[1:], np.log(two).diff()[1:]))
-    fits = {lag: np.corrcoef(first[max(lag, 0):len(first) + min(lag, 0)], second[max(-lag, 0):len(second) - max(lag, 0)])[0, 1] for lag in range(-reach, reach + 1) if len(first) > 2 * reach}
-    lag = max(fits, key=fits.get, default=0)
-    if lag == 0 or fits[lag] < fits[0] + .2: return []
+    moves = [np.log(closes).diff()[1:] for closes in (one, two)]
+    if len(moves[0]) <= 2 * reach or not all(each.any() for each in moves): return []
+    first, second = (np.clip(each / each[each != 0].abs().median(), -5, 5).to_numpy() for each in moves)
+    fits = {lag: np.corrcoef(first[max(lag, 0):len(first) + min(lag, 0)], second[max(-lag, 0):len(second) - max(lag, 0)])[0, 1] for lag in range(-reach, reach + 1)}
+    lag = max(fits, key=fits.get)
+    if lag == 0 or not fits[lag] > fits[0] + .2: return []
     return [finding("clock", symbol, one.index[0], one.index[-1], f"returns fit the other source best {lag} candles later (correlation {fits[lag]:.2f}, unshifted {fits[0]:.2f})",
                     len(one), lag * step)]
 
@@ -442,6 +461,8 @@ def compare_sources(
     one, two = (table.set_axis(times(table)) for table in (candles, reference))
     one, two = one[~one.index.duplicated(keep="last")].sort_index(), two[~two.index.duplicated(keep="last")].sort_index()
     common = one.index.intersection(two.index)
+    usable = [np.isfinite(table.loc[common, list(COLUMNS[:4])]).all(axis=1) & (table.loc[common, list(COLUMNS[:4])] > 0).all(axis=1) for table in (one, two)]
+    common = common[usable[0] & usable[1]]
     if len(common) < SHORT: raise ValueError(f"the two sources share {len(common)} candles: give at least {SHORT} of the same span")
     one, two, step = one.loc[common], two.loc[common], milliseconds(timeframe)
     distance = np.log(one.close / two.close)
@@ -480,7 +501,8 @@ def check_clock(
 )->list:
     "A finding where the two clocks cannot both be right"
     event_times = np.asarray(event_times)
-    delay = np.asarray(received_times, "float64") - event_times
+    delay = np.asarray(pd.to_numeric(pd.Series(received_times), errors="coerce"), "float64") - event_times
+    event_times, delay = event_times[np.isfinite(delay)], delay[np.isfinite(delay)]
     if len(delay) == 0: return []
     fastest, median = np.quantile(delay, .01), np.median(delay)
     if median >= 0 and fastest <= limit: return []
@@ -495,7 +517,8 @@ def check_funding(
     symbol:str="",                # whose funding
 )->list:
     "Findings about funding rates"
-    step, stamps, values = milliseconds(interval), times(rates), rates.to_numpy("float64")
+    if not isinstance(rates, pd.Series) or not isinstance(rates.index, pd.DatetimeIndex): raise BadCandles(f"funding is a {type(rates).__name__} without times: give a Series of rates with a UTC index")
+    step, stamps, values = milliseconds(interval), times(rates), pd.to_numeric(rates, errors="coerce").to_numpy("float64")
     if len(stamps) == 0: return [finding("funding_missing", symbol, times(candles)[0], times(candles)[-1], "no rate at all")] if candles is not None and len(candles) else []
     due, found = (stamps + step // 2) // step * step, []
     first = times(candles)[0] if candles is not None else due.min()
@@ -508,7 +531,8 @@ def check_funding(
     add("invalid_value", np.flatnonzero(~np.isfinite(values)), lambda rows: f"rate is {values[rows[0]]} at {text(stamps[rows[0]])}")
     add("duplicate", np.flatnonzero(np.diff(due) == 0), lambda rows: f"two rates at {text(stamps[rows[0]])}")
     add("out_of_order", np.flatnonzero(np.diff(due) < 0) + 1, lambda rows: f"{text(stamps[rows[0]])} stands after a later one")
-    if np.nanmedian(np.abs(values)) > .003: add("wrong_units", np.arange(len(values)), lambda rows: f"half of the rates are above {np.nanmedian(np.abs(values)):g}: percent, not fractions?")
+    half = np.median(np.abs(values[np.isfinite(values)])) if np.isfinite(values).any() else 0.
+    if half > .003: add("wrong_units", np.arange(len(values)), lambda rows: f"half of the rates are above {half:g}: percent, not fractions?")
     else: add("spike", np.flatnonzero(np.abs(values) > .03), lambda rows: f"a rate of {values[rows[0]]:g}: no exchange takes more than 3 % at once")
     expected = np.arange((first + step - 1) // step * step, last + 1, step)
     expected = expected[(expected > first) | (candles is None)]
@@ -521,23 +545,40 @@ def check_funding(
 TIME_COLUMNS = ("open_time", "timestamp", "time", "date", "datetime")
 
 
+def times_found(
+    candles:pd.DataFrame,    # dates or whole numbers in the index, or a column of times
+    name:str="candles",      # what messages call them
+)->np.ndarray:               # (T,) int64: ms, or whatever unit the numbers have
+    "The times of a table, wherever they stand"
+    index, column = candles.index, next((each for each in TIME_COLUMNS if each in candles), None)
+    inside = isinstance(index, pd.DatetimeIndex) or (column is None and not isinstance(index, pd.RangeIndex) and pd.api.types.is_integer_dtype(index))
+    if not inside and column is None: raise BadCandles(f"{name}: no open times: give a UTC index or a column {', '.join(TIME_COLUMNS)}")
+    raw = pd.Series(index) if inside else candles[column]
+    if raw.isna().any(): raise BadCandles(f"{name}: no time in row {int(np.argmax(raw.isna()))}: correct the row at its source")
+    if pd.api.types.is_numeric_dtype(raw): return raw.astype("int64").to_numpy()
+    try: return pd.DatetimeIndex(pd.to_datetime(raw, utc=True)).as_unit("ms").asi8
+    except (ValueError, TypeError): raise BadCandles(f"{name}: {raw.iloc[0]!r} or a later one is not a time: write dates such as '2022-01-01 08:00', or milliseconds since the epoch") from None
+
+# %% ../../nbs/10_market/12_quality.ipynb #e5a1f00e
 def as_found(
     candles:pd.DataFrame,    # a UTC index, or a column of times
     symbol:str="",           # whose candles
 )->tuple:                    # open times (T,) int64 ms, numbers (T, 5), findings
     "A table of candles in numbers, whatever is wrong with it"
-    check_columns(candles, symbol or "candles")
-    if len(candles) == 0: raise BadCandles(f"{symbol or 'candles'}: no rows: ask for another span or another source")
-    column = next((name for name in TIME_COLUMNS if name in candles), None)
-    if not isinstance(candles.index, pd.DatetimeIndex) and column is None: raise BadCandles(f"{symbol or 'candles'}: no open times: give a UTC index or a column {', '.join(TIME_COLUMNS)}")
-    raw = pd.Series(candles.index) if isinstance(candles.index, pd.DatetimeIndex) else candles[column]
-    if raw.isna().any(): raise BadCandles(f"{symbol or 'candles'}: no time in row {int(np.argmax(raw.isna()))}: correct the row at its source")
-    stamps = raw.astype("int64").to_numpy() if pd.api.types.is_numeric_dtype(raw) else pd.DatetimeIndex(pd.to_datetime(raw, utc=True)).as_unit("ms").asi8
+    name = symbol or "candles"
+    check_columns(candles, name)
+    if len(candles) == 0: raise BadCandles(f"{name}: no rows: ask for another span or another source")
+    stamps, numbers = times_found(candles, name), np.ascontiguousarray(candles[list(COLUMNS)].apply(pd.to_numeric, errors="coerce").to_numpy("float64"))
     scale = {-1: 1000, 1: 1e-3, 2: 1e-6}.get(int(np.clip((np.log10(max(abs(float(np.median(stamps))), 1)) - 11) // 3, -1, 2)), 1)
-    numbers = np.ascontiguousarray(candles[list(COLUMNS)].apply(pd.to_numeric, errors="coerce").to_numpy("float64"))
     if scale == 1: return stamps.copy(), numbers, []
     scaled = (stamps * scale).astype("int64")
     return scaled, numbers, [finding("wrong_units", symbol, scaled[0], scaled[-1], f"times are in {({1000: 'seconds', 1e-3: 'microseconds', 1e-6: 'nanoseconds'})[scale]}, not milliseconds", len(scaled), -np.log10(scale))]
+
+
+def witness(table, name)->pd.DataFrame:
+    "Another table of candles, read in the same way"
+    stamps, numbers, _ = as_found(table, name)
+    return frame(stamps, numbers)
 
 # %% ../../nbs/10_market/12_quality.ipynb #6b514173
 def score(
@@ -553,7 +594,7 @@ def _plot(report):
     import matplotlib.pyplot as plt
     figure, (price, marks) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1))
     price.plot(report.candles.index, report.candles.close, linewidth=.6)
-    price.set(ylabel="close [quote per base]", title=_headline(report).partition(";")[0], yscale="log")
+    price.set(ylabel="close [quote per base]", title=_headline(report).partition(";")[0], yscale="log" if (report.candles.close > 0).any() else "linear")
     kinds = list(dict.fromkeys(each.kind for each in report.findings))
     colours = {"info": "tab:grey", "warning": "tab:orange", "error": "tab:red"}
     for each in report.findings[:2000]:
@@ -620,13 +661,27 @@ def _quote_findings(symbol, candles, quoted):
     return [finding("wrong_units", symbol, stamps[first], stamps[last], f"quote volume over volume is {price.iloc[first]:g}, outside of {candles.low.iloc[first]:g} to {candles.high.iloc[first]:g}", last - first + 1, column="quote_volume")
             for first, last in runs(outside)]
 
+
+def optional_findings(
+    symbol:str,               # whose candles
+    candles:pd.DataFrame,     # as judged
+    optional:pd.DataFrame,    # some of quote_volume trades taker_buy_volume, as found, on the same rows
+)->list:
+    "Findings about the optional columns"
+    stamps, read = times(candles), optional.apply(pd.to_numeric, errors="coerce").set_axis(candles.index)
+    faults = [(name, (read[name].isna().to_numpy() & optional[name].notna().to_numpy()), "not a number") for name in optional]
+    faults += optional_faults(candles.assign(**read))
+    impossible = [finding("invalid_value", symbol, stamps[first], stamps[last], f"{name} is {optional[name].iloc[first]}, {why}", last - first + 1, column=name)
+                  for name, rows, why in faults for first, last in runs(rows)]
+    return impossible + (_quote_findings(symbol, candles, read.quote_volume.where(np.isfinite(read.quote_volume) & (read.quote_volume >= 0)).to_numpy()) if "quote_volume" in read else [])
+
 # %% ../../nbs/10_market/12_quality.ipynb #693ddf19
 def check_quality(
     candles:pd.DataFrame,           # as they were found; not changed
     timeframe:str,                  # such as "1h"
     symbol:str="",                  # whose candles
     *,
-    as_of=None,                     # ms UTC: when they were fetched; a candle that closes later is unfinished
+    as_of=None,                     # when they were fetched, ms UTC or a date; a candle that closes later is unfinished
     coarse=None,                    # dict of longer candles of the same market by timeframe, such as {"1d": daily}
     reference:pd.DataFrame=None,    # candles of another source
     earlier:pd.DataFrame=None,      # an earlier download of this source
@@ -634,18 +689,19 @@ def check_quality(
     interval:str="8h",              # between two fundings
 )->QualityReport:
     "Everything that can be said against a table of candles"
-    step, symbol = milliseconds(timeframe), symbol or candles.attrs.get("symbol", "")
+    step, symbol = milliseconds(timeframe), symbol or getattr(candles, "attrs", {}).get("symbol", "")
     stamps, numbers, found = as_found(candles, symbol)
     of_time, order = time_findings(symbol, stamps, numbers, step)
     found += of_time + value_findings(symbol, stamps[order], numbers[order], *scan(np.zeros(1, STATE), stamps[order], numbers[order], step))
     judged, as_of = frame(stamps[order], numbers[order]), candles.attrs.get("as_of") if as_of is None else as_of
+    as_of = None if as_of is None else moment(as_of)
     if as_of is not None and stamps.max() + step > as_of:
         found.append(finding("unfinished", symbol, stamps.max(), stamps.max(), f"the last candle closes {stamps.max() + step - as_of} ms after the table was fetched", 1, stamps.max() + step - as_of))
     if "received_time" in candles: found += check_clock(stamps + step, candles.received_time.to_numpy(), symbol)
-    if "quote_volume" in candles: found += _quote_findings(symbol, judged, candles.quote_volume.to_numpy("float64")[order])
-    for name, table in (coarse or {}).items(): found += check_sum(judged, timeframe, table, name, symbol)
-    if reference is not None: found += compare_sources(judged, reference, timeframe, symbol)
-    if earlier is not None: found += compare_downloads(earlier, judged, symbol)
+    found += optional_findings(symbol, judged, candles[[name for name in OPTIONAL if name in candles]].iloc[order])
+    for name, table in (coarse if coarse is not None else {}).items(): found += check_sum(judged, timeframe, witness(table, f"coarse {name}"), name, symbol)
+    if reference is not None: found += compare_sources(judged, witness(reference, "reference"), timeframe, symbol)
+    if earlier is not None: found += compare_downloads(witness(earlier, "earlier"), judged, symbol)
     if funding is not None: found += check_funding(funding, judged, interval, symbol)
     return QualityReport(symbol, timeframe, candles.attrs.get("source", ""), judged, tuple(sorted(found, key=lambda each: each.start_time)))
 
@@ -700,7 +756,8 @@ class QualityStream:
         received_time:int=None,      # ms UTC by our clock, where known
     )->Verdict:
         "The verdict on the next candle"
-        open_time, candle = int(open_time), np.ascontiguousarray(candle, "float64")
+        try: open_time, candle = int(open_time), np.ascontiguousarray(candle, "float64")
+        except (TypeError, ValueError): raise ValueError(f"a candle is a time in ms and five numbers (open high low close volume), was {open_time!r} and {candle!r}") from None
         if candle.shape != (5,): raise ValueError(f"a candle is five numbers (open high low close volume), was an array of shape {candle.shape}")
         missing = arrival(self.latest, open_time, self.step, 0)
         if missing < 0: return Verdict("refused", (_untimely(self.symbol, self.step, self.latest, self.recent, open_time, candle, missing),))
