@@ -166,6 +166,30 @@ def test_a_gap_in_price_does_not_break_it():
     assert np.isfinite(array[1:]).all() and named(array[1_500:1_501])[0] == "volatile"
 
 
+@pytest.mark.parametrize("timeframe, shortest", [("1d", 10), ("4h", 60)])
+@pytest.mark.parametrize("symbol", ("BTC", "ETH", "LTC", "ADA", "BNB"))
+def test_the_four_words_by_name_on_real_markets(shared, symbol, timeframe, shortest):
+    table = pd.read_parquet(shared / "data" / f"{symbol}USDT-1h.parquet")
+    market = resample(frame(table.timestamp, table[list(COLUMNS)]), timeframe)
+    fitted = Regimes().fit(market[:"2020-06"], shortest=shortest, names=REGIMES)
+    read, moves = fitted.read(market), np.log(market.close).diff()
+    for span in (slice(None, "2020-06"), slice("2020-07", None)):              # in the training span and after it, a bear has fallen and a bull has risen
+        mean = moves[span].groupby(read.regime[span]).mean()
+        assert mean["bear"] < 0 < mean["bull"] and set(read.regime[span].dropna()) >= {"bull", "bear", "sideways"}
+    if (symbol, timeframe) == ("BTC", "1d"):
+        fall = read["2021-11-15":"2022-01-24"].regime.value_counts(normalize=True)
+        assert fall["bear"] > .5 and set(read.regime.dropna()) == set(REGIMES)     # 42 % down in ten weeks, a year and a half after the training span
+
+
+def test_mirrored_names_are_as_right_where_the_market_is_a_mirror():
+    states, stay, names = MARKETS["drift alone"]
+    candles, truth, _ = switching("drift alone", seed=4)
+    fitted = Regimes().fit(candles[:8_000], names=REGIMES)
+    best = (np.array(names)[optimal(np.diff(np.log(candles[:, CLOSE])), states, stay).argmax(axis=1)] == truth[1:])[8_000:].mean()
+    assert (named(fitted.array(candles)[1:]) == truth[1:])[8_000:].mean() >= .9 * best
+    assert fitted.parameters[0] == fitted.parameters[1] and fitted.parameters[2] == fitted.parameters[3] >= fitted.parameters[5]
+
+
 def test_real_bitcoin(shared, tmp_path):
     table = pd.read_parquet(shared / "data" / "BTCUSDT-1h.parquet")
     days = resample(frame(table.timestamp, table[list(COLUMNS)]), "1d")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGIMES', 'BULL', 'BEAR', 'VOLATILE', 'SIDEWAYS', 'ALL', 'PARAMETERS', 'ABSENT', 'LAW', 'OUTPUTS', 'regime', 'SCALES',
-           'TAILS', 'COLOURS', 'prepare', 'advance', 'tell', 'Reading', 'RegimeStream', 'expectation', 'maximised',
-           'climbed', 'begun', 'best_climb', 'likeliest', 'values_of', 'plot_regimes', 'Regimes']
+           'TAILS', 'COLOURS', 'prepare', 'advance', 'tell', 'Reading', 'RegimeStream', 'expectation', 'mirror',
+           'maximised', 'climbed', 'begun', 'best_climb', 'likeliest', 'values_of', 'plot_regimes', 'Regimes']
 
 # %% ../../nbs/20_features/28_regime.ipynb #5cdd7183
 import itertools
@@ -170,12 +170,26 @@ def expectation(
     return likelihood
 
 # %% ../../nbs/20_features/28_regime.ipynb #7718c44c
+def mirror(
+    parameters,   # (15,), changed
+    sums,         # of `expectation`
+    scale,        # (4,), changed
+):
+    "Make bull and bear equal in all but the direction, and sideways no wider than they are"
+    weight, u, first, second = sums[:4, :2]
+    drift = parameters[0] = parameters[1] = max((first[BULL] - first[BEAR]) / max(u.sum(), 1e-300), scale[:2].mean() / np.sqrt(parameters[6:8].mean()))
+    scale[:2] = np.sqrt(max((second.sum() - 2 * drift * (first[BULL] - first[BEAR]) + drift ** 2 * u.sum()) / max(weight.sum(), 1e-300), 1e-20))
+    scale[SIDEWAYS] = min(scale[SIDEWAYS], scale[BULL])
+    parameters[6:8], parameters[10:12] = parameters[6:8].mean(), parameters[10:12].mean()
+
+
 def maximised(
-    parameters,        # (15,)
-    sums,              # of `expectation`
-    present:tuple,     # numbers of the regimes that this market has
-    shortest:float,    # mean spell, candles
-)->np.ndarray:         # (15,)
+    parameters,           # (15,)
+    sums,                 # of `expectation`
+    present:tuple,        # numbers of the regimes that this market has
+    shortest:float,       # mean spell, candles
+    mirrored:bool=False,  # whether bull and bear are equal in all but the direction
+)->np.ndarray:            # (15,)
     "The parameters that explain what was found, as far as the names allow"
     weight, u, first, second, stays, leaves, enters = np.maximum(sums, 1e-300)
     first, better, scale = sums[2], parameters.copy(), parameters[2:6]
@@ -185,13 +199,15 @@ def maximised(
     if BEAR in present: better[1] = max(-first[BEAR] / u[BEAR], least[BEAR])
     drift = np.array([better[0], -better[1], 0., 0.])
     scale = np.sqrt(np.maximum((second - 2 * drift * first + drift ** 2 * u) / weight, 1e-20))
-    if VOLATILE in present: scale = np.minimum(scale, scale[VOLATILE])
     share = parameters[10:14] / parameters[10:14].sum()
     for _ in range(3):
         chances = leaves / (1 - share)
         share = enters / np.maximum(chances.sum() - chances, 1e-300)
         share /= share.sum()
-    for k in present: better[2 + k], better[6 + k], better[10 + k] = scale[k], spell[k], max(share[k], 1e-6)
+    for k in present: better[6 + k], better[10 + k] = spell[k], max(share[k], 1e-6)
+    if mirrored: mirror(better, sums, scale)
+    if VOLATILE in present: scale = np.minimum(scale, scale[VOLATILE])
+    for k in present: better[2 + k] = scale[k]
     return better
 
 # %% ../../nbs/20_features/28_regime.ipynb #cc1e2cc3
@@ -201,6 +217,7 @@ def climbed(
     present:tuple,     # numbers of the regimes that this market has
     shortest:float,    # mean spell, candles
     steps:int,         # at most
+    mirrored:bool=False, # whether bull and bear are equal in all but the direction
 )->tuple:              # log-likelihood, parameters
     "Expectation and maximisation, again and again"
     tail, best = parameters[14], (-np.inf, parameters)
@@ -208,9 +225,9 @@ def climbed(
     filtered, predicted, sums = np.zeros((len(returns), 4)), np.zeros((len(returns), 4)), np.zeros((7, 4))
     for step in range(steps):
         likelihood = expectation(returns, parameters, filtered, predicted, sums) + constant
-        gain, best = likelihood - best[0], max(best, (likelihood, parameters), key=lambda pair: pair[0])
+        gain, best = likelihood - best[0], max(best, (likelihood, parameters), key=lambda pair: pair[0]) if step else best      # where one begins need not keep to the names
         if gain < .02 and step > 3: break
-        parameters = maximised(parameters, sums, present, shortest)
+        parameters = maximised(parameters, sums, present, shortest, mirrored)
     return best
 
 # %% ../../nbs/20_features/28_regime.ipynb #04fde1e8
@@ -230,11 +247,12 @@ def best_climb(
     present:tuple,     # numbers of the regimes that this market may have
     shortest:float,    # mean spell, candles
     tail:float,        # degrees of freedom
+    mirrored:bool=False, # whether bull and bear are equal in all but the direction
 )->tuple:              # log-likelihood, parameters
     "The likeliest parameters with these regimes"
     starts = [begun(returns, present, scales, drift, tail) for scales in SCALES for drift in (.05, .2)]
-    climbs = sorted((climbed(returns, start, present, shortest, 8) for start in starts), key=lambda pair: -pair[0])
-    return max((climbed(returns, parameters, present, shortest, 200) for _, parameters in climbs[:2]), key=lambda pair: pair[0])
+    climbs = sorted((climbed(returns, start, present, shortest, 8, mirrored) for start in starts), key=lambda pair: -pair[0])
+    return max((climbed(returns, parameters, present, shortest, 200, mirrored) for _, parameters in climbs[:2]), key=lambda pair: pair[0])
 
 # %% ../../nbs/20_features/28_regime.ipynb #147f62ad
 TAILS = (100., 8., 4.)
@@ -244,10 +262,11 @@ def likeliest(
     returns,               # (T,)
     shortest:float,        # mean spell, candles
     sets=tuple(present for count in (2, 3, 4) for present in itertools.combinations(ALL, count)), # of regimes, to choose from
+    mirrored:bool=False,   # whether bull and bear are equal in all but the direction
 )->tuple:                  # parameters (15,), log-likelihood, numbers of the regimes
     "The tail, the regimes and the parameters that explain a span best"
-    tail = max(TAILS, key=lambda each: best_climb(returns, sets[-1], shortest, each)[0])
-    climbs = [(*best_climb(returns, present, shortest, tail), present) for present in sets]
+    tail = max(TAILS, key=lambda each: best_climb(returns, sets[-1], shortest, each, mirrored)[0])
+    climbs = [(*best_climb(returns, present, shortest, tail, mirrored), present) for present in sets]
     likelihood, parameters, present = max(climbs, key=lambda climb: climb[0] - .5 * 3 * len(climb[2]) * math.log(len(returns)))
     return parameters, likelihood, present
 
@@ -289,15 +308,15 @@ class Regimes:
     fitted_on:int = 0                             # candles; 0: not fitted, the defaults
 
     def fit(self, candles, shortest:float=24., names=None)->"Regimes":
-        "The record of these candles: give it the training span only; no mean spell is shorter than `shortest` candles; `names` are the regimes, not chosen by their merit"
+        "The record of these candles: give it the training span only; no mean spell is shorter than `shortest` candles; `names` are the regimes whatever their merit, bull and bear then mirror images"
         values, unknown = values_of(candles), [name for name in names or () if name not in REGIMES]
         if unknown or names is not None and len(set(names)) < 2: raise ValueError(f"names must be two or more of {', '.join(REGIMES)}, was {tuple(names)}")
         if len(values) < 500: raise ValueError(f"{len(values)} candles are too few to fit regimes: give at least 500, better 5,000")
         if not shortest > 0: raise ValueError(f"shortest must be a number of candles above 0, was {shortest}")
         returns = np.diff(np.log(values[:, CLOSE]))
         if not returns.any(): raise ValueError(f"the price is {values[0, CLOSE]} in all {len(values)} candles: there is nothing to fit")
-        sets = {} if names is None else {"sets": (tuple(sorted(REGIMES.index(name) for name in set(names))),)}
-        parameters, _, _ = likeliest(returns, shortest, **sets)
+        wanted = {} if names is None else {"sets": (tuple(sorted(REGIMES.index(name) for name in set(names))),), "mirrored": {"bull", "bear"} <= set(names)}
+        parameters, _, _ = likeliest(returns, shortest, **wanted)
         return Regimes(tuple(float(f"{value:.4g}") for value in parameters), len(values))
 
     @property
