@@ -205,7 +205,7 @@ def crossing(now, candle, scale):
     straight, crossed = abs(np.log(candle[OPEN] / now["close"])), abs(np.log(candle[CLOSE] / now["open"]))
     vote = 1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale and straight < .2 * crossed else 0
     odds = min(max(now["doubt"], .02), .48)
-    needed = max(VOTES, int(np.ceil(np.log(1e-6) / np.log(odds / (1. - odds)))))
+    needed = max(VOTES, int(np.ceil(np.log(1e-8) / np.log(odds / (1. - odds)))))
     if vote and now["crossed"] < needed: now["doubt"] += ((1. if vote > 0 else 0.) - now["doubt"]) / LONG
     now["crossed"] = min(max(now["crossed"] + vote, 0), 2 * needed)
     return now["crossed"] if now["crossed"] >= needed else 0
