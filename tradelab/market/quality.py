@@ -595,6 +595,7 @@ def score(
 # %% ../../nbs/10_market/12_quality.ipynb #3a863beb
 def _plot(report):
     import matplotlib.pyplot as plt
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     figure, (price, marks) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1))
     price.plot(report.candles.index, report.candles.close, linewidth=.6)
     price.set(ylabel="close [quote per base]", title=_headline(report).partition(";")[0], yscale="log" if (report.candles.close > 0).any() else "linear")
@@ -603,6 +604,8 @@ def _plot(report):
     for each in report.findings[:2000]:
         span = pd.to_datetime([each.start_time, each.end_time + milliseconds(report.timeframe)], unit="ms", utc=True)
         marks.plot(span, [kinds.index(each.kind)] * 2, "|-", color=colours[each.severity], linewidth=3)
+    marks.xaxis.set_major_locator(places := AutoDateLocator(maxticks=9))
+    marks.xaxis.set_major_formatter(ConciseDateFormatter(places))
     marks.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(-.7, max(len(kinds), 1) - .3), xlabel="open time [UTC]")
     figure.tight_layout()
     return figure
