@@ -148,3 +148,9 @@ def test_optional_columns_survive_the_way():
     day = resample(rich.assign(trades=rich.trades.where(rich.index.day == 2)), "1d")
     assert np.isnan(day.trades.iloc[0]) and day.trades.iloc[1] == sum(range(24, 48))
     with pytest.raises(BadCandles, match="BTC: taker_buy_volume is .* more than the volume of its candle"): check(rich.assign(taker_buy_volume=rich.volume * 2), "1h", "BTC")
+
+
+@pytest.mark.parametrize("table, message", [(None, "XRP: a NoneType is not a table of candles: give a DataFrame with columns open, high, low, close, volume"), ([1, 2], "a list is not a table"), (ar1(9).close, "a Series is not a table"),
+                                            (pd.concat([ar1(9), ar1(9)[["high"]]], axis=1), "XRP: column 'high' is there more than once: keep the right one")])
+def test_what_is_no_table_of_candles(table, message):
+    with pytest.raises(BadCandles, match=message): check(table, "1h", "XRP")

@@ -289,6 +289,7 @@ def plot_regimes(
 ):                        # the figure
     "The price by regime, and the probabilities"
     import matplotlib.pyplot as plt
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 4), sharex=True, height_ratios=(3, 1), layout="constrained")
     below = np.zeros(len(read))
     for name, colour in COLOURS.items():
@@ -297,6 +298,8 @@ def plot_regimes(
         below += read[name].fillna(0)
     upper.set(yscale="log", ylabel="price [USDT]")
     upper.legend(ncols=4)
+    lower.xaxis.set_major_locator(places := AutoDateLocator(maxticks=9))
+    lower.xaxis.set_major_formatter(ConciseDateFormatter(places))
     lower.set(xlabel="time [UTC]", ylabel="probability", ylim=(0, 1))
     return figure
 

@@ -148,6 +148,7 @@ def broken(candle):
 @compiled
 def power_of_ten(ratio):
     "The power that a ratio is near to (12 %), 0 where it is near to none"
+    if .2 < ratio < 5: return 0
     exponent = np.log10(ratio)
     return int(np.rint(exponent)) if abs(exponent - np.rint(exponent)) < .05 else 0
 
@@ -157,8 +158,8 @@ def rescale(now, candle):
     "Follow the units of the price; the power of ten that they are off by"
     if now["rows"] == 0: return 0
     power = power_of_ten(candle[OPEN] / now["close"])
-    if abs(np.log10(candle[CLOSE] / now["close"]) - power) > .4: power = 0                                      # only the open leapt
-    if now["power"] == 0 and now["rows"] > 1 and abs(np.log10(candle[OPEN] / now["before"])) < .4: power = 0    # only the last close had
+    if power and abs(np.log10(candle[CLOSE] / now["close"]) - power) > .4: power = 0                                      # only the open leapt
+    if power and now["power"] == 0 and now["rows"] > 1 and abs(np.log10(candle[OPEN] / now["before"])) < .4: power = 0    # only the last close had
     now["power"] += power
     now["foreign"] = now["foreign"] + 1 if now["power"] else 0
     if now["foreign"] > now["rows"]: now["power"] = now["foreign"] = 0
@@ -187,10 +188,11 @@ LOUD, LOUDER = 6, 1.5 # candles; power of ten
 @compiled
 def loudness(now, candle):
     "Candles in a row, signed, with a volume 30 times too large or small for the move they came with"
-    movement = np.log(candle[HIGH] / candle[LOW])
-    if now["trades"] < SHORT or candle[VOLUME] == 0 or movement == 0: return now["loud"]
-    exponent, due = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"])), 1.5 * np.log10(movement / middle(now["long_ranked"], now["moves"]))
-    exponent -= min(max(due, 0.), exponent) if exponent > 0 else max(min(due, 0.), exponent)
+    if now["trades"] < SHORT or candle[VOLUME] == 0 or candle[HIGH] == candle[LOW]: return now["loud"]
+    exponent = np.log10(candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]))
+    if abs(exponent) >= LOUDER:
+        due = 1.5 * np.log10(np.log(candle[HIGH] / candle[LOW]) / middle(now["long_ranked"], now["moves"]))
+        exponent -= min(max(due, 0.), exponent) if exponent > 0 else max(min(due, 0.), exponent)
     if abs(exponent) < LOUDER: now["loud"] -= np.sign(now["loud"])
     else: now["loud"] = (now["loud"] if now["loud"] * exponent > 0 else 0) + int(np.sign(exponent))
     return now["loud"]
@@ -205,7 +207,7 @@ def crossing(now, candle, scale):
     straight, crossed = abs(np.log(candle[OPEN] / now["close"])), abs(np.log(candle[CLOSE] / now["open"]))
     vote = 1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale and straight < .2 * crossed else 0
     odds = min(max(now["doubt"], .02), .48)
-    needed = max(VOTES, int(np.ceil(np.log(1e-6) / np.log(odds / (1. - odds)))))
+    needed = max(VOTES, int(np.ceil(np.log(1e-7) / np.log(odds / (1. - odds)))))
     if vote and now["crossed"] < needed: now["doubt"] += ((1. if vote > 0 else 0.) - now["doubt"]) / LONG
     now["crossed"] = min(max(now["crossed"] + vote, 0), 2 * needed)
     return now["crossed"] if now["crossed"] >= needed else 0
@@ -218,9 +220,10 @@ JUMP, RARE, BEYOND = 2.8, .03, 4.
 @compiled
 def spikes(now, candle, scale, follows, waited, out):
     "SPIKE or 0; out: how many ranges, and how many rows back"
-    reach = wick(candle, scale, candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]) if now["trades"] else 1.)
-    leap = abs(np.log(candle[OPEN] / now["close"])) / scale / np.sqrt(1. + waited) if follows else 0.
-    back = abs(np.log(candle[OPEN] / now["before"])) / scale if now["rows"] > 1 else leap
+    busy = candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]) if now["trades"] else 1.
+    reach, unit = wick(candle, scale, busy), scale * max(1., busy) ** GROWTH * np.sqrt(1. + waited)
+    leap = abs(np.log(candle[OPEN] / now["close"])) / unit if follows else 0.
+    back = abs(np.log(candle[OPEN] / now["before"])) / unit if now["rows"] > 1 else leap
     habit = max(now["habit"], .5)
     usual = BEYOND * (1. + now["stillness"] ** 2) * habit
     out[0] = max(reach, leap)
@@ -592,6 +595,7 @@ def score(
 # %% ../../nbs/10_market/12_quality.ipynb #3a863beb
 def _plot(report):
     import matplotlib.pyplot as plt
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     figure, (price, marks) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1))
     price.plot(report.candles.index, report.candles.close, linewidth=.6)
     price.set(ylabel="close [quote per base]", title=_headline(report).partition(";")[0], yscale="log" if (report.candles.close > 0).any() else "linear")
@@ -600,6 +604,8 @@ def _plot(report):
     for each in report.findings[:2000]:
         span = pd.to_datetime([each.start_time, each.end_time + milliseconds(report.timeframe)], unit="ms", utc=True)
         marks.plot(span, [kinds.index(each.kind)] * 2, "|-", color=colours[each.severity], linewidth=3)
+    marks.xaxis.set_major_locator(places := AutoDateLocator(maxticks=9))
+    marks.xaxis.set_major_formatter(ConciseDateFormatter(places))
     marks.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(-.7, max(len(kinds), 1) - .3), xlabel="open time [UTC]")
     figure.tight_layout()
     return figure
@@ -724,7 +730,7 @@ def _early(symbol, time, step, received_time, patience):
 def _news(symbol, recent):
     "The findings of the newest candle, about as many of the recent ones as they concern"
     opened, candles, bits, evidence = (np.array(column) for column in zip(*recent))
-    bits[:-1] &= OHLC if bits[-1] & OHLC else 0
+    bits[:-1] &= bits[-1] & (OHLC | PRICE_UNITS)
     return [each for each in value_findings(symbol, opened, candles, bits, evidence) if each.end_time == opened[-1] or each.kind == "spike"]
 
 # %% ../../nbs/10_market/12_quality.ipynb #fe8f3c5d
