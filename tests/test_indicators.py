@@ -14,8 +14,9 @@ from numpy.testing import assert_array_equal
 
 from tradelab.compiled import compiled
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import Feature, Indicator, complete, extreme_age, moments, slide, turn, window_high, window_low, window_sum
+from tradelab.features.indicator import Feature, Indicator, complete, extreme_age, moments, recent, slide, turn, window_high, window_low, window_sum
 from tradelab.features.library import OURS, library
+from tradelab.features.trend import _way
 from tradelab.market.synthetic import random_walk
 from tradelab.records import COLUMNS
 
@@ -87,23 +88,42 @@ values = st.one_of(st.floats(1e-6, 1e6), st.integers(0, 3).map(float))
 @settings(max_examples=300, deadline=None)
 @given(st.lists(values, min_size=1, max_size=200), st.integers(1, 30))
 def test_windows_say_what_the_plain_formula_says(series, size):
-    state = np.zeros(8 + 5 * size)
+    state = np.zeros(12 + 5 * size)
     for t, value in enumerate(series):
         last, clock = series[max(0, t - size + 1):t + 1], turn(state, size)
-        assert window_sum(state, value, clock, 2, 8) == math.fsum(last)
-        high, low = window_high(state, value, clock, 4, 8 + size), window_low(state, value, clock, 6, 8 + 2 * size)
+        assert window_sum(state, value, clock, 2, 12) == math.fsum(last)
+        high, low = window_high(state, value, clock, 4, 12 + size), window_low(state, value, clock, 6, 12 + 2 * size)
         assert (high, low) == (max(last), min(last))
-        assert extreme_age(state, high, clock, 5, 8 + size) == last[::-1].index(max(last)) and extreme_age(state, low, clock, 7, 8 + 2 * size) == last[::-1].index(min(last))
-        start = slide(state, value, clock, 8 + 3 * size)
+        assert extreme_age(state, high, clock, 5, 12 + size) == last[::-1].index(max(last)) and extreme_age(state, low, clock, 7, 12 + 2 * size) == last[::-1].index(min(last))
+        start = slide(state, value, clock, 12 + 3 * size)
+        recent(state, value, 8)
         assert complete(state) == (len(last) == size)
         if not complete(state): continue
         assert state[start:start + size].tolist() == last
-        mean, deviation = moments(state, start, size)
+        mean, deviation = moments(state, value, 8, start, size)
         assert np.isclose(mean, np.mean(last), rtol=1e-13) and np.isclose(deviation, np.std(last), rtol=1e-9, atol=1e-9 * max(last))
         if len(set(last)) == 1: assert (mean, deviation) == (last[0], 0)
 
 
 def summed(state, value): return window_sum(state, value, turn(state, 20), 2, 4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.floats(1, 1.2), st.floats(1e-6, 1e6), st.sampled_from([.1, .3, 1.])), min_size=2, max_size=400), st.integers(1, 12))
+def test_the_way_of_a_price_is_exact_whether_or_not_it_needs_a_rest(closes, size):
+    state, changes = np.zeros(5 + size), np.abs(np.diff(closes))
+    for t, change in enumerate(changes):
+        assert _way(state, change, closes[t + 1], turn(state, size), 2, 5) == math.fsum(changes[max(0, t - size + 1):t + 1])
+
+
+@pytest.mark.parametrize("market", MARKETS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 9, 21, 200])
+def test_windows_of_any_length_agree_with_the_formula_on_real_candles(real, market, size):
+    close = real[market][-3_000:, 3]
+    rows, weights, candles = windows(close, size)[size:], np.arange(1, size + 1), real[market][-3_000:]
+    for text, formula in {f"wma({size})": (rows * weights).sum(1) / weights.sum(), f"bollinger({size},2).middle": rows.mean(1), f"bollinger({size},2).upper": rows.mean(1) + 2 * rows.std(1),
+                          f"volatility({size})": windows(np.diff(np.log(close)), size)[size - 1:].std(1)}.items():
+        assert np.abs(parse(text).array(candles)[size:] - formula).max() <= 1e-9 * max(np.abs(formula).max(), formula.std()), text
 
 
 def test_a_sum_does_not_drift():

@@ -9,7 +9,7 @@ __all__ = ['return_', 'log_return', 'roc', 'rsi', 'tsi', 'ppo', 'stochastic', 's
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, mean, moments, previous, push, share, slide, smooth, turn, whole, window_high, window_low)
+    Indicator, bare, complete, forgetting, mean, moments, previous, push, recent, share, slide, smooth, turn, whole, window_high, window_low)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/22_momentum.ipynb #37c90211
@@ -153,11 +153,12 @@ williams_r = Indicator("williams_r", _williams_r, {"window": 14}, ("value",), la
 def _cci(state, parameters, candle, out):
     "Commodity channel index: distance of the typical price from its mean, in mean deviations / 0.015"
     clock, typical, spread = turn(state, parameters[0]), (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3., 0.
-    start = slide(state, typical, clock, 2)
+    start = slide(state, typical, clock, 6)
+    recent(state, typical, 2)
     if not complete(state): return
-    average = moments(state, start, clock[1])[0]
+    average = moments(state, typical, 2, start, clock[1])[0]
     for i in range(clock[1]): spread += abs(state[start + whole(i)] - average)
     out[0] = (typical - average) / (.015 * spread / parameters[0]) if spread > 0. else 0.
 
 
-cci = Indicator("cci", _cci, {"window": 20}, ("value",), lambda window: 2 * window + 2, lambda window: window)
+cci = Indicator("cci", _cci, {"window": 20}, ("value",), lambda window: 2 * window + 6, lambda window: window)

@@ -8,8 +8,9 @@ __all__ = ['sma', 'ema', 'wma', 'kama', 'macd', 'trix', 'adx', 'aroon', 'vortex'
 # %% ../../nbs/20_features/21_trend.ipynb #9f6fe851
 import numpy as np
 
-from .indicator import (
-    Indicator, bare, complete, extreme_age, forgetting, push, share, slide, smooth, turn, whole, window_high, window_low, window_sum)
+from tradelab.features.indicator import (
+    Indicator, bare, complete, extreme_age, forgetting, four, older, push, recent, same, share, slide, smooth, sum_anew, together, total, turn, two_sum, whole, window_high, window_low,
+    window_sum)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/21_trend.ipynb #ba8f4242
@@ -39,31 +40,64 @@ ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda windo
 
 # %% ../../nbs/20_features/21_trend.ipynb #571e416b
 @bare
+def _weighted(state, value, at, start, size):
+    "Sum of the differences to the newest value: the oldest weighs 1"
+    newest, weight, single, (count, end) = same(value), 1., 0., older(size)
+    summed = together(max(size - 3., 0.), max(size - 2., 0.), max(size - 1., 0.), 0.) * (four(state, at) - newest)
+    for k in range(count):
+        single += weight * (state[start + whole(k)] - value)
+        weight += 1.
+    weights = same(weight) + together(0., 1., 2., 3.)
+    for k in range(count, end, 4):
+        summed = summed + weights * (four(state, start + k) - newest)
+        weights = weights + same(4.)
+    return total(summed) + single
+
+
+@bare
 def _wma(state, parameters, candle, out):
     "Linearly weighted moving average of the close; relative: the close above it, a fraction"
     window, clock, close = parameters[0], turn(state, parameters[0]), candle[CLOSE]
-    start, size, even, odd, weight = slide(state, close, clock, 2), clock[1], 0., 0., 2.
+    start, part = slide(state, close, clock, 6), 2. / (window * (window + 1.))
+    recent(state, close, 2)
     if not complete(state): return
-    oldest = state[start]
-    for k in range(1, size - 1, 2):
-        i = start + whole(k)
-        odd += weight * (state[i] - oldest)
-        even += (weight + 1.) * (state[i + 1] - oldest)
-        weight += 2.
-    if size % 2 == 0: odd += window * (close - oldest)
-    out[0] = oldest + (odd + even) * (2. / (window * (window + 1.)))
+    out[0] = close + _weighted(state, close, 2, start, clock[1]) * part
     out[1] = close / out[0] - 1.
 
 
-wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window: 2 * window + 2, lambda window: window)
+wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window: 2 * window + 6, lambda window: window)
 
 # %% ../../nbs/20_features/21_trend.ipynb #c0bf751d
+@bare
+def _way(
+    state,
+    change,     # of the close, not negative
+    close,
+    clock,
+    at,         # three cells from here: whether there may be a rest, the sum, the rest
+    ring,       # where the ring begins
+)->float:
+    "Put a change into the window; the sum over it"
+    left, rounded = push(state, change, clock, ring), state[at]
+    result = state[at + 1] - left + change
+    if rounded == 0. and result <= .25 * close:
+        state[at + 1] = result
+        return result
+    change, lost = two_sum(change, -left)
+    result, other = two_sum(state[at + 1], change)
+    rest = (state[at + 2] + lost) + other
+    if clock[2]: result, rest = sum_anew(state, ring, clock[1])
+    state[at] = 0. if clock[2] and result <= .25 * close else 1.
+    state[at + 1], state[at + 2] = result, rest
+    return result + rest
+
+# %% ../../nbs/20_features/21_trend.ipynb #5cfaffcb
 @bare
 def _kama(state, parameters, candle, out):
     "Kaufman's adaptive moving average of the close; relative: the close above it, a fraction"
     close, clock, fast, slow = candle[CLOSE], turn(state, parameters[0]), 2. / (parameters[1] + 1.), 2. / (parameters[2] + 1.)
     before, average = state[2], state[3]
-    past, way = push(state, close, clock, 6 + clock[1]), window_sum(state, abs(close - before), clock, 4, 6)
+    past, way = push(state, close, clock, 7 + clock[1]), _way(state, abs(close - before), close, clock, 4, 7)
     state[2] = state[3] = close
     if past == 0.: return
     efficiency = abs(close - past) / way if way > 0. else 0.
@@ -73,7 +107,7 @@ def _kama(state, parameters, candle, out):
     out[1] = close / average - 1.
 
 
-kama = Indicator("kama", _kama, {"window": 10, "fast": 2, "slow": 30}, ("value", "relative"), lambda window, fast, slow: 2 * window + 6,
+kama = Indicator("kama", _kama, {"window": 10, "fast": 2, "slow": 30}, ("value", "relative"), lambda window, fast, slow: 2 * window + 7,
                  lambda window, fast, slow: window + forgetting((2 / (max(fast, slow) + 1)) ** 2) // 6)
 
 # %% ../../nbs/20_features/21_trend.ipynb #eb58f8fd

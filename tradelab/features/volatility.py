@@ -9,7 +9,7 @@ __all__ = ['atr', 'bollinger', 'volatility', 'realised_volatility', 'ulcer', 'ke
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, moments, previous, share, slide, smooth, turn, window_high, window_low, window_sum)
+    Indicator, bare, complete, forgetting, moments, previous, recent, share, slide, smooth, turn, window_high, window_low, window_sum)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/23_volatility.ipynb #1ddd5b23
@@ -38,12 +38,13 @@ atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda windo
 @bare
 def _bollinger(state, parameters, candle, out):
     "Place between the Bollinger bands, 0 to 1, their relative width, and the bands in quote"
-    clock, deviations = turn(state, parameters[0]), parameters[1]
-    start = slide(state, candle[CLOSE], clock, 2)
+    clock, deviations, close = turn(state, parameters[0]), parameters[1], candle[CLOSE]
+    start = slide(state, close, clock, 6)
+    recent(state, close, 2)
     if not complete(state): return
-    middle, half = moments(state, start, clock[1])
+    middle, half = moments(state, close, 2, start, clock[1])
     half *= deviations
-    out[0] = .5 + .5 * (candle[CLOSE] - middle) / half if half > 0. else .5
+    out[0] = .5 + .5 * (close - middle) / half if half > 0. else .5
     out[1] = 2. * half / middle
     out[2] = middle + half
     out[3] = middle - half
@@ -51,7 +52,7 @@ def _bollinger(state, parameters, candle, out):
 
 
 bollinger = Indicator("bollinger", _bollinger, {"window": 20, "deviations": 2.}, ("percent", "width", "upper", "lower", "middle"),
-                      lambda window, deviations: 2 * window + 2, lambda window, deviations: window)
+                      lambda window, deviations: 2 * window + 6, lambda window, deviations: window)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #078debad
 @bare
@@ -59,12 +60,13 @@ def _volatility(state, parameters, candle, out):
     "Standard deviation of the log returns of the window, a fraction per candle"
     before = previous(state, candle[CLOSE])
     if np.isnan(before): return
-    clock = turn(state, parameters[0], 2)
-    start = slide(state, np.log(candle[CLOSE] / before), clock, 4)
-    if complete(state, 2): out[0] = moments(state, start, clock[1])[1]
+    clock, change = turn(state, parameters[0], 2), np.log(candle[CLOSE] / before)
+    start = slide(state, change, clock, 8)
+    recent(state, change, 4)
+    if complete(state, 2): out[0] = moments(state, change, 4, start, clock[1])[1]
 
 
-volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), lambda window: 2 * window + 4, lambda window: window + 1)
+volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), lambda window: 2 * window + 8, lambda window: window + 1)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #5eec9aa8
 @bare
