@@ -88,6 +88,7 @@ def _plot(universe):
         ends = pd.to_datetime([listed, min(delisted, now)], unit="ms", utc=True)
         axes.plot(ends, [row, row], "|-", linewidth=4, color="tab:blue" if delisted >= FOREVER else "tab:red")
     axes.set(yticks=range(len(universe.lives)), yticklabels=universe.lives.index, xlabel="life [UTC]; red: gone")
+    figure.autofmt_xdate()
     return figure
 
 # %% ../../nbs/10_market/17_universe.ipynb #81b59902
