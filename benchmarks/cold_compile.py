@@ -17,6 +17,7 @@ from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import FadeGap, Momentum, SmaCross
 
 candles = ar1(3_500, seed=0)
+candles["index_price"] = candles["close"]
 names = tuple(INDICATORS)
 layers = [(np.ones((1, len(names) + 3)), np.ones(1))]
 for policy in (Policy("all", mlp, pack(layers, "relu", "tanh"), names), Momentum(), SmaCross(), FadeGap()):

@@ -6,7 +6,7 @@
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
            'OPEN_TIME', 'COLUMNS', 'KNOWN', 'INSTRUMENT', 'COSTS', 'LIMITS', 'JOURNAL', 'check_positive',
            'check_not_negative', 'grid', 'Instrument', 'CostModel', 'Limits', 'Order', 'Fill', 'Funding', 'Scaler',
-           'Reason', 'Decision']
+           'Reason', 'TradingState', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 from dataclasses import asdict, dataclass, fields
@@ -167,6 +167,15 @@ class Reason(IntEnum):
 _SENTENCES = {Reason.AS_ASKED: "as the policy asked", Reason.TOO_SMALL: "the change is too small to trade",
               Reason.LEVERAGE: "shrunk to the leverage limit", Reason.BALANCE: "shrunk to the available balance",
               Reason.MAX_QUANTITY: "shrunk to the largest order the exchange takes", Reason.HALTED: "halted by the drawdown limit: only closing is allowed"}
+
+# %% ../nbs/00_ground/01_records.ipynb #baee6686
+class TradingState(IntEnum):
+    "What is still allowed; the higher, the less"
+    NORMAL = 0       # everything that the limits allow
+    NO_ENTRY = 1     # no new position: what is held may change, a flat symbol stays flat, none turns around
+    REDUCE_ONLY = 2  # positions may only become smaller
+    FLATTEN = 3      # everything is closed, as soon as the market allows
+    HALT = 4         # closed, and stays so until a person says otherwise
 
 # %% ../nbs/00_ground/01_records.ipynb #3b99fe3a
 JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"), ("target", "f8"), ("reason", "i8"),
