@@ -39,7 +39,7 @@ test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skip
 	@echo "--- tests"
 	$(COVER) -q -n 2 --dist loadfile tests
 	@echo "--- the chapters against the package, uncompiled"
-	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled tests
+	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n 2 tests
 	@echo "--- all notebooks, cell by cell"
 	@rm -rf .cache/test; mkdir -p .cache/test
 	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs

@@ -38,7 +38,7 @@ def newest(
     "Which publications became the newest known figure"
     return reference_time >= np.maximum.accumulate(reference_time)
 
-
+# %% ../../nbs/10_market/16_exogenous.ipynb #21005e6d
 def check_exogenous(
     table:pd.DataFrame,   # reference_time and publication_time in ms, value
     name:str,             # what messages call it

@@ -62,9 +62,6 @@ def polite(
     return exchange
 
 # %% ../../nbs/10_market/19_sources.ipynb #e8fed282
-OTHERS = ("auto", "synthetic", "archive", "yahoo", "none")
-
-
 def redirected(
     urls,              # of ccxt: text, or a dict of such
     base_url:str,      # "http://127.0.0.1:8080"
@@ -73,6 +70,9 @@ def redirected(
     if isinstance(urls, dict): return {name: redirected(url, base_url) for name, url in urls.items()}
     if not isinstance(urls, str): return urls
     return re.sub(r"^\w+://[^/]+", base_url.replace("http", "ws", 1) if urls.startswith("ws") else base_url, urls)
+
+# %% ../../nbs/10_market/19_sources.ipynb #3d341f6e
+OTHERS = ("auto", "synthetic", "archive", "yahoo", "none")
 
 
 def connect(
@@ -247,7 +247,7 @@ def yahoo_name(
     if ":" in symbol or name.endswith(("USDT", "USDC")): raise NoCandles(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no stablecoins")
     return name
 
-
+# %% ../../nbs/10_market/19_sources.ipynb #f2a816c8
 @cache
 def _redirected_session(base_url):
     from curl_cffi import requests
