@@ -8,7 +8,7 @@ import time
 PROGRAM = """
 import numpy as np
 from tradelab.features.grammar import INDICATORS
-from tradelab.features.observation import Observation
+from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.learn.env import Market, MarketVecEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
@@ -17,9 +17,9 @@ from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import FadeGap, Momentum, SmaCross
 
 candles = ar1(3_500, seed=0)
-candles["index_price"] = candles["close"]
+candles = candles.assign(quote_volume=candles.volume * candles.close, trades=9., taker_buy_volume=candles.volume / 2, index_price=candles.close)
 names = tuple(INDICATORS)
-layers = [(np.ones((1, len(names) + 3)), np.ones(1))]
+layers = [(np.ones((1, len(names) + len(PORTFOLIO))), np.ones(1))]
 for policy in (Policy("all", mlp, pack(layers, "relu", "tanh"), names), Momentum(), SmaCross(), FadeGap()):
     for form in ("array", "event"): backtest(policy, candles, funding=funding(candles), form=form)
 environment = MarketVecEnv(Market.of(candles, Observation(["return(1)"])), n=2)
