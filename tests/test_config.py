@@ -2,11 +2,13 @@
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from tradelab.config import BadSettings, _flat, _variables, known_keys, settings, venue_for
+from tradelab.records import Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
@@ -57,9 +59,27 @@ def test_the_examples_name_every_setting_and_its_default(project):
     (project / "tradelab.toml").write_text(text)
     assert settings().model_dump() == settings(**{}).model_dump()
     written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name != "production"}))
-    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} and all(name in text for name in SECRETS | {"venue", "mainnet_confirmation"})
+    unlimited = {f"risk.{field.name}" for field in fields(Limits) if field.default is None}
+    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.removeprefix("risk.") in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
     example = settings()
     (project / "tradelab.toml").write_text("")
     assert example == settings()
     dotenv = dict(line.lstrip("# ").split("=") for line in (ROOT / ".env.example").read_text().splitlines() if line.lstrip("# ").startswith("TRADELAB_"))
     assert set(_variables({name: value or "x" for name, value in dotenv.items()})) <= set(known_keys())
+
+
+def test_limits_and_stops_are_set_like_the_rest(project, monkeypatch):
+    (project / "tradelab.toml").write_text('[risk]\nmax_sector = 0.3\nsectors = { "BTC/USDT:USDT" = "money" }\n[risk.stops]\nstop_loss = 0.01')
+    monkeypatch.setenv("TRADELAB_RISK__STOPS__TAKE_PROFIT", "0.05")
+    monkeypatch.setenv("TRADELAB_RISK__MAX_NET", "0.5")
+    here = settings().risk
+    assert (here.max_sector, here.sectors, here.stops.stop_loss, here.stops.take_profit, here.max_net) == (.3, {"BTC/USDT:USDT": "money"}, .01, .05, .5)
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("[risk]\nmax_var = -1.0", "risk.max_var must be a finite number above 0, was -1.0: change it in tradelab.toml"), ("[risk]\nmax_net = nan", "risk.max_net must be a finite number above 0, was nan"),
+    ("[risk.stops]\nstop_loss = 2.0", "stop_loss must be below 1"), ("[risk]\nmax_net = 3.0", "risk.max_net 3.0 is above max_leverage 1.0"), ("[risk.stops]\nstop_los = 0.1", "did you mean risk.stops.stop_loss")])
+def test_a_limit_that_cannot_be_is_refused_at_start(project, text, sentence):
+    (project / "tradelab.toml").write_text(text)
+    with pytest.raises(BadSettings) as refused: settings()
+    assert sentence in str(refused.value)

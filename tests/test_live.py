@@ -27,7 +27,7 @@ from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
 from tradelab.records import CostModel, Instrument, Limits, Order
-from tradelab.risk.limits import gate
+from tradelab.risk.limits import Gate
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 
@@ -49,7 +49,7 @@ def venue(exchange, key="localnet-key", secret="localnet-secret"):
 
 def trader(symbols=(BITCOIN,), limits=Limits()):
     policy = Momentum(lookback=5, threshold=.005)
-    return Trader(policy, Observation.of(policy), gate, limits, tuple(Instrument(symbol) for symbol in symbols))
+    return Trader(policy, Observation.of(policy), Gate, limits, tuple(Instrument(symbol) for symbol in symbols))
 
 
 def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
@@ -132,7 +132,7 @@ def _follow(parameters, observation, targets):
 
 def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
-    make = lambda: Trader(policy, Observation.of(policy), gate, Limits(), (Instrument(BITCOIN),))
+    make = lambda: Trader(policy, Observation.of(policy), Gate, Limits(), (Instrument(BITCOIN),))
     with localnet() as exchange:
         live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"), tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)

@@ -12,8 +12,8 @@ from tradelab.market.candles import matrix
 from tradelab.market.sources import funding_history, history
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
-from tradelab.records import INSTRUMENT, JOURNAL, CostModel, Instrument, Limits, Reason
-from tradelab.risk.limits import gate
+from tradelab.records import JOURNAL, NO_STOPS, CostModel, Instrument, Limits, Reason
+from tradelab.risk.limits import Gate
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum, SmaCross
 
@@ -102,7 +102,7 @@ def test_money_is_conserved(seed, size, slippage):
 def test_a_drawdown_halts_for_good():
     "After the halt everything is closed once, and nothing is opened again"
     candles = ar1(3_000, rho=0, volatility=.02, seed=2)
-    result = backtest(network(features=("return(1)",), window=1), candles, limits=Limits(max_position=1., max_drawdown=.1))
+    result = backtest(network(features=("return(1)",), window=1), candles, limits=Limits(max_position=1., max_drawdown=.1, max_daily_loss=None, stops=NO_STOPS))
     halted = result.rows["reason"][:, 0] == Reason.HALTED
     first = int(np.argmax(halted))
     assert halted.any() and result.rows["drawdown"][first, 0] >= .1
@@ -112,21 +112,19 @@ def test_a_drawdown_halts_for_good():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.floats(-2, 2), st.floats(-.9, .9), st.floats(10, 1e5)), min_size=1, max_size=4))
 def test_the_gate_keeps_its_limits(rows):
-    limits = Limits(max_position=.6, max_leverage=1.)
-    symbols = len(rows)
-    account, positions = new_account(10_000.), np.zeros(symbols, POSITION)
+    limits = Limits(max_position=.6, max_leverage=1., max_participation=None)
     targets, held, prices = (np.array(column, float) for column in zip(*rows))
-    positions["quantity"] = np.round(held * 6_000 / prices / symbols, 3)
-    instruments = np.array([Instrument().row()] * symbols, INSTRUMENT)
-    quantities, reasons = np.zeros(symbols), np.zeros(symbols, np.int64)
-    gate(targets, account, positions, prices, limits.row(), instruments, quantities, reasons)
-    before, after = np.abs(positions["quantity"] * prices), np.abs((positions["quantity"] + quantities) * prices)
+    held = np.round(held * 6_000 / prices / len(rows), 3)
+
+    def ordered(which):
+        positions, candle = np.zeros(len(rows), POSITION), np.repeat(prices[which][:, None], 5, axis=1)
+        positions["quantity"], positions["entry_price"] = held[which], prices[which]
+        return Gate(limits, [Instrument()] * len(rows)).decide(0, candle, targets[which], new_account(10_000.), positions)["quantity"].copy()
+    quantities = ordered(np.arange(len(rows)))
+    before, after = np.abs(held * prices), np.abs((held + quantities) * prices)
     grown = after > before
     assert (after[grown] <= 6_000 + 1e-6).all() and (not grown.any() or after[grown].sum() <= 10_000 + 1e-6)
-    order = np.arange(symbols)[::-1]
-    mirrored = np.zeros(symbols)
-    gate(targets[order].copy(), account, positions[order].copy(), prices[order].copy(), limits.row(), instruments, mirrored, reasons)
-    assert np.array_equal(mirrored[order], quantities)
+    assert np.array_equal(ordered(np.arange(len(rows))[::-1])[::-1], quantities)
 
 
 def test_the_journal_has_the_fields_of_the_environment():

@@ -13,8 +13,10 @@ from .compiled import compiled
 from .records import INSTRUMENT
 
 # %% ../nbs/00_ground/04_account.ipynb #4cf9c58e
-ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8")])
-POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8")]) # age: closes that it has seen
+ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8"),
+                    ("state", "i8"), ("day", "i8"), ("day_equity", "f8"), ("last_equity", "f8"), ("day_stopped", "i8"), ("minute", "i8"), ("orders", "i8")]) # what the gate remembers
+POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8"), # age: closes that it has seen
+                     ("best_price", "f8"), ("entry_atr", "f8"), ("width", "f8"), ("stopped", "f8")])                               # what the stops remember
 
 
 def new_account(
@@ -68,7 +70,7 @@ def apply_fill(
         money["realised"] += -closed * (price - entry)
         if abs(quantity) > abs(held): position["entry_price"] = price
     if after == 0.: position["entry_price"] = 0.
-    if after * held <= 0.: position["age"] = 0.
+    if after * held <= 0.: position["age"] = position["best_price"] = 0.
     position["quantity"] = after
 
 # %% ../nbs/00_ground/04_account.ipynb #3e998d40

@@ -91,10 +91,17 @@ class BadSettings(ValueError):
     "A setting that is unknown or wrong; says where it stands"
 
 # %% ../nbs/00_ground/02_config.ipynb #c6716410
+def _names(record, prefix):
+    "The fields of a record and of the records in it, with dots"
+    for field in fields(record):
+        inner = field.default
+        yield from _names(type(inner), f"{prefix}.{field.name}") if is_dataclass(inner) else [f"{prefix}.{field.name}"]
+
+
 def known_keys()->list[str]:
     "Every key that can be set, with dots: `risk.max_leverage`"
     tables = {"risk": Limits, "costs": CostModel}
-    return [key for name in Settings.model_fields for key in ([f"{name}.{field.name}" for field in fields(tables[name])] if name in tables else [name])]
+    return [key for name in Settings.model_fields for key in (_names(tables[name], name) if name in tables else [name])]
 
 # %% ../nbs/00_ground/02_config.ipynb #48545982
 def nearest(
@@ -139,7 +146,7 @@ TOML, DOTENV, ENVIRONMENT, PARAMETERS = "tradelab.toml", ".env", "the environmen
 def _refuse_unknown(where, keys):
     written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
     for key in keys:
-        if key not in known_keys():
+        if key not in known_keys() and not key.startswith("risk.sectors."):
             raise BadSettings(f"{written(key)} in {where} is not a setting: did you mean {written(nearest(key, known_keys()))}?")
 
 # %% ../nbs/00_ground/02_config.ipynb #d1e96f84
@@ -162,7 +169,7 @@ def _sentence(detail, parameters):
     "One error of pydantic as one sentence"
     key = ".".join(str(part) for part in detail["loc"] if part in ".".join(known_keys()).split("."))
     what = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if what.startswith(("Limits.", "CostModel.")):
+    if what.startswith(("Limits.", "CostModel.", "Stops.")):
         key, what = f"{key}.{what.split('.', 1)[1].split(' ')[0]}", what.split(" ", 1)[1]
     elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret")): what += f", was {detail['input']!r}"
     places = [*read_places(parameters.get("environment")), (PARAMETERS, _flat(parameters))]

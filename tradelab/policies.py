@@ -28,12 +28,13 @@ class Policy:
     features:tuple = ()                 # texts such as "rsi(14)", in the order of the observation's columns
     window:int = 1                      # candles in the observation, oldest first
     scaler:Scaler|None = None           # None: features as they are
+    confident:bool = False              # answers with its confidences, in [0, 1], behind the targets
 
     def __post_init__(self): object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
 
     def act(self, observation:np.ndarray)->np.ndarray:
-        "Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width)"
-        targets = np.zeros(len(observation))
+        "Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2 n_symbols,) with confidences"
+        targets = np.zeros(len(observation) * (1 + self.confident))
         self.function(self.parameters, observation, targets)
         return targets
 

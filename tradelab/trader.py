@@ -15,7 +15,7 @@ import numpy as np
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import compiled
 from .policies import Policy
-from .records import CLOSE, COLUMNS, INSTRUMENT, JOURNAL, KNOWN, OPEN_TIME, Decision, Fill, Funding, Instrument, Limits
+from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, Decision, Fill, Funding, Instrument, Limits
 
 # %% ../nbs/00_ground/06_trader.ipynb #631b7345
 @compiled
@@ -23,19 +23,17 @@ def record(
     row,         # JOURNAL, (n_symbols,), written
     open_time,   # of the candle that closed
     candle,      # (n_symbols, 5)
-    targets,     # (n_symbols,)
+    proposals,   # PROPOSAL, (n_symbols,), as the gate left them
     account,     # ACCOUNT, (1,)
     positions,   # POSITION, (n_symbols,)
-    quantities,  # (n_symbols,), signed base units to order
-    reasons,     # (n_symbols,)
 ):
     "Write what was seen and wanted at one close"
-    for n in range(len(targets)):
-        entry, money = row[n], account[0]
+    for n in range(len(proposals)):
+        entry, money, proposal = row[n], account[0], proposals[n]
         entry["open_time"], entry["close"] = open_time, candle[n, CLOSE]
         entry["equity"], entry["drawdown"] = money["equity"], money["drawdown"]
-        entry["position"], entry["target"] = positions[n]["quantity"], targets[n]
-        entry["reason"], entry["order"] = reasons[n], quantities[n]
+        entry["position"], entry["target"] = positions[n]["quantity"], proposal["target"]
+        entry["reason"], entry["value"], entry["limit"], entry["order"] = proposal["reason"], proposal["value"], proposal["limit"], proposal["quantity"]
         entry["fill_quantity"], entry["fill_price"], entry["fee"], entry["funding"] = 0., 0., 0., 0.
 
 # %% ../nbs/00_ground/06_trader.ipynb #5ed66d7f
@@ -78,7 +76,7 @@ class Trader:
     def __init__(self,
         policy:Policy,
         observation,            # features.observation.Observation of this policy
-        gate:Callable,          # risk.limits.gate
+        gate:Callable,          # (limits, instruments) -> the rules with their memory: risk.limits.Gate
         limits:Limits=Limits(),
         instruments:tuple=(Instrument(),), # one per symbol, in the order of the candles' rows
         deposit:float=10_000.,  # quote
@@ -87,14 +85,14 @@ class Trader:
         self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.on(self.symbols), gate, limits, tuple(instruments)
         self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)
         self.open_time = -1
-        self._limits, self._instruments = limits.row(), np.array([instrument.row() for instrument in instruments], INSTRUMENT)
+        self.rules = gate(limits, self.instruments)
         self.seen = self.observation.rows # the symbols whose candles it is given: those that it trades, then those that a feature only looks at
         self._stream, self._known = self.observation.stream(), np.full((len(self.seen), len(KNOWN)), np.nan)
 
     @property
     def warm_up(self)->int:
         "Candles of history that the first decision needs"
-        return self.observation.warm_up
+        return max(self.observation.warm_up, self.rules.warm_up)
 
     def warm(self, times, candles):
         "See history, (T,) open times and candles as `on_candle` takes them, (T, n_seen, 5 or 11), without deciding"
@@ -105,19 +103,19 @@ class Trader:
         if not np.isfinite(candle[:, :len(COLUMNS)]).all(): raise ValueError(f"candle {open_time} holds a value that is not a finite number: {candle.tolist()}")
         self._known[:, :candle.shape[1]], self._known[:, OPEN_TIME] = candle, open_time
         self._stream.push(self._known)
+        self.rules.watch(open_time, self._known[:len(self.symbols)])
         self.open_time = open_time
 
-    def on_candle(self, open_time:int, candle:np.ndarray)->Decision:
-        "Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN"
+    def on_candle(self, open_time:int, candle:np.ndarray, marks:np.ndarray|None=None)->Decision:
+        "Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN; `marks`: mark prices, where they are known"
         self._see(open_time, candle)
-        prices, quantities, reasons = candle[:len(self.symbols), CLOSE].copy(), np.zeros(len(self.symbols)), np.zeros(len(self.symbols), np.int64)
-        mark(self.account, self.positions, prices)
+        traded = self._known[:len(self.symbols)]
+        mark(self.account, self.positions, traded[:, CLOSE].copy())
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
-        targets = self.policy.act(observation)
-        self.gate(targets, self.account, self.positions, prices, self._limits, self._instruments, quantities, reasons)
-        record(self.rows, open_time, candle, targets, self.account, self.positions, quantities, reasons)
-        return Decision(open_time, observation, targets, quantities, reasons)
+        answered = self.rules.decide(open_time, traded, self.policy.act(observation), self.account, self.positions, marks)
+        record(self.rows, open_time, traded, answered, self.account, self.positions)
+        return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
 
     def on_fill(self, fill:Fill):
         "Write down a fill"

@@ -16,7 +16,8 @@ from ..account import ACCOUNT, POSITION, mark
 from ..compiled import compiled
 from ..features.observation import Observation, assemble
 from ..market.candles import frames_of, matrix, timeframe_at
-from ..records import CLOSE, COLUMNS, INSTRUMENT, JOURNAL, KNOWN, CostModel, Instrument, Limits
+from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Instrument, Limits, instrument_rows
+from ..risk.limits import followed, warm_up
 from ..sim.backtest import funding_rates, looked_at
 from ..sim.kernel import step
 
@@ -35,6 +36,8 @@ class Market:
     costs:np.ndarray        # a row of COSTS
     limits:np.ndarray       # a row of LIMITS
     instruments:np.ndarray  # INSTRUMENT, (n_symbols,)
+    states:tuple            # what the limits know of the market at each candle: MARKET, covariances
+    first:int               # the first candle that can be decided on
     deposit:float           # quote
 
     @classmethod
@@ -43,15 +46,10 @@ class Market:
         frames, symbols = frames_of(candles, watch, funding)
         times, known, names = matrix(frames, KNOWN)
         observation, values = observation.on(symbols, timeframe_at(times)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
-        rows = np.array([each.row() for each in instruments or [Instrument(symbol) for symbol in symbols]], INSTRUMENT)
-        if len(times) < observation.warm_up + 2:
-            raise ValueError(f"{len(times)} candles are too few to train on: the features need {observation.warm_up} to warm up, and an episode at least 2")
-        return cls(times, values, funding_rates(funding, times, symbols), observation.matrix(looked_at(observation, known, names)), observation, costs.row(), limits.row(), rows, deposit)
-
-    @property
-    def first(self)->int:
-        "The first candle that can be decided on"
-        return self.observation.warm_up
+        rows, first = instrument_rows(instruments or [Instrument(symbol) for symbol in symbols], limits), max(observation.warm_up, warm_up(limits))
+        if len(times) < first + 2:
+            raise ValueError(f"{len(times)} candles are too few to train on: features and limits need {first} to warm up, and an episode at least 2")
+        return cls(times, values, funding_rates(funding, times, symbols), observation.matrix(looked_at(observation, known, names)), observation, costs.row(), limits.row(), rows, followed(times, values, limits), first, deposit)
 
 # %% ../../nbs/80_learn/80_env.ipynb #b0eca78c
 @compiled
@@ -71,17 +69,17 @@ def look(
 def step_many(
     actions,      # (n, n_symbols), in [-1, 1]
     at,           # (n,), the candle of each environment, moved on
-    times, candles, rates, costs, limits, instruments, # the market
+    times, candles, rates, market, covariances, costs, limits, instruments, # the market
     accounts,     # ACCOUNT, (n, 1)
     positions,    # POSITION, (n, n_symbols)
+    proposals,    # PROPOSAL, (n_symbols,), written
     rows,         # JOURNAL, (n, n_symbols), written
     rewards,      # (n,), written: change of log equity
 ):
     "One step of every environment"
-    quantities, reasons = np.zeros(candles.shape[1]), np.zeros(candles.shape[1], np.int64)
     for b in range(len(at)):
         before = accounts[b, 0]["equity"]
-        step(at[b], times, candles, rates, actions[b], accounts[b], positions[b], costs, limits, instruments, quantities, reasons, rows[b])
+        step(at[b], times, candles, rates, actions[b], accounts[b], positions[b], market, covariances, costs, limits, instruments, proposals, rows[b])
         at[b] += 1
         rewards[b] = np.log(max(accounts[b, 0]["equity"], 1e-9) / before)
 
@@ -103,6 +101,7 @@ class Population:
         symbols = market.candles.shape[1]
         self.market, self.length, self.longest = market, length or longest, longest
         self.accounts, self.positions, self.rows = np.zeros((n, 1), ACCOUNT), np.zeros((n, symbols), POSITION), np.zeros((n, symbols), JOURNAL)
+        self.proposals = np.zeros(symbols, PROPOSAL)
         self.at, self.end, self.rewards = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n)
         self.observations = np.zeros((n, symbols, market.observation.width), np.float32)
 
@@ -121,8 +120,8 @@ class Population:
     def step(self, actions):
         "Live through one candle everywhere; returns (terminated, truncated)"
         market = self.market
-        step_many(np.ascontiguousarray(actions, np.float64), self.at, market.times, market.candles, market.rates, market.costs, market.limits, market.instruments,
-                  self.accounts, self.positions, self.rows, self.rewards)
+        step_many(np.ascontiguousarray(actions, np.float64), self.at, market.times, market.candles, market.rates, *market.states, market.costs, market.limits, market.instruments,
+                  self.accounts, self.positions, self.proposals, self.rows, self.rewards)
         self.look()
         terminated = self.accounts["equity"][:, 0] < RUIN * market.deposit
         return terminated, (self.at >= self.end) & ~terminated

@@ -6,7 +6,7 @@
 __all__ = ['LOOP', 'funding_rates', 'make_trader', 'journal_frame', 'journal_rows', 'Result', 'looked_at', 'backtest']
 
 # %% ../../nbs/50_sim/52_backtest.ipynb #87dd629d
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numba
 import numpy as np
@@ -20,8 +20,8 @@ from ..evaluation.tearsheet import TearSheet
 from ..features.observation import Observation, assemble
 from ..market.candles import frames_of, matrix, moment, text, timeframe_at
 from ..policies import POLICY, Policy, buy_and_hold, flat
-from ..records import CLOSE, COLUMNS, COSTS, INSTRUMENT, JOURNAL, KNOWN, LIMITS, CostModel, Fill, Funding, Instrument, Limits
-from ..risk.limits import gate
+from ..records import CLOSE, COLUMNS, COSTS, INSTRUMENT, JOURNAL, KNOWN, LIMITS, NO_STOPS, PROPOSAL, CostModel, Fill, Funding, Instrument, Limits, instrument_rows
+from ..risk.limits import MARKET, Gate, followed, warm_up
 from .kernel import settle, step
 from ..trader import Trader
 
@@ -44,23 +44,24 @@ def funding_rates(
     return rates
 
 # %% ../../nbs/50_sim/52_backtest.ipynb #ed688767
-_record = {name: numba.from_dtype(dtype) for name, dtype in dict(account=ACCOUNT, position=POSITION, costs=COSTS, limits=LIMITS, instrument=INSTRUMENT, journal=JOURNAL).items()}
+_record = {name: numba.from_dtype(dtype) for name, dtype in dict(account=ACCOUNT, position=POSITION, costs=COSTS, limits=LIMITS, instrument=INSTRUMENT, journal=JOURNAL, market=MARKET, proposal=PROPOSAL).items()}
 LOOP = types.void(types.FunctionType(POLICY), types.float64[::1], types.int64[::1], types.float64[:, :, ::1], types.float64[:, ::1], types.float32[:, :, ::1],
-                  types.int64, _record["account"][::1], _record["position"][::1], _record["costs"], _record["limits"], _record["instrument"][::1],
+                  types.int64, _record["account"][::1], _record["position"][::1], _record["market"][:, ::1], types.float64[:, :, ::1], _record["costs"], _record["limits"], _record["instrument"][::1],
+                  _record["proposal"][::1], types.int64,
                   _record["journal"][:, ::1], types.float32[:, :, ::1])
 
 
 @compiled(LOOP)
-def _loop(policy, parameters, times, candles, rates, features, start, account, positions, costs, limits, instruments, journal, observations):
-    symbols, keep = candles.shape[1], len(observations) > 1
+def _loop(policy, parameters, times, candles, rates, features, start, account, positions, market, covariances, costs, limits, instruments, proposals, answers, journal, observations):
+    keep = len(observations) > 1
     window = features.shape[0] - candles.shape[0] + 1
-    targets, quantities, reasons = np.zeros(symbols), np.zeros(symbols), np.zeros(symbols, np.int64)
+    answer = np.zeros(answers)
     mark(account, positions, candles[start, :, CLOSE].copy())
     for t in range(start, len(times) - 1):
         seen = observations[t - start if keep else 0]
         assemble(features[t:t + window], account, positions, seen)
-        policy(parameters, seen, targets)
-        step(t, times, candles, rates, targets, account, positions, costs, limits, instruments, quantities, reasons, journal[t - start])
+        policy(parameters, seen, answer)
+        step(t, times, candles, rates, answer, account, positions, market, covariances, costs, limits, instruments, proposals, journal[t - start])
 
 # %% ../../nbs/50_sim/52_backtest.ipynb #af684576
 def make_trader(
@@ -71,13 +72,13 @@ def make_trader(
     timeframe:str="",                  # of the candles; needed where a feature stands on another
 )->Trader:
     "A trader for this policy, with the observation it wants and the gate that everyone passes"
-    return Trader(policy, Observation.of(policy, timeframe), gate, limits, instruments, deposit)
+    return Trader(policy, Observation.of(policy, timeframe), Gate, limits, instruments, deposit)
 
 # %% ../../nbs/50_sim/52_backtest.ipynb #7036ebab
 def _events(policy, times, known, timeframe, rates, start, account, positions, costs, limits, instruments, journal, observations):
     trader = make_trader(policy, limits, instruments, account[0]["deposit"], timeframe)
     trader.warm(times[:start], known[:start])
-    rows = np.array([instrument.row() for instrument in instruments], INSTRUMENT)
+    rows = instrument_rows(instruments, limits)
     for t in range(start, len(times) - 1):
         decision = trader.on_candle(int(times[t]), known[t])
         if len(observations) > 1: observations[t - start] = decision.observation
@@ -194,7 +195,7 @@ def _run(policy, market, first, setting, form, keep, symbols, face):
         features, candles = observation.matrix(looked_at(observation, known, names)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
         head = np.full((observation.window - 1, *features.shape[1:]), np.nan, np.float32)
         _loop(policy.function, policy.parameters, times, candles, rates, np.concatenate([head, features]), first, account, positions,
-              costs.row()[()], limits.row()[()], np.array([each.row() for each in instruments], INSTRUMENT), journal, seen)
+              *followed(times, candles, limits), costs.row()[()], limits.row(), instrument_rows(instruments, limits), np.zeros(len(symbols), PROPOSAL), len(symbols) * (1 + policy.confident), journal, seen)
     return Result(policy.name, journal, symbols, (int(times[-1]), float(account[0]["equity"])), *face, seen if keep else None)
 
 # %% ../../nbs/50_sim/52_backtest.ipynb #66174798
@@ -210,7 +211,7 @@ def backtest(
     watch=None,                  # frames by symbol that features look at and nobody trades
     deposit:float=10_000.,       # quote
     form:str="array",            # or "event": through a `Trader`, candle by candle
-    beside:tuple=(flat(), buy_and_hold()), # policies to compare with, over the same candles
+    beside:tuple=(flat(), buy_and_hold()), # policies to compare with, over the same candles, without stops
     keep_observations:bool=False,# hold every observation, float32
 )->Result:
     "Run a policy over candles, net of costs. ValueError where the span is too short, or a policy answers with NaN"
@@ -220,8 +221,8 @@ def backtest(
     timeframe = timeframe_at(times)
     instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
     market = times, known, names, timeframe, funding_rates(funding, times, symbols)
-    setting = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits()), instruments, deposit
-    first = _first(times, start, max(Observation.of(each, timeframe).warm_up for each in (policy, *beside)))
+    costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())
+    first = _first(times, start, max(warm_up(limits), *(Observation.of(each, timeframe).warm_up for each in (policy, *beside))))
     face = str(getattr(candles, "attrs", {}).get("source", "")), _note(getattr(run, "fitted_until", None), times[first])
-    baselines = {each.name: _run(each, market, first, setting, "array", False, symbols, (*face, {})) for each in beside if each.name != policy.name}
-    return _run(policy, market, first, setting, form, keep_observations, symbols, (*face, baselines))
+    baselines = {each.name: _run(each, market, first, (costs, replace(limits, stops=NO_STOPS), instruments, deposit), "array", False, symbols, (*face, {})) for each in beside if each.name != policy.name}
+    return _run(policy, market, first, (costs, limits, instruments, deposit), form, keep_observations, symbols, (*face, baselines))

@@ -9,7 +9,7 @@ __all__ = ['market_fill', 'settle', 'step']
 from ..account import age, apply_fill, apply_funding, funding_amount, mark, round_price
 from ..compiled import compiled
 from ..records import CLOSE, OPEN
-from ..risk.limits import gate
+from ..risk.limits import gate, propose
 from .costs import fee, slipped
 from ..trader import record
 
@@ -56,19 +56,22 @@ def step(
     times,       # (T,), open times
     candles,     # (T, n_symbols, 5)
     rates,       # (T, n_symbols): funding rate due at the close of each candle
-    targets,     # (n_symbols,), in [-1, 1]
+    answer,      # of the policy: (n_symbols,) targets in [-1, 1], with its confidences twice as many
     account,     # ACCOUNT, (1,)
     positions,   # POSITION, (n_symbols,)
+    market,      # MARKET, (T, n_symbols), or (1, n_symbols) where no limit looks at it
+    covariances, # (T, n_symbols, n_symbols), or one
     costs,       # a row of COSTS
     limits,      # a row of LIMITS
     instruments, # INSTRUMENT, (n_symbols,)
-    quantities,  # (n_symbols,), written
-    reasons,     # (n_symbols,), written
+    proposals,   # PROPOSAL, (n_symbols,), written
     row,         # JOURNAL, (n_symbols,), written
 ):
     "Decide at the close of candle t, and be valued at the close of t+1"
-    gate(targets, account, positions, candles[t, :, CLOSE].copy(), limits, instruments, quantities, reasons)
-    record(row, times[t], candles[t], targets, account, positions, quantities, reasons)
+    known = t if len(market) > 1 else 0
+    propose(proposals, answer, candles[t])
+    gate(proposals, times[t], candles[t], account, positions, market[known], covariances[known], limits, instruments)
+    record(row, times[t], candles[t], proposals, account, positions)
     settle(row, account, positions, rates[t], candles[t + 1], costs, instruments)
     mark(account, positions, candles[t + 1, :, CLOSE].copy())
     age(positions)
