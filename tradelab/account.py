@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'POSITION', 'EXACT', 'new_account', 'wallet', 'decimal8', 'apply_fill', 'reduces', 'funding_amount',
-           'apply_funding', 'mark', 'age', 'round_price', 'round_quantity']
+           'apply_funding', 'mark', 'age', 'resume', 'round_price', 'round_quantity']
 
 # %% ../nbs/00_ground/04_account.ipynb #14e04aec
 import numpy as np
@@ -123,6 +123,13 @@ def age(
 ):
     "A candle has closed over the positions: once a candle"
     for n in range(len(positions)): positions[n]["age"] = positions[n]["age"] + 1. if positions[n]["quantity"] != 0. else 0.
+
+# %% ../nbs/00_ground/04_account.ipynb #50f1edcc
+def resume(
+    account:np.ndarray, # ACCOUNT, (1,), marked, changed
+):
+    "Lift the drawdown halt"
+    account["halted"], account["peak"], account["drawdown"] = 0, account["equity"], 0.
 
 # %% ../nbs/00_ground/04_account.ipynb #90fde760
 @compiled

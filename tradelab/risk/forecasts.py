@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['chi_square', 'kupiec', 'christoffersen', 'traffic_light', 'shortfall_test', 'Judgement', 'judge']
 
-# %% ../../nbs/30_risk/31_forecasts.ipynb #41b19c84
+# %% ../../nbs/30_risk/31_forecasts.ipynb #df58b981
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/30_risk/31_forecasts.ipynb #0b774a8a
+# %% ../../nbs/30_risk/31_forecasts.ipynb #0d14ea31
 def _log(share, count): return count * math.log(share) if count else 0.
 
 
@@ -30,7 +30,7 @@ def kupiec(
     ratio = -2 * (_log(1 - p, count - exceptions) + _log(p, exceptions) - _log(1 - share, count - exceptions) - _log(share, exceptions))
     return ratio, chi_square(ratio, 1)
 
-# %% ../../nbs/30_risk/31_forecasts.ipynb #2d78482d
+# %% ../../nbs/30_risk/31_forecasts.ipynb #348b941e
 def _independence(hits):
     "Likelihood ratio of each row of (m, T) series"
     before, now = hits[:, :-1], hits[:, 1:]
@@ -65,7 +65,7 @@ def christoffersen(
         result[name] = value, chi_square(value, degrees), float(above + 1) / (simulations + 1)
     return result
 
-# %% ../../nbs/30_risk/31_forecasts.ipynb #35fbb226
+# %% ../../nbs/30_risk/31_forecasts.ipynb #1701aba7
 def traffic_light(
     exceptions:int,
     count:int,        # forecasts
@@ -76,7 +76,7 @@ def traffic_light(
     reached = math.fsum(terms)
     return "green" if reached < .95 else "yellow" if reached < .9999 else "red"
 
-# %% ../../nbs/30_risk/31_forecasts.ipynb #dfd77d63
+# %% ../../nbs/30_risk/31_forecasts.ipynb #4993338c
 def shortfall_test(
     excess:np.ndarray,      # (x,), loss / ES - 1 of each exception
     simulations:int=1_999,
@@ -90,7 +90,7 @@ def shortfall_test(
     drawn = studentised(around[np.random.default_rng(seed).integers(0, len(excess), (simulations, len(excess)))])
     return float(excess.mean()), float((drawn >= studentised(excess)).sum() + 1) / (simulations + 1)
 
-# %% ../../nbs/30_risk/31_forecasts.ipynb #59a7250e
+# %% ../../nbs/30_risk/31_forecasts.ipynb #b483bab1
 @dataclass(frozen=True)
 class Judgement:
     "What became of a forecast of risk"

@@ -22,6 +22,7 @@ from ..market.candles import frames_of, matrix, moment, text, timeframe_at
 from ..policies import POLICY, Policy, buy_and_hold, flat
 from ..records import CLOSE, COLUMNS, COSTS, INSTRUMENT, JOURNAL, KNOWN, LIMITS, NO_STOPS, PROPOSAL, CostModel, Fill, Funding, Instrument, Limits, instrument_rows
 from ..risk.limits import MARKET, Gate, followed, warm_up
+from ..risk.view import RiskView
 from .kernel import settle, step
 from ..trader import Trader
 
@@ -150,6 +151,11 @@ class Result:
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
         return TearSheet({self.name: self, **self.baselines}, note=self.note, source=self.source)
+
+    @property
+    def risk(self)->RiskView:
+        "Exposures, value at risk, what was refused, what if"
+        return RiskView(self.name, self.journal, self.equity)
 
     def plot(self): return self.tearsheet.plot()
     def _repr_html_(self): return self.tearsheet._repr_html_()
