@@ -54,7 +54,7 @@ def test_agent_learns_the_forecast(run, market):
     "At least 80 % of the optimal reward, out of sample, with the default costs"
     agent, best = earned(run, market, market.index[TRAINING]), optimum(market)
     print(f"{run.policy.name}: {agent:.3f} of {best:.3f}, {agent / best:.0%}")
-    assert best > 1 and agent >= .8 * best
+    assert best > .4 and agent >= .8 * best
 
 
 @pytest.mark.integration

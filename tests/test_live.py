@@ -26,7 +26,7 @@ from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
-from tradelab.records import CostModel, Instrument, Limits, Order
+from tradelab.records import NO_STOPS, CostModel, Instrument, Limits, Order
 from tradelab.risk.limits import Gate
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
@@ -258,7 +258,7 @@ def test_two_symbols(tmp_path):
 
 
 def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):
-    limits = Limits(max_drawdown=.002)
+    limits = Limits(max_position=.25, max_drawdown=.002, stops=NO_STOPS)
     with localnet() as exchange:
         run(session(exchange, tmp_path, limits=limits), 30)
         events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")

@@ -104,7 +104,6 @@ class RiskView:
 
     def plot(self):
         "Exposures, returns with the value at risk, answers, ladder"
-        import matplotlib.pyplot as plt
         figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(10, 7.5), sharex=True, height_ratios=(2, 3, 2))
         for symbol, column in self.weights.items(): top.plot(column.index, column, lw=.7, label=symbol)
         top.plot(self.weights.index, self.weights.abs().sum(axis=1), color="black", lw=.6, label="gross")

@@ -172,8 +172,8 @@ def _first(times, start, warm_up):
     if first >= len(times) - 1:
         raise ValueError(f"no candles to decide on: {len(times)} candles until {text(times[-1])}, the first decision would be candle {first + 1}: give more candles or an earlier start")
     if first < warm_up:
-        raise ValueError(f"start={start} leaves {first} candles of warm-up, the features need {warm_up}: give candles from before, or start at {text(times[warm_up])} or later" if warm_up < len(times)
-                         else f"{len(times)} candles are too few, the features need {warm_up} to warm up: give a longer history")
+        raise ValueError(f"start={start} leaves {first} candles of warm-up, features and limits need {warm_up}: give candles from before, or start at {text(times[warm_up])} or later" if warm_up < len(times)
+                         else f"{len(times)} candles are too few, features and limits need {warm_up} to warm up: give a longer history")
     return first
 
 # %% ../../nbs/50_sim/52_backtest.ipynb #4474d68c

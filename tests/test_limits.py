@@ -1,0 +1,196 @@
+"The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always possible, and the order of the symbols does not matter"
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradelab.account import POSITION, apply_fill, mark, new_account
+from tradelab.compiled import compiled
+from tradelab.evaluation.difference import first_difference
+from tradelab.features.observation import Observation
+from tradelab.learn.env import Market, MarketEnv
+from tradelab.market.synthetic import correlated, realistic
+from tradelab.policies import Policy
+from tradelab.records import JOURNAL, NO_STOPS, Instrument, Limits, Reason, Stops, TradingState
+from tradelab.risk.ladder import allowed
+from tradelab.risk.limits import Gate
+from tradelab.sim.backtest import backtest
+
+HOUR, NAMES = 3_600_000, ("a", "b", "c")
+
+
+@compiled
+def _turning(parameters, observation, targets):
+    "Targets from the last return, and a confidence behind them"
+    count = len(observation)
+    for n in range(count): targets[n] = np.sin(300. * observation[n, 0])
+    if len(targets) > count:
+        for n in range(count): targets[count + n] = abs(np.cos(200. * observation[n, 0]))
+
+
+def turning(confident=False): return Policy("turning", _turning, np.zeros(0), ("return(1)",), confident=confident)
+
+
+@st.composite
+def limits(draw, memory=False):
+    most = draw(st.floats(.2, 3))
+    none = lambda strategy: draw(st.none() | strategy)
+    below = lambda: none(st.floats(.05, most))
+    return Limits(max_position=draw(st.floats(.05, most)), max_leverage=most, leverage=5, min_trade=.001, max_net=below(), max_sector=below(), sectors={"a": "one", "b": "one", "c": "two"},
+                  max_order=none(st.floats(.01, 1)), max_participation=none(st.floats(.001, 1)), max_daily_loss=none(st.floats(.01, .5)), drawdown_from=none(st.floats(.001, .1)), min_margin_ratio=draw(st.floats(1, 50)),
+                  max_orders=none(st.integers(1, 5)), capital=none(st.floats(1_000, 20_000)), min_confidence=draw(st.floats(0, .5)), stops=draw(st.sampled_from((NO_STOPS, Stops(), Stops(trailing_stop=.01, max_age=3)))),
+                  max_group=below() if memory else None, max_var=none(st.floats(.001, .05)) if memory else None, target_volatility=none(st.floats(.1, 2)) if memory else None)
+
+
+def exposure(positions, prices, equity): return positions * prices / equity
+
+
+def check(before, after, wanted, prices, equity, rules, rows, covariance, base):
+    "Every limit holds, or what is above it was held already and was not added to"
+    instruments = np.full(len(prices), .004)
+    kept = np.where(np.sign(after) == np.sign(before), np.sign(before) * np.minimum(np.abs(after), np.abs(before)), 0.)
+    now, still = after * prices, kept * prices
+    slack = 1e-6 * equity + 1e-9
+    def within(measure, limit): assert measure(now) <= max(limit, measure(still)) + slack, (measure(now), limit, measure(still), Reason(rows["reason"][0]))
+    for n in range(len(prices)): within(lambda held, n=n: abs(held[n]), rules.max_position * base)
+    within(lambda held: np.abs(held).sum(), rules.max_leverage * base)
+    within(lambda held: (np.abs(held) * instruments).sum(), equity / rules.min_margin_ratio)
+    if rules.max_net is not None: within(lambda held: abs(held.sum()), rules.max_net * base)
+    if rules.max_sector is not None:
+        for members in ([0, 1], [2]): within(lambda held, members=members: np.abs(held[members]).sum(), rules.max_sector * base)
+    if rules.max_order is not None: assert (np.abs(after - kept) * prices <= rules.max_order * base + slack).all()
+    if rules.max_participation is not None: assert (np.abs(after - kept) * prices <= rules.max_participation * rows["turnover"] + slack).all()
+    if rules.max_group is not None:
+        correlation = covariance / np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
+        for n in range(len(prices)):
+            member = np.abs(correlation[n]) >= rules.group_correlation
+            for side in (1, -1): within(lambda held, member=member, n=n, side=side: np.maximum(held * side * np.sign(correlation[n]), 0)[member].sum(), rules.max_group * base)
+    if rules.max_var is not None: within(lambda held: 2.3263478740408408 * np.sqrt(max(held @ covariance @ held, 0) * 24), rules.max_var * base)
+
+
+@settings(max_examples=300, deadline=None)
+@given(limits(), st.integers(0, 10**6), st.data())
+def test_no_sequence_exceeds_a_limit(rules, seed, data):
+    walk(rules, seed, data.draw(st.lists(st.sampled_from([0, 0, 0, 0, 1, 2, 3]), min_size=12, max_size=12)), 0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(limits(memory=True), st.integers(0, 10**6))
+def test_nor_one_that_looks_at_the_market(rules, seed): walk(rules, seed, [0] * 8, 40)
+
+
+def walk(rules, seed, states, warm):
+    random = np.random.default_rng(seed)
+    gate, account, positions, prices = Gate(rules, [Instrument(name, max_quantity=60.) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
+    common = random.standard_normal((warm + len(states), 1))
+    moves = .02 * (common * random.choice([-1., 1.], 3) + .5 * random.standard_normal((warm + len(states), 3)))
+    for t in range(warm + len(states)):
+        prices = prices * np.exp(moves[t])
+        candle = np.stack([prices, prices * 1.01, prices * .99, prices, random.uniform(1, 5_000, 3)], axis=1)
+        gate.watch(1_700_000_000_000 // HOUR * HOUR + t * HOUR, candle)
+        if t < warm: continue
+        mark(account, positions, prices)
+        account["state"] = states[t - warm]
+        equity, before = float(account["equity"][0]), positions["quantity"].copy()
+        if equity <= 100: return
+        answer = np.append(random.uniform(-1.5, 1.5, 3).round(2), random.uniform(0, 1, 3))
+        rows = gate.decide(1_700_000_000_000 // HOUR * HOUR + t * HOUR, candle, answer, account, positions).copy()
+        base = min(equity, rules.capital or np.inf)
+        if rules.drawdown_from is not None: base *= min(1., max(0., (.15 - account["drawdown"][0]) / (.15 - rules.drawdown_from)))
+        after = before + rows["quantity"]
+        check(before, after, answer, prices, equity, rules, rows, gate.covariance, base)
+        state = TradingState.HALT if account["halted"][0] else max(states[t - warm], TradingState.REDUCE_ONLY if account["day_stopped"][0] else 0)
+        for n in range(3):
+            grows = abs(after[n]) > abs(before[n]) + 1e-9 or after[n] * before[n] < -1e-12
+            if grows: assert allowed(state, "entry" if before[n] * after[n] <= 0 else "increase") and rows["confidence"][n] >= rules.min_confidence
+            if state >= TradingState.FLATTEN: assert rows["quantity"][n] == -np.sign(before[n]) * min(abs(before[n]), 60.)
+        if rules.max_orders is not None and (np.abs(after) > np.abs(before) + 1e-9).any(): assert (rows["quantity"] != 0).sum() <= rules.max_orders
+        for n in range(3):
+            if rows["quantity"][n] != 0: apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
+
+
+@settings(max_examples=300, deadline=None)
+@given(limits(memory=True), st.integers(0, 10**6), st.sampled_from(list(TradingState)), st.floats(.3, 1))
+def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, state, peak):
+    "Whatever the state, the limits and the market: a target of zero closes, and permuted symbols get permuted answers"
+    random = np.random.default_rng(seed)
+    prices, held, covariance = random.uniform(20, 500, 3), (random.uniform(-20, 20, 3)).round(3), np.cov(random.standard_normal((3, 30))) * 1e-4
+    rules, targets = replace(rules, max_orders=None), random.uniform(-1, 1, 3).round(2)
+
+    def ordered(order, targets):
+        gate, account, positions = Gate(rules, [Instrument(NAMES[n]) for n in order]), new_account(10_000.), np.zeros(3, POSITION)
+        gate.covariance[:], gate.market["step"] = covariance[np.ix_(order, order)], HOUR
+        positions["quantity"], positions["entry_price"], account["peak"], account["state"] = held[order], prices[order], 10_000 / peak, state
+        mark(account, positions, prices[order])
+        candle = np.stack([prices[order]] * 4 + [np.full(3, 1e4)], axis=1)
+        return gate.decide(10**12, candle, targets[order], account, positions).copy()
+    same = np.arange(3)
+    assert np.array_equal(ordered(same, 0 * targets)["quantity"], -held)
+    answer, order = ordered(same, targets), random.permutation(3)
+    mirrored = ordered(order, targets)
+    assert np.array_equal(mirrored["quantity"], answer["quantity"][order]) and np.array_equal(mirrored["reason"], answer["reason"][order])
+
+
+WATCHFUL = Limits(max_position=.4, max_leverage=.7, max_group=.5, max_net=.6, max_var=.02, target_volatility=.6, drawdown_from=.02, decay=.2, min_confidence=.2, stops=Stops(stop_loss=0., stop_atr=2., trailing_atr=3., atr_period=5, max_age=6))
+
+
+def test_every_driver_knows_the_same_of_the_market():
+    "Array, event and environment, with limits and stops that remember: the same bits; and a start in the middle forgets its beginning"
+    pair = correlated(1_100, NAMES[:2], seed=5)
+    face = dict(limits=WATCHFUL, keep_observations=True, beside=())
+    array, event = (backtest(turning(True), pair, form=form, **face) for form in ("array", "event"))
+    assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
+    reasons = set(np.unique(array.rows["reason"]).tolist())
+    assert {Reason.CONFIDENCE, Reason.VOLATILITY, Reason.TIME_STOP, Reason.STOP_LOSS, Reason.TRAILING_STOP, Reason.STOPPED_OUT, Reason.DRAWDOWN} <= reasons and reasons & {Reason.GROUP, Reason.LEVERAGE, Reason.VALUE_AT_RISK}
+    start = next(iter(pair.values())).index[700]
+    late, early = (backtest(turning(True), {name: frame[cut:] for name, frame in pair.items()}, start=start, **face) for cut in (300, 0))
+    assert first_difference(late, early) is None
+    plain = backtest(turning(), pair, **face | {"limits": replace(WATCHFUL, min_confidence=0.)})
+    market = Market.of(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
+    environment, rows, done = MarketEnv(market), [], False
+    seen, _ = environment.reset(seed=0)
+    while not done:
+        seen, *_, ended, truncated, info = environment.step(turning().act(seen.reshape(2, -1)))
+        rows.append(list(zip(*(info[name] for name in JOURNAL.names))))
+        done = ended or truncated
+    assert np.array_equal(np.array([[tuple(row) for row in step] for step in rows], JOURNAL), plain.rows)
+
+
+def test_too_little_history_for_a_limit_is_refused():
+    frame = realistic(300, seed=1)
+    with pytest.raises(ValueError, match="leaves 100 candles of warm-up, features and limits need 1667 to warm up|300 candles are too few, features and limits need 1667"): backtest(turning(), frame, start=frame.index[100], limits=Limits(max_var=.02))
+    with pytest.raises(ValueError, match="300 candles are too few to train on: features and limits need 1667"): Market.of(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
+
+
+def test_stops_close_at_the_close_and_stay_out():
+    "A stop is a market order of the next candle; the side it closed is entered again only after the policy has asked for something else"
+    result = backtest(turning(), realistic(2_000, seed=3), limits=Limits(stops=Stops(stop_loss=.01, take_profit=.02)))
+    rows, frame = result.rows[:, 0], result.journal
+    stopped = np.isin(rows["reason"], (Reason.STOP_LOSS, Reason.TAKE_PROFIT))
+    assert stopped.sum() > 20 and (rows["order"][stopped] == -rows["position"][stopped]).all()
+    for t in np.flatnonzero(stopped)[:-1]:
+        side = np.sign(rows["position"][t])
+        out = np.argmax(np.append(rows["target"][t + 1:] * side <= 0, True)) # candles until the policy asks for something else
+        assert not (rows["order"][t + 1:t + 1 + out] * side > 0).any()
+    last = frame[stopped].iloc[-1]
+    assert f"{last['limit']:g}" in Reason(int(last["reason"])).sentence(last["value"], last["limit"])
+
+
+def test_a_price_off_the_mark_and_a_mark_that_is_unknown_are_refused():
+    gate, candle = Gate(Limits(), [Instrument()]), np.array([[100., 100, 100, 100, 1e6]])
+    decide = lambda marks: gate.decide(10**12, candle, np.ones(1), new_account(10_000.), np.zeros(1, POSITION), marks)[0].copy()
+    assert decide(None)["quantity"] > 0 and decide(np.array([94.]))["reason"] == Reason.PRICE_BAND and decide(np.array([np.nan]))["reason"] == Reason.UNKNOWN
+
+
+def test_the_day_ends_at_midnight():
+    "What the day has lost keeps it closed, whatever the price does, until the next one"
+    gate, account, positions = Gate(Limits(max_position=1., stops=NO_STOPS), [Instrument()]), new_account(10_000.), np.zeros(1, POSITION)
+    day, reasons = 1_700_006_400_000 // 86_400_000 * 86_400_000, []
+    for hour, price in enumerate((100., 100., 93., 99., *[99.] * 22)):
+        if hour == 1: apply_fill(account, positions, 0, 80., 100., 0.)
+        mark(account, positions, np.array([price]))
+        answer = gate.decide(day + hour * HOUR, np.array([[price, price, price, price, 1e6]]), np.ones(1), account, positions)
+        reasons.append(Reason(answer["reason"][0]))
+    assert reasons[2:24] == [Reason.DAILY_LOSS] * 22 and reasons[1] is Reason.AS_ASKED and reasons[24] is not Reason.DAILY_LOSS
