@@ -49,7 +49,7 @@ def exposure(positions, prices, equity): return positions * prices / equity
 
 def check(before, after, wanted, prices, equity, rules, rows, covariance, base):
     "Every limit holds, or what is above it was held already and was not added to"
-    instruments = np.full(len(prices), .004)
+    instruments = np.full(len(prices), .05)
     kept = np.where(np.sign(after) == np.sign(before), np.sign(before) * np.minimum(np.abs(after), np.abs(before)), 0.)
     now, still = after * prices, kept * prices
     slack = 1e-6 * equity + 1e-9
@@ -83,7 +83,7 @@ def test_nor_one_that_looks_at_the_market(rules, seed): walk(rules, seed, [0] * 
 
 def walk(rules, seed, states, warm):
     random = np.random.default_rng(seed)
-    gate, account, positions, prices = Gate(rules, [Instrument(name, max_quantity=60.) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
+    gate, account, positions, prices = Gate(rules, [Instrument(name, max_quantity=60., maintenance=.05) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
     common = random.standard_normal((warm + len(states), 1))
     moves = .02 * (common * random.choice([-1., 1.], 3) + .5 * random.standard_normal((warm + len(states), 3)))
     for t in range(warm + len(states)):

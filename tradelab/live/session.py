@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'SAME', 'QUIET', 'Journal', 'write_status', 'median_and_p99', 'Statistics', 'RefusedStart',
            'check_instruments', 'check_explained', 'check_same', 'reserve_of', 'Signals', 'undisturbed', 'Listener',
-           'Bookkeeper', 'status_line', 'Sender', 'Auditor', 'around', 'Stepper', 'history', 'rehearse', 'Recovery',
-           'Checker', 'Preparation', 'Starter', 'Session']
+           'Bookkeeper', 'symbol_line', 'status_line', 'Sender', 'Auditor', 'around', 'Stepper', 'history', 'rehearse',
+           'Recovery', 'Checker', 'Preparation', 'Starter', 'Session']
 
 # %% ../../nbs/70_live/75_session.ipynb #1338204d
 import asyncio
@@ -31,7 +31,7 @@ from .orders import intended
 from .recorder import Recorder
 from ..log import get_logger
 from ..market.candles import milliseconds, text
-from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding
+from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
 from ..trader import Trader
 
 logger = get_logger("live.session")
@@ -244,14 +244,20 @@ class Bookkeeper(Listener):
 QUIET = 60. # seconds after which a candle without an order is worth a line, too
 
 
+def symbol_line(row)->str:
+    "One symbol of a step: price, position, order, and what the rules made of the wish"
+    order = f" order {row['order']:+g} filled {row['fill_quantity']:+g} at {row['fill_price']:g}" if row["order"] else ""
+    reason = Reason(int(row["reason"]))
+    return f"  {row['close']:g} {row['position']:+g}{order}" + ("" if reason in (Reason.AS_ASKED, Reason.TOO_SMALL, Reason.STOPPED_OUT) else f" ({reason.sentence(row['value'], row['limit'])})")
+
+
 def status_line(
     open_time:int,
     statistics:Statistics,
     rows:np.ndarray,     # JOURNAL, (n_symbols,)
 )->str:
-    "A step as a person reads it: equity, drawdown, and price, position and order of each symbol"
-    symbols = (f"  {row['close']:g} {row['position']:+g}" + (f" order {row['order']:+g} filled {row['fill_quantity']:+g} at {row['fill_price']:g}" if row["order"] else "") for row in rows)
-    return f"{text(open_time)}  equity {statistics.equity:,.2f}  drawdown {statistics.drawdown:.2%}" + "".join(symbols)
+    "A step as a person reads it"
+    return f"{text(open_time)}  equity {statistics.equity:,.2f}  drawdown {statistics.drawdown:.2%}" + "".join(map(symbol_line, rows))
 
 # %% ../../nbs/70_live/75_session.ipynb #066e9f67
 class Sender(Bookkeeper):

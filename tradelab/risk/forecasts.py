@@ -116,6 +116,7 @@ class Judgement:
 
     def plot(self):
         "Returns, the band, and the exceptions"
+        import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(9, 3.2))
         hits = self.returns < -self.var
         axes.plot(self.returns.index, 100 * self.returns, ".", color="lightgrey", markersize=2, label="return")

@@ -8,8 +8,8 @@ __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALT
            'ORDER_RATE', 'UNKNOWN', 'VOLATILITY', 'DRAWDOWN', 'STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP',
            'STOPPED_OUT', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'BALANCE_SHARE', 'Z99', 'DAY', 'YEAR',
            'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch', 'followed', 'state_now',
-           'allowance', 'calm', 'say', 'wish', 'capital', 'split', 'complete', 'added', 'refuse', 'shrink', 'room',
-           'shrink_alone', 'notional', 'shrink_gross', 'shares', 'shrink_groups', 'net', 'on_side', 'value_at_risk',
+           'allowance', 'calm', 'say', 'capital', 'wish', 'split', 'complete', 'added', 'refuse', 'shrink', 'room',
+           'shrink_alone', 'shrink_gross', 'shrink_groups', 'related', 'net', 'on_side', 'risk_terms', 'share_within',
            'resend', 'balance_sides', 'pace', 'gate', 'propose', 'Gate']
 
 # %% ../../nbs/30_risk/35_limits.ipynb #5c4416ca
@@ -18,7 +18,7 @@ import numpy as np
 from ..account import decimal8, round_quantity
 from ..compiled import compiled
 from ..records import CLOSE, HIGH, LIMITS, LOW, PROPOSAL, VOLUME, Limits, Reason, TradingState, instrument_rows
-from .portfolio import correlation, memory, portfolio_variance, update_covariance
+from .portfolio import memory, update_covariance
 from .stops import enter, next_atr, touched, track
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d85a4ef3
@@ -99,7 +99,7 @@ def state_now(
 )->int:         # of TradingState
     "What is still allowed"
     if not np.isfinite(money["equity"]): raise ValueError("equity is not a finite number: nothing can be decided on it, look at the last fill and the last candle")
-    if open_time // DAY != money["day"] or money["day_equity"] == 0.:
+    if not money["day"] * DAY <= open_time < (money["day"] + 1) * DAY or money["day_equity"] == 0.:
         money["day"], money["day_stopped"] = open_time // DAY, 0
         money["day_equity"] = money["last_equity"] if money["last_equity"] > 0. else money["equity"]
     money["last_equity"] = money["equity"]
@@ -130,13 +130,19 @@ def calm(
     annual = np.sqrt(variance * YEAR / step)
     return (min(1., limits["target_volatility"] / annual) if annual >= 0. else 0.), annual
 
-# %% ../../nbs/30_risk/35_limits.ipynb #8e615f77
+# %% ../../nbs/30_risk/35_limits.ipynb #d9e5f4da
 @compiled
 def say(row, reason, value, limit):
     "Write why; what is not known is written as 0, so that equal rows are equal"
-    row["reason"], row["value"], row["limit"] = reason, value if np.isfinite(value) else 0., limit if np.isfinite(limit) else 0.
+    row["reason"], row["value"], row["limit"] = reason, value if abs(value) < np.inf else 0., limit if abs(limit) < np.inf else 0.
 
 
+@compiled
+def capital(money, limits):
+    "Equity that may carry positions, quote"
+    return min(max(money["equity"], 0.), limits["capital"])
+
+# %% ../../nbs/30_risk/35_limits.ipynb #8e615f77
 @compiled
 def wish(
     row,       # of PROPOSAL, changed: the reason
@@ -171,12 +177,6 @@ def wish(
     if target != 0. and left < 1.: say(row, DRAWDOWN, money["drawdown"], limits["drawdown_from"])
     if target != 0. and quiet < 1.: say(row, VOLATILITY if annual >= 0. else UNKNOWN, annual, limits["target_volatility"])
     return target * limits["max_position"] * left * quiet * capital(money, limits)
-
-
-@compiled
-def capital(money, limits):
-    "Equity that may carry positions, quote"
-    return min(max(money["equity"], 0.), limits["capital"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #87cb710b
 @compiled
@@ -233,7 +233,7 @@ def added(row, held):
     "What an order adds beyond what is kept, signed base units"
     return decimal8(held + row["quantity"] - row["kept"])
 
-# %% ../../nbs/30_risk/35_limits.ipynb #cacef766
+# %% ../../nbs/30_risk/35_limits.ipynb #625080c7
 @compiled
 def refuse(
     row,     # of PROPOSAL, changed
@@ -253,7 +253,7 @@ def refuse(
     else: return
     row["growth"] = 0.
 
-
+# %% ../../nbs/30_risk/35_limits.ipynb #bc7801d6
 @compiled
 def shrink(row, factor, reason, value, limit):
     "Let a share of the growth through"
@@ -272,7 +272,7 @@ def room(
     if kept + growth <= allowed * (1. + 1e-12): return 1.
     return max(0., allowed - kept) / growth if growth > 0. and allowed > kept else 0.
 
-
+# %% ../../nbs/30_risk/35_limits.ipynb #cacef766
 @compiled
 def shrink_alone(
     row,     # of PROPOSAL, changed
@@ -290,12 +290,6 @@ def shrink_alone(
 
 # %% ../../nbs/30_risk/35_limits.ipynb #7461efac
 @compiled
-def notional(row, n, positions):
-    "What is held after everything that reduces, and what would be added, quote and above 0"
-    return abs(row["kept"]) * row["price"], abs(row["growth"]) * row["price"]
-
-
-@compiled
 def shrink_gross(
     proposals,    # PROPOSAL, (n,), changed
     positions,    # POSITION, (n,)
@@ -308,7 +302,7 @@ def shrink_gross(
     kept, growth, bound, needed, more = 0., 0., 0., 0., 0.
     for n in range(len(proposals)):
         row = proposals[n]
-        stays, comes = notional(row, n, positions)
+        stays, comes = abs(row["kept"]) * row["price"], abs(row["growth"]) * row["price"]
         kept, growth, bound = kept + stays, growth + comes, bound + abs(positions[n]["quantity"]) * row["price"] / limits["leverage"]
         needed, more = needed + stays * instruments[n]["maintenance"], more + comes * instruments[n]["maintenance"]
     if growth == 0.: return
@@ -321,13 +315,6 @@ def shrink_gross(
         if ratio < min(gross, balance): shrink(proposals[n], ratio / min(gross, balance), MARGIN_RATIO, equity / (needed + more), limits["min_margin_ratio"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #f202d25b
-@compiled
-def shares(row, side):
-    "What a position keeps and adds on one side of a bet, quote"
-    kept, growth = row["kept"] * row["price"] * side, row["growth"] * row["price"] * side
-    return max(kept, 0.), max(growth, 0.)
-
-
 @compiled
 def shrink_groups(
     proposals,    # PROPOSAL, (n,), changed
@@ -356,24 +343,34 @@ def _sectors(proposals, base, limits, instruments):
 
 
 @compiled
+def related(covariance, n, m, threshold):
+    "+1 or -1 where two symbols move together or against each other, 0 where neither, 2 where it is not known"
+    if n == m: return 1.
+    shared, bound = covariance[n, m], threshold * threshold * covariance[n, n] * covariance[m, m]
+    if not bound >= 0. or np.isnan(shared): return 2.
+    return np.sign(shared) if shared * shared >= bound and shared != 0. else 0.
+
+
+@compiled
 def _groups(proposals, covariance, base, limits):
-    allowed, count = limits["max_group"] * base, len(proposals)
+    allowed, threshold, count = limits["max_group"] * base, limits["group_correlation"], len(proposals)
     for n in range(count): proposals[n]["factor"], proposals[n]["sent"] = 1., 0.
     for n in range(count):
-        for side in (1., -1.):
-            kept, growth, known = 0., 0., True
-            for m in range(count):
-                together = correlation(covariance, n, m) if m != n else 1.
-                if np.isnan(together): known = False
-                elif abs(together) >= limits["group_correlation"]:
-                    stays, comes = shares(proposals[m], side * np.sign(together))
-                    kept, growth = kept + stays, growth + comes
-            factor = room(allowed, kept, growth) if known else 0.
-            for m in range(count):
-                together = correlation(covariance, n, m) if m != n else 1.
-                member = not known or abs(together) >= limits["group_correlation"]
-                if member and factor < proposals[m]["factor"] and (not known or shares(proposals[m], side * np.sign(together))[1] > 0.):
-                    proposals[m]["factor"], proposals[m]["sent"] = factor, (kept + growth) / base if known else np.nan
+        kept, growth, opposite, other, known = 0., 0., 0., 0., True # of the one side and of the other
+        for m in range(count):
+            together = related(covariance, n, m, threshold)
+            if together == 2.: known = False
+            elif together != 0.:
+                stays, comes = proposals[m]["kept"] * proposals[m]["price"] * together, proposals[m]["growth"] * proposals[m]["price"] * together
+                kept, growth, opposite, other = kept + max(stays, 0.), growth + max(comes, 0.), opposite + max(-stays, 0.), other + max(-comes, 0.)
+        one, two = (room(allowed, kept, growth), room(allowed, opposite, other)) if known else (0., 0.)
+        if one == 1. and two == 1.: continue
+        for m in range(count):
+            together = related(covariance, n, m, threshold)
+            side = proposals[m]["growth"] * together
+            factor = min(one, two) if not known else one if side > 0. else two
+            if together != 0. and side != 0. and factor < proposals[m]["factor"]:
+                proposals[m]["factor"], proposals[m]["sent"] = factor, np.nan if not known else (kept + growth if side > 0. else opposite + other) / base
     for n in range(count): shrink(proposals[n], proposals[n]["factor"], GROUP if proposals[n]["sent"] >= 0. else UNKNOWN, proposals[n]["sent"], limits["max_group"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #b7102d6d
@@ -394,17 +391,30 @@ def on_side(proposals, side, positions):
 
 
 @compiled
-def value_at_risk(
-    proposals,   # PROPOSAL, (n,)
-    share,       # of the growth that is sent, in [0, 1]
+def risk_terms(
+    proposals,   # PROPOSAL, (n,); `factor` and `sent` are used as a sheet of paper
     covariance,  # (n, n), per candle
-    step,        # ms, the length of a candle
     positions,   # POSITION, (n,)
-)->float:        # quote, of one day, 99 %; NaN where it is not known
-    "What the portfolio could lose after the orders"
-    weights = np.empty(len(proposals))
-    for n in range(len(proposals)): weights[n] = (proposals[n]["kept"] + share * added(proposals[n], positions[n]["quantity"])) * proposals[n]["price"]
-    return Z99 * np.sqrt(portfolio_variance(weights, covariance) * DAY / step)
+)->tuple:        # quote squared: of what is kept, of both together, of what is added; NaN where a covariance that counts is not known
+    "The variance of the orders as a parabola in the share of the growth that is sent"
+    kept, both, growth = 0., 0., 0.
+    for n in range(len(proposals)):
+        row = proposals[n]
+        row["factor"], row["sent"] = row["kept"] * row["price"], added(row, positions[n]["quantity"]) * row["price"]
+        for m in range(n + 1):
+            one, two = proposals[n], proposals[m]
+            if (one["factor"] == 0. and one["sent"] == 0.) or (two["factor"] == 0. and two["sent"] == 0.): continue
+            shared = covariance[n, m] * (1. if n == m else 2.)
+            kept, growth = kept + one["factor"] * two["factor"] * shared, growth + one["sent"] * two["sent"] * shared
+            both += .5 * (one["factor"] * two["sent"] + one["sent"] * two["factor"]) * shared
+    return kept, both, growth
+
+
+@compiled
+def share_within(kept, both, growth, allowed):
+    "The largest share of the growth whose variance is allowed; 0 where what is kept is beyond it already"
+    if not kept <= allowed or not growth > 0.: return 0.
+    return min(max((-both + np.sqrt(max(both * both - growth * (kept - allowed), 0.))) / growth, 0.), 1.)
 
 
 @compiled
@@ -424,7 +434,7 @@ def resend(proposals, side, factor, reason, value, limit, positions, equity, lim
 @compiled
 def balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments):
     "Send less until long less short and the value at risk hold"
-    if base <= 0. or limits["max_net"] == np.inf and limits["max_var"] == np.inf: return
+    if base <= 0.: return
     allowed, risked, step = limits["max_net"] * base, limits["max_var"] * base, market[0]["step"]
     for _ in range(2 * len(proposals) + 8):
         left = net(proposals, positions)
@@ -433,21 +443,18 @@ def balance_sides(proposals, positions, market, covariance, base, equity, limits
             resend(proposals, np.sign(left), max(0., 1. - (abs(left) - allowed) / more), NET, left / base, limits["max_net"], positions, equity, limits, instruments)
             continue
         if risked == np.inf: return
-        value = value_at_risk(proposals, 1., covariance, step, positions)
+        kept, both, growth = risk_terms(proposals, covariance, positions)
+        value = Z99 * np.sqrt((kept + 2. * both + growth) * DAY / step)
         if value <= risked * (1. + 1e-12): return
-        low, high = 0., 1. if value_at_risk(proposals, 0., covariance, step, positions) <= risked else 0.
-        for _halving in range(40):
-            middle = .5 * (low + high)
-            if value_at_risk(proposals, middle, covariance, step, positions) <= risked: low = middle
-            else: high = middle
-        if not resend(proposals, 0., low, VALUE_AT_RISK if value >= 0. else UNKNOWN, value / base, limits["max_var"], positions, equity, limits, instruments): return
+        factor = share_within(kept, both, growth, (risked / Z99) ** 2 * step / DAY)
+        if not resend(proposals, 0., factor, VALUE_AT_RISK if value >= 0. else UNKNOWN, value / base, limits["max_var"], positions, equity, limits, instruments): return
     resend(proposals, 0., 0., NET, net(proposals, positions) / base, limits["max_net"], positions, equity, limits, instruments)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d18fe2a0
 @compiled
 def pace(proposals, positions, money, open_time, equity, limits, instruments):
     "Count orders; where there are too many in this minute, send only what reduces"
-    if open_time // MINUTE != money["minute"]: money["minute"], money["orders"] = open_time // MINUTE, 0
+    if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE: money["minute"], money["orders"] = open_time // MINUTE, 0
     count = 0
     for n in range(len(proposals)): count += proposals[n]["quantity"] != 0.
     if money["orders"] + count > limits["max_orders"]:
@@ -486,10 +493,10 @@ def gate(
         refuse(row, held, money, state, limits)
         shrink_alone(row, base, limits)
     shrink_gross(proposals, positions, money, base, limits, instruments)
-    shrink_groups(proposals, covariance, base, limits, instruments)
+    if limits["max_sector"] < np.inf or limits["max_group"] < np.inf: shrink_groups(proposals, covariance, base, limits, instruments)
     for n in range(len(proposals)): complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
-    balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
-    pace(proposals, positions, money, open_time, equity, limits, instruments)
+    if limits["max_net"] < np.inf or limits["max_var"] < np.inf: balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
+    if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, equity, limits, instruments)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #3cbd2ecc
 @compiled

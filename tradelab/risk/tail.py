@@ -56,7 +56,7 @@ def gaussian(
     "As if returns were normal"
     return -(mean + z * deviation), -mean + deviation * density(z) / below(z)
 
-# %% ../../nbs/30_risk/30_tail.ipynb #db156745
+# %% ../../nbs/30_risk/30_tail.ipynb #a1814964
 @compiled
 def bent(z, skewness, kurtosis):
     "Cornish and Fisher's polynomial"
@@ -73,7 +73,7 @@ def crossing(x, low, high, skewness, kurtosis):
         else: high = middle
     return .5 * (low + high)
 
-
+# %% ../../nbs/30_risk/30_tail.ipynb #db156745
 @compiled
 def tail_part(low, high, skewness, kurtosis):
     "Probability of an interval of Z, and the integral of the polynomial over it"
@@ -81,7 +81,7 @@ def tail_part(low, high, skewness, kurtosis):
     first, second, third = a - b, p + low * a - high * b, (low * low + 2.) * a - (high * high + 2.) * b
     return p, first + (second - p) * skewness / 6. + (third - 3. * first) * kurtosis / 24. - (2. * third - 5. * first) * skewness ** 2 / 36.
 
-# %% ../../nbs/30_risk/30_tail.ipynb #b7c0526a
+# %% ../../nbs/30_risk/30_tail.ipynb #c416e076
 FAR = 12. # deviations; nothing normal is beyond
 
 
@@ -100,7 +100,7 @@ def sublevel(x, one, two, skewness, kurtosis):
         p, total = p + more, total + part
     return p, total
 
-
+# %% ../../nbs/30_risk/30_tail.ipynb #b7c0526a
 @compiled
 def cornish_fisher(
     mean, deviation, skewness, kurtosis, # of the returns; kurtosis is the excess
@@ -122,7 +122,7 @@ def cornish_fisher(
     p, total = sublevel(quantile, one, two, skewness, kurtosis)
     return -(mean + deviation * quantile), -(mean + deviation * total / p)
 
-# %% ../../nbs/30_risk/30_tail.ipynb #e04c7cdc
+# %% ../../nbs/30_risk/30_tail.ipynb #8941e2bf
 @compiled
 def standardised(
     returns,  # (window,), oldest first
@@ -136,7 +136,7 @@ def standardised(
         variance += decay * (returns[t] ** 2 - variance)
     return math.sqrt(variance)
 
-
+# %% ../../nbs/30_risk/30_tail.ipynb #e04c7cdc
 @compiled
 def tail(
     returns,  # (window,), of what is held, fractions, oldest first
