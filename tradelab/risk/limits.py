@@ -9,8 +9,8 @@ __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALT
            'STOPPED_OUT', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'BALANCE_SHARE', 'Z99', 'DAY', 'YEAR',
            'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch', 'followed', 'state_now',
            'allowance', 'calm', 'say', 'capital', 'wish', 'split', 'complete', 'added', 'refuse', 'shrink', 'room',
-           'shrink_alone', 'shrink_gross', 'shrink_groups', 'related', 'net', 'on_side', 'risk_terms', 'share_within',
-           'resend', 'balance_sides', 'pace', 'gate', 'propose', 'Gate']
+           'shrink_alone', 'shrink_gross', 'shrink_groups', 'related', 'sides', 'risk_terms', 'share_within', 'resend',
+           'balance_sides', 'pace', 'gate', 'propose', 'Gate']
 
 # %% ../../nbs/30_risk/35_limits.ipynb #5c4416ca
 import numpy as np
@@ -375,19 +375,17 @@ def _groups(proposals, covariance, base, limits):
 
 # %% ../../nbs/30_risk/35_limits.ipynb #b7102d6d
 @compiled
-def net(proposals, positions):
-    "Long less short after the orders, quote"
-    total = 0.
-    for n in range(len(proposals)): total += (positions[n]["quantity"] + proposals[n]["quantity"]) * proposals[n]["price"]
-    return total
-
-
-@compiled
-def on_side(proposals, side, positions):
-    "What the orders add on one side, quote"
-    total = 0.
-    for n in range(len(proposals)): total += max(side * added(proposals[n], positions[n]["quantity"]), 0.) * proposals[n]["price"]
-    return total
+def sides(
+    proposals,  # PROPOSAL, (n,)
+    positions,  # POSITION, (n,)
+)->tuple:       # quote: longs less shorts after the orders; what the orders add to the longs, and to the shorts
+    "What the orders come to"
+    net, longer, shorter = 0., 0., 0.
+    for n in range(len(proposals)):
+        row, held = proposals[n], positions[n]["quantity"]
+        more = added(row, held) * row["price"]
+        net, longer, shorter = net + (held + row["quantity"]) * row["price"], longer + max(more, 0.), shorter + max(-more, 0.)
+    return net, longer, shorter
 
 
 @compiled
@@ -437,8 +435,8 @@ def balance_sides(proposals, positions, market, covariance, base, equity, limits
     if base <= 0.: return
     allowed, risked, step = limits["max_net"] * base, limits["max_var"] * base, market[0]["step"]
     for _ in range(2 * len(proposals) + 8):
-        left = net(proposals, positions)
-        more = on_side(proposals, np.sign(left), positions)
+        left, longer, shorter = sides(proposals, positions)
+        more = longer if left > 0. else shorter
         if abs(left) > allowed * (1. + 1e-12) and more > 0.:
             resend(proposals, np.sign(left), max(0., 1. - (abs(left) - allowed) / more), NET, left / base, limits["max_net"], positions, equity, limits, instruments)
             continue
@@ -448,7 +446,7 @@ def balance_sides(proposals, positions, market, covariance, base, equity, limits
         if value <= risked * (1. + 1e-12): return
         factor = share_within(kept, both, growth, (risked / Z99) ** 2 * step / DAY)
         if not resend(proposals, 0., factor, VALUE_AT_RISK if value >= 0. else UNKNOWN, value / base, limits["max_var"], positions, equity, limits, instruments): return
-    resend(proposals, 0., 0., NET, net(proposals, positions) / base, limits["max_net"], positions, equity, limits, instruments)
+    resend(proposals, 0., 0., NET, sides(proposals, positions)[0] / base, limits["max_net"], positions, equity, limits, instruments)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d18fe2a0
 @compiled

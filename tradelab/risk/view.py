@@ -107,7 +107,6 @@ class RiskView:
         if self.journal.empty: raise ValueError(f"the journal of {self.name} holds no step: there is nothing to show")
 
     def _wide(self, column): return self.journal.pivot(columns="symbol", values=column)[list(dict.fromkeys(self.journal["symbol"]))]
-
     @property
     def closes(self)->pd.DataFrame: return self._wide("close")
 
