@@ -105,11 +105,9 @@ class RiskView:
 
     def __post_init__(self):
         if self.journal.empty: raise ValueError(f"the journal of {self.name} holds no step: there is nothing to show")
-
     def _wide(self, column): return self.journal.pivot(columns="symbol", values=column)[list(dict.fromkeys(self.journal["symbol"]))]
     @property
     def closes(self)->pd.DataFrame: return self._wide("close")
-
     @property
     def weights(self)->pd.DataFrame:
         "What is held over the candle that follows each close, multiples of equity"
