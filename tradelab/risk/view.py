@@ -153,10 +153,9 @@ class RiskView:
     def plot(self):
         "Exposures, returns with the value at risk, answers, ladder"
         import matplotlib.pyplot as plt
-        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(10, 7.5), sharex=True, height_ratios=(2, 3, 2))
+        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(10, 7.5), sharex=True, height_ratios=(2, 3, 2), layout="tight")
         draw_exposures(top, self.weights)
         draw_value_at_risk(middle, self.equity.pct_change().reindex(self.closes.index), self.value_at_risk()["var"].shift(1))
         draw_answers(bottom, self.journal)
         shade(bottom, self.ladder.history if self.ladder is not None else (), self.events, int(self.journal.index.as_unit("ms").asi8[-1]))
-        figure.tight_layout()
         return figure
