@@ -143,7 +143,7 @@ class RiskView:
                           "VaR exceptions [count]": found.exceptions if found else np.nan, "expected [count]": len(found.returns) * .01 if found else np.nan, "Answers other than asked [count]": int((self.journal["reason"] != Reason.AS_ASKED).sum())}, name="value")
 
     def _repr_html_(self):
-        parts = [f"<b>Risk of {self.name}</b>", self.summary().to_frame().map(lambda value: f"{value:,.2f}" if np.isfinite(value) else "-").to_html(border=0, header=False)]
+        parts = [f"<b>Risk of {self.name}</b>", self.summary().to_frame().map(lambda value: f"{round(value, 2) + 0.:,.2f}" if np.isfinite(value) else "-").to_html(border=0, header=False)]
         if self.sectors: parts += ["<b>By sector</b> [x equity]", self.exposures.by_sector().round(3).to_html(border=0)]
         parts += ["<b>What the rules did</b>", refusals(self.journal).to_html(border=0, index=False), "<b>If everything fell by a tenth</b>", self.what_if().round(2).to_html(border=0, na_rep="")]
         if self.ladder is not None: parts += ["<b>Ladder</b> ", self.ladder._repr_html_()]
