@@ -5,6 +5,8 @@ BIN    := .venv/bin
 READY  := .venv/ready
 COVER  := $(BIN)/python -m coverage run -m pytest
 PASSES := .cache/test-passes.jsonl
+# one more than two cores: many tests wait for sockets, processes and kernels
+WORKERS := 3
 # what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange
 APART  := TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_RUNS=.cache/test/runs TRADELAB_SESSIONS=.cache/test/sessions \
           TRADELAB_LOGS=.cache/test/logs TRADELAB_DATABASE=sqlite:///.cache/test/tradelab.db
@@ -37,12 +39,12 @@ test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skip
 	@mkdir -p .cache && : > $(PASSES); $(BIN)/python -m coverage erase
 	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
 	@echo "--- tests"
-	$(COVER) -q -n 2 --dist loadfile tests
+	$(COVER) -q -n $(WORKERS) --dist loadfile tests
 	@echo "--- the chapters against the package, uncompiled"
-	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n 2 tests
+	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n $(WORKERS) tests
 	@echo "--- all notebooks, cell by cell"
 	@rm -rf .cache/test; mkdir -p .cache/test
-	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs
+	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n $(WORKERS) --dist loadfile nbs
 	@$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered --fail-under=85
 	@if [ -f benchmarks/cold_compile.py ]; then $(BIN)/python benchmarks/cold_compile.py; fi

@@ -240,6 +240,7 @@ def refuse(
     held,    # signed base units
     money,   # a row of ACCOUNT
     state,   # of TradingState
+    atr,     # of the symbol, quote; NaN where it is not known
     limits,  # a row of LIMITS
 ):
     "Refuse growth that must not be"
@@ -250,6 +251,7 @@ def refuse(
         else: say(row, STATE, state, NO_ENTRY)
     elif not row["confidence"] >= limits["min_confidence"]: say(row, CONFIDENCE, row["confidence"], limits["min_confidence"])
     elif limits["price_band"] < np.inf and not distance <= limits["price_band"]: say(row, PRICE_BAND if distance >= 0. else UNKNOWN, distance, limits["price_band"])
+    elif not atr >= 0. and max(limits["stop_atr"], limits["target_atr"], limits["trailing_atr"]) > 0.: say(row, UNKNOWN, atr, 0.)
     else: return
     row["growth"] = 0.
 
@@ -488,7 +490,7 @@ def gate(
             wanted *= allowed / gross
             say(row, LEVERAGE, gross / equity, allowed / equity)
         split(row, wanted / row["price"], held, equity, limits, instruments[n])
-        refuse(row, held, money, state, limits)
+        refuse(row, held, money, state, market[n]["atr"], limits)
         shrink_alone(row, base, limits)
     shrink_gross(proposals, positions, money, base, limits, instruments)
     if limits["max_sector"] < np.inf or limits["max_group"] < np.inf: shrink_groups(proposals, covariance, base, limits, instruments)
