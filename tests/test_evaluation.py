@@ -46,6 +46,14 @@ def test_metrics_against_the_textbook_written_another_way():
         deepest, longest = max(deepest, 1 - value / peak), max(longest, time - peak_at)
     assert found.max_drawdown == pytest.approx(deepest) and found.drawdown_duration == longest
     assert found.calmar == pytest.approx(found.annual_return / deepest)
+    assert found.omega == pytest.approx(sum(value for value in returns if value > 0) / -sum(value for value in returns if value < 0))
+    ordered = sorted(returns)
+    assert found.tail_ratio == pytest.approx(abs(np.percentile(returns, 95)) / abs(np.percentile(returns, 5)))    # empyrical's tail_ratio
+    assert found.value_at_risk == pytest.approx(-np.percentile(returns, 5)) and found.expected_shortfall == pytest.approx(-sum(ordered[:int((len(ordered) - 1) * .05) + 1]) / (int((len(ordered) - 1) * .05) + 1))
+    profits = round_trips(journal)["profit"].tolist()
+    won, lost = sum(value for value in profits if value > 0), -sum(value for value in profits if value < 0)
+    spread = (sum((value - sum(profits) / len(profits)) ** 2 for value in profits) / (len(profits) - 1)) ** .5
+    assert found.profit_factor == pytest.approx(won / lost) and found.expectancy == pytest.approx(sum(profits) / len(profits)) and found.sqn == pytest.approx(len(profits) ** .5 * found.expectancy / spread)
 
 
 def test_round_trips_by_walking_fill_by_fill():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['YEAR', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL', 'check_equity', 'periods_per_year', 'drawdown',
-           'drawdown_duration', 'ratios', 'curve_metrics', 'round_trips', 'check_journal', 'activity', 'written',
-           'Metrics', 'metrics']
+           'drawdown_duration', 'ratios', 'curve_metrics', 'round_trips', 'check_journal', 'trade_ratios', 'activity',
+           'written', 'Metrics', 'metrics']
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..market.candles import milliseconds
+from ..risk.tail import historical
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #ce43208b
 def check_equity(
@@ -72,12 +73,15 @@ def ratios(
     returns:np.ndarray, # simple, per candle
     periods:float,      # candles in a year
 )->dict:
-    "Annual volatility, Sharpe and Sortino; `nan` where fewer than two returns or no risk"
-    if len(returns) < 2: return dict(annual_volatility=nan, sharpe=nan, sortino=nan)
-    deviation, downside = returns.std(ddof=1), np.sqrt(np.mean(np.minimum(returns, 0.) ** 2))
+    "Annual volatility, Sharpe, Sortino, omega, tail ratio, value at risk and shortfall; `nan` where fewer than two returns or no risk"
+    if len(returns) < 2: return dict.fromkeys(("annual_volatility", "sharpe", "sortino", "omega", "tail_ratio", "value_at_risk", "expected_shortfall"), nan)
+    deviation, downside, lost = returns.std(ddof=1), np.sqrt(np.mean(np.minimum(returns, 0.) ** 2)), -np.minimum(returns, 0.).sum()
+    low, high = np.percentile(returns, (5, 95))
+    var, shortfall = historical(np.ascontiguousarray(returns), .95)
     return dict(annual_volatility=float(deviation * np.sqrt(periods)),
                 sharpe=float(np.sqrt(periods) * _ratio(returns.mean(), deviation)),
-                sortino=float(np.sqrt(periods) * _ratio(returns.mean(), downside)))
+                sortino=float(np.sqrt(periods) * _ratio(returns.mean(), downside)), omega=float(_ratio(np.maximum(returns, 0.).sum(), lost)),
+                tail_ratio=float(_ratio(high, -low)), value_at_risk=float(var), expected_shortfall=float(shortfall))
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #a4bdf7e3
 def curve_metrics(
@@ -138,6 +142,15 @@ def check_journal(
     if strange.any(): raise ValueError(f"journal has a row at {journal.index[np.argmax(strange)]} where there is no equity: cut both to the same span")
     return journal
 
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #aaf60798
+def trade_ratios(
+    profits:np.ndarray, # quote, of each finished round trip, net
+)->dict:                # `nan` where there are none, or none that lost
+    "Profit factor, expectancy and system quality number"
+    if not len(profits): return dict(profit_factor=nan, expectancy=nan, sqn=nan)
+    deviation = profits.std(ddof=1) if len(profits) > 1 else 0.
+    return dict(profit_factor=float(_ratio(np.maximum(profits, 0.).sum(), -np.minimum(profits, 0.).sum())), expectancy=float(profits.mean()), sqn=float(_ratio(np.sqrt(len(profits)) * profits.mean(), deviation)))
+
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #0e21eb3a
 def activity(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
@@ -149,15 +162,17 @@ def activity(
     notional = (journal["fill_quantity"] * journal["fill_price"]).abs()[filled].sum()
     held = (journal["position"] != 0).groupby(level=0).any()
     return dict(turnover=float(notional / equity.mean()), fills=int(filled.sum()), round_trips=len(profits),
-                hit_rate=float((profits > 0).mean()) if len(profits) else nan, time_in_market=float(held.mean()) if len(held) else nan,
+                hit_rate=float((profits > 0).mean()) if len(profits) else nan, **trade_ratios(profits.to_numpy(float)), time_in_market=float(held.mean()) if len(held) else nan,
                 fees=float(journal["fee"].sum()), funding=float(journal["funding"].sum()))
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #4029e477
 LABELS = dict(
     total_return=("Total return [%]", 100, 2), annual_return=("Annual return [%]", 100, 2), annual_volatility=("Annual volatility [%]", 100, 2),
-    sharpe=("Sharpe ratio [annual]", 1, 2), sortino=("Sortino ratio [annual]", 1, 2), calmar=("Calmar ratio [annual]", 1, 2),
+    sharpe=("Sharpe ratio [annual]", 1, 2), sortino=("Sortino ratio [annual]", 1, 2), omega=("Omega", 1, 2), tail_ratio=("Tail ratio", 1, 2),
+    value_at_risk=("Value at risk 95 % [% a candle]", 100, 3), expected_shortfall=("Expected shortfall 95 % [% a candle]", 100, 3), calmar=("Calmar ratio [annual]", 1, 2),
     max_drawdown=("Max drawdown [%]", 100, 2), drawdown_duration=("Longest drawdown [days]", 1, 2),
     turnover=("Turnover [x equity]", 1, 2), fills=("Fills [count]", 1, 0), round_trips=("Round trips [count]", 1, 0), hit_rate=("Hit rate [% of round trips]", 100, 1),
+    profit_factor=("Profit factor", 1, 2), expectancy=("Expectancy [quote a round trip]", 1, 2), sqn=("System quality number", 1, 2),
     time_in_market=("Time in market [%]", 100, 1), fees=("Fees [quote]", 1, 2), funding=("Funding [quote]", 1, 2))
 
 
@@ -185,6 +200,10 @@ class Metrics:
     annual_volatility:float
     sharpe:float
     sortino:float
+    omega:float                    # gained over lost
+    tail_ratio:float               # 95th over 5th percentile
+    value_at_risk:float            # of one candle, 95 %, fraction
+    expected_shortfall:float
     calmar:float
     max_drawdown:float
     drawdown_duration:pd.Timedelta
@@ -192,6 +211,9 @@ class Metrics:
     fills:float = nan              # steps with a fill
     round_trips:float = nan        # finished ones
     hit_rate:float = nan           # fraction of round trips with a profit after costs
+    profit_factor:float = nan      # of round trips: earned over lost
+    expectancy:float = nan         # quote a round trip
+    sqn:float = nan                # system quality number
     time_in_market:float = nan     # fraction of closes at which something is held
     fees:float = nan               # quote, above zero is paid
     funding:float = nan            # quote, above zero is received
