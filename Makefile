@@ -5,8 +5,6 @@ BIN    := .venv/bin
 READY  := .venv/ready
 COVER  := $(BIN)/python -m coverage run -m pytest
 PASSES := .cache/test-passes.jsonl
-# one more than two cores: many tests wait for sockets, processes and kernels
-WORKERS := 3
 # what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange
 APART  := TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_RUNS=.cache/test/runs TRADELAB_SESSIONS=.cache/test/sessions \
           TRADELAB_LOGS=.cache/test/logs TRADELAB_DATABASE=sqlite:///.cache/test/tradelab.db
@@ -38,16 +36,17 @@ demo: $(READY) ## train an agent, test it, trade it live on localnet, replay, re
 test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skipped
 	@mkdir -p .cache && : > $(PASSES); $(BIN)/python -m coverage erase
 	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
+	@echo "--- compilation, once for all"
+	$(BIN)/python benchmarks/cold_compile.py
 	@echo "--- tests"
-	$(COVER) -q -n $(WORKERS) --dist loadfile tests
+	$(COVER) -q -n 2 --dist loadfile tests
 	@echo "--- the chapters against the package, uncompiled"
-	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n $(WORKERS) tests
+	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n 2 tests
 	@echo "--- all notebooks, cell by cell"
 	@rm -rf .cache/test; mkdir -p .cache/test
-	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n $(WORKERS) --dist loadfile nbs
+	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs
 	@$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered --fail-under=85
-	@if [ -f benchmarks/cold_compile.py ]; then $(BIN)/python benchmarks/cold_compile.py; fi
 	@$(BIN)/python .ci/summary.py $(PASSES) && rm $(PASSES)
 
 notebooks: $(READY) ## execute all chapters in place and clean them
