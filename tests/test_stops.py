@@ -90,7 +90,7 @@ def test_against_plain_python(candles, stops, seed):
 
 @pytest.mark.parametrize("candle, stops, side, expected", [
     ((100, 105, 97, 99), Stops(), 1, ("STOP_LOSS", 98)),                                # stop and target in one candle: the stop
-    ((100, 105, 99, 99), Stops(), 1, ("TAKE_PROFIT", 104)),
+    ((100, 105, 99, 99), Stops(), 1, ("TAKE_PROFIT", 104)), ((100, 104, 99, 99), Stops(), 1, ("TAKE_PROFIT", 104)),
     ((95, 105, 94, 99), Stops(), 1, ("STOP_LOSS", 95)),                                 # a gap through the stop fills at the open
     ((107, 108, 90, 99), Stops(), 1, ("TAKE_PROFIT", 107)),                             # and so does one beyond the target, whatever comes later
     ((98, 99, 97, 98), Stops(), 1, ("STOP_LOSS", 98)),                                  # touched is enough
@@ -110,7 +110,9 @@ def test_by_hand(candle, stops, side, expected):
 
 
 def test_the_average_true_range_is_the_features_and_talibs():
-    candles = realistic(1_500, seed=9)[COLUMNS].to_numpy()
+    "Over candles with a gap before each"
+    candles = realistic(1_500, seed=9)[COLUMNS].to_numpy(copy=True)
+    candles[:, :4] *= np.exp(np.random.default_rng(9).normal(0, .01, (1_500, 1)))
     def followed(candles, period):
         atr, before, values = np.nan, np.nan, []
         for _, high, low, close, _ in candles:
