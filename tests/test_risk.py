@@ -1,4 +1,4 @@
-"Measures, stops, breakers and the ladder against outside truth and properties"
+"Measures, breakers and the ladder against outside truth and properties"
 import json
 from pathlib import Path
 
@@ -7,15 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.account import POSITION, apply_fill, new_account
 from tradelab.market.files import from_file
 from tradelab.market.synthetic import realistic
-from tradelab.records import NO_STOPS, Limits, Reason, Stops, TradingState
+from tradelab.records import NO_STOPS, TradingState
 from tradelab.risk.breakers import CLOSED, DEFAULTS, Breakers
 from tradelab.risk.forecasts import judge
 from tradelab.risk.ladder import CAUSES, Ladder
 from tradelab.risk.portfolio import covariance_history, shrunk
-from tradelab.risk.stops import enter, exit_price, levels, simulate, touched, track
 from tradelab.risk.tail import METHODS, TailRisk, historical, tail, tail_history
 
 DATA = next((place / "shared/data" for place in Path(__file__).resolve().parents if (place / "shared/data/BTCUSDT-1d.parquet").exists()), None)
@@ -89,66 +87,6 @@ def test_covariance_forgets_where_it_began():
     gone = closes.copy()
     gone[100, 1] = np.nan
     assert np.isnan(covariance_history(gone, .05)[101, 1]).all() and np.isfinite(covariance_history(gone, .05)[101, 0, 2]) and np.isfinite(covariance_history(gone, .05)[105]).all()
-
-
-def slow_stops(candles, entry, side, rules):
-    "One position in plain Python: exit row, price, code"
-    price, best = candles[entry][0], candles[entry][0]
-    for t in range(entry, len(candles)):
-        opened, high, low = candles[t][:3]
-        def distance(fixed, of): return None if not fixed else of * (1 - side * fixed)
-        stop, trailing = distance(rules.stop_loss, price), distance(rules.trailing_stop, best)
-        target = price * (1 + side * rules.take_profit) if rules.take_profit else None
-        nearest = [(level, code) for level, code in ((trailing, "TRAILING_STOP"), (stop, "STOP_LOSS")) if level is not None]
-        nearest = max(nearest, key=lambda pair: side * pair[0]) if nearest else None
-        worst, good = (low, high) if side > 0 else (high, low)
-        if nearest and side * (worst - nearest[0]) <= 0: return t, min(opened, nearest[0]) if side > 0 else max(opened, nearest[0]), nearest[1]
-        if target is not None and side * (good - target) >= 0: return t, max(opened, target) if side > 0 else min(opened, target), "TAKE_PROFIT"
-        if rules.max_age and t - entry >= rules.max_age: return t, opened, "TIME_STOP"
-        best = max(best, high) if side > 0 else min(best, low)
-    return None
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from((1., -1.)), st.sampled_from((0., .01, .03)), st.sampled_from((0., .02, .05)), st.sampled_from((0., .015)), st.integers(0, 30))
-def test_stops_against_plain_python(seed, side, stop, target, trailing, age):
-    candles, rules = realistic(120, seed=seed % 50)[["open", "high", "low", "close", "volume"]].to_numpy(), Stops(stop_loss=stop, take_profit=target, trailing_stop=trailing, max_age=age)
-    entries = np.zeros(len(candles))
-    entries[10] = side
-    prices, codes, trail = simulate(candles, entries, Limits(stops=rules).row())
-    expected, rows = slow_stops(candles.tolist(), 10, side, rules), np.flatnonzero(codes)
-    if expected is None: assert not len(rows)
-    else: assert (rows[0], Reason(codes[rows[0]]).name) == (expected[0], expected[2]) and np.isclose(prices[rows[0]], expected[1], rtol=1e-12)
-    moved = np.diff(trail[~np.isnan(trail)]) * side
-    assert (moved >= 0).all()                                                  # a trailing stop never loosens
-    shorter = simulate(candles[:60], entries[:60], Limits(stops=rules).row())
-    assert np.array_equal(shorter[1][:60], codes[:60]) and np.array_equal(shorter[0], prices[:60], equal_nan=True)
-
-
-def test_the_array_form_of_stops_is_the_stream():
-    candles, rules = realistic(400, seed=7)[["open", "high", "low", "close", "volume"]].to_numpy(), Limits(stops=Stops(trailing_stop=.02)).row()
-    entries = np.zeros(400)
-    entries[::40] = 1.
-    prices, codes, trail = simulate(candles, entries, rules)
-    account, positions = new_account(1.), np.zeros(1, POSITION)
-    for t, (opened, high, low, *_) in enumerate(candles):
-        if positions[0]["quantity"] == 0 and entries[t]:
-            apply_fill(account, positions, 0, entries[t], opened, 0.)
-            enter(positions[0], np.nan, 1.)
-        if positions[0]["quantity"] == 0: continue
-        code, at = touched(positions[0], high, low, rules)
-        assert np.array_equal(levels(positions[0], rules)[2], trail[t]) and code == codes[t]
-        track(positions[0], high, low)
-        if code:
-            assert exit_price(code, at, opened, 1.) == prices[t]
-            apply_fill(account, positions, 0, -1., prices[t], 0.)
-
-
-def test_a_stop_in_atrs_widens_with_the_regime():
-    candles, rules = realistic(3_000, seed=3)[["open", "high", "low", "close", "volume"]].to_numpy(), Limits(stops=Stops(stop_loss=0., take_profit=0., stop_atr=1.)).row()
-    entries = np.where(np.arange(3_000) % 20 == 19, 1., 0.)
-    narrow, wide = (np.count_nonzero(simulate(candles, entries, rules, width)[1]) for width in (1., 3.))
-    assert narrow > wide > 0
 
 
 @settings(max_examples=100, deadline=None)

@@ -102,6 +102,7 @@ class Stops:
     def __post_init__(self):
         check_positive(self, "atr_period")
         check_not_negative(self, "stop_loss", "take_profit", "trailing_stop", "stop_atr", "target_atr", "trailing_atr", "max_age")
+        if self.atr_period < 1: raise ValueError(f"Stops.atr_period must be at least 1 candle, was {self.atr_period}")
         for name in ("stop_loss", "trailing_stop"):
             if getattr(self, name) >= 1: raise ValueError(f"Stops.{name} must be below 1 (a fraction of the price), was {getattr(self, name)}")
         for fixed, ranges in (("trailing_stop", "trailing_atr"),):

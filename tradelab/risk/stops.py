@@ -24,8 +24,8 @@ def next_atr(
 )->float:     # quote
     "Wilder's average true range after one more candle"
     if np.isnan(before): return high - low
-    true_range = max(high, before) - min(low, before)
-    return true_range if np.isnan(atr) else atr + (true_range - atr) / period
+    true_range, share = max(high, before) - min(low, before), 1. / period
+    return true_range if np.isnan(atr) else (1. - share) * atr + share * true_range
 
 # %% ../../nbs/30_risk/34_stops.ipynb #89c1c0ca
 @compiled
@@ -92,15 +92,16 @@ def touched(
 # %% ../../nbs/30_risk/34_stops.ipynb #d011f81c
 @compiled
 def exit_price(
-    code,      # that `touched` gave
-    at,        # the level
-    opened,    # open of the candle, quote per base
-    side,      # +1 for a long position, -1 for a short one
-)->float:      # quote per base, before costs
-    "Where a conditional order at the exchange would have filled within the candle"
-    if code == TIME_STOP: return opened
-    if code == TAKE_PROFIT: return max(opened, at) if side > 0. else min(opened, at)
-    return min(opened, at) if side > 0. else max(opened, at)
+    position,   # a row of POSITION, as `touched` takes it
+    opened,     # of the candle, quote per base
+    high,
+    low,
+    settings,   # a row with the fields of STOPS
+)->tuple:       # (code of `Reason`, 0 for none; quote per base before costs, NaN for none)
+    "Where conditional orders at the exchange would have filled within the candle"
+    code, _ = touched(position, opened, opened, settings)
+    if code: return code, opened
+    return touched(position, high, low, settings)
 
 # %% ../../nbs/30_risk/34_stops.ipynb #f13aad1b
 WIDTHS = (1., 1., 1.5, .75) # of the stop in bull, bear, volatile, sideways (features.regime.REGIMES)
@@ -127,12 +128,12 @@ def _walk(candles, entries, settings, widths, account, positions, prices, codes,
             apply_fill(account, positions, 0, entries[t], opened, 0.)
             enter(position, atr, widths[t])
         if position["quantity"] != 0.:
-            code, at = touched(position, high, low, settings)
+            codes[t], price = exit_price(position, opened, high, low, settings)
             trail[t] = levels(position, settings)[2]
             track(position, high, low)
             age(positions)
-            if code:
-                prices[t], codes[t] = exit_price(code, at, opened, np.sign(position["quantity"])), code
+            if codes[t]:
+                prices[t] = price
                 apply_fill(account, positions, 0, -position["quantity"], prices[t], 0.)
         atr, before = next_atr(atr, high, low, before, settings["atr_period"]), candles[t, CLOSE]
 
@@ -141,13 +142,15 @@ def simulate(
     candles:np.ndarray,   # (T, 5)
     entries:np.ndarray,   # (T,), signed base units that are opened at the open of a candle, where nothing is held
     settings,             # a row with the fields of STOPS, such as Limits().row()
-    widths=1.,            # factor of the stop's distance at each candle: a number or (T,)
+    widths=1.,            # factor of the stop's distance for an entry at this candle: a number or (T,), known before it
 )->tuple:                 # (T,) each: exit price (NaN: none), code of `Reason` (0: none), trailing stop (NaN: none)
     "Exits of one symbol by stops alone"
-    candles, entries = np.ascontiguousarray(candles, float), np.ascontiguousarray(entries, float)
-    if len(candles) != len(entries): raise ValueError(f"there are {len(candles)} candles and {len(entries)} entries: one per candle")
+    candles, entries, widths = np.ascontiguousarray(candles, float), np.ascontiguousarray(entries, float), np.array(widths, float)
+    if widths.ndim == 0: widths = np.full(len(candles), widths)
+    if not len(candles) == len(entries) == len(widths): raise ValueError(f"there are {len(candles)} candles, {len(entries)} entries and {len(widths)} widths: one per candle")
+    if not (np.isfinite(widths) & (widths > 0)).all(): raise ValueError(f"widths must be finite numbers above 0, one was {widths[~(np.isfinite(widths) & (widths > 0))][0]}: a filter that has not warmed up has none")
     if not (np.isfinite(candles).all() and np.isfinite(entries).all()): raise ValueError("candles and entries must be finite numbers: look at the source")
     if entries[:1].any() and any(settings[name] for name in ("stop_atr", "target_atr", "trailing_atr")): raise ValueError("an entry at the first candle has no ATR yet, its stop would be nowhere: enter later")
     prices, codes, trail = np.full(len(candles), np.nan), np.zeros(len(candles), np.int64), np.full(len(candles), np.nan)
-    _walk(candles, entries, settings[()], np.broadcast_to(np.asarray(widths, float), len(candles)).copy(), new_account(1.), np.zeros(1, POSITION), prices, codes, trail)
+    _walk(candles, entries, settings[()], widths, new_account(1.), np.zeros(1, POSITION), prices, codes, trail)
     return prices, codes, trail
