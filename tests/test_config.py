@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tradelab.config import BadSettings, _flat, _variables, known_keys, settings, venue_for
-from tradelab.records import Limits
+from tradelab.records import CostModel, Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
@@ -59,8 +59,8 @@ def test_the_examples_name_every_setting_and_its_default(project):
     (project / "tradelab.toml").write_text(text)
     assert settings().model_dump() == settings(**{}).model_dump()
     written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name != "production"}))
-    unlimited = {f"risk.{field.name}" for field in fields(Limits) if field.default is None}
-    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.removeprefix("risk.") in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
+    unlimited = {f"{table}.{field.name}" for table, record in (("risk", Limits), ("costs", CostModel)) for field in fields(record) if field.default is None}
+    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
     example = settings()
     (project / "tradelab.toml").write_text("")
     assert example == settings()

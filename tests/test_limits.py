@@ -83,7 +83,7 @@ def test_nor_one_that_looks_at_the_market(rules, seed): walk(rules, seed, [0] * 
 
 def walk(rules, seed, states, warm):
     random = np.random.default_rng(seed)
-    gate, account, positions, prices = Gate(rules, [Instrument(name, max_quantity=60., maintenance=.05) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
+    gate, account, positions, prices = Gate(rules, [Instrument(name, max_quantity=60., brackets=((1e12, 20, .05),)) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
     common = random.standard_normal((warm + len(states), 1))
     moves = .02 * (common * random.choice([-1., 1.], 3) + .5 * random.standard_normal((warm + len(states), 3)))
     for t in range(warm + len(states)):
@@ -161,7 +161,7 @@ def test_every_driver_knows_the_same_of_the_market():
 def test_too_little_history_for_a_limit_is_refused():
     frame = realistic(300, seed=1)
     with pytest.raises(ValueError, match="leaves 100 candles of warm-up, features and limits need 1667 to warm up|300 candles are too few, features and limits need 1667"): backtest(turning(), frame, start=frame.index[100], limits=Limits(max_var=.02))
-    with pytest.raises(ValueError, match="300 candles are too few to train on: features and limits need 1667"): Market.of(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
+    with pytest.raises(ValueError, match="300 candles are too few to train on: features, limits and costs need 1667"): Market.of(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
 
 
 def test_stops_close_at_the_close_and_stay_out():

@@ -18,7 +18,7 @@ from tradelab.account import funding_amount, wallet
 from tradelab.localnet.server import Localnet, PortInUse, milliseconds_now
 from tradelab.market.candles import frame
 from tradelab.records import OPEN, CostModel, Instrument
-from tradelab.sim.kernel import market_fill
+from tradelab.sim.costs import CONDITION, market_fill
 
 pytestmark = pytest.mark.integration
 BTC, ETH, HOUR, FIRST = "BTC/USDT:USDT", "ETH/USDT:USDT", 3_600_000, 1_640_995_200_000
@@ -33,6 +33,7 @@ def walk(length, level, seed, tick):
     return frame(FIRST + np.arange(length) * HOUR, np.round(np.stack([opened, high, low, close, random.uniform(1, 9, length)], 1), 6))
 
 
+USUAL = np.array([(CostModel().slippage, 0., np.inf)], CONDITION)[0]
 CANDLES = {BTC: walk(40, 20_000., 1, .1), ETH: walk(40, 1_500., 2, .01)}
 FUNDING = {BTC: pd.Series([.0001, -.0003, .0002, .0004], pd.to_datetime(FIRST + np.arange(1, 5) * 8 * HOUR, unit="ms", utc=True))}
 INSTRUMENTS = {ETH: Instrument(ETH, price_tick=.01, min_notional=20.)}
@@ -137,7 +138,7 @@ def test_market_orders():
         return found["average"], trades[0]
     with localnet() as venue:
         price, trade = visit(venue, talk)
-        expected, fee = market_fill(.1, CANDLES[BTC].iloc[6, OPEN], CostModel().row(), Instrument().row())
+        expected, fee = market_fill(.1, CANDLES[BTC].iloc[6, OPEN], 0., USUAL, CostModel().row()[()], Instrument().row()[()])
     assert price == trade["price"] == expected and trade["fee"]["cost"] == fee and trade["timestamp"] == FIRST + 6 * HOUR
 
 
@@ -221,7 +222,7 @@ def test_lockstep_gives_every_candle_once_and_in_order(sleep):
         assert seen == [(FIRST + (6 + n) * HOUR, name) for n in range(len(seen) // 2) for name in ("BTCUSDT", "ETHUSDT")]
         opens = CANDLES[BTC].iloc[7:, OPEN]                                  # decided at a close, filled at the next open
         for n, order in enumerate(venue.exchange.orders):
-            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], CostModel().row(), Instrument().row())
+            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL, CostModel().row()[()], Instrument().row()[()])
             assert float(order["avgPrice"]) == expected and order["time"] == FIRST + (7 + n) * HOUR
         assert state["sent"] == len(seen) // 2 and state["closed"] == 6 + len(seen) // 2 and not state["finished"]
 

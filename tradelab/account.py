@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'POSITION', 'EXACT', 'new_account', 'wallet', 'decimal8', 'apply_fill', 'reduces', 'funding_amount',
-           'apply_funding', 'mark', 'age', 'resume', 'round_price', 'round_quantity']
+           'apply_funding', 'bracket', 'maintenance_margin', 'mark', 'age', 'resume', 'round_price', 'round_quantity']
 
 # %% ../nbs/00_ground/04_account.ipynb #14e04aec
 import numpy as np
 
-from .compiled import compiled
-from .records import INSTRUMENT
+from .compiled import bare
+from .records import INSTRUMENT, TIERS
 
 # %% ../nbs/00_ground/04_account.ipynb #4cf9c58e
 ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8"),
@@ -29,7 +29,7 @@ def new_account(
     return account
 
 # %% ../nbs/00_ground/04_account.ipynb #32b2a333
-@compiled
+@bare
 def wallet(
     account,     # ACCOUNT, (1,)
 )->float:        # quote
@@ -41,7 +41,7 @@ def wallet(
 EXACT = 2. ** 53 / 1e8 # beyond it a float has no eight decimals any more
 
 
-@compiled
+@bare
 def decimal8(
     value,    # a quantity or an amount
 )->float:
@@ -49,7 +49,7 @@ def decimal8(
     return np.rint(value * 1e8) / 1e8 if abs(value) < EXACT else value
 
 # %% ../nbs/00_ground/04_account.ipynb #e8f1cab7
-@compiled
+@bare
 def apply_fill(
     account,          # ACCOUNT, (1,)
     positions,        # POSITION, (n_symbols,)
@@ -74,7 +74,7 @@ def apply_fill(
     position["quantity"] = after
 
 # %% ../nbs/00_ground/04_account.ipynb #3e998d40
-@compiled
+@bare
 def reduces(
     quantity,  # signed base units to order
     held,      # signed base units
@@ -83,7 +83,7 @@ def reduces(
     return quantity * held < 0. and abs(quantity) <= abs(held)
 
 # %% ../nbs/00_ground/04_account.ipynb #7c0a83a6
-@compiled
+@bare
 def funding_amount(
     quantity,    # signed base units held
     mark_price,  # quote per base
@@ -93,13 +93,34 @@ def funding_amount(
     return decimal8(-quantity * mark_price * rate)
 
 
-@compiled
+@bare
 def apply_funding(account, amount):
     "Book a funding payment, in quote"
     account[0]["funding"] += amount
 
+# %% ../nbs/00_ground/04_account.ipynb #51455e85
+@bare
+def bracket(
+    notional,    # quote, without sign
+    instrument,  # a row of INSTRUMENT
+)->int:
+    "Number of the margin bracket of a position"
+    for i in range(TIERS - 1):
+        if notional <= instrument["caps"][i]: return i
+    return TIERS - 1
+
+
+@bare
+def maintenance_margin(
+    notional,    # quote, without sign
+    instrument,  # a row of INSTRUMENT
+)->float:        # quote
+    "Equity that must stay behind a position, Binance's formula"
+    i = bracket(notional, instrument)
+    return notional * instrument["rates"][i] - instrument["amounts"][i]
+
 # %% ../nbs/00_ground/04_account.ipynb #dedfe13c
-@compiled
+@bare
 def mark(
     account,    # ACCOUNT, (1,)
     positions,  # POSITION, (n_symbols,)
@@ -117,7 +138,7 @@ def mark(
     row["drawdown"] = 1. - row["equity"] / row["peak"]
 
 
-@compiled
+@bare
 def age(
     positions,  # POSITION, (n_symbols,)
 ):
@@ -132,7 +153,7 @@ def resume(
     account["halted"], account["peak"], account["drawdown"] = 0, account["equity"], 0.
 
 # %% ../nbs/00_ground/04_account.ipynb #90fde760
-@compiled
+@bare
 def round_price(
     price,       # quote per base
     direction,   # above zero rounds up, below zero down
@@ -144,7 +165,7 @@ def round_price(
     return whole * instrument["price_units"] / instrument["price_scale"]
 
 
-@compiled
+@bare
 def round_quantity(
     quantity,    # signed base units
     instrument,  # a row of INSTRUMENT

@@ -29,12 +29,17 @@ class Policy:
     window:int = 1                      # candles in the observation, oldest first
     scaler:Scaler|None = None           # None: features as they are
     confident:bool = False              # answers with its confidences, in [0, 1], behind the targets
+    orders:int = 0                      # places for orders of its own per symbol: it answers with eight numbers for each (sim.kernel), not with targets
 
     def __post_init__(self): object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
 
+    def answers(self, n_symbols:int)->int:
+        "How many numbers it answers with"
+        return n_symbols * (8 * self.orders if self.orders else 1 + self.confident)
+
     def act(self, observation:np.ndarray)->np.ndarray:
         "Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2 n_symbols,) with confidences"
-        targets = np.zeros(len(observation) * (1 + self.confident))
+        targets = np.zeros(self.answers(len(observation)))
         self.function(self.parameters, observation, targets)
         return targets
 

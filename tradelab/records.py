@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
-           'OPEN_TIME', 'COLUMNS', 'KNOWN', 'INSTRUMENT', 'COSTS', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LIMITS', 'JOURNAL',
-           'PROPOSAL', 'check_positive', 'check_not_negative', 'grid', 'Instrument', 'CostModel', 'Stops',
+           'OPEN_TIME', 'COLUMNS', 'KNOWN', 'TIERS', 'BRACKETS', 'INSTRUMENT', 'COSTS', 'FEES', 'STOPS', 'NO_STOPS',
+           'OPTIONAL', 'LIMITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION', 'JOURNAL', 'PROPOSAL', 'check_positive',
+           'check_not_negative', 'grid', 'bracket_amounts', 'check_brackets', 'Instrument', 'CostModel', 'Stops',
            'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding', 'Scaler', 'Reason', 'TradingState',
-           'Decision']
+           'Kind', 'TimeInForce', 'Execution', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 from dataclasses import asdict, dataclass, fields
@@ -47,41 +48,106 @@ def grid(
     return (whole, 10 ** -exponent) if exponent < 0 else (whole * 10 ** exponent, 1)
 
 # %% ../nbs/00_ground/01_records.ipynb #e935aaab
-INSTRUMENT = np.dtype([("price_units", "f8"), ("price_scale", "f8"), ("step_units", "f8"), ("step_scale", "f8"),
-                       ("min_quantity", "f8"), ("max_quantity", "f8"), ("min_notional", "f8"), ("maintenance", "f8"), ("sector", "i8")])
+TIERS = 12
+BRACKETS = ((300_000., 150, .004), (800_000., 100, .005), (3e6, 75, .0065), (12e6, 50, .01), (70e6, 25, .02), (100e6, 20, .025), (230e6, 10, .05), (480e6, 5, .1),
+            (600e6, 4, .125), (800e6, 3, .15), (1.2e9, 2, .25), (1.8e9, 1, .5))
+
+
+def bracket_amounts(
+    brackets,      # (largest notional, largest leverage, maintenance rate) each, smallest first
+)->tuple:          # quote: what is taken off `notional * rate` in each, so that the margin has no step
+    "Binance's maintenance amounts: each is the one before, and the floor times the step of the rate"
+    amounts = [0.]
+    for (floor, _, before), (_, _, rate) in zip(brackets, brackets[1:]): amounts.append(amounts[-1] + floor * (rate - before))
+    return tuple(amounts)
+
+
+def check_brackets(record, brackets):
+    "Refuse margin brackets that do not rise"
+    if not 1 <= len(brackets) <= TIERS: raise ValueError(f"{record}.brackets needs 1 to {TIERS} rows of (notional, leverage, rate), had {len(brackets)}")
+    for before, row in zip(((0., np.inf, 0.), *brackets), brackets):
+        if not (np.isfinite(row).all() and row[0] > before[0] and 1 <= row[1] <= before[1] and before[2] <= row[2] < 1 and row[2] > 0):
+            raise ValueError(f"{record}.brackets: {tuple(row)} does not follow {tuple(before)}: notional and rate rise, leverage falls, none below its least")
+
+# %% ../nbs/00_ground/01_records.ipynb #9bb8a062
+INSTRUMENT = np.dtype([("price_units", "f8"), ("price_scale", "f8"), ("step_units", "f8"), ("step_scale", "f8"), ("min_quantity", "f8"), ("max_quantity", "f8"), ("min_notional", "f8"),
+                       ("liquidation_fee", "f8"), ("max_notional", "f8"), ("sector", "i8"), ("caps", "f8", TIERS), ("rates", "f8", TIERS), ("amounts", "f8", TIERS)])
 
 
 @dataclass(frozen=True)
 class Instrument:
-    "What an exchange says about a symbol: the grids that prices and quantities stand on, and the sizes it takes"
+    "What an exchange says about a symbol: the grids that prices and quantities stand on, the sizes it takes, the margin it wants"
     symbol:str = "BTC/USDT:USDT" # ccxt's unified name
     price_tick:float = 0.1       # quote per base
     quantity_step:float = 0.001  # base units
     min_quantity:float = 0.001   # base units
     max_quantity:float = 1000.   # base units in one order
     min_notional:float = 100.    # quote; reduce-only orders are exempt
-    maintenance:float = 0.004    # maintenance margin, a fraction of the notional: Binance's first tier
+    liquidation_fee:float = 0.0125 # of the notional that the exchange closes
+    brackets:tuple = BRACKETS    # (largest notional, largest leverage, maintenance rate) each, smallest first
 
     def __post_init__(self):
+        object.__setattr__(self, "brackets", tuple(tuple(row) for row in self.brackets))
         check_positive(self, "price_tick", "quantity_step", "min_quantity", "max_quantity")
-        check_not_negative(self, "min_notional", "maintenance")
+        check_not_negative(self, "min_notional", "liquidation_fee")
+        check_brackets(type(self).__name__, self.brackets)
 
-    def row(self, sector:int=-1):
-        "For compiled code; `sector` is a number that `sectors_of` gave"
-        return np.array((*grid(self.price_tick), *grid(self.quantity_step), self.min_quantity, self.max_quantity, self.min_notional, self.maintenance, sector), INSTRUMENT)
+    def max_notional(self, leverage:float)->float:
+        "The largest position that a leverage allows, quote; 0 where the leverage itself is too high"
+        return max((cap for cap, most, _ in self.brackets if most >= leverage), default=0.)
+
+    def row(self, leverage:float=1., sector:int=-1):
+        "For compiled code; `sector` is a number that `instrument_rows` gave"
+        caps, _, rates = (list(column) + [column[-1]] * (TIERS - len(column)) for column in zip(*self.brackets))
+        amounts = bracket_amounts(self.brackets)
+        return np.array((*grid(self.price_tick), *grid(self.quantity_step), self.min_quantity, self.max_quantity, self.min_notional, self.liquidation_fee, self.max_notional(leverage), sector,
+                         caps, rates, list(amounts) + [amounts[-1]] * (TIERS - len(amounts))), INSTRUMENT)
 
 # %% ../nbs/00_ground/01_records.ipynb #7fce3842
-COSTS = np.dtype([("taker_fee", "f8"), ("slippage", "f8")])
+COSTS = np.dtype([(name, "f8") for name in ("taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "impact_half_life", "participation", "latency", "funding", "spread_scale")])
+FEES = ((.0002, .0005), (.00016, .0004), (.00014, .00035), (.00012, .00032), (.0001, .0003), (.00008, .00027), (.00006, .00025), (.00004, .00022), (.00002, .0002), (0., .00017)) # maker, taker of Binance's VIP 0 to 9
 
 
 @dataclass(frozen=True)
 class CostModel:
     "What a fill costs, as fractions of its notional"
-    taker_fee:float = 0.0005 # paid on every market order
-    slippage:float = 0.0001  # price moves against the taker: half the spread and the walk through the book
+    taker_fee:float = 0.0005       # paid by who takes what stands in the book
+    maker_fee:float = 0.0002       # paid by whose order stood there
+    slippage:float = 0.0001        # price moves against the taker: half the spread and the walk through the book
+    spread_volatility:float = 0.   # exponent: how the spread widens with volatility; 0: not at all, 1: in proportion
+    spread_volume:float = 0.       # exponent: how it widens where less is traded than usual
+    impact:float = 0.              # coefficient of the square-root law, of order 1; 0: none
+    impact_half_life:float = 4.    # candles after which half of an impact is gone
+    participation:float|None = None # largest share of a candle's volume that all orders of a symbol get together
+    latency:int = 0                # candles that an order is on its way beyond the one that everyone waits
+    funding:bool = True            # payments are booked
 
-    def __post_init__(self): check_not_negative(self, "taker_fee", "slippage")
-    def row(self): return np.array((self.taker_fee, self.slippage), COSTS)
+    def __post_init__(self):
+        check_not_negative(self, "taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "latency")
+        check_positive(self, "impact_half_life", *(["participation"] if self.participation is not None else []))
+        if self.slippage >= 1: raise ValueError(f"CostModel.slippage must be below 1 (a fraction of the price), was {self.slippage}")
+        if self.participation is not None and self.participation > 1: raise ValueError(f"CostModel.participation must be at most 1 (a share of the volume), was {self.participation}")
+        if self.latency != int(self.latency): raise ValueError(f"CostModel.latency must be a whole number of candles, was {self.latency}")
+
+    @classmethod
+    def tier(cls, vip:int, **others):
+        "With the fees of Binance's VIP tier 0 to 9 (its page of USD-M fees; ask your account for its own)"
+        if vip not in range(len(FEES)): raise ValueError(f"there are VIP tiers 0 to {len(FEES) - 1}, was {vip}")
+        return cls(maker_fee=FEES[vip][0], taker_fee=FEES[vip][1], **others)
+
+    @classmethod
+    def ideal(cls):
+        "Nothing costs anything: for comparison with other engines, never for a result that is believed"
+        return cls(taker_fee=0., maker_fee=0., slippage=0., funding=False)
+
+    @classmethod
+    def realistic(cls, **others):
+        "Everything on, with coefficients from the literature: `sim.costs` says whose"
+        return cls(**dict(spread_volatility=1., spread_volume=.5, impact=1., participation=.1) | others)
+
+    def row(self):
+        "For compiled code; `spread_scale` multiplies a spread that was looked up for many candles at once"
+        return np.array((*(np.inf if getattr(self, name) is None else float(getattr(self, name)) for name in COSTS.names[:-1]), 1.), COSTS)
 
 # %% ../nbs/00_ground/01_records.ipynb #3f8e76f6
 STOPS = [("stop_loss", "f8"), ("take_profit", "f8"), ("trailing_stop", "f8"), ("stop_atr", "f8"), ("target_atr", "f8"), ("trailing_atr", "f8"), ("atr_period", "f8"), ("max_age", "f8")]
@@ -176,13 +242,15 @@ def instrument_rows(
     instruments,     # Instrument each
     limits:Limits,
 )->np.ndarray:       # INSTRUMENT, (n_symbols,)
-    "Instruments for compiled code, each with the number of its sector"
+    "Instruments for compiled code, each with the number of its sector and what the leverage allows"
     table = limits.sectors or {}
     for instrument in instruments:
         if limits.max_sector is not None and instrument.symbol not in table:
             raise ValueError(f"Limits.sectors knows no sector of {instrument.symbol}, only of {', '.join(table)}: add it, or leave max_sector out")
+        if not instrument.max_notional(limits.leverage):
+            raise ValueError(f"leverage {limits.leverage:g} is above the {instrument.brackets[0][1]:g} that the exchange allows for {instrument.symbol}: lower risk.leverage")
     numbers = {name: number for number, name in enumerate(sorted(set(table.values())))}
-    return np.array([instrument.row(numbers.get(table.get(instrument.symbol), -1)) for instrument in instruments], INSTRUMENT)
+    return np.array([instrument.row(limits.leverage, numbers.get(table.get(instrument.symbol), -1)) for instrument in instruments], INSTRUMENT)
 
 # %% ../nbs/00_ground/01_records.ipynb #23bb4ef7
 @dataclass(frozen=True)
@@ -206,6 +274,7 @@ class Fill:
     fill_time:int
     order_id:str = ""
     trade_id:str = ""   # the venue's, unique per symbol
+    protects:bool = False # of a stop or target that stood at the venue
 
 # %% ../nbs/00_ground/01_records.ipynb #5923abef
 @dataclass(frozen=True)
@@ -257,6 +326,7 @@ class Reason(IntEnum):
     TRAILING_STOP = 23
     TIME_STOP = 24
     STOPPED_OUT = 25
+    BRACKET = 26
 
     def sentence(self, value:float=float("nan"), limit:float=float("nan"))->str:
         "For people, with what was measured and what is allowed"
@@ -276,7 +346,8 @@ _SENTENCES = {
     Reason.UNKNOWN: "refused: a limit is set and what it measures is not known", Reason.VOLATILITY: "shrunk: annual volatility {value:.2%}, target_volatility is {limit:.2%}",
     Reason.DRAWDOWN: "shrunk: drawdown {value:.2%}, limits shrink from {limit:.2%} on", Reason.STOP_LOSS: "closed: the price {value:g} is beyond the stop at {limit:g}", Reason.TAKE_PROFIT: "closed: the price {value:g} has reached the target at {limit:g}",
     Reason.TRAILING_STOP: "closed: the price {value:g} is beyond the trailing stop at {limit:g}", Reason.TIME_STOP: "closed after {value:.0f} candles, max_age is {limit:.0f}",
-    Reason.STOPPED_OUT: "refused: a stop closed this side, the policy asks for it still"}
+    Reason.STOPPED_OUT: "refused: a stop closed this side, the policy asks for it still",
+    Reason.BRACKET: "shrunk: the position would be {value:,.0f}, the exchange allows {limit:,.0f} at this leverage"}
 
 # %% ../nbs/00_ground/01_records.ipynb #baee6686
 class TradingState(IntEnum):
@@ -287,9 +358,56 @@ class TradingState(IntEnum):
     FLATTEN = 3      # everything is closed, as soon as the market allows
     HALT = 4         # closed, and stays so until a person says otherwise
 
+# %% ../nbs/00_ground/01_records.ipynb #468bad4c
+class Kind(IntEnum):
+    "Types of orders; NONE is an empty place"
+    NONE = 0
+    MARKET = 1
+    LIMIT = 2
+    STOP = 3         # a market or limit order from the moment that the price has moved against it
+    TAKE_PROFIT = 4  # from the moment that it has moved in favour
+    TRAILING = 5     # a stop that follows the best price at a distance
+    LIQUIDATION = 6  # sent by the exchange
+
+
+class TimeInForce(IntEnum):
+    "What becomes of a limit order that does not fill at once"
+    GTC = 0  # good till cancelled
+    IOC = 1  # immediate or cancel: what does not fill at once expires
+    FOK = 2  # fill or kill: all at once or nothing
+    GTX = 3  # post-only: expires where it would take
+
+# %% ../nbs/00_ground/01_records.ipynb #b59b7640
+WORKING = np.dtype([("kind", "i8"), ("in_force", "i8"), ("quantity", "f8"), ("price", "f8"), ("trigger", "f8"), ("callback", "f8"), ("reduce_only", "i8"),
+                    ("delay", "i8"), ("rests", "i8"), ("left", "f8"), ("decision", "f8"), ("protects", "i8")])
+FILL = np.dtype([("open_time", "i8"), ("symbol", "i8"), ("quantity", "f8"), ("price", "f8"), ("fee", "f8"), ("maker", "i8"), ("met", "f8"), ("decision", "f8"), ("spread", "f8"), ("impact", "f8"),
+                 ("kind", "i8"), ("protects", "i8")])
+
+# %% ../nbs/00_ground/01_records.ipynb #dbf93927
+STYLES = ("market", "post_only", "slices")
+EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("protect", "i8"), ("orders", "i8")])
+
+
+@dataclass(frozen=True)
+class Execution:
+    "How targets become orders"
+    style:str = "market"    # or "post_only": a limit order at the close that only makes, then across the spread; or "slices": in equal parts
+    patience:int = 3        # candles that a post-only order is tried before it crosses
+    slices:int = 4          # parts of an order, one a candle
+    protect:bool = False    # the stops of the limits stand at the exchange and fill within the candle, not at the next open
+
+    def __post_init__(self):
+        if self.style not in STYLES: raise ValueError(f"Execution.style must be one of {', '.join(STYLES)}, was {self.style!r}")
+        for name in ("patience", "slices"):
+            if not getattr(self, name) >= 1: raise ValueError(f"Execution.{name} must be at least 1, was {getattr(self, name)}")
+
+    def row(self, orders:int=0):
+        "For compiled code; `orders`: places for orders of the policy itself"
+        return np.array((STYLES.index(self.style), self.patience, self.slices, self.protect, orders), EXECUTION)
+
 # %% ../nbs/00_ground/01_records.ipynb #3b99fe3a
 JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"), ("target", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8"),
-                    ("order", "f8"), ("fill_quantity", "f8"), ("fill_price", "f8"), ("fee", "f8"), ("funding", "f8")])
+                    ("order", "f8"), ("fill_quantity", "f8"), ("fill_price", "f8"), ("traded", "f8"), ("cash", "f8"), ("fee", "f8"), ("funding", "f8")])
 
 # %% ../nbs/00_ground/01_records.ipynb #3c72d9d3
 PROPOSAL = np.dtype([("target", "f8"), ("confidence", "f8"), ("price", "f8"), ("mark", "f8"), ("turnover", "f8"), ("kept", "f8"), ("growth", "f8"), ("sent", "f8"), ("factor", "f8"),

@@ -13,12 +13,12 @@ from dataclasses import asdict
 import numpy as np
 
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
-from .compiled import compiled
+from .compiled import bare
 from .policies import Policy
 from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, Decision, Fill, Funding, Instrument, Limits
 
 # %% ../nbs/00_ground/06_trader.ipynb #631b7345
-@compiled
+@bare
 def record(
     row,         # JOURNAL, (n_symbols,), written
     open_time,   # of the candle that closed
@@ -34,10 +34,10 @@ def record(
         entry["equity"], entry["drawdown"] = money["equity"], money["drawdown"]
         entry["position"], entry["target"] = positions[n]["quantity"], proposal["target"]
         entry["reason"], entry["value"], entry["limit"], entry["order"] = proposal["reason"], proposal["value"], proposal["limit"], proposal["quantity"]
-        entry["fill_quantity"], entry["fill_price"], entry["fee"], entry["funding"] = 0., 0., 0., 0.
+        entry["fill_quantity"] = entry["fill_price"] = entry["traded"] = entry["cash"] = entry["fee"] = entry["funding"] = 0.
 
 # %% ../nbs/00_ground/06_trader.ipynb #5ed66d7f
-@compiled
+@bare
 def record_fill(
     row,       # JOURNAL, (n_symbols,), changed
     n,         # which symbol
@@ -52,6 +52,8 @@ def record_fill(
     if before == 0. or after == 0.: entry["fill_price"] = price
     else: entry["fill_price"] = (before * entry["fill_price"] + quantity * price) / after
     entry["fill_quantity"] = after
+    entry["traded"] += abs(quantity) * price
+    entry["cash"] -= quantity * price
     entry["fee"] = decimal8(entry["fee"] + fee)
 
 # %% ../nbs/00_ground/06_trader.ipynb #57f09d45
@@ -120,6 +122,7 @@ class Trader:
     def on_fill(self, fill:Fill):
         "Write down a fill"
         n = self.symbols.index(fill.symbol)
+        if fill.protects: self.positions[n]["stopped"] = -np.sign(fill.quantity)
         apply_fill(self.account, self.positions, n, fill.quantity, fill.price, fill.fee)
         record_fill(self.rows, n, fill.quantity, fill.price, fill.fee)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from ..compiled import compiled
+from ..compiled import bare, compiled
 from .grammar import parse
 from .indicator import FeatureStream, columns_of, longer_candles
 from ..market.candles import matrix, timeframe_at
@@ -50,7 +50,7 @@ PORTFOLIO = ("exposure", "unrealised", "time_in_trade", "equity", "drawdown", "r
 REDUCE_ONLY, HALT = int(TradingState.REDUCE_ONLY), int(TradingState.HALT)
 
 
-@compiled
+@bare
 def assemble(
     window,     # (window, n_symbols, n_features), float32, oldest first
     account,    # ACCOUNT, (1,), marked

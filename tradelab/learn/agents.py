@@ -198,7 +198,7 @@ def train(
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
               "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch else candles)}
     market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch)
-    config["episode"] = episode or min(EPISODE, len(market.times) - 1 - market.first)
+    config["episode"] = episode or min(EPISODE, market.longest)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
     model, watch = untrained(how, env, config), Watch(env, steps, progress)
     config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}

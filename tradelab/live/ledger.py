@@ -32,7 +32,7 @@ SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column(
 ORDERS = _table("orders", _key("order_id", sql.String(36)), *_columns(sql.String(40), "symbol", "state", "exchange_id"), *_columns(sql.Double, "quantity", "price", "executed"),
                 sql.Column("reduce_only", sql.Boolean), *_columns(sql.BigInteger, "open_time", "sent_time"), sql.Column("message", sql.Text))
 FILLS = _table("fills", _key("symbol", sql.String(40)), _key("trade_id", sql.String(40)), sql.Column("sequence", sql.BigInteger), *_columns(sql.Double, "quantity", "price", "fee"),
-               sql.Column("fill_time", sql.BigInteger), sql.Column("order_id", sql.String(40)))
+               sql.Column("fill_time", sql.BigInteger), sql.Column("order_id", sql.String(40)), sql.Column("protects", sql.Boolean))
 FUNDINGS = _table("fundings", _key("symbol", sql.String(40)), _key("funding_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger), sql.Column("amount", sql.Double))
 STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)), sql.Column("place", sql.Integer),
                *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in JOURNAL.names if name != "open_time"])
@@ -40,16 +40,28 @@ EVENTS = _table("events", _key("number", sql.BigInteger), sql.Column("time", sql
 SNAPSHOTS = _table("snapshots", sql.Column("open_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger), sql.Column("content", sql.Text))
 
 # %% ../../nbs/70_live/72_ledger.ipynb #707539a3
+def _add_missing(engine):
+    "A ledger of an older version gets the columns that it lacks; what it holds stays"
+    known = sql.inspect(engine)
+    for table in TABLES.sorted_tables:
+        there = {column["name"] for column in known.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                with engine.begin() as connection: connection.execute(sql.text(f'ALTER TABLE {table.name} ADD COLUMN "{column.name}" {column.type.compile(engine.dialect)}'))
+
+
 def open_database(
     url:str,            # SQLAlchemy URL, such as sqlite:///tradelab.db
 )->sql.Engine:
-    "Connect and make the tables that are missing"
+    "Connect and make the tables and columns that are missing"
     engine = sql.create_engine(url)
     if engine.dialect.name == "sqlite":
         @sql.event.listens_for(engine, "connect")
         def _pragmas(connection, _):
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000"): connection.execute(f"PRAGMA {pragma}")
-    try: TABLES.create_all(engine)
+    try:
+        TABLES.create_all(engine)
+        _add_missing(engine)
     except sql.exc.OperationalError as error:
         where = sql.make_url(url).render_as_string(hide_password=True)
         raise OSError(f"the ledger {where} cannot be opened ({error.orig}): check that its folder exists, is writable and has space") from None

@@ -27,7 +27,7 @@ from aiohttp import WSMsgType, web
 
 from ..config import Venue
 from tradelab.localnet.exchange import (
-    BRACKETS, Exchange, account_reply, all_orders, balances, cancel, compile_fills, find_order, incomes, open_orders, order_reply,
+    Exchange, account_reply, all_orders, balances, cancel, compile_fills, find_order, incomes, leverage_brackets, open_orders, order_reply,
     positions_at_risk,
     set_leverage, set_margin_type, set_position_mode, symbol_settings, user_trades,
 )
@@ -109,7 +109,7 @@ ACCOUNT_DATA = {
         ("v1", "symbolConfig", lambda service, asked: [symbol_settings(service.exchange, n) for n in service.exchange.market.asked(asked)]),
         ("v1", "commissionRate", lambda service, asked: commission(service.exchange, service.exchange.market.find(asked))),
         ("v1", "leverageBracket", lambda service, asked: [
-            {"symbol": service.exchange.market.ids[n], "notionalCoef": 1.0, "brackets": BRACKETS} for n in service.exchange.market.asked(asked)]),
+            {"symbol": service.exchange.market.ids[n], "notionalCoef": 1.0, "brackets": leverage_brackets(service.exchange.instruments[n])} for n in service.exchange.market.asked(asked)]),
         ("v1", "positionSide/dual", lambda service, asked: {"dualSidePosition": False}),
         ("v1", "multiAssetsMargin", lambda service, asked: {"multiAssetsMargin": False}),
         ("v1", "accountConfig", lambda service, asked: {"feeTier": 0, "canTrade": True, "canDeposit": True, "canWithdraw": True,

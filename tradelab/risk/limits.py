@@ -6,24 +6,24 @@
 __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALTED', 'STATE', 'DAILY_LOSS', 'CONFIDENCE',
            'PRICE_BAND', 'ORDER_SIZE', 'PARTICIPATION', 'SECTOR', 'GROUP', 'NET', 'VALUE_AT_RISK', 'MARGIN_RATIO',
            'ORDER_RATE', 'UNKNOWN', 'VOLATILITY', 'DRAWDOWN', 'STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP',
-           'STOPPED_OUT', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'BALANCE_SHARE', 'Z99', 'DAY', 'YEAR',
-           'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch', 'followed', 'state_now',
-           'allowance', 'calm', 'say', 'capital', 'wish', 'split', 'complete', 'added', 'refuse', 'shrink', 'room',
-           'shrink_alone', 'shrink_gross', 'shrink_groups', 'related', 'sides', 'risk_terms', 'share_within', 'resend',
-           'balance_sides', 'pace', 'gate', 'propose', 'Gate']
+           'STOPPED_OUT', 'BRACKET', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'BALANCE_SHARE', 'Z99',
+           'DAY', 'YEAR', 'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch',
+           'followed', 'state_now', 'allowance', 'calm', 'say', 'capital', 'wish', 'split', 'complete', 'added',
+           'refuse', 'shrink', 'room', 'shrink_alone', 'shrink_gross', 'shrink_groups', 'related', 'sides',
+           'risk_terms', 'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose', 'Gate']
 
 # %% ../../nbs/30_risk/35_limits.ipynb #5c4416ca
 import numpy as np
 
-from ..account import decimal8, round_quantity
-from ..compiled import compiled
+from ..account import decimal8, maintenance_margin, round_quantity
+from ..compiled import bare, compiled
 from ..records import CLOSE, HIGH, LIMITS, LOW, PROPOSAL, VOLUME, Limits, Reason, TradingState, instrument_rows
 from .portfolio import memory, update_covariance
 from .stops import enter, next_atr, touched, track
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
- VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT) = (int(reason) for reason in Reason)
+ VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET) = (int(reason) for reason in Reason)
 NORMAL, NO_ENTRY, REDUCE_ONLY, FLATTEN, HALT = (int(state) for state in TradingState)
 BALANCE_SHARE = 0.95           # of the available balance an order may bind: the rest pays fees and a worse price
 Z99 = 2.3263478740408408       # of the normal distribution: one day in a hundred is worse
@@ -53,7 +53,7 @@ def new_market(
     return market, np.full((n, n), np.nan)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #11d13cd2
-@compiled
+@bare
 def watch(
     market,      # MARKET, (n,), changed
     covariance,  # (n, n), changed
@@ -91,7 +91,7 @@ def followed(
     return states, covariances
 
 # %% ../../nbs/30_risk/35_limits.ipynb #f68c6f50
-@compiled
+@bare
 def state_now(
     money,      # a row of ACCOUNT, marked, changed
     open_time,  # ms, of the candle that closed
@@ -109,7 +109,7 @@ def state_now(
     return max(money["state"], REDUCE_ONLY if money["day_stopped"] != 0 else NORMAL)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #a48bacbd
-@compiled
+@bare
 def allowance(
     money,   # a row of ACCOUNT
     limits,  # a row of LIMITS
@@ -119,7 +119,7 @@ def allowance(
     return max(0., (limits["max_drawdown"] - money["drawdown"]) / (limits["max_drawdown"] - limits["drawdown_from"]))
 
 
-@compiled
+@bare
 def calm(
     variance,  # per candle
     step,      # ms, the length of a candle
@@ -131,19 +131,19 @@ def calm(
     return (min(1., limits["target_volatility"] / annual) if annual >= 0. else 0.), annual
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d9e5f4da
-@compiled
+@bare
 def say(row, reason, value, limit):
     "Write why; what is not known is written as 0, so that equal rows are equal"
     row["reason"], row["value"], row["limit"] = reason, value if abs(value) < np.inf else 0., limit if abs(limit) < np.inf else 0.
 
 
-@compiled
+@bare
 def capital(money, limits):
     "Equity that may carry positions, quote"
     return min(max(money["equity"], 0.), limits["capital"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #8e615f77
-@compiled
+@bare
 def wish(
     row,       # of PROPOSAL, changed: the reason
     position,  # a row of POSITION, changed: what its stops remember
@@ -179,7 +179,7 @@ def wish(
     return target * limits["max_position"] * left * quiet * capital(money, limits)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #87cb710b
-@compiled
+@bare
 def split(
     row,         # of PROPOSAL, changed: kept, growth, reason
     wanted,      # signed base units to hold
@@ -205,9 +205,12 @@ def split(
             cut = most
         if cut >= instrument["min_quantity"] and cut * row["price"] >= smallest: row["kept"] = decimal8(held - np.sign(held) * cut)
         elif cut > 0. and row["reason"] == AS_ASKED: say(row, TOO_SMALL, cut * row["price"] / equity, limits["min_trade"])
+    if row["growth"] != 0. and row["kept"] == held and abs(row["growth"]) * row["price"] < smallest:
+        if row["reason"] == AS_ASKED: say(row, TOO_SMALL, abs(row["growth"]) * row["price"] / equity, limits["min_trade"])
+        row["growth"] = 0.
 
 # %% ../../nbs/30_risk/35_limits.ipynb #fd792357
-@compiled
+@bare
 def complete(
     row,         # of PROPOSAL, changed: quantity, reason
     held,        # signed base units
@@ -228,13 +231,13 @@ def complete(
     elif row["reason"] == AS_ASKED or row["reason"] == MAX_QUANTITY: say(row, TOO_SMALL, added / equity, max(limits["min_trade"], instrument["min_notional"] / equity))
 
 
-@compiled
+@bare
 def added(row, held):
     "What an order adds beyond what is kept, signed base units"
     return decimal8(held + row["quantity"] - row["kept"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #625080c7
-@compiled
+@bare
 def refuse(
     row,     # of PROPOSAL, changed
     held,    # signed base units
@@ -256,7 +259,7 @@ def refuse(
     row["growth"] = 0.
 
 # %% ../../nbs/30_risk/35_limits.ipynb #bc7801d6
-@compiled
+@bare
 def shrink(row, factor, reason, value, limit):
     "Let a share of the growth through"
     if factor < 1. and row["growth"] != 0.:
@@ -264,7 +267,7 @@ def shrink(row, factor, reason, value, limit):
         say(row, reason, value, limit)
 
 
-@compiled
+@bare
 def room(
     allowed,  # exposure that the limit allows
     kept,     # exposure that stays anyway, >= 0
@@ -275,14 +278,17 @@ def room(
     return max(0., allowed - kept) / growth if growth > 0. and allowed > kept else 0.
 
 # %% ../../nbs/30_risk/35_limits.ipynb #cacef766
-@compiled
+@bare
 def shrink_alone(
-    row,     # of PROPOSAL, changed
-    base,    # quote: equity that may carry positions
-    limits,  # a row of LIMITS
+    row,        # of PROPOSAL, changed
+    base,       # quote: equity that may carry positions
+    limits,     # a row of LIMITS
+    instrument, # a row of INSTRUMENT
 ):
     "The limits of one order"
     if row["growth"] == 0.: return
+    notional, kept = abs(row["growth"]) * row["price"], abs(row["kept"]) * row["price"]
+    shrink(row, room(instrument["max_notional"], kept, notional), BRACKET, kept + notional, instrument["max_notional"])
     notional = abs(row["growth"]) * row["price"]
     shrink(row, room(limits["max_order"] * base, 0., notional), ORDER_SIZE, notional / base, limits["max_order"])
     if limits["max_participation"] == np.inf: return
@@ -291,7 +297,7 @@ def shrink_alone(
     shrink(row, room(limits["max_participation"] * row["turnover"], 0., notional) if known else 0., PARTICIPATION if known else UNKNOWN, notional / row["turnover"] if row["turnover"] > 0. else np.inf, limits["max_participation"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #7461efac
-@compiled
+@bare
 def shrink_gross(
     proposals,    # PROPOSAL, (n,), changed
     positions,    # POSITION, (n,)
@@ -306,7 +312,8 @@ def shrink_gross(
         row = proposals[n]
         stays, comes = abs(row["kept"]) * row["price"], abs(row["growth"]) * row["price"]
         kept, growth, bound = kept + stays, growth + comes, bound + abs(positions[n]["quantity"]) * row["price"] / limits["leverage"]
-        needed, more = needed + stays * instruments[n]["maintenance"], more + comes * instruments[n]["maintenance"]
+        behind = maintenance_margin(stays, instruments[n])
+        needed, more = needed + behind, more + maintenance_margin(stays + comes, instruments[n]) - behind
     if growth == 0.: return
     equity, gross = money["equity"], room(limits["max_leverage"] * base, kept, growth)
     available, margin = max(equity - bound, 0.) * BALANCE_SHARE, growth / limits["leverage"]
@@ -317,7 +324,7 @@ def shrink_gross(
         if ratio < min(gross, balance): shrink(proposals[n], ratio / min(gross, balance), MARGIN_RATIO, equity / (needed + more), limits["min_margin_ratio"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #f202d25b
-@compiled
+@bare
 def shrink_groups(
     proposals,    # PROPOSAL, (n,), changed
     covariance,   # (n, n)
@@ -332,7 +339,7 @@ def shrink_groups(
     if by_group: _groups(proposals, covariance, base, limits)
 
 
-@compiled
+@bare
 def _sectors(proposals, base, limits, instruments):
     allowed = limits["max_sector"] * base
     for n in range(len(proposals)):
@@ -344,7 +351,7 @@ def _sectors(proposals, base, limits, instruments):
     for n in range(len(proposals)): shrink(proposals[n], proposals[n]["factor"], SECTOR, proposals[n]["sent"], limits["max_sector"])
 
 
-@compiled
+@bare
 def related(covariance, n, m, threshold):
     "+1 or -1 where two symbols move together or against each other, 0 where neither, 2 where it is not known"
     if n == m: return 1.
@@ -353,7 +360,7 @@ def related(covariance, n, m, threshold):
     return np.sign(shared) if shared * shared >= bound and shared != 0. else 0.
 
 
-@compiled
+@bare
 def _groups(proposals, covariance, base, limits):
     allowed, threshold, count = limits["max_group"] * base, limits["group_correlation"], len(proposals)
     for n in range(count): proposals[n]["factor"], proposals[n]["sent"] = 1., 0.
@@ -376,7 +383,7 @@ def _groups(proposals, covariance, base, limits):
     for n in range(count): shrink(proposals[n], proposals[n]["factor"], GROUP if proposals[n]["sent"] >= 0. else UNKNOWN, proposals[n]["sent"], limits["max_group"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #b7102d6d
-@compiled
+@bare
 def sides(
     proposals,  # PROPOSAL, (n,)
     positions,  # POSITION, (n,)
@@ -390,7 +397,7 @@ def sides(
     return net, longer, shorter
 
 
-@compiled
+@bare
 def risk_terms(
     proposals,   # PROPOSAL, (n,); `factor` and `sent` are used as a sheet of paper
     covariance,  # (n, n), per candle
@@ -410,14 +417,14 @@ def risk_terms(
     return kept, both, growth
 
 
-@compiled
+@bare
 def share_within(kept, both, growth, allowed):
     "The largest share of the growth whose variance is allowed; 0 where what is kept is beyond it already"
     if not kept <= allowed or not growth > 0.: return 0.
     return min(max((-both + np.sqrt(max(both * both - growth * (kept - allowed), 0.))) / growth, 0.), 1.)
 
 
-@compiled
+@bare
 def resend(proposals, side, factor, reason, value, limit, positions, equity, limits, instruments):
     "Send less of what is added on one side (0: on both); False where there is nothing"
     changed = False
@@ -431,7 +438,7 @@ def resend(proposals, side, factor, reason, value, limit, positions, equity, lim
     return changed
 
 # %% ../../nbs/30_risk/35_limits.ipynb #fc624924
-@compiled
+@bare
 def balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments):
     "Send less until long less short and the value at risk hold"
     if base <= 0.: return
@@ -451,7 +458,7 @@ def balance_sides(proposals, positions, market, covariance, base, equity, limits
     resend(proposals, 0., 0., NET, sides(proposals, positions)[0] / base, limits["max_net"], positions, equity, limits, instruments)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d18fe2a0
-@compiled
+@bare
 def pace(proposals, positions, money, open_time, equity, limits, instruments):
     "Count orders; where there are too many in this minute, send only what reduces"
     if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE: money["minute"], money["orders"] = open_time // MINUTE, 0
@@ -464,7 +471,7 @@ def pace(proposals, positions, money, open_time, equity, limits, instruments):
     money["orders"] += count
 
 
-@compiled
+@bare
 def gate(
     proposals,    # PROPOSAL, (n,), changed: the wishes of `propose` become orders
     open_time,    # ms, of the candle that closed
@@ -477,7 +484,7 @@ def gate(
     instruments,  # INSTRUMENT, (n,)
 ):
     "Turn targets into allowed orders"
-    money, gross = account[0], 0.
+    money, gross, growing = account[0], 0., False
     state, equity, base = state_now(money, open_time, limits), money["equity"], capital(money, limits) * allowance(money, limits)
     for n in range(len(proposals)):
         row = proposals[n]
@@ -490,16 +497,18 @@ def gate(
             wanted *= allowed / gross
             say(row, LEVERAGE, gross / equity, allowed / equity)
         split(row, wanted / row["price"], held, equity, limits, instruments[n])
-        refuse(row, held, money, state, market[n]["atr"], limits)
-        shrink_alone(row, base, limits)
-    shrink_gross(proposals, positions, money, base, limits, instruments)
-    if limits["max_sector"] < np.inf or limits["max_group"] < np.inf: shrink_groups(proposals, covariance, base, limits, instruments)
+        if row["growth"] != 0.:
+            growing = True
+            refuse(row, held, money, state, market[n]["atr"], limits)
+            shrink_alone(row, base, limits, instruments[n])
+    if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
+    if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf): shrink_groups(proposals, covariance, base, limits, instruments)
     for n in range(len(proposals)): complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
     if limits["max_net"] < np.inf or limits["max_var"] < np.inf: balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
     if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, equity, limits, instruments)
 
 # %% ../../nbs/30_risk/35_limits.ipynb #3cbd2ecc
-@compiled
+@bare
 def propose(
     proposals,  # PROPOSAL, (n,), written
     answer,     # of the policy: n targets, or 2 n numbers, targets and then confidences

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..compiled import compiled
+from ..account import bracket, maintenance_margin
+from ..compiled import bare, compiled
 
 # %% ../../nbs/30_risk/32_portfolio.ipynb #12336021
 def memory(
@@ -23,7 +24,7 @@ def memory(
     return int(np.ceil(50. / decay))
 
 
-@compiled
+@bare
 def update_covariance(
     covariance,  # (n, n), per candle, changed; NaN before the second close
     last,        # (n,), the closes before, changed; NaN before the first
@@ -167,7 +168,7 @@ def maintenance(
 )->float:         # quote
     "The margin below which the exchange takes over"
     total = 0.
-    for n in range(len(positions)): total += abs(positions[n]["quantity"]) * positions[n]["mark_price"] * instruments[n]["maintenance"]
+    for n in range(len(positions)): total += maintenance_margin(abs(positions[n]["quantity"]) * positions[n]["mark_price"], instruments[n])
     return total
 
 
@@ -178,10 +179,11 @@ def distances(
     instruments,  # INSTRUMENT, (n,)
     out,          # (n,), written: the move of each price alone that liquidates, a signed fraction; infinite where none does
 )->float:         # the move of all prices against the book at once, a fraction
-    "How far it is to liquidation"
+    "How far it is to liquidation, as long as no position comes into another margin bracket on the way"
     needed, against = maintenance(positions, instruments), 0.
     for n in range(len(positions)):
-        notional, rate = positions[n]["quantity"] * positions[n]["mark_price"], instruments[n]["maintenance"]
+        notional = positions[n]["quantity"] * positions[n]["mark_price"]
+        rate = instruments[n]["rates"][bracket(abs(notional), instruments[n])]
         slope = notional - abs(notional) * rate
         against += abs(notional) * (1. - rate * np.sign(notional))
         out[n] = (needed - equity) / slope if slope != 0. else np.inf

@@ -10,11 +10,11 @@ __all__ = ['STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP', 'WIDTHS', '
 import numpy as np
 
 from ..account import POSITION, age, apply_fill, new_account
-from ..compiled import compiled
+from ..compiled import bare, compiled
 from ..records import CLOSE, HIGH, LOW, OPEN, Reason
 
 # %% ../../nbs/30_risk/34_stops.ipynb #a07ff500
-@compiled
+@bare
 def next_atr(
     atr,      # quote; NaN before the first candle
     high,     # of the candle that closed
@@ -28,7 +28,7 @@ def next_atr(
     return true_range if np.isnan(atr) else (1. - share) * atr + share * true_range
 
 # %% ../../nbs/30_risk/34_stops.ipynb #89c1c0ca
-@compiled
+@bare
 def level(
     price,   # quote per base, that the level is measured from
     side,    # +1 above it, -1 below it
@@ -41,7 +41,7 @@ def level(
     return price * (1. + side * fixed) if fixed > 0. else np.nan
 
 # %% ../../nbs/30_risk/34_stops.ipynb #16277652
-@compiled
+@bare
 def levels(
     position,   # a row of POSITION, not flat, that `enter` has seen
     settings,   # a row with the fields of STOPS
@@ -52,7 +52,7 @@ def levels(
             level(position["best_price"], -side, width * settings["trailing_stop"], width * settings["trailing_atr"], atr))
 
 
-@compiled
+@bare
 def enter(
     position,   # a row of POSITION, changed
     atr,        # quote, before the entry
@@ -62,7 +62,7 @@ def enter(
     position["best_price"], position["entry_atr"], position["width"] = position["entry_price"], atr, width
 
 
-@compiled
+@bare
 def track(position, high, low):
     "A candle has passed: the best price since the entry"
     position["best_price"] = max(position["best_price"], high) if position["quantity"] > 0. else min(position["best_price"], low)
@@ -71,7 +71,7 @@ def track(position, high, low):
 STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP = (int(reason) for reason in (Reason.STOP_LOSS, Reason.TAKE_PROFIT, Reason.TRAILING_STOP, Reason.TIME_STOP))
 
 
-@compiled
+@bare
 def touched(
     position,   # a row of POSITION, not flat, that `enter` has seen; `track` has not seen this candle yet
     high,       # of the candle, quote per base
@@ -90,7 +90,7 @@ def touched(
     return 0, np.nan
 
 # %% ../../nbs/30_risk/34_stops.ipynb #d011f81c
-@compiled
+@bare
 def exit_price(
     position,   # a row of POSITION, as `touched` takes it
     opened,     # of the candle, quote per base
