@@ -58,11 +58,10 @@ def _array_difference(a, b, columns):
 # %% ../../nbs/40_evaluation/41_difference.ipynb #50f9ed66
 def _keys(frame):
     "What each row is about: its time and symbol, or its number"
-    if "symbol" in frame: keys = pd.MultiIndex.from_arrays([frame.index, frame["symbol"].astype(object)], names=["bar", "symbol"])
-    elif frame.index.is_unique: return frame.index
-    else: keys = pd.MultiIndex.from_arrays([frame.index, frame.groupby(level=0).cumcount()], names=["bar", "row"])
-    if not keys.is_unique: raise ValueError(f"two rows are about {keys[np.argmax(keys.duplicated())]}: there is nothing to join them on, keep one")
-    return keys
+    if "symbol" not in frame and frame.index.is_unique: return frame.index
+    keys = pd.DataFrame({"bar": frame.index, **({"symbol": frame["symbol"].astype(object).to_numpy()} if "symbol" in frame else {})})
+    twice = keys.duplicated().any()
+    return pd.MultiIndex.from_frame(keys.assign(row=keys.groupby(list(keys), sort=False).cumcount()) if twice or "symbol" not in frame else keys)
 
 
 def _place(key):

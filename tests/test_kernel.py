@@ -1,0 +1,223 @@
+"The kernel on random orders and candles: money is conserved, forms agree, nothing fills where the market was not, the exchange takes over where Binance says"
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradelab.account import POSITION, maintenance_margin, mark, new_account
+from tradelab.compiled import compiled
+from tradelab.evaluation.difference import first_difference
+from tradelab.market.candles import matrix
+from tradelab.market.synthetic import ar1, correlated, funding
+from tradelab.policies import Policy
+from tradelab.records import BRACKETS, FILL, JOURNAL, NO_STOPS, PROPOSAL, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
+from tradelab.sim.backtest import backtest
+from tradelab.sim.kernel import ASKED, CALLBACK, EXPOSURE, IN_FORCE, KIND, PRICE, REDUCE_ONLY, TRIGGER, VALID, rules_of, settle, step, tape_of
+from tradelab.sim.margin import liquidation_share
+from tradelab.sim.matching import Candle, new_state
+
+HOUR = 3_600_000
+WIDE = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.9, stops=NO_STOPS, max_participation=None, max_orders=None, price_band=None)
+ALL = CostModel.realistic(slippage=.0005, impact=2., participation=.3)
+
+
+@compiled
+def any_orders(parameters, observation, answer):
+    "Orders of every kind from what is seen: a hash, not a thought"
+    seed = np.int64(abs(observation.sum()) * 1e7) + np.int64(parameters[0])
+    for i in range(len(answer) // 8):
+        numbers = np.empty(8)
+        for j in range(8):
+            seed = (seed * 1103515245 + 12345) % 2147483648
+            numbers[j] = seed / 2147483648.
+        at = i * 8
+        answer[at:at + 8] = 0.
+        if numbers[0] < .5: continue
+        answer[at + 1] = -1. if numbers[1] < .1 else 1. + np.floor(5. * numbers[1] * .999)
+        answer[at] = 2. * numbers[2] - 1.
+        side = 1. if answer[at] > 0. else -1.
+        if answer[at + 1] == 2.: answer[at + 2] = 1. - side * .01 * (numbers[3] - .2)
+        if answer[at + 1] == 3.: answer[at + 3] = 1. + side * .01 * numbers[3]
+        if answer[at + 1] == 4.: answer[at + 3] = 1. - side * .01 * numbers[3]
+        if answer[at + 1] == 3. and numbers[4] < .3: answer[at + 2] = answer[at + 3] + side * .002
+        answer[at + 4] = .002 + .01 * numbers[4]
+        answer[at + 5] = np.floor(4. * numbers[5] * .999)
+        answer[at + 6] = np.floor(5. * numbers[6])
+        answer[at + 7] = 1. if numbers[7] < .3 else 0.
+
+
+@compiled
+def waver(parameters, observation, targets):
+    for n in range(len(targets)): targets[n] = np.sin(parameters[0] * observation[n, 0])
+
+
+def wavering(seed=0, **more): return Policy("waver", waver, [300. + seed], ("return(1)",), **more)
+
+
+def market(seed, symbols, length=400, volume=200.):
+    names = [f"{base}/USDT:USDT" for base in ("BTC", "ETH", "SOL")[:symbols]]
+    frames = {name: ar1(length, rho=0, volatility=.01, seed=seed + n) for n, name in enumerate(names)}
+    for frame in frames.values(): frame["volume"] = volume * np.random.default_rng(seed).lognormal(0, 1, length)
+    return frames, {name: funding(frames[name], seed=seed) for name in names}
+
+
+def identity(result, deposit=10_000.):
+    "Equity from the fills and funding alone, as cash and what is held: a second bookkeeping"
+    fills, last = result.fills, {symbol: frame["close"].iloc[-1] for symbol, frame in result.candles.items()}
+    cash = deposit - (fills["quantity"] * fills["price"]).sum() - fills["fee"].sum() + result.journal["funding"].sum()
+    return cash + sum(group["quantity"].sum() * last[symbol] for symbol, group in fills.groupby("symbol"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([CostModel(), ALL, CostModel.ideal(), CostModel(latency=2)]), st.sampled_from([Execution(), Execution(protect=True)]))
+def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
+    frames, payments = market(seed, symbols)
+    limits = WIDE if not execution.protect else Limits(**{**{name: getattr(WIDE, name) for name in WIDE.__dataclass_fields__}, "stops": Stops(stop_loss=.01, take_profit=.02, trailing_stop=.015)})
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, funding=payments, costs=costs, limits=limits, execution=execution, beside=())
+    assert len(result.fills) > 20
+    assert np.isclose(result.equity.iloc[-1], identity(result), rtol=1e-9, atol=1e-9 * result.fills.eval("abs(quantity * price)").sum())
+    rows = result.journal.groupby("symbol")
+    assert np.isclose(result.journal["cash"].sum(), -(result.fills["quantity"] * result.fills["price"]).sum()) and np.isclose(result.journal["traded"].sum(), (result.fills["quantity"] * result.fills["price"]).abs().sum())
+    assert np.isclose(result.journal["fee"].sum(), result.fills["fee"].sum(), atol=1e-6)
+    for symbol, group in rows: assert np.isclose(group["position"].iloc[-1] + group["fill_quantity"].iloc[-1], result.fills.loc[result.fills["symbol"] == symbol, "quantity"].sum(), atol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([CostModel.ideal(), ALL]))
+def test_every_fill_was_possible(seed, costs):
+    "Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the volume; on the tick and the step"
+    frames, _ = market(seed, 2)
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs, limits=WIDE, beside=())
+    for symbol, fills in result.fills.groupby("symbol"):
+        whole = result.candles[symbol]
+        candles, before = whole.loc[fills.index], frames[symbol]["close"].shift(1).loc[fills.index]
+        low, high = np.fmin(candles["low"], before), np.fmax(candles["high"], before)       # who stood in the book when the open fell through is served at his own price
+        inside = (fills["met"] <= np.where(fills["maker"], high, candles["high"]) + .1) & (fills["met"] >= np.where(fills["maker"], low, candles["low"]) - .1)
+        assert inside.all() or costs.participation and inside[~fills["maker"]].all()         # the rest of an order that did not find enough volume stands where it stood
+        assert np.allclose(fills["price"] * 10, np.round(fills["price"] * 10)) and np.allclose(fills["quantity"] * 1_000, np.round(fills["quantity"] * 1_000))
+        takers = ~fills["maker"]
+        assert (np.sign(fills["quantity"]) * (fills["price"] - fills["met"]) * (1 if costs.impact == 0 else 0) >= -1e-9)[takers].all() and (fills["price"] == fills["met"])[~takers].all()
+        if costs.participation: assert (fills["quantity"].abs().groupby(level=0).sum() <= costs.participation * result.candles[symbol]["volume"].loc[fills.index.unique()] + 1e-9).all()
+    kinds = set(result.fills["kind"])
+    assert {"market", "limit", "stop", "take profit", "trailing"} <= kinds | {"trailing", "take profit"}, kinds
+
+
+@pytest.mark.parametrize("execution", [Execution(), Execution("post_only", patience=2), Execution("slices", slices=3), Execution(protect=True)], ids=lambda each: each.style + " protected" * each.protect)
+@pytest.mark.parametrize("costs", [CostModel(), ALL, CostModel(latency=1)], ids=["usual", "realistic", "late"])
+def test_both_forms_agree_in_every_style(execution, costs):
+    frames, payments = market(5, 2, 700)
+    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01, take_profit=.02, stop_atr=0.))
+    one, two = (backtest(wavering(), frames, funding=payments, costs=costs, limits=limits, execution=execution, form=form, beside=(), keep_observations=True) for form in ("array", "event"))
+    assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
+    assert len(one.fills) > 100
+    if execution.protect: assert {"stop", "take profit"} <= set(one.fills["kind"])
+    if execution.style == "post_only": assert one.fills["maker"].mean() > .2
+
+
+def brackets(shared, symbol):
+    rows = json.loads((shared / "fixtures/binance/brackets/leverage_brackets.json").read_text())[symbol]
+    return rows, tuple((float(row["notionalCap"]), row["initialLeverage"], row["maintMarginRatio"]) for row in rows)
+
+
+def test_maintenance_margin_is_the_exchanges(shared):
+    "Every tier of twelve symbols, its amount and the margin inside it"
+    for symbol in json.loads((shared / "fixtures/binance/brackets/leverage_brackets.json").read_text()):
+        rows, table = brackets(shared, symbol)
+        row = Instrument(symbol, brackets=table).row()[()]
+        for each, amount in zip(rows, bracket_amounts(table)):
+            middle = .5 * (each["notionalFloor"] + each["notionalCap"])
+            assert np.isclose(amount, each["cum"], atol=.01) and np.isclose(maintenance_margin(middle, row), middle * each["maintMarginRatio"] - each["cum"], atol=.01)
+            assert Instrument(symbol, brackets=table).max_notional(each["initialLeverage"]) >= each["notionalCap"]
+    assert brackets(shared, "BTCUSDT")[1] == BRACKETS
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1_000, 1e8), st.floats(1.5, 80), st.sampled_from([1., -1.]), st.floats(100, 50_000))
+def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
+    "The formula of Binance's support page, iterated over the brackets, against the kernel's search"
+    instrument = Instrument(brackets=BRACKETS)
+    quantity, row = side * deposit * leverage / entry, instrument.row()[()]
+    account, positions = new_account(deposit), np.zeros(1, POSITION)
+    positions["quantity"], positions["entry_price"] = quantity, entry
+    rules = rules_of(CostModel(), Limits(), [instrument], Execution())
+    if deposit <= maintenance_margin(abs(quantity) * entry, row): return
+    expected = entry
+    for _ in range(100):
+        tier = min(int(np.searchsorted(row["caps"], abs(quantity) * expected)), 11)
+        expected = (deposit + row["amounts"][tier] - quantity * entry) / (abs(quantity) * row["rates"][tier] - quantity)
+    prices = np.array([[entry, 4. * entry, .001 * entry, entry, 1.]])
+    share = liquidation_share(new_state(account, positions, rules.execution), rules, prices)
+    worst = .001 * entry if side > 0 else 4. * entry
+    reached = side * (expected - worst) > 0
+    assert (share <= 1.) == reached
+    if reached: assert np.isclose(entry + share * (worst - entry), expected, rtol=1e-8)
+
+
+def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.), deposit=10_000., stops=NO_STOPS, execution=Execution()):
+    limits = Limits(max_position=leverage, max_leverage=leverage, leverage=max(20, leverage), min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=stops, price_band=None)
+    candles, account, positions = np.asarray(candles, float)[:, None, :], new_account(deposit), np.zeros(1, POSITION)
+    tape, rules = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits), rules_of(costs, limits, [Instrument()], execution)
+    state, rows = new_state(account, positions, rules.execution, 50), np.zeros((len(candles) - 1, 1), JOURNAL)
+    mark(account, positions, candles[0, :, 3].copy())
+    for t in range(len(candles) - 1): step(t, tape, np.array([target]), state, rules, np.zeros(1, PROPOSAL), rows[t])
+    return state, rows
+
+
+@pytest.mark.parametrize("side, fall", [(1, (100, 100.5, 80, 81)), (-1, (100, 120, 99.5, 119))])
+def test_liquidation_leaves_nothing_and_owes_nothing(side, fall):
+    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*fall, 1e6)], side * 1., 10)
+    assert state.positions["quantity"][0] == 0 and state.fills[state.count[0] - 1]["kind"] == Kind.LIQUIDATION
+    assert 0 <= state.account["equity"][0] < .01 * 10_000 and state.account["equity"][0] == pytest.approx(10_000 + state.account["realised"][0] - state.account["fees"][0])
+
+
+def test_a_gap_beyond_bankruptcy_is_stated_and_ends_everything():
+    state, rows = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (60, 61, 59, 60, 1e6), (60, 90, 60, 90, 1e6), (90, 95, 90, 95, 1e6)], 1., 10)
+    assert state.account["equity"][0] < 0 and state.positions["quantity"][0] == 0 and state.count[0] == 2       # bought once, closed by the exchange at the open; nothing after it
+    assert rows["equity"][-1, 0] < 0 and rows["order"][2:].sum() == 0
+
+
+def test_a_stop_at_the_exchange_comes_before_the_liquidation():
+    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (100, 100.5, 80, 81, 1e6)], 1., 10, stops=Stops(stop_loss=.02, take_profit=0.), execution=Execution(protect=True))
+    assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"] and state.account["equity"][0] == pytest.approx(10_000 * .8, rel=.01)
+
+
+def test_more_than_the_bracket_allows_is_shrunk():
+    limits = Limits(max_position=50., max_leverage=50., leverage=50, min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)
+    candles = ar1(60, rho=0, volatility=1e-4, seed=1)
+    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6, instruments=(Instrument(max_quantity=1e9),), beside=())
+    assert (result.rows["reason"] == Reason.BRACKET).any() and (np.abs(result.rows["position"] * result.rows["close"]) <= 12.1e6).all()
+    with pytest.raises(ValueError, match="leverage 200 is above the 150 that the exchange allows for BTC/USDT:USDT: lower risk.leverage"): backtest(wavering(), candles, limits=Limits(leverage=200))
+
+
+@pytest.mark.parametrize("wrong, message", [((1.5,), r"waver answered \[1.5\] at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*a target is a number in \[-1, 1\]"), ((np.nan,), "waver answered .nan. at the candle")])
+def test_what_is_no_target_is_named_with_its_bar(wrong, message):
+    @compiled
+    def bad(parameters, observation, targets): targets[0] = parameters[0]
+    candles = ar1(50, seed=1)
+    with pytest.raises(ValueError, match=message): backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
+
+
+def test_a_policy_that_raises_is_named_with_its_bar():
+    def broken(parameters, observation, targets): raise ZeroDivisionError("thought too hard")
+    candles = ar1(50, seed=1)
+    with pytest.raises(ZeroDivisionError, match=r"broken at the candle of .*: thought too hard"): backtest(Policy("broken", broken, (), ("return(1)",)), candles, beside=())
+
+
+def test_costs_that_look_at_the_market_need_history_and_ideal_needs_none():
+    candles = ar1(400, seed=1)
+    assert len(backtest(wavering(), candles, costs=CostModel.realistic(), beside=()).rows) == 400 - 241 - 1 and len(backtest(wavering(), candles, costs=CostModel.ideal(), beside=()).rows) > 390
+    with pytest.raises(ValueError, match="need 241"): backtest(wavering(), candles, start=candles.index[100], costs=CostModel.realistic())
+
+
+def test_the_past_does_not_know_the_future_of_costs():
+    frames, payments = market(3, 1, 600)
+    name, candles = next(iter(frames.items()))
+    other = candles.copy()
+    other.iloc[500:, :4] *= 1.1
+    other.iloc[500:, 4] *= 5
+    one, two = (backtest(wavering(), each, costs=ALL, limits=WIDE, beside=()) for each in (candles, other))
+    kept = one.fills.index < candles.index[500]
+    assert first_difference(one.fills[kept], two.fills[:kept.sum()]) is None and kept.sum() > 50
