@@ -16,7 +16,7 @@ __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALT
 import numpy as np
 
 from ..account import decimal8, maintenance_margin, round_quantity
-from ..compiled import bare, compiled
+from ..compiled import apart, bare, compiled
 from ..records import CLOSE, HIGH, LIMITS, LOW, PROPOSAL, VOLUME, Limits, Reason, TradingState, instrument_rows
 from .portfolio import memory, update_covariance
 from .stops import enter, next_atr, touched, track
@@ -324,7 +324,7 @@ def shrink_gross(
         if ratio < min(gross, balance): shrink(proposals[n], ratio / min(gross, balance), MARGIN_RATIO, equity / (needed + more), limits["min_margin_ratio"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #f202d25b
-@bare
+@apart
 def shrink_groups(
     proposals,    # PROPOSAL, (n,), changed
     covariance,   # (n, n)
@@ -339,7 +339,7 @@ def shrink_groups(
     if by_group: _groups(proposals, covariance, base, limits)
 
 
-@bare
+@apart
 def _sectors(proposals, base, limits, instruments):
     allowed = limits["max_sector"] * base
     for n in range(len(proposals)):
@@ -360,7 +360,7 @@ def related(covariance, n, m, threshold):
     return np.sign(shared) if shared * shared >= bound and shared != 0. else 0.
 
 
-@bare
+@apart
 def _groups(proposals, covariance, base, limits):
     allowed, threshold, count = limits["max_group"] * base, limits["group_correlation"], len(proposals)
     for n in range(count): proposals[n]["factor"], proposals[n]["sent"] = 1., 0.
@@ -397,7 +397,7 @@ def sides(
     return net, longer, shorter
 
 
-@bare
+@apart
 def risk_terms(
     proposals,   # PROPOSAL, (n,); `factor` and `sent` are used as a sheet of paper
     covariance,  # (n, n), per candle
@@ -424,7 +424,7 @@ def share_within(kept, both, growth, allowed):
     return min(max((-both + np.sqrt(max(both * both - growth * (kept - allowed), 0.))) / growth, 0.), 1.)
 
 
-@bare
+@apart
 def resend(proposals, side, factor, reason, value, limit, positions, equity, limits, instruments):
     "Send less of what is added on one side (0: on both); False where there is nothing"
     changed = False
@@ -438,7 +438,7 @@ def resend(proposals, side, factor, reason, value, limit, positions, equity, lim
     return changed
 
 # %% ../../nbs/30_risk/35_limits.ipynb #fc624924
-@bare
+@apart
 def balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments):
     "Send less until long less short and the value at risk hold"
     if base <= 0.: return

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
-           'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'Tape', 'urgent', 'piece_of', 'place', 'standing', 'accept',
-           'check_asked', 'part', 'ask', 'ask_target', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle',
-           'step', 'tape_of', 'rules_of']
+           'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'Tape', 'urgent', 'piece_of', 'send', 'place', 'standing',
+           'accept', 'check_asked', 'part', 'ask', 'ask_target', 'decide', 'fund', 'holds', 'works', 'open_symbols',
+           'settle', 'step', 'tape_of', 'rules_of']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -14,7 +14,7 @@ from collections import namedtuple
 import numpy as np
 
 from ..account import age, apply_funding, decimal8, funding_amount, mark, round_price, round_quantity
-from ..compiled import bare
+from ..compiled import apart, bare
 from ..records import CLOSE, STYLES, Reason, instrument_rows
 from ..risk.limits import capital, followed, gate, propose
 from .costs import conditions, fade
@@ -31,7 +31,7 @@ STOP_LOSS, TIME_STOP, HALTED, STATE = (int(reason) for reason in (Reason.STOP_LO
 def urgent(reason): return STOP_LOSS <= reason <= TIME_STOP or reason == HALTED or reason == STATE
 
 
-@bare
+@apart
 def piece_of(
     quantity,    # signed base units
     close,       # quote per base
@@ -44,6 +44,21 @@ def piece_of(
     piece, smallest = book["piece"], max(instrument["min_notional"] / close, instrument["min_quantity"])
     if book["waited"] >= execution["slices"] - 1. or abs(piece) < smallest or abs(quantity) - abs(piece) < smallest: return quantity
     return piece
+
+
+@apart
+def send(state, rules, n, quantity, reason, close):
+    "Write the order of a decision"
+    order, book, execution = state.orders[n, 0], state.books[n], rules.execution
+    book["active"], style = 1, 0 if urgent(reason) else execution["style"]
+    if style == POST_ONLY and book["waited"] < execution["patience"]:
+        put(order, LIMIT, quantity, round_price(close, -quantity, rules.instruments[n]), 0., GTX, 0, close, rules)
+        book["piece"], book["waited"] = quantity, book["waited"] + 1.
+        return
+    sent = piece_of(quantity, close, book, execution, rules.instruments[n]) if style == SLICES else quantity
+    put(order, MARKET, sent, 0., 0., GTC, 0, close, rules)
+    if sent == quantity: book["waited"] = book["piece"] = 0.
+    else: book["waited"] += 1.
 
 
 @bare
@@ -61,16 +76,7 @@ def place(
     served = order["kind"] == NONE and book["taken"] > 0. and execution["style"] == POST_ONLY
     if not quantity * book["piece"] > 0. or served: book["waited"] = book["piece"] = 0.
     order["kind"] = NONE
-    if quantity == 0.: return
-    book["active"], style = 1, 0 if urgent(reason) else execution["style"]
-    if style == POST_ONLY and book["waited"] < execution["patience"]:
-        put(order, LIMIT, quantity, round_price(close, -quantity, rules.instruments[n]), 0., GTX, 0, close, rules)
-        book["piece"], book["waited"] = quantity, book["waited"] + 1.
-        return
-    sent = piece_of(quantity, close, book, execution, rules.instruments[n]) if style == SLICES else quantity
-    put(order, MARKET, sent, 0., 0., GTC, 0, close, rules)
-    if sent == quantity: book["waited"] = book["piece"] = 0.
-    else: book["waited"] += 1.
+    if quantity != 0.: send(state, rules, n, quantity, reason, close)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #cc87a86f
 EXPOSURE, KIND, PRICE, TRIGGER, CALLBACK, IN_FORCE, VALID, REDUCE_ONLY = range(8)
@@ -86,7 +92,7 @@ def standing(orders, side):
     return total
 
 
-@bare
+@apart
 def accept(state, rules, n, k, asked, quantity, close):
     "Write what was asked into its place"
     order, instrument, side = state.orders[n, k], rules.instruments[n], np.sign(quantity)
@@ -99,7 +105,7 @@ def accept(state, rules, n, k, asked, quantity, close):
     state.books[n]["active"] = 1
 
 
-@bare
+@apart
 def check_asked(asked):
     for value in asked:
         if not np.isfinite(value): raise ValueError("a policy answered with an order whose numbers are not finite: check its inputs")
@@ -115,7 +121,7 @@ def part(wanted, allowed):
     return 0. if wanted * allowed <= 0. else np.sign(wanted) * min(abs(wanted), abs(allowed))
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #f8a66e4a
-@bare
+@apart
 def ask(
     k,          # place, from 0
     answer,     # (n * places * 8,), of the policy
@@ -141,7 +147,7 @@ def ask(
             row[n]["order"] = decimal8(row[n]["order"] + (quantity if asked[REDUCE_ONLY] == 0. else 0.))
 
 
-@bare
+@apart
 def ask_target(k, n, answer, state, rules, proposals, unit):
     "The target that an order would make, if all that stands on its side were filled"
     first = (n * int(rules.execution["orders"]) + k) * ASKED

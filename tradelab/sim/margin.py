@@ -9,7 +9,7 @@ __all__ = ['worst_of', 'cushion', 'liquidation_share', 'liquidate', 'stop_share'
 import numpy as np
 
 from ..account import apply_fill, decimal8, maintenance_margin, wallet
-from ..compiled import bare
+from ..compiled import apart, bare
 from ..records import HIGH, LOW, OPEN
 from .matching import LIQUIDATION, NONE, STOP, TRAILING, side_of, write_fill
 from ..trader import record_fill
@@ -38,7 +38,7 @@ def cushion(
     return left
 
 
-@bare
+@apart
 def liquidation_share(state, rules, prices):
     "The share of the way to the worst at which the exchange takes over: 0 at the open, 2 where it does not"
     if cushion(state, rules, prices, 1.) > 0.: return 2.
@@ -51,7 +51,7 @@ def liquidation_share(state, rules, prices):
     return high
 
 # %% ../../nbs/50_sim/52_margin.ipynb #b47536ae
-@bare
+@apart
 def liquidate(state, rules, row, candle, share):
     "Close everything at a share of the way to the worst, and cancel all orders"
     left, charges = wallet(state.account), 0.
@@ -72,7 +72,7 @@ def liquidate(state, rules, row, candle, share):
         write_fill(state, candle.time, n, -held, price, charged, 0, price, price, 0., 0., LIQUIDATION, 0)
 
 # %% ../../nbs/50_sim/52_margin.ipynb #6054475d
-@bare
+@apart
 def stop_share(state, candle):
     "The share of the way to the worst at which the first stop of a position lies, 2 where there is none"
     first = 2.

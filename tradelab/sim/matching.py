@@ -14,7 +14,7 @@ from collections import namedtuple
 import numpy as np
 
 from ..account import apply_fill, decimal8, round_price, round_quantity
-from ..compiled import bare
+from ..compiled import apart, bare
 from ..records import CLOSE, FILL, HIGH, LOW, OPEN, VOLUME, WORKING, Kind, TimeInForce
 from ..risk.stops import enter, levels
 from .costs import BOOK, fee, paid
@@ -101,7 +101,7 @@ def write_fill(state, time, n, quantity, price, charged, maker, met, decision, s
     row["decision"], row["spread"], row["impact"], row["kind"], row["protects"] = decision, spread, impact, kind, protects
 
 # %% ../../nbs/50_sim/51_matching.ipynb #4f2c74f2
-@bare
+@apart
 def fill(
     state,    # State, changed
     rules,    # Rules
@@ -133,7 +133,7 @@ def fill(
     return True
 
 # %% ../../nbs/50_sim/51_matching.ipynb #e3367f90
-@bare
+@apart
 def meets_open(state, rules, row, n, order, candle):
     "One order at the first price of a candle"
     opened, kind = candle.prices[n, OPEN], order["kind"]
@@ -149,7 +149,7 @@ def meets_open(state, rules, row, n, order, candle):
     order["rests"] = 1
 
 
-@bare
+@apart
 def at_open(state, rules, row, n, candle):
     "The orders of a symbol at the first price of a candle"
     for k in range(state.orders.shape[1]):
@@ -180,7 +180,7 @@ def lies_at(
 def urgency(kind): return 0 if kind == STOP or kind == TRAILING else 1 if kind == LIMIT else 2
 
 
-@bare
+@apart
 def next_on(
     orders,  # WORKING, (places,)
     done,    # bits of those that this leg has met
@@ -197,7 +197,7 @@ def next_on(
     return best, at
 
 # %% ../../nbs/50_sim/51_matching.ipynb #455f3666
-@bare
+@apart
 def meets(state, rules, row, n, order, price, candle):
     "An order on the way of the price"
     kind = order["kind"]
@@ -207,7 +207,7 @@ def meets(state, rules, row, n, order, price, candle):
         if order["kind"] == MARKET or side_of(order) * (price - order["price"]) <= 0.: fill(state, rules, row, n, order, price, False, kind, candle)
 
 
-@bare
+@apart
 def trail(orders, price, instrument):
     "Trailing stops follow the price that a leg has reached"
     for k in range(len(orders)):
@@ -218,7 +218,7 @@ def trail(orders, price, instrument):
         if side * (level - order["trigger"]) < 0. or order["trigger"] == 0.: order["trigger"] = level
 
 
-@bare
+@apart
 def leg(state, rules, row, n, start, end, candle):
     "Everything that happens between two prices"
     done, orders = 0, state.orders[n]
@@ -231,7 +231,7 @@ def leg(state, rules, row, n, start, end, candle):
     trail(orders, end, rules.instruments[n])
 
 # %% ../../nbs/50_sim/51_matching.ipynb #1d9e6f22
-@bare
+@apart
 def guard(state, rules, n, candle):
     "Stop, target and trailing stop of a position, as orders"
     position, orders = state.positions[n], state.orders[n]
@@ -258,7 +258,7 @@ def bad_first(position, orders):
     return held < 0.
 
 
-@bare
+@apart
 def walk(state, rules, row, n, candle):
     "The way of a symbol through a candle, after its open"
     prices, orders = candle.prices[n], state.orders[n]
