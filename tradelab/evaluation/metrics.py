@@ -18,7 +18,7 @@ import pandas as pd
 from ..compiled import compiled
 from ..market.candles import milliseconds
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #6f3a6f39
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #79b884ba
 @compiled
 def step_range(
     times,  # int64 (T,)
@@ -64,7 +64,7 @@ def periods_per_year(
     if shortest < step: raise ValueError(f"equity has steps of {shortest}, shorter than the timeframe {timeframe!r}: pass the timeframe that the equity was made on")
     return YEAR / step
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #1f078163
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #4a9cbd6b
 def until_ruin(
     equity:pd.Series, # quote
 )->pd.Series:
@@ -80,7 +80,7 @@ def drawdown(
     values = equity.to_numpy(np.float64)
     return pd.Series(1. - values / np.maximum.accumulate(values), equity.index, name=equity.name)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #0eab698f
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #1d5b457c
 @compiled
 def spells(
     values,  # (T,), equity
@@ -96,7 +96,7 @@ def spells(
         elif values[i] < values[bottom]: bottom = i
     return found[:count]
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #e6f1aa1c
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #98aaac07
 def drawdowns(
     equity:pd.Series, # quote, at each close; UTC index of open times
     n:int=5,          # at most so many, the deepest first
@@ -121,7 +121,7 @@ def drawdown_duration(
 
 def _longest(times, found): return (times[found[:, 2] - 1] - times[found[:, 0]]).max() if len(found) else pd.Timedelta(0)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #6fa9ced0
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #f9f34dc3
 @compiled
 def mean_square_fall(
     values,  # (T,), equity
@@ -144,7 +144,7 @@ def drawdown_metrics(
     return dict(max_drawdown=float(depths.max()), average_drawdown=float(depths.mean()), drawdown_duration=_longest(equity.index, found),
                 ulcer_index=mean_square_fall(values) ** .5)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #eaa062e0
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #6afcdafe
 @compiled
 def powers(
     returns, # (T,)
@@ -162,7 +162,7 @@ def powers(
     n = len(returns)
     return np.array([second / n, third / n, fourth / n, gained, lost, downside / n, least, most])
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #0cd4d513
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #8ee5b0d0
 def _lowest(values, share):
     "The quantile as `np.percentile` has it, and what is not above it; reorders `values`, at least two"
     place = (len(values) - 1) * share
@@ -271,7 +271,7 @@ def trade_ratios(
     return dict(hit_rate=float((profits > 0).mean()), profit_factor=float(_ratio(np.maximum(profits, 0.).sum(), -np.minimum(profits, 0.).sum())),
                 expectancy=float(profits.mean()), sqn=float(_ratio(np.sqrt(len(profits)) * profits.mean(), deviation)))
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #8bcbde09
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #be332a38
 def held(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time, each of them in that of the equity
     equity:pd.Series,     # quote
@@ -308,7 +308,7 @@ LABELS = dict(
     ulcer_index=("Ulcer index [%]", 100, 2), recovery_factor=("Recovery factor", 1, 2),
     turnover=("Turnover [x equity]", 1, 2), annual_turnover=("Turnover [x equity a year]", 1, 2), fills=("Fills [count]", 1, 0), round_trips=("Round trips [count]", 1, 0),
     hit_rate=("Hit rate [% of round trips]", 100, 1), profit_factor=("Profit factor", 1, 2), expectancy=("Expectancy [quote a round trip]", 1, 2), sqn=("System quality number", 1, 2),
-    time_in_market=("Time in market [%]", 100, 1), gross_exposure=("Mean gross exposure [x equity]", 1, 2), fees=("Fees [quote]", 1, 2), funding=("Funding [quote]", 1, 2))
+    time_in_market=("Time in market [%]", 100, 1), gross_exposure=("Mean gross exposure [x equity]", 1, 3), fees=("Fees [quote]", 1, 2), funding=("Funding [quote]", 1, 2))
 
 
 def written(
