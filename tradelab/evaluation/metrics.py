@@ -18,7 +18,7 @@ import pandas as pd
 from ..compiled import compiled
 from ..market.candles import milliseconds
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #79b884ba
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #b652ad1d
 @compiled
 def step_range(
     times,  # int64 (T,)
@@ -64,7 +64,7 @@ def periods_per_year(
     if shortest < step: raise ValueError(f"equity has steps of {shortest}, shorter than the timeframe {timeframe!r}: pass the timeframe that the equity was made on")
     return YEAR / step
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #4a9cbd6b
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #359917e0
 def until_ruin(
     equity:pd.Series, # quote
 )->pd.Series:
@@ -80,7 +80,7 @@ def drawdown(
     values = equity.to_numpy(np.float64)
     return pd.Series(1. - values / np.maximum.accumulate(values), equity.index, name=equity.name)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #1d5b457c
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #1dec73b5
 @compiled
 def spells(
     values,  # (T,), equity
@@ -96,7 +96,7 @@ def spells(
         elif values[i] < values[bottom]: bottom = i
     return found[:count]
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #98aaac07
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #7de41c3e
 def drawdowns(
     equity:pd.Series, # quote, at each close; UTC index of open times
     n:int=5,          # at most so many, the deepest first
@@ -121,7 +121,7 @@ def drawdown_duration(
 
 def _longest(times, found): return (times[found[:, 2] - 1] - times[found[:, 0]]).max() if len(found) else pd.Timedelta(0)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #f9f34dc3
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #17be7fee
 @compiled
 def mean_square_fall(
     values,  # (T,), equity
@@ -144,7 +144,7 @@ def drawdown_metrics(
     return dict(max_drawdown=float(depths.max()), average_drawdown=float(depths.mean()), drawdown_duration=_longest(equity.index, found),
                 ulcer_index=mean_square_fall(values) ** .5)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #6afcdafe
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #1df0eaf4
 @compiled
 def powers(
     returns, # (T,)
@@ -162,7 +162,7 @@ def powers(
     n = len(returns)
     return np.array([second / n, third / n, fourth / n, gained, lost, downside / n, least, most])
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #8ee5b0d0
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #c64f65ae
 def _lowest(values, share):
     "The quantile as `np.percentile` has it, and what is not above it; reorders `values`, at least two"
     place = (len(values) - 1) * share
@@ -199,7 +199,7 @@ def ratios(
     mean, root, n = float(returns.mean()), float(np.sqrt(periods)), len(returns)
     second, third, fourth, gained, lost, downside, least, most = powers(returns, mean).tolist()
     deviation, moved = (second * n / (n - 1)) ** .5, second > 1e-28
-    return dict(annual_volatility=deviation * root, sharpe=root * _ratio(mean, deviation), sortino=root * _ratio(mean, downside ** .5),
+    return dict(annual_volatility=deviation * root, sharpe=_ratio(root * mean, deviation), sortino=_ratio(root * mean, downside ** .5),
                 omega=_ratio(gained, lost), skew=third / second ** 1.5 if moved else nan, kurtosis=fourth / second ** 2 if moved else nan,
                 best_return=most, worst_return=least, **tails(returns))
 
@@ -271,7 +271,7 @@ def trade_ratios(
     return dict(hit_rate=float((profits > 0).mean()), profit_factor=float(_ratio(np.maximum(profits, 0.).sum(), -np.minimum(profits, 0.).sum())),
                 expectancy=float(profits.mean()), sqn=float(_ratio(np.sqrt(len(profits)) * profits.mean(), deviation)))
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #be332a38
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #f72caea7
 def held(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time, each of them in that of the equity
     equity:pd.Series,     # quote
