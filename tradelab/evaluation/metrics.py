@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['YEAR', 'UNKNOWN', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL', 'step_range', 'check_equity', 'periods_per_year',
            'until_ruin', 'drawdown', 'spells', 'drawdowns', 'drawdown_duration', 'mean_square_fall', 'drawdown_metrics',
-           'powers', 'tails', 'ratios', 'curve_metrics', 'round_trips', 'check_journal', 'trade_ratios', 'held',
-           'activity', 'written', 'Metrics', 'metrics']
+           'powers', 'tails', 'ratios', 'curve_metrics', 'round_trips', 'rows_of', 'check_journal', 'trade_ratios',
+           'held', 'activity', 'written', 'Metrics', 'metrics']
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import pandas as pd
 from ..compiled import compiled
 from ..market.candles import milliseconds
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #b652ad1d
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #ce90009d
 @compiled
 def step_range(
     times,  # int64 (T,)
@@ -64,7 +64,7 @@ def periods_per_year(
     if shortest < step: raise ValueError(f"equity has steps of {shortest}, shorter than the timeframe {timeframe!r}: pass the timeframe that the equity was made on")
     return YEAR / step
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #359917e0
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #75206759
 def until_ruin(
     equity:pd.Series, # quote
 )->pd.Series:
@@ -80,7 +80,7 @@ def drawdown(
     values = equity.to_numpy(np.float64)
     return pd.Series(1. - values / np.maximum.accumulate(values), equity.index, name=equity.name)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #1dec73b5
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #ecdbebb3
 @compiled
 def spells(
     values,  # (T,), equity
@@ -96,7 +96,7 @@ def spells(
         elif values[i] < values[bottom]: bottom = i
     return found[:count]
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #7de41c3e
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #1e74575e
 def drawdowns(
     equity:pd.Series, # quote, at each close; UTC index of open times
     n:int=5,          # at most so many, the deepest first
@@ -121,7 +121,7 @@ def drawdown_duration(
 
 def _longest(times, found): return (times[found[:, 2] - 1] - times[found[:, 0]]).max() if len(found) else pd.Timedelta(0)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #17be7fee
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #bfc49353
 @compiled
 def mean_square_fall(
     values,  # (T,), equity
@@ -144,7 +144,7 @@ def drawdown_metrics(
     return dict(max_drawdown=float(depths.max()), average_drawdown=float(depths.mean()), drawdown_duration=_longest(equity.index, found),
                 ulcer_index=mean_square_fall(values) ** .5)
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #1df0eaf4
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #d9dce071
 @compiled
 def powers(
     returns, # (T,)
@@ -162,7 +162,7 @@ def powers(
     n = len(returns)
     return np.array([second / n, third / n, fourth / n, gained, lost, downside / n, least, most])
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #c64f65ae
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #910fec72
 def _lowest(values, share):
     "The quantile as `np.percentile` has it, and what is not above it; reorders `values`, at least two"
     place = (len(values) - 1) * share
@@ -248,6 +248,11 @@ def round_trips(
 JOURNAL_COLUMNS = ("close", "position", "fill_quantity", "fill_price", "fee", "funding", "symbol")
 
 
+def rows_of(journal, equity):
+    "The row of the equity, in order of time, at or after each row of the journal"
+    return np.searchsorted(equity.index.as_unit("ns").asi8, journal.index.as_unit("ns").asi8)
+
+
 def check_journal(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # of the same run and span
@@ -255,9 +260,9 @@ def check_journal(
     "Refuse a journal that does not belong to the equity (`ValueError`)"
     missing = [name for name in JOURNAL_COLUMNS if name not in journal.columns]
     if missing: raise ValueError(f"journal lacks {', '.join(missing)}: it needs the columns of records.JOURNAL and symbol")
-    if not isinstance(journal.index, pd.DatetimeIndex):
+    if not (isinstance(journal.index, pd.DatetimeIndex) and str(journal.index.tz) == "UTC"):
         raise ValueError(f"journal needs a UTC DatetimeIndex of open times, had {journal.index.dtype}: set open_time as its index")
-    strange = ~journal.index.isin(equity.index)
+    strange = equity.index[np.minimum(rows_of(journal, equity), len(equity) - 1)] != journal.index
     if strange.any(): raise ValueError(f"journal has a row at {journal.index[np.argmax(strange)]} where there is no equity: cut both to the same span")
     return journal
 
@@ -271,13 +276,13 @@ def trade_ratios(
     return dict(hit_rate=float((profits > 0).mean()), profit_factor=float(_ratio(np.maximum(profits, 0.).sum(), -np.minimum(profits, 0.).sum())),
                 expectancy=float(profits.mean()), sqn=float(_ratio(np.sqrt(len(profits)) * profits.mean(), deviation)))
 
-# %% ../../nbs/40_evaluation/40_metrics.ipynb #f72caea7
+# %% ../../nbs/40_evaluation/40_metrics.ipynb #9a4c8f69
 def held(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time, each of them in that of the equity
     equity:pd.Series,     # quote
 )->dict:
     "How much of the time something was held, and how much"
-    rows = np.searchsorted(equity.index.as_unit("ns").asi8, journal.index.as_unit("ns").asi8)
+    rows = rows_of(journal, equity)
     notional = np.nan_to_num(np.abs(journal["position"].to_numpy(float) * journal["close"].to_numpy(float)))
     known, gross = np.bincount(rows, minlength=len(equity)) > 0, np.bincount(rows, notional, len(equity))
     alive = known & (equity.to_numpy() > 0)

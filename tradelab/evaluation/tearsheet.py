@@ -17,7 +17,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from .metrics import LABELS, SHORTEST, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, round_trips, until_ruin
+from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, round_trips, until_ruin
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #26c030fd
 def exposure(
@@ -67,14 +67,7 @@ def _logarithmic(axis):
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
-
-def _plain(axis):
-    "No box, faint lines across"
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#e6e6e6", lw=.6)
-    axis.set_axisbelow(True)
-
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #eb243ad6
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e6655216
 def thinned(
     series:pd.Series,   # any length
     columns:int=2_000,  # stretches that are kept
@@ -131,7 +124,7 @@ def draw_exposure(
     axis.set_ylabel("Exposure [x equity]")
     _dates(axis)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b46eca57
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #77109386
 WINDOWS = 180, 90, 30  # days
 
 
@@ -153,7 +146,7 @@ def window_of(equity)->int:
     "Days of the window, 0 where the span is too short for any"
     return next((days for days in WINDOWS if equity.index[-1] - equity.index[0] >= 2 * pd.Timedelta(days=days)), 0)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e43b1f8c
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #fdd2701c
 def draw_rolling_sharpe(
     axis,         # matplotlib axis
     results:dict,
@@ -174,7 +167,7 @@ def draw_rolling_sharpe(
 
 def _nothing(axis, why): axis.text(.5, .5, why, transform=axis.transAxes, ha="center", va="center", color="#888888")
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #2750b4cd
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #0112bf99
 def draw_returns(
     axis,              # matplotlib axis
     equity:pd.Series,
@@ -192,7 +185,7 @@ def draw_returns(
     axis.set_ylim(.5, 2 * max(counts.max(), normal.max()))
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #3c0809fb
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b9803278
 def draw_trades(
     axis,                  # matplotlib axis
     journal:pd.DataFrame,
@@ -207,7 +200,7 @@ def draw_trades(
     axis.axvline(profits.mean(), color=INK, lw=1.2, label=f"mean {profits.mean():,.2f}")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e9c6e438
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #162ece88
 def costs(
     result,       # .journal; and .fills, a table with `spread` and `impact` [quote], where it has one
 )->pd.Series:     # quote, above zero is paid
@@ -216,7 +209,7 @@ def costs(
     known = [] if fills is None or not len(fills) else [name for name in ("spread", "impact") if name in fills]
     return pd.Series(dict(fees=result.journal["fee"].sum(), funding=-result.journal["funding"].sum()) | {name: fills[name].sum() for name in known}, dtype=float)
 
-
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #79979e54
 def draw_costs(
     axis,      # matplotlib axis
     result,
@@ -236,7 +229,7 @@ def draw_costs(
     axis.use_sticky_edges = False
     axis.margins(y=.12)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b310a490
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #021ec91c
 MONTHS = "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"
 
 
@@ -252,7 +245,7 @@ def months(
     table = gains([year, month]).unstack().reindex(columns=range(1, 13)).set_axis(list(MONTHS), axis=1)
     return table.assign(Year=gains(year)).rename_axis(None)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #3f9f608c
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e1963f9f
 def _month(value, full):
     if np.isnan(value): return "<td></td>"
     rgb, share = ("46,125,91" if value > 0 else "181,72,58"), min(abs(value) / full, 1.) if full > 0 else 0.
@@ -267,7 +260,7 @@ def months_html(
     rows = [f"<tr><th>{year}</th>{''.join(_month(value, full) for value in row)}</tr>" for year, row in zip(table.index, table.to_numpy())]
     return f'<table class="months"><tr><th>[%]</th>{"".join(f"<th>{name}</th>" for name in table)}</tr>\n{chr(10).join(rows)}</table>'
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #7589d349
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #41c81ef0
 def spells_html(
     equity:pd.Series, # quote, at each close
     n:int=5,
@@ -279,6 +272,13 @@ def spells_html(
     return shown.assign(**{"Depth [%]": worst["depth"].map(lambda depth: f"{100 * depth:.2f}"), "Days": worst["days"].map(lambda days: f"{days:,.1f}")}).to_html(index=False, border=0)
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #c192de68
+def _plain(axis):
+    "No box, faint lines across"
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e6e6e6", lw=.6)
+    axis.set_axisbelow(True)
+
+
 def _drawn(size, layout, draw):
     "A figure with named axes, drawn in the style of the sheet"
     import matplotlib.pyplot as plt
@@ -291,7 +291,7 @@ def _drawn(size, layout, draw):
     plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
     return figure
 
-
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #1fe63032
 def _title(axis, sheet, width):
     face = fill(sheet.face, width)
     axis.set_title(face, loc="left", fontsize=7.5, color="#555555")
@@ -307,7 +307,7 @@ def _figure(sheet):
         for axis in axes.values(): axis.set_xmargin(0)
     return _drawn((9, 6.6), dict(mosaic=[["equity"], ["drawdown"], ["exposure"]], sharex=True, height_ratios=(3, 1.3, 1.3)), draw)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #aa389cc6
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #f91b89f8
 def _details(sheet):
     subject = sheet.results[sheet.subject]
     def draw(axes):
@@ -339,7 +339,7 @@ def _inline(sheet):
     picture = _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}")
     return f"<p><b>{escape(sheet.subject)}</b><br>{escape(sheet.face)}</p>\n{sheet.written().to_html(border=0)}\n{picture}"
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b884558f
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b9a75520
 SECTIONS = {
     "What came of it": ("total_return", "annual_return", "annual_volatility", "sharpe", "sortino", "calmar", "omega"),
     "How candles fell": ("best_return", "worst_return", "skew", "kurtosis", "tail_ratio", "value_at_risk", "expected_shortfall"),
@@ -354,7 +354,7 @@ def sections_html(
     "The table of metrics, broken into its questions"
     return "\n".join(f"<section><h3>{title}</h3>{written.loc[[LABELS[name][0] for name in names]].to_html(border=0)}</section>" for title, names in SECTIONS.items())
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #d02e9821
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #355c62bc
 STYLE = """
 body {font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1060px; margin: 2em auto; padding: 0 1em}
 h1 {margin: 0; color: #123f63} h2 {margin: 2em 0 .6em; font-size: 1.15em; border-bottom: 1px solid #ddd} h3 {margin: 0 0 .3em; font-size: 1em; color: #555}
