@@ -67,7 +67,7 @@ def _logarithmic(axis):
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e6655216
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #46f4bf7b
 def thinned(
     series:pd.Series,   # any length
     columns:int=2_000,  # stretches that are kept
@@ -124,7 +124,7 @@ def draw_exposure(
     axis.set_ylabel("Exposure [x equity]")
     _dates(axis)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #77109386
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #5295d624
 WINDOWS = 180, 90, 30  # days
 
 
@@ -146,7 +146,7 @@ def window_of(equity)->int:
     "Days of the window, 0 where the span is too short for any"
     return next((days for days in WINDOWS if equity.index[-1] - equity.index[0] >= 2 * pd.Timedelta(days=days)), 0)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #fdd2701c
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #09606d12
 def draw_rolling_sharpe(
     axis,         # matplotlib axis
     results:dict,
@@ -165,9 +165,11 @@ def draw_rolling_sharpe(
     _dates(axis)
 
 
-def _nothing(axis, why): axis.text(.5, .5, why, transform=axis.transAxes, ha="center", va="center", color="#888888")
+def _nothing(axis, why):
+    axis.set(xticks=[], yticks=[])
+    axis.text(.5, .5, why, transform=axis.transAxes, ha="center", va="center", color="#888888")
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #0112bf99
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #c400cd46
 def draw_returns(
     axis,              # matplotlib axis
     equity:pd.Series,
@@ -185,7 +187,7 @@ def draw_returns(
     axis.set_ylim(.5, 2 * max(counts.max(), normal.max()))
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b9803278
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cc2fe035
 def draw_trades(
     axis,                  # matplotlib axis
     journal:pd.DataFrame,
@@ -200,7 +202,7 @@ def draw_trades(
     axis.axvline(profits.mean(), color=INK, lw=1.2, label=f"mean {profits.mean():,.2f}")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #162ece88
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #511563db
 def costs(
     result,       # .journal; and .fills, a table with `spread` and `impact` [quote], where it has one
 )->pd.Series:     # quote, above zero is paid
@@ -209,7 +211,7 @@ def costs(
     known = [] if fills is None or not len(fills) else [name for name in ("spread", "impact") if name in fills]
     return pd.Series(dict(fees=result.journal["fee"].sum(), funding=-result.journal["funding"].sum()) | {name: fills[name].sum() for name in known}, dtype=float)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #79979e54
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #0a229f70
 def draw_costs(
     axis,      # matplotlib axis
     result,
@@ -229,7 +231,7 @@ def draw_costs(
     axis.use_sticky_edges = False
     axis.margins(y=.12)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #021ec91c
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #fea0c6ee
 MONTHS = "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"
 
 
@@ -245,11 +247,12 @@ def months(
     table = gains([year, month]).unstack().reindex(columns=range(1, 13)).set_axis(list(MONTHS), axis=1)
     return table.assign(Year=gains(year)).rename_axis(None)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #e1963f9f
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #18710b9e
 def _month(value, full):
     if np.isnan(value): return "<td></td>"
     rgb, share = ("46,125,91" if value > 0 else "181,72,58"), min(abs(value) / full, 1.) if full > 0 else 0.
-    return f'<td style="background:rgba({rgb},{.7 * share:.2f})">{100 * value:+.{1 if full >= .1 else 2}f}</td>'
+    decimals = 1 if full >= .1 else 2
+    return f'<td style="background:rgba({rgb},{.7 * share:.2f})">{round(100 * value, decimals) + 0.:+.{decimals}f}</td>'
 
 
 def months_html(
@@ -260,7 +263,7 @@ def months_html(
     rows = [f"<tr><th>{year}</th>{''.join(_month(value, full) for value in row)}</tr>" for year, row in zip(table.index, table.to_numpy())]
     return f'<table class="months"><tr><th>[%]</th>{"".join(f"<th>{name}</th>" for name in table)}</tr>\n{chr(10).join(rows)}</table>'
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #41c81ef0
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #4d19f4cb
 def spells_html(
     equity:pd.Series, # quote, at each close
     n:int=5,
@@ -291,7 +294,7 @@ def _drawn(size, layout, draw):
     plt.close(figure)  # a notebook shows what a cell returns; left open, it would show it twice
     return figure
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #1fe63032
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #a3a8da58
 def _title(axis, sheet, width):
     face = fill(sheet.face, width)
     axis.set_title(face, loc="left", fontsize=7.5, color="#555555")
@@ -307,7 +310,7 @@ def _figure(sheet):
         for axis in axes.values(): axis.set_xmargin(0)
     return _drawn((9, 6.6), dict(mosaic=[["equity"], ["drawdown"], ["exposure"]], sharex=True, height_ratios=(3, 1.3, 1.3)), draw)
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #f91b89f8
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #a50a377d
 def _details(sheet):
     subject = sheet.results[sheet.subject]
     def draw(axes):
@@ -339,7 +342,7 @@ def _inline(sheet):
     picture = _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}")
     return f"<p><b>{escape(sheet.subject)}</b><br>{escape(sheet.face)}</p>\n{sheet.written().to_html(border=0)}\n{picture}"
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #b9a75520
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #f2667cd4
 SECTIONS = {
     "What came of it": ("total_return", "annual_return", "annual_volatility", "sharpe", "sortino", "calmar", "omega"),
     "How candles fell": ("best_return", "worst_return", "skew", "kurtosis", "tail_ratio", "value_at_risk", "expected_shortfall"),
@@ -354,7 +357,7 @@ def sections_html(
     "The table of metrics, broken into its questions"
     return "\n".join(f"<section><h3>{title}</h3>{written.loc[[LABELS[name][0] for name in names]].to_html(border=0)}</section>" for title, names in SECTIONS.items())
 
-# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #355c62bc
+# %% ../../nbs/40_evaluation/43_tearsheet.ipynb #93dfab1a
 STYLE = """
 body {font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1060px; margin: 2em auto; padding: 0 1em}
 h1 {margin: 0; color: #123f63} h2 {margin: 2em 0 .6em; font-size: 1.15em; border-bottom: 1px solid #ddd} h3 {margin: 0 0 .3em; font-size: 1em; color: #555}
