@@ -1,6 +1,9 @@
 "Evaluation against second opinions: another arithmetic, brute force, a fresh process, real candles"
+import math
 import subprocess
 import sys
+from html.parser import HTMLParser
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tradelab.evaluation.difference import first_difference
-from tradelab.evaluation.metrics import metrics, round_trips
-from tradelab.evaluation.tearsheet import TearSheet
+from tradelab.evaluation.metrics import LABELS, drawdowns, metrics, round_trips
+from tradelab.evaluation.tearsheet import TearSheet, costs, months, rolling_sharpe, thinned
 from tradelab.records import JOURNAL
 
 
@@ -50,10 +53,99 @@ def test_metrics_against_the_textbook_written_another_way():
     ordered = sorted(returns)
     assert found.tail_ratio == pytest.approx(abs(np.percentile(returns, 95)) / abs(np.percentile(returns, 5)))    # empyrical's tail_ratio
     assert found.value_at_risk == pytest.approx(-np.percentile(returns, 5)) and found.expected_shortfall == pytest.approx(-sum(ordered[:int((len(ordered) - 1) * .05) + 1]) / (int((len(ordered) - 1) * .05) + 1))
+    moments = [sum((value - mean) ** k for value in returns) / len(returns) for k in (2, 3, 4)]
+    assert found.skew == pytest.approx(moments[1] / moments[0] ** 1.5) and found.kurtosis == pytest.approx(moments[2] / moments[0] ** 2)
+    assert (found.best_return, found.worst_return) == (ordered[-1], ordered[0]) and found.recovery_factor == pytest.approx(found.total_return / deepest)
+    falls, pieces, top = [], [[]], 0.
+    for value in equity:
+        top = max(top, value)
+        falls.append(1 - value / top)
+        if falls[-1] > 0: pieces[-1].append(falls[-1])
+        elif pieces[-1]: pieces.append([])
+    assert found.ulcer_index == pytest.approx((sum(fall ** 2 for fall in falls) / len(falls)) ** .5)
+    assert found.average_drawdown == pytest.approx(np.mean([max(piece) for piece in pieces if piece]))
+    gross = [abs(row.position * row.close) / row.equity for row in journal.itertuples()]
+    assert found.gross_exposure == pytest.approx(sum(gross) / len(gross)) and found.annual_turnover == pytest.approx(found.turnover * 8760 / 199)
     profits = round_trips(journal)["profit"].tolist()
     won, lost = sum(value for value in profits if value > 0), -sum(value for value in profits if value < 0)
     spread = (sum((value - sum(profits) / len(profits)) ** 2 for value in profits) / (len(profits) - 1)) ** .5
     assert found.profit_factor == pytest.approx(won / lost) and found.expectancy == pytest.approx(sum(profits) / len(profits)) and found.sqn == pytest.approx(len(profits) ** .5 * found.expectancy / spread)
+
+
+EMPYRICAL = dict(  # empyrical-reloaded 0.7.1 with annualization=8760, and scipy 1.17.1 (skew; kurtosis with fisher=False), on the equity of random_journal(1); losses with our sign
+    total_return=-0.002025330671709402, annual_return=-0.08537914550273873, annual_volatility=0.007173636174661812, sharpe=-12.437153008454393, sortino=-16.637928072464355,
+    calmar=-39.91134360791676, omega=0.661773856421502, tail_ratio=0.7728113247722771, value_at_risk=0.00014458111514652482, expected_shortfall=0.0001753049519731209,
+    max_drawdown=0.0021392200258024646, skew=0.44529576557868616, kurtosis=5.2546499484487335)
+
+
+@pytest.mark.parametrize("name", EMPYRICAL)
+def test_metrics_against_what_empyrical_said(name):
+    assert getattr(metrics(random_journal(1)["equity"]), name) == pytest.approx(EMPYRICAL[name], rel=1e-9)
+
+
+def equity_of(shape, sharpe, periods):
+    "An equity curve whose returns have this shape and this annual Sharpe ratio"
+    returns = .001 * ((shape - shape.mean()) / shape.std(ddof=1) + sharpe / periods ** .5)
+    times = pd.date_range("2020-01-01", periods=len(shape) + 1, freq=pd.Timedelta(days=365) / periods, tz="UTC")
+    return pd.Series(100 * np.append(1., np.cumprod(1 + returns)), times)
+
+
+def bent_normal(skew, kurtosis, length):
+    "A normal sample bent by a parabola and a cubic until its moments are these (Newton)"
+    z = np.array([NormalDist().inv_cdf((i + .5) / length) for i in range(length)])
+    def moments(parameters):
+        x = z + parameters[0] * z ** 2 + parameters[1] * z ** 3
+        return np.array([np.mean((x - x.mean()) ** k) / np.var(x) ** (k / 2) for k in (3, 4)])
+    found = np.array([.1 * np.sign(skew), .05])
+    for _ in range(100):
+        slope = np.column_stack([(moments(found + step) - moments(found)) / 1e-6 for step in 1e-6 * np.eye(2)])
+        found -= .5 * np.linalg.solve(slope, moments(found) - (skew, kurtosis))
+    return z + found[0] * z ** 2 + found[1] * z ** 3
+
+
+def probabilistic_sharpe(found, periods, length, least=0.):
+    "Bailey and Lopez de Prado 2012, with the Sharpe ratio of one period and Pearson's kurtosis"
+    ratio = found.sharpe / periods ** .5
+    return NormalDist().cdf((ratio - least) * (length - 1) ** .5 / (1 - found.skew * ratio + (found.kurtosis - 1) / 4 * ratio ** 2) ** .5)
+
+
+def test_the_shape_is_what_the_probabilistic_sharpe_ratio_wants():
+    found = metrics(equity_of(bent_normal(-2.448, 10.164, 24), 1.585, 12))
+    assert (found.sharpe, found.skew, found.kurtosis) == pytest.approx((1.585, -2.448, 10.164))
+    assert probabilistic_sharpe(found, 12, 24) == pytest.approx(.913234, abs=2e-5)  # published: PSR(0) of 24 monthly returns
+
+
+def test_the_shape_is_what_the_deflated_sharpe_ratio_wants():
+    "Bailey and Lopez de Prado 2014: skew -3 and kurtosis 10 are those of two values only, the bad one 105 days of 1,250"
+    found = metrics(equity_of(np.append(-np.ones(105), np.zeros(1_145)), 2.5, 250))
+    assert (found.sharpe, found.skew, found.kurtosis) == pytest.approx((2.5, -3, 10), abs=.005)
+    normal, gamma = NormalDist(), 0.5772156649015329
+    best = (.5 / 250) ** .5 * ((1 - gamma) * normal.inv_cdf(1 - 1 / 100) + gamma * normal.inv_cdf(1 - 1 / (100 * math.e)))  # of 100 trials without skill
+    assert probabilistic_sharpe(found, 250, 1_250, best) == pytest.approx(.900397, abs=5e-5)  # 0.9018 with excess kurtosis
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 8).map(float), min_size=2, max_size=40), st.integers(1, 4))
+def test_the_deepest_spells_as_pyfolio_finds_them(values, n):
+    "pyfolio's get_max_drawdown_underwater and gen_drawdown_table, restated: take the valley, walk to both sides, cut it out, again"
+    equity = pd.Series(values, pd.date_range("2024-01-01", periods=len(values), freq="1h", tz="UTC"))
+    underwater, expected = 1 - equity / equity.cummax(), []
+    while len(expected) < n and (underwater > 0).any():
+        valley = underwater.idxmax()
+        before, after = underwater[:valley], underwater[valley:]
+        peak, end = before[before == 0].index[-1], after[after == 0].index[0] if (after == 0).any() else pd.NaT
+        expected.append((peak, valley, end, underwater[valley]))
+        underwater[underwater.index > peak if pd.isna(end) else (underwater.index > peak) & (underwater.index < end)] = 0.
+    found = drawdowns(equity, n)
+    assert list(found[["start", "bottom", "end", "depth"]].itertuples(index=False, name=None)) == expected
+    assert found["days"].tolist() == [((equity.index[-1] if pd.isna(end) else end) - start) / pd.Timedelta(days=1) for start, _, end, _ in expected]
+
+
+def test_a_dead_curve_and_a_short_one_have_no_shape():
+    still, short = (metrics(pd.Series(values, pd.date_range("2024-01-01", periods=len(values), freq="1h", tz="UTC"))) for values in ([100.] * 9, [100., 90.]))
+    for found in (still, short): assert all(math.isnan(getattr(found, name)) for name in ("sharpe", "sortino", "omega", "skew", "kurtosis", "tail_ratio"))
+    assert still.ulcer_index == still.average_drawdown == 0 and math.isnan(still.recovery_factor) and short.average_drawdown == short.max_drawdown == pytest.approx(.1)
+    assert still == metrics(pd.Series(100., pd.date_range("2024-01-01", periods=9, freq="1h", tz="UTC")))  # nan is one object: two records can be compared
 
 
 def test_round_trips_by_walking_fill_by_fill():
@@ -84,6 +176,7 @@ def test_trips_of_two_symbols_are_those_of_each():
     both = pd.concat([one, two]).sort_index(kind="stable")
     assert round_trips(both)["profit"].sum() == pytest.approx(round_trips(one)["profit"].sum() + round_trips(two)["profit"].sum())
     found = metrics(one["equity"], both)
+    assert found.gross_exposure == pytest.approx(((one["position"].abs() * one["close"] + two["position"].abs() * two["close"]) / one["equity"]).mean())
     assert found.fills == (both["fill_quantity"] != 0).sum() and found.time_in_market == ((one["position"] != 0) | (two["position"] != 0)).mean()
 
 
@@ -140,6 +233,78 @@ def test_a_sheet_of_a_ruined_account_and_of_one_step():
     assert "<img" in sheet._repr_html_()
     alone = TearSheet({"alone": SimpleNamespace(journal=flat.iloc[:1], equity=flat["equity"].iloc[:1])})
     assert alone.written().loc["Annual return [%]", "alone"] == "-" and "<img" in alone._repr_html_() and "1 step." in alone.face
+
+
+class Page(HTMLParser):
+    "Open elements are closed in order, and what is asked of elsewhere is collected"
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.sources, self.rows = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "poster", "action")]
+        self.rows += tag == "tr"
+        if tag not in ("meta", "img", "br"): self.open.append(tag)
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+
+def sheet_of(**journals): return TearSheet({name: SimpleNamespace(journal=journal, equity=journal["equity"]) for name, journal in journals.items()}, source="synthetic walk")
+
+
+def test_a_page_stands_alone_whatever_it_shows():
+    price = np.array([100., 90., 80., 10., 10.])
+    ruined, flat = journal_of(price, np.array([0., 120., 120., 120., 120.])), journal_of(price, np.zeros(5))
+    for sheet in (sheet_of(a=random_journal(1), b=random_journal(2)), sheet_of(long=random_journal(7, 3_000)), sheet_of(ruined=ruined, flat=flat), sheet_of(alone=flat.iloc[:1]), sheet_of(flat=flat)):
+        text = sheet.html()
+        page = Page(text)
+        assert not page.open and len(page.sources) == 2 and all(source.startswith("data:image/png;base64,") for source in page.sources)
+        assert "url(" not in text and "@import" not in text and "<mark>SYNTHETIC prices</mark>: synthetic walk" in text and "Net of costs" in text and "In or out of sample: not said" in text
+        assert page.rows > len(LABELS) and (len(sheet.details().axes), len(sheet.plot().axes)) == (4, 3)
+
+
+def test_annual_figures_of_a_short_span_stay_off_the_page():
+    short, long = sheet_of(week=random_journal(1)), sheet_of(year=random_journal(1, 8_760))
+    assert short.details().axes[0].texts[0].get_text() == "a rolling Sharpe ratio needs 60 days" and long.details().axes[0].get_ylabel() == "Sharpe, 180 days [annual]"
+    for name in ("annual_return", "sharpe", "sortino", "calmar", "annual_turnover"):
+        label = LABELS[name][0]
+        assert short.written().loc[label, "week"] == "-" != long.written().loc[label, "year"] and f"<th>{label}</th>\n      <td>-</td>" in short.html()
+
+
+def test_rolling_sharpe_is_the_sharpe_of_each_window():
+    equity = random_journal(8, 2_000)["equity"]
+    rolled = rolling_sharpe(equity, 10, "1h")
+    assert rolled.notna().sum() == 2_000 - 240
+    for row in (240, 777, 1_999): assert rolled.iloc[row] == pytest.approx(metrics(equity[row - 240:row + 1]).sharpe, rel=1e-6)
+
+
+def test_months_multiply_to_years_and_years_to_the_whole():
+    equity = random_journal(9, 20_000)["equity"]
+    table = months(equity)
+    assert table.index.tolist() == [2023, 2024, 2025] and np.allclose((1 + table.iloc[:, :12]).prod(axis=1), 1 + table["Year"])
+    assert (1 + table["Year"]).prod() == pytest.approx(equity.iloc[-1] / equity.iloc[0])
+    march = equity["2024-02-29 23:00":"2024-03-31 23:00"]
+    assert table.loc[2024, "Mar"] == pytest.approx(march.iloc[-1] / march.iloc[0] - 1)
+
+
+def test_costs_are_those_of_the_journal_and_of_the_fills_where_there_are_any():
+    journal = random_journal(10).assign(funding=.25)
+    result = SimpleNamespace(journal=journal, equity=journal["equity"])
+    assert costs(result).to_dict() == {"fees": journal["fee"].sum(), "funding": -50.}
+    for fills in (None, pd.DataFrame(), pd.DataFrame(dict(spread=[], impact=[])), pd.DataFrame(dict(price=[1.]))): assert costs(SimpleNamespace(**vars(result), fills=fills)).index.tolist() == ["fees", "funding"]
+    more = costs(SimpleNamespace(**vars(result), fills=pd.DataFrame(dict(impact=[1., 2.], spread=[.5, np.nan]))))
+    assert more[["spread", "impact"]].tolist() == [.5, 3.]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=300), st.integers(1, 20))
+def test_a_thinned_curve_keeps_its_extremes_and_its_ends(values, columns):
+    series = pd.Series(values)
+    kept = thinned(series, columns)
+    assert len(kept) <= 4 * columns + 2 and kept.index.is_monotonic_increasing and series[kept.index].equals(kept)
+    assert kept.index[0] == 0 and kept.index[-1] == len(values) - 1
+    if not series.isna().any(): assert (kept.min(), kept.max()) == (series.min(), series.max())
 
 
 def test_importing_evaluation_brings_no_plotting():
