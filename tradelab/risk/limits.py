@@ -153,6 +153,8 @@ def wish(
     variance,  # of the symbol, per candle
     money,     # a row of ACCOUNT
     state,     # of TradingState
+    left,      # what the drawdown leaves of the limits
+    unit,      # quote: the notional of a target of 1
     limits,    # a row of LIMITS
 )->float:      # signed, quote: the notional to hold
     "What is wanted of one symbol"
@@ -173,10 +175,11 @@ def wish(
         if money["halted"] != 0: say(row, HALTED, money["drawdown"], limits["max_drawdown"])
         else: say(row, STATE, state, NO_ENTRY)
         return 0.
-    left, (quiet, annual) = allowance(money, limits), calm(variance, market["step"], limits)
     if target != 0. and left < 1.: say(row, DRAWDOWN, money["drawdown"], limits["drawdown_from"])
+    if limits["target_volatility"] == np.inf: return target * unit
+    quiet, annual = calm(variance, market["step"], limits)
     if target != 0. and quiet < 1.: say(row, VOLATILITY if annual >= 0. else UNKNOWN, annual, limits["target_volatility"])
-    return target * limits["max_position"] * left * quiet * capital(money, limits)
+    return target * quiet * unit
 
 # %% ../../nbs/30_risk/35_limits.ipynb #87cb710b
 @bare
@@ -219,7 +222,7 @@ def complete(
     instrument,  # a row of INSTRUMENT
 ):
     "The order of one symbol"
-    closing = decimal8(row["kept"] - held)
+    closing = decimal8(row["kept"] - held) if row["kept"] != held else 0.
     row["quantity"] = closing
     if row["growth"] == 0.: return
     quantity, most = round_quantity(row["kept"] - held + row["growth"], instrument), instrument["max_quantity"]
@@ -485,10 +488,12 @@ def gate(
 ):
     "Turn targets into allowed orders"
     money, gross, growing = account[0], 0., False
-    state, equity, base = state_now(money, open_time, limits), money["equity"], capital(money, limits) * allowance(money, limits)
+    state, equity, left = state_now(money, open_time, limits), money["equity"], allowance(money, limits)
+    base = capital(money, limits) * left
+    unit = limits["max_position"] * base
     for n in range(len(proposals)):
         row = proposals[n]
-        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, limits)
+        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, left, unit, limits)
         gross += abs(row["growth"])
     allowed = limits["max_leverage"] * base
     for n in range(len(proposals)):

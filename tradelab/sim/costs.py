@@ -106,7 +106,7 @@ def displacement(
 @bare
 def fade(book, costs):
     "A candle later the displacement is smaller, and nothing is taken yet"
-    book["taken"] = 0.
+    if book["taken"] != 0.: book["taken"] = 0.
     if book["pressure"] != 0.: book["pressure"] *= 4. ** (-1. / costs["impact_half_life"])
 
 # %% ../../nbs/50_sim/50_costs.ipynb #a5826049

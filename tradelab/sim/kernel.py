@@ -18,7 +18,7 @@ from ..compiled import apart, bare
 from ..records import CLOSE, STYLES, Reason, instrument_rows
 from ..risk.limits import capital, followed, gate, propose
 from .costs import conditions, fade
-from .margin import cushion, liquidate, liquidation_share, stop_share
+from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
 from .matching import GTC, GTX, LIMIT, MARKET, NONE, STOP, TAKE_PROFIT, TRAILING, Candle, Rules, at_open, guard, put, walk
 from ..trader import record
 
@@ -236,15 +236,15 @@ def settle(
 ):
     "What happens to an account until the next close"
     fund(state, rules, row, rates)
-    if holds(state.positions) and cushion(state, rules, candle.prices, 0.) <= 0.:
+    if threatened(state, candle.prices) and cushion(state, rules, candle.prices, 0.) <= 0. and holds(state.positions):
         liquidate(state, rules, row, candle, 0.)
         return
-    if open_symbols(state, rules, row, candle) and liquidation_share(state, rules, candle.prices) >= stop_share(state, candle):
+    if open_symbols(state, rules, row, candle) and (not threatened(state, candle.prices) or liquidation_share(state, rules, candle.prices) >= stop_share(state, candle)):
         for n in range(len(state.books)):
             if state.books[n]["active"] != 0: walk(state, rules, row, n, candle)
-    if holds(state.positions):
+    if threatened(state, candle.prices):
         share = liquidation_share(state, rules, candle.prices)
-        if share <= 1.: liquidate(state, rules, row, candle, share)
+        if share <= 1. and holds(state.positions): liquidate(state, rules, row, candle, share)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #ff7cdeff
 @bare
