@@ -2,7 +2,6 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,14 +9,13 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, maintenance_margin, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
-from tradelab.market.candles import matrix
-from tradelab.market.synthetic import ar1, correlated, funding
+from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
-from tradelab.records import BRACKETS, FILL, JOURNAL, NO_STOPS, PROPOSAL, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
+from tradelab.records import BRACKETS, JOURNAL, NO_STOPS, PROPOSAL, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
 from tradelab.sim.backtest import backtest
-from tradelab.sim.kernel import ASKED, CALLBACK, EXPOSURE, IN_FORCE, KIND, PRICE, REDUCE_ONLY, TRIGGER, VALID, rules_of, settle, step, tape_of
+from tradelab.sim.kernel import rules_of, step, tape_of
 from tradelab.sim.margin import liquidation_share
-from tradelab.sim.matching import Candle, new_state
+from tradelab.sim.matching import new_state
 
 HOUR = 3_600_000
 WIDE = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.9, stops=NO_STOPS, max_participation=None, max_orders=None, price_band=None)

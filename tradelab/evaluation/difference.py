@@ -169,8 +169,10 @@ def look_ahead(
     whole, rows = decided(several), []
     for cut in np.linspace(.4, .95, cuts) * len(times):
         cut = int(cut)
-        for how, change in (("truncated", lambda frame: frame.iloc[:cut]), ("another future", lambda frame: _future(frame, cut, np.exp(random.normal(0, .05, len(frame)))))):
-            again = decided({symbol: change(frame) for symbol, frame in several.items()})
+        cuts_off = {symbol: frame.iloc[:cut] for symbol, frame in several.items()}
+        differs_on = {symbol: _future(frame, cut, np.exp(random.normal(0, .05, len(frame)))) for symbol, frame in several.items()}
+        for how, frames in (("truncated", cuts_off), ("another future", differs_on)):
+            again = decided(frames)
             past = (whole.index < times[cut - 1]) & (whole.index >= again.index[0])
             rows.append((how, times[cut], first_difference(whole[past], again[again.index < times[cut - 1]])))
     return pd.DataFrame(rows, columns=["rerun", "cut", "difference"])

@@ -7,7 +7,9 @@ __all__ = ['TAPE', 'STATE', 'RULES', 'PROPOSALS', 'ROWS', 'LOOP', 'FOLLOW', 'fun
            'looked_at', 'Given', 'given', 'backtest']
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #87dd629d
+import threading
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numba
 import numpy as np
@@ -22,8 +24,8 @@ from ..policies import POLICY, Policy, buy_and_hold, flat
 from ..records import CLOSE, COLUMNS, FILL, JOURNAL, KNOWN, NO_STOPS, PROPOSAL, CostModel, Execution, Fill, Funding, Instrument, Limits
 from ..risk.limits import MARKET, Gate, warm_up
 from .costs import CONDITION, warm_up as costs_warm_up
-from .kernel import ASKED, Tape, place, rules_of, settle, step, tape_of
-from .matching import EACH, Candle, State, new_state
+from .kernel import Tape, meet, rules_of, step, tape_of
+from .matching import EACH, new_state
 from .result import Result
 from ..trader import Trader
 
@@ -110,11 +112,10 @@ def _events(policy, known, timeframe, start, tape, state, rules, settings, journ
         if state.count[0] + state.orders.size + EACH * len(instruments) > len(state.fills): state = state._replace(fills=np.concatenate([state.fills, np.zeros_like(state.fills)]))
         time, before = int(tape.times[t]), int(state.count[0])
         try: decision = trader.on_candle(time, known[t])
-        except Exception as error: raise type(error)(f"{policy.name} at the candle of {text(time)}: {error}") from error
+        except Exception as error: raise _named(error, policy, time) from error
         if len(observations) > 1: observations[t - start] = decision.observation
         answered[:], state.account[:], state.positions[:] = trader.rows, trader.account, trader.positions
-        for n in range(len(instruments)): place(state, rules, n, decision.quantities[n], decision.reasons[n], tape.candles[t, n, CLOSE])
-        settle(state, rules, answered, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
+        meet(t, tape, decision.quantities, decision.reasons, state, rules, answered)
         for symbol, amount in zip(trader.symbols, answered["funding"]):
             if amount: trader.on_funding(Funding(symbol, float(amount), int(tape.times[t + 1])))
         _fills(trader, state, before, tape.times[t + 1])
@@ -177,7 +178,28 @@ def given(
     return Given("targets", None, targets=values)
 
 
-def _compiled(policy): return isinstance(policy, Given) or hasattr(policy.function, "py_func") or numba.config.DISABLE_JIT
+_asked = threading.local()
+
+
+@cache
+def _asks():
+    "A compiled function that asks a policy in plain Python"
+    @numba.njit(POLICY)
+    def ask(parameters, observation, targets):
+        with numba.objmode(): _asked.function(parameters, observation, targets)
+    return ask
+
+
+def _function(policy):
+    "What the loop can call"
+    if hasattr(policy.function, "py_func") or numba.config.DISABLE_JIT: return policy.function
+    _asked.function = policy.function
+    return _asks()
+
+
+def _named(error, policy, time):
+    "The same error, saying where"
+    return type(error)(f"{policy.name} at the candle of {text(time)}: {error}")
 
 
 def _refused(policy, time, answer): return ValueError(f"{policy.name} answered {answer.tolist()} at the candle of {text(time)}: a target is a number in [-1, 1], a share of what the limits allow")
@@ -190,7 +212,9 @@ def _arrays(policy, observation, known, start, tape, state, rules, proposals, jo
         features = np.concatenate([np.full((observation.window - 1, *features.shape[1:]), np.nan, np.float32), features])
     while True:
         if isinstance(policy, Given): t = _follow(policy.targets, start, t, tape, state, rules, proposals, journal)
-        else: t = _loop(policy.function, policy.parameters, features, start, t, tape, state, rules, proposals, answer, bounded, journal, observations)
+        else:
+            try: t = _loop(_function(policy), policy.parameters, features, start, t, tape, state, rules, proposals, answer, bounded, journal, observations)
+            except Exception as error: raise _named(error, policy, tape.times[start + (journal["open_time"][:, 0] > 0).sum()]) from error
         if t < 0: raise _refused(policy, tape.times[-t], answer)
         if t == len(tape.times) - 1: return state
         state = state._replace(fills=np.concatenate([state.fills, np.zeros(len(state.fills), FILL)]))
@@ -199,13 +223,13 @@ def _arrays(policy, observation, known, start, tape, state, rules, proposals, jo
 def _run(policy, market, first, setting, form, keep, symbols, face):
     (frames, times, known, names, timeframe, rates), (costs, limits, instruments, execution, deposit) = market, setting
     if form not in ("array", "event"): raise ValueError(f"form must be 'array' or 'event', was {form!r}")
-    if policy.orders and (form == "event" or not _compiled(policy)): raise ValueError(f"{policy.name} answers with orders, which only the array form and compiled policies can: take targets, or form='array'")
+    if policy.orders and form == "event": raise ValueError(f"{policy.name} answers with orders, which only the array form can trade yet: take targets, or form='array'")
     observation, candles = Observation.of(policy, timeframe).on(symbols), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
     tape, rules, journal = tape_of(times, candles, rates, costs, limits), rules_of(costs, limits, instruments, execution, policy.orders), np.zeros((len(times) - 1 - first, len(symbols)), JOURNAL)
     state = new_state(new_account(deposit), np.zeros(len(symbols), POSITION), rules.execution, 1_000)
     seen = np.zeros((len(journal) if keep else 1, len(symbols), observation.width), np.float32)
     mark(state.account, state.positions, candles[first, :, CLOSE].copy())
-    if form == "event" or not _compiled(policy): state = _events(policy, looked_at(observation, known, names), timeframe, first, tape, state, rules, (limits, instruments), journal, seen)
+    if form == "event" and not isinstance(policy, Given): state = _events(policy, looked_at(observation, known, names), timeframe, first, tape, state, rules, (limits, instruments), journal, seen)
     else: state = _arrays(policy, observation, looked_at(observation, known, names), first, tape, state, rules, np.zeros(len(symbols), PROPOSAL), journal, seen)
     return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face, seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols})
 

@@ -6,7 +6,7 @@
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'Tape', 'urgent', 'piece_of', 'send', 'place', 'standing',
            'accept', 'check_asked', 'part', 'ask', 'ask_target', 'decide', 'fund', 'holds', 'works', 'open_symbols',
-           'settle', 'step', 'tape_of', 'rules_of']
+           'settle', 'meet', 'step', 'tape_of', 'rules_of']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -247,6 +247,22 @@ def settle(
         if share <= 1. and holds(state.positions): liquidate(state, rules, row, candle, share)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #ff7cdeff
+@apart
+def meet(
+    t,           # index of the candle that closed
+    tape,        # Tape
+    quantities,  # (n,), signed base units that a trader orders
+    reasons,     # (n,), of its gate
+    state,       # State, changed
+    rules,       # Rules
+    row,         # JOURNAL, (n,), changed: the market's answer
+):
+    "The market's half of a step, for a trader that has decided"
+    known, seen = min(t, len(tape.market) - 1), min(t, len(tape.conditions) - 1)
+    for n in range(len(quantities)): place(state, rules, n, quantities[n], reasons[n], tape.candles[t, n, CLOSE])
+    settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[seen], tape.market[known]))
+
+
 @bare
 def step(
     t,           # index of the candle that closed

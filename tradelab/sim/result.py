@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ..evaluation.chart import chart
 from ..evaluation.difference import first_difference
+from ..evaluation.intervals import intervals
 from ..evaluation.metrics import metrics
 from ..evaluation.tearsheet import TearSheet
+from ..evaluation.trips import execution, trips
 from ..records import FILL, JOURNAL, Kind
 from ..risk.view import RiskView
 
@@ -53,7 +56,7 @@ def fills_frame(
 class Result:
     "What a policy did over a span: `journal`, `equity`, `summary()`, `plot()`"
     name:str
-    rows:np.ndarray                     # JOURNAL, (T, n_symbols)
+    rows:np.ndarray = field(repr=False)  # JOURNAL, (T, n_symbols)
     symbols:tuple
     final:tuple = ()                    # (open time, equity) of the last candle, which only values
     source:str = ""                     # where the candles are from
@@ -84,6 +87,26 @@ class Result:
     def fills(self)->pd.DataFrame:
         "A row per fill; index: open time of the candle that was met"
         return fills_frame(self.fill_rows, self.symbols)
+
+    @property
+    def trips(self)->pd.DataFrame:
+        "A row per finished round trip, with its excursions"
+        return trips(self.fills, self.candles)
+
+    @property
+    def execution(self)->pd.DataFrame:
+        "What each fill cost against its decision, in parts"
+        return execution(self.fills, self.candles)
+
+    def intervals(self, level:float=.95, draws:int=1_000, seed:int=0)->pd.DataFrame:
+        "How sure the metrics are"
+        return intervals(self.equity, level, draws, seed)
+
+    def chart(self, symbol:str|None=None, start=None, end=None):
+        "Candles, fills and equity of a symbol, to zoom into"
+        symbol = symbol or self.symbols[0]
+        if symbol not in self.candles: raise ValueError(f"no candles of {symbol!r} were kept with this result: it has {', '.join(self.candles) or 'none'}")
+        return chart(self.candles[symbol].loc[start:end], self.fills[self.fills["symbol"] == symbol], self.equity, f"{self.name}, {symbol}")
 
     def difference(self, other):
         "Where another result first differs, None where it does not"

@@ -8,7 +8,7 @@ __all__ = ['GAP', 'AWAY', 'EVERY', 'FUNDING_CAP', 'SCENARIOS', 'Scene', 'wide_sp
 
 # %% ../../nbs/50_sim/57_stress.ipynb #8b08f3b6
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -85,7 +85,7 @@ SCENARIOS = {"spread x 5": wide_spread, "volume / 10": thin_market, f"funding {F
 @dataclass(frozen=True)
 class Stress:
     "A policy in worse markets"
-    results:dict          # name of the scenario -> Result; the first is the market as it was
+    results:dict = field(repr=False) # name of the scenario -> Result; the first is the market as it was
     note:str
 
     def table(self)->pd.DataFrame:
