@@ -83,7 +83,10 @@ def frame_of(length): return frame(np.arange(length) * HOUR + 1_500_000_000_000 
 
 
 @compiled
-def cross(parameters, columns, t): return 1. if columns[t, int(parameters[0])] > columns[t, int(parameters[1])] else -1.
+def cross(parameters, columns):
+    fast, slow, targets = int(parameters[0]), int(parameters[1]), np.empty(len(columns))
+    for t in range(len(columns)): targets[t] = 1. if columns[t, fast] > columns[t, slow] else 0.
+    return targets
 
 
 def sweeps(length=100_000, pairs=1_000):

@@ -61,8 +61,10 @@ def assemble(
     length, symbols, count = window.shape
     money, at = account[0], length * count
     for n in range(symbols):
+        row = out[n]
         for k in range(length):
-            for f in range(count): out[n, k * count + f] = window[k, n, f]
+            seen, start = window[k, n], k * count
+            for f in range(count): row[start + f] = seen[f]
         position = positions[n]
         out[n, at] = position["quantity"] * position["mark_price"] / money["equity"]
         out[n, at + 1] = position["quantity"] * (position["mark_price"] - position["entry_price"]) / money["equity"]
