@@ -263,7 +263,7 @@ def meet(
     settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[seen], tape.market[known]))
 
 
-@bare
+@apart
 def step(
     t,           # index of the candle that closed
     tape,        # Tape
