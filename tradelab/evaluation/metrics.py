@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['YEAR', 'UNKNOWN', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL', 'step_range', 'check_equity', 'periods_per_year',
            'until_ruin', 'drawdown', 'spells', 'drawdowns', 'drawdown_duration', 'mean_square_fall', 'drawdown_metrics',
-           'powers', 'tails', 'ratios', 'curve_metrics', 'round_trips', 'rows_of', 'check_journal', 'trade_ratios',
-           'held', 'activity', 'written', 'Metrics', 'metrics']
+           'powers', 'tails', 'ratios', 'curve_metrics', 'traded_cash', 'round_trips', 'rows_of', 'check_journal',
+           'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics']
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
@@ -220,6 +220,16 @@ def curve_metrics(
     return result | dict(annual_return=annual, calmar=_ratio(annual, deepest)) | ratios(values[1:] / values[:-1] - 1, periods_per_year(equity, timeframe))
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #06443aa6
+def traded_cash(
+    journal:pd.DataFrame, # columns of `records.JOURNAL`
+)->tuple:                 # quote: notional traded, and cash that came in, in each row
+    "What a step traded: several fills of one candle are summed in columns of their own, which older journals do not have"
+    notional = (journal["fill_quantity"] * journal["fill_price"]).fillna(0.)
+    if "traded" not in journal: return notional.abs(), -notional
+    several = journal["traded"].fillna(0.) > 0.
+    return notional.abs().where(~several, journal["traded"]), (-notional).where(~several, journal["cash"])
+
+
 def _symbol_trips(rows):
     "The finished round trips of one symbol"
     before, quantity, price, fee, funding = (np.nan_to_num(rows[name].to_numpy(np.float64)) for name in ("position", "fill_quantity", "fill_price", "fee", "funding"))
@@ -228,7 +238,7 @@ def _symbol_trips(rows):
     ends = (before != 0) & (np.sign(after) != np.sign(before))
     entries = np.append(np.zeros(int(before[0] != 0), int), np.flatnonzero((after != 0) & ((before == 0) | ends)))
     trip, finished = np.cumsum(ends) - ends, ends.sum()
-    cash = -quantity * price - fee
+    cash = traded_cash(rows)[1].to_numpy() - fee
     share = np.divide(-before, quantity, out=np.ones_like(cash), where=ends & (quantity != 0))
     own = cash * share + funding
     own[0] -= before[0] * rows["close"].iloc[0]
@@ -297,10 +307,10 @@ def activity(
 )->dict:                  # named as the attributes of `Metrics`
     "What was done and what it cost"
     check_journal(journal, equity)
-    profits, filled = round_trips(journal)["profit"].to_numpy(float), journal["fill_quantity"].fillna(0) != 0
-    turnover = float((journal["fill_quantity"] * journal["fill_price"]).abs()[filled].sum() / equity.mean())
+    profits, traded = round_trips(journal)["profit"].to_numpy(float), traded_cash(journal)[0]
+    turnover = float(traded.sum() / equity.mean())
     years = (equity.index[-1] - equity.index[0]) / YEAR
-    return dict(turnover=turnover, annual_turnover=_ratio(turnover, years), fills=int(filled.sum()), round_trips=len(profits), **trade_ratios(profits),
+    return dict(turnover=turnover, annual_turnover=_ratio(turnover, years), fills=int((traded > 0).sum()), round_trips=len(profits), **trade_ratios(profits),
                 **held(journal, equity), fees=float(journal["fee"].sum()), funding=float(journal["funding"].sum()))
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #4029e477
