@@ -7,9 +7,8 @@ __all__ = ['TAPE', 'STATE', 'RULES', 'PROPOSALS', 'ROWS', 'LOOP', 'funding_rates
            'Given', 'given', 'backtest']
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #87dd629d
-import threading
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 
 import numba
 import numpy as np
@@ -167,23 +166,18 @@ def given(
     return Given("targets", flat().function, targets=values)
 
 
-_asked = threading.local()
-
-
-@cache
-def _asks():
-    "A compiled function that asks a policy in plain Python"
+@lru_cache(maxsize=16)
+def _asks(function):
+    "A compiled function that asks one in plain Python"
     @numba.njit(POLICY)
     def ask(parameters, observation, targets):
-        with numba.objmode(): _asked.function(parameters, observation, targets)
+        with numba.objmode(): function(parameters, observation, targets)
     return ask
 
 
 def _function(policy):
     "What the loop can call"
-    if hasattr(policy.function, "py_func") or numba.config.DISABLE_JIT: return policy.function
-    _asked.function = policy.function
-    return _asks()
+    return policy.function if hasattr(policy.function, "py_func") or numba.config.DISABLE_JIT else _asks(policy.function)
 
 
 def _named(error, policy, time):

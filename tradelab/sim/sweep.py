@@ -6,7 +6,6 @@
 __all__ = ['SUMS', 'ROW', 'SUM', 'SWEEP', 'PLAIN', 'IDEAL', 'add', 'rebalance', 'Sweep', 'sweep']
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #589156a1
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -189,7 +188,7 @@ def sweep(
         _with_costs(targets, first, tape, state, rules, np.zeros(1, PROPOSAL), np.zeros(1, JOURNAL), sums[i])
 
     from tqdm import tqdm
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(one, range(len(table))), total=len(table), disable=not progress, leave=False, desc="sweep"): pass
     note = f"{len(table):,} runs, {text(times[first])} to {text(times[-1])}, " + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs")
     return Sweep(_table(sums, parameters, times[1] - times[0], deposit), note + (", SYNTHETIC prices" if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))
