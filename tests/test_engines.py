@@ -1,0 +1,122 @@
+"The simulation against what others say: two engines to the cent, zipline's cap on the volume, real funding, a real order book"
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tradelab.account import POSITION, new_account
+from tradelab.market.sources import funding_history, history
+from tradelab.policies import buy_and_hold
+from tradelab.records import JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits
+from tradelab.sim.backtest import backtest
+from tradelab.sim.costs import calibrate
+from tradelab.sim.kernel import meet, rules_of, tape_of
+from tradelab.sim.matching import new_state
+
+SPEC = importlib.util.spec_from_file_location("engines", Path(__file__).parents[1] / "benchmarks/engines.py")
+engines = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(engines)
+
+# `python benchmarks/engines.py vectorbt` with vectorbt 1.2.0 and `... backtesting` with backtesting.py 0.6.6: both printed these numbers (fills, sum of quantity x price, last equity, sum of the equity curve)
+RECORDED = {(False, 0.): (55, 82_000.8, 996_928.4, 1_995_341_105.2), (False, .0005): (55, 82_000.8, 994_859.9049, 1_993_180_350.7415),
+            (True, 0.): (55, 93_292.5, 985_636.7, 1_981_707_245.8), (True, .0005): (55, 93_292.5, 981_535.06435, 1_977_454_642.9010)}
+
+
+@pytest.mark.parametrize("short, fee", RECORDED)
+def test_vectorbt_and_backtesting_agree_to_the_cent(short, fee):
+    ticks = engines.walk()
+    count, cash, equity = engines.with_tradelab(ticks, engines.holding(ticks, short), fee)
+    fills, traded, last, curve = RECORDED[short, fee]
+    assert count == fills and cash == pytest.approx(traded, abs=1e-6) and equity[-1] == pytest.approx(last, abs=1e-6) and equity.sum() == pytest.approx(curve, abs=.01)
+
+
+def test_the_cap_on_the_volume_is_ziplines():
+    "zipline, tests/finance/test_slippage.py: an order of 100 in a bar of 200 at a limit of a quarter fills 50; the rest is carried over. (Its price then moves by the square of the share, ours by the square root of the volume: another law.)"
+    candles = np.array([[3., 3.15, 2.85, 3., volume] for volume in (200., 200., 80., 0., 400.)])[:, None, :]
+    costs = CostModel(taker_fee=0., slippage=0., participation=.25)
+    tape, rules = tape_of(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits()), rules_of(costs, Limits(), [Instrument(price_tick=.01, quantity_step=1., min_quantity=1.)], Execution())
+    state, filled = new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), []
+    for t in range(4):
+        before = state.positions["quantity"][0]
+        meet(t, tape, np.array([100. - before]), np.zeros(1, np.int64), state, rules, np.zeros(1, JOURNAL))
+        filled.append(float(state.positions["quantity"][0] - before))
+    assert filled == [50., 20., 0., 30.]
+
+
+def test_funding_is_that_of_the_real_rates(shared):
+    "A month of Bitcoin held with ten times nothing changing: each payment from pandas alone"
+    candles = history("BTC/USDT:USDT", "1h", "2022-06-01", "2022-07-01", source=str(shared / "data/BTCUSDT-perp-1h.parquet"))
+    rates = funding_history("BTC/USDT:USDT", "2022-06-01", "2022-07-01", source=str(shared / "data/BTCUSDT-perp-funding-8h.parquet"))
+    limits = Limits(max_position=1., min_trade=.9, max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)                 # bought once and never touched again
+    result = backtest(buy_and_hold(), candles, funding=rates, limits=limits, costs=CostModel(taker_fee=0., slippage=0.), deposit=1e6, beside=())
+    assert len(result.fills) == 1
+    quantity, bought = result.fills["quantity"].iloc[0], result.fills.index[0]
+    due = rates[(rates.index.floor("min") > bought) & (rates.index.floor("min") <= candles.index[-1])]
+    expected = [-quantity * candles["close"].loc[time.floor("min") - pd.Timedelta(hours=1)] * rate for time, rate in due.items()]
+    paid = result.journal["funding"][result.journal["funding"] != 0].to_numpy()
+    assert len(paid) == np.count_nonzero(expected) > 80 and np.allclose(paid, [each for each in expected if each], atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def walks(shared):
+    "Market orders of several sizes through a real book: size, cost against the middle, half spread, volatility and volume"
+    path = shared / "data/BTCUSDT-spot-l2-20240808.gz"
+    bids, asks, found, trades, updates = {}, {}, [], [], 0
+    for line in gzip.open(path, "rt"):
+        message = json.loads(line[line.index("{"):])
+        data, stream = message.get("data", message), message.get("stream", "")
+        if "trade" in stream: trades.append((float(data["p"]), float(data["q"]), data["T"]))
+        if "bids" in data:
+            bids, asks = ({float(price): float(size) for price, size in data[side]} for side in ("bids", "asks"))
+        elif "depth" in stream and bids:
+            for book, side in ((bids, "b"), (asks, "a")):
+                for price, size in data[side]:
+                    if float(size): book[float(price)] = float(size)
+                    else: book.pop(float(price), None)
+            updates += 1
+            if updates % 40 == 0 and max(bids) < min(asks):
+                middle = .5 * (max(bids) + min(asks))
+                for side, levels in ((1, sorted(asks.items())), (-1, sorted(bids.items(), reverse=True))):
+                    for size in (.5, 1., 2., 4., 8., 16.):
+                        left, paid = size, 0.
+                        for price, amount in levels:
+                            taken = min(left, amount)
+                            left, paid = left - taken, paid + taken * price
+                            if left <= 1e-12: break
+                        if left <= 1e-12: found.append((side * size, middle, paid / size, min(asks) - middle))
+    price, size, time = map(np.array, zip(*trades))
+    seconds = (time[-1] - time[0]) / 1e3
+    minute = pd.Series(price, pd.to_datetime(time, unit="ms")).resample("1min").last().ffill()
+    volatility = float(np.log(minute).diff().std() * np.sqrt(60))                                        # of an hour
+    return np.array(found), volatility, float(size.sum() / seconds * 3_600)
+
+
+def test_the_default_spread_is_not_below_a_real_book(walks):
+    found, *_ = walks
+    half = np.median(found[:, 3] / found[:, 1])
+    print(f"half spread {1e4 * half:.4f} bps, the default is {1e4 * CostModel().slippage:.0f}")
+    assert 0 < half < CostModel().slippage
+
+
+def test_cost_grows_with_size_as_a_real_book_says(walks):
+    found, volatility, volume = walks
+    sizes, cost = np.abs(found[:, 0]), np.sign(found[:, 0]) * (found[:, 2] / found[:, 1] - 1.)
+    mean = np.array([cost[sizes == size].mean() for size in np.unique(sizes)])
+    exponent = np.polyfit(np.log(np.unique(sizes)), np.log(mean), 1)[0]
+    fit = calibrate(found[:, 0], found[:, 1], found[:, 2], np.arange(len(found)) * 1e6, np.full(len(found), volatility), np.full(len(found), volume))
+    print(f"cost of {', '.join(f'{size:g}: {1e4 * each:.3f} bps' for size, each in zip(np.unique(sizes), mean))}; exponent {exponent:.2f}; hourly volatility {volatility:.4f}, volume {volume:.0f}; coefficient {fit.impact:.2f} +- {fit.impact_error:.2f}")
+    assert (np.diff(mean) > 0).all() and .3 < exponent < 1.3 and .05 < fit.impact < 5
+
+
+def test_stops_in_a_candle_are_pessimistic_where_backtesting_py_is_too():
+    "Both touched: the stop (backtesting.py decides so as well); a gap beyond the stop: the open (so does it); a gap beyond a resting limit order: its own price (backtesting.py gives the better open)"
+    from tests.test_kernel import levered
+    from tradelab.records import Stops
+    both, gap = ([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*candle, 1e6)] for candle in ((100, 105, 97, 104), (95, 96, 94, 95)))
+    for candles, price in ((both, 98.), (gap, 95.)):
+        state, _ = levered(candles, 1., 1, stops=Stops(stop_loss=.02, take_profit=.04), execution=Execution(protect=True))
+        assert [(Kind(each["kind"]).name, float(each["price"])) for each in state.fills[1:state.count[0]]] == [("STOP", price)]
