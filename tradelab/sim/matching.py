@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['State', 'Rules', 'Candle', 'NONE', 'MARKET', 'LIMIT', 'STOP', 'TAKE_PROFIT', 'TRAILING', 'LIQUIDATION', 'GTC', 'IOC',
-           'FOK', 'GTX', 'EACH', 'new_state', 'put', 'side_of', 'awake', 'wake', 'taken', 'write_fill', 'fill',
-           'meets_open', 'at_open', 'lies_at', 'urgency', 'next_on', 'meets', 'trail', 'leg', 'guard', 'bad_first',
-           'walk']
+           'FOK', 'GTX', 'EACH', 'new_state', 'put', 'side_of', 'awake', 'wake', 'taken', 'write_fill', 'expire',
+           'fill', 'meets_open', 'at_open', 'lies_at', 'urgency', 'next_on', 'meets', 'trail', 'leg', 'guard',
+           'bad_first', 'walk']
 
 # %% ../../nbs/50_sim/51_matching.ipynb #f7c3e6be
 from collections import namedtuple
@@ -100,6 +100,13 @@ def write_fill(state, time, n, quantity, price, charged, maker, met, decision, s
     row["open_time"], row["symbol"], row["quantity"], row["price"], row["fee"], row["maker"], row["met"] = time, n, quantity, price, charged, maker, met
     row["decision"], row["spread"], row["impact"], row["kind"], row["protects"] = decision, spread, impact, kind, protects
 
+# %% ../../nbs/50_sim/51_matching.ipynb #7b142600
+@bare
+def expire(orders):
+    "A position is gone, and with it what could only reduce it"
+    for k in range(len(orders)):
+        if orders[k]["reduce_only"] != 0: orders[k]["kind"] = NONE
+
 # %% ../../nbs/50_sim/51_matching.ipynb #4f2c74f2
 @apart
 def fill(
@@ -129,7 +136,8 @@ def fill(
     book["taken"] += abs(quantity)
     if not maker and rules.costs["impact"] > 0.: book["pressure"] += quantity
     order["quantity"] = decimal8(order["quantity"] - quantity)
-    if order["quantity"] == 0. or (order["reduce_only"] != 0 and position["quantity"] == 0.): order["kind"] = NONE
+    if order["quantity"] == 0.: order["kind"] = NONE
+    if position["quantity"] == 0.: expire(state.orders[n])
     return True
 
 # %% ../../nbs/50_sim/51_matching.ipynb #e3367f90

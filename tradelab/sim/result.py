@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.chart import chart
-from ..evaluation.difference import first_difference
 from ..evaluation.intervals import intervals
 from ..evaluation.metrics import metrics
 from ..evaluation.tearsheet import TearSheet
@@ -73,9 +72,7 @@ class Result:
         return cls(name, *journal_rows(journal), **face)
 
     @property
-    def journal(self)->pd.DataFrame:
-        "A row per candle and symbol; index open_time"
-        return journal_frame(self.rows, self.symbols)
+    def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
 
     @property
     def equity(self)->pd.Series:
@@ -84,9 +81,7 @@ class Result:
         return pd.Series(values, pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time"), name=self.name)
 
     @property
-    def fills(self)->pd.DataFrame:
-        "A row per fill; index: open time of the candle that was met"
-        return fills_frame(self.fill_rows, self.symbols)
+    def fills(self)->pd.DataFrame: return fills_frame(self.fill_rows, self.symbols)
 
     @property
     def trips(self)->pd.DataFrame:
@@ -108,17 +103,11 @@ class Result:
         if symbol not in self.candles: raise ValueError(f"no candles of {symbol!r} were kept with this result: it has {', '.join(self.candles) or 'none'}")
         return chart(self.candles[symbol].loc[start:end], self.fills[self.fills["symbol"] == symbol], self.equity, f"{self.name}, {symbol}")
 
-    def difference(self, other):
-        "Where another result first differs, None where it does not"
-        return first_difference(self, other)
-
     def beside(self, *others)->TearSheet:
         "This result and others in one table and picture"
         return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.note, source=self.source)
 
-    def summary(self):
-        "The metrics of this result alone"
-        return metrics(self.equity, self.journal)
+    def summary(self): return metrics(self.equity, self.journal)
 
     @property
     def tearsheet(self)->TearSheet:
