@@ -131,10 +131,12 @@ def assert_agrees(feature, candles, other):
 
 
 def test_agrees_on_real_candles(real):
-    expected = others(real)
+    "On the newest of them: some of the other libraries take a millisecond a candle"
+    candles = real.iloc[-9_000:]
+    expected, ours = others(candles), known(candles)
     assert {feature.text for feature in ALL} - {"return(1)"} <= set(expected), "an indicator without an outside truth"
     for name, truths in expected.items():
-        for other in truths: assert_agrees(parse(name), known(real), other)
+        for other in truths: assert_agrees(parse(name), ours, other)
 
 
 @pytest.mark.parametrize("feature", ALL, ids=text)
