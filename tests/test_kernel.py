@@ -96,6 +96,9 @@ def test_every_fill_was_possible(seed, costs):
         inside = (fills["met"] <= np.where(fills["maker"], high, candles["high"]) + .1) & (fills["met"] >= np.where(fills["maker"], low, candles["low"]) - .1)
         assert inside.all() or costs.participation and inside[~fills["maker"]].all()         # the rest of an order that did not find enough volume stands where it stood
         assert np.allclose(fills["price"] * 10, np.round(fills["price"] * 10)) and np.allclose(fills["quantity"] * 1_000, np.round(fills["quantity"] * 1_000))
+        side = np.sign(fills["quantity"])
+        through = side * (fills["price"] - np.where(side > 0, candles["low"], candles["high"])) > 0
+        assert (through | (candles["open"] == fills["price"]) | ~fills["maker"]).all() or costs.participation  # a touch serves nobody who stands in the book
         takers = ~fills["maker"]
         assert (np.sign(fills["quantity"]) * (fills["price"] - fills["met"]) * (1 if costs.impact == 0 else 0) >= -1e-9)[takers].all() and (fills["price"] == fills["met"])[~takers].all()
         if costs.participation: assert (fills["quantity"].abs().groupby(level=0).sum() <= costs.participation * result.candles[symbol]["volume"].loc[fills.index.unique()] + 1e-9).all()
