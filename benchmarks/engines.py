@@ -31,18 +31,20 @@ def orders(held): return np.diff(held, prepend=0)
 
 
 def with_tradelab(ticks, held, fee):
-    from tradelab.account import POSITION, mark, new_account
+    from tradelab.account import POSITION, new_account
     from tradelab.records import JOURNAL, CostModel, Execution, Instrument, Limits
-    from tradelab.sim.kernel import meet, rules_of, tape_of
+    from tradelab.sim.kernel import World, rules_of, tape_of
     from tradelab.sim.matching import new_state
     candles, asked = np.concatenate([ticks / 10, np.full((len(ticks), 1), 1e9)], axis=1)[:, None, :], orders(held).astype(float)
     costs, limits = CostModel(taker_fee=fee, slippage=0.), Limits()
     tape, rules = tape_of(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits), rules_of(costs, limits, [Instrument(quantity_step=1., min_quantity=1.)], Execution())
-    state, equity, none = new_state(new_account(1e6), np.zeros(1, POSITION), rules.execution, 10_000), np.full(len(ticks), 1e6), np.zeros(1, np.int64)
+    state = new_state(new_account(1e6), np.zeros(1, POSITION), rules.execution, 10_000)
+    world, equity = World(tape, state, rules), np.full(len(ticks), 1e6)
     for t in range(len(ticks) - 1):
-        meet(t, tape, asked[t:t + 1], none, state, rules, np.zeros(1, JOURNAL))
-        mark(state.account, state.positions, candles[t + 1, :, 3].copy())
+        world.proposals["quantity"] = asked[t]
+        world.step(t, np.zeros(0), np.zeros(1, JOURNAL))
         equity[t + 1] = state.account[0]["equity"]
+    state = world.state
     fills = state.fills[:state.count[0]]
     return len(fills), float((fills["price"] * fills["quantity"]).sum()), equity
 

@@ -14,9 +14,9 @@ from tradelab.features.observation import Observation
 from tradelab.learn.env import Market, MarketEnv, MarketVecEnv
 from tradelab.market.candles import frame
 from tradelab.policies import Policy
-from tradelab.records import JOURNAL, PROPOSAL, CostModel, Execution, Instrument, Limits
-from tradelab.sim.backtest import PROPOSALS, RULES, STATE, TAPE, backtest
-from tradelab.sim.kernel import rules_of, step, tape_of
+from tradelab.records import JOURNAL, CostModel, Execution, Instrument, Limits
+from tradelab.sim.backtest import WORLDS, backtest
+from tradelab.sim.kernel import World, opened, rules_of, step, tape_of
 from tradelab.sim.matching import new_state
 from tradelab.sim.sweep import PLAIN, sweep
 
@@ -25,14 +25,13 @@ OPEN_END = Limits(max_daily_loss=None, max_drawdown=1.)          # nothing ends 
 ROW = numba.from_dtype(JOURNAL)[::1]
 
 
-@compiled(numba.types.int64(numba.float64[:, ::1], TAPE, STATE, RULES, PROPOSALS, ROW, numba.float64[::1], numba.int64), error_model="numpy", _nrt=False)
-def curve(targets, tape, state, rules, proposals, row, equity, first):
+@compiled(numba.void(numba.float64[:, ::1], WORLDS, ROW, numba.float64[::1], numba.int64), error_model="numpy", _nrt=False)
+def curve(targets, world, row, equity, first):
     "Equity and fills of given targets, every step of the kernel"
+    tape, state, _, _ = opened(world[0])
     for t in range(first, len(tape.times) - 1):
-        if state.count[0] + 400 > len(state.fills): return t
-        step(t, tape, targets[t], state, rules, proposals, row)
+        step(t, world, targets[t], row)
         equity[t] = state.account[0]["equity"]
-    return len(tape.times) - 1
 
 
 def walk(length, symbols=1, seed=0, volatility=.002):
@@ -62,13 +61,14 @@ def kernel(length, symbols, costs):
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones((1, symbols))
     tape, rules, filled = tape_of(np.arange(length) * HOUR, candles, rates, costs, OPEN_END), rules_of(costs, OPEN_END, [Instrument(str(n)) for n in range(symbols)], Execution()), []
     def prepare():
-        state, equity = new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000), np.ones(length)
-        state.fills["price"] = 1.
-        mark(state.account, state.positions, candles[300, :, 3].copy())
-        filled[:] = [state]
-        return lambda: curve(targets, tape, state, rules, np.zeros(symbols, PROPOSAL), np.zeros(symbols, JOURNAL), equity, 300)
+        world, equity = World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000), rules), np.ones(length)
+        world.state.fills["price"] = 1.
+        mark(world.state.account, world.state.positions, candles[300, :, 3].copy())
+        filled[:] = [world]
+        return lambda: curve(targets, world.row, np.zeros(symbols, JOURNAL), equity, 300)
     seconds = least(prepare)
-    return length * symbols / seconds / 1e6, int(filled[0].count[0])
+    assert filled[0].state.count[0] < 200_000
+    return length * symbols / seconds / 1e6, int(filled[0].state.count[0])
 
 
 @compiled

@@ -14,7 +14,7 @@ from tradelab.policies import buy_and_hold
 from tradelab.records import JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import calibrate
-from tradelab.sim.kernel import meet, rules_of, tape_of
+from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.matching import new_state
 
 SPEC = importlib.util.spec_from_file_location("engines", Path(__file__).parents[1] / "benchmarks/engines.py")
@@ -39,11 +39,12 @@ def test_the_cap_on_the_volume_is_ziplines():
     candles = np.array([[3., 3.15, 2.85, 3., volume] for volume in (200., 200., 80., 0., 400.)])[:, None, :]
     costs = CostModel(taker_fee=0., slippage=0., participation=.25)
     tape, rules = tape_of(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits()), rules_of(costs, Limits(), [Instrument(price_tick=.01, quantity_step=1., min_quantity=1.)], Execution())
-    state, filled = new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), []
+    world, filled = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), []
     for t in range(4):
-        before = state.positions["quantity"][0]
-        meet(t, tape, np.array([100. - before]), np.zeros(1, np.int64), state, rules, np.zeros(1, JOURNAL))
-        filled.append(float(state.positions["quantity"][0] - before))
+        before = world.state.positions["quantity"][0]
+        world.proposals["quantity"] = 100. - before
+        world.step(t, np.zeros(0), np.zeros(1, JOURNAL))
+        filled.append(float(world.state.positions["quantity"][0] - before))
     assert filled == [50., 20., 0., 30.]
 
 

@@ -137,7 +137,7 @@ def test_an_episode_has_its_own_costs():
     market = Market.of(candles, Observation(["return(1)"]), limits=LIMITS)
     population = Population(market, 64, 100, domain=Domain(fees=(.5, 2.), spread=(.5, 4.)))
     population.reset(range(64), np.random.default_rng(0))
-    assert len(set(population.costs["taker_fee"])) == 64 and population.costs["spread_scale"].max() > 2 and (population.costs["taker_fee"] / population.costs["maker_fee"]).std() < 1e-12
+    assert len(set(population.worlds["costs"]["taker_fee"])) == 64 and population.worlds["costs"]["spread_scale"].max() > 2 and (population.worlds["costs"]["taker_fee"] / population.worlds["costs"]["maker_fee"]).std() < 1e-12
     dear, cheap = (episode(market, HACKS["churning"], domain=Domain(fees=(factor, factor)), length=200)[1]["fee"].sum() for factor in (2., 1.))
     assert 1.5 < dear / cheap <= 2.001
 

@@ -11,9 +11,9 @@ from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
-from tradelab.records import BRACKETS, JOURNAL, NO_STOPS, PROPOSAL, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
+from tradelab.records import BRACKETS, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
 from tradelab.sim.backtest import backtest
-from tradelab.sim.kernel import rules_of, step, tape_of
+from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.margin import liquidation_share
 from tradelab.sim.matching import new_state
 
@@ -161,10 +161,10 @@ def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.
     limits = Limits(max_position=leverage, max_leverage=leverage, leverage=max(20, leverage), min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=stops, price_band=None)
     candles, account, positions = np.asarray(candles, float)[:, None, :], new_account(deposit), np.zeros(1, POSITION)
     tape, rules = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits), rules_of(costs, limits, [Instrument()], execution)
-    state, rows = new_state(account, positions, rules.execution, 50), np.zeros((len(candles) - 1, 1), JOURNAL)
+    world, rows = World(tape, new_state(account, positions, rules.execution, 50), rules), np.zeros((len(candles) - 1, 1), JOURNAL)
     mark(account, positions, candles[0, :, 3].copy())
-    for t in range(len(candles) - 1): step(t, tape, np.array([target]), state, rules, np.zeros(1, PROPOSAL), rows[t])
-    return state, rows
+    for t in range(len(candles) - 1): world.step(t, np.array([target]), rows[t])
+    return world.state, rows
 
 
 @pytest.mark.parametrize("side, fall", [(1, (100, 100.5, 80, 81)), (-1, (100, 120, 99.5, 119))])

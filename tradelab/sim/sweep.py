@@ -18,11 +18,11 @@ from ..account import POSITION, decimal8, mark, new_account, round_price, round_
 from ..compiled import bare, compiled
 from ..evaluation.metrics import YEAR
 from ..market.candles import frames_of, matrix, text
-from ..records import CLOSE, COLUMNS, JOURNAL, NO_STOPS, OPEN, PROPOSAL, CostModel, Execution, Instrument, Limits
+from ..records import CLOSE, COLUMNS, JOURNAL, NO_STOPS, OPEN, CostModel, Execution, Instrument, Limits
 from ..risk.limits import warm_up
-from .backtest import PROPOSALS, RULES, STATE, TAPE, funding_rates
+from .backtest import WORLDS, funding_rates
 from .costs import warm_up as costs_warm_up
-from .kernel import rules_of, step, tape_of
+from .kernel import World, opened, rules_of, step, tape_of
 from .matching import new_state
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #a1d43afd
@@ -42,21 +42,22 @@ def add(sums, equity):
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #16851c91
 ROW, SUM = numba.from_dtype(JOURNAL)[::1], numba.from_dtype(SUMS)
-SWEEP = types.void(types.float64[:, ::1], types.int64, TAPE, STATE, RULES, PROPOSALS, ROW, SUM)
+SWEEP = types.void(types.float64[:, ::1], types.int64, WORLDS, ROW, SUM)
 
 
 @compiled(SWEEP, error_model="numpy", _nrt=False, nogil=True)
-def _with_costs(targets, start, tape, state, rules, proposals, row, sums):
+def _with_costs(targets, start, world, row, sums):
+    tape, state, _, _ = opened(world[0])
     for t in range(start, len(tape.times) - 1):
         state.count[0] = 0
-        step(t, tape, targets[t], state, rules, proposals, row)
+        step(t, world, targets[t], row)
         add(sums, state.account[0]["equity"])
         sums["fills"] += state.count[0]
         sums["traded"] += row[0]["traded"]
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #f4f05d59
 PLAIN = Limits(max_position=1., max_leverage=1., leverage=20, min_margin_ratio=0., max_participation=None, price_band=None, max_daily_loss=None, max_drawdown=1., max_orders=None, stops=NO_STOPS)
-IDEAL = types.void(types.float64[:, ::1], types.int64, types.float64[:, :, ::1], types.float64, RULES, SUM)
+IDEAL = types.void(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 
 @bare
@@ -83,8 +84,10 @@ def rebalance(
 
 
 @compiled(IDEAL, error_model="numpy", _nrt=False, nogil=True)
-def _without(targets, start, candles, deposit, rules, sums):
-    cash, held, equity, limits, instrument = deposit, 0., deposit, rules.limits, rules.instruments[0]
+def _without(targets, start, world, sums):
+    (tape, state, instruments, _), limits = opened(world[0]), world[0]["limits"]
+    deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
+    cash, held, equity = deposit, 0., deposit
     last, returns, squares, peak, keeps, floor, fills, traded, size = deposit, 0., 0., deposit, 1., deposit, 0., 0., limits["max_position"]
     for t in range(start, len(candles) - 1):
         target = targets[t, 0]
@@ -182,10 +185,10 @@ def sweep(
         if np.any(wrong):
             where = f"something that is no target at the candle of {text(times[first + int(np.argmax(wrong))])}: give a start behind the warm-up, a target is a number in [-1, 1]" if len(targets) == len(times) else f"{len(targets)} targets for {len(times)} candles: one for each"
             raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {where}")
-        if _plain(costs, limits) and not exact: return _without(targets, first, tape.candles, float(deposit), rules, sums[i])
-        state = new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution)
-        mark(state.account, state.positions, tape.candles[first, :, CLOSE].copy())
-        _with_costs(targets, first, tape, state, rules, np.zeros(1, PROPOSAL), np.zeros(1, JOURNAL), sums[i])
+        world = World(tape, new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution), rules)
+        if _plain(costs, limits) and not exact: return _without(targets, first, world.row, sums[i])
+        mark(world.state.account, world.state.positions, tape.candles[first, :, CLOSE].copy())
+        _with_costs(targets, first, world.row, np.zeros(1, JOURNAL), sums[i])
 
     from tqdm import tqdm
     with ThreadPoolExecutor() as pool:
