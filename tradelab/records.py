@@ -104,7 +104,7 @@ class Instrument:
                          caps, rates, list(amounts) + [amounts[-1]] * (TIERS - len(amounts))), INSTRUMENT)
 
 # %% ../nbs/00_ground/01_records.ipynb #7fce3842
-COSTS = np.dtype([(name, "f8") for name in ("taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "impact_half_life", "participation", "latency", "funding", "spread_scale")])
+COSTS = np.dtype([(name, "f8") for name in ("taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "impact_kept", "participation", "latency", "funding", "spread_scale")])
 FEES = ((.0002, .0005), (.00016, .0004), (.00014, .00035), (.00012, .00032), (.0001, .0003), (.00008, .00027), (.00006, .00025), (.00004, .00022), (.00002, .0002), (0., .00017)) # maker, taker of Binance's VIP 0 to 9
 
 
@@ -146,8 +146,9 @@ class CostModel:
         return cls(**dict(spread_volatility=1., spread_volume=.5, impact=1., participation=.1) | others)
 
     def row(self):
-        "For compiled code; `spread_scale` multiplies a spread that was looked up for many candles at once"
-        return np.array((*(np.inf if getattr(self, name) is None else float(getattr(self, name)) for name in COSTS.names[:-1]), 1.), COSTS)
+        "For compiled code; `impact_kept`: what a candle leaves of the pressure, whose root is the impact; `spread_scale` multiplies a spread that was looked up for many candles at once"
+        values = {**asdict(self), "impact_kept": 4. ** (-1. / self.impact_half_life), "spread_scale": 1.}
+        return np.array(tuple(np.inf if values[name] is None else float(values[name]) for name in COSTS.names), COSTS)
 
 # %% ../nbs/00_ground/01_records.ipynb #3f8e76f6
 STOPS = [("stop_loss", "f8"), ("take_profit", "f8"), ("trailing_stop", "f8"), ("stop_atr", "f8"), ("target_atr", "f8"), ("trailing_atr", "f8"), ("atr_period", "f8"), ("max_age", "f8")]
@@ -410,8 +411,8 @@ JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("dr
                     ("order", "f8"), ("fill_quantity", "f8"), ("fill_price", "f8"), ("traded", "f8"), ("cash", "f8"), ("fee", "f8"), ("funding", "f8")])
 
 # %% ../nbs/00_ground/01_records.ipynb #3c72d9d3
-PROPOSAL = np.dtype([("target", "f8"), ("confidence", "f8"), ("price", "f8"), ("mark", "f8"), ("turnover", "f8"), ("kept", "f8"), ("growth", "f8"), ("sent", "f8"), ("factor", "f8"),
-                     ("quantity", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8")])
+PROPOSAL = np.dtype([("target", "f8"), ("confidence", "f8"), ("price", "f8"), ("mark", "f8"), ("turnover", "f8"), ("value", "f8"), ("kept", "f8"), ("growth", "f8"), ("sent", "f8"), ("limit", "f8"), ("factor", "f8"),
+                     ("quantity", "f8"), ("reason", "i8")])                                     # written one by one and read as a pair, value and limit would stall the machine: they stand apart
 
 # %% ../nbs/00_ground/01_records.ipynb #634f3c99
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _step_many(address):
         for i in range(n):
             if not abs(actions[b, i]) <= 1.: return b
     for b in range(count):
-        _, state, _, _ = opened(worlds[b])
+        _, state, _, _ = opened(worlds[b], n, worlds[b]['places'])
         state.count[0] = 0
         step(at[b], worlds[b:b + 1], actions[b], rows[b])
         at[b] += 1

@@ -194,7 +194,14 @@ def split(
     "Part a wish into what reduces and what adds"
     most, smallest = instrument["max_quantity"], limits["min_trade"] * equity
     row["kept"], row["growth"] = held, 0.
-    if held == 0.: row["growth"] = wanted
+    change = abs(wanted - held) * row["price"]
+    if wanted * held > 0. and change < smallest:
+        if change > 0. and row["reason"] == AS_ASKED: say(row, TOO_SMALL, change / equity, limits["min_trade"])
+    elif held == 0.:
+        row["growth"] = wanted
+        if 0. < change < smallest:
+            row["growth"] = 0.
+            if row["reason"] == AS_ASKED: say(row, TOO_SMALL, change / equity, limits["min_trade"])
     elif wanted * held <= 0.:
         if abs(held) > most:
             row["kept"] = decimal8(held - np.sign(held) * most)
@@ -208,9 +215,6 @@ def split(
             cut = most
         if cut >= instrument["min_quantity"] and cut * row["price"] >= smallest: row["kept"] = decimal8(held - np.sign(held) * cut)
         elif cut > 0. and row["reason"] == AS_ASKED: say(row, TOO_SMALL, cut * row["price"] / equity, limits["min_trade"])
-    if row["growth"] != 0. and row["kept"] == held and abs(row["growth"]) * row["price"] < smallest:
-        if row["reason"] == AS_ASKED: say(row, TOO_SMALL, abs(row["growth"]) * row["price"] / equity, limits["min_trade"])
-        row["growth"] = 0.
 
 # %% ../../nbs/30_risk/35_limits.ipynb #fd792357
 @bare
@@ -464,9 +468,10 @@ def balance_sides(proposals, positions, market, covariance, base, equity, limits
 @bare
 def pace(proposals, positions, money, open_time, equity, limits, instruments):
     "Count orders; where there are too many in this minute, send only what reduces"
-    if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE: money["minute"], money["orders"] = open_time // MINUTE, 0
     count = 0
     for n in range(len(proposals)): count += proposals[n]["quantity"] != 0.
+    if count == 0: return
+    if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE: money["minute"], money["orders"] = open_time // MINUTE, 0
     if money["orders"] + count > limits["max_orders"]:
         resend(proposals, 0., 0., ORDER_RATE, money["orders"] + count, limits["max_orders"], positions, equity, limits, instruments)
         count = 0

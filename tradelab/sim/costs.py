@@ -107,7 +107,7 @@ def displacement(
 def fade(book, costs):
     "A candle later the displacement is smaller, and nothing is taken yet"
     if book["taken"] != 0.: book["taken"] = 0.
-    if book["pressure"] != 0.: book["pressure"] *= 4. ** (-1. / costs["impact_half_life"])
+    if book["pressure"] != 0.: book["pressure"] *= costs["impact_kept"]
 
 # %% ../../nbs/50_sim/50_costs.ipynb #a5826049
 @bare

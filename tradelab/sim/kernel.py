@@ -7,8 +7,8 @@ __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', '
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
            'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'WHOLE', 'NUMBER', 'ARRAYS', 'WORLD', 'urgent',
            'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask', 'ask_target', 'fault_of_order', 'fault_of',
-           'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step', 'tape_of',
-           'rules_of', 'point', 'World']
+           'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'lived', 'machine', 'step',
+           'tape_of', 'rules_of', 'point', 'World']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -234,18 +234,20 @@ def works(state, n):
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #12fc2fe1
 @bare
-def open_symbols(state, rules, row, candle):
-    "All symbols at the first price; whether anything still works after it"
-    working = False
+def open_symbols(
+    state, rules, row, candle,
+)->tuple:     # whether any order met it; whether anything still works after it
+    "All symbols at the first price"
+    met = working = False
     for n in range(len(state.books)):
         fade(state.books[n], rules.costs)
         if rules.execution["protect"] != 0: guard(state, rules, n, candle)
         elif state.books[n]["active"] == 0: continue
         at_open(state, rules, row, n, candle)
         if rules.execution["protect"] != 0: guard(state, rules, n, candle)
-        state.books[n]["active"] = 1 if works(state, n) else 0
+        state.books[n]["active"], met = 1 if works(state, n) else 0, True
         working = working or state.books[n]["active"] != 0
-    return working
+    return met, working
 
 
 @bare
@@ -258,13 +260,17 @@ def settle(
 ):
     "What happens to an account until the next close"
     fund(state, rules, row, rates)
-    if threatened(state, candle.prices) and cushion(state, rules, candle.prices, 0.) <= 0. and holds(state.positions):
+    threat = threatened(state, candle.prices)
+    if threat and cushion(state, rules, candle.prices, 0.) <= 0. and holds(state.positions):
         liquidate(state, rules, row, candle, 0.)
         return
-    if open_symbols(state, rules, row, candle) and (not threatened(state, candle.prices) or liquidation_share(state, rules, candle.prices) >= stop_share(state, candle)):
+    met, working = open_symbols(state, rules, row, candle)
+    if met: threat = threatened(state, candle.prices)
+    if working and (not threat or liquidation_share(state, rules, candle.prices) >= stop_share(state, candle)):
         for n in range(len(state.books)):
             if state.books[n]["active"] != 0: walk(state, rules, row, n, candle)
-    if threatened(state, candle.prices):
+        threat = threatened(state, candle.prices)
+    if threat:
         share = liquidation_share(state, rules, candle.prices)
         if share <= 1. and holds(state.positions): liquidate(state, rules, row, candle, share)
 
@@ -278,30 +284,39 @@ WORLD = np.dtype([(name, WHOLE) for name in (*ARRAYS, "step", "code", "symbols",
 @bare
 def opened(
     world,     # a row of WORLD
+    n,         # its symbols
+    places,    # of each
 )->tuple:      # Tape, State, INSTRUMENT (n,), PROPOSAL (n,)
     "Its arrays"
-    n, length, known = world["symbols"], world["length"], world["known"]
+    length, known = world["length"], world["known"]
     tape = Tape(array_at(world["times"], (length,), WHOLE), array_at(world["candles"], (length, n, len(COLUMNS)), NUMBER), array_at(world["rates"], (length, n), NUMBER), array_at(world["market"], (known, n), MARKET_ROW),
                 array_at(world["covariances"], (known, n, n), NUMBER), array_at(world["conditions"], (world["seen"], n), CONDITION))
-    state = State(array_at(world["account"], (1,), ACCOUNT), array_at(world["positions"], (n,), POSITION), array_at(world["orders"], (n, world["places"]), WORKING), array_at(world["books"], (n,), BOOK),
+    state = State(array_at(world["account"], (1,), ACCOUNT), array_at(world["positions"], (n,), POSITION), array_at(world["orders"], (n, places), WORKING), array_at(world["books"], (n,), BOOK),
                   array_at(world["fills"], (world["capacity"],), FILL), array_at(world["count"], (1,), WHOLE))
     return tape, state, array_at(world["instruments"], (n,), INSTRUMENT), array_at(world["proposals"], (n,), PROPOSAL)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #091afb08
+@bare
+def lived(t, world, n, places, answer, length, journal):
+    "A step of a world; its number, see FAULTS"
+    tape, state, instruments, proposals = opened(world, n, places)
+    rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (n,), JOURNAL)
+    code = fault_of(asked, n, rules.execution["orders"]) if length > 0 else DONE
+    if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
+    if code != DONE: return code
+    decide(t, tape, asked, state, rules, proposals, row)
+    settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
+    mark(state.account, state.positions, tape.candles[t + 1, :, CLOSE])
+    age(state.positions)
+    return DONE
+
+
 def _step(t, address, answer, length, journal):
     world = array_at(address, (1,), WORLD)[0]
-    tape, state, instruments, proposals = opened(world)
-    rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (len(proposals),), JOURNAL)
     world["code"] = 0
-    code = fault_of(asked, len(proposals), rules.execution["orders"]) if length > 0 else DONE
-    if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
-    if code == DONE:
-        decide(t, tape, asked, state, rules, proposals, row)
-        settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
-        mark(state.account, state.positions, tape.candles[t + 1, :, CLOSE])
-        age(state.positions)
-    world["code"] = code
-    return code
+    if world["symbols"] == 1 and world["places"] == 1: world["code"] = lived(t, world, 1, 1, answer, length, journal)
+    else: world["code"] = lived(t, world, world["symbols"], world["places"], answer, length, journal)
+    return world["code"]
 
 
 @cache

@@ -47,7 +47,7 @@ SWEEP = types.void(types.float64[:, ::1], types.int64, WORLDS, ROW, SUM)
 
 @compiled(SWEEP, error_model="numpy", _nrt=False, nogil=True)
 def _with_costs(targets, start, world, row, sums):
-    tape, state, _, _ = opened(world[0])
+    tape, state, _, _ = opened(world[0], 1, world[0]['places'])
     for t in range(start, len(tape.times) - 1):
         state.count[0] = 0
         step(t, world, targets[t], row)
@@ -85,7 +85,7 @@ def rebalance(
 
 @compiled(IDEAL, error_model="numpy", _nrt=False, nogil=True)
 def _without(targets, start, world, sums):
-    (tape, state, instruments, _), limits = opened(world[0]), world[0]["limits"]
+    (tape, state, instruments, _), limits = opened(world[0], 1, world[0]['places']), world[0]["limits"]
     deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
     cash, held, equity = deposit, 0., deposit
     last, returns, squares, peak, keeps, floor, fills, traded, size = deposit, 0., 0., deposit, 1., deposit, 0., 0., limits["max_position"]
