@@ -116,8 +116,7 @@ def environments():
         for action in actions: many.step(action)
     def bare():
         for action in actions:
-            many.population.step(action)
-            if (many.population.at >= many.population.end).any(): many.population.reset(range(64), random)
+            if many.population.step(action): many.population.reset(np.flatnonzero(many.population.ended), random)
     def single():
         for action in actions[:, 0]:
             *_, truncated, _ = one.step(action)
