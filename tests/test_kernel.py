@@ -118,6 +118,15 @@ def test_both_forms_agree_in_every_style(execution, costs):
     if execution.style == "post_only": assert one.fills["maker"].mean() > .2
 
 
+@pytest.mark.parametrize("costs", [CostModel(), ALL, CostModel(latency=1)], ids=["usual", "realistic", "late"])
+def test_both_forms_agree_on_orders_of_the_policy(costs):
+    frames, payments = market(7, 2, 700)
+    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, max_orders=None, stops=Stops(stop_loss=.03, take_profit=.05))
+    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments, costs=costs, limits=limits, form=form, beside=(), keep_observations=True) for form in ("array", "event"))
+    assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
+    assert len(one.fills) > 300 and {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"]) and (one.rows["reason"] == Reason.STOP_LOSS).any()
+
+
 def brackets(shared, symbol):
     rows = json.loads((shared / "fixtures/binance/brackets/leverage_brackets.json").read_text())[symbol]
     return rows, tuple((float(row["notionalCap"]), row["initialLeverage"], row["maintMarginRatio"]) for row in rows)
@@ -183,6 +192,12 @@ def test_a_gap_beyond_bankruptcy_is_stated_and_ends_everything():
 def test_a_stop_at_the_exchange_comes_before_the_liquidation():
     state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (100, 100.5, 80, 81, 1e6)], 1., 10, stops=Stops(stop_loss=.02, take_profit=0.), execution=Execution(protect=True))
     assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"] and state.account["equity"][0] == pytest.approx(10_000 * .8, rel=.01)
+
+
+@pytest.mark.parametrize("side, candle", [(1, (100, 105, 95, 104)), (-1, (100, 105, 95, 96))])
+def test_a_stop_comes_before_a_target_that_the_same_candle_reaches(side, candle):
+    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*candle, 1e6)], side * 1., 1, stops=Stops(stop_loss=.02, take_profit=.02), execution=Execution(protect=True))
+    assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"] and state.account["equity"][0] < 10_000
 
 
 def test_more_than_the_bracket_allows_is_shrunk():

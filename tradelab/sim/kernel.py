@@ -194,7 +194,7 @@ Tape = namedtuple("Tape", "times candles rates market covariances conditions") #
 
 @bare
 def decide(t, tape, answer, state, rules, proposals, row):
-    "From an answer to orders, at the close of candle t; without one, the proposals are what a trader has decided"
+    "From an answer to orders, at the close of candle t; without one, the proposals are what a trader has decided, or its orders stand already"
     known, places, candle = min(t, len(tape.market) - 1), int(rules.execution["orders"]), tape.candles[t]
     unit = rules.limits["max_position"] * capital(state.account[0], rules.limits)
     for k in range(max(places, 1) if len(answer) > 0 else 0):
@@ -203,8 +203,7 @@ def decide(t, tape, answer, state, rules, proposals, row):
         gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
         if k == 0: record(row, tape.times[t], candle, proposals, state.account, state.positions)
         if places > 0: ask(k, answer, state, rules, proposals, unit, row)
-    if places > 0 and len(answer) > 0: return
-    for n in range(len(proposals)): place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
+    for n in range(len(proposals) if places == 0 else 0): place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #4a9f3f90
 @bare
@@ -297,7 +296,7 @@ def opened(
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #091afb08
 @bare
-def lived(t, world, n, places, answer, length, journal):
+def lived(t, world, n, places, answer, length, journal, market):
     "A step of a world; its number, see FAULTS"
     tape, state, instruments, proposals = opened(world, n, places)
     rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (n,), JOURNAL)
@@ -305,24 +304,25 @@ def lived(t, world, n, places, answer, length, journal):
     if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
     if code != DONE: return code
     decide(t, tape, asked, state, rules, proposals, row)
+    if market == 0: return DONE
     settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
     mark(state.account, state.positions, tape.candles[t + 1, :, CLOSE])
     age(state.positions)
     return DONE
 
 
-def _step(t, address, answer, length, journal):
+def _step(t, address, answer, length, journal, market):
     world = array_at(address, (1,), WORLD)[0]
     world["code"] = 0
-    if world["symbols"] == 1 and world["places"] == 1: world["code"] = lived(t, world, 1, 1, answer, length, journal)
-    else: world["code"] = lived(t, world, world["symbols"], world["places"], answer, length, journal)
+    if world["symbols"] == 1 and world["places"] == 1: world["code"] = lived(t, world, 1, 1, answer, length, journal, market)
+    else: world["code"] = lived(t, world, world["symbols"], world["places"], answer, length, journal, market)
     return world["code"]
 
 
 @cache
 def machine():
     "The step as a C function, compiled or read when it is first wanted"
-    return c_function(types.int64(*[types.int64] * 5), error_model="numpy", _nrt=False)(_step)
+    return c_function(types.int64(*[types.int64] * 6), error_model="numpy", _nrt=False)(_step)
 
 
 @bare
@@ -333,7 +333,7 @@ def step(
     journal,   # JOURNAL, (n,), written
 )->int:        # DONE; anything else: nothing was changed, FAULTS[code] says why
     "Decide at the close of candle t, live through the next, and be valued at its close"
-    return call_at(world[0]["step"], t, address_of(world), address_of(answer), len(answer), address_of(journal))
+    return call_at(world[0]["step"], t, address_of(world), address_of(answer), len(answer), address_of(journal), 1)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #e6c993a9
 def tape_of(
@@ -376,7 +376,7 @@ class World:
         self.state = self.state._replace(fills=fills)
         point(self.row[0], self.tape, self.state, self.rules, self.proposals)
 
-    def step(self, t:int, answer:np.ndarray, journal:np.ndarray):
-        "`step`, for Python; ValueError where the answer is none, and then nothing has changed"
-        code = machine().ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data)
+    def step(self, t:int, answer:np.ndarray, journal:np.ndarray, market:bool=True):
+        "`step`, for Python; without the market only the decision. ValueError where the answer is none, and then nothing has changed"
+        code = machine().ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data, market)
         if code != DONE: raise ValueError(f"{answer.tolist()}: {FAULTS[code]}")
