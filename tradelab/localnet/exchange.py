@@ -279,8 +279,7 @@ class Exchange:
 
     def close_candle(self):
         "Let one candle close; funding due up to its close is booked, on the positions held, at its closing price"
-        before = self.market.now
-        self.market.closed += 1
+        before, self.market.closed = self.market.now, self.market.closed + 1
         for n in range(len(self.books)): fade(self.books[n], self.cost_row)
         for time, n, rate in sorted((time, k, rate) for k in range(len(self.positions)) for time, rate in self.market.due(k, before)): self.fund(n, rate, time)
         self.value()

@@ -94,7 +94,7 @@ class KernelGate:
         proposals["quantity"] = self.row["order"]
         return proposals
 
-
+# %% ../../nbs/50_sim/55_backtest.ipynb #7274b56a
 def _fills(trader, state, before, time):
     "Give a trader what the kernel filled"
     for row in state.fills[before:state.count[0]]:
@@ -176,7 +176,7 @@ def given(
     if wrong.any(): raise ValueError(f"the target at {text(times[np.argmax(wrong)])} is {values[np.argmax(wrong)].tolist()}: a target is a number in [-1, 1] at every candle")
     return Given("targets", flat().function, targets=values)
 
-
+# %% ../../nbs/50_sim/55_backtest.ipynb #bb332df5
 @lru_cache(maxsize=16)
 def _asks(function):
     "A compiled function that asks one in plain Python"

@@ -90,7 +90,7 @@ MOST = .25               # of the price: an impact beyond it is not a model's bu
 @bare
 def potential(pressure): return 2. / 3. * abs(pressure) * np.sqrt(abs(pressure))
 
-
+# %% ../../nbs/50_sim/50_costs.ipynb #462f3f90
 @bare
 def displacement(
     pressure,   # net base units, before
@@ -149,7 +149,7 @@ def _regressor(quantity, candle, volatility, volume, half_life):
         pressure += quantity[i]
     return result
 
-
+# %% ../../nbs/50_sim/50_costs.ipynb #6b95e008
 @dataclass(frozen=True)
 class Calibration:
     "Coefficients from fills, each with its standard error"

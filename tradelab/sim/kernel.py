@@ -6,7 +6,7 @@
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
            'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'WHOLE', 'NUMBER', 'ARRAYS', 'WORLD', 'urgent',
-           'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask', 'ask_target', 'fault_of_order', 'fault_of',
+           'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order', 'fault_of',
            'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'lived', 'machine', 'step',
            'tape_of', 'rules_of', 'point', 'World']
 
@@ -34,7 +34,7 @@ STOP_LOSS, TIME_STOP, HALTED, STATE = (int(reason) for reason in (Reason.STOP_LO
 @bare
 def urgent(reason): return STOP_LOSS <= reason <= TIME_STOP or reason == HALTED or reason == STATE
 
-
+# %% ../../nbs/50_sim/53_kernel.ipynb #067a485e
 @apart
 def piece_of(
     quantity,    # signed base units
@@ -49,7 +49,7 @@ def piece_of(
     if book["waited"] >= execution["slices"] - 1. or abs(piece) < smallest or abs(quantity) - abs(piece) < smallest: return quantity
     return piece
 
-
+# %% ../../nbs/50_sim/53_kernel.ipynb #e26de64c
 @apart
 def send(state, rules, n, quantity, reason, close):
     "Write the order of a decision"
@@ -95,7 +95,7 @@ def standing(orders, side):
         if orders[k]["kind"] != NONE and orders[k]["reduce_only"] == 0 and orders[k]["quantity"] * side > 0.: total += orders[k]["quantity"]
     return total
 
-
+# %% ../../nbs/50_sim/53_kernel.ipynb #fae0b967
 @apart
 def accept(state, rules, n, k, asked, quantity, close):
     "Write what was asked into its place"
@@ -108,13 +108,24 @@ def accept(state, rules, n, k, asked, quantity, close):
     if order["kind"] == TRAILING and trigger == 0.: order["trigger"] = round_price(close * (1. + side * asked[CALLBACK]), -side, instrument)
     state.books[n]["active"] = 1
 
-
+# %% ../../nbs/50_sim/53_kernel.ipynb #18cfb84e
 @bare
 def part(wanted, allowed):
     "What is allowed of what was wanted: the same sign, never more"
     return 0. if wanted * allowed <= 0. else np.sign(wanted) * min(abs(wanted), abs(allowed))
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #f8a66e4a
+@apart
+def ask_target(k, n, answer, state, rules, proposals, unit):
+    "The target that an order would make, if all that stands on its side were filled"
+    first = (n * int(rules.execution["orders"]) + k) * ASKED
+    asked, held, close = answer[first:first + ASKED], state.positions[n]["quantity"], proposals[n]["price"]
+    if asked[KIND] != 0.: state.orders[n, k + 1]["kind"] = NONE
+    adds = asked[KIND] > 0. and asked[REDUCE_ONLY] == 0.
+    proposals[n]["target"] = min(max(((held + (standing(state.orders[n], asked[EXPOSURE]) if adds else 0.)) * close / unit if unit > 0. else 0.) + (asked[EXPOSURE] if adds else 0.), -1.), 1.)
+    proposals[n]["confidence"] = 1.
+
+# %% ../../nbs/50_sim/53_kernel.ipynb #3770fc04
 @apart
 def ask(
     k,          # place, from 0
@@ -141,17 +152,6 @@ def ask(
             else: quantity = round_quantity(part(wanted, decimal8(proposals[n]["quantity"] - standing(state.orders[n], wanted))), instrument)
             if quantity != 0.: accept(state, rules, n, k + 1, asked, quantity, close)
             row[n]["order"] = decimal8(row[n]["order"] + (quantity if asked[REDUCE_ONLY] == 0. else 0.))
-
-
-@apart
-def ask_target(k, n, answer, state, rules, proposals, unit):
-    "The target that an order would make, if all that stands on its side were filled"
-    first = (n * int(rules.execution["orders"]) + k) * ASKED
-    asked, held, close = answer[first:first + ASKED], state.positions[n]["quantity"], proposals[n]["price"]
-    if asked[KIND] != 0.: state.orders[n, k + 1]["kind"] = NONE
-    adds = asked[KIND] > 0. and asked[REDUCE_ONLY] == 0.
-    proposals[n]["target"] = min(max(((held + (standing(state.orders[n], asked[EXPOSURE]) if adds else 0.)) * close / unit if unit > 0. else 0.) + (asked[EXPOSURE] if adds else 0.), -1.), 1.)
-    proposals[n]["confidence"] = 1.
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #8fd40ab9
 DONE, TARGET, COUNT, NUMBERS, ORDER, NO_PRICE, NO_TRIGGER, NO_CALLBACK, NO_EQUITY = range(1, 10)

@@ -141,23 +141,25 @@ def fill(
     return True
 
 # %% ../../nbs/50_sim/51_matching.ipynb #e3367f90
-@apart
+@bare
 def meets_open(state, rules, row, n, order, candle):
     "One order at the first price of a candle"
-    opened, kind = candle.prices[n, OPEN], order["kind"]
+    opened, kind, met, maker = candle.prices[n, OPEN], order["kind"], 0., False
     if kind >= STOP and awake(order, opened): wake(order)
-    if order["kind"] == MARKET: fill(state, rules, row, n, order, opened, False, kind, candle)
-    elif order["kind"] == LIMIT:
+    limit = order["kind"] == LIMIT
+    if order["kind"] == MARKET: met = opened
+    elif limit:
         beyond = side_of(order) * (order["price"] - opened * (1. + side_of(order) * candle.conditions[n]["spread"] * rules.costs["spread_scale"])) if order["rests"] == 0 else side_of(order) * (order["price"] - opened)
         if beyond > 0. or (beyond == 0. and order["in_force"] != GTX):
-            if order["rests"] != 0: fill(state, rules, row, n, order, order["price"], True, kind, candle)
+            if order["rests"] != 0: met, maker = order["price"], True
             elif order["in_force"] == GTX: order["kind"] = NONE
-            else: fill(state, rules, row, n, order, opened, False, kind, candle)
-        if order["in_force"] == IOC or order["in_force"] == FOK: order["kind"] = NONE
+            else: met = opened
+    if met > 0.: fill(state, rules, row, n, order, met, maker, kind, candle)
+    if limit and (order["in_force"] == IOC or order["in_force"] == FOK): order["kind"] = NONE
     order["rests"] = 1
 
 
-@apart
+@bare
 def at_open(state, rules, row, n, candle):
     "The orders of a symbol at the first price of a candle"
     for k in range(state.orders.shape[1]):

@@ -38,7 +38,7 @@ def _prices(frame, factor, where=slice(None)):
     other.iloc[where, columns] *= factor
     return other
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #10b97540
 def wide_spread(scene, result): return replace(scene, costs=replace(scene.costs, slippage=5 * scene.costs.slippage))
 
 
@@ -46,7 +46,7 @@ def thin_market(scene, result):
     "A tenth is traded, and nobody gets more than a tenth of that"
     return replace(scene, candles={symbol: frame.assign(volume=frame["volume"] / 10) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or .1, impact=scene.costs.impact or 1.))
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #8cf304e1
 def dear_funding(scene, result):
     "Whoever holds pays the cap, three times a day"
     held = result.journal.groupby(["symbol", "open_time"])["position"].last()
@@ -57,7 +57,7 @@ def dear_funding(scene, result):
         rates[symbol] = pd.Series(FUNDING_CAP * side, due)
     return replace(scene, funding=rates, costs=replace(scene.costs, funding=True))
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #d44ab087
 def gap(scene, result):
     "Every price jumps against the largest position, in the night before its next open"
     rows = result.journal.assign(size=lambda journal: journal["position"] * journal["close"] / journal["equity"])
@@ -65,7 +65,7 @@ def gap(scene, result):
     at, against = rows.index[worst], -np.sign(rows["size"].iloc[worst])
     return replace(scene, candles={symbol: _prices(frame, 1 + GAP * against, slice(int(frame.index.searchsorted(at, "right")), None)) for symbol, frame in scene.candles.items()})
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #199469eb
 def away(scene, result):
     "No trade for hours, once a week; prices go on"
     def silent(frame):
@@ -74,10 +74,10 @@ def away(scene, result):
         return frame.assign(volume=volume)
     return replace(scene, candles={symbol: silent(frame) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or 1.))
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #fc9ecc14
 def late(scene, result): return replace(scene, costs=replace(scene.costs, latency=scene.costs.latency + 2))
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #da634da8
 SCENARIOS = {"spread x 5": wide_spread, "volume / 10": thin_market, f"funding {FUNDING_CAP:.2%} against us": dear_funding, f"gap of {GAP:.0%} against the largest position": gap,
              f"exchange away {AWAY} of {EVERY} candles": away, "orders 2 candles late": late}
 
@@ -111,7 +111,7 @@ class Stress:
 
     def _repr_html_(self): return f"<p>{self.note}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
 
-
+# %% ../../nbs/50_sim/57_stress.ipynb #9f31dd89
 def stress(
     policy,                     # as `backtest` takes it
     candles,                    # a frame, or a dict of frames by symbol

@@ -57,7 +57,6 @@ def _with_costs(targets, start, world, row, sums):
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #f4f05d59
 PLAIN = Limits(max_position=1., max_leverage=1., leverage=20, min_margin_ratio=0., max_participation=None, price_band=None, max_daily_loss=None, max_drawdown=1., max_orders=None, stops=NO_STOPS)
-IDEAL = types.void(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 
 @bare
@@ -82,6 +81,9 @@ def rebalance(
     enough = abs(quantity - closing) * close >= smallest and abs(quantity) >= instrument["min_quantity"] and abs(quantity) * close >= instrument["min_notional"]
     return quantity if enough else closing
 
+# %% ../../nbs/50_sim/56_sweep.ipynb #612e01b9
+IDEAL = types.void(types.float64[:, ::1], types.int64, WORLDS, SUM)
+
 
 @compiled(IDEAL, error_model="numpy", _nrt=False, nogil=True)
 def _without(targets, start, world, sums):
@@ -102,7 +104,6 @@ def _without(targets, start, world, sums):
         if equity > peak: peak, floor = equity, keeps * equity
         elif equity < floor: keeps, floor = equity / peak, equity
     sums["last"], sums["count"], sums["returns"], sums["squares"], sums["peak"], sums["keeps"], sums["fills"], sums["traded"] = last, len(candles) - 1. - start, returns, squares, peak, keeps, fills, traded
-
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #d5e31ce0
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def sweep(
     if len(columns) != len(times) or not columns.index.equals(frames[symbols[0]].index): raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; there were {len(columns)}")
     first = max(start, warm_up(limits), costs_warm_up(costs))
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
-    values, table = np.ascontiguousarray(columns.to_numpy(float)), np.ascontiguousarray(parameters.to_numpy(float))
+    values, table = np.asfortranarray(columns.to_numpy(float)), np.ascontiguousarray(parameters.to_numpy(float)) # a rule walks along columns
     tape, rules = tape_of(times, np.ascontiguousarray(known), funding_rates(funding, times, symbols), costs, limits), rules_of(costs, limits, [instrument or Instrument(symbols[0])], execution)
     sums = np.zeros(len(table), SUMS)
     sums["last"] = sums["peak"] = deposit
