@@ -39,7 +39,7 @@ test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skip
 	@echo "--- compilation, once for all"
 	$(BIN)/python benchmarks/cold_compile.py
 	@echo "--- tests"
-	$(COVER) -q -n 2 --dist loadfile tests
+	$(COVER) -q -n 2 --dist loadfile --no-loadscope-reorder tests
 	@echo "--- the chapters against the package, uncompiled"
 	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n 2 tests
 	@echo "--- all notebooks, cell by cell"

@@ -52,6 +52,12 @@ def papermill(*arguments, **options):
     return subprocess.run([*PAPERMILL, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
+def test_a_job_begins_without_a_grammar_that_it_does_not_need():
+    "jsonschema's grammar of addresses: three seconds of each start"
+    asked = "import sys, tradelab.jobs, papermill.execute; assert 'lark' not in sys.modules and 'rfc3987_syntax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", asked], check=True, timeout=60)
+
+
 def stream_of(path): return "".join(output.text for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", []) if output.output_type == "stream")
 
 

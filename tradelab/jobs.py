@@ -20,11 +20,16 @@ from functools import partial
 from pathlib import Path
 
 import click
-import nbformat
 from pydantic import SecretStr
 
 from .config import BadSettings, nearest, project_root, settings
 from .log import redact, register_secret
+
+# %% ../nbs/00_ground/07_jobs.ipynb #5e78badd
+sys.modules.setdefault("rfc3987_syntax", None)
+import nbformat  # noqa: E402
+
+if sys.modules["rfc3987_syntax"] is None: del sys.modules["rfc3987_syntax"]
 
 # %% ../nbs/00_ground/07_jobs.ipynb #e214c7a6
 class BadParameters(click.ClickException, ValueError):
