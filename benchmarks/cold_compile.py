@@ -22,6 +22,7 @@ names = tuple(INDICATORS)
 layers = [(np.ones((1, len(names) + len(PORTFOLIO))), np.ones(1))]
 for policy in (Policy("all", mlp, pack(layers, "relu", "tanh"), names), Momentum(), SmaCross(), FadeGap()):
     for form in ("array", "event"): backtest(policy, candles, funding=funding(candles), form=form)
+backtest(Momentum(), {name: candles for name in ("BTC/USDT:USDT", "ETH/USDT:USDT")}, beside=())
 environment = MarketVecEnv(Market.of(candles, Observation(["return(1)"])), n=2)
 environment.reset()
 environment.step(np.zeros((2, 1)))

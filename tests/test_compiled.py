@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
+
+from tradelab.compiled import compiled
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[1]
@@ -46,3 +49,11 @@ def test_an_edit_of_a_called_function_reaches_its_callers(tmp_path):
     callee.write_text(callee.read_text().replace("return 1.", "return 2."))
     export(tmp_path)
     assert python(tmp_path, show).split() == [place, "6.0", "0"]    # ... and is not used after an edit in another file
+
+
+def test_a_constant_does_not_compile_a_function_anew():
+    def inner(a, b): return a + b
+    inner.__module__ = "tradelab.trial"
+    inner = compiled(inner)
+    outer = numba.njit(lambda x: inner(x, 1) + inner(x, 2) + inner(x, 3))
+    assert outer(1) == 9 and len(inner.signatures) == 1

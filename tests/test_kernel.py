@@ -216,6 +216,19 @@ def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     with pytest.raises(ValueError, match=message): backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
 
 
+@pytest.mark.parametrize("places, answer, message", [(0, [2.], "a target is a number in .-1, 1."), (0, [np.nan], "a target is a number in"), (0, [1., 1., 1.], "an answer is a target per symbol"), (1, [1.] * 7, "eight numbers for each place"),
+    (1, [.5, 2., 0., 0., 0., 0., 0., 0.], "a limit order needs a price"), (1, [.5, 3., 0., 0., 0., 0., 0., 0.], "a conditional order needs a trigger"), (1, [.5, 5., 0., 0., 1., 0., 0., 0.], "the callback of a trailing stop is a fraction"),
+    (1, [2., 1., 0., 0., 0., 0., 0., 0.], "its exposure in .-1, 1."), (1, [np.inf, 1., 0., 0., 0., 0., 0., 0.], "the numbers of an order are finite")])
+def test_a_wrong_answer_changes_nothing(places, answer, message):
+    candles, rules = np.full((3, 1, 5), 100.), rules_of(CostModel(), Limits(), [Instrument()], Execution(), places)
+    world, row = World(tape_of(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()), new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), np.zeros(1, JOURNAL)
+    kept = lambda: b"".join(array.tobytes() for array in (*world.state, row, world.proposals))
+    before = kept()
+    with pytest.raises(ValueError, match=message): world.step(0, np.array(answer), row)
+    assert kept() == before
+    with pytest.raises(TypeError, match="candles must be one piece of float64, was float32"): World(world.tape._replace(candles=candles.astype(np.float32)), world.state, rules)
+
+
 def test_a_policy_that_raises_is_named_with_its_bar():
     def broken(parameters, observation, targets): raise ZeroDivisionError("thought too hard")
     candles = ar1(50, seed=1)

@@ -61,8 +61,16 @@ def _compile(function, make, options):
     if not function.__module__.startswith(f"{__name__.split('.')[0]}."): return make(**options)(function)
     config, before = numba.core.config, numba.core.config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())
-    try: return make(cache=True, **options)(function)
+    try: return _by_type(make(cache=True, **options)(function))
     finally: config.CACHE_DIR = before
+
+
+def _by_type(function):
+    "Numba compiles a function anew for every constant that compiled code calls it with; here for every type"
+    if hasattr(function, "get_call_template"):
+        template = function.get_call_template
+        function.get_call_template = lambda values, named: template(tuple(map(types.unliteral, values)), {name: types.unliteral(value) for name, value in named.items()})
+    return function
 
 # %% ../nbs/00_ground/00_compiled.ipynb #9e5b4c23
 bare = partial(compiled, _nrt=False, error_model="numpy", forceinline=True)

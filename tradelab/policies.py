@@ -97,7 +97,7 @@ def mlp(
         at += (inputs + 1) * outputs
         activate(result, last if layer == layers - 1 else hidden)
         values = result
-    targets[:] = values
+    for i in range(len(targets)): targets[i] = values[i]
 
 # %% ../nbs/00_ground/05_policies.ipynb #4b54a26e
 def pack(

@@ -74,7 +74,9 @@ def watch(
 def _follow(times, candles, limits, market, covariance, states, covariances):
     for t in range(len(times)):
         watch(market, covariance, times[t], candles[t], limits)
-        states[t], covariances[t] = market, covariance
+        for n in range(len(market)):                 # one by one: numba compiles five seconds for a slice that might not fit
+            states[t, n] = market[n]
+            for m in range(len(market)): covariances[t, n, m] = covariance[n, m]
 
 
 def followed(

@@ -7,8 +7,8 @@ __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', '
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
            'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'WHOLE', 'NUMBER', 'ARRAYS', 'WORLD', 'urgent',
            'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order', 'fault_of',
-           'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'lived', 'machine', 'step',
-           'tape_of', 'rules_of', 'point', 'World']
+           'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step', 'tape_of',
+           'rules_of', 'point', 'World']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -295,34 +295,33 @@ def opened(
     return tape, state, array_at(world["instruments"], (n,), INSTRUMENT), array_at(world["proposals"], (n,), PROPOSAL)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #091afb08
-@bare
-def lived(t, world, n, places, answer, length, journal, market):
-    "A step of a world; its number, see FAULTS"
-    tape, state, instruments, proposals = opened(world, n, places)
-    rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (n,), JOURNAL)
-    code = fault_of(asked, n, rules.execution["orders"]) if length > 0 else DONE
-    if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
-    if code != DONE: return code
-    decide(t, tape, asked, state, rules, proposals, row)
-    if market == 0: return DONE
-    settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
-    mark(state.account, state.positions, tape.candles[t + 1, :, CLOSE])
-    age(state.positions)
-    return DONE
-
-
-def _step(t, address, answer, length, journal, market):
-    world = array_at(address, (1,), WORLD)[0]
-    world["code"] = 0
-    if world["symbols"] == 1 and world["places"] == 1: world["code"] = lived(t, world, 1, 1, answer, length, journal, market)
-    else: world["code"] = lived(t, world, world["symbols"], world["places"], answer, length, journal, market)
-    return world["code"]
+def _step_of(
+    single:bool,   # one symbol with one place for orders: known to the compiler, its loops are none
+):
+    "The step of a world, for the world at an address"
+    def of_world(t, address, answer, length, journal, market):
+        world = array_at(address, (1,), WORLD)[0]
+        n, places = (1, 1) if single else (world["symbols"], world["places"])
+        tape, state, instruments, proposals = opened(world, n, places)
+        rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (n,), JOURNAL)
+        code = fault_of(asked, n, rules.execution["orders"]) if length > 0 else DONE
+        if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
+        world["code"] = 0 if code == DONE else code                     # a step that does not come to its end has failed
+        if code != DONE: return code
+        decide(t, tape, asked, state, rules, proposals, row)
+        if market != 0:
+            settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
+            mark(state.account, state.positions, tape.candles[t + 1, :, CLOSE])
+            age(state.positions)
+        world["code"] = DONE
+        return DONE
+    return of_world
 
 
 @cache
-def machine():
+def machine(single:bool):
     "The step as a C function, compiled or read when it is first wanted"
-    return c_function(types.int64(*[types.int64] * 6), error_model="numpy", _nrt=False)(_step)
+    return c_function(types.int64(*[types.int64] * 6), error_model="numpy", _nrt=False)(_step_of(single))
 
 
 @bare
@@ -358,8 +357,8 @@ def point(row, tape, state, rules, proposals):
     for name, dtype in ARRAYS.items():
         if arrays[name].dtype != dtype or not arrays[name].flags.c_contiguous: raise TypeError(f"{name} must be one piece of {dtype}, was {arrays[name].dtype}")
         row[name] = arrays[name].ctypes.data
-    row["step"], row["symbols"], row["length"], row["known"], row["seen"] = machine().address, len(proposals), len(tape.times), len(tape.market), len(tape.conditions)
-    row["places"], row["capacity"], row["costs"], row["limits"], row["execution"] = state.orders.shape[1], len(state.fills), rules.costs, rules.limits, rules.execution
+    row["symbols"], row["length"], row["known"], row["seen"] = len(proposals), len(tape.times), len(tape.market), len(tape.conditions)
+    row["step"], row["places"], row["capacity"], row["costs"], row["limits"], row["execution"] = machine(state.orders.shape == (1, 1)).address, state.orders.shape[1], len(state.fills), rules.costs, rules.limits, rules.execution
 
 
 class World:
@@ -378,5 +377,5 @@ class World:
 
     def step(self, t:int, answer:np.ndarray, journal:np.ndarray, market:bool=True):
         "`step`, for Python; without the market only the decision. ValueError where the answer is none, and then nothing has changed"
-        code = machine().ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data, market)
+        code = machine(self.state.orders.shape == (1, 1)).ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data, market)
         if code != DONE: raise ValueError(f"{answer.tolist()}: {FAULTS[code]}")
