@@ -226,7 +226,11 @@ def test_a_wrong_answer_changes_nothing(places, answer, message):
     before = kept()
     with pytest.raises(ValueError, match=message): world.step(0, np.array(answer), row)
     assert kept() == before
-    with pytest.raises(TypeError, match="candles must be one piece of float64, was float32"): World(world.tape._replace(candles=candles.astype(np.float32)), world.state, rules)
+    for other in (candles.astype(np.float32), np.ones((3, 1, 11)), np.ones((3, 2, 5))[:, :1]):
+        with pytest.raises(ValueError, match=r"candles must be one piece of .3, 1, 5. float64, was "): World(world.tape._replace(candles=other), world.state, rules)
+    with pytest.raises(ValueError, match="a step goes from candle 0 to 1 of these 3 to the next, was 2"): world.step(2, np.zeros(0), row)
+    with pytest.raises(ValueError, match="journal must be one piece of .1,. "): world.step(0, np.zeros(0), np.zeros(2, JOURNAL))
+    with pytest.raises(ValueError, match="answer must be one piece of .1,. float64, was .1,. float32"): world.step(0, np.ones(1, np.float32), row)
 
 
 def test_a_policy_that_raises_is_named_with_its_bar():

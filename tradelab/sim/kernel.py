@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
-           'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'WHOLE', 'NUMBER', 'ARRAYS', 'WORLD', 'urgent',
-           'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order', 'fault_of',
-           'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step', 'tape_of',
-           'rules_of', 'point', 'World']
+           'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'WHOLE', 'NUMBER', 'SIZES', 'ARRAYS', 'WORLD',
+           'urgent', 'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order',
+           'fault_of', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step',
+           'tape_of', 'rules_of', 'check_piece', 'point', 'World']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -275,9 +275,10 @@ def settle(
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #cb639bec
 WHOLE, NUMBER = np.dtype("i8"), np.dtype("f8")
-ARRAYS = dict(times=WHOLE, candles=NUMBER, rates=NUMBER, market=MARKET_ROW, covariances=NUMBER, conditions=CONDITION, account=ACCOUNT, positions=POSITION, orders=WORKING, books=BOOK, fills=FILL, count=WHOLE,
-              instruments=INSTRUMENT, proposals=PROPOSAL)
-WORLD = np.dtype([(name, WHOLE) for name in (*ARRAYS, "step", "code", "symbols", "length", "known", "seen", "places", "capacity")] + [("costs", COSTS), ("limits", LIMITS), ("execution", EXECUTION)])
+SIZES = ("symbols", "length", "known", "seen", "places", "capacity") # of what follows: `known` and `seen` are 1 where nobody looks at the market
+ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rates=(NUMBER, "length symbols"), market=(MARKET_ROW, "known symbols"), covariances=(NUMBER, "known symbols symbols"), conditions=(CONDITION, "seen symbols"),
+              account=(ACCOUNT, "1"), positions=(POSITION, "symbols"), orders=(WORKING, "symbols places"), books=(BOOK, "symbols"), fills=(FILL, "capacity"), count=(WHOLE, "1"), instruments=(INSTRUMENT, "symbols"), proposals=(PROPOSAL, "symbols"))
+WORLD = np.dtype([(name, WHOLE) for name in (*ARRAYS, *SIZES, "step", "code")] + [("costs", COSTS), ("limits", LIMITS), ("execution", EXECUTION)])
 
 
 @bare
@@ -351,14 +352,19 @@ def rules_of(costs, limits, instruments, execution, orders:int=0)->Rules:
     return Rules(costs.row()[()], limits.row(), instrument_rows(instruments, limits), execution.row(orders)[()])
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #8a828f8d
+def check_piece(name, array, dtype, shape):
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous: raise ValueError(f"{name} must be one piece of {shape} {dtype}, was {array.shape} {array.dtype}")
+
+
 def point(row, tape, state, rules, proposals):
-    "Write a row of WORLD; the arrays must live as long as it is used"
+    "Write a row of WORLD; ValueError where an array is another than it says. The arrays must live as long as it is used"
     arrays = {**tape._asdict(), **state._asdict(), "instruments": rules.instruments, "proposals": proposals}
-    for name, dtype in ARRAYS.items():
-        if arrays[name].dtype != dtype or not arrays[name].flags.c_contiguous: raise TypeError(f"{name} must be one piece of {dtype}, was {arrays[name].dtype}")
+    sizes = dict(zip(SIZES, (len(proposals), len(tape.times), len(tape.market), len(tape.conditions), state.orders.shape[1], len(state.fills))))
+    for name, (dtype, shape) in ARRAYS.items():
+        check_piece(name, arrays[name], dtype, tuple(sizes[word] if word in sizes else int(word) for word in shape.split()))
         row[name] = arrays[name].ctypes.data
-    row["symbols"], row["length"], row["known"], row["seen"] = len(proposals), len(tape.times), len(tape.market), len(tape.conditions)
-    row["step"], row["places"], row["capacity"], row["costs"], row["limits"], row["execution"] = machine(state.orders.shape == (1, 1)).address, state.orders.shape[1], len(state.fills), rules.costs, rules.limits, rules.execution
+    for name, size in sizes.items(): row[name] = size
+    row["step"], row["costs"], row["limits"], row["execution"] = machine(state.orders.shape == (1, 1)).address, rules.costs, rules.limits, rules.execution
 
 
 class World:
@@ -377,5 +383,8 @@ class World:
 
     def step(self, t:int, answer:np.ndarray, journal:np.ndarray, market:bool=True):
         "`step`, for Python; without the market only the decision. ValueError where the answer is none, and then nothing has changed"
+        if not 0 <= t < len(self.tape.times) - 1: raise ValueError(f"a step goes from candle 0 to {len(self.tape.times) - 2} of these {len(self.tape.times)} to the next, was {t}")
+        check_piece("answer", answer, NUMBER, (len(answer),))
+        check_piece("journal", journal, JOURNAL, self.proposals.shape)
         code = machine(self.state.orders.shape == (1, 1)).ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data, market)
         if code != DONE: raise ValueError(f"{answer.tolist()}: {FAULTS[code]}")
