@@ -28,7 +28,7 @@ ROW = numba.from_dtype(JOURNAL)[::1]
 @compiled(numba.void(numba.float64[:, ::1], WORLDS, ROW, numba.float64[::1], numba.int64), error_model="numpy", _nrt=False)
 def curve(targets, world, row, equity, first):
     "Equity and fills of given targets, every step of the kernel"
-    tape, state, _, _ = opened(world[0], world[0]['symbols'], world[0]['places'])
+    tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
     for t in range(first, len(tape.times) - 1):
         step(t, world, targets[t], row)
         equity[t] = state.account[0]["equity"]

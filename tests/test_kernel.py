@@ -124,7 +124,9 @@ def test_both_forms_agree_on_orders_of_the_policy(costs):
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, max_orders=None, stops=Stops(stop_loss=.03, take_profit=.05))
     one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments, costs=costs, limits=limits, form=form, beside=(), keep_observations=True) for form in ("array", "event"))
     assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
-    assert len(one.fills) > 300 and {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"]) and (one.rows["reason"] == Reason.STOP_LOSS).any()
+    assert len(one.fills) > 300 and {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"])
+    stopped = one.rows[one.rows["reason"] == Reason.STOP_LOSS]
+    assert len(stopped) > 3 and (stopped["order"] == -stopped["position"]).all()                                       # what a stop sends stands in the journal
 
 
 def brackets(shared, symbol):

@@ -24,7 +24,7 @@ from numba.extending import intrinsic, models, overload, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from ..account import decimal8
-from ..compiled import bare, c_function, compiled
+from ..compiled import bare, c_function, call_at, compiled
 from ..market.candles import milliseconds, parts
 from ..records import CLOSE, COLUMNS, FUNDING_RATE, HIGH, INDEX_PRICE, KNOWN, LOW, OPEN_TIME, TAKER_BUY_VOLUME, VOLUME
 
@@ -455,11 +455,8 @@ def looped(
 ):                  # a C function of the signature LOOP
     "Call an update for each candle: the whole difference between the array form and the stream"
     each = _beside(update, _each, column, dict(update=update, local=_local(outputs), outputs=outputs, column=column))
-    if numba.config.DISABLE_JIT: return each
+    if numba.config.DISABLE_JIT: return c_function(LOOP)(each)
     return c_function(LOOP)(_beside(update, _entry, column, {"each": numba.njit(error_model="numpy", _nrt=False, forceinline=True)(each)}))
-
-
-_addresses = []
 
 
 def address(
@@ -468,10 +465,7 @@ def address(
     column:int,
 )->int:
     "Where such a loop stands"
-    loop = looped(update, outputs, column)
-    if not numba.config.DISABLE_JIT: return loop.address
-    if loop not in _addresses: _addresses.append(loop)
-    return _addresses.index(loop)
+    return looped(update, outputs, column).address
 
 # %% ../../nbs/20_features/20_indicator.ipynb #cc0ae959
 @intrinsic
@@ -501,7 +495,7 @@ def run(
     _call(loop, _begin(state), len(state), _begin(parameters), len(parameters), _begin(columns), columns.shape[0], columns.shape[1], _begin(values))
 
 
-if numba.config.DISABLE_JIT: run = lambda loop, *arguments: _addresses[loop](*arguments)
+if numba.config.DISABLE_JIT: run = call_at
 
 # %% ../../nbs/20_features/20_indicator.ipynb #4193919a
 @bare

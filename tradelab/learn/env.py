@@ -16,14 +16,14 @@ from numba import types
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..account import ACCOUNT, POSITION, mark
-from ..compiled import array_at, bare, c_function
-from ..features.observation import SINGLE, Observation, assemble
+from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
+from ..features.observation import Observation, assemble
 from ..market.candles import frames_of, matrix, text, timeframe_at
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Instrument, Limits
 from ..risk.limits import warm_up
 from ..sim.backtest import funding_rates, looked_at
 from ..sim.costs import BOOK, warm_up as costs_warm_up
-from ..sim.kernel import NUMBER, WHOLE, WORLD, Tape, opened, point, rules_of, step, tape_of
+from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
 
 # %% ../../nbs/80_learn/80_env.ipynb #a6d7f0cc
@@ -107,7 +107,7 @@ def _step_many(address):
     for b in range(count):
         _, state, _, _ = opened(worlds[b], n, worlds[b]["places"])
         state.count[0] = 0
-        step(at[b], worlds[b:b + 1], actions[b], rows[b])
+        if step(at[b], worlds[b:b + 1], actions[b], rows[b]) != DONE: return -1 - b
         at[b] += 1
         rewards[b] = paid(state.account[0], memory[b], p["weight"], p["penalty"])
         assemble(features[at[b] - p["window"] + 1:at[b] + 1], state.account, state.positions, observations[b])
@@ -118,7 +118,7 @@ def _step_many(address):
 
 @cache
 def step_many():
-    "A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where the action of environment b is none, and then nothing was done"
+    "A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where environment b could not be stepped: where its action is none, nothing was done at all"
     return c_function(types.int64(types.int64), error_model="numpy", _nrt=False)(_step_many)
 
 # %% ../../nbs/80_learn/80_env.ipynb #d6b1885d
@@ -190,8 +190,13 @@ class Population:
         "Live through one candle everywhere; how many `ended` with it"
         self.actions[:] = actions
         count = self._step(self._address)
-        if count < 0: raise ValueError(f"environment {-1 - count} was given the action {self.actions[-1 - count].tolist()} at the candle of {text(self.market.tape.times[self.at[-1 - count]])}: an action is a number in [-1, 1] per symbol")
+        if count < 0: self._refuse(-1 - count)
         return count
+
+    def _refuse(self, b):
+        action, code = self.actions[b].tolist(), self.worlds["code"][b]
+        why = "an action is a number in [-1, 1] per symbol" if not (np.abs(self.actions[b]) <= 1.).all() else FAULTS[code]
+        raise ValueError(f"environment {b} was given the action {action} at the candle of {text(self.market.tape.times[self.at[b]])}: {why}")
 
     def info(self, b:int)->dict:
         "The journal's row of the last step: each field an array of shape (n_symbols,)"

@@ -52,7 +52,7 @@ LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32
 
 @compiled(LOOP, error_model="numpy", _nrt=False)
 def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations):
-    tape, state, _, _ = opened(world[0], world[0]['symbols'], world[0]['places'])
+    tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
     keep, window, room = len(observations) > 1, features.shape[0] - len(tape.times) + 1, state.orders.size + EACH * len(state.books)
     for t in range(first, len(tape.times) - 1):
         if state.count[0] + room > len(state.fills): return t

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
-           'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'WHOLE', 'NUMBER', 'SIZES', 'ARRAYS', 'WORLD',
-           'urgent', 'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order',
-           'fault_of', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step',
-           'tape_of', 'rules_of', 'check_piece', 'point', 'World']
+           'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'SIZES', 'ARRAYS', 'WORLD', 'urgent', 'piece_of',
+           'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order', 'fault_of', 'decide',
+           'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step', 'tape_of', 'rules_of',
+           'check_piece', 'point', 'World']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from ..account import ACCOUNT, POSITION, age, apply_funding, decimal8, funding_amount, mark, round_price, round_quantity
-from ..compiled import address_of, apart, array_at, bare, c_function, call_at
+from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at
 from ..records import CLOSE, COLUMNS, COSTS, EXECUTION, FILL, INSTRUMENT, JOURNAL, LIMITS, PROPOSAL, STYLES, WORKING, Reason, instrument_rows
 from ..risk.limits import MARKET as MARKET_ROW, capital, followed, gate, propose
 from .costs import BOOK, CONDITION, conditions, fade
@@ -274,7 +274,6 @@ def settle(
         if share <= 1. and holds(state.positions): liquidate(state, rules, row, candle, share)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #cb639bec
-WHOLE, NUMBER = np.dtype("i8"), np.dtype("f8")
 SIZES = ("symbols", "length", "known", "seen", "places", "capacity") # of what follows: `known` and `seen` are 1 where nobody looks at the market
 ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rates=(NUMBER, "length symbols"), market=(MARKET_ROW, "known symbols"), covariances=(NUMBER, "known symbols symbols"), conditions=(CONDITION, "seen symbols"),
               account=(ACCOUNT, "1"), positions=(POSITION, "symbols"), orders=(WORKING, "symbols places"), books=(BOOK, "symbols"), fills=(FILL, "capacity"), count=(WHOLE, "1"), instruments=(INSTRUMENT, "symbols"), proposals=(PROPOSAL, "symbols"))

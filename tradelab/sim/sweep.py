@@ -22,7 +22,7 @@ from ..records import CLOSE, COLUMNS, JOURNAL, NO_STOPS, OPEN, CostModel, Execut
 from ..risk.limits import warm_up
 from .backtest import WORLDS, funding_rates
 from .costs import warm_up as costs_warm_up
-from .kernel import World, opened, rules_of, step, tape_of
+from .kernel import DONE, FAULTS, World, opened, rules_of, step, tape_of
 from .matching import new_state
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #a1d43afd
@@ -47,10 +47,10 @@ SWEEP = types.void(types.float64[:, ::1], types.int64, WORLDS, ROW, SUM)
 
 @compiled(SWEEP, error_model="numpy", _nrt=False, nogil=True)
 def _with_costs(targets, start, world, row, sums):
-    tape, state, _, _ = opened(world[0], 1, world[0]['places'])
+    tape, state, _, _ = opened(world[0], 1, world[0]["places"])
     for t in range(start, len(tape.times) - 1):
         state.count[0] = 0
-        step(t, world, targets[t], row)
+        if step(t, world, targets[t], row) != DONE: return
         add(sums, state.account[0]["equity"])
         sums["fills"] += state.count[0]
         sums["traded"] += row[0]["traded"]
@@ -87,7 +87,7 @@ IDEAL = types.void(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 @compiled(IDEAL, error_model="numpy", _nrt=False, nogil=True)
 def _without(targets, start, world, sums):
-    (tape, state, instruments, _), limits = opened(world[0], 1, world[0]['places']), world[0]["limits"]
+    (tape, state, instruments, _), limits = opened(world[0], 1, world[0]["places"]), world[0]["limits"]
     deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
     cash, held, equity = deposit, 0., deposit
     last, returns, squares, peak, keeps, floor, fills, traded, size = deposit, 0., 0., deposit, 1., deposit, 0., 0., limits["max_position"]
@@ -190,6 +190,7 @@ def sweep(
         if _plain(costs, limits) and not exact: return _without(targets, first, world.row, sums[i])
         mark(world.state.account, world.state.positions, tape.candles[first, :, CLOSE].copy())
         _with_costs(targets, first, world.row, np.zeros(1, JOURNAL), sums[i])
+        if world.row["code"][0] != DONE: raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed: {FAULTS[world.row['code'][0]]}")
 
     from tqdm import tqdm
     with ThreadPoolExecutor() as pool:
