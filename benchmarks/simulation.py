@@ -26,11 +26,11 @@ ROW = numba.from_dtype(JOURNAL)[::1]
 
 
 @compiled(numba.void(numba.float64[:, ::1], WORLDS, ROW, numba.float64[::1], numba.int64), error_model="numpy", _nrt=False)
-def curve(targets, world, row, equity, first):
+def curve(targets, world, nobody, equity, first):
     "Equity and fills of given targets, every step of the kernel"
     tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
     for t in range(first, len(tape.times) - 1):
-        step(t, world, targets[t], row)
+        step(t, world, targets[t], nobody)
         equity[t] = state.account[0]["equity"]
 
 
@@ -65,7 +65,7 @@ def kernel(length, symbols, costs):
         world.state.fills["price"] = 1.
         mark(world.state.account, world.state.positions, candles[300, :, 3].copy())
         filled[:] = [world]
-        return lambda: curve(targets, world.row, np.zeros(symbols, JOURNAL), equity, 300)
+        return lambda: curve(targets, world.row, np.zeros(0, JOURNAL), equity, 300)
     seconds = least(prepare)
     assert filled[0].state.count[0] < 200_000
     return length * symbols / seconds / 1e6, int(filled[0].state.count[0])

@@ -24,9 +24,9 @@ def episode(market, act, reward=Reward(), domain=Domain(), length=None, seed=0):
     while not done:
         seen, paid, terminated, truncated, info = environment.step(np.atleast_1d(act(seen, environment)))
         rewards.append(paid)
-        rows.append([tuple(info[name][n] for name in JOURNAL.names) for n in range(len(info["close"]))])
+        rows.append(info["journal"])
         done = terminated or truncated
-    return np.array(rewards), np.array(rows, JOURNAL).reshape(len(rewards), -1), environment, terminated
+    return np.array(rewards), np.array(rows, JOURNAL), environment, terminated
 
 
 def ledger(rows, market, first, deposit=10_000.):

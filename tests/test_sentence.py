@@ -110,7 +110,7 @@ def test_a_drawdown_halts_for_good():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.floats(-2, 2), st.floats(-.9, .9), st.floats(10, 1e5)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-.9, .9), st.floats(10, 1e5)), min_size=1, max_size=4))
 def test_the_gate_keeps_its_limits(rows):
     limits = Limits(max_position=.6, max_leverage=1., max_participation=None)
     targets, held, prices = (np.array(column, float) for column in zip(*rows))
@@ -134,6 +134,6 @@ def test_the_journal_has_the_fields_of_the_environment():
     environment = MarketEnv(Market.of(candles, Observation(["return(1)"]).fit(matrix(candles)[1])))
     environment.reset(seed=0)
     *_, info = environment.step(np.array([.5]))
-    assert tuple(info) == JOURNAL.names
+    assert info["journal"][0].dtype.names == JOURNAL.names
     assert set(backtest(Momentum(), candles).journal.columns) == {*JOURNAL.names, "symbol"} - {"open_time"}
     assert isinstance(backtest(Momentum(), candles).journal.index, pd.DatetimeIndex)

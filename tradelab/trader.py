@@ -20,7 +20,7 @@ from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, Decision, Fill, 
 # %% ../nbs/00_ground/06_trader.ipynb #631b7345
 @bare
 def record(
-    row,         # JOURNAL, (n_symbols,), written
+    row,         # JOURNAL, (n_symbols,), written; or empty, where nobody reads it
     open_time,   # of the candle that closed
     candle,      # (n_symbols, 5)
     proposals,   # PROPOSAL, (n_symbols,), as the gate left them
@@ -28,7 +28,7 @@ def record(
     positions,   # POSITION, (n_symbols,)
 ):
     "Write what was seen and wanted at one close"
-    for n in range(len(proposals)):
+    for n in range(len(row)):
         entry, money, proposal = row[n], account[0], proposals[n]
         entry["open_time"], entry["close"] = open_time, candle[n, CLOSE]
         entry["equity"], entry["drawdown"] = money["equity"], money["drawdown"]
@@ -39,13 +39,14 @@ def record(
 # %% ../nbs/00_ground/06_trader.ipynb #5ed66d7f
 @bare
 def record_fill(
-    row,       # JOURNAL, (n_symbols,), changed
+    row,       # JOURNAL, (n_symbols,), changed; or empty
     n,         # which symbol
     quantity,  # signed base units
     price,     # quote per base
     fee,       # quote
 ):
     "Add a fill to the row of its step"
+    if len(row) == 0: return
     entry = row[n]
     before = entry["fill_quantity"]
     after = decimal8(before + quantity)

@@ -160,11 +160,11 @@ def wish(
     limits,    # a row of LIMITS
 )->float:      # signed, quote: the notional to hold
     "What is wanted of one symbol"
-    if not np.isfinite(row["target"]): raise ValueError("a policy answered with a target that is not a finite number: check its inputs and weights")
     say(row, AS_ASKED, 0., 0.)
-    target, held = min(max(row["target"], -1.), 1.), position["quantity"]
-    if target * position["stopped"] <= 0.: position["stopped"] = 0.
-    if target * position["stopped"] > 0.: say(row, STOPPED_OUT, 0., 0.)
+    target, held = row["target"], position["quantity"]
+    if position["stopped"] != 0.:
+        if target * position["stopped"] > 0.: say(row, STOPPED_OUT, 0., 0.)
+        else: position["stopped"] = 0.
     if held != 0.:
         if position["best_price"] == 0.: enter(position, market["atr_before"], market["width"])
         code, level = touched(position, high, low, limits)
@@ -173,12 +173,12 @@ def wish(
             position["stopped"] = np.sign(held)
             say(row, code, position["age"] if code == TIME_STOP else high if (code == TAKE_PROFIT) == (held > 0.) else low, level)
     if position["stopped"] != 0.: target = 0.
+    if state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf: return target * unit
     if state >= FLATTEN:
         if money["halted"] != 0: say(row, HALTED, money["drawdown"], limits["max_drawdown"])
         else: say(row, STATE, state, NO_ENTRY)
         return 0.
     if target != 0. and left < 1.: say(row, DRAWDOWN, money["drawdown"], limits["drawdown_from"])
-    if limits["target_volatility"] == np.inf: return target * unit
     quiet, annual = calm(variance, market["step"], limits)
     if target != 0. and quiet < 1.: say(row, VOLATILITY if annual >= 0. else UNKNOWN, annual, limits["target_volatility"])
     return target * quiet * unit
@@ -187,23 +187,20 @@ def wish(
 @bare
 def split(
     row,         # of PROPOSAL, changed: kept, growth, reason
-    wanted,      # signed base units to hold
+    notional,    # signed, quote: to hold
     held,        # signed base units
     equity,      # quote
     limits,      # a row of LIMITS
     instrument,  # a row of INSTRUMENT
-):
+)->bool:         # whether there is anything to do
     "Part a wish into what reduces and what adds"
-    most, smallest = instrument["max_quantity"], limits["min_trade"] * equity
-    row["kept"], row["growth"] = held, 0.
-    change = abs(wanted - held) * row["price"]
-    if wanted * held > 0. and change < smallest:
-        if change > 0. and row["reason"] == AS_ASKED: say(row, TOO_SMALL, change / equity, limits["min_trade"])
-    elif held == 0.:
-        row["growth"] = wanted
-        if 0. < change < smallest:
-            row["growth"] = 0.
-            if row["reason"] == AS_ASKED: say(row, TOO_SMALL, change / equity, limits["min_trade"])
+    smallest, change = limits["min_trade"] * equity, abs(notional - held * row["price"])
+    row["kept"], row["growth"], row["quantity"] = held, 0., 0.
+    if change < smallest and (notional * held > 0. or held == 0.):
+        if change > 0. and row["reason"] == AS_ASKED: row["reason"], row["value"], row["limit"] = TOO_SMALL, change / equity, limits["min_trade"]
+        return False
+    most, wanted = instrument["max_quantity"], notional / row["price"]
+    if held == 0.: row["growth"] = wanted
     elif wanted * held <= 0.:
         if abs(held) > most:
             row["kept"] = decimal8(held - np.sign(held) * most)
@@ -217,6 +214,7 @@ def split(
             cut = most
         if cut >= instrument["min_quantity"] and cut * row["price"] >= smallest: row["kept"] = decimal8(held - np.sign(held) * cut)
         elif cut > 0. and row["reason"] == AS_ASKED: say(row, TOO_SMALL, cut * row["price"] / equity, limits["min_trade"])
+    return row["growth"] != 0. or row["kept"] != held
 
 # %% ../../nbs/30_risk/35_limits.ipynb #fd792357
 @bare
@@ -320,13 +318,15 @@ def shrink_gross(
     for n in range(len(proposals)):
         row = proposals[n]
         stays, comes = abs(row["kept"]) * row["price"], abs(row["growth"]) * row["price"]
-        kept, growth, bound = kept + stays, growth + comes, bound + abs(positions[n]["quantity"]) * row["price"] / limits["leverage"]
+        kept, growth, bound = kept + stays, growth + comes, bound + abs(positions[n]["quantity"]) * row["price"]
         behind = maintenance_margin(stays, instruments[n])
-        needed, more = needed + behind, more + maintenance_margin(stays + comes, instruments[n]) - behind
+        needed += behind
+        if comes != 0.: more += maintenance_margin(stays + comes, instruments[n]) - behind
     if growth == 0.: return
     equity, gross = money["equity"], room(limits["max_leverage"] * base, kept, growth)
-    available, margin = max(equity - bound, 0.) * BALANCE_SHARE, growth / limits["leverage"]
+    available, margin = max(equity - bound / limits["leverage"], 0.) * BALANCE_SHARE, growth / limits["leverage"]
     balance, ratio = room(available, 0., margin), room(equity / limits["min_margin_ratio"], needed, more) if limits["min_margin_ratio"] > 0. else 1.
+    if min(gross, balance, ratio) == 1.: return
     for n in range(len(proposals)):
         shrink(proposals[n], gross, LEVERAGE, (kept + growth) / equity, limits["max_leverage"] * base / equity)
         if balance < gross: shrink(proposals[n], balance / gross if gross > 0. else 0., BALANCE, margin, available)
@@ -494,7 +494,7 @@ def gate(
     instruments,  # INSTRUMENT, (n,)
 ):
     "Turn targets into allowed orders"
-    money, gross, growing = account[0], 0., False
+    money, gross, growing, busy = account[0], 0., False, False
     state, equity, left = state_now(money, open_time, limits), money["equity"], allowance(money, limits)
     base = capital(money, limits) * left
     unit = limits["max_position"] * base
@@ -505,17 +505,20 @@ def gate(
     allowed = limits["max_leverage"] * base
     for n in range(len(proposals)):
         row, held, wanted = proposals[n], positions[n]["quantity"], proposals[n]["growth"]
-        if gross > allowed and wanted != 0.:
+        if gross > allowed * (1. + 1e-12) and wanted != 0.:
             wanted *= allowed / gross
             say(row, LEVERAGE, gross / equity, allowed / equity)
-        split(row, wanted / row["price"], held, equity, limits, instruments[n])
+        if not split(row, wanted, held, equity, limits, instruments[n]): continue
+        busy = True
         if row["growth"] != 0.:
             growing = True
             refuse(row, held, money, state, market[n]["atr"], limits)
             shrink_alone(row, base, limits, instruments[n])
+    if not busy: return
     if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
     if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf): shrink_groups(proposals, covariance, base, limits, instruments)
-    for n in range(len(proposals)): complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
+    for n in range(len(proposals)):
+        if proposals[n]["growth"] != 0. or proposals[n]["kept"] != positions[n]["quantity"]: complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
     if limits["max_net"] < np.inf or limits["max_var"] < np.inf: balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
     if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, equity, limits, instruments)
 
@@ -552,7 +555,9 @@ class Gate:
         if self.warm_up: watch(self.market, self.covariance, open_time, candle, self._limits)
 
     def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known"
+        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known. ValueError where a target is none"
+        targets = answer[:len(self.proposals)]
+        if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; check its inputs and weights")
         propose(self.proposals, answer, candle)
         if marks is not None: self.proposals["mark"] = marks
         gate(self.proposals, open_time, candle, account, positions, self.market, self.covariance, self._limits, self._instruments)

@@ -76,6 +76,7 @@ def place(
 ):
     "The order of a decision"
     order, book, execution = state.orders[n, 0], state.books[n], rules.execution
+    if quantity == 0. and book["active"] == 0 and book["piece"] == 0.: return
     if order["kind"] != NONE and order["rests"] == 0: return
     served = order["kind"] == NONE and book["taken"] > 0. and execution["style"] == POST_ONLY
     if not quantity * book["piece"] > 0. or served: book["waited"] = book["piece"] = 0.
@@ -134,7 +135,7 @@ def ask(
     rules,      # Rules
     proposals,  # PROPOSAL, (n,), as the gate left them: the targets of place k
     unit,       # quote: notional of an exposure of 1
-    row,        # JOURNAL, (n,), changed
+    row,        # JOURNAL, (n,), changed, or empty
 ):
     "The orders of one place, after the gate"
     for n in range(len(proposals)):
@@ -145,13 +146,13 @@ def ask(
                 for j in range(1, state.orders.shape[1]): state.orders[n, j]["kind"] = NONE
                 place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], close)
             continue
-        if k == 0: row[n]["order"] = 0.
+        if k == 0 and len(row) > 0: row[n]["order"] = 0.
         if asked[KIND] > 0. and asked[EXPOSURE] != 0.:
             wanted = round_quantity(asked[EXPOSURE] * unit / close, instrument)
             if asked[REDUCE_ONLY] > 0.: quantity = wanted if abs(asked[EXPOSURE]) < 1. else np.sign(asked[EXPOSURE]) * instrument["max_quantity"]
             else: quantity = round_quantity(part(wanted, decimal8(proposals[n]["quantity"] - standing(state.orders[n], wanted))), instrument)
             if quantity != 0.: accept(state, rules, n, k + 1, asked, quantity, close)
-            row[n]["order"] = decimal8(row[n]["order"] + (quantity if asked[REDUCE_ONLY] == 0. else 0.))
+            if len(row) > 0 and asked[REDUCE_ONLY] == 0.: row[n]["order"] = decimal8(row[n]["order"] + quantity)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #8fd40ab9
 DONE, TARGET, COUNT, NUMBERS, ORDER, NO_PRICE, NO_TRIGGER, NO_CALLBACK, NO_EQUITY = range(1, 10)
@@ -207,14 +208,14 @@ def decide(t, tape, answer, state, rules, proposals, row):
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #4a9f3f90
 @bare
-def fund(state, rules, row, rates):
+def fund(state, rules, row, rates, closed):
     "Payments on what was held at the close"
     if rules.costs["funding"] == 0.: return
     for n in range(len(state.positions)):
         if rates[n] != 0. and state.positions[n]["quantity"] != 0.:
-            amount = funding_amount(state.positions[n]["quantity"], row[n]["close"], rates[n])
+            amount = funding_amount(state.positions[n]["quantity"], closed[n, CLOSE], rates[n])
             apply_funding(state.account, amount)
-            row[n]["funding"] = amount
+            if len(row) > 0: row[n]["funding"] = amount
 
 
 @bare
@@ -253,12 +254,13 @@ def open_symbols(
 def settle(
     state,   # State, changed
     rules,   # Rules
-    row,     # JOURNAL, (n,), changed: the market's answer
+    row,     # JOURNAL, (n,), changed: the market's answer; or empty
     rates,   # (n,): funding rate due at the close, 0 where none
+    closed,  # (n, 5): the candle of that close
     candle,  # Candle: the next one
 ):
     "What happens to an account until the next close"
-    fund(state, rules, row, rates)
+    fund(state, rules, row, rates, closed)
     threat = threatened(state, candle.prices)
     if threat and cushion(state, rules, candle.prices, 0.) <= 0. and holds(state.positions):
         liquidate(state, rules, row, candle, 0.)
@@ -303,14 +305,14 @@ def _step_of(
         world = array_at(address, (1,), WORLD)[0]
         n, places = (1, 1) if single else (world["symbols"], world["places"])
         tape, state, instruments, proposals = opened(world, n, places)
-        rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (n,), JOURNAL)
+        rules, asked, row = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answer, (length,), NUMBER), array_at(journal, (n if journal != 0 else 0,), JOURNAL)
         code = fault_of(asked, n, rules.execution["orders"]) if length > 0 else DONE
         if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
         world["code"] = 0 if code == DONE else code                     # a step that does not come to its end has failed
         if code != DONE: return code
         decide(t, tape, asked, state, rules, proposals, row)
         if market != 0:
-            settle(state, rules, row, tape.rates[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
+            settle(state, rules, row, tape.rates[t], tape.candles[t], Candle(tape.times[t + 1], tape.candles[t + 1], tape.conditions[min(t, len(tape.conditions) - 1)], tape.market[min(t, len(tape.market) - 1)]))
             mark(state.account, state.positions, tape.candles[t + 1, :, CLOSE])
             age(state.positions)
         world["code"] = DONE
@@ -329,10 +331,10 @@ def step(
     t,         # index of the candle that closed
     world,     # WORLD, (1,), changed
     answer,    # of the policy: targets in [-1, 1], with confidences twice as many, or orders; empty where the world's proposals are what a trader has decided
-    journal,   # JOURNAL, (n,), written
+    journal,   # JOURNAL, (n,), written; or empty, where nobody reads it
 )->int:        # DONE; anything else: nothing was changed, FAULTS[code] says why
     "Decide at the close of candle t, live through the next, and be valued at its close"
-    return call_at(world[0]["step"], t, address_of(world), address_of(answer), len(answer), address_of(journal), 1)
+    return call_at(world[0]["step"], t, address_of(world), address_of(answer), len(answer), address_of(journal) if len(journal) > 0 else 0, 1)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #e6c993a9
 def tape_of(
@@ -384,6 +386,6 @@ class World:
         "`step`, for Python; without the market only the decision. ValueError where the answer is none, and then nothing has changed"
         if not 0 <= t < len(self.tape.times) - 1: raise ValueError(f"a step goes from candle 0 to {len(self.tape.times) - 2} of these {len(self.tape.times)} to the next, was {t}")
         check_piece("answer", answer, NUMBER, (len(answer),))
-        check_piece("journal", journal, JOURNAL, self.proposals.shape)
-        code = machine(self.state.orders.shape == (1, 1)).ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data, market)
+        check_piece("journal", journal, JOURNAL, self.proposals.shape if len(journal) else (0,))
+        code = machine(self.state.orders.shape == (1, 1)).ctypes(t, self.row.ctypes.data, answer.ctypes.data, len(answer), journal.ctypes.data if len(journal) else 0, market)
         if code != DONE: raise ValueError(f"{answer.tolist()}: {FAULTS[code]}")

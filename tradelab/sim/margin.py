@@ -23,9 +23,9 @@ def threatened(
     "Whether a liquidation is possible at all: False where equity at the worst is above the highest rate of any bracket"
     left, gross = wallet(state.account), 0.
     for n in range(len(state.positions)):
-        held, opened, high, low = state.positions[n]["quantity"], prices[n, OPEN], prices[n, HIGH], prices[n, LOW]
-        left += held * ((low if held > 0. else high) - state.positions[n]["entry_price"])
-        gross += abs(held) * (opened if held > 0. else high)
+        held, high, low = state.positions[n]["quantity"], prices[n, HIGH], prices[n, LOW]
+        left += min(held * low, held * high) - held * state.positions[n]["entry_price"]
+        gross += abs(held) * high
     return left <= gross
 
 # %% ../../nbs/50_sim/52_margin.ipynb #d5670cc1

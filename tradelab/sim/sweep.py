@@ -22,7 +22,7 @@ from ..records import CLOSE, COLUMNS, JOURNAL, NO_STOPS, OPEN, CostModel, Execut
 from ..risk.limits import warm_up
 from .backtest import WORLDS, funding_rates
 from .costs import warm_up as costs_warm_up
-from .kernel import DONE, FAULTS, World, opened, rules_of, step, tape_of
+from .kernel import DONE, FAULTS, TARGET, World, opened, rules_of, step, tape_of
 from .matching import new_state
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #a1d43afd
@@ -42,18 +42,20 @@ def add(sums, equity):
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #16851c91
 ROW, SUM = numba.from_dtype(JOURNAL)[::1], numba.from_dtype(SUMS)
-SWEEP = types.void(types.float64[:, ::1], types.int64, WORLDS, ROW, SUM)
+SWEEP = types.int64(types.float64[:, ::1], types.int64, WORLDS, ROW, SUM)
 
 
 @compiled(SWEEP, error_model="numpy", _nrt=False, nogil=True)
-def _with_costs(targets, start, world, row, sums):
+def _with_costs(targets, start, world, nobody, sums):
     tape, state, _, _ = opened(world[0], 1, world[0]["places"])
     for t in range(start, len(tape.times) - 1):
         state.count[0] = 0
-        if step(t, world, targets[t], row) != DONE: return
+        code = step(t, world, targets[t], nobody)
+        if code != DONE: return code
         add(sums, state.account[0]["equity"])
         sums["fills"] += state.count[0]
-        sums["traded"] += row[0]["traded"]
+        for i in range(state.count[0]): sums["traded"] += abs(state.fills[i]["quantity"]) * state.fills[i]["price"]
+    return DONE
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #f4f05d59
 PLAIN = Limits(max_position=1., max_leverage=1., leverage=20, min_margin_ratio=0., max_participation=None, price_band=None, max_daily_loss=None, max_drawdown=1., max_orders=None, stops=NO_STOPS)
@@ -82,7 +84,7 @@ def rebalance(
     return quantity if enough else closing
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #612e01b9
-IDEAL = types.void(types.float64[:, ::1], types.int64, WORLDS, SUM)
+IDEAL = types.int64(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 
 @compiled(IDEAL, error_model="numpy", _nrt=False, nogil=True)
@@ -93,6 +95,7 @@ def _without(targets, start, world, sums):
     last, returns, squares, peak, keeps, floor, fills, traded, size = deposit, 0., 0., deposit, 1., deposit, 0., 0., limits["max_position"]
     for t in range(start, len(candles) - 1):
         target = targets[t, 0]
+        if not abs(target) <= 1.: return TARGET
         quantity = rebalance(target * size * max(equity, 0.), held, equity, candles[t, 0, CLOSE], limits, instrument) if target != 0. or held != 0. else 0.
         if quantity != 0.:
             price = round_price(candles[t + 1, 0, OPEN], quantity, instrument)
@@ -104,6 +107,7 @@ def _without(targets, start, world, sums):
         if equity > peak: peak, floor = equity, keeps * equity
         elif equity < floor: keeps, floor = equity / peak, equity
     sums["last"], sums["count"], sums["returns"], sums["squares"], sums["peak"], sums["keeps"], sums["fills"], sums["traded"] = last, len(candles) - 1. - start, returns, squares, peak, keeps, fills, traded
+    return DONE
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #d5e31ce0
 @dataclass(frozen=True)
@@ -148,9 +152,6 @@ def _table(sums, parameters, step_ms, deposit):
     return pd.DataFrame(values, pd.MultiIndex.from_frame(parameters) if len(parameters.columns) > 1 else pd.Index(parameters.iloc[:, 0]))
 
 
-def _plain(costs, limits): return costs == CostModel.ideal() and limits == PLAIN
-
-
 def sweep(
     rule,                        # (parameters (k,), columns (T, m)) -> targets (T,) in [-1, 1], of each candle's close; numpy, or compiled
     columns,                     # DataFrame, a row per candle: what the rule reads
@@ -176,21 +177,20 @@ def sweep(
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
     values, table = np.asfortranarray(columns.to_numpy(float)), np.ascontiguousarray(parameters.to_numpy(float)) # a rule walks along columns
     tape, rules = tape_of(times, np.ascontiguousarray(known), funding_rates(funding, times, symbols), costs, limits), rules_of(costs, limits, [instrument or Instrument(symbols[0])], execution)
-    sums = np.zeros(len(table), SUMS)
+    sums, plain = np.zeros(len(table), SUMS), costs == CostModel.ideal() and limits == PLAIN and not exact
     sums["last"] = sums["peak"] = deposit
     sums["keeps"] = 1.
 
     def one(i):
         targets = np.ascontiguousarray(rule(table[i], values), np.float64).reshape(-1, 1)
-        wrong = ~(np.abs(targets[first:, 0]) <= 1.) if len(targets) == len(times) else [True]
-        if np.any(wrong):
-            where = f"something that is no target at the candle of {text(times[first + int(np.argmax(wrong))])}: give a start behind the warm-up, a target is a number in [-1, 1]" if len(targets) == len(times) else f"{len(targets)} targets for {len(times)} candles: one for each"
-            raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {where}")
+        if len(targets) != len(times): raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for {len(times)} candles: one for each")
         world = World(tape, new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution), rules)
-        if _plain(costs, limits) and not exact: return _without(targets, first, world.row, sums[i])
         mark(world.state.account, world.state.positions, tape.candles[first, :, CLOSE].copy())
-        _with_costs(targets, first, world.row, np.zeros(1, JOURNAL), sums[i])
-        if world.row["code"][0] != DONE: raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed: {FAULTS[world.row['code'][0]]}")
+        code = _without(targets, first, world.row, sums[i]) if plain else _with_costs(targets, first, world.row, np.zeros(0, JOURNAL), sums[i])
+        if code == DONE: return
+        wrong = ~(np.abs(targets[first:, 0]) <= 1.)
+        where = f" at the candle of {text(times[first + int(np.argmax(wrong))])}" if wrong.any() else ""
+        raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed{where}: {FAULTS[code]}" + ("; give a start behind the warm-up" if wrong.any() else ""))
 
     from tqdm import tqdm
     with ThreadPoolExecutor() as pool:
