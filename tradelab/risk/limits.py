@@ -19,7 +19,7 @@ from ..account import decimal8, maintenance_margin, round_quantity
 from ..compiled import apart, bare, compiled
 from ..records import CLOSE, HIGH, LIMITS, LOW, PROPOSAL, VOLUME, Limits, Reason, TradingState, instrument_rows
 from .portfolio import memory, update_covariance
-from .stops import enter, next_atr, touched, track
+from .stops import clear, clearance, enter, next_atr, touched, track
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
@@ -157,6 +157,7 @@ def wish(
     state,     # of TradingState
     left,      # what the drawdown leaves of the limits
     unit,      # quote: the notional of a target of 1
+    distance,  # from the entry, within which no stop is touched: `clearance`
     limits,    # a row of LIMITS
 )->float:      # signed, quote: the notional to hold
     "What is wanted of one symbol"
@@ -167,7 +168,7 @@ def wish(
         else: position["stopped"] = 0.
     if held != 0.:
         if position["best_price"] == 0.: enter(position, market["atr_before"], market["width"])
-        code, level = touched(position, high, low, limits)
+        code, level = (0, np.nan) if clear(position, high, low, distance) else touched(position, high, low, limits)
         track(position, high, low)
         if code:
             position["stopped"] = np.sign(held)
@@ -497,10 +498,10 @@ def gate(
     money, gross, growing, busy = account[0], 0., False, False
     state, equity, left = state_now(money, open_time, limits), money["equity"], allowance(money, limits)
     base = capital(money, limits) * left
-    unit = limits["max_position"] * base
+    unit, distance = limits["max_position"] * base, clearance(limits)
     for n in range(len(proposals)):
         row = proposals[n]
-        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, left, unit, limits)
+        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, left, unit, distance, limits)
         gross += abs(row["growth"])
     allowed = limits["max_leverage"] * base
     for n in range(len(proposals)):

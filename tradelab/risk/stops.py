@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP', 'WIDTHS', 'next_atr', 'level', 'levels', 'enter', 'track',
-           'touched', 'exit_price', 'adapted', 'simulate']
+           'touched', 'clearance', 'clear', 'exit_price', 'adapted', 'simulate']
 
 # %% ../../nbs/30_risk/34_stops.ipynb #b61058c6
 import numpy as np
@@ -88,6 +88,28 @@ def touched(
     if side * (best - target) >= 0.: return TAKE_PROFIT, target
     if settings["max_age"] > 0. and position["age"] >= settings["max_age"]: return TIME_STOP, settings["max_age"]
     return 0, np.nan
+
+# %% ../../nbs/30_risk/34_stops.ipynb #4bb0a37c
+@bare
+def clearance(
+    settings,  # a row with the fields of STOPS
+)->float:      # fraction of the entry price; 0 or less where a stop may stand anywhere
+    "Nearer to the entry than this no stop is touched"
+    if settings["trailing_stop"] > 0. or settings["stop_atr"] > 0. or settings["target_atr"] > 0. or settings["trailing_atr"] > 0. or settings["max_age"] > 0.: return 0.
+    stop, target = settings["stop_loss"], settings["take_profit"]
+    return min(stop if stop > 0. else np.inf, target if target > 0. else np.inf) - 1e-9   # more than any rounding of a level
+
+
+@bare
+def clear(
+    position,  # a row of POSITION, as `touched` takes it
+    high,      # of the candle, quote per base
+    low,
+    distance,  # `clearance`
+)->bool:
+    "Whether it is plain that a candle touches nothing"
+    entry = position["entry_price"]
+    return max(high - entry, entry - low) < entry * min(position["width"], 1.) * distance
 
 # %% ../../nbs/30_risk/34_stops.ipynb #d011f81c
 @bare
