@@ -518,8 +518,7 @@ def gate(
     if not busy: return
     if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
     if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf): shrink_groups(proposals, covariance, base, limits, instruments)
-    for n in range(len(proposals)):
-        if proposals[n]["growth"] != 0. or proposals[n]["kept"] != positions[n]["quantity"]: complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
+    for n in range(len(proposals)): complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
     if limits["max_net"] < np.inf or limits["max_var"] < np.inf: balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
     if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, equity, limits, instruments)
 
