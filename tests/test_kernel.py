@@ -216,6 +216,8 @@ def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     def bad(parameters, observation, targets): targets[0] = parameters[0]
     candles = ar1(50, seed=1)
     with pytest.raises(ValueError, match=message): backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
+    with pytest.raises(ValueError, match=r"waver at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*: a policy answered with the targets .*: a target is a number in \[-1, 1\]"):
+        backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles, form="event")
 
 
 @pytest.mark.parametrize("places, answer, message", [(0, [2.], "a target is a number in .-1, 1."), (0, [np.nan], "a target is a number in"), (0, [1., 1., 1.], "an answer is a target per symbol"), (1, [1.] * 7, "eight numbers for each place"),
