@@ -1,5 +1,6 @@
 "Jobs as a person runs them: papermill, its exit codes, and what a signal does"
 import json
+import os
 import re
 import signal
 import subprocess
@@ -158,3 +159,15 @@ def test_run_refuses_before_it_writes(project):
 def test_the_repository_jobs_run_on_the_kernel_that_every_environment_has(root):
     for path in (root / "nbs").rglob("*.ipynb"):
         if ".ipynb_checkpoints" not in path.parts: assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path
+
+
+@pytest.mark.parametrize("deaths, ends_well", [(1, True), (9, False)])
+def test_a_kernel_that_dies_before_it_answers_is_started_again(project, deaths, ends_well):
+    "Two jobs that begin at once may be given the same port: one of their kernels dies before anything was executed"
+    spec, count = project / "jupyter/kernels/shy", project / "count"
+    spec.mkdir(parents=True)
+    shy = f"import os, pathlib, sys; count = pathlib.Path({str(count)!r}); n = len(count.read_text()) if count.exists() else 0; count.write_text('x' * (n + 1)); n < {deaths} and sys.exit(1); os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])"
+    (spec / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-c", shy, "-f", "{connection_file}"], "display_name": "shy", "language": "python"}))
+    ended = papermill(write(project / "nbs/shy.ipynb", "print('done')"), "out.ipynb", "-k", "shy", env={**os.environ, "JUPYTER_PATH": str(project / "jupyter")})
+    assert (ended.returncode == 0) == ends_well, ended.stderr
+    assert len(count.read_text()) == (2 if ends_well else 3)

@@ -195,10 +195,14 @@ def _interrupt(client):
 def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=None, input_path=None, **options):
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.log import logger
-    client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
-                                     coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"], **options)
-    client.process_message = partial(hear, client.process_message, log_output)
-    with signals_to(partial(_interrupt, client), grace): client.execute()
+    for again in (True, True, False):
+        client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
+                                         coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"], **options)
+        client.process_message = partial(hear, client.process_message, log_output)
+        try:
+            with signals_to(partial(_interrupt, client), grace): return client.execute()
+        except RuntimeError as error:                          # two jobs that begin at once may be given the same port
+            if not again or "before replying to kernel_info" not in str(error): raise
 
 # %% ../nbs/00_ground/07_jobs.ipynb #26983fb5
 class SignalEngine:
