@@ -161,13 +161,27 @@ def test_the_repository_jobs_run_on_the_kernel_that_every_environment_has(root):
         if ".ipynb_checkpoints" not in path.parts: assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path
 
 
-@pytest.mark.parametrize("deaths, ends_well", [(1, True), (9, False)])
-def test_a_kernel_that_dies_before_it_answers_is_started_again(project, deaths, ends_well):
-    "Two jobs that begin at once may be given the same port: one of their kernels dies before anything was executed"
+def shy(project, before):
+    "A kernel that does something before it starts; a letter in `count` for each time"
     spec, count = project / "jupyter/kernels/shy", project / "count"
     spec.mkdir(parents=True)
-    shy = f"import os, pathlib, sys; count = pathlib.Path({str(count)!r}); n = len(count.read_text()) if count.exists() else 0; count.write_text('x' * (n + 1)); n < {deaths} and sys.exit(1); os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])"
-    (spec / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-c", shy, "-f", "{connection_file}"], "display_name": "shy", "language": "python"}))
-    ended = papermill(write(project / "nbs/shy.ipynb", "print('done')"), "out.ipynb", "-k", "shy", env={**os.environ, "JUPYTER_PATH": str(project / "jupyter")})
-    assert (ended.returncode == 0) == ends_well, ended.stderr
-    assert len(count.read_text()) == (2 if ends_well else 3)
+    code = f"import os, pathlib, sys, time; file = open({str(count)!r}, 'a'); file.write('x'); file.close(); n = pathlib.Path(file.name).stat().st_size; {before}; os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])"
+    (spec / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-c", code, "-f", "{connection_file}"], "display_name": "shy", "language": "python"}))
+    return [write(project / "nbs/shy.ipynb", "print('done')"), "out.ipynb", "-k", "shy"], {**os.environ, "JUPYTER_PATH": str(project / "jupyter")}, count
+
+
+@pytest.mark.parametrize("deaths, starts, code", [(1, 2, 0), (9, 3, 1)])
+def test_a_kernel_that_dies_before_it_answers_is_started_again(project, deaths, starts, code):
+    "Two jobs that begin at once may be given the same port: one of their kernels dies before anything was executed"
+    arguments, environment, count = shy(project, f"n <= {deaths} and sys.exit(1)")
+    ended = papermill(*arguments, env=environment)
+    assert ended.returncode == code and count.read_text() == starts * "x", ended.stderr
+
+
+def test_a_job_that_is_stopped_while_its_kernel_starts_stays_down(project):
+    arguments, environment, count = shy(project, "time.sleep(20)")
+    process = subprocess.Popen([*PAPERMILL, *map(str, arguments)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (count.exists() and count.read_text()): time.sleep(.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0 and count.read_text() == "x"

@@ -126,17 +126,17 @@ def signals_to(
     interrupt,     # called at the first and the second signal
     grace:float,   # seconds from the first signal until KeyboardInterrupt
 ):
-    "Hand SIGINT and SIGTERM on instead of dying of them; only the main thread can"
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    "Hand SIGINT and SIGTERM on instead of dying of them, and say which came; only the main thread can"
     seen = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
     def hand_on(number, _):
         seen.append(number)
         if len(seen) > 2 or number == signal.SIGALRM or not interrupt(): raise KeyboardInterrupt
         if len(seen) == 1: signal.setitimer(signal.ITIMER_REAL, grace)
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-    try: yield
+    try: yield seen
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items(): signal.signal(number, handler)
@@ -199,10 +199,10 @@ def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=Non
         client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
                                          coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"], **options)
         client.process_message = partial(hear, client.process_message, log_output)
-        try:
-            with signals_to(partial(_interrupt, client), grace): return client.execute()
-        except RuntimeError as error:                          # two jobs that begin at once may be given the same port
-            if not again or "before replying to kernel_info" not in str(error): raise
+        with signals_to(partial(_interrupt, client), grace) as asked:
+            try: return client.execute()
+            except RuntimeError as error:                      # two jobs that begin at once may be given the same port; one that was asked to stop stays down
+                if asked or not again or "before replying to kernel_info" not in str(error): raise
 
 # %% ../nbs/00_ground/07_jobs.ipynb #26983fb5
 class SignalEngine:
