@@ -13,7 +13,7 @@ from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
 from tradelab.records import BRACKETS, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
 from tradelab.sim.backtest import backtest
-from tradelab.sim.kernel import World, rules_of, tape_of
+from tradelab.sim.kernel import DONE, TARGET, World, rules_of, steps, tape_of
 from tradelab.sim.margin import liquidation_share
 from tradelab.sim.matching import new_state
 
@@ -235,6 +235,33 @@ def test_a_wrong_answer_changes_nothing(places, answer, message):
     with pytest.raises(ValueError, match="a step goes from candle 0 to 1 of these 3 to the next, was 2"): world.step(2, np.zeros(0), row)
     with pytest.raises(ValueError, match="journal must be one piece of .1,. "): world.step(0, np.zeros(0), np.zeros(2, JOURNAL))
     with pytest.raises(ValueError, match="answer must be one piece of .1,. float64, was .1,. float32"): world.step(0, np.ones(1, np.float32), row)
+
+
+@pytest.mark.parametrize("symbols", [1, 3])
+@pytest.mark.parametrize("execution", [Execution(), Execution("slices", slices=3), Execution("post_only"), Execution(protect=True)], ids=["market", "slices", "post_only", "protect"])
+def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
+    random, length = np.random.default_rng(symbols), 400
+    candles = np.ascontiguousarray(np.stack([ar1(length, rho=0, volatility=.01, seed=n)[["open", "high", "low", "close", "volume"]].to_numpy() for n in range(symbols)], axis=1))
+    targets = np.repeat(random.uniform(-1, 1, (length // 8, symbols)), 8, axis=0) * (random.random((length, symbols)) < .9)
+    rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones(symbols)
+    tape, rules = tape_of(np.arange(length) * HOUR, candles, rates, ALL, WIDE), rules_of(ALL, WIDE, [Instrument(str(n)) for n in range(symbols)], execution)
+    worlds = [World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules) for _ in range(2)]
+    curve, single, nobody = np.zeros(length - 300), np.zeros(length - 300), np.zeros(0, JOURNAL)
+    for world in worlds: mark(world.state.account, world.state.positions, candles[299, :, 3].copy())
+    assert steps(299, worlds[0].row, targets[299:-1], curve) == DONE
+    for t in range(299, length - 1):
+        worlds[1].step(t, targets[t], nobody)
+        single[t - 299] = worlds[1].state.account["equity"][0]
+    assert len(np.unique(curve)) > 90 and curve.tobytes() == single.tobytes() and worlds[0].state.count[0] > 20
+    for one, other in zip(worlds[0].state, worlds[1].state): assert one.tobytes() == other.tobytes()
+
+
+def test_the_steps_before_a_wrong_answer_are_made():
+    candles, rules, targets = np.full((9, 1, 5), 100.), rules_of(CostModel(), Limits(), [Instrument()], Execution()), np.full((8, 1), .5)
+    world, equity = World(tape_of(np.arange(9) * HOUR, candles, np.zeros((9, 1)), CostModel(), Limits()), new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), np.zeros(8)
+    mark(world.state.account, world.state.positions, candles[0, :, 3].copy())
+    targets[5] = np.nan
+    assert steps(0, world.row, targets, equity) == TARGET == world.row["code"][0] and (equity[:5] > 9_000).all() and (equity[5:] == 0).all() and world.state.positions["age"][0] == 5
 
 
 def test_a_policy_that_raises_is_named_with_its_bar():

@@ -212,8 +212,8 @@ class MarketEnv(gymnasium.Env):
 
     def step(self, action):
         population = self.population
-        ended = population.ended.item(0) if population.step(action) else 0
-        return self._seen.copy(), population.rewards.item(0), ended == TERMINATED, ended == TRUNCATED, {"journal": list(np.frombuffer(self._rows.tobytes(), JOURNAL))}
+        ended, rows = population.ended.item(0) if population.step(action) else 0, np.frombuffer(self._rows.tobytes(), JOURNAL)
+        return self._seen.copy(), population.rewards.item(0), ended == TERMINATED, ended == TRUNCATED, {"journal": [rows[n] for n in range(len(rows))]}
 
 # %% ../../nbs/80_learn/80_env.ipynb #97864454
 class _OneMarket(VecEnv):

@@ -156,25 +156,27 @@ def wish(
     money,     # a row of ACCOUNT
     state,     # of TradingState
     left,      # what the drawdown leaves of the limits
+    free,      # whether neither state, drawdown nor volatility can take anything
     unit,      # quote: the notional of a target of 1
-    distance,  # from the entry, within which no stop is touched: `clearance`
+    near,      # `clearance`: within it no stop is touched
     limits,    # a row of LIMITS
 )->float:      # signed, quote: the notional to hold
     "What is wanted of one symbol"
     say(row, AS_ASKED, 0., 0.)
     target, held = row["target"], position["quantity"]
     if position["stopped"] != 0.:
-        if target * position["stopped"] > 0.: say(row, STOPPED_OUT, 0., 0.)
+        if target * position["stopped"] > 0.:
+            say(row, STOPPED_OUT, 0., 0.)
+            target = 0.
         else: position["stopped"] = 0.
     if held != 0.:
         if position["best_price"] == 0.: enter(position, market["atr_before"], market["width"])
-        code, level = (0, np.nan) if clear(position, high, low, distance) else touched(position, high, low, limits)
+        code, level = (0, np.nan) if clear(position, high, low, near) else touched(position, high, low, limits)
         track(position, high, low)
         if code:
-            position["stopped"] = np.sign(held)
+            target, position["stopped"] = 0., np.sign(held)
             say(row, code, position["age"] if code == TIME_STOP else high if (code == TAKE_PROFIT) == (held > 0.) else low, level)
-    if position["stopped"] != 0.: target = 0.
-    if state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf: return target * unit
+    if free: return target * unit
     if state >= FLATTEN:
         if money["halted"] != 0: say(row, HALTED, money["drawdown"], limits["max_drawdown"])
         else: say(row, STATE, state, NO_ENTRY)
@@ -493,15 +495,15 @@ def gate(
     covariance,   # (n, n)
     limits,       # a row of LIMITS
     instruments,  # INSTRUMENT, (n,)
-):
+)->bool:          # whether there is anything to order
     "Turn targets into allowed orders"
     money, gross, growing, busy = account[0], 0., False, False
     state, equity, left = state_now(money, open_time, limits), money["equity"], allowance(money, limits)
     base = capital(money, limits) * left
-    unit, distance = limits["max_position"] * base, clearance(limits)
+    unit, near, free = limits["max_position"] * base, clearance(limits), state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf
     for n in range(len(proposals)):
         row = proposals[n]
-        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, left, unit, distance, limits)
+        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, left, free, unit, near, limits)
         gross += abs(row["growth"])
     allowed = limits["max_leverage"] * base
     for n in range(len(proposals)):
@@ -515,12 +517,13 @@ def gate(
             growing = True
             refuse(row, held, money, state, market[n]["atr"], limits)
             shrink_alone(row, base, limits, instruments[n])
-    if not busy: return
+    if not busy: return False
     if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
     if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf): shrink_groups(proposals, covariance, base, limits, instruments)
     for n in range(len(proposals)): complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
     if limits["max_net"] < np.inf or limits["max_var"] < np.inf: balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
     if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, equity, limits, instruments)
+    return True
 
 # %% ../../nbs/30_risk/35_limits.ipynb #3cbd2ecc
 @bare

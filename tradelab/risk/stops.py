@@ -93,11 +93,11 @@ def touched(
 @bare
 def clearance(
     settings,  # a row with the fields of STOPS
-)->float:      # fraction of the entry price; 0 or less where a stop may stand anywhere
+)->tuple:      # against and for a position, fractions of the entry price; 0 where a stop may stand anywhere
     "Nearer to the entry than this no stop is touched"
-    if settings["trailing_stop"] > 0. or settings["stop_atr"] > 0. or settings["target_atr"] > 0. or settings["trailing_atr"] > 0. or settings["max_age"] > 0.: return 0.
+    if max(settings["trailing_stop"], settings["stop_atr"], settings["target_atr"], settings["trailing_atr"], settings["max_age"]) > 0.: return 0., 0.
     stop, target = settings["stop_loss"], settings["take_profit"]
-    return min(stop if stop > 0. else np.inf, target if target > 0. else np.inf) - 1e-9   # more than any rounding of a level
+    return (stop if stop > 0. else np.inf) - 1e-9, (target if target > 0. else np.inf) - 1e-9   # more than any rounding of a level
 
 
 @bare
@@ -105,11 +105,12 @@ def clear(
     position,  # a row of POSITION, as `touched` takes it
     high,      # of the candle, quote per base
     low,
-    distance,  # `clearance`
+    near,      # `clearance`
 )->bool:
     "Whether it is plain that a candle touches nothing"
-    entry = position["entry_price"]
-    return max(high - entry, entry - low) < entry * min(position["width"], 1.) * distance
+    entry, long = position["entry_price"], position["quantity"] > 0.
+    against, favour = entry - low if long else high - entry, high - entry if long else entry - low
+    return against < entry * min(position["width"], 1.) * near[0] and favour < entry * near[1]
 
 # %% ../../nbs/30_risk/34_stops.ipynb #d011f81c
 @bare
