@@ -8,9 +8,10 @@ __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALT
            'ORDER_RATE', 'UNKNOWN', 'VOLATILITY', 'DRAWDOWN', 'STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP',
            'STOPPED_OUT', 'BRACKET', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'BALANCE_SHARE', 'Z99',
            'DAY', 'YEAR', 'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch',
-           'followed', 'state_now', 'allowance', 'calm', 'say', 'capital', 'wish', 'split', 'complete', 'added',
-           'refuse', 'shrink', 'room', 'shrink_alone', 'shrink_gross', 'shrink_groups', 'related', 'sides',
-           'risk_terms', 'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose', 'Gate']
+           'followed', 'state_now', 'allowance', 'calm', 'say', 'capital', 'wish', 'restrain', 'split', 'complete',
+           'added', 'refuse', 'shrink', 'room', 'shrink_alone', 'offer', 'scale_down', 'shrink_gross', 'shrink_groups',
+           'related', 'sides', 'risk_terms', 'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose',
+           'Gate']
 
 # %% ../../nbs/30_risk/35_limits.ipynb #5c4416ca
 import numpy as np
@@ -152,16 +153,10 @@ def wish(
     market,    # a row of MARKET
     high,      # of the candle that closed
     low,
-    variance,  # of the symbol, per candle
-    money,     # a row of ACCOUNT
-    state,     # of TradingState
-    left,      # what the drawdown leaves of the limits
-    free,      # whether neither state, drawdown nor volatility can take anything
-    unit,      # quote: the notional of a target of 1
     near,      # `clearance`: within it no stop is touched
     limits,    # a row of LIMITS
-)->float:      # signed, quote: the notional to hold
-    "What is wanted of one symbol"
+)->float:      # in [-1, 1]
+    "What is wanted of one symbol, and its stops allow"
     say(row, AS_ASKED, 0., 0.)
     target, held = row["target"], position["quantity"]
     if position["stopped"] != 0.:
@@ -176,15 +171,30 @@ def wish(
         if code:
             target, position["stopped"] = 0., np.sign(held)
             say(row, code, position["age"] if code == TIME_STOP else high if (code == TAKE_PROFIT) == (held > 0.) else low, level)
-    if free: return target * unit
+    return target
+
+
+@apart
+def restrain(
+    row,       # of PROPOSAL, changed: the reason
+    target,    # of `wish`
+    n,         # which symbol
+    market,    # MARKET, (n,)
+    covariance,# (n, n), per candle
+    money,     # a row of ACCOUNT
+    state,     # of TradingState
+    left,      # what the drawdown leaves of the limits
+    limits,    # a row of LIMITS
+)->float:      # in [-1, 1]
+    "What state, drawdown and volatility leave of it"
     if state >= FLATTEN:
         if money["halted"] != 0: say(row, HALTED, money["drawdown"], limits["max_drawdown"])
         else: say(row, STATE, state, NO_ENTRY)
         return 0.
     if target != 0. and left < 1.: say(row, DRAWDOWN, money["drawdown"], limits["drawdown_from"])
-    quiet, annual = calm(variance, market["step"], limits)
+    quiet, annual = calm(covariance[n, n], market[n]["step"], limits)
     if target != 0. and quiet < 1.: say(row, VOLATILITY if annual >= 0. else UNKNOWN, annual, limits["target_volatility"])
-    return target * quiet * unit
+    return target * quiet
 
 # %% ../../nbs/30_risk/35_limits.ipynb #87cb710b
 @bare
@@ -305,6 +315,47 @@ def shrink_alone(
     notional = abs(row["growth"]) * row["price"]
     known = row["turnover"] >= 0.
     shrink(row, room(limits["max_participation"] * row["turnover"], 0., notional) if known else 0., PARTICIPATION if known else UNKNOWN, notional / row["turnover"] if row["turnover"] > 0. else np.inf, limits["max_participation"])
+
+
+@bare
+def offer(
+    row,         # of PROPOSAL, changed
+    notional,    # signed, quote: to hold
+    held,        # signed base units
+    atr,         # of the symbol, quote
+    money,       # a row of ACCOUNT
+    state,       # of TradingState
+    base,        # quote: equity that may carry positions
+    limits,      # a row of LIMITS
+    instrument,  # a row of INSTRUMENT
+)->bool:         # whether there is anything to do
+    "What a wish comes to where there is only this symbol"
+    if not split(row, notional, held, money["equity"], limits, instrument): return False
+    refuse(row, held, money, state, atr, limits)
+    shrink_alone(row, base, limits, instrument)
+    return True
+
+# %% ../../nbs/30_risk/35_limits.ipynb #9dbf9406
+@apart
+def scale_down(
+    proposals,    # PROPOSAL, (n,), changed: `sent` holds the notionals that are wanted
+    positions,    # POSITION, (n,)
+    market,       # MARKET, (n,)
+    gross,        # quote: what they come to
+    allowed,      # quote
+    money,        # a row of ACCOUNT
+    state,        # of TradingState
+    base,         # quote: equity that may carry positions
+    limits,       # a row of LIMITS
+    instruments,  # INSTRUMENT, (n,)
+)->bool:          # whether there is anything to do
+    "Less of every wish, by one factor"
+    busy = False
+    for n in range(len(proposals)):
+        if proposals[n]["sent"] == 0.: continue
+        say(proposals[n], LEVERAGE, gross / money["equity"], allowed / money["equity"])
+        busy = offer(proposals[n], proposals[n]["sent"] * (allowed / gross), positions[n]["quantity"], market[n]["atr"], money, state, base, limits, instruments[n]) or busy
+    return busy
 
 # %% ../../nbs/30_risk/35_limits.ipynb #7461efac
 @bare
@@ -500,23 +551,16 @@ def gate(
     money, gross, growing, busy = account[0], 0., False, False
     state, equity, left = state_now(money, open_time, limits), money["equity"], allowance(money, limits)
     base = capital(money, limits) * left
-    unit, near, free = limits["max_position"] * base, clearance(limits), state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf
+    unit, allowed = limits["max_position"] * base, limits["max_leverage"] * base
+    near, free = clearance(limits), state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf
     for n in range(len(proposals)):
-        row = proposals[n]
-        row["growth"] = wish(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], covariance[n, n], money, state, left, free, unit, near, limits)
-        gross += abs(row["growth"])
-    allowed = limits["max_leverage"] * base
-    for n in range(len(proposals)):
-        row, held, wanted = proposals[n], positions[n]["quantity"], proposals[n]["growth"]
-        if gross > allowed * (1. + 1e-12) and wanted != 0.:
-            wanted *= allowed / gross
-            say(row, LEVERAGE, gross / equity, allowed / equity)
-        if not split(row, wanted, held, equity, limits, instruments[n]): continue
-        busy = True
-        if row["growth"] != 0.:
-            growing = True
-            refuse(row, held, money, state, market[n]["atr"], limits)
-            shrink_alone(row, base, limits, instruments[n])
+        row, position = proposals[n], positions[n]
+        target = wish(row, position, market[n], candle[n, HIGH], candle[n, LOW], near, limits)
+        if not free: target = restrain(row, target, n, market, covariance, money, state, left, limits)
+        row["sent"] = target * unit
+        gross += abs(row["sent"])
+        if offer(row, row["sent"], position["quantity"], market[n]["atr"], money, state, base, limits, instruments[n]): busy, growing = True, growing or row["growth"] != 0.
+    if gross > allowed * (1. + 1e-12): busy = scale_down(proposals, positions, market, gross, allowed, money, state, base, limits, instruments) or busy
     if not busy: return False
     if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
     if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf): shrink_groups(proposals, covariance, base, limits, instruments)
