@@ -173,7 +173,7 @@ def wish(
             say(row, code, position["age"] if code == TIME_STOP else high if (code == TAKE_PROFIT) == (held > 0.) else low, level)
     return target
 
-
+# %% ../../nbs/30_risk/35_limits.ipynb #91ce0271
 @apart
 def restrain(
     row,       # of PROPOSAL, changed: the reason

@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from ..account import ACCOUNT, POSITION, age, apply_funding, decimal8, funding_amount, mark, round_price, round_quantity
-from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at
+from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at, fetch_ahead
 from ..records import CLOSE, COLUMNS, COSTS, EXECUTION, FILL, INSTRUMENT, JOURNAL, LIMITS, PROPOSAL, STYLES, WORKING, Reason, instrument_rows
 from ..risk.limits import MARKET as MARKET_ROW, capital, followed, gate, propose
 from .costs import BOOK, CONDITION, conditions, fade
@@ -320,6 +320,9 @@ def _steps_of(
         rows, equity = array_at(journal, (count, n if journal != 0 else 0), JOURNAL), array_at(curve, (count if curve != 0 else 0,), NUMBER)
         for i in range(count):
             t, answer, row = first + i, asked[i], rows[i]
+            if not single:                                                  # of one symbol so little is read that it comes by itself
+                fetch_ahead(tape.candles[t])
+                if len(tape.conditions) > 1: fetch_ahead(tape.conditions[t])
             code = fault_of(answer, n, rules.execution["orders"]) if length > 0 else DONE
             if not np.isfinite(state.account[0]["equity"]): code = NO_EQUITY
             world["code"] = 0 if code == DONE else code                     # a step that does not come to its end has failed
@@ -340,7 +343,7 @@ def machine(single:bool):
     "The steps as a C function, compiled or read when it is first wanted"
     return c_function(types.int64(*[types.int64] * 8), error_model="numpy", _nrt=False)(_steps_of(single))
 
-
+# %% ../../nbs/50_sim/53_kernel.ipynb #1ee15d0d
 @bare
 def step(
     t,         # index of the candle that closed
