@@ -2,6 +2,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, maintenance_margin, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
+from tradelab.evaluation.metrics import round_trips
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
 from tradelab.records import BRACKETS, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
@@ -285,3 +287,15 @@ def test_the_past_does_not_know_the_future_of_costs():
     one, two = (backtest(wavering(), each, costs=ALL, limits=WIDE, beside=()) for each in (candles, other))
     kept = one.fills.index < candles.index[500]
     assert first_difference(one.fills[kept], two.fills[:kept.sum()]) is None and kept.sum() > 50
+
+
+def test_round_trips_within_a_candle_count():
+    "A journal knows the sum of a candle, the fills each trip: where a candle has one trip at most, they are the same"
+    candles = ar1(3_000, rho=0, volatility=.02, seed=1)
+    limits = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.99, stops=Stops(stop_loss=.01, take_profit=0.))
+    target = pd.Series(np.where(np.arange(3_000) % 5 == 0, 1., 0.), candles.index)
+    result = backtest(target, candles, limits=limits, execution=Execution(protect=True), beside=())
+    ours, theirs = round_trips(result.journal), result.trips
+    assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200 and len(ours) == len(theirs) > 300
+    np.testing.assert_allclose(ours["profit"], theirs["profit"], atol=1e-6)
+    assert ours["side"].tolist() == theirs["side"].tolist() and result.summary().hit_rate == pytest.approx((theirs["profit"] > 0).mean())

@@ -235,15 +235,17 @@ def _symbol_trips(rows):
     before, quantity, price, fee, funding = (np.nan_to_num(rows[name].to_numpy(np.float64)) for name in ("position", "fill_quantity", "fill_price", "fee", "funding"))
     last = before[-1] + quantity[-1]
     after = np.append(before[1:], last if abs(last) > 1e-12 else 0.)
-    ends = (before != 0) & (np.sign(after) != np.sign(before))
-    entries = np.append(np.zeros(int(before[0] != 0), int), np.flatnonzero((after != 0) & ((before == 0) | ends)))
+    traded, cash = (each.to_numpy() for each in traded_cash(rows))
+    within, cash = (before == 0) & (after == 0) & (traded > 0), cash - fee  # opened and closed in one candle
+    ends = within | (before != 0) & (np.sign(after) != np.sign(before))
+    entries = np.append(np.zeros(int(before[0] != 0), int), np.flatnonzero(within | (after != 0) & ((before == 0) | ends)))
     trip, finished = np.cumsum(ends) - ends, ends.sum()
-    cash = traded_cash(rows)[1].to_numpy() - fee
     share = np.divide(-before, quantity, out=np.ones_like(cash), where=ends & (quantity != 0))
     own = cash * share + funding
     own[0] -= before[0] * rows["close"].iloc[0]
     profit = np.bincount(trip, own, finished + 1) + np.bincount(trip + ends, cash * (1 - share), finished + 1)
-    return pd.DataFrame(dict(symbol=rows["symbol"].iloc[0], side=np.where(before[ends] > 0, "long", "short"), entry_time=rows.index[entries[:finished]],
+    held = np.where(within, rows["order"], before)[ends] if within.any() else before[ends]
+    return pd.DataFrame(dict(symbol=rows["symbol"].iloc[0], side=np.where(held > 0, "long", "short"), entry_time=rows.index[entries[:finished]],
                              exit_time=rows.index[ends], profit=profit[:finished]))
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #02a436a4
