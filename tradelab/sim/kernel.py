@@ -7,8 +7,8 @@ __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', '
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
            'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'SIZES', 'ARRAYS', 'WORLD', 'urgent', 'piece_of',
            'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order', 'fault_of', 'at_work',
-           'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine', 'step', 'steps',
-           'tape_of', 'rules_of', 'check_piece', 'point', 'World']
+           'decide_on_orders', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine',
+           'step', 'steps', 'tape_of', 'rules_of', 'check_piece', 'point', 'World']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -201,18 +201,30 @@ def at_work(books):
     return count > 0
 
 
+@apart
+def decide_on_orders(t, tape, answer, state, rules, proposals, row):
+    "The orders of a policy, place by place, at the close of candle t"
+    known, candle, unit = min(t, len(tape.market) - 1), tape.candles[t], rules.limits["max_position"] * capital(state.account[0], rules.limits)
+    for k in range(int(rules.execution["orders"])):
+        propose(proposals, answer[:len(proposals)], candle)
+        for n in range(len(proposals)): ask_target(k, n, answer, state, rules, proposals, unit)
+        gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
+        if k == 0: record(row, tape.times[t], candle, proposals, state.account, state.positions)
+        ask(k, answer, state, rules, proposals, unit, row)
+
+
 @bare
 def decide(t, tape, answer, state, rules, proposals, row):
     "From an answer to orders, at the close of candle t; without one, the proposals are what a trader has decided, or its orders stand already"
-    known, places, candle = min(t, len(tape.market) - 1), int(rules.execution["orders"]), tape.candles[t]
-    unit, busy = rules.limits["max_position"] * capital(state.account[0], rules.limits), True
-    for k in range(max(places, 1) if len(answer) > 0 else 0):
-        propose(proposals, answer if places == 0 else answer[:len(proposals)], candle)
-        for n in range(len(proposals) if places > 0 else 0): ask_target(k, n, answer, state, rules, proposals, unit)
+    known, candle, busy = min(t, len(tape.market) - 1), tape.candles[t], True
+    if rules.execution["orders"] > 0.:
+        if len(answer) > 0: decide_on_orders(t, tape, answer, state, rules, proposals, row)
+        return
+    if len(answer) > 0:
+        propose(proposals, answer, candle)
         busy = gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
-        if k == 0: record(row, tape.times[t], candle, proposals, state.account, state.positions)
-        if places > 0: ask(k, answer, state, rules, proposals, unit, row)
-    for n in range(len(proposals) if places == 0 and (busy or at_work(state.books)) else 0): place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
+        record(row, tape.times[t], candle, proposals, state.account, state.positions)
+    for n in range(len(proposals) if busy or at_work(state.books) else 0): place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #4a9f3f90
 @bare
