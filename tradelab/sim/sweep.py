@@ -176,17 +176,24 @@ def sweep(
     if len(columns) != len(times) or not columns.index.equals(frames[symbols[0]].index): raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; there were {len(columns)}")
     first = max(start, warm_up(limits), costs_warm_up(costs))
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
-    values, table = np.require(columns.to_numpy(float), requirements="FW"), np.ascontiguousarray(parameters.to_numpy(float)) # a rule walks along columns, and is compiled once: pandas gives some arrays to read only
+    values, table = np.asfortranarray(columns.to_numpy(float)).view(), np.ascontiguousarray(parameters.to_numpy(float)) # a rule walks along columns
+    values.flags.writeable = False                                                                                      # which all runs share
     tape, rules = tape_of(times, np.ascontiguousarray(known), funding_rates(funding, times, symbols), costs, limits), rules_of(costs, limits, [instrument or Instrument(symbols[0])], execution)
     sums, plain = np.zeros(len(table), SUMS), costs == CostModel.ideal() and limits == PLAIN and not exact
     sums["last"] = sums["peak"] = deposit
     sums["keeps"], capacity = 1., SPAN * len(new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution).fills)
 
+    def begun():
+        world = World(tape, new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution, capacity), rules)
+        mark(world.state.account, world.state.positions, tape.candles[first, :, CLOSE].copy())
+        return world
+
+    still = begun()   # the ideal loop reads it and changes nothing
+
     def one(i):
         targets = np.ascontiguousarray(rule(table[i], values), np.float64).reshape(-1, 1)
         if len(targets) != len(times): raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for {len(times)} candles: one for each")
-        world = World(tape, new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution, capacity), rules)
-        mark(world.state.account, world.state.positions, tape.candles[first, :, CLOSE].copy())
+        world = still if plain else begun()
         code = _without(targets, first, world.row, sums[i]) if plain else _with_costs(targets, first, world.row, np.empty(SPAN), sums[i])
         if code == DONE: return
         wrong = ~(np.abs(targets[first:, 0]) <= 1.)
