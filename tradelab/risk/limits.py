@@ -180,7 +180,7 @@ def restrain(
     target,    # of `wish`
     n,         # which symbol
     market,    # MARKET, (n,)
-    covariance,# (n, n), per candle
+    covariance, # (n, n), per candle
     money,     # a row of ACCOUNT
     state,     # of TradingState
     left,      # what the drawdown leaves of the limits

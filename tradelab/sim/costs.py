@@ -83,9 +83,9 @@ def conditions(
     return rows
 
 # %% ../../nbs/50_sim/50_costs.ipynb #f763b5f1
-BOOK = np.dtype([("pressure", "f8"), ("taken", "f8"), ("waited", "f8"), ("piece", "f8"), ("active", "i8")]) # net base units traded that the price still feels; base units taken of this candle; and what a style remembers
+BOOK = np.dtype([("pressure", "f8"), ("taken", "f8"), ("waited", "f8"), ("piece", "f8"), ("active", "i8")]) # net base units traded that the price still feels; base units taken of this candle; what a style remembers; active: whether an order or a style has to be looked at
 MOST = .25               # of the price: an impact beyond it is not a model's business
-FORGOTTEN = 1e-20        # base units, far below what can be ordered; a processor is slow with what is smaller than its numbers
+FORGOTTEN = 1e-20        # base units, far below what can be ordered; below 1e-308 a processor is slow
 
 
 @bare
