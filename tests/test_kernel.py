@@ -1,5 +1,6 @@
 "The kernel on random orders and candles: money is conserved, forms agree, nothing fills where the market was not, the exchange takes over where Binance says"
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -264,6 +265,14 @@ def test_the_steps_before_a_wrong_answer_are_made():
     mark(world.state.account, world.state.positions, candles[0, :, 3].copy())
     targets[5] = np.nan
     assert steps(0, world.row, targets, equity) == TARGET == world.row["code"][0] and (equity[:5] > 9_000).all() and (equity[5:] == 0).all() and world.state.positions["age"][0] == 5
+
+
+def test_an_order_in_slices_begins_anew_after_a_pause():
+    candles, limits, execution = np.tile([100., 100., 100., 100., 1e6], (4, 1))[:, None, :], replace(WIDE, max_position=.4), Execution("slices", slices=4)
+    tape, rules = tape_of(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits), rules_of(CostModel.ideal(), limits, [Instrument()], execution)
+    world = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
+    for t, target in enumerate((1., .25, 1.)): world.step(t, np.array([target]), np.zeros(0, JOURNAL))
+    assert world.state.fills[:world.state.count[0]]["quantity"].tolist() == [10., 7.5]      # a quarter of 40; nothing to do; a quarter of the 30 that are missing
 
 
 def test_a_policy_that_raises_is_named_with_its_bar():
