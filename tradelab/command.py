@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 from . import __version__
+from .texts import printable
 
 # %% ../nbs/99_top/99_command.ipynb #a054d84f
 @contextmanager
@@ -26,7 +27,7 @@ def one_sentence():
     try: yield
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, click.ClickException): raise
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(printable(str(error))) from None
 
 # %% ../nbs/99_top/99_command.ipynb #0b04b8cc
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

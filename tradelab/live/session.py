@@ -32,6 +32,7 @@ from .recorder import Recorder
 from ..log import get_logger
 from ..market.candles import milliseconds, text
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
+from ..texts import html_rows
 from ..trader import Trader
 
 logger = get_logger("live.session")
@@ -100,8 +101,7 @@ class Statistics:
         return counts | amounts | {"drawdown [%]": round(100 * self.drawdown, 2)} | times
 
     def _repr_html_(self):
-        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:right'>{'' if value is None else value}</td></tr>" for name, value in self.summary().items())
-        return f"<table>{rows}</table>"
+        return html_rows({name: "" if value is None else value for name, value in self.summary().items()})
 
 # %% ../../nbs/70_live/75_session.ipynb #e0292746
 class RefusedStart(RuntimeError):

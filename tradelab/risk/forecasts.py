@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ..texts import html_text
+
 # %% ../../nbs/30_risk/31_forecasts.ipynb #0d14ea31
 def _log(share, count): return count * math.log(share) if count else 0.
 
@@ -112,7 +114,7 @@ class Judgement:
         return pd.DataFrame(rows, ["likelihood ratio", "p-value (chi-square)", "p-value (simulated)"]).T
 
     def _repr_html_(self):
-        return f"<b>{self.level:.0%} VaR</b> over {len(self.returns):,} candles: traffic light {self.light}{self.table().round(4).to_html(border=0, na_rep='')}"
+        return f"<b>{self.level:.0%} VaR</b> over {len(self.returns):,} candles: traffic light {html_text(self.light)}{self.table().round(4).to_html(border=0, na_rep='')}"
 
     def plot(self):
         "Returns, the band, and the exceptions"
