@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tradelab.config import FORBIDDING, NOT_YET, BadSettings, _flat, _variables, forbidding, known_keys, settings, venue_for
-from tradelab.records import CostModel, Limits
+from tradelab.config import FORBIDDING, NOT_YET, TABLES, BadSettings, _flat, _variables, forbidding, job_settings, known_keys, overridden, settings, venue_for
+from tradelab.records import Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
@@ -123,7 +123,7 @@ def test_the_examples_name_every_setting_and_its_default(project):
     (project / "tradelab.toml").write_text(text)
     assert settings().model_dump() == settings(**{}).model_dump()
     written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name != "production"}))
-    unlimited = {f"{table}.{field.name}" for table, record in (("risk", Limits), ("costs", CostModel)) for field in fields(record) if field.default is None}
+    unlimited = {f"{table}.{field.name}" for table, record in TABLES.items() for field in fields(record) if field.default is None}
     assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
     example = settings()
     (project / "tradelab.toml").write_text("")
@@ -147,3 +147,24 @@ def test_a_limit_that_cannot_be_is_refused_at_start(project, text, sentence):
     (project / "tradelab.toml").write_text(text)
     with pytest.raises(BadSettings) as refused: settings()
     assert sentence in str(refused.value)
+
+
+@pytest.fixture
+def no_section():
+    yield
+    job_settings("")
+
+
+def test_a_jobs_section_counts_more_than_every_other_place_and_what_a_run_was_trained_with(project, monkeypatch, no_section):
+    (project / "tradelab.toml").write_text("gaps = true\n[risk]\nmax_position = 0.1\n[production.risk]\nmax_position = 0.2\n[settings.careful]\ngaps = false\n[settings.careful.risk]\nmax_position = 0.02")
+    monkeypatch.setenv("TRADELAB_RISK__MAX_POSITION", "0.3")
+    assert settings().risk.max_position == .3 and settings().gaps
+    assert job_settings("careful").risk.max_position == .02 and not settings().gaps and settings(environment="production").risk.max_position == .02
+    assert overridden(Limits(max_position=.5, max_drawdown=.3), "risk") == Limits(max_position=.02, max_drawdown=.3)
+    assert job_settings("").risk.max_position == .3 and overridden(Limits(max_position=.5), "risk") == Limits(max_position=.5)
+
+
+@pytest.mark.parametrize("key", ["[settings.careful]\nmax_positon = 1", "[settings.careful.risk]\nmax_positon = 1", "[settings]\ngaps = true", "[settings.careful]\nenvironment = 'staging'", "[careful]\ngaps = true"])
+def test_a_section_is_checked_though_nobody_names_it(project, key):
+    (project / "tradelab.toml").write_text(key)
+    with pytest.raises(BadSettings, match="tradelab.toml"): settings()
