@@ -101,6 +101,8 @@ class Statistics:
                  for share, value in zip(("median", "p99"), median_and_p99(values))}
         return counts | amounts | {"drawdown [%]": round(100 * self.drawdown, 2)} | times
 
+    def __str__(self): return "\n".join(f"{name:<28} {'' if value is None else value}" for name, value in self.summary().items())
+
     def _repr_html_(self):
         rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:right'>{'' if value is None else value}</td></tr>" for name, value in self.summary().items())
         return f"<table>{rows}</table>"

@@ -111,6 +111,8 @@ class Judgement:
                 f"mean excess over the shortfall: {self.depth[0]:+.1%}": (math.nan, math.nan, self.depth[1])}
         return pd.DataFrame(rows, ["likelihood ratio", "p-value (chi-square)", "p-value (simulated)"]).T
 
+    def __str__(self): return f"{self.level:.0%} VaR over {len(self.returns):,} candles: traffic light {self.light}\n{self.table().round(4).to_string(na_rep='')}"
+
     def _repr_html_(self):
         return f"<b>{self.level:.0%} VaR</b> over {len(self.returns):,} candles: traffic light {self.light}{self.table().round(4).to_html(border=0, na_rep='')}"
 

@@ -171,5 +171,6 @@ class Ladder:
         ladder.history = [Move(**move | {"state": TradingState(move["state"])}) for move in saved["history"]]
         return ladder
 
+    def __str__(self): return "\n".join([self.state().name, *(f"{cause} {scope or 'all'}: {TradingState(row[0]).name} since {text(row[1])}, {row[3]}" for (cause, scope), row in self.active.items())])
     def _repr_html_(self): return held_table(self.state(), self.active)
     def plot(self): return plot_moves(self.history)

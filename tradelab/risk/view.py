@@ -142,6 +142,10 @@ class RiskView:
                           "Worst drawdown [%]": 100 * (1 - self.equity / self.equity.cummax()).max(), "VaR 99 %, last [% of equity]": 100 * self.value_at_risk()["var"].iloc[-1],
                           "VaR exceptions [count]": found.exceptions if found else np.nan, "expected [count]": len(found.returns) * .01 if found else np.nan, "Answers other than asked [count]": int((self.journal["reason"] != Reason.AS_ASKED).sum())}, name="value")
 
+    def __str__(self):
+        numbers = self.summary().map(lambda value: f"{round(value, 2) + 0.:,.2f}" if np.isfinite(value) else "-").to_string()
+        return f"Risk of {self.name}\n{numbers}\n\nWhat the rules did\n{refusals(self.journal).to_string(index=False)}\n\nIf everything fell by a tenth\n{self.what_if().round(2).to_string(na_rep='')}"
+
     def _repr_html_(self):
         parts = [f"<b>Risk of {self.name}</b>", self.summary().to_frame().map(lambda value: f"{round(value, 2) + 0.:,.2f}" if np.isfinite(value) else "-").to_html(border=0, header=False)]
         if self.sectors: parts += ["<b>By sector</b> [x equity]", self.exposures.by_sector().round(3).to_html(border=0)]

@@ -109,6 +109,7 @@ class Stress:
         plt.close(figure)
         return figure
 
+    def __str__(self): return f"{self.note}\n" + self.table().to_string(float_format="{:,.2f}".format)
     def _repr_html_(self): return f"<p>{self.note}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
 
 # %% ../../nbs/50_sim/57_stress.ipynb #9f31dd89

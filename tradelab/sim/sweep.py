@@ -140,6 +140,7 @@ class Sweep:
         plt.close(figure)
         return figure
 
+    def __str__(self): return f"{self.note}\n{self.best().to_string()}"
     def _repr_html_(self): return f"<p>{self.note}</p>" + self.best().to_html(border=0)
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #fafcf9aa
@@ -191,7 +192,9 @@ def sweep(
     still = begun()   # the ideal loop reads it and changes nothing
 
     def one(i):
-        targets = np.ascontiguousarray(rule(table[i], values), np.float64).reshape(-1, 1)
+        answer = rule(table[i], values)
+        if answer is None: raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} returned nothing: a sweep's rule returns its targets, one for each candle")
+        targets = np.ascontiguousarray(answer, np.float64).reshape(-1, 1)
         if len(targets) != len(times): raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for {len(times)} candles: one for each")
         world = still if plain else begun()
         code = _without(targets, first, world.row, sums[i]) if plain else _with_costs(targets, first, world.row, np.empty(SPAN), sums[i])
