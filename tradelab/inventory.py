@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TAGS', 'tags_of', 'tag', 'known', 'runs_here', 'runs_table', 'show_run', 'measured', 'learnt', 'flat_settings',
            'differing_settings', 'compare_runs', 'delete_run', 'sessions_here', 'session_status', 'session_facts',
-           'sessions_table', 'show_session', 'compare_sessions', 'held_by', 'delete_session', 'data_table', 'download',
-           'series_of', 'check_data', 'delete_series']
+           'sessions_table', 'show_session', 'traded_by', 'compare_sessions', 'held_by', 'delete_session', 'data_table',
+           'download', 'series_of', 'usual_step', 'table_of', 'check_data', 'delete_series']
 
 # %% ../nbs/99_top/96_inventory.ipynb #b657f49b
 import json
@@ -17,17 +17,18 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .config import nearest, settings
 from .learn.registry import CONFIG, Run, load, read_configuration, train_ids
-from .market.candles import interval, milliseconds, timeframe_of
-from .market.files import from_file
+from .market.candles import TIMEFRAMES, interval, milliseconds, times
+from .market.files import candle_names, foreign, oldest_first, read_table, time_index
 from .market.quality import check_quality
 from .market.sources import funding_history, histories, history, is_file
-from .market.store import Store, months, replace_files
+from .market.store import Store, replace_files
 from .sim.backtest import backtest
-from .texts import one_line
+from .texts import one_line, printable
 
 # %% ../nbs/99_top/96_inventory.ipynb #c15e21ee
 TAGS = "tags.json"
@@ -100,7 +101,7 @@ def show_run(
     "The facts of a run, proved whole"
     run = load(name)
     kept = {"tags": " ".join(tags_of(settings().runs).get(run.id, [])) or "none", "folder": run.folder or "none, it is a rule", "files": ", ".join(sorted(path.name for path in run.folder.iterdir())) if run.folder else ""}
-    return "\n".join([one_line(line) for line in str(run).splitlines()] + [f"{name:<9} {value}" for name, value in kept.items() if value])
+    return "\n".join([printable(str(run))] + [f"{name:<9} {value}" for name, value in kept.items() if value])
 
 # %% ../nbs/99_top/96_inventory.ipynb #182fb0bd
 def measured(
@@ -147,7 +148,7 @@ def differing_settings(
 )->pd.DataFrame:     # a row a key
     "What is not the same in both"
     one, two = flat_settings(a), flat_settings(b)
-    rows = {key: [one_line(one.get(key, "-"), 60), one_line(two.get(key, "-"), 60)] for key in {**one, **two} if one.get(key) != two.get(key)}
+    rows = {key: [one_line(one.get(key, "-"), 60), one_line(two.get(key, "-"), 60)] for key in {**one, **two} if one.get(key) != two.get(key) and key != "created_time"}
     return pd.DataFrame(rows, index=list(names)).T
 
 
@@ -218,7 +219,8 @@ def session_status(
     "What a session wrote last; nothing where that cannot be read"
     try: found = json.loads((settings().sessions / name / "session.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): found = {}
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    return found | {"statistics": found["statistics"] if isinstance(found.get("statistics"), dict) else {}}
 
 
 def session_facts(
@@ -230,7 +232,7 @@ def session_facts(
     said = session_status(name)
     try: known_there = ledger.session(name)
     except KeyError: known_there = {"settings": {}, "state": "not in the ledger", "started": None}
-    then, numbers = known_there["settings"], said.get("statistics", {}) if isinstance(said.get("statistics"), dict) else {}
+    then, numbers = known_there["settings"], said["statistics"]
     state = "running" if name in running else "killed" if known_there["state"] == "running" else known_there["state"]
     started = f"{datetime.fromtimestamp(known_there['started'] / 1000, UTC):%Y-%m-%d %H:%M}" if known_there["started"] else ""
     facts = {"session": name, "policy": then.get("origin", ""), "venue": then.get("venue", said.get("venue", "")), "symbols": ",".join(map(str, then.get("symbols", []))), "timeframe": then.get("timeframe", ""), "state": state,
@@ -258,9 +260,20 @@ def show_session(
     ledger = _ledger()
     facts, events = session_facts(name, ledger, running), ledger.events(name).tail(10)
     ledger.close()
-    facts |= {"tags": " ".join(tags_of(settings().sessions).get(name, [])) or "none", "folder": str(settings().sessions / name)} | {key: one_line(value) for key, value in session_status(name).get("statistics", {}).items()}
+    facts |= {"tags": " ".join(tags_of(settings().sessions).get(name, [])) or "none", "folder": str(settings().sessions / name)} | {key: one_line(value) for key, value in session_status(name)["statistics"].items()}
     said = [f"{pd.Timestamp(row.time, unit='ms'):%Y-%m-%d %H:%M:%S}  {one_line(row.kind)}: {one_line(row.text, 200)}" for row in events.itertuples()]
     return "\n".join([f"{key:<27} {value}" for key, value in facts.items()] + (["", "last events [UTC]", *said] if said else []))
+
+# %% ../nbs/99_top/96_inventory.ipynb #c60957a8
+def traded_by(
+    running,      # ids of sessions
+)->tuple:         # ids of runs, or import names of rules
+    "What running sessions trade"
+    if not running: return ()
+    ledger = _ledger()
+    found = tuple(ledger.session(name)["settings"].get("origin", "") for name in running if name in ledger.sessions())
+    ledger.close()
+    return found
 
 # %% ../nbs/99_top/96_inventory.ipynb #910c93f9
 def compare_sessions(
@@ -339,6 +352,27 @@ def series_of(
     raise ValueError(f"the store {settings().data} holds no candles{' of ' + ' '.join(filter(None, (source, symbol, timeframe))) if source or symbol or timeframe else ''}: see tradelab data list, or tradelab data download")
 
 
+def usual_step(
+    table,      # indexed by time
+)->str:         # such as "1h"
+    "The timeframe that most steps of a table have, whatever else is wrong with it"
+    steps = pd.Series(np.diff(np.unique(times(table))))
+    found = {length: name for name, length in TIMEFRAMES.items()}.get(int(steps.mode()[0]) if len(steps) else 0)
+    if found is None: raise ValueError("no timeframe is as long as most steps between its times: say --timeframe")
+    return found
+
+
+def table_of(
+    path,
+)->pd.DataFrame:    # indexed by time, its columns named, nothing judged
+    "The candles of a file as they are found"
+    name = Path(path).name
+    with foreign(name):
+        table = candle_names(read_table(path), name)
+        table.index = time_index(table, name)
+        return oldest_first(table)
+
+
 def check_data(
     files=(),             # paths; none: the series of the store that fit the rest
     source:str="",
@@ -349,12 +383,8 @@ def check_data(
     if not files:
         store = Store(settings().data)
         return [check_quality(store.read(*key), key[2], f"{key[1]} of {key[0]}") for key in series_of(source, symbol, timeframe)]
-    reports = []
-    for path in files:
-        candles = from_file(path, timeframe or "1m", gaps=True)
-        step = timeframe or timeframe_of(candles)
-        reports.append(check_quality(candles, step, symbol or Path(path).name))
-    return reports
+    tables = {str(path): table_of(path) for path in files}
+    return [check_quality(table, timeframe or usual_step(table), symbol or Path(path).name) for path, table in tables.items()]
 
 
 def delete_series(
