@@ -8,7 +8,8 @@ __all__ = ['Missing', 'section']
 # %% ../nbs/00_ground/09_sections.ipynb #cd0cfac7
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
+
+from .texts import html_text
 
 # %% ../nbs/00_ground/09_sections.ipynb #ede85153
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Missing:
     why:str
 
     def __str__(self): return self.why
-    def _repr_html_(self): return f"<p><i>{escape(self.why)}</i></p>"
+    def _repr_html_(self): return f"<p><i>{html_text(self.why)}</i></p>"
 
 
 def section(

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..records import CLOSE, COLUMNS, HIGH, KNOWN, LOW, OPEN, VOLUME, Instrument
+from ..texts import printable
 
 # %% ../../nbs/10_market/10_candles.ipynb #cded7178
 TIMEFRAMES = {"1m": 60_000, "3m": 180_000, "5m": 300_000, "15m": 900_000, "30m": 1_800_000, "1h": 3_600_000, "2h": 7_200_000,
@@ -106,6 +107,7 @@ ALIASES = {"open": "o, Open, open_price, price_open", "high": "h, High, max, pri
 
 class BadCandles(ValueError):
     "Candles that nothing may be decided on; the message says what is wrong, where, and what to do"
+    def __init__(self, message=""): super().__init__(printable(message))
 
 
 def check_columns(

@@ -30,10 +30,12 @@ from ..log import get_logger
 from .candles import OPTIONAL, TIMEFRAMES, BadCandles, check, frame, milliseconds, text, times
 from .quality import check_quality, true_order
 from ..records import COLUMNS
+from ..texts import printable
 
 # %% ../../nbs/10_market/14_files.ipynb #2ba60306
 class NoCandles(RuntimeError):
     "A source has no such candles; the message says why"
+    def __init__(self, message=""): super().__init__(printable(message))
 
 
 class Unreachable(NoCandles):

@@ -271,7 +271,7 @@ def from_yahoo(
 )->pd.DataFrame:
     "Checked candles of Yahoo Finance"
     try: import yfinance
-    except ImportError as error: raise NoCandles("yahoo needs the package yfinance: pip install 'tradelab[yahoo]'") from error
+    except ImportError as error: raise NoCandles("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in the folder of tradelab") from error
     if timeframe not in SLOTS: raise NoCandles(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
     name, until = yahoo_name(symbol), None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
     try:

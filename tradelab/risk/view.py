@@ -17,6 +17,7 @@ from ..sections import Missing, section
 from .forecasts import Judgement, judge
 from .portfolio import Exposures
 from .tail import LEVELS, METHODS, tail_history
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/30_risk/38_view.ipynb #fd57dfbd
 def refusals(
@@ -53,7 +54,7 @@ def shocked(
 # %% ../../nbs/30_risk/38_view.ipynb #379494c1
 def draw_exposures(axes, weights:pd.DataFrame):
     "What is held, multiples of equity"
-    for symbol, column in weights.items(): axes.plot(column.index, column, lw=.7, label=symbol)
+    for symbol, column in weights.items(): axes.plot(column.index, column, lw=.7, label=figure_text(symbol))
     axes.plot(weights.index, weights.abs().sum(axis=1), color="black", lw=.6, label="gross")
     axes.set(ylabel="exposure\n[x equity]")
     axes.legend(ncol=4, fontsize=7, loc="upper left")
@@ -162,12 +163,17 @@ class RiskView:
         first = self.value_at_risk()["var"].first_valid_index()
         return f"<p>Value at risk over the last {self.lookback:g} days" + (", which this run does not have" if first is None else "") + ".</p>"
 
+    def __str__(self):
+        numbers = section(lambda: self.summary().map(lambda value: f"{round(value, 2) + 0.:,.2f}" if np.isfinite(value) else "-").to_string())
+        rules, fall = section(lambda: refusals(self.journal).to_string(index=False)), section(lambda: self.what_if().round(2).to_string(na_rep=""))
+        return f"Risk of {self.name}\n{numbers}\n\nWhat the rules did\n{rules}\n\nIf everything fell by a tenth\n{fall}"
+
     def _repr_html_(self):
-        parts = [f"<b>Risk of {self.name}</b>", html_of(self._numbers), html_of(self._looks_back)]
+        parts = [f"<b>Risk of {html_text(self.name)}</b>", html_of(self._numbers), html_of(self._looks_back)]
         if self.sectors: parts += ["<b>By sector</b> [x equity]", html_of(lambda: self.exposures.by_sector().round(3).to_html(border=0))]
         parts += ["<b>What the rules did</b>", html_of(lambda: refusals(self.journal).to_html(border=0, index=False)), "<b>If everything fell by a tenth</b>", html_of(lambda: self.what_if().round(2).to_html(border=0, na_rep=""))]
         if self.ladder is not None: parts += ["<b>Ladder</b> ", self.ladder._repr_html_()]
-        if self.events: parts += ["<b>Breakers</b><br>", "<br>".join(map(str, self.events[-10:]))]
+        if self.events: parts += ["<b>Breakers</b><br>", "<br>".join(map(html_text, self.events[-10:]))]
         return "".join(parts)
 
     def plot(self):
@@ -177,6 +183,6 @@ class RiskView:
         moved = self.equity.pct_change().reindex(self.closes.index)
         for axes, draw in ((top, lambda: draw_exposures(top, self.weights)), (bottom, lambda: draw_answers(bottom, self.journal)),
                            (middle, lambda: draw_value_at_risk(middle, moved, self.value_at_risk()["var"].shift(1)))):
-            if isinstance(missing := section(draw), Missing): axes.set_title(missing.why, fontsize=8, color="#888888")
+            if isinstance(missing := section(draw), Missing): axes.set_title(figure_text(missing.why, 120), fontsize=8, color="#888888")
         shade(bottom, self.ladder.history if self.ladder is not None else (), self.events, int(self.journal.index.as_unit("ms").asi8[-1]))
         return figure
