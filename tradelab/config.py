@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'project_root',
-           'Settings', 'BadSettings', 'known_keys', 'nearest', 'read_places', 'settings', 'Venue', 'venue_for']
+           'Trust', 'Settings', 'BadSettings', 'known_keys', 'nearest', 'read_places', 'settings', 'Venue', 'venue_for']
 
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
 import os
@@ -51,6 +51,12 @@ ENVIRONMENTS = ("development", "staging", "production")
 VENUES = ("localnet", "testnet", "mainnet")
 
 
+@dataclass(frozen=True)
+class Trust:
+    "Whose code a name may stand for"
+    modules:Annotated[tuple[str, ...], BeforeValidator(_split)] = () # rules and features of these modules may be named, beside those of tradelab and of the project's own folder
+
+
 class Settings(BaseSettings):
     "Everything that a person can set"
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -80,6 +86,7 @@ class Settings(BaseSettings):
     mainnet_confirmation:str = ""                       # real money: the first eight characters of mainnet_key
     risk:Limits = Limits()                              # [risk]
     costs:CostModel = CostModel()                       # [costs]
+    trust:Trust = Trust()                               # [trust]
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **_):
@@ -100,7 +107,7 @@ def _names(record, prefix):
 
 def known_keys()->list[str]:
     "Every key that can be set, with dots: `risk.max_leverage`"
-    tables = {"risk": Limits, "costs": CostModel}
+    tables = {"risk": Limits, "costs": CostModel, "trust": Trust}
     return [key for name in Settings.model_fields for key in (_names(tables[name], name) if name in tables else [name])]
 
 # %% ../nbs/00_ground/02_config.ipynb #48545982
