@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT',
-           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'project_root', 'Settings', 'BadSettings', 'known_keys',
-           'nearest', 'read_table', 'read_variables', 'read_places', 'settings', 'job_settings', 'overridden', 'Venue',
-           'forbidding', 'venue_for']
+           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Settings', 'BadSettings',
+           'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places', 'settings', 'job_settings',
+           'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
 
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
 import os
@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     costs:CostModel = CostModel()                       # [costs]
     execution:Execution = Execution()                   # [execution]: how a backtest turns targets into orders
     training:Training = Training()                      # [training]
+    symbol:str = "BTC/USDT:USDT"                        # of a job that is given none, and whose policy names none
+    timeframe:str = "1h"                                # likewise
+    deposit:Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000. # quote; what of the account a session may use, and what a backtest begins with
     gaps:bool = False                                   # whether candles with holes are carried through; unsaid they are refused
     localnet_funding:str = "none"                       # funding rates of a localnet that a job starts: archive, an exchange, or a file
 
@@ -300,11 +303,18 @@ NOT_YET = ('venue is "mainnet", which is real money, and this version does not s
            'choose venue = "testnet"')
 
 
+FALSE = ("", "0", "false", "no", "off")
+
+
+def foreign_variables()->list[tuple]: # (name in capitals, value, where it is set)
+    "What `.env` and the environment set under names that are not ours"
+    places = ((DOTENV, read_variables(project_root() / DOTENV)), (ENVIRONMENT, os.environ))
+    return [(name.upper(), value, where) for where, variables in places for name, value in variables.items() if not name.upper().startswith(PREFIX)]
+
+
 def forbidding()->list[str]:
     "Each variable that forbids real money, with the place where it is set"
-    places = ((DOTENV, read_variables(project_root() / DOTENV)), (ENVIRONMENT, os.environ))
-    false = ("", "0", "false", "no", "off")
-    return [f"{name} in {where}" for where, variables in places for name, value in variables.items() if name.upper() in FORBIDDING and (value or "").strip().lower() not in false]
+    return [f"{name} in {where}" for name, value, where in foreign_variables() if name in FORBIDDING and value.strip().lower() not in FALSE]
 
 # %% ../nbs/00_ground/02_config.ipynb #c65cd320
 def _check_mainnet(here):

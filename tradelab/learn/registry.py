@@ -10,7 +10,6 @@ __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'PROVENANCE', 'DERIVED', 'S
 
 # %% ../../nbs/80_learn/83_registry.ipynb #1dda615f
 import ast
-import html
 import inspect
 import json
 import os
@@ -42,6 +41,7 @@ from ..market.store import replace_files
 from ..policies import ACTIVATIONS, Policy, mlp
 from ..records import CostModel, Instrument, Limits, Scaler
 from ..sim.backtest import make_trader
+from ..texts import figure_text, html_rows
 from ..trader import Trader
 
 # %% ../../nbs/80_learn/83_registry.ipynb #17b7c7b7
@@ -87,8 +87,7 @@ class Run:
     def __str__(self): return "\n".join(f"{name:<9} {value}" for name, value in describe(self).items())
 
     def _repr_html_(self):
-        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(str(value))}</td></tr>" for name, value in describe(self).items())
-        return f"<table>{rows}</table>"
+        return html_rows(describe(self))
 
 # %% ../../nbs/80_learn/83_registry.ipynb #7405d759
 def describe(
@@ -376,7 +375,7 @@ def plot_learning(
     axes.plot(curve.step, 1e4 * curve.reward, color="C0", alpha=.35, label="since the point before")
     axes.plot(curve.step, 1e4 * curve.reward.rolling(10, min_periods=1).mean(), color="C0", label="mean of 10 points")
     axes.axhline(0, color="black", lw=.8)
-    axes.set(xlabel="training step [candles]", ylabel="mean reward [basis points a candle]", title=f"Learning of {run.policy.name}")
+    axes.set(xlabel="training step [candles]", ylabel="mean reward [basis points a candle]", title=figure_text(f"Learning of {run.policy.name}", 90))
     axes.legend()
     plt.close(figure)
     return figure

@@ -23,6 +23,7 @@ import pandas as pd
 from ..compiled import compiled
 from .candles import OPTIONAL, BadCandles, check_columns, frame, milliseconds, moment, optional_faults, text, times
 from ..records import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/10_market/12_quality.ipynb #cb60617c
 KINDS = {  # kind: (score it counts against, severity, what to do)
@@ -598,7 +599,7 @@ def _plot(report):
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     figure, (price, marks) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1))
     price.plot(report.candles.index, report.candles.close, linewidth=.6)
-    price.set(ylabel="close [quote per base]", title=_headline(report).partition(";")[0], yscale="log" if (report.candles.close > 0).any() else "linear")
+    price.set(ylabel="close [quote per base]", title=figure_text(_headline(report).partition(";")[0], 160), yscale="log" if (report.candles.close > 0).any() else "linear")
     kinds = list(dict.fromkeys(each.kind for each in report.findings))
     colours = {"info": "tab:grey", "warning": "tab:orange", "error": "tab:red"}
     for each in report.findings[:2000]:
@@ -625,7 +626,7 @@ def _table(report):
 
 def _html(report, shown=20):
     rest = f"<p>and {len(report.findings) - shown} more: see <code>.table()</code></p>" if len(report.findings) > shown else ""
-    return f"<p><b>Quality</b> of {_headline(report)}</p>{_table(report)[:shown].to_html(index=False)}{rest}"
+    return f"<p><b>Quality</b> of {html_text(_headline(report))}</p>{_table(report)[:shown].to_html(index=False)}{rest}"
 
 # %% ../../nbs/10_market/12_quality.ipynb #9330749b
 @dataclass(frozen=True, repr=False)

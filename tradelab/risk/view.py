@@ -16,6 +16,7 @@ from ..records import Reason, TradingState
 from .forecasts import Judgement, judge
 from .portfolio import Exposures
 from .tail import LEVELS, METHODS, tail_history
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/30_risk/38_view.ipynb #fd57dfbd
 def refusals(
@@ -52,7 +53,7 @@ def shocked(
 # %% ../../nbs/30_risk/38_view.ipynb #379494c1
 def draw_exposures(axes, weights:pd.DataFrame):
     "What is held, multiples of equity"
-    for symbol, column in weights.items(): axes.plot(column.index, column, lw=.7, label=symbol)
+    for symbol, column in weights.items(): axes.plot(column.index, column, lw=.7, label=figure_text(symbol))
     axes.plot(weights.index, weights.abs().sum(axis=1), color="black", lw=.6, label="gross")
     axes.set(ylabel="exposure\n[x equity]")
     axes.legend(ncol=4, fontsize=7, loc="upper left")
@@ -147,11 +148,11 @@ class RiskView:
         return f"Risk of {self.name}\n{numbers}\n\nWhat the rules did\n{refusals(self.journal).to_string(index=False)}\n\nIf everything fell by a tenth\n{self.what_if().round(2).to_string(na_rep='')}"
 
     def _repr_html_(self):
-        parts = [f"<b>Risk of {self.name}</b>", self.summary().to_frame().map(lambda value: f"{round(value, 2) + 0.:,.2f}" if np.isfinite(value) else "-").to_html(border=0, header=False)]
+        parts = [f"<b>Risk of {html_text(self.name)}</b>", self.summary().to_frame().map(lambda value: f"{round(value, 2) + 0.:,.2f}" if np.isfinite(value) else "-").to_html(border=0, header=False)]
         if self.sectors: parts += ["<b>By sector</b> [x equity]", self.exposures.by_sector().round(3).to_html(border=0)]
         parts += ["<b>What the rules did</b>", refusals(self.journal).to_html(border=0, index=False), "<b>If everything fell by a tenth</b>", self.what_if().round(2).to_html(border=0, na_rep="")]
         if self.ladder is not None: parts += ["<b>Ladder</b> ", self.ladder._repr_html_()]
-        if self.events: parts += ["<b>Breakers</b><br>", "<br>".join(map(str, self.events[-10:]))]
+        if self.events: parts += ["<b>Breakers</b><br>", "<br>".join(map(html_text, self.events[-10:]))]
         return "".join(parts)
 
     def plot(self):
