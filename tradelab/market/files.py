@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'BUSY', 'PATIENCE', 'TRIES', 'UNPACKED', 'ROWS', 'LINE', 'WIDE', 'FILES', 'MAGIC', 'REFUSED', 'NUMBER',
-           'GROUPED', 'PROOF', 'DOUBT', 'KLINE', 'CLOCK', 'PAIR', 'PARSERS', 'TIMES', 'SPELLINGS', 'NoCandles',
+           'GROUPED', 'PROOF', 'DOUBT', 'KLINE', 'CLOCK', 'PAIR', 'PARSERS', 'TIMES', 'SPELLINGS', 'NAMED', 'NoCandles',
            'Unreachable', 'NotThere', 'retry_after', 'bounded', 'ask', 'refuse_page', 'foreign', 'unpacked',
            'content_of', 'as_text', 'refuse_long', 'layout', 'parse_csv', 'parse_json', 'distance', 'proven_order',
            'thousands', 'klines', 'kline_frame', 'joined', 'name_columns', 'coins_of', 'renamed', 'parsed', 'is_bare',
            'read_table', 'refuse_zone', 'year_first', 'time_index', 'spelled', 'candle_names', 'refuse_bad', 'said',
-           'note_span', 'oldest_first', 'from_file']
+           'note_span', 'oldest_first', 'names_of', 'rows_of', 'from_file']
 
 # %% ../../nbs/10_market/14_files.ipynb #4582458f
 import csv
@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from ..log import get_logger
 from .candles import OPTIONAL, TIMEFRAMES, BadCandles, check, frame, milliseconds, since_epoch, text, times
 from .quality import check_quality, true_order
+from .symbols import ALIASES, coin_in, coin_of, other_in
 from ..records import COLUMNS
 from ..texts import printable
 
@@ -539,18 +540,48 @@ def oldest_first(
     return table[::-1] if len(table) > 1 and table.index.is_monotonic_decreasing and table.index.is_unique else table
 
 
+NAMED = ("symbol", "ticker", "pair", "tic", "instrument") # columns that say whose row it is
+
+
+def names_of(
+    table:pd.DataFrame,   # as read
+)->pd.Series|None:        # what each row says; None where they say nothing
+    "Whose rows these are"
+    column = next((column for column in table if str(column).strip().lower() in NAMED), None)
+    return None if column is None else table[column].astype(str)
+
+
+def rows_of(
+    table:pd.DataFrame,   # as read
+    symbol:str,           # ccxt's unified name; "" takes all
+    name:str,             # what messages call the file
+)->pd.DataFrame:
+    "The rows of one symbol, where the file says whose they are; `BadCandles` where they are another's"
+    names = names_of(table)
+    if symbol and names is None and (other := other_in(name, symbol)): raise BadCandles(other)
+    if not symbol or names is None or table.empty: return table
+    held = list(dict.fromkeys(names))
+    bare = lambda word: re.sub(r"[^A-Z0-9]", "", ALIASES.get(word.upper(), word.upper()))
+    coin, pair = coin_of(symbol), bare(symbol.partition(":")[0])
+    own = [each for each in held if bare(each) in (pair, bare(symbol), coin)] or [each for each in held if len(held) == 1 and coin_in(each.upper().replace("/", "-")) in ("", coin)]
+    if not own: raise BadCandles(f"{name} holds {', '.join(held[:5])}{' and others' if len(held) > 5 else ''}, not {symbol}: give symbol one of the names that it holds")
+    return table[(names == own[0]).to_numpy()]
+
+
 def from_file(
     path,             # one of FILES, perhaps packed; an address that begins with http
     timeframe:str,    # such as "1h"
     start=None,       # ms; from its beginning where not given
     end=None,         # ms, exclusive; to its end where not given
     gaps:bool=False,  # whether holes are allowed, for whoever deals with them
+    symbol:str="",    # ccxt's unified name; where given, a file that says that it holds others is refused
 )->pd.DataFrame:
     "Checked and judged candles of a file"
     milliseconds(timeframe)
     name = Path(path).name
     with foreign(name):
-        table = candle_names(read_table(path), name)
+        table = rows_of(read_table(path), symbol, name)
+        table = candle_names(table, name)
         notes = dict(table.attrs)
         table.index = time_index(table, name)
         if table.empty: raise BadCandles(f"{name}: no rows: fetch it again")
