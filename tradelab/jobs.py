@@ -204,7 +204,7 @@ def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=Non
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.log import logger
     for again in (True, True, False):
-        client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
+        client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=max(start_timeout, 600), timeout=execution_timeout,
                                          coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"], **options)
         client.process_message = partial(hear, client.process_message, log_output)
         with signals_to(partial(_interrupt, client), grace) as asked:
