@@ -69,11 +69,14 @@ def overlaps(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer, texts = canvas.get_renderer(), []
+    drawn, labels = set(), set()
+    for axis in [each for axes in figure.axes for each in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+            labels |= {id(tick.label1), id(tick.label2)}
+            if low - 1e-9 <= tick.get_loc() <= high + 1e-9: drawn |= {id(tick.label1), id(tick.label2)}
     for text in figure.findobj(plt.Text):
-        if not text.get_visible() or not text.get_text().strip(): continue
-        axes = text.axes
-        ticks = [] if axes is None else [(axis, tick) for axis in (axes.xaxis, axes.yaxis) for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if text in (tick.label1, tick.label2)]
-        if any(not low - 1e-9 <= tick.get_loc() <= high + 1e-9 for axis, tick in ticks for low, high in [sorted(axis.get_view_interval())]): continue
+        if not text.get_visible() or not text.get_text().strip() or id(text) in labels - drawn: continue
         box = text.get_window_extent(renderer)
         if box.width > 0: texts.append((text.get_text(), box))
     width, height = canvas.get_width_height()
