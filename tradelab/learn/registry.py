@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'PROVENANCE', 'DERIVED', 'STRATEGIES', 'Run', 'describe', 'train_id',
-           'train_ids', 'policy_bytes', 'DamagedRun', 'read_parameters', 'seal', 'verify', 'versions', 'source_sha256',
-           'configuration', 'runs_folder', 'write', 'read_configuration', 'read', 'save', 'UnknownRun', 'find_module',
-           'find_rule', 'arguments', 'load_rule', 'load', 'plot_learning']
+           'reserved', 'train_ids', 'policy_bytes', 'DamagedRun', 'read_parameters', 'seal', 'verify', 'versions',
+           'source_sha256', 'configuration', 'runs_folder', 'write', 'read_configuration', 'read', 'save', 'UnknownRun',
+           'find_module', 'find_rule', 'arguments', 'load_rule', 'load', 'plot_learning']
 
 # %% ../../nbs/80_learn/83_registry.ipynb #1dda615f
 import ast
@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -115,6 +116,25 @@ def train_id(
     return f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{began:%Y%m%d_%H%M%S}"
 
 # %% ../../nbs/80_learn/83_registry.ipynb #44b1a6cf
+@contextmanager
+def reserved(
+    config:dict,   # as `train_id` takes it
+    runs:Path,     # the folder of all runs
+):                 # yields the train id
+    "A train id that nobody else gets while it is open: two trainings that begin in one second get two"
+    number, name = 1, train_id(config)
+    while True:
+        place = runs / f".{name}.reserved"
+        try: place.mkdir()
+        except FileExistsError: pass
+        else:
+            if not (runs / name).exists(): break
+            place.rmdir()
+        number, name = number + 1, train_id({**config, "seed": f"{config['seed']}-{number + 1}"})
+    try: yield name
+    finally: place.rmdir()
+
+# %% ../../nbs/80_learn/83_registry.ipynb #ecdbf4d9
 def train_ids(
     folder:Path,    # of all runs
 )->list[str]:
