@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT',
-           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Settings', 'BadSettings',
-           'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places', 'settings', 'job_settings',
-           'one_section', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
+           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings',
+           'BadSettings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places', 'settings',
+           'job_settings', 'one_section', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
 
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
 import os
@@ -60,6 +60,12 @@ VENUES = ("localnet", "testnet", "mainnet")
 REAL = ("https://fapi.binance.com", "wss://fstream.binance.com") # where orders are real money
 
 
+@dataclass(frozen=True)
+class Trust:
+    "Whose code a name may stand for"
+    modules:Annotated[tuple[str, ...], BeforeValidator(_split)] = () # beside tradelab's own and those in the project's folder
+
+
 class Settings(BaseSettings):
     "Everything that a person can set"
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -89,6 +95,7 @@ class Settings(BaseSettings):
     mainnet_confirmation:str = ""                       # real money: the first eight characters of mainnet_key
     risk:Limits = Limits()                              # [risk]
     costs:CostModel = CostModel()                       # [costs]
+    trust:Trust = Trust()                               # [trust]
     execution:Execution = Execution()                   # [execution]: how a backtest turns targets into orders
     training:Training = Training()                      # [training]
     symbol:str = "BTC/USDT:USDT"                        # of a job that is given none, and whose policy names none
@@ -107,7 +114,7 @@ class BadSettings(ValueError):
     "A setting that is unknown or wrong; says where it stands"
 
 # %% ../nbs/00_ground/02_config.ipynb #c6716410
-TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training} # records by the table that they are read from
+TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training, "trust": Trust} # records by the table that they are read from
 
 
 def _names(record, prefix):

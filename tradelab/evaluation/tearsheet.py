@@ -16,7 +16,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, round_trips, until_ruin
+from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, trips_of, until_ruin
 from ..texts import figure_text, html_text
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #26c030fd
@@ -189,11 +189,11 @@ def draw_returns(
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cc2fe035
 def draw_trades(
-    axis,                  # matplotlib axis
-    journal:pd.DataFrame,
+    axis,      # matplotlib axis
+    result,    # .journal; and .trips, where it knows its fills
 ):
     "How many round trips earned how much, net"
-    profits = round_trips(journal)["profit"].to_numpy(float)
+    profits = trips_of(result)["profit"].to_numpy(float)
     axis.set(xlabel="Profit of a round trip [quote]", ylabel="Round trips [count]")
     if not len(profits): return _nothing(axis, "no finished round trip")
     width = max(np.ptp(np.append(profits, 0.)) / 40, 1e-9)
@@ -317,7 +317,7 @@ def _details(sheet):
         draw_rolling_sharpe(axes["sharpe"], sheet.results)
         axes["sharpe"].set_xmargin(0)
         draw_returns(axes["returns"], subject.equity)
-        draw_trades(axes["trades"], subject.journal)
+        draw_trades(axes["trades"], subject)
         draw_costs(axes["costs"], subject)
         _title(axes["sharpe"], sheet, 155)
     return _drawn((9, 5.6), dict(mosaic=[["sharpe"] * 3, ["returns", "trades", "costs"]], height_ratios=(1, 1.3)), draw)
@@ -393,7 +393,7 @@ class TearSheet:
     def subject(self)->str: return next(iter(self.results))
 
     @property
-    def metrics(self)->dict[str, Metrics]: return {name: metrics(result.equity, result.journal) for name, result in self.results.items()}
+    def metrics(self)->dict[str, Metrics]: return {name: metrics(result.equity, result.journal, trips=trips_of(result)) for name, result in self.results.items()}
 
     @property
     def face(self)->str: return _face(self.results[self.subject].equity, self.note, self.source)

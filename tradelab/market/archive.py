@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from ..log import get_logger
-from .candles import BadCandles, check, milliseconds, moment, text
+from .candles import BadCandles, check, milliseconds, moment, opening, text
 from .files import UNPACKED, NoCandles, NotThere, Unreachable, ask, foreign, is_bare, kline_frame, name_columns, note_span, parse_csv, refuse_bad, refuse_page, renamed, said, unpacked
 from .store import Store
 
@@ -208,7 +208,7 @@ def from_archive(
         if end is None or kept.missing(*series, start, end):
             now = clock(url)
             end = now // 86_400_000 * 86_400_000 if end is None else end
-            wanted = [each for each in periods(start, end, now) if kept.missing(*series, max(each[1], start), min(each[2], end // step * step))]
+            wanted = [each for each in periods(start, end, now) if kept.missing(*series, max(each[1], start), min(each[2], opening(end, step)))]
             for span, path in months_of(symbol, kind, timeframe, wanted, now, url, Path(temporary)): keep(path, series, span, kept, inverse)
         candles = kept.read(*series, start, end)
     if candles.empty: raise NoCandles(f"the archive has no {timeframe} candles of {symbol} from {text(start)} to {text(end)}: check the symbol, or ask for another span")

@@ -32,7 +32,7 @@ import pandas as pd
 from ..config import settings
 from ..log import get_logger
 from .archive import ARCHIVE, archive_funding, from_archive, place
-from .candles import BadCandles, check, frame, milliseconds, moment, text, times
+from .candles import BadCandles, check, frame, milliseconds, moment, next_opening, opening, text, times
 from .files import FILES, KLINE, PAIR, NoCandles, Unreachable, coins_of, foreign, from_file, is_bare, kline_frame, klines, names_of, note_span, oldest_first, parsed, read_table, refuse_bad, retry_after, rows_of, said, spelled, time_index
 from .quality import QualityReport, check_quality
 from .stream import closing, judged, replay
@@ -198,7 +198,7 @@ def download(
 ):                   # yields checked frames, each beginning with the last candle of the one before
     "The closed candles of one exchange, page by page"
     step, name, tail = milliseconds(timeframe), f"{exchange.id} {symbol}", frame([], [])
-    last = now // step * step
+    last = opening(now, step)
     with asking(exchange):
         require_symbol(exchange, symbol)
         fetch, to_frame = kline_fetch(exchange, symbol, timeframe, mark)
@@ -226,7 +226,7 @@ def from_exchange(
 )->pd.DataFrame:
     "Checked candles of one exchange, the missing ones downloaded and kept"
     step, source = milliseconds(timeframe), f"{exchange.id}{' mark' if mark else ''}"
-    until = now // step * step if end is None else min(end, now // step * step)
+    until = opening(now, step) if end is None else min(end, opening(now, step))
     wanted = ([(start, until)] if start < until else []) if store is None else store.missing(source, symbol, timeframe, start, until, now)
     fresh = []
     for span in wanted:
@@ -302,7 +302,7 @@ def invented(
     "The whole synthetic market of a symbol: autocorrelation 0.3, bitcoin's usual volatility"
     step = milliseconds(timeframe)
     length = min(100_000, 3_653 * 86_400_000 // step)
-    return ar1(length, .3, .007 * (step / 3_600_000) ** .5, zlib.crc32(symbol.encode()) % 1000, timeframe, "2020-01-01")
+    return ar1(length, .3, .007 * (step / 3_600_000) ** .5, zlib.crc32(symbol.encode()) % 1000, timeframe, next_opening(moment("2020-01-01"), step))
 
 # %% ../../nbs/10_market/19_sources.ipynb #819faf49
 def stand_in(
@@ -496,7 +496,7 @@ def history(
 def grid_span(timeframe, start, end)->tuple:
     "The bounds of a span in ms, rounded up to the grid"
     step = milliseconds(timeframe)
-    start, end = (None if bound is None else -(-moment(bound) // step) * step for bound in (start, end))
+    start, end = (None if bound is None else next_opening(moment(bound), step) for bound in (start, end))
     if None not in (start, end) and start >= end: raise ValueError(f"start {text(start)} is not before end {text(end)}: the span holds no candle of {timeframe}")
     return start, end
 
