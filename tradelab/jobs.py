@@ -321,7 +321,6 @@ def run(
     text:bool=False,          # the values come from a command line
 )->Path:                      # the executed notebook; its page stands beside it
     "Run a job notebook; raises `BadParameters` before anything is written, `JobFailed` after the record of the failure is"
-    from papermill.execute import execute_notebook
     notebook = find(job)
     parameters = check_parameters(notebook, parameters or {}, text)
     try: reports = settings().reports
@@ -332,6 +331,7 @@ def run(
     if output.suffix != ".ipynb": raise BadParameters(f"the output must be a file .ipynb, was {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_suffix(RUNNING)
+    from papermill.execute import execute_notebook
     try: execute_notebook(notebook, running, parameters, engine_name="tradelab", kernel_name="python3", cwd=project_root())
     except JobFailed as error: raise JobFailed(f"{job}: {error.message.replace(str(running), str(output))}") from None
     finally:

@@ -116,7 +116,7 @@ def learn(
     try: model.learn(steps, callback=watch)
     except KeyboardInterrupt:
         if model._n_updates == 0: raise KeyboardInterrupt(f"interrupted after {model.num_timesteps:,} steps, before anything was learnt: no run is kept") from None
-        print(f"interrupted after {model.num_timesteps:,} steps: what was learnt until then is kept")
+        print(f"interrupted after {model.num_timesteps:,} steps: what was learnt until then is kept", file=sys.stderr)
         return True
     finally: watch.close()
     return False

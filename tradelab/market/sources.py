@@ -526,10 +526,11 @@ def histories(
     end=None,
     source="auto",   # as in `history`; a path for several symbols has {symbol} in it, which becomes BTCUSDT
     store=None,
+    gaps:bool=False,
 )->dict:             # frames by symbol
     "Checked candles of several symbols from one source"
     if is_file(source) and len(symbols) > 1 and "{symbol}" not in str(source): refuse_one(source, symbols)
-    return {symbol: history(symbol, timeframe, start, end, source_for(source, symbol), store) for symbol in symbols}
+    return {symbol: history(symbol, timeframe, start, end, source_for(source, symbol), store, gaps) for symbol in symbols}
 
 # %% ../../nbs/10_market/19_sources.ipynb #1d0efa9a
 def stream(

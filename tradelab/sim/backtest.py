@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'ROWS', 'LOOP', 'SIZED', 'funding_rates', 'make_trader', 'KernelGate', 'looked_at', 'Given', 'given',
-           'unlimited', 'baselines_of', 'backtest']
+           'unlimited', 'baselines_of', 'source_of', 'backtest']
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #87dd629d
 from dataclasses import dataclass, field, replace
@@ -252,6 +252,14 @@ def baselines_of(
     return pairs
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #66174798
+def source_of(
+    candles,   # a frame, or a dict of frames by symbol
+)->str:        # "" where none says it
+    "Where the candles are from"
+    frames = candles.values() if isinstance(candles, dict) else [candles]
+    return ", ".join(dict.fromkeys(str(frame.attrs["source"]) for frame in frames if frame.attrs.get("source")))
+
+
 def backtest(
     policy,                      # a Policy, a run with `policy`, `costs`, `limits`, `instruments`, or a table of targets by open time and symbol
     candles,                     # a frame, or a dict of frames by symbol
@@ -277,7 +285,7 @@ def backtest(
     market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols)
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())
     first = _first(times, start, max(warm_up(limits), costs_warm_up(costs), *(Observation.of(each, timeframe).warm_up for each in (policy, *beside))))
-    face = str(getattr(candles, "attrs", {}).get("source", "")), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
+    face = source_of(candles), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
     pairs = [(each, within) for each, within in baselines_of(beside, limits, len(symbols)) if each.name != policy.name or each.function is not policy.function]
     baselines = {each.name: _run(each, market, first, (costs, within, instruments, Execution(), deposit), "array", False, symbols, (*face, {})) for each, within in pairs}
     return _run(policy, market, first, (costs, limits, instruments, execution, deposit), form, keep_observations, symbols, (*face, baselines))
