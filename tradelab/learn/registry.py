@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'MOST_BYTES', 'PROVENANCE', 'DERIVED', 'TRIALS', 'KINDS', 'STRATEGIES',
-           'HOW', 'Run', 'describe', 'train_id', 'reserved', 'train_ids', 'policy_bytes', 'DamagedRun',
+           'HOW', 'Run', 'describe', 'train_id', 'train_ids', 'reserved', 'policy_bytes', 'DamagedRun',
            'read_parameters', 'seal', 'verify', 'versions', 'source_sha256', 'configuration', 'runs_folder',
            'record_trial', 'trials', 'write', 'check_bounded', 'read_configuration', 'read', 'save', 'UnknownRun',
            'find_rule', 'arguments', 'load_rule', 'latest', 'load', 'plot_learning']
@@ -116,6 +116,20 @@ def train_id(
     began = datetime.fromtimestamp(config["created_time"] / 1000, UTC)
     return f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{began:%Y%m%d_%H%M%S}"
 
+# %% ../../nbs/80_learn/83_registry.ipynb #ecdbf4d9
+def _is_id(name):
+    "Whether a run may have this name"
+    try: return bool(_TRAIN_ID.fullmatch(check_id(name, "run")))
+    except BadName: return False
+
+
+def train_ids(
+    folder:Path,    # of all runs
+)->list[str]:
+    "All runs kept here, in the order of the times in their names"
+    found = [path.name for path in folder.iterdir() if path.is_dir() and _is_id(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda name: (_TRAIN_ID.fullmatch(name)[1], name))
+
 # %% ../../nbs/80_learn/83_registry.ipynb #44b1a6cf
 @contextmanager
 def reserved(
@@ -134,20 +148,6 @@ def reserved(
         number, name = number + 1, train_id({**config, "seed": f"{config['seed']}-{number + 1}"})
     try: yield name
     finally: place.rmdir()
-
-# %% ../../nbs/80_learn/83_registry.ipynb #ecdbf4d9
-def _is_id(name):
-    "Whether a run may have this name"
-    try: return bool(_TRAIN_ID.fullmatch(check_id(name, "run")))
-    except BadName: return False
-
-
-def train_ids(
-    folder:Path,    # of all runs
-)->list[str]:
-    "All runs kept here, in the order of the times in their names"
-    found = [path.name for path in folder.iterdir() if path.is_dir() and _is_id(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda name: (_TRAIN_ID.fullmatch(name)[1], name))
 
 # %% ../../nbs/80_learn/83_registry.ipynb #939b7891
 def policy_bytes(
