@@ -9,6 +9,7 @@ __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PRE
            'job_settings', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
 
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
+import logging
 import os
 import tomllib
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -197,6 +198,9 @@ def _section(sections, name):
     return sections.get(name, {})
 
 # %% ../nbs/00_ground/02_config.ipynb #cb8ec312
+logging.getLogger("dotenv.main").setLevel(logging.ERROR) # it warns of every line of a shell script
+
+
 def _text_of(path):
     "The text of a file; empty where there is none"
     try: return path.read_text(encoding="utf-8-sig") if path.exists() else ""
