@@ -1,4 +1,8 @@
 "Holes in the candles: refused by name, or carried through by the clock; both forms, the environment and a replay alike"
+import ast
+import json
+
+import matplotlib.pyplot as pyplot
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +15,7 @@ from tradelab.features.observation import Observation
 from tradelab.learn.registry import Run
 from tradelab.live.recorder import packed, replay
 from tradelab.localnet.market import Market as LocalMarket
-from tradelab.market.candles import BadCandles, frame, matrix, times
+from tradelab.market.candles import TIMEFRAMES, BadCandles, frame, matrix, milliseconds, moment, next_opening, text, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
 from tradelab.records import KNOWN, NO_STOPS, CostModel, Instrument, Limits, Reason, Stops
@@ -225,3 +229,69 @@ def test_a_sweep_counts_years_and_not_rows():
     span = (bad.index[-1] - bad.index[0]) / pd.Timedelta(days=365)
     np.testing.assert_allclose((1 + table["annual_return"]) ** span - 1, table["total_return"], rtol=1e-9)
     assert np.isfinite(table["sharpe"]).all()
+
+
+# ---- in jobs, whose cells are run here one by one
+
+def run_job(root, name, **parameters):
+    "A job's cells in this process, each result shown as a page shows it; the texts that were shown"
+    told, cells = [], json.loads((root / f"nbs/{name}.ipynb").read_text())["cells"]
+    def show(*values): told.extend(hasattr(value, "_repr_html_") and value._repr_html_() or str(value) for value in values)
+    here = {"display": show, "__name__": "job"}
+    for cell in cells:
+        if cell["cell_type"] != "code": continue
+        tree = ast.parse("".join(cell["source"]))
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), here)
+        if last: show(eval(compile(last, name, "eval"), here))
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert set(parameters) <= set(here)
+            here.update(parameters)
+    pyplot.close("all")
+    return told
+
+
+def span_of(timeframe, warm=150, count=300):
+    step = milliseconds(timeframe)
+    begin = next_opening(moment("2020-01-01"), step) + warm * step
+    return f"{text(begin)[:16]}/{text(begin + count * step)[:16]}"
+
+
+@pytest.mark.parametrize("timeframe", TIMEFRAMES)
+def test_every_timeframe_goes_through_the_backtest_job(project, root, timeframe):
+    told = run_job(root, "backtest", timeframe=timeframe, span=span_of(timeframe))
+    assert any("Risk of" in each for each in told) and not any("not shown" in each for each in told)
+
+
+def test_every_long_timeframe_goes_through_train_and_report(project, root):
+    for timeframe in ("12h", "1d", "3d", "1w"):
+        run_job(root, "train", timeframe=timeframe, span=span_of(timeframe), features="return(1) volatility(5)", steps=64)
+        run_job(root, "report", policy="latest", timeframe=timeframe, span=span_of(timeframe, 300, 200))
+
+
+def test_a_month_has_no_fixed_length(project, root):
+    with pytest.raises(ValueError, match=r"a month \(1M\) has no fixed length"): run_job(root, "backtest", timeframe="1M")
+
+
+def test_a_job_of_a_few_candles_says_what_it_cannot_compute(project, root):
+    told = run_job(root, "backtest", span="2022-07-01/2022-07-02")
+    assert any("not shown: 2" in each and "returns are too few for an interval" in each for each in told)
+
+
+def test_real_spot_candles_with_outages_enter_a_job(project, root, shared):
+    "The 33 hours of February 2018"
+    given = dict(source=str(shared / "data/BTCUSDT-1h.parquet"), span="2018-02-05/2018-03-01")
+    with pytest.raises(BadCandles, match="the first that is missing 2018-02-08 01:00 UTC"): run_job(root, "backtest", **given)
+    (project / "tradelab.toml").write_text("[settings.outages]\ngaps = true\n")
+    told = run_job(root, "backtest", **given, settings="outages")
+    assert any("1 hole in the candles carried through, 33 candles missing" in each for each in told)
+    run_job(root, "train", **given, features="return(1) volatility(5)", steps=64, settings="outages")
+    told = run_job(root, "report", policy="latest", **given, settings="outages")
+    assert any("1 hole in the candles carried through" in each for each in told)
+
+
+def test_a_warm_up_is_found_before_an_outage(project, root, shared):
+    "The first decision right behind the 33 hours: the candles before them are the warm-up"
+    (project / "tradelab.toml").write_text("gaps = true\n")
+    told = run_job(root, "backtest", source=str(shared / "data/BTCUSDT-1h.parquet"), span="2018-02-09 12:00/2018-02-20")
+    assert any("carried through" in each for each in told)
