@@ -438,10 +438,11 @@ class Recovery(Stepper):
 # %% ../../nbs/70_live/75_session.ipynb #7f33c724
 class Checker(Recovery):
     "What a session wants to be sure of"
+    source = "" # whose prices the venue has
 
     def _settings(self):
         trader = self.trader
-        return dict(venue=self.broker.venue.name, symbols=list(trader.symbols), timeframe=self.timeframe, policy=trader.policy.name, origin=self.origin, version=__version__,
+        return dict(venue=self.broker.venue.name, symbols=list(trader.symbols), timeframe=self.timeframe, policy=trader.policy.name, origin=self.origin, source=self.source or self.broker.venue.name, version=__version__,
                     deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits), instruments=[asdict(instrument) for instrument in trader.instruments])
 
     def _remember(self):
@@ -564,12 +565,14 @@ class Session(Starter):
         timeframe:str="1h",
         resume:str="",           # the id of a session to continue, instead of a new one
         origin:str="",           # where the policy comes from: a train id or an import name, for the replay
+        source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
         say=print,               # one line for each thing that happens
         progress=lambda statistics: None,
     ):
         if bool(id) == bool(resume): raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
         self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe, patience, say, progress
+        self.source = source
         self.id, self.origin, self._resumed, self.step = check_id(id or resume), origin or trader.policy.name, bool(resume), milliseconds(timeframe)
         self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
         self.feed, self.recorder, self.journal, self._loop, self._stopping, self._halted = None, None, None, None, False, bool(trader.account["halted"][0])

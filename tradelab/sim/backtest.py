@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'ROWS', 'LOOP', 'SIZED', 'funding_rates', 'make_trader', 'KernelGate', 'looked_at', 'Given', 'given',
-           'unlimited', 'baselines_of', 'backtest']
+           'unlimited', 'baselines_of', 'sources_of', 'net_of', 'backtest']
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #87dd629d
 from dataclasses import dataclass, field, replace
@@ -225,7 +225,7 @@ def _run(policy, market, first, setting, form, keep, symbols, face):
     if form == "event" and not isinstance(policy, Given): _events(policy, looked_at(observation, known, names), timeframe, first, world, (limits, instruments), journal, seen)
     else: _arrays(policy, observation, looked_at(observation, known, names), first, world, journal, seen)
     state = world.state
-    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face, seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols})
+    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3])
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #cb1a8c6e
 SIZED = "held at the policy's size"
@@ -250,6 +250,30 @@ def baselines_of(
         if each.function is buy_and_hold().function: pairs += [(fully_invested(), unlimited(n_symbols)), (replace(each, name=SIZED), within)]
         else: pairs.append((each, within))
     return pairs
+
+# %% ../../nbs/50_sim/55_backtest.ipynb #dfa6b890
+def sources_of(
+    candles,   # a frame, or a dict of frames by symbol
+)->str:        # empty where none says
+    "Where candles come from, each source once"
+    frames = [candles, *candles.values()] if isinstance(candles, dict) else [candles]
+    said = list(dict.fromkeys(filter(None, (str(getattr(frame, "attrs", {}).get("source", "")) for frame in frames))))
+    said.sort(key=lambda source: "synthetic" not in source.lower())             # what nobody paid is never among those left out
+    return "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
+
+
+def net_of(
+    symbols,
+    funding,          # as `backtest` takes it
+    costs:CostModel,
+)->str:
+    "Which costs a result is net of"
+    given = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
+    without = [symbol for symbol in symbols if ":" in symbol and not len(given.get(symbol, ()))]
+    paid = "net of fees and slippage" if costs.taker_fee or costs.slippage else "no fee and no slippage was charged"
+    if not costs.funding and any(":" in symbol for symbol in symbols): return f"{paid}, WITHOUT funding: the costs say so"
+    if without: return f"{paid}, WITHOUT funding: no rates were given{'' if len(without) == len(symbols) else f' for {without[0]}' + (f' and {len(without) - 1} more' if len(without) > 1 else '')}"
+    return "net of costs" if costs.taker_fee or costs.slippage else paid
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #66174798
 def backtest(
@@ -277,7 +301,8 @@ def backtest(
     market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols)
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())
     first = _first(times, start, max(warm_up(limits), costs_warm_up(costs), *(Observation.of(each, timeframe).warm_up for each in (policy, *beside))))
-    face = str(getattr(candles, "attrs", {}).get("source", "")), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
+    face = sources_of(candles), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
+    net = net_of(symbols, funding, costs)
     pairs = [(each, within) for each, within in baselines_of(beside, limits, len(symbols)) if each.name != policy.name or each.function is not policy.function]
-    baselines = {each.name: _run(each, market, first, (costs, within, instruments, Execution(), deposit), "array", False, symbols, (*face, {})) for each, within in pairs}
-    return _run(policy, market, first, (costs, limits, instruments, execution, deposit), form, keep_observations, symbols, (*face, baselines))
+    baselines = {each.name: _run(each, market, first, (costs, within, instruments, Execution(), deposit), "array", False, symbols, (*face, {}, net)) for each, within in pairs}
+    return _run(policy, market, first, (costs, limits, instruments, execution, deposit), form, keep_observations, symbols, (*face, baselines, net))

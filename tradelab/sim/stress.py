@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..market.candles import frames_of
 from ..records import CostModel
-from .backtest import backtest
+from .backtest import backtest, sources_of
 from ..texts import figure_text, html_text
 
 # %% ../../nbs/50_sim/57_stress.ipynb #323ae6a9
@@ -131,6 +131,6 @@ def stress(
     run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), **settings)
     plain = Scene({symbol: frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in symbols}, rates, costs)
     first = run(plain)
-    source = str(getattr(candles, "attrs", {}).get("source", ""))
-    note = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, net of costs" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
+    source = sources_of(candles)
+    note = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
     return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, note)
