@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from .config import Settings, overridden
-from .market.candles import BadCandles, interval, milliseconds, text, times
+from .market.candles import BadCandles, interval, text, times
 from .market.files import names_of
+from .market.sources import before as preceding
 from .market.sources import fundings, histories, is_file, read_table
 from .market.store import Store
 from .market.symbols import symbol_in, symbols_of, taken_as
@@ -125,8 +126,8 @@ def inputs(
 
 def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, watched, notes=())->Inputs:
     "The same for symbols that are known; without a run, what `train` learns on"
-    (start, end), step = span, milliseconds(timeframe)
-    begin = start and start - warm_up * step
+    start, end = span
+    begin = preceding(start, warm_up, timeframe, here.gaps)
     frames, cut = together(histories((*symbols, *watched), timeframe, begin, end, source, Store(here.data), here.gaps))
     rates = fundings(symbols, begin and begin - 86_400_000, end, funding)
     return Inputs(run, timeframe, {symbol: frames[symbol] for symbol in symbols}, {symbol: frames[symbol] for symbol in watched}, rates, start, end, warm_up, tuple(filter(None, (*notes, cut))))
