@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUNNING', 'WRAPPED', 'BadParameters', 'JobFailed', 'Parameter', 'tagged', 'parameters_of', 'read', 'fits',
-           'check_parameters', 'signals_to', 'clean', 'hear', 'failure', 'SignalEngine', 'help_of', 'check_first',
-           'find', 'write_page', 'run']
+           'read_notebook', 'check_parameters', 'signals_to', 'clean', 'hear', 'failure', 'SignalEngine', 'help_of',
+           'check_first', 'find', 'write_page', 'run']
 
 # %% ../nbs/00_ground/07_jobs.ipynb #c42fe5fb
 import ast
@@ -58,8 +58,11 @@ class Parameter:
 # %% ../nbs/00_ground/07_jobs.ipynb #5df8f08b
 def _literal(node):
     "The value of a literal; papermill writes nan and inf as calls of float"
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "float": return float(ast.literal_eval(node.args[0]))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "float" and len(node.args) == 1: return float(ast.literal_eval(node.args[0]))
     return ast.literal_eval(node)
+
+
+_UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError) # what Python raises at a text that is no literal
 
 
 def tagged(
@@ -67,13 +70,15 @@ def tagged(
     tag:str,       # "parameters" or "injected-parameters"
 )->list[tuple]:    # (name, annotation or None, value) of each assignment
     "The assignments in the cell with this tag"
-    cell = next((cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])), None)
+    cell = next((cell for cell in notebook.cells if tag in (cell.metadata.get("tags") or [])), None)
     rows = []
-    for line in ast.parse(cell.source).body if cell else []:
-        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
-        if not isinstance(target, ast.Name) or line.value is None: continue
-        annotation = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else None
-        rows.append((target.id, annotation, _literal(line.value)))
+    try:
+        for line in ast.parse(cell.source).body if cell else []:
+            target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+            if not isinstance(target, ast.Name) or line.value is None: continue
+            annotation = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else None
+            rows.append((target.id, annotation, _literal(line.value)))
+    except _UNREADABLE as error: raise BadParameters(f"the cell tagged {tag} cannot be read ({str(error)[:200]}): write one assignment of a literal a line, such as steps:int = 100") from None
     return rows
 
 # %% ../nbs/00_ground/07_jobs.ipynb #6c01f17d
@@ -108,7 +113,7 @@ def read(
     if "str" in parameter.kinds and text != "None": return text
     if text.lower() in ("true", "false"): return text.lower() == "true"
     try: return _literal(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError): return float(text) if text.lower().strip("+-") in ("nan", "inf") else text
+    except _UNREADABLE: return float(text) if text.lower() in ("nan", "inf", "+inf", "-inf") else text
 
 # %% ../nbs/00_ground/07_jobs.ipynb #6625d94c
 def fits(
@@ -127,20 +132,28 @@ def _instead(name, taken):
     return f"did you mean {nearest(name, taken)}? The notebook takes {', '.join(taken)}"
 
 
+def read_notebook(
+    path,
+):               # NotebookNode
+    "The notebook of a file; raises `BadParameters`"
+    try: return nbformat.read(path, as_version=4)
+    except Exception as error: raise BadParameters(f"{path} cannot be read as a notebook: {str(error)[:200] or type(error).__name__}") from None # nbformat has no error of its own that covers all
+
+
 def check_parameters(
     notebook,          # NotebookNode, or a path
     given:dict,        # name: value
     text:bool=False,   # the values come from a command line
 )->dict:               # name: value of a type that the notebook takes
     "Refuse what the notebook does not take; raises `BadParameters`"
-    notebook = nbformat.read(notebook, as_version=4) if isinstance(notebook, (str, Path)) else notebook
+    notebook = read_notebook(notebook) if isinstance(notebook, (str, Path)) else notebook
     taken, checked = parameters_of(notebook), {}
     if given and not taken: raise BadParameters(f"the notebook takes no parameters (no cell of it is tagged parameters), was given {', '.join(given)}")
     for name, value in given.items():
         if name not in taken: raise BadParameters(f"there is no parameter {name}: {_instead(name, taken)}")
         checked[name] = value = read(taken[name], value) if text and isinstance(value, str) else value
         if not fits(taken[name], value):
-            raise BadParameters(f"parameter {name} must be {' or '.join(sorted(taken[name].kinds))}, was {value!r}: give a value such as {taken[name].default!r}")
+            raise BadParameters(f"parameter {name} must be {' or '.join(sorted(taken[name].kinds))}, was {repr(value)[:200]}: give a value such as {taken[name].default!r}")
     return checked
 
 # %% ../nbs/00_ground/07_jobs.ipynb #c73fc4de
