@@ -116,7 +116,8 @@ class Trader:
         mark(self.account, self.positions, traded[:, CLOSE].copy())
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
-        answered = self.rules.decide(open_time, traded, self.policy.act(observation), self.account, self.positions, marks)
+        answer = None if self._stream.waits else self.policy.act(observation)
+        answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks)
         record(self.rows, open_time, traded, answered, self.account, self.positions)
         return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
 
@@ -139,5 +140,6 @@ class Trader:
     def restore(self, snapshot:dict):
         "Continue from a snapshot; the candles up to its time are then given to `warm`"
         state = {name: unpacked(snapshot[name], dtype) for name, dtype in (("account", ACCOUNT), ("positions", POSITION), ("rows", JOURNAL))}
+        if len(state["account"]) != 1 or len(state["rows"]) != len(state["positions"]): raise ValueError("the snapshot is not of one account with a row for each symbol: it was not made by a trader")
         if len(state["positions"]) != len(self.positions): raise ValueError(f"the snapshot holds {len(state['positions'])} symbols, this trader {len(self.positions)}")
         for name, array in state.items(): setattr(self, name, array)
