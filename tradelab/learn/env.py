@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 from numba import types
 from stable_baselines3.common.vec_env import VecEnv
+from ..market.filters import instruments_for
 
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
@@ -22,7 +23,8 @@ from ..market.candles import frames_of, matrix, text, timeframe_at
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Instrument, Limits
 from ..risk.limits import warm_up
 from ..sim.backtest import funding_rates, looked_at
-from ..sim.costs import BOOK, warm_up as costs_warm_up
+from ..sim.costs import BOOK
+from ..sim.costs import warm_up as costs_warm_up
 from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
 
@@ -50,7 +52,7 @@ class Market:
         if len(times) < first + 2:
             raise ValueError(f"{len(times)} candles are too few to train on: features, limits and costs need {first} to warm up, and an episode at least 2")
         return cls(tape_of(times, values, funding_rates(funding, times, symbols), costs, limits), observation.matrix(looked_at(observation, known, names)), observation,
-                   rules_of(costs, limits, instruments or [Instrument(symbol) for symbol in symbols], execution), first, deposit)
+                   rules_of(costs, limits, instruments_for(candles, instruments), execution), first, deposit)
 
     @property
     def longest(self)->int: return len(self.tape.times) - 1 - self.first

@@ -14,8 +14,18 @@ __all__ = ['CONDITIONAL', 'OPEN_STATES', 'leverage_brackets', 'check_kind', 'rea
 import re
 
 import numpy as np
+from ..market.filters import instruments_for
 
-from ..account import POSITION, apply_fill, apply_funding, funding_amount, maintenance_margin, mark, new_account, wallet
+from tradelab.account import (
+    POSITION,
+    apply_fill,
+    apply_funding,
+    funding_amount,
+    maintenance_margin,
+    mark,
+    new_account,
+    wallet,
+)
 from .market import Market
 from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number_text, whole
 from ..records import INSTRUMENT, CostModel, Instrument, bracket_amounts
@@ -255,9 +265,9 @@ class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
         if costs.participation is not None or costs.latency: raise ValueError("localnet fills a market order at once and whole: leave costs.participation and costs.latency out, a backtest has them")
-        known, size = {instrument.symbol: instrument for instrument in instruments}, len(market.symbols)
+        size = len(market.symbols)
         self.market, self.costs, self.cost_row = market, costs, costs.row()[()]
-        self.instruments = [known.get(symbol, Instrument(symbol)) for symbol in market.symbols]
+        self.instruments = instruments_for(market.frames, instruments)
         self.instrument_rows = np.array([instrument.row() for instrument in self.instruments], INSTRUMENT)
         self.conditions, self.books = conditions(market.times, market.candles, costs), np.zeros(size, BOOK)
         self.asset, self.leverage = assets(market.symbols[0])[1], [20] * size

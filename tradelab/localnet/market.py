@@ -36,7 +36,7 @@ def symbol_reply(
         "quoteAsset": quote, "marginAsset": quote,
         "pricePrecision": decimals(tick), "quantityPrecision": decimals(step), "baseAssetPrecision": 8, "quotePrecision": 8,
         "underlyingType": "COIN",
-        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": "0.012500",
+        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": f"{instrument.liquidation_fee:.6f}",
         "marketTakeBound": "0.05",
         "filters": [{"filterType": "PRICE_FILTER", "tickSize": tick, "minPrice": tick, "maxPrice": "10000000"},
                     {"filterType": "LOT_SIZE", **lots}, {"filterType": "MARKET_LOT_SIZE", **lots},
@@ -109,7 +109,7 @@ class Market:
         funding:dict|None=None,  # Series of rates by symbol
         start:int|None=None,     # ms: open time of the first candle that closes here; those before are history
     ):
-        self.times, self.known, self.symbols = matrix(candles, KNOWN)
+        self.frames, (self.times, self.known, self.symbols) = candles, matrix(candles, KNOWN)
         self.candles = np.ascontiguousarray(self.known[:, :, :len(COLUMNS)])
         if len(self.times) < 2: raise ValueError(f"a market needs at least 2 candles, the last one only lends its open; got {len(self.times)}")
         self.step = int(self.times[1] - self.times[0])

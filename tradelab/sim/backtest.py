@@ -13,13 +13,26 @@ import numba
 import numpy as np
 import pandas as pd
 from numba import types
+from ..market.filters import instruments_for
 
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
 from ..features.observation import Observation, assemble
 from ..market.candles import frames_of, matrix, moment, text, timeframe_at
 from ..policies import POLICY, Policy, buy_and_hold, flat
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, CostModel, Execution, Fill, Funding, Instrument, Limits
+from tradelab.records import (
+    CLOSE,
+    COLUMNS,
+    JOURNAL,
+    KNOWN,
+    NO_STOPS,
+    CostModel,
+    Execution,
+    Fill,
+    Funding,
+    Instrument,
+    Limits,
+)
 from ..risk.limits import Gate, warm_up
 from .costs import warm_up as costs_warm_up
 from .kernel import DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
@@ -67,7 +80,7 @@ def _loop(policy, parameters, features, start, first, world, answer, targets, jo
 def make_trader(
     policy:Policy,
     limits:Limits=Limits(),
-    instruments:tuple=(Instrument(),), # one per symbol
+    instruments:tuple=(),              # Instrument each, one per symbol
     deposit:float=10_000.,             # quote
     timeframe:str="",                  # of the candles; needed where a feature stands on another
 )->Trader:
@@ -229,7 +242,7 @@ def backtest(
     *,
     costs:CostModel|None=None,
     limits:Limits|None=None,
-    instruments:tuple|None=None, # one per symbol
+    instruments:tuple|None=None, # one per symbol; default: the run's, else `market.filters.instruments_for` looks them up
     execution:Execution=Execution(), # how targets become orders
     funding=None,                # Series of rates by UTC time, or a dict of them by symbol
     watch=None,                  # frames by symbol that features look at and nobody trades
@@ -243,7 +256,7 @@ def backtest(
     times, known, names = matrix(frames, KNOWN)
     run, policy = policy, given(policy, times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
     timeframe = timeframe_at(times)
-    instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
+    instruments = instruments_for({symbol: frames[symbol] for symbol in symbols} if isinstance(candles, dict) else candles, instruments, getattr(run, "instruments", ()))
     market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols)
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())
     first = _first(times, start, max(warm_up(limits), costs_warm_up(costs), *(Observation.of(each, timeframe).warm_up for each in (policy, *beside))))

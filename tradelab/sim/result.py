@@ -64,6 +64,7 @@ class Result:
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
     fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False) # FILL, (m,); a session keeps them in its ledger
     candles:dict = field(default_factory=dict, repr=False) # frames by symbol, from the first decision on
+    instruments:tuple = field(default=(), repr=False) # one per symbol: the tick and step that it was filled on
 
     @classmethod
     def of(cls, journal:pd.DataFrame, name:str, **face):
