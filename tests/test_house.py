@@ -104,3 +104,9 @@ def test_an_import_loads_no_more_than_it_needs(module, heavy):
     probe = f"import sys, {module}; print(*({heavy!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0 and ran.stdout.strip() == "", ran.stdout + ran.stderr
+
+
+def test_nobody_is_told_to_install_a_stranger():
+    "The name on the public index is somebody else's package"
+    texts = [*MODULES, *NOTEBOOKS, ROOT / "README.md", ROOT / "tradelab.toml.example", ROOT / "settings.ini", ROOT / "setup.py", ROOT / "Makefile"]
+    assert not [path for path in texts if re.search(r"pip install [^.\n]*\btradelab\b(?! *in the folder)", path.read_text().replace("\\", "").replace("'.[", ".["))]

@@ -16,16 +16,7 @@ import re
 import numpy as np
 from ..market.filters import instruments_for
 
-from tradelab.account import (
-    POSITION,
-    apply_fill,
-    apply_funding,
-    funding_amount,
-    maintenance_margin,
-    mark,
-    new_account,
-    wallet,
-)
+from ..account import POSITION, apply_fill, apply_funding, funding_amount, maintenance_margin, mark, new_account, wallet
 from .market import Market
 from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number_text, whole
 from ..records import INSTRUMENT, CostModel, Instrument, bracket_amounts

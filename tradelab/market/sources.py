@@ -34,25 +34,7 @@ from ..config import settings
 from ..log import get_logger
 from .archive import ARCHIVE, archive_funding, from_archive, place
 from .candles import BadCandles, check, frame, milliseconds, moment, text, times
-from tradelab.market.files import (
-    FILES,
-    KLINE,
-    PAIR,
-    NoCandles,
-    Unreachable,
-    coins_of,
-    content_of,
-    from_file,
-    kline_frame,
-    klines,
-    note_span,
-    parse_json,
-    read_table,
-    refuse_bad,
-    retry_after,
-    said,
-    time_index,
-)
+from .files import FILES, KLINE, PAIR, NoCandles, Unreachable, coins_of, content_of, from_file, kline_frame, klines, note_span, parse_json, read_table, refuse_bad, retry_after, said, time_index
 from .quality import QualityReport, check_quality
 from .stream import closing, judged, replay
 from .synthetic import ar1
@@ -314,7 +296,7 @@ def from_yahoo(
 )->pd.DataFrame:
     "Checked candles of Yahoo Finance"
     try: import yfinance
-    except ImportError as error: raise NoCandles("yahoo needs the package yfinance: pip install 'tradelab[yahoo]'") from error
+    except ImportError as error: raise NoCandles("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in the folder of tradelab") from error
     if timeframe not in SLOTS: raise NoCandles(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
     name, until = yahoo_name(symbol), None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
     try:

@@ -17,54 +17,14 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from tradelab.account import (
-    ACCOUNT,
-    POSITION,
-    age,
-    apply_funding,
-    decimal8,
-    funding_amount,
-    mark,
-    round_price,
-    round_quantity,
-)
+from ..account import ACCOUNT, POSITION, age, apply_funding, decimal8, funding_amount, mark, round_price, round_quantity
 from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at, fetch_ahead
-from tradelab.records import (
-    CLOSE,
-    COLUMNS,
-    COSTS,
-    EXECUTION,
-    FILL,
-    INSTRUMENT,
-    JOURNAL,
-    LIMITS,
-    PROPOSAL,
-    STYLES,
-    WORKING,
-    Reason,
-    instrument_rows,
-)
+from ..records import CLOSE, COLUMNS, COSTS, EXECUTION, FILL, INSTRUMENT, JOURNAL, LIMITS, PROPOSAL, STYLES, WORKING, Reason, instrument_rows
 from ..risk.limits import MARKET as MARKET_ROW
 from ..risk.limits import capital, followed, gate, propose
 from .costs import BOOK, CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
-from tradelab.sim.matching import (
-    GTC,
-    GTX,
-    LIMIT,
-    MARKET,
-    NONE,
-    STOP,
-    TAKE_PROFIT,
-    TRAILING,
-    Candle,
-    Rules,
-    State,
-    at_open,
-    guard,
-    put,
-    walk,
-)
+from .matching import GTC, GTX, LIMIT, MARKET, NONE, STOP, TAKE_PROFIT, TRAILING, Candle, Rules, State, at_open, guard, put, walk
 from ..trader import record
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #e9aacdd8

@@ -113,7 +113,8 @@ class Result:
     @property
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
-        return TearSheet({self.name: self, **self.baselines}, note=self.note, source=self.source)
+        name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
+        return TearSheet({name: self, **self.baselines}, note=self.note, source=self.source)
 
     @property
     def risk(self)->RiskView:
