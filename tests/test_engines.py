@@ -12,7 +12,7 @@ import pytest
 from tradelab.account import POSITION, new_account
 from tradelab.market.sources import funding_history, history
 from tradelab.policies import buy_and_hold, flat
-from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Execution, Kind, Limits, Reason
+from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of

@@ -69,8 +69,9 @@ def _instrument(table):
 
 def _of_instrument(key):
     "Whether a dotted key is one of [instrument]: of all symbols, or of one"
-    first, *symbol, last = key.split(".")
-    return first == "instrument" and last in _OF_INSTRUMENT and (not symbol or "/" in symbol[0] and len(symbol) == 1)
+    first, _, rest = key.partition(".")
+    symbol, _, name = rest.rpartition(".")
+    return first == "instrument" and name in _OF_INSTRUMENT and (not symbol or "/" in symbol)
 
 # %% ../nbs/00_ground/02_config.ipynb #85769e7f
 ENVIRONMENTS = ("development", "staging", "production")
