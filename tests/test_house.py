@@ -91,6 +91,14 @@ def test_a_job_is_wiring_only(path):
     assert "default_exp" not in "".join(source for source, _ in parts)
 
 
+def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
+    "A dataclass of arrays says nothing where it is printed in a script"
+    classes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    methods = {node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)} for node in classes}
+    shown = {name for name, has in methods.items() if has & {"_repr_html_", "table"}}
+    assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
+
+
 def test_nothing_imports_a_job():
     loads = re.compile(r"^\s*%run\b|^\s*(from|import)\s+nbs\b|import_?notebook", re.M)
     assert not [path for path in MODULES if loads.search(path.read_text())]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT',
-           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'project_root', 'Settings', 'BadSettings', 'known_keys',
-           'nearest', 'read_table', 'read_variables', 'read_places', 'settings', 'job_settings', 'overridden', 'Venue',
-           'forbidding', 'venue_for']
+           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings',
+           'BadSettings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places', 'settings',
+           'job_settings', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
 
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
+import logging
 import os
 import tomllib
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -79,6 +80,12 @@ VENUES = ("localnet", "testnet", "mainnet")
 REAL = ("https://fapi.binance.com", "wss://fstream.binance.com") # where orders are real money
 
 
+@dataclass(frozen=True)
+class Trust:
+    "Whose code a name may stand for"
+    modules:Annotated[tuple[str, ...], BeforeValidator(_split)] = () # beside tradelab's own and those in the project's folder
+
+
 class Settings(BaseSettings):
     "Everything that a person can set"
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -108,9 +115,13 @@ class Settings(BaseSettings):
     mainnet_confirmation:str = ""                       # real money: the first eight characters of mainnet_key
     risk:Limits = Limits()                              # [risk]
     costs:CostModel = CostModel()                       # [costs]
+    trust:Trust = Trust()                               # [trust]
     execution:Execution = Execution()                   # [execution]: how a backtest turns targets into orders
     training:Training = Training()                      # [training]
     instrument:Annotated[dict, AfterValidator(_instrument)] = {} # [instrument]: values by the fields of an Instrument, and tables of them by symbol
+    symbol:str = "BTC/USDT:USDT"                        # of a job that is given none, and whose policy names none
+    timeframe:str = "1h"                                # likewise
+    deposit:Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000. # quote; what of the account a session may use, and what a backtest begins with
     gaps:bool = False                                   # whether candles with holes are carried through; unsaid they are refused
     localnet_funding:str = "none"                       # funding rates of a localnet that a job starts: archive, an exchange, or a file
 
@@ -124,7 +135,7 @@ class BadSettings(ValueError):
     "A setting that is unknown or wrong; says where it stands"
 
 # %% ../nbs/00_ground/02_config.ipynb #c6716410
-TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training} # records by the table that they are read from
+TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training, "trust": Trust} # records by the table that they are read from
 
 
 def _names(record, prefix):
@@ -209,6 +220,9 @@ def _section(sections, name):
     return sections.get(name, {})
 
 # %% ../nbs/00_ground/02_config.ipynb #cb8ec312
+logging.getLogger("dotenv.main").setLevel(logging.ERROR) # it warns of every line of a shell script
+
+
 def _text_of(path):
     "The text of a file; empty where there is none"
     try: return path.read_text(encoding="utf-8-sig") if path.exists() else ""
@@ -322,11 +336,18 @@ NOT_YET = ('venue is "mainnet", which is real money, and this version does not s
            'choose venue = "testnet"')
 
 
+FALSE = ("", "0", "false", "no", "off")
+
+
+def foreign_variables()->list[tuple]: # (name in capitals, value, where it is set)
+    "What `.env` and the environment set under names that are not ours"
+    places = ((DOTENV, read_variables(project_root() / DOTENV)), (ENVIRONMENT, os.environ))
+    return [(name.upper(), value, where) for where, variables in places for name, value in variables.items() if not name.upper().startswith(PREFIX)]
+
+
 def forbidding()->list[str]:
     "Each variable that forbids real money, with the place where it is set"
-    places = ((DOTENV, read_variables(project_root() / DOTENV)), (ENVIRONMENT, os.environ))
-    false = ("", "0", "false", "no", "off")
-    return [f"{name} in {where}" for where, variables in places for name, value in variables.items() if name.upper() in FORBIDDING and (value or "").strip().lower() not in false]
+    return [f"{name} in {where}" for name, value, where in foreign_variables() if name in FORBIDDING and value.strip().lower() not in FALSE]
 
 # %% ../nbs/00_ground/02_config.ipynb #c65cd320
 def _check_mainnet(here):

@@ -24,6 +24,7 @@ from pydantic import SecretStr
 
 from .config import TOML, BadSettings, known_keys, nearest, project_root, settings
 from .log import redact, register_secret
+from .texts import printable
 
 # %% ../nbs/00_ground/07_jobs.ipynb #5e78badd
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -178,7 +179,7 @@ def failure(
     "What went wrong in a job, in one sentence"
     if error.ename == "KeyboardInterrupt": what = "it was stopped before it could close"
     else: what = f"{error.ename}: {error.evalue}" if not error.evalue or hasattr(builtins, error.ename) and error.ename not in ("ValueError", "RuntimeError") else error.evalue
-    return redact(what) + (f" (the traceback is in {path})" if path else "")
+    return printable(redact(what)) + (f" (the traceback is in {path})" if path else "")
 
 # %% ../nbs/00_ground/07_jobs.ipynb #5785407e
 def _prepare():

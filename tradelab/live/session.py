@@ -34,6 +34,7 @@ from ..lock import Lock
 from ..log import get_logger
 from ..market.candles import milliseconds, text
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
+from ..texts import html_rows
 from ..trader import Trader
 
 logger = get_logger("live.session")
@@ -101,9 +102,10 @@ class Statistics:
                  for share, value in zip(("median", "p99"), median_and_p99(values))}
         return counts | amounts | {"drawdown [%]": round(100 * self.drawdown, 2)} | times
 
+    def __str__(self): return "\n".join(f"{name:<28} {'' if value is None else value}" for name, value in self.summary().items())
+
     def _repr_html_(self):
-        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:right'>{'' if value is None else value}</td></tr>" for name, value in self.summary().items())
-        return f"<table>{rows}</table>"
+        return html_rows({name: "" if value is None else value for name, value in self.summary().items()})
 
 # %% ../../nbs/70_live/75_session.ipynb #e0292746
 class RefusedStart(RuntimeError):

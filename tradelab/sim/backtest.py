@@ -8,7 +8,7 @@ __all__ = ['WORLDS', 'ROWS', 'LOOP', 'SIZED', 'funding_rates', 'make_trader', 'K
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #87dd629d
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numba
 import numpy as np
@@ -20,7 +20,7 @@ from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
 from ..features.observation import Observation, assemble
 from ..market.candles import frames_of, matrix, moment, text, timeframe_at
-from ..policies import POLICY, Policy, buy_and_hold, flat, fully_invested
+from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, CostModel, Execution, Fill, Funding, Limits
 from ..risk.limits import Gate, warm_up
 from .costs import warm_up as costs_warm_up
@@ -55,12 +55,14 @@ LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32
 @compiled(LOOP, error_model="numpy", _nrt=False)
 def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations):
     tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
+    unwritten = 0. if len(answer) > 2 * world[0]["symbols"] else np.nan   # a place that no order fills is empty, a target that no rule writes is none
     keep, window, room = len(observations) > 1, features.shape[0] - len(tape.times) + 1, state.orders.size + EACH * len(state.books)
     for t in range(first, len(tape.times) - 1):
         if state.count[0] + room > len(state.fills): return t
         if len(targets) == 0:
             seen = observations[t - start if keep else 0]
             assemble(features[t:t + window], state.account, state.positions, seen)
+            answer[:] = unwritten
             policy(parameters, seen, answer)
         if step(t, world, answer if len(targets) == 0 else targets[t], journal[t - start]) != DONE: return t
     return len(tape.times) - 1
@@ -184,13 +186,16 @@ def _asks(function):
     "A compiled function that asks one in plain Python"
     @numba.njit(POLICY)
     def ask(parameters, observation, targets):
-        with numba.objmode(): function(parameters, observation, targets)
+        with numba.objmode(): ask_rule(function, parameters, observation, targets)
     return ask
 
 
 def _function(policy):
     "What the loop can call"
-    return policy.function if hasattr(policy.function, "py_func") or numba.config.DISABLE_JIT else _asks(policy.function)
+    if numba.config.DISABLE_JIT: return partial(ask_rule, policy.function)
+    if not hasattr(policy.function, "py_func"): return _asks(policy.function)
+    refuse_returning(policy.function, policy.name)
+    return policy.function
 
 
 def _named(error, policy, time):
