@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..records import CLOSE, COLUMNS, HIGH, KNOWN, LOW, OPEN, VOLUME, Instrument
+from ..records import CLOSE, COLUMNS, HIGH, KNOWN, LOW, OPEN, VOLUME
 from ..texts import printable
 
 # %% ../../nbs/10_market/10_candles.ipynb #cded7178
