@@ -21,7 +21,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.live.broker import Broker, BrokerError
 from tradelab.live.ledger import Ledger
-from tradelab.live.recorder import find_session, read, recorded_settings, replay
+from tradelab.live.recorder import Recording, find_session, read, recorded_settings, replay, unproven
 from tradelab.live.session import BadFeed, RefusedStart, Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
@@ -99,6 +99,8 @@ def test_what_a_session_leaves(whole):
     then = recorded_settings(find_session(whole["folder"] / "sessions", "latest") / "recording.zst")
     assert then["policy"] == then["origin"] == "momentum(5,0.005)" and then["symbols"] == [BITCOIN] and Limits(**then["limits"]) == Limits() and then["deposit"] == 10_000
     assert [Instrument(**each) for each in then["instruments"]] == [replace(LISTED, symbol=BITCOIN)]
+    proven = Recording(folder / "recording.zst")
+    assert {line["kind"] for line in proven} >= {"recording", "start", "warm", "end"} and proven.ended and proven.decisions == 80 and unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
     written = (folder / "session.json").read_text() + "".join(json.dumps(line) for line in read(folder / "recording.zst"))
     assert "localnet-secret" not in written and "localnet-key" not in written and "listenKey" not in written
 
@@ -200,6 +202,38 @@ def test_a_session_that_was_killed_neither_repeats_nor_loses_an_order(whole, tmp
     assert first_difference(whole["journal"], journal(tmp_path)) is None
     recorded, recomputed = replay(recording(tmp_path), trader())
     assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+
+
+WITH_ITS_EXCHANGE = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_live import Broker, localnet, run, session
+
+class Killed(Broker):
+    sent = 0
+    async def submit(self, order):
+        Killed.sent += 1
+        answer = await super().submit(order)
+        if Killed.sent == 5: os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+with localnet(memory=Path({folder!r}) / "localnet.jsonl") as exchange: run(session(exchange, Path({folder!r}), Killed), 80)
+"""
+
+
+def test_a_session_that_died_with_its_localnet_goes_on(whole, tmp_path):
+    "The exchange is made again from what it was asked, and the session does what it would have done"
+    script = WITH_ITS_EXCHANGE.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    with localnet(memory=tmp_path / "localnet.jsonl") as exchange:
+        run(session(exchange, tmp_path, id="", resume="momentum_test"), 80 - len(journal(tmp_path)))
+        orders = orders_at(exchange)
+    assert orders == whole["orders"] and first_difference(whole["journal"], journal(tmp_path)) is None
+    proven = Recording(recording(tmp_path))
+    recorded, recomputed = replay(proven, trader())
+    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None and unproven(proven, recorded, journal(tmp_path)) == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

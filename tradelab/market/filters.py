@@ -15,7 +15,7 @@ from decimal import Decimal
 import numpy as np
 import pandas as pd
 
-from .candles import UNNAMED, frames_of
+from .candles import UNNAMED
 from ..records import BITCOIN, Instrument, decimal_text, grid
 
 # %% ../../nbs/10_market/18_filters.ipynb #b6184747
@@ -176,9 +176,9 @@ def instruments_for(
     settings=None,  # [instrument]
 )->tuple:           # an Instrument for each symbol, in the order of the candles
     "The instrument of each symbol; warns of a coarse tick, ValueError if one is absurd"
-    frames, symbols = frames_of(candles)
+    frames = dict(candles) if isinstance(candles, dict) else {candles.attrs.get("symbol", UNNAMED): candles}
     ours, theirs = _by_name(given or (), frames), {each.symbol: each for each in known or ()}
-    found = tuple(ours.get(symbol) or with_settings(theirs.get(symbol) or listed_with(frames[symbol], symbol), settings or {}) for symbol in symbols)
+    found = tuple(ours.get(symbol) or with_settings(theirs.get(symbol) or listed_with(frames[symbol], symbol), settings or {}) for symbol in frames)
     for instrument in found: check_tick(instrument, frames[instrument.symbol])
     return found
 

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from ..market.filters import instruments_for
 
-from ..market.candles import frames_of
+from ..market.candles import frames_of, period_of, times
 from ..records import CostModel
-from .backtest import backtest
+from .backtest import backtest, sources_of
 from ..texts import figure_text, html_text
 
 # %% ../../nbs/50_sim/57_stress.ipynb #323ae6a9
@@ -54,8 +54,10 @@ def dear_funding(scene, result):
     held = result.journal.groupby(["symbol", "open_time"])["position"].last()
     rates = {}
     for symbol, frame in scene.candles.items():
-        due = frame.index[(frame.index.hour % 8 == 0) & (frame.index.minute == 0)]
-        side = np.sign(held[symbol].reindex(due).fillna(0.)) if symbol in held.index.get_level_values(0) else 0.
+        due = pd.date_range(frame.index[0].ceil("8h"), frame.index[-1] + pd.Timedelta(period_of(times(frame)), "ms"), freq="8h")
+        own = held[symbol] if symbol in held.index.get_level_values(0) else held.iloc[:0].droplevel(0)
+        rows = own.index.searchsorted(due) - 1              # the candle at whose close it is due
+        side = np.where(rows >= 0, np.sign(np.append(own.to_numpy(float), 0.))[rows], 0.)
         rates[symbol] = pd.Series(FUNDING_CAP * side, due)
     return replace(scene, funding=rates, costs=replace(scene.costs, funding=True))
 
@@ -72,7 +74,8 @@ def away(scene, result):
     "No trade for hours, once a week; prices go on"
     def silent(frame):
         volume = frame["volume"].to_numpy(copy=True)
-        volume[np.arange(len(volume)) % EVERY < AWAY] = 0.
+        number = (times(frame) - times(frame)[0]) // period_of(times(frame))
+        volume[number % EVERY < AWAY] = 0.
         return frame.assign(volume=volume)
     return replace(scene, candles={symbol: silent(frame) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or 1.))
 
@@ -123,16 +126,17 @@ def stress(
     costs:CostModel|None=None,
     funding=None,               # Series of rates by UTC time, or a dict of them by symbol
     scenarios:dict[str, Callable]=SCENARIOS, # name -> (Scene, Result) -> Scene
+    gaps:bool=False,            # carry holes in the candles through
     **settings,                 # of `backtest`
 )->Stress:
     "Run a policy in the market as it was and in each scenario"
-    frames, symbols = frames_of(candles, None, funding)
+    frames, symbols = frames_of(candles, None, funding, gaps)
     costs = costs or getattr(policy, "costs", CostModel())
     rates = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
-    settings["instruments"] = instruments_for(candles, settings.get("instruments"), getattr(policy, "instruments", ())) # of the market as it was: a price that jumps changes no tick
-    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), **settings)
+    settings["instruments"] = instruments_for({symbol: frames[symbol] for symbol in symbols}, settings.get("instruments"), getattr(policy, "instruments", ())) # of the market as it was: a price that jumps changes no tick
+    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), gaps=gaps, **settings)
     plain = Scene({symbol: frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in symbols}, rates, costs)
     first = run(plain)
-    source = str(getattr(candles, "attrs", {}).get("source", ""))
-    note = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, net of costs" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
+    source = sources_of(candles)
+    note = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
     return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, note)
