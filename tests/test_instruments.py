@@ -209,7 +209,7 @@ def test_an_absurd_tick_is_refused_on_every_road(use):
 
 def test_a_coarse_tick_is_said():
     candles = walk(.227, 3, 300)
-    with pytest.warns(UserWarning, match="unnamed .given.: the tick 0.0005 is 0.*% of the lowest price"): backtest(buy_and_hold(), candles, instruments=(Instrument("X", .0005, 1.),), beside=())
+    with pytest.warns(UserWarning, match="BTC/USDT:USDT .given.: the tick 0.0005 is 0.*% of the lowest price"): backtest(buy_and_hold(), candles, instruments=(Instrument("X", .0005, 1.),), beside=())
 
 
 def test_a_delivery_contract_is_refused():

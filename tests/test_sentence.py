@@ -146,5 +146,5 @@ def test_the_journal_has_the_fields_of_the_environment():
 def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, compile):
     "The trader as a live session drives it, and the compiled loop"
     policy = Policy("mine", compile(rule))
-    with pytest.raises(ValueError, match=message): make_trader(policy).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
+    with pytest.raises(ValueError, match=message): make_trader(policy, instruments=(BITCOIN,)).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
     with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), beside=())

@@ -374,7 +374,7 @@ def timed(
     return table.drop(columns=column or []).set_axis(index.rename("open_time"))
 
 # %% ../../nbs/10_market/10_candles.ipynb #2f704591
-UNNAMED = "unnamed" # a frame whose attrs say no symbol
+UNNAMED = "BTC/USDT:USDT" # what a frame is called whose attrs say no symbol; `filters` gives it bitcoin's tick only at bitcoin's prices
 
 
 def refuse_disorder(
