@@ -300,3 +300,31 @@ def test_a_job_refuses_before_anything_runs(project):
     code = "import sys; from tradelab.learn.registry import load\ntry: load(sys.argv[1])\nexcept ValueError as error: print(error)"
     ran = subprocess.run([sys.executable, "-c", code, "os:system('touch ran; echo RAN')"], capture_output=True, text=True, cwd=project)
     assert "is neither tradelab's nor in the folder of the project" in ran.stdout and "RAN" not in ran.stdout and not (project / "ran").exists()
+
+
+KINDS = ("str", "int", "float", "bool", "list", "dict", "str|None", "int|float", "anything", "list[int]")
+
+
+@given(text=st.one_of(st.text(max_size=30), WORDS, st.sampled_from(["float()", "float('x')", "+-nan", "inf-", "{[]: 1}", "(" * 500, "-" * 5_000 + "1", "9" * 5_000, "\0", "1j", "f''", "*a", "a := 1", "lambda: 0"])), kind=st.sampled_from(KINDS))
+@FEW
+def test_any_text_is_a_value_of_its_parameter_or_refused(text, kind):
+    import nbformat
+
+    from tradelab.jobs import BadParameters, check_parameters
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"given:{kind} = None", metadata={"tags": ["parameters"]})])
+    try: value = check_parameters(notebook, {"given": text}, text=True)["given"]
+    except BadParameters as error: assert str(error)
+    else: assert kind == "anything" or type(value).__name__.replace("NoneType", "None").replace("tuple", "list") in kind or kind == "float"
+    try: check_parameters(notebook, {text: 1})
+    except BadParameters as error: assert str(error)
+    try: check_parameters(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]})]), {"given": text}, text=True)
+    except BadParameters as error: assert str(error)
+
+
+@given(content=st.one_of(st.binary(max_size=60), LITERAL.map(lambda value: json.dumps(value).encode()), st.just(b"[" * 100_000)))
+@FEW
+def test_any_file_is_a_notebook_or_refused(content, tmp_path_factory):
+    from tradelab.jobs import BadParameters, check_parameters
+    file = tmp_path_factory.getbasetemp() / "any.ipynb"
+    file.write_bytes(content)
+    with pytest.raises(BadParameters): check_parameters(file, {"given": 1})

@@ -116,7 +116,8 @@ class Trader:
         mark(self.account, self.positions, traded[:, CLOSE].copy())
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
-        answered = self.rules.decide(open_time, traded, self.policy.act(observation), self.account, self.positions, marks)
+        answer = None if self._stream.waits else self.policy.act(observation)
+        answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks)
         record(self.rows, open_time, traded, answered, self.account, self.positions)
         return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
 

@@ -152,9 +152,10 @@ def rolling_sharpe(
     equity = until_ruin(check_equity(equity))
     if len(equity) < 2: return equity * np.nan
     periods = periods_per_year(equity, timeframe)
-    rolled = equity.pct_change().rolling(max(round(days * periods / 365), 2))
+    rolled = equity.pct_change().rolling(pd.Timedelta(days=max(days, 2 * 365 / periods)), min_periods=2)
     deviation = rolled.std()
-    return (np.sqrt(periods) * rolled.mean() / deviation.where(deviation > 1e-14)).rename("sharpe")
+    ratio = np.sqrt(periods) * rolled.mean() / deviation.where(deviation > 1e-14)
+    return ratio.where(equity.index - equity.index[0] >= pd.Timedelta(days=days)).rename("sharpe")
 
 
 def window_of(equity)->int:

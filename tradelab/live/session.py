@@ -515,6 +515,12 @@ class Preparation(Checker):
 class Starter(Preparation):
     "What a session does before its first candle, and after its last"
 
+    async def _ask_again(self):
+        "What happened while nobody listened; refused by an exchange that contradicts what is known of our orders"
+        try: await self._fetch()
+        except ValueError as error:
+            raise RefusedStart(f"{self.broker.venue.name} at {self.broker.venue.rest} contradicts what session {self.id} knows of its orders ({error}): it is another account, or an exchange that was begun anew; name the one that the session traded on") from None
+
     async def _start(self):
         "Up to the moment at which the first candle may come"
         trader, broker = self.trader, self.broker
@@ -527,12 +533,12 @@ class Starter(Preparation):
         self.desk = Desk(self.id, broker, self.ledger, self._note, self.patience, sequence)
         self.books = Books(self.id, trader, self.ledger, None, self.step)
         self.books.recall(sequence)
-        if kept: await self._fetch()
+        if kept: await self._ask_again()
         await self._check_money()
         self._open_files()
         await broker.stream(trader.seen, self.timeframe)
         await self._hear_both()
-        if kept: await self._fetch()
+        if kept: await self._ask_again()
         await self._see_history(kept)
         if not self.feed.ready: await broker.account()
 

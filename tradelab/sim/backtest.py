@@ -17,13 +17,13 @@ from numba import types
 
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
-from ..features.observation import Observation, assemble
-from ..market.candles import frames_of, matrix, moment, text, timeframe_at
+from ..features.observation import Observation, assemble, waiting
+from ..market.candles import frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, CostModel, Execution, Fill, Funding, Instrument, Limits
 from ..risk.limits import Gate, warm_up
 from .costs import warm_up as costs_warm_up
-from .kernel import DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
+from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
 from .matching import EACH, new_state
 from .result import Result
 from ..trader import Trader
@@ -38,11 +38,11 @@ def funding_rates(
     rates = np.zeros((len(times), len(symbols)))
     if funding is None: return rates
     if isinstance(funding, pd.Series): funding = {symbols[0]: funding}
-    period = times[1] - times[0]
+    last = times[-1] + period_of(times)
     for symbol, series in funding.items():
         due = series.index.as_unit("ms").asi8 // 60_000 * 60_000  # exchanges stamp it up to a second late
-        rows = -((times[0] - due) // period) - 1
-        inside = (rows >= 0) & (rows < len(times))
+        rows = np.searchsorted(times, due) - 1                    # the last candle that was open before: who held at its close pays, also in a hole
+        inside = (rows >= 0) & (due <= last)
         np.add.at(rates[:, symbols.index(symbol)], rows[inside], series.to_numpy(float)[inside])
     return rates
 
@@ -61,8 +61,8 @@ def _loop(policy, parameters, features, start, first, world, answer, targets, jo
         if len(targets) == 0:
             seen = observations[t - start if keep else 0]
             assemble(features[t:t + window], state.account, state.positions, seen)
-            answer[:] = unwritten
-            policy(parameters, seen, answer)
+            answer[:] = unwritten if tape.waits[min(t, len(tape.waits) - 1)] == 0 else 0.
+            if tape.waits[min(t, len(tape.waits) - 1)] == 0: policy(parameters, seen, answer)
         if step(t, world, answer if len(targets) == 0 else targets[t], journal[t - start]) != DONE: return t
     return len(tape.times) - 1
 
@@ -91,6 +91,7 @@ class KernelGate:
         "PROPOSAL, (n,): what was ordered and why; the orders themselves stand in the world"
         state, proposals = self.world.state, self.world.proposals
         state.account[:], state.positions[:] = account, positions
+        if answer is None: answer = np.zeros(len(proposals) * int(self.world.rules.execution["orders"]) * ASKED) # the world knows that nobody was asked
         self.world.step(self.t, answer, self.row, market=False)
         account[:], positions[:] = state.account, state.positions
         for name in ("target", "reason", "value", "limit"): proposals[name] = self.row[name]
@@ -215,15 +216,17 @@ def _arrays(policy, observation, known, start, world, journal, observations):
 
 
 def _run(policy, market, first, setting, form, keep, symbols, face):
-    (frames, times, known, names, timeframe, rates), (costs, limits, instruments, execution, deposit) = market, setting
+    (frames, times, known, names, timeframe, rates, holed), (costs, limits, instruments, execution, deposit) = market, setting
     if form not in ("array", "event"): raise ValueError(f"form must be 'array' or 'event', was {form!r}")
     observation, candles = Observation.of(policy, timeframe).on(symbols), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
     rules, journal = rules_of(costs, limits, instruments, execution, policy.orders), np.zeros((len(times) - 1 - first, len(symbols)), JOURNAL)
-    world = World(tape_of(times, candles, rates, costs, limits), new_state(new_account(deposit), np.zeros(len(symbols), POSITION), rules.execution, 1_000), rules)
+    looked = looked_at(observation, known, names)
+    waits = waiting(times, observation.matrix(looked), observation.window) if holed else None
+    world = World(tape_of(times, candles, rates, costs, limits, waits), new_state(new_account(deposit), np.zeros(len(symbols), POSITION), rules.execution, 1_000), rules)
     seen = np.zeros((len(journal) if keep else 1, len(symbols), observation.width), np.float32)
     mark(world.state.account, world.state.positions, candles[first, :, CLOSE].copy())
-    if form == "event" and not isinstance(policy, Given): _events(policy, looked_at(observation, known, names), timeframe, first, world, (limits, instruments), journal, seen)
-    else: _arrays(policy, observation, looked_at(observation, known, names), first, world, journal, seen)
+    if form == "event" and not isinstance(policy, Given): _events(policy, looked, timeframe, first, world, (limits, instruments), journal, seen)
+    else: _arrays(policy, observation, looked, first, world, journal, seen)
     state = world.state
     return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3])
 
@@ -291,18 +294,21 @@ def backtest(
     form:str="array",            # or "event": through a `Trader`, candle by candle
     beside:tuple=(flat(), buy_and_hold()), # policies to compare with, over the same candles; see `baselines_of`
     keep_observations:bool=False,# hold every observation, float32
+    gaps:bool=False,             # carry holes in the candles through; otherwise the first one is refused
 )->Result:
     "Run a policy over candles, net of costs. ValueError where the span is too short, or a policy answers with NaN"
-    frames, symbols = frames_of(candles, watch, funding)
+    frames, symbols = frames_of(candles, watch, funding, gaps)
     times, known, names = matrix(frames, KNOWN)
     run, policy = policy, given(policy, times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
     timeframe = timeframe_at(times)
     instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
-    market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols)
+    holes, missing = holes_in(times)
+    market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols), holes > 0
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())
     first = _first(times, start, max(warm_up(limits), costs_warm_up(costs), *(Observation.of(each, timeframe).warm_up for each in (policy, *beside))))
     face = sources_of(candles), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
     net = net_of(symbols, funding, costs)
     pairs = [(each, within) for each, within in baselines_of(beside, limits, len(symbols)) if each.name != policy.name or each.function is not policy.function]
+    if holes: face = face[0], f"{face[1]}; {holes} hole{'s' * (holes > 1)} in the candles carried through, {missing:,} candles missing"
     baselines = {each.name: _run(each, market, first, (costs, within, instruments, Execution(), deposit), "array", False, symbols, (*face, {}, net)) for each, within in pairs}
     return _run(policy, market, first, (costs, limits, instruments, execution, deposit), form, keep_observations, symbols, (*face, baselines, net))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from ..market.candles import frames_of
+from ..market.candles import frames_of, period_of, times
 from ..records import CostModel
 from ..risk.answers import halted_text, halts
 from .backtest import backtest, sources_of
@@ -54,8 +54,10 @@ def dear_funding(scene, result):
     held = result.journal.groupby(["symbol", "open_time"])["position"].last()
     rates = {}
     for symbol, frame in scene.candles.items():
-        due = frame.index[(frame.index.hour % 8 == 0) & (frame.index.minute == 0)]
-        side = np.sign(held[symbol].reindex(due).fillna(0.)) if symbol in held.index.get_level_values(0) else 0.
+        due = pd.date_range(frame.index[0].ceil("8h"), frame.index[-1] + pd.Timedelta(period_of(times(frame)), "ms"), freq="8h")
+        own = held[symbol] if symbol in held.index.get_level_values(0) else held.iloc[:0].droplevel(0)
+        rows = own.index.searchsorted(due) - 1              # the candle at whose close it is due
+        side = np.where(rows >= 0, np.sign(np.append(own.to_numpy(float), 0.))[rows], 0.)
         rates[symbol] = pd.Series(FUNDING_CAP * side, due)
     return replace(scene, funding=rates, costs=replace(scene.costs, funding=True))
 
@@ -72,7 +74,8 @@ def away(scene, result):
     "No trade for hours, once a week; prices go on"
     def silent(frame):
         volume = frame["volume"].to_numpy(copy=True)
-        volume[np.arange(len(volume)) % EVERY < AWAY] = 0.
+        number = (times(frame) - times(frame)[0]) // period_of(times(frame))
+        volume[number % EVERY < AWAY] = 0.
         return frame.assign(volume=volume)
     return replace(scene, candles={symbol: silent(frame) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or 1.))
 
@@ -127,13 +130,14 @@ def stress(
     costs:CostModel|None=None,
     funding=None,               # Series of rates by UTC time, or a dict of them by symbol
     scenarios:dict[str, Callable]=SCENARIOS, # name -> (Scene, Result) -> Scene
+    gaps:bool=False,            # carry holes in the candles through
     **settings,                 # of `backtest`
 )->Stress:
     "Run a policy in the market as it was and in each scenario"
-    frames, symbols = frames_of(candles, None, funding)
+    frames, symbols = frames_of(candles, None, funding, gaps)
     costs = costs or getattr(policy, "costs", CostModel())
     rates = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
-    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), **settings)
+    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), gaps=gaps, **settings)
     plain = Scene({symbol: frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in symbols}, rates, costs)
     first = run(plain)
     source = sources_of(candles)
