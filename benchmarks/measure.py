@@ -95,7 +95,7 @@ def simulating():
     candles, policy = ar1(100_000, seed=0), SmaCross()
     array = len(candles) / rate(lambda: backtest(policy, candles))
     event = 5_000 / rate(lambda: backtest(policy, candles[:5_000], form="event"), 3)
-    yield "backtest, array form (three policies: subject and two baselines)", f"{array:,.0f} bars/s", "SMA cross 20/50, 100,000 candles, features included"
+    yield "backtest, array form (four policies: subject and three baselines)", f"{array:,.0f} bars/s", "SMA cross 20/50, 100,000 candles, features included"
     yield "backtest, event form (`Trader`)", f"{event:,.0f} bars/s", f"{array / event:,.0f} times slower"
     observation = Observation(["return(1)", "rsi(14)", "atr(14).relative", "bollinger(20,2)", "volatility(20)"], window=30).fit(matrix(candles)[1])
     market = Market.of(candles, observation)

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.market.candles import OPTIONAL, TIMEFRAMES, BadCandles, align, as_of, check, data_hash, frame, milliseconds, moment, parts, resample, rows_as_of, timeframe_of, times
+from tradelab.features.grammar import parse
+from tradelab.market.candles import (
+    OPTIONAL, TIMEFRAMES, BadCandles, align, as_of, check, data_hash, frame, matrix, milliseconds, moment, next_opening, parts, resample, rows_as_of, timeframe_of, times)
 from tradelab.market.synthetic import ar1
-from tradelab.records import COLUMNS
+from tradelab.records import COLUMNS, KNOWN
 
 HOUR = 3_600_000
 
@@ -64,9 +66,9 @@ def test_every_bar_is_its_own_parts(frames, length, offset, missing, decimals, d
 
 def test_what_cannot_be_resampled():
     market = ar1(48, seed=1)
-    with pytest.raises(ValueError, match="15m is not a multiple of 1h: 1h, 2h, 4h, 6h, 8h, 12h, 1d can be made of it"): resample(market, "15m")
+    with pytest.raises(ValueError, match="15m is not a multiple of 1h: 1h, 2h, 4h, 6h, 8h, 12h, 1d, 3d, 1w can be made of it"): resample(market, "15m")
     with pytest.raises(ValueError, match="12h is not a multiple of 8h"): resample(resample(market, "8h"), "12h")
-    with pytest.raises(ValueError, match="unknown timeframe '1w'"): resample(market, "1w")
+    with pytest.raises(ValueError, match="unknown timeframe '2w'"): resample(market, "2w")
     with pytest.raises(BadCandles, match="BTC: the smallest of 3 steps is 1260000 ms, no timeframe is that long"): timeframe_of(market.set_index(market.index[0] + pd.to_timedelta(np.arange(48) * 21, unit="min"))[:4], "BTC")
     with pytest.raises(BadCandles, match="is not on the grid of 1h"): resample(market.shift(1, freq="min"), "4h")
     with pytest.raises(BadCandles, match="high is .* below another price"): resample(market.assign(high=1.), "4h")
@@ -76,6 +78,7 @@ def test_what_cannot_be_resampled():
 def test_a_timeframe_makes_itself_and_all_its_multiples():
     market = ar1(2 * 1440, seed=1, timeframe="1m")
     for timeframe, step in TIMEFRAMES.items():
+        if step > TIMEFRAMES["1d"]: continue
         made = resample(market, timeframe)
         assert len(made) == 2 * TIMEFRAMES["1d"] // step and made.high.max() == market.high.max() and np.isclose(made.volume.sum(), market.volume.sum())
     assert resample(market, "1m").equals(market)
@@ -154,3 +157,35 @@ def test_optional_columns_survive_the_way():
                                             (pd.concat([ar1(9), ar1(9)[["high"]]], axis=1), "XRP: column 'high' is there more than once: keep the right one")])
 def test_what_is_no_table_of_candles(table, message):
     with pytest.raises(BadCandles, match=message): check(table, "1h", "XRP")
+
+
+# ---- grids that do not begin with the epoch
+
+@pytest.mark.parametrize("timeframe", TIMEFRAMES)
+def test_every_timeframe_is_its_own_grid(timeframe):
+    "Weeks begin on a Monday, three days where Binance's first ones did (2017-08-17); both are made of days, and seen as of their close"
+    step, days = milliseconds(timeframe), ar1(40, timeframe="1d", start="2017-08-01")
+    candles = ar1(30, timeframe=timeframe, start=next_opening(moment("2017-08-01"), step))
+    check(candles, timeframe)
+    with pytest.raises(BadCandles, match="is not on the grid"): check(candles.set_axis(candles.index + pd.Timedelta(minutes=.5)), timeframe)
+    if step < milliseconds("1d"): return
+    longer = resample(days, timeframe)
+    first = {"1d": "2017-08-01", "3d": "2017-08-02", "1w": "2017-08-07"}[timeframe]
+    assert longer.index[0] == pd.Timestamp(first, tz="UTC") and pd.Timestamp("2017-08-17", tz="UTC") in resample(days, "3d").index
+    rows = rows_as_of(times(days), "1d", times(longer), timeframe)
+    for day, row in zip(days.index, rows):
+        closed = longer.index[longer.index + pd.Timedelta(step, "ms") <= day + pd.Timedelta(days=1)]
+        assert (row == -1 and not len(closed)) or longer.index[row] == closed[-1]
+
+
+def test_a_feature_of_a_week_is_that_of_the_weekly_candles():
+    days = ar1(200, timeframe="1d", start="2021-01-01")
+    known = matrix(days, KNOWN)[1][:, 0]
+    for timeframe in ("3d", "1w"):
+        longer = resample(days, timeframe)
+        rows = rows_as_of(times(days), "1d", times(longer), timeframe)
+        expected = np.where(rows >= 0, longer["close"].pct_change().to_numpy()[rows], np.nan)
+        array = parse(f"return(1)@{timeframe}").array(known)
+        np.testing.assert_allclose(array[14:], expected[14:], rtol=1e-12)
+        stream = parse(f"return(1)@{timeframe}").stream("1d")
+        assert np.array_equal([stream.update(candle)[0] for candle in known], array, equal_nan=True)

@@ -1,5 +1,4 @@
 "The command as a person types it"
-import json
 import signal
 import socket
 import subprocess
@@ -10,11 +9,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tradelab.command import running_sessions
+
 pytestmark = pytest.mark.integration
 TRADELAB = Path(sys.executable).parent / "tradelab"
 
 
-def tradelab(*words, **options): return subprocess.run([TRADELAB, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
+def tradelab(*words, **options): return subprocess.run([TRADELAB, *map(str, words)], capture_output=True, text=True, **options)
 
 
 def write_job(path, *cells):
@@ -46,20 +47,16 @@ def test_bad_input_is_one_sentence_and_exit_code_1(project, words, sentence):
     assert (project / "reports").exists() == (words == ["run", "train"])
 
 
-def test_stop_closes_a_running_session(project):
-    session = "import asyncio, json, os, signal\nfrom pathlib import Path\nfolder = Path('sessions/momentum')\nfolder.mkdir(parents=True)\nstop = asyncio.Event()\n" \
-              "asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)\n" \
-              "write = lambda state: (folder / 'session.json').write_text(json.dumps({'pid': os.getpid(), 'state': state}))\nwrite('running')\nawait stop.wait()\nwrite('stopped')"
+def test_stop_closes_a_running_session(project, monkeypatch):
+    monkeypatch.setenv("TRADELAB_STOP_GRACE", "1e6")
+    session = "import asyncio, signal\nfrom pathlib import Path\nfrom tradelab.lock import Lock\nfolder = Path('sessions/momentum')\nfolder.mkdir(parents=True)\nstop = asyncio.Event()\n" \
+              "asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)\nwith Lock(folder / 'lock', 'momentum'):\n    await stop.wait()\n    (folder / 'ended').touch()"
     write_job(project / "nbs/live.ipynb", session, "print('statistics of the session')")
     job = subprocess.Popen([TRADELAB, "run", "live", "--output", "out.ipynb"], stdout=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if (project / "sessions/momentum/session.json").exists() or job.poll() is not None: break
-        time.sleep(.1)
-    time.sleep(.2)
+    while not running_sessions(project / "sessions") and job.poll() is None: time.sleep(.05)
     stopped = tradelab("stop")
     assert stopped.returncode == 0 and "asked momentum to stop" in stopped.stdout and "momentum has stopped" in stopped.stdout
-    assert "statistics of the session" in job.communicate(timeout=60)[0] and job.returncode == 0
-    assert json.loads((project / "sessions/momentum/session.json").read_text())["state"] == "stopped"
+    assert (project / "sessions/momentum/ended").exists() and "statistics of the session" in job.communicate()[0] and job.returncode == 0
 
 
 def free_port():
@@ -76,5 +73,11 @@ def test_localnet_serves_until_it_is_stopped(project):
         taken = tradelab("localnet", "--port", port)
         assert taken.returncode == 1 and str(port) in taken.stderr and "Traceback" not in taken.stderr
         server.send_signal(signal.SIGTERM)
-        assert "localnet has stopped" in server.communicate(timeout=30)[0] and server.returncode == 0
+        assert "localnet has stopped" in server.communicate()[0] and server.returncode == 0
     finally: server.kill()
+
+
+def test_localnet_in_the_background_of_a_script_ends_with_it(project):
+    "A shell without job control starts it with SIGINT ignored"
+    script = f"{TRADELAB} localnet --port 0 > said 2>&1 & until grep -q 'localnet at' said || ! kill -0 $!; do sleep .1; done; kill -INT $!; kill -TERM $!; wait $!; echo ended with $?"
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "ended with 0\n" and "localnet has stopped" in (project / "said").read_text()

@@ -1,17 +1,34 @@
 "Settings as files and variables of a real process"
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import tomllib
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tradelab.config import BadSettings, _flat, _variables, known_keys, settings, venue_for
-from tradelab.records import CostModel, Limits
+from tradelab.config import FORBIDDING, NOT_YET, TABLES, BadSettings, _flat, _variables, forbidding, job_settings, known_keys, overridden, settings, venue_for
+from tradelab.records import Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
+
+
+@contextmanager
+def place(variables=()):
+    "A new, empty project with these variables and no others of ours: an example of hypothesis needs its own"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("TRADELAB_")]: patch.delenv(name)
+        for name in variables: patch.setenv(name, variables[name])
+        patch.chdir(folder)
+        Path("tradelab.toml").touch()
+        yield
 
 
 def test_later_places_win(project, monkeypatch):
@@ -37,13 +54,60 @@ def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sent
     with pytest.raises(BadSettings, match=sentence): settings(**({"risk": {"max_levrage": 2}} if place == "parameters" else {}))
 
 
-def test_a_session_says_where_it_goes_and_never_to_mainnet_by_itself(project):
+def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
+    "Until an order cannot go out twice and a halt outlives its session, real money is refused, with all that stands in the way"
     (project / ".env").write_text("TRADELAB_MAINNET_KEY=0123456789abcdef\nTRADELAB_MAINNET_SECRET=fedcba9876543210")
     assert venue_for(settings()).name == "localnet"
     (project / "tradelab.toml").write_text('venue = "mainnet"')
     with pytest.raises(BadSettings, match="mainnet_confirmation does not name the account"): venue_for(settings())
     (project / "tradelab.toml").write_text('venue = "mainnet"\nmainnet_confirmation = "01234567"')
-    assert venue_for(settings()).rest == "https://fapi.binance.com"
+    with pytest.raises(BadSettings) as refused: venue_for(settings())
+    assert str(refused.value) == NOT_YET and NOT_YET.split("there: ")[1].split(";")[0] in (ROOT / "README.md").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("value, forbids", [("true", True), ("True", True), ("1", True), ("yes", True), ("tru", True), ("false", False), ("0", False), ("no", False), ("", False)])
+@pytest.mark.parametrize("name", FORBIDDING)
+def test_a_switch_of_another_system_forbids_real_money_and_never_opens_it(project, monkeypatch, name, value, forbids):
+    for other in FORBIDDING: monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    assert bool(forbidding()) == forbids and venue_for(settings()).name == "localnet"
+    with pytest.raises(BadSettings, match=f"{name} in the environment forbids it" if forbids else "does not start there"): venue_for(settings(venue="mainnet"))
+    monkeypatch.delenv(name)
+    (project / ".env").write_text(f"{name}={value}")
+    assert bool(forbidding()) == forbids
+
+
+KEYS = [*known_keys(), "risk", "costs", "production", "risk.stops", "risk.sectors", "risk.sectors.a", "production.venue", ""]
+VALUES = st.one_of(st.integers(-5, 5), st.floats(), st.booleans(), st.text(max_size=8), st.sampled_from(["localnet", "nan", "1e400", "testnet"]), st.lists(st.integers(), max_size=2), st.just({}))
+LINES = st.lists(st.tuples(st.sampled_from(KEYS), VALUES).map(lambda pair: f"{pair[0]} = {json.dumps(pair[1])}"), max_size=4).map("\n".join)
+VARIABLES = st.dictionaries(st.sampled_from(KEYS).map(lambda key: f"TRADELAB_{key.upper().replace('.', '__')}"), st.binary(max_size=8).map(lambda text: os.fsdecode(text.replace(b"\0", b""))), max_size=4)
+
+
+def only_its_own_error():
+    try: settings()
+    except BadSettings as error: assert str(error).encode()
+
+
+@given(st.one_of(LINES.map(str.encode), st.binary(max_size=30), st.text("[]{}=.\"'\n#arisk", max_size=30).map(str.encode)))
+def test_whatever_tradelab_toml_holds_only_its_own_error_comes(text):
+    with place(): Path("tradelab.toml").write_bytes(text), only_its_own_error()
+
+
+@given(st.one_of(VARIABLES.map(lambda each: "\n".join(f"{name}={value}" for name, value in each.items()).encode("utf-8", "surrogateescape")), st.binary(max_size=30),
+                 st.text("TRADELAB_=#'\"\n \\$!{}", max_size=40).map(str.encode)))
+def test_whatever_the_dotenv_file_holds_only_its_own_error_comes(text):
+    with place(): Path(".env").write_bytes(text), only_its_own_error()
+
+
+@given(VARIABLES)
+def test_whatever_the_environment_holds_only_its_own_error_comes(variables):
+    with place(variables): only_its_own_error()
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "[a" + ".a" * 5_000 + "]", "a = 1" + "0" * 5_000, "production = 3", 'data = "a\\u0000b"', 'database = "nonsense"'], ids=lambda text: text[:20])
+def test_a_file_that_no_reader_expects(project, text):
+    (project / "tradelab.toml").write_text(text)
+    with pytest.raises(BadSettings): settings()
 
 
 def test_the_settings_are_those_of_the_project_from_any_folder_in_it(project):
@@ -59,7 +123,7 @@ def test_the_examples_name_every_setting_and_its_default(project):
     (project / "tradelab.toml").write_text(text)
     assert settings().model_dump() == settings(**{}).model_dump()
     written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name != "production"}))
-    unlimited = {f"{table}.{field.name}" for table, record in (("risk", Limits), ("costs", CostModel)) for field in fields(record) if field.default is None}
+    unlimited = {f"{table}.{field.name}" for table, record in TABLES.items() for field in fields(record) if field.default is None}
     assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
     example = settings()
     (project / "tradelab.toml").write_text("")
@@ -83,3 +147,24 @@ def test_a_limit_that_cannot_be_is_refused_at_start(project, text, sentence):
     (project / "tradelab.toml").write_text(text)
     with pytest.raises(BadSettings) as refused: settings()
     assert sentence in str(refused.value)
+
+
+@pytest.fixture
+def no_section():
+    yield
+    job_settings("")
+
+
+def test_a_jobs_section_counts_more_than_every_other_place_and_what_a_run_was_trained_with(project, monkeypatch, no_section):
+    (project / "tradelab.toml").write_text("gaps = true\n[risk]\nmax_position = 0.1\n[production.risk]\nmax_position = 0.2\n[settings.careful]\ngaps = false\n[settings.careful.risk]\nmax_position = 0.02")
+    monkeypatch.setenv("TRADELAB_RISK__MAX_POSITION", "0.3")
+    assert settings().risk.max_position == .3 and settings().gaps
+    assert job_settings("careful").risk.max_position == .02 and not settings().gaps and settings(environment="production").risk.max_position == .02
+    assert overridden(Limits(max_position=.5, max_drawdown=.3), "risk") == Limits(max_position=.02, max_drawdown=.3)
+    assert job_settings("").risk.max_position == .3 and overridden(Limits(max_position=.5), "risk") == Limits(max_position=.5)
+
+
+@pytest.mark.parametrize("key", ["[settings.careful]\nmax_positon = 1", "[settings.careful.risk]\nmax_positon = 1", "[settings]\ngaps = true", "[settings.careful]\nenvironment = 'staging'", "[careful]\ngaps = true"])
+def test_a_section_is_checked_though_nobody_names_it(project, key):
+    (project / "tradelab.toml").write_text(key)
+    with pytest.raises(BadSettings, match="tradelab.toml"): settings()

@@ -10,9 +10,9 @@ import pytest
 
 from tradelab.account import POSITION, new_account
 from tradelab.market.sources import funding_history, history
-from tradelab.policies import buy_and_hold
-from tradelab.records import JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits
-from tradelab.sim.backtest import backtest
+from tradelab.policies import buy_and_hold, flat
+from tradelab.records import JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason
+from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.matching import new_state
@@ -121,3 +121,14 @@ def test_stops_in_a_candle_are_pessimistic_where_backtesting_py_is_too():
     for candles, price in ((both, 98.), (gap, 95.)):
         state, _ = levered(candles, 1., 1, stops=Stops(stop_loss=.02, take_profit=.04), execution=Execution(protect=True))
         assert [(Kind(each["kind"]).name, float(each["price"])) for each in state.fills[1:state.count[0]]] == [("STOP", price)]
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(max_position=1., max_drawdown=.05, max_daily_loss=.01), Limits(max_position=.3, capital=100., target_volatility=.1)], ids=["default", "halted at once", "held small"])
+def test_buy_and_hold_is_the_market_whatever_the_limits(shared, limits):
+    "Bitcoin and ether in equal parts, bought once: the market of pandas, less one fee and the slippage"
+    frames = {symbol: history(symbol, "1h", "2021-01-01", "2021-09-01", source=str(shared / f"data/{symbol[:3]}USDT-perp-1h.parquet")) for symbol in ("BTC/USDT:USDT", "ETH/USDT:USDT")}
+    result = backtest(flat(), frames, limits=limits, deposit=1e6, instruments=tuple(Instrument(symbol, .01, .001) for symbol in frames))
+    bought, (held, sized) = result.journal.index[2], (result.baselines[name] for name in ("buy and hold", SIZED))
+    market = np.mean([frame["close"].iloc[-1] / frame["open"][bought] for frame in frames.values()])
+    assert held.equity.iloc[-1] / 1e6 == pytest.approx(market * (1 - .0005 - .0001), rel=1e-3) and len(held.fills) == 2
+    assert (sized.journal["reason"] == Reason.HALTED).any() == (limits.max_drawdown == .05) and not (held.journal["reason"] == Reason.HALTED).any()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tradelab.evaluation.difference import first_difference
+from tradelab.evaluation.intervals import intervals
 from tradelab.evaluation.metrics import LABELS, drawdowns, metrics, round_trips
 from tradelab.evaluation.tearsheet import TearSheet, costs, months, rolling_sharpe, thinned
 from tradelab.records import JOURNAL
@@ -322,3 +323,32 @@ def test_buy_and_hold_of_real_bitcoin(shared):
     assert len(price) == 2 * 8760 and found.round_trips == 0 and found.fills == 1
     assert found.total_return == pytest.approx((price.iloc[-1] - price.iloc[0] * 1.0005) / 100_000, rel=1e-9)
     assert found.annual_return == pytest.approx((1 + found.total_return) ** (8760 / (2 * 8760 - 1)) - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-.004, .004), st.sampled_from((.5, .9, .95, .99)), st.sampled_from((1., .05)))
+def test_an_interval_holds_its_estimate_and_stays_where_the_measure_can_be(seed, drift, level, noise):
+    "Also where blocks cannot show what was: a steady fall, one crash, a curve that hardly moves"
+    random = np.random.default_rng(seed)
+    returns = drift + noise * random.standard_t(3, 300) * .004
+    if seed % 3 == 0: returns[150] = -.3
+    equity = pd.Series(1e4 * np.cumprod(np.append(1., 1 + np.maximum(returns, -.9))), pd.date_range("2023-01-01", periods=301, freq="1h", tz="UTC"))
+    table = intervals(equity, level, 100, seed)
+    assert (table["low"] <= table["estimate"]).all() and (table["estimate"] <= table["high"]).all()
+    assert (table["level"] == level).all() and (table["unit"] != "").all()
+    assert 0 <= table.loc["max_drawdown", "low"] and table.loc["max_drawdown", "high"] <= 1 and table.loc["total_return", "low"] >= -1
+
+
+def test_a_ruined_run_has_intervals_until_its_ruin():
+    equity = pd.Series(np.r_[np.linspace(1e4, 100., 200), -50., -50., -50.], pd.date_range("2023-01-01", periods=203, freq="1h", tz="UTC"))
+    table = intervals(equity, draws=50)
+    assert (table["low"] <= table["estimate"]).all() and (table["estimate"] <= table["high"]).all() and np.isfinite(table["estimate"]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30))
+def test_turnover_is_never_below_zero(moves):
+    journal = random_journal(1, len(moves) + 1)
+    equity = pd.Series(1000. + np.append(0., 1000 * np.cumsum(moves)), journal.index)
+    found = metrics(equity, journal)
+    assert found.turnover >= 0 and not found.annual_turnover < 0

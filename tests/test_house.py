@@ -91,6 +91,14 @@ def test_a_job_is_wiring_only(path):
     assert "default_exp" not in "".join(source for source, _ in parts)
 
 
+def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
+    "A dataclass of arrays says nothing where it is printed in a script"
+    classes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    methods = {node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)} for node in classes}
+    shown = {name for name, has in methods.items() if has & {"_repr_html_", "table"}}
+    assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
+
+
 def test_nothing_imports_a_job():
     loads = re.compile(r"^\s*%run\b|^\s*(from|import)\s+nbs\b|import_?notebook", re.M)
     assert not [path for path in MODULES if loads.search(path.read_text())]
@@ -104,3 +112,9 @@ def test_an_import_loads_no_more_than_it_needs(module, heavy):
     probe = f"import sys, {module}; print(*({heavy!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0 and ran.stdout.strip() == "", ran.stdout + ran.stderr
+
+
+def test_nobody_is_told_to_install_a_stranger():
+    "The name on the public index is somebody else's package"
+    texts = [*MODULES, *NOTEBOOKS, ROOT / "README.md", ROOT / "tradelab.toml.example", ROOT / "settings.ini", ROOT / "setup.py", ROOT / "Makefile"]
+    assert not [path for path in texts if re.search(r"pip install [^.\n]*\btradelab\b(?! *in the folder)", path.read_text().replace("\\", "").replace("'.[", ".["))]

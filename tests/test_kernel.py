@@ -308,3 +308,33 @@ def test_round_trips_within_a_candle_count():
     assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200 and len(ours) == len(theirs) > 300
     np.testing.assert_allclose(ours["profit"], theirs["profit"], atol=1e-6)
     assert ours["side"].tolist() == theirs["side"].tolist() and result.summary().hit_rate == pytest.approx((theirs["profit"] > 0).mean())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.booleans())
+def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
+    "Orders of every kind, several trips in a candle: one source of truth, beside a second bookkeeping"
+    candles = ar1(300, rho=0, volatility=.02, seed=seed)
+    policy = Policy("any", any_orders, [float(seed % 1000)], ("return(1)",), orders=places)
+    result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying else None, beside=())
+    paid, profits, held, cash = result.journal["funding"], [], 0., 0.
+    events = sorted([(time, 0, row) for time, row in result.fills.iterrows()] + [(time, 1, amount) for time, amount in paid[paid != 0].items()], key=lambda each: each[:2])
+    for _, kind, what in events:                                          # a candle is met first, then its close pays
+        if kind:
+            cash += what
+            continue
+        quantity, left = what["quantity"], what["quantity"]
+        while left:
+            part = -held if held * left < 0 and abs(left) > abs(held) else left
+            held, left = round(held + part, 8), round(left - part, 8)
+            cash -= part * what["price"] + what["fee"] * abs(part / quantity)
+            if held == 0.:
+                profits.append(cash)
+                cash = 0.
+    summary, trips = result.summary(), result.trips
+    assert summary.round_trips == len(trips) == len(profits)
+    np.testing.assert_allclose(sorted(trips["profit"]), sorted(profits), atol=1e-6)
+    if not profits: return
+    assert summary.hit_rate == pytest.approx((trips["profit"] > 0).mean()) and summary.expectancy == pytest.approx(trips["profit"].mean())
+    open_part = cash + held * candles["close"].iloc[-1]
+    assert trips["profit"].sum() + open_part == pytest.approx(result.equity.iloc[-1] - 10_000, abs=1e-5)

@@ -137,7 +137,7 @@ print(train("PPO", ar1(2_000), Observation(["return(1)"]), steps=1_000_000, fold
     assert process.returncode == 0, seen + err
     run = load("latest", tmp_path)
     assert run.id == out.strip() and run.config["interrupted"] and 0 < run.config["steps"] < 1_000_000
-    assert "interrupted" in str(run) and [path.name for path in tmp_path.iterdir()] == [run.id]
+    assert "interrupted" in str(run) and sorted(path.name for path in tmp_path.iterdir()) == [run.id, "trials.jsonl"]
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_full_disk_leaves_nothing(kept, tmp_path):
            f"save(Run(run.id + '1', run.policy, instruments=run.instruments, config=run.config), {{'model.zip': bytes(100_000)}}, run.folder.parent)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode != 0 and "no file was left half-written" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [kept.id]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [kept.id, "trials.jsonl"]
 
 
 def test_rules_by_name(project):

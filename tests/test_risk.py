@@ -3,18 +3,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.market.candles import TIMEFRAMES, milliseconds, moment, next_opening
 from tradelab.market.files import from_file
-from tradelab.market.synthetic import realistic
+from tradelab.market.synthetic import ar1, realistic
 from tradelab.records import NO_STOPS, TradingState
 from tradelab.risk.breakers import CLOSED, DEFAULTS, Breakers
 from tradelab.risk.forecasts import judge
 from tradelab.risk.ladder import CAUSES, Ladder
 from tradelab.risk.portfolio import covariance_history, shrunk
 from tradelab.risk.tail import METHODS, TailRisk, historical, tail, tail_history
+from tradelab.risk.view import RiskView
 
 DATA = next((place / "shared/data" for place in Path(__file__).resolve().parents if (place / "shared/data/BTCUSDT-1d.parquet").exists()), None)
 
@@ -137,3 +140,18 @@ def test_simultaneous_causes_in_any_order():
         for name in order: ladder.clear(name, 2_000)
         states.add((ladder.state(), tuple(sorted(ladder.active))))
     assert states == {(TradingState.HALT, (("liquidation", ""),))} and not any(NO_STOPS.row()[:6])
+
+
+@pytest.mark.parametrize("timeframe", TIMEFRAMES)
+def test_the_risk_of_a_run_is_shown_on_every_timeframe(timeframe):
+    "Also of a run that is too short for a value at risk, and of one step: a section says why it is not there"
+    step = milliseconds(timeframe)
+    candles = ar1(160, volatility=.01, seed=3, timeframe=timeframe, start=next_opening(moment("2020-01-01"), step))
+    index, close = candles.index, candles["close"].to_numpy()
+    journal = pd.DataFrame(dict(close=close, equity=10_000 * close / close[0], position=10_000 / close[0], fill_quantity=0., reason=0, value=0., limit=0., symbol="BTC/USDT:USDT"), index)
+    view = RiskView("held", journal, journal["equity"])
+    page = view._repr_html_()
+    assert view.lookback == max(30, 100 * step / 86_400_000) and "not shown" not in page and f"over the last {view.lookback:g} days" in page
+    known = view.value_at_risk()["var"].notna()
+    assert known.any() == (30 * 86_400_000 <= 150 * step) and ("which this run does not have" in page) != known.any()
+    assert "not shown" in RiskView("one", journal[:1], journal["equity"][:1])._repr_html_()

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.account import POSITION, new_account
+from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import PORTFOLIO
 from tradelab.market.candles import matrix
@@ -14,7 +15,7 @@ from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
 from tradelab.records import JOURNAL, NO_STOPS, CostModel, Instrument, Limits, Reason
 from tradelab.risk.limits import Gate
-from tradelab.sim.backtest import backtest
+from tradelab.sim.backtest import backtest, make_trader
 from tradelab.strategies.example import Momentum, SmaCross
 
 FEATURES = ("return(1)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative", "bollinger(20,2)", "volatility(20)")
@@ -137,3 +138,13 @@ def test_the_journal_has_the_fields_of_the_environment():
     assert info["journal"][0].dtype.names == JOURNAL.names
     assert set(backtest(Momentum(), candles).journal.columns) == {*JOURNAL.names, "symbol"} - {"open_time"}
     assert isinstance(backtest(Momentum(), candles).journal.index, pd.DatetimeIndex)
+
+
+@pytest.mark.parametrize("rule, message", [(lambda parameters, seen, targets: 1., "nobody reads that"), (lambda parameters, seen, targets: np.ones(1), "nobody reads that"),
+                                           (lambda parameters, seen, targets: None, "nan is one that was not written")])
+@pytest.mark.parametrize("compile", [compiled, lambda rule: rule], ids=["compiled", "python"])
+def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, compile):
+    "The trader as a live session drives it, and the compiled loop"
+    policy = Policy("mine", compile(rule))
+    with pytest.raises(ValueError, match=message): make_trader(policy).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
+    with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), beside=())

@@ -22,8 +22,9 @@ from pathlib import Path
 import click
 from pydantic import SecretStr
 
-from .config import BadSettings, nearest, project_root, settings
+from .config import TOML, BadSettings, known_keys, nearest, project_root, settings
 from .log import redact, register_secret
+from .texts import printable
 
 # %% ../nbs/00_ground/07_jobs.ipynb #5e78badd
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -104,6 +105,13 @@ def fits(
     return not parameter.kinds or kind in parameter.kinds or (kind == "int" and "float" in parameter.kinds)
 
 # %% ../nbs/00_ground/07_jobs.ipynb #ce8f5ec9
+def _instead(name, taken):
+    "What was meant by a parameter that is not there"
+    keys = [key for key in known_keys() if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    if keys and "settings" in taken: return f"it is a setting, {' or '.join(keys)}: put it into a section of {TOML} and give that section's name as settings"
+    return f"did you mean {nearest(name, taken)}? The notebook takes {', '.join(taken)}"
+
+
 def check_parameters(
     notebook,          # NotebookNode, or a path
     given:dict,        # name: value
@@ -114,7 +122,7 @@ def check_parameters(
     taken, checked = parameters_of(notebook), {}
     if given and not taken: raise BadParameters(f"the notebook takes no parameters (no cell of it is tagged parameters), was given {', '.join(given)}")
     for name, value in given.items():
-        if name not in taken: raise BadParameters(f"there is no parameter {name}: did you mean {nearest(name, taken)}? The notebook takes {', '.join(taken)}")
+        if name not in taken: raise BadParameters(f"there is no parameter {name}: {_instead(name, taken)}")
         checked[name] = value = read(taken[name], value) if text and isinstance(value, str) else value
         if not fits(taken[name], value):
             raise BadParameters(f"parameter {name} must be {' or '.join(sorted(taken[name].kinds))}, was {value!r}: give a value such as {taken[name].default!r}")
@@ -171,7 +179,7 @@ def failure(
     "What went wrong in a job, in one sentence"
     if error.ename == "KeyboardInterrupt": what = "it was stopped before it could close"
     else: what = f"{error.ename}: {error.evalue}" if not error.evalue or hasattr(builtins, error.ename) and error.ename not in ("ValueError", "RuntimeError") else error.evalue
-    return redact(what) + (f" (the traceback is in {path})" if path else "")
+    return printable(redact(what)) + (f" (the traceback is in {path})" if path else "")
 
 # %% ../nbs/00_ground/07_jobs.ipynb #5785407e
 def _prepare():

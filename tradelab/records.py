@@ -8,7 +8,7 @@ __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', '
            'OPTIONAL', 'LIMITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION', 'JOURNAL', 'PROPOSAL', 'check_positive',
            'check_not_negative', 'grid', 'bracket_amounts', 'check_brackets', 'Instrument', 'CostModel', 'Stops',
            'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding', 'Scaler', 'Reason', 'TradingState',
-           'Kind', 'TimeInForce', 'Execution', 'Decision']
+           'Kind', 'TimeInForce', 'Execution', 'Training', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 from dataclasses import asdict, dataclass, fields
@@ -405,6 +405,30 @@ class Execution:
     def row(self, orders:int=0):
         "For compiled code; `orders`: places for orders of the policy itself"
         return np.array((STYLES.index(self.style), self.patience, self.slices, self.protect, orders), EXECUTION)
+
+# %% ../nbs/00_ground/01_records.ipynb #4f8a0360
+@dataclass(frozen=True)
+class Training:
+    "How an agent is trained; None: as the agent itself chooses"
+    window:int = 1              # candles in an observation
+    scaler:str = "standard"     # or "robust"
+    learning_rate:float|None = None
+    batch_size:int|None = None
+    n_envs:int|None = None      # environments at once
+    net:tuple = (64, 64)        # widths of the hidden layers
+    gamma:float = .9            # how much the next candle counts against this one; 0.9 looks about ten candles ahead
+    episode:int|None = None     # candles
+
+    def __post_init__(self):
+        object.__setattr__(self, "net", tuple(self.net))
+        check_positive(self, "window", *(name for name in ("learning_rate", "batch_size", "n_envs", "episode") if getattr(self, name) is not None))
+        if self.scaler not in ("standard", "robust"): raise ValueError(f"Training.scaler must be standard or robust, was {self.scaler!r}")
+        if not 0 <= self.gamma < 1: raise ValueError(f"Training.gamma must be at least 0 and below 1, was {self.gamma}")
+        if not all(isinstance(width, int) and 1 <= width <= 4096 for width in self.net):
+            raise ValueError(f"Training.net must be widths of layers, whole numbers from 1 to 4096, was {list(self.net)}")
+
+    @property
+    def options(self)->dict: return {name: value for name, value in asdict(self).items() if name != "window"}
 
 # %% ../nbs/00_ground/01_records.ipynb #3b99fe3a
 JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"), ("target", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8"),

@@ -19,6 +19,7 @@ from .market.candles import times
 from .market.store import replace_files
 from .records import FILL, JOURNAL
 from .sim.result import Result
+from .texts import quoted
 
 # %% ../nbs/99_top/98_results.ipynb #169fbf63
 FORMAT = "tradelab result 1"
@@ -93,14 +94,14 @@ def export(
     path = Path(path)
     if path.suffix not in SUFFIXES: raise ValueError(f"{path.name} ends with {path.suffix!r}: a result is exported to {', '.join(SUFFIXES)}")
     if table not in TABLES: raise ValueError(f"there is no table {table!r}: take one of {', '.join(TABLES)}")
-    if path.suffix == ".csv": content = TABLES[table](result).to_csv().encode()
+    if path.suffix == ".csv": content = quoted(TABLES[table](result)).to_csv().encode()
     elif path.suffix == ".json": content = json.dumps({name: json.loads(_plain(make(result)).to_json(orient="records")) for name, make in TABLES.items()}).encode()
     else:
         written = io.BytesIO()
         if path.suffix == ".parquet": TABLES[table](result).to_parquet(written)
         else:
             with pd.ExcelWriter(written, engine="openpyxl") as book:
-                for name, make in TABLES.items(): _plain(make(result)).to_excel(book, sheet_name=name, index=False)
+                for name, make in TABLES.items(): quoted(_plain(make(result))).to_excel(book, sheet_name=name, index=False)
         content = written.getvalue()
     replace_files({path: content})
     return path

@@ -9,6 +9,8 @@ __all__ = ['MOST', 'MARKS', 'UP', 'DOWN', 'coarser', 'chart']
 import numpy as np
 import pandas as pd
 
+from ..texts import chart_text
+
 # %% ../../nbs/40_evaluation/45_chart.ipynb #ec6f6ab7
 MOST = 4_000 # candles that are drawn
 
@@ -34,7 +36,7 @@ def _fills(figure, fills):
     import plotly.graph_objects as plot
     for buys, color, word in ((True, UP, "buy"), (False, DOWN, "sell")):
         rows = fills[(fills["quantity"] > 0) == buys]
-        texts = [f"{word} {abs(row.quantity):g} at {row.price:,.8g}<br>{row.kind}{', maker' if row.maker else ''}<br>fee {row.fee:,.4f}" for row in rows.itertuples()]
+        texts = [f"{word} {abs(row.quantity):g} at {row.price:,.8g}<br>{chart_text(row.kind)}{', maker' if row.maker else ''}<br>fee {row.fee:,.4f}" for row in rows.itertuples()]
         signs = [MARKS.get(kind, "triangle-up" if buys else "triangle-down") for kind in rows["kind"]]
         figure.add_trace(plot.Scatter(x=rows.index, y=rows["price"], mode="markers", name=word, text=texts, hovertemplate="%{x|%Y-%m-%d %H:%M} UTC<br>%{text}<extra></extra>", marker=dict(symbol=signs, size=9, color=color, line=dict(width=.5, color="white"))), row=1, col=1)
 
@@ -57,7 +59,7 @@ def chart(
         inside = equity[(equity.index >= candles.index[0]) & (equity.index <= candles.index[-1])].iloc[::step]
         figure.add_trace(plot.Scatter(x=inside.index, y=inside, name="equity", line=dict(color="#123f63", width=1.2), showlegend=False), row=2, col=1)
         figure.update_yaxes(title="Equity [quote]", row=2, col=1)
-    figure.update_layout(title=title + (f" ({step} candles in one)" if step > 1 else ""), height=640, template="plotly_white", hovermode="closest", xaxis_rangeslider_visible=False, margin=dict(l=60, r=20, t=50, b=40))
+    figure.update_layout(title=chart_text(title, 120) + (f" ({step} candles in one)" if step > 1 else ""), height=640, template="plotly_white", hovermode="closest", xaxis_rangeslider_visible=False, margin=dict(l=60, r=20, t=50, b=40))
     figure.update_yaxes(title="Price [quote per base]", row=1, col=1)
     figure.update_xaxes(title="Time [UTC]", row=2 if equity is not None else 1, col=1)
     return figure

@@ -6,7 +6,7 @@
 __all__ = ['YEAR', 'UNKNOWN', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL', 'step_range', 'check_equity', 'periods_per_year',
            'until_ruin', 'drawdown', 'spells', 'drawdowns', 'drawdown_duration', 'mean_square_fall', 'drawdown_metrics',
            'powers', 'tails', 'ratios', 'curve_metrics', 'traded_cash', 'round_trips', 'rows_of', 'check_journal',
-           'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics']
+           'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics', 'trips_of']
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
@@ -306,14 +306,17 @@ def held(
 def activity(
     journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # quote, of the same run and span
+    trips:pd.DataFrame|None=None, # the finished round trips with their `profit`, where the fills are known; else those of the journal
 )->dict:                  # named as the attributes of `Metrics`
     "What was done and what it cost"
     check_journal(journal, equity)
-    profits, traded = round_trips(journal)["profit"].to_numpy(float), traded_cash(journal)[0]
-    turnover = float(traded.sum() / equity.mean())
-    years = (equity.index[-1] - equity.index[0]) / YEAR
-    return dict(turnover=turnover, annual_turnover=_ratio(turnover, years), fills=int((traded > 0).sum()), round_trips=len(profits), **trade_ratios(profits),
-                **held(journal, equity), fees=float(journal["fee"].sum()), funding=float(journal["funding"].sum()))
+    trips, traded, alive = round_trips(journal) if trips is None else trips, traded_cash(journal)[0], until_ruin(equity)
+    profits, living = trips["profit"].to_numpy(float), traded[journal.index <= alive.index[-1]]
+    turnover = float(living.sum() / alive[alive > 0].mean())
+    years = (alive.index[-1] - alive.index[0]) / YEAR
+    return dict(turnover=turnover, annual_turnover=_ratio(turnover, years), fills=int((traded > 0).sum()),
+                round_trips=len(profits), **trade_ratios(profits), **held(journal, equity),
+                fees=float(journal["fee"].sum()), funding=float(journal["funding"].sum()))
 
 # %% ../../nbs/40_evaluation/40_metrics.ipynb #4029e477
 LABELS = dict(
@@ -398,7 +401,16 @@ def metrics(
     equity:pd.Series,                # quote, at each close; UTC index of open times
     journal:pd.DataFrame|None=None,  # of the same run and span; without it what was done is not known
     timeframe:str|None=None,         # "1h"; inferred from the equity where not given
+    trips:pd.DataFrame|None=None,    # its finished round trips, where the fills are known
 )->Metrics:
     "Measure a run; `ValueError` for equity or a journal that cannot be measured"
     if journal is None: return Metrics(**curve_metrics(equity, timeframe))
-    return Metrics(**curve_metrics(equity, timeframe), **activity(journal, equity))
+    return Metrics(**curve_metrics(equity, timeframe), **activity(journal, equity, trips))
+
+
+def trips_of(
+    result,         # .journal; and .trips, where it knows its fills
+)->pd.DataFrame:    # symbol, side, entry_time, exit_time, profit [quote] and more
+    "The finished round trips of a result: its own, or those that its journal shows"
+    known = getattr(result, "trips", None)
+    return round_trips(result.journal) if known is None else known

@@ -10,14 +10,14 @@ __all__ = ['INK', 'LONG', 'SHORT', 'BEHIND', 'WINDOWS', 'MONTHS', 'SECTIONS', 'S
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cbc21202
 import base64
 from dataclasses import dataclass
-from html import escape
 from io import BytesIO
 from textwrap import fill
 
 import numpy as np
 import pandas as pd
 
-from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, round_trips, until_ruin
+from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, trips_of, until_ruin
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #26c030fd
 def exposure(
@@ -94,7 +94,7 @@ def draw_curves(
     for i, (name, equity) in reversed(list(enumerate(curves.items()))):
         style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.6)
         multiple, depth = thinned(equity / equity.iloc[0]), thinned(-100 * drawdown(equity))
-        axes[0].plot(_times(multiple), multiple.to_numpy(), label=name, **style)
+        axes[0].plot(_times(multiple), multiple.to_numpy(), label=figure_text(name), **style)
         axes[1].plot(_times(depth), depth.to_numpy(), **style | dict(lw=.8))
         if not i: axes[1].fill_between(_times(depth), depth.to_numpy(), color=INK, alpha=.25, lw=0)
     multiples = np.concatenate([equity / equity.iloc[0] for equity in curves.values()])
@@ -115,7 +115,7 @@ def draw_exposure(
     share = exposure(journal)
     for symbol in share:
         held = thinned(share[symbol])
-        if len(share.columns) > 1: axis.step(_times(held), held.to_numpy(), where="post", lw=1, label=symbol)
+        if len(share.columns) > 1: axis.step(_times(held), held.to_numpy(), where="post", lw=1, label=figure_text(symbol))
         else:
             for side, color in ((held.clip(lower=0), LONG), (held.clip(upper=0), SHORT)):
                 axis.fill_between(_times(held), side.to_numpy(), step="post", color=color, alpha=.55, lw=0)
@@ -157,7 +157,7 @@ def draw_rolling_sharpe(
     if not days: return _nothing(axis, f"a rolling Sharpe ratio needs {2 * WINDOWS[-1]} days")
     for i, (name, result) in reversed(list(enumerate(results.items()))):
         ratio = thinned(rolling_sharpe(result.equity, days))
-        if ratio.notna().any(): axis.plot(_times(ratio), ratio.to_numpy(), label=name, **dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4))
+        if ratio.notna().any(): axis.plot(_times(ratio), ratio.to_numpy(), label=figure_text(name), **dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4))
     axis.axhline(0, color="#999999", lw=.6)
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], frameon=False, fontsize=8, loc="upper left", ncols=5)
@@ -189,11 +189,11 @@ def draw_returns(
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #cc2fe035
 def draw_trades(
-    axis,                  # matplotlib axis
-    journal:pd.DataFrame,
+    axis,      # matplotlib axis
+    result,    # .journal; and .trips, where it knows its fills
 ):
     "How many round trips earned how much, net"
-    profits = round_trips(journal)["profit"].to_numpy(float)
+    profits = trips_of(result)["profit"].to_numpy(float)
     axis.set(xlabel="Profit of a round trip [quote]", ylabel="Round trips [count]")
     if not len(profits): return _nothing(axis, "no finished round trip")
     width = max(np.ptp(np.append(profits, 0.)) / 40, 1e-9)
@@ -296,9 +296,9 @@ def _drawn(size, layout, draw):
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #a3a8da58
 def _title(axis, sheet, width):
-    face = fill(sheet.face, width)
+    face = fill(figure_text(sheet.face, 600), width)
     axis.set_title(face, loc="left", fontsize=7.5, color="#555555")
-    axis.annotate(sheet.subject, (0, 1), (0, 9 + 9 * len(face.splitlines())), "axes fraction", "offset points", weight="bold", fontsize=11)
+    axis.annotate(figure_text(sheet.subject), (0, 1), (0, 9 + 9 * len(face.splitlines())), "axes fraction", "offset points", weight="bold", fontsize=11)
 
 
 def _figure(sheet):
@@ -317,7 +317,7 @@ def _details(sheet):
         draw_rolling_sharpe(axes["sharpe"], sheet.results)
         axes["sharpe"].set_xmargin(0)
         draw_returns(axes["returns"], subject.equity)
-        draw_trades(axes["trades"], subject.journal)
+        draw_trades(axes["trades"], subject)
         draw_costs(axes["costs"], subject)
         _title(axes["sharpe"], sheet, 155)
     return _drawn((9, 5.6), dict(mosaic=[["sharpe"] * 3, ["returns", "trades", "costs"]], height_ratios=(1, 1.3)), draw)
@@ -334,13 +334,13 @@ def _face(equity, note, source):
 def _picture(figure, what, dpi=110):
     png = BytesIO()
     figure.savefig(png, format="png", dpi=dpi)
-    return f'<img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+    return f'<img alt="{html_text(what)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 
 def _inline(sheet):
     "The view in a notebook"
     picture = _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}")
-    return f"<p><b>{escape(sheet.subject)}</b><br>{escape(sheet.face)}</p>\n{sheet.written().to_html(border=0)}\n{picture}"
+    return f"<p><b>{html_text(sheet.subject)}</b><br>{html_text(sheet.face)}</p>\n{sheet.written().to_html(border=0)}\n{picture}"
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #f2667cd4
 SECTIONS = {
@@ -370,7 +370,7 @@ td, thead th + th {text-align: right} td, th {padding: .15em .6em} tr + tr, tbod
 
 
 def _page(sheet):
-    equity, face, subject = sheet.results[sheet.subject].equity, escape(sheet.face), escape(sheet.subject)
+    equity, face, subject = sheet.results[sheet.subject].equity, html_text(sheet.face), html_text(sheet.subject)
     for warning in ("SYNTHETIC prices", "IN SAMPLE"): face = face.replace(warning, f"<mark>{warning}</mark>")
     parts = {"Numbers": f'<div class="numbers" style="columns:{2 if len(sheet.results) < 4 else 1}">{sections_html(sheet.written())}</div>',
              "Equity, drawdown, exposure": _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}", 140),
@@ -393,7 +393,7 @@ class TearSheet:
     def subject(self)->str: return next(iter(self.results))
 
     @property
-    def metrics(self)->dict[str, Metrics]: return {name: metrics(result.equity, result.journal) for name, result in self.results.items()}
+    def metrics(self)->dict[str, Metrics]: return {name: metrics(result.equity, result.journal, trips=trips_of(result)) for name, result in self.results.items()}
 
     @property
     def face(self)->str: return _face(self.results[self.subject].equity, self.note, self.source)

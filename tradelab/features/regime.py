@@ -345,6 +345,8 @@ class Regimes:
 
     def plot(self, frame): return plot_regimes(frame, self.read(frame))
 
+    def __str__(self): return self.summary().to_string()
+
     def summary(self)->pd.DataFrame:
         "What each regime is like, for people"
         rise, fall, *rest, tail = self.parameters

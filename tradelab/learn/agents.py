@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 try: import torch
-except ModuleNotFoundError as error: raise ModuleNotFoundError("training needs torch and stable-baselines3, which are not installed: pip install 'tradelab[learn]'") from error
+except ModuleNotFoundError as error: raise ModuleNotFoundError("training needs torch and stable-baselines3, which are not installed: pip install -e '.[learn]' in the folder of tradelab") from error
 
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback

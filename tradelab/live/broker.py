@@ -21,6 +21,7 @@ import numpy as np
 from ..config import Venue
 from .orders import NO_SUCH_ORDER, WRONG_KEYS, Outcome, State, outcome
 from ..records import Fill, Funding, Instrument, Order
+from ..texts import one_line
 
 # %% ../../nbs/70_live/71_broker.ipynb #c25fb711
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Notice:
     "Something about the streams or the account that is neither market nor order"
     kind:str            # open, lost, expired, margin call, fee, unreadable
     text:str
+
+    def __post_init__(self): object.__setattr__(self, "text", one_line(self.text))
 
 # %% ../../nbs/70_live/71_broker.ipynb #6fcaabbe
 STATES = {"NEW": State.ACKNOWLEDGED, "PARTIALLY_FILLED": State.ACKNOWLEDGED, "FILLED": State.FILLED, "CANCELED": State.CANCELED,
@@ -92,6 +95,7 @@ def normalise(
 # %% ../../nbs/70_live/71_broker.ipynb #3e70e2e3
 class BrokerError(RuntimeError):
     "The exchange could not be reached, refused, or answered with something that cannot be right"
+    def __init__(self, message=""): super().__init__(one_line(message))
 
 
 def error_code(
@@ -106,7 +110,7 @@ def error_text(error:Exception)->str:
     "What an exception says, in one line and without addresses' parameters"
     message = re.search(r'"msg"\s*:\s*"([^"]*)', str(error))
     text = f"{error_code(error)} {message[1]}" if message else f"{type(error).__name__}: {error}"
-    return " ".join(re.sub(r"\?\S*|(signature|listenKey|apiKey)=\S*", "", text).split())[:300]
+    return one_line(re.sub(r"\?\S*|(signature|listenKey|apiKey)=\S*", "", one_line(text)))[:300]
 
 # %% ../../nbs/70_live/71_broker.ipynb #40705f02
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import os
 import signal
 import threading
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -29,9 +30,11 @@ from .desk import ATTEMPTS, PAUSE, BadFeed, Books, Desk, Feed, difference
 from .ledger import Ledger
 from .orders import intended
 from .recorder import Recorder
+from ..lock import Lock
 from ..log import get_logger
 from ..market.candles import milliseconds, text
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
+from ..texts import html_rows
 from ..trader import Trader
 
 logger = get_logger("live.session")
@@ -99,9 +102,10 @@ class Statistics:
                  for share, value in zip(("median", "p99"), median_and_p99(values))}
         return counts | amounts | {"drawdown [%]": round(100 * self.drawdown, 2)} | times
 
+    def __str__(self): return "\n".join(f"{name:<28} {'' if value is None else value}" for name, value in self.summary().items())
+
     def _repr_html_(self):
-        rows = "".join(f"<tr><th style='text-align:left'>{name}</th><td style='text-align:right'>{'' if value is None else value}</td></tr>" for name, value in self.summary().items())
-        return f"<table>{rows}</table>"
+        return html_rows({name: "" if value is None else value for name, value in self.summary().items()})
 
 # %% ../../nbs/70_live/75_session.ipynb #e0292746
 class RefusedStart(RuntimeError):
@@ -469,8 +473,13 @@ class Checker(Recovery):
 class Preparation(Checker):
     "What a session lays ready: files, and history"
 
-    def _open_files(self):
+    def _hold(self):
+        "Only one process runs a session, and the lock tells which"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._locks.enter_context(Lock(self.folder / "lock", self.id))
+
+    def _open_files(self):
+        if not self._resumed: self._hold()
         if not self._resumed: self.ledger.open_session(self.id, self._settings() | dict(reserve=self.reserve))
         self.ledger.set_state(self.id, "running")
         self.recorder = self.books.recorder = Recorder(self.folder / "recording.zst")
@@ -506,7 +515,8 @@ class Starter(Preparation):
     async def _start(self):
         "Up to the moment at which the first candle may come"
         trader, broker = self.trader, self.broker
-        if not self._resumed: self.ledger.check_new(self.id)
+        self.ledger.session(self.id) if self._resumed else self.ledger.check_new(self.id)
+        if self._resumed: self._hold()
         await broker.connect(trader.symbols, trader.limits.leverage, trader.observation.watched)
         check_instruments(trader.instruments, broker.instruments(trader.symbols))
         kept = self._remember() if self._resumed else None
@@ -556,6 +566,7 @@ class Session(Starter):
         self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
         self.feed, self.recorder, self.journal, self._loop, self._stopping, self._halted = None, None, None, None, False, bool(trader.account["halted"][0])
         self._early, self._arrived, self._opened, self._reopened, self._since, self._said = [], {}, defaultdict(int), 0, 0, 0.
+        self._locks = ExitStack()
 
     def stop(self):
         "End in order, from any thread"
@@ -565,7 +576,7 @@ class Session(Starter):
     async def run(self, max_candles:int|None=None)->Statistics:
         "Trade until stopped, or for so many candles"
         self._loop, state = asyncio.get_running_loop(), "failed"
-        with Signals(self.stop):
+        with Signals(self.stop), self._locks:
             try:
                 await self._start()
                 while (max_candles is None or self.statistics.candles < max_candles) and (step := await self._next()): await undisturbed(self._step(*step))

@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 
 from ..log import get_logger
-from .candles import BadCandles, check, milliseconds, moment, text
-from .files import NoCandles, NotThere, Unreachable, ask, kline_frame, name_columns, note_span, parse_csv, refuse_bad, refuse_page, renamed, said
+from .candles import BadCandles, check, milliseconds, moment, opening, text
+from .files import UNPACKED, NoCandles, NotThere, Unreachable, ask, foreign, is_bare, kline_frame, name_columns, note_span, parse_csv, refuse_bad, refuse_page, renamed, said, unpacked
 from .store import Store
 
 # %% ../../nbs/10_market/15_archive.ipynb #4cfc6368
@@ -96,6 +96,7 @@ def save(
             file.write(part)
             digest.update(part)
             size += len(part)
+            if size > UNPACKED: raise BadCandles(f"{path.name}: it is larger than {UNPACKED:,} bytes: check the address of the archive")
     length = answer.headers.get("Content-Length")
     if length and size != int(length): raise http.client.IncompleteRead(b"", int(length) - size)
     return digest.hexdigest()
@@ -121,16 +122,13 @@ def unpack(
     path:Path,   # a zip with one CSV
 )->pd.DataFrame:
     "The table of a file, with our names"
-    try:
-        with zipfile.ZipFile(path) as packed:
-            names = packed.namelist()
-            if len(names) != 1: raise BadCandles(f"{path.name}: it holds {len(names)} files, one was expected: fetch it again")
-            content = packed.read(names[0])
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error: raise BadCandles(f"{path.name}: not a whole archive ({error}): fetch it again") from error
+    packed = path.read_bytes()
+    if not packed.startswith(b"PK"): raise BadCandles(f"{path.name}: not a whole archive (File is not a zip file): fetch it again")
+    with foreign(path.name, "whole archive"): content = unpacked(packed, path.name)
     refuse_page(content, path.name)
-    try: table = parse_csv(content)
-    except ValueError as error: raise BadCandles(f"{path.name}: not a table ({str(error).splitlines()[0][:100]}): fetch it again") from error
-    return name_columns(table, path.name) if all(isinstance(column, int) for column in table.columns) else renamed(table, path.name)
+    with foreign(path.name, "table"):
+        table = parse_csv(content)
+        return name_columns(table, path.name) if is_bare(table) else renamed(table, path.name)
 
 # %% ../../nbs/10_market/15_archive.ipynb #9544f849
 AHEAD = 3
@@ -210,7 +208,7 @@ def from_archive(
         if end is None or kept.missing(*series, start, end):
             now = clock(url)
             end = now // 86_400_000 * 86_400_000 if end is None else end
-            wanted = [each for each in periods(start, end, now) if kept.missing(*series, max(each[1], start), min(each[2], end // step * step))]
+            wanted = [each for each in periods(start, end, now) if kept.missing(*series, max(each[1], start), min(each[2], opening(end, step)))]
             for span, path in months_of(symbol, kind, timeframe, wanted, now, url, Path(temporary)): keep(path, series, span, kept, inverse)
         candles = kept.read(*series, start, end)
     if candles.empty: raise NoCandles(f"the archive has no {timeframe} candles of {symbol} from {text(start)} to {text(end)}: check the symbol, or ask for another span")
@@ -253,4 +251,5 @@ def listed_files(
         page = [node.text for node in root.iterfind(".//{*}CommonPrefixes/{*}Prefix")] + [node.text for node in root.iterfind(".//{*}Contents/{*}Key")]
         found += page
         if root.findtext("{*}IsTruncated") != "true" or not page: return found
-        marker = root.findtext("{*}NextMarker") or max(page)
+        marker, last = root.findtext("{*}NextMarker") or max(page), marker
+        if marker <= last: raise NoCandles(f"{url} lists the same page again after {last!r}: check the address of the archive")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .candles import BadCandles, milliseconds, text, timeframe_of, times
-from .files import read_table, time_index
+from .files import foreign, read_table, time_index
 
 # %% ../../nbs/10_market/16_exogenous.ipynb #686d27db
 DAY = 86_400_000
@@ -101,8 +101,10 @@ def read_exogenous(
     table, name = read_table(path), str(path).rpartition("/")[2]
     missing = [column for column in (value, reference) if column not in table]
     if missing: raise BadCandles(f"{name}: no column {missing[0]!r} among {', '.join(map(str, table.columns))}: name it, such as read_exogenous(path, value=..., reference=...)")
-    about = time_index(table, name, (reference,)).as_unit("ms").asi8
-    if publication in table: known = publication_times(table, publication, name)
+    with foreign(name):
+        about = time_index(table, name, (reference,)).as_unit("ms").asi8
+        if publication in table: known = publication_times(table, publication, name)
+    if publication in table: pass
     elif lag is None: raise BadCandles(f"{name}: no column {publication!r} among {', '.join(map(str, table.columns))}, when a figure was known cannot be known: name the column, or state a lag such as lag='15D'")
     else: known = about + pd.Timedelta(lag) // pd.Timedelta(milliseconds=1)
     return Exogenous(value, check_exogenous(pd.DataFrame({"reference_time": about, "publication_time": known, "value": table[value].to_numpy()}), name), f"{name}{'' if publication in table else f', lag {lag}'}")

@@ -21,8 +21,9 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
-from .candles import OPTIONAL, BadCandles, check_columns, frame, milliseconds, moment, optional_faults, text, times
+from .candles import ANCHORS, OPTIONAL, BadCandles, check_columns, frame, milliseconds, moment, opening, optional_faults, text, times
 from ..records import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/10_market/12_quality.ipynb #cb60617c
 KINDS = {  # kind: (score it counts against, severity, what to do)
@@ -75,7 +76,7 @@ def arrival(
     latest,   # open time of the newest candle so far, ms; below 0 where there is none
     time,     # open time of this one
     step,     # ms
-    offset,   # time of the grid after a whole step: 0 for every exchange
+    offset,   # time of the grid after a whole step: 0 for all but three days and weeks
 ):            # candles missing between both, or STALE (not newer), or OFF_GRID
     "How a candle comes in time"
     if (time - offset) % step: return OFF_GRID
@@ -400,12 +401,12 @@ def time_findings(
     step:int,     # ms
 )->tuple:         # findings; rows of the table in order, each time once, on the grid (the last row of a time wins)
     "Findings about the open times"
-    offsets, counts = np.unique(times % step, return_counts=True)
-    offset = int(offsets[np.argmax(counts)])
-    codes, found = arrivals(times, step, offset), []
+    offsets, counts = np.unique(times - opening(times, step), return_counts=True)
+    offset, begin = int(offsets[np.argmax(counts)]), ANCHORS.get(step, 0)
+    codes, found = arrivals(times, step, begin + offset), []
     latest = np.maximum.accumulate(np.where(codes == OFF_GRID, times[0], times))
     for first, last in runs(codes == OFF_GRID):
-        past = (times[first] - offset) % step
+        past = (times[first] - begin - offset) % step
         found.append(finding("off_grid", symbol, times[first] - past, times[last], f"a row stands {past} ms past {text(times[first] - past)}", last - first + 1, past))
     if offset: found.append(finding("off_grid", symbol, times[0], times[-1], f"all times stand {offset} ms past the grid", len(times), offset))
     for first, last in runs((codes == STALE) & (times < latest), apart=2):
@@ -432,7 +433,7 @@ def check_sum(
     "Findings where longer candles are not the sum of the shorter ones"
     step, long_step = milliseconds(timeframe), milliseconds(coarse_timeframe)
     if long_step % step or long_step <= step: raise ValueError(f"{coarse_timeframe} is not a multiple of {timeframe}: give the longer candles as coarse")
-    grouped = fine[list(COLUMNS)].groupby(times(fine) // long_step * long_step)
+    grouped = fine[list(COLUMNS)].groupby(opening(times(fine), long_step))
     made = grouped.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})[grouped.size() == long_step // step]
     given = coarse[list(COLUMNS)].set_axis(times(coarse))
     given = given[~given.index.duplicated(keep="last")]
@@ -598,7 +599,7 @@ def _plot(report):
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     figure, (price, marks) = plt.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1))
     price.plot(report.candles.index, report.candles.close, linewidth=.6)
-    price.set(ylabel="close [quote per base]", title=_headline(report).partition(";")[0], yscale="log" if (report.candles.close > 0).any() else "linear")
+    price.set(ylabel="close [quote per base]", title=figure_text(_headline(report).partition(";")[0], 160), yscale="log" if (report.candles.close > 0).any() else "linear")
     kinds = list(dict.fromkeys(each.kind for each in report.findings))
     colours = {"info": "tab:grey", "warning": "tab:orange", "error": "tab:red"}
     for each in report.findings[:2000]:
@@ -625,7 +626,7 @@ def _table(report):
 
 def _html(report, shown=20):
     rest = f"<p>and {len(report.findings) - shown} more: see <code>.table()</code></p>" if len(report.findings) > shown else ""
-    return f"<p><b>Quality</b> of {_headline(report)}</p>{_table(report)[:shown].to_html(index=False)}{rest}"
+    return f"<p><b>Quality</b> of {html_text(_headline(report))}</p>{_table(report)[:shown].to_html(index=False)}{rest}"
 
 # %% ../../nbs/10_market/12_quality.ipynb #9330749b
 @dataclass(frozen=True, repr=False)
@@ -714,7 +715,7 @@ def check_quality(
 # %% ../../nbs/10_market/12_quality.ipynb #7decc53b
 def _untimely(symbol, step, latest, recent, time, candle, code):
     "Why a candle does not come in its turn"
-    past = time % step
+    past = time - opening(time, step)
     if code == OFF_GRID: return finding("off_grid", symbol, time - past, time, f"stands {past} ms past {text(time - past)}", 1, past)
     known = next((old for at, old, *_ in recent if at == time), None)
     if known is not None: return _twice(symbol, time, known, candle)
@@ -765,7 +766,7 @@ class QualityStream:
         try: open_time, candle = int(open_time), np.ascontiguousarray(candle, "float64")
         except (TypeError, ValueError): raise ValueError(f"a candle is a time in ms and five numbers (open high low close volume), was {open_time!r} and {candle!r}") from None
         if candle.shape != (5,): raise ValueError(f"a candle is five numbers (open high low close volume), was an array of shape {candle.shape}")
-        missing = arrival(self.latest, open_time, self.step, 0)
+        missing = arrival(self.latest, open_time, self.step, ANCHORS.get(self.step, 0))
         if missing < 0: return Verdict("refused", (_untimely(self.symbol, self.step, self.latest, self.recent, open_time, candle, missing),))
         found = _early(self.symbol, open_time, self.step, received_time, self.patience)
         if found and found[0].kind == "unfinished": return Verdict("refused", tuple(found))
@@ -789,7 +790,7 @@ def _keep_last(table, each, step):
 
 
 def _drop(table, each, step):
-    rows = _span(table, each) & (times(table) % step != 0) if each.kind == "off_grid" else _span(table, each)
+    rows = _span(table, each) & (times(table) != opening(times(table), step)) if each.kind == "off_grid" else _span(table, each)
     return table[~rows], f"dropped {rows.sum()} row{'s' * int(rows.sum() > 1)}"
 
 

@@ -6,8 +6,9 @@
 __all__ = ['PATIENCE', 'logger', 'OTHERS', 'ENDPOINTS', 'SLOTS', 'polite', 'redirected', 'connect', 'asking', 'reach', 'pages',
            'require_symbol', 'kline_fetch', 'download', 'from_exchange', 'yahoo_name', 'from_yahoo', 'invented',
            'stand_in', 'watching', 'watch', 'FromExchange', 'FromArchive', 'FromYahoo', 'FromFile', 'FromGenerator',
-           'is_file', 'as_source', 'held_whole', 'first_answer', 'history', 'grid_span', 'histories', 'stream',
-           'compare', 'mark_history', 'check_funding', 'funding_history']
+           'is_file', 'as_source', 'held_whole', 'first_answer', 'history', 'grid_span', 'source_for', 'refuse_one',
+           'histories', 'stream', 'compare', 'mark_history', 'check_funding', 'note_rates', 'funding_history',
+           'fundings']
 
 # %% ../../nbs/10_market/19_sources.ipynb #6cbd4baa
 import asyncio
@@ -31,11 +32,12 @@ import pandas as pd
 from ..config import settings
 from ..log import get_logger
 from .archive import ARCHIVE, archive_funding, from_archive, place
-from .candles import BadCandles, check, frame, milliseconds, moment, text, times
-from .files import FILES, KLINE, PAIR, NoCandles, Unreachable, coins_of, content_of, from_file, kline_frame, klines, note_span, parse_json, read_table, refuse_bad, retry_after, said, time_index
+from .candles import BadCandles, check, frame, milliseconds, moment, next_opening, opening, text, times
+from .files import FILES, KLINE, PAIR, NoCandles, Unreachable, coins_of, foreign, from_file, is_bare, kline_frame, klines, names_of, note_span, oldest_first, parsed, read_table, refuse_bad, retry_after, rows_of, said, spelled, time_index
 from .quality import QualityReport, check_quality
 from .stream import closing, judged, replay
 from .synthetic import ar1
+from ..records import COLUMNS
 
 # %% ../../nbs/10_market/19_sources.ipynb #661b44e0
 PATIENCE = 120. # seconds that an exchange may ask us to wait
@@ -196,7 +198,7 @@ def download(
 ):                   # yields checked frames, each beginning with the last candle of the one before
     "The closed candles of one exchange, page by page"
     step, name, tail = milliseconds(timeframe), f"{exchange.id} {symbol}", frame([], [])
-    last = now // step * step
+    last = opening(now, step)
     with asking(exchange):
         require_symbol(exchange, symbol)
         fetch, to_frame = kline_fetch(exchange, symbol, timeframe, mark)
@@ -224,7 +226,7 @@ def from_exchange(
 )->pd.DataFrame:
     "Checked candles of one exchange, the missing ones downloaded and kept"
     step, source = milliseconds(timeframe), f"{exchange.id}{' mark' if mark else ''}"
-    until = now // step * step if end is None else min(end, now // step * step)
+    until = opening(now, step) if end is None else min(end, opening(now, step))
     wanted = ([(start, until)] if start < until else []) if store is None else store.missing(source, symbol, timeframe, start, until, now)
     fresh = []
     for span in wanted:
@@ -271,7 +273,7 @@ def from_yahoo(
 )->pd.DataFrame:
     "Checked candles of Yahoo Finance"
     try: import yfinance
-    except ImportError as error: raise NoCandles("yahoo needs the package yfinance: pip install 'tradelab[yahoo]'") from error
+    except ImportError as error: raise NoCandles("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in the folder of tradelab") from error
     if timeframe not in SLOTS: raise NoCandles(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
     name, until = yahoo_name(symbol), None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
     try:
@@ -299,7 +301,7 @@ def invented(
     "The whole synthetic market of a symbol: autocorrelation 0.3, bitcoin's usual volatility"
     step = milliseconds(timeframe)
     length = min(100_000, 3_653 * 86_400_000 // step)
-    return ar1(length, .3, .007 * (step / 3_600_000) ** .5, zlib.crc32(symbol.encode()) % 1000, timeframe, "2020-01-01")
+    return ar1(length, .3, .007 * (step / 3_600_000) ** .5, zlib.crc32(symbol.encode()) % 1000, timeframe, next_opening(moment("2020-01-01"), step))
 
 # %% ../../nbs/10_market/19_sources.ipynb #819faf49
 def stand_in(
@@ -404,9 +406,9 @@ class FromFile:
     @property
     def id(self): return f"file {Path(self.path).name}"
 
-    def history(self, symbol, timeframe, start, end, store=None, gaps=False): return from_file(self.path, timeframe, start, end, gaps)
+    def history(self, symbol, timeframe, start, end, store=None, gaps=False): return from_file(self.path, timeframe, start, end, gaps, symbol)
 
-    def stream(self, symbol, timeframe): return judged(replay(from_file(self.path, timeframe, gaps=True)), timeframe, symbol)
+    def stream(self, symbol, timeframe): return judged(replay(from_file(self.path, timeframe, gaps=True, symbol=symbol)), timeframe, symbol)
 
 
 @dataclass(frozen=True)
@@ -423,7 +425,7 @@ def is_file(
     source,   # as `history` takes it
 )->bool:
     "Whether the source is a path or an address"
-    return isinstance(source, Path) or (isinstance(source, str) and ("/" in source or any(suffix in FILES for suffix in Path(source).suffixes)))
+    return isinstance(source, Path) or (isinstance(source, str) and ("/" in source or any(suffix.lower() in (*FILES, ".gz", ".zip") for suffix in Path(source).suffixes)))
 
 
 def as_source(
@@ -479,10 +481,13 @@ def history(
 )->pd.DataFrame:
     "Checked candles; `attrs` say `source` and `symbol`"
     start, end = grid_span(timeframe, start, end)
-    if is_file(source): candles = from_file(source, timeframe, start, end, gaps)
+    if is_file(source): candles = from_file(source, timeframe, start, end, gaps, symbol)
     elif isinstance(source, str) and source == "synthetic": candles = stand_in(symbol, timeframe, start, end)
     elif start is None and not isinstance(source, (FromFile, FromGenerator)): raise ValueError(f"say from when: an exchange must be asked with a start, such as history({symbol!r}, {timeframe!r}, '2022-01-01')")
-    else: candles = first_answer(symbol, timeframe, start, end, (*settings().exchanges, "synthetic") if isinstance(source, str) and source == "auto" else source if isinstance(source, (tuple, list)) else [source], store, gaps)
+    else:
+        sources = (*settings().exchanges, "synthetic") if isinstance(source, str) and source == "auto" else source if isinstance(source, (tuple, list)) else [source]
+        candles = first_answer(symbol, timeframe, start, end, sources, store, gaps)
+        candles = refuse_bad(candles, timeframe, f"{candles.attrs.get('source', 'candles')} {symbol}")
     candles.attrs["symbol"] = symbol
     return candles
 
@@ -490,11 +495,29 @@ def history(
 def grid_span(timeframe, start, end)->tuple:
     "The bounds of a span in ms, rounded up to the grid"
     step = milliseconds(timeframe)
-    start, end = (None if bound is None else -(-moment(bound) // step) * step for bound in (start, end))
+    start, end = (None if bound is None else next_opening(moment(bound), step) for bound in (start, end))
     if None not in (start, end) and start >= end: raise ValueError(f"start {text(start)} is not before end {text(end)}: the span holds no candle of {timeframe}")
     return start, end
 
 # %% ../../nbs/10_market/19_sources.ipynb #9a671db3
+def source_for(
+    source,       # as in `history`; a path may have {symbol} in it
+    symbol:str,   # ccxt's unified name
+):
+    "The source of one symbol: candles/BTCUSDT.parquet for candles/{symbol}.parquet"
+    return str(source).replace("{symbol}", place(symbol)[1]) if is_file(source) else source
+
+
+def refuse_one(
+    source,     # a path without {symbol}
+    symbols,    # several
+):
+    "Refuse a file for several symbols, unless a column says whose each row is"
+    there = str(source).startswith("http") or Path(source).is_file()
+    if there and names_of(read_table(source)) is not None: return
+    raise ValueError(f"{Path(source).name} holds one symbol, asked for are {', '.join(symbols)}: say where each lies, such as candles/{{symbol}}.parquet for candles/{place(symbols[0])[1]}.parquet")
+
+
 def histories(
     symbols,         # ccxt's unified names
     timeframe:str,
@@ -504,10 +527,8 @@ def histories(
     store=None,
 )->dict:             # frames by symbol
     "Checked candles of several symbols from one source"
-    if is_file(source) and len(symbols) > 1 and "{symbol}" not in str(source):
-        raise ValueError(f"{Path(source).name} holds one symbol, asked for are {', '.join(symbols)}: say where each lies, such as candles/{{symbol}}.parquet for candles/{place(symbols[0])[1]}.parquet")
-    def of(symbol): return str(source).replace("{symbol}", place(symbol)[1]) if is_file(source) else source
-    return {symbol: history(symbol, timeframe, start, end, of(symbol), store) for symbol in symbols}
+    if is_file(source) and len(symbols) > 1 and "{symbol}" not in str(source): refuse_one(source, symbols)
+    return {symbol: history(symbol, timeframe, start, end, source_for(source, symbol), store) for symbol in symbols}
 
 # %% ../../nbs/10_market/19_sources.ipynb #1d0efa9a
 def stream(
@@ -565,14 +586,17 @@ def check_funding(
     return rates
 
 # %% ../../nbs/10_market/19_sources.ipynb #2e774098
-def _funding_file(path):
-    content, kind, name = content_of(path)
-    rows = parse_json(content) if kind == ".json" else None
-    bare = rows is not None and list(rows.columns) == [0, 1, 2, 3, 4, 5] and (rows[[2, 3, 4, 5]] == 0).all(axis=None)
-    table = rows.rename(columns={0: "timestamp", 1: "funding_rate"}) if bare else read_table(path)      # freqtrade keeps a rate where a candle has its open
-    if "last_funding_rate" in table: table = table.rename(columns={"last_funding_rate": "funding_rate", "calc_time": "timestamp"})
-    if "funding_rate" not in table: raise BadCandles(f"{name}: no column 'funding_rate' among {', '.join(map(str, table.columns))}: rename it; exporters also call it fundingRate, rate")
-    return pd.Series(table["funding_rate"].to_numpy(), time_index(table, name, ("funding_time", "timestamp", "fundingTime", "date")))
+def _funding_file(path, symbol):
+    table, name = parsed(path)
+    with foreign(name):
+        table = rows_of(table, symbol, name)
+        if is_bare(table) and table.shape[1] == 6: table = table.set_axis(["timestamp", *COLUMNS], axis=1)
+        names, table = ", ".join(map(str, table.columns)), table.rename(columns={column: spelled(column).replace("_", "") for column in table})
+        candle = {*COLUMNS} <= {*table} and (table[list(COLUMNS[1:])] == 0).all(axis=None)
+        if candle: table = table.rename(columns={"open": "fundingrate"})                # freqtrade keeps a rate where a candle has its open
+        rate = next((column for column in ("fundingrate", "lastfundingrate", "rate") if column in table), None)
+        if rate is None: raise BadCandles(f"{name}: no column 'funding_rate' among {names}: rename it; exporters also call it fundingRate, rate")
+        return oldest_first(pd.Series(pd.to_numeric(table[rate]).to_numpy("float64"), time_index(table, name, ("fundingtime", "calctime", "timestamp", "date", "time", "datetime"))))
 
 
 def _funding_exchange(exchange, symbol, start, end):
@@ -584,11 +608,26 @@ def _funding_exchange(exchange, symbol, start, end):
         rows = [row for page in walk for row in page]
         return pd.Series([row["fundingRate"] for row in rows], pd.DatetimeIndex(np.array([row["timestamp"] for row in rows], "int64").astype("datetime64[ms]"), tz="UTC"))
 
+# %% ../../nbs/10_market/19_sources.ipynb #5b7eed65
+def note_rates(
+    rates:pd.Series,   # checked, perhaps none
+    start,             # ms or None
+    end,               # ms or None
+)->pd.Series:
+    "Log where a source has fewer funding rates than the span that was asked for"
+    due = times(rates)
+    interval = max(int(np.median(np.diff(due))), milliseconds("1h")) if len(due) > 1 else milliseconds("8h")
+    whole = len(due) > 0 and (start is None or due[0] < start + interval) and (end is None or due[-1] + interval >= end)
+    if not whole:
+        first, last = (text(due[n]) if len(due) else "none" for n in (0, -1))
+        logger.warning("span is shorter than asked: over the rest no funding is paid", source=rates.attrs["source"], asked=f"{said(start)} to {said(end)}", first=first, last=last)
+    return rates
+
 # %% ../../nbs/10_market/19_sources.ipynb #c164f9a1
 def _funding_of(source, symbol, start, end):
     "The rates of one source and what it is called"
     chosen = as_source(source)
-    if isinstance(chosen, FromFile): return _funding_file(chosen.path), chosen.id
+    if isinstance(chosen, FromFile): return _funding_file(chosen.path, symbol), chosen.id
     if not isinstance(chosen, (FromArchive, FromExchange)): raise NoCandles(f"{chosen.id} has no funding rates: take 'archive', an exchange, a file or 'none'")
     if start is None: raise ValueError(f"say from when: an exchange must be asked with a start, such as funding_history({symbol!r}, '2022-01-01')")
     if isinstance(chosen, FromArchive): return archive_funding(symbol, start, end, url=chosen.url), chosen.id
@@ -616,4 +655,15 @@ def funding_history(
     else: raise NoCandles("no source has these rates: " + "; ".join(map(str, failures)))
     rates = rates[(times(rates) >= (start or 0)) & (times(rates) < (end or 1 << 62))]
     rates.attrs = {"source": name, "symbol": symbol}
-    return rates
+    return rates if name == "none" else note_rates(rates, start, end)
+
+# %% ../../nbs/10_market/19_sources.ipynb #c3698ccd
+def fundings(
+    symbols,         # ccxt's unified names
+    start=None,      # as in `history`
+    end=None,        # exclusive
+    source="none",   # as in `funding_history`; a path for several symbols has {symbol} in it, which becomes BTCUSDT
+)->dict:             # rates by symbol
+    "Checked funding rates of several symbols from one source"
+    if is_file(source) and len(symbols) > 1 and "{symbol}" not in str(source): refuse_one(source, symbols)
+    return {symbol: funding_history(symbol, start, end, source_for(source, symbol)) for symbol in symbols}

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..log import get_logger
-from .candles import OPTIONAL, BadCandles, check, frame, milliseconds, moment, text, times
+from .candles import OPTIONAL, BadCandles, check, frame, milliseconds, moment, next_opening, opening, text, times
 from ..records import COLUMNS
 
 # %% ../../nbs/10_market/13_store.ipynb #cc7ef495
@@ -157,7 +157,7 @@ def wanted(
     revisable:int=REVISABLE,   # ms after its close for which a candle may be revised
 )->np.ndarray:                 # int64 ms, open times on the grid
     "The closed candles of a span that are not held, or were given before they were final"
-    opens = np.arange(-(-start // step) * step, end if now is None else min(end, now // step * step), step)
+    opens = np.arange(next_opening(start, step), end if now is None else min(end, opening(now, step)), step)
     seen = _seen(held)
     final = (seen == 0) | (seen >= times(held) + step + revisable) | (now is None) | (seen >= (now or 0))
     have = times(held)[final]

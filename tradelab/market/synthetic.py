@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .candles import frame, milliseconds, moment, text, times
+from .candles import frame, milliseconds, moment, opening, text, times
 from ..records import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME, grid
 
 # %% ../../nbs/10_market/11_synthetic.ipynb #5dffa9b1
@@ -115,7 +115,7 @@ def check_arguments(
     "Refuse what no market can be made of"
     if length < 2: raise ValueError(f"length must be at least 2 candles, was {length}")
     if not 1e-5 <= volatility < 1: raise ValueError(f"volatility must be at least 0.00001 (below it the tick of {TICK} drowns the returns) and below 1, was {volatility}")
-    if moment(start) % milliseconds(timeframe): raise ValueError(f"start {start!r} is not on the grid of {timeframe}: begin at a whole {timeframe}")
+    if moment(start) != opening(moment(start), milliseconds(timeframe)): raise ValueError(f"start {start!r} is not on the grid of {timeframe}: begin at a whole {timeframe}")
 
 # %% ../../nbs/10_market/11_synthetic.ipynb #9e1c93c1
 def ar1(
@@ -411,7 +411,7 @@ def funding(
 )->pd.Series:             # rates, fractions per 8 hours, longs pay where above 0; index UTC named funding_time
     "Funding rates that a perpetual with such candles could have had"
     opens, step = times(frame), milliseconds("8h")
-    last = opens[-1] + (opens[1] - opens[0])
+    last = opens[-1] + np.diff(opens).min()
     due = np.arange(-(-opens[0] // step) * step, last + 1, step)
     premium = ar1_returns(len(due), .9, 7e-4, np.random.default_rng([seed, 8]))
     rates = np.rint((premium + np.clip(1e-4 - premium, -5e-4, 5e-4)) * 1e8) / 1e8

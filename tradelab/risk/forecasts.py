@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ..texts import html_text
+
 # %% ../../nbs/30_risk/31_forecasts.ipynb #0d14ea31
 def _log(share, count): return count * math.log(share) if count else 0.
 
@@ -111,8 +113,10 @@ class Judgement:
                 f"mean excess over the shortfall: {self.depth[0]:+.1%}": (math.nan, math.nan, self.depth[1])}
         return pd.DataFrame(rows, ["likelihood ratio", "p-value (chi-square)", "p-value (simulated)"]).T
 
+    def __str__(self): return f"{self.level:.0%} VaR over {len(self.returns):,} candles: traffic light {self.light}\n{self.table().round(4).to_string(na_rep='')}"
+
     def _repr_html_(self):
-        return f"<b>{self.level:.0%} VaR</b> over {len(self.returns):,} candles: traffic light {self.light}{self.table().round(4).to_html(border=0, na_rep='')}"
+        return f"<b>{self.level:.0%} VaR</b> over {len(self.returns):,} candles: traffic light {html_text(self.light)}{self.table().round(4).to_html(border=0, na_rep='')}"
 
     def plot(self):
         "Returns, the band, and the exceptions"

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..market.candles import text
 from ..records import TradingState
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/30_risk/37_ladder.ipynb #305b3f2b
 ALLOWED = {TradingState.NORMAL: ("entry", "increase", "reduce", "close"), TradingState.NO_ENTRY: ("increase", "reduce", "close"), TradingState.REDUCE_ONLY: ("reduce", "close"),
@@ -86,7 +87,7 @@ def held_table(
     active:dict,   # as `Ladder` keeps it
 )->str:            # HTML
     "What holds the ladder where it is"
-    rows = "".join(f"<tr><td>{cause}</td><td>{scope or 'all'}</td><td>{TradingState(row[0]).name}</td><td>{text(row[1])}</td><td>{'gone since ' + text(row[2]) if row[2] is not None else 'stands'}</td><td>{row[3]}</td></tr>" for (cause, scope), row in active.items())
+    rows = "".join(f"<tr><td>{html_text(cause)}</td><td>{html_text(scope or 'all')}</td><td>{TradingState(row[0]).name}</td><td>{text(row[1])}</td><td>{'gone since ' + text(row[2]) if row[2] is not None else 'stands'}</td><td>{html_text(row[3])}</td></tr>" for (cause, scope), row in active.items())
     return f"<b>{state.name}</b><table><tr><th>cause</th><th>for</th><th>asks</th><th>since</th><th></th><th>evidence</th></tr>{rows}</table>"
 
 
@@ -99,7 +100,7 @@ def plot_moves(
     moves = [move for move in history if not move.scope]
     if moves: axes.step(np.array([move.time for move in moves], "datetime64[ms]"), [int(move.state) for move in moves], where="post")
     for before, move in zip([None, *moves], moves):
-        if before is None or move.state != before.state: axes.annotate(move.cause, (np.datetime64(move.time, "ms"), int(move.state)), fontsize=7, xytext=(2, 3), textcoords="offset points")
+        if before is None or move.state != before.state: axes.annotate(figure_text(move.cause), (np.datetime64(move.time, "ms"), int(move.state)), fontsize=7, xytext=(2, 3), textcoords="offset points")
     axes.set_yticks(range(len(TradingState)), [each.name for each in TradingState])
     axes.set(xlabel="time [UTC]", ylim=(-.3, 4.5))
     return figure
@@ -171,5 +172,6 @@ class Ladder:
         ladder.history = [Move(**move | {"state": TradingState(move["state"])}) for move in saved["history"]]
         return ladder
 
+    def __str__(self): return "\n".join([self.state().name, *(f"{cause} {scope or 'all'}: {TradingState(row[0]).name} since {text(row[1])}, {row[3]}" for (cause, scope), row in self.active.items())])
     def _repr_html_(self): return held_table(self.state(), self.active)
     def plot(self): return plot_moves(self.history)

@@ -604,7 +604,7 @@ class Gate:
     def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None)->np.ndarray:
         "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known. ValueError where a target is none"
         targets = answer[:len(self.proposals)]
-        if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; check its inputs and weights")
+        if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; nan is one that was not written, or not known")
         propose(self.proposals, answer, candle)
         if marks is not None: self.proposals["mark"] = marks
         gate(self.proposals, open_time, candle, account, positions, self.market, self.covariance, self._limits, self._instruments)

@@ -230,7 +230,9 @@ class PortfolioMeasures:
     longest_drawdown_days:float
 
     def table(self)->pd.Series: return pd.Series({label: factor * getattr(self, name) for name, (label, factor) in LABELS.items()}, name="value")
-    def _repr_html_(self): return self.table().to_frame().map(lambda value: f"{value:,.2f}" if np.isfinite(value) else "-").to_html(border=0, header=False)
+    def written(self)->pd.Series: return self.table().map(lambda value: f"{value:,.2f}" if np.isfinite(value) else "-")
+    def __str__(self): return self.written().to_string()
+    def _repr_html_(self): return self.written().to_frame().to_html(border=0, header=False)
 
 
 class PortfolioRisk:

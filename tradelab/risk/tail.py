@@ -202,6 +202,7 @@ class TailMeasures:
         frame = pd.DataFrame(100 * self.values.reshape(len(METHODS), -1), [name.replace("_", "-") for name in METHODS], columns)
         return frame if self.equity == 1. else frame.join(pd.DataFrame(self.equity * self.values.reshape(len(METHODS), -1), frame.index, [column.replace("%]", "quote]") for column in columns]))
 
+    def __str__(self): return self.table().round(3).to_string()
     def _repr_html_(self): return self.table().round(3).to_html(border=0)
 
 

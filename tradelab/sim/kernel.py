@@ -156,7 +156,7 @@ def ask(
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #8fd40ab9
 DONE, TARGET, COUNT, NUMBERS, ORDER, NO_PRICE, NO_TRIGGER, NO_CALLBACK, NO_EQUITY = range(1, 10)
-FAULTS = ("the kernel failed, and printed why", "", "a target is a number in [-1, 1], a share of what the limits allow", "an answer is a target per symbol, with confidences twice as many, or eight numbers for each place of each symbol",
+FAULTS = ("the kernel failed, and printed why", "", "a target is a number in [-1, 1], a share of what the limits allow; nan is one that was not written, or not known", "an answer is a target per symbol, with confidences twice as many, or eight numbers for each place of each symbol",
           "the numbers of an order are finite", "the kind of an order is one of -1 to 5, its exposure in [-1, 1]", "a limit order needs a price", "a conditional order needs a trigger", "the callback of a trailing stop is a fraction",
           "equity is not a finite number, nothing can be decided on it: look at the last fill and the last candle")
 

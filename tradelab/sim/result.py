@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..evaluation.chart import chart
 from ..evaluation.intervals import intervals
-from ..evaluation.metrics import metrics
+from ..evaluation.metrics import metrics, round_trips
 from ..evaluation.tearsheet import TearSheet
 from ..evaluation.trips import execution, trips
 from ..records import FILL, JOURNAL, Kind
@@ -85,8 +85,8 @@ class Result:
 
     @property
     def trips(self)->pd.DataFrame:
-        "A row per finished round trip, with its excursions"
-        return trips(self.fills, self.candles)
+        "A row per finished round trip, with its excursions where the fills are known; a journal alone knows no two of one candle"
+        return trips(self.fills, self.candles, self.journal) if len(self.fill_rows) else round_trips(self.journal)
 
     @property
     def execution(self)->pd.DataFrame:
@@ -107,12 +107,13 @@ class Result:
         "This result and others in one table and picture"
         return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.note, source=self.source)
 
-    def summary(self): return metrics(self.equity, self.journal)
+    def summary(self): return metrics(self.equity, self.journal, trips=self.trips)
 
     @property
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
-        return TearSheet({self.name: self, **self.baselines}, note=self.note, source=self.source)
+        name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
+        return TearSheet({name: self, **self.baselines}, note=self.note, source=self.source)
 
     @property
     def risk(self)->RiskView:

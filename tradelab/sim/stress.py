@@ -16,6 +16,7 @@ import pandas as pd
 from ..market.candles import frames_of
 from ..records import CostModel
 from .backtest import backtest
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/50_sim/57_stress.ipynb #323ae6a9
 GAP = .15                # the price jumps so far against the largest position
@@ -101,15 +102,16 @@ class Stress:
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=name, color=None if number else "#123f63")
+        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name), color=None if number else "#123f63")
         axis.set_ylabel("Equity [x start]")
         axis.set_xlabel("Time [UTC]")
-        axis.set_title(self.note, loc="left", fontsize=7.5, color="#555555")
+        axis.set_title(figure_text(self.note, 160), loc="left", fontsize=7.5, color="#555555")
         axis.legend(frameon=False, fontsize=8)
         plt.close(figure)
         return figure
 
-    def _repr_html_(self): return f"<p>{self.note}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
+    def __str__(self): return f"{self.note}\n" + self.table().to_string(float_format="{:,.2f}".format)
+    def _repr_html_(self): return f"<p>{html_text(self.note)}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
 
 # %% ../../nbs/50_sim/57_stress.ipynb #9f31dd89
 def stress(

@@ -24,6 +24,7 @@ from .backtest import WORLDS, funding_rates
 from .costs import warm_up as costs_warm_up
 from .kernel import DONE, FAULTS, TARGET, World, opened, rules_of, steps, tape_of
 from .matching import new_state
+from ..texts import figure_text, html_text
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #a1d43afd
 SUMS = np.dtype([("last", "f8"), ("count", "f8"), ("returns", "f8"), ("squares", "f8"), ("peak", "f8"), ("keeps", "f8"), ("traded", "f8"), ("fills", "f8")]) # keeps: what the worst drawdown left of the peak, a fraction
@@ -128,19 +129,20 @@ class Sweep:
         if len(names) > 2: raise ValueError(f"a map has two parameters, this sweep has {', '.join(names)}: fix the others, sweep.table.xs(...)")
         figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
         values = self.table[by]
-        if len(names) == 1: axis.plot(values.index, values)
+        if len(names) == 1: axis.plot([figure_text(each) if isinstance(each, str) else each for each in values.index], values)
         else:
             grid = values.unstack(names[1])
             limit = np.nanmax(np.abs(grid.to_numpy()))
             mesh = axis.pcolormesh(grid.columns.to_numpy(float), grid.index.to_numpy(float), grid.to_numpy(), cmap="RdBu" if by in ("sharpe", "total_return", "annual_return") else "viridis", **(dict(vmin=-limit, vmax=limit) if by in ("sharpe", "total_return", "annual_return") else {}))
-            figure.colorbar(mesh, label=by.replace("_", " "))
-        axis.set_ylabel(names[0] if len(names) == 2 else by.replace("_", " "))
-        axis.set_xlabel(names[-1])
-        axis.set_title(self.note, loc="left", fontsize=7.5, color="#555555")
+            figure.colorbar(mesh, label=figure_text(by.replace("_", " ")))
+        axis.set_ylabel(figure_text(names[0] if len(names) == 2 else by.replace("_", " ")))
+        axis.set_xlabel(figure_text(names[-1]))
+        axis.set_title(figure_text(self.note, 160), loc="left", fontsize=7.5, color="#555555")
         plt.close(figure)
         return figure
 
-    def _repr_html_(self): return f"<p>{self.note}</p>" + self.best().to_html(border=0)
+    def __str__(self): return f"{self.note}\n{self.best().to_string()}"
+    def _repr_html_(self): return f"<p>{html_text(self.note)}</p>" + self.best().to_html(border=0)
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #fafcf9aa
 def _table(sums, parameters, step_ms, deposit):
@@ -191,7 +193,9 @@ def sweep(
     still = begun()   # the ideal loop reads it and changes nothing
 
     def one(i):
-        targets = np.ascontiguousarray(rule(table[i], values), np.float64).reshape(-1, 1)
+        answer = rule(table[i], values)
+        if answer is None: raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} returned nothing: a sweep's rule returns its targets, one for each candle")
+        targets = np.ascontiguousarray(answer, np.float64).reshape(-1, 1)
         if len(targets) != len(times): raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for {len(times)} candles: one for each")
         world = still if plain else begun()
         code = _without(targets, first, world.row, sums[i]) if plain else _with_costs(targets, first, world.row, np.empty(SPAN), sums[i])

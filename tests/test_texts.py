@@ -1,0 +1,162 @@
+"Text of others: what is shown on a page, in a picture, on a terminal and in a spreadsheet stays text"
+import csv
+import dataclasses
+import importlib
+import io
+import logging
+import pkgutil
+import re
+import unicodedata
+
+import matplotlib.pyplot
+import numpy as np
+import openpyxl
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.cbook import is_math_text
+
+import tradelab
+from tradelab.account import POSITION
+from tradelab.evaluation.tearsheet import TearSheet
+from tradelab.learn.registry import Run
+from tradelab.live.broker import BrokerError, Notice, error_text
+from tradelab.live.session import Statistics
+from tradelab.log import formatter
+from tradelab.market.candles import BadCandles
+from tradelab.market.files import Unreachable
+from tradelab.market.quality import check_quality
+from tradelab.market.synthetic import ar1
+from tradelab.policies import Policy, buy_and_hold, flat
+from tradelab.records import Instrument, Limits
+from tradelab.results import TABLES, export
+from tradelab.risk.breakers import BreakerEvent
+from tradelab.risk.forecasts import judge
+from tradelab.risk.ladder import Ladder
+from tradelab.risk.portfolio import PortfolioRisk
+from tradelab.risk.tail import TailMeasures
+from tradelab.risk.view import RiskView
+from tradelab.sim.backtest import backtest
+from tradelab.sim.stress import Stress
+from tradelab.sim.sweep import Sweep
+from tradelab.texts import cell_text, figure_text, one_line, printable
+
+matplotlib.use("Agg")
+EVIL = '<script>alert("1")</script><img src=x onerror=alert(1)> $x_$ \x1b[2J =1+1'
+FORBIDDEN = re.compile(r"<\s*(script|img src=x|iframe)", re.I)
+
+
+def classes():
+    "Every class of the package that shows itself in a notebook"
+    found = {}
+    for module in pkgutil.walk_packages(tradelab.__path__, "tradelab."):
+        if module.name.endswith("_modidx"): continue
+        for each in vars(importlib.import_module(module.name)).values():
+            if isinstance(each, type) and each.__module__ == module.name and "_repr_html_" in vars(each): found[f"{module.name.removeprefix('tradelab.')}.{each.__name__}"] = each
+    return found
+
+
+@pytest.fixture(scope="module")
+def run():
+    "A backtest of a policy with an evil name, of two symbols with evil names, from an evil source, halted"
+    frames = {f"{EVIL}{number}": ar1(300, rho=.1, seed=number) for number in (1, 2)}
+    for frame in frames.values(): frame.attrs["source"] = f"synthetic {EVIL}"
+    return backtest(Policy(EVIL, buy_and_hold().function), frames, limits=Limits(max_position=.5, max_drawdown=.01))
+
+
+@pytest.fixture(scope="module")
+def shown(run):
+    "An object of each of these classes, with evil in every text that somebody else may have written"
+    ladder = Ladder()
+    ladder.trip("person", 0, EVIL, symbol=EVIL, who=EVIL)
+    returns = pd.Series(np.random.default_rng(0).normal(0, .01, 300), pd.date_range("2024", periods=300, freq="1h", tz="UTC"))
+    candles = ar1(200, seed=1)
+    candles.iloc[100, 1] = candles.iloc[100, 0] / 2
+    return {"evaluation.metrics.Metrics": run.summary(), "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL), "sim.result.Result": run,
+            "risk.view.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.ladder.Ladder": ladder,
+            "risk.forecasts.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "risk.tail.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
+            "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([Instrument().row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
+            "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL),), timeframe=EVIL), "live.session.Statistics": Statistics(), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
+
+
+def test_no_class_is_left_out(shown): assert set(classes()) == set(shown)
+
+
+def planted(thing):
+    "The same thing with evil in every field that is a text"
+    texts = [field.name for field in dataclasses.fields(thing) if isinstance(getattr(thing, field.name), str)] if dataclasses.is_dataclass(thing) else []
+    return dataclasses.replace(thing, **dict.fromkeys(set(texts) - {"timeframe"}, EVIL)) if texts else thing
+
+
+@pytest.mark.parametrize("name", classes())
+def test_what_a_notebook_shows_is_text(shown, name):
+    for thing in (shown[name], planted(shown[name])):
+        html = thing._repr_html_()
+        assert not FORBIDDEN.search(html)
+        if name not in ("evaluation.metrics.Metrics", "risk.tail.TailMeasures", "risk.portfolio.PortfolioMeasures", "live.session.Statistics", "risk.forecasts.Judgement"): assert "&lt;script&gt;" in html
+
+
+def test_the_page_of_a_tear_sheet_is_text(shown): assert not FORBIDDEN.search(shown["evaluation.tearsheet.TearSheet"].html())
+
+
+@pytest.mark.parametrize("name", [name for name, each in classes().items() if hasattr(each, "plot")])
+def test_a_name_with_dollars_breaks_no_picture(shown, name):
+    try: figure = planted(shown[name]).plot()
+    finally: matplotlib.pyplot.close("all")
+    figure.savefig(io.BytesIO())
+
+
+def test_names_are_text_in_the_other_pictures_too(run, shown):
+    shown["evaluation.tearsheet.TearSheet"].details().savefig(io.BytesIO())
+    assert "<script>" not in run.chart(run.symbols[0]).to_json() and "&lt;script&gt;" in run.chart(run.symbols[0]).layout.title.text
+
+
+def test_exported_cells_are_no_formulas(run, tmp_path):
+    evil = dataclasses.replace(run, symbols=("=HYPERLINK(1)", "@SUM(A1)"))
+    for table in TABLES:
+        with open(export(evil, tmp_path / f"{table}.csv", table), newline="") as file: cells = [cell for row in csv.reader(file) for cell in row]
+        assert not [cell for cell in cells if cell[:1] in ("=", "@", "+", "\t", "\r") or (cell[:1] == "-" and not re.fullmatch(r"-[\d.e+-]+", cell))]
+    assert "'=HYPERLINK(1)" in pd.read_csv(tmp_path / "journal.csv")["symbol"].unique()
+    written = pd.read_csv(tmp_path / "journal.csv")
+    for name in ("close", "equity", "fee", "order"): assert written[name].dtype.kind in "fi" and np.allclose(written[name], evil.journal[name])
+    book = openpyxl.load_workbook(export(evil, tmp_path / "all.xlsx"))
+    cells = [cell for sheet in book for row in sheet for cell in row]
+    assert not [cell for cell in cells if cell.data_type == "f"] and any(cell.value == "'=HYPERLINK(1)" for cell in cells) and any(cell.data_type == "n" and (cell.value or 0) < 0 for cell in cells)
+
+
+@given(st.text())
+def test_a_printable_text_commands_nothing(text):
+    for shown in (printable(text), one_line(text)): assert not [sign for sign in shown if unicodedata.category(sign) in ("Cc", "Cf", "Co", "Cs") and sign not in "\n\t"]
+    assert printable(printable(text)) == printable(text) and "\n" not in one_line(text)
+
+
+@given(st.from_regex(r"\A[a-z ]{0,9}(\x1b\[[0-9;?]{0,6}[A-Za-z]|\x1b\][0-9];[a-z:/]{0,9}(\x07|\x1b\\)|\x1b[78c=>]|\x9b[0-9]{0,3}[mJ]){1,4}[a-z ]{0,9}\Z"))
+def test_a_sequence_goes_whole(text): assert re.fullmatch("[a-z ]*", printable(text))
+
+
+@given(st.sampled_from("=+-@\t\r\n ") | st.sampled_from(["  =", "\n@", "\x00="]), st.text())
+def test_no_text_is_computed_by_a_spreadsheet(start, text):
+    cell = cell_text(start + text)
+    assert cell.lstrip()[:1] not in tuple("=+-@") or is_number(cell)
+
+
+@given(st.floats() | st.integers() | st.none() | st.booleans() | st.floats().map(repr))
+def test_a_number_in_a_cell_stays_as_it_is(value): assert cell_text(value) is value or cell_text(value) == value
+
+
+def is_number(text):
+    try: return float(text) is not None
+    except ValueError: return False
+
+
+@given(st.text())
+def test_a_name_is_never_a_formula_of_matplotlib(text): assert not is_math_text(figure_text(text)) and not figure_text(text).startswith("_")
+
+
+def test_an_exchange_commands_no_terminal():
+    said = 'binance {"code":-1102,"msg":"\x1b[2J\x1b]0;owned\x07mandatory\x1b[31m parameter"}'
+    errors = (BrokerError(said), Unreachable(said), BadCandles(said), error_text(Exception(said)), Notice("margin call", said).text)
+    assert not [text for text in map(str, errors) if "\x1b" in text or "\x07" in text] and error_text(Exception(said)) == "-1102 mandatory parameter"
+    record = logging.LogRecord("tradelab.live", logging.WARNING, "x.py", 1, said, (), (ValueError, ValueError(said), None))
+    assert not [readable for readable in (True, False) if "\x1b" in formatter(readable).format(record) or "u001b" in formatter(readable).format(record)]
