@@ -7,8 +7,8 @@ __all__ = ['STILL', 'ROUNDING', 'LOOP', 'SLOT', 'CLOCK', 'FLOAT', 'whole', 'prev
            'sum_anew', 'narrowest', 'window_sum', 'slide', 'mean', 'Four', 'four', 'together', 'total', 'same',
            'recent', 'older', 'moments', 'window_high', 'window_low', 'extreme_age', 'rests', 'share', 'smooth',
            'forgetting', 'above', 'usable', 'looped', 'address', 'run', 'unusable', 'columns_of', 'check_parameters',
-           'Indicator', 'gather', 'due', 'gather_all', 'longer_candles', 'Feature', 'laid_out', 'delayed', 'look',
-           'FeatureStream']
+           'Indicator', 'anchor', 'gather', 'due', 'gather_all', 'longer_candles', 'Feature', 'laid_out', 'delayed',
+           'look', 'FeatureStream']
 
 # %% ../../nbs/20_features/20_indicator.ipynb #eac4abd8
 import operator
@@ -609,6 +609,12 @@ class Indicator:
 
 # %% ../../nbs/20_features/20_indicator.ipynb #26d3a6f1
 @bare
+def anchor(length): # as `market.candles.ANCHORS` has it
+    "Where the grid of longer candles begins, ms: weeks on a Monday, three days as Binance counts them, all else with the epoch"
+    return 345_600_000. if length == 604_800_000. else 86_400_000. if length == 259_200_000. else 0.
+
+
+@bare
 def gather(
     bar,        # 1 more than a candle: how many parts it has, and the candle that they make; changed
     candle,     # all that is KNOWN
@@ -616,7 +622,7 @@ def gather(
     length,     # ms, the length of the whole
 )->bool:        # whether the whole has closed
     "Add a candle to the longer one that it is a part of"
-    whole, place = bar[1:], candle[OPEN_TIME] % length / step if length > step else 0.
+    whole, place = bar[1:], (candle[OPEN_TIME] - anchor(length)) % length / step if length > step else 0.
     if place == 0.:
         bar[0] = 1.
         for i in range(len(whole)): whole[i] = candle[i]
@@ -636,7 +642,7 @@ def due(
     length,     # ms, the length of the longer one
 )->float:
     "Open time of the longer candle that should be the newest closed one"
-    return (time + step) // length * length - length
+    return anchor(length) + (time + step - anchor(length)) // length * length - length
 
 
 @partial(compiled, _nrt=False, error_model="numpy")
