@@ -27,7 +27,7 @@ from numba.np.arrayobj import make_array, populate_array
 from ..account import decimal8
 from ..compiled import bare, c_function, call_at, compiled
 from ..market.candles import milliseconds, parts
-from ..records import CLOSE, COLUMNS, FUNDING_RATE, HIGH, INDEX_PRICE, KNOWN, LOW, OPEN_TIME, TAKER_BUY_VOLUME, VOLUME
+from ..records import CLOSE, COLUMNS, FUNDING_RATE, HIGH, INDEX_PRICE, KNOWN, LOW, OPEN_TIME, SERIES, TAKER_BUY_VOLUME, VOLUME
 
 # %% ../../nbs/20_features/20_indicator.ipynb #c9158148
 @bare
@@ -691,8 +691,9 @@ class Feature:
     @property
     def text(self):
         values = ",".join(str(int(value)) if value == int(value) else repr(value) for value in self.parameters)
-        name = self.indicator.name + (f"({values})" if self.parameters else "") + (f".{self.selected}" if self.column else "")
-        return name + (f"@{self.timeframe}" if self.timeframe else "") + (f"[{self.symbol}]" if self.symbol else "") + (f"[-{self.lag}]" if self.lag else "")
+        figures = self.symbol.removeprefix(SERIES) if self.symbol.startswith(SERIES) else ""
+        name = self.indicator.name + (f"({values or figures})" if self.parameters or figures else "") + (f".{self.selected}" if self.column else "")
+        return name + (f"@{self.timeframe}" if self.timeframe else "") + (f"[{self.symbol}]" if self.symbol and not figures else "") + (f"[-{self.lag}]" if self.lag else "")
 
     @property
     def column(self): return self.indicator.outputs.index(self.selected)

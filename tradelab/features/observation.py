@@ -18,7 +18,7 @@ from ..compiled import SINGLE, address_of, array_at, bare, compiled
 from .grammar import parse
 from .indicator import FeatureStream, columns_of, longer_candles
 from ..market.candles import matrix, timeframe_at
-from ..records import KNOWN, Scaler, TradingState
+from ..records import KNOWN, QUOTE_VOLUME, SERIES, Scaler, TradingState
 
 # %% ../../nbs/20_features/28_observation.ipynb #a292ef93
 CLIP = 10. # standard deviations
@@ -150,7 +150,7 @@ class ObservationStream:
 
     def __init__(self, observation, n_symbols:int):
         seen, self._which = observation.seen(n_symbols)
-        self._stream = FeatureStream([feature for _, feature in seen], observation.timeframe, [row for row, _ in seen], n_symbols + len(observation.watched))
+        self._stream = FeatureStream([feature for _, feature in seen], observation.timeframe, [row for row, _ in seen], n_symbols + len(observation.others))
         self._observation, self._scaling, self._place, self._length, self._whole = observation, scaling_of(observation.scaler, len(observation.features)), 0, observation.window, 0
         self._strip = np.full((2 * observation.window, *self._which.shape), np.nan, np.float32)
         self._shape, self._views = (n_symbols, observation.width), [self._strip[place:place + observation.window] for place in range(observation.window)]
@@ -233,7 +233,23 @@ class Observation:
     @property
     def watched(self)->tuple:
         "Symbols that a feature looks at and nobody trades"
-        return tuple(dict.fromkeys(feature.symbol for feature in self.parsed if feature.symbol and feature.symbol not in self.symbols))
+        return tuple(name for name in self.others if not name.startswith(SERIES))
+
+    @property
+    def series(self)->tuple:
+        "Names of the series that its features read, as they write them"
+        return tuple(name.removeprefix(SERIES) for name in self.others if name.startswith(SERIES))
+
+    @property
+    def others(self)->tuple:
+        "Rows behind those of the traded symbols: watched symbols, then series"
+        names = dict.fromkeys(feature.symbol for feature in self.parsed if feature.symbol and feature.symbol not in self.symbols)
+        return tuple(sorted(names, key=lambda name: name.startswith(SERIES)))
+
+    def stale(self, candles:np.ndarray)->np.ndarray:
+        "When a stale series makes the policy flat, of (T, rows, 11) candles: bool, (T,); empty where it has none"
+        rows = [len(self.rows) - len(self.series) + n for n in range(len(self.series))]
+        return (candles[:, rows, QUOTE_VOLUME] > 0).any(axis=1) if rows else np.zeros(0, bool)
 
     @property
     def needs(self)->frozenset:
@@ -243,9 +259,9 @@ class Observation:
     @property
     def rows(self)->tuple:
         "The symbols whose candles it is given, in their order"
-        return (*self.symbols, *self.watched)
+        return (*self.symbols, *self.others)
 
-    def seen(self, n_symbols:int)->tuple: return distinct(self.parsed, n_symbols, self.symbols, self.watched)
+    def seen(self, n_symbols:int)->tuple: return distinct(self.parsed, n_symbols, self.symbols, self.others)
 
     @property
     def columns(self)->list:
@@ -262,16 +278,19 @@ class Observation:
 
     def matrix(self, candles:np.ndarray)->np.ndarray:
         "Scaled features of (T, rows, 5 or 11) candles: float32, (T, n_symbols, n_features)"
-        return scaled_features(*self.seen(candles.shape[1] - len(self.watched)), scaling_of(self.scaler, len(self.features)), candles)
+        return scaled_features(*self.seen(candles.shape[1] - len(self.others)), scaling_of(self.scaler, len(self.features)), candles)
 
     def fit(self, candles, how:str="standard")->"Observation":
         "The same observation with a scaler fitted on these candles, a frame, frames by symbol, or an array: give it the training span only"
         if not isinstance(candles, np.ndarray):
+            missing = [name for name in self.series if SERIES + name not in candles]
+            if missing: raise ValueError(f"a feature reads the series {missing[0]!r}, which is not there: give it, series={{{missing[0]!r}: ...}}")
+            if isinstance(candles, dict) and self.symbols and set(self.rows) <= set(candles): candles = {name: candles[name] for name in self.rows}
             times, known, _ = matrix(candles, KNOWN)
             return self.on(timeframe=self.timeframe or timeframe_at(times)).fit(known, how)
         if not self.features: return self
         if len(candles) <= self.warm_up: raise ValueError(f"{len(candles)} candles are too few to fit: the warm-up alone takes {self.warm_up}")
-        return replace(self, scaler=fit_scaler(self.features, *self.seen(candles.shape[1] - len(self.watched)), candles, self.warm_up, how))
+        return replace(self, scaler=fit_scaler(self.features, *self.seen(candles.shape[1] - len(self.others)), candles, self.warm_up, how))
 
     def specification(self)->dict:
         "All that it is, as data"
