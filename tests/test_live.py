@@ -20,7 +20,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.live.broker import Broker, BrokerError
 from tradelab.live.ledger import Ledger
-from tradelab.live.recorder import find_session, read, recorded_settings, replay
+from tradelab.live.recorder import Recording, find_session, read, recorded_settings, replay, unproven
 from tradelab.live.session import BadFeed, RefusedStart, Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
@@ -97,6 +97,8 @@ def test_what_a_session_leaves(whole):
     then = recorded_settings(find_session(whole["folder"] / "sessions", "latest") / "recording.zst")
     assert then["policy"] == then["origin"] == "momentum(5,0.005)" and then["symbols"] == [BITCOIN] and Limits(**then["limits"]) == Limits() and then["deposit"] == 10_000
     assert [Instrument(**each) for each in then["instruments"]] == [Instrument(BITCOIN)]
+    proven = Recording(folder / "recording.zst")
+    assert {line["kind"] for line in proven} >= {"recording", "start", "warm", "end"} and proven.ended and proven.decisions == 80 and unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
     written = (folder / "session.json").read_text() + "".join(json.dumps(line) for line in read(folder / "recording.zst"))
     assert "localnet-secret" not in written and "localnet-key" not in written and "listenKey" not in written
 

@@ -1,0 +1,185 @@
+"A recording that was changed in any way is never taken for what a session wrote"
+import io
+import random
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tradelab.evaluation.difference import first_difference
+from tradelab.features.observation import Observation
+from tradelab.live.recorder import SEEN, BadRecording, Recorder, Recording, chained, framed, read, recorded_settings, replay, unproven
+from tradelab.market.candles import matrix
+from tradelab.market.synthetic import random_walk
+from tradelab.policies import buy_and_hold
+from tradelab.records import Fill
+from tradelab.risk.limits import Gate
+from tradelab.trader import Trader
+
+SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h", version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
+
+
+def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    "A recording of forty decisions, and what the ledger would hold of them"
+    times, candles, symbols = matrix({"BTC/USDT:USDT": random_walk(52, seed=1)})
+    path = tmp_path_factory.mktemp("session") / "recording.zst"
+    live, recorder, rows = trader(), Recorder(path), []
+    recorder.start(SETTINGS)
+    recorder.warm(times[:10], candles[:10])
+    live.warm(times[:10], candles[:10])
+    for t in range(10, 50):
+        recorder.frame("market", {"e": "kline", "k": {"t": int(times[t]), "c": str(candles[t, 0, 3])}})
+        recorder.candle(int(times[t]), candles[t])
+        decision = live.on_candle(int(times[t]), candles[t])
+        recorder.decision(decision, live.rows)
+        recorder.flush()
+        rows.append({"open_time": pd.Timestamp(times[t], unit="ms", tz="UTC"), "symbol": symbols[0]} | {name: live.rows[name][0] for name in SEEN})
+        if decision.quantities[0]:
+            fill = Fill(symbols[0], float(decision.quantities[0]), float(candles[t + 1, 0, 0]), 1.25, int(times[t + 1]), "tl-1", str(t))
+            recorder.booked(fill)
+            live.on_fill(fill)
+    recorder.close()
+    journal = pd.DataFrame(rows).set_index("open_time")
+    journal.index = pd.DatetimeIndex(journal.index.astype("datetime64[ms, UTC]"), name="open_time")
+    return path, journal
+
+
+def verdict(path, journal, live):
+    "What the replay job concludes: empty where it would say `no difference`"
+    try:
+        recording = Recording(path)
+        recorded_settings(path)
+        recorded, recomputed = replay(recording, live)
+        return str(first_difference(recorded, recomputed) or "") or unproven(recording, recorded, journal)
+    except ValueError as error: return str(error)
+
+
+def test_what_was_written_is_proven(session):
+    path, journal = session
+    recording = Recording(path)
+    kinds = [line["kind"] for line in recording]
+    assert kinds[:3] == ["recording", "start", "warm"] and kinds[-1] == "end" and recording.ended and recording.decisions == 40 and recording.proven == path.stat().st_size
+    assert verdict(path, journal, trader()) == ""
+    assert b'"kind": "end", "lines": ' in zstandard.ZstdDecompressor().stream_reader(io.BytesIO(path.read_bytes()), read_across_frames=True).read()     # any zstd tool reads it
+
+
+def damaged(content, how, chance):
+    "The bytes of a recording after one thing that disks, copies and editors do"
+    at, other = chance.randrange(len(content)), chance.randrange(len(content))
+    match how:
+        case "bit": return content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:]
+        case "cut": return content[:at]
+        case "zeros": return content[:at] + bytes(min(512, len(content) - at)) + content[at + 512:]
+        case "moved": return content[:min(at, other)] + content[max(at, other):] + content[min(at, other):max(at, other)]
+        case "doubled": return content[:at] + content[min(at, other):max(at, other)] + content[at:]
+    lines = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True).read().splitlines(keepends=True)
+    a, b = sorted(chance.sample(range(len(lines)), 2))
+    match how.split()[0]:
+        case "drop": del lines[a:b]
+        case "repeat": lines.insert(b, lines[a])
+        case "swap": lines[a], lines[b] = lines[b], lines[a]
+        case "end": lines = lines[:b]
+    return framed(b"".join(lines), b"")[0] if how.endswith("framed") else zstandard.compress(b"".join(lines))
+
+
+HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap") for form in ("framed", "plain")), "end plain"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_no_damage_passes(session, tmp_path, how):
+    path, journal = session
+    content, chance, live, file = path.read_bytes(), random.Random(how), trader(), tmp_path / "recording.zst"
+    for _ in range(12):
+        changed = damaged(content, how, chance)
+        if changed == content: continue
+        file.write_bytes(changed)
+        assert verdict(file, journal, live), how
+
+
+def test_a_recording_that_ends_early_is_counted_by_the_ledger(session, tmp_path):
+    "Whole frames, a true chain, and 28 decisions too few: only the ledger can know"
+    path, journal = session
+    recorder = Recorder(tmp_path / "recording.zst")
+    for line in list(read(path))[:-1]:
+        if line["kind"] == "candle" and line["open_time"] == int(journal.index[12].timestamp() * 1000): break
+        if line["kind"] != "recording": recorder.line(**line)
+    recorder.close()
+    assert verdict(tmp_path / "recording.zst", journal, trader()).startswith("28 of 40 decisions of the ledger cannot be read in the recording, the first is that of ")
+    assert verdict(tmp_path / "recording.zst", journal[:12], trader()) == ""
+
+
+def test_damage_in_the_middle_is_counted_and_put_aside(session, tmp_path):
+    path, journal = session
+    file = tmp_path / "recording.zst"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    said = verdict(file, journal, trader())
+    number = int(said.split(" of 40 decisions of the ledger cannot be read")[0])
+    recording = Recording(file)
+    lines = list(recording)
+    assert number == 40 - recording.decisions > 5 and "bytes behind them are not" in said
+    recorder = Recorder(file)
+    recorder.close()
+    assert (tmp_path / "recording.damaged-1.zst").read_bytes() == content and "the damaged file is kept whole in recording.damaged-1.zst" in recorder.mended
+    after = list(read(file))
+    assert [line["kind"] for line in after[-2:]] == ["mended", "end"] and after[:-2] == lines[:len(after) - 2] and verdict(file, journal, trader()).startswith(f"{number} of 40 decisions")
+    content[-9] ^= 4
+    shutil.copy(path, file)
+    file.write_bytes(content)
+    Recorder(file).close()
+    assert (tmp_path / "recording.damaged-2.zst").read_bytes() == content
+
+
+@given(content=st.binary(max_size=400), head=st.booleans(), link=st.booleans())
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_bytes_are_refused_in_our_words(tmp_path_factory, content, head, link):
+    file = tmp_path_factory.getbasetemp() / "any.zst"
+    if link: content = chained({"kind": "recording", "format": content.hex()}, 0, "tradelab recording 2")
+    file.write_bytes(framed(content, b"")[0] if head else content)
+    if not file.stat().st_size: return
+    with pytest.raises(BadRecording): list(read(file))
+    with pytest.raises(BadRecording): recorded_settings(file)
+
+
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.floats(), st.text(max_size=5), st.sampled_from(["<f8", "|O", "BTC/USDT:USDT"])), lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)), max_leaves=5)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_line_that_is_proven_is_replayed_or_refused(session, data):
+    "A chain can be true and its lines those of another program"
+    lines = list(read(session[0]))[:30]
+    number = data.draw(st.integers(1, len(lines) - 1))
+    line = dict(lines[number])
+    key = data.draw(st.sampled_from(sorted(set(line) - {"kind"})))
+    if isinstance(line[key], dict) and data.draw(st.booleans()): line[key] = line[key] | {data.draw(st.sampled_from(sorted(line[key]))): data.draw(VALUES)}
+    else: line[key] = data.draw(VALUES)
+    lines[number] = line
+    try: replay(lines, trader())
+    except ValueError as error: assert str(error)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    file = tmp_path / "recording.zst"
+    file.write_bytes(framed(bytes(400_000_000), b"")[0])
+    assert file.stat().st_size < 100_000
+    with pytest.raises(BadRecording, match="a frame does not hold whole lines"): list(read(file))
+    deep = b'{"n": 0, "kind": ' + b"[" * 100_000 + b', "link": "' + b"0" * 32 + b'"}\n'
+    file.write_bytes(framed(deep, b"")[0])
+    with pytest.raises(BadRecording): list(read(file))
+
+
+def test_numbers_keep_their_bits(tmp_path):
+    recorder, values = Recorder(tmp_path / "recording.zst"), [1 / 3, -0., 5e-324, float(np.nextafter(1, 2)), float("inf")]
+    recorder.line("number", values=values)
+    recorder.close()
+    assert np.array(list(read(tmp_path / "recording.zst"))[1]["values"]).tobytes() == np.array(values).tobytes()
