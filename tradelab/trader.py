@@ -142,5 +142,6 @@ class Trader:
     def restore(self, snapshot:dict):
         "Continue from a snapshot; the candles up to its time are then given to `warm`"
         state = {name: unpacked(snapshot[name], dtype) for name, dtype in (("account", ACCOUNT), ("positions", POSITION), ("rows", JOURNAL))}
+        if len(state["account"]) != 1 or len(state["rows"]) != len(state["positions"]): raise ValueError("the snapshot is not of one account with a row for each symbol: it was not made by a trader")
         if len(state["positions"]) != len(self.positions): raise ValueError(f"the snapshot holds {len(state['positions'])} symbols, this trader {len(self.positions)}")
         for name, array in state.items(): setattr(self, name, array)

@@ -36,6 +36,7 @@ from ..market.candles import milliseconds, text
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
 from ..texts import html_rows
 from ..trader import Trader
+from ..trust import check_id
 
 logger = get_logger("live.session")
 
@@ -483,6 +484,7 @@ class Preparation(Checker):
         if not self._resumed: self.ledger.open_session(self.id, self._settings() | dict(reserve=self.reserve))
         self.ledger.set_state(self.id, "running")
         self.recorder = self.books.recorder = Recorder(self.folder / "recording.zst")
+        if self.recorder.mended: self._note("recording", self.recorder.mended)
         self.journal = Journal(self.folder / "journal.csv", self.ledger.rows(self.id))
         self.broker.on_frame = self.recorder.frame
         self._status("running")
@@ -569,7 +571,7 @@ class Session(Starter):
         refuse_series(trader)
         if bool(id) == bool(resume): raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
         self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe, patience, say, progress
-        self.id, self.origin, self._resumed, self.step = id or resume, origin or trader.policy.name, bool(resume), milliseconds(timeframe)
+        self.id, self.origin, self._resumed, self.step = check_id(id or resume), origin or trader.policy.name, bool(resume), milliseconds(timeframe)
         self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
         self.feed, self.recorder, self.journal, self._loop, self._stopping, self._halted = None, None, None, None, False, bool(trader.account["halted"][0])
         self._early, self._arrived, self._opened, self._reopened, self._since, self._said = [], {}, defaultdict(int), 0, 0, 0.
