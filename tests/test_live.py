@@ -202,6 +202,38 @@ def test_a_session_that_was_killed_neither_repeats_nor_loses_an_order(whole, tmp
     assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
 
 
+WITH_ITS_EXCHANGE = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_live import Broker, localnet, run, session
+
+class Killed(Broker):
+    sent = 0
+    async def submit(self, order):
+        Killed.sent += 1
+        answer = await super().submit(order)
+        if Killed.sent == 5: os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+with localnet(memory=Path({folder!r}) / "localnet.jsonl") as exchange: run(session(exchange, Path({folder!r}), Killed), 80)
+"""
+
+
+def test_a_session_that_died_with_its_localnet_goes_on(whole, tmp_path):
+    "The exchange is made again from what it was asked, and the session does what it would have done"
+    script = WITH_ITS_EXCHANGE.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    with localnet(memory=tmp_path / "localnet.jsonl") as exchange:
+        run(session(exchange, tmp_path, id="", resume="momentum_test"), 80 - len(journal(tmp_path)))
+        orders = orders_at(exchange)
+    assert orders == whole["orders"] and first_difference(whole["journal"], journal(tmp_path)) is None
+    proven = Recording(recording(tmp_path))
+    recorded, recomputed = replay(proven, trader())
+    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None and unproven(proven, recorded, journal(tmp_path)) == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_session_in_order(whole, tmp_path, number):
     with localnet() as exchange:

@@ -37,6 +37,7 @@ from tradelab.risk.ladder import Ladder
 from tradelab.risk.portfolio import PortfolioRisk
 from tradelab.risk.tail import TailMeasures
 from tradelab.risk.view import RiskView
+from tradelab.sections import Missing
 from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
@@ -77,7 +78,7 @@ def shown(run):
             "risk.view.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.ladder.Ladder": ladder,
             "risk.forecasts.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "risk.tail.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
             "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([Instrument().row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
-            "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL),), timeframe=EVIL), "live.session.Statistics": Statistics(), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
+            "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 
 
 def test_no_class_is_left_out(shown): assert set(classes()) == set(shown)
@@ -113,7 +114,8 @@ def test_names_are_text_in_the_other_pictures_too(run, shown):
 
 
 def test_exported_cells_are_no_formulas(run, tmp_path):
-    evil = dataclasses.replace(run, symbols=("=HYPERLINK(1)", "@SUM(A1)"))
+    names = ("=HYPERLINK(1)", "@SUM(A1)")
+    evil = dataclasses.replace(run, symbols=names, candles=dict(zip(names, run.candles.values())))
     for table in TABLES:
         with open(export(evil, tmp_path / f"{table}.csv", table), newline="") as file: cells = [cell for row in csv.reader(file) for cell in row]
         assert not [cell for cell in cells if cell[:1] in ("=", "@", "+", "\t", "\r") or (cell[:1] == "-" and not re.fullmatch(r"-[\d.e+-]+", cell))]

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
            'OPEN_TIME', 'COLUMNS', 'KNOWN', 'TIERS', 'BRACKETS', 'INSTRUMENT', 'COSTS', 'FEES', 'STOPS', 'NO_STOPS',
-           'OPTIONAL', 'LIMITS', 'SERIES', 'WHEN_STALE', 'UNITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION', 'JOURNAL',
-           'PROPOSAL', 'check_positive', 'check_not_negative', 'grid', 'bracket_amounts', 'check_brackets',
-           'Instrument', 'CostModel', 'Stops', 'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding',
-           'duration', 'SeriesDefinition', 'Scaler', 'Reason', 'TradingState', 'Kind', 'TimeInForce', 'Execution',
-           'Training', 'Decision']
+           'OPTIONAL', 'LIMITS', 'SERIES', 'WHEN_STALE', 'UNITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION',
+           'AGENT_NAMES', 'JOURNAL', 'PROPOSAL', 'check_positive', 'check_not_negative', 'grid', 'bracket_amounts',
+           'check_brackets', 'Instrument', 'CostModel', 'Stops', 'check_order', 'Limits', 'instrument_rows', 'Order',
+           'Fill', 'Funding', 'duration', 'SeriesDefinition', 'Scaler', 'Reason', 'TradingState', 'Kind', 'TimeInForce',
+           'Execution', 'Training', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 from dataclasses import asdict, dataclass, fields
@@ -366,6 +366,7 @@ class Reason(IntEnum):
     TIME_STOP = 24
     STOPPED_OUT = 25
     BRACKET = 26
+    NO_DECISION = 27
 
     def sentence(self, value:float=float("nan"), limit:float=float("nan"))->str:
         "For people, with what was measured and what is allowed"
@@ -386,7 +387,8 @@ _SENTENCES = {
     Reason.DRAWDOWN: "shrunk: drawdown {value:.2%}, limits shrink from {limit:.2%} on", Reason.STOP_LOSS: "closed: the price {value:g} is beyond the stop at {limit:g}", Reason.TAKE_PROFIT: "closed: the price {value:g} has reached the target at {limit:g}",
     Reason.TRAILING_STOP: "closed: the price {value:g} is beyond the trailing stop at {limit:g}", Reason.TIME_STOP: "closed after {value:.0f} candles, max_age is {limit:.0f}",
     Reason.STOPPED_OUT: "refused: a stop closed this side, the policy asks for it still",
-    Reason.BRACKET: "shrunk: the position would be {value:,.0f}, the exchange allows {limit:,.0f} at this leverage"}
+    Reason.BRACKET: "shrunk: the position would be {value:,.0f}, the exchange allows {limit:,.0f} at this leverage",
+    Reason.NO_DECISION: "not asked: the window reaches over a hole in the candles, what is held stays"}
 
 # %% ../nbs/00_ground/01_records.ipynb #baee6686
 class TradingState(IntEnum):
@@ -445,6 +447,9 @@ class Execution:
         return np.array((STYLES.index(self.style), self.patience, self.slices, self.protect, orders), EXECUTION)
 
 # %% ../nbs/00_ground/01_records.ipynb #4f8a0360
+AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, for whoever must know them without torch
+
+
 @dataclass(frozen=True)
 class Training:
     "How an agent is trained; None: as the agent itself chooses"

@@ -34,7 +34,7 @@ def _arrays(result, prefix=""):
     return arrays
 
 
-def _face(result): return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source, "note": result.note}
+def _face(result): return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source, "note": result.note, "net": result.net}
 
 
 def save(

@@ -117,9 +117,9 @@ class Trader:
         mark(self.account, self.positions, traded[:, CLOSE].copy())
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
-        wanted = self.policy.act(observation)
-        if self._figures and (self._known[self._figures, QUOTE_VOLUME] > 0).any(): wanted[:len(self.symbols)] = 0.
-        answered = self.rules.decide(open_time, traded, wanted, self.account, self.positions, marks)
+        answer = None if self._stream.waits else self.policy.act(observation)
+        if answer is not None and self._figures and (self._known[self._figures, QUOTE_VOLUME] > 0).any(): answer[:len(self.symbols)] = 0.
+        answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks)
         record(self.rows, open_time, traded, answered, self.account, self.positions)
         return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
 

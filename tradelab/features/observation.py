@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'PORTFOLIO', 'LEAST', 'REDUCE_ONLY', 'HALT', 'scaled', 'scale_column', 'assemble', 'feature_columns',
-           'scaling_of', 'scaled_features', 'distinct', 'put', 'ObservationStream', 'fitted', 'fit_scaler',
+           'scaling_of', 'scaled_features', 'distinct', 'put', 'ObservationStream', 'fitted', 'fit_scaler', 'waiting',
            'Observation']
 
 # %% ../../nbs/20_features/28_observation.ipynb #f9188b23
@@ -17,8 +17,8 @@ import numpy as np
 from ..compiled import SINGLE, address_of, array_at, bare, compiled
 from .grammar import parse
 from .indicator import FeatureStream, columns_of, longer_candles
-from ..market.candles import matrix, timeframe_at
-from ..records import KNOWN, QUOTE_VOLUME, SERIES, Scaler, TradingState
+from ..market.candles import matrix, milliseconds, period_of, refuse_hole, timeframe_at
+from ..records import KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Scaler, TradingState
 
 # %% ../../nbs/20_features/28_observation.ipynb #a292ef93
 CLIP = 10. # standard deviations
@@ -152,6 +152,7 @@ class ObservationStream:
         seen, self._which = observation.seen(n_symbols)
         self._stream = FeatureStream([feature for _, feature in seen], observation.timeframe, [row for row, _ in seen], n_symbols + len(observation.others))
         self._observation, self._scaling, self._place, self._length, self._whole = observation, scaling_of(observation.scaler, len(observation.features)), 0, observation.window, 0
+        self._step, self._last, self._holed = milliseconds(observation.timeframe) if observation.timeframe else 0, np.nan, False
         self._strip = np.full((2 * observation.window, *self._which.shape), np.nan, np.float32)
         self._shape, self._views = (n_symbols, observation.width), [self._strip[place:place + observation.window] for place in range(observation.window)]
 
@@ -162,12 +163,21 @@ class ObservationStream:
 
     def push(self, candles:np.ndarray):
         "See one candle of each row, float64 of shape (rows, 5 or 11)"
+        if self._step and candles.shape[-1] == len(KNOWN):
+            time = candles[0, OPEN_TIME]
+            if time - self._last > self._step: self._whole, self._holed = 0, True
+            self._last = time
         whole = put(self._stream.update(candles), self._which, self._scaling, self._strip, self._place)
         self._whole, self._place = self._whole + 1 if whole else 0, (self._place + 1) % self._length
 
+    @property
+    def waits(self)->bool:
+        "Whether nobody can be asked now: a hole is behind, and the window is not whole again"
+        return self._holed and self._whole < self._length
+
     def observe(self, account, positions)->np.ndarray:
         "The observation now: float32 of shape (n_symbols, width); ValueError while a feature is still warming up"
-        if self._whole < self._length:
+        if self._whole < self._length and not self._holed:
             names = [name for f, name in enumerate(self._observation.features) if np.isnan(self.window[:, :, f]).any()]
             raise ValueError(f"{', '.join(names)} is not a number yet: give the trader its warm-up candles before the first decision")
         out = np.empty(self._shape, np.float32)
@@ -196,17 +206,34 @@ def fit_scaler(
     candles:np.ndarray,  # (T, rows, 5 or 11), of the training span
     warm_up:int,         # candles that do not count
     how:str,             # "standard" or "robust"
+    gaps:bool=False,     # whether a candle at which a feature is not known is left out
 )->Scaler:
     "The scaler of a set of features"
     kept, found = {}, []
     for number, values in enumerate(feature_columns(seen, candles)):
-        kept[number] = values[warm_up:]
+        kept[number] = values[warm_up:][np.isfinite(values[warm_up:])] if gaps else values[warm_up:]
         while len(found) < len(names) and (columns := set(which[:, len(found)].tolist())) <= kept.keys():
             found.append(fitted(np.concatenate([kept[each] for each in sorted(columns)]), how, names[len(found)]))
             kept = {each: values for each, values in kept.items() if each in which[:, len(found):]}
     return Scaler(*zip(*found), how)
 
 # %% ../../nbs/20_features/28_observation.ipynb #4e0a4c9c
+def waiting(
+    times:np.ndarray,     # (T,), ms
+    features:np.ndarray,  # (T, n_symbols, n_features), scaled
+    window:int,
+)->np.ndarray:            # (T,) int64, 1 where nobody can be asked; (1,) where nothing is missing
+    "Where a window reaches over a hole, or a longer candle that a hole has broken is not known yet: the array twin of `ObservationStream.waits`"
+    broken = np.append(False, np.diff(times) > period_of(times))
+    if not broken.any(): return np.zeros(1, np.int64)
+    known, whole, result = ~np.isnan(features).any(axis=(1, 2)), 0, np.zeros(len(times), np.int64)
+    for t in range(len(times)):
+        whole = (0 if broken[t] else whole) + 1 if known[t] else 0
+        result[t] = whole < window
+    result[:np.argmax(broken)] = 0
+    return result
+
+
 @dataclass(frozen=True)
 class Observation:
     "What a policy wants to see: features by name, a window, and the scaler that was fitted for them"
@@ -280,17 +307,18 @@ class Observation:
         "Scaled features of (T, rows, 5 or 11) candles: float32, (T, n_symbols, n_features)"
         return scaled_features(*self.seen(candles.shape[1] - len(self.others)), scaling_of(self.scaler, len(self.features)), candles)
 
-    def fit(self, candles, how:str="standard")->"Observation":
-        "The same observation with a scaler fitted on these candles, a frame, frames by symbol, or an array: give it the training span only"
+    def fit(self, candles, how:str="standard", gaps:bool=False)->"Observation":
+        "The same observation with a scaler fitted on these candles, a frame, frames by symbol, or an array: give it the training span only; with `gaps`, on what is known of it"
         if not isinstance(candles, np.ndarray):
             missing = [name for name in self.series if SERIES + name not in candles]
             if missing: raise ValueError(f"a feature reads the series {missing[0]!r}, which is not there: give it, series={{{missing[0]!r}: ...}}")
             if isinstance(candles, dict) and self.symbols and set(self.rows) <= set(candles): candles = {name: candles[name] for name in self.rows}
             times, known, _ = matrix(candles, KNOWN)
-            return self.on(timeframe=self.timeframe or timeframe_at(times)).fit(known, how)
+            if not gaps: refuse_hole(times, period_of(times), "candles to fit on")
+            return self.on(timeframe=self.timeframe or timeframe_at(times)).fit(known, how, gaps)
         if not self.features: return self
         if len(candles) <= self.warm_up: raise ValueError(f"{len(candles)} candles are too few to fit: the warm-up alone takes {self.warm_up}")
-        return replace(self, scaler=fit_scaler(self.features, *self.seen(candles.shape[1] - len(self.others)), candles, self.warm_up, how))
+        return replace(self, scaler=fit_scaler(self.features, *self.seen(candles.shape[1] - len(self.others)), candles, self.warm_up, how, gaps))
 
     def specification(self)->dict:
         "All that it is, as data"

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from ..config import nearest, settings
 from ..features.observation import Observation
 from .env import Market, MarketVecEnv
-from .registry import Run, runs_folder, save, train_id
+from .registry import Run, reserved, runs_folder, save
 from ..market.candles import check, data_hash, frames_of, matrix, milliseconds, moment, text
+from ..market.candles import timeframe_of as candles_timeframe
 from ..market.exogenous import series_record, with_series
 from ..policies import Policy, mlp, pack
 from ..records import Instrument
@@ -63,7 +64,7 @@ AGENTS = {agent.name: agent for agent in (
 
 # %% ../../nbs/80_learn/85_agents.ipynb #8a3598a3
 def choose(
-    name:str,   # one of AGENTS
+    name:str,   # one of AGENTS, which are AGENT_NAMES
 )->Agent:
     "The agent of this name"
     if name not in AGENTS: raise ValueError(f"there is no agent {name!r}: did you mean {nearest(name.upper(), AGENTS)}? There are {', '.join(AGENTS)}")
@@ -116,21 +117,22 @@ def learn(
     "Learn for so many steps, or until Ctrl-C"
     try: model.learn(steps, callback=watch)
     except KeyboardInterrupt:
-        if model._n_updates == 0: raise # nothing is learnt yet
+        if model._n_updates == 0: raise KeyboardInterrupt(f"interrupted after {model.num_timesteps:,} steps, before anything was learnt: no run is kept") from None
+        print(f"interrupted after {model.num_timesteps:,} steps: what was learnt until then is kept", file=sys.stderr)
         return True
     finally: watch.close()
     return False
 
 # %% ../../nbs/80_learn/85_agents.ipynb #8e3ede96
 def timeframe_of(
-    candles,   # a frame, or a dict of frames by symbol
-)->str:        # such as "1h"
+    candles,          # a frame, or a dict of frames by symbol
+    gaps:bool=False,  # whether holes are allowed
+)->str:               # such as "1h"
     "The timeframe that the candles show; BadCandles where they do not keep it"
     frames = candles if isinstance(candles, dict) else {"candles": candles}
-    period = int(np.diff(matrix(candles)[0][:2])[0])
-    unit, size = next((unit, size) for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)) if period % size == 0)
-    for name, frame in frames.items(): check(frame, f"{period // size}{unit}", name)
-    return f"{period // size}{unit}"
+    timeframe = candles_timeframe(next(iter(frames.values())))
+    for name, frame in frames.items(): check(frame, timeframe, name, gaps)
+    return timeframe
 
 # %% ../../nbs/80_learn/85_agents.ipynb #ea8fc6a2
 def provenance(
@@ -185,6 +187,7 @@ def train(
     net:tuple=(64, 64),       # widths of the hidden layers
     gamma:float=.9,           # how much the next candle counts against this one; 0.9 looks about ten candles ahead
     episode:int=None,         # candles; default 256, or as many as there are
+    gaps:bool=False,          # carry holes in the candles through; otherwise the first one is refused
     folder=None,              # of all runs; default: of the settings
     progress:bool=True,       # draw a progress bar
 )->Run:
@@ -194,16 +197,18 @@ def train(
     torch.set_num_threads(1)
     runs = runs_folder(folder)
     watch = with_series(watch, series, candles)
-    (frames, symbols), timeframe = frames_of(candles, watch, funding), timeframe_of(candles)
+    frames, symbols = frames_of(candles, watch, funding, gaps)
+    timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
     observation = observation.on(symbols, timeframe)
-    if observation.scaler is None: observation = observation.fit(frames, scaler)
+    if observation.scaler is None: observation = observation.fit(frames, scaler, gaps)
     costs, limits, instruments = costs or here.costs, limits or here.risk, tuple(instruments or map(Instrument, symbols))
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
-              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch else candles)}
+              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch or gaps else candles)}
     if series: config["series"] = series_record({name: series[name] for name in observation.series}, moment(config["span"][1]) + milliseconds(timeframe))
-    market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch)
+    market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch, gaps=gaps)
     config["episode"] = episode or min(EPISODE, market.longest)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
     model, watch = untrained(how, env, config), Watch(env, steps, progress)
-    config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
-    return save(Run(train_id(config), compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config), kept(model, watch), runs)
+    with reserved(config, runs) as name:
+        config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
+        return save(Run(name, compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config), kept(model, watch), runs)

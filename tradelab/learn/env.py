@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
-from ..features.observation import Observation, assemble
+from ..features.observation import Observation, assemble, waiting
 from ..market.candles import frames_of, matrix, text, timeframe_at
 from ..market.exogenous import with_series
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Instrument, Limits
@@ -43,20 +43,27 @@ class Market:
     stale:np.ndarray = field(default_factory=lambda: np.zeros(0, bool)) # (T,), when a stale series makes every action flat; or empty
 
     @classmethod
-    def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, execution=Execution(), funding=None, watch=None, series=None, deposit=10_000.):
-        "From a frame, or a dict of frames by symbol; `watch`: those that features look at and nobody trades"
-        frames, symbols = frames_of(candles, with_series(watch, series, candles), funding)
+    def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, execution=Execution(), funding=None, watch=None, series=None, deposit=10_000., gaps=False):
+        "From a frame, or a dict of frames by symbol; `watch`: those that features look at and nobody trades; `gaps`: carry holes through"
+        frames, symbols = frames_of(candles, with_series(watch, series, candles), funding, gaps)
         times, known, names = matrix(frames, KNOWN)
         observation, values = observation.on(symbols, timeframe_at(times)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
         first = max(observation.warm_up, warm_up(limits), costs_warm_up(costs))
+        features = observation.matrix(looked_at(observation, known, names))
+        waits = waiting(times, features, observation.window)
+        while len(waits) > 1 and first < len(times) - 1 and waits[first]: first += 1
         if len(times) < first + 2:
             raise ValueError(f"{len(times)} candles are too few to train on: features, limits and costs need {first} to warm up, and an episode at least 2")
-        seen = looked_at(observation, known, names)
-        return cls(tape_of(times, values, funding_rates(funding, times, symbols), costs, limits), observation.matrix(seen), observation,
-                   rules_of(costs, limits, instruments or [Instrument(symbol) for symbol in symbols], execution), first, deposit, observation.stale(seen))
+        return cls(tape_of(times, values, funding_rates(funding, times, symbols), costs, limits, waits), features, observation,
+                   rules_of(costs, limits, instruments or [Instrument(symbol) for symbol in symbols], execution), first, deposit, observation.stale(looked_at(observation, known, names)))
 
     @property
     def longest(self)->int: return len(self.tape.times) - 1 - self.first
+
+    def begins(self, length:int)->np.ndarray:
+        "The candles that an episode of so many may begin with: those at which somebody can be asked"
+        possible = self.first + np.arange(self.longest - length + 1)
+        return possible if len(self.tape.waits) == 1 else possible[self.tape.waits[possible] == 0]
 
 # %% ../../nbs/80_learn/80_env.ipynb #552b12b8
 MEMORY = np.dtype([("equity", "f8"), ("drawdown", "f8"), ("mean", "f8"), ("square", "f8")])
@@ -108,12 +115,19 @@ def _step_many(address):
         for i in range(n):
             if not abs(actions[b, i]) <= 1.: return -1 - b
     for b in range(count):
-        _, state, _, _ = opened(worlds[b], n, worlds[b]["places"])
-        state.count[0] = 0
-        if step(at[b], worlds[b:b + 1], actions[b], rows[b]) != DONE: return -1 - b
-        at[b] += 1
-        rewards[b] = paid(state.account[0], memory[b], p["weight"], p["penalty"])
+        tape, state, _, _ = opened(worlds[b], n, worlds[b]["places"])
+        rewards[b], asked = 0., False
+        while not asked:                                    # behind a hole nobody is asked until the window is whole again
+            state.count[0] = 0
+            if step(at[b], worlds[b:b + 1], actions[b], rows[b]) != DONE: return -1 - b
+            at[b] += 1
+            rewards[b] += paid(state.account[0], memory[b], p["weight"], p["penalty"])
+            asked = tape.waits[min(at[b], len(tape.waits) - 1)] == 0 or state.account[0]["equity"] < p["ruin"] or at[b] >= len(tape.times) - 1
         assemble(features[at[b] - p["window"] + 1:at[b] + 1], state.account, state.positions, observations[b])
+        if tape.waits[min(at[b], len(tape.waits) - 1)] != 0:
+            for i in range(n):
+                for j in range(p["width"]):
+                    if np.isnan(observations[b, i, j]): observations[b, i, j] = 0.
         ended[b] = TERMINATED if state.account[0]["equity"] < p["ruin"] else TRUNCATED if at[b] >= end[b] else 0
         goes_on += ended[b] == 0
     return count - goes_on
@@ -177,8 +191,9 @@ class Population:
     def reset(self, which, random:np.random.Generator):
         "Begin new episodes, at random places where they are shorter than the data"
         market = self.market
+        begins = market.begins(self.length)
         for b in which:
-            self.at[b] = market.first + random.integers(market.longest - self.length + 1)
+            self.at[b] = begins[random.integers(len(begins))]
             self.end[b] = self.at[b] + self.length
             for array in (self.accounts, self.positions, self.rows, self.orders, self.books, self.memory): array[b] = np.zeros_like(array[b])
             for name in ("deposit", "equity", "peak"): self.accounts[name][b] = market.deposit

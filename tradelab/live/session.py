@@ -438,10 +438,11 @@ class Recovery(Stepper):
 # %% ../../nbs/70_live/75_session.ipynb #7f33c724
 class Checker(Recovery):
     "What a session wants to be sure of"
+    source = "" # whose prices the venue has
 
     def _settings(self):
         trader = self.trader
-        return dict(venue=self.broker.venue.name, symbols=list(trader.symbols), timeframe=self.timeframe, policy=trader.policy.name, origin=self.origin, version=__version__,
+        return dict(venue=self.broker.venue.name, symbols=list(trader.symbols), timeframe=self.timeframe, policy=trader.policy.name, origin=self.origin, source=self.source or self.broker.venue.name, version=__version__,
                     deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits), instruments=[asdict(instrument) for instrument in trader.instruments])
 
     def _remember(self):
@@ -514,6 +515,12 @@ class Preparation(Checker):
 class Starter(Preparation):
     "What a session does before its first candle, and after its last"
 
+    async def _ask_again(self):
+        "What happened while nobody listened; refused by an exchange that contradicts what is known of our orders"
+        try: await self._fetch()
+        except ValueError as error:
+            raise RefusedStart(f"{self.broker.venue.name} at {self.broker.venue.rest} contradicts what session {self.id} knows of its orders ({error}): it is another account, or an exchange that was begun anew; name the one that the session traded on") from None
+
     async def _start(self):
         "Up to the moment at which the first candle may come"
         trader, broker = self.trader, self.broker
@@ -526,12 +533,12 @@ class Starter(Preparation):
         self.desk = Desk(self.id, broker, self.ledger, self._note, self.patience, sequence)
         self.books = Books(self.id, trader, self.ledger, None, self.step)
         self.books.recall(sequence)
-        if kept: await self._fetch()
+        if kept: await self._ask_again()
         await self._check_money()
         self._open_files()
         await broker.stream(trader.seen, self.timeframe)
         await self._hear_both()
-        if kept: await self._fetch()
+        if kept: await self._ask_again()
         await self._see_history(kept)
         if not self.feed.ready: await broker.account()
 
@@ -564,6 +571,7 @@ class Session(Starter):
         timeframe:str="1h",
         resume:str="",           # the id of a session to continue, instead of a new one
         origin:str="",           # where the policy comes from: a train id or an import name, for the replay
+        source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
         say=print,               # one line for each thing that happens
         progress=lambda statistics: None,
@@ -571,6 +579,7 @@ class Session(Starter):
         refuse_series(trader)
         if bool(id) == bool(resume): raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
         self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe, patience, say, progress
+        self.source = source
         self.id, self.origin, self._resumed, self.step = check_id(id or resume), origin or trader.policy.name, bool(resume), milliseconds(timeframe)
         self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
         self.feed, self.recorder, self.journal, self._loop, self._stopping, self._halted = None, None, None, None, False, bool(trader.account["halted"][0])

@@ -10,7 +10,7 @@ __all__ = ['LIMIT_ORDERS', 'EIGHT_HOURS', 'decimals', 'symbol_reply', 'just_open
 import numpy as np
 
 from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, whole
-from ..market.candles import TIMEFRAMES, check_times, matrix, text, times
+from ..market.candles import TIMEFRAMES, BadCandles, check_times, matrix, period_of, text, times
 from ..records import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
 
 # %% ../../nbs/60_localnet/61_market.ipynb #548daa0c
@@ -112,9 +112,10 @@ class Market:
         self.times, self.known, self.symbols = matrix(candles, KNOWN)
         self.candles = np.ascontiguousarray(self.known[:, :, :len(COLUMNS)])
         if len(self.times) < 2: raise ValueError(f"a market needs at least 2 candles, the last one only lends its open; got {len(self.times)}")
-        self.step = int(self.times[1] - self.times[0])
+        self.step = period_of(self.times)
         self.interval = next((name for name, length in TIMEFRAMES.items() if length == self.step), f"{self.step} ms")
-        check_times(self.times, self.interval, self.symbols[0])
+        try: check_times(self.times, self.interval, self.symbols[0])
+        except BadCandles as error: raise BadCandles(f"{str(error).partition(': take a span')[0]}: localnet is never away, a session would wait for it; take a span without the hole") from None
         self.closed = first_to_close(self.times, start)
         self.ids = [exchange_id(symbol) for symbol in self.symbols]
         self.funding = [schedule((funding or {}).get(symbol)) for symbol in self.symbols]

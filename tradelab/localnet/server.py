@@ -6,8 +6,8 @@
 __all__ = ['MARKET_DATA', 'ACCOUNT_DATA', 'ACTIONS', 'ENDPOINTS', 'BARRIER', 'milliseconds_now', 'Meter', 'Endpoint',
            'one_or_all', 'exchange_info', 'commission', 'renew_listen_key', 'ordered', 'asked_order', 'cancel_all',
            'check_access', 'Connection', 'wanted', 'subscribe', 'kline_payload', 'Streams', 'obey', 'Service', 'answer',
-           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'listens',
-           'find_or_start']
+           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'state_of',
+           'listens', 'candles_left', 'find_or_start']
 
 # %% ../../nbs/60_localnet/66_server.ipynb #7a51ae48
 import asyncio
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from urllib.request import urlopen
 
 from aiohttp import WSMsgType, web
@@ -31,6 +32,7 @@ from tradelab.localnet.exchange import (
     positions_at_risk,
     set_leverage, set_margin_type, set_position_mode, symbol_settings, user_trades,
 )
+from .memory import LostMemory, Memory
 from .market import Market, funding_rates, index_klines, kline_event, klines, mark_event, premium, symbol_reply
 from .wire import Refused, check_signature, check_time, number_text, parameters
 from ..records import CostModel
@@ -281,6 +283,7 @@ class Service:
     def __init__(self, exchange:Exchange, account:tuple, interval_ms:int=0, order_reply:str="2026-07"):
         self.exchange, self.account, self.interval_ms, self.order_reply = exchange, account, interval_ms, order_reply
         self.streams, self.turn, self.finished = Streams(exchange.market, account[0]), asyncio.Event(), threading.Event()
+        self.memory = None # of what is asked, where the exchange must outlive its process
         self.weight, self.order_counts, self.sent, self.calls = Meter(60_000), {"10S": Meter(10_000), "1M": Meter(60_000)}, 0, 0
 
     async def play(self):
@@ -288,6 +291,7 @@ class Service:
         while self.exchange.market.more:
             await self.next_turn()
             self.exchange.close_candle()
+            if self.memory: self.memory.candle()
             await self.publish()
         if not self.interval_ms: await self.next_turn()
         self.finished.set()
@@ -342,7 +346,8 @@ def answer(
     try:
         if endpoint is None: raise Refused(-5000, path, method)
         check_access(endpoint, key, service.account, query, body, now)
-        reply = endpoint.reply(service, parameters(query, body))
+        reply = endpoint.reply(service, asked := parameters(query, body))
+        if service.memory: service.memory.request(name, asked, reply)
     except Refused as refused: reply, status = refused.reply, refused.status
     headers = {"X-MBX-USED-WEIGHT-1M": str(service.weight.count(endpoint.weight if endpoint else 1, now))}
     if name == ("POST", "v1/order"):
@@ -445,6 +450,7 @@ class Localnet:
         api_secret:str="localnet-secret",
         port:int=0,                # 0 takes a free one
         order_reply:str="2026-07", # words of POST order; "classic" has avgPrice and cumQuote
+        memory=None,               # a file; what it holds of an earlier localnet is done again, and it goes on from there
     ):
         if order_reply not in ("2026-07", "classic"): raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
         if interval_ms < 0 or not (lockstep or interval_ms):
@@ -454,6 +460,7 @@ class Localnet:
         self.service = Service(self.exchange, (api_key, api_secret), interval_ms, order_reply)
         self.port, self.finished, self._failure, self._listening = port, self.service.finished, None, threading.Event()
         compile_fills(self.exchange)
+        if memory: self.service.memory = Memory(memory, self.exchange)
 
     @property
     def url(self): return f"http://127.0.0.1:{self.port}"
@@ -476,6 +483,7 @@ class Localnet:
     def __exit__(self, kind, error, trace):
         if self._thread.is_alive(): self._stop()
         self._thread.join()
+        if self.service.memory: self.service.memory.close()
         if self._failure and error is None: raise self._failure
 
     def run_forever(self):
@@ -489,25 +497,40 @@ class Localnet:
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
 # %% ../../nbs/60_localnet/66_server.ipynb #61a6eb85
-def listens(
+def state_of(
     venue:Venue,   # of the settings
-)->bool:
-    "Whether a localnet answers at this address"
+)->dict:           # as /_sim/state tells it; empty where no localnet answers
+    "What a localnet at this address says of itself"
     try:
-        with urlopen(f"{venue.rest}/_sim/state", timeout=1) as answer: return "market_time" in json.load(answer)
-    except (OSError, ValueError): return False
+        with urlopen(f"{venue.rest}/_sim/state", timeout=1) as answer: state = json.load(answer)
+    except (OSError, ValueError): return {}
+    return state if isinstance(state, dict) and "market_time" in state else {}
+
+
+def listens(venue:Venue)->bool: return bool(state_of(venue))
+
+
+def candles_left(
+    venue:Venue,   # of the settings
+)->int|None:       # None where it is no localnet: nobody knows
+    "How many candles a localnet can still close; the last one only lends its open"
+    state = state_of(venue) if venue.name == "localnet" else {}
+    return state["candles"] - 1 - state["closed"] if state else None
 
 # %% ../../nbs/60_localnet/66_server.ipynb #3bec6e32
 @contextmanager
 def find_or_start(
     venue:Venue,        # of the settings
     candles:dict,       # frames by symbol, for a new one
+    continued:bool=False, # a session goes on: a new one must have its memory
     **options,          # of `Localnet`
 ):                      # the venue, with the address that answers
     "The localnet at this address, or a new one"
     if venue.name != "localnet" or listens(venue):
         yield venue
         return
+    if continued and not (options.get("memory") and Path(options["memory"]).exists()):
+        raise LostMemory(f"no localnet listens at {venue.rest}, and the session kept none of its own: start the one that it traded on (tradelab localnet keeps nothing when it ends), or begin a new session")
     key, secret, port = venue.key.get_secret_value(), venue.secret.get_secret_value(), int(venue.rest.rpartition(":")[2])
     with Localnet(candles, api_key=key, api_secret=secret, port=port, **options) as started:
         yield replace(venue, rest=started.url, stream=started.url.replace("http", "ws"))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'ANCHORS', 'OPTIONAL', 'AROUND', 'ALIASES', 'UNITS', 'EPOCH', 'opening', 'next_opening', 'milliseconds',
-           'moment', 'text', 'interval', 'frame', 'times', 'BadCandles', 'check_columns', 'check_times', 'check_values',
-           'optional_faults', 'check_optional', 'check', 'parts', 'timeframe_at', 'timeframe_of', 'exact_sum',
-           'resample', 'rows_as_of', 'as_of', 'with_funding', 'since_epoch', 'timed', 'frames_of', 'matrix', 'Aligned',
-           'align', 'data_hash']
+           'moment', 'text', 'interval', 'frame', 'times', 'BadCandles', 'check_columns', 'period_of', 'refuse_hole',
+           'check_times', 'check_values', 'optional_faults', 'check_optional', 'check', 'parts', 'timeframe_at',
+           'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding', 'since_epoch', 'timed',
+           'refuse_disorder', 'common_candles', 'holes_in', 'frames_of', 'matrix', 'Aligned', 'align', 'data_hash']
 
 # %% ../../nbs/10_market/10_candles.ipynb #b4823b29
 import hashlib
@@ -124,6 +124,26 @@ def check_columns(
     raise BadCandles(f"{name}: no column {missing[0]!r} among {', '.join(map(str, frame.columns)) or 'none'}: rename it; exporters also call it {ALIASES[missing[0]]}")
 
 # %% ../../nbs/10_market/10_candles.ipynb #aa5df0de
+def period_of(
+    times,    # int64 ms, (T,), in order, possibly with holes
+)->int:       # ms; 0 for fewer than two
+    "The length of a candle: the smallest step"
+    return int(np.diff(times).min()) if len(times) > 1 else 0
+
+
+def refuse_hole(
+    times,               # int64 ms, (T,), in order
+    step:int,            # ms
+    name:str="candles",  # what the message calls them
+):
+    "Refuse the first hole by its first time"
+    steps = np.diff(times)
+    for i in np.flatnonzero(steps != step)[:1]:
+        timeframe = next((known for known, length in TIMEFRAMES.items() if length == step), f"{step} ms")
+        raise BadCandles(f"{name}: gap of {-(-steps[i] // step) - 1} candles after {text(times[i])}, the next is {text(times[i + 1])} (timeframe {timeframe}), the first that is missing {text(times[i] + step)}: "
+                         "take a span without the gap, another source, or carry it through with gaps=True (in a job: gaps = true in tradelab.toml)")
+
+
 def check_times(
     times,               # int64 ms, (T,)
     timeframe:str,       # such as "1h"
@@ -138,8 +158,7 @@ def check_times(
     steps = np.diff(times)
     for wrong, what in ((steps < 0, "rows are not sorted: sort them by time and look for doubled ones"), (steps == 0, "row is there twice: decide which one is right and drop the other")):
         if wrong.any(): raise BadCandles(f"{name}: {text(times[1:][wrong][0])} follows {text(times[:-1][wrong][0])}, the {what}")
-    for i in [] if gaps else np.flatnonzero(steps != step)[:1]:
-        raise BadCandles(f"{name}: gap of {steps[i] // step - 1} candles after {text(times[i])}, the next is {text(times[i + 1])} (timeframe {timeframe}): take a span without the gap, or another source")
+    if not gaps: refuse_hole(times, step, name)
 
 # %% ../../nbs/10_market/10_candles.ipynb #893ee843
 def check_values(
@@ -216,10 +235,10 @@ def parts(
 
 # %% ../../nbs/10_market/10_candles.ipynb #63f20a4e
 def timeframe_at(
-    times,    # int64 ms, without holes
+    times,    # int64 ms, in order, possibly with holes
 )->str:       # such as "1h"; empty where no timeframe is that long
     "The timeframe of candles by their open times"
-    step = int(times[1] - times[0]) if len(times) > 1 else 0
+    step = period_of(times)
     return next((name for name, length in TIMEFRAMES.items() if length == step), "")
 
 
@@ -354,17 +373,56 @@ def timed(
     return table.drop(columns=column or []).set_axis(index.rename("open_time"))
 
 # %% ../../nbs/10_market/10_candles.ipynb #2f704591
+def refuse_disorder(
+    frame:pd.DataFrame,     # candles
+    name:str="candles",     # what the message calls them
+    gaps:bool=False,        # whether holes are allowed
+):
+    "Refuse candles that are not in order, or with a hole"
+    opens = times(frame)
+    if len(opens) < 2: return
+    wrong = np.flatnonzero(np.diff(opens) <= 0)
+    if len(wrong): raise BadCandles(f"{name}: {text(opens[wrong[0] + 1])} follows {text(opens[wrong[0]])}: sort the rows by time, each time once")
+    if not gaps: refuse_hole(opens, period_of(opens), name)
+
+
+def common_candles(
+    frames:dict,    # by symbol, each in order, perhaps with holes
+)->dict:            # the same, each with the candles that all of them have
+    "A hole of one symbol is a hole of all: nobody decides on half a market. Spans must agree, which `matrix` holds"
+    for symbol, each in frames.items():
+        refuse_disorder(each, symbol, gaps=True)
+        if len(each) > 1 and not timeframe_at(times(each)): raise BadCandles(f"{symbol}: no timeframe is {period_of(times(each))} ms long, and where a candle is missing cannot be said: use one of {', '.join(TIMEFRAMES)}")
+    opens = [times(each) for each in frames.values()]
+    if not all(len(each) and (each[0], each[-1]) == (opens[0][0], opens[0][-1]) for each in opens): return frames
+    shared = set.intersection(*(set(each.tolist()) for each in opens))
+    if len(shared) == max(map(len, opens)): return frames
+    kept = [np.array([time in shared for time in each.tolist()]) for each in opens]
+    return {symbol: each[rows] for (symbol, each), rows in zip(frames.items(), kept)}
+
+
+def holes_in(
+    times,    # int64 ms, (T,), in order
+)->tuple:     # how many holes, how many candles are missing
+    "What a history lacks"
+    steps = np.diff(times) // max(period_of(times), 1)
+    return int((steps > 1).sum()), int(steps.sum() - len(steps)) if len(steps) else 0
+
+
 def frames_of(
     candles,        # a frame, or a dict of frames by symbol: those that are traded
     watch=None,     # dict of frames by symbol that features look at and nobody trades
     funding=None,   # Series of rates by UTC time, or dict of them by symbol
+    gaps:bool=False,# whether holes are carried through: then all symbols have the candles that each of them has
 )->tuple:           # dict of frames, with funding_rate where the rates are given; the traded symbols
-    "All candles that a policy may see"
+    "All candles that a policy may see, without holes where nobody deals with them"
     frames = dict(candles) if isinstance(candles, dict) else {getattr(candles, "attrs", {}).get("symbol", Instrument().symbol): candles}
     symbols, rates = tuple(frames), {next(iter(frames), ""): funding} if isinstance(funding, pd.Series) else funding or {}
     doubled = [symbol for symbol in watch or {} if symbol in frames]
     if doubled: raise BadCandles(f"{doubled[0]} is traded and watched: give its candles once")
     frames = {symbol: timed(frame, symbol) for symbol, frame in (frames | (watch or {})).items()}
+    frames = common_candles(frames) if gaps else frames
+    for symbol, each in {} if gaps else frames.items(): refuse_disorder(each, symbol)
     return {symbol: with_funding(frame, rates[symbol]) if len(rates.get(symbol, ())) and "funding_rate" not in frame else frame for symbol, frame in frames.items()}, symbols
 
 # %% ../../nbs/10_market/10_candles.ipynb #82266b94

@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'logger', 'OTHERS', 'ENDPOINTS', 'SLOTS', 'polite', 'redi
            'require_symbol', 'kline_fetch', 'download', 'from_exchange', 'yahoo_name', 'from_yahoo', 'invented',
            'stand_in', 'watching', 'watch', 'FromExchange', 'FromArchive', 'FromYahoo', 'FromFile', 'FromGenerator',
            'is_file', 'as_source', 'held_whole', 'first_answer', 'history', 'grid_span', 'source_for', 'refuse_one',
-           'histories', 'stream', 'compare', 'mark_history', 'check_funding', 'note_rates', 'funding_history',
+           'histories', 'before', 'stream', 'compare', 'mark_history', 'check_funding', 'note_rates', 'funding_history',
            'fundings']
 
 # %% ../../nbs/10_market/19_sources.ipynb #6cbd4baa
@@ -245,8 +245,9 @@ def yahoo_name(
     symbol:str,   # "BTC/USD", or Yahoo's own
 )->str:
     "What Yahoo calls it"
-    name = symbol.replace("/", "-")
-    if ":" in symbol or name.endswith(("USDT", "USDC")): raise NoCandles(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no stablecoins")
+    pair, _, settle = symbol.partition(":")
+    name = pair.replace("/", "-")
+    if settle and settle != pair.partition("/")[2] or name.endswith(("USDT", "USDC")): raise NoCandles(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no stablecoins")
     return name
 
 # %% ../../nbs/10_market/19_sources.ipynb #f2a816c8
@@ -525,10 +526,22 @@ def histories(
     end=None,
     source="auto",   # as in `history`; a path for several symbols has {symbol} in it, which becomes BTCUSDT
     store=None,
+    gaps:bool=False, # whether holes are allowed, for whoever carries them through
 )->dict:             # frames by symbol
     "Checked candles of several symbols from one source"
     if is_file(source) and len(symbols) > 1 and "{symbol}" not in str(source): refuse_one(source, symbols)
-    return {symbol: history(symbol, timeframe, start, end, source_for(source, symbol), store) for symbol in symbols}
+    return {symbol: history(symbol, timeframe, start, end, source_for(source, symbol), store, gaps) for symbol in symbols}
+
+
+def before(
+    start,            # ms; None: the beginning of what there is
+    candles:int,      # to warm up
+    timeframe:str,
+    gaps:bool=False,  # whether some of them may be missing
+):                    # ms, or None
+    "From when to ask so that so many candles stand before a start: where some may be missing, twice as many and a week"
+    if start is None: return None
+    return start - (2 * candles * milliseconds(timeframe) + 7 * 86_400_000 if gaps else candles * milliseconds(timeframe))
 
 # %% ../../nbs/10_market/19_sources.ipynb #1d0efa9a
 def stream(

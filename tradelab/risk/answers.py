@@ -89,7 +89,8 @@ def stops_text(
     counts = journal["reason"].value_counts() if "reason" in journal else {}
     found = {word(code): int(counts[code]) for code in STOPS_DECIDED if counts.get(code, 0)}
     if not found: return ""
-    return f"stops decided {sum(found.values()):,} of {len(journal):,} candles ({', '.join(f'{count:,} {name}' for name, count in found.items())})"
+    several = "symbol" in journal and journal["symbol"].nunique() > 1
+    return f"stops decided {sum(found.values()):,} of {len(journal):,} {'decisions' if several else 'candles'} ({', '.join(f'{count:,} {name}' for name, count in found.items())})"
 
 
 def losing_days(journal:pd.DataFrame)->int:

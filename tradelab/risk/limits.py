@@ -6,12 +6,12 @@
 __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALTED', 'STATE', 'DAILY_LOSS', 'CONFIDENCE',
            'PRICE_BAND', 'ORDER_SIZE', 'PARTICIPATION', 'SECTOR', 'GROUP', 'NET', 'VALUE_AT_RISK', 'MARGIN_RATIO',
            'ORDER_RATE', 'UNKNOWN', 'VOLATILITY', 'DRAWDOWN', 'STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP',
-           'STOPPED_OUT', 'BRACKET', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'BALANCE_SHARE', 'Z99',
-           'DAY', 'YEAR', 'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch',
-           'followed', 'state_now', 'allowance', 'calm', 'say', 'capital', 'wish', 'restrain', 'split', 'complete',
-           'added', 'refuse', 'shrink', 'room', 'shrink_alone', 'offer', 'scale_down', 'shrink_gross', 'shrink_groups',
-           'related', 'sides', 'risk_terms', 'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose',
-           'Gate']
+           'STOPPED_OUT', 'BRACKET', 'NO_DECISION', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT',
+           'BALANCE_SHARE', 'Z99', 'DAY', 'YEAR', 'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up',
+           'new_market', 'watch', 'followed', 'state_now', 'allowance', 'calm', 'say', 'capital', 'wish', 'restrain',
+           'split', 'complete', 'added', 'refuse', 'shrink', 'room', 'shrink_alone', 'offer', 'scale_down',
+           'shrink_gross', 'shrink_groups', 'related', 'sides', 'risk_terms', 'share_within', 'resend', 'balance_sides',
+           'pace', 'gate', 'propose', 'stand_by', 'Gate']
 
 # %% ../../nbs/30_risk/35_limits.ipynb #5c4416ca
 import numpy as np
@@ -24,7 +24,7 @@ from .stops import clear, clearance, enter, next_atr, touched, track
 
 # %% ../../nbs/30_risk/35_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
- VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET) = (int(reason) for reason in Reason)
+ VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET, NO_DECISION) = (int(reason) for reason in Reason)
 NORMAL, NO_ENTRY, REDUCE_ONLY, FLATTEN, HALT = (int(state) for state in TradingState)
 BALANCE_SHARE = 0.95           # of the available balance an order may bind: the rest pays fees and a worse price
 Z99 = 2.3263478740408408       # of the normal distribution: one day in a hundred is worse
@@ -67,7 +67,8 @@ def watch(
         row, before = market[n], market[n]["close"]
         row["atr_before"] = row["atr"]
         row["atr"] = next_atr(row["atr"], candle[n, HIGH], candle[n, LOW], before, limits["atr_period"])
-        row["step"], row["open_time"] = open_time - row["open_time"], open_time
+        elapsed = open_time - row["open_time"]
+        row["step"], row["open_time"] = elapsed if row["step"] == 0 else min(row["step"], elapsed), open_time # a hole makes no candle longer
     update_covariance(covariance, market["close"], candle[:, CLOSE], limits["decay"])
 
 # %% ../../nbs/30_risk/35_limits.ipynb #5556f3ed
@@ -585,6 +586,39 @@ def propose(
         row["price"], row["mark"], row["turnover"] = close, close, close * candle[n, VOLUME]
 
 # %% ../../nbs/30_risk/35_limits.ipynb #62e9fbf7
+@apart
+def stand_by(
+    proposals,    # PROPOSAL, (n,), written
+    open_time,    # ms, of the candle that closed
+    candle,       # (n, 5 or more)
+    account,      # ACCOUNT, (1,), marked; what the gate remembers is changed
+    positions,    # POSITION, (n,), likewise
+    market,       # MARKET, (n,)
+    limits,       # a row of LIMITS
+    instruments,  # INSTRUMENT, (n,)
+):
+    "A close at which nobody is asked: what is held stays, unless a stop or the trading state closes it"
+    money = account[0]
+    state, near = state_now(money, open_time, limits), clearance(limits)
+    for n in range(len(proposals)):
+        row, position, close = proposals[n], positions[n], candle[n, CLOSE]
+        held = position["quantity"]
+        row["confidence"], row["price"], row["mark"], row["turnover"] = 1., close, close, close * candle[n, VOLUME]
+        row["target"] = position["stopped"] if position["stopped"] != 0. else np.sign(held) # so that no stop is forgotten
+        wish(row, position, market[n], candle[n, HIGH], candle[n, LOW], near, limits)
+        row["target"], closes = 0., STOP_LOSS <= row["reason"] <= TIME_STOP
+        if state >= FLATTEN:
+            closes = True
+            if money["halted"] != 0: say(row, HALTED, money["drawdown"], limits["max_drawdown"])
+            else: say(row, STATE, state, NO_ENTRY)
+        row["kept"], row["growth"], row["quantity"], row["sent"] = held, 0., 0., 0.
+        if not closes: say(row, NO_DECISION, 0., 0.)
+        elif held != 0.:
+            split(row, 0., held, money["equity"], limits, instruments[n])
+            complete(row, held, money["equity"], limits, instruments[n])
+    if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, money["equity"], limits, instruments)
+
+
 class Gate:
     "The rules of one trader with what they remember of the market"
 
@@ -602,7 +636,10 @@ class Gate:
         if self.warm_up: watch(self.market, self.covariance, open_time, candle, self._limits)
 
     def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known. ValueError where a target is none"
+        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known; answer None: nobody was asked. ValueError where a target is none"
+        if answer is None:
+            stand_by(self.proposals, open_time, candle, account, positions, self.market, self._limits, self._instruments)
+            return self.proposals
         targets = answer[:len(self.proposals)]
         if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; nan is one that was not written, or not known")
         propose(self.proposals, answer, candle)

@@ -247,7 +247,8 @@ class PortfolioRisk:
         "One close: ms, (n,) quote per base, quote"
         update_covariance(self.covariance, self.last, closes, self.decay)
         follow_drawdown(self._drawdown[0], equity, time)
-        self._step, self._time = time - self._time, time
+        elapsed = time - self._time
+        self._step, self._time = (min(self._step, elapsed) if self._step else elapsed) if self._time else 0, time
 
     def measures(self, equity:float, positions:np.ndarray)->PortfolioMeasures:
         "Of POSITION, (n,), marked"

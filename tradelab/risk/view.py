@@ -54,10 +54,11 @@ def shocked(
 # %% ../../nbs/30_risk/38_view.ipynb #379494c1
 def draw_exposures(axes, weights:pd.DataFrame):
     "What is held, multiples of equity"
-    for symbol, column in weights.items(): axes.plot(column.index, column, lw=.7, label=figure_text(symbol))
+    shown = weights if len(weights.columns) <= 6 else pd.DataFrame({"long": weights.clip(lower=0).sum(axis=1), "short": weights.clip(upper=0).sum(axis=1)})
+    for symbol, column in shown.items(): axes.plot(column.index, column, lw=.7, label=figure_text(symbol))
     axes.plot(weights.index, weights.abs().sum(axis=1), color="black", lw=.6, label="gross")
     axes.set(ylabel="exposure\n[x equity]")
-    axes.legend(ncol=4, fontsize=7, loc="upper left")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def draw_value_at_risk(axes, moved:pd.Series, risk:pd.Series):
@@ -67,7 +68,7 @@ def draw_value_at_risk(axes, moved:pd.Series, risk:pd.Series):
     axes.plot(risk.index, -100 * risk.where(risk > 0), lw=.7, label="-VaR 99 %, filtered")
     axes.plot(moved.index[beyond], 100 * moved[beyond], ".", color="tab:red", markersize=5, label=f"{int(beyond.sum())} exceptions")
     axes.set(ylabel="return [%]")
-    axes.legend(ncol=3, fontsize=7, loc="upper left")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def draw_answers(axes, journal:pd.DataFrame):

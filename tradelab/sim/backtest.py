@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'ROWS', 'LOOP', 'SIZED', 'funding_rates', 'make_trader', 'KernelGate', 'looked_at', 'Given', 'given',
-           'unlimited', 'baselines_of', 'backtest']
+           'unlimited', 'baselines_of', 'sources_of', 'net_of', 'backtest']
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #87dd629d
 from dataclasses import dataclass, field, replace
@@ -17,14 +17,14 @@ from numba import types
 
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
-from ..features.observation import Observation, assemble
-from ..market.candles import frames_of, matrix, moment, text, timeframe_at
+from ..features.observation import Observation, assemble, waiting
+from ..market.candles import frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
 from ..market.exogenous import check_series, with_series
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, SERIES, CostModel, Execution, Fill, Funding, Instrument, Limits
 from ..risk.limits import Gate, warm_up
 from .costs import warm_up as costs_warm_up
-from .kernel import DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
+from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
 from .matching import EACH, new_state
 from .result import Result
 from ..trader import Trader
@@ -39,11 +39,11 @@ def funding_rates(
     rates = np.zeros((len(times), len(symbols)))
     if funding is None: return rates
     if isinstance(funding, pd.Series): funding = {symbols[0]: funding}
-    period = times[1] - times[0]
+    last = times[-1] + period_of(times)
     for symbol, series in funding.items():
         due = series.index.as_unit("ms").asi8 // 60_000 * 60_000  # exchanges stamp it up to a second late
-        rows = -((times[0] - due) // period) - 1
-        inside = (rows >= 0) & (rows < len(times))
+        rows = np.searchsorted(times, due) - 1                    # the last candle that was open before: who held at its close pays, also in a hole
+        inside = (rows >= 0) & (due <= last)
         np.add.at(rates[:, symbols.index(symbol)], rows[inside], series.to_numpy(float)[inside])
     return rates
 
@@ -63,8 +63,8 @@ def _loop(policy, parameters, features, start, first, world, answer, targets, jo
         if len(targets) == 0:
             seen = observations[t - start if keep else 0]
             assemble(features[t:t + window], state.account, state.positions, seen)
-            answer[:] = unwritten
-            policy(parameters, seen, answer)
+            answer[:] = unwritten if tape.waits[min(t, len(tape.waits) - 1)] == 0 else 0.
+            if tape.waits[min(t, len(tape.waits) - 1)] == 0: policy(parameters, seen, answer)
             if len(stale) > 0 and stale[t]: answer[:world[0]["symbols"]] = 0.
         if step(t, world, answer if len(targets) == 0 else targets[t], journal[t - start]) != DONE: return t
     return len(tape.times) - 1
@@ -94,6 +94,7 @@ class KernelGate:
         "PROPOSAL, (n,): what was ordered and why; the orders themselves stand in the world"
         state, proposals = self.world.state, self.world.proposals
         state.account[:], state.positions[:] = account, positions
+        if answer is None: answer = np.zeros(len(proposals) * int(self.world.rules.execution["orders"]) * ASKED) # the world knows that nobody was asked
         self.world.step(self.t, answer, self.row, market=False)
         account[:], positions[:] = state.account, state.positions
         for name in ("target", "reason", "value", "limit"): proposals[name] = self.row[name]
@@ -220,19 +221,20 @@ def _arrays(policy, observation, known, start, world, journal, observations):
 
 
 def _run(policy, market, first, setting, form, keep, symbols, face):
-    (frames, times, known, names, timeframe, rates), (costs, limits, instruments, execution, deposit) = market, setting
+    (frames, times, known, names, timeframe, rates, holed), (costs, limits, instruments, execution, deposit) = market, setting
     if form not in ("array", "event"): raise ValueError(f"form must be 'array' or 'event', was {form!r}")
     observation, candles = Observation.of(policy, timeframe).on(symbols), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
-    seen_by = looked_at(observation, known, names)
-    if policy.orders and observation.stale(seen_by).any(): raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: answer with targets, or set when_stale to hold or refuse")
     rules, journal = rules_of(costs, limits, instruments, execution, policy.orders), np.zeros((len(times) - 1 - first, len(symbols)), JOURNAL)
-    world = World(tape_of(times, candles, rates, costs, limits), new_state(new_account(deposit), np.zeros(len(symbols), POSITION), rules.execution, 1_000), rules)
+    looked = looked_at(observation, known, names)
+    if policy.orders and observation.stale(looked).any(): raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: answer with targets, or set when_stale to hold or refuse")
+    waits = waiting(times, observation.matrix(looked), observation.window) if holed else None
+    world = World(tape_of(times, candles, rates, costs, limits, waits), new_state(new_account(deposit), np.zeros(len(symbols), POSITION), rules.execution, 1_000), rules)
     seen = np.zeros((len(journal) if keep else 1, len(symbols), observation.width), np.float32)
     mark(world.state.account, world.state.positions, candles[first, :, CLOSE].copy())
-    if form == "event" and not isinstance(policy, Given): _events(policy, seen_by, timeframe, first, world, (limits, instruments), journal, seen)
-    else: _arrays(policy, observation, seen_by, first, world, journal, seen)
+    if form == "event" and not isinstance(policy, Given): _events(policy, looked, timeframe, first, world, (limits, instruments), journal, seen)
+    else: _arrays(policy, observation, looked, first, world, journal, seen)
     state = world.state
-    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face, seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols})
+    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3])
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #cb1a8c6e
 SIZED = "held at the policy's size"
@@ -258,6 +260,30 @@ def baselines_of(
         else: pairs.append((each, within))
     return pairs
 
+# %% ../../nbs/50_sim/55_backtest.ipynb #dfa6b890
+def sources_of(
+    candles,   # a frame, or a dict of frames by symbol
+)->str:        # empty where none says
+    "Where candles come from, each source once"
+    frames = [candles, *candles.values()] if isinstance(candles, dict) else [candles]
+    said = list(dict.fromkeys(filter(None, (str(getattr(frame, "attrs", {}).get("source", "")) for frame in frames))))
+    said.sort(key=lambda source: "synthetic" not in source.lower())             # what nobody paid is never among those left out
+    return "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
+
+
+def net_of(
+    symbols,
+    funding,          # as `backtest` takes it
+    costs:CostModel,
+)->str:
+    "Which costs a result is net of"
+    given = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
+    without = [symbol for symbol in symbols if ":" in symbol and not len(given.get(symbol, ()))]
+    paid = "net of fees and slippage" if costs.taker_fee or costs.slippage else "no fee and no slippage was charged"
+    if not costs.funding and any(":" in symbol for symbol in symbols): return f"{paid}, WITHOUT funding: the costs say so"
+    if without: return f"{paid}, WITHOUT funding: no rates were given{'' if len(without) == len(symbols) else f' for {without[0]}' + (f' and {len(without) - 1} more' if len(without) > 1 else '')}"
+    return "net of costs" if costs.taker_fee or costs.slippage else paid
+
 # %% ../../nbs/50_sim/55_backtest.ipynb #66174798
 def backtest(
     policy,                      # a Policy, a run with `policy`, `costs`, `limits`, `instruments`, or a table of targets by open time and symbol
@@ -275,18 +301,22 @@ def backtest(
     form:str="array",            # or "event": through a `Trader`, candle by candle
     beside:tuple=(flat(), buy_and_hold()), # policies to compare with, over the same candles; see `baselines_of`
     keep_observations:bool=False,# hold every observation, float32
+    gaps:bool=False,             # carry holes in the candles through; otherwise the first one is refused
 )->Result:
     "Run a policy over candles, net of costs. ValueError where the span is too short, or a policy answers with NaN"
-    frames, symbols = frames_of(candles, with_series(watch, series, candles), funding)
+    frames, symbols = frames_of(candles, with_series(watch, series, candles), funding, gaps)
     times, known, names = matrix(frames, KNOWN)
     check_series(getattr(policy, "config", {}).get("series"), series or {})
     run, policy = policy, given(policy, times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
     timeframe = timeframe_at(times)
     instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
-    market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols)
+    holes, missing = holes_in(times)
+    market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols), holes > 0
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())
     first = _first(times, start, max(warm_up(limits), costs_warm_up(costs), *(Observation.of(each, timeframe).warm_up for each in (policy, *beside))))
-    face = str(getattr(candles, "attrs", {}).get("source", "")), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
+    face = sources_of(candles), "targets were given: what they saw is not known" if isinstance(policy, Given) else _note(getattr(run, "fitted_until", None), times[first])
+    net = net_of(symbols, funding, costs)
     pairs = [(each, within) for each, within in baselines_of(beside, limits, len(symbols)) if each.name != policy.name or each.function is not policy.function]
-    baselines = {each.name: _run(each, market, first, (costs, within, instruments, Execution(), deposit), "array", False, symbols, (*face, {})) for each, within in pairs}
-    return _run(policy, market, first, (costs, limits, instruments, execution, deposit), form, keep_observations, symbols, (*face, baselines))
+    if holes: face = face[0], f"{face[1]}; {holes} hole{'s' * (holes > 1)} in the candles carried through, {missing:,} candles missing"
+    baselines = {each.name: _run(each, market, first, (costs, within, instruments, Execution(), deposit), "array", False, symbols, (*face, {}, net)) for each, within in pairs}
+    return _run(policy, market, first, (costs, limits, instruments, execution, deposit), form, keep_observations, symbols, (*face, baselines, net))

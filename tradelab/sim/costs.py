@@ -46,16 +46,21 @@ def warm_up(
 @compiled
 def window_means(
     values,  # (T,)
-    phase,   # number of the first candle, counted from the epoch
+    numbers, # (T,), of the candles, counted from the epoch
     width,   # candles
 ):
     "Means over the last `width` candles, NaN before; the same bits for every beginning"
     means, suffix = np.full(len(values), np.nan), np.zeros(width + 1)
     head = 0.
     for t in range(len(values)):
-        place = (phase + t) % width
-        head = values[t] if place == 0 else head + values[t]
-        if t >= width - 1: means[t] = (head + (suffix[place + 1] if place < width - 1 else 0.)) / width
+        place = numbers[t] % width
+        head = values[t] if place == 0 or t == 0 or numbers[t] != numbers[t - 1] + 1 else head + values[t]
+        if t < width - 1: pass
+        elif numbers[t] - numbers[t - width + 1] == width - 1: means[t] = (head + (suffix[place + 1] if place < width - 1 else 0.)) / width
+        else:                                           # a hole is inside: added up by itself
+            total = 0.
+            for k in range(t - width + 1, t + 1): total += values[k]
+            means[t] = total / width
         if place == width - 1:
             suffix[width] = 0.
             for k in range(width): suffix[width - 1 - k] = suffix[width - k] + (values[t - k] if k <= t else np.nan)
@@ -71,11 +76,11 @@ def conditions(
     rows = np.zeros((len(times) if looks_at_market(costs) else 1, candles.shape[1]), CONDITION)
     rows["spread"], rows["volume"] = costs.slippage, np.inf
     if len(rows) == 1: return rows
-    phase = int(times[0] // (times[1] - times[0]))
+    numbers = times // np.diff(times).min()
     for n in range(candles.shape[1]):
         squares = np.diff(np.log(candles[:, n, CLOSE]), prepend=np.nan)
-        quick, usual = (np.sqrt(np.append(np.nan, window_means(squares[1:] ** 2, phase + 1, width))) for width in (FAST, SLOW))
-        now, traded = (window_means(np.ascontiguousarray(candles[:, n, VOLUME]), phase, width) for width in (FAST, SLOW))
+        quick, usual = (np.sqrt(np.append(np.nan, window_means(squares[1:] ** 2, numbers[1:], width))) for width in (FAST, SLOW))
+        now, traded = (window_means(np.ascontiguousarray(candles[:, n, VOLUME]), numbers, width) for width in (FAST, SLOW))
         with np.errstate(divide="ignore", invalid="ignore"):
             wider = np.where(usual > 0, quick / usual, 1.) ** costs.spread_volatility * np.where(traded > 0, traded / now, 1.) ** costs.spread_volume
         rows["spread"][:, n] = costs.slippage * np.clip(wider, NARROWEST, WIDEST)

@@ -6,9 +6,9 @@
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
            'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'SIZES', 'ARRAYS', 'WORLD', 'urgent', 'piece_of',
-           'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'ask', 'fault_of_order', 'fault_of', 'at_work',
-           'decide_on_orders', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle', 'opened', 'machine',
-           'step', 'steps', 'tape_of', 'rules_of', 'check_piece', 'point', 'World']
+           'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'close_all', 'ask', 'fault_of_order',
+           'fault_of', 'at_work', 'decide_on_orders', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle',
+           'opened', 'machine', 'step', 'steps', 'tape_of', 'rules_of', 'check_piece', 'point', 'World']
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -20,7 +20,7 @@ from numba import types
 from ..account import ACCOUNT, POSITION, age, apply_funding, decimal8, funding_amount, mark, round_price, round_quantity
 from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at, fetch_ahead
 from ..records import CLOSE, COLUMNS, COSTS, EXECUTION, FILL, INSTRUMENT, JOURNAL, LIMITS, PROPOSAL, STYLES, WORKING, Reason, instrument_rows
-from ..risk.limits import MARKET as MARKET_ROW, capital, followed, gate, propose
+from ..risk.limits import MARKET as MARKET_ROW, capital, followed, gate, propose, stand_by
 from .costs import BOOK, CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
 from .matching import GTC, GTX, LIMIT, MARKET, NONE, STOP, TAKE_PROFIT, TRAILING, Candle, Rules, State, at_open, guard, put, walk
@@ -128,6 +128,13 @@ def ask_target(k, n, answer, state, rules, proposals, unit):
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #3770fc04
 @apart
+def close_all(state, rules, n, proposal):
+    "Nothing of a symbol works any more but the order that closes it"
+    for j in range(1, state.orders.shape[1]): state.orders[n, j]["kind"] = NONE
+    place(state, rules, n, proposal["quantity"], proposal["reason"], proposal["price"])
+
+
+@apart
 def ask(
     k,          # place, from 0
     answer,     # (n * places * 8,), of the policy
@@ -142,9 +149,7 @@ def ask(
         first = (n * int(rules.execution["orders"]) + k) * ASKED
         asked, close, instrument = answer[first:first + ASKED], proposals[n]["price"], rules.instruments[n]
         if urgent(proposals[n]["reason"]):
-            if k == 0:
-                for j in range(1, state.orders.shape[1]): state.orders[n, j]["kind"] = NONE
-                place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], close)
+            if k == 0: close_all(state, rules, n, proposals[n])
             continue
         if k == 0 and len(row) > 0: row[n]["order"] = 0.
         if asked[KIND] > 0. and asked[EXPOSURE] != 0.:
@@ -190,7 +195,7 @@ def fault_of(
     return TARGET if wrong else DONE
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #d369bf30
-Tape = namedtuple("Tape", "times candles rates market covariances conditions") # (T,), (T, n, 5), (T, n), then MARKET, covariances and CONDITION by candle, or of length 1 where nobody looks
+Tape = namedtuple("Tape", "times candles rates market covariances conditions waits") # (T,), (T, n, 5), (T, n), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of length 1 where nobody looks
 
 
 @bare
@@ -205,6 +210,12 @@ def at_work(books):
 def decide_on_orders(t, tape, answer, state, rules, proposals, row):
     "The orders of a policy, place by place, at the close of candle t"
     known, candle, unit = min(t, len(tape.market) - 1), tape.candles[t], rules.limits["max_position"] * capital(state.account[0], rules.limits)
+    if tape.waits[min(t, len(tape.waits) - 1)] != 0:
+        stand_by(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], rules.limits, rules.instruments)
+        record(row, tape.times[t], candle, proposals, state.account, state.positions)
+        for n in range(len(proposals)):
+            if urgent(proposals[n]["reason"]): close_all(state, rules, n, proposals[n])
+        return
     for k in range(int(rules.execution["orders"])):
         propose(proposals, answer[:len(proposals)], candle)
         for n in range(len(proposals)): ask_target(k, n, answer, state, rules, proposals, unit)
@@ -216,15 +227,19 @@ def decide_on_orders(t, tape, answer, state, rules, proposals, row):
 @bare
 def decide(t, tape, answer, state, rules, proposals, row):
     "From an answer to orders, at the close of candle t; without one, the proposals are what a trader has decided, or its orders stand already"
-    known, candle, busy = min(t, len(tape.market) - 1), tape.candles[t], True
+    known, candle, busy, waits = min(t, len(tape.market) - 1), tape.candles[t], True, tape.waits[min(t, len(tape.waits) - 1)] != 0
     if rules.execution["orders"] > 0.:
         if len(answer) > 0: decide_on_orders(t, tape, answer, state, rules, proposals, row)
         return
-    if len(answer) > 0:
+    if len(answer) > 0 and waits:
+        stand_by(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], rules.limits, rules.instruments)
+        record(row, tape.times[t], candle, proposals, state.account, state.positions)
+    elif len(answer) > 0:
         propose(proposals, answer, candle)
         busy = gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
         record(row, tape.times[t], candle, proposals, state.account, state.positions)
-    for n in range(len(proposals) if busy or at_work(state.books) else 0): place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
+    for n in range(len(proposals) if busy or at_work(state.books) else 0):
+        if not waits or urgent(proposals[n]["reason"]): place(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #4a9f3f90
 @bare
@@ -299,8 +314,8 @@ def settle(
         if share <= 1. and holds(state.positions): liquidate(state, rules, row, candle, share)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #cb639bec
-SIZES = ("symbols", "length", "known", "seen", "places", "capacity") # of what follows: `known` and `seen` are 1 where nobody looks at the market
-ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rates=(NUMBER, "length symbols"), market=(MARKET_ROW, "known symbols"), covariances=(NUMBER, "known symbols symbols"), conditions=(CONDITION, "seen symbols"),
+SIZES = ("symbols", "length", "known", "seen", "held", "places", "capacity") # of what follows: `known` and `seen` are 1 where nobody looks at the market, `held` where the candles have no hole
+ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rates=(NUMBER, "length symbols"), market=(MARKET_ROW, "known symbols"), covariances=(NUMBER, "known symbols symbols"), conditions=(CONDITION, "seen symbols"), waits=(WHOLE, "held"),
               account=(ACCOUNT, "1"), positions=(POSITION, "symbols"), orders=(WORKING, "symbols places"), books=(BOOK, "symbols"), fills=(FILL, "capacity"), count=(WHOLE, "1"), instruments=(INSTRUMENT, "symbols"), proposals=(PROPOSAL, "symbols"))
 WORLD = np.dtype([(name, WHOLE) for name in (*ARRAYS, *SIZES, "step", "code")] + [("costs", COSTS), ("limits", LIMITS), ("execution", EXECUTION)])
 
@@ -314,7 +329,7 @@ def opened(
     "Its arrays"
     length, known = world["length"], world["known"]
     tape = Tape(array_at(world["times"], (length,), WHOLE), array_at(world["candles"], (length, n, len(COLUMNS)), NUMBER), array_at(world["rates"], (length, n), NUMBER), array_at(world["market"], (known, n), MARKET_ROW),
-                array_at(world["covariances"], (known, n, n), NUMBER), array_at(world["conditions"], (world["seen"], n), CONDITION))
+                array_at(world["covariances"], (known, n, n), NUMBER), array_at(world["conditions"], (world["seen"], n), CONDITION), array_at(world["waits"], (world["held"],), WHOLE))
     state = State(array_at(world["account"], (1,), ACCOUNT), array_at(world["positions"], (n,), POSITION), array_at(world["orders"], (n, places), WORKING), array_at(world["books"], (n,), BOOK),
                   array_at(world["fills"], (world["capacity"],), FILL), array_at(world["count"], (1,), WHOLE))
     return tape, state, array_at(world["instruments"], (n,), INSTRUMENT), array_at(world["proposals"], (n,), PROPOSAL)
@@ -384,9 +399,11 @@ def tape_of(
     rates:np.ndarray,    # (T, n), funding due at each close
     costs,               # CostModel
     limits,              # Limits
+    waits=None,          # (T,) int64, 1 where nobody can be asked, of `features.observation.waiting`; default: nowhere
 )->Tape:
     "A history with what limits and costs know of it"
-    return Tape(times, candles, rates, *followed(times, candles, limits), conditions(times, candles, costs))
+    waits = np.zeros(1, np.int64) if waits is None else waits
+    return Tape(times, candles, rates, *followed(times, candles, limits), conditions(times, candles, costs), waits)
 
 
 def rules_of(costs, limits, instruments, execution, orders:int=0)->Rules:
@@ -401,7 +418,7 @@ def check_piece(name, array, dtype, shape):
 def point(row, tape, state, rules, proposals):
     "Write a row of WORLD; ValueError where an array is another than it says. The arrays must live as long as it is used"
     arrays = {**tape._asdict(), **state._asdict(), "instruments": rules.instruments, "proposals": proposals}
-    sizes = dict(zip(SIZES, (len(proposals), len(tape.times), len(tape.market), len(tape.conditions), state.orders.shape[1], len(state.fills))))
+    sizes = dict(zip(SIZES, (len(proposals), len(tape.times), len(tape.market), len(tape.conditions), len(tape.waits), state.orders.shape[1], len(state.fills))))
     for name, (dtype, shape) in ARRAYS.items():
         check_piece(name, arrays[name], dtype, tuple(sizes[word] if word in sizes else int(word) for word in shape.split()))
         row[name] = arrays[name].ctypes.data

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from ..evaluation.chart import chart
+from ..evaluation.chart import MOST_TRADED, chart, price_figure
 from ..evaluation.intervals import intervals
 from ..evaluation.metrics import metrics, round_trips
-from ..evaluation.tearsheet import TearSheet
+from ..evaluation.tearsheet import TearSheet, months
 from ..evaluation.trips import execution, trips
 from ..records import FILL, JOURNAL, Kind
 from ..risk.view import RiskView
@@ -64,6 +64,7 @@ class Result:
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
     fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False) # FILL, (m,); a session keeps them in its ledger
     candles:dict = field(default_factory=dict, repr=False) # frames by symbol, from the first decision on
+    net:str = "net of costs"            # which costs are in it
 
     @classmethod
     def of(cls, journal:pd.DataFrame, name:str, **face):
@@ -103,9 +104,18 @@ class Result:
         if symbol not in self.candles: raise ValueError(f"no candles of {symbol!r} were kept with this result: it has {', '.join(self.candles) or 'none'}")
         return chart(self.candles[symbol].loc[start:end], self.fills[self.fills["symbol"] == symbol], self.equity, f"{self.name}, {symbol}")
 
+    def prices(self, most:int=MOST_TRADED):
+        "Prices with entries and exits, as a matplotlib Figure"
+        return price_figure(self.candles, self.fills, f"{self.name}: entries and exits", most)
+
+    @property
+    def months(self)->pd.DataFrame:
+        "Returns by month and year, fractions"
+        return months(self.equity)
+
     def beside(self, *others)->TearSheet:
         "This result and others in one table and picture"
-        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.note, source=self.source)
+        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.note, source=self.source, net=self.net)
 
     def summary(self): return metrics(self.equity, self.journal, trips=self.trips)
 
@@ -113,7 +123,7 @@ class Result:
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
         name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
-        return TearSheet({name: self, **self.baselines}, note=self.note, source=self.source)
+        return TearSheet({name: self, **self.baselines}, note=self.note, source=self.source, net=self.net)
 
     @property
     def risk(self)->RiskView:

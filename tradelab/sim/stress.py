@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from ..market.candles import frames_of
+from ..market.candles import frames_of, period_of, times
 from ..records import CostModel
-from .backtest import backtest
+from ..risk.answers import halted_text, halts
+from .backtest import backtest, sources_of
 from ..texts import figure_text, html_text
 
 # %% ../../nbs/50_sim/57_stress.ipynb #323ae6a9
@@ -53,8 +54,10 @@ def dear_funding(scene, result):
     held = result.journal.groupby(["symbol", "open_time"])["position"].last()
     rates = {}
     for symbol, frame in scene.candles.items():
-        due = frame.index[(frame.index.hour % 8 == 0) & (frame.index.minute == 0)]
-        side = np.sign(held[symbol].reindex(due).fillna(0.)) if symbol in held.index.get_level_values(0) else 0.
+        due = pd.date_range(frame.index[0].ceil("8h"), frame.index[-1] + pd.Timedelta(period_of(times(frame)), "ms"), freq="8h")
+        own = held[symbol] if symbol in held.index.get_level_values(0) else held.iloc[:0].droplevel(0)
+        rows = own.index.searchsorted(due) - 1              # the candle at whose close it is due
+        side = np.where(rows >= 0, np.sign(np.append(own.to_numpy(float), 0.))[rows], 0.)
         rates[symbol] = pd.Series(FUNDING_CAP * side, due)
     return replace(scene, funding=rates, costs=replace(scene.costs, funding=True))
 
@@ -71,7 +74,8 @@ def away(scene, result):
     "No trade for hours, once a week; prices go on"
     def silent(frame):
         volume = frame["volume"].to_numpy(copy=True)
-        volume[np.arange(len(volume)) % EVERY < AWAY] = 0.
+        number = (times(frame) - times(frame)[0]) // period_of(times(frame))
+        volume[number % EVERY < AWAY] = 0.
         return frame.assign(volume=volume)
     return replace(scene, candles={symbol: silent(frame) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or 1.))
 
@@ -98,11 +102,15 @@ class Stress:
                           "Fees [quote]": numbers.fees, "Spread and impact [quote]": float((fills["spread"] + fills["impact"]).sum()), "Funding [quote]": numbers.funding}
         return pd.DataFrame(rows).T
 
+    def halted(self)->str:
+        "In which scenarios trading was halted, since when and why; a line each"
+        return "\n".join(f"{name}: {halted_text(result.journal)}" for name, result in self.results.items() if len(halts(result.journal)))
+
     def plot(self):
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name), color=None if number else "#123f63")
+        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else "#123f63")
         axis.set_ylabel("Equity [x start]")
         axis.set_xlabel("Time [UTC]")
         axis.set_title(figure_text(self.note, 160), loc="left", fontsize=7.5, color="#555555")
@@ -110,8 +118,8 @@ class Stress:
         plt.close(figure)
         return figure
 
-    def __str__(self): return f"{self.note}\n" + self.table().to_string(float_format="{:,.2f}".format)
-    def _repr_html_(self): return f"<p>{html_text(self.note)}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
+    def __str__(self): return f"{self.note}\n" + (f"{self.halted()}\n" if self.halted() else "") + self.table().to_string(float_format="{:,.2f}".format)
+    def _repr_html_(self): return f"<p>{html_text(self.note)}<br>{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
 
 # %% ../../nbs/50_sim/57_stress.ipynb #9f31dd89
 def stress(
@@ -122,15 +130,16 @@ def stress(
     costs:CostModel|None=None,
     funding=None,               # Series of rates by UTC time, or a dict of them by symbol
     scenarios:dict[str, Callable]=SCENARIOS, # name -> (Scene, Result) -> Scene
+    gaps:bool=False,            # carry holes in the candles through
     **settings,                 # of `backtest`
 )->Stress:
     "Run a policy in the market as it was and in each scenario"
-    frames, symbols = frames_of(candles, None, funding)
+    frames, symbols = frames_of(candles, None, funding, gaps)
     costs = costs or getattr(policy, "costs", CostModel())
     rates = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
-    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), **settings)
+    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), gaps=gaps, **settings)
     plain = Scene({symbol: frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in symbols}, rates, costs)
     first = run(plain)
-    source = str(getattr(candles, "attrs", {}).get("source", ""))
-    note = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, net of costs" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
+    source = sources_of(candles)
+    note = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
     return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, note)

@@ -17,7 +17,7 @@ from numba import types
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
 from ..compiled import bare, compiled
 from ..evaluation.metrics import YEAR
-from ..market.candles import frames_of, matrix, text
+from ..market.candles import frames_of, matrix, period_of, text
 from ..records import CLOSE, COLUMNS, NO_STOPS, OPEN, CostModel, Execution, Instrument, Limits
 from ..risk.limits import warm_up
 from .backtest import WORLDS, funding_rates
@@ -145,10 +145,10 @@ class Sweep:
     def _repr_html_(self): return f"<p>{html_text(self.note)}</p>" + self.best().to_html(border=0)
 
 # %% ../../nbs/50_sim/56_sweep.ipynb #fafcf9aa
-def _table(sums, parameters, step_ms, deposit):
+def _table(sums, parameters, step_ms, span_ms, deposit):
     mean = sums["returns"] / np.maximum(sums["count"], 1)
     spread = np.sqrt(np.maximum(sums["squares"] - sums["count"] * mean ** 2, 0.) / np.maximum(sums["count"] - 1, 1))
-    total, years = sums["last"] / deposit - 1., sums["count"] * step_ms / (YEAR.total_seconds() * 1e3)
+    total, years = sums["last"] / deposit - 1., span_ms / (YEAR.total_seconds() * 1e3)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = dict(total_return=total, annual_return=np.maximum(1. + total, 0.) ** (1. / years) - 1., sharpe=np.where(spread > 1e-14, mean / spread, np.nan) * np.sqrt(YEAR.total_seconds() * 1e3 / step_ms),
                       max_drawdown=1. - sums["keeps"], turnover=sums["traded"] / deposit, fills=sums["fills"].astype(int))
@@ -169,10 +169,11 @@ def sweep(
     funding=None,                # Series of rates by UTC time
     deposit:float=10_000.,       # quote
     exact:bool=False,            # the kernel's step on the ideal setting, too
+    gaps:bool=False,             # carry holes in the candles through; otherwise the first one is refused
     progress:bool=True,
 )->Sweep:
     "Run a rule over many parameters, on all cores"
-    frames, symbols = frames_of(candles, None, funding)
+    frames, symbols = frames_of(candles, None, funding, gaps)
     if len(symbols) != 1: raise ValueError(f"a sweep runs one symbol, there were {', '.join(symbols)}: call it for each")
     times, known, _ = matrix(frames, COLUMNS)
     if len(columns) != len(times) or not columns.index.equals(frames[symbols[0]].index): raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; there were {len(columns)}")
@@ -208,4 +209,4 @@ def sweep(
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(one, range(len(table))), total=len(table), disable=not progress, leave=False, desc="sweep"): pass
     note = f"{len(table):,} runs, {text(times[first])} to {text(times[-1])}, " + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs")
-    return Sweep(_table(sums, parameters, times[1] - times[0], deposit), note + (", SYNTHETIC prices" if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))
+    return Sweep(_table(sums, parameters, period_of(times), times[-1] - times[first], deposit), note + (", SYNTHETIC prices" if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))

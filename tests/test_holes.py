@@ -1,0 +1,297 @@
+"Holes in the candles: refused by name, or carried through by the clock; both forms, the environment and a replay alike"
+import ast
+import json
+
+import matplotlib.pyplot as pyplot
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradelab.compiled import compiled
+from tradelab.evaluation.difference import first_difference
+from tradelab.features.observation import Observation
+from tradelab.learn.registry import Run
+from tradelab.live.recorder import packed, replay
+from tradelab.localnet.market import Market as LocalMarket
+from tradelab.market.candles import TIMEFRAMES, BadCandles, frame, matrix, milliseconds, moment, next_opening, text, times
+from tradelab.market.synthetic import ar1, correlated, funding
+from tradelab.policies import Policy
+from tradelab.records import KNOWN, NO_STOPS, CostModel, Instrument, Limits, Reason, Stops
+from tradelab.risk.limits import followed
+from tradelab.sim.backtest import backtest, funding_rates
+from tradelab.sim.costs import conditions, window_means
+from tradelab.sim.stress import stress
+from tradelab.sim.sweep import sweep
+from tradelab.trader import Trader
+
+HOUR, BTC = 3_600_000, "BTC/USDT:USDT"
+OPEN_END = Limits(max_position=1., max_leverage=1., min_trade=0., max_drawdown=1., max_daily_loss=None, max_participation=None, price_band=None, min_margin_ratio=0., leverage=1, stops=NO_STOPS)
+
+
+@compiled
+def waver(parameters, observation, targets):
+    for n in range(len(targets)): targets[n] = np.sin(parameters[0] * observation[n, 0])
+
+
+@compiled
+def bids(parameters, observation, answer):
+    "A limit order below, and one above that only reduces, wherever a number of the observation is odd"
+    answer[:] = 0.
+    if observation[0, 0] * 1e4 % 2. < 1.: answer[0], answer[1], answer[2], answer[6] = .5, 2., .995, 5.
+    answer[8], answer[9], answer[10], answer[15] = -1., 2., 1.01, 1.
+
+
+def holed(candles, seed, count=4, most=9, begin=20):
+    "The candles without some stretches, never the first or the last"
+    random, kept = np.random.default_rng(seed), np.ones(len(candles), bool)
+    for at in random.integers(begin, len(candles) - most - 2, count): kept[at:at + random.integers(1, most)] = False
+    return candles[kept]
+
+
+def wavering(features=("return(1)",), window=1, seed=0): return Policy("waver", waver, [300. + seed], features, window)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(("1h", "15m", "4h", "1d")))
+def test_funding_is_paid_at_its_own_time_by_who_held_then(seed, timeframe):
+    "Against a walk through the payments: the position of that moment, the last close before it, the rate"
+    whole = ar1(120, volatility=.01, seed=seed, timeframe=timeframe)
+    candles, rates = holed(whole, seed), funding(whole, seed=seed)
+    held = pd.Series(np.random.default_rng(seed).choice([-1., 0., 1.], len(candles)), candles.index)
+    result = backtest(held, candles, start=candles.index[0], costs=CostModel(taker_fee=0., maker_fee=0., slippage=0.), limits=OPEN_END,
+                      instruments=(Instrument(price_tick=.01, min_notional=0., max_quantity=1e9),), funding=rates, gaps=True, beside=())
+    opens, step = times(candles), int(np.diff(times(whole))[0])
+    expected = {}
+    for due, rate in zip(times(rates), rates):
+        rows = np.flatnonzero(opens < due)                               # candles that were open before
+        if not len(rows) or due > opens[-1] + step or rows[-1] == len(opens) - 1: continue
+        position = result.fills["quantity"][result.fills.index <= candles.index[rows[-1]]].sum()
+        expected[rows[-1]] = expected.get(rows[-1], 0.) - position * candles["close"].iloc[rows[-1]] * rate
+    paid = result.journal["funding"].to_numpy()
+    np.testing.assert_allclose(paid, [expected.get(t, 0.) for t in range(len(paid))], atol=1e-7)
+
+
+def test_funding_of_the_whole_is_that_of_the_holed():
+    "No price moves: what is paid does not depend on which candles are there"
+    whole = frame(1_700_006_400_000 // 86_400_000 * 86_400_000 + np.arange(60) * HOUR, np.c_[np.full((60, 4), 100.), np.full(60, 1e9)])
+    due = pd.date_range(whole.index[8], whole.index[-1], freq="8h")
+    rates = pd.Series(1e-3 * np.arange(1, len(due) + 1), due)
+    one = funding_rates(rates, times(whole), (BTC,))[:, 0]
+    two = funding_rates(rates, times(whole.drop(whole.index[20:33])), (BTC,))[:, 0]
+    assert one.sum() == pytest.approx(two.sum()) and two[19] == pytest.approx(one[[23, 31]].sum()) and one[23] == rates.iloc[2]
+
+
+def refusals():
+    candles = ar1(300, seed=1)
+    bad, observation = candles.drop(candles.index[250:253]), Observation(["return(1)"])
+    from tradelab.learn.agents import train
+    from tradelab.learn.env import Market
+    yield "backtest", lambda: backtest(wavering(), bad)
+    yield "table", lambda: backtest(pd.Series(1., bad.index), bad)
+    yield "two symbols", lambda: backtest(wavering(), {BTC: candles.loc[bad.index], "ETH/USDT:USDT": bad})
+    yield "Market.of", lambda: Market.of(bad, observation.fit(candles))
+    yield "fit", lambda: observation.fit(bad)
+    yield "train", lambda: train("PPO", bad, observation, steps=10)
+    yield "sweep", lambda: sweep(lambda p, c: c[:, 0], bad[["close"]] * 0, pd.DataFrame({"x": [1.]}), bad, progress=False)
+    yield "stress", lambda: stress(wavering(), bad)
+    yield "localnet", lambda: LocalMarket({BTC: bad})
+
+
+def test_every_road_refuses_a_hole_and_names_its_first_time():
+    for name, road in refusals():
+        with pytest.raises(BadCandles) as refused: road()
+        assert "the first that is missing 2024-01-11 10:00 UTC" in str(refused.value), name
+
+
+def test_candles_out_of_order_are_refused():
+    candles = ar1(100, seed=1)
+    for bad, words in ((candles[::-1], "follows"), (pd.concat([candles[:50], candles[49:]]), "follows")):
+        for gaps in (False, True):
+            with pytest.raises(BadCandles, match=words): backtest(wavering(), bad, gaps=gaps)
+
+
+FEATURES = ("return(1)", "rsi(5)", "return(1)@4h", "rsi(3)@2h[-1]", "time_of_day.cos")
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("features", [("return(1)",), FEATURES])
+def test_both_forms_agree_to_the_bit_and_nobody_is_asked_until_the_window_is_whole(window, features):
+    for seed in range(3):
+        candles = holed(ar1(800, volatility=.01, seed=seed), seed, count=7, begin=450)
+        policy, rates = wavering(features, window, seed), funding(candles, seed=seed)
+        limits = Limits(max_position=.5, max_leverage=1., max_drawdown=.9, max_daily_loss=.05, stops=Stops(stop_loss=.015, take_profit=0., stop_atr=2., atr_period=5, max_age=40), target_volatility=2., decay=.2)
+        one, two = (backtest(policy, candles, funding=rates, limits=limits, gaps=True, form=form, keep_observations=True, beside=()) for form in ("array", "event"))
+        assert first_difference(one.journal, two.journal) is None and first_difference(one.fills, two.fills) is None
+        assert np.array_equal(one.observations, two.observations, equal_nan=True)
+        opens, reasons = times(candles), one.rows["reason"][:, 0]
+        since, row = 10**9, {time: t for t, time in enumerate(one.rows["open_time"][:, 0])}
+        asked = np.isfinite(one.observations).all(axis=(1, 2))
+        for t in range(1, len(opens)):
+            since = 1 if opens[t] - opens[t - 1] > HOUR else since + 1
+            if opens[t] not in row: continue
+            at = row[opens[t]]
+            closed = Reason.STOP_LOSS <= reasons[at] <= Reason.TIME_STOP
+            waits = since < window or not asked[at]
+            assert (reasons[at] == Reason.NO_DECISION) == (waits and not closed)
+            if waits and not closed: assert one.rows["order"][at, 0] == 0 and one.rows["fill_quantity"][at, 0] == 0
+        assert (reasons == Reason.NO_DECISION).any() == (window > 1 or len(features) > 1) and "holes in the candles carried through" in one.note
+
+
+def test_both_forms_agree_for_a_policy_of_orders():
+    for seed in range(3):
+        candles = holed(ar1(600, volatility=.01, seed=seed), seed, count=7, begin=100)
+        policy = Policy("bids", bids, [0.], ("return(1)",), 3, orders=2)
+        one, two = (backtest(policy, candles, limits=OPEN_END, gaps=True, form=form, beside=()) for form in ("array", "event"))
+        assert first_difference(one.journal, two.journal) is None and len(one.fills) > 20
+        assert (one.rows["reason"] == Reason.NO_DECISION).sum() >= 2
+
+
+def test_two_symbols_have_the_candles_that_both_have():
+    frames = correlated(400, seed=1)
+    one, two = frames
+    frames = {one: frames[one].drop(frames[one].index[100:104]), two: frames[two].drop(frames[two].index[200:202])}
+    results = [backtest(wavering(window=2), frames, gaps=True, form=form, beside=()) for form in ("array", "event")]
+    assert first_difference(results[0].journal, results[1].journal) is None
+    assert len(results[0].candles[one]) == len(results[0].candles[two]) and "2 holes in the candles carried through, 6 candles missing" in results[0].note
+
+
+def test_replay_decides_what_the_backtest_decided():
+    "The lines of a recording whose candles have a hole"
+    candles = holed(ar1(500, volatility=.01, seed=4), 4, begin=200)
+    policy = wavering(FEATURES, 2)
+    opens, known, _ = matrix(candles, KNOWN)
+    result = backtest(policy, candles, gaps=True, form="event", beside=(), keep_observations=True)
+    first = int(np.searchsorted(opens, result.rows["open_time"][0, 0]))
+    trader = Run("holes", policy, timeframe="1h").trader()
+    again = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
+    again.warm(opens[:first], known[:first])
+    lines = [{"kind": "start", "snapshot": None}, {"kind": "warm", "times": packed(opens[:first]), "candles": packed(known[:first])}]
+    decisions = []
+    for t in range(first, first + 150):
+        decision = again.on_candle(int(opens[t]), known[t])
+        decisions.append(decision)
+        lines += [{"kind": "candle", "open_time": int(opens[t]), "candle": known[t].tolist()},
+                  {"kind": "decision", "open_time": int(opens[t]), "rows": packed(again.rows), **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities", "reasons")}}]
+    recorded, recomputed = replay(lines, trader)
+    assert first_difference(recorded, recomputed) is None and (recorded["reason"] == Reason.NO_DECISION).any()
+    seen = np.array([decision.observation for decision in decisions])[:, :, :2 * len(FEATURES)]
+    assert np.array_equal(seen, result.observations[:150, :, :2 * len(FEATURES)], equal_nan=True)
+
+
+def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
+    from tradelab.learn.env import Market, MarketEnv
+    candles, window = holed(ar1(500, volatility=.01, seed=5), 5, begin=200), 3
+    observation = Observation(FEATURES, window, timeframe="1h", symbols=(BTC,))
+    env = MarketEnv(Market.of(candles, observation, limits=OPEN_END, gaps=True))
+    policy, rewards, asked, done = wavering(FEATURES, window), 0., 0, False
+    seen, _ = env.reset(seed=0)
+    while not done:
+        assert np.isfinite(seen).all()
+        targets = np.zeros(1)
+        policy.function(policy.parameters, seen.reshape(1, -1), targets)
+        seen, reward, ended, stopped, _ = env.step(targets)
+        rewards, asked, done = rewards + reward, asked + 1, ended or stopped
+    first = candles.index[env.population.market.first]
+    result = backtest(policy, candles, first, limits=OPEN_END, gaps=True, beside=())
+    assert result.equity.iloc[-1] == env.population.accounts["equity"][0, 0] and rewards == pytest.approx(np.log(result.equity.iloc[-1] / 10_000))
+    assert asked == (result.rows["reason"] != Reason.NO_DECISION).sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 120))
+def test_means_over_candles_with_holes_do_not_know_where_the_history_began(seed, cut):
+    random = np.random.default_rng(seed)
+    numbers = np.flatnonzero(random.random(400) > .03).astype(np.int64) + 1_000
+    values = random.random(len(numbers))
+    whole, late = window_means(values, numbers, 24), window_means(values[cut:], numbers[cut:], 24)
+    assert np.array_equal(whole[cut + 23:], late[23:])
+    np.testing.assert_allclose(whole[23:], np.lib.stride_tricks.sliding_window_view(values, 24).mean(axis=1))
+
+
+def test_costs_and_limits_know_the_length_of_a_candle_behind_a_hole():
+    candles = ar1(900, volatility=.01, seed=1)
+    bad = candles.drop(candles.index[600:640])
+    costs = CostModel.realistic()
+    opens, values, _ = matrix(bad)
+    known = conditions(opens, np.ascontiguousarray(values), costs)["spread"][:, 0]
+    late = conditions(opens[300:], np.ascontiguousarray(values[300:]), costs)["spread"][:, 0]
+    assert np.array_equal(known[300 + 241:], late[241:])
+    market, _ = followed(opens, values, Limits(target_volatility=.5, decay=.2))
+    assert (market["step"][1:] == HOUR).all()                               # and not 41 hours behind the hole
+
+
+def test_a_sweep_counts_years_and_not_rows():
+    candles = ar1(2_000, seed=2)
+    bad = candles.drop(candles.index[1:1_000])                             # the first step is the long one
+    table = sweep(lambda p, c: np.full(len(c), p[0]), bad[["close"]], pd.DataFrame({"x": [.5, 1.]}), bad, limits=OPEN_END, costs=CostModel.ideal(), gaps=True, progress=False).table
+    span = (bad.index[-1] - bad.index[0]) / pd.Timedelta(days=365)
+    np.testing.assert_allclose((1 + table["annual_return"]) ** span - 1, table["total_return"], rtol=1e-9)
+    assert np.isfinite(table["sharpe"]).all()
+
+
+# ---- in jobs, whose cells are run here one by one
+
+def run_job(root, name, **parameters):
+    "A job's cells in this process, each result shown as a page shows it; the texts that were shown"
+    told, cells = [], json.loads((root / f"nbs/{name}.ipynb").read_text())["cells"]
+    def show(*values): told.extend(hasattr(value, "_repr_html_") and value._repr_html_() or str(value) for value in values)
+    here = {"display": show, "__name__": "job"}
+    for cell in cells:
+        if cell["cell_type"] != "code": continue
+        tree = ast.parse("".join(cell["source"]))
+        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), here)
+        if last: show(eval(compile(last, name, "eval"), here))
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert set(parameters) <= set(here)
+            here.update(parameters)
+    pyplot.close("all")
+    return told
+
+
+def span_of(timeframe, warm=150, count=300):
+    step = milliseconds(timeframe)
+    begin = next_opening(moment("2020-01-01"), step) + warm * step
+    return f"{text(begin)[:16]}/{text(begin + count * step)[:16]}"
+
+
+@pytest.mark.parametrize("timeframe", TIMEFRAMES)
+def test_every_timeframe_goes_through_the_backtest_job(project, root, timeframe):
+    told = run_job(root, "backtest", timeframe=timeframe, span=span_of(timeframe))
+    assert any("Risk of" in each for each in told) and not any("not shown" in each for each in told)
+
+
+def test_every_long_timeframe_goes_through_train_and_report(project, root):
+    for timeframe in ("12h", "1d", "3d", "1w"):
+        run_job(root, "train", timeframe=timeframe, span=span_of(timeframe), features="return(1) volatility(5)", steps=64)
+        run_job(root, "report", policy="latest", timeframe=timeframe, span=span_of(timeframe, 300, 200))
+
+
+def test_a_month_has_no_fixed_length(project, root):
+    with pytest.raises(ValueError, match=r"a month \(1M\) has no fixed length"): run_job(root, "backtest", timeframe="1M")
+
+
+def test_a_job_of_a_few_candles_says_what_it_cannot_compute(project, root):
+    told = run_job(root, "backtest", span="2022-07-01/2022-07-02")
+    assert any("not shown: 2" in each and "returns are too few for an interval" in each for each in told)
+
+
+def test_real_spot_candles_with_outages_enter_a_job(project, root, shared):
+    "The 33 hours of February 2018"
+    given = dict(source=str(shared / "data/BTCUSDT-1h.parquet"), span="2018-02-05/2018-03-01")
+    with pytest.raises(BadCandles, match="the first that is missing 2018-02-08 01:00 UTC"): run_job(root, "backtest", **given)
+    (project / "tradelab.toml").write_text("[settings.outages]\ngaps = true\n")
+    told = run_job(root, "backtest", **given, settings="outages")
+    assert any("1 hole in the candles carried through, 33 candles missing" in each for each in told)
+    run_job(root, "train", **given, features="return(1) volatility(5)", steps=64, settings="outages")
+    told = run_job(root, "report", policy="latest", **given, settings="outages")
+    assert any("1 hole in the candles carried through" in each for each in told)
+
+
+def test_a_warm_up_is_found_before_an_outage(project, root, shared):
+    "The first decision right behind the 33 hours: the candles before them are the warm-up"
+    (project / "tradelab.toml").write_text("gaps = true\n")
+    told = run_job(root, "backtest", source=str(shared / "data/BTCUSDT-1h.parquet"), span="2018-02-09 12:00/2018-02-20")
+    assert any("carried through" in each for each in told)
