@@ -156,6 +156,43 @@ def test_run_refuses_before_it_writes(project):
     assert not (project / "reports").exists()
 
 
+def test_a_check_fails_before_there_is_a_kernel_and_nothing_is_written(project):
+    path = write(project / "nbs/train.ipynb", "if steps > 10: raise LookupError(f'{steps} is more than 10')", "print('never')")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].metadata["tags"] = ["check"]
+    nbformat.write(notebook, path)
+    script = "import sys, tradelab.jobs as jobs\ntry: jobs.run('train', {'steps': 11})\nexcept jobs.BadParameters as error: print(error, 'papermill' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.strip() == "11 is more than 10 False" and not (project / "reports").exists()
+    assert jobs.run("train", {"steps": 10}).exists()
+
+
+@pytest.mark.parametrize("cell, code", [("print('told', steps)", 0), ("print('told', steps); raise ValueError('no')", 1)])
+def test_papermill_writes_the_page_that_run_writes(project, cell, code):
+    ran = papermill(write(project / "nbs/train.ipynb", cell), "out.ipynb", "-p", "steps", "7")
+    assert ran.returncode == code and sorted(path.name for path in project.glob("out*")) == ["out.html", "out.ipynb"]
+    page = re.sub(r"<[^>]+>", "", (project / "out.html").read_text())
+    assert "told 7" in page and "steps = 7" in page and "print(" not in page.replace("print('told', steps); raise", "")
+
+
+def test_every_job_of_ours_says_what_its_parameters_are(root):
+    for path in root.glob("nbs/*.ipynb"):
+        if path.stem == "index": continue
+        taken = jobs.parameters_of(nbformat.read(path, as_version=4))
+        assert "settings" in taken and len(taken) <= 10 and all(each.comment for each in taken.values()), path
+        assert all(f"  {name}" in jobs.help_of(path) for name in taken)
+
+
+@pytest.mark.parametrize("job, wrong", [("train", {"agent": "SACC"}), ("train", {"source": "none.parquet"}), ("train", {"symbol": "BTC"}), ("train", {"steps": 0}), ("train", {"settings": "nobody"}), ("train", {"timeframe": "7h"}),
+                                        ("backtest", {"policy": "train_nobody"}), ("backtest", {"policy": "tradelab.strategies.example:Nobody"}), ("backtest", {"funding": "none.csv"}), ("backtest", {"span": "2022"}),
+                                        ("report", {"session": "nobody"}), ("report", {"symbol": "BTC/USDT:USDT-241227"}), ("live", {"venue": "moon"}), ("live", {"resume": "nobody"}), ("replay", {"session": "nobody"})])
+def test_our_jobs_refuse_what_is_wrong_before_a_kernel_starts(project, root, job, wrong, monkeypatch):
+    def started(*_, **__): raise AssertionError("a kernel was started")
+    monkeypatch.setattr("papermill.execute.execute_notebook", started)
+    with pytest.raises(jobs.BadParameters): jobs.run(str(root / f"nbs/{job}.ipynb"), wrong)
+    assert not (project / "reports").exists()
+
+
 def test_the_repository_jobs_run_on_the_kernel_that_every_environment_has(root):
     for path in (root / "nbs").rglob("*.ipynb"):
         if ".ipynb_checkpoints" not in path.parts: assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path

@@ -136,6 +136,7 @@ print(train("PPO", ar1(2_000), Observation(["return(1)"]), steps=1_000_000, fold
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, seen + err
     run = load("latest", tmp_path)
+    assert f"interrupted after {run.config['steps']:,} steps: what was learnt until then is kept" in err
     assert run.id == out.strip() and run.config["interrupted"] and 0 < run.config["steps"] < 1_000_000
     assert "interrupted" in str(run) and sorted(path.name for path in tmp_path.iterdir()) == [run.id, "trials.jsonl"]
 

@@ -112,6 +112,15 @@ def test_ones_own_rules_and_features(path, tmp_path_factory):
     finally: sys.path.remove(str(elsewhere))
 
 
+def test_a_rule_beside_the_settings_is_found_from_anywhere(project):
+    "A command does not have the project on its path"
+    (project / "nbs" / "deeper").mkdir(parents=True)
+    (project / "my_rules.py").write_text("from tradelab.policies import Policy, flat\ndef Rule()->Policy: return flat()\n")
+    code = "import sys; sys.path = [each for each in sys.path if each]; from tradelab.learn.registry import load; print(load('my_rules:Rule').policy.name)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project / "nbs" / "deeper")
+    assert ran.stdout == "flat\n", ran.stderr
+
+
 def test_looking_for_a_source_imports_no_parent(path):
     mark(path, "loud/__init__.py", "")
     (path / "loud" / "quiet.py").touch()
@@ -300,3 +309,31 @@ def test_a_job_refuses_before_anything_runs(project):
     code = "import sys; from tradelab.learn.registry import load\ntry: load(sys.argv[1])\nexcept ValueError as error: print(error)"
     ran = subprocess.run([sys.executable, "-c", code, "os:system('touch ran; echo RAN')"], capture_output=True, text=True, cwd=project)
     assert "is neither tradelab's nor in the folder of the project" in ran.stdout and "RAN" not in ran.stdout and not (project / "ran").exists()
+
+
+KINDS = ("str", "int", "float", "bool", "list", "dict", "str|None", "int|float", "anything", "list[int]")
+
+
+@given(text=st.one_of(st.text(max_size=30), WORDS, st.sampled_from(["float()", "float('x')", "+-nan", "inf-", "{[]: 1}", "(" * 500, "-" * 5_000 + "1", "9" * 5_000, "\0", "1j", "f''", "*a", "a := 1", "lambda: 0"])), kind=st.sampled_from(KINDS))
+@FEW
+def test_any_text_is_a_value_of_its_parameter_or_refused(text, kind):
+    import nbformat
+
+    from tradelab.jobs import BadParameters, check_parameters
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"given:{kind} = None", metadata={"tags": ["parameters"]})])
+    try: value = check_parameters(notebook, {"given": text}, text=True)["given"]
+    except BadParameters as error: assert str(error)
+    else: assert kind == "anything" or type(value).__name__.replace("NoneType", "None").replace("tuple", "list") in kind or kind == "float"
+    try: check_parameters(notebook, {text: 1})
+    except BadParameters as error: assert str(error)
+    try: check_parameters(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]})]), {"given": text}, text=True)
+    except BadParameters as error: assert str(error)
+
+
+@given(content=st.one_of(st.binary(max_size=60), LITERAL.map(lambda value: json.dumps(value).encode()), st.just(b"[" * 100_000)))
+@FEW
+def test_any_file_is_a_notebook_or_refused(content, tmp_path_factory):
+    from tradelab.jobs import BadParameters, check_parameters
+    file = tmp_path_factory.getbasetemp() / "any.ipynb"
+    file.write_bytes(content)
+    with pytest.raises(BadParameters): check_parameters(file, {"given": 1})

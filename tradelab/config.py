@@ -6,12 +6,13 @@
 __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT',
            'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings',
            'BadSettings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places', 'settings',
-           'job_settings', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
+           'job_settings', 'one_section', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
 
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
 import logging
 import os
 import tomllib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from io import StringIO
 from pathlib import Path
@@ -283,6 +284,14 @@ def job_settings(
     except BadSettings:
         _named[0] = before
         raise
+
+
+@contextmanager
+def one_section():
+    "Within it a job may name its section; behind it what was named before holds again"
+    before = _named[0]
+    try: yield
+    finally: _named[0] = before
 
 
 def overridden(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
            'OPEN_TIME', 'COLUMNS', 'KNOWN', 'TIERS', 'BRACKETS', 'INSTRUMENT', 'COSTS', 'FEES', 'STOPS', 'NO_STOPS',
-           'OPTIONAL', 'LIMITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION', 'JOURNAL', 'PROPOSAL', 'check_positive',
-           'check_not_negative', 'grid', 'bracket_amounts', 'check_brackets', 'Instrument', 'CostModel', 'Stops',
-           'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding', 'Scaler', 'Reason', 'TradingState',
-           'Kind', 'TimeInForce', 'Execution', 'Training', 'Decision']
+           'OPTIONAL', 'LIMITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION', 'AGENT_NAMES', 'JOURNAL', 'PROPOSAL',
+           'check_positive', 'check_not_negative', 'grid', 'bracket_amounts', 'check_brackets', 'Instrument',
+           'CostModel', 'Stops', 'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding', 'Scaler',
+           'Reason', 'TradingState', 'Kind', 'TimeInForce', 'Execution', 'Training', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 from dataclasses import asdict, dataclass, fields
@@ -409,6 +409,9 @@ class Execution:
         return np.array((STYLES.index(self.style), self.patience, self.slices, self.protect, orders), EXECUTION)
 
 # %% ../nbs/00_ground/01_records.ipynb #4f8a0360
+AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, for whoever must know them without torch
+
+
 @dataclass(frozen=True)
 class Training:
     "How an agent is trained; None: as the agent itself chooses"

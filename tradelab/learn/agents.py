@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..config import nearest, settings
 from ..features.observation import Observation
 from .env import Market, MarketVecEnv
-from .registry import Run, runs_folder, save, train_id
+from .registry import Run, reserved, runs_folder, save
 from ..market.candles import check, data_hash, frames_of, matrix, text
 from ..market.candles import timeframe_of as candles_timeframe
 from ..policies import Policy, mlp, pack
@@ -63,7 +63,7 @@ AGENTS = {agent.name: agent for agent in (
 
 # %% ../../nbs/80_learn/85_agents.ipynb #8a3598a3
 def choose(
-    name:str,   # one of AGENTS
+    name:str,   # one of AGENTS, which are AGENT_NAMES
 )->Agent:
     "The agent of this name"
     if name not in AGENTS: raise ValueError(f"there is no agent {name!r}: did you mean {nearest(name.upper(), AGENTS)}? There are {', '.join(AGENTS)}")
@@ -116,7 +116,8 @@ def learn(
     "Learn for so many steps, or until Ctrl-C"
     try: model.learn(steps, callback=watch)
     except KeyboardInterrupt:
-        if model._n_updates == 0: raise # nothing is learnt yet
+        if model._n_updates == 0: raise KeyboardInterrupt(f"interrupted after {model.num_timesteps:,} steps, before anything was learnt: no run is kept") from None
+        print(f"interrupted after {model.num_timesteps:,} steps: what was learnt until then is kept", file=sys.stderr)
         return True
     finally: watch.close()
     return False
@@ -204,5 +205,6 @@ def train(
     config["episode"] = episode or min(EPISODE, market.longest)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
     model, watch = untrained(how, env, config), Watch(env, steps, progress)
-    config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
-    return save(Run(train_id(config), compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config), kept(model, watch), runs)
+    with reserved(config, runs) as name:
+        config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
+        return save(Run(name, compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config), kept(model, watch), runs)

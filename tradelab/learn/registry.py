@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'SCALER', 'POLICY', 'MANIFEST', 'MOST_BYTES', 'PROVENANCE', 'DERIVED', 'TRIALS', 'KINDS', 'STRATEGIES',
-           'HOW', 'Run', 'describe', 'train_id', 'train_ids', 'policy_bytes', 'DamagedRun', 'read_parameters', 'seal',
-           'verify', 'versions', 'source_sha256', 'configuration', 'runs_folder', 'record_trial', 'trials', 'write',
-           'check_bounded', 'read_configuration', 'read', 'save', 'UnknownRun', 'find_rule', 'arguments', 'load_rule',
-           'latest', 'load', 'plot_learning']
+           'HOW', 'Run', 'describe', 'train_id', 'train_ids', 'reserved', 'policy_bytes', 'DamagedRun',
+           'read_parameters', 'seal', 'verify', 'versions', 'source_sha256', 'configuration', 'runs_folder',
+           'record_trial', 'trials', 'write', 'check_bounded', 'read_configuration', 'read', 'save', 'UnknownRun',
+           'find_rule', 'arguments', 'load_rule', 'latest', 'load', 'plot_learning']
 
 # %% ../../nbs/80_learn/83_registry.ipynb #1dda615f
 import ast
@@ -20,6 +20,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -115,7 +116,7 @@ def train_id(
     began = datetime.fromtimestamp(config["created_time"] / 1000, UTC)
     return f"train_{symbol}_{start}_{end}_{config['agent']}_lr{config['learning_rate']:g}_bs{config['batch_size']}_ws{config['window']}_seed{config['seed']}_{began:%Y%m%d_%H%M%S}"
 
-# %% ../../nbs/80_learn/83_registry.ipynb #44b1a6cf
+# %% ../../nbs/80_learn/83_registry.ipynb #ecdbf4d9
 def _is_id(name):
     "Whether a run may have this name"
     try: return bool(_TRAIN_ID.fullmatch(check_id(name, "run")))
@@ -128,6 +129,25 @@ def train_ids(
     "All runs kept here, in the order of the times in their names"
     found = [path.name for path in folder.iterdir() if path.is_dir() and _is_id(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda name: (_TRAIN_ID.fullmatch(name)[1], name))
+
+# %% ../../nbs/80_learn/83_registry.ipynb #44b1a6cf
+@contextmanager
+def reserved(
+    config:dict,   # as `train_id` takes it
+    runs:Path,     # the folder of all runs
+):                 # yields the train id
+    "A train id that nobody else gets while it is open: two trainings that begin in one second get two"
+    number, name = 1, train_id(config)
+    while True:
+        place = runs / f".{name}.reserved"
+        try: place.mkdir()
+        except FileExistsError: pass
+        else:
+            if not (runs / name).exists(): break
+            place.rmdir()
+        number, name = number + 1, train_id({**config, "seed": f"{config['seed']}-{number + 1}"})
+    try: yield name
+    finally: place.rmdir()
 
 # %% ../../nbs/80_learn/83_registry.ipynb #939b7891
 def policy_bytes(
@@ -362,6 +382,7 @@ def read_configuration(
     missing = [key for key in (*PROVENANCE, *DERIVED) if not isinstance(config, dict) or key not in config]
     if missing: raise DamagedRun(f"{path.name} lacks {', '.join(missing)}: restore it, or train again")
     wrong = [f"{key} ({str(config[key])[:80]!r})" for key, kind in KINDS.items() if not _is_kind(config[key], kind)]
+    if not wrong and not 0 <= config["created_time"] < 253_402_300_800_000: wrong = [f"created_time ({config['created_time']!r})"] # the year 10000
     if wrong: raise DamagedRun(f"{path.name} holds values that a run does not have, {', '.join(wrong)}: restore it, or train again")
     return config
 

@@ -245,8 +245,9 @@ def yahoo_name(
     symbol:str,   # "BTC/USD", or Yahoo's own
 )->str:
     "What Yahoo calls it"
-    name = symbol.replace("/", "-")
-    if ":" in symbol or name.endswith(("USDT", "USDC")): raise NoCandles(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no stablecoins")
+    pair, _, settle = symbol.partition(":")
+    name = pair.replace("/", "-")
+    if settle and settle != pair.partition("/")[2] or name.endswith(("USDT", "USDC")): raise NoCandles(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no stablecoins")
     return name
 
 # %% ../../nbs/10_market/19_sources.ipynb #f2a816c8
