@@ -15,7 +15,7 @@ import numpy as np
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import bare
 from .policies import Policy
-from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, Decision, Fill, Funding, Instrument, Limits
+from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Decision, Fill, Funding, Instrument, Limits
 
 # %% ../nbs/00_ground/06_trader.ipynb #631b7345
 @bare
@@ -91,6 +91,7 @@ class Trader:
         self.rules = gate(limits, self.instruments)
         self.seen = self.observation.rows # the symbols whose candles it is given: those that it trades, then those that a feature only looks at
         self._stream, self._known = self.observation.stream(), np.full((len(self.seen), len(KNOWN)), np.nan)
+        self._figures = [row for row, name in enumerate(self.seen) if name.startswith(SERIES)]
 
     @property
     def warm_up(self)->int:
@@ -117,6 +118,7 @@ class Trader:
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
         answer = None if self._stream.waits else self.policy.act(observation)
+        if answer is not None and self._figures and (self._known[self._figures, QUOTE_VOLUME] > 0).any(): answer[:len(self.symbols)] = 0.
         answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks)
         record(self.rows, open_time, traded, answered, self.account, self.positions)
         return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
