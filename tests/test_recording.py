@@ -87,10 +87,11 @@ def damaged(content, how, chance):
         case "repeat": lines.insert(b, lines[a])
         case "swap": lines[a], lines[b] = lines[b], lines[a]
         case "end": lines = lines[:b]
+        case "edit": lines[b] = lines[b][:20] + lines[b][20:-48].translate(bytes.maketrans(b"123456789", b"234567891")) + lines[b][-48:]
     return framed(b"".join(lines), b"")[0] if how.endswith("framed") else zstandard.compress(b"".join(lines))
 
 
-HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap") for form in ("framed", "plain")), "end plain"]
+HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap", "edit") for form in ("framed", "plain")), "end plain"]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -112,6 +112,15 @@ def test_ones_own_rules_and_features(path, tmp_path_factory):
     finally: sys.path.remove(str(elsewhere))
 
 
+def test_a_rule_beside_the_settings_is_found_from_anywhere(project):
+    "A command does not have the project on its path"
+    (project / "nbs" / "deeper").mkdir(parents=True)
+    (project / "my_rules.py").write_text("from tradelab.policies import Policy, flat\ndef Rule()->Policy: return flat()\n")
+    code = "import sys; sys.path = [each for each in sys.path if each]; from tradelab.learn.registry import load; print(load('my_rules:Rule').policy.name)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project / "nbs" / "deeper")
+    assert ran.stdout == "flat\n", ran.stderr
+
+
 def test_looking_for_a_source_imports_no_parent(path):
     mark(path, "loud/__init__.py", "")
     (path / "loud" / "quiet.py").touch()

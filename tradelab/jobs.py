@@ -313,17 +313,19 @@ def find(
 
 # %% ../nbs/00_ground/07_jobs.ipynb #fdd3bef4
 WRAPPED = ("body {max-width: 1100px; margin: 0 auto} .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th {white-space: normal; overflow-wrap: break-word; max-width: 24em} "
-           ".jp-OutputArea-output pre {white-space: pre-wrap; overflow-wrap: anywhere} .jp-OutputArea-output img {max-width: 100%; height: auto} .jp-RenderedHTMLCommon p {overflow-wrap: anywhere}")
+           ".jp-OutputArea-output pre {white-space: pre-wrap; word-break: normal; overflow-wrap: break-word} .jp-OutputArea-output img {max-width: 100%; height: auto} .jp-RenderedHTMLCommon p {overflow-wrap: anywhere}")
 
 
 def write_page(
     path:Path,     # of an executed notebook
 )->Path:           # of the HTML page beside it
-    "The notebook as a page without code that begins with what came of it; only the parameters stay visible, at its end"
+    "The notebook as a page without code: its title, the cells tagged answer, the others, and the parameters at its end"
     from nbconvert import HTMLExporter
     notebook = nbformat.read(path, as_version=4)
     asked = [cell for cell in notebook.cells if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))]
-    told = [cell for cell in notebook.cells if cell not in asked]
+    answers = [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", [])]
+    others = [cell for cell in notebook.cells if cell not in asked and cell not in answers]
+    told = others[:1] + answers + others[1:]
     for cell in told:
         if cell.cell_type == "code": cell.metadata["transient"] = {"remove_source": True}
     notebook.cells = told + ([nbformat.v4.new_markdown_cell("## Parameters")] if asked else []) + asked

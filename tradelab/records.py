@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
            'OPEN_TIME', 'COLUMNS', 'KNOWN', 'TIERS', 'BRACKETS', 'BITCOIN_BRACKETS', 'INSTRUMENT', 'BITCOIN', 'COSTS',
-           'FEES', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LIMITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION', 'AGENT_NAMES',
-           'JOURNAL', 'PROPOSAL', 'check_positive', 'check_not_negative', 'grid', 'bracket_amounts', 'check_brackets',
-           'check_perpetual', 'decimal_text', 'Instrument', 'CostModel', 'Stops', 'check_order', 'Limits',
-           'instrument_rows', 'Order', 'Fill', 'Funding', 'Scaler', 'Reason', 'TradingState', 'Kind', 'TimeInForce',
-           'Execution', 'Training', 'Decision']
+           'FEES', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LIMITS', 'SERIES', 'WHEN_STALE', 'UNITS', 'WORKING', 'FILL',
+           'STYLES', 'EXECUTION', 'AGENT_NAMES', 'JOURNAL', 'PROPOSAL', 'check_positive', 'check_not_negative', 'grid',
+           'bracket_amounts', 'check_brackets', 'check_perpetual', 'decimal_text', 'Instrument', 'CostModel', 'Stops',
+           'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding', 'duration', 'SeriesDefinition',
+           'Scaler', 'Reason', 'TradingState', 'Kind', 'TimeInForce', 'Execution', 'Training', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
 import re
@@ -312,6 +312,43 @@ class Funding:
     symbol:str
     amount:float        # quote, above zero is received
     funding_time:int
+
+# %% ../nbs/00_ground/01_records.ipynb #831410e0
+SERIES = "series:" # begins the name of a row that holds no candles, but figures
+WHEN_STALE = ("hold", "flat", "refuse")
+UNITS = {"min": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000} # ms
+
+
+def duration(
+    text:str,   # "90min", "12h", "15D", "2W"
+)->int:         # ms
+    "How long that is"
+    digits = text.strip().lower().rstrip("".join(UNITS))
+    unit = text.strip().lower()[len(digits):]
+    if not digits.strip().isdecimal() or unit not in UNITS: raise ValueError(f"{text!r} is not a duration: write a whole number and {', '.join(UNITS)}, such as 12h or 15d")
+    return int(digits) * UNITS[unit]
+
+
+@dataclass(frozen=True)
+class SeriesDefinition:
+    "Where figures come from, when they are known, and what happens when they are old"
+    file:str = ""                        # CSV, JSON, parquet; or an address that begins with http
+    columns:tuple = ("value",)           # of the figures; the first is what the bare name means
+    reference:str = "reference_time"     # column of the time that a figure is about
+    publication:str = "publication_time" # column of the time that it was published
+    lag:str = ""                         # such as "15d", from the one to the other, where there is no such column
+    stale:str = ""                       # age from which a figure is stale, such as "40d"; empty: never
+    when_stale:str = "hold"              # then the figure is held, the policy holds nothing ("flat"), or the run is refused
+
+    def __post_init__(self):
+        columns = self.columns.split(",") if isinstance(self.columns, str) else self.columns
+        object.__setattr__(self, "columns", tuple(str(column).strip() for column in columns))
+        if not all(self.columns) or not self.columns: raise ValueError(f"SeriesDefinition.columns must name the columns of the figures, was {list(self.columns)}")
+        if self.when_stale not in WHEN_STALE: raise ValueError(f"SeriesDefinition.when_stale must be one of {', '.join(WHEN_STALE)}, was {self.when_stale!r}")
+        if self.when_stale != "hold" and not self.stale: raise ValueError(f"SeriesDefinition.stale must be an age such as 40d where when_stale is {self.when_stale}, was empty")
+        for name in ("lag", "stale"):
+            try: duration(getattr(self, name) or "1d")
+            except ValueError as error: raise ValueError(f"SeriesDefinition.{name} must be a duration: {error}") from None
 
 # %% ../nbs/00_ground/01_records.ipynb #5974a48e
 @dataclass(frozen=True)

@@ -382,6 +382,7 @@ def read_configuration(
     missing = [key for key in (*PROVENANCE, *DERIVED) if not isinstance(config, dict) or key not in config]
     if missing: raise DamagedRun(f"{path.name} lacks {', '.join(missing)}: restore it, or train again")
     wrong = [f"{key} ({str(config[key])[:80]!r})" for key, kind in KINDS.items() if not _is_kind(config[key], kind)]
+    if not wrong and not 0 <= config["created_time"] < 253_402_300_800_000: wrong = [f"created_time ({config['created_time']!r})"] # the year 10000
     if wrong: raise DamagedRun(f"{path.name} holds values that a run does not have, {', '.join(wrong)}: restore it, or train again")
     return config
 
