@@ -41,7 +41,9 @@ from ..market.candles import moment
 from ..market.store import replace_files
 from ..policies import ACTIVATIONS, Policy, check_network, flat, mlp
 from ..records import CostModel, Instrument, Limits, Scaler
+from ..risk.limits import warm_up as limits_warm_up
 from ..sim.backtest import make_trader
+from ..sim.costs import warm_up as costs_warm_up
 from ..texts import figure_text, html_rows
 from ..trader import Trader
 from ..trust import BadName, NotTrusted, Unnamed, bring, check_id, locate
@@ -65,7 +67,7 @@ class Run:
     @property
     def warm_up(self)->int:
         "Candles of history that the first decision needs"
-        return self.observation.warm_up
+        return max(self.observation.warm_up, limits_warm_up(self.limits), costs_warm_up(self.costs))
 
     @property
     def observation(self)->Observation:

@@ -135,6 +135,15 @@ def check_tick(
     warnings.warn(f"{words}: a taker pays up to that much more than the spread", stacklevel=3)
 
 # %% ../../nbs/10_market/18_filters.ipynb #8d1ed440
+def _is_bitcoin(candles, symbol):
+    "Whether bitcoin's own instrument is theirs: by its name and at its prices; candles that say no name must keep its tick and step"
+    if symbol != BITCOIN.symbol or BITCOIN.price_tick > COARSE * float(candles["close"].min()): return False
+    if candles.attrs.get("symbol") == symbol: return True
+    first = candles[:FIRST]
+    kept = share_on(first[["open", "high", "low", "close"]].to_numpy("float64").ravel(), BITCOIN.price_tick)
+    return min(kept, share_on(first["volume"].to_numpy("float64"), BITCOIN.quantity_step)) >= KEPT
+
+
 def listed_with(
     candles:pd.DataFrame,   # perhaps with `attrs["instrument"]`, as an exchange's history has it
     symbol:str,
@@ -142,8 +151,7 @@ def listed_with(
     "What was listed when the candles were given; bitcoin's own for bitcoin, if the candles are its; else derived"
     told = candles.attrs.get("instrument")
     if told: return Instrument(**{**told, "symbol": symbol})
-    if symbol == BITCOIN.symbol and BITCOIN.price_tick <= COARSE * float(candles["close"].min()): return BITCOIN
-    return derived(candles, symbol)
+    return BITCOIN if _is_bitcoin(candles, symbol) else derived(candles, symbol)
 
 
 def with_settings(
