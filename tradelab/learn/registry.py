@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -338,7 +338,8 @@ def _fits(value, default):
 def _record(kind, values, path):
     "A settings record from its keys"
     try:
-        wrong = [f"{each.name} is {str(values[each.name])[:80]!r}" for each in fields(kind) if each.name in values and not _fits(values[each.name], each.default)]
+        usual = {each.name: each.type() if each.default is MISSING else each.default for each in fields(kind)}
+        wrong = [f"{name} is {str(values[name])[:80]!r}" for name in usual if name in values and not _fits(values[name], usual[name])]
         if wrong: raise TypeError(", ".join(wrong))
         return kind(**{name: _record(type(getattr(kind, name)), value, path) if isinstance(value, dict) and is_dataclass(getattr(kind, name, None)) else value for name, value in values.items()})
     except DamagedRun: raise

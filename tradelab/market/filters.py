@@ -136,12 +136,10 @@ def check_tick(
 
 # %% ../../nbs/10_market/18_filters.ipynb #8d1ed440
 def _is_bitcoin(candles, symbol):
-    "Whether bitcoin's own instrument is theirs: by its name and at its prices; candles that say no name must keep its tick and step"
+    "Whether bitcoin's own instrument is theirs: by name, and at its prices; candles that say no name must keep its tick, too"
     if symbol != BITCOIN.symbol or BITCOIN.price_tick > COARSE * float(candles["close"].min()): return False
     if candles.attrs.get("symbol") == symbol: return True
-    first = candles[:FIRST]
-    kept = share_on(first[["open", "high", "low", "close"]].to_numpy("float64").ravel(), BITCOIN.price_tick)
-    return min(kept, share_on(first["volume"].to_numpy("float64"), BITCOIN.quantity_step)) >= KEPT
+    return share_on(candles[["open", "high", "low", "close"]][:FIRST].to_numpy("float64").ravel(), BITCOIN.price_tick) >= KEPT
 
 
 def listed_with(
