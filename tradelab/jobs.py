@@ -86,9 +86,11 @@ def _comments(notebook):
     "What stands behind each line of the parameters cell, by the name that the line begins with"
     cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
     lines, found = cell.source.splitlines() if cell else [], {}
-    for token in tokenize.generate_tokens(StringIO("\n".join(lines) + "\n").readline):
-        name = re.match(r"\w+", lines[token.start[0] - 1]) if token.type == tokenize.COMMENT else None
-        if name: found[name[0]] = token.string.lstrip("# ")
+    try:
+        for token in tokenize.generate_tokens(StringIO("\n".join(lines) + "\n").readline):
+            name = re.match(r"\w+", lines[token.start[0] - 1]) if token.type == tokenize.COMMENT else None
+            if name: found[name[0]] = token.string.lstrip("# ")
+    except (tokenize.TokenError, SyntaxError): pass # a cell that is no Python; `tagged` says so
     return found
 
 
