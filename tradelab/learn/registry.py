@@ -330,7 +330,7 @@ _WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, Arithmeti
 def _fits(value, default):
     "Whether a value may stand where a record has this default"
     if isinstance(value, bool) or isinstance(default, bool): return type(value) is type(default)
-    if isinstance(default, (int, float)): return isinstance(value, (int, float)) and abs(value) <= 1e15 or value is None # whether None may be is for the record to say
+    if isinstance(default, (int, float)): return isinstance(value, (int, float)) and abs(value) <= 1e16 or value is None # whether None may be is for the record to say
     if default is None: return value is None or isinstance(value, (int, float, dict))
     return isinstance(value, {str: str, tuple: list}.get(type(default), dict))
 
