@@ -113,3 +113,29 @@ def test_a_planted_difference_stops_the_replay(place):
     again.close()
     said = refused(place, "run", "replay")
     assert "does not replay" in said and "column 'close'" in said and str(close) in said and str(candle["candle"][0][3]) in said
+
+
+def test_a_damaged_result_is_no_other_result(tmp_path):
+    "Flipped bits, cut ends and foreign bytes: the same numbers, or one sentence"
+    from tradelab.evaluation.difference import first_difference
+    from tradelab.market.synthetic import random_walk
+    from tradelab.results import load, save
+    from tradelab.sim.backtest import backtest
+    from tradelab.strategies.example import SmaCross
+    kept = backtest(SmaCross(), random_walk(120, seed=1))
+    path, random = tmp_path / "sma.result", np.random.default_rng(0)
+    content = save(kept, path).read_bytes()
+    spoiled = [content[:int(end)] for end in random.integers(0, len(content), 20)] + [b"", b"PK\x03\x04", b"<html>", bytes(1000)]
+    for place in random.integers(0, 8 * len(content), 300):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        spoiled.append(bytes(flipped))
+    refused = 0
+    for each in spoiled:
+        path.write_bytes(each)
+        try: back = load(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path} ")
+        else: assert first_difference(kept, back) is None
+    assert refused > 200

@@ -31,7 +31,7 @@ def runs(project):
         random = np.random.default_rng(seed)
         policy = Policy("random", mlp, pack([(random.normal(size=(4, 7)), random.normal(size=4)), (random.normal(size=(1, 4)), random.normal(size=1))], "relu", "tanh"), ("return(1)",))
         config = dict(agent="SAC", steps=1_000 * seed, interrupted=False, learning_rate=3e-4, batch_size=64, seed=seed, threads=1, source="synthetic ar1", span=["2024-01-01", "2024-02-01"], data_hash="", created_time=1_706_800_000_000 + seed)
-        save(Run(name, policy, limits=Limits(max_position=.1 * seed), instruments=(Instrument("XRP/USDT:USDT"),), timeframe="1h", config=config), {"learning_curve.csv": f"step,reward\n1,0\n2,{seed}e-4\n".encode()})
+        save(Run(name, policy, limits=Limits(max_position=.1 * seed), instruments=(Instrument("XRP/USDT:USDT", 1e-4, .1),), timeframe="1h", config=config), {"learning_curve.csv": f"step,reward\n1,0\n2,{seed}e-4\n".encode()})
     return project / "runs"
 
 

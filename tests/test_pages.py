@@ -149,11 +149,12 @@ def test_several_symbols_say_their_sources_and_their_funding():
 def test_a_page_ends_with_its_parameters_and_wraps_its_cells(tmp_path):
     cells = [nbformat.v4.new_markdown_cell("# Job"), nbformat.v4.new_code_cell("policy = 'asked'", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("policy = 'given'", metadata={"tags": ["injected-parameters"]}),
              nbformat.v4.new_code_cell("hidden_code()", outputs=[nbformat.v4.new_output("stream", text="the answer")])]
+    cells.append(nbformat.v4.new_code_cell("result", metadata={"tags": ["answer"]}, outputs=[nbformat.v4.new_output("stream", text="made or lost")]))
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "job.ipynb")
     page = write_page(tmp_path / "job.ipynb").read_text()
     body = page[page.index("<main"):] if "<main" in page else page[page.index("<body"):]
     words = re.sub(r"<[^>]+>", "", body)
-    assert words.index("the answer") < words.index("Parameters") < words.index("asked") < words.index("given") and "hidden_code" not in words
+    assert words.index("Job") < words.index("made or lost") < words.index("the answer") < words.index("Parameters") < words.index("asked") < words.index("given") and "hidden_code" not in words
     assert "overflow-wrap" in page and [cell.source for cell in nbformat.read(tmp_path / "job.ipynb", 4).cells] == [cell.source for cell in cells]
 
 
@@ -162,3 +163,16 @@ def test_written_trades_are_the_last_ones(results):
     shown = written_trips(trips, 5)
     assert len(shown) == 5 and shown.attrs["of"] == len(trips) and shown["Profit [quote]"].tolist() == [f"{value:,.2f}" for value in trips["profit"].tail(5)]
     assert np.isin(shown["Side"], ("long", "short")).all() and answered_text(results[300, 20].journal)
+
+
+def test_a_stress_says_who_was_halted():
+    made = stress(Momentum(), ar1(300, rho=.1, seed=0), limits=Limits(max_position=1., max_drawdown=.01), scenarios={})
+    first = made.results["as it was"]
+    assert len(halts(first.journal)) == 1
+    for page in (made._repr_html_(), str(made)): assert f"as it was: {halted_text(first.journal)}" in page
+    assert made.plot().axes[0].get_legend().get_texts()[0].get_text() == "as it was, halted"
+
+
+@pytest.mark.parametrize("job", ["backtest", "report", "live"])
+def test_a_job_says_which_cell_is_its_answer(root, job):
+    assert sum("answer" in cell.metadata.get("tags", []) for cell in nbformat.read(root / f"nbs/{job}.ipynb", 4).cells) == 1

@@ -16,14 +16,14 @@ from tradelab.live.recorder import SEEN, BadRecording, Recorder, Recording, chai
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.policies import buy_and_hold
-from tradelab.records import Fill
+from tradelab.records import BITCOIN, Fill
 from tradelab.risk.limits import Gate
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h", version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
 
 
-def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate)
+def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate, instruments=(BITCOIN,))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,11 @@ def damaged(content, how, chance):
         case "repeat": lines.insert(b, lines[a])
         case "swap": lines[a], lines[b] = lines[b], lines[a]
         case "end": lines = lines[:b]
+        case "edit": lines[b] = lines[b][:20] + lines[b][20:-48].translate(bytes.maketrans(b"123456789", b"234567891")) + lines[b][-48:]
     return framed(b"".join(lines), b"")[0] if how.endswith("framed") else zstandard.compress(b"".join(lines))
 
 
-HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap") for form in ("framed", "plain")), "end plain"]
+HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap", "edit") for form in ("framed", "plain")), "end plain"]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tradelab.features.grammar import BadFeature, parse
 from tradelab.learn.registry import CONFIG, MANIFEST, POLICY, SCALER, TRIALS, DamagedRun, Run, UnknownRun, load, read, save, seal, trials
 from tradelab.policies import Policy, mlp, network_fits, pack
-from tradelab.records import Instrument, Scaler
+from tradelab.records import BITCOIN, Scaler
 from tradelab.trust import NotTrusted, check_id, locate
 
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -29,7 +29,7 @@ def network(inputs, outputs, seed=0):
 
 def make_run(folder, name=ID, features=("return(1)",)):
     policy = Policy("random", mlp, network(6 + len(features), 1), features, scaler=Scaler((0.,) * len(features), (1.,) * len(features)))
-    return save(Run(name, policy, instruments=(Instrument(),), timeframe="1h", config=CONFIGURATION), folder=folder)
+    return save(Run(name, policy, instruments=(BITCOIN,), timeframe="1h", config=CONFIGURATION), folder=folder)
 
 
 @pytest.fixture
@@ -112,6 +112,15 @@ def test_ones_own_rules_and_features(path, tmp_path_factory):
     finally: sys.path.remove(str(elsewhere))
 
 
+def test_a_rule_beside_the_settings_is_found_from_anywhere(project):
+    "A command does not have the project on its path"
+    (project / "nbs" / "deeper").mkdir(parents=True)
+    (project / "my_rules.py").write_text("from tradelab.policies import Policy, flat\ndef Rule()->Policy: return flat()\n")
+    code = "import sys; sys.path = [each for each in sys.path if each]; from tradelab.learn.registry import load; print(load('my_rules:Rule').policy.name)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project / "nbs" / "deeper")
+    assert ran.stdout == "flat\n", ran.stderr
+
+
 def test_looking_for_a_source_imports_no_parent(path):
     mark(path, "loud/__init__.py", "")
     (path / "loud" / "quiet.py").touch()
@@ -162,7 +171,7 @@ def test_latest_is_what_was_made_here(tmp_path):
 def test_no_name_leaves_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="cannot be the name of a session"): check_id(name)
     with pytest.raises(UnknownRun): load(name, tmp_path)
-    with pytest.raises(ValueError, match="cannot be the name of a run"): save(Run(name, Policy("random", mlp, network(7, 1)), instruments=(Instrument(),), config=CONFIGURATION), folder=tmp_path / "runs")
+    with pytest.raises(ValueError, match="cannot be the name of a run"): save(Run(name, Policy("random", mlp, network(7, 1)), instruments=(BITCOIN,), config=CONFIGURATION), folder=tmp_path / "runs")
 
 
 # what a file may hold
@@ -305,7 +314,7 @@ def test_a_job_refuses_before_anything_runs(project):
 KINDS = ("str", "int", "float", "bool", "list", "dict", "str|None", "int|float", "anything", "list[int]")
 
 
-@given(text=st.one_of(st.text(max_size=30), WORDS, st.sampled_from(["float()", "float('x')", "+-nan", "inf-", "{[]: 1}", "(" * 500, "-" * 5_000 + "1", "9" * 5_000, "\0", "1j", "f''", "*a", "a := 1", "lambda: 0"])), kind=st.sampled_from(KINDS))
+@given(text=st.one_of(st.text(max_size=30), WORDS, st.sampled_from(["float()", "float('x')", "+-nan", "inf-", "{[]: 1}", "(" * 500, "-" * 5_000 + "1", "9" * 5_000, "\0", "1j", "f''", "*a", "a := 1", "lambda: 0", "{", "'''", "if 1:\n  a\n b"])), kind=st.sampled_from(KINDS))
 @FEW
 def test_any_text_is_a_value_of_its_parameter_or_refused(text, kind):
     import nbformat

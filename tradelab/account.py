@@ -135,7 +135,7 @@ def mark(
     row = account[0]
     row["equity"] = wallet(account) + unrealised
     row["peak"] = max(row["peak"], row["equity"])
-    row["drawdown"] = 1. - row["equity"] / row["peak"]
+    row["drawdown"] = 1. - row["equity"] / row["peak"] if row["peak"] > 0. else 1.
 
 
 @bare

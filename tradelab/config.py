@@ -11,9 +11,10 @@ __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PRE
 # %% ../nbs/00_ground/02_config.ipynb #98b52a8e
 import logging
 import os
+import re
 import tomllib
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +25,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from rapidfuzz import process
 
-from .records import CostModel, Execution, Limits, Stops, Training
+from .records import CostModel, Execution, Instrument, Limits, SeriesDefinition, Stops, Training
 
 # %% ../nbs/00_ground/02_config.ipynb #1d7f2fac
 def project_root(
@@ -49,11 +50,37 @@ def _database_in_project(url):
     return f"sqlite:///{project_root() / file}" if file != url and file not in ("", ":memory:") else url
 
 
+def _files_in_project(definitions):
+    "A file of a series stands in the project, too"
+    return {name: each if each.file.startswith(("http://", "https://")) or not each.file else replace(each, file=str(_in_project(each.file))) for name, each in definitions.items()}
+
+
 def _split(value): return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
 Folder = Annotated[Path, AfterValidator(_in_project)]
 Address = Annotated[str, AfterValidator(lambda url: url.rstrip("/"))]
+
+# %% ../nbs/00_ground/02_config.ipynb #7c55390c
+_OF_INSTRUMENT = tuple(each.name for each in fields(Instrument) if each.name not in ("symbol", "origin"))
+
+
+def _number(value): return float(value) if isinstance(value, (str, int)) else value
+
+
+def _instrument(table):
+    "The table, its numbers proven; a table in it belongs to the symbol that it is named by"
+    table = {name: _instrument(value) if isinstance(value, dict) else _number(value) for name, value in table.items()}
+    try: replace(Instrument("X", 1., 1.), **{name: value for name, value in table.items() if not isinstance(value, dict)})
+    except TypeError: raise ValueError("must hold numbers, and brackets as rows of (notional, leverage, rate)") from None
+    return table
+
+
+def _of_instrument(key):
+    "Whether a dotted key is one of [instrument]: of all symbols, or of one"
+    first, _, rest = key.partition(".")
+    symbol, _, name = rest.rpartition(".")
+    return first == "instrument" and name in _OF_INSTRUMENT and (not symbol or "/" in symbol)
 
 # %% ../nbs/00_ground/02_config.ipynb #85769e7f
 ENVIRONMENTS = ("development", "staging", "production")
@@ -99,10 +126,12 @@ class Settings(BaseSettings):
     trust:Trust = Trust()                               # [trust]
     execution:Execution = Execution()                   # [execution]: how a backtest turns targets into orders
     training:Training = Training()                      # [training]
+    instrument:Annotated[dict, AfterValidator(_instrument)] = {} # [instrument]: values by the fields of an Instrument, and tables of them by symbol
     symbol:str = "BTC/USDT:USDT"                        # of a job that is given none, and whose policy names none
     timeframe:str = "1h"                                # likewise
     deposit:Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000. # quote; what of the account a session may use, and what a backtest begins with
     gaps:bool = False                                   # whether candles with holes are carried through; unsaid they are refused
+    series:Annotated[dict[str, SeriesDefinition], AfterValidator(_files_in_project)] = {} # [series.NAME]: figures that the features series(NAME) read
     localnet_funding:str = "none"                       # funding rates of a localnet that a job starts: archive, an exchange, or a file
 
     @classmethod
@@ -127,7 +156,8 @@ def _names(record, prefix):
 
 def known_keys()->list[str]:
     "Every key that can be set, with dots: `risk.max_leverage`"
-    return [key for name in Settings.model_fields for key in (_names(TABLES[name], name) if name in TABLES else [name])]
+    tables = {name: _names(kind, name) for name, kind in TABLES.items()} | {"instrument": [f"instrument.{name}" for name in _OF_INSTRUMENT]}
+    return [key for name in Settings.model_fields if name != "series" for key in tables.get(name, [name])] # a series has a name of its own
 
 # %% ../nbs/00_ground/02_config.ipynb #48545982
 def nearest(
@@ -169,10 +199,13 @@ def _variables(variables):
 TOML, DOTENV, ENVIRONMENT, PARAMETERS, SECTIONS = "tradelab.toml", ".env", "the environment", "the parameters", "settings"
 
 
+_SERIES = re.compile(rf"series\.[A-Za-z_]\w*\.({'|'.join(each.name for each in fields(SeriesDefinition))})", re.ASCII)
+
+
 def _refuse_unknown(where, keys):
     written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
     for key in keys:
-        if key not in known_keys() and not key.startswith("risk.sectors."):
+        if key not in known_keys() and not key.startswith("risk.sectors.") and not _of_instrument(key) and not _SERIES.fullmatch(key):
             raise BadSettings(f"{written(key)} in {where} is not a setting: did you mean {written(nearest(key, known_keys()))}?")
         if key.startswith("risk.sectors.") and "risk.sectors" in keys: raise BadSettings(f"{written('risk.sectors')} in {where} is set whole and in parts: take one of them")
 
@@ -256,8 +289,9 @@ def read_places(
 def _sentence(detail, parameters):
     "One error of pydantic as one sentence"
     key = ".".join(str(part) for part in detail["loc"] if part in ".".join(known_keys()).split("."))
+    if detail["loc"][:1] == ("series",): key = ".".join(map(str, detail["loc"]))
     what = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops))):
+    if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, Instrument, SeriesDefinition))):
         key, what = f"{key}.{what.split('.', 1)[1].split(' ')[0]}", what.split(" ", 1)[1]
     elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret")): what += f", was {detail['input']!r}"
     places = [*read_places(parameters.get("environment")), (PARAMETERS, _flat(parameters))]

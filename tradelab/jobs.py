@@ -86,9 +86,11 @@ def _comments(notebook):
     "What stands behind each line of the parameters cell, by the name that the line begins with"
     cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
     lines, found = cell.source.splitlines() if cell else [], {}
-    for token in tokenize.generate_tokens(StringIO("\n".join(lines) + "\n").readline):
-        name = re.match(r"\w+", lines[token.start[0] - 1]) if token.type == tokenize.COMMENT else None
-        if name: found[name[0]] = token.string.lstrip("# ")
+    try:
+        for token in tokenize.generate_tokens(StringIO("\n".join(lines) + "\n").readline):
+            name = re.match(r"\w+", lines[token.start[0] - 1]) if token.type == tokenize.COMMENT else None
+            if name: found[name[0]] = token.string.lstrip("# ")
+    except (tokenize.TokenError, SyntaxError): pass # a cell that is no Python; `tagged` says so
     return found
 
 
@@ -196,7 +198,8 @@ def hear(
     if message["msg_type"] in ("stream", "error", "display_data", "update_display_data", "execute_result"): message["content"] = clean(message["content"])
     if message["msg_type"] == "stream" and not log_output:
         stream = sys.stderr if message["content"]["name"] == "stderr" else sys.stdout
-        print(message["content"]["text"], end="", file=stream, flush=True)
+        shown = "\r".join(map(printable, message["content"]["text"].split("\r")))         # a bar of progress goes back to the start of its line, nothing else moves
+        print(shown, end="", file=stream, flush=True)
     return process_message(message, cell, cell_index)
 
 # %% ../nbs/00_ground/07_jobs.ipynb #322e8a09
@@ -313,17 +316,19 @@ def find(
 
 # %% ../nbs/00_ground/07_jobs.ipynb #fdd3bef4
 WRAPPED = ("body {max-width: 1100px; margin: 0 auto} .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th {white-space: normal; overflow-wrap: break-word; max-width: 24em} "
-           ".jp-OutputArea-output pre {white-space: pre-wrap; overflow-wrap: anywhere} .jp-OutputArea-output img {max-width: 100%; height: auto} .jp-RenderedHTMLCommon p {overflow-wrap: anywhere}")
+           ".jp-OutputArea-output pre {white-space: pre-wrap; word-break: normal; overflow-wrap: break-word} .jp-OutputArea-output img {max-width: 100%; height: auto} .jp-RenderedHTMLCommon p {overflow-wrap: anywhere}")
 
 
 def write_page(
     path:Path,     # of an executed notebook
 )->Path:           # of the HTML page beside it
-    "The notebook as a page without code that begins with what came of it; only the parameters stay visible, at its end"
+    "The notebook as a page without code: its title, the cells tagged answer, the others, and the parameters at its end"
     from nbconvert import HTMLExporter
     notebook = nbformat.read(path, as_version=4)
     asked = [cell for cell in notebook.cells if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))]
-    told = [cell for cell in notebook.cells if cell not in asked]
+    answers = [cell for cell in notebook.cells if "answer" in cell.metadata.get("tags", [])]
+    others = [cell for cell in notebook.cells if cell not in asked and cell not in answers]
+    told = others[:1] + answers + others[1:]
     for cell in told:
         if cell.cell_type == "code": cell.metadata["transient"] = {"remove_source": True}
     notebook.cells = told + ([nbformat.v4.new_markdown_cell("## Parameters")] if asked else []) + asked

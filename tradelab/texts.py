@@ -57,7 +57,7 @@ def chart_text(value, most:int=60)->str:
     return escape(one_line(value, most), quote=False)
 
 # %% ../nbs/00_ground/00_texts.ipynb #c1d14b9a
-_FORMULA = re.compile(r"^[\s\x00-\x1f]*[=+\-@\uff1d\uff0b\uff0d\uff20]|^[\t\r\n]")
+_FORMULA = re.compile(r"^\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|^[\t\r\n]")
 
 
 def _is_number(text):
@@ -68,8 +68,8 @@ def _is_number(text):
 def cell_text(value):
     "A cell that no spreadsheet computes; what is no text stays as it is"
     if not isinstance(value, str): return value
-    quote = _FORMULA.match(value) and not _is_number(value)
-    return ("'" if quote else "") + printable(value)
+    text = printable(value)
+    return ("'" if _FORMULA.match(text) and not _is_number(text) else "") + text
 
 
 _WORDS = ("object", "str", "string", "category")

@@ -59,7 +59,7 @@ def locate(
         first, *others = module.split(".")
         try: spec = importlib.util.find_spec(first)
         except (ImportError, ValueError): return None
-        file, folders = (spec.origin, spec.submodule_search_locations or []) if spec else (None, [])
+        file, folders = (spec.origin, spec.submodule_search_locations or []) if spec else _inside([project_root()], first)
         for name in others: file, folders = _inside(folders, name)
     return Path(file) if file and Path(file).suffix == ".py" and Path(file).is_file() else None
 
@@ -197,6 +197,7 @@ def bring(
             known = tuple(name for name, node in bound.items() if not name.startswith("_") and not isinstance(node, tuple) and declares(module, file, name, word))
             if attribute not in bound: raise Unnamed(f"{module} has no {attribute[:200]!r}", known)
             raise NotTrusted(f"{module}:{attribute} does not say that it makes a{'n' * (word[0] in 'AEIOU')} {word}, so it is not run: write def {attribute}(...)->{word}, or {attribute}:{word} = ...")
+        if str(project_root()) not in sys.path: sys.path.append(str(project_root()))
         running = import_module(module)
         if running.__file__ is None or not Path(running.__file__).samefile(file): raise NotTrusted(f"{module} was imported from {running.__file__}, not from {file}: nothing of it is run")
     target = getattr(running, attribute, None)

@@ -7,7 +7,7 @@ __all__ = ['DECIDED', 'Difference', 'differs', 'first_difference', 'look_ahead']
 
 # %% ../../nbs/40_evaluation/41_difference.ipynb #96e49e64
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,12 @@ def first_difference(
         return _array_difference(np.atleast_1d(a), np.atleast_1d(b), columns)
     raise TypeError(f"cannot compare {type(a).__name__} with {type(b).__name__}: pass two tables, two plain arrays or two results with a journal")
 
+# %% ../../nbs/40_evaluation/41_difference.ipynb #f4650147
+def _told(series, time, random):
+    "A series that says the same until a time, and something else in what it publishes later"
+    later = series.table["publication_time"].to_numpy() > time.value // 1_000_000
+    return replace(series, table=series.table.assign(value=series.table["value"] + later * random.normal(0, 1, len(later)) * (series.table["value"].std() + 1.)))
+
 # %% ../../nbs/40_evaluation/41_difference.ipynb #3062ebd6
 DECIDED = ("close", "equity", "position", "target", "reason", "order") # of a journal: what was known and wanted at the close
 
@@ -152,17 +158,18 @@ def _future(candles, cut, factors):
 
 
 def look_ahead(
-    make:Callable,         # candles -> a result, or a table of what was decided, index open_time
+    make:Callable,         # candles -> a result, or a table of what was decided, index open_time; with `series` it takes them, too
     candles,               # a frame, or a dict of frames by symbol on the same times
     cuts:int=4,            # places where the past is compared
     columns=None,          # to compare; default: what a journal knew at the close, everything of another table
     seed:int=0,
+    series=None,           # Exogenous by name: figures that are published later are perturbed with the candles
 )->pd.DataFrame:           # a row per rerun: what was done, where, and the first difference (None: none)
     "Rerun on truncated and on perturbed candles, and compare what was decided before"
     several = candles if isinstance(candles, dict) else {"": candles}
     random, times = np.random.default_rng(seed), next(iter(several.values())).index
-    def decided(frames):
-        result = make(frames if isinstance(candles, dict) else frames[""])
+    def decided(frames, told=series):
+        result = make(*([frames] if isinstance(candles, dict) else [frames[""]]), *([] if series is None else [told]))
         table = result.journal if hasattr(result, "journal") else result
         wanted = list(columns or ([name for name in (*DECIDED, "symbol") if name in table] if "order" in table else table.columns))
         return table[wanted]
@@ -172,7 +179,7 @@ def look_ahead(
         cuts_off = {symbol: frame.iloc[:cut] for symbol, frame in several.items()}
         differs_on = {symbol: _future(frame, cut, np.exp(random.normal(0, .05, len(frame)))) for symbol, frame in several.items()}
         for how, frames in (("truncated", cuts_off), ("another future", differs_on)):
-            again = decided(frames)
+            again = decided(frames, series and {name: _told(each, times[cut - 1], random) for name, each in series.items()})
             past = (whole.index < times[cut - 1]) & (whole.index >= again.index[0])
             rows.append((how, times[cut], first_difference(whole[past], again[again.index < times[cut - 1]])))
     return pd.DataFrame(rows, columns=["rerun", "cut", "difference"])

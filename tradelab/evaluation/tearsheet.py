@@ -20,6 +20,7 @@ import pandas as pd
 from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, trips_of, until_ruin, written
 from ..policies import buy_and_hold
 from ..risk.answers import answered_text, halts
+from ..sections import section_html
 from ..texts import figure_text, html_text, printable
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #26c030fd
@@ -424,8 +425,8 @@ def _halts_html(results):
 
 def _inline(sheet):
     "The view in a notebook: the answer, the picture, the halts, the numbers"
-    picture = _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}")
-    return f"<p><b>{html_text(sheet.subject)}</b><br>{_marked(sheet.answer)}<br><small>{_marked(sheet.face)}</small></p>\n{picture}\n{_halts_html(sheet.results)}\n{sheet.written().to_html(border=0)}"
+    picture = section_html(lambda: _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}"))
+    return f"<p><b>{html_text(sheet.subject)}</b><br>{_marked(sheet.answer)}<br><small>{_marked(sheet.face)}</small></p>\n{picture}\n{section_html(lambda: _halts_html(sheet.results))}\n{section_html(lambda: sheet.written().to_html(border=0))}"
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #f2667cd4
 SECTIONS = {
@@ -456,11 +457,12 @@ td, thead th + th {text-align: right} td, th {padding: .15em .6em} tr + tr, tbod
 
 def _page(sheet):
     equity, subject = sheet.results[sheet.subject].equity, html_text(sheet.subject)
-    parts = {"Equity, drawdown, exposure": _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}", 140) + _halts_html(sheet.results),
-             "Returns by month": months_html(months(equity)), "Deepest drawdowns": spells_html(equity),
-             "A closer look": _picture(sheet.details(), f"rolling Sharpe ratio, returns, round trips and costs of {sheet.subject}", 140),
-             "Numbers": f'<div class="numbers" style="columns:{2 if len(sheet.results) < 4 else 1}">{sections_html(sheet.written())}</div>'}
-    body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in parts.items())
+    columns, what = 2 if len(sheet.results) < 4 else 1, "rolling Sharpe ratio, returns, round trips and costs"
+    parts = {"Equity, drawdown, exposure": lambda: _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}", 140) + _halts_html(sheet.results),
+             "Returns by month": lambda: months_html(months(equity)), "Deepest drawdowns": lambda: spells_html(equity),
+             "A closer look": lambda: _picture(sheet.details(), f"{what} of {sheet.subject}", 140),
+             "Numbers": lambda: f'<div class="numbers" style="columns:{columns}">{sections_html(sheet.written())}</div>'}
+    body = "\n".join(f"<h2>{title}</h2>\n{section_html(make)}" for title, make in parts.items())
     return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{subject}</title><style>{STYLE}</style></head>\n<body><h1>{subject}</h1>\n<p class="answer">{_marked(sheet.answer)}</p>\n<p>{_marked(sheet.face)}</p>\n{body}\n</body></html>\n'
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #1370db12

@@ -31,9 +31,9 @@ basis = Indicator("basis", _basis, {}, ("value",), lambda: 0, lambda: 1, (INDEX_
 @bare
 def _quote_volume(state, parameters, candle, out):
     "Quote volume over its mean of the window, 1 is usual; mean: that mean, quote per candle"
-    money = window_sum(state, candle[QUOTE_VOLUME], turn(state, parameters[0]), 2, 4)
+    money = window_sum(state, candle[QUOTE_VOLUME], turn(state, parameters[0]), 2, 5)
     if not complete(state): return
-    out[0] = candle[QUOTE_VOLUME] * parameters[0] / money if money > 0. else 1.
+    out[0] = parameters[0] * (candle[QUOTE_VOLUME] / money) if money > 0. else 1.
     out[1] = money / parameters[0]
 
 
@@ -41,12 +41,12 @@ def _quote_volume(state, parameters, candle, out):
 def _taker_share(state, parameters, candle, out):
     "Share of the volume of the window that takers bought, 0 to 1; a half where nothing was traded"
     clock = turn(state, parameters[0])
-    bought, volume = window_sum(state, candle[TAKER_BUY_VOLUME], clock, 2, 6), window_sum(state, candle[VOLUME], clock, 4, 6 + clock[1])
-    if complete(state): out[0] = bought / volume if volume > 0. else .5
+    bought, volume = window_sum(state, candle[TAKER_BUY_VOLUME], clock, 2, 8), window_sum(state, candle[VOLUME], clock, 5, 8 + clock[1])
+    if complete(state): out[0] = max(min(bought / volume, 1.), 0.) if volume > 0. else .5
 
 
-quote_volume = Indicator("quote_volume", _quote_volume, {"window": 20}, ("relative", "mean"), lambda window: window + 4, lambda window: window, (QUOTE_VOLUME,))
-taker_share = Indicator("taker_share", _taker_share, {"window": 1}, ("value",), lambda window: 2 * window + 6, lambda window: window, (TAKER_BUY_VOLUME,))
+quote_volume = Indicator("quote_volume", _quote_volume, {"window": 20}, ("relative", "mean"), lambda window: window + 5, lambda window: window, (QUOTE_VOLUME,))
+taker_share = Indicator("taker_share", _taker_share, {"window": 1}, ("value",), lambda window: 2 * window + 8, lambda window: window, (TAKER_BUY_VOLUME,))
 
 # %% ../../nbs/20_features/25_context.ipynb #b317e99f
 DAY = 86_400_000. # ms

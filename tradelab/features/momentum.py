@@ -9,7 +9,7 @@ __all__ = ['return_', 'log_return', 'roc', 'rsi', 'tsi', 'ppo', 'stochastic', 's
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, mean, moments, previous, push, recent, share, slide, smooth, turn, whole, window_high, window_low)
+    ROUNDING, Indicator, bare, complete, forgetting, mean, moments, previous, push, recent, rests, share, slide, smooth, turn, whole, window_high, window_low)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/22_momentum.ipynb #37c90211
@@ -45,11 +45,11 @@ roc = Indicator("roc", _roc, {"window": 12}, ("value",), lambda window: window +
 def _strength(state, window, close):
     before, count, alpha = previous(state, close), state[2], 1. / window
     if np.isnan(before): return np.nan
-    change, alpha = close - before, share(alpha, count)
+    change, alpha = close - before, share(alpha, (count == 0.) | rests(state, close == before, alpha, 5))
     gain, loss = smooth(state, max(change, 0.), alpha, 3), smooth(state, max(-change, 0.), alpha, 4)
     state[2] = count + 1.
     if state[2] < window: return np.nan
-    return 100. * gain / (gain + loss) if gain + loss > 0. else 50.
+    return 100. * (gain / (gain + loss)) if gain + loss > 0. else 50.
 
 
 @bare
@@ -58,42 +58,44 @@ def _rsi(state, parameters, candle, out):
     out[0] = _strength(state, parameters[0], candle[CLOSE])
 
 
-rsi = Indicator("rsi", _rsi, {"window": 14}, ("value",), lambda window: 5, lambda window: forgetting(1 / window) + 1)
+rsi = Indicator("rsi", _rsi, {"window": 14}, ("value",), lambda window: 6, lambda window: forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #786ccdb8
 @bare
 def _tsi(state, parameters, candle, out):
     "True strength index: twice averaged change of the close over its twice averaged size, -100 to 100"
     before, count, settled = previous(state, candle[CLOSE]), state[2], max(parameters[0], parameters[1])
-    slow, fast = share(2. / (parameters[0] + 1.), count), share(2. / (parameters[1] + 1.), count)
+    slow, fast = 2. / (parameters[0] + 1.), 2. / (parameters[1] + 1.)
     if np.isnan(before): return
-    change = candle[CLOSE] - before
+    begins = (count == 0.) | rests(state, candle[CLOSE] == before, min(slow, fast), 7)
+    change, slow, fast = candle[CLOSE] - before, share(slow, begins), share(fast, begins)
     net = smooth(state, smooth(state, change, slow, 3), fast, 4)
     way = smooth(state, smooth(state, abs(change), slow, 5), fast, 6)
     state[2] = count + 1.
-    if state[2] >= settled: out[0] = 100. * net / way if way > 0. else 0.
+    if state[2] >= settled: out[0] = 100. * max(min(net / way, 1.), -1.) if way > 0. else 0.
 
 
-tsi = Indicator("tsi", _tsi, {"slow": 25, "fast": 13}, ("value",), lambda slow, fast: 7,
+tsi = Indicator("tsi", _tsi, {"slow": 25, "fast": 13}, ("value",), lambda slow, fast: 8,
                 lambda slow, fast: forgetting(2 / (slow + 1)) + forgetting(2 / (fast + 1)) + 1)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #7c2860f2
 @bare
 def _ppo(state, parameters, candle, out):
     "Fast over slow exponential average less 1, in percent, its signal and histogram"
-    count, settled = state[0], max(parameters[0], parameters[1])
-    fast = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), count), 1)
-    slow = smooth(state, candle[CLOSE], share(2. / (parameters[1] + 1.), count), 2)
+    count, settled, before, slowest = state[0], max(parameters[0], parameters[1]), state[4], 2. / (max(parameters[0], parameters[1], parameters[2]) + 1.)
+    begins = (count == 0.) | rests(state, candle[CLOSE] == before, slowest, 5)
+    fast = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), begins), 1)
+    slow = smooth(state, candle[CLOSE], share(2. / (parameters[1] + 1.), begins), 2)
     value = 100. * (fast - slow) / slow
-    signal = smooth(state, value, share(2. / (parameters[2] + 1.), count), 3)
-    state[0] = count + 1.
+    signal = smooth(state, value, share(2. / (parameters[2] + 1.), begins), 3)
+    state[0], state[4] = count + 1., candle[CLOSE]
     if state[0] >= settled: out[0] = value
     if state[0] < settled + parameters[2] - 1.: return
     out[1] = signal
     out[2] = value - signal
 
 
-ppo = Indicator("ppo", _ppo, {"fast": 12, "slow": 26, "signal": 9}, ("ppo", "signal", "histogram"), lambda fast, slow, signal: 4,
+ppo = Indicator("ppo", _ppo, {"fast": 12, "slow": 26, "signal": 9}, ("ppo", "signal", "histogram"), lambda fast, slow, signal: 6,
                 lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
 
 # %% ../../nbs/20_features/22_momentum.ipynb #f31ded74
@@ -111,7 +113,7 @@ def _stochastic(state, parameters, candle, out):
     days, clock = parameters[1], turn(state, parameters[0])
     high, low = window_high(state, candle[HIGH], clock, 2, 6), window_low(state, candle[LOW], clock, 3, 6 + clock[1])
     if not complete(state): return
-    out[0] = 100. * (candle[CLOSE] - low) / (high - low) if high > low else 50.
+    out[0] = 100. * ((candle[CLOSE] - low) / (high - low)) if high > low else 50.
     out[1] = _mean_of_last(state, out[0], days, 4, 6 + 2 * clock[1])
 
 
@@ -125,16 +127,16 @@ def _stochastic_rsi(state, parameters, candle, out):
     window, first, second = whole(parameters[0]), whole(parameters[1]), whole(parameters[2])
     strength = _strength(state, parameters[0], candle[CLOSE])
     if np.isnan(strength): return
-    clock = turn(state, window, 5)
-    high, low = window_high(state, strength, clock, 7, 13), window_low(state, strength, clock, 8, 13 + window)
-    if not complete(state, 5): return
-    out[0] = 100. * (strength - low) / (high - low) if high - low > 1e-9 else 50.
-    out[1] = _mean_of_last(state, out[0], first, 9, 13 + 2 * window)
-    if not np.isnan(out[1]): out[2] = _mean_of_last(state, out[1], second, 11, 13 + 2 * (window + first))
+    clock = turn(state, window, 6)
+    high, low = window_high(state, strength, clock, 8, 14), window_low(state, strength, clock, 9, 14 + window)
+    if not complete(state, 6): return
+    out[0] = 100. * ((strength - low) / (high - low)) if high - low > 1e-9 else 50.
+    out[1] = _mean_of_last(state, out[0], first, 10, 14 + 2 * window)
+    if not np.isnan(out[1]): out[2] = _mean_of_last(state, out[1], second, 12, 14 + 2 * (window + first))
 
 
 stochastic_rsi = Indicator("stochastic_rsi", _stochastic_rsi, {"window": 14, "smooth": 3, "signal": 3}, ("value", "k", "d"),
-                           lambda window, smooth, signal: 2 * (window + smooth + signal) + 13,
+                           lambda window, smooth, signal: 2 * (window + smooth + signal) + 14,
                            lambda window, smooth, signal: forgetting(1 / window) + window + smooth + signal - 2)
 
 # %% ../../nbs/20_features/22_momentum.ipynb #a83727b5
@@ -143,7 +145,7 @@ def _williams_r(state, parameters, candle, out):
     "Distance of the close from the top of the range of the window, -100 to 0"
     clock = turn(state, parameters[0])
     high, low = window_high(state, candle[HIGH], clock, 2, 4), window_low(state, candle[LOW], clock, 3, 4 + clock[1])
-    if complete(state): out[0] = -100. * (high - candle[CLOSE]) / (high - low) if high > low else -50.
+    if complete(state): out[0] = -100. * ((high - candle[CLOSE]) / (high - low)) if high > low else -50.
 
 
 williams_r = Indicator("williams_r", _williams_r, {"window": 14}, ("value",), lambda window: 2 * window + 4, lambda window: window)
@@ -158,7 +160,7 @@ def _cci(state, parameters, candle, out):
     if not complete(state): return
     average = moments(state, typical, 2, start, clock[1])[0]
     for i in range(clock[1]): spread += abs(state[start + whole(i)] - average)
-    out[0] = (typical - average) / (.015 * spread / parameters[0]) if spread > 0. else 0.
+    out[0] = (typical - average) / (.015 * spread / parameters[0]) if spread > ROUNDING * typical * parameters[0] else 0.
 
 
 cci = Indicator("cci", _cci, {"window": 20}, ("value",), lambda window: 2 * window + 6, lambda window: window)

@@ -8,35 +8,37 @@ __all__ = ['sma', 'ema', 'wma', 'kama', 'macd', 'trix', 'adx', 'aroon', 'vortex'
 # %% ../../nbs/20_features/21_trend.ipynb #9f6fe851
 import numpy as np
 
-from tradelab.features.indicator import (
-    Indicator, bare, complete, extreme_age, forgetting, four, older, push, recent, same, share, slide, smooth, sum_anew, together, total, turn, two_sum, whole, window_high, window_low,
-    window_sum)
+from .indicator import (
+    ROUNDING, STILL, Indicator, above, bare, complete, extreme_age, forgetting, four, older, push, recent, rests, same, share, slide, smooth, sum_anew, together, total, turn, whole,
+    window_high, window_low, window_sum)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/21_trend.ipynb #ba8f4242
 @bare
 def _sma(state, parameters, candle, out):
     "Simple moving average of the close; relative: the close above it, a fraction"
-    summed = window_sum(state, candle[CLOSE], turn(state, parameters[0]), 2, 4)
+    summed = window_sum(state, candle[CLOSE], turn(state, parameters[0]), 2, 5)
     if not complete(state): return
     out[0] = summed / parameters[0]
     out[1] = candle[CLOSE] / out[0] - 1.
 
 
-sma = Indicator("sma", _sma, {"window": 20}, ("value", "relative"), lambda window: window + 4, lambda window: window)
+sma = Indicator("sma", _sma, {"window": 20}, ("value", "relative"), lambda window: window + 5, lambda window: window)
 
 # %% ../../nbs/20_features/21_trend.ipynb #ceb01463
 @bare
 def _ema(state, parameters, candle, out):
     "Exponential moving average of the close; relative: the close above it, a fraction"
-    average = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), state[0]), 1)
+    alpha, close, before = 2. / (parameters[0] + 1.), candle[CLOSE], state[2]
+    average = smooth(state, close, share(alpha, (state[0] == 0.) | rests(state, close == before, alpha, 3)), 1)
     state[0] += 1.
+    state[2] = close
     if state[0] < parameters[0]: return
     out[0] = average
-    out[1] = candle[CLOSE] / average - 1.
+    out[1] = close / average - 1.
 
 
-ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda window: 2, lambda window: forgetting(2 / (window + 1)))
+ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda window: 4, lambda window: forgetting(2 / (window + 1)))
 
 # %% ../../nbs/20_features/21_trend.ipynb #571e416b
 @bare
@@ -74,7 +76,7 @@ def _way(
     change,     # of the close, not negative
     close,
     clock,
-    at,         # three cells from here: whether there may be a rest, the sum, the rest
+    at,         # two cells from here: whether there may be a rest, the sum
     ring,       # where the ring begins
 )->float:
     "Put a change into the window; the sum over it"
@@ -83,13 +85,9 @@ def _way(
     if rounded == 0. and result <= .25 * close:
         state[at + 1] = result
         return result
-    change, lost = two_sum(change, -left)
-    result, other = two_sum(state[at + 1], change)
-    rest = (state[at + 2] + lost) + other
-    if clock[2]: result, rest = sum_anew(state, ring, clock[1])
-    state[at] = 0. if clock[2] and result <= .25 * close else 1.
-    state[at + 1], state[at + 2] = result, rest
-    return result + rest
+    result, rest, last, _ = sum_anew(state, clock, ring)
+    state[at], state[at + 1] = 0. if rest == 0. and result <= .25 * close else 1., result
+    return result + (rest + last)
 
 # %% ../../nbs/20_features/21_trend.ipynb #5cfaffcb
 @bare
@@ -97,11 +95,12 @@ def _kama(state, parameters, candle, out):
     "Kaufman's adaptive moving average of the close; relative: the close above it, a fraction"
     close, clock, fast, slow = candle[CLOSE], turn(state, parameters[0]), 2. / (parameters[1] + 1.), 2. / (parameters[2] + 1.)
     before, average = state[2], state[3]
+    resting = rests(state, close == before, min(fast, slow), 6)
     past, way = push(state, close, clock, 7 + clock[1]), _way(state, abs(close - before), close, clock, 4, 7)
     state[2] = state[3] = close
     if past == 0.: return
     efficiency = abs(close - past) / way if way > 0. else 0.
-    average += (efficiency * (fast - slow) + slow) ** 2 * (close - average)
+    average += share((efficiency * (fast - slow) + slow) ** 2, resting) * (close - average)
     state[3] = average
     out[0] = average
     out[1] = close / average - 1.
@@ -114,11 +113,12 @@ kama = Indicator("kama", _kama, {"window": 10, "fast": 2, "slow": 30}, ("value",
 @bare
 def _macd(state, parameters, candle, out):
     "Fast less slow exponential average, its signal and histogram; relative: the histogram over the close"
-    count, settled = state[0], max(parameters[0], parameters[1])
-    fast = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), count), 1)
-    slow = smooth(state, candle[CLOSE], share(2. / (parameters[1] + 1.), count), 2)
-    signal = smooth(state, fast - slow, share(2. / (parameters[2] + 1.), count), 3)
-    state[0] = count + 1.
+    count, settled, before, slowest = state[0], max(parameters[0], parameters[1]), state[4], 2. / (max(parameters[0], parameters[1], parameters[2]) + 1.)
+    begins = (count == 0.) | rests(state, candle[CLOSE] == before, slowest, 5)
+    fast = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), begins), 1)
+    slow = smooth(state, candle[CLOSE], share(2. / (parameters[1] + 1.), begins), 2)
+    signal = smooth(state, fast - slow, share(2. / (parameters[2] + 1.), begins), 3)
+    state[0], state[4] = count + 1., candle[CLOSE]
     if state[0] >= settled: out[0] = fast - slow
     if state[0] < settled + parameters[2] - 1.: return
     out[1] = signal
@@ -126,22 +126,24 @@ def _macd(state, parameters, candle, out):
     out[3] = out[2] / candle[CLOSE]
 
 
-macd = Indicator("macd", _macd, {"fast": 12, "slow": 26, "signal": 9}, ("macd", "signal", "histogram", "relative"), lambda fast, slow, signal: 4,
+macd = Indicator("macd", _macd, {"fast": 12, "slow": 26, "signal": 9}, ("macd", "signal", "histogram", "relative"), lambda fast, slow, signal: 6,
                  lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
 
 # %% ../../nbs/20_features/21_trend.ipynb #bcb3162c
 @bare
 def _trix(state, parameters, candle, out):
     "Change of the threefold exponential average of the close, in percent"
-    alpha, before = share(2. / (parameters[0] + 1.), state[0]), state[3]
+    alpha, before, close = 2. / (parameters[0] + 1.), state[3], state[4]
+    alpha = share(alpha, (state[0] == 0.) | rests(state, candle[CLOSE] == close, alpha, 5))
     value = smooth(state, candle[CLOSE], alpha, 1)
     value = smooth(state, value, alpha, 2)
     value = smooth(state, value, alpha, 3)
     state[0] += 1.
+    state[4] = candle[CLOSE]
     if state[0] > parameters[0]: out[0] = 100. * (value / before - 1.)
 
 
-trix = Indicator("trix", _trix, {"window": 15}, ("value",), lambda window: 4, lambda window: 3 * forgetting(2 / (window + 1)) + 1)
+trix = Indicator("trix", _trix, {"window": 15}, ("value",), lambda window: 6, lambda window: 3 * forgetting(2 / (window + 1)) + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #cfe08255
 @bare
@@ -150,20 +152,21 @@ def _adx(state, parameters, candle, out):
     window, high, low, close, count, settled = parameters[0], state[0], state[1], state[2], state[3], state[4]
     state[0], state[1], state[2] = candle[HIGH], candle[LOW], candle[CLOSE]
     if close == 0.: return
-    up, down, alpha = candle[HIGH] - high, low - candle[LOW], share(1. / window, count)
-    plus = smooth(state, up if up > down and up > 0. else 0., alpha, 5)
-    minus = smooth(state, down if down > up and down > 0. else 0., alpha, 6)
+    resting = rests(state, (candle[HIGH] == high) & (candle[LOW] == low) & (candle[CLOSE] == close), 1. / window, 9)
+    up, down, alpha, edge = candle[HIGH] - high, low - candle[LOW], share(1. / window, (count == 0.) | resting), ROUNDING * high
+    plus = smooth(state, up if up - down > edge and up > 0. else 0., alpha, 5)
+    minus = smooth(state, down if down - up > edge and down > 0. else 0., alpha, 6)
     true_range = smooth(state, max(candle[HIGH], close) - min(candle[LOW], close), alpha, 7)
     state[3] = count + 1.
     if state[3] < window: return
-    out[1] = 100. * plus / true_range if true_range > 0. else 0.
-    out[2] = 100. * minus / true_range if true_range > 0. else 0.
-    index = smooth(state, 100. * abs(plus - minus) / (plus + minus) if plus + minus > 0. else 0., share(1. / window, settled), 8)
+    out[1] = 100. * (plus / true_range) if true_range > 0. else 0.
+    out[2] = 100. * (minus / true_range) if true_range > 0. else 0.
+    index = smooth(state, 100. * (abs(plus - minus) / (plus + minus)) if plus + minus > 0. else 0., share(1. / window, (settled == 0.) | resting), 8)
     state[4] = settled + 1.
     if state[4] >= window: out[0] = index
 
 
-adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda window: 9, lambda window: 2 * forgetting(1 / window) + 1)
+adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda window: 10, lambda window: 2 * forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #32ddd67f
 @bare
@@ -189,15 +192,15 @@ def _vortex(state, parameters, candle, out):
     state[2], state[3], state[4] = candle[HIGH], candle[LOW], candle[CLOSE]
     if close == 0.: return
     clock = turn(state, size)
-    up, down = window_sum(state, abs(candle[HIGH] - low), clock, 5, 11), window_sum(state, abs(candle[LOW] - high), clock, 7, 11 + size)
-    moved = window_sum(state, max(candle[HIGH], close) - min(candle[LOW], close), clock, 9, 11 + 2 * size)
+    up, down = window_sum(state, abs(candle[HIGH] - low), clock, 5, 14), window_sum(state, abs(candle[LOW] - high), clock, 8, 14 + size)
+    moved = window_sum(state, max(candle[HIGH], close) - min(candle[LOW], close), clock, 11, 14 + 2 * size)
     if not complete(state): return
     out[1] = up / moved if moved > 0. else 1.
     out[2] = down / moved if moved > 0. else 1.
     out[0] = out[1] - out[2]
 
 
-vortex = Indicator("vortex", _vortex, {"window": 14}, ("difference", "plus", "minus"), lambda window: 3 * window + 11, lambda window: window + 1)
+vortex = Indicator("vortex", _vortex, {"window": 14}, ("difference", "plus", "minus"), lambda window: 3 * window + 14, lambda window: window + 1)
 
 # %% ../../nbs/20_features/21_trend.ipynb #31b8ba34
 @bare
@@ -208,9 +211,10 @@ def _follow(
     top,        # of this candle, in the direction of the side
     bottom,     # against it
     before,     # the candle before
+    still,      # whether it is the same as the one before
 )->float:       # the stop that held for this candle, or the one on the other side that it made
     "One step of the stop on the side that it is on; state becomes that of the next candle"
-    if bottom > state[1]:
+    if (bottom > state[1]) | still:
         stop = state[1]
         if top > state[2]: state[2], state[3] = top, min(state[3] + step, limit)
         state[1] = min(stop + state[3] * (state[2] - stop), before, bottom)
@@ -222,15 +226,17 @@ def _follow(
 def _psar(state, parameters, candle, out):
     "Parabolic stop and reverse in quote; relative: the close above it, a fraction; trend: 1 above it, -1 below"
     step, limit, high, low = parameters[0], parameters[1], state[4], state[5]
+    still = (candle[HIGH] == high) & (candle[LOW] == low)
+    begins = rests(state, still, step * STILL / 5., 6) | (state[0] == 0.)
     state[4], state[5] = candle[HIGH], candle[LOW]
     if high == 0.: return
-    if state[0] == 0.:
-        state[0] = -1. if low - candle[LOW] > max(candle[HIGH] - high, 0.) else 1.
+    if begins:
+        state[0] = -1. if above(low - candle[LOW], max(candle[HIGH] - high, 0.), high) else 1.
         state[1], state[2], state[3] = (low, candle[HIGH], step) if state[0] > 0. else (-high, -candle[LOW], step)
         high, low = candle[HIGH], candle[LOW]
     side = state[0]
     top, bottom, before = (candle[HIGH], candle[LOW], low) if side > 0. else (-candle[LOW], -candle[HIGH], -high)
-    stop = _follow(state, step, limit, top, bottom, before)
+    stop = _follow(state, step, limit, top, bottom, before, still)
     if np.isnan(stop):
         past = low if side < 0. else -high  # the other side, turned over
         stop = min(-state[2], past, -top)
@@ -241,7 +247,7 @@ def _psar(state, parameters, candle, out):
     out[2] = state[0]
 
 
-psar = Indicator("psar", _psar, {"step": .02, "maximum": .2}, ("value", "relative", "trend"), lambda step, maximum: 6, lambda step, maximum: 50 + int(np.ceil(10 / step)))
+psar = Indicator("psar", _psar, {"step": .02, "maximum": .2}, ("value", "relative", "trend"), lambda step, maximum: 7, lambda step, maximum: 50 + int(np.ceil(10 / step)))
 
 # %% ../../nbs/20_features/21_trend.ipynb #acba4d31
 @bare

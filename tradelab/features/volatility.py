@@ -9,30 +9,35 @@ __all__ = ['atr', 'bollinger', 'volatility', 'realised_volatility', 'ulcer', 'ke
 import numpy as np
 
 from .indicator import (
-    Indicator, bare, complete, forgetting, moments, previous, recent, share, slide, smooth, turn, window_high, window_low, window_sum)
+    Indicator, bare, complete, forgetting, moments, previous, recent, rests, share, slide, smooth, turn, window_high, window_low, window_sum)
 from ..records import CLOSE, HIGH, LOW
 
 # %% ../../nbs/20_features/23_volatility.ipynb #1ddd5b23
 @bare
-def _range_average(state, candle, alpha):
-    "Of the true range; cells: the close before, the count, the average"
-    before, alpha = state[0] if state[0] > 0. else candle[CLOSE], share(alpha, state[1])
-    state[0] = candle[CLOSE]
+def _range_average(state, candle, alpha, slowest):
+    "Of the true range, and whether the market rests; cells: the close before, the count, the average, the range before, for how long it has been the same"
+    (before, last), close = (state[0], state[3]), candle[CLOSE]
+    start = before if before > 0. else close
+    width = max(candle[HIGH], start) - min(candle[LOW], start)
+    resting = rests(state, (width == last) & (close == before), slowest, 4)
+    alpha = share(alpha, (state[1] == 0.) | resting)
+    state[0], state[3] = close, width
     state[1] += 1.
-    state[2] = (1. - alpha) * state[2] + alpha * (max(candle[HIGH], before) - min(candle[LOW], before))
-    return state[2]
+    state[2] = (1. - alpha) * state[2] + alpha * width
+    return state[2], resting
 
 
 @bare
 def _atr(state, parameters, candle, out):
     "Average true range in quote; relative: a fraction of the close"
-    average = _range_average(state, candle, 1. / parameters[0])
+    alpha = 1. / parameters[0]
+    average, _ = _range_average(state, candle, alpha, alpha)
     if state[1] < parameters[0]: return
     out[0] = average
     out[1] = average / candle[CLOSE]
 
 
-atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda window: 3, lambda window: forgetting(1 / window) + 1)
+atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda window: 5, lambda window: forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #04e84211
 @bare
@@ -74,31 +79,34 @@ def _realised_volatility(state, parameters, candle, out):
     "Root of the summed squared log returns of the window: a fraction for that horizon"
     before = previous(state, candle[CLOSE])
     if np.isnan(before): return
-    summed = window_sum(state, np.log(candle[CLOSE] / before) ** 2, turn(state, parameters[0], 2), 4, 6)
+    summed = window_sum(state, np.log(candle[CLOSE] / before) ** 2, turn(state, parameters[0], 2), 4, 7)
     if complete(state, 2): out[0] = np.sqrt(summed)
 
 
-realised_volatility = Indicator("realised_volatility", _realised_volatility, {"window": 24}, ("value",), lambda window: window + 6, lambda window: window + 1)
+realised_volatility = Indicator("realised_volatility", _realised_volatility, {"window": 24}, ("value",), lambda window: window + 7, lambda window: window + 1)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #f5497c0a
 @bare
 def _ulcer(state, parameters, candle, out):
     "Ulcer index: root of the mean squared drawdown from the highest close of the window, in percent"
     clock = turn(state, parameters[0])
-    high = window_high(state, candle[CLOSE], clock, 2, 7)
+    high = window_high(state, candle[CLOSE], clock, 2, 8)
     if not complete(state): return
-    summed = window_sum(state, (100. * (candle[CLOSE] - high) / high) ** 2, turn(state, parameters[0], 3), 5, 7 + clock[1])
+    summed = window_sum(state, (100. * (candle[CLOSE] - high) / high) ** 2, turn(state, parameters[0], 3), 5, 8 + clock[1])
     if complete(state, 3): out[0] = np.sqrt(summed / parameters[0])
 
 
-ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 * window + 7, lambda window: 2 * window - 1)
+ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 * window + 8, lambda window: 2 * window - 1)
 
 # %% ../../nbs/20_features/23_volatility.ipynb #3bda5e0c
 @bare
 def _keltner(state, parameters, candle, out):
     "Place in the Keltner channel, 0 to 1, its relative width, and its lines in quote"
-    middle = smooth(state, candle[CLOSE], share(2. / (parameters[0] + 1.), state[1]), 3)
-    half = parameters[2] * _range_average(state, candle, 1. / parameters[1])
+    alpha, beta = 2. / (parameters[0] + 1.), 1. / parameters[1]
+    begins = state[1] == 0.
+    half, resting = _range_average(state, candle, beta, min(alpha, beta))
+    middle = smooth(state, candle[CLOSE], share(alpha, begins | resting), 5)
+    half *= parameters[2]
     if state[1] < max(parameters[0], parameters[1]): return
     out[0] = .5 + .5 * (candle[CLOSE] - middle) / half if half > 0. else .5
     out[1] = 2. * half / middle
@@ -108,7 +116,7 @@ def _keltner(state, parameters, candle, out):
 
 
 keltner = Indicator("keltner", _keltner, {"window": 20, "atr": 10, "multiplier": 2.}, ("percent", "width", "upper", "lower", "middle"),
-                    lambda window, atr, multiplier: 4, lambda window, atr, multiplier: max(forgetting(2 / (window + 1)), forgetting(1 / atr) + 1))
+                    lambda window, atr, multiplier: 6, lambda window, atr, multiplier: max(forgetting(2 / (window + 1)), forgetting(1 / atr) + 1))
 
 # %% ../../nbs/20_features/23_volatility.ipynb #07768cf2
 @bare

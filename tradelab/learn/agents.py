@@ -23,13 +23,15 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
+from ..market.filters import instruments_for
 
 from ..config import nearest, settings
 from ..features.observation import Observation
 from .env import Market, MarketVecEnv
 from .registry import Run, reserved, runs_folder, save
-from ..market.candles import check, data_hash, frames_of, matrix, text
+from ..market.candles import check, data_hash, frames_of, matrix, milliseconds, moment, text
 from ..market.candles import timeframe_of as candles_timeframe
+from ..market.exogenous import series_record, with_series
 from ..policies import Policy, mlp, pack
 from ..records import Instrument
 
@@ -175,6 +177,7 @@ def train(
     seed:int=0,
     funding=None,             # Series of rates by UTC time, or a dict of them by symbol
     watch=None,               # frames by symbol that features look at and nobody trades
+    series=None,              # Exogenous by the name that features read, of `market.exogenous.load_series`
     scaler:str="standard",    # or "robust"
     costs=None,               # CostModel; default: of the settings
     limits=None,              # Limits; default: of the settings
@@ -194,13 +197,15 @@ def train(
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     torch.set_num_threads(1)
     runs = runs_folder(folder)
+    watch = with_series(watch, series, candles)
     frames, symbols = frames_of(candles, watch, funding, gaps)
     timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
     observation = observation.on(symbols, timeframe)
     if observation.scaler is None: observation = observation.fit(frames, scaler, gaps)
-    costs, limits, instruments = costs or here.costs, limits or here.risk, tuple(instruments or map(Instrument, symbols))
+    costs, limits, instruments = costs or here.costs, limits or here.risk, instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments)
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
               "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch or gaps else candles)}
+    if series: config["series"] = series_record({name: series[name] for name in observation.series}, moment(config["span"][1]) + milliseconds(timeframe))
     market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch, gaps=gaps)
     config["episode"] = episode or min(EPISODE, market.longest)
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)

@@ -7,22 +7,25 @@ __all__ = ['RUIN', 'MEMORY', 'SHARED', 'POPULATION', 'TRUNCATED', 'TERMINATED', 
            'spaces', 'Population', 'MarketEnv', 'MarketVecEnv']
 
 # %% ../../nbs/80_learn/80_env.ipynb #10f6d0c4
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import gymnasium
 import numpy as np
 from numba import types
 from stable_baselines3.common.vec_env import VecEnv
+from ..market.filters import instruments_for
 
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
 from ..features.observation import Observation, assemble, waiting
 from ..market.candles import frames_of, matrix, text, timeframe_at
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Instrument, Limits
+from ..market.exogenous import with_series
+from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Limits
 from ..risk.limits import warm_up
 from ..sim.backtest import funding_rates, looked_at
-from ..sim.costs import BOOK, warm_up as costs_warm_up
+from ..sim.costs import BOOK
+from ..sim.costs import warm_up as costs_warm_up
 from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
 
@@ -39,11 +42,12 @@ class Market:
     rules:Rules             # costs, limits, instruments, execution
     first:int               # the first candle that can be decided on
     deposit:float           # quote
+    stale:np.ndarray = field(default_factory=lambda: np.zeros(0, bool)) # (T,), when a stale series makes every action flat; or empty
 
     @classmethod
-    def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, execution=Execution(), funding=None, watch=None, deposit=10_000., gaps=False):
+    def of(cls, candles, observation, *, costs=CostModel(), limits=Limits(), instruments=None, execution=Execution(), funding=None, watch=None, series=None, deposit=10_000., gaps=False):
         "From a frame, or a dict of frames by symbol; `watch`: those that features look at and nobody trades; `gaps`: carry holes through"
-        frames, symbols = frames_of(candles, watch, funding, gaps)
+        frames, symbols = frames_of(candles, with_series(watch, series, candles), funding, gaps)
         times, known, names = matrix(frames, KNOWN)
         observation, values = observation.on(symbols, timeframe_at(times)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
         first = max(observation.warm_up, warm_up(limits), costs_warm_up(costs))
@@ -53,7 +57,7 @@ class Market:
         if len(times) < first + 2:
             raise ValueError(f"{len(times)} candles are too few to train on: features, limits and costs need {first} to warm up, and an episode at least 2")
         return cls(tape_of(times, values, funding_rates(funding, times, symbols), costs, limits, waits), features, observation,
-                   rules_of(costs, limits, instruments or [Instrument(symbol) for symbol in symbols], execution), first, deposit)
+                   rules_of(costs, limits, instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments), execution), first, deposit, observation.stale(looked_at(observation, known, names)))
 
     @property
     def longest(self)->int: return len(self.tape.times) - 1 - self.first
@@ -202,6 +206,7 @@ class Population:
     def step(self, actions)->int:
         "Live through one candle everywhere; how many `ended` with it"
         self.actions[...] = actions
+        if len(self.market.stale): self.actions[self.market.stale[self.at] & (np.abs(self.actions) <= 1.).all(axis=1)] = 0.
         count = self._step(self._address)
         if count < 0: self._refuse(-1 - count)
         return count

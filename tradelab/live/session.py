@@ -6,7 +6,7 @@
 __all__ = ['logger', 'SAME', 'QUIET', 'Journal', 'write_status', 'median_and_p99', 'Statistics', 'RefusedStart',
            'check_instruments', 'check_explained', 'check_same', 'reserve_of', 'Signals', 'undisturbed', 'Listener',
            'Bookkeeper', 'symbol_line', 'status_line', 'Sender', 'Auditor', 'around', 'Stepper', 'history', 'rehearse',
-           'Recovery', 'Checker', 'Preparation', 'Starter', 'Session']
+           'Recovery', 'Checker', 'Preparation', 'Starter', 'refuse_series', 'Session']
 
 # %% ../../nbs/70_live/75_session.ipynb #1338204d
 import asyncio
@@ -118,7 +118,7 @@ def check_instruments(ours:tuple, theirs:tuple):
     for mine, listed in zip(ours, theirs):
         for name in ("quantity_step", "min_quantity", "min_notional"):
             if getattr(listed, name) > getattr(mine, name):
-                raise RefusedStart(f"{mine.symbol}: the exchange's {name} is {getattr(listed, name)}, the trader was built for {getattr(mine, name)}: build it with {listed}")
+                raise RefusedStart(f"{mine.symbol}: the exchange's {name} is {getattr(listed, name)}, the trader was built for {getattr(mine, name)}: build it with {listed!r}")
 
 # %% ../../nbs/70_live/75_session.ipynb #19c933ac
 def check_explained(expected:dict, money:Money):
@@ -553,6 +553,12 @@ class Starter(Preparation):
                 self._tell(f"session {self.id} {state}: " + ", ".join(f"{name} {value}" for name, value in self.statistics.summary().items()))
 
 # %% ../../nbs/70_live/75_session.ipynb #726b8888
+def refuse_series(trader):
+    "Refuse a policy whose figures nobody would ask for anew; a live job may ask before it starts anything"
+    names = getattr(trader.observation, "series", ())
+    if names: raise RefusedStart(f"policy {trader.policy.name} reads the series {', '.join(names)}, and a live session cannot ask for news and macro figures anew yet: trade a policy without series(...), or stay with backtests")
+
+# %% ../../nbs/70_live/75_session.ipynb #a3563ded
 class Session(Starter):
     "A trader on an exchange; `await session.run()` until it is stopped"
 
@@ -570,6 +576,7 @@ class Session(Starter):
         say=print,               # one line for each thing that happens
         progress=lambda statistics: None,
     ):
+        refuse_series(trader)
         if bool(id) == bool(resume): raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
         self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe, patience, say, progress
         self.source = source

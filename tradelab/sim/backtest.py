@@ -14,13 +14,15 @@ import numba
 import numpy as np
 import pandas as pd
 from numba import types
+from ..market.filters import instruments_for
 
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
 from ..features.observation import Observation, assemble, waiting
 from ..market.candles import frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
+from ..market.exogenous import check_series, with_series
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, CostModel, Execution, Fill, Funding, Instrument, Limits
+from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, SERIES, CostModel, Execution, Fill, Funding, Limits
 from ..risk.limits import Gate, warm_up
 from .costs import warm_up as costs_warm_up
 from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
@@ -48,11 +50,12 @@ def funding_rates(
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #ed688767
 WORLDS, ROWS = numba.from_dtype(WORLD)[::1], numba.from_dtype(JOURNAL)[:, ::1]
-LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32[:, :, ::1], types.int64, types.int64, WORLDS, types.float64[::1], types.float64[:, ::1], ROWS, types.float32[:, :, ::1])
+LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32[:, :, ::1], types.int64, types.int64, WORLDS, types.float64[::1], types.float64[:, ::1], ROWS, types.float32[:, :, ::1],
+                   types.boolean[::1])
 
 
 @compiled(LOOP, error_model="numpy", _nrt=False)
-def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations):
+def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations, stale):
     tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
     unwritten = 0. if len(answer) > 2 * world[0]["symbols"] else np.nan   # a place that no order fills is empty, a target that no rule writes is none
     keep, window, room = len(observations) > 1, features.shape[0] - len(tape.times) + 1, state.orders.size + EACH * len(state.books)
@@ -63,6 +66,7 @@ def _loop(policy, parameters, features, start, first, world, answer, targets, jo
             assemble(features[t:t + window], state.account, state.positions, seen)
             answer[:] = unwritten if tape.waits[min(t, len(tape.waits) - 1)] == 0 else 0.
             if tape.waits[min(t, len(tape.waits) - 1)] == 0: policy(parameters, seen, answer)
+            if len(stale) > 0 and stale[t]: answer[:world[0]["symbols"]] = 0.
         if step(t, world, answer if len(targets) == 0 else targets[t], journal[t - start]) != DONE: return t
     return len(tape.times) - 1
 
@@ -70,7 +74,7 @@ def _loop(policy, parameters, features, start, first, world, answer, targets, jo
 def make_trader(
     policy:Policy,
     limits:Limits=Limits(),
-    instruments:tuple=(Instrument(),), # one per symbol
+    instruments:tuple=(),              # Instrument each, one per symbol
     deposit:float=10_000.,             # quote
     timeframe:str="",                  # of the candles; needed where a feature stands on another
 )->Trader:
@@ -151,6 +155,7 @@ def looked_at(
 )->np.ndarray:           # (T, observation.rows, KNOWN)
     "The candles that an observation is given, in its order"
     missing = [symbol for symbol in observation.rows if symbol not in names]
+    if missing and missing[0].startswith(SERIES): raise ValueError(f"a feature reads the series {missing[0].removeprefix(SERIES)!r}, which is not there: give it, series={{{missing[0].removeprefix(SERIES)!r}: ...}}")
     if missing: raise ValueError(f"a feature looks at {missing[0]}, whose candles are not there: give them, watch={{{missing[0]!r}: frame}}")
     rows = [names.index(symbol) for symbol in observation.rows]
     return known if rows == list(range(len(names))) else known[:, rows]
@@ -206,9 +211,10 @@ def _named(error, policy, time):
 def _arrays(policy, observation, known, start, world, journal, observations):
     t, symbols, times = start, journal.shape[1], world.tape.times
     features, answer, targets = observation.matrix(known), np.zeros(policy.answers(symbols)), policy.targets if isinstance(policy, Given) else np.zeros((0, symbols))
+    stale = observation.stale(known)
     features = np.concatenate([np.full((observation.window - 1, *features.shape[1:]), np.nan, np.float32), features])
     while True:
-        try: t = _loop(_function(policy), policy.parameters, features, start, t, world.row, answer, targets, journal, observations)
+        try: t = _loop(_function(policy), policy.parameters, features, start, t, world.row, answer, targets, journal, observations, stale)
         except Exception as error: raise _named(error, policy, times[start + (journal["open_time"][:, 0] > 0).sum()]) from error
         if world.row["code"][0] != DONE: raise ValueError(f"{policy.name} answered {answer.tolist()} at the candle of {text(times[t])}: {FAULTS[world.row['code'][0]]}")
         if t == len(times) - 1: return
@@ -221,6 +227,7 @@ def _run(policy, market, first, setting, form, keep, symbols, face):
     observation, candles = Observation.of(policy, timeframe).on(symbols), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
     rules, journal = rules_of(costs, limits, instruments, execution, policy.orders), np.zeros((len(times) - 1 - first, len(symbols)), JOURNAL)
     looked = looked_at(observation, known, names)
+    if policy.orders and observation.stale(looked).any(): raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: answer with targets, or set when_stale to hold or refuse")
     waits = waiting(times, observation.matrix(looked), observation.window) if holed else None
     world = World(tape_of(times, candles, rates, costs, limits, waits), new_state(new_account(deposit), np.zeros(len(symbols), POSITION), rules.execution, 1_000), rules)
     seen = np.zeros((len(journal) if keep else 1, len(symbols), observation.width), np.float32)
@@ -228,7 +235,7 @@ def _run(policy, market, first, setting, form, keep, symbols, face):
     if form == "event" and not isinstance(policy, Given): _events(policy, looked, timeframe, first, world, (limits, instruments), journal, seen)
     else: _arrays(policy, observation, looked, first, world, journal, seen)
     state = world.state
-    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3])
+    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3], instruments)
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #cb1a8c6e
 SIZED = "held at the policy's size"
@@ -286,10 +293,11 @@ def backtest(
     *,
     costs:CostModel|None=None,
     limits:Limits|None=None,
-    instruments:tuple|None=None, # one per symbol
+    instruments:tuple|None=None, # one per symbol; default: the run's, else `market.filters.instruments_for` looks them up
     execution:Execution=Execution(), # how targets become orders
     funding=None,                # Series of rates by UTC time, or a dict of them by symbol
     watch=None,                  # frames by symbol that features look at and nobody trades
+    series=None,                 # Exogenous by the name that features read, of `market.exogenous.load_series`
     deposit:float=10_000.,       # quote
     form:str="array",            # or "event": through a `Trader`, candle by candle
     beside:tuple=(flat(), buy_and_hold()), # policies to compare with, over the same candles; see `baselines_of`
@@ -297,11 +305,12 @@ def backtest(
     gaps:bool=False,             # carry holes in the candles through; otherwise the first one is refused
 )->Result:
     "Run a policy over candles, net of costs. ValueError where the span is too short, or a policy answers with NaN"
-    frames, symbols = frames_of(candles, watch, funding, gaps)
+    frames, symbols = frames_of(candles, with_series(watch, series, candles), funding, gaps)
     times, known, names = matrix(frames, KNOWN)
+    check_series(getattr(policy, "config", {}).get("series"), series or {})
     run, policy = policy, given(policy, times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
     timeframe = timeframe_at(times)
-    instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
+    instruments = instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments, getattr(run, "instruments", ()))
     holes, missing = holes_in(times)
     market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols), holes > 0
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())

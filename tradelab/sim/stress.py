@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+from ..market.filters import instruments_for
 
 from ..market.candles import frames_of, period_of, times
 from ..records import CostModel
+from ..risk.answers import halted_text, halts
 from .backtest import backtest, sources_of
 from ..texts import figure_text, html_text
 
@@ -101,11 +103,15 @@ class Stress:
                           "Fees [quote]": numbers.fees, "Spread and impact [quote]": float((fills["spread"] + fills["impact"]).sum()), "Funding [quote]": numbers.funding}
         return pd.DataFrame(rows).T
 
+    def halted(self)->str:
+        "In which scenarios trading was halted, since when and why; a line each"
+        return "\n".join(f"{name}: {halted_text(result.journal)}" for name, result in self.results.items() if len(halts(result.journal)))
+
     def plot(self):
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name), color=None if number else "#123f63")
+        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else "#123f63")
         axis.set_ylabel("Equity [x start]")
         axis.set_xlabel("Time [UTC]")
         axis.set_title(figure_text(self.note, 160), loc="left", fontsize=7.5, color="#555555")
@@ -113,8 +119,8 @@ class Stress:
         plt.close(figure)
         return figure
 
-    def __str__(self): return f"{self.note}\n" + self.table().to_string(float_format="{:,.2f}".format)
-    def _repr_html_(self): return f"<p>{html_text(self.note)}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
+    def __str__(self): return f"{self.note}\n" + (f"{self.halted()}\n" if self.halted() else "") + self.table().to_string(float_format="{:,.2f}".format)
+    def _repr_html_(self): return f"<p>{html_text(self.note)}<br>{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
 
 # %% ../../nbs/50_sim/57_stress.ipynb #9f31dd89
 def stress(
@@ -132,6 +138,7 @@ def stress(
     frames, symbols = frames_of(candles, None, funding, gaps)
     costs = costs or getattr(policy, "costs", CostModel())
     rates = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
+    settings["instruments"] = instruments_for({symbol: frames[symbol] for symbol in symbols}, settings.get("instruments"), getattr(policy, "instruments", ())) # of the market as it was: a price that jumps changes no tick
     run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), gaps=gaps, **settings)
     plain = Scene({symbol: frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in symbols}, rates, costs)
     first = run(plain)
