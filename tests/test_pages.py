@@ -1,6 +1,8 @@
 "Pages, tables and pictures: the answer first, halts and stops said, nothing drawn over something else"
 import itertools
 import re
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -22,6 +24,8 @@ from tradelab.risk.answers import STOPS_DECIDED, answered_text, halted_text, hal
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.stress import stress
 from tradelab.strategies.example import Momentum
+
+ROOT = Path(__file__).parents[1]
 
 
 def journal_of(reasons, symbols=1):
@@ -176,3 +180,21 @@ def test_a_stress_says_who_was_halted():
 @pytest.mark.parametrize("job", ["backtest", "report", "live"])
 def test_a_job_says_which_cell_is_its_answer(root, job):
     assert sum("answer" in cell.metadata.get("tags", []) for cell in nbformat.read(root / f"nbs/{job}.ipynb", 4).cells) == 1
+
+
+@pytest.mark.parametrize("job", ("train", "backtest", "live", "replay", "report"))
+def test_the_lab_saves_a_job_as_it_is_kept(job):
+    "What Run All has added is left out, so that git sees no change"
+    strip = runpy.run_path(str(ROOT / ".ci/jupyter_server_config.py"))["strip"]
+    path = ROOT / "nbs" / f"{job}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for count, cell in enumerate(each for each in notebook.cells if each.cell_type == "code"):
+        cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="done")], count + 1
+        cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
+    model = {"type": "notebook", "content": notebook}
+    strip(model, path.name)
+    assert nbformat.writes(nbformat.from_dict(model["content"]), nbformat.NO_CONVERT) + "\n" == path.read_text()
+    page = {"type": "notebook", "content": {"cells": [{"cell_type": "code", "outputs": [1]}]}}
+    strip(page, "index.ipynb"), strip(page, "00_ground/01_records.ipynb")
+    assert page["content"]["cells"][0]["outputs"] == [1]                        # a page keeps what it shows
