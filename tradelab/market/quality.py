@@ -743,7 +743,7 @@ def straight(
     return [(*run, "closes") for run in improbable((bend(close) < .02 * scale) & moved)] + [(*run, "volumes") for run in improbable((bend(volume) <= 1e-6 * volume) & (volume > 0))]
 
 # %% ../../nbs/10_market/12_quality.ipynb #993c8a64
-GRAM = 4 # rows
+GRAM = 6 # rows
 
 
 def mixed(
@@ -771,7 +771,7 @@ def copies(
     order = np.argsort(grams, kind="stable")
     twice = grams[order][1:] == grams[order][:-1]
     late, early = order[1:][twice], order[:-1][twice]
-    sure = total[late] > 2 * np.log(len(marks)) + 6
+    sure = total[late] > 2 * np.log(len(marks)) + 12
     late, early = late[sure], early[sure]
     mask, taken = np.zeros(len(marks), bool), np.zeros(len(marks), "int64")
     taken[late] = early
@@ -838,7 +838,7 @@ def exchanged(
     leap = np.abs(opened - np.concatenate([[opened[0]], closed[:-1]]))
     habit = 1.5 * around(leap)
     seams, fits = np.flatnonzero(follows & (leap > np.maximum(8 * habit, .2 * scale))), np.maximum(3 * habit, .02 * scale)
-    if len(seams) > 20 + .01 * len(numbers): return []
+    if len(seams) > 10 + .001 * len(numbers): return []
     def joins(row, end): return abs(opened[row] - closed[end - 1]) <= fits[row]     # row was once what came after end - 1
     found = []
     for n, one in enumerate(seams):
