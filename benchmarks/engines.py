@@ -2,6 +2,7 @@
 
 A walk on a tick of 0.1; long 7 units while the 20-candle average is above the 50-candle one (equal is not above; in whole ticks, so that there are no rounding ties), flat otherwise, or short 7; decided at the close, filled at the next open."""
 import sys
+from dataclasses import replace
 from time import process_time
 
 import numpy as np
@@ -32,12 +33,12 @@ def orders(held): return np.diff(held, prepend=0)
 
 def with_tradelab(ticks, held, fee):
     from tradelab.account import POSITION, new_account
-    from tradelab.records import JOURNAL, CostModel, Execution, Instrument, Limits
+    from tradelab.records import BITCOIN, JOURNAL, CostModel, Execution, Limits
     from tradelab.sim.kernel import World, rules_of, tape_of
     from tradelab.sim.matching import new_state
     candles, asked = np.concatenate([ticks / 10, np.full((len(ticks), 1), 1e9)], axis=1)[:, None, :], orders(held).astype(float)
     costs, limits = CostModel(taker_fee=fee, slippage=0.), Limits()
-    tape, rules = tape_of(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits), rules_of(costs, limits, [Instrument(quantity_step=1., min_quantity=1.)], Execution())
+    tape, rules = tape_of(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits), rules_of(costs, limits, [replace(BITCOIN, quantity_step=1., min_quantity=1.)], Execution())
     state = new_state(new_account(1e6), np.zeros(1, POSITION), rules.execution, 10_000)
     world, equity = World(tape, state, rules), np.full(len(ticks), 1e6)
     for t in range(len(ticks) - 1):

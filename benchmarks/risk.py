@@ -1,11 +1,12 @@
 """The order gate and the measures of risk: validations per second and milliseconds per candle, CPU time. `python benchmarks/risk.py`"""
+from dataclasses import replace
 from time import process_time
 
 import numpy as np
 
 from tradelab.account import POSITION, new_account
 from tradelab.compiled import compiled
-from tradelab.records import Instrument, Limits, Stops, instrument_rows
+from tradelab.records import BITCOIN, Limits, Stops, instrument_rows
 from tradelab.risk.breakers import Breakers
 from tradelab.risk.limits import Gate, gate, propose
 from tradelab.risk.portfolio import PortfolioRisk
@@ -53,12 +54,12 @@ def gates():
     random = np.random.default_rng(0)
     for name, limits in (("default limits", Limits()), ("every limit", EVERYTHING)):
         for symbols in (1, 20):
-            rules, count = Gate(limits, [Instrument(str(n)) for n in range(symbols)]), 1_000_000 // symbols
+            rules, count = Gate(limits, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)]), 1_000_000 // symbols
             prices = 100 * np.exp(np.cumsum(random.normal(0, .01, (1_000, symbols)), axis=0))
             candles = np.stack([prices, prices * 1.005, prices * .995, prices, np.full_like(prices, 1e6)], axis=2)
             for t in range(200): rules.watch(t * HOUR, candles[t])
             account, positions, answers = new_account(10_000.), np.zeros(symbols, POSITION), random.uniform(-1, 1, (count, symbols))
-            rows = (rules.proposals, candles, account, positions, rules.market, rules.covariance, limits.row(), instrument_rows([Instrument(str(n)) for n in range(symbols)], limits))
+            rows = (rules.proposals, candles, account, positions, rules.market, rules.covariance, limits.row(), instrument_rows([replace(BITCOIN, symbol=str(n)) for n in range(symbols)], limits))
             many(answers[:2], *rows)
             array = seconds(many, answers, *rows)
             single = seconds(one_by_one, rules, candles[0], answers[0], account, positions)
@@ -68,7 +69,7 @@ def gates():
 def measures():
     random = np.random.default_rng(1)
     closes, weights = 100 * np.exp(np.cumsum(random.normal(0, .01, (7_000, 20)), axis=0)), random.uniform(-.2, .2, 20)
-    instruments, positions = instrument_rows([Instrument(str(n)) for n in range(20)], Limits()), np.zeros(20, POSITION)
+    instruments, positions = instrument_rows([replace(BITCOIN, symbol=str(n)) for n in range(20)], Limits()), np.zeros(20, POSITION)
     positions["quantity"], positions["mark_price"] = weights * 10_000 / closes[-1], closes[-1]
     for timeframe, days in (("1d", 252), ("1h", 252)):
         tails, book = TailRisk(20, timeframe, days), PortfolioRisk(tuple(map(str, range(20))), instruments)

@@ -1,6 +1,7 @@
 """The simulation in CPU seconds: the kernel, policies, sweeps, environments; `python benchmarks/simulation.py`. With `vectorbt` importable, beside it on the same candles."""
 import resource
 import sys
+from dataclasses import replace
 from itertools import product
 from time import process_time
 
@@ -14,7 +15,7 @@ from tradelab.features.observation import Observation
 from tradelab.learn.env import Market, MarketEnv, MarketVecEnv
 from tradelab.market.candles import frame
 from tradelab.policies import Policy
-from tradelab.records import CostModel, Execution, Instrument, Limits
+from tradelab.records import BITCOIN, CostModel, Execution, Limits
 from tradelab.sim.backtest import WORLDS, backtest
 from tradelab.sim.kernel import DONE, World, rules_of, steps, tape_of
 from tradelab.sim.matching import new_state
@@ -56,7 +57,7 @@ def kernel(length, symbols, costs):
     candles = walk(length, symbols)
     targets = np.ascontiguousarray(np.nan_to_num(np.sign(average(candles[:, :, 3], 20) - average(candles[:, :, 3], 50))))
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones((1, symbols))
-    tape, rules, filled = tape_of(np.arange(length) * HOUR, candles, rates, costs, OPEN_END), rules_of(costs, OPEN_END, [Instrument(str(n)) for n in range(symbols)], Execution()), []
+    tape, rules, filled = tape_of(np.arange(length) * HOUR, candles, rates, costs, OPEN_END), rules_of(costs, OPEN_END, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], Execution()), []
     def prepare():
         world, equity = World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000), rules), np.ones(length)
         world.state.fills["price"] = 1.

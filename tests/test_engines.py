@@ -2,6 +2,7 @@
 import gzip
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tradelab.account import POSITION, new_account
 from tradelab.market.sources import funding_history, history
 from tradelab.policies import buy_and_hold, flat
-from tradelab.records import JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason
+from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
@@ -38,7 +39,7 @@ def test_the_cap_on_the_volume_is_ziplines():
     "zipline, tests/finance/test_slippage.py: an order of 100 in a bar of 200 at a limit of a quarter fills 50; the rest is carried over. (Its price then moves by the square of the share, ours by the square root of the volume: another law.)"
     candles = np.array([[3., 3.15, 2.85, 3., volume] for volume in (200., 200., 80., 0., 400.)])[:, None, :]
     costs = CostModel(taker_fee=0., slippage=0., participation=.25)
-    tape, rules = tape_of(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits()), rules_of(costs, Limits(), [Instrument(price_tick=.01, quantity_step=1., min_quantity=1.)], Execution())
+    tape, rules = tape_of(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits()), rules_of(costs, Limits(), [replace(BITCOIN, price_tick=.01, quantity_step=1., min_quantity=1.)], Execution())
     world, filled = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), []
     for t in range(4):
         before = world.state.positions["quantity"][0]

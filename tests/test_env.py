@@ -1,4 +1,6 @@
 "The environment cannot be hacked: whatever an agent does, its reward is what an independent ledger says"
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -10,7 +12,7 @@ from tradelab.features.observation import Observation
 from tradelab.learn.env import RUIN, Domain, Market, MarketEnv, MarketVecEnv, Population, Reward
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
-from tradelab.records import JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Limits, Stops
+from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest
 
 LIMITS = Limits(max_position=.5, max_daily_loss=None, max_drawdown=.95, max_participation=None, price_band=None, stops=NO_STOPS)
@@ -117,7 +119,7 @@ def test_the_end_of_the_data_is_truncated_and_only_ruin_is_terminated():
     falling = candles.copy()
     falling.iloc[100:, :4] *= .05
     limits = Limits(max_position=2., max_leverage=2., leverage=20, min_margin_ratio=0., max_drawdown=1., max_daily_loss=None, max_participation=None, price_band=None, stops=NO_STOPS)
-    market = Market.of(falling, Observation(["return(1)"]), limits=limits, instruments=[Instrument(max_quantity=1e9)])
+    market = Market.of(falling, Observation(["return(1)"]), limits=limits, instruments=[replace(BITCOIN, max_quantity=1e9)])
     rewards, rows, environment, terminated = episode(market, lambda seen, environment: 1.)
     assert terminated and environment.population.accounts[0, 0]["equity"] < RUIN * 10_000 and rewards[-1] < -3
 

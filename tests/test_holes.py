@@ -3,6 +3,8 @@ import ast
 import json
 
 import matplotlib.pyplot as pyplot
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from tradelab.localnet.market import Market as LocalMarket
 from tradelab.market.candles import TIMEFRAMES, BadCandles, frame, matrix, milliseconds, moment, next_opening, text, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
-from tradelab.records import KNOWN, NO_STOPS, CostModel, Instrument, Limits, Reason, Stops
+from tradelab.records import BITCOIN, KNOWN, NO_STOPS, CostModel, Limits, Reason, Stops
 from tradelab.risk.limits import followed
 from tradelab.sim.backtest import backtest, funding_rates
 from tradelab.sim.costs import conditions, window_means
@@ -61,7 +63,7 @@ def test_funding_is_paid_at_its_own_time_by_who_held_then(seed, timeframe):
     candles, rates = holed(whole, seed), funding(whole, seed=seed)
     held = pd.Series(np.random.default_rng(seed).choice([-1., 0., 1.], len(candles)), candles.index)
     result = backtest(held, candles, start=candles.index[0], costs=CostModel(taker_fee=0., maker_fee=0., slippage=0.), limits=OPEN_END,
-                      instruments=(Instrument(price_tick=.01, min_notional=0., max_quantity=1e9),), funding=rates, gaps=True, beside=())
+                      instruments=(replace(BITCOIN, price_tick=.01, min_notional=0., max_quantity=1e9),), funding=rates, gaps=True, beside=())
     opens, step = times(candles), int(np.diff(times(whole))[0])
     expected = {}
     for due, rate in zip(times(rates), rates):
@@ -164,7 +166,7 @@ def test_replay_decides_what_the_backtest_decided():
     opens, known, _ = matrix(candles, KNOWN)
     result = backtest(policy, candles, gaps=True, form="event", beside=(), keep_observations=True)
     first = int(np.searchsorted(opens, result.rows["open_time"][0, 0]))
-    trader = Run("holes", policy, timeframe="1h").trader()
+    trader = Run("holes", policy, timeframe="1h").trader(instruments=result.instruments)
     again = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
     again.warm(opens[:first], known[:first])
     lines = [{"kind": "start", "snapshot": None}, {"kind": "warm", "times": packed(opens[:first]), "candles": packed(known[:first])}]

@@ -14,7 +14,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.evaluation.metrics import round_trips
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
-from tradelab.records import BRACKETS, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason, Stops, bracket_amounts
+from tradelab.records import BITCOIN, BITCOIN_BRACKETS, JOURNAL, NO_STOPS, CostModel, Execution, Kind, Limits, Reason, Stops, bracket_amounts
 from tradelab.sim.backtest import backtest
 from tradelab.sim.kernel import DONE, TARGET, World, rules_of, steps, tape_of
 from tradelab.sim.margin import liquidation_share
@@ -141,19 +141,19 @@ def test_maintenance_margin_is_the_exchanges(shared):
     "Every tier of twelve symbols, its amount and the margin inside it"
     for symbol in json.loads((shared / "fixtures/binance/brackets/leverage_brackets.json").read_text()):
         rows, table = brackets(shared, symbol)
-        row = Instrument(symbol, brackets=table).row()[()]
+        row = replace(BITCOIN, symbol=symbol, brackets=table).row()[()]
         for each, amount in zip(rows, bracket_amounts(table)):
             middle = .5 * (each["notionalFloor"] + each["notionalCap"])
             assert np.isclose(amount, each["cum"], atol=.01) and np.isclose(maintenance_margin(middle, row), middle * each["maintMarginRatio"] - each["cum"], atol=.01)
-            assert Instrument(symbol, brackets=table).max_notional(each["initialLeverage"]) >= each["notionalCap"]
-    assert brackets(shared, "BTCUSDT")[1] == BRACKETS
+            assert replace(BITCOIN, symbol=symbol, brackets=table).max_notional(each["initialLeverage"]) >= each["notionalCap"]
+    assert brackets(shared, "BTCUSDT")[1] == BITCOIN_BRACKETS
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(1_000, 1e8), st.floats(1.5, 80), st.sampled_from([1., -1.]), st.floats(100, 50_000))
 def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
     "The formula of Binance's support page, iterated over the brackets, against the kernel's search"
-    instrument = Instrument(brackets=BRACKETS)
+    instrument = replace(BITCOIN, brackets=BITCOIN_BRACKETS)
     quantity, row = side * deposit * leverage / entry, instrument.row()[()]
     account, positions = new_account(deposit), np.zeros(1, POSITION)
     positions["quantity"], positions["entry_price"] = quantity, entry
@@ -174,7 +174,7 @@ def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
 def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.), deposit=10_000., stops=NO_STOPS, execution=Execution()):
     limits = Limits(max_position=leverage, max_leverage=leverage, leverage=max(20, leverage), min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=stops, price_band=None)
     candles, account, positions = np.asarray(candles, float)[:, None, :], new_account(deposit), np.zeros(1, POSITION)
-    tape, rules = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits), rules_of(costs, limits, [Instrument()], execution)
+    tape, rules = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits), rules_of(costs, limits, [BITCOIN], execution)
     world, rows = World(tape, new_state(account, positions, rules.execution, 50), rules), np.zeros((len(candles) - 1, 1), JOURNAL)
     mark(account, positions, candles[0, :, 3].copy())
     for t in range(len(candles) - 1): world.step(t, np.array([target]), rows[t])
@@ -208,7 +208,7 @@ def test_a_stop_comes_before_a_target_that_the_same_candle_reaches(side, candle)
 def test_more_than_the_bracket_allows_is_shrunk():
     limits = Limits(max_position=50., max_leverage=50., leverage=50, min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)
     candles = ar1(60, rho=0, volatility=1e-4, seed=1)
-    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6, instruments=(Instrument(max_quantity=1e9),), beside=())
+    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6, instruments=(replace(BITCOIN, max_quantity=1e9),), beside=())
     assert (result.rows["reason"] == Reason.BRACKET).any() and (np.abs(result.rows["position"] * result.rows["close"]) <= 12.1e6).all()
     with pytest.raises(ValueError, match="leverage 200 is above the 150 that the exchange allows for BTC/USDT:USDT: lower risk.leverage"): backtest(wavering(), candles, limits=Limits(leverage=200))
 
@@ -227,7 +227,7 @@ def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     (1, [.5, 2., 0., 0., 0., 0., 0., 0.], "a limit order needs a price"), (1, [.5, 3., 0., 0., 0., 0., 0., 0.], "a conditional order needs a trigger"), (1, [.5, 5., 0., 0., 1., 0., 0., 0.], "the callback of a trailing stop is a fraction"),
     (1, [2., 1., 0., 0., 0., 0., 0., 0.], "its exposure in .-1, 1."), (1, [np.inf, 1., 0., 0., 0., 0., 0., 0.], "the numbers of an order are finite")])
 def test_a_wrong_answer_changes_nothing(places, answer, message):
-    candles, rules = np.full((3, 1, 5), 100.), rules_of(CostModel(), Limits(), [Instrument()], Execution(), places)
+    candles, rules = np.full((3, 1, 5), 100.), rules_of(CostModel(), Limits(), [BITCOIN], Execution(), places)
     world, row = World(tape_of(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()), new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), np.zeros(1, JOURNAL)
     kept = lambda: b"".join(array.tobytes() for array in (*world.state, row, world.proposals))
     before = kept()
@@ -247,7 +247,7 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
     candles = np.ascontiguousarray(np.stack([ar1(length, rho=0, volatility=.01, seed=n)[["open", "high", "low", "close", "volume"]].to_numpy() for n in range(symbols)], axis=1))
     targets = np.repeat(random.uniform(-1, 1, (length // 8, symbols)), 8, axis=0) * (random.random((length, symbols)) < .9)
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones(symbols)
-    tape, rules = tape_of(np.arange(length) * HOUR, candles, rates, ALL, WIDE), rules_of(ALL, WIDE, [Instrument(str(n)) for n in range(symbols)], execution)
+    tape, rules = tape_of(np.arange(length) * HOUR, candles, rates, ALL, WIDE), rules_of(ALL, WIDE, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], execution)
     worlds = [World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules) for _ in range(2)]
     curve, single, nobody = np.zeros(length - 300), np.zeros(length - 300), np.zeros(0, JOURNAL)
     for world in worlds: mark(world.state.account, world.state.positions, candles[299, :, 3].copy())
@@ -260,7 +260,7 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
 
 
 def test_the_steps_before_a_wrong_answer_are_made():
-    candles, rules, targets = np.full((9, 1, 5), 100.), rules_of(CostModel(), Limits(), [Instrument()], Execution()), np.full((8, 1), .5)
+    candles, rules, targets = np.full((9, 1, 5), 100.), rules_of(CostModel(), Limits(), [BITCOIN], Execution()), np.full((8, 1), .5)
     world, equity = World(tape_of(np.arange(9) * HOUR, candles, np.zeros((9, 1)), CostModel(), Limits()), new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), np.zeros(8)
     mark(world.state.account, world.state.positions, candles[0, :, 3].copy())
     targets[5] = np.nan
@@ -269,7 +269,7 @@ def test_the_steps_before_a_wrong_answer_are_made():
 
 def test_an_order_in_slices_begins_anew_after_a_pause():
     candles, limits, execution = np.tile([100., 100., 100., 100., 1e6], (4, 1))[:, None, :], replace(WIDE, max_position=.4), Execution("slices", slices=4)
-    tape, rules = tape_of(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits), rules_of(CostModel.ideal(), limits, [Instrument()], execution)
+    tape, rules = tape_of(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits), rules_of(CostModel.ideal(), limits, [BITCOIN], execution)
     world = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     for t, target in enumerate((1., .25, 1.)): world.step(t, np.array([target]), np.zeros(0, JOURNAL))
     assert world.state.fills[:world.state.count[0]]["quantity"].tolist() == [10., 7.5]      # a quarter of 40; nothing to do; a quarter of the 30 that are missing

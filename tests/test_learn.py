@@ -15,7 +15,7 @@ from tradelab.features.observation import Observation
 from tradelab.learn.registry import CONFIG, DamagedRun, Run, UnknownRun, load, read, save, seal
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
-from tradelab.records import CostModel, Instrument, Limits
+from tradelab.records import BITCOIN, CostModel, Limits
 from tradelab.sim.backtest import backtest
 
 TRAINING = 16_000 # candles; the rest is out of sample
@@ -147,7 +147,7 @@ def kept(tmp_path):
     random = np.random.default_rng(0)
     policy = Policy("random", mlp, pack([(random.normal(size=(8, 7)), random.normal(size=8)), (random.normal(size=(1, 8)), random.normal(size=1))], "relu", "tanh"), ("tradelab.strategies.example:gap",))
     config = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4, batch_size=256, seed=7, threads=1, source="", span=["2024-01-01", "2024-02-01"], data_hash="", created_time=0)
-    return save(Run("train_BTC_20240101_20240201_SAC_lr0.0003_bs256_ws1_seed7_20240301_000000", policy, instruments=(Instrument(),), timeframe="1h", config=config), {"model.zip": b"model"}, tmp_path)
+    return save(Run("train_BTC_20240101_20240201_SAC_lr0.0003_bs256_ws1_seed7_20240301_000000", policy, instruments=(BITCOIN,), timeframe="1h", config=config), {"model.zip": b"model"}, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config_metadata.yaml", "scaler_train.json", "policy.safetensors", "model.zip", "MANIFEST.json"])

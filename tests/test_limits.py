@@ -13,7 +13,7 @@ from tradelab.features.observation import Observation
 from tradelab.learn.env import Market, MarketEnv
 from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
-from tradelab.records import JOURNAL, NO_STOPS, Instrument, Limits, Reason, Stops, TradingState
+from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, Limits, Reason, Stops, TradingState
 from tradelab.risk.ladder import allowed
 from tradelab.risk.limits import Gate
 from tradelab.sim.backtest import backtest
@@ -83,7 +83,7 @@ def test_nor_one_that_looks_at_the_market(rules, seed): walk(rules, seed, [0] * 
 
 def walk(rules, seed, states, warm):
     random = np.random.default_rng(seed)
-    gate, account, positions, prices = Gate(rules, [Instrument(name, max_quantity=60., brackets=((1e12, 20, .05),)) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
+    gate, account, positions, prices = Gate(rules, [replace(BITCOIN, symbol=name, max_quantity=60., brackets=((1e12, 20, .05),)) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
     common = random.standard_normal((warm + len(states), 1))
     moves = .02 * (common * random.choice([-1., 1.], 3) + .5 * random.standard_normal((warm + len(states), 3)))
     for t in range(warm + len(states)):
@@ -120,7 +120,7 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     rules, targets = replace(rules, max_orders=None), random.uniform(-1, 1, 3).round(2)
 
     def ordered(order, targets):
-        gate, account, positions = Gate(rules, [Instrument(NAMES[n]) for n in order]), new_account(10_000.), np.zeros(3, POSITION)
+        gate, account, positions = Gate(rules, [replace(BITCOIN, symbol=NAMES[n]) for n in order]), new_account(10_000.), np.zeros(3, POSITION)
         gate.covariance[:], gate.market["step"] = covariance[np.ix_(order, order)], HOUR
         positions["quantity"], positions["entry_price"], account["peak"], account["state"] = held[order], prices[order], 10_000 / peak, state
         mark(account, positions, prices[order])
@@ -179,14 +179,14 @@ def test_stops_close_at_the_close_and_stay_out():
 
 
 def test_a_price_off_the_mark_and_a_mark_that_is_unknown_are_refused():
-    gate, candle = Gate(Limits(), [Instrument()]), np.array([[100., 100, 100, 100, 1e6]])
+    gate, candle = Gate(Limits(), [BITCOIN]), np.array([[100., 100, 100, 100, 1e6]])
     decide = lambda marks: gate.decide(10**12, candle, np.ones(1), new_account(10_000.), np.zeros(1, POSITION), marks)[0].copy()
     assert decide(None)["quantity"] > 0 and decide(np.array([94.]))["reason"] == Reason.PRICE_BAND and decide(np.array([np.nan]))["reason"] == Reason.UNKNOWN
 
 
 def test_the_day_ends_at_midnight():
     "What the day has lost keeps it closed, whatever the price does, until the next one"
-    gate, account, positions = Gate(Limits(max_position=1., stops=NO_STOPS), [Instrument()]), new_account(10_000.), np.zeros(1, POSITION)
+    gate, account, positions = Gate(Limits(max_position=1., stops=NO_STOPS), [BITCOIN]), new_account(10_000.), np.zeros(1, POSITION)
     day, reasons = 1_700_006_400_000 // 86_400_000 * 86_400_000, []
     for hour, price in enumerate((100., 100., 93., 99., *[99.] * 22)):
         if hour == 1: apply_fill(account, positions, 0, 80., 100., 0.)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy
+from tradelab.records import BITCOIN as LISTED
 from tradelab.records import NO_STOPS, CostModel, Instrument, Limits, Order
 from tradelab.risk.limits import Gate
 from tradelab.strategies.example import Momentum
@@ -40,7 +42,7 @@ MARKET, HISTORY = ar1(140, seed=3), 40
 def localnet(symbols=(BITCOIN,), **options):
     candles = {symbol: ar1(140, seed=3 + n) for n, symbol in enumerate(symbols)}
     paid = {symbol: funding(frame, seed=n) for n, (symbol, frame) in enumerate(candles.items())}
-    return Localnet(candles, paid, [Instrument(symbol) for symbol in symbols], CostModel(), start=int(times(MARKET)[HISTORY]), **options)
+    return Localnet(candles, paid, [replace(LISTED, symbol=symbol) for symbol in symbols], CostModel(), start=int(times(MARKET)[HISTORY]), **options)
 
 
 def venue(exchange, key="localnet-key", secret="localnet-secret"):
@@ -49,7 +51,7 @@ def venue(exchange, key="localnet-key", secret="localnet-secret"):
 
 def trader(symbols=(BITCOIN,), limits=Limits()):
     policy = Momentum(lookback=5, threshold=.005)
-    return Trader(policy, Observation.of(policy), Gate, limits, tuple(Instrument(symbol) for symbol in symbols))
+    return Trader(policy, Observation.of(policy), Gate, limits, tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
 
 
 def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
@@ -96,7 +98,7 @@ def test_what_a_session_leaves(whole):
     assert Ledger(f"sqlite:///{whole['folder']}/tradelab.db").session("momentum_test")["state"] == "stopped"
     then = recorded_settings(find_session(whole["folder"] / "sessions", "latest") / "recording.zst")
     assert then["policy"] == then["origin"] == "momentum(5,0.005)" and then["symbols"] == [BITCOIN] and Limits(**then["limits"]) == Limits() and then["deposit"] == 10_000
-    assert [Instrument(**each) for each in then["instruments"]] == [Instrument(BITCOIN)]
+    assert [Instrument(**each) for each in then["instruments"]] == [replace(LISTED, symbol=BITCOIN)]
     proven = Recording(folder / "recording.zst")
     assert {line["kind"] for line in proven} >= {"recording", "start", "warm", "end"} and proven.ended and proven.decisions == 80 and unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
     written = (folder / "session.json").read_text() + "".join(json.dumps(line) for line in read(folder / "recording.zst"))
@@ -134,7 +136,7 @@ def _follow(parameters, observation, targets):
 
 def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
-    make = lambda: Trader(policy, Observation.of(policy), Gate, Limits(), (Instrument(BITCOIN),))
+    make = lambda: Trader(policy, Observation.of(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
     with localnet() as exchange:
         live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"), tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)

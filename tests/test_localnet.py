@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -17,7 +18,7 @@ import pytest
 from tradelab.account import funding_amount, wallet
 from tradelab.localnet.server import Localnet, PortInUse, milliseconds_now
 from tradelab.market.candles import frame
-from tradelab.records import OPEN, CostModel, Instrument
+from tradelab.records import BITCOIN, OPEN, CostModel
 from tradelab.sim.costs import CONDITION, market_fill
 
 pytestmark = pytest.mark.integration
@@ -36,7 +37,7 @@ def walk(length, level, seed, tick):
 USUAL = np.array([(CostModel().slippage, 0., np.inf)], CONDITION)[0]
 CANDLES = {BTC: walk(40, 20_000., 1, .1), ETH: walk(40, 1_500., 2, .01)}
 FUNDING = {BTC: pd.Series([.0001, -.0003, .0002, .0004], pd.to_datetime(FIRST + np.arange(1, 5) * 8 * HOUR, unit="ms", utc=True))}
-INSTRUMENTS = {ETH: Instrument(ETH, price_tick=.01, min_notional=20.)}
+INSTRUMENTS = {ETH: replace(BITCOIN, symbol=ETH, price_tick=.01, min_notional=20.)}
 
 
 def localnet(**options): return Localnet(**{"candles": CANDLES, "funding": FUNDING, "instruments": INSTRUMENTS, "start": FIRST + 6 * HOUR} | options)
@@ -138,7 +139,7 @@ def test_market_orders():
         return found["average"], trades[0]
     with localnet() as venue:
         price, trade = visit(venue, talk)
-        expected, fee = market_fill(.1, CANDLES[BTC].iloc[6, OPEN], 0., USUAL, CostModel().row()[()], Instrument().row()[()])
+        expected, fee = market_fill(.1, CANDLES[BTC].iloc[6, OPEN], 0., USUAL, CostModel().row()[()], BITCOIN.row()[()])
     assert price == trade["price"] == expected and trade["fee"]["cost"] == fee and trade["timestamp"] == FIRST + 6 * HOUR
 
 
@@ -222,7 +223,7 @@ def test_lockstep_gives_every_candle_once_and_in_order(sleep):
         assert seen == [(FIRST + (6 + n) * HOUR, name) for n in range(len(seen) // 2) for name in ("BTCUSDT", "ETHUSDT")]
         opens = CANDLES[BTC].iloc[7:, OPEN]                                  # decided at a close, filled at the next open
         for n, order in enumerate(venue.exchange.orders):
-            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL, CostModel().row()[()], Instrument().row()[()])
+            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL, CostModel().row()[()], BITCOIN.row()[()])
             assert float(order["avgPrice"]) == expected and order["time"] == FIRST + (7 + n) * HOUR
         assert state["sent"] == len(seen) // 2 and state["closed"] == 6 + len(seen) // 2 and not state["finished"]
 

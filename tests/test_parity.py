@@ -17,6 +17,7 @@ from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import with_funding
 from tradelab.market.synthetic import ar1, funding
+from tradelab.records import BITCOIN
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 
@@ -44,7 +45,7 @@ def trade(folder, policy, candles, payments, watched, parts=(100, LIVE - 100)):
     async def session(exchange, count, first):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
         name = {"id": "parity"} if first else {"resume": "parity"}
-        return await Session(run.trader(), Broker(venue), ledger, folder, origin="parity", say=lambda line: None, **name).run(count)
+        return await Session(run.trader(instruments=(BITCOIN,)), Broker(venue), ledger, folder, origin="parity", say=lambda line: None, **name).run(count)
     start = candles.index[HISTORY].value // 10**6
     with Localnet({BTC: candles, ETH: watched}, {BTC: payments}, start=start, api_key="key", api_secret="secret") as exchange:
         for number, count in enumerate(parts): asyncio.run(session(exchange, count, number == 0))
@@ -75,13 +76,13 @@ def test_live_is_the_backtest(session, market):
 
 def test_replay_finds_nothing_and_finds_what_was_planted(session):
     policy, folder, _, lines = session
-    assert first_difference(*replay(lines, Run("parity", policy, timeframe="1h").trader())) is None
+    assert first_difference(*replay(lines, Run("parity", policy, timeframe="1h").trader(instruments=(BITCOIN,)))) is None
     number = [i for i, line in enumerate(lines) if line["kind"] == "candle"][150]
     altered = [dict(line) for line in lines]
     values = np.array(altered[number]["candle"])
     values[0, 3] = np.nextafter(values[0, 3], np.inf)
     altered[number]["candle"] = values.tolist()
-    difference = first_difference(*replay(altered, Run("parity", policy, timeframe="1h").trader()))
+    difference = first_difference(*replay(altered, Run("parity", policy, timeframe="1h").trader(instruments=(BITCOIN,))))
     assert difference.bar.value // 10**6 == altered[number]["open_time"] and difference.column == "close" and difference.b == values[0, 3]
 
 

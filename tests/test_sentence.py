@@ -13,7 +13,7 @@ from tradelab.market.candles import matrix
 from tradelab.market.sources import funding_history, history
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
-from tradelab.records import JOURNAL, NO_STOPS, CostModel, Instrument, Limits, Reason
+from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Limits, Reason
 from tradelab.risk.limits import Gate
 from tradelab.sim.backtest import backtest, make_trader
 from tradelab.strategies.example import Momentum, SmaCross
@@ -120,7 +120,7 @@ def test_the_gate_keeps_its_limits(rows):
     def ordered(which):
         positions, candle = np.zeros(len(rows), POSITION), np.repeat(prices[which][:, None], 5, axis=1)
         positions["quantity"], positions["entry_price"] = held[which], prices[which]
-        return Gate(limits, [Instrument()] * len(rows)).decide(0, candle, targets[which], new_account(10_000.), positions)["quantity"].copy()
+        return Gate(limits, [BITCOIN] * len(rows)).decide(0, candle, targets[which], new_account(10_000.), positions)["quantity"].copy()
     quantities = ordered(np.arange(len(rows)))
     before, after = np.abs(held * prices), np.abs((held + quantities) * prices)
     grown = after > before
@@ -146,5 +146,5 @@ def test_the_journal_has_the_fields_of_the_environment():
 def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, compile):
     "The trader as a live session drives it, and the compiled loop"
     policy = Policy("mine", compile(rule))
-    with pytest.raises(ValueError, match=message): make_trader(policy).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
+    with pytest.raises(ValueError, match=message): make_trader(policy, instruments=(BITCOIN,)).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
     with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), beside=())

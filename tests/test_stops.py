@@ -12,7 +12,7 @@ from tradelab.account import POSITION, age, apply_fill, new_account
 from tradelab.features.grammar import parse
 from tradelab.features.indicator import columns_of
 from tradelab.market.synthetic import realistic
-from tradelab.records import NO_STOPS, Instrument, Limits, Reason, Stops
+from tradelab.records import BITCOIN, NO_STOPS, Limits, Reason, Stops
 from tradelab.risk.limits import Gate, warm_up
 from tradelab.risk.stops import enter, exit_price, levels, next_atr, simulate, touched, track
 
@@ -196,7 +196,7 @@ def test_a_close_and_an_exchange_see_the_same_touch(candles, stops, side):
 
 def test_the_gate_takes_the_width_that_a_driver_has_set():
     def code(width, low):
-        gate, account, positions = Gate(Limits(), [Instrument()]), new_account(10_000.), np.zeros(1, POSITION)
+        gate, account, positions = Gate(Limits(), [BITCOIN]), new_account(10_000.), np.zeros(1, POSITION)
         gate.market["width"] = width
         apply_fill(account, positions, 0, 1., 100., 0.)
         return gate.decide(10**12, np.array([[100., 100.5, low, 99., 1e6]]), np.ones(1), account, positions)[0]["reason"]

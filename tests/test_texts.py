@@ -29,7 +29,7 @@ from tradelab.market.files import Unreachable
 from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, buy_and_hold, flat
-from tradelab.records import Instrument, Limits
+from tradelab.records import BITCOIN, Instrument, Limits
 from tradelab.results import TABLES, export
 from tradelab.risk.breakers import BreakerEvent
 from tradelab.risk.forecasts import judge
@@ -77,8 +77,8 @@ def shown(run):
     return {"evaluation.metrics.Metrics": run.summary(), "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL), "sim.result.Result": run,
             "risk.view.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.ladder.Ladder": ladder,
             "risk.forecasts.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "risk.tail.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
-            "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([Instrument().row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
-            "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
+            "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
+            "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 
 
 def test_no_class_is_left_out(shown): assert set(classes()) == set(shown)

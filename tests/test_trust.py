@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tradelab.features.grammar import BadFeature, parse
 from tradelab.learn.registry import CONFIG, MANIFEST, POLICY, SCALER, TRIALS, DamagedRun, Run, UnknownRun, load, read, save, seal, trials
 from tradelab.policies import Policy, mlp, network_fits, pack
-from tradelab.records import Instrument, Scaler
+from tradelab.records import BITCOIN, Scaler
 from tradelab.trust import NotTrusted, check_id, locate
 
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -29,7 +29,7 @@ def network(inputs, outputs, seed=0):
 
 def make_run(folder, name=ID, features=("return(1)",)):
     policy = Policy("random", mlp, network(6 + len(features), 1), features, scaler=Scaler((0.,) * len(features), (1.,) * len(features)))
-    return save(Run(name, policy, instruments=(Instrument(),), timeframe="1h", config=CONFIGURATION), folder=folder)
+    return save(Run(name, policy, instruments=(BITCOIN,), timeframe="1h", config=CONFIGURATION), folder=folder)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_latest_is_what_was_made_here(tmp_path):
 def test_no_name_leaves_its_folder(tmp_path, name):
     with pytest.raises(ValueError, match="cannot be the name of a session"): check_id(name)
     with pytest.raises(UnknownRun): load(name, tmp_path)
-    with pytest.raises(ValueError, match="cannot be the name of a run"): save(Run(name, Policy("random", mlp, network(7, 1)), instruments=(Instrument(),), config=CONFIGURATION), folder=tmp_path / "runs")
+    with pytest.raises(ValueError, match="cannot be the name of a run"): save(Run(name, Policy("random", mlp, network(7, 1)), instruments=(BITCOIN,), config=CONFIGURATION), folder=tmp_path / "runs")
 
 
 # what a file may hold

@@ -172,17 +172,17 @@ def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, l
     "Serve an exchange on this machine that replays candles, until Ctrl-C."
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet
+    from tradelab.market.filters import instruments_for, said
     from tradelab.market.sources import funding_history, history
-    from tradelab.records import Instrument
     with one_sentence():
         here = settings(venue="localnet")
         venue = venue_for(here)
         frame = history(symbol, timeframe, *(("2024-01-01", "2024-07-01") if candles == "synthetic" else ()), source=candles)
         rates = {symbol: funding_history(symbol, source=funding)}
         first = frame.index[min(500, len(frame) // 2)] if start is None else frame.index[frame.index >= start][0]
-        server = Localnet({symbol: frame}, rates, [Instrument(symbol)], here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep, interval_ms=interval_ms,
+        server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument), here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep, interval_ms=interval_ms,
                           api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(), port=here.localnet_port if port is None else port)
-        with server: serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles); Ctrl-C ends it")
+        with server: serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles), {said(server.exchange.instruments)}; Ctrl-C ends it")
 
 # %% ../nbs/99_top/99_command.ipynb #bdf7c2bb
 @main.group()

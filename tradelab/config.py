@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from rapidfuzz import process
 
-from .records import CostModel, Execution, Limits, SeriesDefinition, Stops, Training
+from .records import CostModel, Execution, Instrument, Limits, SeriesDefinition, Stops, Training
 
 # %% ../nbs/00_ground/02_config.ipynb #1d7f2fac
 def project_root(
@@ -60,6 +60,26 @@ def _split(value): return tuple(filter(None, map(str.strip, value.split(",")))) 
 
 Folder = Annotated[Path, AfterValidator(_in_project)]
 Address = Annotated[str, AfterValidator(lambda url: url.rstrip("/"))]
+
+# %% ../nbs/00_ground/02_config.ipynb #7c55390c
+_OF_INSTRUMENT = tuple(each.name for each in fields(Instrument) if each.name not in ("symbol", "origin"))
+
+
+def _number(value): return float(value) if isinstance(value, (str, int)) else value
+
+
+def _instrument(table):
+    "The table, its numbers proven; a table in it belongs to the symbol that it is named by"
+    table = {name: _instrument(value) if isinstance(value, dict) else _number(value) for name, value in table.items()}
+    replace(Instrument("X", 1., 1.), **{name: value for name, value in table.items() if not isinstance(value, dict)})
+    return table
+
+
+def _of_instrument(key):
+    "Whether a dotted key is one of [instrument]: of all symbols, or of one"
+    first, _, rest = key.partition(".")
+    symbol, _, name = rest.rpartition(".")
+    return first == "instrument" and name in _OF_INSTRUMENT and (not symbol or "/" in symbol)
 
 # %% ../nbs/00_ground/02_config.ipynb #85769e7f
 ENVIRONMENTS = ("development", "staging", "production")
@@ -105,6 +125,7 @@ class Settings(BaseSettings):
     trust:Trust = Trust()                               # [trust]
     execution:Execution = Execution()                   # [execution]: how a backtest turns targets into orders
     training:Training = Training()                      # [training]
+    instrument:Annotated[dict, AfterValidator(_instrument)] = {} # [instrument]: values by the fields of an Instrument, and tables of them by symbol
     symbol:str = "BTC/USDT:USDT"                        # of a job that is given none, and whose policy names none
     timeframe:str = "1h"                                # likewise
     deposit:Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000. # quote; what of the account a session may use, and what a backtest begins with
@@ -134,7 +155,8 @@ def _names(record, prefix):
 
 def known_keys()->list[str]:
     "Every key that can be set, with dots: `risk.max_leverage`"
-    return [key for name in Settings.model_fields if name != "series" for key in (_names(TABLES[name], name) if name in TABLES else [name])] # a series has a name of its own
+    tables = {name: _names(kind, name) for name, kind in TABLES.items()} | {"instrument": [f"instrument.{name}" for name in _OF_INSTRUMENT]}
+    return [key for name in Settings.model_fields if name != "series" for key in tables.get(name, [name])] # a series has a name of its own
 
 # %% ../nbs/00_ground/02_config.ipynb #48545982
 def nearest(
@@ -182,7 +204,7 @@ _SERIES = re.compile(rf"series\.[A-Za-z_]\w*\.({'|'.join(each.name for each in f
 def _refuse_unknown(where, keys):
     written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
     for key in keys:
-        if key not in known_keys() and not key.startswith("risk.sectors.") and not _SERIES.fullmatch(key):
+        if key not in known_keys() and not key.startswith("risk.sectors.") and not _of_instrument(key) and not _SERIES.fullmatch(key):
             raise BadSettings(f"{written(key)} in {where} is not a setting: did you mean {written(nearest(key, known_keys()))}?")
         if key.startswith("risk.sectors.") and "risk.sectors" in keys: raise BadSettings(f"{written('risk.sectors')} in {where} is set whole and in parts: take one of them")
 
@@ -268,7 +290,7 @@ def _sentence(detail, parameters):
     key = ".".join(str(part) for part in detail["loc"] if part in ".".join(known_keys()).split("."))
     if detail["loc"][:1] == ("series",): key = ".".join(map(str, detail["loc"]))
     what = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, SeriesDefinition))):
+    if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, Instrument, SeriesDefinition))):
         key, what = f"{key}.{what.split('.', 1)[1].split(' ')[0]}", what.split(" ", 1)[1]
     elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret")): what += f", was {detail['input']!r}"
     places = [*read_places(parameters.get("environment")), (PARAMETERS, _flat(parameters))]

@@ -14,6 +14,7 @@ import pandas as pd
 from .config import Settings, overridden
 from .market.candles import BadCandles, interval, text, times
 from .market.files import names_of
+from .market.filters import instruments_for, said
 from .market.sources import before as preceding
 from .market.sources import fundings, histories, is_file, read_table
 from .market.store import Store
@@ -78,6 +79,7 @@ class Inputs:
     end:int|None
     warm_up:int              # candles before it
     notes:tuple = ()
+    instruments:tuple = ()   # one per symbol: as the run was trained, else as its source lists it, else derived; with the job's settings
 
     @property
     def symbols(self)->tuple: return tuple(self.candles)
@@ -91,7 +93,7 @@ class Inputs:
         frame = next(iter(self.candles.values()))
         rates = " and ".join(f"{len(rates):,}" for rates in self.funding.values())
         return "\n".join([*self.notes, f"{len(frame):,} candles of {', '.join(self.candles)} {self.timeframe} from {frame.index[0]:%Y-%m-%d %H:%M} to {frame.index[-1]:%Y-%m-%d %H:%M} UTC"
-                          f"{f', of them {self.warm_up} to warm up' if self.run and self.start is not None else ''}; funding rates: {rates}; watched: {', '.join(self.watch) or 'none'}. Source: {self.source}"])
+                          f"{f', of them {self.warm_up} to warm up' if self.run and self.start is not None else ''}; funding rates: {rates}; watched: {', '.join(self.watch) or 'none'}. Source: {self.source}", *filter(None, [said(self.instruments)])])
 
 
 def symbols_and_timeframe(
@@ -130,4 +132,6 @@ def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, watc
     begin = preceding(start, warm_up, timeframe, here.gaps)
     frames, cut = together(histories((*symbols, *watched), timeframe, begin, end, source, Store(here.data), here.gaps))
     rates = fundings(symbols, begin and begin - 86_400_000, end, funding)
-    return Inputs(run, timeframe, {symbol: frames[symbol] for symbol in symbols}, {symbol: frames[symbol] for symbol in watched}, rates, start, end, warm_up, tuple(filter(None, (*notes, cut))))
+    traded = {symbol: frames[symbol] for symbol in symbols}
+    instruments = instruments_for(traded, known=run.instruments if run else (), settings=here.instrument)
+    return Inputs(run, timeframe, traded, {symbol: frames[symbol] for symbol in watched}, rates, start, end, warm_up, tuple(filter(None, (*notes, cut))), instruments)

@@ -196,7 +196,8 @@ def hear(
     if message["msg_type"] in ("stream", "error", "display_data", "update_display_data", "execute_result"): message["content"] = clean(message["content"])
     if message["msg_type"] == "stream" and not log_output:
         stream = sys.stderr if message["content"]["name"] == "stderr" else sys.stdout
-        print(message["content"]["text"], end="", file=stream, flush=True)
+        shown = "\r".join(map(printable, message["content"]["text"].split("\r")))         # a bar of progress goes back to the start of its line, nothing else moves
+        print(shown, end="", file=stream, flush=True)
     return process_message(message, cell, cell_index)
 
 # %% ../nbs/00_ground/07_jobs.ipynb #322e8a09

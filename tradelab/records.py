@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
-           'OPEN_TIME', 'COLUMNS', 'KNOWN', 'TIERS', 'BRACKETS', 'INSTRUMENT', 'COSTS', 'FEES', 'STOPS', 'NO_STOPS',
-           'OPTIONAL', 'LIMITS', 'SERIES', 'WHEN_STALE', 'UNITS', 'WORKING', 'FILL', 'STYLES', 'EXECUTION',
-           'AGENT_NAMES', 'JOURNAL', 'PROPOSAL', 'check_positive', 'check_not_negative', 'grid', 'bracket_amounts',
-           'check_brackets', 'Instrument', 'CostModel', 'Stops', 'check_order', 'Limits', 'instrument_rows', 'Order',
-           'Fill', 'Funding', 'duration', 'SeriesDefinition', 'Scaler', 'Reason', 'TradingState', 'Kind', 'TimeInForce',
-           'Execution', 'Training', 'Decision']
+           'OPEN_TIME', 'COLUMNS', 'KNOWN', 'TIERS', 'BRACKETS', 'BITCOIN_BRACKETS', 'INSTRUMENT', 'BITCOIN', 'COSTS',
+           'FEES', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LIMITS', 'SERIES', 'WHEN_STALE', 'UNITS', 'WORKING', 'FILL',
+           'STYLES', 'EXECUTION', 'AGENT_NAMES', 'JOURNAL', 'PROPOSAL', 'check_positive', 'check_not_negative', 'grid',
+           'bracket_amounts', 'check_brackets', 'check_perpetual', 'decimal_text', 'Instrument', 'CostModel', 'Stops',
+           'check_order', 'Limits', 'instrument_rows', 'Order', 'Fill', 'Funding', 'duration', 'SeriesDefinition',
+           'Scaler', 'Reason', 'TradingState', 'Kind', 'TimeInForce', 'Execution', 'Training', 'Decision']
 
 # %% ../nbs/00_ground/01_records.ipynb #4e992791
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from enum import IntEnum
 
@@ -44,14 +45,16 @@ def grid(
     size:float,        # tick or step, in quote or base units, > 0
 )->tuple[int, int]:    # (units, scale), size == units / scale
     "The size of a grid as a fraction of two whole numbers"
-    sign, digits, exponent = Decimal(repr(size)).normalize().as_tuple()
+    sign, digits, exponent = Decimal(repr(float(size))).normalize().as_tuple()
     whole = int("".join(map(str, digits)))
     return (whole, 10 ** -exponent) if exponent < 0 else (whole * 10 ** exponent, 1)
 
 # %% ../nbs/00_ground/01_records.ipynb #e935aaab
 TIERS = 12
-BRACKETS = ((300_000., 150, .004), (800_000., 100, .005), (3e6, 75, .0065), (12e6, 50, .01), (70e6, 25, .02), (100e6, 20, .025), (230e6, 10, .05), (480e6, 5, .1),
-            (600e6, 4, .125), (800e6, 3, .15), (1.2e9, 2, .25), (1.8e9, 1, .5))
+BRACKETS = ((10_000., 75, .0065), (50_000., 50, .01), (160_000., 40, .015), (800_000., 25, .02), (1.6e6, 20, .025),
+            (8e6, 10, .05), (16e6, 5, .1), (20e6, 4, .125), (40e6, 2, .25), (80e6, 1, .5))
+BITCOIN_BRACKETS = ((300_000., 150, .004), (800_000., 100, .005), (3e6, 75, .0065), (12e6, 50, .01), (70e6, 25, .02), (100e6, 20, .025), (230e6, 10, .05), (480e6, 5, .1),
+                    (600e6, 4, .125), (800e6, 3, .15), (1.2e9, 2, .25), (1.8e9, 1, .5))
 
 
 def bracket_amounts(
@@ -70,24 +73,41 @@ def check_brackets(record, brackets):
         if not (np.isfinite(row).all() and row[0] > before[0] and 1 <= row[1] <= before[1] and before[2] <= row[2] < 1 and row[2] > 0):
             raise ValueError(f"{record}.brackets: {tuple(row)} does not follow {tuple(before)}: notional and rate rise, leverage falls, none below its least")
 
-# %% ../nbs/00_ground/01_records.ipynb #9bb8a062
+# %% ../nbs/00_ground/01_records.ipynb #deaf01a0
+_EXPIRES = re.compile(r".*[-_]\d{6}(-.*)?")
+
+
+def check_perpetual(
+    symbol:str,   # ccxt's unified name, or an exchange's
+):
+    "Refuse a contract that expires"
+    if _EXPIRES.fullmatch(symbol):
+        raise ValueError(f"{symbol} is a delivery contract, which expires; only perpetuals are traded, such as {re.split('[-_]', symbol)[0]}")
+
+# %% ../nbs/00_ground/01_records.ipynb #809e8b66
 INSTRUMENT = np.dtype([("price_units", "f8"), ("price_scale", "f8"), ("step_units", "f8"), ("step_scale", "f8"), ("min_quantity", "f8"), ("max_quantity", "f8"), ("min_notional", "f8"),
                        ("liquidation_fee", "f8"), ("max_notional", "f8"), ("sector", "i8"), ("caps", "f8", TIERS), ("rates", "f8", TIERS), ("amounts", "f8", TIERS)])
 
 
+def decimal_text(number:float)->str: return np.format_float_positional(float(number), trim="-")
+
+# %% ../nbs/00_ground/01_records.ipynb #9bb8a062
 @dataclass(frozen=True)
 class Instrument:
-    "What an exchange says about a symbol: the grids that prices and quantities stand on, the sizes it takes, the margin it wants"
-    symbol:str = "BTC/USDT:USDT" # ccxt's unified name
-    price_tick:float = 0.1       # quote per base
-    quantity_step:float = 0.001  # base units
-    min_quantity:float = 0.001   # base units
-    max_quantity:float = 1000.   # base units in one order
-    min_notional:float = 100.    # quote; reduce-only orders are exempt
+    "What an exchange says about a symbol: the grids that prices and quantities are on, the sizes it takes, the margin it wants"
+    symbol:str                   # ccxt's unified name
+    price_tick:float             # quote per base
+    quantity_step:float          # base units
+    min_quantity:float|None = None # base units; default: one step
+    max_quantity:float = 9e15    # base units in one order
+    min_notional:float = 5.      # quote; reduce-only orders are exempt
     liquidation_fee:float = 0.0125 # of the notional that the exchange closes
     brackets:tuple = BRACKETS    # (largest notional, largest leverage, maintenance rate) each, smallest first
+    origin:str = field(default="given", compare=False) # or "derived", "built in", the exchange that lists it
 
     def __post_init__(self):
+        check_perpetual(self.symbol)
+        if self.min_quantity is None: object.__setattr__(self, "min_quantity", self.quantity_step)
         object.__setattr__(self, "brackets", tuple(tuple(row) for row in self.brackets))
         check_positive(self, "price_tick", "quantity_step", "min_quantity", "max_quantity")
         check_not_negative(self, "min_notional", "liquidation_fee")
@@ -103,6 +123,13 @@ class Instrument:
         amounts = bracket_amounts(self.brackets)
         return np.array((*grid(self.price_tick), *grid(self.quantity_step), self.min_quantity, self.max_quantity, self.min_notional, self.liquidation_fee, self.max_notional(leverage), sector,
                          caps, rates, list(amounts) + [amounts[-1]] * (TIERS - len(amounts))), INSTRUMENT)
+
+    def __str__(self):
+        return f"{self.symbol} ({self.origin}): tick {decimal_text(self.price_tick)}, step {decimal_text(self.quantity_step)}, orders from {decimal_text(self.min_notional)} in quote to {decimal_text(self.max_quantity)} in base"
+
+# %% ../nbs/00_ground/01_records.ipynb #ee73e61a
+BITCOIN = Instrument("BTC/USDT:USDT", price_tick=.1, quantity_step=.001, max_quantity=1000., min_notional=100.,
+                     brackets=BITCOIN_BRACKETS, origin="built in")
 
 # %% ../nbs/00_ground/01_records.ipynb #7fce3842
 COSTS = np.dtype([(name, "f8") for name in ("taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "impact_kept", "participation", "latency", "funding", "spread_scale")])

@@ -15,7 +15,7 @@ import numpy as np
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import bare
 from .policies import Policy
-from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Decision, Fill, Funding, Instrument, Limits
+from .records import CLOSE, COLUMNS, JOURNAL, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Decision, Fill, Funding, Limits
 
 # %% ../nbs/00_ground/06_trader.ipynb #631b7345
 @bare
@@ -81,9 +81,10 @@ class Trader:
         observation,            # features.observation.Observation of this policy
         gate:Callable,          # (limits, instruments) -> the rules with their memory: risk.limits.Gate
         limits:Limits=Limits(),
-        instruments:tuple=(Instrument(),), # one per symbol, in the order of the candles' rows
+        instruments:tuple=(),   # Instrument each, one per symbol, in the order of the candles' rows
         deposit:float=10_000.,  # quote
     ):
+        if not len(instruments): raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as market.filters.instruments_for(candles)")
         self.symbols = tuple(instrument.symbol for instrument in instruments)
         self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.on(self.symbols), gate, limits, tuple(instruments)
         self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)

@@ -23,6 +23,7 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
+from ..market.filters import instruments_for
 
 from ..config import nearest, settings
 from ..features.observation import Observation
@@ -201,7 +202,7 @@ def train(
     timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
     observation = observation.on(symbols, timeframe)
     if observation.scaler is None: observation = observation.fit(frames, scaler, gaps)
-    costs, limits, instruments = costs or here.costs, limits or here.risk, tuple(instruments or map(Instrument, symbols))
+    costs, limits, instruments = costs or here.costs, limits or here.risk, instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments)
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
               "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch or gaps else candles)}
     if series: config["series"] = series_record({name: series[name] for name in observation.series}, moment(config["span"][1]) + milliseconds(timeframe))

@@ -14,16 +14,18 @@ import gymnasium
 import numpy as np
 from numba import types
 from stable_baselines3.common.vec_env import VecEnv
+from ..market.filters import instruments_for
 
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
 from ..features.observation import Observation, assemble, waiting
 from ..market.candles import frames_of, matrix, text, timeframe_at
 from ..market.exogenous import with_series
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Instrument, Limits
+from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Limits
 from ..risk.limits import warm_up
 from ..sim.backtest import funding_rates, looked_at
-from ..sim.costs import BOOK, warm_up as costs_warm_up
+from ..sim.costs import BOOK
+from ..sim.costs import warm_up as costs_warm_up
 from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
 
@@ -55,7 +57,7 @@ class Market:
         if len(times) < first + 2:
             raise ValueError(f"{len(times)} candles are too few to train on: features, limits and costs need {first} to warm up, and an episode at least 2")
         return cls(tape_of(times, values, funding_rates(funding, times, symbols), costs, limits, waits), features, observation,
-                   rules_of(costs, limits, instruments or [Instrument(symbol) for symbol in symbols], execution), first, deposit, observation.stale(looked_at(observation, known, names)))
+                   rules_of(costs, limits, instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments), execution), first, deposit, observation.stale(looked_at(observation, known, names)))
 
     @property
     def longest(self)->int: return len(self.tape.times) - 1 - self.first

@@ -79,11 +79,11 @@ class Run:
 
     def trader(self,
         deposit:float=10_000., # quote
-        instruments:tuple=(),  # what the exchange says now; default: as in training
+        instruments:tuple=(),  # what the exchange says now; default: as in training, and a rule has none
         limits:Limits=None,    # default: as in training
     )->Trader:
         "A trader that decides as this run does"
-        return make_trader(self.policy, limits or self.limits, tuple(instruments) or self.instruments or (Instrument(),), deposit, self.timeframe)
+        return make_trader(self.policy, limits or self.limits, tuple(instruments) or self.instruments, deposit, self.timeframe)
 
     def plot_learning(self): return plot_learning(self)
     def __str__(self): return "\n".join(f"{name:<9} {value}" for name, value in describe(self).items())

@@ -17,10 +17,11 @@ from functools import cache
 from urllib.parse import urlsplit
 
 import numpy as np
+from ..market.filters import listed_instrument
 
 from ..config import Venue
 from .orders import NO_SUCH_ORDER, WRONG_KEYS, Outcome, State, outcome
-from ..records import Fill, Funding, Instrument, Order
+from ..records import TIERS, Fill, Funding, Instrument, Order
 from ..texts import one_line
 
 # %% ../../nbs/70_live/71_broker.ipynb #c25fb711
@@ -144,12 +145,14 @@ def account_of(
 # %% ../../nbs/70_live/71_broker.ipynb #fb4d2ad6
 def instrument_of(
     market:dict,      # ccxt's market; `info` holds the exchange's own words
+    answer=(),        # of GET leverageBracket, decoded
+    venue:str="given",# its name
 )->Instrument:
-    "What the exchange takes of a symbol"
-    filters = {entry["filterType"]: entry for entry in market["info"]["filters"]}
-    lot = filters.get("MARKET_LOT_SIZE", filters["LOT_SIZE"])
-    return Instrument(market["symbol"], float(filters["PRICE_FILTER"]["tickSize"]), float(filters["LOT_SIZE"]["stepSize"]),
-                      float(lot["minQty"]), float(lot["maxQty"]), float(filters.get("MIN_NOTIONAL", {"notional": 0})["notional"]))
+    "What the exchange takes of a symbol, and the margin it wants"
+    rows = next((each["brackets"] for each in answer or () if each["symbol"] == market["id"]), [])
+    brackets = tuple((float(row["notionalCap"]), int(row["initialLeverage"]), float(row["maintMarginRatio"])) for row in rows[:TIERS])
+    instrument = listed_instrument(market, venue)
+    return replace(instrument, brackets=brackets) if brackets else instrument
 
 # %% ../../nbs/70_live/71_broker.ipynb #fa89b5f5
 def listed(
@@ -255,7 +258,7 @@ class Requests:
         paced:bool|None=None,    # wait between requests as Binance's limits ask; None: everywhere but on localnet
         timeout:float=10.,       # seconds for one request
     ):
-        self.venue, self._symbols, self.quote = venue, {}, "USDT"
+        self.venue, self._symbols, self._brackets, self.quote = venue, {}, {}, "USDT"
         self._exchange = exchange_for(venue, venue.name != "localnet" if paced is None else paced, timeout)
 
     def __repr__(self): return f"{type(self).__name__}({self.venue.name} at {self.venue.rest})"
@@ -266,7 +269,7 @@ class Requests:
 
     def instruments(self, symbols)->tuple:
         "What the exchange takes of each symbol"
-        return tuple(instrument_of(self._listed(symbol)) for symbol in symbols)
+        return tuple(instrument_of(self._listed(symbol), self._brackets.get(symbol), self.venue.name) for symbol in symbols)
 
     async def history(self, symbol, timeframe, limit:int, since:int|None=None):
         "The newest `limit` closed candles (none before `since`): open times (T,) and candles (T, 8): the five numbers, quote volume, trades, taker's buy volume"
@@ -352,6 +355,7 @@ class Trading(Requests):
         await self.synchronise()
         await self.account()
         await self._ask("one-way mode", self._exchange.fapiPrivatePostPositionSideDual({"dualSidePosition": "false"}), fine=-4059)
+        for market in markets: self._brackets[market["symbol"]] = await self._ask("margin brackets", self._exchange.fapiPrivateGetLeverageBracket({"symbol": market["id"]}))
         for market in markets: await self._ask(f"leverage {leverage}", self._exchange.fapiPrivatePostLeverage({"symbol": market["id"], "leverage": leverage}))
 
     async def submit(self, order:Order)->Answer:

@@ -118,7 +118,7 @@ def check_instruments(ours:tuple, theirs:tuple):
     for mine, listed in zip(ours, theirs):
         for name in ("quantity_step", "min_quantity", "min_notional"):
             if getattr(listed, name) > getattr(mine, name):
-                raise RefusedStart(f"{mine.symbol}: the exchange's {name} is {getattr(listed, name)}, the trader was built for {getattr(mine, name)}: build it with {listed}")
+                raise RefusedStart(f"{mine.symbol}: the exchange's {name} is {getattr(listed, name)}, the trader was built for {getattr(mine, name)}: build it with {listed!r}")
 
 # %% ../../nbs/70_live/75_session.ipynb #19c933ac
 def check_explained(expected:dict, money:Money):

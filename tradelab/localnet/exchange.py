@@ -14,10 +14,11 @@ __all__ = ['CONDITIONAL', 'OPEN_STATES', 'leverage_brackets', 'check_kind', 'rea
 import re
 
 import numpy as np
+from ..market.filters import instruments_for
 
 from ..account import POSITION, apply_fill, apply_funding, funding_amount, maintenance_margin, mark, new_account, wallet
 from .market import Market
-from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number_text, whole
+from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number_text, price_text, whole
 from ..records import INSTRUMENT, CostModel, Instrument, bracket_amounts
 from ..sim.costs import BOOK, conditions, fade, market_fill
 
@@ -229,7 +230,7 @@ def account_event(
 # %% ../../nbs/60_localnet/63_exchange.ipynb #92e06dd8
 def break_even(position, taker_fee:float)->str:
     "The price at which closing pays for its own fee"
-    return number_text(round(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee), 8))
+    return number_text(float(price_text(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee))))
 
 
 def position_event(symbol:str, position, realised:float, taker_fee:float)->dict:
@@ -255,9 +256,9 @@ class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
         if costs.participation is not None or costs.latency: raise ValueError("localnet fills a market order at once and whole: leave costs.participation and costs.latency out, a backtest has them")
-        known, size = {instrument.symbol: instrument for instrument in instruments}, len(market.symbols)
+        size = len(market.symbols)
         self.market, self.costs, self.cost_row = market, costs, costs.row()[()]
-        self.instruments = [known.get(symbol, Instrument(symbol)) for symbol in market.symbols]
+        self.instruments = instruments_for(market.frames, instruments)
         self.instrument_rows = np.array([instrument.row() for instrument in self.instruments], INSTRUMENT)
         self.conditions, self.books = conditions(market.times, market.candles, costs), np.zeros(size, BOOK)
         self.asset, self.leverage = assets(market.symbols[0])[1], [20] * size
@@ -384,7 +385,7 @@ def position_risk(exchange:Exchange, n:int, version:int)->dict:
     row, position = exchange.margin(n), exchange.positions[n]
     shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]),
               "entryPrice": number_text(position["entry_price"]),
-              "breakEvenPrice": break_even(position, exchange.costs.taker_fee), "markPrice": money_text(position["mark_price"]),
+              "breakEvenPrice": break_even(position, exchange.costs.taker_fee), "markPrice": price_text(position["mark_price"]),
               "unRealizedProfit": money_text(row["profit"]), "liquidationPrice": "0",
               "isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0",
               "updateTime": exchange.changed[n]}

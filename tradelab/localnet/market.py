@@ -9,7 +9,7 @@ __all__ = ['LIMIT_ORDERS', 'EIGHT_HOURS', 'decimals', 'symbol_reply', 'just_open
 # %% ../../nbs/60_localnet/61_market.ipynb #5dd1eaf8
 import numpy as np
 
-from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, whole
+from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, price_text, whole
 from ..market.candles import TIMEFRAMES, BadCandles, check_times, matrix, period_of, text, times
 from ..records import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
 
@@ -36,7 +36,7 @@ def symbol_reply(
         "quoteAsset": quote, "marginAsset": quote,
         "pricePrecision": decimals(tick), "quantityPrecision": decimals(step), "baseAssetPrecision": 8, "quotePrecision": 8,
         "underlyingType": "COIN",
-        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": "0.012500",
+        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": f"{instrument.liquidation_fee:.6f}",
         "marketTakeBound": "0.05",
         "filters": [{"filterType": "PRICE_FILTER", "tickSize": tick, "minPrice": tick, "maxPrice": "10000000"},
                     {"filterType": "LOT_SIZE", **lots}, {"filterType": "MARKET_LOT_SIZE", **lots},
@@ -109,7 +109,7 @@ class Market:
         funding:dict|None=None,  # Series of rates by symbol
         start:int|None=None,     # ms: open time of the first candle that closes here; those before are history
     ):
-        self.times, self.known, self.symbols = matrix(candles, KNOWN)
+        self.frames, (self.times, self.known, self.symbols) = candles, matrix(candles, KNOWN)
         self.candles = np.ascontiguousarray(self.known[:, :, :len(COLUMNS)])
         if len(self.times) < 2: raise ValueError(f"a market needs at least 2 candles, the last one only lends its open; got {len(self.times)}")
         self.step = period_of(self.times)
@@ -169,7 +169,7 @@ def index_klines(market:Market, parameters:dict)->list:
     n = market.find({"symbol": mandatory(parameters, "pair")})
     def price(row):
         t = min(int(np.searchsorted(market.times, row[0])), max(market.closed - 1, 0))
-        return money_text(market.known[t, n, INDEX_PRICE]) if np.isfinite(market.known[t, n, INDEX_PRICE]) else row[4]
+        return price_text(market.known[t, n, INDEX_PRICE]) if np.isfinite(market.known[t, n, INDEX_PRICE]) else row[4]
     return [[row[0], *[price(row)] * 4, "0", row[6], "0", 0, "0", "0", "0"] for row in klines(market, {**parameters, "symbol": market.ids[n]})]
 
 # %% ../../nbs/60_localnet/61_market.ipynb #4c56a365
@@ -181,7 +181,7 @@ def premium(market:Market, n:int)->dict:
     due, rates = market.funding[n]
     past = int(np.searchsorted(due, market.now, side="right"))
     following = int(due[past]) if past < len(due) else (market.now // EIGHT_HOURS + 1) * EIGHT_HOURS
-    price = money_text(market.mark_price(n))
+    price = price_text(market.mark_price(n))
     return {"symbol": market.ids[n], "markPrice": price, "indexPrice": price, "estimatedSettlePrice": price,
             "interestRate": "0.00010000",
             "lastFundingRate": money_text(rates[past - 1] if past else 0.), "nextFundingTime": following, "time": market.now}
@@ -204,7 +204,7 @@ def funding_rates(market:Market, parameters:dict)->list:
     "GET fundingRate: what fell due already, oldest first"
     begin, end, limit = whole(parameters, "startTime", 0), whole(parameters, "endTime", market.now), whole(parameters, "limit", 100)
     rows = [{"symbol": market.ids[n], "fundingTime": time, "fundingRate": money_text(rate),
-             "markPrice": money_text(market.candles[settled(market, time), n, CLOSE]),
+             "markPrice": price_text(market.candles[settled(market, time), n, CLOSE]),
              "rateType": "Regular"} for n in market.asked(parameters) for time, rate in market.due(n, begin - 1) if time <= end]
     rows.sort(key=lambda row: row["fundingTime"])
     return rows[:limit] if parameters.get("startTime") else rows[-limit:]

@@ -440,7 +440,7 @@ class Localnet:
         self,
         candles:dict,              # frames by symbol
         funding:dict|None=None,    # Series of rates by symbol
-        instruments=(),            # `Instrument`s, or a dict of them by symbol; a symbol without one has the defaults
+        instruments=(),            # `Instrument`s, or a dict of them by symbol; a symbol without one is looked up or derived from its candles
         costs:CostModel=CostModel(),
         deposit:float=10_000.,     # quote
         start:int|None=None,       # ms: open time of the first candle to be streamed; those before are history
@@ -455,7 +455,6 @@ class Localnet:
         if order_reply not in ("2026-07", "classic"): raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
         if interval_ms < 0 or not (lockstep or interval_ms):
             raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an interval above 0")
-        instruments = instruments.values() if isinstance(instruments, dict) else instruments or ()
         self.exchange = Exchange(Market(candles, funding, start), instruments, costs, deposit)
         self.service = Service(self.exchange, (api_key, api_secret), interval_ms, order_reply)
         self.port, self.finished, self._failure, self._listening = port, self.service.finished, None, threading.Event()

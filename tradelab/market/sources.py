@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'logger', 'OTHERS', 'ENDPOINTS', 'SLOTS', 'polite', 'redirected', 'connect', 'asking', 'reach', 'pages',
-           'require_symbol', 'kline_fetch', 'download', 'from_exchange', 'yahoo_name', 'from_yahoo', 'invented',
-           'stand_in', 'watching', 'watch', 'FromExchange', 'FromArchive', 'FromYahoo', 'FromFile', 'FromGenerator',
-           'is_file', 'as_source', 'held_whole', 'first_answer', 'history', 'grid_span', 'source_for', 'refuse_one',
-           'histories', 'before', 'stream', 'compare', 'mark_history', 'check_funding', 'note_rates', 'funding_history',
-           'fundings']
+           'require_symbol', 'kline_fetch', 'download', 'listed_by', 'from_exchange', 'yahoo_name', 'from_yahoo',
+           'invented', 'stand_in', 'watching', 'watch', 'FromExchange', 'FromArchive', 'FromYahoo', 'FromFile',
+           'FromGenerator', 'is_file', 'as_source', 'held_whole', 'first_answer', 'history', 'grid_span', 'source_for',
+           'refuse_one', 'histories', 'before', 'stream', 'compare', 'mark_history', 'check_funding', 'note_rates',
+           'funding_history', 'fundings']
 
 # %% ../../nbs/10_market/19_sources.ipynb #6cbd4baa
 import asyncio
 import difflib
+import json
 import re
 import time
 import warnings
@@ -20,7 +21,7 @@ import zlib
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -28,6 +29,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
+from .filters import listed_instrument
 
 from ..config import settings
 from ..log import get_logger
@@ -212,6 +214,28 @@ def download(
         tail = candles[-1:]
 
 # %% ../../nbs/10_market/19_sources.ipynb #ece461c2
+def listed_by(
+    exchange,        # ccxt exchange
+    symbol:str,
+)->dict|None:        # fields of an `Instrument`, for a frame's attrs; None if it says no tick and step, or the symbol is not traded here
+    "What an exchange lists of a symbol"
+    exchange.markets or exchange.load_markets()
+    try: listed = listed_instrument(exchange.market(symbol), exchange.id, exchange.precisionMode)
+    except ValueError: return None
+    return listed and json.loads(json.dumps(asdict(listed)))
+
+
+def _instrument(exchange, symbol, timeframe, store):
+    "From the exchange where it was asked anyway, else as it was kept"
+    kept = store and store.instrument(exchange.id, symbol, timeframe)
+    if kept and not exchange.markets: return kept
+    try:
+        with asking(exchange): told = listed_by(exchange, symbol)
+    except NoCandles: return kept
+    if told and store is not None: store.keep_instrument(exchange.id, symbol, timeframe, told)
+    return told or kept
+
+
 def from_exchange(
     exchange,        # ccxt exchange
     now:int,         # its time in ms
@@ -237,7 +261,8 @@ def from_exchange(
     candles = candles[~candles.index.duplicated()]
     if candles.empty: raise NoCandles(f"{exchange.id} has no candles of {symbol} from {text(start)} to {said(end)}: ask for another span")
     candles = check(candles, timeframe, f"{exchange.id} {symbol}", gaps)
-    candles.attrs = {"source": source}
+    listed = None if mark else _instrument(exchange, symbol, timeframe, store)
+    candles.attrs = {"source": source} | ({"instrument": listed} if listed else {})
     return note_span(candles, timeframe, start, end)
 
 # %% ../../nbs/10_market/19_sources.ipynb #01d2a0be
@@ -480,7 +505,7 @@ def history(
     store=None,       # Store that keeps what is downloaded
     gaps:bool=False,  # whether holes are allowed, for whoever deals with them
 )->pd.DataFrame:
-    "Checked candles; `attrs` say `source` and `symbol`"
+    "Checked candles; `attrs` say `source` and `symbol` and, of an exchange, the `instrument` that it lists"
     start, end = grid_span(timeframe, start, end)
     if is_file(source): candles = from_file(source, timeframe, start, end, gaps, symbol)
     elif isinstance(source, str) and source == "synthetic": candles = stand_in(symbol, timeframe, start, end)

@@ -370,8 +370,20 @@ class Store:
     def read(self, source, symbol, timeframe, start=None, end=None):
         "The held candles with start <= open time < end; possibly none, possibly with gaps"
         held = self.rows(source, symbol, timeframe, start, end).drop(columns=SEEN, errors="ignore")
-        held.attrs = {"source": source, "symbol": symbol}
+        listed = self.instrument(source, symbol, timeframe)
+        held.attrs = {"source": source, "symbol": symbol} | ({"instrument": listed} if listed else {})
         return held
+
+    def keep_instrument(self, source, symbol, timeframe, instrument:dict):
+        "Note what the source lists of the symbol, beside its candles"
+        if instrument == self.instrument(source, symbol, timeframe): return
+        folder = self.series(source, symbol, timeframe)
+        with only_writer(folder): replace_files({folder / "instrument.json": json.dumps(instrument).encode()})
+
+    def instrument(self, source, symbol, timeframe)->dict|None:
+        "What was noted; None if nothing was"
+        try: return json.loads((self.series(source, symbol, timeframe) / "instrument.json").read_bytes())
+        except (FileNotFoundError, ValueError): return None
 
     def missing(self, source, symbol, timeframe, start, end, now=None)->list:
         "The spans to ask for, (start, end) in ms: not held, or given before they were final"

@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import pandas as pd
 from numba import types
+from ..market.filters import instruments_for
 
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
@@ -21,7 +22,7 @@ from ..features.observation import Observation, assemble, waiting
 from ..market.candles import frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
 from ..market.exogenous import check_series, with_series
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, SERIES, CostModel, Execution, Fill, Funding, Instrument, Limits
+from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, SERIES, CostModel, Execution, Fill, Funding, Limits
 from ..risk.limits import Gate, warm_up
 from .costs import warm_up as costs_warm_up
 from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
@@ -73,7 +74,7 @@ def _loop(policy, parameters, features, start, first, world, answer, targets, jo
 def make_trader(
     policy:Policy,
     limits:Limits=Limits(),
-    instruments:tuple=(Instrument(),), # one per symbol
+    instruments:tuple=(),              # Instrument each, one per symbol
     deposit:float=10_000.,             # quote
     timeframe:str="",                  # of the candles; needed where a feature stands on another
 )->Trader:
@@ -234,7 +235,7 @@ def _run(policy, market, first, setting, form, keep, symbols, face):
     if form == "event" and not isinstance(policy, Given): _events(policy, looked, timeframe, first, world, (limits, instruments), journal, seen)
     else: _arrays(policy, observation, looked, first, world, journal, seen)
     state = world.state
-    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3])
+    return Result(policy.name, journal, symbols, (int(times[-1]), float(state.account[0]["equity"])), *face[:3], seen if keep else None, state.fills[:state.count[0]], {symbol: frames[symbol].iloc[first:] for symbol in symbols}, face[3], instruments)
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #cb1a8c6e
 SIZED = "held at the policy's size"
@@ -292,7 +293,7 @@ def backtest(
     *,
     costs:CostModel|None=None,
     limits:Limits|None=None,
-    instruments:tuple|None=None, # one per symbol
+    instruments:tuple|None=None, # one per symbol; default: the run's, else `market.filters.instruments_for` looks them up
     execution:Execution=Execution(), # how targets become orders
     funding=None,                # Series of rates by UTC time, or a dict of them by symbol
     watch=None,                  # frames by symbol that features look at and nobody trades
@@ -309,7 +310,7 @@ def backtest(
     check_series(getattr(policy, "config", {}).get("series"), series or {})
     run, policy = policy, given(policy, times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
     timeframe = timeframe_at(times)
-    instruments = instruments or getattr(run, "instruments", None) or tuple(Instrument(symbol) for symbol in symbols)
+    instruments = instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments, getattr(run, "instruments", ()))
     holes, missing = holes_in(times)
     market = frames, times, known, names, timeframe, funding_rates(funding, times, symbols), holes > 0
     costs, limits = costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits())

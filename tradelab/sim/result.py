@@ -65,6 +65,7 @@ class Result:
     fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False) # FILL, (m,); a session keeps them in its ledger
     candles:dict = field(default_factory=dict, repr=False) # frames by symbol, from the first decision on
     net:str = "net of costs"            # which costs are in it
+    instruments:tuple = field(default=(), repr=False) # one per symbol: the tick and step that it was filled on
 
     @classmethod
     def of(cls, journal:pd.DataFrame, name:str, **face):
@@ -115,7 +116,14 @@ class Result:
 
     def beside(self, *others)->TearSheet:
         "This result and others in one table and picture"
-        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.note, source=self.source, net=self.net)
+        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.told, source=self.source, net=self.net)
+
+    @property
+    def told(self)->str:
+        "The note, and whose tick and step are only what the candles show"
+        guessed = [each.symbol for each in self.instruments if each.origin == "derived"]
+        named = f"{', '.join(guessed[:3])}{f' and {len(guessed) - 3} more' if len(guessed) > 3 else ''}"
+        return "; ".join(filter(None, (self.note, guessed and f"tick and step of {named} derived from the candles")))
 
     def summary(self): return metrics(self.equity, self.journal, trips=self.trips)
 
@@ -123,7 +131,7 @@ class Result:
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
         name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
-        return TearSheet({name: self, **self.baselines}, note=self.note, source=self.source, net=self.net)
+        return TearSheet({name: self, **self.baselines}, note=self.told, source=self.source, net=self.net)
 
     @property
     def risk(self)->RiskView:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+from ..market.filters import instruments_for
 
 from ..market.candles import frames_of, period_of, times
 from ..records import CostModel
@@ -137,6 +138,7 @@ def stress(
     frames, symbols = frames_of(candles, None, funding, gaps)
     costs = costs or getattr(policy, "costs", CostModel())
     rates = {symbols[0]: funding} if isinstance(funding, pd.Series) else dict(funding or {})
+    settings["instruments"] = instruments_for({symbol: frames[symbol] for symbol in symbols}, settings.get("instruments"), getattr(policy, "instruments", ())) # of the market as it was: a price that jumps changes no tick
     run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, beside=(), gaps=gaps, **settings)
     plain = Scene({symbol: frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in symbols}, rates, costs)
     first = run(plain)

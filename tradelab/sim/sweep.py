@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import pandas as pd
 from numba import types
+from ..market.filters import instruments_for
 
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
 from ..compiled import bare, compiled
@@ -164,7 +165,7 @@ def sweep(
     *,
     costs:CostModel=CostModel(),
     limits:Limits=Limits(),
-    instrument:Instrument|None=None,
+    instrument:Instrument|None=None, # default: `market.filters.instruments_for` looks it up
     execution:Execution=Execution(),
     funding=None,                # Series of rates by UTC time
     deposit:float=10_000.,       # quote
@@ -181,7 +182,7 @@ def sweep(
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
     values, table = np.asfortranarray(columns.to_numpy(float)).view(), np.ascontiguousarray(parameters.to_numpy(float)) # a rule walks along columns
     values.flags.writeable = False                                                                                      # which all runs share
-    tape, rules = tape_of(times, np.ascontiguousarray(known), funding_rates(funding, times, symbols), costs, limits), rules_of(costs, limits, [instrument or Instrument(symbols[0])], execution)
+    tape, rules = tape_of(times, np.ascontiguousarray(known), funding_rates(funding, times, symbols), costs, limits), rules_of(costs, limits, instruments_for({symbol: frames[symbol] for symbol in symbols}, instrument), execution)
     sums, plain = np.zeros(len(table), SUMS), costs == CostModel.ideal() and limits == PLAIN and not exact
     sums["last"] = sums["peak"] = deposit
     sums["keeps"], capacity = 1., SPAN * len(new_state(new_account(deposit), np.zeros(1, POSITION), rules.execution).fills)
