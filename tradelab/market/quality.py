@@ -795,15 +795,19 @@ def repeats(
 DOZEN, SIDE = 12, 20 # rows that are looked at together; such dozens on each side that must agree
 
 
+@compiled
 def decimals(
     values,        # (T,)
 )->np.ndarray:     # (T,) int: 12 where there are more
     "How many decimals each value has; below 0 for whole tens"
     result = np.full(len(values), 12)
-    for digits in range(11, -4, -1):
-        scaled = values * 10. ** digits
-        whole = np.rint(scaled)
-        result[(np.abs(scaled - whole) <= np.minimum(1e-6 + 1e-11 * np.abs(scaled), .01)) & ((whole != 0) | (values == 0))] = digits
+    for t in range(len(values)):
+        for digits in range(-3, 12):
+            scaled = values[t] * 10. ** digits
+            whole = np.rint(scaled)
+            if abs(scaled - whole) <= min(1e-6 + 1e-11 * abs(scaled), .01) and (whole != 0 or values[t] == 0):
+                result[t] = digits
+                break
     return result
 
 
@@ -824,7 +828,9 @@ def other_digits(
         if len(ends) == 0: continue
         taken = start + 1 + int(ends[0])
         inside = tops[start:taken]
-        if len(inside) >= 2 and max(np.mean(inside > usual), np.mean(inside < usual)) > .9: found.append((start * DOZEN, taken * DOZEN - 1, int(np.median(inside)), usual))
+        others = np.concatenate([tops[max(start - 500, 0):start], tops[taken:taken + 500]])
+        needed = max(2, np.log(ONE_IN / len(tops)) / np.log(min(1.5 * np.mean(others != usual) + .0001, .999)))    # where digits vary by themselves, a longer stretch
+        if len(inside) >= needed and max(np.mean(inside > usual), np.mean(inside < usual)) > .9: found.append((start * DOZEN, taken * DOZEN - 1, int(np.median(inside)), usual))
     return found
 
 # %% ../../nbs/10_market/12_quality.ipynb #ab7a26a8
