@@ -828,8 +828,8 @@ def other_digits(
         if len(ends) == 0: continue
         taken = start + 1 + int(ends[0])
         inside = tops[start:taken]
-        others = np.concatenate([tops[max(start - 500, 0):start], tops[taken:taken + 500]])
-        needed = max(2, np.log(ONE_IN / len(tops)) / np.log(min(1.5 * np.mean(others != usual) + .0001, .999)))    # where digits vary by themselves, a longer stretch
+        others = min(np.mean(side != usual) for side in (tops[max(start - 500, 0):start], tops[taken:taken + 500]))     # one side may hold a change for good
+        needed = max(2, np.log(ONE_IN / len(tops)) / np.log(min(1.5 * others + .0001, .999)))    # where digits vary by themselves, a longer stretch
         if len(inside) >= needed and max(np.mean(inside > usual), np.mean(inside < usual)) > .9: found.append((start * DOZEN, taken * DOZEN - 1, int(np.median(inside)), usual))
     return found
 
