@@ -44,7 +44,7 @@ test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skip
 	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n 2 tests
 	@echo "--- all notebooks, cell by cell"
 	@rm -rf .cache/test; mkdir -p .cache/test
-	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 300 --nbval-kernel-startup-timeout 120 -n 2 --dist loadfile nbs
+	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 7200 --nbval-kernel-startup-timeout 7200 -n 2 --dist loadfile nbs
 	@$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered --fail-under=85
 	@$(BIN)/python .ci/summary.py $(PASSES) && rm $(PASSES)

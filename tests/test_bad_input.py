@@ -33,7 +33,7 @@ def tradelab(place, *words, **variables):
     environment = {f"TRADELAB_{name.upper()}": str(place / name) for name in ("runs", "sessions", "reports", "logs", "data")}
     environment |= {"TRADELAB_DATABASE": f"sqlite:///{place}/tradelab.db", "TRADELAB_LOCALNET_PORT": "0"} | variables
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADELAB_", "COVERAGE_"))} # what is measured here is measured elsewhere, and slows every start
-    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment, capture_output=True, text=True)
 
 
 def refused(place, *words, **variables):

@@ -31,7 +31,7 @@ def runs(project):
         random = np.random.default_rng(seed)
         policy = Policy("random", mlp, pack([(random.normal(size=(4, 7)), random.normal(size=4)), (random.normal(size=(1, 4)), random.normal(size=1))], "relu", "tanh"), ("return(1)",))
         config = dict(agent="SAC", steps=1_000 * seed, interrupted=False, learning_rate=3e-4, batch_size=64, seed=seed, threads=1, source="synthetic ar1", span=["2024-01-01", "2024-02-01"], data_hash="", created_time=1_706_800_000_000 + seed)
-        save(Run(name, policy, limits=Limits(max_position=.1 * seed), instruments=(Instrument("XRP/USDT:USDT"),), timeframe="1h", config=config), {"learning_curve.csv": f"step,reward\n1,0\n2,{seed}e-4\n".encode()})
+        save(Run(name, policy, limits=Limits(max_position=.1 * seed), instruments=(Instrument("XRP/USDT:USDT", 1e-4, .1),), timeframe="1h", config=config), {"learning_curve.csv": f"step,reward\n1,0\n2,{seed}e-4\n".encode()})
     return project / "runs"
 
 
@@ -128,3 +128,11 @@ def test_candles_are_downloaded_once(project, monkeypatch):
     monkeypatch.setattr(sources, "first_answer", lambda symbol, timeframe, start, end, named, store, gaps: fetch(symbol, timeframe, start, end, store).candles)
     for _ in range(2): said = tradelab("data", "download", "BTC/USDT:USDT", "--span", "2024-01-02/2024-01-05")
     assert said.exit_code == 0 and "72 candles of BTC/USDT:USDT 1h from 2024-01-02 00:00 to 2024-01-04 23:00 UTC" in said.output and asked.count("fetched") == 1
+
+
+def test_a_job_that_names_no_symbol_takes_that_of_the_settings(project):
+    from tradelab.inputs import meant, symbols_and_timeframe
+    assert meant("")[0] == ("BTC/USDT:USDT",)
+    (project / "tradelab.toml").write_text('symbol = "ETH/USDT,XRPUSDT"\ntimeframe = "4h"\n')
+    rule = Run("rule", Policy("random", mlp, pack([(np.ones((1, 7)), np.ones(1))], "relu", "tanh"), ("return(1)",)))
+    assert symbols_and_timeframe(rule, "", "")[:2] == (("ETH/USDT:USDT", "XRP/USDT:USDT"), "4h") and symbols_and_timeframe(rule, "BTCUSDT", "1h")[:2] == (("BTC/USDT:USDT",), "1h")

@@ -50,13 +50,13 @@ def write(path, *cells, parameters="policy:str = 'latest'\nsteps:int = 10\nshare
 
 
 def papermill(*arguments, **options):
-    return subprocess.run([*PAPERMILL, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([*PAPERMILL, *map(str, arguments)], capture_output=True, text=True, **options)
 
 
 def test_a_job_begins_without_a_grammar_that_it_does_not_need():
     "jsonschema's grammar of addresses: three seconds of each start"
     asked = "import sys, tradelab.jobs, papermill.execute; assert 'lark' not in sys.modules and 'rfc3987_syntax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", asked], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", asked], check=True)
 
 
 def stream_of(path): return "".join(output.text for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", []) if output.output_type == "stream")
@@ -108,17 +108,20 @@ def test_a_signal_closes_the_session_and_the_notebook_ends_complete(project, num
     write(project / "nbs/live.ipynb", loop, "print('the last cell')")
     process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
     process.send_signal(number)
-    assert process.wait(60) == 0
+    assert process.wait() == 0
     assert "closed in order" in stream_of("out.ipynb") and "the last cell" in stream_of("out.ipynb")
 
 
 def test_a_third_signal_gives_up(project):
+    (project / ".env").write_text("TRADELAB_STOP_GRACE=1e6")
     write(project / "nbs/live.ipynb", DEAF)
     process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
-    for _ in range(3):
+    sent = 0
+    while process.poll() is None: # two that come at once are one
         process.send_signal(signal.SIGTERM)
-        time.sleep(.3)
-    assert process.wait(60) != 0
+        sent += 1
+        time.sleep(.1)
+    assert process.returncode != 0 and sent >= 3
 
 
 def test_a_close_that_takes_too_long_is_given_up(project):
@@ -126,16 +129,13 @@ def test_a_close_that_takes_too_long_is_given_up(project):
     write(project / "nbs/live.ipynb", DEAF)
     process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+    assert process.wait() != 0
 
 
 def start(project, *command):
     "A job that has come to its long cell"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if (project / "started").exists() or process.poll() is not None: break
-        time.sleep(.1)
-    time.sleep(.3)
+    while not (project / "started").exists() and process.poll() is None: time.sleep(.05)
     assert process.poll() is None
     return process
 
@@ -216,9 +216,8 @@ def test_a_kernel_that_dies_before_it_answers_is_started_again(project, deaths, 
 
 
 def test_a_job_that_is_stopped_while_its_kernel_starts_stays_down(project):
-    arguments, environment, count = shy(project, "time.sleep(20)")
+    arguments, environment, count = shy(project, "time.sleep(600)")
     process = subprocess.Popen([*PAPERMILL, *map(str, arguments)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (count.exists() and count.read_text()): time.sleep(.1)
-    time.sleep(1)
+    while not (count.exists() and count.read_text()) and process.poll() is None: time.sleep(.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0 and count.read_text() == "x"
+    assert process.wait() != 0 and count.read_text() == "x"

@@ -91,7 +91,7 @@ def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
 def test_every_fill_was_possible(seed, costs):
     "Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the volume; on the tick and the step"
     frames, _ = market(seed, 2)
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs, limits=WIDE, beside=())
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs, limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], beside=())
     for symbol, fills in result.fills.groupby("symbol"):
         whole = result.candles[symbol]
         candles, before = whole.loc[fills.index], frames[symbol]["close"].shift(1).loc[fills.index]

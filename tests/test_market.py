@@ -35,9 +35,10 @@ def test_every_perpetual_passes(shared):
     files = names(shared, "*-perp-1h.parquet")
     assert len(files) == 4
     for name in files:
-        candles = history(SYMBOL, "1h", source=shared / "data" / name)
+        symbol = f"{name.partition('USDT')[0]}/USDT:USDT"
+        candles = history(symbol, "1h", source=shared / "data" / name)
         raw = pd.read_parquet(shared / "data" / name)
-        assert candles.attrs == {"source": f"file {name}", "symbol": SYMBOL}
+        assert candles.attrs == {"source": f"file {name}", "symbol": symbol}
         assert np.array_equal(times(candles), raw.timestamp) and np.array_equal(candles.to_numpy(), raw[list(COLUMNS)].to_numpy())
 
 
@@ -50,7 +51,7 @@ def test_spot_outages_are_named(shared, symbol, missing, before):
 
 
 def test_daily_spot_passes(shared):
-    for name in names(shared, "*-1d.parquet"): assert len(history("X/USDT", "1d", source=shared / "data" / name)) > 700
+    for name in names(shared, "*-1d.parquet"): assert len(history(f"{name.partition('USDT')[0]}/USDT", "1d", source=shared / "data" / name)) > 700
 
 
 @pytest.mark.parametrize("name, timeframe, message", [("BTCUSD-bitfinex-1m-2019.parquet", "1m", "gap of "), ("raw/BTCUSDT-1h-appended-tail.csv", "1h", "10:00 UTC follows 2023-06-14 11:00 UTC, the rows are not sorted"),
@@ -176,7 +177,7 @@ NOON = moment("2022-04-10 12:30")
 def test_download_walks_pages_and_keeps_closed_candles_only(exchange, tmp_path):
     venue, store = exchange(MARKET, NOON), Store(tmp_path)
     candles = history(SYMBOL, "1h", "2022-01-01", source=venue.connect(), store=store)
-    assert data_hash(candles) == data_hash(MARKET[:"2022-04-10 11:00"]) and candles.attrs == {"source": "binanceusdm", "symbol": SYMBOL} and venue.pages() == 3
+    assert data_hash(candles) == data_hash(MARKET[:"2022-04-10 11:00"]) and (candles.attrs["source"], candles.attrs["symbol"], candles.attrs["instrument"]["origin"]) == ("binanceusdm", SYMBOL, "binanceusdm") and venue.pages() == 3
     assert data_hash(store.read("binanceusdm", SYMBOL, "1h")) == data_hash(candles)
 
 
@@ -219,17 +220,17 @@ def test_a_silent_host_is_given_up(tmp_path):
 
 def test_without_internet_auto_says_synthetic_loudly(tmp_path):
     alone = ["unshare", "-rn"]
-    try: subprocess.run([*alone, "true"], check=True, capture_output=True, timeout=10)
+    try: subprocess.run([*alone, "true"], check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError): pytest.skip("this system cannot start a process without a network (unshare -rn)")
     code = f"from tradelab.market.sources import history; c = history({SYMBOL!r}, '1h', '2022-01-01', '2022-02-01'); print(len(c), c.attrs)"
-    done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "*** NO EXCHANGE COULD BE REACHED. The 744 candles of BTC/USDT:USDT are SYNTHETIC" in done.stdout and "'source': 'synthetic ar1(" in done.stdout
     assert "SYNTHETIC CANDLES" in done.stderr and "binanceusdm cannot be reached" in done.stdout
 
 
 def test_nothing_heavy_is_imported():
-    done = subprocess.run([sys.executable, "-c", "import sys, tradelab.market.sources; print([name for name in ('ccxt', 'tqdm', 'matplotlib', 'torch', 'requests') if name in sys.modules])"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", "import sys, tradelab.market.sources; print([name for name in ('ccxt', 'tqdm', 'matplotlib', 'torch', 'requests') if name in sys.modules])"], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -293,7 +294,7 @@ def test_a_full_disk_changes_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)                   # coverage may write its own file
         sys.exit(sentence)
     """, tmp_path)
-    out, error = writer.communicate(timeout=60)
+    out, error = writer.communicate()
     assert writer.returncode == 1 and "cannot keep" in error and "File too large: make room there or choose another folder; no file was left half-written" in error and "Traceback" not in error
     assert data_hash(store.read("kraken", "BTC/USD", "1h")) == data_hash(market[:100])
     assert {path.name for path in store.series("kraken", "BTC/USD", "1h").iterdir()} == {".lock", "2022-01.parquet"}

@@ -16,14 +16,14 @@ from tradelab.live.recorder import SEEN, BadRecording, Recorder, Recording, chai
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.policies import buy_and_hold
-from tradelab.records import Fill
+from tradelab.records import BITCOIN, Fill
 from tradelab.risk.limits import Gate
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h", version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
 
 
-def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate)
+def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate, instruments=(BITCOIN,))
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def test_many_readers_beside_a_writer_see_whole_months(tmp_path):
     try:
         for process in (writer, *readers): assert process.stdout.readline() == "ready\n"
         for reader in readers:
-            out, error = reader.communicate(timeout=120)
+            out, error = reader.communicate()
             assert out == "done\n", error
         assert writer.poll() is None
     finally:
@@ -264,7 +264,7 @@ def test_two_writers_lose_nothing(tmp_path):
         for i in range(part, 40, 2): Store(sys.argv[1]).write("okx", "BTC/USDT:USDT", "1h", market[48 * i:48 * (i + 1)], gaps=True)
     """
     writers = [python(code, tmp_path, part) for part in (0, 1)]
-    for writer in writers: assert writer.communicate(timeout=120)[1] == "" and writer.returncode == 0
+    for writer in writers: assert writer.communicate()[1] == "" and writer.returncode == 0
     assert data_hash(Store(tmp_path).read(*SERIES)) == data_hash(MARKET)
 
 
@@ -288,7 +288,7 @@ def test_a_fill_that_is_killed_goes_on_where_it_was(tmp_path):
     first.kill()
     first.communicate()
     second = python(code, tmp_path, 0)
-    after = second.communicate(timeout=120)[0].splitlines(keepends=True)
+    after = second.communicate()[0].splitlines(keepends=True)
     assert not set(before[:-1]) & set(after) and 50 <= len(after) <= 51 and data_hash(Store(tmp_path).read(*SERIES)) == data_hash(MARKET)
 
 

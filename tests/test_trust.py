@@ -314,7 +314,7 @@ def test_a_job_refuses_before_anything_runs(project):
 KINDS = ("str", "int", "float", "bool", "list", "dict", "str|None", "int|float", "anything", "list[int]")
 
 
-@given(text=st.one_of(st.text(max_size=30), WORDS, st.sampled_from(["float()", "float('x')", "+-nan", "inf-", "{[]: 1}", "(" * 500, "-" * 5_000 + "1", "9" * 5_000, "\0", "1j", "f''", "*a", "a := 1", "lambda: 0"])), kind=st.sampled_from(KINDS))
+@given(text=st.one_of(st.text(max_size=30), WORDS, st.sampled_from(["float()", "float('x')", "+-nan", "inf-", "{[]: 1}", "(" * 500, "-" * 5_000 + "1", "9" * 5_000, "\0", "1j", "f''", "*a", "a := 1", "lambda: 0", "{", "'''", "if 1:\n  a\n b"])), kind=st.sampled_from(KINDS))
 @FEW
 def test_any_text_is_a_value_of_its_parameter_or_refused(text, kind):
     import nbformat

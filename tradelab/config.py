@@ -71,7 +71,8 @@ def _number(value): return float(value) if isinstance(value, (str, int)) else va
 def _instrument(table):
     "The table, its numbers proven; a table in it belongs to the symbol that it is named by"
     table = {name: _instrument(value) if isinstance(value, dict) else _number(value) for name, value in table.items()}
-    replace(Instrument("X", 1., 1.), **{name: value for name, value in table.items() if not isinstance(value, dict)})
+    try: replace(Instrument("X", 1., 1.), **{name: value for name, value in table.items() if not isinstance(value, dict)})
+    except TypeError: raise ValueError("must hold numbers, and brackets as rows of (notional, leverage, rate)") from None
     return table
 
 

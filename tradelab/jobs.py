@@ -86,9 +86,11 @@ def _comments(notebook):
     "What stands behind each line of the parameters cell, by the name that the line begins with"
     cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
     lines, found = cell.source.splitlines() if cell else [], {}
-    for token in tokenize.generate_tokens(StringIO("\n".join(lines) + "\n").readline):
-        name = re.match(r"\w+", lines[token.start[0] - 1]) if token.type == tokenize.COMMENT else None
-        if name: found[name[0]] = token.string.lstrip("# ")
+    try:
+        for token in tokenize.generate_tokens(StringIO("\n".join(lines) + "\n").readline):
+            name = re.match(r"\w+", lines[token.start[0] - 1]) if token.type == tokenize.COMMENT else None
+            if name: found[name[0]] = token.string.lstrip("# ")
+    except (tokenize.TokenError, SyntaxError): pass # a cell that is no Python; `tagged` says so
     return found
 
 
@@ -233,7 +235,7 @@ def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=Non
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.log import logger
     for again in (True, True, False):
-        client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=start_timeout, timeout=execution_timeout,
+        client = PapermillNotebookClient(manager, log=logger, log_output=log_output, startup_timeout=max(start_timeout, 600), timeout=execution_timeout,
                                          coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"], **options)
         client.process_message = partial(hear, client.process_message, log_output)
         with signals_to(partial(_interrupt, client), grace) as asked:

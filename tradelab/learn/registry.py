@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +41,9 @@ from ..market.candles import moment
 from ..market.store import replace_files
 from ..policies import ACTIVATIONS, Policy, check_network, flat, mlp
 from ..records import CostModel, Instrument, Limits, Scaler
+from ..risk.limits import warm_up as limits_warm_up
 from ..sim.backtest import make_trader
+from ..sim.costs import warm_up as costs_warm_up
 from ..texts import figure_text, html_rows
 from ..trader import Trader
 from ..trust import BadName, NotTrusted, Unnamed, bring, check_id, locate
@@ -65,7 +67,7 @@ class Run:
     @property
     def warm_up(self)->int:
         "Candles of history that the first decision needs"
-        return self.observation.warm_up
+        return max(self.observation.warm_up, limits_warm_up(self.limits), costs_warm_up(self.costs))
 
     @property
     def observation(self)->Observation:
@@ -328,7 +330,7 @@ _WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, Arithmeti
 def _fits(value, default):
     "Whether a value may stand where a record has this default"
     if isinstance(value, bool) or isinstance(default, bool): return type(value) is type(default)
-    if isinstance(default, (int, float)): return isinstance(value, (int, float)) and abs(value) <= 1e15 or value is None # whether None may be is for the record to say
+    if isinstance(default, (int, float)): return isinstance(value, (int, float)) and abs(value) <= 1e16 or value is None # whether None may be is for the record to say
     if default is None: return value is None or isinstance(value, (int, float, dict))
     return isinstance(value, {str: str, tuple: list}.get(type(default), dict))
 
@@ -336,7 +338,8 @@ def _fits(value, default):
 def _record(kind, values, path):
     "A settings record from its keys"
     try:
-        wrong = [f"{each.name} is {str(values[each.name])[:80]!r}" for each in fields(kind) if each.name in values and not _fits(values[each.name], each.default)]
+        usual = {each.name: each.type() if each.default is MISSING else each.default for each in fields(kind)}
+        wrong = [f"{name} is {str(values[name])[:80]!r}" for name in usual if name in values and not _fits(values[name], usual[name])]
         if wrong: raise TypeError(", ".join(wrong))
         return kind(**{name: _record(type(getattr(kind, name)), value, path) if isinstance(value, dict) and is_dataclass(getattr(kind, name, None)) else value for name, value in values.items()})
     except DamagedRun: raise

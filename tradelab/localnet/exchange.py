@@ -20,7 +20,7 @@ from ..account import POSITION, apply_fill, apply_funding, funding_amount, maint
 from .market import Market
 from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number_text, price_text, whole
 from ..records import INSTRUMENT, CostModel, Instrument, bracket_amounts
-from ..sim.costs import BOOK, conditions, fade, market_fill
+from ..sim.costs import BOOK, conditions, fade, market_fill, warm_up
 
 # %% ../../nbs/60_localnet/63_exchange.ipynb #3626a31c
 def leverage_brackets(instrument:Instrument)->list[dict]:
@@ -256,6 +256,8 @@ class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
         if costs.participation is not None or costs.latency: raise ValueError("localnet fills a market order at once and whole: leave costs.participation and costs.latency out, a backtest has them")
+        if market.closed < warm_up(costs):
+            raise ValueError(f"these costs are known from the {warm_up(costs)} candles before the start, there are {market.closed}: give localnet a longer history, or start it later")
         size = len(market.symbols)
         self.market, self.costs, self.cost_row = market, costs, costs.row()[()]
         self.instruments = instruments_for(market.frames, instruments)

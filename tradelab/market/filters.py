@@ -135,6 +135,13 @@ def check_tick(
     warnings.warn(f"{words}: a taker pays up to that much more than the spread", stacklevel=3)
 
 # %% ../../nbs/10_market/18_filters.ipynb #8d1ed440
+def _is_bitcoin(candles, symbol):
+    "Whether bitcoin's own instrument is theirs: by name, and at its prices; candles that say no name must keep its tick, too"
+    if symbol != BITCOIN.symbol or BITCOIN.price_tick > COARSE * float(candles["close"].min()): return False
+    if candles.attrs.get("symbol") == symbol: return True
+    return share_on(candles[["open", "high", "low", "close"]][:FIRST].to_numpy("float64").ravel(), BITCOIN.price_tick) >= KEPT
+
+
 def listed_with(
     candles:pd.DataFrame,   # perhaps with `attrs["instrument"]`, as an exchange's history has it
     symbol:str,
@@ -142,8 +149,7 @@ def listed_with(
     "What was listed when the candles were given; bitcoin's own for bitcoin, if the candles are its; else derived"
     told = candles.attrs.get("instrument")
     if told: return Instrument(**{**told, "symbol": symbol})
-    if symbol == BITCOIN.symbol and BITCOIN.price_tick <= COARSE * float(candles["close"].min()): return BITCOIN
-    return derived(candles, symbol)
+    return BITCOIN if _is_bitcoin(candles, symbol) else derived(candles, symbol)
 
 
 def with_settings(
