@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'STALE', 'OFF_GRID', 'SHORT', 'LONG', 'STATE', 'WICK', 'GROWTH', 'INVALID', 'OHLC', 'ZERO', 'FROZEN', 'SPIKE',
            'PRICE_UNITS', 'VOLUME_UNITS', 'CROSSED', 'BITS', 'REFUSED', 'LOUD', 'LOUDER', 'VOTES', 'EVIDENCE', 'JUMP',
-           'RARE', 'BEYOND', 'LISTING', 'TIME_COLUMNS', 'REPAIRS', 'Finding', 'finding', 'arrival', 'arrivals', 'keep',
+           'RARE', 'BEYOND', 'FLOOR', 'LISTING', 'MONTH', 'HIGH_RATE', 'TIME_COLUMNS', 'STRETCHES', 'PIECE', 'ONE_IN',
+           'GRAM', 'DOZEN', 'SIDE', 'EXTREME', 'WIDE', 'REPAIRS', 'Finding', 'finding', 'arrival', 'arrivals', 'keep',
            'middle', 'wick', 'broken', 'power_of_ten', 'rescale', 'stillness', 'loudness', 'crossing', 'spikes',
            'remember', 'listing', 'judge', 'scan', 'runs', 'true_order', 'words', 'value_findings', 'time_findings',
            'check_sum', 'compare_sources', 'compare_downloads', 'check_clock', 'check_funding', 'times_found',
-           'as_found', 'witness', 'score', 'QualityReport', 'optional_findings', 'check_quality', 'Verdict',
-           'QualityStream', 'repair']
+           'as_found', 'witness', 'score', 'QualityReport', 'optional_findings', 'around', 'improbable', 'straight',
+           'mixed', 'copies', 'repeats', 'decimals', 'other_digits', 'exchanged', 'stretch_findings', 'check_quality',
+           'Verdict', 'QualityStream', 'repair']
 
 # %% ../../nbs/10_market/12_quality.ipynb #453f39c3
 from collections import deque
@@ -42,6 +44,11 @@ KINDS = {  # kind: (score it counts against, severity, what to do)
     "zero_volume": ("accuracy", "info", "a fact, not a fault: expect no fill in it"),
     "frozen": ("accuracy", "warning", "do not decide on it: the feed stood still, or the market was closed"),
     "spike": ("accuracy", "warning", "compare with a second source; stops and extremes computed over it are not real"),
+    "copied": ("accuracy", "warning", "fetch the stretch again: the same candles twice are not two markets"),
+    "interpolated": ("accuracy", "warning", "fetch the stretch again: what was drawn between two points was never traded"),
+    "digits": ("accuracy", "warning", "ask where the stretch comes from: it was rounded, scaled, or taken from elsewhere"),
+    "misplaced": ("accuracy", "warning", "fetch the stretch again: its rows are not in the order of their times"),
+    "extreme": ("accuracy", "info", "a fact, not a fault: look at it before a backtest over it is believed"),
     "not_the_sum": ("accuracy", "warning", "fetch both again; one of the two was revised or is incomplete"),
     "disagreement": ("accuracy", "warning", "ask a third source; do not decide on the span"),
     "clock": ("accuracy", "warning", "set the clock (NTP) and correct the recorded times by the error"),
@@ -216,6 +223,7 @@ def crossing(now, candle, scale):
 # %% ../../nbs/10_market/12_quality.ipynb #85d8727b
 EVIDENCE = 3                     # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
 JUMP, RARE, BEYOND = 2.8, .03, 4.
+FLOOR = .005                     # log of a price: less is no print that anybody could lose by, however still the minutes around it
 
 
 @compiled
@@ -230,7 +238,9 @@ def spikes(now, candle, scale, follows, waited, out):
     out[0] = max(reach, leap)
     now["habit"] = habit * np.exp(.1 * ((1. if out[0] > habit else 0.) - RARE))
     out[1] = 1. if leap > max(JUMP, usual) and reach <= WICK and back < .5 * leap else 0.
-    return SPIKE if reach > max(WICK, usual) or leap > max(JUMP, usual) else 0
+    far = max(np.log(candle[HIGH] / max(candle[OPEN], candle[CLOSE])), np.log(min(candle[OPEN], candle[CLOSE]) / candle[LOW])) > FLOOR
+    leapt = abs(np.log(candle[OPEN] / now["close"])) > FLOOR
+    return SPIKE if (far and reach > max(WICK, usual)) or (leapt and leap > max(JUMP, usual)) else 0
 
 # %% ../../nbs/10_market/12_quality.ipynb #ffdaede5
 @compiled
@@ -514,6 +524,20 @@ def check_clock(
     return [finding("clock", symbol, event_times.min(), event_times.max(), wording, len(delay), median if median < 0 else fastest)]
 
 # %% ../../nbs/10_market/12_quality.ipynb #21b8a6db
+MONTH, HIGH_RATE = 31, .003 # rates that are looked at together; what half of them can be above only in percent
+
+
+def _percent(sizes):
+    "Which rates lie in a month that can only be in percent: above what any exchange takes, or fifty times the quiet quarter of the others"
+    level = pd.Series(sizes).rolling(MONTH, center=True, min_periods=1).median().to_numpy()
+    quiet = np.quantile(level[level > 0], .25) if (level > 0).any() else 0.
+    mask = (level > HIGH_RATE) | ((level > 50 * quiet) & (level > 1e-3) & (quiet > 0))
+    result = np.zeros(len(sizes), bool)
+    for first, last in runs(mask):
+        if last - first + 1 >= MONTH // 2: result[first:last + 1] = True
+    return result
+
+
 def check_funding(
     rates:pd.Series,              # fractions, index of UTC funding times
     candles:pd.DataFrame=None,    # of the perpetual: its span must be covered; without, the span of the rates
@@ -536,7 +560,10 @@ def check_funding(
     add("duplicate", np.flatnonzero(np.diff(due) == 0), lambda rows: f"two rates at {text(stamps[rows[0]])}")
     add("out_of_order", np.flatnonzero(np.diff(due) < 0) + 1, lambda rows: f"{text(stamps[rows[0]])} stands after a later one")
     half = np.median(np.abs(values[np.isfinite(values)])) if np.isfinite(values).any() else 0.
+    percent = _percent(np.abs(np.nan_to_num(values)))
     if half > .003: add("wrong_units", np.arange(len(values)), lambda rows: f"half of the rates are above {half:g}: percent, not fractions?")
+    elif percent.any():
+        for start, end in runs(percent, apart=MONTH): add("wrong_units", np.arange(start, end + 1), lambda rows: f"half of {len(rows)} rates are above {np.median(np.abs(values[rows])):g}, of all the others below {np.median(np.abs(values[~percent])):g}: percent, not fractions?")
     else: add("spike", np.flatnonzero(np.abs(values) > .03), lambda rows: f"a rate of {values[rows[0]]:g}: no exchange takes more than 3 % at once")
     expected = np.arange((first + step - 1) // step * step, last + 1, step)
     expected = expected[(expected > first) | (candles is None)]
@@ -682,6 +709,191 @@ def optional_findings(
                   for name, rows, why in faults for first, last in runs(rows)]
     return impossible + (_quote_findings(symbol, candles, read.quote_volume.where(np.isfinite(read.quote_volume) & (read.quote_volume >= 0)).to_numpy()) if "quote_volume" in read else [])
 
+# %% ../../nbs/10_market/12_quality.ipynb #55c13706
+STRETCHES = ("copied", "interpolated", "digits", "misplaced", "extreme")
+PIECE, ONE_IN = 100, 1e-5 # rows; how often a table without faults may be called so
+
+
+def around(
+    values,   # (T,)
+)->np.ndarray:
+    "The median of a week of rows around each"
+    return pd.Series(values).rolling(LONG + 1, center=True, min_periods=1).median().to_numpy()
+
+
+def improbable(
+    mask,          # bool, (T,): rows that look so
+    least:int=6,   # rows
+)->list:           # (first, last) row of each run
+    "Runs that are too long for how often rows look so elsewhere"
+    shares = mask[:len(mask) // PIECE * PIECE].reshape(-1, PIECE).mean(axis=1)
+    usual = min(1.5 * (np.median(shares) if len(shares) > 1 else 0.) + .02, .999)
+    needed = max(least, int(np.ceil(np.log(ONE_IN / len(mask)) / np.log(usual))))
+    return [(first, last) for first, last in runs(mask) if last - first + 1 >= needed]
+
+
+def straight(
+    numbers,   # (T, 5)
+    scale,     # (T,): usual ranges, logs
+)->list:       # (first, last, what) of each stretch
+    "Closes on a line, and volumes on a line or constant"
+    close, volume = np.log(numbers[:, CLOSE]), numbers[:, VOLUME]
+    def bend(values): return np.abs(np.diff(values, 2, prepend=[np.nan, np.nan]))
+    moved = np.abs(np.diff(close, prepend=np.nan)) > 1e-9
+    return [(*run, "closes") for run in improbable((bend(close) < .02 * scale) & moved)] + [(*run, "volumes") for run in improbable((bend(volume) <= 1e-6 * volume) & (volume > 0))]
+
+# %% ../../nbs/10_market/12_quality.ipynb #993c8a64
+GRAM = 6 # rows
+
+
+def mixed(
+    *columns,   # (T,) int64 or float64
+)->np.ndarray:  # (T,) uint64
+    "One number for each row of them, the same only for the same row"
+    result = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        result = (result ^ np.ascontiguousarray(column).view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        result ^= result >> np.uint64(29)
+    return result
+
+
+def copies(
+    marks,     # (T,) uint64 of `mixed`
+    counted,   # (T,) bool: rows that can tell anything
+)->list:       # (first, last, row that the first was taken from)
+    "Stretches whose marks came in the same order before"
+    count = len(marks) - GRAM + 1
+    if count < SHORT: return []
+    _, which, often = np.unique(marks, return_inverse=True, return_counts=True)
+    still = np.concatenate([[False], marks[1:] == marks[:-1]])                                         # a rhythm, not a copy
+    surprise = np.where(counted & ~still, np.log(len(marks) / np.maximum(often[which], 2)), 0.)
+    grams, total = mixed(*(marks[n:n + count] for n in range(GRAM))), sum(surprise[n:n + count] for n in range(GRAM))
+    order = np.argsort(grams, kind="stable")
+    twice = grams[order][1:] == grams[order][:-1]
+    late, early = order[1:][twice], order[:-1][twice]
+    sure = total[late] > 2 * np.log(len(marks)) + 12
+    late, early = late[sure], early[sure]
+    mask, taken = np.zeros(len(marks), bool), np.zeros(len(marks), "int64")
+    taken[late] = early
+    for n in range(GRAM): mask[late + n] = True
+    return [(first, last, int(taken[first])) for first, last in runs(mask)]
+
+
+def repeats(
+    numbers,   # (T, 5)
+    scale,     # (T,): usual ranges, logs
+)->list:       # (first, last, candles)
+    "Stretches in which candles again and again have the four prices of the one before"
+    prices, moved = numbers[:, :4], np.log(numbers[:, HIGH] / numbers[:, LOW]) > .5 * scale      # in a still minute three prices are soon the same
+    def again(lag): return np.concatenate([np.zeros(min(lag, len(prices)), bool), (prices[lag:] == prices[:-lag]).all(axis=1)]) & moved
+    last, others = again(1), np.cumsum(np.concatenate([[0.], sum(again(lag) for lag in range(2, 12)) / 10]))
+    def usual(first, end): return max(others[-1] / len(prices), (others[end] - others[first]) / max(end - first, 1))
+    counted = [(first, end, int(last[first:end + 1].sum())) for first, end in runs(last, apart=SHORT)]
+    return [(first, end, count) for first, end, count in counted if count >= 3 + 20 * (end - first + 1) * usual(max(first - 500, 0), min(end + 500, len(prices)))]
+
+# %% ../../nbs/10_market/12_quality.ipynb #1fde6f3c
+DOZEN, SIDE = 12, 20 # rows that are looked at together; such dozens on each side that must agree
+
+
+@compiled
+def decimals(
+    values,        # (T,)
+)->np.ndarray:     # (T,) int: 12 where there are more
+    "How many decimals each value has; below 0 for whole tens"
+    result = np.full(len(values), 12)
+    for t in range(len(values)):
+        for digits in range(-3, 12):
+            scaled = values[t] * 10. ** digits
+            whole = np.rint(scaled)
+            if abs(scaled - whole) <= min(1e-6 + 1e-11 * abs(scaled), .01) and (whole != 0 or values[t] == 0):
+                result[t] = digits
+                break
+    return result
+
+
+def other_digits(
+    digits,       # (T,) of `decimals`
+    longest:int,  # rows
+)->list:          # (first, last, its digits, those around)
+    "Stretches with more or fewer decimals than both of their sides"
+    tops = np.sort(digits[:len(digits) // DOZEN * DOZEN].reshape(-1, DOZEN), axis=1)[:, -2]          # one odd print is no stretch
+    found, taken = [], 0
+    for start in np.flatnonzero(np.diff(tops)) + 1:
+        usual = tops[start - 1]
+        if start < max(taken, SIDE) or np.count_nonzero(tops[start - SIDE:start] == usual) < .95 * SIDE: continue
+        later = tops[start + 1:start + 1 + longest // DOZEN + SIDE] == usual
+        if len(later) < SIDE: continue
+        agree = np.convolve(later, np.ones(SIDE), "valid") >= .95 * SIDE
+        ends = np.flatnonzero(agree & later[:len(agree)])
+        if len(ends) == 0: continue
+        taken = start + 1 + int(ends[0])
+        inside = tops[start:taken]
+        others = min(np.mean(side != usual) for side in (tops[max(start - 500, 0):start], tops[taken:taken + 500]))     # one side may hold a change for good
+        needed = max(2, np.log(ONE_IN / len(tops)) / np.log(min(1.5 * others + .0001, .999)))    # where digits vary by themselves, a longer stretch
+        if len(inside) >= needed and max(np.mean(inside > usual), np.mean(inside < usual)) > .9: found.append((start * DOZEN, taken * DOZEN - 1, int(np.median(inside)), usual))
+    return found
+
+# %% ../../nbs/10_market/12_quality.ipynb #ab7a26a8
+def exchanged(
+    numbers,   # (T, 5)
+    follows,   # (T,) bool: whether the row before is the candle before
+    scale,     # (T,): usual ranges, logs
+)->list:       # (first, last) row of each
+    "Stretches of rows that stand in another order than they happened"
+    opened, closed = np.log(numbers[:, OPEN]), np.log(numbers[:, CLOSE])
+    leap = np.abs(opened - np.concatenate([[opened[0]], closed[:-1]]))
+    habit = 1.5 * around(leap)
+    seams, fits = np.flatnonzero(follows & (leap > np.maximum(8 * habit, .2 * scale))), np.maximum(3 * habit, .02 * scale)
+    if len(seams) > 10 + .001 * len(numbers): return []
+    def joins(row, end): return abs(opened[row] - closed[end - 1]) <= fits[row]     # row was once what came after end - 1
+    found = []
+    for n, one in enumerate(seams):
+        near = [row for row in seams[n + 1:n + 16] if row - one <= 1500]
+        ring = next(((two, three) for two in near if joins(two, one) for three in near if three > two and joins(one, three) and joins(three, two)), None)
+        if ring: found.append((int(one), int(ring[1]) - 1))
+        for end in near:
+            for two in near:
+                if two > end and two + end - one in near and joins(two, one) and joins(one, two) and joins(end, two + end - one) and joins(two + end - one, end): found.append((int(one), int(two + end - one) - 1))
+    return found
+
+# %% ../../nbs/10_market/12_quality.ipynb #c0b98388
+EXTREME, WIDE = 8., .03 # ranges; log of high over low
+
+
+def _volume_digits(add, numbers, longest):
+    for first, last, level, usual in other_digits(decimals(numbers[:, VOLUME]), longest):
+        rows = slice(first, last + 1)
+        coins = decimals(numbers[rows, VOLUME] / numbers[rows, CLOSE])
+        if level > usual and np.mean(coins <= usual) > .6: add("wrong_units", first, last, "volume is in quote units: divided by the close it has the digits of its neighbours", column="volume")
+        elif last - first > 8 * DOZEN: add("digits", first, last, f"volume has {level} decimals, before and after it has {usual}", level - usual, "volume")
+
+
+def stretch_findings(
+    symbol:str,   # whose candles
+    times,        # (T,) ms, in order
+    numbers,      # (T, 5)
+    step:int,     # ms
+)->list:
+    "Findings about stretches of rows that contradict none of the rules for one"
+    sound = np.isfinite(numbers).all(axis=1) & (numbers[:, :4] > 0).all(axis=1) & (numbers[:, VOLUME] >= 0) & (numbers[:, HIGH] >= numbers[:, LOW])
+    times, numbers = times[sound], np.ascontiguousarray(numbers[sound])
+    if len(times) < SHORT: return []
+    found, ranges = [], np.log(numbers[:, HIGH] / numbers[:, LOW])
+    scale, longest = around(ranges), max(2400, 60 * 86_400_000 // step)
+    def add(kind, first, last, evidence, measure=0., column=""): found.append(finding(kind, symbol, times[first], times[last], evidence, last - first + 1, measure, column))
+    for first, last, what in straight(numbers, scale): add("interpolated", max(first - 2, 0), last, f"{what} of {last - first + 1} candles lie on a line", column=what[:-1])
+    shape = mixed(*(np.rint(np.log(numbers[:, column] / numbers[:, OPEN]) * 1e7) for column in (HIGH, LOW, CLOSE)))
+    for what, marks, counted in (("prices", shape, ranges > .3 * scale), ("volumes", mixed(numbers[:, VOLUME]), numbers[:, VOLUME] > 0)):
+        for first, last, source in copies(marks, counted): add("copied", first, last, f"the {what} of {last - first + 1} candles are those from {text(times[source])} on", column=what[:-1])
+    for first, last, count in repeats(numbers, scale): add("copied", max(first - 1, 0), last, f"{count} candles repeat the four prices of the one before")
+    for first, last, level, usual in other_digits(np.max([decimals(numbers[:, column]) for column in range(4)], axis=0), longest):
+        add("digits", first, last, f"prices have {level} decimals, before and after they have {usual}", level - usual)
+    _volume_digits(add, numbers, longest)
+    for first, last in exchanged(numbers, np.diff(times, prepend=times[0]) == step, scale): add("misplaced", first, last, f"{last - first + 1} rows are in another order than they happened: their ends fit each other exchanged")
+    for row in np.flatnonzero(ranges > np.maximum(EXTREME * scale, WIDE)):
+        add("extreme", row, row, f"from {numbers[row, LOW]:g} to {numbers[row, HIGH]:g} in one candle, {ranges[row] / max(scale[row], 1e-12):.0f} usual ranges", ranges[row])
+    return found
+
 # %% ../../nbs/10_market/12_quality.ipynb #693ddf19
 def check_quality(
     candles:pd.DataFrame,           # as they were found; not changed
@@ -700,6 +912,7 @@ def check_quality(
     stamps, numbers, found = as_found(candles, symbol)
     of_time, order = time_findings(symbol, stamps, numbers, step)
     found += of_time + value_findings(symbol, stamps[order], numbers[order], *scan(np.zeros(1, STATE), stamps[order], numbers[order], step))
+    found += stretch_findings(symbol, stamps[order], numbers[order], step)
     judged, as_of = frame(stamps[order], numbers[order]), candles.attrs.get("as_of") if as_of is None else as_of
     as_of = None if as_of is None else moment(as_of)
     if as_of is not None and stamps.max() + step > as_of:

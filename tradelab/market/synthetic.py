@@ -546,7 +546,7 @@ def _wrong_units(table, generator):
     columns = slice(0, 4) if what == "price" else slice(VOLUME, VOLUME + 1)
     block = table.iloc[row:row + count]
     factor = 10. ** generator.choice([-3, -2, -1, 1, 2, 3]) if what == "price" else 10. ** generator.choice([-3, 3])
-    if what == "quote" and abs(np.log10(block.close.iloc[0])) > 2: factor = block[["close"]].to_numpy()      # of a price near 1 both volumes are alike
+    if what == "quote" and abs(np.log10(block.close.iloc[0])) > .05: factor = block[["close"]].to_numpy()    # of a price of 1 both volumes are alike
     return _changed(table, slice(row, row + count), columns, block.iloc[:, columns].to_numpy() * factor), row, row + count - 1, f"{what} in other units in {count} rows"
 
 # %% ../../nbs/10_market/11_synthetic.ipynb #a51a0a1b
@@ -581,11 +581,58 @@ def _funding_before_price(rates, generator):
     early = stamps[0] + (stamps[1] - stamps[0]) * np.arange(-count, 0)
     return _stamped(pd.concat([rates[:count], rates]), np.concatenate([early, stamps])), -count, -1, f"{count} rates before the first price"
 
+# %% ../../nbs/10_market/11_synthetic.ipynb #5e0640ea
+def _copied(table, generator):
+    row, count, what = _row(table, generator, 240), int(generator.integers(24, 121)), generator.choice(["day", "every tenth", "volume"])
+    rows = slice(row, row + count)
+    if what == "day": return _changed(table, slice(row, row + 24), slice(0, 5), table.iloc[row - 24:row, :5].to_numpy()), row, row + 23, "a day written twice"
+    if what == "volume": return _changed(table, slice(row, row + 24), VOLUME, table.iloc[row - 24:row, VOLUME].to_numpy()), row, row + 23, "the volume of a day written twice"
+    every = np.arange(row, row + count, 5 if count < 50 else 10)
+    return _changed(table, every, slice(0, 4), table.iloc[every - 1, :4].to_numpy()), row, rows.stop - 1, "prices repeated at every fifth or tenth candle"
+
+
+def _interpolated(table, generator):
+    row, count, volume = _row(table, generator), int(generator.integers(12, 73)), generator.random() < .3
+    if volume: return _changed(table, slice(row, row + count), VOLUME, table.iloc[row - 1, VOLUME]), row, row + count - 1, f"volume constant for {count} candles"
+    line = np.linspace(table.close.iloc[row - 1], table.open.iloc[row + count], count + 1)
+    body = np.column_stack([line[:-1], line[1:]])
+    prices = np.column_stack([body[:, 0], body.max(axis=1), body.min(axis=1), body[:, 1]])
+    return _changed(table, slice(row, row + count), slice(0, 4), prices), row, row + count - 1, f"{count} candles on a straight line"
+
+
+def _digits(table, generator):
+    row, count, finer = _row(table, generator), int(generator.integers(60, 121)), generator.random() < .5
+    block = table.iloc[row:row + count, :4].to_numpy()
+    least = np.diff(np.unique(np.round(block, 10))).min()
+    if finer: changed = block * np.exp(_local_range(table, row) * .01 * generator.uniform(.3, 1))
+    else: changed = np.rint(block / (10 * least)) * 10 * least
+    return _changed(table, slice(row, row + count), slice(0, 4), changed), row, row + count - 1, f"prices of {count} candles {'scaled' if finer else 'rounded'}"
+
+
+def _misplaced(table, generator):
+    moves = np.abs(np.log(table.close / table.open)) / np.log(table.high / table.low).rolling(24, min_periods=1).median()
+    length, tries = int(generator.choice([1, 24])), 0
+    row, apart = _row(table, generator, 200, 130), int(generator.integers(1, 4)) * length if length == 24 else int(generator.integers(2, 9))
+    while length == 1 and tries < 99 and (moves.iloc[[row, row + apart]].min() < 1 or abs(np.log(table.close.iloc[row] / table.close.iloc[row + apart])) < 2 * np.log(table.high / table.low).iloc[row]): row, tries = _row(table, generator, 200, 130), tries + 1
+    order = np.arange(len(table))
+    one, other = np.arange(row, row + length), np.arange(row + apart, row + apart + length)
+    order[one], order[other] = other, one
+    return table.iloc[order].set_axis(table.index), row, row + apart + length - 1, f"two {'days' if length == 24 else 'hours'} exchanged"
+
+
+def _extreme(table, generator):
+    row, size = _row(table, generator), float(generator.uniform(.12, .3))
+    candle = table.iloc[row, :5].to_numpy("float64").copy()
+    candle[LOW] = min(candle[OPEN], candle[CLOSE]) * np.exp(-max(size, 12 * _local_range(table, row)))
+    candle[VOLUME] *= 60
+    return _changed(table, row, slice(0, 5), candle), row, row, "a fall within one candle, with its volume"
+
 # %% ../../nbs/10_market/11_synthetic.ipynb #bd856f95
 DEFECTS = {"gap": _gap, "duplicate": _duplicate, "out_of_order": _out_of_order, "off_grid": _off_grid, "unfinished": _unfinished, "revised": _revised,
            "invalid_value": _invalid_value, "ohlc": _ohlc, "zero_volume": _zero_volume, "frozen": _frozen, "spike": _spike,
            "swapped_columns": _swapped_columns, "wrong_units": _wrong_units, "not_the_sum": _not_the_sum, "disagreement": _disagreement,
-           "clock": _clock, "funding_missing": _funding_missing, "funding_before_price": _funding_before_price}
+           "clock": _clock, "funding_missing": _funding_missing, "funding_before_price": _funding_before_price,
+           "copied": _copied, "interpolated": _interpolated, "digits": _digits, "misplaced": _misplaced, "extreme": _extreme}
 
 
 def with_defect(
