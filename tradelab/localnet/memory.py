@@ -51,7 +51,7 @@ def checked_lines(
 def _head(exchange):
     "What an exchange begins with"
     market = exchange.market
-    return {"format": FORMAT, "symbols": list(market.symbols), "timeframe": market.interval, "first candle": market.now, "deposit": wallet(exchange.account)}
+    return {"format": FORMAT, "symbols": list(market.symbols), "timeframe": market.interval, "first candle": market.now, "deposit": float(wallet(exchange.account))}
 
 
 def _candle(exchange):
