@@ -245,6 +245,11 @@ def translate(
     return taken, left
 
 # %% ../nbs/99_top/97_migrate.ipynb #8b31abda
+def _lines(text):
+    "Its lines as TOML and .env count them; `str.splitlines` also ends a line at U+0085 or U+2028, which are letters of a value here"
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def _region(lines, table):
     "First and last line of a table, after its header; None where there is no such table"
     starts = [n for n, line in enumerate(lines) if re.match(r"\s*\[", line)]
@@ -261,7 +266,7 @@ def with_key(
 )->str:
     "The text with this key set"
     table, _, name = key.rpartition(".")
-    lines, line = text.splitlines(), f"{name} = {_toml(value)}"
+    lines, line = _lines(text), f"{name} = {_toml(value)}"
     region = _region(lines, table)
     if region is None: return "\n".join([*lines, *([""] if lines else []), f"[{table}]", line]) + "\n"
     start, end = region
@@ -280,7 +285,7 @@ def with_variable(
 )->str:
     "The text with this variable set"
     quoted = value if re.fullmatch(r"[A-Za-z0-9_./+=:@-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    lines = text.splitlines()
+    lines = _lines(text)
     old = next((n for n, line in enumerate(lines) if re.match(rf"\s*(export\s+)?{re.escape(name)}\s*=", line)), len(lines))
     return "\n".join([*lines[:old], f"{name}={quoted}", *lines[old + 1:]]) + "\n"
 

@@ -202,7 +202,7 @@ def layout(
     content:bytes,
 )->tuple:   # what separates, lines before the header or the first row, whether there is no header
     "How a CSV is written"
-    lines = content[:2 * LINE].decode(errors="replace").splitlines()[:30]
+    lines = [line.decode(errors="replace") for line in content[:2 * LINE].splitlines()[:30]]
     separator = next((each for each in "\t;|," if each in lines[-1]), ",") if lines else ","
     skipped = 0
     while skipped < len(lines) - 1 and (separator not in lines[skipped] or lines[skipped].startswith(("#", "http", "sep="))): skipped += 1
