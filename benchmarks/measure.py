@@ -58,7 +58,7 @@ def editing():
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "sessions", "data", "reports", "logs"))
         environment = {"PYTHONPATH": str(copy), "XDG_CACHE_HOME": str(Path(folder) / "cache")}
         seconds(FIRST, environment, copy)
-        notebook = copy / "nbs/95_strategies/95_example.ipynb"
+        notebook = copy / "nbs/95_strategies/01_example.ipynb"
         times = []
         for number in (1, 2, 3):
             notebook.write_text(re.sub(r"slow:int=\d+", f"slow:int={50 + number}", notebook.read_text()))

@@ -25,11 +25,11 @@ def cells(path): return [("".join(cell["source"]), cell.get("metadata", {}).get(
 
 
 def number_of_modules():
-    "The number of each chapter by the module that it exports"
+    "(floor, chapter) of each chapter by the module that it exports"
     numbers = {}
     for path in NOTEBOOKS:
         exports = re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", "\n".join(source for source, _ in cells(path)))
-        if exports: numbers[f"tradelab.{exports[1]}"] = int(re.match(r"\d+", path.name)[0])
+        if exports: numbers[f"tradelab.{exports[1]}"] = tuple(int(re.match(r"\d+", name)[0]) for name in (path.parent.name, path.name))
     return numbers
 
 
@@ -45,8 +45,14 @@ def test_contracts():
 def test_no_chapter_imports_an_equal_or_higher_number(graph):
     numbers, climbing = number_of_modules(), []
     for module, number in numbers.items():
-        climbing += [f"{module} ({number}) imports {other} ({numbers[other]})" for other in graph.find_modules_directly_imported_by(module) if numbers.get(other, -1) >= number]
+        climbing += [f"{module} ({number}) imports {other} ({numbers[other]})" for other in graph.find_modules_directly_imported_by(module) if numbers.get(other, (-1,)) >= number]
     assert not climbing
+
+
+def test_chapters_count_from_1_on_each_floor():
+    for folder in sorted({path.parent for path in NOTEBOOKS if path.parent.name != "nbs"}):
+        numbers = [int(re.match(r"\d+", path.name)[0]) for path in sorted(folder.glob("*.ipynb"))]
+        assert numbers == list(range(1, len(numbers) + 1)), folder.name
 
 
 def test_the_trader_imports_the_ground_only(graph):
