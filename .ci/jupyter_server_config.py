@@ -2,8 +2,8 @@
 
 A job's outputs are kept by its reports; the notebook itself stays as git has it, so that `git status` is clean after Run All.
 `index.ipynb` and the chapters keep theirs: they are pages."""
-from nbdev.clean import clean_nb
 from fastcore.xtras import dict2obj, obj2dict
+from nbdev.clean import clean_nb
 
 
 def strip(model, path, **_):

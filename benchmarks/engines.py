@@ -33,7 +33,9 @@ def orders(held): return np.diff(held, prepend=0)
 
 def with_tradelab(ticks, held, fee):
     from tradelab.account import POSITION, new_account
-    from tradelab.records import BITCOIN, JOURNAL, CostModel, Execution, Limits
+    from tradelab.instruments import BITCOIN
+    from tradelab.journal import JOURNAL
+    from tradelab.settings import CostModel, Execution, Limits
     from tradelab.sim.kernel import World, rules_of, tape_of
     from tradelab.sim.matching import new_state
     candles, asked = np.concatenate([ticks / 10, np.full((len(ticks), 1), 1e9)], axis=1)[:, None, :], orders(held).astype(float)

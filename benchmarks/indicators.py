@@ -17,12 +17,12 @@ import ta
 import talib
 
 from tradelab.account import POSITION, new_account
+from tradelab.events import COLUMNS, KNOWN
 from tradelab.features.grammar import INDICATORS
 from tradelab.features.indicator import FeatureStream, columns_of
 from tradelab.features.observation import Observation
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
-from tradelab.records import COLUMNS, KNOWN
 
 LENGTH, SHORT = 1_000_000, 10_000
 SLOW = {"wma", "kama", "adx", "aroon", "psar", "cci", "atr", "ulcer", "mfi"} # Python loops in ta

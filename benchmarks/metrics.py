@@ -9,7 +9,7 @@ import pandas as pd
 
 from tradelab.evaluation.metrics import check_equity, curve_metrics, drawdown_metrics, drawdowns, metrics, ratios, tails
 from tradelab.evaluation.tearsheet import TearSheet
-from tradelab.records import JOURNAL
+from tradelab.journal import JOURNAL
 
 try: import empyrical
 except ImportError: empyrical = None

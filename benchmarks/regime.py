@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tradelab.events import COLUMNS
 from tradelab.features.regime import Regimes
 from tradelab.market.candles import frame, resample
 from tradelab.market.synthetic import STATES, regimes
-from tradelab.records import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

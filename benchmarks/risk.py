@@ -6,11 +6,12 @@ import numpy as np
 
 from tradelab.account import POSITION, new_account
 from tradelab.compiled import compiled
-from tradelab.records import BITCOIN, Limits, Stops, instrument_rows
+from tradelab.instruments import BITCOIN
 from tradelab.risk.breakers import Breakers
 from tradelab.risk.limits import Gate, gate, propose
 from tradelab.risk.portfolio import PortfolioRisk
 from tradelab.risk.tail import TailRisk
+from tradelab.settings import Limits, Stops, instrument_rows
 
 HOUR = 3_600_000
 EVERYTHING = Limits(max_net=.5, max_group=.5, max_var=.02, max_sector=.5, sectors={str(n): str(n % 4) for n in range(20)}, target_volatility=.8, drawdown_from=.05, max_order=.1, min_confidence=.1,

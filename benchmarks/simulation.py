@@ -12,10 +12,11 @@ import pandas as pd
 from tradelab.account import POSITION, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
 from tradelab.learn.env import Market, MarketEnv, MarketVecEnv
 from tradelab.market.candles import frame
 from tradelab.policies import Policy
-from tradelab.records import BITCOIN, CostModel, Execution, Limits
+from tradelab.settings import CostModel, Execution, Limits
 from tradelab.sim.backtest import WORLDS, backtest
 from tradelab.sim.kernel import DONE, World, rules_of, steps, tape_of
 from tradelab.sim.matching import new_state

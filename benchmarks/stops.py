@@ -5,9 +5,10 @@ import numpy as np
 
 from tradelab.account import POSITION
 from tradelab.compiled import compiled
+from tradelab.events import CLOSE, HIGH, LOW, OPEN
 from tradelab.market.synthetic import realistic
-from tradelab.records import CLOSE, HIGH, LOW, OPEN, Limits, Stops
 from tradelab.risk.stops import enter, exit_price, next_atr, simulate, touched, track
+from tradelab.settings import Limits, Stops
 
 
 @compiled

@@ -7,9 +7,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tradelab.market.candles import milliseconds, resample, times
+from tradelab.market.candles import resample, times
 from tradelab.market.store import Store, months
 from tradelab.market.synthetic import ar1
+from tradelab.times import milliseconds
 
 MINUTES = 366 * 1440 # of 2024
 

@@ -5,11 +5,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.events import COLUMNS, KNOWN
 from tradelab.features.grammar import parse
 from tradelab.market.candles import (
-    OPTIONAL, TIMEFRAMES, BadCandles, align, as_of, check, data_hash, frame, matrix, milliseconds, moment, next_opening, parts, resample, rows_as_of, timeframe_of, times)
+    OPTIONAL,
+    BadCandles,
+    align,
+    as_of,
+    check,
+    data_hash,
+    frame,
+    matrix,
+    resample,
+    rows_as_of,
+    timeframe_of,
+    times,
+)
 from tradelab.market.synthetic import ar1
-from tradelab.records import COLUMNS, KNOWN
+from tradelab.times import TIMEFRAMES, milliseconds, moment, next_opening, parts
 
 HOUR = 3_600_000
 

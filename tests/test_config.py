@@ -13,8 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tradelab.config import FORBIDDING, NOT_YET, TABLES, BadSettings, _flat, _variables, forbidding, job_settings, known_keys, overridden, settings, venue_for
-from tradelab.records import Limits
+from tradelab.config import (
+    FORBIDDING,
+    NOT_YET,
+    TABLES,
+    BadSettings,
+    _flat,
+    _variables,
+    forbidding,
+    job_settings,
+    known_keys,
+    overridden,
+    settings,
+    venue_for,
+)
+from tradelab.settings import Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}

@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 
 from tradelab.account import POSITION, new_account
+from tradelab.instruments import BITCOIN, Instrument
+from tradelab.journal import JOURNAL, Reason
 from tradelab.market.sources import funding_history, history
+from tradelab.orders import Kind
 from tradelab.policies import buy_and_hold, flat
-from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Execution, Instrument, Kind, Limits, Reason
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
@@ -117,7 +120,7 @@ def test_cost_grows_with_size_as_a_real_book_says(walks):
 def test_stops_in_a_candle_are_pessimistic_where_backtesting_py_is_too():
     "Both touched: the stop (backtesting.py decides so as well); a gap beyond the stop: the open (so does it); a gap beyond a resting limit order: its own price (backtesting.py gives the better open)"
     from tests.test_kernel import levered
-    from tradelab.records import Stops
+    from tradelab.settings import Stops
     both, gap = ([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*candle, 1e6)] for candle in ((100, 105, 97, 104), (95, 96, 94, 95)))
     for candles, price in ((both, 98.), (gap, 95.)):
         state, _ = levered(candles, 1., 1, stops=Stops(stop_loss=.02, take_profit=.04), execution=Execution(protect=True))

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from tradelab.compiled import compiled
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
+from tradelab.journal import JOURNAL
 from tradelab.learn.env import RUIN, Domain, Market, MarketEnv, MarketVecEnv, Population, Reward
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
-from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Execution, Limits, Stops
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest
 
 LIMITS = Limits(max_position=.5, max_daily_loss=None, max_drawdown=.95, max_participation=None, price_band=None, stops=NO_STOPS)

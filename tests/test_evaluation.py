@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tradelab.evaluation.difference import first_difference
 from tradelab.evaluation.intervals import intervals
 from tradelab.evaluation.metrics import LABELS, drawdowns, metrics, round_trips
 from tradelab.evaluation.tearsheet import TearSheet, costs, months, rolling_sharpe, thinned
-from tradelab.records import JOURNAL
+from tradelab.journal import JOURNAL
 
 
 def journal_of(price, held, fee=.0005, symbol="BTC/USDT:USDT", deposit=10_000., start="2023-01-01"):

@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 import ta
 import talib
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from tradelab.events import COLUMNS, KNOWN, OPEN_TIME
 from tradelab.features.grammar import INDICATORS, parse
 from tradelab.features.indicator import FeatureStream
 from tradelab.market.candles import as_of, matrix, resample, with_funding
 from tradelab.market.synthetic import ar1, correlated, funding, random_walk
-from tradelab.records import COLUMNS, KNOWN, OPEN_TIME
 
 ALL = [indicator().output(output) for indicator in INDICATORS.values() for output in indicator.outputs]
 FIRST = [indicator() for indicator in INDICATORS.values()]

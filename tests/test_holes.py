@@ -1,10 +1,9 @@
 "Holes in the candles: refused by name, or carried through by the clock; both forms, the environment and a replay alike"
 import ast
 import json
-
-import matplotlib.pyplot as pyplot
 from dataclasses import replace
 
+import matplotlib.pyplot as pyplot
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,19 +12,23 @@ from hypothesis import strategies as st
 
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
+from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
+from tradelab.journal import Reason
 from tradelab.learn.registry import Run
 from tradelab.live.recorder import packed, replay
 from tradelab.localnet.market import Market as LocalMarket
-from tradelab.market.candles import TIMEFRAMES, BadCandles, frame, matrix, milliseconds, moment, next_opening, text, times
+from tradelab.market.candles import BadCandles, frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
-from tradelab.records import BITCOIN, KNOWN, NO_STOPS, CostModel, Limits, Reason, Stops
 from tradelab.risk.limits import followed
+from tradelab.settings import NO_STOPS, CostModel, Limits, Stops
 from tradelab.sim.backtest import backtest, funding_rates
 from tradelab.sim.costs import conditions, window_means
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
+from tradelab.times import TIMEFRAMES, milliseconds, moment, next_opening, text
 from tradelab.trader import Trader
 
 HOUR, BTC = 3_600_000, "BTC/USDT:USDT"

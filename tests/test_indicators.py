@@ -8,17 +8,30 @@ import numpy as np
 import pandas as pd
 import pytest
 import ta
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.testing import assert_array_equal
 
 from tradelab.compiled import compiled
+from tradelab.events import COLUMNS
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import Feature, Indicator, complete, extreme_age, moments, recent, slide, turn, window_high, window_low, window_sum
+from tradelab.features.indicator import (
+    Feature,
+    Indicator,
+    complete,
+    extreme_age,
+    moments,
+    recent,
+    slide,
+    turn,
+    window_high,
+    window_low,
+    window_sum,
+)
 from tradelab.features.library import OURS, library
 from tradelab.features.trend import _way
 from tradelab.market.synthetic import random_walk
-from tradelab.records import COLUMNS
 
 WALK = random_walk(4_000, seed=5)[list(COLUMNS)].to_numpy()
 MARKETS = ["BTCUSDT-perp-1h", "DOGEUSDT-1h", "BNBUSDT-1h", "SOLUSDT-15m", "BTCUSD-coinbase-1h"]

@@ -11,6 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN, Instrument, grid
+from tradelab.journal import JOURNAL
 from tradelab.learn.env import Market as Learning
 from tradelab.learn.env import MarketEnv
 from tradelab.live.broker import instrument_of, quantity_text
@@ -21,7 +23,7 @@ from tradelab.market.candles import UNNAMED, frame
 from tradelab.market.filters import derived, instruments_for, listed_instrument
 from tradelab.market.sources import history
 from tradelab.policies import buy_and_hold
-from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Instrument, Limits, grid
+from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep

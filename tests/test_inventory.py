@@ -7,13 +7,14 @@ import pytest
 from click.testing import CliRunner
 
 from tradelab.command import LOCK, main
+from tradelab.instruments import Instrument
 from tradelab.learn.registry import CONFIG, Run, save
 from tradelab.live.ledger import Ledger
 from tradelab.lock import Lock
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
-from tradelab.records import Instrument, Limits
+from tradelab.settings import Limits
 
 NAMES = [f"train_XRP-USDT-USDT_20240101_20240201_SAC_lr0.0003_bs64_ws1_seed{seed}_20240201_15064{seed}" for seed in (1, 2)]
 

@@ -12,10 +12,11 @@ import yaml
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
 from tradelab.learn.registry import CONFIG, DamagedRun, Run, UnknownRun, load, read, save, seal
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
-from tradelab.records import BITCOIN, CostModel, Limits
+from tradelab.settings import CostModel, Limits
 from tradelab.sim.backtest import backtest
 
 TRAINING = 16_000 # candles; the rest is out of sample

@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, apply_fill, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
+from tradelab.events import TradingState
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
+from tradelab.journal import JOURNAL, Reason
 from tradelab.learn.env import Market, MarketEnv
 from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
-from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, Limits, Reason, Stops, TradingState
 from tradelab.risk.ladder import allowed
 from tradelab.risk.limits import Gate
+from tradelab.settings import NO_STOPS, Limits, Stops
 from tradelab.sim.backtest import backtest
 
 HOUR, NAMES = 3_600_000, ("a", "b", "c")

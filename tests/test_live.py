@@ -19,6 +19,8 @@ from tradelab.compiled import compiled
 from tradelab.config import Venue
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN as LISTED
+from tradelab.instruments import Instrument
 from tradelab.live.broker import Broker, BrokerError
 from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import Recording, find_session, read, recorded_settings, replay, unproven
@@ -26,10 +28,10 @@ from tradelab.live.session import BadFeed, RefusedStart, Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
+from tradelab.orders import Order
 from tradelab.policies import Policy
-from tradelab.records import BITCOIN as LISTED
-from tradelab.records import NO_STOPS, CostModel, Instrument, Limits, Order
 from tradelab.risk.limits import Gate
+from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 

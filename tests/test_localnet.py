@@ -16,9 +16,11 @@ import pandas as pd
 import pytest
 
 from tradelab.account import funding_amount, wallet
+from tradelab.events import OPEN
+from tradelab.instruments import BITCOIN
 from tradelab.localnet.server import Localnet, PortInUse, milliseconds_now
 from tradelab.market.candles import frame
-from tradelab.records import BITCOIN, OPEN, CostModel
+from tradelab.settings import CostModel
 from tradelab.sim.costs import CONDITION, market_fill
 
 pytestmark = pytest.mark.integration

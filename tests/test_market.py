@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.market.candles import COLUMNS, BadCandles, check, data_hash, matrix, moment, text, times
+from tradelab.market.candles import COLUMNS, BadCandles, check, data_hash, matrix, times
 from tradelab.market.sources import NoCandles, Unreachable, connect, funding_history, history
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1, funding, random_walk
+from tradelab.times import moment, text
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000
 

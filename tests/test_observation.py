@@ -12,13 +12,13 @@ from test_sentence import network
 
 from tradelab.account import POSITION, age, apply_fill, mark, new_account
 from tradelab.evaluation.difference import first_difference
+from tradelab.events import KNOWN
 from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.learn.agents import train
 from tradelab.learn.env import Market, MarketEnv
 from tradelab.learn.registry import CONFIG, DamagedRun, load, seal
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
-from tradelab.records import KNOWN
 from tradelab.sim.backtest import backtest
 
 SYMBOLS = BTC, ETH, SOL = "BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"

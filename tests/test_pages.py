@@ -17,10 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tradelab.evaluation.tearsheet import TearSheet
 from tradelab.evaluation.trips import written_trips
 from tradelab.jobs import write_page
+from tradelab.journal import Reason
 from tradelab.market.synthetic import ar1
 from tradelab.policies import buy_and_hold
-from tradelab.records import CostModel, Limits, Reason
 from tradelab.risk.answers import STOPS_DECIDED, answered_text, halted_text, halts, in_words, stops_text
+from tradelab.settings import CostModel, Limits
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.stress import stress
 from tradelab.strategies.example import Momentum
@@ -196,5 +197,5 @@ def test_the_lab_saves_a_job_as_it_is_kept(job):
     strip(model, path.name)
     assert nbformat.writes(nbformat.from_dict(model["content"]), nbformat.NO_CONVERT) + "\n" == path.read_text()
     page = {"type": "notebook", "content": {"cells": [{"cell_type": "code", "outputs": [1]}]}}
-    strip(page, "index.ipynb"), strip(page, "00_ground/01_records.ipynb")
+    strip(page, "index.ipynb"), strip(page, "00_ground/01_compiled.ipynb")
     assert page["content"]["cells"][0]["outputs"] == [1]                        # a page keeps what it shows

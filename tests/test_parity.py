@@ -9,6 +9,7 @@ from test_sentence import network
 from tradelab.config import Venue
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
 from tradelab.learn.registry import Run
 from tradelab.live.broker import Broker
 from tradelab.live.ledger import Ledger
@@ -17,7 +18,6 @@ from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import with_funding
 from tradelab.market.synthetic import ar1, funding
-from tradelab.records import BITCOIN
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 

@@ -8,9 +8,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.market.candles import COLUMNS, BadCandles, frame, moment, resample, text, times
-from tradelab.market.quality import KINDS, REFUSED, STATE, STRETCHES, QualityStream, check_clock, check_funding, check_quality, compare_sources, repair, scan
-from tradelab.market.synthetic import DEFECTS, correlated, funding, garleanu_pedersen, jumps, mean_reverting, random_walk, realistic, regimes, stochastic_volatility, stylised_facts, traded, with_defect
+from tradelab.market.candles import COLUMNS, BadCandles, frame, resample, times
+from tradelab.market.quality import (
+    KINDS,
+    REFUSED,
+    STATE,
+    STRETCHES,
+    QualityStream,
+    check_clock,
+    check_funding,
+    check_quality,
+    compare_sources,
+    repair,
+    scan,
+)
+from tradelab.market.synthetic import (
+    DEFECTS,
+    correlated,
+    funding,
+    garleanu_pedersen,
+    jumps,
+    mean_reverting,
+    random_walk,
+    realistic,
+    regimes,
+    stochastic_volatility,
+    stylised_facts,
+    traded,
+    with_defect,
+)
+from tradelab.times import moment, text
 
 HOUR = 3_600_000
 SPOT, PERPETUAL = ("BTC", "ETH", "BNB", "XRP", "ADA", "LTC", "SOL", "DOGE"), ("BTC", "ETH", "BNB", "XRP")

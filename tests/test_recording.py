@@ -11,12 +11,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tradelab.evaluation.difference import first_difference
+from tradelab.events import Fill
 from tradelab.features.observation import Observation
-from tradelab.live.recorder import SEEN, BadRecording, Recorder, Recording, chained, framed, read, recorded_settings, replay, unproven
+from tradelab.instruments import BITCOIN
+from tradelab.live.recorder import (
+    SEEN,
+    BadRecording,
+    Recorder,
+    Recording,
+    chained,
+    framed,
+    read,
+    recorded_settings,
+    replay,
+    unproven,
+)
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.policies import buy_and_hold
-from tradelab.records import BITCOIN, Fill
 from tradelab.risk.limits import Gate
 from tradelab.trader import Trader
 

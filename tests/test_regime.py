@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.events import CLOSE, COLUMNS
 from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.features.regime import ABSENT, PARAMETERS, REGIMES, Regimes, RegimeStream, regime
 from tradelab.market.candles import frame, resample
 from tradelab.market.synthetic import STATES, ar1, regimes
-from tradelab.records import CLOSE, COLUMNS
 
 # name: (drift and volatility of each state, probability to stay, the regime that each state is)
 MARKETS = {"four": (((15e-4, .006), (-2e-3, .009), (0., .02), (0., .003)), .99, REGIMES), "slow": (((6e-4, .006), (-8e-4, .009), (0., .02), (0., .003)), .995, REGIMES),

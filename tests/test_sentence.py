@@ -9,12 +9,14 @@ from tradelab.account import POSITION, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import PORTFOLIO
+from tradelab.instruments import BITCOIN
+from tradelab.journal import JOURNAL, Reason
 from tradelab.market.candles import matrix
 from tradelab.market.sources import funding_history, history
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
-from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Limits, Reason
 from tradelab.risk.limits import Gate
+from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest, make_trader
 from tradelab.strategies.example import Momentum, SmaCross
 

@@ -21,7 +21,7 @@ from tradelab.live.session import RefusedStart, Session
 from tradelab.market.candles import BadCandles
 from tradelab.market.exogenous import Exogenous, check_exogenous, load_series, with_series
 from tradelab.market.synthetic import ar1
-from tradelab.records import SeriesDefinition
+from tradelab.settings import SeriesDefinition
 from tradelab.sim.backtest import backtest
 
 HOUR, DAY = 3_600_000, 86_400_000

@@ -24,16 +24,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.events import COLUMNS
 from tradelab.market.archive import address, from_archive
-from tradelab.market.candles import BadCandles, data_hash, frame, moment, text, times
+from tradelab.market.candles import BadCandles, data_hash, frame, times
 from tradelab.market.exogenous import Exogenous, check_exogenous, read_exogenous
 from tradelab.market.files import proven_order, read_table
-from tradelab.market.sources import FromArchive, FromYahoo, NoCandles, Unreachable, compare, connect, funding_history, history, mark_history, stream
+from tradelab.market.sources import (
+    FromArchive,
+    FromYahoo,
+    NoCandles,
+    Unreachable,
+    compare,
+    connect,
+    funding_history,
+    history,
+    mark_history,
+    stream,
+)
 from tradelab.market.store import Store
 from tradelab.market.stream import closing
 from tradelab.market.synthetic import ar1, funding
 from tradelab.market.universe import FOREVER, Universe, check_lives
-from tradelab.records import COLUMNS
+from tradelab.times import moment, text
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.market.candles import OPTIONAL, BadCandles, data_hash, frame, milliseconds, moment, times
+from tradelab.events import COLUMNS
+from tradelab.market.candles import OPTIONAL, BadCandles, data_hash, frame, times
 from tradelab.market.store import REVISABLE, DamagedMonth, Store, absent, footer, holes, merge, months, spans, to_bytes
 from tradelab.market.store import from_file as month_of
 from tradelab.market.synthetic import ar1
-from tradelab.records import COLUMNS
+from tradelab.times import milliseconds, moment
 
 SERIES, HOUR = ("okx", "BTC/USDT:USDT", "1h"), 3_600_000
 FIRST = moment("2022-01-01")

@@ -20,6 +20,7 @@ from matplotlib.cbook import is_math_text
 import tradelab
 from tradelab.account import POSITION
 from tradelab.evaluation.tearsheet import TearSheet
+from tradelab.instruments import BITCOIN, Instrument
 from tradelab.learn.registry import Run
 from tradelab.live.broker import BrokerError, Notice, error_text
 from tradelab.live.session import Statistics
@@ -29,7 +30,6 @@ from tradelab.market.files import Unreachable
 from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, buy_and_hold, flat
-from tradelab.records import BITCOIN, Instrument, Limits
 from tradelab.results import TABLES, export
 from tradelab.risk.breakers import BreakerEvent
 from tradelab.risk.forecasts import judge
@@ -38,6 +38,7 @@ from tradelab.risk.portfolio import PortfolioRisk
 from tradelab.risk.tail import TailMeasures
 from tradelab.risk.view import RiskView
 from tradelab.sections import Missing
+from tradelab.settings import Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep

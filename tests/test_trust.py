@@ -12,9 +12,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tradelab.features.grammar import BadFeature, parse
-from tradelab.learn.registry import CONFIG, MANIFEST, POLICY, SCALER, TRIALS, DamagedRun, Run, UnknownRun, load, read, save, seal, trials
-from tradelab.policies import Policy, mlp, network_fits, pack
-from tradelab.records import BITCOIN, Scaler
+from tradelab.instruments import BITCOIN
+from tradelab.learn.registry import (
+    CONFIG,
+    MANIFEST,
+    POLICY,
+    SCALER,
+    TRIALS,
+    DamagedRun,
+    Run,
+    UnknownRun,
+    load,
+    read,
+    save,
+    seal,
+    trials,
+)
+from tradelab.policies import Policy, Scaler, mlp, network_fits, pack
 from tradelab.trust import NotTrusted, check_id, locate
 
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))

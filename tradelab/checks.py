@@ -14,7 +14,7 @@ from rapidfuzz import process
 
 from .config import job_settings, nearest, venue_for
 from .market.symbols import symbols_of
-from .records import AGENT_NAMES
+from .settings import AGENT_NAMES
 
 # %% ../nbs/99_top/01_checks.ipynb #57101a93
 _RULE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(\(.*\))?", re.S)
@@ -114,6 +114,6 @@ def check_job(*,
 
 
 def _check_times(timeframe, span):
-    from tradelab.market.candles import interval, milliseconds
+    from tradelab.times import interval, milliseconds
     if timeframe: milliseconds(timeframe)
     interval(span)

@@ -22,13 +22,14 @@ import pandas as pd
 from .config import nearest, settings
 from .inputs import inputs
 from .learn.registry import CONFIG, Run, load, read_configuration, train_ids
-from .market.candles import TIMEFRAMES, interval, milliseconds, times
+from .market.candles import times
 from .market.files import candle_names, foreign, oldest_first, read_table, time_index
 from .market.quality import check_quality
 from .market.sources import history, is_file
 from .market.store import Store, replace_files
 from .sim.backtest import backtest
 from .texts import one_line, printable
+from .times import TIMEFRAMES, interval, milliseconds
 
 # %% ../nbs/99_top/04_inventory.ipynb #c15e21ee
 TAGS = "tags.json"

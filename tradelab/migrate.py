@@ -19,7 +19,21 @@ from pathlib import Path
 import yaml
 
 from tradelab.config import (
-    DOTENV, FALSE, FORBIDDING, PREFIX, TOML, BadSettings, _flat, _nested, foreign_variables, known_keys, project_root, read_places, read_table, read_variables, settings,
+    DOTENV,
+    FALSE,
+    FORBIDDING,
+    PREFIX,
+    TOML,
+    BadSettings,
+    _flat,
+    _nested,
+    foreign_variables,
+    known_keys,
+    project_root,
+    read_places,
+    read_table,
+    read_variables,
+    settings,
 )
 
 # %% ../nbs/99_top/03_migrate.ipynb #d55a6847
@@ -140,7 +154,7 @@ def symbols(value)->str:
 
 def timeframe(value)->str:
     "A timeframe as we write it; ValueError where there is none of this name"
-    from tradelab.market.candles import milliseconds
+    from tradelab.times import milliseconds
     word = str(value).strip()
     word = word if word.endswith("M") else word.lower()
     milliseconds(word)

@@ -15,9 +15,10 @@ from zipfile import ZipFile
 import numpy as np
 import pandas as pd
 
+from .journal import JOURNAL
 from .market.candles import times
 from .market.store import replace_files
-from .records import FILL, JOURNAL
+from .orders import FILL
 from .sim.result import Result
 from .texts import quoted
 

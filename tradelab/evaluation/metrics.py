@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
-from ..market.candles import milliseconds
+from ..times import milliseconds
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #ce90009d
 @compiled
@@ -221,7 +221,7 @@ def curve_metrics(
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #06443aa6
 def traded_cash(
-    journal:pd.DataFrame, # columns of `records.JOURNAL`
+    journal:pd.DataFrame, # columns of `journal.JOURNAL`
 )->tuple:                 # quote: notional traded, and cash that came in, in each row
     "What a step traded: several fills of one candle are summed in columns of their own, which older journals do not have"
     notional = (journal["fill_quantity"] * journal["fill_price"]).fillna(0.)
@@ -250,7 +250,7 @@ def _symbol_trips(rows):
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #02a436a4
 def round_trips(
-    journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
+    journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
 )->pd.DataFrame:          # symbol, side, entry_time, exit_time, profit [quote]; in order of exit
     "The finished round trips; times are those of the candles whose close decided"
     if not len(journal): return pd.DataFrame(columns=["symbol", "side", "entry_time", "exit_time", "profit"])
@@ -266,12 +266,12 @@ def rows_of(journal, equity):
 
 
 def check_journal(
-    journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
+    journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # of the same run and span
 )->pd.DataFrame:
     "Refuse a journal that does not belong to the equity (`ValueError`)"
     missing = [name for name in JOURNAL_COLUMNS if name not in journal.columns]
-    if missing: raise ValueError(f"journal lacks {', '.join(missing)}: it needs the columns of records.JOURNAL and symbol")
+    if missing: raise ValueError(f"journal lacks {', '.join(missing)}: it needs the columns of journal.JOURNAL and symbol")
     if not (isinstance(journal.index, pd.DatetimeIndex) and str(journal.index.tz) == "UTC"):
         raise ValueError(f"journal needs a UTC DatetimeIndex of open times, had {journal.index.dtype}: set open_time as its index")
     strange = equity.index[np.minimum(rows_of(journal, equity), len(equity) - 1)] != journal.index
@@ -290,7 +290,7 @@ def trade_ratios(
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #9a4c8f69
 def held(
-    journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time, each of them in that of the equity
+    journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time, each of them in that of the equity
     equity:pd.Series,     # quote
 )->dict:
     "How much of the time something was held, and how much"
@@ -304,7 +304,7 @@ def held(
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #0e21eb3a
 def activity(
-    journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
+    journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # quote, of the same run and span
     trips:pd.DataFrame|None=None, # the finished round trips with their `profit`, where the fills are known; else those of the journal
 )->dict:                  # named as the attributes of `Metrics`

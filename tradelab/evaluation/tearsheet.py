@@ -17,7 +17,19 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from .metrics import LABELS, Metrics, check_equity, check_journal, drawdown, drawdowns, metrics, periods_per_year, trips_of, until_ruin, written
+from tradelab.evaluation.metrics import (
+    LABELS,
+    Metrics,
+    check_equity,
+    check_journal,
+    drawdown,
+    drawdowns,
+    metrics,
+    periods_per_year,
+    trips_of,
+    until_ruin,
+    written,
+)
 from ..policies import buy_and_hold
 from ..risk.answers import answered_text, halts
 from ..sections import section_html
@@ -25,7 +37,7 @@ from ..texts import figure_text, html_text, printable
 
 # %% ../../nbs/40_evaluation/04_tearsheet.ipynb #26c030fd
 def exposure(
-    journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
+    journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
 )->pd.DataFrame:          # one column a symbol; signed multiples of equity, at each close
     "What is held, as a multiple of equity"
     share = (journal["position"] * journal["close"] / journal["equity"]).rename("exposure")
@@ -363,7 +375,7 @@ def _made(share): return f"{'made' if share >= 0 else 'lost'} {abs(100 * share):
 
 
 def market_return(
-    journal:pd.DataFrame, # columns of `records.JOURNAL` and `symbol`; index open_time
+    journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
 )->float:                 # a fraction, before costs
     "What the market did from the first to the last close of a journal, its symbols in equal parts"
     closes = journal.groupby("symbol", sort=False)["close"]

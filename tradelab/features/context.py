@@ -8,8 +8,8 @@ __all__ = ['funding_rate', 'basis', 'quote_volume', 'taker_share', 'DAY', 'time_
 # %% ../../nbs/20_features/06_context.ipynb #92b53fec
 import numpy as np
 
+from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, OPEN_TIME, QUOTE_VOLUME, TAKER_BUY_VOLUME, VOLUME
 from .indicator import Indicator, bare, complete, turn, window_sum
-from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, OPEN_TIME, QUOTE_VOLUME, TAKER_BUY_VOLUME, VOLUME
 
 # %% ../../nbs/20_features/06_context.ipynb #60de6583
 @bare

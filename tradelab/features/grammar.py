@@ -12,11 +12,11 @@ from difflib import get_close_matches
 
 import pandas as pd
 
+from ..events import FUNDING_RATE, INDEX_PRICE, SERIES
 from . import context, momentum, trend, volatility, volume
 from .indicator import Feature, Indicator, bare
 from .library import OURS, library
-from ..market.candles import milliseconds
-from ..records import FUNDING_RATE, INDEX_PRICE, SERIES
+from ..times import milliseconds
 from ..trust import NotTrusted, Unnamed, bring
 
 # %% ../../nbs/20_features/08_grammar.ipynb #4afea381

@@ -26,8 +26,20 @@ from numba.np.arrayobj import make_array, populate_array
 
 from ..account import decimal8
 from ..compiled import bare, c_function, call_at, compiled
-from ..market.candles import milliseconds, parts
-from ..records import CLOSE, COLUMNS, FUNDING_RATE, HIGH, INDEX_PRICE, KNOWN, LOW, OPEN_TIME, SERIES, TAKER_BUY_VOLUME, VOLUME
+from tradelab.events import (
+    CLOSE,
+    COLUMNS,
+    FUNDING_RATE,
+    HIGH,
+    INDEX_PRICE,
+    KNOWN,
+    LOW,
+    OPEN_TIME,
+    SERIES,
+    TAKER_BUY_VOLUME,
+    VOLUME,
+)
+from ..times import milliseconds, parts
 
 # %% ../../nbs/20_features/01_indicator.ipynb #c9158148
 @bare

@@ -13,8 +13,8 @@ from importlib import import_module
 
 import numpy as np
 
+from ..events import CLOSE, COLUMNS
 from .indicator import Indicator, forgetting
-from ..records import CLOSE, COLUMNS
 
 # %% ../../nbs/20_features/07_library.ipynb #0a4db4d0
 @cache

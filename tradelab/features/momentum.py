@@ -8,9 +8,27 @@ __all__ = ['return_', 'log_return', 'roc', 'rsi', 'tsi', 'ppo', 'stochastic', 's
 # %% ../../nbs/20_features/03_momentum.ipynb #bb1e9f05
 import numpy as np
 
-from .indicator import (
-    ROUNDING, Indicator, bare, complete, forgetting, mean, moments, previous, push, recent, rests, share, slide, smooth, turn, whole, window_high, window_low)
-from ..records import CLOSE, HIGH, LOW
+from ..events import CLOSE, HIGH, LOW
+from tradelab.features.indicator import (
+    ROUNDING,
+    Indicator,
+    bare,
+    complete,
+    forgetting,
+    mean,
+    moments,
+    previous,
+    push,
+    recent,
+    rests,
+    share,
+    slide,
+    smooth,
+    turn,
+    whole,
+    window_high,
+    window_low,
+)
 
 # %% ../../nbs/20_features/03_momentum.ipynb #37c90211
 @bare

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
+from ..events import CLOSE, COLUMNS
 from .indicator import Feature, Indicator, bare, columns_of
-from ..records import CLOSE, COLUMNS
 
 # %% ../../nbs/20_features/10_regime.ipynb #5a86e041
 REGIMES = ("bull", "bear", "volatile", "sideways")

@@ -8,10 +8,34 @@ __all__ = ['sma', 'ema', 'wma', 'kama', 'macd', 'trix', 'adx', 'aroon', 'vortex'
 # %% ../../nbs/20_features/02_trend.ipynb #9f6fe851
 import numpy as np
 
-from .indicator import (
-    ROUNDING, STILL, Indicator, above, bare, complete, extreme_age, forgetting, four, older, push, recent, rests, same, share, slide, smooth, sum_anew, together, total, turn, whole,
-    window_high, window_low, window_sum)
-from ..records import CLOSE, HIGH, LOW
+from ..events import CLOSE, HIGH, LOW
+from tradelab.features.indicator import (
+    ROUNDING,
+    STILL,
+    Indicator,
+    above,
+    bare,
+    complete,
+    extreme_age,
+    forgetting,
+    four,
+    older,
+    push,
+    recent,
+    rests,
+    same,
+    share,
+    slide,
+    smooth,
+    sum_anew,
+    together,
+    total,
+    turn,
+    whole,
+    window_high,
+    window_low,
+    window_sum,
+)
 
 # %% ../../nbs/20_features/02_trend.ipynb #ba8f4242
 @bare

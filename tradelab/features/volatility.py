@@ -8,9 +8,24 @@ __all__ = ['atr', 'bollinger', 'volatility', 'realised_volatility', 'ulcer', 'ke
 # %% ../../nbs/20_features/04_volatility.ipynb #edba4846
 import numpy as np
 
-from .indicator import (
-    Indicator, bare, complete, forgetting, moments, previous, recent, rests, share, slide, smooth, turn, window_high, window_low, window_sum)
-from ..records import CLOSE, HIGH, LOW
+from ..events import CLOSE, HIGH, LOW
+from tradelab.features.indicator import (
+    Indicator,
+    bare,
+    complete,
+    forgetting,
+    moments,
+    previous,
+    recent,
+    rests,
+    share,
+    slide,
+    smooth,
+    turn,
+    window_high,
+    window_low,
+    window_sum,
+)
 
 # %% ../../nbs/20_features/04_volatility.ipynb #1ddd5b23
 @bare

@@ -8,8 +8,20 @@ __all__ = ['mfi', 'cmf', 'ad_change', 'obv_change', 'NOTHING', 'vwap', 'force_in
 # %% ../../nbs/20_features/05_volume.ipynb #162c17dc
 import numpy as np
 
-from .indicator import Indicator, above, bare, complete, forgetting, previous, rests, share, smooth, turn, window_sum
-from ..records import CLOSE, HIGH, LOW, VOLUME
+from ..events import CLOSE, HIGH, LOW, VOLUME
+from tradelab.features.indicator import (
+    Indicator,
+    above,
+    bare,
+    complete,
+    forgetting,
+    previous,
+    rests,
+    share,
+    smooth,
+    turn,
+    window_sum,
+)
 
 # %% ../../nbs/20_features/05_volume.ipynb #defe4ada
 @bare

@@ -23,17 +23,18 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
-from ..market.filters import instruments_for
 
 from ..config import nearest, settings
 from ..features.observation import Observation
+from ..instruments import Instrument
 from .env import Market, MarketVecEnv
 from .registry import Run, reserved, runs_folder, save
-from ..market.candles import check, data_hash, frames_of, matrix, milliseconds, moment, text
+from ..market.candles import check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
 from ..market.exogenous import series_record, with_series
+from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
-from ..records import Instrument
+from ..times import milliseconds, moment, text
 
 # %% ../../nbs/80_learn/03_agents.ipynb #bf4eb52d
 @dataclass(frozen=True)

@@ -14,20 +14,24 @@ import gymnasium
 import numpy as np
 from numba import types
 from stable_baselines3.common.vec_env import VecEnv
-from ..market.filters import instruments_for
 
 from ..account import ACCOUNT, POSITION, mark
 from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
+from ..events import CLOSE, COLUMNS, KNOWN
 from ..features.observation import Observation, assemble, waiting
-from ..market.candles import frames_of, matrix, text, timeframe_at
+from ..journal import JOURNAL
+from ..market.candles import frames_of, matrix, timeframe_at
 from ..market.exogenous import with_series
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, PROPOSAL, CostModel, Execution, Limits
+from ..market.filters import instruments_for
+from ..orders import PROPOSAL
 from ..risk.limits import warm_up
+from ..settings import CostModel, Execution, Limits
 from ..sim.backtest import funding_rates, looked_at
 from ..sim.costs import BOOK
 from ..sim.costs import warm_up as costs_warm_up
 from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
+from ..times import text
 
 # %% ../../nbs/80_learn/01_env.ipynb #a6d7f0cc
 RUIN = 0.05 # of the deposit; below it an episode ends

@@ -37,14 +37,15 @@ from safetensors import SafetensorError, safe_open
 from ..compiled import source_hash
 from ..config import nearest, settings
 from ..features.observation import Observation
-from ..market.candles import moment
+from ..instruments import Instrument
 from ..market.store import replace_files
-from ..policies import ACTIVATIONS, Policy, check_network, flat, mlp
-from ..records import CostModel, Instrument, Limits, Scaler
+from ..policies import ACTIVATIONS, Policy, Scaler, check_network, flat, mlp
 from ..risk.limits import warm_up as limits_warm_up
+from ..settings import CostModel, Limits
 from ..sim.backtest import make_trader
 from ..sim.costs import warm_up as costs_warm_up
 from ..texts import figure_text, html_rows
+from ..times import moment
 from ..trader import Trader
 from ..trust import BadName, NotTrusted, Unnamed, bring, check_id, locate
 

@@ -17,11 +17,13 @@ from functools import cache
 from urllib.parse import urlsplit
 
 import numpy as np
-from ..market.filters import listed_instrument
 
 from ..config import Venue
+from ..events import Fill, Funding
+from ..instruments import TIERS, Instrument
 from .orders import NO_SUCH_ORDER, WRONG_KEYS, Outcome, State, outcome
-from ..records import TIERS, Fill, Funding, Instrument, Order
+from ..market.filters import listed_instrument
+from ..orders import Order
 from ..texts import one_line
 
 # %% ../../nbs/70_live/02_broker.ipynb #c25fb711

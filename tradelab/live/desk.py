@@ -15,12 +15,13 @@ from time import monotonic
 
 import numpy as np
 
+from ..events import Fill, Funding
 from .broker import RECEIVE_WINDOW, Broker, BrokerError, Money, OrderUpdate
 from .ledger import Ledger, clock
 from .orders import NO_SUCH_ORDER, Intent, Outcome, State, client_order_id, proves_absence
 from .recorder import Recorder
-from ..market.candles import text
-from ..records import Fill, Funding, Order
+from ..orders import Order
+from ..times import text
 from ..trader import Trader
 
 # %% ../../nbs/70_live/05_desk.ipynb #6836dc47

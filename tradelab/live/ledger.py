@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sql
 
+from ..events import Fill, Funding
+from ..journal import JOURNAL
 from .orders import Intent, State, move
-from ..records import JOURNAL, Fill, Funding, Order
+from ..orders import Order
 
 # %% ../../nbs/70_live/03_ledger.ipynb #1306bef2
 TABLES = sql.MetaData()

@@ -14,7 +14,8 @@ from hashlib import blake2b
 import numpy as np
 
 from ..account import reduces
-from ..records import Decision, Order
+from ..journal import Decision
+from ..orders import Order
 
 # %% ../../nbs/70_live/01_orders.ipynb #2dbd808e
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

@@ -24,8 +24,11 @@ import pandas as pd
 import zstandard
 
 from ..evaluation.difference import first_difference
-from ..market.candles import text as date
-from ..records import JOURNAL, KNOWN, Decision, Fill, Funding, Instrument, Limits
+from ..events import KNOWN, Fill, Funding
+from ..instruments import Instrument
+from ..journal import JOURNAL, Decision
+from ..settings import Limits
+from ..times import text as date
 from ..trader import Trader
 from ..trust import check_id
 

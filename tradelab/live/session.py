@@ -25,6 +25,8 @@ import numpy as np
 
 from .. import __version__
 from ..account import wallet
+from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
+from ..journal import JOURNAL, Reason
 from .broker import Broker, BrokerError, Candle, Money, Notice, OrderUpdate
 from .desk import ATTEMPTS, PAUSE, BadFeed, Books, Desk, Feed, difference
 from .ledger import Ledger
@@ -32,9 +34,8 @@ from .orders import intended
 from .recorder import Recorder
 from ..lock import Lock
 from ..log import get_logger
-from ..market.candles import milliseconds, text
-from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
 from ..texts import html_rows
+from ..times import milliseconds, text
 from ..trader import Trader
 from ..trust import check_id
 

@@ -14,12 +14,32 @@ __all__ = ['CONDITIONAL', 'OPEN_STATES', 'leverage_brackets', 'check_kind', 'rea
 import re
 
 import numpy as np
-from ..market.filters import instruments_for
 
-from ..account import POSITION, apply_fill, apply_funding, funding_amount, maintenance_margin, mark, new_account, wallet
+from tradelab.account import (
+    POSITION,
+    apply_fill,
+    apply_funding,
+    funding_amount,
+    maintenance_margin,
+    mark,
+    new_account,
+    wallet,
+)
+from ..instruments import INSTRUMENT, Instrument, bracket_amounts
 from .market import Market
-from .wire import REFUSALS, Refused, assets, flag, mandatory, money_text, number_text, price_text, whole
-from ..records import INSTRUMENT, CostModel, Instrument, bracket_amounts
+from tradelab.localnet.wire import (
+    REFUSALS,
+    Refused,
+    assets,
+    flag,
+    mandatory,
+    money_text,
+    number_text,
+    price_text,
+    whole,
+)
+from ..market.filters import instruments_for
+from ..settings import CostModel
 from ..sim.costs import BOOK, conditions, fade, market_fill, warm_up
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #3626a31c

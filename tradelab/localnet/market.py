@@ -9,9 +9,11 @@ __all__ = ['LIMIT_ORDERS', 'EIGHT_HOURS', 'decimals', 'symbol_reply', 'just_open
 # %% ../../nbs/60_localnet/02_market.ipynb #5dd1eaf8
 import numpy as np
 
+from ..events import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME
+from ..instruments import Instrument
 from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, price_text, whole
-from ..market.candles import TIMEFRAMES, BadCandles, check_times, matrix, period_of, text, times
-from ..records import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
+from ..market.candles import BadCandles, check_times, matrix, period_of, times
+from ..times import TIMEFRAMES, text
 
 # %% ../../nbs/60_localnet/02_market.ipynb #548daa0c
 def decimals(number:str)->int:

@@ -28,14 +28,37 @@ from aiohttp import WSMsgType, web
 
 from ..config import Venue
 from tradelab.localnet.exchange import (
-    Exchange, account_reply, all_orders, balances, cancel, compile_fills, find_order, incomes, leverage_brackets, open_orders, order_reply,
+    Exchange,
+    account_reply,
+    all_orders,
+    balances,
+    cancel,
+    compile_fills,
+    find_order,
+    incomes,
+    leverage_brackets,
+    open_orders,
+    order_reply,
     positions_at_risk,
-    set_leverage, set_margin_type, set_position_mode, symbol_settings, user_trades,
+    set_leverage,
+    set_margin_type,
+    set_position_mode,
+    symbol_settings,
+    user_trades,
+)
+from tradelab.localnet.market import (
+    Market,
+    funding_rates,
+    index_klines,
+    kline_event,
+    klines,
+    mark_event,
+    premium,
+    symbol_reply,
 )
 from .memory import LostMemory, Memory
-from .market import Market, funding_rates, index_klines, kline_event, klines, mark_event, premium, symbol_reply
 from .wire import Refused, check_signature, check_time, number_text, parameters
-from ..records import CostModel
+from ..settings import CostModel
 
 # %% ../../nbs/60_localnet/05_server.ipynb #7e2a5678
 def milliseconds_now()->int: return time.time_ns() // 1_000_000

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from ..records import check_perpetual
+from ..instruments import check_perpetual
 
 # %% ../../nbs/60_localnet/01_wire.ipynb #acbf5e26
 def number_text(

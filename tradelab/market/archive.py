@@ -24,9 +24,27 @@ import numpy as np
 import pandas as pd
 
 from ..log import get_logger
-from .candles import BadCandles, check, milliseconds, moment, opening, text
-from .files import UNPACKED, NoCandles, NotThere, Unreachable, ask, foreign, is_bare, kline_frame, name_columns, note_span, parse_csv, refuse_bad, refuse_page, renamed, said, unpacked
+from .candles import BadCandles, check
+from tradelab.market.files import (
+    UNPACKED,
+    NoCandles,
+    NotThere,
+    Unreachable,
+    ask,
+    foreign,
+    is_bare,
+    kline_frame,
+    name_columns,
+    note_span,
+    parse_csv,
+    refuse_bad,
+    refuse_page,
+    renamed,
+    said,
+    unpacked,
+)
 from .store import Store
+from ..times import milliseconds, moment, opening, text
 
 # %% ../../nbs/10_market/07_archive.ipynb #4cfc6368
 ARCHIVE = "https://data.binance.vision"

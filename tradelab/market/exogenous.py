@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .candles import BadCandles, milliseconds, text, timed, timeframe_of, times
+from ..events import SERIES
+from .candles import BadCandles, timed, timeframe_of, times
 from .files import foreign, read_table, time_index
-from ..records import SERIES, SeriesDefinition, duration
+from ..settings import SeriesDefinition
+from ..times import duration, milliseconds, text
 
 # %% ../../nbs/10_market/08_exogenous.ipynb #686d27db
 DAY = 86_400_000

@@ -32,12 +32,13 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from ..events import COLUMNS
 from ..log import get_logger
-from .candles import OPTIONAL, TIMEFRAMES, BadCandles, check, frame, milliseconds, since_epoch, text, times
+from .candles import OPTIONAL, BadCandles, check, frame, since_epoch, times
 from .quality import check_quality, true_order
 from .symbols import ALIASES, coin_in, coin_of, other_in
-from ..records import COLUMNS
 from ..texts import printable
+from ..times import TIMEFRAMES, milliseconds, text
 
 # %% ../../nbs/10_market/06_files.ipynb #2ba60306
 class NoCandles(RuntimeError):

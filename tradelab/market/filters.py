@@ -15,8 +15,8 @@ from decimal import Decimal
 import numpy as np
 import pandas as pd
 
+from ..instruments import BITCOIN, Instrument, decimal_text, grid
 from .candles import UNNAMED
-from ..records import BITCOIN, Instrument, decimal_text, grid
 
 # %% ../../nbs/10_market/10_filters.ipynb #b6184747
 KEPT = .999 # of the values must be on a grid

@@ -23,9 +23,10 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
-from .candles import ANCHORS, OPTIONAL, BadCandles, check_columns, frame, milliseconds, moment, opening, optional_faults, text, times
-from ..records import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from ..events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from .candles import OPTIONAL, BadCandles, check_columns, frame, optional_faults, times
 from ..texts import figure_text, html_text
+from ..times import ANCHORS, milliseconds, moment, opening, text
 
 # %% ../../nbs/10_market/04_quality.ipynb #cb60617c
 KINDS = {  # kind: (score it counts against, severity, what to do)

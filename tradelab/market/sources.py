@@ -29,17 +29,41 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
-from .filters import listed_instrument
 
 from ..config import settings
+from ..events import COLUMNS
 from ..log import get_logger
 from .archive import ARCHIVE, archive_funding, from_archive, place
-from .candles import BadCandles, check, frame, milliseconds, moment, next_opening, opening, text, times
-from .files import FILES, KLINE, PAIR, NoCandles, Unreachable, coins_of, foreign, from_file, is_bare, kline_frame, klines, names_of, note_span, oldest_first, parsed, read_table, refuse_bad, retry_after, rows_of, said, spelled, time_index
+from .candles import BadCandles, check, frame, times
+from tradelab.market.files import (
+    FILES,
+    KLINE,
+    PAIR,
+    NoCandles,
+    Unreachable,
+    coins_of,
+    foreign,
+    from_file,
+    is_bare,
+    kline_frame,
+    klines,
+    names_of,
+    note_span,
+    oldest_first,
+    parsed,
+    read_table,
+    refuse_bad,
+    retry_after,
+    rows_of,
+    said,
+    spelled,
+    time_index,
+)
+from .filters import listed_instrument
 from .quality import QualityReport, check_quality
 from .stream import closing, judged, replay
 from .synthetic import ar1
-from ..records import COLUMNS
+from ..times import milliseconds, moment, next_opening, opening, text
 
 # %% ../../nbs/10_market/12_sources.ipynb #661b44e0
 PATIENCE = 120. # seconds that an exchange may ask us to wait

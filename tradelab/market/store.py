@@ -23,9 +23,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..events import COLUMNS
 from ..log import get_logger
-from .candles import OPTIONAL, BadCandles, check, frame, milliseconds, moment, next_opening, opening, text, times
-from ..records import COLUMNS
+from .candles import OPTIONAL, BadCandles, check, frame, times
+from ..times import milliseconds, moment, next_opening, opening, text
 
 # %% ../../nbs/10_market/05_store.ipynb #e6c3deb5
 logger = get_logger("market.store")

@@ -14,10 +14,11 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from ..events import COLUMNS
 from ..log import get_logger
-from .candles import milliseconds, text, times
+from .candles import times
 from .quality import QualityStream, Verdict
-from ..records import COLUMNS
+from ..times import milliseconds, text
 
 # %% ../../nbs/10_market/11_stream.ipynb #5102c7dc
 @dataclass(frozen=True)

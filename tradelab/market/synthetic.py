@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .candles import frame, milliseconds, moment, opening, text, times
-from ..records import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME, grid
+from ..events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from ..instruments import grid
+from .candles import frame, times
+from ..times import milliseconds, moment, opening, text
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #5dffa9b1
 def ar1_returns(

@@ -15,8 +15,9 @@ import pandas as pd
 
 from ..log import get_logger
 from .archive import LISTING, listed_files
-from .candles import BadCandles, milliseconds, moment, text, times
+from .candles import BadCandles, times
 from .files import read_table, time_index
+from ..times import milliseconds, moment, text
 
 # %% ../../nbs/10_market/09_universe.ipynb #37af6c4f
 FOREVER = 1 << 53 # ms

@@ -10,7 +10,7 @@ __all__ = ['HALTS', 'STOPS_DECIDED', 'word', 'sentence', 'in_words', 'halts', 'h
 import numpy as np
 import pandas as pd
 
-from ..records import Reason
+from ..journal import Reason
 
 # %% ../../nbs/30_risk/10_answers.ipynb #b767ce84
 def word(

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import isfinite
 
-from ..market.candles import text
-from ..records import TradingState
+from ..events import TradingState
+from ..times import text
 
 # %% ../../nbs/30_risk/07_breakers.ipynb #4bb0a080
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from ..market.candles import text
-from ..records import TradingState
+from ..events import TradingState
 from ..texts import figure_text, html_text
+from ..times import text
 
 # %% ../../nbs/30_risk/08_ladder.ipynb #305b3f2b
 ALLOWED = {TradingState.NORMAL: ("entry", "increase", "reduce", "close"), TradingState.NO_ENTRY: ("increase", "reduce", "close"), TradingState.REDUCE_ONLY: ("reduce", "close"),

@@ -18,9 +18,12 @@ import numpy as np
 
 from ..account import decimal8, maintenance_margin, round_quantity
 from ..compiled import apart, bare, compiled
-from ..records import CLOSE, HIGH, LIMITS, LOW, PROPOSAL, VOLUME, Limits, Reason, TradingState, instrument_rows
+from ..events import CLOSE, HIGH, LOW, VOLUME, TradingState
+from ..journal import Reason
+from ..orders import PROPOSAL
 from .portfolio import memory, update_covariance
 from .stops import clear, clearance, enter, next_atr, touched, track
+from ..settings import LIMITS, Limits, instrument_rows
 
 # %% ../../nbs/30_risk/06_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,

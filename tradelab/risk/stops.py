@@ -11,7 +11,8 @@ import numpy as np
 
 from ..account import POSITION, age, apply_fill, new_account
 from ..compiled import bare, compiled
-from ..records import CLOSE, HIGH, LOW, OPEN, Reason
+from ..events import CLOSE, HIGH, LOW, OPEN
+from ..journal import Reason
 
 # %% ../../nbs/30_risk/05_stops.ipynb #a07ff500
 @bare

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
-from ..market.candles import milliseconds
+from ..times import milliseconds
 
 # %% ../../nbs/30_risk/01_tail.ipynb #23562950
 LEVELS = (.95, .99)

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from ..market.candles import milliseconds, text, timeframe_of
-from ..records import Reason, TradingState
-from ..sections import Missing, section, section_html
+from ..events import TradingState
+from ..journal import Reason
+from ..market.candles import timeframe_of
 from .forecasts import Judgement, judge
 from .portfolio import Exposures
 from .tail import LEVELS, METHODS, tail_history
+from ..sections import Missing, section, section_html
 from ..texts import figure_text, html_text
+from ..times import milliseconds, text
 
 # %% ../../nbs/30_risk/09_view.ipynb #fd57dfbd
 def refusals(

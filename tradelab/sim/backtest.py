@@ -14,20 +14,23 @@ import numba
 import numpy as np
 import pandas as pd
 from numba import types
-from ..market.filters import instruments_for
 
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
+from ..events import CLOSE, COLUMNS, KNOWN, SERIES, Fill, Funding
 from ..features.observation import Observation, assemble, waiting
-from ..market.candles import frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
+from ..journal import JOURNAL
+from ..market.candles import frames_of, holes_in, matrix, period_of, timeframe_at
 from ..market.exogenous import check_series, with_series
+from ..market.filters import instruments_for
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
-from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, SERIES, CostModel, Execution, Fill, Funding, Limits
 from ..risk.limits import Gate, warm_up
+from ..settings import NO_STOPS, CostModel, Execution, Limits
 from .costs import warm_up as costs_warm_up
 from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
 from .matching import EACH, new_state
 from .result import Result
+from ..times import moment, text
 from ..trader import Trader
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #2da4d317

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..account import decimal8, round_price
 from ..compiled import bare, compiled
-from ..records import CLOSE, VOLUME, CostModel
+from ..events import CLOSE, VOLUME
+from ..settings import CostModel
 
 # %% ../../nbs/50_sim/01_costs.ipynb #9bbd8b48
 @bare

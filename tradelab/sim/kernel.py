@@ -17,13 +17,44 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from ..account import ACCOUNT, POSITION, age, apply_funding, decimal8, funding_amount, mark, round_price, round_quantity
+from tradelab.account import (
+    ACCOUNT,
+    POSITION,
+    age,
+    apply_funding,
+    decimal8,
+    funding_amount,
+    mark,
+    round_price,
+    round_quantity,
+)
 from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at, fetch_ahead
-from ..records import CLOSE, COLUMNS, COSTS, EXECUTION, FILL, INSTRUMENT, JOURNAL, LIMITS, PROPOSAL, STYLES, WORKING, Reason, instrument_rows
-from ..risk.limits import MARKET as MARKET_ROW, capital, followed, gate, propose, stand_by
+from ..events import CLOSE, COLUMNS
+from ..instruments import INSTRUMENT
+from ..journal import JOURNAL, Reason
+from ..orders import FILL, PROPOSAL, WORKING
+from ..risk.limits import MARKET as MARKET_ROW
+from ..risk.limits import capital, followed, gate, propose, stand_by
+from ..settings import COSTS, EXECUTION, LIMITS, STYLES, instrument_rows
 from .costs import BOOK, CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
-from .matching import GTC, GTX, LIMIT, MARKET, NONE, STOP, TAKE_PROFIT, TRAILING, Candle, Rules, State, at_open, guard, put, walk
+from tradelab.sim.matching import (
+    GTC,
+    GTX,
+    LIMIT,
+    MARKET,
+    NONE,
+    STOP,
+    TAKE_PROFIT,
+    TRAILING,
+    Candle,
+    Rules,
+    State,
+    at_open,
+    guard,
+    put,
+    walk,
+)
 from ..trader import record
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #e9aacdd8

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..account import apply_fill, decimal8, maintenance_margin, wallet
 from ..compiled import apart, bare
-from ..records import HIGH, LOW, OPEN
+from ..events import HIGH, LOW, OPEN
 from .matching import LIQUIDATION, NONE, STOP, TRAILING, side_of, write_fill
 from ..trader import record_fill
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..account import apply_fill, decimal8, round_price, round_quantity
 from ..compiled import apart, bare
-from ..records import CLOSE, FILL, HIGH, LOW, OPEN, VOLUME, WORKING, Kind, TimeInForce
+from ..events import CLOSE, HIGH, LOW, OPEN, VOLUME
+from ..orders import FILL, WORKING, Kind, TimeInForce
 from ..risk.stops import enter, levels
 from .costs import BOOK, fee, paid
 from ..trader import record_fill

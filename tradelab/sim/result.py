@@ -16,7 +16,8 @@ from ..evaluation.intervals import intervals
 from ..evaluation.metrics import metrics, round_trips
 from ..evaluation.tearsheet import TearSheet, months
 from ..evaluation.trips import execution, trips
-from ..records import FILL, JOURNAL, Kind
+from ..journal import JOURNAL
+from ..orders import FILL, Kind
 from ..risk.view import RiskView
 
 # %% ../../nbs/50_sim/05_result.ipynb #37a73af4

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
-from ..market.filters import instruments_for
 
 from ..market.candles import frames_of, period_of, times
-from ..records import CostModel
+from ..market.filters import instruments_for
 from ..risk.answers import halted_text, halts
+from ..settings import CostModel
 from .backtest import backtest, sources_of
 from ..texts import figure_text, html_text
 

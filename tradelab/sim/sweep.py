@@ -13,19 +13,22 @@ import numba
 import numpy as np
 import pandas as pd
 from numba import types
-from ..market.filters import instruments_for
 
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
 from ..compiled import bare, compiled
 from ..evaluation.metrics import YEAR
-from ..market.candles import frames_of, matrix, period_of, text
-from ..records import CLOSE, COLUMNS, NO_STOPS, OPEN, CostModel, Execution, Instrument, Limits
+from ..events import CLOSE, COLUMNS, OPEN
+from ..instruments import Instrument
+from ..market.candles import frames_of, matrix, period_of
+from ..market.filters import instruments_for
 from ..risk.limits import warm_up
+from ..settings import NO_STOPS, CostModel, Execution, Limits
 from .backtest import WORLDS, funding_rates
 from .costs import warm_up as costs_warm_up
 from .kernel import DONE, FAULTS, TARGET, World, opened, rules_of, steps, tape_of
 from .matching import new_state
 from ..texts import figure_text, html_text
+from ..times import text
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #a1d43afd
 SUMS = np.dtype([("last", "f8"), ("count", "f8"), ("returns", "f8"), ("squares", "f8"), ("peak", "f8"), ("keeps", "f8"), ("traded", "f8"), ("fills", "f8")]) # keeps: what the worst drawdown left of the peak, a fraction

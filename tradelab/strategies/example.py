@@ -9,9 +9,9 @@ __all__ = ['gap', 'Momentum', 'SmaCross', 'FadeGap']
 import numpy as np
 
 from ..compiled import compiled
+from ..events import CLOSE, OPEN
 from ..features.indicator import Indicator
 from ..policies import Policy
-from ..records import CLOSE, OPEN
 
 # %% ../../nbs/95_strategies/01_example.ipynb #4d018d6b
 @compiled
