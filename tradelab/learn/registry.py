@@ -37,8 +37,8 @@ from safetensors import SafetensorError, safe_open
 from ..compiled import source_hash
 from ..config import nearest, settings
 from ..features.observation import Observation
+from ..files import replace_files
 from ..instruments import Instrument
-from ..market.store import replace_files
 from ..policies import ACTIVATIONS, Policy, Scaler, check_network, flat, mlp
 from ..risk.limits import warm_up as limits_warm_up
 from ..settings import CostModel, Limits

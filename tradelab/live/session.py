@@ -40,6 +40,7 @@ from ..trader import Trader
 from ..trust import check_id
 
 logger = get_logger("live.session")
+from ..files import replace_files
 
 # %% ../../nbs/70_live/06_session.ipynb #29b471e5
 class Journal:
@@ -68,9 +69,7 @@ class Journal:
 # %% ../../nbs/70_live/06_session.ipynb #78cbf9e3
 def write_status(path:Path, **status):
     "Replace session.json"
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(status, indent=1))
-    os.replace(draft, path)
+    replace_files({path: json.dumps(status, indent=1)})
 
 # %% ../../nbs/70_live/06_session.ipynb #e447933e
 def median_and_p99(
