@@ -340,6 +340,7 @@ async def around(
 # %% ../../nbs/70_live/75_session.ipynb #1cfce357
 class Stepper(Auditor):
     "What a session does at a close"
+    gaps = False # whether holes in the candles are carried through
 
     async def _around(self, open_time, candles):
         "The candles of one close with all that a feature asks for; BadFeed where the exchange does not tell it"
