@@ -33,7 +33,7 @@ from .recorder import Recorder
 from ..lock import Lock
 from ..log import get_logger
 from ..market.candles import milliseconds, text
-from ..market.sources import before
+from ..market.sources import before as preceding
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
 from ..texts import html_rows
 from ..trader import Trader
@@ -513,7 +513,7 @@ class Preparation(Checker):
     async def _see_history(self, kept):
         "Warm up; what has closed since the last step waits in the feed"
         trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
-        times, candles = await history(self.broker, trader.seen, self.timeframe, *((10**9, before(last + self.step, wanted, self.timeframe, self.gaps)) if kept else (wanted, None)), self.gaps)
+        times, candles = await history(self.broker, trader.seen, self.timeframe, *((10**9, preceding(last + self.step, wanted, self.timeframe, self.gaps)) if kept else (wanted, None)), self.gaps)
         seen = times <= last if kept else times == times
         times, candles, seen = (part[max(int(seen.sum()) - wanted, 0):] for part in (times, candles, seen))
         if seen.sum() < trader.warm_up:
