@@ -474,11 +474,12 @@ class Localnet:
         port:int=0,                # 0 takes a free one
         order_reply:str="2026-07", # words of POST order; "classic" has avgPrice and cumQuote
         memory=None,               # a file; what it holds of an earlier localnet is done again, and it goes on from there
+        gaps:bool=False,           # whether holes in the candles are played, as an exchange that was away
     ):
         if order_reply not in ("2026-07", "classic"): raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
         if interval_ms < 0 or not (lockstep or interval_ms):
             raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an interval above 0")
-        self.exchange = Exchange(Market(candles, funding, start), instruments, costs, deposit)
+        self.exchange = Exchange(Market(candles, funding, start, gaps), instruments, costs, deposit)
         self.service = Service(self.exchange, (api_key, api_secret), interval_ms, order_reply)
         self.port, self.finished, self._failure, self._listening = port, self.service.finished, None, threading.Event()
         compile_fills(self.exchange)
