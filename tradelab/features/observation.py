@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from ..compiled import SINGLE, address_of, array_at, bare, compiled
+from ..compiled import bare, compiled
 from ..events import KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, TradingState
 from .grammar import parse
 from .indicator import FeatureStream, columns_of, longer_candles
 from ..market.candles import matrix, period_of, refuse_hole, timeframe_at
+from ..native import SINGLE, address_of, array_at
 from ..policies import Scaler
 from ..times import milliseconds
 

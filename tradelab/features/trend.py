@@ -18,7 +18,6 @@ from tradelab.features.indicator import (
     complete,
     extreme_age,
     forgetting,
-    four,
     older,
     push,
     recent,
@@ -28,14 +27,13 @@ from tradelab.features.indicator import (
     slide,
     smooth,
     sum_anew,
-    together,
-    total,
     turn,
     whole,
     window_high,
     window_low,
     window_sum,
 )
+from ..native import load4, pack4, sum4
 
 # %% ../../nbs/20_features/02_trend.ipynb #ba8f4242
 @bare
@@ -69,15 +67,15 @@ ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda windo
 def _weighted(state, value, at, start, size):
     "Sum of the differences to the newest value: the oldest weighs 1"
     newest, weight, single, (count, end) = same(value), 1., 0., older(size)
-    summed = together(max(size - 3., 0.), max(size - 2., 0.), max(size - 1., 0.), 0.) * (four(state, at) - newest)
+    summed = pack4(max(size - 3., 0.), max(size - 2., 0.), max(size - 1., 0.), 0.) * (load4(state, at) - newest)
     for k in range(count):
         single += weight * (state[start + whole(k)] - value)
         weight += 1.
-    weights = same(weight) + together(0., 1., 2., 3.)
+    weights = same(weight) + pack4(0., 1., 2., 3.)
     for k in range(count, end, 4):
-        summed = summed + weights * (four(state, start + k) - newest)
+        summed = summed + weights * (load4(state, start + k) - newest)
         weights = weights + same(4.)
-    return total(summed) + single
+    return sum4(summed) + single
 
 
 @bare

@@ -16,13 +16,14 @@ from numba import types
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..account import ACCOUNT, POSITION, mark
-from ..compiled import NUMBER, SINGLE, WHOLE, array_at, bare, c_function
+from ..compiled import bare, c_function
 from ..events import CLOSE, COLUMNS, KNOWN
 from ..features.observation import Observation, assemble, waiting
 from ..journal import JOURNAL
 from ..market.candles import frames_of, matrix, timeframe_at
 from ..market.exogenous import with_series
 from ..market.filters import instruments_for
+from ..native import NUMBER, SINGLE, UNCOUNTED, WHOLE, array_at
 from ..orders import PROPOSAL
 from ..risk.limits import warm_up
 from ..settings import CostModel, Execution, Limits
@@ -142,7 +143,7 @@ def _step_many(address):
 @cache
 def step_many():
     "A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where environment b could not be stepped: where its action is none, nothing was done at all"
-    return c_function(types.int64(types.int64), error_model="numpy", _nrt=False)(_step_many)
+    return c_function(types.int64(types.int64), **UNCOUNTED)(_step_many)
 
 # %% ../../nbs/80_learn/01_env.ipynb #d6b1885d
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pandas as pd
 from numba import types
 
 from ..account import POSITION, age, mark, new_account
-from ..compiled import compiled
+from ..compiled import apart, compiled
 from ..events import CLOSE, COLUMNS, KNOWN, SERIES, Fill, Funding
 from ..features.observation import Observation, assemble, waiting
 from ..journal import JOURNAL
@@ -58,7 +58,7 @@ LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32
                    types.boolean[::1])
 
 
-@compiled(LOOP, error_model="numpy", _nrt=False)
+@apart(LOOP)
 def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations, stale):
     tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
     unwritten = 0. if len(answer) > 2 * world[0]["symbols"] else np.nan   # a place that no order fills is empty, a target that no rule writes is none

@@ -28,10 +28,11 @@ from tradelab.account import (
     round_price,
     round_quantity,
 )
-from ..compiled import NUMBER, WHOLE, address_of, apart, array_at, bare, c_function, call_at, fetch_ahead
+from ..compiled import apart, bare, c_function, fetch_ahead
 from ..events import CLOSE, COLUMNS
 from ..instruments import INSTRUMENT
 from ..journal import JOURNAL, Reason
+from ..native import NUMBER, UNCOUNTED, WHOLE, address_of, array_at, call_at
 from ..orders import FILL, PROPOSAL, WORKING
 from ..risk.limits import MARKET as MARKET_ROW
 from ..risk.limits import capital, followed, gate, propose, stand_by
@@ -401,7 +402,7 @@ def _steps_of(
 @cache
 def machine(single:bool):
     "The steps as a C function, compiled or read when it is first wanted"
-    return c_function(types.int64(*[types.int64] * 8), error_model="numpy", _nrt=False)(_steps_of(single))
+    return c_function(types.int64(*[types.int64] * 8), **UNCOUNTED)(_steps_of(single))
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #1ee15d0d
 @bare

@@ -15,7 +15,7 @@ import pandas as pd
 from numba import types
 
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
-from ..compiled import bare, compiled
+from ..compiled import apart, bare, compiled
 from ..evaluation.metrics import YEAR
 from ..events import CLOSE, COLUMNS, OPEN
 from ..instruments import Instrument
@@ -51,7 +51,7 @@ SUM = numba.from_dtype(SUMS)
 SWEEP = types.int64(types.float64[:, ::1], types.int64, WORLDS, types.float64[::1], SUM)
 
 
-@compiled(SWEEP, error_model="numpy", _nrt=False, nogil=True)
+@apart(SWEEP, nogil=True)
 def _with_costs(targets, start, world, equity, sums):
     (tape, state, _, _), span = opened(world[0], 1, world[0]["places"]), len(equity)
     for t in range(start, len(tape.times) - 1, span):
@@ -93,7 +93,7 @@ def rebalance(
 IDEAL = types.int64(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 
-@compiled(IDEAL, error_model="numpy", _nrt=False, nogil=True)
+@apart(IDEAL, nogil=True)
 def _without(targets, start, world, sums):
     (tape, state, instruments, _), limits = opened(world[0], 1, world[0]["places"]), world[0]["limits"]
     deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
