@@ -513,7 +513,8 @@ def refuse_bad(
         if each.severity == "error" and not guess: raise BadCandles(f"{name}: {each.kind} at {text(each.start_time)}, {each.evidence}: {each.action}")
         if each.kind != "gap": doubts.setdefault(each.kind, []).append(each)
     for kind, found in doubts.items():
-        logger.warning("doubtful candles are kept", source=name, kind=kind, findings=len(found), start=text(found[0].start_time), end=text(found[-1].end_time), evidence=found[0].evidence)
+        span = f"from {text(found[0].start_time)} to {text(found[-1].end_time)}" if len(found) > 1 else f"at {text(found[0].start_time)}"
+        logger.warning(f"doubtful candles are kept: {name}: {kind.replace('_', ' ')}, {len(found)} time{'s' * (len(found) > 1)}, {span}; the first: {found[0].evidence}")
     return candles
 
 # %% ../../nbs/10_market/14_files.ipynb #7028f00f
