@@ -239,8 +239,8 @@ class Bookkeeper(Listener):
         except BrokerError as error: self._note("unanswered", str(error))
 
     def _save(self):
-        "Keep the present step: ledger, journal, recording"
-        self.recorder.flush()
+        "Keep the present step: recording, ledger, journal"
+        self.recorder.sync()
         rows = self.trader.rows
         if not self.books.settled or rows["open_time"][0] != self.trader.open_time: return
         self.ledger.step(self.id, self.trader.symbols, rows, self.trader.snapshot(), self.books.sequence)
