@@ -1,5 +1,7 @@
 "Holes in the candles: refused by name, or carried through by the clock; both forms, the environment and a replay alike"
 import ast
+import asyncio
+import inspect
 import json
 
 import matplotlib.pyplot as pyplot
@@ -10,13 +12,20 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from tradelab.compiled import compiled
+from tradelab.config import Venue
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.learn.registry import Run
-from tradelab.live.recorder import packed, replay
+from tradelab.live.broker import Broker
+from tradelab.live.desk import BadFeed
+from tradelab.live.ledger import Ledger
+from tradelab.live.recorder import packed, read, replay, unpacked
+from tradelab.live.session import Session
 from tradelab.localnet.market import Market as LocalMarket
+from tradelab.localnet.server import Localnet
 from tradelab.market.candles import TIMEFRAMES, BadCandles, frame, matrix, milliseconds, moment, next_opening, text, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
@@ -80,8 +89,8 @@ def test_funding_of_the_whole_is_that_of_the_holed():
     whole = frame(1_700_006_400_000 // 86_400_000 * 86_400_000 + np.arange(60) * HOUR, np.c_[np.full((60, 4), 100.), np.full(60, 1e9)])
     due = pd.date_range(whole.index[8], whole.index[-1], freq="8h")
     rates = pd.Series(1e-3 * np.arange(1, len(due) + 1), due)
-    one = funding_rates(rates, times(whole), (BTC,))[:, 0]
-    two = funding_rates(rates, times(whole.drop(whole.index[20:33])), (BTC,))[:, 0]
+    one = funding_rates(rates, times(whole), (BTC,)).sum(axis=(1, 2))
+    two = funding_rates(rates, times(whole.drop(whole.index[20:33])), (BTC,)).sum(axis=(1, 2))
     assert one.sum() == pytest.approx(two.sum()) and two[19] == pytest.approx(one[[23, 31]].sum()) and one[23] == rates.iloc[2]
 
 
@@ -235,6 +244,12 @@ def test_a_sweep_counts_years_and_not_rows():
 
 # ---- in jobs, whose cells are run here one by one
 
+def asked(code, here):
+    "A cell's value; it may wait for something"
+    value = eval(code, here)
+    return asyncio.run(value) if code.co_flags & inspect.CO_COROUTINE else value
+
+
 def run_job(root, name, **parameters):
     "A job's cells in this process, each result shown as a page shows it; the texts that were shown"
     told, cells = [], json.loads((root / f"nbs/{name}.ipynb").read_text())["cells"]
@@ -244,8 +259,8 @@ def run_job(root, name, **parameters):
         if cell["cell_type"] != "code": continue
         tree = ast.parse("".join(cell["source"]))
         last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, "exec"), here)
-        if last: show(eval(compile(last, name, "eval"), here))
+        asked(compile(tree, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), here)
+        if last: show(asked(compile(last, name, "eval", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), here))
         if "parameters" in cell["metadata"].get("tags", ()):
             assert set(parameters) <= set(here)
             here.update(parameters)
@@ -297,3 +312,63 @@ def test_a_warm_up_is_found_before_an_outage(project, root, shared):
     (project / "tradelab.toml").write_text("gaps = true\n")
     told = run_job(root, "backtest", source=str(shared / "data/BTCUSDT-1h.parquet"), span="2018-02-09 12:00/2018-02-20")
     assert any("carried through" in each for each in told)
+
+
+# ---- live, on a localnet that was away as the exchange was
+
+def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True):
+    "Sessions over real sockets, stopped and resumed between the parts; the journal, and the lines of the recording"
+    run, ledger = Run("holes", policy, timeframe="1h"), Ledger(f"sqlite:///{folder}/tradelab.db")
+    async def session(exchange, count, name):
+        venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
+        return await Session(run.trader(instruments=(BITCOIN,)), Broker(venue), ledger, folder, origin="holes", gaps=gaps, say=lambda line: None, **name).run(count)
+    with Localnet({BTC: candles} | (watched or {}), {BTC: payments}, start=start, gaps=True, instruments=(BITCOIN,) if not watched else (), api_key="key", api_secret="secret") as exchange:
+        for number, count in enumerate(parts): asyncio.run(session(exchange, count, {"resume": "holes"} if number else {"id": "holes"}))
+    return ledger, list(read(folder / "holes/recording.zst"))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("features, window", [(("return(1)",), 1), (FEATURES, 3)])
+def test_a_live_session_over_holes_is_its_backtest(features, window, tmp_path):
+    "Bit for bit, in candles and payments, also where it is stopped before a hole and behind one; and it replays"
+    whole = ar1(560, volatility=.01, seed=7)
+    candles, payments = holed(whole, 7, count=9, begin=420), funding(whole, seed=7)
+    policy, first = wavering(features, window), 400
+    behind = [t for t, wide in enumerate(np.diff(times(candles)) > HOUR) if wide and t > first]    # the last candles before the holes
+    cuts = [behind[0] - first + 1, behind[1] - first + 2, len(candles) - 2 - first]                # stopped when a hole is next, and right behind one
+    ledger, lines = live(tmp_path, policy, candles, payments, times(candles)[first], np.diff([0, *cuts]).tolist())
+    journal = ledger.journal("holes")
+    expected = backtest(policy, candles, candles.index[first], instruments=(BITCOIN,), funding=payments, gaps=True, keep_observations=True, beside=())
+    assert first_difference(expected.journal[:len(journal)], journal) is None and len(journal) == cuts[-1]
+    seen = np.array([unpacked(line["observation"]) for line in lines if line["kind"] == "decision"])
+    assert np.array_equal(expected.observations[:len(seen)].view(np.uint32), seen.view(np.uint32))
+    assert first_difference(*replay(lines, Run("holes", policy, timeframe="1h").trader(instruments=(BITCOIN,)))) is None
+    events = ledger.events("holes")
+    assert (events["kind"] == "hole").sum() == len(behind) and not set(events["kind"]) - {"hole"}
+    assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1) and (journal["order"] != 0).sum() > 20
+    paid = (journal["funding"] != 0).sum()
+    assert paid > 5 and sum(line["kind"] == "funding" for line in lines) >= paid + (window == 1)    # two of them fall due in one hole
+
+
+@pytest.mark.integration
+def test_a_live_session_that_was_not_told_of_holes_ends_at_the_first(tmp_path):
+    candles = ar1(120, seed=1)
+    candles = candles.drop(candles.index[70:73])
+    with pytest.raises(BadFeed, match="the candle of 2024-01-03 22:00 UTC was missed"): live(tmp_path, wavering(), candles, funding(candles), times(candles)[60], [40], gaps=False)
+    with pytest.raises(BadFeed, match="a hole, the first that is missing 2024-01-03 22:00 UTC"): live(tmp_path / "later", wavering(("return(1)", "rsi(14)")), candles, funding(candles), times(candles)[75], [5], gaps=False)
+
+
+@pytest.mark.integration
+def test_a_live_job_trades_through_a_real_outage_and_replays(project, root, shared):
+    "The 33 hours of February 2018: two payments and more fall due in them, and what is held is held"
+    given = dict(policy="tradelab.strategies.example:SmaCross", source=str(shared / "data/BTCUSDT-1h.parquet"), span="2018-02-07/2018-02-12", candles=50)
+    with pytest.raises(BadCandles, match="the first that is missing 2018-02-08 01:00 UTC"): run_job(root, "live", **given)
+    (project / "tradelab.toml").write_text("[settings.outages]\ngaps = true\n")
+    told = run_job(root, "live", **given, settings="outages")
+    assert any("live" in each for each in told)
+    ledger = Ledger(f"sqlite:///{project}/tradelab.db")
+    [name] = ledger.sessions()
+    journal = ledger.journal(name)
+    assert len(journal) == 50 and journal.index[24:26].strftime("%d %H").tolist() == ["08 00", "09 10"]
+    assert ledger.events(name)["text"].str.contains("33 candles from 2018-02-08 01:00 UTC on are missing").sum() == 1
+    run_job(root, "replay", session=name, settings="outages")

@@ -105,6 +105,16 @@ def test_windows_say_what_the_plain_formula_says(series, size):
         if len(set(last)) == 1: assert (mean, deviation) == (last[0], 0)
 
 
+sizes = st.one_of(st.just(0.), st.floats(-15, 15).map(lambda power: 10. ** power), st.floats(1, 2), st.integers(0, 9).map(float))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(sizes, st.sampled_from([-1., 1.])), min_size=1, max_size=120), st.integers(1, 60), st.integers(-300, 250))
+def test_sums_of_any_size_and_sign_are_exact_whatever_came_before(series, size, power):
+    series, state = [value * sign * 10. ** power for value, sign in series], np.zeros(5 + size)
+    for t, value in enumerate(series): assert window_sum(state, value, turn(state, size), 2, 5) == math.fsum(series[max(0, t - size + 1):t + 1])
+
+
 def summed(state, value): return window_sum(state, value, turn(state, 20), 2, 5)
 
 

@@ -96,7 +96,7 @@ def funding_amount(
 @bare
 def apply_funding(account, amount):
     "Book a funding payment, in quote"
-    account[0]["funding"] += amount
+    account[0]["funding"] = decimal8(account[0]["funding"] + amount)
 
 # %% ../nbs/00_ground/04_account.ipynb #51455e85
 @bare

@@ -150,11 +150,11 @@ def serve(
     server,        # something with a thread of its own
     sentence:str,  # what to say first
 ):
-    "Keep the process until SIGINT or SIGTERM"
+    "Keep the process until SIGINT or SIGTERM, or until the server has ended by itself"
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         click.echo(sentence)
-        while True: time.sleep(3600)
+        server.wait()
     except KeyboardInterrupt: click.echo("localnet has stopped")
 
 # %% ../nbs/99_top/99_command.ipynb #4a95fd90
@@ -177,10 +177,10 @@ def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, l
     with one_sentence():
         here = settings(venue="localnet")
         venue = venue_for(here)
-        frame = history(symbol, timeframe, *(("2024-01-01", "2024-07-01") if candles == "synthetic" else ()), source=candles)
+        frame = history(symbol, timeframe, *(("2024-01-01", "2024-07-01") if candles == "synthetic" else ()), source=candles, gaps=here.gaps)
         rates = {symbol: funding_history(symbol, source=funding)}
         first = frame.index[min(500, len(frame) // 2)] if start is None else frame.index[frame.index >= start][0]
-        server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument), here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep, interval_ms=interval_ms,
+        server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument), here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep, interval_ms=interval_ms, gaps=here.gaps,
                           api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(), port=here.localnet_port if port is None else port)
         with server: serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles), {said(server.exchange.instruments)}; Ctrl-C ends it")
 

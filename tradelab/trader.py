@@ -134,7 +134,8 @@ class Trader:
     def on_funding(self, funding:Funding):
         "Write down a funding payment"
         apply_funding(self.account, funding.amount)
-        self.rows[self.symbols.index(funding.symbol)]["funding"] += funding.amount
+        row = self.rows[self.symbols.index(funding.symbol)]
+        row["funding"] = decimal8(row["funding"] + funding.amount)
 
     def snapshot(self)->dict:
         "Account, positions and the present row, as JSON; what the features remember is rebuilt from candles"

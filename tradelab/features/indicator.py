@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STILL', 'ROUNDING', 'LOOP', 'SLOT', 'CLOCK', 'FLOAT', 'whole', 'previous', 'turn', 'complete', 'push', 'two_sum',
-           'sum_anew', 'narrowest', 'window_sum', 'slide', 'mean', 'Four', 'four', 'together', 'total', 'same',
-           'recent', 'older', 'moments', 'window_high', 'window_low', 'extreme_age', 'rests', 'share', 'smooth',
+           'narrowest', 'anchor_of', 'sum_anew', 'window_sum', 'slide', 'mean', 'Four', 'four', 'together', 'total',
+           'same', 'recent', 'older', 'moments', 'window_high', 'window_low', 'extreme_age', 'rests', 'share', 'smooth',
            'forgetting', 'above', 'usable', 'looped', 'address', 'run', 'unusable', 'columns_of', 'check_parameters',
            'Indicator', 'anchor', 'gather', 'due', 'gather_all', 'longer_candles', 'Feature', 'laid_out', 'delayed',
            'look', 'FeatureStream']
@@ -55,16 +55,12 @@ def turn(
     state,
     window,     # candles
     at=0,       # two cells from here
-)->tuple:       # the clock of this candle: place, window, whether sums are due to be made anew, whether it is the first
+)->tuple:       # the clock of this candle: place, window, whether it is the first
     "Move a clock on by one candle"
-    place, size, due, first = whole(state[at]), whole(window), False, state[at] + state[at + 1] == 0.
+    place, size, first = whole(state[at]), whole(window), state[at] + state[at + 1] == 0.
     state[at] += 1.
-    if place + 1 == size:
-        state[at] = 0.
-        state[at + 1] += 1.
-        due = state[at + 1] == 9.
-        if due: state[at + 1] = 1.
-    return place, size, due, first
+    if place + 1 == size: state[at], state[at + 1] = 0., 1.
+    return place, size, first
 
 
 @bare
@@ -98,11 +94,30 @@ def two_sum(
 
 # %% ../../nbs/20_features/20_indicator.ipynb #bac59b93
 @bare
+def narrowest(
+    size,       # of the window
+)->float:       # of the largest
+    "The smallest value that an anchor fits beside the largest: its last digit counts in a sum of as many rests as the window has"
+    return size * (size + 1.) * 2. ** -50
+
+
+@bare
+def anchor_of(
+    largest,    # value of the window, 0 or more
+)->float:       # NaN where there is none
+    "A power of two, and a half, so far above that values may grow sixteen times"
+    largest = largest * (16. / 1.5)
+    far = 2. ** 53 * largest
+    power = far + largest - far                         # the next one (Rump, Ogita and Oishi 2008)
+    return 1.5 * (power if power != 0. else largest)
+
+
+@bare
 def sum_anew(
     state,
     clock,
     ring,       # where the ring begins
-)->tuple:       # the sum, the rest, the rest of that, and the bound of the values: -1 where they are too far apart for two numbers
+)->tuple:       # the sum, the rest, the rest of that, and the anchor of the values: -1 where they are too far apart for one
     "Sum of a whole ring, oldest value first, so that nothing but the values counts"
     result = rest = last = high = 0.
     i, size, low = clock[0], clock[1], np.inf
@@ -114,15 +129,8 @@ def sum_anew(
         last, high, low = last + lost, max(high, abs(value)), min(low, abs(value) if value != 0. else np.inf)
     rest, last = two_sum(rest, last)
     result, rest = two_sum(result, rest)
-    return result, rest, last, 16. * high if low >= 16. * high * narrowest(size) else -1.
-
-
-@bare
-def narrowest(
-    size,
-)->float:       # of a bound
-    "The smallest value beside a bound that two numbers hold for eight rounds: 105 digits less those that the sum and its many rests take"
-    return size * size * 2. ** -49
+    anchor = anchor_of(4. * size * high)
+    return result, rest, last, anchor if 4. * size * low >= anchor * narrowest(size) else -1.
 
 
 @bare
@@ -130,19 +138,20 @@ def window_sum(
     state,
     value,
     clock,
-    at,         # three cells from here: the sum, the rest, the bound
+    at,         # three cells from here: the sum of the upper parts, that of the rests, the anchor
     ring,       # where the ring begins
 )->float:       # over what is there while it fills
     "Put a value into the window; the sum over it"
-    change, lost = two_sum(value, -push(state, value, clock, ring))
-    result, other = two_sum(state[at], change)
-    rest, size, bound = state[at + 1] + (lost + other), abs(value), state[at + 2]
-    if clock[2] | (size > bound) | ((size < bound * narrowest(clock[1])) & (size > 0.)):
-        result, rest, last, state[at + 2] = sum_anew(state, clock, ring)
-        state[at], state[at + 1] = result, rest
-        return result + (rest + last)
-    state[at], state[at + 1] = result, rest
-    return result + rest
+    left, anchor, size = push(state, value, clock, ring), state[at + 2], 4. * clock[1] * abs(value)
+    enters, leaves = anchor + value, anchor + left
+    upper, rest = state[at] + (enters - leaves), state[at + 1] + ((value - (enters - anchor)) - (left - (leaves - anchor)))
+    result = upper + rest
+    if (size > anchor) | ((size < anchor * narrowest(clock[1])) & (size > 0.)):
+        most, more, last, anchor = sum_anew(state, clock, ring)
+        upper = anchor + most - anchor
+        rest, result = most - upper + more, most + (more + last)
+    state[at], state[at + 1], state[at + 2] = upper, rest, anchor
+    return result
 
 # %% ../../nbs/20_features/20_indicator.ipynb #a1a59851
 @bare
@@ -337,7 +346,7 @@ def window_high(
 )->float:       # over what is there while it fills
     "Put a value into the window; the largest of it"
     high, left = state[at], push(state, value, clock, ring)
-    if clock[3]: high = _fill(state, value, ring, clock[1])
+    if clock[2]: high = _fill(state, value, ring, clock[1])
     elif value >= high: high = value
     elif left == high: high = _highest(state, value, ring, clock[1])
     state[at] = high
@@ -348,7 +357,7 @@ def window_high(
 def window_low(state, value, clock, at, ring)->float:
     "Put a value into the window; the smallest of it"
     low, left = state[at], push(state, value, clock, ring)
-    if clock[3]: low = _fill(state, value, ring, clock[1])
+    if clock[2]: low = _fill(state, value, ring, clock[1])
     elif value <= low: low = value
     elif left == low: low = _lowest(state, value, ring, clock[1])
     state[at] = low

@@ -8,7 +8,7 @@ __all__ = ['mfi', 'cmf', 'ad_change', 'obv_change', 'NOTHING', 'vwap', 'force_in
 # %% ../../nbs/20_features/24_volume.ipynb #162c17dc
 import numpy as np
 
-from .indicator import Indicator, above, bare, complete, forgetting, previous, rests, share, smooth, turn, window_sum
+from .indicator import ROUNDING, Indicator, above, bare, complete, forgetting, previous, rests, share, smooth, turn, window_sum
 from ..records import CLOSE, HIGH, LOW, VOLUME
 
 # %% ../../nbs/20_features/24_volume.ipynb #defe4ada
@@ -16,12 +16,11 @@ from ..records import CLOSE, HIGH, LOW, VOLUME
 def _mfi(state, parameters, candle, out):
     "Money flow index: share of the money that moved on rising prices, 0 to 100"
     typical = (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
-    before, money = previous(state, typical), typical * candle[VOLUME]
-    if np.isnan(before): return
+    full, before, money = complete(state, 2), previous(state, typical), typical * candle[VOLUME]
     clock = turn(state, parameters[0], 2)
     rise = window_sum(state, money if above(typical, before, typical) else 0., clock, 4, 10)
     fall = window_sum(state, money if above(before, typical, typical) else 0., clock, 7, 10 + clock[1])
-    if complete(state, 2): out[0] = 100. * (rise / (rise + fall)) if rise + fall > 0. else 50.
+    if full: out[0] = 100. * (rise / (rise + fall)) if rise + fall > 0. else 50.
 
 
 mfi = Indicator("mfi", _mfi, {"window": 14}, ("value",), lambda window: 2 * window + 10, lambda window: window + 1)
@@ -29,8 +28,9 @@ mfi = Indicator("mfi", _mfi, {"window": 14}, ("value",), lambda window: 2 * wind
 # %% ../../nbs/20_features/24_volume.ipynb #302bc5d2
 @bare
 def _weighted(candle):
-    width = candle[HIGH] - candle[LOW]
-    return candle[VOLUME] * (((candle[CLOSE] - candle[LOW]) - (candle[HIGH] - candle[CLOSE])) / width) if width > 0. else 0.
+    high, low, close = candle[HIGH], candle[LOW], candle[CLOSE]
+    place = (close - low) - (high - close)
+    return candle[VOLUME] * (place / (high - low)) if abs(place) > ROUNDING * high else 0.
 
 
 @bare
@@ -57,11 +57,10 @@ ad_change = Indicator("ad_change", _ad_change, {"window": 20}, ("value",), lambd
 @bare
 def _obv_change(state, parameters, candle, out):
     "Change of on-balance volume over the window, base units; relative: over all volume of the window, -1 to 1"
-    before = previous(state, candle[CLOSE])
-    if np.isnan(before): return
+    full, before = complete(state, 2), previous(state, candle[CLOSE])
     clock, side = turn(state, parameters[0], 2), (1. if candle[CLOSE] > before else 0.) - (1. if candle[CLOSE] < before else 0.)
     flow, volume = window_sum(state, side * candle[VOLUME], clock, 4, 10), window_sum(state, candle[VOLUME], clock, 7, 10 + clock[1])
-    if not complete(state, 2): return
+    if not full: return
     out[0] = flow
     out[1] = max(min(flow / volume, 1.), -1.) if volume > 0. else 0.
 

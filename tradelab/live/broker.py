@@ -276,6 +276,12 @@ class Requests:
         rows = await closed_rows(lambda page: self._ask("candles", self._exchange.fapiPublicGetKlines({"symbol": self._id(symbol), "interval": timeframe} | page)), limit, since)
         return np.array([int(row[0]) for row in rows], np.int64), np.array([[float(value) for value in (*row[1:6], *row[7:10])] for row in rows]).reshape(-1, 8)
 
+    async def forming(self, symbol, timeframe)->int:
+        "The open time (ms) of the candle that has not closed yet"
+        rows = await self._ask("the newest candle", self._exchange.fapiPublicGetKlines({"symbol": self._id(symbol), "interval": timeframe, "limit": 1}))
+        if not rows: raise BrokerError(f"{self.venue.name} lists no candle of {symbol} {timeframe}")
+        return int(rows[-1][0])
+
     async def index_prices(self, symbol, timeframe, limit:int, since:int)->dict:
         "The index price at the close of the newest `limit` closed candles, none before `since`, by open time"
         pair = self._listed(symbol)["info"]["pair"]

@@ -60,6 +60,11 @@ class Feed:
     @property
     def gap(self): return not self.ready and any(open_time > self.last + self.step for open_time in self._known)
 
+    def skip(self, open_time):
+        "Go on at a candle behind a hole; what is known of those before is dropped"
+        for early in [time for time in self._known if time < open_time]: self._known.pop(early)
+        self.last = open_time - self.step
+
     def take(self):
         "The next step: open time, candles (n_symbols, numbers of each), and whether it is late; None where it is not complete"
         if not self.ready: return None
@@ -78,6 +83,7 @@ class Books:
     def __init__(self, session:str, trader:Trader, ledger:Ledger, recorder:Recorder, step:int):
         self.session, self.trader, self.ledger, self.recorder, self.step = session, trader, ledger, recorder, step
         self.sequence, self._waiting, self._seen = 0, [], set()
+        self.opening = 0 # ms: of the candle that follows the present step, where it is known to come behind a hole
 
     def add(self, entry, number:int|None=None):
         "Take in a fill or a payment, once; `number`: of one that the ledger holds already"
@@ -98,7 +104,7 @@ class Books:
 
     def book_next(self):
         "Book the first entry that is due; None where there is none"
-        if not self._waiting or self._waiting[0][0] >= self.trader.open_time + 2 * self.step: return None
+        if not self._waiting or self._waiting[0][0] >= max(self.trader.open_time + self.step, self.opening) + self.step: return None
         _, _, number, entry = self._waiting.pop(0)
         if number is None:
             self.sequence += 1

@@ -10,7 +10,7 @@ __all__ = ['LIMIT_ORDERS', 'EIGHT_HOURS', 'decimals', 'symbol_reply', 'just_open
 import numpy as np
 
 from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, price_text, whole
-from ..market.candles import TIMEFRAMES, BadCandles, check_times, matrix, period_of, text, times
+from ..market.candles import TIMEFRAMES, BadCandles, check_times, common_candles, matrix, period_of, text, times
 from ..records import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME, Instrument
 
 # %% ../../nbs/60_localnet/61_market.ipynb #548daa0c
@@ -108,14 +108,15 @@ class Market:
         candles:dict,            # frames by symbol
         funding:dict|None=None,  # Series of rates by symbol
         start:int|None=None,     # ms: open time of the first candle that closes here; those before are history
+        gaps:bool=False,         # whether holes in the candles are played, as an exchange that was away: the clock jumps over them
     ):
-        self.frames, (self.times, self.known, self.symbols) = candles, matrix(candles, KNOWN)
+        self.frames = common_candles(candles) if gaps else candles
+        self.times, self.known, self.symbols = matrix(self.frames, KNOWN)
         self.candles = np.ascontiguousarray(self.known[:, :, :len(COLUMNS)])
         if len(self.times) < 2: raise ValueError(f"a market needs at least 2 candles, the last one only lends its open; got {len(self.times)}")
         self.step = period_of(self.times)
         self.interval = next((name for name, length in TIMEFRAMES.items() if length == self.step), f"{self.step} ms")
-        try: check_times(self.times, self.interval, self.symbols[0])
-        except BadCandles as error: raise BadCandles(f"{str(error).partition(': take a span')[0]}: localnet is never away, a session would wait for it; take a span without the hole") from None
+        check_times(self.times, self.interval, self.symbols[0], gaps)
         self.closed = first_to_close(self.times, start)
         self.ids = [exchange_id(symbol) for symbol in self.symbols]
         self.funding = [schedule((funding or {}).get(symbol)) for symbol in self.symbols]

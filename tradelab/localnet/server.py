@@ -451,11 +451,12 @@ class Localnet:
         port:int=0,                # 0 takes a free one
         order_reply:str="2026-07", # words of POST order; "classic" has avgPrice and cumQuote
         memory=None,               # a file; what it holds of an earlier localnet is done again, and it goes on from there
+        gaps:bool=False,           # whether holes in the candles are played, as an exchange that was away
     ):
         if order_reply not in ("2026-07", "classic"): raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
         if interval_ms < 0 or not (lockstep or interval_ms):
             raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an interval above 0")
-        self.exchange = Exchange(Market(candles, funding, start), instruments, costs, deposit)
+        self.exchange = Exchange(Market(candles, funding, start, gaps), instruments, costs, deposit)
         self.service = Service(self.exchange, (api_key, api_secret), interval_ms, order_reply)
         self.port, self.finished, self._failure, self._listening = port, self.service.finished, None, threading.Event()
         compile_fills(self.exchange)
@@ -485,6 +486,10 @@ class Localnet:
         if self.service.memory: self.service.memory.close()
         if self._failure and error is None: raise self._failure
 
+    def wait(self):
+        "Until it has ended: it was stopped, or its market failed, which the end of `with` raises"
+        self._thread.join()
+
     def run_forever(self):
         "In the foreground, until Ctrl-C or SIGTERM"
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -492,7 +497,7 @@ class Localnet:
             with self:
                 market = self.exchange.market
                 print(f"localnet listens at {self.url} with {len(market.times)} candles of {', '.join(market.symbols)}; Ctrl-C stops it", flush=True)
-                self._thread.join()
+                self.wait()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
 # %% ../../nbs/60_localnet/66_server.ipynb #61a6eb85

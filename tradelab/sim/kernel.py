@@ -195,7 +195,7 @@ def fault_of(
     return TARGET if wrong else DONE
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #d369bf30
-Tape = namedtuple("Tape", "times candles rates market covariances conditions waits") # (T,), (T, n, 5), (T, n), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of length 1 where nobody looks
+Tape = namedtuple("Tape", "times candles rates market covariances conditions waits") # (T,), (T, n, 5), (T, n, dues), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of length 1 where nobody looks
 
 
 @bare
@@ -246,13 +246,15 @@ def decide(t, tape, answer, state, rules, proposals, row):
 def fund(state, rules, row, rates, closed):
     "Payments on what was held at the close"
     due = 0
-    for n in range(len(rates)): due += rates[n] != 0.
+    for n in range(len(rates)):
+        for k in range(rates.shape[1]): due += rates[n, k] != 0.
     if due == 0 or rules.costs["funding"] == 0.: return
     for n in range(len(state.positions)):
-        if rates[n] != 0. and state.positions[n]["quantity"] != 0.:
-            amount = funding_amount(state.positions[n]["quantity"], closed[n, CLOSE], rates[n])
-            apply_funding(state.account, amount)
-            if len(row) > 0: row[n]["funding"] = amount
+        for k in range(rates.shape[1]):
+            if rates[n, k] != 0. and state.positions[n]["quantity"] != 0.:
+                amount = funding_amount(state.positions[n]["quantity"], closed[n, CLOSE], rates[n, k])
+                apply_funding(state.account, amount)
+                if len(row) > 0: row[n]["funding"] = decimal8(row[n]["funding"] + amount)
 
 
 @bare
@@ -293,7 +295,7 @@ def settle(
     state,   # State, changed
     rules,   # Rules
     row,     # JOURNAL, (n,), changed: the market's answer; or empty
-    rates,   # (n,): funding rate due at the close, 0 where none
+    rates,   # (n, dues): funding rates due until the next close, 0 where none
     closed,  # (n, 5): the candle of that close
     candle,  # Candle: the next one
 ):
@@ -314,8 +316,8 @@ def settle(
         if share <= 1. and holds(state.positions): liquidate(state, rules, row, candle, share)
 
 # %% ../../nbs/50_sim/53_kernel.ipynb #cb639bec
-SIZES = ("symbols", "length", "known", "seen", "held", "places", "capacity") # of what follows: `known` and `seen` are 1 where nobody looks at the market, `held` where the candles have no hole
-ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rates=(NUMBER, "length symbols"), market=(MARKET_ROW, "known symbols"), covariances=(NUMBER, "known symbols symbols"), conditions=(CONDITION, "seen symbols"), waits=(WHOLE, "held"),
+SIZES = ("symbols", "length", "known", "seen", "held", "dues", "places", "capacity") # of what follows: `known` and `seen` are 1 where nobody looks at the market, `held` where the candles have no hole, `dues` where no two payments fall between two closes
+ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rates=(NUMBER, "length symbols dues"), market=(MARKET_ROW, "known symbols"), covariances=(NUMBER, "known symbols symbols"), conditions=(CONDITION, "seen symbols"), waits=(WHOLE, "held"),
               account=(ACCOUNT, "1"), positions=(POSITION, "symbols"), orders=(WORKING, "symbols places"), books=(BOOK, "symbols"), fills=(FILL, "capacity"), count=(WHOLE, "1"), instruments=(INSTRUMENT, "symbols"), proposals=(PROPOSAL, "symbols"))
 WORLD = np.dtype([(name, WHOLE) for name in (*ARRAYS, *SIZES, "step", "code")] + [("costs", COSTS), ("limits", LIMITS), ("execution", EXECUTION)])
 
@@ -328,7 +330,7 @@ def opened(
 )->tuple:      # Tape, State, INSTRUMENT (n,), PROPOSAL (n,)
     "Its arrays"
     length, known = world["length"], world["known"]
-    tape = Tape(array_at(world["times"], (length,), WHOLE), array_at(world["candles"], (length, n, len(COLUMNS)), NUMBER), array_at(world["rates"], (length, n), NUMBER), array_at(world["market"], (known, n), MARKET_ROW),
+    tape = Tape(array_at(world["times"], (length,), WHOLE), array_at(world["candles"], (length, n, len(COLUMNS)), NUMBER), array_at(world["rates"], (length, n, world["dues"]), NUMBER), array_at(world["market"], (known, n), MARKET_ROW),
                 array_at(world["covariances"], (known, n, n), NUMBER), array_at(world["conditions"], (world["seen"], n), CONDITION), array_at(world["waits"], (world["held"],), WHOLE))
     state = State(array_at(world["account"], (1,), ACCOUNT), array_at(world["positions"], (n,), POSITION), array_at(world["orders"], (n, places), WORKING), array_at(world["books"], (n,), BOOK),
                   array_at(world["fills"], (world["capacity"],), FILL), array_at(world["count"], (1,), WHOLE))
@@ -396,14 +398,14 @@ def steps(
 def tape_of(
     times:np.ndarray,    # (T,), ms
     candles:np.ndarray,  # (T, n, 5)
-    rates:np.ndarray,    # (T, n), funding due at each close
+    rates:np.ndarray,    # (T, n), funding due at each close, or (T, n, dues) where several payments may fall due before the next
     costs,               # CostModel
     limits,              # Limits
     waits=None,          # (T,) int64, 1 where nobody can be asked, of `features.observation.waiting`; default: nowhere
 )->Tape:
     "A history with what limits and costs know of it"
     waits = np.zeros(1, np.int64) if waits is None else waits
-    return Tape(times, candles, rates, *followed(times, candles, limits), conditions(times, candles, costs), waits)
+    return Tape(times, candles, np.atleast_3d(rates), *followed(times, candles, limits), conditions(times, candles, costs), waits)
 
 
 def rules_of(costs, limits, instruments, execution, orders:int=0)->Rules:
@@ -418,7 +420,7 @@ def check_piece(name, array, dtype, shape):
 def point(row, tape, state, rules, proposals):
     "Write a row of WORLD; ValueError where an array is another than it says. The arrays must live as long as it is used"
     arrays = {**tape._asdict(), **state._asdict(), "instruments": rules.instruments, "proposals": proposals}
-    sizes = dict(zip(SIZES, (len(proposals), len(tape.times), len(tape.market), len(tape.conditions), len(tape.waits), state.orders.shape[1], len(state.fills))))
+    sizes = dict(zip(SIZES, (len(proposals), len(tape.times), len(tape.market), len(tape.conditions), len(tape.waits), tape.rates.shape[2], state.orders.shape[1], len(state.fills))))
     for name, (dtype, shape) in ARRAYS.items():
         check_piece(name, arrays[name], dtype, tuple(sizes[word] if word in sizes else int(word) for word in shape.split()))
         row[name] = arrays[name].ctypes.data
