@@ -34,6 +34,7 @@ from ..lock import Lock
 from ..log import get_logger
 from ..market.candles import milliseconds, text
 from ..market.filters import coarse_tick, on_grid
+from ..market.sources import before as preceding
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
 from ..texts import html_rows
 from ..trader import Trader
@@ -240,8 +241,8 @@ class Bookkeeper(Listener):
         except BrokerError as error: self._note("unanswered", str(error))
 
     def _save(self):
-        "Keep the present step: ledger, journal, recording"
-        self.recorder.flush()
+        "Keep the present step: recording, ledger, journal"
+        self.recorder.sync()
         rows = self.trader.rows
         if not self.books.settled or rows["open_time"][0] != self.trader.open_time: return
         self.ledger.step(self.id, self.trader.symbols, rows, self.trader.snapshot(), self.books.sequence)
@@ -341,6 +342,7 @@ async def around(
 # %% ../../nbs/70_live/75_session.ipynb #1cfce357
 class Stepper(Auditor):
     "What a session does at a close"
+    gaps = False # whether holes in the candles are carried through
 
     async def _around(self, open_time, candles):
         "The candles of one close with all that a feature asks for; BadFeed where the exchange does not tell it"
@@ -361,6 +363,7 @@ class Stepper(Auditor):
         self.recorder.decision(decision, trader.rows)
         self.recorder.flush()
         self._watch_halt()
+        await self._look_ahead()
         orders = [] if late else intended(decision, trader.symbols, held, candles[:, CLOSE], self.id)
         if late and decision.quantities.any(): self._note("late", f"{text(open_time)}: a newer candle has closed already, its orders are dropped")
         await self._carry_out(orders, self._arrived.pop(open_time, monotonic()))
@@ -370,6 +373,12 @@ class Stepper(Auditor):
         statistics.equity, statistics.drawdown = float(trader.account["equity"][0]), float(trader.account["drawdown"][0])
         if trader.rows["order"].any() or monotonic() > self._said + QUIET: self._said = self._tell(status_line(open_time, statistics, trader.rows)) or monotonic()
         self.progress(statistics)
+
+    async def _look_ahead(self):
+        "Which candle follows, where it may come behind a hole: what the exchange books until its close belongs to this step"
+        if not self.gaps or self.feed.ready or self.feed.gap: return
+        try: self.books.opening = await self.broker.forming(self.trader.symbols[0], self.timeframe)
+        except BrokerError as error: self._note("unanswered", str(error))
 
     def _watch_halt(self):
         halted = bool(self.trader.account["halted"][0])
@@ -384,13 +393,14 @@ async def history(
     timeframe:str,
     limit:int,              # closed candles
     since:int|None=None,    # ms, none before it
+    gaps:bool=False,        # whether holes are carried through
 )->tuple:                   # open times (T,), candles (T, n_symbols, 8)
     "The newest closed candles that all symbols have"
     parts = [await broker.history(symbol, timeframe, limit, since) for symbol in symbols]
     common = sorted(set.intersection(*(set(times.tolist()) for times, _ in parts)))
     rows = [dict(zip(times.tolist(), candles)) for times, candles in parts]
     holes = [open_time for open_time, following in zip(common, common[1:]) if following - open_time != milliseconds(timeframe)]
-    if holes: raise BadFeed(f"the exchange's history of {', '.join(symbols)} has a hole after {text(holes[0])}: nothing can be decided on it")
+    if holes and not gaps: raise BadFeed(f"the exchange's history of {', '.join(symbols)} has a hole, the first that is missing {text(holes[0] + milliseconds(timeframe))}: wait until it lies behind the warm-up, or carry it through with gaps = true in tradelab.toml")
     return np.array(common, np.int64), np.array([[row[open_time] for row in rows] for open_time in common]).reshape(-1, len(symbols), 8)
 
 # %% ../../nbs/70_live/75_session.ipynb #9f65a619
@@ -420,14 +430,24 @@ class Recovery(Stepper):
             for symbol, values in zip(self.trader.seen, rows.tolist()): self.feed.add(symbol, open_time, values)
 
     async def _fill_gap(self):
-        "Fetch candles that the stream did not bring"
+        "Fetch candles that the stream did not bring; those that the exchange has not are a hole"
         if self.feed.last is None: return
         for _ in range(ATTEMPTS):
-            try: self._feed_in(*await history(self.broker, self.trader.seen, self.timeframe, 1000, self.feed.last + self.step))
+            try:
+                times, candles = await history(self.broker, self.trader.seen, self.timeframe, 10**9, self.feed.last + self.step, self.gaps)
+                self._feed_in(times, candles)
+                if self.gaps and self.feed.gap and len(times): self._go_on_behind(int(times[0]))
             except BrokerError as error: self._note("unanswered", str(error))
             if not self.feed.gap: return
             await asyncio.sleep(PAUSE)
-        raise BadFeed(f"the candle after {text(self.feed.last)} was missed, and the exchange does not give it: the session stops")
+        raise BadFeed(f"the candle of {text(self.feed.last + self.step)} was missed, and the exchange does not give it: the session stops")
+
+    def _go_on_behind(self, open_time):
+        "The exchange lists this candle and none between the last and it"
+        first = self.feed.last + self.step
+        self._note("hole", f"{(open_time - first) // self.step} candles from {text(first)} on are missing at the exchange: it goes on at {text(open_time)}, decided is again when the window of {self.trader.policy.name} is whole behind it")
+        self.feed.skip(open_time)
+        self.books.opening = open_time
 
     async def _reconnected(self):
         "A stream was lost and is back"
@@ -502,8 +522,9 @@ class Preparation(Checker):
     async def _see_history(self, kept):
         "Warm up; what has closed since the last step waits in the feed"
         trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
-        times, candles = await history(self.broker, trader.seen, self.timeframe, *((10**9, last - (wanted - 1) * self.step) if kept else (wanted, None)))
+        times, candles = await history(self.broker, trader.seen, self.timeframe, *((10**9, preceding(last + self.step, wanted, self.timeframe, self.gaps)) if kept else (wanted, None)), self.gaps)
         seen = times <= last if kept else times == times
+        times, candles, seen = (part[max(int(seen.sum()) - wanted, 0):] for part in (times, candles, seen))
         if seen.sum() < trader.warm_up:
             raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.seen)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
         self._say_ticks(candles)
@@ -516,6 +537,7 @@ class Preparation(Checker):
         self.feed, self.desk.cautious = Feed(trader.seen, self.step, trader.open_time if seen.any() else None), bool(kept)
         self._feed_in(times[~seen], candles[~seen])
         for candle in self._early: self._take(candle)
+        if kept: await self._look_ahead()
 
     def _status(self, state):
         write_status(self.folder / "session.json", pid=os.getpid(), state=state, session=self.id, venue=self.broker.venue.name, symbols=list(self.trader.symbols),
@@ -550,7 +572,7 @@ class Starter(Preparation):
         await self._hear_both()
         if kept: await self._ask_again()
         await self._see_history(kept)
-        if not self.feed.ready: await broker.account()
+        if not (self.feed.ready or self.feed.gap): await broker.account()
 
     async def _finish(self, state):
         try: await self.broker.close()
@@ -583,13 +605,14 @@ class Session(Starter):
         origin:str="",           # where the policy comes from: a train id or an import name, for the replay
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
+        gaps:bool=False,         # carry holes in the exchange's candles through; otherwise the first one ends the session
         say=print,               # one line for each thing that happens
         progress=lambda statistics: None,
     ):
         refuse_series(trader)
         if bool(id) == bool(resume): raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
         self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe, patience, say, progress
-        self.source = source
+        self.source, self.gaps = source, gaps
         self.id, self.origin, self._resumed, self.step = check_id(id or resume), origin or trader.policy.name, bool(resume), milliseconds(timeframe)
         self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
         self.feed, self.recorder, self.journal, self._loop, self._stopping, self._halted = None, None, None, None, False, bool(trader.account["halted"][0])

@@ -418,9 +418,11 @@ def refuse_zone(
     "Refuse times that are not in UTC"
     zone = getattr(values.dtype, "tz", None)
     if zone is not None and str(zone) not in ("UTC", "utc", "UTC+00:00"): raise BadCandles(f"{name}: {column} is in {zone}, not in UTC: convert it with tz_convert('UTC')")
-    foreign = values.astype(str).str.extract(r"\d([+-]\d\d:?\d\d)$")[0] if zone is None and not pd.api.types.is_datetime64_any_dtype(values) else pd.Series(dtype=object)
-    foreign = foreign[~foreign.isin(["+00:00", "+0000", "-00:00", "-0000"]) & foreign.notna()]
-    if len(foreign): raise BadCandles(f"{name}: {column} {values[foreign.index[0]]} is not in UTC ({foreign.iloc[0]}): convert it before it is written")
+    if zone is not None or pd.api.types.is_datetime64_any_dtype(values): return
+    ends = values.astype(str).str[-7:]                                        # of many rows few differ
+    zones = {end: found[1] for end in ends.unique() if (found := re.search(r"\d([+-]\d\d:?\d\d)$", end)) and found[1] not in ("+00:00", "+0000", "-00:00", "-0000")}
+    foreign = np.flatnonzero(ends.isin(list(zones)))
+    if len(foreign): raise BadCandles(f"{name}: {column} {values.iloc[foreign[0]]} is not in UTC ({zones[ends.iloc[foreign[0]]]}): convert it before it is written")
 
 
 def year_first(
@@ -429,10 +431,12 @@ def year_first(
     column:str,
 )->pd.Series:
     "Dates as text that begins with the year"
-    words = words.str.replace(r"\s*(UTC|GMT)$", "+00:00", regex=True).str.replace(r"^(\d{4})[./](\d\d)[./](\d\d)", r"\1-\2-\3", regex=True)
-    words = words.str.replace(r"^(\d\d)\.(\d\d)\.(\d{4})", r"\3-\2-\1", regex=True)
+    if words.str.endswith(("UTC", "GMT")).any(): words = words.str.replace(r"\s*(UTC|GMT)$", "+00:00", regex=True)
+    for pattern, plain in ((r"^(\d{4})[./](\d\d)[./](\d\d)", r"\1-\2-\3"), (r"^(\d\d)\.(\d\d)\.(\d{4})", r"\3-\2-\1")):
+        if words.str.match(pattern).any(): words = words.str.replace(pattern, plain, regex=True)
+    if words.empty or not words.str.contains("/", regex=False).all(): return words
     slashed = words.str.extract(r"^(\d\d?)/(\d\d?)/\d{4}").astype(float)
-    if slashed[0].isna().any() or words.empty: return words
+    if slashed[0].isna().any(): return words
     day_first, month_first = (slashed[0] > 12).any(), (slashed[1] > 12).any()
     if day_first == month_first: raise BadCandles(f"{name}: {column} {words.iloc[0]}: which is the day and which the month cannot be known: write 2022-01-31")
     parts = words.str.extract(r"^(\d\d?)/(\d\d?)/(\d{4})(.*)$")

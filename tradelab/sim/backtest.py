@@ -35,17 +35,18 @@ def funding_rates(
     funding,       # Series of rates by UTC time, or dict of them by symbol, or None
     times,         # (T,), open times
     symbols,       # names, in the order of the columns
-)->np.ndarray:     # (T, n_symbols), the rate due at the close of each candle
+)->np.ndarray:     # (T, n_symbols, dues), the rates due at the close of each candle, or after it and before the next one; each is a payment of its own
     "Funding rates on the grid of the candles"
-    rates = np.zeros((len(times), len(symbols)))
-    if funding is None: return rates
-    if isinstance(funding, pd.Series): funding = {symbols[0]: funding}
-    last = times[-1] + period_of(times)
+    funding, last, found = {symbols[0]: funding} if isinstance(funding, pd.Series) else funding or {}, times[-1] + period_of(times), []
     for symbol, series in funding.items():
         due = series.index.as_unit("ms").asi8 // 60_000 * 60_000  # exchanges stamp it up to a second late
         rows = np.searchsorted(times, due) - 1                    # the last candle that was open before: who held at its close pays, also in a hole
         inside = (rows >= 0) & (due <= last)
-        np.add.at(rates[:, symbols.index(symbol)], rows[inside], series.to_numpy(float)[inside])
+        order = np.argsort(due[inside], kind="stable")
+        rows = rows[inside][order]
+        found.append((symbols.index(symbol), rows, np.arange(len(rows)) - np.searchsorted(rows, rows), series.to_numpy(float)[inside][order]))
+    rates = np.zeros((len(times), len(symbols), 1 + max((places.max() for _, _, places, _ in found if len(places)), default=0)))
+    for n, rows, places, values in found: rates[rows, n, places] = values
     return rates
 
 # %% ../../nbs/50_sim/55_backtest.ipynb #ed688767
