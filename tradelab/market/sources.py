@@ -59,7 +59,7 @@ from tradelab.market.files import (
     spelled,
     time_index,
 )
-from .filters import listed_instrument
+from .filters import keep_instrument, listed_instrument
 from .quality import QualityReport, check_quality
 from .stream import closing, judged, replay
 from .synthetic import ar1
@@ -529,7 +529,7 @@ def history(
     store=None,       # Store that keeps what is downloaded
     gaps:bool=False,  # whether holes are allowed, for whoever deals with them
 )->pd.DataFrame:
-    "Checked candles; `attrs` say `source` and `symbol` and, of an exchange, the `instrument` that it lists"
+    "Checked candles; `attrs` say `source` and `symbol` and the `instrument`: that the exchange lists, or that the candles show"
     start, end = grid_span(timeframe, start, end)
     if is_file(source): candles = from_file(source, timeframe, start, end, gaps, symbol)
     elif isinstance(source, str) and source == "synthetic": candles = stand_in(symbol, timeframe, start, end)
@@ -539,7 +539,7 @@ def history(
         candles = first_answer(symbol, timeframe, start, end, sources, store, gaps)
         candles = refuse_bad(candles, timeframe, f"{candles.attrs.get('source', 'candles')} {symbol}")
     candles.attrs["symbol"] = symbol
-    return candles
+    return keep_instrument(candles, symbol)
 
 
 def grid_span(timeframe, start, end)->tuple:

@@ -19,7 +19,7 @@ from ..compiled import apart, bare, compiled
 from ..evaluation.metrics import YEAR
 from ..events import CLOSE, COLUMNS, OPEN
 from ..instruments import Instrument
-from ..market.candles import frames_of, matrix, period_of
+from ..market.candles import by_time, frames_of, matrix, period_of
 from ..market.filters import instruments_for
 from ..risk.limits import warm_up
 from ..settings import NO_STOPS, CostModel, Execution, Limits
@@ -180,6 +180,7 @@ def sweep(
     frames, symbols = frames_of(candles, None, funding, gaps)
     if len(symbols) != 1: raise ValueError(f"a sweep runs one symbol, there were {', '.join(symbols)}: call it for each")
     times, known, _ = matrix(frames, COLUMNS)
+    columns = by_time(columns, candles, frames[symbols[0]].index)
     if len(columns) != len(times) or not columns.index.equals(frames[symbols[0]].index): raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; there were {len(columns)}")
     first = max(start, warm_up(limits), costs_warm_up(costs))
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
