@@ -22,6 +22,8 @@ from tradelab.account import POSITION, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.intervals import intervals
 from tradelab.evaluation.metrics import drawdowns, metrics, round_trips
+from tradelab.evaluation.value_at_risk import tail_history
+from tradelab.evaluation.var_backtest import judge
 from tradelab.events import KNOWN, Fill, TradingState
 from tradelab.features.observation import Observation, feature_columns
 from tradelab.instruments import Instrument
@@ -30,12 +32,10 @@ from tradelab.market.candles import frames_of, holes_in, matrix, resample
 from tradelab.orders import Kind
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
-from tradelab.risk.forecasts import judge
-from tradelab.risk.ladder import CAUSES, Ladder
 from tradelab.risk.portfolio import PortfolioRisk, covariance_history, shrunk
 from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_kelly, volatility_target
 from tradelab.risk.stops import simulate
-from tradelab.risk.tail import tail_history
+from tradelab.risk.trading_state import CAUSES, Ladder
 from tradelab.settings import CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest, funding_rates, make_trader
 from tradelab.sim.costs import calibrate

@@ -6,11 +6,11 @@ import numpy as np
 
 from tradelab.account import POSITION, new_account
 from tradelab.compiled import compiled
+from tradelab.evaluation.value_at_risk import TailRisk
 from tradelab.instruments import BITCOIN
 from tradelab.risk.breakers import Breakers
 from tradelab.risk.limits import Gate, gate, propose
 from tradelab.risk.portfolio import PortfolioRisk
-from tradelab.risk.tail import TailRisk
 from tradelab.settings import Limits, Stops, instrument_rows
 
 HOUR = 3_600_000

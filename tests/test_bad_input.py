@@ -118,8 +118,8 @@ def test_a_planted_difference_stops_the_replay(place):
 def test_a_damaged_result_is_no_other_result(tmp_path):
     "Flipped bits, cut ends and foreign bytes: the same numbers, or one sentence"
     from tradelab.evaluation.difference import first_difference
+    from tradelab.export import load, save
     from tradelab.market.synthetic import random_walk
-    from tradelab.results import load, save
     from tradelab.sim.backtest import backtest
     from tradelab.strategies.example import SmaCross
     kept = backtest(SmaCross(), random_walk(120, seed=1))

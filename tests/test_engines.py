@@ -12,7 +12,6 @@ import pytest
 from tradelab.account import POSITION, new_account
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.journal import JOURNAL, Reason
-from tradelab.market.sources import funding_history, history
 from tradelab.orders import Kind
 from tradelab.policies import buy_and_hold, flat
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
@@ -20,6 +19,7 @@ from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.matching import new_state
+from tradelab.sources.history import funding_history, history
 
 SPEC = importlib.util.spec_from_file_location("engines", Path(__file__).parents[1] / "benchmarks/engines.py")
 engines = importlib.util.module_from_spec(SPEC)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tradelab.market.files as files
+import tradelab.sources.tables as files
 from tradelab.events import COLUMNS
 from tradelab.market.candles import BadCandles, data_hash, frame, timed, times
-from tradelab.market.exogenous import read_exogenous
-from tradelab.market.files import FILES, from_file
-from tradelab.market.sources import NoCandles, funding_history, history
 from tradelab.market.synthetic import funding, realistic
+from tradelab.sources.exogenous import read_exogenous
+from tradelab.sources.history import NoCandles, funding_history, history
+from tradelab.sources.tables import FILES, from_file
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000
 

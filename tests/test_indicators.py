@@ -29,7 +29,7 @@ from tradelab.features.indicator import (
     window_low,
     window_sum,
 )
-from tradelab.features.library import OURS, library
+from tradelab.features.ta_wrapper import OURS, library
 from tradelab.features.trend import _way
 from tradelab.market.synthetic import random_walk
 

@@ -23,12 +23,12 @@ from tradelab.localnet.market import Market
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import UNNAMED, frame
 from tradelab.market.filters import derived, instruments_for, keep_instrument, listed_instrument, on_grid
-from tradelab.market.sources import history
 from tradelab.policies import buy_and_hold
 from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
+from tradelab.sources.history import history
 
 HOUR, COSTS = 3_600_000, CostModel()
 NAMES = ("XRP/USDT:USDT", "1000PEPE/USDT:USDT", "BTC/USDT:USDT", "BTC/USDC:USDC", "1000000MOG/USDC:USDC", UNNAMED)

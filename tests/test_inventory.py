@@ -121,7 +121,7 @@ def test_candles_are_listed_checked_and_deleted(project):
 
 def test_candles_are_downloaded_once(project, monkeypatch):
     "From an exchange that is not there in a test: its candles come from a generator"
-    from tradelab.market import sources
+    from tradelab.sources import history as sources
     asked, candles = [], ar1(2_000, seed=1, start="2024-01-01")
     def fetch(symbol, timeframe, start, end, store, *_):
         asked.append((start, end))

@@ -16,8 +16,8 @@ from tradelab.journal import JOURNAL, Reason
 from tradelab.learn.env import Market, MarketEnv
 from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
-from tradelab.risk.ladder import allowed
 from tradelab.risk.limits import Gate
+from tradelab.risk.trading_state import allowed
 from tradelab.settings import NO_STOPS, Limits, Stops
 from tradelab.sim.backtest import backtest
 

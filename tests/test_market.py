@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.market.candles import COLUMNS, BadCandles, check, data_hash, matrix, times
-from tradelab.market.sources import NoCandles, Unreachable, connect, funding_history, history
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1, funding, random_walk
+from tradelab.sources.history import NoCandles, Unreachable, connect, funding_history, history
 from tradelab.times import moment, text
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000
@@ -223,7 +223,7 @@ def test_without_internet_auto_says_synthetic_loudly(tmp_path):
     alone = ["unshare", "-rn"]
     try: subprocess.run([*alone, "true"], check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError): pytest.skip("this system cannot start a process without a network (unshare -rn)")
-    code = f"from tradelab.market.sources import history; c = history({SYMBOL!r}, '1h', '2022-01-01', '2022-02-01'); print(len(c), c.attrs)"
+    code = f"from tradelab.sources.history import history; c = history({SYMBOL!r}, '1h', '2022-01-01', '2022-02-01'); print(len(c), c.attrs)"
     done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "*** NO EXCHANGE COULD BE REACHED. The 744 candles of BTC/USDT:USDT are SYNTHETIC" in done.stdout and "'source': 'synthetic ar1(" in done.stdout
@@ -231,7 +231,7 @@ def test_without_internet_auto_says_synthetic_loudly(tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    done = subprocess.run([sys.executable, "-c", "import sys, tradelab.market.sources; print([name for name in ('ccxt', 'tqdm', 'matplotlib', 'torch', 'requests') if name in sys.modules])"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import sys, tradelab.sources.history; print([name for name in ('ccxt', 'tqdm', 'matplotlib', 'torch', 'requests') if name in sys.modules])"], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

@@ -9,9 +9,9 @@ from numpy.testing import assert_array_equal
 
 from tradelab.account import POSITION, apply_fill, mark, new_account
 from tradelab.features.grammar import INDICATORS, parse
-from tradelab.features.library import library
 from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.features.regime import regime
+from tradelab.features.ta_wrapper import library
 
 KINDS = ("frozen", "halted", "the same candle", "illiquid", "bursty", "a burst, then nothing", "tiny prices", "tiny sizes")
 ALL = [indicator().output(output) for indicator in (*INDICATORS.values(), regime) for output in indicator.outputs]

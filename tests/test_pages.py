@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from tradelab.evaluation.round_trips import trips_summary, written_trips
 from tradelab.evaluation.tearsheet import TearSheet, rolling_sharpe, while_traded
-from tradelab.evaluation.trips import trips_summary, written_trips
 from tradelab.jobs import write_page
 from tradelab.journal import Reason
 from tradelab.market.synthetic import ar1

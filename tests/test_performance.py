@@ -8,13 +8,13 @@ from tradelab.account import POSITION, new_account
 from tradelab.features.observation import Observation
 from tradelab.instruments import Instrument
 from tradelab.market.candles import times
-from tradelab.market.files import from_file
 from tradelab.market.quality import QualityStream
 from tradelab.market.store import Store
 from tradelab.market.synthetic import realistic
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.limits import Gate
 from tradelab.settings import Limits
+from tradelab.sources.tables import from_file
 from tradelab.trader import Trader
 
 pytestmark = pytest.mark.performance

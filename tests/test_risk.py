@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.evaluation.risk_report import RiskView
+from tradelab.evaluation.value_at_risk import METHODS, TailRisk, historical, tail, tail_history
+from tradelab.evaluation.var_backtest import judge
 from tradelab.events import TradingState
-from tradelab.market.files import from_file
 from tradelab.market.synthetic import ar1, realistic
 from tradelab.risk.breakers import CLOSED, DEFAULTS, Breakers
-from tradelab.risk.forecasts import judge
-from tradelab.risk.ladder import CAUSES, Ladder
 from tradelab.risk.portfolio import covariance_history, shrunk
-from tradelab.risk.tail import METHODS, TailRisk, historical, tail, tail_history
-from tradelab.risk.view import RiskView
+from tradelab.risk.trading_state import CAUSES, Ladder
 from tradelab.settings import NO_STOPS
+from tradelab.sources.tables import from_file
 from tradelab.times import TIMEFRAMES, milliseconds, moment, next_opening
 
 DATA = next((place / "shared/data" for place in Path(__file__).resolve().parents if (place / "shared/data/BTCUSDT-1d.parquet").exists()), None)

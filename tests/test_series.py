@@ -19,10 +19,10 @@ from tradelab.learn.env import Market, MarketEnv
 from tradelab.learn.registry import load
 from tradelab.live.session import RefusedStart, Session
 from tradelab.market.candles import BadCandles
-from tradelab.market.exogenous import Exogenous, check_exogenous, load_series, with_series
 from tradelab.market.synthetic import ar1
 from tradelab.settings import SeriesDefinition
 from tradelab.sim.backtest import backtest
+from tradelab.sources.exogenous import Exogenous, check_exogenous, load_series, with_series
 
 HOUR, DAY = 3_600_000, 86_400_000
 CANDLES = ar1(700, volatility=.01, seed=3)

@@ -25,11 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.events import COLUMNS
-from tradelab.market.archive import address, from_archive
 from tradelab.market.candles import BadCandles, data_hash, frame, times
-from tradelab.market.exogenous import Exogenous, check_exogenous, read_exogenous
-from tradelab.market.files import proven_order, read_table
-from tradelab.market.sources import (
+from tradelab.market.store import Store
+from tradelab.market.synthetic import ar1, funding
+from tradelab.sources.archive import address, from_archive
+from tradelab.sources.exogenous import Exogenous, check_exogenous, read_exogenous
+from tradelab.sources.history import (
     FromArchive,
     FromYahoo,
     NoCandles,
@@ -41,10 +42,9 @@ from tradelab.market.sources import (
     mark_history,
     stream,
 )
-from tradelab.market.store import Store
-from tradelab.market.stream import closing
-from tradelab.market.synthetic import ar1, funding
-from tradelab.market.universe import FOREVER, Universe, check_lives
+from tradelab.sources.stream import closing
+from tradelab.sources.tables import proven_order, read_table
+from tradelab.sources.universe import FOREVER, Universe, check_lives
 from tradelab.times import moment, text
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000
@@ -214,7 +214,7 @@ def test_three_years_are_one_pair_of_requests_a_month(serve, tmp_path):
 
 DOWNLOAD = """
     import sys
-    from tradelab.market.sources import FromArchive, history
+    from tradelab.sources.history import FromArchive, history
     from tradelab.market.store import Store
     history("BTC/USDT:USDT", "1h", "2021-01-01", "2023-12-31", source=FromArchive(sys.argv[1]), store=Store(sys.argv[2]))
 """
@@ -241,7 +241,7 @@ def test_a_killed_archive_download_goes_on_where_it_was(serve, tmp_path):
     ("checksum", BadCandles, "BTCUSDT-1h-2021-02.zip: its sha256 is [0-9a-f]{12}..., the published one 0{12}...: nothing was stored"), ("html", BadCandles, "BTCUSDT-1h-2021-02.zip.CHECKSUM: a web page came instead of data"),
     ("cut", BadCandles, "BTCUSDT-1h-2021-02.zip: not a whole archive"), ("short", Unreachable, "127.0.0.1:.* cannot be reached"), ("refused", NoCandles, "127.0.0.1:.* refused .403"), ("away", Unreachable, "it asks to wait 4000 s, more than the 120 s")])
 def test_a_bad_archive_file_is_not_stored_and_the_months_before_are(serve, tmp_path, monkeypatch, fault, kind, message):
-    monkeypatch.setattr("tradelab.market.files.TRIES", 1)
+    monkeypatch.setattr("tradelab.sources.tables.TRIES", 1)
     vision, store = Vision(serve, YEARS, MONTHS[:3]), Store(tmp_path)
     path = "/" + address(SYMBOL, "klines", "1h", "2021-02")
     whole = vision.files[path]
@@ -325,7 +325,7 @@ def test_a_killed_download_goes_on_page_by_page(serve, tmp_path):
     venue.slow = .2
     process = python("""
         import sys
-        from tradelab.market.sources import connect, history
+        from tradelab.sources.history import connect, history
         from tradelab.market.store import Store
         history("BTC/USDT:USDT", "1h", "2022-01-01", "2023-01-01", source=connect("binanceusdm", sys.argv[1]), store=Store(sys.argv[2]))
     """, venue.server.url, tmp_path)
@@ -410,7 +410,7 @@ def test_yahoo_without_its_package_says_what_to_install():
     process = python("""
         import sys
         sys.modules["yfinance"] = None
-        from tradelab.market.sources import NoCandles, history
+        from tradelab.sources.history import NoCandles, history
         try: history("BTC/USD", "1d", "2022-01-01", "2022-02-01", source="yahoo")
         except NoCandles as error: print(error)
     """)

@@ -19,29 +19,29 @@ from matplotlib.cbook import is_math_text
 
 import tradelab
 from tradelab.account import POSITION
+from tradelab.evaluation.risk_report import RiskView
 from tradelab.evaluation.tearsheet import TearSheet
+from tradelab.evaluation.value_at_risk import TailMeasures
+from tradelab.evaluation.var_backtest import judge
+from tradelab.export import TABLES, export
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.learn.registry import Run
 from tradelab.live.broker import BrokerError, Notice, error_text
 from tradelab.live.session import Statistics
 from tradelab.log import formatter
 from tradelab.market.candles import BadCandles
-from tradelab.market.files import Unreachable
 from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, buy_and_hold, flat
-from tradelab.results import TABLES, export
 from tradelab.risk.breakers import BreakerEvent
-from tradelab.risk.forecasts import judge
-from tradelab.risk.ladder import Ladder
 from tradelab.risk.portfolio import PortfolioRisk
-from tradelab.risk.tail import TailMeasures
-from tradelab.risk.view import RiskView
+from tradelab.risk.trading_state import Ladder
 from tradelab.sections import Missing
 from tradelab.settings import Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
+from tradelab.sources.tables import Unreachable
 from tradelab.texts import cell_text, figure_text, one_line, printable
 
 matplotlib.use("Agg")

@@ -13,12 +13,12 @@ import pandas as pd
 
 from .config import Settings, overridden, settings
 from .market.candles import BadCandles, times
-from .market.files import names_of
 from .market.filters import instruments_for, said
-from .market.sources import before as preceding
-from .market.sources import fundings, histories, is_file, read_table
 from .market.store import Store
 from .market.symbols import symbol_in, symbols_of, taken_as
+from .sources.history import before as preceding
+from .sources.history import fundings, histories, is_file, read_table
+from .sources.tables import names_of
 from .times import interval, text
 
 # %% ../nbs/99_top/03_inputs.ipynb #ef1ee8bb

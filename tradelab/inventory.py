@@ -24,11 +24,11 @@ from .files import replace_files
 from .inputs import inputs
 from .learn.registry import CONFIG, Run, load, read_configuration, train_ids
 from .market.candles import times
-from .market.files import candle_names, foreign, oldest_first, read_table, time_index
 from .market.quality import check_quality
-from .market.sources import history, is_file
 from .market.store import Store
 from .sim.backtest import backtest
+from .sources.history import history, is_file
+from .sources.tables import candle_names, foreign, oldest_first, read_table, time_index
 from .texts import one_line, printable
 from .times import TIMEFRAMES, interval, milliseconds
 
@@ -277,7 +277,7 @@ def compare_sessions(
     b:str,
 )->tuple:        # metrics and differing settings, a column a session
     "Two sessions beside each other"
-    from tradelab.sim.result import Result
+    from tradelab.evaluation.result import Result
     ledger, names = _ledger(), ["A", "B"]
     for each in (a, b): known(sessions_here(), each, "session")
     if a == b: raise ValueError(f"{a} is compared with itself: name two sessions")

@@ -13,9 +13,9 @@ from difflib import get_close_matches
 import pandas as pd
 
 from ..events import FUNDING_RATE, INDEX_PRICE, SERIES
-from . import context, momentum, trend, volatility, volume
+from . import exchange_features, momentum, trend, volatility, volume
 from .indicator import Feature, Indicator, bare
-from .library import OURS, library
+from .ta_wrapper import OURS, library
 from ..times import milliseconds
 from ..trust import NotTrusted, Unnamed, bring
 
@@ -30,7 +30,7 @@ series = Indicator("series", _series, {}, ("value", "age"), lambda: 0, lambda: 1
 _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)?", re.ASCII)
 
 # %% ../../nbs/20_features/08_grammar.ipynb #b9efc54e
-INDICATORS = {indicator.name: indicator for family in (trend, momentum, volatility, volume, context) for indicator in vars(family).values() if isinstance(indicator, Indicator)}
+INDICATORS = {indicator.name: indicator for family in (trend, momentum, volatility, volume, exchange_features) for indicator in vars(family).values() if isinstance(indicator, Indicator)}
 
 
 def known()->pd.DataFrame: # a row per indicator

@@ -31,9 +31,9 @@ from .env import Market, MarketVecEnv
 from .registry import Run, reserved, runs_folder, save
 from ..market.candles import check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
-from ..market.exogenous import series_record, with_series
 from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
+from ..sources.exogenous import series_record, with_series
 from ..times import milliseconds, moment, text
 
 # %% ../../nbs/80_learn/03_agents.ipynb #bf4eb52d
@@ -178,7 +178,7 @@ def train(
     seed:int=0,
     funding=None,             # Series of rates by UTC time, or a dict of them by symbol
     watch=None,               # frames by symbol that features look at and nobody trades
-    series=None,              # Exogenous by the name that features read, of `market.exogenous.load_series`
+    series=None,              # Exogenous by the name that features read, of `sources.exogenous.load_series`
     scaler:str="standard",    # or "robust"
     costs=None,               # CostModel; default: of the settings
     limits=None,              # Limits; default: of the settings

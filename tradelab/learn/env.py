@@ -21,7 +21,6 @@ from ..events import CLOSE, COLUMNS, KNOWN
 from ..features.observation import Observation, assemble, waiting
 from ..journal import JOURNAL
 from ..market.candles import frames_of, matrix, timeframe_at
-from ..market.exogenous import with_series
 from ..market.filters import instruments_for
 from ..native import NUMBER, SINGLE, UNCOUNTED, WHOLE, array_at
 from ..orders import PROPOSAL
@@ -32,6 +31,7 @@ from ..sim.costs import BOOK
 from ..sim.costs import warm_up as costs_warm_up
 from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
+from ..sources.exogenous import with_series
 from ..times import text
 
 # %% ../../nbs/80_learn/01_env.ipynb #a6d7f0cc

@@ -35,7 +35,7 @@ from .recorder import Recorder
 from ..lock import Lock
 from ..log import get_logger
 from ..market.filters import coarse_tick, on_grid
-from ..market.sources import before as preceding
+from ..sources.history import before as preceding
 from ..texts import html_rows
 from ..times import milliseconds, text
 from ..trader import Trader

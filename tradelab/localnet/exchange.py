@@ -27,7 +27,7 @@ from tradelab.account import (
 )
 from ..instruments import INSTRUMENT, Instrument, bracket_amounts
 from .market import Market
-from tradelab.localnet.wire import (
+from tradelab.localnet.protocol import (
     REFUSALS,
     Refused,
     assets,

@@ -11,7 +11,16 @@ import numpy as np
 
 from ..events import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME
 from ..instruments import Instrument
-from .wire import Refused, assets, exchange_id, mandatory, money_text, number_text, price_text, whole
+from tradelab.localnet.protocol import (
+    Refused,
+    assets,
+    exchange_id,
+    mandatory,
+    money_text,
+    number_text,
+    price_text,
+    whole,
+)
 from ..market.candles import BadCandles, check_times, common_candles, matrix, period_of, times
 from ..times import TIMEFRAMES, text
 

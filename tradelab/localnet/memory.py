@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..account import wallet
 from .exchange import Exchange, set_leverage
-from .wire import Refused
+from .protocol import Refused
 
 # %% ../../nbs/60_localnet/04_memory.ipynb #9b520e3f
 class LostMemory(ValueError):

@@ -57,7 +57,7 @@ from tradelab.localnet.market import (
     symbol_reply,
 )
 from .memory import LostMemory, Memory
-from .wire import Refused, check_signature, check_time, number_text, parameters
+from .protocol import Refused, check_signature, check_time, number_text, parameters
 from ..settings import CostModel
 
 # %% ../../nbs/60_localnet/05_server.ipynb #7e2a5678

@@ -153,7 +153,7 @@ def check(
     milliseconds(timeframe)
     check_columns(frame, name)
     index = frame.index
-    if not isinstance(index, pd.DatetimeIndex): raise BadCandles(f"{name}: the index is a {type(index).__name__}, not open times: read files with tradelab.market.sources.history")
+    if not isinstance(index, pd.DatetimeIndex): raise BadCandles(f"{name}: the index is a {type(index).__name__}, not open times: read files with tradelab.sources.history.history")
     if str(index.tz) != "UTC": raise BadCandles(f"{name}: times are {index.tz or 'without a zone'}, not UTC: use tz_convert('UTC') or tz_localize('UTC')")
     if index.hasnans: raise BadCandles(f"{name}: no time in row {int(np.argmax(index.isna()))}: correct the row at its source")
     try: proven = frame[[*COLUMNS, *(column for column in (*OPTIONAL, *AROUND) if column in frame)]].astype("float64")
