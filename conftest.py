@@ -5,11 +5,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
 from nbval.kernel import RunningKernel
 
 SKIPPED_CELL = re.compile(r"^\s*#\s*\|\s*(eval:\s*false|slow|notest)\b", re.M | re.I)
 PASSES = Path(__file__).parent / ".cache" / "test-passes.jsonl"  # one line for each run of pytest, for .ci/summary.py
+
+
+# a property does not fail because the machine is slow
+hypothesis.settings.register_profile("tradelab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tradelab")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""Runs the scenarios of `compare.py` on the package that is first on PYTHONPATH and writes what came out, a file per run.
+"""Does the scenarios of `compare.py` with the package that is first on PYTHONPATH, and writes a file per run.
 
 `compare.py` takes this file from each of the two revisions: it speaks the package's language of its own revision, the
 scenarios speak that of the first one. Whoever renames something in the package edits the imports and the functions
@@ -67,7 +67,8 @@ def limits_of(run):
 
 
 def execution_of(run): return Execution(**named(run.get("execution") or {}))
-def instruments_of(run): return tuple(Instrument(**named(each)) for each in run["instruments"]) if "instruments" in run else None
+def instruments_of(run): return tuple(Instrument(**named(each))
+                                      for each in run["instruments"]) if "instruments" in run else None
 
 
 # --- markets --------------------------------------------------------------------------------------------------------
@@ -79,7 +80,8 @@ class Market:
         index = pd.DatetimeIndex(arrays["times"].astype("datetime64[ms]"), tz="UTC", name="open_time")
         columns = [str(name) for name in arrays["columns"]]
         self.symbols = [str(name) for name in arrays["symbols"]]
-        self.frames = {name: pd.DataFrame(values, index, columns) for name, values in zip(self.symbols, arrays["values"])}
+        self.frames = {name: pd.DataFrame(values, index, columns) for name,
+                       values in zip(self.symbols, arrays["values"])}
         for name, frame in self.frames.items(): frame.attrs["symbol"] = name
         due = pd.DatetimeIndex(arrays["funding_times"].astype("datetime64[ms]"), tz="UTC")
         self.funding = {name: pd.Series(rates, due) for name, rates in zip(self.symbols, arrays["funding_rates"])}
@@ -147,16 +149,19 @@ def policy_of(run, market):
     scaler = None
     if "scaler" in asked:
         known = {name: market.frames[name].iloc[:asked["fit"]] for name in market.symbols}
-        fitted = Observation(features, window, symbols=tuple(market.symbols[:count])).fit(known, asked["scaler"], gaps=run.get("gaps", False))
+        fitted = Observation(features, window, symbols=tuple(market.symbols[:count])).fit(known, asked["scaler"],
+                gaps=run.get("gaps", False))
         scaler = fitted.scaler
     match kind:
         case "momentum": return Momentum(*asked["numbers"])
         case "cross": return SmaCross(*asked["numbers"])
         case "fade": return FadeGap()
         case "network": return network(asked["seed"], count, features, window, scaler)
-        case "noisy": return Policy("noisy", _noisy, asked["numbers"], features, window, scaler, asked.get("confident", False))
+        case "noisy": return Policy("noisy", _noisy, asked["numbers"], features, window, scaler,
+                                    asked.get("confident", False))
         case "python": return Policy("python", _python, asked["numbers"], features, window)
-        case "orders": return Policy("orders", _orders, asked["numbers"], features, window, orders=int(asked["numbers"][0]))
+        case "orders": return Policy("orders", _orders, asked["numbers"], features, window,
+                                     orders=int(asked["numbers"][0]))
     random, frames = np.random.default_rng(asked["seed"]), list(market.frames.values())
     steps = np.arange(len(frames[0])) // asked["every"]
     table = random.uniform(-1, 1, (steps[-1] + 1, count)) * (random.random((steps[-1] + 1, count)) > asked["idle"])
@@ -214,7 +219,8 @@ def result(found, whole=True):
     if len(found.fill_rows): out |= table("execution", found.execution)
     if found.observations is not None: out["seen.observations"] = found.observations
     for number, each in enumerate(found.baselines.values()):
-        out |= {f"beside {number}.equity": each.equity.to_numpy()} | structured(f"beside {number}.fills", each.fill_rows)
+        out |= {f"beside {number}.equity": each.equity.to_numpy()} | structured(f"beside {number}.fills",
+                each.fill_rows)
     return out
 
 
@@ -239,7 +245,8 @@ def _each_step(world, start, answers):
     for t, answer in enumerate(answers):
         if t == 0: mark(state.account, state.positions, world.tape.candles[start, :, 3].copy())
         world.step(start + t, np.ascontiguousarray(answer), journal[t])
-        for name in ("account", "positions", "orders", "books"): kept.setdefault(name, []).append(getattr(world.state, name).copy())
+        for name in ("account", "positions", "orders", "books"): kept.setdefault(name,
+                []).append(getattr(world.state, name).copy())
     out = structured("journal", journal.ravel()) | structured("fills", world.state.fills[:world.state.count[0]])
     for name, rows in kept.items(): out |= structured(name, np.array(rows).ravel())
     return out
@@ -308,7 +315,8 @@ def run_sweep(run, market):
     rule = {"cross": _cross_rule, "numpy": _numpy_rule}[run["rule"]]
     found = sweep(rule, columns, pd.DataFrame(run["table"], columns=run["parameters"]), frame, run["start"],
                   costs=costs_of(run), execution=execution_of(run), exact=run.get("exact", False),
-                  funding=funding and funding[symbol], progress=False, **({"limits": limits_of(run)} if "limits" in run else {}))
+                  funding=funding and funding[symbol], progress=False,
+                  **({"limits": limits_of(run)} if "limits" in run else {}))
     return table("sweep", found.table.reset_index())
 
 
@@ -329,14 +337,16 @@ def run_environment(run, market):
     if "scaler" in run: observation = observation.fit(frames, run["scaler"], gaps=run.get("gaps", False))
     of = Training.of(frames, observation, costs=costs_of(run), limits=limits_of(run), instruments=instruments_of(run),
                      execution=execution_of(run), funding=funding, watch=watch, gaps=run.get("gaps", False))
-    asked = dict(reward=Reward(**run.get("reward", {})), domain=Domain(**{k: tuple(v) for k, v in run.get("domain", {}).items()}))
+    asked = dict(reward=Reward(**run.get("reward", {})),
+                 domain=Domain(**{k: tuple(v) for k, v in run.get("domain", {}).items()}))
     random, out = np.random.default_rng(run["seed"]), {}
     if run.get("single"):
         one, steps = MarketEnv(of, run["length"], **asked), []
         seen = [one.reset(seed=run["seed"])[0]]
         for _ in range(run["steps"]):
             *step, info = one.step(random.uniform(-1, 1, len(frames)))
-            seen.append(step[0]), steps.append((*map(float, step[1:]), *(float(row["equity"]) for row in info["journal"])))
+            seen.append(step[0]), steps.append((*map(float, step[1:]),
+                                                *(float(row["equity"]) for row in info["journal"])))
             if step[2] or step[3]: seen.append(one.reset()[0])
         return {"environment.seen": np.array(seen), "environment.steps": np.array(steps)}
     many = MarketVecEnv(of, run["n"], run["length"], run["seed"], **asked)
@@ -345,10 +355,12 @@ def run_environment(run, market):
         observed, reward, done, infos = many.step(random.uniform(-1, 1, (run["n"], len(frames))))
         seen.append(observed), rewards.append(reward), ended.append(done)
         last += [info["terminal_observation"] for info in infos if info]
-    out = {"environment.seen": np.array(seen), "environment.rewards": np.array(rewards), "environment.ended": np.array(ended),
+    out = {"environment.seen": np.array(seen), "environment.rewards": np.array(rewards),
+           "environment.ended": np.array(ended),
            "environment.last": np.array(last)}
     population = many.population
-    return out | structured("accounts", population.accounts.ravel()) | structured("positions", population.positions.ravel())
+    return out | structured("accounts", population.accounts.ravel()) | structured("positions",
+            population.positions.ravel())
 
 
 def run_indicators(run, market):
@@ -370,7 +382,8 @@ def run_indicators(run, market):
 
 def run_scaler(run, market):
     frames, watch, _ = market.traded(run)
-    observation = Observation(tuple(run["features"]), 2, symbols=tuple(frames)).fit({**frames, **(watch or {})}, run["how"], gaps=run.get("gaps", False))
+    observation = Observation(tuple(run["features"]), 2, symbols=tuple(frames)).fit({**frames, **(watch or {})},
+            run["how"], gaps=run.get("gaps", False))
     return {"scaler.centre": np.array(observation.scaler.centre), "scaler.scale": np.array(observation.scaler.scale)}
 
 
@@ -386,7 +399,8 @@ def run_risk(run, market):
     weights = random.uniform(-1, 1, closes.shape)
     tails = tail_history(closes, weights, run["timeframe"], run["days"])
     returns = np.log(closes[1:] / closes[:-1])
-    out |= {"tail.values": tails, "covariance.ewma": covariance_history(closes, .06), "covariance.shrunk": shrunk(returns)[0]}
+    out |= {"tail.values": tails, "covariance.ewma": covariance_history(closes, .06),
+            "covariance.shrunk": shrunk(returns)[0]}
     index = pd.RangeIndex(len(returns))
     held = pd.Series((weights[:-1] * returns).sum(axis=1), index)
     judged = judge(held, *(pd.Series(tails[:-1, 4, 1, which], index) for which in (0, 1)))
@@ -394,25 +408,29 @@ def run_risk(run, market):
             "judged.christoffersen": np.array([number for each in judged.christoffersen.values() for number in each]),
             "judged.depth": np.array(judged.depth)}
     mean, variance = returns.mean(axis=0), returns.var(axis=0)
-    out["sizes.all"] = np.array([(kelly(m, v, .5, 2.), shrunk_kelly(m, v, len(returns), .5, 2.), fixed_fraction(1., .01, v ** .5, 2.),
+    out["sizes.all"] = np.array([(kelly(m, v, .5, 2.), shrunk_kelly(m, v, len(returns), .5, 2.),
+                                  fixed_fraction(1., .01, v ** .5, 2.),
                                   volatility_target(1., .2, v ** .5 * 90., 3.)) for m, v in zip(mean, variance)])
     out["sizes.portfolio"] = kelly_portfolio(mean, np.atleast_2d(shrunk(returns)[0]))
     quantity, met = random.normal(size=80), closes[100:180, 0]
     price = met * (1 + np.sign(quantity) * (.0002 + .0001 * np.abs(random.normal(size=80))))
     found = calibrate(quantity, met, price, np.arange(80), np.full(80, .01), np.full(80, 1e3))
-    return out | {"calibrated.all": np.array(list(asdict(found).values()))} | _portfolio(run, times, closes, names, random)
+    return out | {"calibrated.all": np.array(list(asdict(found).values()))} | _portfolio(run, times, closes, names,
+            random)
 
 
 def _portfolio(run, times, closes, names, random):
     "Measures of random positions at each close"
     from tradelab.records import instrument_rows
-    risk, positions, rows = PortfolioRisk(names, instrument_rows(instruments_of(run), Limits())), np.zeros(len(names), POSITION), []
+    risk, positions, rows = PortfolioRisk(names, instrument_rows(instruments_of(run), Limits())), np.zeros(len(names),
+            POSITION), []
     for t in range(200):
         equity = 10_000. * (1 + .01 * random.normal())
         risk.update(int(times[t]), closes[t], equity)
         positions["quantity"], positions["mark_price"] = random.normal(size=len(names)), closes[t]
         found = risk.measures(equity, positions)
-        rows.append([getattr(found, each.name) for each in fields(found) if isinstance(getattr(found, each.name), float)])
+        rows.append([getattr(found, each.name) for each in fields(found)
+                     if isinstance(getattr(found, each.name), float)])
     return {"portfolio.measures": np.array(rows)}
 
 
@@ -430,12 +448,14 @@ def run_breakers(run, _):
         cause = causes[int(random.integers(len(causes)))]
         if cause != "person" and random.random() < .2: ladder.trip(cause, clock, "seen")
         elif random.random() < .4: ladder.clear(cause, clock) if (cause, "") in ladder.active else ladder.step(clock)
-        elif (cause, "") in ladder.active and not CAUSES[cause].restarts: ladder.reset(cause, "somebody", "looked", clock)
+        elif (cause, "") in ladder.active and not CAUSES[cause].restarts: ladder.reset(cause, "somebody", "looked",
+                clock)
         if number % 50 == 49: ladder = Ladder.load(json.loads(json.dumps(ladder.save())))
         if number % 70 == 69: breakers = Breakers.load(json.loads(json.dumps(breakers.save())))
         states.append((int(ladder.state()), *(int(breakers.asks("venue", symbol)) for symbol in "ABC")))
         rows.append((rate.add(clock, random.random() < .3), *span.add(clock, 100. + random.normal())))
-    return {"states.all": np.array(states), "windows.all": np.array(rows), "moves.text": np.array([str(move) for move in ladder.history])}
+    return {"states.all": np.array(states), "windows.all": np.array(rows),
+            "moves.text": np.array([str(move) for move in ladder.history])}
 
 
 def run_candles(run, market):
@@ -444,15 +464,18 @@ def run_candles(run, market):
     from tradelab.market.synthetic import with_defect
     out = {}
     for name, frame in market.frames.items():
-        for timeframe in run["timeframes"]: out |= table(f"{name} {timeframe}", resample(frame, timeframe, partial=True))
+        for timeframe in run["timeframes"]: out |= table(f"{name} {timeframe}",
+                                                         resample(frame, timeframe, partial=True))
         out[f"{name} holes"] = np.array(holes_in(frame.index.as_unit("ms").asi8))
     frame = market.frames[market.symbols[0]]
     for defect in run["defects"]:
         spoiled = with_defect(frame[["open", "high", "low", "close", "volume"]], defect, seed=run["seed"])
         spoiled = spoiled[0] if isinstance(spoiled, tuple) else spoiled
         report = check_quality(spoiled, run["timeframe"])
-        found = pd.DataFrame([asdict(each) for each in report.findings]).drop(columns=["evidence", "action"], errors="ignore")
-        out |= table(f"{defect} findings", found) | table(f"{defect} repaired", repair(spoiled, report.findings, run["timeframe"])[0])
+        found = pd.DataFrame([asdict(each) for each in report.findings]).drop(columns=["evidence", "action"],
+                errors="ignore")
+        out |= table(f"{defect} findings", found) | table(f"{defect} repaired",
+                                                          repair(spoiled, report.findings, run["timeframe"])[0])
     return out
 
 
@@ -484,17 +507,21 @@ def run_session(run, market):
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
         async def session(url, count, first):
-            venue = Venue("localnet", "a comparison", url, url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
+            venue = Venue("localnet", "a comparison", url, url.replace("http", "ws"), SecretStr("key"),
+                          SecretStr("secret"))
             which = {"id": "compare"} if first else {"resume": "compare"}
             trader = made.trader(instruments=instruments)
-            return await Session(trader, Broker(venue), ledger, Path(folder), timeframe=run["timeframe"], origin="compare", say=lambda _: None, **which).run(count)
-        with Localnet({**frames, **(watch or {})}, funding or {}, instruments, costs_of(run), start=start, api_key="key", api_secret="secret") as exchange:
+            return await Session(trader, Broker(venue), ledger, Path(folder), timeframe=run["timeframe"],
+                                 origin="compare", say=lambda _: None, **which).run(count)
+        with Localnet({**frames, **(watch or {})}, funding or {}, instruments, costs_of(run), start=start,
+                      api_key="key", api_secret="secret") as exchange:
             for number, count in enumerate(run["parts"]): asyncio.run(session(exchange.url, count, number == 0))
         lines = list(read(Path(folder) / "compare/recording.zst"))
         recorded, again = replay(lines, made.trader(instruments=instruments))
         booked = [asdict(entry) for _, entry in ledger.booked("compare")]
         out = table("journal", ledger.journal("compare")) | table("recorded", recorded) | table("replayed", again)
-        out["decisions.observation"] = np.array([unpacked(line["observation"]) for line in lines if line["kind"] == "decision"])
+        out["decisions.observation"] = np.array([unpacked(line["observation"]) for line in lines
+                                                 if line["kind"] == "decision"])
         out |= table("booked", pd.DataFrame(booked))
         ledger.close()
     return out

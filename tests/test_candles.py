@@ -6,10 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.features.grammar import parse
+from tradelab.features.observation import Observation
+from tradelab.learn.agents import provenance
+from tradelab.learn.env import Market
+from tradelab.localnet.market import Market as LocalMarket
 from tradelab.market.candles import (
     OPTIONAL, TIMEFRAMES, BadCandles, align, as_of, check, data_hash, frame, matrix, milliseconds, moment, next_opening, parts, resample, rows_as_of, timeframe_of, times)
+from tradelab.market.filters import instruments_for
+from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
+from tradelab.policies import buy_and_hold
 from tradelab.records import COLUMNS, KNOWN
+from tradelab.sim.backtest import backtest
+from tradelab.sim.stress import stress
+from tradelab.sim.sweep import sweep
 
 HOUR = 3_600_000
 
@@ -189,3 +199,29 @@ def test_a_feature_of_a_week_is_that_of_the_weekly_candles():
         np.testing.assert_allclose(array[14:], expected[14:], rtol=1e-12)
         stream = parse(f"return(1)@{timeframe}").stream("1d")
         assert np.array_equal([stream.update(candle)[0] for candle in known], array, equal_nan=True)
+
+
+# ---- a table whose times are a column, as a file gives it
+
+@pytest.mark.parametrize("give", [lambda good: good.reset_index(), lambda good: good.reset_index().assign(open_time=times(good)), lambda good: good.tz_localize(None), lambda good: good.reset_index(drop=True).assign(timestamp=times(good))],
+                         ids=["open_time", "milliseconds", "without a zone", "timestamp"])
+def test_every_door_takes_the_frame_that_a_file_gives_and_reads_the_same(give):
+    good = ar1(300, seed=3)
+    raw, look = give(good), Observation(["return(1)", "return(5)"])
+    assert data_hash(raw) == data_hash(good) and data_hash({"ETH/USDT:USDT": raw}) == data_hash({"ETH/USDT:USDT": good})
+    assert provenance(raw)["data_hash"] == provenance(good)["data_hash"] and provenance(raw)["span"] == provenance(good)["span"]
+    assert look.fit(raw).sha256 == look.fit(good).sha256
+    assert np.array_equal(Market.of(raw, look).features, Market.of(good, look).features, equal_nan=True)
+    assert np.array_equal(LocalMarket({"BTC/USDT:USDT": raw}).times, LocalMarket({"BTC/USDT:USDT": good}).times)
+    assert len(check_quality(raw, "1h").findings) == len(check_quality(good, "1h").findings)
+    assert instruments_for(raw) == instruments_for(good)
+    targets = pd.Series(np.where(np.arange(300) % 7 < 3, 1., 0.), raw.index)
+    assert backtest(targets, raw, beside=()).equity.tolist() == backtest(targets.set_axis(good.index), good, beside=()).equity.tolist()
+    tables = [sweep(lambda parameters, columns: columns[:, 0] * parameters[0], pd.DataFrame({"x": targets.to_numpy()}, each.index), pd.DataFrame({"n": [.5, 1.]}), each, progress=False).table for each in (raw, good)]
+    pd.testing.assert_frame_equal(*tables)
+    assert stress(buy_and_hold(), raw).table().equals(stress(buy_and_hold(), good).table())
+
+
+def test_numbered_targets_of_another_length_are_nobodys():
+    raw = ar1(300, seed=3).reset_index()
+    with pytest.raises(ValueError, match="no target stands at a candle"): backtest(pd.Series(1., raw.index[:-1]), raw)

@@ -3,6 +3,7 @@ import json
 import warnings
 from dataclasses import asdict, replace
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,8 @@ from tradelab.localnet.exchange import Exchange
 from tradelab.localnet.market import Market
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import UNNAMED, frame
-from tradelab.market.filters import derived, instruments_for, listed_instrument
+from tradelab.live.session import Preparation, RefusedStart
+from tradelab.market.filters import derived, instruments_for, keep_instrument, listed_instrument, on_grid
 from tradelab.market.sources import history
 from tradelab.policies import buy_and_hold
 from tradelab.records import BITCOIN, JOURNAL, NO_STOPS, CostModel, Instrument, Limits, grid
@@ -148,14 +150,70 @@ def test_odd_prices_sums_and_changed_ticks():
 @settings(max_examples=30, deadline=None)
 @given(markets(300), st.integers(100, 290), st.floats(.5, 2.))
 def test_another_future_changes_no_instrument_and_no_fill_before_it(market, at, factor):
-    _, candles = market
-    other = candles.copy()
+    symbol, candles = market
+    other = keep_instrument(candles, symbol).copy()                                          # as `history` does
     other.iloc[at:, :4] *= factor
     assume(candles["low"].min() / 2 > 200 * derived(candles, "X").price_tick)               # beside an absurd tick all candles count
     first, second = (quiet(backtest, turning(candles.index), each, limits=OPEN, beside=()) for each in (candles, other))
     assert first.instruments == second.instruments
     before = [result.fills[result.fills.index < candles.index[at]] for result in (first, second)]
     pd.testing.assert_frame_equal(*before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-8., 6.), st.integers(100, 290), st.floats(.5, 2.))
+def test_where_no_tick_is_kept_another_future_changes_no_instrument_of_a_bare_frame(seed, exponent, at, factor):
+    candles = walk(10. ** exponent, seed, 300)
+    other = candles.copy()
+    other.iloc[at:, :4] *= factor
+    assert derived(other, "X") == derived(candles, "X")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.integers(1, 900), st.sampled_from((10, 100)))
+def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_late(exponent, digits, seed, late, finer):
+    tick, random = float(Decimal(digits).scaleb(exponent)), np.random.default_rng(seed)
+    fine = float(Decimal(repr(tick)) / finer)
+    whole, lots = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]] * finer, random.integers(1, 10 ** 6, 1_000) * finer
+    whole[-late:] += random.integers(1, finer, (late, 1))
+    lots[-late:] += 1
+    step = max(1e-8, 1e-4 / (tick * 30_000))
+    step = float(Decimal(1).scaleb(Decimal(repr(step)).adjusted()))
+    on = lambda values, size: values * grid(size)[0] / grid(size)[1]
+    candles = frame(HOUR * np.arange(1_000), np.c_[on(whole, fine), on(lots, step)])
+    found = derived(candles, "X/USDT:USDT")
+    assert on_grid(candles.iloc[:, :4].to_numpy().ravel(), found.price_tick).all() and found.price_tick >= fine
+    if step > 1e-8: assert on_grid(candles["volume"].to_numpy(), found.quantity_step).all()
+    kept = keep_instrument(candles, "X/USDT:USDT")
+    for part in (kept[:150], kept[500:], kept * 1.1): assert instruments_for({"X/USDT:USDT": part})[0] == found        # one instrument, wherever a part of them goes
+
+
+def listed_live(candles, instrument):
+    "A session's own look at the candles it warms up on"
+    said = []
+    Preparation._say_ticks(SimpleNamespace(trader=SimpleNamespace(instruments=(instrument,)), _note=lambda kind, text: said.append(text)), candles.iloc[:, :5].to_numpy()[:, None])
+    for words in said: warnings.warn(words, stacklevel=1)
+
+
+ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, instruments=(one,), beside=(), limits=OPEN), "environment": lambda candles, one: Learning.of(candles, Observation(["return(1)"]), instruments=(one,)),
+         "localnet": lambda candles, one: Exchange(Market({one.symbol: candles}), (one,)), "stress": lambda candles, one: stress(buy_and_hold(), candles, instruments=(one,), limits=OPEN, scenarios={}),
+         "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles[["close"]], pd.DataFrame({"n": [1.]}), candles, instrument=one, progress=False), "live": listed_live}
+
+
+@pytest.mark.parametrize("road", ROADS)
+@settings(max_examples=12, deadline=None)
+@given(st.floats(-8., 6.), st.sampled_from((1e-5, 4e-4, 4.9e-4, 5.2e-4, 1e-3, 4.9e-3, 5.1e-3, .4)), st.sampled_from(("given", "settings", "derived", "binanceusdm", "testnet")))
+def test_a_tick_above_5_basis_points_is_said_and_above_50_refused_unless_listed_on_every_road(road, exponent, share, origin):
+    candles = walk(10. ** exponent, 5, 40)
+    candles.attrs["symbol"] = "XRP/USDT:USDT"
+    one = Instrument("XRP/USDT:USDT", share * float(candles["close"].min()), max(1e-4 / 10. ** exponent, 1e-8), origin=origin)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try: ROADS[road](candles, one)
+        except (ValueError, RefusedStart) as error: assert "of the lowest price" in str(error) and share > .005 and origin not in ("binanceusdm", "testnet")
+        else: assert share <= .005 or origin in ("binanceusdm", "testnet")
+    told = any("a taker pays up to that much more" in str(each.message) for each in said)
+    assert told == (share > .0005 and (share <= .005 or origin in ("binanceusdm", "testnet")))
 
 
 @pytest.mark.parametrize("coin", ["XRP", "BNB", "ETH", "BTC"])

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tradelab import command
 from tradelab.account import funding_amount, wallet
 from tradelab.localnet.server import Localnet, PortInUse, milliseconds_now
 from tradelab.market.candles import frame
@@ -363,6 +364,18 @@ def test_bad_input_and_a_clean_end():
     assert not [thread for thread in threading.enumerate() if thread.name == "localnet"]
     with localnet(port=venue.port): pass                                     # the port is free again
     with pytest.raises(ValueError, match="start must be the open time of a candle"): localnet(start=FIRST + 39 * HOUR)
+
+
+def test_who_serves_a_localnet_ends_when_its_market_fails(monkeypatch):
+    "A process that only waited for signals would stay for ever, with nothing behind its port"
+    server, begun = localnet(), threading.Event()
+    async def fails():
+        await asyncio.to_thread(begun.wait)
+        raise ArithmeticError("the market broke")
+    monkeypatch.setattr(server.service, "play", fails)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command.click, "echo", lambda sentence: begun.set())
+    with pytest.raises(ArithmeticError, match="the market broke"), server: command.serve(server, "it listens")
 
 
 def test_in_the_foreground_until_a_signal():

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tradelab.evaluation.tearsheet import TearSheet
-from tradelab.evaluation.trips import written_trips
+from tradelab.evaluation.tearsheet import TearSheet, rolling_sharpe, while_traded
+from tradelab.evaluation.trips import trips_summary, written_trips
 from tradelab.jobs import write_page
 from tradelab.market.synthetic import ar1
 from tradelab.policies import buy_and_hold
-from tradelab.records import CostModel, Limits, Reason
+from tradelab.records import NO_STOPS, CostModel, Limits, Reason
 from tradelab.risk.answers import STOPS_DECIDED, answered_text, halted_text, halts, in_words, stops_text
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.stress import stress
@@ -198,3 +198,34 @@ def test_the_lab_saves_a_job_as_it_is_kept(job):
     page = {"type": "notebook", "content": {"cells": [{"cell_type": "code", "outputs": [1]}]}}
     strip(page, "index.ipynb"), strip(page, "00_ground/01_records.ipynb")
     assert page["content"]["cells"][0]["outputs"] == [1]                        # a page keeps what it shows
+
+
+def test_a_trade_that_a_rule_closed_says_which():
+    candles = ar1(600, rho=.1, volatility=.02, seed=4)
+    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.99), beside=())
+    decided = {reason.name.lower().replace("_", " ") for reason in STOPS_DECIDED}
+    by_rule = result.trips[result.trips["left_by"].isin(decided)]
+    rows = result.journal[(result.journal["order"] != 0) & (result.journal["reason"] != Reason.STOPPED_OUT)]
+    assert len(by_rule) and "market" not in set(result.trips["left_by"])        # who holds for ever leaves by a rule only
+    for trip in by_rule.itertuples(): assert rows[rows.index < trip.exit_time]["reason"].iloc[-1] == Reason[trip.left_by.upper().replace(" ", "_")]
+    assert trips_summary(result.trips).partition("left by ")[2].split()[0] in {word.split()[0] for word in decided}
+
+
+def test_a_rolling_ratio_ends_where_trading_was_halted():
+    candles = ar1(2_400, volatility=.006, seed=11)
+    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.2, stops=NO_STOPS), beside=())
+    halted = halts(result.journal)
+    ratio = while_traded(rolling_sharpe(result.equity, 5), halted)
+    assert len(halted) == 1 and pd.isna(halted["until"][0])
+    assert ratio[:halted["from"][0]].notna().sum() > 24 and ratio[halted["from"][0]:].iloc[1:].isna().all()
+    figure = result.tearsheet.details()
+    line, cross = (next(each for each in figure.axes[0].lines if (each.get_marker() == "X") == crossed) for crossed in (False, True))
+    assert len(cross.get_xdata()) == 1 and line.get_label().endswith(f", halted {halted['from'][0]:%Y-%m-%d}")
+    assert np.isfinite(line.get_ydata()).any() and pd.Series(line.get_xdata())[np.isfinite(line.get_ydata())].iloc[-1] <= cross.get_xdata()[0]
+
+
+def test_a_ratio_is_none_while_nothing_moves():
+    equity = ar1(2_400, seed=1)["close"].rename("x")
+    equity.iloc[1_000:] = equity.iloc[999]
+    rolled = rolling_sharpe(equity, 5, "1h")
+    assert rolled.iloc[1_000 + 121:].isna().all() and rolled.iloc[200:1_000].notna().all()

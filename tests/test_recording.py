@@ -1,7 +1,9 @@
 "A recording that was changed in any way is never taken for what a session wrote"
 import io
+import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.live.recorder import SEEN, BadRecording, Recorder, Recording, chained, framed, read, recorded_settings, replay, unproven
+from tradelab.live.session import Bookkeeper
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.policies import buy_and_hold
-from tradelab.records import BITCOIN, Fill
+from tradelab.records import BITCOIN, JOURNAL, Fill
 from tradelab.risk.limits import Gate
 from tradelab.trader import Trader
 
@@ -184,3 +187,29 @@ def test_numbers_keep_their_bits(tmp_path):
     recorder.line("number", values=values)
     recorder.close()
     assert np.array(list(read(tmp_path / "recording.zst"))[1]["values"]).tobytes() == np.array(values).tobytes()
+
+
+def test_what_the_ledger_will_say_is_on_the_disk_first(tmp_path, monkeypatch):
+    "A power cut leaves what was synced: a decision is flushed before its order, and synced once before its step is kept"
+    synced, size = [], lambda file: os.fstat(file).st_size
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(size(file)))
+    recorder = Recorder(tmp_path / "recording.zst")
+    recorder.line("decision", open_time=1)
+    recorder.flush()
+    assert synced == [] and (tmp_path / "recording.zst").stat().st_size > 0
+    recorder.sync()
+    recorder.sync()                                                     # nothing new: nothing is asked of the disk
+    assert synced == [(tmp_path / "recording.zst").stat().st_size]
+    recorder.line("fill")
+    recorder.sync()
+    recorder.close()
+    assert len(synced) == 3 and synced[-1] == (tmp_path / "recording.zst").stat().st_size
+
+
+def test_a_session_syncs_its_recording_before_it_keeps_a_step():
+    order, live = [], Bookkeeper()
+    step = SimpleNamespace(rows=np.zeros(1, JOURNAL), open_time=0, symbols=("BTC/USDT:USDT",), snapshot=dict)
+    live.id, live.trader, live.books = "s", step, SimpleNamespace(settled=True, sequence=0)
+    live.recorder, live.ledger, live.journal = (SimpleNamespace(**{name: lambda *_, name=name: order.append(name)}) for name in ("sync", "step", "write"))
+    live._save()
+    assert order == ["sync", "step", "write"]

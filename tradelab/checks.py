@@ -13,6 +13,7 @@ from pathlib import Path
 from rapidfuzz import process
 
 from .config import job_settings, nearest, venue_for
+from .log import warnings_as_sentences
 from .market.symbols import symbols_of
 from .records import AGENT_NAMES
 
@@ -102,6 +103,7 @@ def check_job(*,
     resume:str="",
 ):
     "Refuse parameters that cannot be right; ValueError, LookupError or OSError with one sentence"
+    warnings_as_sentences()
     here = job_settings(settings, **({"venue": venue} if venue else {}))
     if venue: venue_for(here)
     if agent and agent not in AGENT_NAMES: raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are {', '.join(AGENT_NAMES)}")

@@ -150,11 +150,11 @@ def serve(
     server,        # something with a thread of its own
     sentence:str,  # what to say first
 ):
-    "Keep the process until SIGINT or SIGTERM"
+    "Keep the process until SIGINT or SIGTERM, or until the server has ended by itself"
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         click.echo(sentence)
-        while True: time.sleep(3600)
+        server.wait()
     except KeyboardInterrupt: click.echo("localnet has stopped")
 
 # %% ../nbs/99_top/99_command.ipynb #4a95fd90

@@ -77,6 +77,7 @@ class Inputs:
     warm_up:int              # candles before it
     notes:tuple = ()
     instruments:tuple = ()   # one per symbol: as the run was trained, else as its source lists it, else derived; with the job's settings
+    reads:tuple = ()         # names of the series that features read
 
     @property
     def symbols(self)->tuple: return tuple(self.candles)
@@ -88,9 +89,10 @@ class Inputs:
 
     def __str__(self):
         frame = next(iter(self.candles.values()))
+        reads = f"; series that are read: {', '.join(self.reads)}" if self.reads else ""
         rates = " and ".join(f"{len(rates):,}" for rates in self.funding.values())
         return "\n".join([*self.notes, f"{len(frame):,} candles of {', '.join(self.candles)} {self.timeframe} from {frame.index[0]:%Y-%m-%d %H:%M} to {frame.index[-1]:%Y-%m-%d %H:%M} UTC"
-                          f"{f', of them {self.warm_up} to warm up' if self.run and self.start is not None else ''}; funding rates: {rates}; watched: {', '.join(self.watch) or 'none'}. Source: {self.source}", *filter(None, [said(self.instruments)])])
+                          f"{f', of them {self.warm_up} to warm up' if self.run and self.start is not None else ''}; funding rates: {rates}; watched: {', '.join(self.watch) or 'none'}{reads}. Source: {self.source}", *filter(None, [said(self.instruments)])])
 
 
 def symbols_and_timeframe(
@@ -120,10 +122,10 @@ def inputs(
     "Candles and funding rates of all symbols of a job"
     symbols, timeframe, note = symbols_and_timeframe(run, symbol, timeframe, source)
     run = replace(run, timeframe=timeframe, limits=overridden(run.limits, "risk"), costs=overridden(run.costs, "costs"))
-    return gathered(run, symbols, timeframe, interval(span), here, source, funding, max(run.warm_up, warm_up) + before, run.observation.on(symbols).watched, (note,))
+    return gathered(run, symbols, timeframe, interval(span), here, source, funding, max(run.warm_up, warm_up) + before, run.observation.on(symbols).watched, (note,), run.observation.series)
 
 
-def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, watched, notes=())->Inputs:
+def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, watched, notes=(), reads=())->Inputs:
     "The same for symbols that are known; without a run, what `train` learns on"
     start, end = span
     begin = preceding(start, warm_up, timeframe, here.gaps)
@@ -131,4 +133,4 @@ def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, watc
     rates = fundings(symbols, begin and begin - 86_400_000, end, funding)
     traded = {symbol: frames[symbol] for symbol in symbols}
     instruments = instruments_for(traded, known=run.instruments if run else (), settings=here.instrument)
-    return Inputs(run, timeframe, traded, {symbol: frames[symbol] for symbol in watched}, rates, start, end, warm_up, tuple(filter(None, (*notes, cut))), instruments)
+    return Inputs(run, timeframe, traded, {symbol: frames[symbol] for symbol in watched}, rates, start, end, warm_up, tuple(filter(None, (*notes, cut))), instruments, reads)

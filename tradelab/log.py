@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'register_secret', 'redact', 'hide_secret_names', 'without_commands', 'RedactingFormatter', 'formatter',
-           'get_logger', 'configure']
+           'get_logger', 'configure', 'in_a_sentence', 'warnings_as_sentences']
 
 # %% ../nbs/00_ground/03_log.ipynb #18b29d3b
 import io
@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from urllib.parse import quote
@@ -139,3 +140,36 @@ def configure(
     _install(handlers)
     logging.getLogger("tradelab").setLevel(here.log_level)
     return file
+
+# %% ../nbs/00_ground/03_log.ipynb #9b5667e1
+def in_a_sentence(logger, method, event):
+    "A structlog renderer: what happened, and in brackets what goes with it"
+    details = [f"{name.replace('_', ' ')} {value}" for name, value in event.items() if name not in ("event", "level", "logger", "timestamp", "exception", "exc_info", "stack_info") and value not in (None, "")]
+    return f"{str(event.get('level', 'warning')).capitalize()}: {event['event']}" + (f" ({', '.join(details)})" if details else "")
+
+
+class _Unconfigured(logging.Handler):
+    "Says warnings where nobody else would"
+    def emit(self, record):
+        if logging.getLogger().handlers: return
+        try: print(self.format(record), file=sys.stderr)
+        except Exception: self.handleError(record)
+
+
+def _say_unconfigured():
+    ours = logging.getLogger("tradelab")
+    for handler in [each for each in ours.handlers if type(each).__name__ == _Unconfigured.__name__]: ours.removeHandler(handler)
+    ours.addHandler(handler := _Unconfigured(logging.WARNING))
+    handler.setFormatter(RedactingFormatter(processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, in_a_sentence], foreign_pre_chain=_before))
+
+
+_say_unconfigured()
+
+
+def warnings_as_sentences():
+    "From now on a UserWarning is one line"
+    usual = warnings.formatwarning
+    if getattr(usual, "plain", False): return
+    def said(message, category, *place): return f"Warning: {redact(printable(str(message)))}\n" if issubclass(category, UserWarning) else usual(message, category, *place)
+    said.plain = True
+    warnings.formatwarning = said

@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..market.candles import UNNAMED
+from ..market.filters import keep_instrument
+from ..records import COLUMNS
+
 # %% ../../nbs/40_evaluation/41_difference.ipynb #11855bde
 @dataclass(frozen=True)
 class Difference:
@@ -157,6 +161,11 @@ def _future(candles, cut, factors):
     return other
 
 
+def _kept(frame, symbol):
+    "The same candles, which know their instrument as the whole shows it: a rerun is on another market, not at another exchange"
+    return keep_instrument(frame.copy(), symbol or frame.attrs.get("symbol", UNNAMED)) if set(COLUMNS) <= set(frame) else frame
+
+
 def look_ahead(
     make:Callable,         # candles -> a result, or a table of what was decided, index open_time; with `series` it takes them, too
     candles,               # a frame, or a dict of frames by symbol on the same times
@@ -166,7 +175,7 @@ def look_ahead(
     series=None,           # Exogenous by name: figures that are published later are perturbed with the candles
 )->pd.DataFrame:           # a row per rerun: what was done, where, and the first difference (None: none)
     "Rerun on truncated and on perturbed candles, and compare what was decided before"
-    several = candles if isinstance(candles, dict) else {"": candles}
+    several = {symbol: _kept(frame, symbol) for symbol, frame in (candles if isinstance(candles, dict) else {"": candles}).items()}
     random, times = np.random.default_rng(seed), next(iter(several.values())).index
     def decided(frames, told=series):
         result = make(*([frames] if isinstance(candles, dict) else [frames[""]]), *([] if series is None else [told]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'LONG', 'SHORT', 'BEHIND', 'SHOWN', 'WINDOWS', 'MONTHS', 'HELD', 'WARNINGS', 'SECTIONS', 'STYLE', 'exposure',
-           'check_results', 'thinned', 'draw_curves', 'draw_exposure', 'rolling_sharpe', 'window_of',
+           'check_results', 'thinned', 'draw_curves', 'draw_exposure', 'rolling_sharpe', 'window_of', 'while_traded',
            'draw_rolling_sharpe', 'draw_returns', 'draw_trades', 'costs', 'draw_costs', 'months', 'months_html',
            'spells_html', 'market_return', 'answer_of', 'halts_table', 'sections_html', 'TearSheet']
 
@@ -154,8 +154,8 @@ def rolling_sharpe(
     if len(equity) < 2: return equity * np.nan
     periods = periods_per_year(equity, timeframe)
     rolled = equity.pct_change().rolling(pd.Timedelta(days=max(days, 2 * 365 / periods)), min_periods=2)
-    deviation = rolled.std()
-    ratio = np.sqrt(periods) * rolled.mean() / deviation.where(deviation > 1e-14)
+    deviation, moved = rolled.std(), (equity.diff() != 0).astype(float).rolling(pd.Timedelta(days=max(days, 2 * 365 / periods))).sum()
+    ratio = np.sqrt(periods) * rolled.mean() / deviation.where((deviation > 1e-14) & (moved > 0))
     return ratio.where(equity.index - equity.index[0] >= pd.Timedelta(days=days)).rename("sharpe")
 
 
@@ -164,17 +164,30 @@ def window_of(equity)->int:
     return next((days for days in WINDOWS if equity.index[-1] - equity.index[0] >= 2 * pd.Timedelta(days=days)), 0)
 
 # %% ../../nbs/40_evaluation/43_tearsheet.ipynb #09606d12
+def while_traded(
+    series:pd.Series,  # index open_time
+    halted,            # as `risk.answers.halts` makes it
+)->pd.Series:
+    "The same, NaN behind the beginning of each halt: who does not trade earns no ratio"
+    kept = series.copy()
+    for row in halted.itertuples(): kept[(kept.index > row[1]) & ((kept.index < row.until) if pd.notna(row.until) else True)] = np.nan
+    return kept
+
+
 def draw_rolling_sharpe(
     axis,         # matplotlib axis
     results:dict,
 ):
-    "The rolling Sharpe ratio of each result, the subject in colour"
+    "The rolling Sharpe ratio of each result, the subject in colour; a line ends with a cross where trading was halted"
     days = window_of(next(iter(results.values())).equity)
     axis.set_ylabel(f"Sharpe, {days} days [annual]" if days else "Sharpe [annual]")
     if not days: return _nothing(axis, f"a rolling Sharpe ratio needs {2 * WINDOWS[-1]} days")
     for i, (name, result) in reversed(list(enumerate(results.items()))):
-        ratio = thinned(rolling_sharpe(result.equity, days))
-        if ratio.notna().any(): axis.plot(_times(ratio), ratio.to_numpy(), label=figure_text(name), **dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4))
+        halted = halts(result.journal) if hasattr(result, "journal") else pd.DataFrame(columns=["from", "until"])
+        whole, style = while_traded(rolling_sharpe(result.equity, days), halted), dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4)
+        ratio, ends = thinned(whole), whole.reindex(halted["from"]).dropna()
+        if ratio.notna().any(): axis.plot(_times(ratio), ratio.to_numpy(), label=figure_text(name) + (f", halted {halted['from'][0]:%Y-%m-%d}" if len(halted) else ""), **style)
+        if len(ends): axis.plot(_times(ends), ends.to_numpy(), "X", color=style["color"], ms=7, mec="white", mew=.6)
     axis.axhline(0, color="#999999", lw=.6)
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], frameon=False, fontsize=8, loc="upper left", ncols=5)

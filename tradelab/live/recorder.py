@@ -169,7 +169,7 @@ class Recorder:
     def __init__(self, path:Path):
         before = mend(path) if path.exists() else Recording(path)
         self.mended, self._lines, self._decisions, self._link, self._seal, self._waiting = before.damage, before.lines, before.decisions, before.link, before.seal, bytearray()
-        self._file = open(path, "ab", buffering=0)
+        self._file, self._unsynced = open(path, "ab", buffering=0), False
         if not self._lines: self.line("recording", format=FORMAT)
         if self.mended: self.line("mended", text=self.mended)
 
@@ -195,14 +195,22 @@ class Recorder:
         self.line("decision", open_time=decision.open_time, rows=packed(rows), **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities", "reasons")})
 
     def flush(self):
+        "To the file, where the end of this process cannot take it"
         if not self._waiting: return
         frame, self._seal = framed(bytes(self._waiting), self._seal)
         self._waiting.clear()
         self._file.write(frame)
+        self._unsynced = True
+
+    def sync(self):
+        "To the disk, where a power cut cannot take it: before the ledger says that a step is done"
+        self.flush()
+        if self._unsynced: os.fsync(self._file.fileno())
+        self._unsynced = False
 
     def close(self):
         self.line("end", lines=self._lines, decisions=self._decisions)
-        self.flush()
+        self.sync()
         self._file.close()
 
 # %% ../../nbs/70_live/73_recorder.ipynb #5c41c8a8

@@ -33,6 +33,7 @@ from .recorder import Recorder
 from ..lock import Lock
 from ..log import get_logger
 from ..market.candles import milliseconds, text
+from ..market.filters import coarse_tick, on_grid
 from ..market.sources import before as preceding
 from ..records import CLOSE, FUNDING_RATE, INDEX_PRICE, JOURNAL, Fill, Funding, Reason
 from ..texts import html_rows
@@ -117,9 +118,10 @@ class RefusedStart(RuntimeError):
 def check_instruments(ours:tuple, theirs:tuple):
     "Refuse an exchange that takes other quantities than the trader would send"
     for mine, listed in zip(ours, theirs):
-        for name in ("quantity_step", "min_quantity", "min_notional"):
-            if getattr(listed, name) > getattr(mine, name):
-                raise RefusedStart(f"{mine.symbol}: the exchange's {name} is {getattr(listed, name)}, the trader was built for {getattr(mine, name)}: build it with {listed!r}")
+        wrong = [name for name in ("price_tick", "quantity_step") if not on_grid(np.array([getattr(mine, name)]), getattr(listed, name))[0]]
+        wrong += [name for name in ("min_quantity", "min_notional") if getattr(listed, name) > getattr(mine, name)]
+        wrong += ["max_quantity"] * (listed.max_quantity < mine.max_quantity)
+        if wrong: raise RefusedStart(f"{mine.symbol}: the exchange's {wrong[0]} is {getattr(listed, wrong[0])}, the trader was built for {getattr(mine, wrong[0])}: build it with {listed!r}")
 
 # %% ../../nbs/70_live/75_session.ipynb #19c933ac
 def check_explained(expected:dict, money:Money):
@@ -239,8 +241,8 @@ class Bookkeeper(Listener):
         except BrokerError as error: self._note("unanswered", str(error))
 
     def _save(self):
-        "Keep the present step: ledger, journal, recording"
-        self.recorder.flush()
+        "Keep the present step: recording, ledger, journal"
+        self.recorder.sync()
         rows = self.trader.rows
         if not self.books.settled or rows["open_time"][0] != self.trader.open_time: return
         self.ledger.step(self.id, self.trader.symbols, rows, self.trader.snapshot(), self.books.sequence)
@@ -510,6 +512,13 @@ class Preparation(Checker):
         self.broker.on_frame = self.recorder.frame
         self._status("running")
 
+    def _say_ticks(self, candles):
+        "A tick that is coarse beside the price is noted; one that nobody lists so is refused"
+        for n, instrument in enumerate(self.trader.instruments if len(candles) else ()):
+            try: words = coarse_tick(instrument, float(candles[:, n, CLOSE].min()))
+            except ValueError as error: raise RefusedStart(str(error)) from None
+            if words: self._note("tick", words)
+
     async def _see_history(self, kept):
         "Warm up; what has closed since the last step waits in the feed"
         trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
@@ -518,6 +527,7 @@ class Preparation(Checker):
         times, candles, seen = (part[max(int(seen.sum()) - wanted, 0):] for part in (times, candles, seen))
         if seen.sum() < trader.warm_up:
             raise RefusedStart(f"{self.broker.venue.name} has {seen.sum()} closed candles of {', '.join(trader.seen)}, policy {trader.policy.name} needs {trader.warm_up} before its first decision")
+        self._say_ticks(candles)
         known = await around(self.broker, trader, self.timeframe, times[seen], candles[seen])
         self.recorder.start(self._settings(), kept and kept["content"])
         self.recorder.warm(times[seen], known)

@@ -486,6 +486,10 @@ class Localnet:
         if self.service.memory: self.service.memory.close()
         if self._failure and error is None: raise self._failure
 
+    def wait(self):
+        "Until it has ended: it was stopped, or its market failed, which the end of `with` raises"
+        self._thread.join()
+
     def run_forever(self):
         "In the foreground, until Ctrl-C or SIGTERM"
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -493,7 +497,7 @@ class Localnet:
             with self:
                 market = self.exchange.market
                 print(f"localnet listens at {self.url} with {len(market.times)} candles of {', '.join(market.symbols)}; Ctrl-C stops it", flush=True)
-                self._thread.join()
+                self.wait()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
 # %% ../../nbs/60_localnet/66_server.ipynb #61a6eb85

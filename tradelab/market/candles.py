@@ -7,8 +7,8 @@ __all__ = ['TIMEFRAMES', 'ANCHORS', 'OPTIONAL', 'AROUND', 'ALIASES', 'UNITS', 'E
            'milliseconds', 'moment', 'text', 'interval', 'frame', 'times', 'BadCandles', 'check_columns', 'period_of',
            'refuse_hole', 'check_times', 'check_values', 'optional_faults', 'check_optional', 'check', 'parts',
            'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding',
-           'since_epoch', 'timed', 'refuse_disorder', 'common_candles', 'holes_in', 'frames_of', 'matrix', 'Aligned',
-           'align', 'data_hash']
+           'since_epoch', 'timed', 'refuse_disorder', 'common_candles', 'holes_in', 'frames_of', 'by_time', 'matrix',
+           'Aligned', 'align', 'data_hash']
 
 # %% ../../nbs/10_market/10_candles.ipynb #b4823b29
 import hashlib
@@ -429,6 +429,17 @@ def frames_of(
     for symbol, each in {} if gaps else frames.items(): refuse_disorder(each, symbol)
     return {symbol: with_funding(frame, rates[symbol]) if len(rates.get(symbol, ())) and "funding_rate" not in frame else frame for symbol, frame in frames.items()}, symbols
 
+# %% ../../nbs/10_market/10_candles.ipynb #3a25b211
+def by_time(
+    table,      # Series or DataFrame, a row per candle
+    candles,    # as they were given: a frame, or a dict of frames by symbol
+    opens,      # index of open times, of the same candles once they are `timed`
+):
+    "The same table by open time, if its rows are numbered as those of the candles; else as it is"
+    given = next(iter(candles.values())) if isinstance(candles, dict) else candles
+    numbered = len(given) == len(opens) and table.index.equals(given.index)
+    return table.set_axis(opens) if numbered else table
+
 # %% ../../nbs/10_market/10_candles.ipynb #82266b94
 def matrix(
     frames,             # a frame, or a dict of frames by symbol
@@ -436,6 +447,7 @@ def matrix(
 )->tuple:               # times (T,) int64 ms, candles (T, N, columns) float64, symbols (N,) str
     "Candles for compiled code; all symbols over the same span"
     if isinstance(frames, pd.DataFrame): frames = {frames.attrs.get("symbol", UNNAMED): frames}
+    frames = {symbol: timed(each, symbol) for symbol, each in frames.items()}
     if not frames: raise BadCandles("no candles: give a frame, or a dict of frames by symbol")
     (leader, reference), *others = frames.items()
     axis = times(reference)
@@ -499,6 +511,7 @@ def data_hash(
     "sha256 over symbols, times and values"
     digest = hashlib.sha256()
     for symbol, each in ({"": frames} if isinstance(frames, pd.DataFrame) else frames).items():
+        each = timed(each, symbol or "candles")
         digest.update(f"{symbol}\0{len(each)}\0".encode())
         digest.update(times(each).astype("<i8").tobytes())
         digest.update(np.ascontiguousarray(each[[*COLUMNS, *(name for name in AROUND if name in each)]].to_numpy(), "<f8").tobytes())

@@ -418,9 +418,11 @@ def refuse_zone(
     "Refuse times that are not in UTC"
     zone = getattr(values.dtype, "tz", None)
     if zone is not None and str(zone) not in ("UTC", "utc", "UTC+00:00"): raise BadCandles(f"{name}: {column} is in {zone}, not in UTC: convert it with tz_convert('UTC')")
-    foreign = values.astype(str).str.extract(r"\d([+-]\d\d:?\d\d)$")[0] if zone is None and not pd.api.types.is_datetime64_any_dtype(values) else pd.Series(dtype=object)
-    foreign = foreign[~foreign.isin(["+00:00", "+0000", "-00:00", "-0000"]) & foreign.notna()]
-    if len(foreign): raise BadCandles(f"{name}: {column} {values[foreign.index[0]]} is not in UTC ({foreign.iloc[0]}): convert it before it is written")
+    if zone is not None or pd.api.types.is_datetime64_any_dtype(values): return
+    ends = values.astype(str).str[-7:]                                        # of many rows few differ
+    zones = {end: found[1] for end in ends.unique() if (found := re.search(r"\d([+-]\d\d:?\d\d)$", end)) and found[1] not in ("+00:00", "+0000", "-00:00", "-0000")}
+    foreign = np.flatnonzero(ends.isin(list(zones)))
+    if len(foreign): raise BadCandles(f"{name}: {column} {values.iloc[foreign[0]]} is not in UTC ({zones[ends.iloc[foreign[0]]]}): convert it before it is written")
 
 
 def year_first(
@@ -429,10 +431,12 @@ def year_first(
     column:str,
 )->pd.Series:
     "Dates as text that begins with the year"
-    words = words.str.replace(r"\s*(UTC|GMT)$", "+00:00", regex=True).str.replace(r"^(\d{4})[./](\d\d)[./](\d\d)", r"\1-\2-\3", regex=True)
-    words = words.str.replace(r"^(\d\d)\.(\d\d)\.(\d{4})", r"\3-\2-\1", regex=True)
+    if words.str.endswith(("UTC", "GMT")).any(): words = words.str.replace(r"\s*(UTC|GMT)$", "+00:00", regex=True)
+    for pattern, plain in ((r"^(\d{4})[./](\d\d)[./](\d\d)", r"\1-\2-\3"), (r"^(\d\d)\.(\d\d)\.(\d{4})", r"\3-\2-\1")):
+        if words.str.match(pattern).any(): words = words.str.replace(pattern, plain, regex=True)
+    if words.empty or not words.str.contains("/", regex=False).all(): return words
     slashed = words.str.extract(r"^(\d\d?)/(\d\d?)/\d{4}").astype(float)
-    if slashed[0].isna().any() or words.empty: return words
+    if slashed[0].isna().any(): return words
     day_first, month_first = (slashed[0] > 12).any(), (slashed[1] > 12).any()
     if day_first == month_first: raise BadCandles(f"{name}: {column} {words.iloc[0]}: which is the day and which the month cannot be known: write 2022-01-31")
     parts = words.str.extract(r"^(\d\d?)/(\d\d?)/(\d{4})(.*)$")
@@ -513,7 +517,8 @@ def refuse_bad(
         if each.severity == "error" and not guess: raise BadCandles(f"{name}: {each.kind} at {text(each.start_time)}, {each.evidence}: {each.action}")
         if each.kind != "gap": doubts.setdefault(each.kind, []).append(each)
     for kind, found in doubts.items():
-        logger.warning("doubtful candles are kept", source=name, kind=kind, findings=len(found), start=text(found[0].start_time), end=text(found[-1].end_time), evidence=found[0].evidence)
+        span = f"from {text(found[0].start_time)} to {text(found[-1].end_time)}" if len(found) > 1 else f"at {text(found[0].start_time)}"
+        logger.warning(f"doubtful candles are kept: {name}: {kind.replace('_', ' ')}, {len(found)} time{'s' * (len(found) > 1)}, {span}; the first: {found[0].evidence}")
     return candles
 
 # %% ../../nbs/10_market/14_files.ipynb #7028f00f

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
-from .filters import listed_instrument
+from .filters import keep_instrument, listed_instrument
 
 from ..config import settings
 from ..log import get_logger
@@ -505,7 +505,7 @@ def history(
     store=None,       # Store that keeps what is downloaded
     gaps:bool=False,  # whether holes are allowed, for whoever deals with them
 )->pd.DataFrame:
-    "Checked candles; `attrs` say `source` and `symbol` and, of an exchange, the `instrument` that it lists"
+    "Checked candles; `attrs` say `source` and `symbol` and the `instrument`: that the exchange lists, or that the candles show"
     start, end = grid_span(timeframe, start, end)
     if is_file(source): candles = from_file(source, timeframe, start, end, gaps, symbol)
     elif isinstance(source, str) and source == "synthetic": candles = stand_in(symbol, timeframe, start, end)
@@ -515,7 +515,7 @@ def history(
         candles = first_answer(symbol, timeframe, start, end, sources, store, gaps)
         candles = refuse_bad(candles, timeframe, f"{candles.attrs.get('source', 'candles')} {symbol}")
     candles.attrs["symbol"] = symbol
-    return candles
+    return keep_instrument(candles, symbol)
 
 
 def grid_span(timeframe, start, end)->tuple:

@@ -19,7 +19,7 @@ from ..market.filters import instruments_for
 from ..account import POSITION, age, mark, new_account
 from ..compiled import compiled
 from ..features.observation import Observation, assemble, waiting
-from ..market.candles import frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
+from ..market.candles import by_time, frames_of, holes_in, matrix, moment, period_of, text, timeframe_at
 from ..market.exogenous import check_series, with_series
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
 from ..records import CLOSE, COLUMNS, JOURNAL, KNOWN, NO_STOPS, SERIES, CostModel, Execution, Fill, Funding, Limits
@@ -309,7 +309,7 @@ def backtest(
     frames, symbols = frames_of(candles, with_series(watch, series, candles), funding, gaps)
     times, known, names = matrix(frames, KNOWN)
     check_series(getattr(policy, "config", {}).get("series"), series or {})
-    run, policy = policy, given(policy, times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
+    run, policy = policy, given(by_time(policy, candles, frames[symbols[0]].index), times, symbols) if isinstance(policy, (pd.Series, pd.DataFrame)) else getattr(policy, "policy", policy)
     timeframe = timeframe_at(times)
     instruments = instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments, getattr(run, "instruments", ()))
     holes, missing = holes_in(times)

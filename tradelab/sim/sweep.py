@@ -18,7 +18,7 @@ from ..market.filters import instruments_for
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
 from ..compiled import bare, compiled
 from ..evaluation.metrics import YEAR
-from ..market.candles import frames_of, matrix, period_of, text
+from ..market.candles import by_time, frames_of, matrix, period_of, text
 from ..records import CLOSE, COLUMNS, NO_STOPS, OPEN, CostModel, Execution, Instrument, Limits
 from ..risk.limits import warm_up
 from .backtest import WORLDS, funding_rates
@@ -177,6 +177,7 @@ def sweep(
     frames, symbols = frames_of(candles, None, funding, gaps)
     if len(symbols) != 1: raise ValueError(f"a sweep runs one symbol, there were {', '.join(symbols)}: call it for each")
     times, known, _ = matrix(frames, COLUMNS)
+    columns = by_time(columns, candles, frames[symbols[0]].index)
     if len(columns) != len(times) or not columns.index.equals(frames[symbols[0]].index): raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; there were {len(columns)}")
     first = max(start, warm_up(limits), costs_warm_up(costs))
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
