@@ -340,7 +340,7 @@ def share(
     begins,     # whether the average begins, at its first candle or anew
 )->float:
     "The share of the new value: all where the average begins, then alpha"
-    return max(alpha, 1. if begins else 0.)
+    return 1. if begins else alpha
 
 
 @bare

@@ -174,16 +174,18 @@ def _adx(state, parameters, candle, out):
     window, high, low, close, count, settled = parameters[0], state[0], state[1], state[2], state[3], state[4]
     state[0], state[1], state[2] = candle[HIGH], candle[LOW], candle[CLOSE]
     if close == 0.: return
-    resting = rests(state, (candle[HIGH] == high) & (candle[LOW] == low) & (candle[CLOSE] == close), 1. / window, 9)
-    up, down, alpha, edge = candle[HIGH] - high, low - candle[LOW], share(1. / window, (count == 0.) | resting), ROUNDING * high
+    longest = STILL * window
+    state[9] = state[9] + 1. if (candle[HIGH] == high) & (candle[LOW] == low) & (candle[CLOSE] == close) else 0. if count > 0. else longest
+    begins = state[9] >= longest
+    up, down, alpha, edge = candle[HIGH] - high, low - candle[LOW], share(1. / window, begins), ROUNDING * high
     plus = smooth(state, up if up - down > edge and up > 0. else 0., alpha, 5)
-    minus = smooth(state, down if down - up > edge and down > 0. else 0., alpha, 6)
+    minus = smooth(state, down if up - down < -edge and down > 0. else 0., alpha, 6)
     true_range = smooth(state, max(candle[HIGH], close) - min(candle[LOW], close), alpha, 7)
     state[3] = count + 1.
     if state[3] < window: return
     out[1] = 100. * (plus / true_range) if true_range > 0. else 0.
     out[2] = 100. * (minus / true_range) if true_range > 0. else 0.
-    index = smooth(state, 100. * (abs(plus - minus) / (plus + minus)) if plus + minus > 0. else 0., share(1. / window, (settled == 0.) | resting), 8)
+    index = smooth(state, 100. * (abs(plus - minus) / (plus + minus)) if plus + minus > 0. else 0., share(alpha, settled == 0.), 8)
     state[4] = settled + 1.
     if state[4] >= window: out[0] = index
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..events import CLOSE, HIGH, LOW
 from tradelab.features.indicator import (
+    STILL,
     Indicator,
     bare,
     complete,
@@ -17,7 +18,6 @@ from tradelab.features.indicator import (
     moments,
     previous,
     recent,
-    rests,
     share,
     slide,
     smooth,
@@ -29,24 +29,25 @@ from tradelab.features.indicator import (
 
 # %% ../../nbs/20_features/04_volatility.ipynb #1ddd5b23
 @bare
-def _range_average(state, candle, alpha, slowest):
-    "Of the true range, and whether the market rests; cells: the close before, the count, the average, the range before, for how long it has been the same"
+def _range_average(state, candle, alpha, slowest, still):
+    "Of the true range, and whether averages begin: where it has been the same for long, and what else is averaged is `still`; cells: the close before, the count, the average, the range before, for how long"
     (before, last), close = (state[0], state[3]), candle[CLOSE]
     start = before if before > 0. else close
     width = max(candle[HIGH], start) - min(candle[LOW], start)
-    resting = rests(state, (width == last) & (close == before), slowest, 4)
-    alpha = share(alpha, (state[1] == 0.) | resting)
+    longest = STILL / slowest
+    state[4] = state[4] + 1. if (width == last) & still else 0. if before > 0. else longest
+    begins = state[4] >= longest
     state[0], state[3] = close, width
     state[1] += 1.
-    state[2] = (1. - alpha) * state[2] + alpha * width
-    return state[2], resting
+    state[2] = (0. if begins else 1. - alpha) * state[2] + share(alpha, begins) * width
+    return state[2], begins
 
 
 @bare
 def _atr(state, parameters, candle, out):
     "Average true range in quote; relative: a fraction of the close"
     alpha = 1. / parameters[0]
-    average, _ = _range_average(state, candle, alpha, alpha)
+    average, _ = _range_average(state, candle, alpha, alpha, True)
     if state[1] < parameters[0]: return
     out[0] = average
     out[1] = average / candle[CLOSE]
@@ -92,10 +93,10 @@ volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), la
 @bare
 def _realised_volatility(state, parameters, candle, out):
     "Root of the summed squared log returns of the window: a fraction for that horizon"
-    before = previous(state, candle[CLOSE])
-    if np.isnan(before): return
-    summed = window_sum(state, np.log(candle[CLOSE] / before) ** 2, turn(state, parameters[0], 2), 4, 7)
-    if complete(state, 2): out[0] = np.sqrt(summed)
+    full, before = complete(state, 2), previous(state, candle[CLOSE])
+    change = 0. if np.isnan(before) else np.log(candle[CLOSE] / before)
+    summed = window_sum(state, change * change, turn(state, parameters[0], 2), 4, 7)
+    if full: out[0] = np.sqrt(summed)
 
 
 realised_volatility = Indicator("realised_volatility", _realised_volatility, {"window": 24}, ("value",), lambda window: window + 7, lambda window: window + 1)
@@ -118,9 +119,8 @@ ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 
 def _keltner(state, parameters, candle, out):
     "Place in the Keltner channel, 0 to 1, its relative width, and its lines in quote"
     alpha, beta = 2. / (parameters[0] + 1.), 1. / parameters[1]
-    begins = state[1] == 0.
-    half, resting = _range_average(state, candle, beta, min(alpha, beta))
-    middle = smooth(state, candle[CLOSE], share(alpha, begins | resting), 5)
+    half, begins = _range_average(state, candle, beta, min(alpha, beta), candle[CLOSE] == state[0])
+    middle = smooth(state, candle[CLOSE], share(alpha, begins), 5)
     half *= parameters[2]
     if state[1] < max(parameters[0], parameters[1]): return
     out[0] = .5 + .5 * (candle[CLOSE] - middle) / half if half > 0. else .5
