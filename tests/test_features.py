@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tradelab.events import COLUMNS, KNOWN, OPEN_TIME
 from tradelab.features.grammar import INDICATORS, parse
-from tradelab.features.indicator import FeatureStream
+from tradelab.features.stream import FeatureStream
 from tradelab.market.candles import as_of, matrix, resample, with_funding
 from tradelab.market.synthetic import ar1, correlated, funding, random_walk
 

@@ -16,9 +16,10 @@ from numpy.testing import assert_array_equal
 from tradelab.compiled import compiled
 from tradelab.events import COLUMNS
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import (
-    Feature,
-    Indicator,
+from tradelab.features.indicator import Feature, Indicator
+from tradelab.features.ta_wrapper import OURS, library
+from tradelab.features.trend import _way
+from tradelab.features.windows import (
     complete,
     extreme_age,
     moments,
@@ -29,8 +30,6 @@ from tradelab.features.indicator import (
     window_low,
     window_sum,
 )
-from tradelab.features.ta_wrapper import OURS, library
-from tradelab.features.trend import _way
 from tradelab.market.synthetic import random_walk
 
 WALK = random_walk(4_000, seed=5)[list(COLUMNS)].to_numpy()

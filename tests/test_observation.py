@@ -1,5 +1,6 @@
 "What a policy sees: array and stream, many symbols, longer candles, watched symbols; what a scaler may know; a specification that is refused when it differs"
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
+from sklearn.preprocessing import RobustScaler, StandardScaler
 from test_features import filled
 from test_sentence import network
 
 from tradelab.account import POSITION, age, apply_fill, mark, new_account
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN
-from tradelab.features.observation import PORTFOLIO, Observation
+from tradelab.features.observation import PORTFOLIO, Observation, robust, standard
 from tradelab.learn.agents import train
 from tradelab.learn.env import Market, MarketEnv
 from tradelab.learn.registry import CONFIG, DamagedRun, load, seal
@@ -21,6 +23,7 @@ from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
 from tradelab.sim.backtest import backtest
 
+REAL = Path(__file__).parents[2] / "shared/data/BTCUSDT-perp-1h.parquet"
 SYMBOLS = BTC, ETH, SOL = "BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"
 CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "taker_share(2)", "funding_rate", "basis", "time_of_week.sin", f"return(1)[{ETH}]", f"rsi(2)@2h[{SOL}][-2]", "pvo_hist(3,5,2)")
 
@@ -132,3 +135,21 @@ def test_a_run_keeps_its_specification_and_is_refused_with_another(market, tmp_p
         if after.strip() == before: load(run.id, tmp_path)
         else:
             with pytest.raises(DamagedRun, match="trained on another observation|fitted for other features"): load(run.id, tmp_path)
+
+
+def assert_as_scikit_learn(values):
+    theirs, quartiles = StandardScaler().fit(values[:, None]), RobustScaler().fit(values[:, None])
+    assert standard(values) == (theirs.mean_[0], theirs.scale_[0])
+    assert robust(values) == (quartiles.center_[0], quartiles.scale_[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=300), st.floats(-1e12, 1e12), st.sampled_from([0., 1e-300, 1e-18, 1e-9, 1., 1e6]))
+def test_a_scaler_has_the_bits_of_scikit_learn(values, shift, width): assert_as_scikit_learn(shift + width * np.array(values))
+
+
+def test_a_scaler_of_real_candles_has_the_bits_of_scikit_learn():
+    if not REAL.exists(): pytest.skip("shared/data is absent")
+    candles = pd.read_parquet(REAL)
+    for column in candles: assert_as_scikit_learn(candles[column].dropna().to_numpy(float))
+    assert_as_scikit_learn(candles.close.pct_change()[1:].to_numpy())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tradelab.account import POSITION, age, apply_fill, new_account
 from tradelab.features.grammar import parse
-from tradelab.features.indicator import columns_of
+from tradelab.features.loops import columns_of
 from tradelab.instruments import BITCOIN
 from tradelab.journal import Reason
 from tradelab.market.synthetic import realistic
