@@ -785,7 +785,9 @@ def repeats(
     scale,     # (T,): usual ranges, logs
 )->list:       # (first, last, candles)
     "Stretches in which candles again and again have the four prices of the one before"
-    prices, moved = numbers[:, :4], np.log(numbers[:, HIGH] / numbers[:, LOW]) > .5 * scale      # in a still minute three prices are soon the same
+    prices, (high, low) = numbers[:, :4], (numbers[:, HIGH:HIGH + 1], numbers[:, LOW:LOW + 1])
+    inside = ((numbers[:, [OPEN, CLOSE]] < high) & (numbers[:, [OPEN, CLOSE]] > low)).any(axis=1)
+    moved = inside & (np.log(high / low)[:, 0] > .5 * scale)      # a still minute goes from bid to ask, and soon has the same prices again
     def again(lag): return np.concatenate([np.zeros(min(lag, len(prices)), bool), (prices[lag:] == prices[:-lag]).all(axis=1)]) & moved
     last, others = again(1), np.cumsum(np.concatenate([[0.], sum(again(lag) for lag in range(2, 12)) / 10]))
     def usual(first, end): return max(others[-1] / len(prices), (others[end] - others[first]) / max(end - first, 1))
