@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tradelab.compiled import compiled
-from tradelab.config import Venue
+from tradelab.config import Venue, one_section
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
@@ -258,15 +258,16 @@ def run_job(root, name, **parameters):
     told, cells = [], json.loads((root / f"nbs/{name}.ipynb").read_text())["cells"]
     def show(*values): told.extend(hasattr(value, "_repr_html_") and value._repr_html_() or str(value) for value in values)
     here = {"display": show, "__name__": "job"}
-    for cell in cells:
-        if cell["cell_type"] != "code": continue
-        tree = ast.parse("".join(cell["source"]))
-        last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        asked(compile(tree, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), here)
-        if last: show(asked(compile(last, name, "eval", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), here))
-        if "parameters" in cell["metadata"].get("tags", ()):
-            assert set(parameters) <= set(here)
-            here.update(parameters)
+    with one_section():
+        for cell in cells:
+            if cell["cell_type"] != "code": continue
+            tree = ast.parse("".join(cell["source"]))
+            last = ast.Expression(tree.body.pop().value) if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+            asked(compile(tree, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), here)
+            if last: show(asked(compile(last, name, "eval", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), here))
+            if "parameters" in cell["metadata"].get("tags", ()):
+                assert set(parameters) <= set(here)
+                here.update(parameters)
     pyplot.close("all")
     return told
 
@@ -321,6 +322,7 @@ def test_a_warm_up_is_found_before_an_outage(project, root, shared):
 
 def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True):
     "Sessions over real sockets, stopped and resumed between the parts; the journal, and the lines of the recording"
+    folder.mkdir(exist_ok=True)
     run, ledger = Run("holes", policy, timeframe="1h"), Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, name):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
