@@ -15,7 +15,8 @@ from tradelab.events import COLUMNS
 from tradelab.market.candles import BadCandles, data_hash, frame, timed, times
 from tradelab.market.synthetic import funding, realistic
 from tradelab.sources.exogenous import read_exogenous
-from tradelab.sources.history import NoCandles, funding_history, history
+from tradelab.sources.funding import funding_history
+from tradelab.sources.history import NoCandles, history
 from tradelab.sources.tables import FILES, from_file
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000

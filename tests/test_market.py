@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from tradelab.market.candles import COLUMNS, BadCandles, check, data_hash, matrix, times
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1, funding, random_walk
-from tradelab.sources.history import NoCandles, Unreachable, connect, funding_history, history
+from tradelab.sources.exchange import connect
+from tradelab.sources.funding import funding_history
+from tradelab.sources.history import NoCandles, Unreachable, history
 from tradelab.times import moment, text
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000

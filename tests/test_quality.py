@@ -9,21 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.market.candles import COLUMNS, BadCandles, frame, resample, times
-from tradelab.market.quality import (
-    KINDS,
-    REFUSED,
-    STATE,
-    STRETCHES,
-    QualityStream,
-    check_clock,
-    check_funding,
-    check_quality,
-    compare_sources,
-    repair,
-    scan,
-)
+from tradelab.market.compare import check_clock, check_funding, compare_sources
+from tradelab.market.defects import DEFECTS, with_defect
+from tradelab.market.judge import KINDS, REFUSED, STATE, scan
+from tradelab.market.quality import QualityStream, check_quality
+from tradelab.market.repair import repair
+from tradelab.market.stretches import STRETCHES
 from tradelab.market.synthetic import (
-    DEFECTS,
     correlated,
     funding,
     garleanu_pedersen,
@@ -35,7 +27,6 @@ from tradelab.market.synthetic import (
     stochastic_volatility,
     stylised_facts,
     traded,
-    with_defect,
 )
 from tradelab.times import moment, text
 

@@ -17,7 +17,8 @@ from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.limits import Gate
 from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest, make_trader
-from tradelab.sources.history import funding_history, history
+from tradelab.sources.funding import funding_history
+from tradelab.sources.history import history
 from tradelab.strategies.example import Momentum, SmaCross
 
 FEATURES = ("return(1)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative", "bollinger(20,2)", "volatility(20)")

@@ -29,15 +29,15 @@ from tradelab.market.candles import BadCandles, data_hash, frame, times
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1, funding
 from tradelab.sources.archive import address, from_archive
+from tradelab.sources.exchange import connect
 from tradelab.sources.exogenous import Exogenous, check_exogenous, read_exogenous
+from tradelab.sources.funding import funding_history
 from tradelab.sources.history import (
     FromArchive,
     FromYahoo,
     NoCandles,
     Unreachable,
     compare,
-    connect,
-    funding_history,
     history,
     mark_history,
     stream,

@@ -16,8 +16,9 @@ from .market.candles import BadCandles, times
 from .market.filters import instruments_for, said
 from .market.store import Store
 from .market.symbols import symbol_in, symbols_of, taken_as
+from .sources.funding import fundings
 from .sources.history import before as preceding
-from .sources.history import fundings, histories, is_file, read_table
+from .sources.history import histories, is_file, read_table
 from .sources.tables import names_of
 from .times import interval, text
 

@@ -35,7 +35,8 @@ import pyarrow.parquet as pq
 from ..events import COLUMNS
 from ..log import get_logger
 from ..market.candles import OPTIONAL, BadCandles, check, frame, since_epoch, times
-from ..market.quality import check_quality, true_order
+from ..market.judge import true_order
+from ..market.quality import check_quality
 from ..market.symbols import ALIASES, coin_in, coin_of, other_in
 from ..texts import printable
 from ..times import TIMEFRAMES, milliseconds, text
