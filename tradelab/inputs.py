@@ -9,8 +9,6 @@ __all__ = ['held_by', 'meant', 'refuse_count', 'together', 'Inputs', 'symbols_an
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pandas as pd
-
 from .config import Settings, overridden, settings
 from .market.candles import BadCandles, times
 from .market.filters import instruments_for, said

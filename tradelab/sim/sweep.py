@@ -15,7 +15,7 @@ import pandas as pd
 from numba import types
 
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
-from ..compiled import apart, bare, compiled
+from ..compiled import apart, bare
 from ..evaluation.metrics import YEAR
 from ..events import CLOSE, COLUMNS, OPEN
 from ..figures import caption, finished

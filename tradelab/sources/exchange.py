@@ -42,7 +42,7 @@ from ..times import milliseconds, opening, text
 
 # %% ../../nbs/15_sources/06_exchange.ipynb #661b44e0
 PATIENCE = 120. # seconds that an exchange may ask us to wait
-logger = get_logger("market.sources")
+logger = get_logger("sources.exchange")
 
 
 def polite(

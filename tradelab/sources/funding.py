@@ -29,7 +29,7 @@ from tradelab.sources.tables import (
 from ..times import milliseconds, moment, text
 
 # %% ../../nbs/15_sources/09_funding.ipynb #fundin03
-logger = get_logger("market.sources")
+logger = get_logger("sources.funding")
 
 # %% ../../nbs/15_sources/09_funding.ipynb #53dcefc5
 def check_funding(

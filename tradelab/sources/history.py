@@ -8,15 +8,10 @@ __all__ = ['logger', 'invented', 'stand_in', 'FromArchive', 'FromFile', 'FromGen
            'compare', 'mark_history']
 
 # %% ../../nbs/15_sources/08_history.ipynb #historimp
-import asyncio
-import time
-import warnings
 import zlib
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pandas as pd
 
@@ -27,26 +22,23 @@ from ..market.filters import keep_instrument
 from ..market.quality import QualityReport, check_quality
 from ..market.synthetic import ar1
 from .archive import ARCHIVE, from_archive, place
-from .exchange import FromExchange, asking, connect, from_exchange, reach, redirected, require_symbol
-from .stream import closing, judged, replay
+from .exchange import FromExchange, connect, reach
+from .stream import judged, replay
 from tradelab.sources.tables import (
     FILES,
-    PAIR,
     NoCandles,
     Unreachable,
-    coins_of,
     from_file,
     names_of,
-    note_span,
     read_table,
     refuse_bad,
     said,
 )
-from .yahoo import FromYahoo, yahoo_name
+from .yahoo import FromYahoo
 from ..times import milliseconds, moment, next_opening, text
 
 # %% ../../nbs/15_sources/08_history.ipynb #histor04
-logger = get_logger("market.sources")
+logger = get_logger("sources.history")
 
 # %% ../../nbs/15_sources/08_history.ipynb #bff39638
 @cache

@@ -66,7 +66,7 @@ def retry_after(
     except (TypeError, ValueError): return None
 
 # %% ../../nbs/15_sources/01_tables.ipynb #289293b1
-logger = get_logger("market.files")
+logger = get_logger("sources.tables")
 BUSY, PATIENCE, TRIES = (418, 429, 500, 502, 503, 504), 120., 4 # statuses that pass; seconds that a server may ask us to wait; questions in all
 UNPACKED, ROWS, LINE, WIDE = 1 << 30, 20_000_000, 1 << 20, 1_000 # of a foreign file: bytes once unpacked, rows, bytes of a line, columns
 
