@@ -30,7 +30,7 @@ CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "take
 def market(): return {symbol: filled(frame) for symbol, frame in correlated(700, SYMBOLS, seed=8).items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(CHOICE), min_size=1, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([(BTC,), (ETH, BTC), (SOL, BTC, ETH)]), st.booleans())
 def test_array_and_stream_are_the_same_for_any_symbols(market, features, window, traded, fitted):
     observation = Observation(features, window).on(traded, "1h")
@@ -141,7 +141,7 @@ def assert_as_scikit_learn(values):
     assert robust(values) == (quartiles.center_[0], quartiles.scale_[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=300), st.floats(-1e12, 1e12), st.sampled_from([0., 1e-300, 1e-18, 1e-9, 1., 1e6]))
 def test_a_scaler_has_the_bits_of_scikit_learn(values, shift, width): assert_as_scikit_learn(shift + width * np.array(values))
 

@@ -329,7 +329,7 @@ LIVE = ["spike", "frozen", "zero_volume", "wrong_units", "swapped_columns", "inv
 def rowwise(report): return [each for each in report.findings if each.kind not in STRETCHES and not (each.kind == "wrong_units" and each.column)]   # a stretch needs both of its sides
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(LIVE), st.integers(0, 2 ** 32 - 1), st.sampled_from(["realistic", "thin", "coarse"]))
 @example("gap", 96, "thin")   # two candles without volume, and a gap between them
 def test_the_stream_says_what_the_report_says(kind, seed, name):
