@@ -28,6 +28,7 @@ from tradelab.market.synthetic import (
     stylised_facts,
     traded,
 )
+from tradelab.sources.funding import funding_history
 from tradelab.times import moment, text
 
 HOUR = 3_600_000
@@ -205,8 +206,8 @@ MARKETS = {"realistic": lambda length, seed: realistic(length, seed=seed), "liqu
 
 @pytest.mark.parametrize("name", MARKETS)
 def test_at_most_two_alarms_a_year_in_difficult_markets(name):
-    alarms = [each for seed in range(7_000, 7_005) for each in check_quality(MARKETS[name](8766, seed), "1h").alarms]
-    assert len(alarms) <= 5 * 2, [f"{text(each.start_time)} {each.kind}: {each.evidence}" for each in alarms]
+    alarms = [each for seed in range(7_000, 7_003) for each in check_quality(MARKETS[name](8766, seed), "1h").alarms]
+    assert len(alarms) <= 3 * 2, [f"{text(each.start_time)} {each.kind}: {each.evidence}" for each in alarms]
 
 
 def test_a_crash_is_not_a_bad_print():
@@ -239,16 +240,89 @@ def witnesses(market):
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_injected_into_a_synthetic_market(kind):
     market = realistic(2500, seed=21)
-    found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed) for seed in range(1000, 1040))]
-    assert np.mean(found) >= (.6 if kind in STRETCHES else .95)      # what is plausible candle by candle is not always found
+    found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed) for seed in range(1000, 1020))]
+    assert np.mean(found) >= .95
 
 
-@pytest.mark.parametrize("symbol", PERPETUAL)
+@pytest.mark.parametrize("symbol", ("BTC", "XRP"))
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_injected_into_real_candles(shared, symbol, kind):
     market = daily_of(raw(shared, f"{symbol}USDT-perp-1h"))["2021-11":"2022-06"]
     found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed) for seed in range(2000, 2020))]
-    assert np.mean(found) >= (.6 if kind in STRETCHES else .95)      # what is plausible candle by candle is not always found
+    assert np.mean(found) >= (.7 if kind == "digits" else .95)      # some are rounded to the tick that they have, or too near the end to tell from a new tick
+
+
+# ---- stretches that no single candle shows: a day of 24 hours, or an hour of 60 minutes; from row on, what is another's from source on
+
+def on_tick(prices): return np.round(prices, 4 if prices.max() < 100 else 2)
+
+
+def with_bodies(closes):
+    "Candles without wicks between these closes"
+    opened, closed = closes[:-1], closes[1:]
+    return on_tick(np.column_stack([opened, np.maximum(opened, closed), np.minimum(opened, closed), closed]))
+
+
+def repeated(every, columns):
+    def change(numbers, row, day, source):
+        rows = np.arange(row, row + 5 * day, every)
+        numbers[rows[:, None], columns] = numbers[rows[:, None] - 1, columns]
+    return change
+
+
+def smoothed(width):
+    def change(numbers, row, day, source):
+        numbers[row:row + day, :4] = on_tick(pd.DataFrame(numbers[:, :4]).rolling(width, center=True).mean().to_numpy()[row:row + day])
+    return change
+
+
+def exchanged(apart):
+    def change(numbers, row, day, source):
+        one, other = slice(row, row + day), slice(row + apart * day, row + (apart + 1) * day)
+        numbers[one], numbers[other] = numbers[other].copy(), numbers[one].copy()
+    return change
+
+
+def set_to(make):
+    def change(numbers, row, day, source):
+        columns, values = make(numbers, slice(row, row + day), slice(source, source + day))
+        numbers[row:row + day, columns] = values
+    return change
+
+
+def every_fourth(numbers, row, day, source):
+    for first in range(row, row + day, 4):
+        block = numbers[first:first + 4].copy()
+        numbers[first:first + 4, :4], numbers[first:first + 4, 4] = with_bodies(np.linspace(block[0, 0], block[-1, 3], 5)), block[:, 4].sum() / 4
+
+
+PRICES, ALL = slice(0, 4), slice(0, 5)
+DRAWN = {"straight line": set_to(lambda n, to, of: (PRICES, with_bodies(np.linspace(n[to.start - 1, 3], n[to.stop, 0], to.stop - to.start + 1)))),
+         "line that keeps its wicks": set_to(lambda n, to, of: ([3], on_tick(np.clip(np.linspace(n[to.start - 1, 3], n[to.stop, 0], to.stop - to.start), n[to, 2], n[to, 1]))[:, None])),
+         "made of candles four times as long": every_fourth, "smoothed over 7": smoothed(7), "smoothed over 25": smoothed(25)}
+MOVED = {"prices of every fifth again": repeated(5, np.arange(4)), "prices of every tenth again": repeated(10, np.arange(4)), "volume of every tenth again": repeated(10, np.array([4])),
+         "next day exchanged": exchanged(1), "third day exchanged": exchanged(3), "day of another": set_to(lambda n, to, of: (ALL, n[of])), "volumes of another day": set_to(lambda n, to, of: ([4], n[of][:, 4:])),
+         "another day moved to fit": set_to(lambda n, to, of: (PRICES, on_tick(n[of, :4] + n[to.start - 1, 3] - n[of.start, 0]))), "another day scaled to fit": set_to(lambda n, to, of: (PRICES, on_tick(n[of, :4] * n[to.start - 1, 3] / n[of.start, 0]))),
+         "off by three ranges": set_to(lambda n, to, of: (PRICES, on_tick(n[to, :4] + 3 * np.median(n[to, 1] - n[to, 2])))), "backwards": set_to(lambda n, to, of: (ALL, n[to][::-1])),
+         "backwards, open for close": set_to(lambda n, to, of: (ALL, n[to][::-1, [3, 1, 2, 0, 4]])), "upside down": set_to(lambda n, to, of: (PRICES, on_tick(n[to.start, 0] ** 2 / n[to][:, [0, 2, 1, 3]])))}
+HARD = {("BTCPERP-ftx-1m-202201", "line that keeps its wicks"): .3, ("XRPUSDT-perp-1h", "line that keeps its wicks"): .7}     # cut to fit into its candles, which move a few ticks, it is no line any more
+FLAT = {"next day exchanged": .85, "backwards, open for close": .85, "upside down": .85}                                       # a day that ends where it began has no seam
+
+
+@pytest.mark.parametrize("name, timeframe, day", [("ETHUSDT-1h", "1h", 24), ("XRPUSDT-perp-1h", "1h", 24), ("BTCPERP-ftx-1m-202201", "1m", 60)])
+@pytest.mark.parametrize("kind", {**DRAWN, **MOVED})
+def test_stretches_that_no_single_candle_shows(shared, name, timeframe, day, kind):
+    market, found = daily_of(raw(shared, name)), []
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        clean = market.iloc[(first := int(generator.integers(len(market) - 4000))):first + 4000]
+        numbers, row, source = clean.to_numpy().copy(), *(int(generator.integers(low, low + 1000)) for low in (1000, 2500))
+        {**DRAWN, **MOVED}[kind](numbers, row, day, source)
+        changed = np.flatnonzero((numbers != clean.to_numpy()).any(axis=1))
+        if len(changed) == 0: continue
+        spans = [(times(clean)[changed[0]], times(clean)[changed[-1] + 1])] + [(times(clean)[source], times(clean)[source + day])]     # of two that are the same nobody knows which was copied
+        found.append(any(each.start_time <= last and each.end_time >= first for each in check_quality(frame(times(clean), numbers), timeframe).alarms for first, last in spans))
+    assert np.mean(found) >= HARD.get((name, kind), FLAT.get(kind, .95)), np.mean(found)
 
 
 @pytest.mark.parametrize("name", ("liquid", "tiny price", "listing"))
@@ -316,6 +390,21 @@ def test_a_year_of_funding_in_percent(last):
     rates.iloc[-1095:] *= 100
     [found] = [each for each in check_funding(rates) if each.kind == "wrong_units"]
     assert abs(found.count - 1095) < 40 and found.end_time == times(rates)[-1]
+
+
+@pytest.mark.parametrize("symbol", PERPETUAL)
+def test_a_real_funding_history_in_percent_from_its_middle_on_is_refused(shared, tmp_path, symbol):
+    rates = rates_of(shared, f"{symbol}USDT-perp-funding-8h").iloc[-2000:]
+    def file(values): return values.rename("funding_rate").rename_axis("timestamp").reset_index().to_csv(tmp_path / "rates.csv", index=False) or tmp_path / "rates.csv"
+    assert len(funding_history(f"{symbol}/USDT:USDT", source=file(rates))) == 2000
+    with pytest.raises(BadCandles, match=r"funding_rate is in percent for \d+ payments from 202\d.* UTC on, half of them above [\d.]+: divide those by 100 at their source"):
+        funding_history(f"{symbol}/USDT:USDT", source=file(rates.where(np.arange(2000) < 1000, rates * 100)))
+
+
+def test_a_squeeze_is_not_percent(shared):
+    rates = rates_of(shared, "XRPUSDT-perp-funding-8h").iloc[-1500:]
+    squeezed = (rates * 10 ** np.interp(np.arange(1500), [700, 720, 751, 771], [0, 1.6, 1.6, 0])).round(8)
+    assert not [each for each in check_funding(squeezed) if each.kind == "wrong_units"]
 
 
 def test_every_kind_has_a_defect(): assert set(KINDS) == set(DEFECTS)

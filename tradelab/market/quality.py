@@ -174,6 +174,12 @@ def optional_findings(
                   for name, rows, why in faults for first, last in runs(rows)]
     return impossible + (_quote_findings(symbol, candles, read.quote_volume.where(np.isfinite(read.quote_volume) & (read.quote_volume >= 0)).to_numpy()) if "quote_volume" in read else [])
 
+# %% ../../nbs/10_market/08_quality.ipynb #1c0a5e20
+def _unexplained(stretches, others, step):
+    def within(each, *kinds): return any(other.start_time - 3 * step <= each.start_time and each.end_time <= other.end_time + 3 * step for other in others if other.kind in kinds)
+    reasons = {"open": ("spike", "wrong_units", "swapped_columns", "frozen"), "close": ("frozen",)}
+    return [each for each in stretches if each.column not in reasons or not within(each, *reasons[each.column])]
+
 # %% ../../nbs/10_market/08_quality.ipynb #693ddf19
 def check_quality(
     candles:pd.DataFrame,           # as they were found; not changed
@@ -192,7 +198,7 @@ def check_quality(
     stamps, numbers, found = as_found(candles, symbol)
     of_time, order = time_findings(symbol, stamps, numbers, step)
     found += of_time + value_findings(symbol, stamps[order], numbers[order], *scan(np.zeros(1, STATE), stamps[order], numbers[order], step))
-    found += stretch_findings(symbol, stamps[order], numbers[order], step)
+    found += _unexplained(stretch_findings(symbol, stamps[order], numbers[order], step), found, step)
     judged, as_of = frame(stamps[order], numbers[order]), candles.attrs.get("as_of") if as_of is None else as_of
     as_of = None if as_of is None else moment(as_of)
     if as_of is not None and stamps.max() + step > as_of:

@@ -12,6 +12,7 @@ import pandas as pd
 from ..events import COLUMNS
 from ..log import get_logger
 from ..market.candles import BadCandles, times
+from ..market.compare import check_funding as doubts_about
 from .archive import archive_funding
 from .exchange import FromExchange, exchange_funding
 from .history import FromArchive, FromFile, as_source, is_file, refuse_one, source_for
@@ -42,6 +43,10 @@ def check_funding(
     if bad.any(): raise BadCandles(f"{name}: funding_rate is {rates[bad].iloc[0]} at {text(times(rates)[bad][0])}, it must be a fraction such as 0.0001: correct it at its source")
     wrong = np.flatnonzero(np.diff(times(rates)) <= 0)
     if len(wrong): raise BadCandles(f"{name}: {text(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the rows and drop doubled ones")
+    percent = next((each for each in doubts_about(rates) if each.kind == "wrong_units"), None)
+    if percent:
+        value = rates.abs()[(times(rates) >= percent.start_time) & (times(rates) <= percent.end_time)].median()
+        raise BadCandles(f"{name}: funding_rate is in percent for {percent.count} payments from {text(percent.start_time)} on, half of them above {value:g}: divide those by 100 at their source")
     return rates
 
 # %% ../../nbs/15_sources/09_funding.ipynb #fundin06
