@@ -113,7 +113,8 @@ MONTH, HIGH_RATE, STEP = 31, .003, 12 # rates that are looked at together; what 
 
 def _digits(values):
     "Decimals that nineteen in twenty of the values need, 12 where it is more"
-    return next((digits for digits in range(3, 12) if np.mean(np.abs(values * 10. ** digits - np.rint(values * 10. ** digits)) < 1e-3) > .95), 12)
+    def whole(scaled): return (np.abs(scaled - np.rint(scaled)) < 1e-3) & ((np.rint(scaled) != 0) | (scaled == 0))
+    return next((digits for digits in range(12) if whole(values * 10. ** digits).mean() > .95), 12)
 
 
 def _percent(sizes):

@@ -39,14 +39,14 @@ def check_funding(
 )->pd.Series:          # index UTC named funding_time, whole seconds
     "Proven funding rates, or `BadCandles`"
     rates = pd.Series(rates.to_numpy("float64"), rates.index.floor("s").as_unit("ms").rename("funding_time"), name="funding_rate")
-    bad = ~(rates.abs() <= .1).to_numpy()
-    if bad.any(): raise BadCandles(f"{name}: funding_rate is {rates[bad].iloc[0]} at {text(times(rates)[bad][0])}, it must be a fraction such as 0.0001: correct it at its source")
-    wrong = np.flatnonzero(np.diff(times(rates)) <= 0)
-    if len(wrong): raise BadCandles(f"{name}: {text(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the rows and drop doubled ones")
     percent = next((each for each in doubts_about(rates) if each.kind == "wrong_units"), None)
     if percent:
         value = rates.abs()[(times(rates) >= percent.start_time) & (times(rates) <= percent.end_time)].median()
         raise BadCandles(f"{name}: funding_rate is in percent for {percent.count} payments from {text(percent.start_time)} on, half of them above {value:g}: divide those by 100 at their source")
+    bad = ~(rates.abs() <= .1).to_numpy()
+    if bad.any(): raise BadCandles(f"{name}: funding_rate is {rates[bad].iloc[0]} at {text(times(rates)[bad][0])}, it must be a fraction such as 0.0001: correct it at its source")
+    wrong = np.flatnonzero(np.diff(times(rates)) <= 0)
+    if len(wrong): raise BadCandles(f"{name}: {text(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the rows and drop doubled ones")
     return rates
 
 # %% ../../nbs/15_sources/09_funding.ipynb #fundin06
