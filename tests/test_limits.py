@@ -1,5 +1,8 @@
 "The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always possible, and the order of the symbols does not matter"
-from dataclasses import replace
+import inspect
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +21,11 @@ from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
 from tradelab.risk.trading_state import allowed
-from tradelab.settings import NO_STOPS, Limits, Stops
+from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, Limits, Stops
 from tradelab.sim.backtest import backtest
 
 HOUR, NAMES = 3_600_000, ("a", "b", "c")
+ROOT = Path(__file__).parents[1]
 
 
 @compiled
@@ -134,6 +138,46 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     answer, order = ordered(same, targets), random.permutation(3)
     mirrored = ordered(order, targets)
     assert np.array_equal(mirrored["quantity"], answer["quantity"][order]) and np.array_equal(mirrored["reason"], answer["reason"][order])
+
+
+@settings(max_examples=300, deadline=None)
+@given(limits(memory=True), st.integers(1, 5), st.integers(0, 10**6))
+def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
+    "Random targets at the gate: none is opened beyond the limit, the larger targets come first, what is held may shrink, flip and close as without the limit"
+    random, names, count = np.random.default_rng(seed), "abcdef", 6
+    rules = replace(rules, max_positions=most, max_orders=None, max_sector=None, max_var=None, max_group=None, target_volatility=None, stops=NO_STOPS, min_margin_ratio=0., min_confidence=0.)
+    prices, gates = random.uniform(20, 500, count), [Gate(each, [replace(BITCOIN, symbol=name) for name in names]) for each in (rules, replace(rules, max_positions=None))]
+    account, positions = new_account(10_000.), np.zeros(count, POSITION)
+    for t in range(12):
+        mark(account, positions, prices)
+        candle, targets = np.stack([prices] * 4 + [np.full(count, 1e9)], axis=1), random.choice([-1., -.5, 0., .3, .5, .8, 1.], count)
+        rows, free = (gate.decide(10**12 + t * HOUR, candle, targets, account.copy(), positions.copy()).copy() for gate in gates)
+        before, after = positions["quantity"] != 0, positions["quantity"] + rows["quantity"]
+        opened, refused = (after != 0) & ~before, rows["reason"] == Reason.MAX_POSITIONS
+        assert opened.sum() <= max(0, most - before.sum()) and ((after != 0).sum() <= max(most, before.sum()))
+        assert not (refused & before).any() and not rows["quantity"][refused].any()
+        if opened.any() and refused.any(): assert np.abs(targets[opened]).min() >= np.abs(targets[refused]).max()
+        reducing = before & (np.abs(targets) == 0)
+        assert np.array_equal(rows["quantity"][reducing], free["quantity"][reducing])
+        for n in range(count):
+            if rows["quantity"][n] != 0: apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
+        prices = prices * np.exp(.002 * random.standard_normal(count))
+
+
+def test_each_limit_is_said_once_and_the_same_everywhere():
+    "The line of a limit in settings, its line in tradelab.toml.example, its name in the README"
+    lines = dict(re.findall(r"^    (\w+):[^#\n]+# (.+)$", inspect.getsource(Limits), re.M))
+    section = (ROOT / "tradelab.toml.example").read_text().partition("[risk]")[2].partition("[risk.stops]")[0]
+    example = {name: (not off, value, words) for off, name, value, words in re.findall(r"^(# )?(\w+) = (\S+) +# (.+)$", section, re.M)}
+    readme = (ROOT / "README.md").read_text()
+    for field in fields(Limits):
+        if field.name in ("sectors", "stops"): continue
+        given, value, words = example[field.name]
+        assert words == lines[field.name] and given == (field.default is not None), field.name
+        if given: assert float(value) == field.default
+        else: replace(Limits(sectors={"a": "b"}), **{field.name: float(value)})
+        assert field.name in LIMITS.names and (field.name in OPTIONAL) == ("None" in str(field.type))
+        if field.name.startswith("max_"): assert f"`{field.name}`" in readme and any(field.name in reason.sentence(1., 1.) for reason in Reason) or field.name == "max_position"
 
 
 WATCHFUL = Limits(max_position=.4, max_leverage=.7, max_group=.5, max_net=.6, max_var=.02, target_volatility=.6, drawdown_from=.02, decay=.2, min_confidence=.2, stops=Stops(stop_loss=0., stop_atr=2., trailing_atr=3., atr_period=5, max_age=6))
