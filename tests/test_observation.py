@@ -1,6 +1,5 @@
 "What a policy sees: array and stream, many symbols, longer candles, watched symbols; what a scaler may know; a specification that is refused when it differs"
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,6 @@ from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
 from tradelab.sim.backtest import backtest
 
-REAL = Path(__file__).parents[2] / "shared/data/BTCUSDT-perp-1h.parquet"
 SYMBOLS = BTC, ETH, SOL = "BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"
 CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "taker_share(2)", "funding_rate", "basis", "time_of_week.sin", f"return(1)[{ETH}]", f"rsi(2)@2h[{SOL}][-2]", "pvo_hist(3,5,2)")
 
@@ -32,7 +30,7 @@ CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "take
 def market(): return {symbol: filled(frame) for symbol, frame in correlated(700, SYMBOLS, seed=8).items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(CHOICE), min_size=1, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([(BTC,), (ETH, BTC), (SOL, BTC, ETH)]), st.booleans())
 def test_array_and_stream_are_the_same_for_any_symbols(market, features, window, traded, fitted):
     observation = Observation(features, window).on(traded, "1h")
@@ -143,13 +141,12 @@ def assert_as_scikit_learn(values):
     assert robust(values) == (quartiles.center_[0], quartiles.scale_[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=300), st.floats(-1e12, 1e12), st.sampled_from([0., 1e-300, 1e-18, 1e-9, 1., 1e6]))
 def test_a_scaler_has_the_bits_of_scikit_learn(values, shift, width): assert_as_scikit_learn(shift + width * np.array(values))
 
 
-def test_a_scaler_of_real_candles_has_the_bits_of_scikit_learn():
-    if not REAL.exists(): pytest.skip("shared/data is absent")
-    candles = pd.read_parquet(REAL)
+def test_a_scaler_of_real_candles_has_the_bits_of_scikit_learn(shared):
+    candles = pd.read_parquet(shared / "data/BTCUSDT-perp-1h.parquet")
     for column in candles: assert_as_scikit_learn(candles[column].dropna().to_numpy(float))
     assert_as_scikit_learn(candles.close.pct_change()[1:].to_numpy())

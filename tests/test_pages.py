@@ -36,7 +36,7 @@ def journal_of(reasons, symbols=1):
     return pd.DataFrame({"symbol": [f"S{n % symbols}" for n in range(count)], "reason": reasons[:count], "value": .2, "limit": .1, "drawdown": .2, "close": 1.}, times)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([0, int(Reason.HALTED), int(Reason.STATE), int(Reason.STOPPED_OUT), int(Reason.STOP_LOSS)]), min_size=1, max_size=60), st.integers(1, 3))
 def test_halts_cover_the_closes_that_were_halted(reasons, symbols):
     reasons = reasons * symbols

@@ -9,15 +9,14 @@ __all__ = ['held_by', 'meant', 'refuse_count', 'together', 'Inputs', 'symbols_an
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pandas as pd
-
 from .config import Settings, overridden, settings
 from .market.candles import BadCandles, times
 from .market.filters import instruments_for, said
 from .market.store import Store
 from .market.symbols import symbol_in, symbols_of, taken_as
+from .sources.funding import fundings
 from .sources.history import before as preceding
-from .sources.history import fundings, histories, is_file, read_table
+from .sources.history import histories, is_file, read_table
 from .sources.tables import names_of
 from .times import interval, text
 

@@ -19,6 +19,7 @@ from ..compiled import bare, compiled
 from ..events import CLOSE, COLUMNS
 from .indicator import Feature, Indicator
 from .loops import columns_of
+from ..figures import dates
 
 # %% ../../nbs/20_features/13_regime.ipynb #5a86e041
 REGIMES = ("bull", "bear", "volatile", "sideways")
@@ -290,7 +291,6 @@ def plot_regimes(
 ):                        # the figure
     "The price by regime, and the probabilities"
     import matplotlib.pyplot as plt
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 4), sharex=True, height_ratios=(3, 1), layout="constrained")
     below = np.zeros(len(read))
     for name, colour in COLOURS.items():
@@ -299,8 +299,7 @@ def plot_regimes(
         below += read[name].fillna(0)
     upper.set(yscale="log", ylabel="price [USDT]")
     upper.legend(ncols=4)
-    lower.xaxis.set_major_locator(places := AutoDateLocator(maxticks=9))
-    lower.xaxis.set_major_formatter(ConciseDateFormatter(places))
+    dates(lower, 9)
     lower.set(xlabel="time [UTC]", ylabel="probability", ylim=(0, 1))
     return figure
 

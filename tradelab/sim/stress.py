@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from ..figures import INK, caption, finished
 from ..market.candles import frames_of, period_of, times
 from ..market.filters import instruments_for
 from ..risk.answers import halted_text, halts
@@ -111,13 +112,12 @@ class Stress:
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else "#123f63")
+        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else INK)
         axis.set_ylabel("Equity [x start]")
         axis.set_xlabel("Time [UTC]")
-        axis.set_title(figure_text(self.note, 160), loc="left", fontsize=7.5, color="#555555")
+        caption(axis, self.note)
         axis.legend(frameon=False, fontsize=8)
-        plt.close(figure)
-        return figure
+        return finished(figure)
 
     def __str__(self): return f"{self.note}\n" + (f"{self.halted()}\n" if self.halted() else "") + self.table().to_string(float_format="{:,.2f}".format)
     def _repr_html_(self): return f"<p>{html_text(self.note)}<br>{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)

@@ -15,9 +15,10 @@ import pandas as pd
 from numba import types
 
 from ..account import POSITION, decimal8, mark, new_account, round_price, round_quantity
-from ..compiled import apart, bare, compiled
+from ..compiled import apart, bare
 from ..evaluation.metrics import YEAR
 from ..events import CLOSE, COLUMNS, OPEN
+from ..figures import caption, finished
 from ..instruments import Instrument
 from ..market.candles import by_time, frames_of, matrix, period_of
 from ..market.filters import instruments_for
@@ -141,9 +142,8 @@ class Sweep:
             figure.colorbar(mesh, label=figure_text(by.replace("_", " ")))
         axis.set_ylabel(figure_text(names[0] if len(names) == 2 else by.replace("_", " ")))
         axis.set_xlabel(figure_text(names[-1]))
-        axis.set_title(figure_text(self.note, 160), loc="left", fontsize=7.5, color="#555555")
-        plt.close(figure)
-        return figure
+        caption(axis, self.note)
+        return finished(figure)
 
     def __str__(self): return f"{self.note}\n{self.best().to_string()}"
     def _repr_html_(self): return f"<p>{html_text(self.note)}</p>" + self.best().to_html(border=0)
