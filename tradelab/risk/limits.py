@@ -23,7 +23,7 @@ from ..journal import Reason
 from ..orders import PROPOSAL
 from .portfolio import memory, update_covariance
 from .stops import clear, clearance, enter, next_atr, touched, track
-from ..settings import LIMITS, Limits, instrument_rows
+from ..settings import Limits, instrument_rows
 
 # %% ../../nbs/30_risk/04_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
@@ -349,8 +349,9 @@ def open_few(
     "No more symbols than may be held at once"
     held, wanted = 0, 0.
     for n in range(len(proposals)):
-        held += positions[n]["quantity"] != 0.
-        proposals[n]["factor"] = abs(proposals[n]["sent"]) if positions[n]["quantity"] == 0. and proposals[n]["growth"] != 0. else 0.
+        placed = positions[n]["quantity"] != 0. or proposals[n]["working"] != 0
+        held += placed
+        proposals[n]["factor"] = abs(proposals[n]["sent"]) if not placed and proposals[n]["growth"] != 0. else 0.
     for n in range(len(proposals)):
         row, size = proposals[n], proposals[n]["factor"]
         if size > 0.:
@@ -664,8 +665,8 @@ class Gate:
         "A candle has closed, (n, 5 or more)"
         if self.warm_up: watch(self.market, self.covariance, open_time, candle, self._limits)
 
-    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known; answer None: nobody was asked. ValueError where a target is none"
+    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
+        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known; `working`: where an order works that may open the symbol; answer None: nobody was asked. ValueError where a target is none"
         if answer is None:
             stand_by(self.proposals, open_time, candle, account, positions, self.market, self._limits, self._instruments)
             return self.proposals
@@ -673,5 +674,6 @@ class Gate:
         if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; nan is one that was not written, or not known")
         propose(self.proposals, answer, candle)
         if marks is not None: self.proposals["mark"] = marks
+        if self.limits.max_positions is not None: self.proposals["working"] = 0 if working is None else working
         gate(self.proposals, open_time, candle, account, positions, self.market, self.covariance, self._limits, self._instruments)
         return self.proposals
