@@ -20,7 +20,6 @@ from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import Reason
-from tradelab.learn.registry import Run
 from tradelab.live.broker import Broker
 from tradelab.live.desk import BadFeed
 from tradelab.live.ledger import Ledger
@@ -32,6 +31,7 @@ from tradelab.market.candles import BadCandles, frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
 from tradelab.risk.limits import followed
+from tradelab.runs.run import Run
 from tradelab.settings import NO_STOPS, CostModel, Limits, Stops
 from tradelab.sim.backtest import backtest, funding_rates
 from tradelab.sim.costs import conditions, window_means
