@@ -28,7 +28,6 @@ from ..risk.limits import warm_up
 from ..settings import CostModel, Execution, Limits
 from ..sim.backtest import funding_rates, looked_at
 from ..sim.costs import BOOK
-from ..sim.costs import warm_up as costs_warm_up
 from ..sim.kernel import DONE, FAULTS, WORLD, Tape, opened, point, rules_of, step, tape_of
 from ..sim.matching import Rules, State, new_state
 from ..sources.exogenous import with_series
@@ -55,7 +54,7 @@ class Market:
         frames, symbols = frames_of(candles, with_series(watch, series, candles), funding, gaps)
         times, known, names = matrix(frames, KNOWN)
         observation, values = observation.on(symbols, timeframe_at(times)), np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)])
-        first = max(observation.warm_up, warm_up(limits), costs_warm_up(costs))
+        first = max(observation.warm_up, warm_up(limits), costs.warm_up)
         features = observation.matrix(looked_at(observation, known, names))
         waits = waiting(times, features, observation.window)
         while len(waits) > 1 and first < len(times) - 1 and waits[first]: first += 1

@@ -306,7 +306,7 @@ class Auditor(Sender):
         "Compare with the exchange until both say the same"
         money = await self._ask_account()
         patience, asked = monotonic() + self.patience / 3, False
-        while money and (found := difference(wallet(self.trader.account) + self.reserve, self._held, money)):
+        while money and (found := difference(wallet(self.trader.account) + self.books.ahead + self.reserve, self._held, money)):
             if self._book_next() or await self._hear(patience - monotonic()): continue
             if asked:
                 self.statistics.disagreements += 1
@@ -601,7 +601,7 @@ class Session(Starter):
         ledger:Ledger,
         folder:Path,             # all sessions; this one gets a folder of its name
         id:str="",               # of a new session: "<policy or train id>_<start>"
-        timeframe:str="1h",
+        timeframe:str="",        # of the candles that close  [default: the observation's, else 1h]
         resume:str="",           # the id of a session to continue, instead of a new one
         origin:str="",           # where the policy comes from: a train id or an import name, for the replay
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
@@ -612,9 +612,9 @@ class Session(Starter):
     ):
         refuse_series(trader)
         if bool(id) == bool(resume): raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
-        self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe, patience, say, progress
+        self.trader, self.broker, self.ledger, self.timeframe, self.patience, self.say, self.progress = trader, broker, ledger, timeframe or trader.observation.timeframe or "1h", patience, say, progress
         self.source, self.gaps = source, gaps
-        self.id, self.origin, self._resumed, self.step = check_id(id or resume), origin or trader.policy.name, bool(resume), milliseconds(timeframe)
+        self.id, self.origin, self._resumed, self.step = check_id(id or resume), origin or trader.policy.name, bool(resume), milliseconds(self.timeframe)
         self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
         self.feed, self.recorder, self.journal, self._loop, self._stopping, self._halted = None, None, None, None, False, bool(trader.account["halted"][0])
         self._early, self._arrived, self._opened, self._reopened, self._since, self._said = [], {}, defaultdict(int), 0, 0, 0.

@@ -25,7 +25,6 @@ from ..market.filters import instruments_for
 from ..risk.limits import warm_up
 from ..settings import NO_STOPS, CostModel, Execution, Limits
 from .backtest import WORLDS, funding_rates
-from .costs import warm_up as costs_warm_up
 from .kernel import DONE, FAULTS, TARGET, World, opened, rules_of, steps, tape_of
 from .matching import new_state
 from ..texts import figure_text, html_text
@@ -182,7 +181,7 @@ def sweep(
     times, known, _ = matrix(frames, COLUMNS)
     columns = by_time(columns, candles, frames[symbols[0]].index)
     if len(columns) != len(times) or not columns.index.equals(frames[symbols[0]].index): raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; there were {len(columns)}")
-    first = max(start, warm_up(limits), costs_warm_up(costs))
+    first = max(start, warm_up(limits), costs.warm_up)
     if first >= len(times) - 1: raise ValueError(f"no candles to decide on: {len(times)} candles, the first decision would be candle {first + 1}")
     values, table = np.asfortranarray(columns.to_numpy(float)).view(), np.ascontiguousarray(parameters.to_numpy(float)) # a rule walks along columns
     values.flags.writeable = False                                                                                      # which all runs share
