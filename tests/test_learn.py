@@ -13,9 +13,9 @@ from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
+from tradelab.learn.learning_curve import plot_learning
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
-from tradelab.learn.learning_curve import plot_learning
 from tradelab.runs.formats import CONFIG, DamagedRun, seal
 from tradelab.runs.registry import load, read, save
 from tradelab.runs.rules import UnknownRun
