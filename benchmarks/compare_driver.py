@@ -35,7 +35,7 @@ from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
 from tradelab.risk.portfolio import PortfolioRisk, covariance_history, shrunk
 from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_kelly, volatility_target
 from tradelab.risk.stops import simulate
-from tradelab.risk.trading_state import CAUSES, Ladder
+from tradelab.risk.trading_state import CAUSES, Ladder, require_state
 from tradelab.runs.run import make_trader
 from tradelab.settings import CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest, funding_rates
@@ -289,7 +289,7 @@ def run_trader(run, market):
     decisions, random = [], np.random.default_rng(run["seed"])
     states = [int(TradingState[name]) for name in run["states"]]
     for t in range(first, len(times) - 1):
-        trader.account["state"] = states[(t - first) // run["every"] % len(states)]
+        require_state(trader.account, states[(t - first) // run["every"] % len(states)])
         marks = values[t, :, 3] * (1 + run["off"] * random.normal(size=len(names))) if run.get("off") else None
         decision = trader.on_candle(int(times[t]), values[t], *(() if marks is None else (marks,)))
         decisions.append(decision)

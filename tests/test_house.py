@@ -80,6 +80,25 @@ def test_only_account_changes_a_position():
     assert {path.stem for path in MODULES if change.search(path.read_text())} <= {"account"}
 
 
+STATE = {"trading_state", "required_state", "halted", "day_stopped"} # what is allowed, and the three reasons why
+
+
+def written(path):
+    "Fields of arrays that a module or a notebook's cells write, by name"
+    text = path.read_text() if path.suffix == ".py" else "\n".join(re.sub(r"^[%!].*$", "", source, flags=re.M) for source, _ in cells(path))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant): yield node.slice.value
+
+
+def test_only_trading_state_changes_what_is_allowed():
+    "Everybody else reads one field of the account; who wants it changed calls `require_state` or `resume`"
+    owner, page = ROOT / "tradelab/risk/trading_state.py", ROOT / "nbs/30_risk/04_trading_state.ipynb"
+    assert set(written(owner)) >= STATE
+    assert {path.name: set(written(path)) & STATE for path in (*MODULES, *NOTEBOOKS) if path not in (owner, page) and set(written(path)) & STATE} == {}
+    readers = {path.name for path in MODULES if path != owner and re.search(r"\[\"(required_state|halted|day_stopped)\"\]", path.read_text())}
+    assert readers <= {"limits.py", "session.py"}                       # for the sentence that says why, never for what is allowed
+
+
 def test_no_clock_where_it_decides():
     clock = re.compile(r"\b(time\.time|time\.monotonic|datetime\.now|Timestamp\.now|Timestamp\.utcnow|perf_counter)\(")
     rooms = ("features", "risk", "evaluation", "sim")

@@ -1,5 +1,6 @@
 "The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always possible, and the order of the symbols does not matter"
 import inspect
+import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,17 +13,18 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, apply_fill, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import TradingState
-from tradelab.features.observation import Observation
+from tradelab.events import KNOWN, Fill, TradingState
+from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL, Reason
 from tradelab.learn.env import Market, MarketEnv
+from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
-from tradelab.risk.trading_state import allowed
+from tradelab.risk.trading_state import allowed, require_state
 from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Stops
-from tradelab.sim.backtest import backtest
+from tradelab.sim.backtest import backtest, make_trader
 
 HOUR, NAMES = 3_600_000, ("a", "b", "c")
 ROOT = Path(__file__).parents[1]
@@ -99,7 +101,7 @@ def walk(rules, seed, states, warm):
         gate.watch(1_700_000_000_000 // HOUR * HOUR + t * HOUR, candle)
         if t < warm: continue
         mark(account, positions, prices)
-        account["state"] = states[t - warm]
+        require_state(account, states[t - warm])
         equity, before = float(account["equity"][0]), positions["quantity"].copy()
         if equity <= 100: return
         answer = np.append(random.uniform(-1, 1, 3).round(2), random.uniform(0, 1, 3))
@@ -109,6 +111,7 @@ def walk(rules, seed, states, warm):
         after = before + rows["quantity"]
         check(before, after, answer, prices, equity, rules, rows, gate.covariance, base)
         state = TradingState.HALT if account["halted"][0] else max(states[t - warm], TradingState.REDUCE_ONLY if account["day_stopped"][0] else 0)
+        assert account["trading_state"][0] == state
         for n in range(3):
             grows = abs(after[n]) > abs(before[n]) + 1e-9 or after[n] * before[n] < -1e-12
             if grows: assert allowed(state, "entry" if before[n] * after[n] <= 0 else "increase") and rows["confidence"][n] >= rules.min_confidence
@@ -129,7 +132,8 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     def ordered(order, targets):
         gate, account, positions = Gate(rules, [replace(BITCOIN, symbol=NAMES[n]) for n in order]), new_account(10_000.), np.zeros(3, POSITION)
         gate.covariance[:], gate.market["step"] = covariance[np.ix_(order, order)], HOUR
-        positions["quantity"], positions["entry_price"], account["peak"], account["state"] = held[order], prices[order], 10_000 / peak, state
+        positions["quantity"], positions["entry_price"], account["peak"] = held[order], prices[order], 10_000 / peak
+        require_state(account, state)
         mark(account, positions, prices[order])
         candle = np.stack([prices[order]] * 4 + [np.full(3, 1e4)], axis=1)
         return gate.decide(10**12, candle, targets[order], account, positions).copy()
@@ -219,6 +223,39 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
         *_, ended, truncated, info = environment.step(random.choice([-1., -.4, 0., 0., .7, 1.], 6))
         done = ended or truncated
         assert (environment.population.positions[0]["quantity"] != 0).sum() <= most
+
+
+@settings(max_examples=15)
+@given(st.lists(st.sampled_from(list(TradingState)), min_size=30, max_size=30), st.integers(0, 10**6))
+def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
+    "`require_state` at an environment and at a trader: seen at once, obeyed at the next close, kept by a snapshot, taken back by NORMAL"
+    candles, random = correlated(80, NAMES[:2], seed=seed % 1000), np.random.default_rng(seed)
+    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.95, max_participation=None, stops=NO_STOPS)
+    environment = MarketEnv(Market.of(candles, Observation(["return(1)"]), limits=limits))
+    environment.reset(seed=0)
+    population, times = environment.population, environment.population.market.tape.times
+    account, positions = population.accounts[0], population.positions[0]
+    trader = make_trader(turning(), limits, tuple(replace(BITCOIN, symbol=name) for name in NAMES[:2]))
+    values = matrix(candles, KNOWN)[1]
+    trader.warm(times[:population.at[0]], values[:population.at[0]])
+    column = PORTFOLIO.index("risk_state") - len(PORTFOLIO)
+    for state in states:
+        t, held = int(population.at[0]), positions["quantity"].copy()
+        for each in (account, trader.account): require_state(each, state)
+        again = make_trader(turning(), limits, trader.instruments)
+        again.restore(json.loads(json.dumps(trader.snapshot())))
+        assert again.account["trading_state"] == account["trading_state"] == state
+        had, decision = trader.positions["quantity"].copy(), trader.on_candle(int(times[t]), values[t])
+        assert (decision.observation[:, column] == np.float32(state / TradingState.HALT)).all()
+        environment.step(random.uniform(-1, 1, 2))
+        for before, after in ((held, positions["quantity"]), (had, had + decision.quantities)):
+            entered = (after != 0) & (before * after <= 0)
+            increased = (before * after > 0) & (np.abs(after) > np.abs(before) + 1e-9)
+            assert allowed(state, "entry") or not entered.any()
+            assert allowed(state, "increase") or not increased.any()
+            assert state < TradingState.FLATTEN or not after.any()
+        for n, quantity in enumerate(decision.quantities):
+            if quantity: trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
 
 
 README = {"none": (None, 0.)}

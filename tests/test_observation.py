@@ -13,12 +13,13 @@ from test_sentence import network
 
 from tradelab.account import POSITION, age, apply_fill, mark, new_account
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import KNOWN
+from tradelab.events import KNOWN, TradingState
 from tradelab.features.observation import PORTFOLIO, Observation, robust, standard
 from tradelab.learn.agents import train
 from tradelab.learn.env import Market, MarketEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
+from tradelab.risk.trading_state import require_state
 from tradelab.runs.formats import CONFIG, DamagedRun, seal
 from tradelab.runs.registry import load
 from tradelab.sim.backtest import backtest
@@ -87,7 +88,7 @@ def test_the_portfolio_as_the_agent_sees_it():
     apply_fill(account, positions, 0, -9., 105., 0.)
     close(105.)
     assert seen()["time_in_trade"] == pytest.approx(np.log(2)) and seen()["exposure"] < 0
-    account["halted"] = 1
+    require_state(account, TradingState.HALT)
     assert seen()["risk_state"] == 1
 
 
