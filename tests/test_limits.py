@@ -23,8 +23,9 @@ from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
 from tradelab.risk.trading_state import allowed, require_state
+from tradelab.runs.run import make_trader
 from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Stops
-from tradelab.sim.backtest import backtest, make_trader
+from tradelab.sim.backtest import backtest
 
 HOUR, NAMES = 3_600_000, ("a", "b", "c")
 ROOT = Path(__file__).parents[1]
