@@ -123,7 +123,7 @@ def inputs(
     "Candles and funding rates of all symbols of a job"
     symbols, timeframe, note = symbols_and_timeframe(run, symbol, timeframe, source)
     run = replace(run, timeframe=timeframe, limits=overridden(run.limits, "risk"), costs=overridden(run.costs, "costs"))
-    return gathered(run, symbols, timeframe, interval(span), here, source, funding, max(run.warm_up, warm_up) + before, run.observation.on(symbols).watched, (note,), run.observation.series)
+    return gathered(run, symbols, timeframe, interval(span), here, source, funding, max(run.warm_up, warm_up) + before, run.observation.for_symbols(symbols).extra, (note,), run.observation.series)
 
 
 def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, watched, notes=(), reads=())->Inputs:

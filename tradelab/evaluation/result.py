@@ -60,7 +60,7 @@ class Result:
     symbols:tuple
     final:tuple = ()                    # (open time, equity) of the last candle, which only values
     source:str = ""                     # where the candles are from
-    note:str = ""                       # in or out of sample
+    caption:str = ""                    # in or out of sample
     baselines:dict = field(default_factory=dict, repr=False) # results of other policies over the same candles
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
     fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False) # FILL, (m,); a session keeps them in its ledger
@@ -69,10 +69,10 @@ class Result:
     instruments:tuple = field(default=(), repr=False) # one per symbol: the tick and step that it was filled on
 
     @classmethod
-    def of(cls, journal:pd.DataFrame, name:str, **face):
+    def from_journal(cls, journal:pd.DataFrame, name:str, **told):
         "From a journal as a session keeps it: columns of JOURNAL and `symbol`, index open_time"
         if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
-        return cls(name, *journal_rows(journal), **face)
+        return cls(name, *journal_rows(journal), **told)
 
     @property
     def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
@@ -124,7 +124,7 @@ class Result:
         "The note, and whose tick and step are only what the candles show"
         guessed = [each.symbol for each in self.instruments if each.origin == "derived"]
         named = f"{', '.join(guessed[:3])}{f' and {len(guessed) - 3} more' if len(guessed) > 3 else ''}"
-        return "; ".join(filter(None, (self.note, guessed and f"tick and step of {named} derived from the candles")))
+        return "; ".join(filter(None, (self.caption, guessed and f"tick and step of {named} derived from the candles")))
 
     def summary(self): return metrics(self.equity, self.journal, trips=self.trips)
 

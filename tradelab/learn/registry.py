@@ -73,7 +73,7 @@ class Run:
     @property
     def observation(self)->Observation:
         "What its policy sees, over its symbols and its timeframe"
-        return Observation.of(self.policy, self.timeframe).on(self.symbols)
+        return Observation.from_policy(self.policy, self.timeframe).for_symbols(self.symbols)
 
     @property
     def fitted_until(self)->int|None:
@@ -405,7 +405,7 @@ def _run(folder):
     config = read_configuration(folder / CONFIG)
     instruments = tuple(_record(Instrument, values, CONFIG) for values in config["instruments"])
     seen = replace(flat(), features=tuple(config["features"]), window=config["window"], scaler=_scaler(folder / SCALER, config["features"]))
-    name, parameters = read_parameters(folder / POLICY, inputs=Observation.of(seen).width * len(instruments), outputs=len(instruments))
+    name, parameters = read_parameters(folder / POLICY, inputs=Observation.from_policy(seen).width * len(instruments), outputs=len(instruments))
     run = Run(folder.name, replace(seen, name=name, function=mlp, parameters=parameters), _record(Limits, config["limits"], CONFIG), _record(CostModel, config["costs"], CONFIG),
               instruments, config["timeframe"], config, folder)
     if run.observation.sha256 != config["observation_sha256"]:
