@@ -466,8 +466,9 @@ def run_breakers(run, _):
 
 def run_candles(run, market):
     "Longer candles, holes, what is wrong with candles and how it is put right"
-    from tradelab.market.quality import check_quality, repair
-    from tradelab.market.synthetic import with_defect
+    from tradelab.market.defects import with_defect
+    from tradelab.market.quality import check_quality
+    from tradelab.market.repair import repair
     out = {}
     for name, frame in market.frames.items():
         for timeframe in run["timeframes"]: out |= table(f"{name} {timeframe}",

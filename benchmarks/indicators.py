@@ -19,8 +19,9 @@ import talib
 from tradelab.account import POSITION, new_account
 from tradelab.events import COLUMNS, KNOWN
 from tradelab.features.grammar import INDICATORS
-from tradelab.features.indicator import FeatureStream, columns_of
+from tradelab.features.loops import columns_of
 from tradelab.features.observation import Observation
+from tradelab.features.stream import FeatureStream
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 

@@ -2,8 +2,9 @@
 import time
 
 from tradelab.market.candles import times
+from tradelab.market.defects import with_defect
 from tradelab.market.quality import QualityStream, check_quality
-from tradelab.market.synthetic import realistic, traded, with_defect
+from tradelab.market.synthetic import realistic, traded
 
 
 def cpu(call, repeat:int=3)->float:

@@ -67,7 +67,7 @@ def test_resampling_twice_is_resampling_once(shared):
     assert data_hash(resample(resample(quarters, "1h"), "1d")) == data_hash(resample(quarters, "1d"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([("1m", "5m"), ("15m", "1h"), ("1h", "4h"), ("1h", "1d"), ("8h", "1d")]), st.integers(2, 120), st.integers(0, 30), st.sets(st.integers(0, 119)), st.integers(0, 9), st.data())
 def test_every_bar_is_its_own_parts(frames, length, offset, missing, decimals, data):
     short, long = frames
@@ -109,7 +109,7 @@ def test_a_timeframe_makes_itself_and_all_its_multiples():
 
 # ---- as of the close
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([("1h", "4h"), ("15m", "1h"), ("1h", "1d"), ("4h", "1h"), ("1h", "1h"), ("8h", "12h")]), st.integers(1, 60), st.integers(0, 40), st.sets(st.integers(0, 59)))
 def test_a_value_is_known_only_once_its_candle_has_closed(frames, length, offset, missing):
     short, long = (milliseconds(each) for each in frames)
@@ -156,7 +156,7 @@ def test_an_outage_of_all_stays_a_row_without_candles(shared):
     assert (np.diff(market.times) == HOUR).all() and (~market.listed).all(axis=1).sum() == 127
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(2, 50)), min_size=1, max_size=4))
 def test_alignment_keeps_every_candle_and_makes_none(lives):
     frames = {f"S{n}": ar1(length, seed=n, start=start * HOUR) for n, (start, length) in enumerate(lives)}

@@ -19,7 +19,8 @@ from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.matching import new_state
-from tradelab.sources.history import funding_history, history
+from tradelab.sources.funding import funding_history
+from tradelab.sources.history import history
 
 SPEC = importlib.util.spec_from_file_location("engines", Path(__file__).parents[1] / "benchmarks/engines.py")
 engines = importlib.util.module_from_spec(SPEC)

@@ -70,7 +70,7 @@ def test_a_hack_scores_what_the_ledger_says(name, costs):
     if name == "tiny": assert rewards.sum() == 0 and not rows["order"].any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([Execution(), Execution("post_only"), Execution("slices"), Execution(protect=True)]))
 def test_random_actions_score_what_the_ledger_says(seed, symbols, execution):
     names = ["BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"][:symbols]

@@ -126,7 +126,7 @@ def test_the_shape_is_what_the_deflated_sharpe_ratio_wants():
     assert probabilistic_sharpe(found, 250, 1_250, best) == pytest.approx(.900397, abs=5e-5)  # 0.9018 with excess kurtosis
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 8).map(float), min_size=2, max_size=40), st.integers(1, 4))
 def test_the_deepest_spells_as_pyfolio_finds_them(values, n):
     "pyfolio's get_max_drawdown_underwater and gen_drawdown_table, restated: take the valley, walk to both sides, cut it out, again"
@@ -182,7 +182,7 @@ def test_trips_of_two_symbols_are_those_of_each():
     assert found.fills == (both["fill_quantity"] != 0).sum() and found.time_in_market == ((one["position"] != 0) | (two["position"] != 0)).mean()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)),
        st.dictionaries(st.tuples(st.integers(0, 19), st.sampled_from("xyz")), st.floats(1, 2), max_size=4), st.booleans())
 def test_the_first_difference_by_brute_force(without_a, without_b, changes, two_symbols):
@@ -234,7 +234,7 @@ def test_a_sheet_of_a_ruined_account_and_of_one_step():
     assert sheet.table().loc["Total return [%]", "ruined"] < -100 and sheet.metrics["ruined"].annual_return == -1
     assert "<img" in sheet._repr_html_()
     alone = TearSheet({"alone": SimpleNamespace(journal=flat.iloc[:1], equity=flat["equity"].iloc[:1])})
-    assert alone.written().loc["Annual return [%]", "alone"] == "-" and "<img" in alone._repr_html_() and "1 step." in alone.face
+    assert alone.written().loc["Annual return [%]", "alone"] == "-" and "<img" in alone._repr_html_() and "1 step." in alone.full_caption
 
 
 class Page(HTMLParser):
@@ -300,7 +300,7 @@ def test_costs_are_those_of_the_journal_and_of_the_fills_where_there_are_any():
     assert more[["spread", "impact"]].tolist() == [.5, 3.]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=300), st.integers(1, 20))
 def test_a_thinned_curve_keeps_its_extremes_and_its_ends(values, columns):
     series = pd.Series(values)
@@ -326,7 +326,7 @@ def test_buy_and_hold_of_real_bitcoin(shared):
     assert found.annual_return == pytest.approx((1 + found.total_return) ** (8760 / (2 * 8760 - 1)) - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(-.004, .004), st.sampled_from((.5, .9, .95, .99)), st.sampled_from((1., .05)))
 def test_an_interval_holds_its_estimate_and_stays_where_the_measure_can_be(seed, drift, level, noise):
     "Also where blocks cannot show what was: a steady fall, one crash, a curve that hardly moves"
@@ -346,7 +346,7 @@ def test_a_ruined_run_has_intervals_until_its_ruin():
     assert (table["low"] <= table["estimate"]).all() and (table["estimate"] <= table["high"]).all() and np.isfinite(table["estimate"]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=30))
 def test_turnover_is_never_below_zero(moves):
     journal = random_journal(1, len(moves) + 1)

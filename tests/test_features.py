@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tradelab.events import COLUMNS, KNOWN, OPEN_TIME
 from tradelab.features.grammar import INDICATORS, parse
-from tradelab.features.indicator import FeatureStream
+from tradelab.features.stream import FeatureStream
 from tradelab.market.candles import as_of, matrix, resample, with_funding
 from tradelab.market.synthetic import ar1, correlated, funding, random_walk
 
@@ -188,7 +188,7 @@ def histories(draw):
     return np.array([(o, max(o, h, l, c), min(o, h, l, c), c, v, v * c, 7, v * taken / 9, rate / 1e4, c * (1 + rate / 1e3), time) for (o, h, l, c, v, taken, rate), time in zip(rows, times)], float)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(features(), histories(), st.data())
 def test_array_and_stream_hold_the_same_bits_and_the_past_does_not_see_the_future(feature, candles, data):
     array, stream = feature.array(candles), feature.stream("1h")
@@ -201,7 +201,7 @@ def test_array_and_stream_hold_the_same_bits_and_the_past_does_not_see_the_futur
     assert not np.isinf(array).any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(features(("", "ETH/USDT:USDT", "1000PEPE/USDT")))
 def test_a_feature_is_what_its_text_says(feature):
     assert parse(feature.text) == feature and parse(feature.text).text == feature.text

@@ -15,7 +15,8 @@ from tradelab.events import COLUMNS
 from tradelab.market.candles import BadCandles, data_hash, frame, timed, times
 from tradelab.market.synthetic import funding, realistic
 from tradelab.sources.exogenous import read_exogenous
-from tradelab.sources.history import NoCandles, funding_history, history
+from tradelab.sources.funding import funding_history
+from tradelab.sources.history import NoCandles, history
 from tradelab.sources.tables import FILES, from_file
 
 SYMBOL, HOUR = "BTC/USDT:USDT", 3_600_000
@@ -196,7 +197,7 @@ market().to_parquet(written)
 SEEDS["candles.parquet"] = written.getvalue()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(SEEDS)), st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=6), st.integers(0, 8)), min_size=1, max_size=4), st.sampled_from([None, *FILES, ".csv.gz", ".zip"]))
 def test_readers_give_only_their_own_error(tmp_path_factory, name, changes, suffix):
     content = bytearray(SEEDS[name])
@@ -210,7 +211,7 @@ def test_readers_give_only_their_own_error(tmp_path_factory, name, changes, suff
         except (BadCandles, NoCandles) as error: assert "\n" not in str(error)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from([".csv", ".json", ".txt"]), st.text(alphabet=st.sampled_from(list("0123456789.,;:-\t\n\"'{}[]<>eTZ/ abcolhnvt")), max_size=200))
 def test_readers_give_only_their_own_error_about_text(tmp_path_factory, suffix, text):
     path = tmp_path_factory.getbasetemp() / f"text{suffix}"

@@ -14,8 +14,8 @@ NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb
 JOBS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.stem != "index"]
 MODULES = [path for path in sorted((ROOT / "tradelab").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
 OWNERS = {  # a library lives in one named place
-    "ccxt": {"tradelab.sources.history", "tradelab.live.broker"}, "yfinance": {"tradelab.sources.history"}, "curl_cffi": {"tradelab.sources.history"},
-    "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": {"tradelab.features.observation"},
+    "ccxt": {"tradelab.sources.exchange", "tradelab.live.broker"}, "yfinance": {"tradelab.sources.yahoo"}, "curl_cffi": {"tradelab.sources.yahoo"},
+    "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
     "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {"tradelab.localnet.server"}, "papermill": {"tradelab.jobs"}, "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}

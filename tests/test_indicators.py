@@ -16,9 +16,10 @@ from numpy.testing import assert_array_equal
 from tradelab.compiled import compiled
 from tradelab.events import COLUMNS
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import (
-    Feature,
-    Indicator,
+from tradelab.features.indicator import Feature, Indicator
+from tradelab.features.ta_wrapper import OURS, library
+from tradelab.features.trend import _way
+from tradelab.features.windows import (
     complete,
     extreme_age,
     moments,
@@ -29,8 +30,6 @@ from tradelab.features.indicator import (
     window_low,
     window_sum,
 )
-from tradelab.features.ta_wrapper import OURS, library
-from tradelab.features.trend import _way
 from tradelab.market.synthetic import random_walk
 
 WALK = random_walk(4_000, seed=5)[list(COLUMNS)].to_numpy()
@@ -98,7 +97,7 @@ def test_the_warm_up_forgets_to_the_last_bit(real, market, text):
 values = st.one_of(st.floats(1e-6, 1e6), st.integers(0, 3).map(float))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(values, min_size=1, max_size=200), st.integers(1, 30))
 def test_windows_say_what_the_plain_formula_says(series, size):
     state = np.zeros(13 + 5 * size)
@@ -121,7 +120,7 @@ def test_windows_say_what_the_plain_formula_says(series, size):
 sizes = st.one_of(st.just(0.), st.floats(-15, 15).map(lambda power: 10. ** power), st.floats(1, 2), st.integers(0, 9).map(float))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(sizes, st.sampled_from([-1., 1.])), min_size=1, max_size=120), st.integers(1, 60), st.integers(-300, 250))
 def test_sums_of_any_size_and_sign_are_exact_whatever_came_before(series, size, power):
     series, state = [value * sign * 10. ** power for value, sign in series], np.zeros(5 + size)
@@ -131,7 +130,7 @@ def test_sums_of_any_size_and_sign_are_exact_whatever_came_before(series, size, 
 def summed(state, value): return window_sum(state, value, turn(state, 20), 2, 5)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(st.floats(1, 1.2), st.floats(1e-6, 1e6), st.sampled_from([.1, .3, 1.])), min_size=2, max_size=400), st.integers(1, 12))
 def test_the_way_of_a_price_is_exact_whether_or_not_it_needs_a_rest(closes, size):
     state, changes = np.zeros(5 + size), np.abs(np.diff(closes))
@@ -190,7 +189,7 @@ def any_feature(draw, indicators):
     return indicator(*parameters).output(draw(st.sampled_from(indicator.outputs)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(any_feature({name: indicator for name, indicator in INDICATORS.items() if not indicator.needs}), st.integers(1, 999), st.integers(0, 3_000), st.integers(0, 2 ** 32 - 1))
 def test_the_past_does_not_see_the_future(feature, position, start, seed):
     candles = WALK[start:start + 1_000]

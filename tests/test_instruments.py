@@ -77,7 +77,7 @@ def check_taker(price, met, side, instrument):
     assert abs(whole - round(whole)) < 1e-3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(markets(), st.sampled_from(("vectorised", "event")))
 def test_a_backtest_fills_where_the_market_is(market, engine):
     symbol, candles = market
@@ -87,7 +87,7 @@ def test_a_backtest_fills_where_the_market_is(market, engine):
     for quantity, price, met in fills[["quantity", "price", "met"]].to_numpy(float): check_taker(price, met, np.sign(quantity), instrument)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(markets())
 def test_sweep_and_environment_fill_as_the_backtest_does(market):
     symbol, candles = market
@@ -107,7 +107,7 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
             check_taker(row["fill_price"], met, np.sign(row["fill_quantity"]), alone.instruments[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(markets(), st.floats(300., 5_000.))
 def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(market, notional):
     symbol, candles = market
@@ -122,7 +122,7 @@ def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(mark
     assert exchange.positions[0]["quantity"] == 0.
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.sampled_from((1e-8, .001, .1, 1., 10., 1000.)))
 def test_a_grid_that_is_kept_is_found(exponent, digits, seed, step):
     "The tick of four thousand prices, the step of a thousand volumes: found to the last digit, unless they are coarser than can be believed"
@@ -149,7 +149,7 @@ def test_odd_prices_sums_and_changed_ticks():
     assert derived(candles.assign(volume=0.), "X").quantity_step * .5 <= .05                 # nothing was traded
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(markets(300), st.integers(100, 290), st.floats(.5, 2.))
 def test_another_future_changes_no_instrument_and_no_fill_before_it(market, at, factor):
     symbol, candles = market
@@ -162,7 +162,7 @@ def test_another_future_changes_no_instrument_and_no_fill_before_it(market, at, 
     pd.testing.assert_frame_equal(*before)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.floats(-8., 6.), st.integers(100, 290), st.floats(.5, 2.))
 def test_where_no_tick_is_kept_another_future_changes_no_instrument_of_a_bare_frame(seed, exponent, at, factor):
     candles = walk(10. ** exponent, seed, 300)
@@ -171,7 +171,7 @@ def test_where_no_tick_is_kept_another_future_changes_no_instrument_of_a_bare_fr
     assert derived(other, "X") == derived(candles, "X")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.integers(1, 900), st.sampled_from((10, 100)))
 def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_late(exponent, digits, seed, late, finer):
     tick, random = float(Decimal(digits).scaleb(exponent)), np.random.default_rng(seed)
@@ -203,7 +203,7 @@ ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, inst
 
 
 @pytest.mark.parametrize("road", ROADS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.floats(-8., 6.), st.sampled_from((1e-5, 4e-4, 4.9e-4, 5.2e-4, 1e-3, 4.9e-3, 5.1e-3, .4)), st.sampled_from(("given", "settings", "derived", "binanceusdm", "testnet")))
 def test_a_tick_above_5_basis_points_is_said_and_above_50_refused_unless_listed_on_every_road(road, exponent, share, origin):
     candles = walk(10. ** exponent, 5, 40)

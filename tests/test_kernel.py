@@ -75,7 +75,7 @@ def identity(result, deposit=10_000.):
     return cash + sum(group["quantity"].sum() * last[symbol] for symbol, group in fills.groupby("symbol"))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([CostModel(), ALL, CostModel.ideal(), CostModel(latency=2)]), st.sampled_from([Execution(), Execution(protect=True)]))
 def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
     frames, payments = market(seed, symbols)
@@ -89,7 +89,7 @@ def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
     for symbol, group in rows: assert np.isclose(group["position"].iloc[-1] + group["fill_quantity"].iloc[-1], result.fills.loc[result.fills["symbol"] == symbol, "quantity"].sum(), atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from([CostModel.ideal(), ALL]))
 def test_every_fill_was_possible(seed, costs):
     "Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the volume; on the tick and the step"
@@ -152,7 +152,7 @@ def test_maintenance_margin_is_the_exchanges(shared):
     assert brackets(shared, "BTCUSDT")[1] == BITCOIN_BRACKETS
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(1_000, 1e8), st.floats(1.5, 80), st.sampled_from([1., -1.]), st.floats(100, 50_000))
 def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
     "The formula of Binance's support page, iterated over the brackets, against the kernel's search"
@@ -313,7 +313,7 @@ def test_round_trips_within_a_candle_count():
     assert ours["side"].tolist() == theirs["side"].tolist() and result.summary().hit_rate == pytest.approx((theirs["profit"] > 0).mean())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.booleans())
 def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
     "Orders of every kind, several trips in a candle: one source of truth, beside a second bookkeeping"

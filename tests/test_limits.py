@@ -74,13 +74,13 @@ def check(before, after, wanted, prices, equity, rules, rows, covariance, base):
     if rules.max_var is not None: within(lambda held: 2.3263478740408408 * np.sqrt(max(held @ covariance @ held, 0) * 24), rules.max_var * base)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(limits(), st.integers(0, 10**6), st.data())
 def test_no_sequence_exceeds_a_limit(rules, seed, data):
     walk(rules, seed, data.draw(st.lists(st.sampled_from([0, 0, 0, 0, 1, 2, 3]), min_size=12, max_size=12)), 0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(limits(memory=True), st.integers(0, 10**6))
 def test_nor_one_that_looks_at_the_market(rules, seed): walk(rules, seed, [0] * 8, 40)
 
@@ -115,7 +115,7 @@ def walk(rules, seed, states, warm):
             if rows["quantity"][n] != 0: apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(limits(memory=True), st.integers(0, 10**6), st.sampled_from(list(TradingState)), st.floats(.3, 1))
 def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, state, peak):
     "Whatever the state, the limits and the market: a target of zero closes, and permuted symbols get permuted answers"

@@ -55,7 +55,7 @@ def market(kind, length, seed):
     return np.column_stack([before, high, low, close, volume, close * volume, np.full(length, 3.), volume * generator.random(length), np.full(length, 1e-4), close * 1.001, 3.6e6 * np.arange(length)])
 
 
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=2, derandomize=True)
 @given(st.integers(0, 2 ** 32 - 1), st.floats(0, 1))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_indicator_is_defined_and_forgets(kind, seed, share):
@@ -109,7 +109,7 @@ def test_a_halted_market_is_exactly_neutral(name):
 prices = st.integers(1, 99).map(lambda ticks: round(.01 * ticks, 2))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(prices, prices, prices, st.integers(1, 9)), min_size=25, max_size=60))
 @example([(.37, 1.19, 1.89, 1), (.87, .93, 1.65, 9)] * 20)
 def test_what_is_equal_in_ticks_is_equal_here(rows):
@@ -140,7 +140,7 @@ def test_a_last_bit_is_no_rise():
 amounts = st.floats(-1e12, 1e12, allow_nan=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(-1e6, 1e6), st.floats(1e-8, 1e6), st.floats(1e-8, 1e6), amounts)
 @example(1., 100., 100., 1_000.)
 @example(1., 100., 100., 2_000.)

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
+from sklearn.preprocessing import RobustScaler, StandardScaler
 from test_features import filled
 from test_sentence import network
 
 from tradelab.account import POSITION, age, apply_fill, mark, new_account
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN
-from tradelab.features.observation import PORTFOLIO, Observation
+from tradelab.features.observation import PORTFOLIO, Observation, robust, standard
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
 from tradelab.learn.registry import CONFIG, DamagedRun, load, seal
@@ -30,10 +31,10 @@ CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "take
 def market(): return {symbol: filled(frame) for symbol, frame in correlated(700, SYMBOLS, seed=8).items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(CHOICE), min_size=1, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([(BTC,), (ETH, BTC), (SOL, BTC, ETH)]), st.booleans())
 def test_array_and_stream_are_the_same_for_any_symbols(market, features, window, traded, fitted):
-    observation = Observation(features, window).on(traded, "1h")
+    observation = Observation(features, window).for_symbols(traded, "1h")
     candles = matrix({symbol: market[symbol] for symbol in observation.rows}, KNOWN)[1]
     if fitted: observation = observation.fit(candles[:400])
     array, stream = observation.matrix(candles), observation.stream()
@@ -95,13 +96,13 @@ FEATURES = ("return(1)", "sma(5).relative@4h", f"return(1)[{ETH}]", "funding_rat
 
 @pytest.mark.parametrize("traded", [(BTC,), (SOL, BTC)])
 def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
-    frames, watch = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}, {ETH: market[ETH]}
+    frames, extra = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}, {ETH: market[ETH]}
     rates = {symbol: pd.concat([pd.Series([1e-4], market[symbol].index[:1]), funding(market[symbol])]) for symbol in traded}
-    scaler = Observation(FEATURES, 2).on(traded, "1h").fit({symbol: market[symbol][:400] for symbol in (*traded, ETH)}).scaler
+    scaler = Observation(FEATURES, 2).for_symbols(traded, "1h").fit({symbol: market[symbol][:400] for symbol in (*traded, ETH)}).scaler
     policy = network(3, len(traded), 2, FEATURES, scaler)
-    array, event = (backtest(policy, frames, funding=rates, extra=watch, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
+    array, event = (backtest(policy, frames, funding=rates, extra=extra, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None and (array.rows["order"] != 0).sum() > 20
-    env = MarketEnv(prepare(frames, Observation.from_policy(policy), funding=rates, extra=watch))
+    env = MarketEnv(prepare(frames, Observation.from_policy(policy), funding=rates, extra=extra))
     seen, _ = env.reset(seed=0)
     for t in range(len(array.rows)):
         assert_array_equal(seen.reshape(len(traded), -1), array.observations[t])
@@ -133,3 +134,20 @@ def test_a_run_keeps_its_specification_and_is_refused_with_another(market, tmp_p
         if after.strip() == before: load(run.id, tmp_path)
         else:
             with pytest.raises(DamagedRun, match="trained on another observation|fitted for other features"): load(run.id, tmp_path)
+
+
+def assert_as_scikit_learn(values):
+    theirs, quartiles = StandardScaler().fit(values[:, None]), RobustScaler().fit(values[:, None])
+    assert standard(values) == (theirs.mean_[0], theirs.scale_[0])
+    assert robust(values) == (quartiles.center_[0], quartiles.scale_[0])
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=300), st.floats(-1e12, 1e12), st.sampled_from([0., 1e-300, 1e-18, 1e-9, 1., 1e6]))
+def test_a_scaler_has_the_bits_of_scikit_learn(values, shift, width): assert_as_scikit_learn(shift + width * np.array(values))
+
+
+def test_a_scaler_of_real_candles_has_the_bits_of_scikit_learn(shared):
+    candles = pd.read_parquet(shared / "data/BTCUSDT-perp-1h.parquet")
+    for column in candles: assert_as_scikit_learn(candles[column].dropna().to_numpy(float))
+    assert_as_scikit_learn(candles.close.pct_change()[1:].to_numpy())

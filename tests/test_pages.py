@@ -36,7 +36,7 @@ def journal_of(reasons, symbols=1):
     return pd.DataFrame({"symbol": [f"S{n % symbols}" for n in range(count)], "reason": reasons[:count], "value": .2, "limit": .1, "drawdown": .2, "close": 1.}, times)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([0, int(Reason.HALTED), int(Reason.STATE), int(Reason.STOPPED_OUT), int(Reason.STOP_LOSS)]), min_size=1, max_size=60), st.integers(1, 3))
 def test_halts_cover_the_closes_that_were_halted(reasons, symbols):
     reasons = reasons * symbols
@@ -143,11 +143,11 @@ def test_several_symbols_say_their_sources_and_their_funding():
     frames = {f"{name}/USDT:USDT": ar1(100, rho=.1, seed=n) for n, name in enumerate("ABCDE")}
     rates = pd.Series(.0001, pd.date_range("2024-01-01", periods=10, freq="8h", tz="UTC"))
     frames["A/USDT:USDT"].attrs["source"] = "file a.csv"
-    some = backtest(Momentum(), frames, funding={"A/USDT:USDT": rates}).tearsheet.face
+    some = backtest(Momentum(), frames, funding={"A/USDT:USDT": rates}).tearsheet.full_caption
     assert "SYNTHETIC prices: synthetic" in some and "; and 2 more." in some and "WITHOUT funding: no rates were given for B/USDT:USDT and 3 more." in some
-    assert "Net of costs." in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates)).tearsheet.face
-    assert "Net of costs." in backtest(Momentum(), {"A/USDT": frames["B/USDT:USDT"]}).tearsheet.face
-    assert "WITHOUT funding: the costs say so" in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates), costs=CostModel(funding=False)).tearsheet.face
+    assert "Net of costs." in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates)).tearsheet.full_caption
+    assert "Net of costs." in backtest(Momentum(), {"A/USDT": frames["B/USDT:USDT"]}).tearsheet.full_caption
+    assert "WITHOUT funding: the costs say so" in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates), costs=CostModel(funding=False)).tearsheet.full_caption
     assert "SYNTHETIC prices" in stress(Momentum(), frames, scenarios={}).caption and "WITHOUT funding" in stress(Momentum(), frames, scenarios={}).caption
 
 

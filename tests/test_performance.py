@@ -6,7 +6,7 @@ import pytest
 
 from tradelab.account import POSITION, new_account
 from tradelab.features.observation import Observation
-from tradelab.instruments import Instrument
+from tradelab.instruments import BITCOIN
 from tradelab.market.candles import times
 from tradelab.market.quality import QualityStream
 from tradelab.market.store import Store
@@ -49,7 +49,7 @@ MINUTES = 100_000 # a file of more than two months of them
 
 def risk(market, _):
     "A wish through every limit, a call from Python each"
-    rules, candles = Gate(Limits(max_net=.5, max_var=.02, target_volatility=.8), [Instrument()]), market.to_numpy()[:, None, :5]
+    rules, candles = Gate(Limits(max_net=.5, max_var=.02, target_volatility=.8), [BITCOIN]), market.to_numpy()[:, None, :5]
     for t in range(300): rules.watch(t * HOUR, candles[t])
     account, positions, wishes = new_account(10_000.), np.zeros(1, POSITION), np.random.default_rng(0).uniform(-1, 1, (3_000, 1))
     return calls(lambda n: rules.decide((300 + n) * HOUR, candles[300], wishes[n % 3_000], account, positions), 2_000)
@@ -58,7 +58,7 @@ def risk(market, _):
 def decisions(market, _):
     "A closed candle through features, window, network and gate to its orders"
     policy = network(Observation(FEATURES, 30, timeframe="1h").width)
-    trader = Trader(policy, Observation.from_policy(policy, "1h"), Gate)
+    trader = Trader(policy, Observation.from_policy(policy, "1h"), Gate, instruments=(BITCOIN,))
     stamps, candles, begin = times(market), market.to_numpy()[:, None, :5], trader.warm_up + 1
     candles = np.concatenate([candles, np.zeros((*candles.shape[:2], 3))], axis=2)
     trader.warm(stamps[:begin], candles[:begin])

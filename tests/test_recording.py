@@ -157,7 +157,7 @@ def test_damage_in_the_middle_is_counted_and_put_aside(session, tmp_path):
 
 
 @given(content=st.binary(max_size=400), head=st.booleans(), link=st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 def test_any_bytes_are_refused_in_our_words(tmp_path_factory, content, head, link):
     file = tmp_path_factory.getbasetemp() / "any.zst"
     if link: content = chained({"kind": "recording", "format": content.hex()}, 0, "tradelab recording 2")
@@ -171,7 +171,7 @@ VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2*
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 def test_any_line_that_is_proven_is_replayed_or_refused(session, data):
     "A chain can be true and its lines those of another program"
     lines = list(read(session[0]))[:30]

@@ -89,7 +89,7 @@ CANDLE = st.tuples(*[st.floats(1e-3, 1e6)] * 4, st.floats(0, 1e9))
 NUMBERS = st.tuples(*[st.floats(1e-5, .1)] * 6, *[st.floats(1, 1e3)] * 4, *[st.floats(1e-3, 10)] * 4, st.floats(2.1, 200))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(CANDLE, min_size=1, max_size=40), NUMBERS, st.integers(0, 39))
 def test_array_and_stream_are_the_same_bits_and_blind_to_the_future(rows, parameters, cut):
     candles, fitted = np.array(rows, float), Regimes(parameters)

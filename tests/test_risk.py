@@ -23,7 +23,7 @@ from tradelab.times import TIMEFRAMES, milliseconds, moment, next_opening
 DATA = next((place / "shared/data" for place in Path(__file__).resolve().parents if (place / "shared/data/BTCUSDT-1d.parquet").exists()), None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(120, 900), st.sampled_from((.95, .99)))
 def test_var_and_shortfall_are_empyricals(seed, count, level):
     "empyrical.stats value_at_risk and conditional_value_at_risk, restated: np.percentile, and the mean of the worst int((n - 1) p) + 1"
@@ -42,7 +42,7 @@ def test_a_portfolio_by_hand():
     np.testing.assert_allclose(out[METHODS.index("gaussian"), 1, 0], 2.3263479 * np.sqrt(.000144 + .000144 + .000144), rtol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(.01, 5))
 def test_risk_grows_with_the_position_and_has_two_sides(seed, size):
     moves, out, other = np.random.default_rng(seed).standard_t(4, 300) * .02, np.empty((5, 2, 2)), np.empty((5, 2, 2))
@@ -93,7 +93,7 @@ def test_covariance_forgets_where_it_began():
     assert np.isnan(covariance_history(gone, .05)[101, 1]).all() and np.isfinite(covariance_history(gone, .05)[101, 0, 2]) and np.isfinite(covariance_history(gone, .05)[105]).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from([each.kind for each in DEFAULTS]), st.sampled_from([0., 1e9, 1e9, float("nan"), 1e-6]), st.integers(0, 40_000), st.sampled_from(["", "BTC"])), max_size=40), st.integers(0, 39))
 def test_breakers_saved_at_any_moment_go_on_the_same(steps, cut):
     one, time = Breakers(), 0
@@ -108,7 +108,7 @@ def test_breakers_saved_at_any_moment_go_on_the_same(steps, cut):
         assert closed or one.asks("x", symbol) >= {each.kind: each.asks for each in DEFAULTS}[kind]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(("trip", "clear", "step", "reset")), st.sampled_from(list(CAUSES)), st.integers(0, 400_000), st.sampled_from(("", "BTC"))), max_size=40), st.integers(0, 39))
 def test_the_ladder(steps, cut):
     "The state is what the most severe cause asks for; it goes down only when that cause is gone and cooled down, or a person says so; saved at any moment it goes on the same"

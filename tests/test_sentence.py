@@ -18,7 +18,8 @@ from tradelab.risk.limits import Gate
 from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest, make_trader
 from tradelab.sim.prepared import prepare
-from tradelab.sources.history import funding_history, history
+from tradelab.sources.funding import funding_history
+from tradelab.sources.history import history
 from tradelab.strategies.example import Momentum, SmaCross
 
 FEATURES = ("return(1)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative", "bollinger(20,2)", "volatility(20)")
@@ -91,7 +92,7 @@ def test_a_planted_look_ahead_is_caught(bitcoin):
     assert first_difference(common[["target"]], cut.journal[["target"]]) is not None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.floats(.05, 1), st.floats(0, .002))
 def test_money_is_conserved(seed, size, slippage):
     "Equity is the deposit plus what every fill and funding payment moved; recomputed from the journal alone"
@@ -113,7 +114,7 @@ def test_a_drawdown_halts_for_good():
     assert (result.rows["order"][first + 1:, 0] == 0).all() and (result.rows["position"][first + 1:, 0] == 0).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-.9, .9), st.floats(10, 1e5)), min_size=1, max_size=4))
 def test_the_gate_keeps_its_limits(rows):
     limits = Limits(max_position=.6, max_leverage=1., max_participation=None)

@@ -48,7 +48,7 @@ def test_a_figure_enters_at_the_first_close_after_its_publication():
     assert age.min() == .5 and age.max() == 23.5                  # hours: published at half past ten
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(st.integers(0, 99), st.sampled_from([SeriesDefinition(), SeriesDefinition(stale="12h", when_stale="flat"), SeriesDefinition(stale="12h", when_stale="hold")]), st.integers(1, 3))
 def test_array_event_and_environment_are_the_same(seed, definition, window):
     mood = figures(definition=definition, seed=seed)

@@ -29,15 +29,15 @@ from tradelab.market.candles import BadCandles, data_hash, frame, times
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1, funding
 from tradelab.sources.archive import address, from_archive
+from tradelab.sources.exchange import connect
 from tradelab.sources.exogenous import Exogenous, check_exogenous, read_exogenous
+from tradelab.sources.funding import funding_history
 from tradelab.sources.history import (
     FromArchive,
     FromYahoo,
     NoCandles,
     Unreachable,
     compare,
-    connect,
-    funding_history,
     history,
     mark_history,
     stream,
@@ -99,7 +99,7 @@ def real(shared, name, start=None, end=None):
 
 # ---- files
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["BTCUSDT-perp-1h", "ETHUSDT-perp-1h", "BTCUSD-bitfinex-1m-2019", "SOLUSDT-15m", "BTCUSDT-1d"]), st.permutations(range(4)), st.integers(0, 1500), st.integers(1, 300))
 def test_rows_without_names_are_read_right_or_refused(shared, name, order, start, length):
     prices = real(shared, name).iloc[start:start + length][["open", "high", "low", "close"]].to_numpy()
@@ -483,7 +483,7 @@ def test_the_stream_of_an_exchange_survives_a_broken_line(caplog):
     assert [each.candle for each in seen] == [tuple(row) for row in market.to_numpy()[where:where + 25].tolist()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["next", "again", "break", "skip"]), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_a_stream_never_closes_what_it_only_half_heard(actions, random):
     market = ar1(60, seed=1, start="2022-01-01")
@@ -516,7 +516,7 @@ def test_a_stream_never_closes_what_it_only_half_heard(actions, random):
 publications = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 400), st.integers(-50, 50)), min_size=1, max_size=30, unique_by=lambda each: each[:2])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(publications, st.integers(-5, 500), st.integers(0, 200))
 def test_a_figure_is_the_newest_version_of_the_newest_period_known(rows, when, seed):
     table = pd.DataFrame([(period * 10, period * 10 + delay, float(value)) for period, delay, value in rows], columns=["reference_time", "publication_time", "value"]).drop_duplicates(["reference_time", "publication_time"])
@@ -541,7 +541,7 @@ def test_a_series_over_http(serve):
 
 # ---- the universe
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 100), st.booleans()), min_size=1, max_size=8))
 def test_mask_membership_and_requirement_agree(spans):
     first = moment("2022-01-01")

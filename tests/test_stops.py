@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tradelab.account import POSITION, age, apply_fill, new_account
 from tradelab.features.grammar import parse
-from tradelab.features.indicator import columns_of
+from tradelab.features.loops import columns_of
 from tradelab.instruments import BITCOIN
 from tradelab.journal import Reason
 from tradelab.market.synthetic import realistic
@@ -79,7 +79,7 @@ def scattered(length, seed):
     return entries, random.choice([.5, 1., 1.5], length)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(markets(), rules(), st.integers(0, 10**6))
 def test_against_plain_python(candles, stops, seed):
     entries, widths = scattered(len(candles), seed)
@@ -129,7 +129,7 @@ def test_the_average_true_range_is_the_features_and_talibs():
         np.testing.assert_allclose(values[memory:], talib.ATR(*(candles[:, k].copy() for k in (1, 2, 3)), period)[memory:], rtol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(markets(), rules(), st.integers(0, 10**6))
 def test_stream_and_array_have_the_same_bits(candles, stops, seed):
     row, (entries, widths) = Limits(stops=stops).row(), scattered(len(candles), seed)
@@ -148,7 +148,7 @@ def test_stream_and_array_have_the_same_bits(candles, stops, seed):
         atr, before = next_atr(atr, high, low, before, row["atr_period"]), close
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(markets(), rules(), st.integers(0, 10**6), st.integers(2, 58))
 def test_what_always_holds(candles, stops, seed, cut):
     row, (entries, widths) = Limits(stops=stops).row(), scattered(len(candles), seed)
@@ -169,7 +169,7 @@ def test_what_always_holds(candles, stops, seed, cut):
     assert np.array_equal(doubled[1], codes) and np.array_equal(doubled[0], 2 * prices, equal_nan=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(markets(), rules(additive=True), st.sampled_from((1., -1.)), st.sampled_from((.5, 1., 1.5)))
 def test_long_and_short_are_mirror_images(candles, stops, side, width):
     "Reflected at the entry price; a trailing stop in percent is left out, since a percent of the reflected best price is another distance"
@@ -182,7 +182,7 @@ def test_long_and_short_are_mirror_images(candles, stops, side, width):
     np.testing.assert_allclose(2 * candles[entry, 0] - one[2], two[2], rtol=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(markets(length=12), rules(), st.sampled_from((1., -1.)))
 def test_a_close_and_an_exchange_see_the_same_touch(candles, stops, side):
     "What the gate asks at a close and what an order at the exchange meets differ only where the open decides"

@@ -40,7 +40,7 @@ class Source:
 
 # ---- range, index, columns
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(-50, 2000), st.integers(-50, 2000), st.booleans(), st.booleans())
 def test_a_range_is_read_to_the_candle(tmp_path_factory, start, end, open_start, open_end):
     store = Store(tmp_path_factory.getbasetemp() / "one")
@@ -126,7 +126,7 @@ def test_the_later_answer_wins_whoever_comes_first(tmp_path, caplog):
     assert written[1].conflicts.columns.tolist() == [*(f"{column}_held" for column in COLUMNS), *(f"{column}_new" for column in COLUMNS), "verdict"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=6))
 def test_the_order_of_arrival_makes_no_difference_where_times_are_said(writes):
     answers = [(MARKET[start:start + length] * factor).assign(seen_time=10 * seen + factor) for start, length, factor, seen in writes]     # one answer for one time
@@ -145,7 +145,7 @@ def test_a_candle_that_is_still_forming_is_refused(tmp_path):
 
 # ---- gaps and freshness
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 370), st.integers(2, 60)), max_size=4), st.sets(st.integers(1, 398), max_size=20), st.integers(0, 200), st.integers(201, 400))
 def test_a_source_is_asked_for_what_is_missing_and_nothing_else(tmp_path_factory, writes, down, start, end):
     store, source = Store(tmp_path_factory.mktemp("store")), Source(MARKET[:400].drop(MARKET.index[sorted(down)]))

@@ -75,9 +75,9 @@ def shown(run):
     returns = pd.Series(np.random.default_rng(0).normal(0, .01, 300), pd.date_range("2024", periods=300, freq="1h", tz="UTC"))
     candles = ar1(200, seed=1)
     candles.iloc[100, 1] = candles.iloc[100, 0] / 2
-    return {"evaluation.metrics.Metrics": run.summary(), "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL), "sim.result.Result": run,
-            "risk.view.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.ladder.Ladder": ladder,
-            "risk.forecasts.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "risk.tail.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
+    return {"evaluation.metrics.Metrics": run.summary(), "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL), "evaluation.result.Result": run,
+            "evaluation.risk_report.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.trading_state.Ladder": ladder,
+            "evaluation.var_backtest.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "evaluation.value_at_risk.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
             "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
             "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 
@@ -96,7 +96,7 @@ def test_what_a_notebook_shows_is_text(shown, name):
     for thing in (shown[name], planted(shown[name])):
         html = thing._repr_html_()
         assert not FORBIDDEN.search(html)
-        if name not in ("evaluation.metrics.Metrics", "risk.tail.TailMeasures", "risk.portfolio.PortfolioMeasures", "live.session.Statistics", "risk.forecasts.Judgement"): assert "&lt;script&gt;" in html
+        if name not in ("evaluation.metrics.Metrics", "evaluation.value_at_risk.TailMeasures", "risk.portfolio.PortfolioMeasures", "live.session.Statistics", "evaluation.var_backtest.Judgement"): assert "&lt;script&gt;" in html
 
 
 def test_the_page_of_a_tear_sheet_is_text(shown): assert not FORBIDDEN.search(shown["evaluation.tearsheet.TearSheet"].html())

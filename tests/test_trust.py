@@ -31,7 +31,7 @@ from tradelab.learn.registry import (
 from tradelab.policies import Policy, Scaler, mlp, network_fits, pack
 from tradelab.trust import NotTrusted, check_id, locate
 
-FEW = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 ID = "train_BTC_20240101_20240201_SAC_lr0.0003_bs256_ws1_seed7_20240301_000000"
 CONFIGURATION = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4, batch_size=256, seed=7, threads=1, source="", span=["2024-01-01", "2024-02-01"], data_hash="", created_time=0)
 
@@ -210,7 +210,7 @@ def truth(parameters, observation, outputs):
 
 
 @given(head=st.lists(WIDTH, max_size=3), widths=st.lists(WIDTH, max_size=6), right=st.booleans(), more=st.integers(-3, 3), seen=st.integers(0, 12), outputs=st.integers(0, 12), seed=st.integers(0, 9))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_a_network_cannot_leave_its_arrays(head, widths, right, more, seen, outputs, seed):
     "Any header before any number of weights: the answer of numpy, or NaN and nothing touched"
     if right: # a header that is true for small whole widths, so that some networks run

@@ -10,7 +10,7 @@ __all__ = ['ACCOUNT', 'POSITION', 'EXACT', 'new_account', 'wallet', 'decimal8', 
 import numpy as np
 
 from .compiled import bare
-from .instruments import INSTRUMENT, TIERS
+from .instruments import TIERS
 
 # %% ../nbs/00_ground/14_account.ipynb #4cf9c58e
 ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8"),

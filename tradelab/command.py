@@ -173,7 +173,8 @@ def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, l
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet
     from tradelab.market.filters import instruments_for, said
-    from tradelab.sources.history import funding_history, history
+    from tradelab.sources.funding import funding_history
+    from tradelab.sources.history import history
     with one_sentence():
         here = settings(venue="localnet")
         venue = venue_for(here)

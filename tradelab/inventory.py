@@ -114,7 +114,7 @@ def measured(
 ):
     "The backtest of a run on its own symbols"
     given = inputs(run, "", "", span, settings(), source=source, funding=funding)
-    return backtest(given.run, given.candles, given.start, funding=given.funding, extra=given.watch, gaps=settings().gaps)
+    return backtest(given.run, given.candles, given.start, funding=given.funding, extra=given.extra, gaps=settings().gaps)
 
 
 def learnt(

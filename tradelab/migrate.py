@@ -10,7 +10,6 @@ __all__ = ['KEYS', 'ALIASES', 'LATER', 'KEPT', 'LARGEST', 'MOST', 'DEEPEST', 'LE
 
 # %% ../nbs/99_top/04_migrate.ipynb #e5454e24
 import json
-import os
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from tradelab.config import (
     _flat,
     _nested,
     foreign_variables,
-    known_keys,
     project_root,
     read_places,
     read_table,

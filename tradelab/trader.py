@@ -8,7 +8,6 @@ __all__ = ['record', 'record_fill', 'packed', 'unpacked', 'Trader']
 # %% ../nbs/00_ground/16_trader.ipynb #cd8d78b4
 import base64
 from collections.abc import Callable
-from dataclasses import asdict
 
 import numpy as np
 

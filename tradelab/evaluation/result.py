@@ -117,11 +117,11 @@ class Result:
 
     def beside(self, *others)->TearSheet:
         "This result and others in one table and picture"
-        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.told, source=self.source, net=self.net)
+        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, caption=self.told, source=self.source, net=self.net)
 
     @property
     def told(self)->str:
-        "The note, and whose tick and step are only what the candles show"
+        "The caption, and whose tick and step are only what the candles show"
         guessed = [each.symbol for each in self.instruments if each.origin == "derived"]
         named = f"{', '.join(guessed[:3])}{f' and {len(guessed) - 3} more' if len(guessed) > 3 else ''}"
         return "; ".join(filter(None, (self.caption, guessed and f"tick and step of {named} derived from the candles")))
@@ -132,7 +132,7 @@ class Result:
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
         name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
-        return TearSheet({name: self, **self.baselines}, note=self.told, source=self.source, net=self.net)
+        return TearSheet({name: self, **self.baselines}, caption=self.told, source=self.source, net=self.net)
 
     @property
     def risk(self)->RiskView:

@@ -10,6 +10,7 @@ __all__ = ['RULES', 'COLUMNS', 'SHOWN_TRIPS', 'PARTS', 'cut_at_zero', 'shared_ou
 import numpy as np
 import pandas as pd
 
+from ..figures import LONG, SHORT
 from ..journal import Reason
 from ..risk.answers import word
 
@@ -93,7 +94,7 @@ def draw_excursions(
     table:pd.DataFrame, # as `trips` makes it
 ):
     "How far each trade went against us, and what became of it: a stop belongs where the winners no longer come from"
-    for won, color, label in ((True, "#2e7d5b", "won"), (False, "#b5483a", "lost")):
+    for won, color, label in ((True, LONG, "won"), (False, SHORT, "lost")):
         rows = table[(table["profit"] > 0) == won]
         axis.scatter(100 * rows["mae"], 100 * rows["return"], s=9, color=color, alpha=.6, label=f"{label} ({len(rows)})", lw=0)
     axis.axhline(0, color="#999999", lw=.6)

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from ..config import nearest, settings
 from ..features.observation import Observation
-from ..instruments import Instrument
 from .env import MarketVecEnv, longest_episode
 from .registry import Run, reserved, runs_folder, save
 from ..market.candles import check, data_hash, frames_of, matrix

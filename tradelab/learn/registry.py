@@ -47,7 +47,7 @@ from ..sim.costs import warm_up as costs_warm_up
 from ..texts import figure_text, html_rows
 from ..times import moment
 from ..trader import Trader
-from ..trust import BadName, NotTrusted, Unnamed, bring, check_id, locate
+from ..trust import BadName, Unnamed, bring, check_id, locate
 
 # %% ../../nbs/80_learn/02_registry.ipynb #17b7c7b7
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from time import monotonic
 
 import numpy as np
 
-from ..events import Fill, Funding
+from ..events import Fill
 from .broker import RECEIVE_WINDOW, Broker, BrokerError, Money, OrderUpdate
 from .ledger import Ledger, clock
 from .orders import NO_SUCH_ORDER, Intent, Outcome, State, client_order_id, proves_absence

@@ -27,17 +27,7 @@ from tradelab.account import (
 )
 from ..instruments import INSTRUMENT, Instrument, bracket_amounts
 from .market import Market
-from tradelab.localnet.protocol import (
-    REFUSALS,
-    Refused,
-    assets,
-    flag,
-    mandatory,
-    money_text,
-    number_text,
-    price_text,
-    whole,
-)
+from .protocol import Refused, assets, flag, mandatory, money_text, number_text, price_text, whole
 from ..market.filters import instruments_for
 from ..settings import CostModel
 from ..sim.costs import BOOK, conditions, fade, market_fill, warm_up

@@ -21,7 +21,7 @@ from tradelab.localnet.protocol import (
     price_text,
     whole,
 )
-from ..market.candles import BadCandles, check_times, common_candles, matrix, period_of, times
+from ..market.candles import check_times, common_candles, matrix, period_of, times
 from ..times import TIMEFRAMES, text
 
 # %% ../../nbs/60_localnet/02_market.ipynb #548daa0c

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..events import CLOSE, COLUMNS, HIGH, KNOWN, LOW, OPEN, VOLUME
+from ..events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
 from ..texts import printable
 from ..times import TIMEFRAMES, milliseconds, opening, parts, text
 

@@ -7,7 +7,6 @@ __all__ = ['HALTS', 'STOPS_DECIDED', 'word', 'sentence', 'in_words', 'halts', 'h
            'answered_text']
 
 # %% ../../nbs/30_risk/07_answers.ipynb #8218dc5f
-import numpy as np
 import pandas as pd
 
 from ..journal import Reason

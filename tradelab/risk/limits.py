@@ -23,7 +23,7 @@ from ..journal import Reason
 from ..orders import PROPOSAL
 from .portfolio import memory, update_covariance
 from .stops import clear, clearance, enter, next_atr, touched, track
-from ..settings import LIMITS, Limits, instrument_rows
+from ..settings import Limits, instrument_rows
 
 # %% ../../nbs/30_risk/04_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,

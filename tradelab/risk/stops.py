@@ -12,6 +12,7 @@ import numpy as np
 from ..account import POSITION, age, apply_fill, new_account
 from ..compiled import bare, compiled
 from ..events import CLOSE, HIGH, LOW, OPEN
+from ..features.windows import average_range, true_range
 from ..journal import Reason
 
 # %% ../../nbs/30_risk/03_stops.ipynb #a07ff500
@@ -24,9 +25,9 @@ def next_atr(
     period,   # candles
 )->float:     # quote
     "Wilder's average true range after one more candle"
-    if np.isnan(before): return high - low
-    true_range, share = max(high, before) - min(low, before), 1. / period
-    return true_range if np.isnan(atr) else (1. - share) * atr + share * true_range
+    width = high - low if np.isnan(before) else true_range(high, low, before)
+    begins = np.isnan(atr) | np.isnan(before)
+    return average_range(0. if begins else atr, width, 1. / period, begins)
 
 # %% ../../nbs/30_risk/03_stops.ipynb #89c1c0ca
 @bare

@@ -17,7 +17,7 @@ import pandas as pd
 from numba import types
 
 from ..account import POSITION, age, mark, new_account
-from ..compiled import apart, compiled
+from ..compiled import apart
 from ..evaluation.result import Result
 from ..events import CLOSE, Fill, Funding
 from ..features.observation import Observation, assemble

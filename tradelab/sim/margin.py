@@ -6,8 +6,6 @@
 __all__ = ['threatened', 'worst_of', 'cushion', 'liquidation_share', 'liquidate', 'stop_share']
 
 # %% ../../nbs/50_sim/03_margin.ipynb #f3575192
-import numpy as np
-
 from ..account import apply_fill, decimal8, maintenance_margin, wallet
 from ..compiled import apart, bare
 from ..events import HIGH, LOW, OPEN

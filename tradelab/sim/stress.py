@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from ..figures import INK, caption, finished
 from ..market.candles import period_of, rates_by_symbol, times
 from ..risk.answers import halted_text, halts
 from ..settings import CostModel
@@ -111,13 +112,12 @@ class Stress:
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else "#123f63")
+        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else INK)
         axis.set_ylabel("Equity [x start]")
         axis.set_xlabel("Time [UTC]")
-        axis.set_title(figure_text(self.caption, 160), loc="left", fontsize=7.5, color="#555555")
+        caption(axis, self.caption)
         axis.legend(frameon=False, fontsize=8)
-        plt.close(figure)
-        return figure
+        return finished(figure)
 
     def __str__(self): return f"{self.caption}\n" + (f"{self.halted()}\n" if self.halted() else "") + self.table().to_string(float_format="{:,.2f}".format)
     def _repr_html_(self): return f"<p>{html_text(self.caption)}<br>{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
@@ -144,5 +144,5 @@ def stress(
     plain = Scene(frames, rates_by_symbol(funding, data.symbols), costs)
     first = run(plain)
     source = sources_of(candles)
-    caption = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
-    return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, caption)
+    said = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
+    return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, said)

@@ -15,10 +15,11 @@ import pandas as pd
 from numba import types
 
 from ..account import decimal8, round_price, round_quantity
-from ..compiled import apart, bare, compiled
+from ..compiled import apart, bare
 from ..evaluation.metrics import YEAR
 from ..events import CLOSE, OPEN
 from ..features.observation import Observation
+from ..figures import caption, finished
 from ..instruments import Instrument
 from ..market.candles import by_time, period_of
 from ..settings import NO_STOPS, CostModel, Execution, Limits
@@ -139,9 +140,8 @@ class Sweep:
             figure.colorbar(mesh, label=figure_text(by.replace("_", " ")))
         axis.set_ylabel(figure_text(names[0] if len(names) == 2 else by.replace("_", " ")))
         axis.set_xlabel(figure_text(names[-1]))
-        axis.set_title(figure_text(self.caption, 160), loc="left", fontsize=7.5, color="#555555")
-        plt.close(figure)
-        return figure
+        caption(axis, self.caption)
+        return finished(figure)
 
     def __str__(self): return f"{self.caption}\n{self.best().to_string()}"
     def _repr_html_(self): return f"<p>{html_text(self.caption)}</p>" + self.best().to_html(border=0)
@@ -209,5 +209,5 @@ def sweep(
     from tqdm import tqdm
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(one, range(len(table))), total=len(table), disable=not progress, leave=False, desc="sweep"): pass
-    caption = f"{len(table):,} runs, {text(times[row])} to {text(times[-1])}, " + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs")
-    return Sweep(_table(sums, parameters, period_of(times), times[-1] - times[row], deposit), caption + (", SYNTHETIC prices" if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))
+    said = f"{len(table):,} runs, {text(times[row])} to {text(times[-1])}, " + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs")
+    return Sweep(_table(sums, parameters, period_of(times), times[-1] - times[row], deposit), said + (", SYNTHETIC prices" if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))

@@ -11,8 +11,6 @@ import hashlib
 import http.client
 import re
 import tempfile
-import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
@@ -20,7 +18,6 @@ from pathlib import Path
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-import numpy as np
 import pandas as pd
 
 from ..log import get_logger
@@ -166,7 +163,7 @@ def ahead(
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/15_sources/02_archive.ipynb #30d3645e
-logger = get_logger("market.archive")
+logger = get_logger("sources.archive")
 
 
 def keep(

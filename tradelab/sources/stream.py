@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import pandas as pd
 
 from ..events import COLUMNS
@@ -38,7 +37,7 @@ class Source(Protocol):
     def stream(self, symbol:str, timeframe:str)->AsyncIterator[Closed]: ...
 
 # %% ../../nbs/15_sources/05_stream.ipynb #085cd281
-logger = get_logger("market.stream")
+logger = get_logger("sources.stream")
 
 
 async def judged(

@@ -35,7 +35,8 @@ import pyarrow.parquet as pq
 from ..events import COLUMNS
 from ..log import get_logger
 from ..market.candles import OPTIONAL, BadCandles, check, frame, since_epoch, times
-from ..market.quality import check_quality, true_order
+from ..market.judge import true_order
+from ..market.quality import check_quality
 from ..market.symbols import ALIASES, coin_in, coin_of, other_in
 from ..texts import printable
 from ..times import TIMEFRAMES, milliseconds, text
@@ -65,7 +66,7 @@ def retry_after(
     except (TypeError, ValueError): return None
 
 # %% ../../nbs/15_sources/01_tables.ipynb #289293b1
-logger = get_logger("market.files")
+logger = get_logger("sources.tables")
 BUSY, PATIENCE, TRIES = (418, 429, 500, 502, 503, 504), 120., 4 # statuses that pass; seconds that a server may ask us to wait; questions in all
 UNPACKED, ROWS, LINE, WIDE = 1 << 30, 20_000_000, 1 << 20, 1_000 # of a foreign file: bytes once unpacked, rows, bytes of a line, columns
 

@@ -21,7 +21,7 @@ from ..times import milliseconds, moment, text
 
 # %% ../../nbs/15_sources/04_universe.ipynb #37af6c4f
 FOREVER = 1 << 53 # ms
-logger = get_logger("market.universe")
+logger = get_logger("sources.universe")
 
 
 def check_lives(
