@@ -114,7 +114,7 @@ def test_what_a_feature_looks_at_must_be_there(market):
     policy = network(0, 1, 2, FEATURES)
     with pytest.raises(ValueError, match=f"a feature looks at {ETH}, whose candles are not there: give them, extra="): backtest(policy, market[BTC])
     with pytest.raises(ValueError, match="taker_share.2. needs taker_buy_volume, which candle 0 does not have"): backtest(policy, market[BTC].drop(columns="taker_buy_volume"), extra={ETH: market[ETH]})
-    with pytest.raises(ValueError, match=f"{ETH} is traded and extra"): backtest(policy, {BTC: market[BTC], ETH: market[ETH]}, extra={ETH: market[ETH]})
+    with pytest.raises(ValueError, match=f"{ETH} is traded and among the extra symbols"): backtest(policy, {BTC: market[BTC], ETH: market[ETH]}, extra={ETH: market[ETH]})
     with pytest.raises(ValueError, match="4h is not a multiple of 1d"): backtest(policy, market[BTC].resample("1D").first(), extra={ETH: market[ETH].resample("1D").first()})
 
 

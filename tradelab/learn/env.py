@@ -97,7 +97,8 @@ def _step_many(address):
         for i in range(n):
             if not abs(actions[b, i]) <= 1.: return -1 - b
     for b in range(count):
-        tape, state, _, _ = opened(worlds[b], n, worlds[b]["places"])
+        arrays = opened(worlds[b], n, worlds[b]["places"])
+        tape, state = arrays.tape, arrays.state
         rewards[b], asked = 0., False
         while not asked:                                    # behind a hole nobody is asked until the window is whole again
             state.count[0] = 0

@@ -363,7 +363,7 @@ def frames_of(
     frames = dict(candles) if isinstance(candles, dict) else {getattr(candles, "attrs", {}).get("symbol", UNNAMED): candles}
     symbols, rates = tuple(frames), rates_by_symbol(funding, frames)
     doubled = [symbol for symbol in extra or {} if symbol in frames]
-    if doubled: raise BadCandles(f"{doubled[0]} is traded and extra: give its candles once")
+    if doubled: raise BadCandles(f"{doubled[0]} is traded and among the extra symbols: give its candles once")
     frames = {symbol: timed(frame, symbol) for symbol, frame in (frames | (extra or {})).items()}
     frames = common_candles(frames) if gaps else frames
     for symbol, each in {} if gaps else frames.items(): refuse_disorder(each, symbol)

@@ -41,7 +41,8 @@ LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32
 
 @apart(LOOP)
 def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations, stale):
-    tape, state, _, _ = opened(world[0], world[0]["symbols"], world[0]["places"])
+    arrays = opened(world[0], world[0]["symbols"], world[0]["places"])
+    tape, state = arrays.tape, arrays.state
     unwritten = 0. if len(answer) > 2 * world[0]["symbols"] else np.nan   # a place that no order fills is empty, a target that no rule writes is none
     keep, window, room = len(observations) > 1, features.shape[0] - len(tape.times) + 1, state.orders.size + EACH * len(state.books)
     for t in range(first, len(tape.times) - 1):

@@ -27,6 +27,15 @@ from ..sources.exogenous import with_series
 from ..times import moment, text
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #2da4d317
+@dataclass(frozen=True)
+class _Payments:
+    "Funding rates of one symbol in the order in which they are due"
+    column:int          # of its symbol
+    rows:np.ndarray     # of the candles they are due at
+    places:np.ndarray   # 0, 1 ... among the payments of one candle
+    rates:np.ndarray
+
+
 def funding_rates(
     funding,       # Series of rates by UTC time, or dict of them by symbol, or None
     times,         # (T,), open times
@@ -41,10 +50,10 @@ def funding_rates(
         order = np.argsort(due[inside], kind="stable")
         rows = rows[inside][order]
         places, values = np.arange(len(rows)) - np.searchsorted(rows, rows), series.to_numpy(float)[inside][order]
-        found.append((symbols.index(symbol), rows, places, values))
-    most = max((places.max() for _, _, places, _ in found if len(places)), default=0)
+        found.append(_Payments(symbols.index(symbol), rows, places, values))
+    most = max((each.places.max() for each in found if len(each.places)), default=0)
     rates = np.zeros((len(times), len(symbols), 1 + most))
-    for n, rows, places, values in found: rates[rows, n, places] = values
+    for each in found: rates[each.rows, each.column, each.places] = each.rates
     return rates
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa008

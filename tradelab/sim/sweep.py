@@ -52,7 +52,8 @@ SWEEP = types.int64(types.float64[:, ::1], types.int64, WORLDS, types.float64[::
 
 @apart(SWEEP, nogil=True)
 def _with_costs(targets, start, world, equity, sums):
-    (tape, state, _, _), span = opened(world[0], 1, world[0]["places"]), len(equity)
+    arrays, span = opened(world[0], 1, world[0]["places"]), len(equity)
+    tape, state = arrays.tape, arrays.state
     for t in range(start, len(tape.times) - 1, span):
         answers, state.count[0] = targets[t:min(t + span, len(tape.times) - 1)], 0
         code = steps(t, world, answers, equity)
@@ -94,7 +95,8 @@ IDEAL = types.int64(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 @apart(IDEAL, nogil=True)
 def _without(targets, start, world, sums):
-    (tape, state, instruments, _), limits = opened(world[0], 1, world[0]["places"]), world[0]["limits"]
+    arrays, limits = opened(world[0], 1, world[0]["places"]), world[0]["limits"]
+    tape, state, instruments = arrays.tape, arrays.state, arrays.instruments
     deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
     cash, held, equity = deposit, 0., deposit
     last, returns, squares, peak, keeps, floor, fills, traded, size = deposit, 0., 0., deposit, 1., deposit, 0., 0., limits["max_position"]
