@@ -36,8 +36,9 @@ from tradelab.risk.portfolio import PortfolioRisk, covariance_history, shrunk
 from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_kelly, volatility_target
 from tradelab.risk.stops import simulate
 from tradelab.risk.trading_state import CAUSES, Ladder
+from tradelab.runs.run import make_trader
 from tradelab.settings import CostModel, Execution, Limits, Stops
-from tradelab.sim.backtest import backtest, make_trader
+from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.matching import new_state
@@ -502,12 +503,12 @@ def run_session(run, market):
     from pydantic import SecretStr
 
     from tradelab.config import Venue
-    from tradelab.learn.registry import Run
     from tradelab.live.broker import Broker
     from tradelab.live.ledger import Ledger
     from tradelab.live.recorder import read, replay, unpacked
     from tradelab.live.session import Session
     from tradelab.localnet.server import Localnet
+    from tradelab.runs.run import Run
     frames, watch, funding = market.traded(run)
     instruments, start = instruments_of(run), next(iter(frames.values())).index[run["start"]].value // 10**6
     made = Run("compare", policy_of(run, market), limits_of(run), timeframe=run["timeframe"])

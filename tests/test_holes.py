@@ -20,7 +20,6 @@ from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import Reason
-from tradelab.learn.registry import Run
 from tradelab.live.broker import Broker
 from tradelab.live.desk import BadFeed
 from tradelab.live.ledger import Ledger
@@ -32,6 +31,7 @@ from tradelab.market.candles import BadCandles, frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
 from tradelab.risk.limits import followed
+from tradelab.runs.run import Run
 from tradelab.settings import NO_STOPS, CostModel, Limits, Stops
 from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import conditions, window_means
@@ -323,10 +323,10 @@ def test_a_warm_up_is_found_before_an_outage(project, root, shared):
 
 # ---- live, on a localnet that was away as the exchange was
 
-def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True):
+def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True, timeframe="1h"):
     "Sessions over real sockets, stopped and resumed between the parts; the journal, and the lines of the recording"
     folder.mkdir(exist_ok=True)
-    run, ledger = Run("holes", policy, timeframe="1h"), Ledger(f"sqlite:///{folder}/tradelab.db")
+    run, ledger = Run("holes", policy, timeframe=timeframe), Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, name):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
         return await Session(run.trader(instruments=(BITCOIN,)), Broker(venue), ledger, folder, origin="holes", gaps=gaps, say=lambda line: None, **name).run(count)
@@ -336,21 +336,21 @@ def live(folder, policy, candles, payments, start, parts, watched=None, gaps=Tru
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("features, window", [(("return(1)",), 1), (FEATURES, 3)])
-def test_a_live_session_over_holes_is_its_backtest(features, window, tmp_path):
-    "Bit for bit, in candles and payments, also where it is stopped before a hole and behind one; and it replays"
-    whole = ar1(560, volatility=.01, seed=7)
+@pytest.mark.parametrize("features, window, timeframe", [(("return(1)",), 1, "1h"), (FEATURES, 3, "1h"), (("return(1)",), 1, "12h"), (("return(1)",), 1, "1d")])
+def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, tmp_path):
+    "Bit for bit, in candles and payments, also those that fall due inside a candle, and where it is stopped before a hole and behind one; and it replays"
+    whole = ar1(560, volatility=.01, seed=7, timeframe=timeframe)
     candles, payments = holed(whole, 7, count=9, begin=420), funding(whole, seed=7)
     policy, first = wavering(features, window), 400
-    behind = [t for t, wide in enumerate(np.diff(times(candles)) > HOUR) if wide and t > first]    # the last candles before the holes
+    behind = [t for t, wide in enumerate(np.diff(times(candles)) > milliseconds(timeframe)) if wide and t > first]    # the last candles before the holes
     cuts = [behind[0] - first + 1, behind[1] - first + 2, len(candles) - 2 - first]                # stopped when a hole is next, and right behind one
-    ledger, lines = live(tmp_path, policy, candles, payments, times(candles)[first], np.diff([0, *cuts]).tolist())
+    ledger, lines = live(tmp_path, policy, candles, payments, times(candles)[first], np.diff([0, *cuts]).tolist(), timeframe=timeframe)
     journal = ledger.journal("holes")
     expected = backtest(policy, candles, candles.index[first], instruments=(BITCOIN,), funding=payments, gaps=True, keep_observations=True, baselines=())
     assert first_difference(expected.journal[:len(journal)], journal) is None and len(journal) == cuts[-1]
     seen = np.array([unpacked(line["observation"]) for line in lines if line["kind"] == "decision"])
     assert np.array_equal(expected.observations[:len(seen)].view(np.uint32), seen.view(np.uint32))
-    assert first_difference(*replay(lines, Run("holes", policy, timeframe="1h").trader(instruments=(BITCOIN,)))) is None
+    assert first_difference(*replay(lines, Run("holes", policy, timeframe=timeframe).trader(instruments=(BITCOIN,)))) is None
     events = ledger.events("holes")
     assert (events["kind"] == "hole").sum() == len(behind) and not set(events["kind"]) - {"hole"}
     assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1) and (journal["order"] != 0).sum() > 20

@@ -111,11 +111,21 @@ def test_nothing_imports_a_job():
     assert not [path for path in NOTEBOOKS for source, _ in cells(path) if loads.search(source)]
 
 
+def imports_of(job):
+    "The import lines of a job notebook"
+    lines = "\n".join(source for source, _ in cells(ROOT / "nbs" / f"{job}.ipynb")).splitlines()
+    return "\n".join(line for line in lines if re.match(r"(from|import) ", line))
+
+
+TRAINING = {"torch", "stable_baselines3", "gymnasium", "tradelab.learn", "tradelab.sim.backtest"}
+ALIVE = f"{imports_of('live')}\nload('tradelab.strategies.example:SmaCross')" # up to the start of a session
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("module, heavy", [("tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot", "papermill"}), ("tradelab.live.session", {"torch", "stable_baselines3"}),
-                                           ("tradelab.learn.registry", {"torch", "stable_baselines3", "gymnasium"}), ("tradelab.command", {"numba", "pandas", "papermill"})])
-def test_an_import_loads_no_more_than_it_needs(module, heavy):
-    probe = f"import sys, {module}; print(*({heavy!r} & set(sys.modules)))"
+@pytest.mark.parametrize("code, heavy", [("import tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot", "papermill", "tradelab.learn"}),
+                                         (ALIVE, TRAINING), ("import tradelab.command", {"numba", "pandas", "papermill"})], ids=["backtest", "live", "command"])
+def test_an_import_loads_no_more_than_it_needs(code, heavy):
+    probe = f"import sys\n{code}\nprint(*({heavy!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0 and ran.stdout.strip() == "", ran.stdout + ran.stderr
 

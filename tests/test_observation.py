@@ -17,9 +17,10 @@ from tradelab.events import KNOWN
 from tradelab.features.observation import PORTFOLIO, Observation, robust, standard
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
-from tradelab.learn.registry import CONFIG, DamagedRun, load, seal
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
+from tradelab.runs.formats import CONFIG, DamagedRun, seal
+from tradelab.runs.registry import load
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 

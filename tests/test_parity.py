@@ -10,7 +10,6 @@ from tradelab.config import Venue
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.learn.registry import Run
 from tradelab.live.broker import Broker
 from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import read, replay, unpacked
@@ -18,6 +17,7 @@ from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import with_funding
 from tradelab.market.synthetic import ar1, funding
+from tradelab.runs.run import Run
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 

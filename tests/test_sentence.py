@@ -15,8 +15,9 @@ from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.limits import Gate
+from tradelab.runs.run import make_trader
 from tradelab.settings import NO_STOPS, CostModel, Limits
-from tradelab.sim.backtest import backtest, make_trader
+from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 from tradelab.sources.funding import funding_history
 from tradelab.sources.history import history

@@ -16,10 +16,10 @@ from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
-from tradelab.learn.registry import load
 from tradelab.live.session import RefusedStart, Session
 from tradelab.market.candles import BadCandles
 from tradelab.market.synthetic import ar1
+from tradelab.runs.registry import load
 from tradelab.settings import SeriesDefinition
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare

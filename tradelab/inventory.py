@@ -22,10 +22,12 @@ import pandas as pd
 from .config import nearest, settings
 from .files import replace_files
 from .inputs import inputs
-from .learn.registry import CONFIG, Run, load, read_configuration, train_ids
 from .market.candles import times
 from .market.quality import check_quality
 from .market.store import Store
+from .runs.formats import CONFIG, read_configuration
+from .runs.registry import load, train_ids
+from .runs.run import Run
 from .sim.backtest import backtest
 from .sources.history import history, is_file
 from .sources.tables import candle_names, foreign, oldest_first, read_table, time_index

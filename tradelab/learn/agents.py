@@ -27,11 +27,12 @@ from tqdm import tqdm
 from ..config import nearest, settings
 from ..features.observation import Observation
 from .env import MarketVecEnv, longest_episode
-from .registry import Run, reserved, runs_folder, save
 from ..market.candles import check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
 from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
+from ..runs.registry import reserved, runs_folder, save
+from ..runs.run import Run
 from ..sim.prepared import prepare
 from ..sources.exogenous import series_record, with_series
 from ..times import milliseconds, moment, text

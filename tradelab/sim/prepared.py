@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 
 from ..account import POSITION, mark, new_account
 from ..events import CLOSE, COLUMNS, KNOWN, SERIES
@@ -20,7 +19,6 @@ from ..market.candles import frames_of, holes_in, matrix, period_of, rates_by_sy
 from ..market.filters import instruments_for
 from ..risk.limits import warm_up
 from ..settings import CostModel, Execution, Limits
-from .costs import warm_up as costs_warm_up
 from .kernel import Tape, World, rules_of, tape_of
 from .matching import Rules, new_state
 from ..sources.exogenous import with_series
@@ -123,7 +121,7 @@ class SimulationSettings:
     @property
     def warm_up(self)->int:
         "Candles that limits and costs need before the first decision"
-        return max(warm_up(self.limits), costs_warm_up(self.costs))
+        return max(warm_up(self.limits), self.costs.warm_up)
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa018
 def first_row(
