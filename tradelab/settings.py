@@ -8,7 +8,7 @@ __all__ = ['COSTS', 'FEES', 'COST_WINDOWS', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LI
            'Training']
 
 # %% ../nbs/00_ground/08_settings.ipynb #93_setti002
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -105,15 +105,12 @@ class Stops:
 NO_STOPS = Stops(stop_loss=0., take_profit=0.)
 
 # %% ../nbs/00_ground/08_settings.ipynb #9ccf2ef4
-OPTIONAL = ("max_order", "max_net", "max_sector", "max_group", "max_var", "max_participation", "max_daily_loss", "max_orders", "price_band", "capital", "target_volatility", "drawdown_from")
-LIMITS = np.dtype([(name, "f8") for name in ("max_position", "max_leverage", "min_trade", "max_drawdown", "leverage", "min_margin_ratio", "min_confidence", "group_correlation", "decay", *OPTIONAL)] + STOPS)
-
-
 @dataclass(frozen=True)
 class Limits:
     "What is allowed, everywhere the same: in training, backtest and live; exposures are multiples of equity"
     max_position:float = 0.05          # notional of one symbol: what a target of 1 holds
     max_leverage:float = 1.            # notional of all symbols together
+    max_positions:int|None = None      # symbols held at once; the larger target opens first
     max_net:float|None = None          # long less short
     max_sector:float|None = None       # notional of the symbols of one sector
     max_group:float|None = None        # notional on one side of symbols that move together
@@ -142,6 +139,8 @@ class Limits:
         check_not_negative(self, "min_trade", "min_margin_ratio", "min_confidence")
         for name in ("max_drawdown", "max_daily_loss", "group_correlation", "decay", "min_confidence"): self._at_most_1(name)
         check_order(self, ("max_position", "max_leverage"), ("max_leverage", "leverage"), ("max_net", "max_leverage"), ("max_sector", "max_leverage"), ("max_group", "max_leverage"))
+        if self.max_positions is not None and self.max_positions != int(self.max_positions):
+            raise ValueError(f"Limits.max_positions must be a whole number of symbols, was {self.max_positions}")
         if self.min_trade >= self.max_position: raise ValueError(f"Limits.min_trade {self.min_trade} is not below max_position {self.max_position}: no order could ever be sent")
         if self.drawdown_from is not None and self.drawdown_from >= self.max_drawdown:
             raise ValueError(f"Limits.drawdown_from {self.drawdown_from} is not below max_drawdown {self.max_drawdown}: limits would never shrink")
@@ -154,6 +153,11 @@ class Limits:
     def row(self):
         "For compiled code; what is not limited is infinite"
         return np.array(tuple(np.inf if getattr(self, name) is None else getattr(self, name) for name in LIMITS.names[:-len(STOPS)]) + self.stops.row(), LIMITS)[()]
+
+
+_NUMBERS = tuple(field for field in fields(Limits) if field.name not in ("sectors", "stops"))
+OPTIONAL = tuple(field.name for field in _NUMBERS if "None" in str(field.type)) # None: no such limit
+LIMITS = np.dtype([(field.name, "f8") for field in _NUMBERS] + STOPS)
 
 # %% ../nbs/00_ground/08_settings.ipynb #f4a57bfc
 def instrument_rows(

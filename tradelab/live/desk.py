@@ -170,6 +170,11 @@ class OpenOrders:
     def _forget(self, intent):
         if intent.state.ended and abs(self.filled[intent.order.order_id] - intent.executed) < 1e-9: self.open.pop(intent.order.order_id, None)
 
+    def may_open(self, symbols)->np.ndarray:
+        "For each symbol, whether an order that may open it has no proven end, or its fills are not booked yet; bool, (n_symbols,)"
+        opening = {intent.order.symbol for intent in self.open.values() if not intent.order.reduce_only}
+        return np.array([symbol in opening for symbol in symbols])
+
     def heard(self, update:OrderUpdate):
         "The exchange said where an order stands"
         intent = self.open.get(update.order_id)

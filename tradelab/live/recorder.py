@@ -203,7 +203,10 @@ class Recorder:
 
     def warm(self, times, candles): self.line("warm", times=packed(np.asarray(times, np.int64)), candles=packed(np.asarray(candles, float)))
     def frame(self, socket:str, frame): self.line("frame", socket=socket, frame=frame)
-    def candle(self, open_time:int, candle:np.ndarray): self.line("candle", open_time=open_time, candle=candle.tolist())
+    def candle(self, open_time:int, candle:np.ndarray, working:np.ndarray|None=None):
+        "A candle; `working`, where an order that may open a symbol had no proven end, is written only where there was one"
+        self.line("candle", open_time=open_time, candle=candle.tolist(), **({"working": working.tolist()} if working is not None and working.any() else {}))
+
     def booked(self, entry): self.line(type(entry).__name__.lower(), **vars(entry))
 
     def decision(self, decision:Decision, rows:np.ndarray):
@@ -314,6 +317,14 @@ def _time(line):
     raise TypeError(f"open_time is {line['open_time']!r}")
 
 
+def _working(line, symbols):
+    "Where an order that may open a symbol had no proven end; None: nowhere"
+    working = line.get("working")
+    if working is None: return None
+    if not isinstance(working, list) or len(working) != len(symbols) or not all(isinstance(each, bool) for each in working): raise TypeError(f"working is {working!r}")
+    return np.array(working)
+
+
 def _follow(line, trader, again, recorded, recomputed):
     "Take one line; returns the trader that goes on"
     names = trader.symbols, trader.observation.columns
@@ -322,7 +333,7 @@ def _follow(line, trader, again, recorded, recomputed):
             again = _afresh(trader)
             if line["snapshot"]: again.restore(line["snapshot"])
         case "warm": again.warm(_array(line["times"], np.int64), _array(line["candles"], np.float64))
-        case "candle": recomputed[_time(line)] = decided(again.on_candle(line["open_time"], np.array(line["candle"], float)), again.rows, *names)
+        case "candle": recomputed[_time(line)] = decided(again.on_candle(line["open_time"], np.array(line["candle"], float), working=_working(line, trader.symbols)), again.rows, *names)
         case "decision": recorded[_time(line)] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)
         case "fill": again.on_fill(_entry(Fill, line))
         case "funding": again.on_funding(_entry(Funding, line))

@@ -378,8 +378,9 @@ class Stepper(Auditor):
         "Decide at one close and carry it out"
         trader, statistics = self.trader, self.statistics
         held, candles = trader.positions["quantity"].copy(), await self._around(open_time, candles)
-        self.recorder.candle(open_time, candles)
-        decision = trader.on_candle(open_time, candles)
+        working = self.desk.may_open(trader.symbols)
+        self.recorder.candle(open_time, candles, working)
+        decision = trader.on_candle(open_time, candles, working=working)
         self.recorder.decision(decision, trader.rows)
         self.recorder.flush()
         self._watch_halt()

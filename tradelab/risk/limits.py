@@ -6,10 +6,10 @@
 __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALTED', 'STATE', 'DAILY_LOSS', 'CONFIDENCE',
            'PRICE_BAND', 'ORDER_SIZE', 'PARTICIPATION', 'SECTOR', 'GROUP', 'NET', 'VALUE_AT_RISK', 'MARGIN_RATIO',
            'ORDER_RATE', 'UNKNOWN', 'VOLATILITY', 'DRAWDOWN', 'STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP',
-           'STOPPED_OUT', 'BRACKET', 'NO_DECISION', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT',
-           'BALANCE_SHARE', 'Z99', 'DAY', 'YEAR', 'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up',
+           'STOPPED_OUT', 'BRACKET', 'NO_DECISION', 'MAX_POSITIONS', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN',
+           'HALT', 'BALANCE_SHARE', 'Z99', 'DAY', 'YEAR', 'MINUTE', 'MARKET', 'uses_covariance', 'uses_atr', 'warm_up',
            'new_market', 'watch', 'followed', 'state_now', 'allowance', 'calm', 'say', 'capital', 'wish', 'restrain',
-           'split', 'complete', 'added', 'refuse', 'shrink', 'room', 'shrink_alone', 'offer', 'scale_down',
+           'split', 'complete', 'added', 'refuse', 'shrink', 'room', 'shrink_alone', 'offer', 'open_few', 'scale_down',
            'shrink_gross', 'shrink_groups', 'related', 'sides', 'risk_terms', 'share_within', 'resend', 'balance_sides',
            'pace', 'gate', 'propose', 'stand_by', 'Gate']
 
@@ -27,7 +27,7 @@ from ..settings import Limits, instrument_rows
 
 # %% ../../nbs/30_risk/04_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
- VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET, NO_DECISION) = (int(reason) for reason in Reason)
+ VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET, NO_DECISION, MAX_POSITIONS) = (int(reason) for reason in Reason)
 NORMAL, NO_ENTRY, REDUCE_ONLY, FLATTEN, HALT = (int(state) for state in TradingState)
 BALANCE_SHARE = 0.95           # of the available balance an order may bind: the rest pays fees and a worse price
 Z99 = 2.3263478740408408       # of the normal distribution: one day in a hundred is worse
@@ -339,6 +339,32 @@ def offer(
     shrink_alone(row, base, limits, instrument)
     return True
 
+# %% ../../nbs/30_risk/04_limits.ipynb #6c77b80a
+@apart
+def open_few(
+    proposals,  # PROPOSAL, (n,), changed: growth, reason; `sent` holds the notionals that are wanted
+    positions,  # POSITION, (n,)
+    limits,     # a row of LIMITS
+)->float:       # quote: what is still wanted, longs and shorts
+    "No more symbols than may be held at once"
+    held, wanted = 0, 0.
+    for n in range(len(proposals)):
+        placed = positions[n]["quantity"] != 0. or proposals[n]["working"] != 0
+        held += placed
+        proposals[n]["factor"] = abs(proposals[n]["sent"]) if not placed and proposals[n]["growth"] != 0. else 0.
+    for n in range(len(proposals)):
+        row, size = proposals[n], proposals[n]["factor"]
+        if size > 0.:
+            before = held
+            for m in range(len(proposals)):
+                other = proposals[m]["factor"]
+                before += other > size or (other == size and m < n)
+            if before >= limits["max_positions"]:
+                row["growth"], row["sent"] = 0., 0.
+                say(row, MAX_POSITIONS, before + 1, limits["max_positions"])
+        wanted += abs(row["sent"])
+    return wanted
+
 # %% ../../nbs/30_risk/04_limits.ipynb #9dbf9406
 @apart
 def scale_down(
@@ -564,6 +590,7 @@ def gate(
         row["sent"] = target * unit
         gross += abs(row["sent"])
         if offer(row, row["sent"], position["quantity"], market[n]["atr"], money, state, base, limits, instruments[n]): busy, growing = True, growing or row["growth"] != 0.
+    if growing and limits["max_positions"] < np.inf: gross = open_few(proposals, positions, limits)
     if gross > allowed * (1. + 1e-12): busy = scale_down(proposals, positions, market, gross, allowed, money, state, base, limits, instruments) or busy
     if not busy: return False
     if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
@@ -638,8 +665,8 @@ class Gate:
         "A candle has closed, (n, 5 or more)"
         if self.warm_up: watch(self.market, self.covariance, open_time, candle, self._limits)
 
-    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known; answer None: nobody was asked. ValueError where a target is none"
+    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
+        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known; `working`: where an order works that may open the symbol; answer None: nobody was asked. ValueError where a target is none"
         if answer is None:
             stand_by(self.proposals, open_time, candle, account, positions, self.market, self._limits, self._instruments)
             return self.proposals
@@ -647,5 +674,6 @@ class Gate:
         if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; nan is one that was not written, or not known")
         propose(self.proposals, answer, candle)
         if marks is not None: self.proposals["mark"] = marks
+        if self.limits.max_positions is not None: self.proposals["working"] = 0 if working is None else working
         gate(self.proposals, open_time, candle, account, positions, self.market, self.covariance, self._limits, self._instruments)
         return self.proposals

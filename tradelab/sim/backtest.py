@@ -26,7 +26,7 @@ from ..market.filters import instruments_for
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
 from ..risk.limits import Gate, warm_up
 from ..settings import NO_STOPS, CostModel, Execution, Limits
-from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, step, tape_of
+from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, rules_of, see_working, step, tape_of
 from .matching import EACH, new_state
 from ..sources.exogenous import check_series, with_series
 from ..times import moment, text
@@ -82,8 +82,8 @@ class KernelGate:
 
     def watch(self, open_time:int, candle:np.ndarray): self.t = int(np.searchsorted(self.world.tape.times, open_time))
 
-    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what was ordered and why; the orders themselves stand in the world"
+    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
+        "PROPOSAL, (n,): what was ordered and why; the orders themselves stand in the world, which knows what works"
         state, proposals = self.world.state, self.world.proposals
         state.account[:], state.positions[:] = account, positions
         if answer is None: answer = np.zeros(len(proposals) * int(self.world.rules.execution["orders"]) * ASKED) # the world knows that nobody was asked
@@ -109,7 +109,8 @@ def _events(policy, known, timeframe, start, world, settings, journal, observati
     for t in range(start, len(times) - 1):
         time, before, state = int(times[t]), int(world.state.count[0]), world.state
         if before + state.orders.size + EACH * len(instruments) > len(state.fills): world.keep(2 * len(state.fills))
-        try: decision = trader.on_candle(time, known[t])
+        if limits.max_positions is not None: see_working(world.proposals, state.orders, False)
+        try: decision = trader.on_candle(time, known[t], working=world.proposals["working"])
         except Exception as error: raise _named(error, policy, time) from error
         if len(observations) > 1: observations[t - start] = decision.observation
         answered[:], state.account[:], state.positions[:] = trader.rows, trader.account, trader.positions

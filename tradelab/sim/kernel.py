@@ -7,8 +7,8 @@ __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', '
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
            'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'SIZES', 'ARRAYS', 'WORLD', 'urgent', 'piece_of',
            'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'close_all', 'ask', 'fault_of_order',
-           'fault_of', 'at_work', 'decide_on_orders', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle',
-           'opened', 'machine', 'step', 'steps', 'tape_of', 'rules_of', 'check_piece', 'point', 'World']
+           'fault_of', 'see_working', 'at_work', 'decide_on_orders', 'decide', 'fund', 'holds', 'works', 'open_symbols',
+           'settle', 'opened', 'machine', 'step', 'steps', 'tape_of', 'rules_of', 'check_piece', 'point', 'World']
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -226,6 +226,19 @@ def fault_of(
     for n in range(symbols): wrong += not abs(answer[n]) <= 1.
     return TARGET if wrong else DONE
 
+# %% ../../nbs/50_sim/04_kernel.ipynb #a71c0e02
+@apart
+def see_working(
+    proposals,  # PROPOSAL, (n,), changed: working
+    orders,     # WORKING, (n, places)
+    more,       # whether what was seen before at this close stays
+):
+    "Which symbols an order may still open: it rests or is on its way, and is not reduce-only"
+    for n in range(len(proposals)):
+        working = more and proposals[n]["working"] != 0
+        for k in range(orders.shape[1]): working = working or (orders[n, k]["kind"] != NONE and orders[n, k]["reduce_only"] == 0)
+        proposals[n]["working"] = 1 if working else 0
+
 # %% ../../nbs/50_sim/04_kernel.ipynb #d369bf30
 Tape = namedtuple("Tape", "times candles rates market covariances conditions waits") # (T,), (T, n, 5), (T, n, dues), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of length 1 where nobody looks
 
@@ -249,6 +262,7 @@ def decide_on_orders(t, tape, answer, state, rules, proposals, row):
             if urgent(proposals[n]["reason"]): close_all(state, rules, n, proposals[n])
         return
     for k in range(int(rules.execution["orders"])):
+        if rules.limits["max_positions"] < np.inf: see_working(proposals, state.orders, k > 0)
         propose(proposals, answer[:len(proposals)], candle)
         for n in range(len(proposals)): ask_target(k, n, answer, state, rules, proposals, unit)
         gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
@@ -268,6 +282,7 @@ def decide(t, tape, answer, state, rules, proposals, row):
         record(row, tape.times[t], candle, proposals, state.account, state.positions)
     elif len(answer) > 0:
         propose(proposals, answer, candle)
+        if rules.limits["max_positions"] < np.inf: see_working(proposals, state.orders, False)
         busy = gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
         record(row, tape.times[t], candle, proposals, state.account, state.positions)
     for n in range(len(proposals) if busy or at_work(state.books) else 0):
