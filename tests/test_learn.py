@@ -74,7 +74,7 @@ def test_compiled_policy_is_the_model(run, market):
 @pytest.mark.integration
 def test_agent_in_both_forms(run, market):
     "The compiled loop and a Trader, candle by candle: the same bits"
-    array, event = (backtest(run, market[-600:], form=form, keep_observations=True) for form in ("array", "event"))
+    array, event = (backtest(run, market[-600:], engine=engine, keep_observations=True) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
     assert (array.rows["order"] != 0).sum() > 100
 

@@ -16,13 +16,14 @@ from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL, Reason
-from tradelab.learn.env import Market, MarketEnv
+from tradelab.learn.env import MarketEnv
 from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
 from tradelab.risk.trading_state import allowed
 from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 
 HOUR, NAMES = 3_600_000, ("a", "b", "c")
 ROOT = Path(__file__).parents[1]
@@ -208,11 +209,11 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
     limits = Limits(max_position=.15, max_positions=most, max_daily_loss=None, max_drawdown=.95, min_trade=.001, stops=Stops(stop_loss=.01, take_profit=.01))
     given = dict(costs=CostModel(latency=latency, **({} if participation is None else {"participation": participation})), limits=limits, execution=execution)
     if orders: given["execution"] = replace(execution, style="market")
-    array, event = (backtest(noise(seed % 97, orders), candles, form=form, beside=(), **given) for form in ("array", "event"))
+    array, event = (backtest(noise(seed % 97, orders), candles, engine=engine, baselines=(), **given) for engine in ("vectorised", "event"))
     assert most_held(array) <= most
     assert first_difference(array, event) is None
     if orders: return
-    environment, random = MarketEnv(Market.of(candles, Observation(["return(1)"]), **given)), np.random.default_rng(seed)
+    environment, random = MarketEnv(prepare(candles, Observation(["return(1)"]), **given)), np.random.default_rng(seed)
     environment.reset(seed=0)
     done = False
     while not done:
@@ -267,8 +268,8 @@ WATCHFUL = Limits(max_position=.4, max_leverage=.7, max_group=.5, max_net=.6, ma
 def test_every_driver_knows_the_same_of_the_market():
     "Array, event and environment, with limits and stops that remember: the same bits; and a start in the middle forgets its beginning"
     pair = correlated(1_100, NAMES[:2], seed=5)
-    face = dict(limits=WATCHFUL, keep_observations=True, beside=())
-    array, event = (backtest(turning(True), pair, form=form, **face) for form in ("array", "event"))
+    face = dict(limits=WATCHFUL, keep_observations=True, baselines=())
+    array, event = (backtest(turning(True), pair, engine=engine, **face) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
     reasons = set(np.unique(array.rows["reason"]).tolist())
     assert {Reason.CONFIDENCE, Reason.VOLATILITY, Reason.TIME_STOP, Reason.STOP_LOSS, Reason.TRAILING_STOP, Reason.STOPPED_OUT, Reason.DRAWDOWN} <= reasons and reasons & {Reason.GROUP, Reason.LEVERAGE, Reason.VALUE_AT_RISK}
@@ -276,7 +277,7 @@ def test_every_driver_knows_the_same_of_the_market():
     late, early = (backtest(turning(True), {name: frame[cut:] for name, frame in pair.items()}, start=start, **face) for cut in (300, 0))
     assert first_difference(late, early) is None
     plain = backtest(turning(), pair, **face | {"limits": replace(WATCHFUL, min_confidence=0.)})
-    market = Market.of(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
+    market = prepare(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
     environment, rows, done = MarketEnv(market), [], False
     seen, _ = environment.reset(seed=0)
     while not done:
@@ -289,7 +290,7 @@ def test_every_driver_knows_the_same_of_the_market():
 def test_too_little_history_for_a_limit_is_refused():
     frame = realistic(300, seed=1)
     with pytest.raises(ValueError, match="leaves 100 candles of warm-up, features and limits need 1667 to warm up|300 candles are too few, features and limits need 1667"): backtest(turning(), frame, start=frame.index[100], limits=Limits(max_var=.02))
-    with pytest.raises(ValueError, match="300 candles are too few to train on: features, limits and costs need 1667"): Market.of(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
+    with pytest.raises(ValueError, match="300 candles are too few: features, limits and costs need 1667"): prepare(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
 
 
 def test_stops_close_at_the_close_and_stay_out():

@@ -55,7 +55,7 @@ def venue(exchange, key="localnet-key", secret="localnet-secret"):
 
 def trader(symbols=(BITCOIN,), limits=Limits()):
     policy = Momentum(lookback=5, threshold=.005)
-    return Trader(policy, Observation.of(policy), Gate, limits, tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
+    return Trader(policy, Observation.from_policy(policy), Gate, limits, tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
 
 
 def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
@@ -140,7 +140,7 @@ def _follow(parameters, observation, targets):
 
 def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
-    make = lambda: Trader(policy, Observation.of(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
+    make = lambda: Trader(policy, Observation.from_policy(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
     with localnet() as exchange:
         live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"), tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)

@@ -87,7 +87,7 @@ class Trader:
     ):
         if not len(instruments): raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as market.filters.instruments_for(candles)")
         self.symbols = tuple(instrument.symbol for instrument in instruments)
-        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.on(self.symbols), gate, limits, tuple(instruments)
+        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.for_symbols(self.symbols), gate, limits, tuple(instruments)
         self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)
         self.open_time = -1
         self.rules = gate(limits, self.instruments)

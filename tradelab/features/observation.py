@@ -278,14 +278,14 @@ class Observation:
         object.__setattr__(self, "parsed", tuple(parse(text) for text in self.features))
 
     @classmethod
-    def of(cls, policy, timeframe:str=""): return cls(policy.features, policy.window, policy.scaler, timeframe)
+    def from_policy(cls, policy, timeframe:str=""): return cls(policy.features, policy.window, policy.scaler, timeframe)
 
-    def on(self, symbols=(), timeframe:str="")->"Observation":
+    def for_symbols(self, symbols=(), timeframe:str="")->"Observation":
         "The same over these symbols and this timeframe"
         return replace(self, symbols=tuple(symbols) or self.symbols, timeframe=timeframe or self.timeframe)
 
     @property
-    def watched(self)->tuple:
+    def extra(self)->tuple:
         "Symbols that a feature looks at and nobody trades"
         return tuple(name for name in self.others if not name.startswith(SERIES))
 
@@ -342,7 +342,7 @@ class Observation:
             if isinstance(candles, dict) and self.symbols and set(self.rows) <= set(candles): candles = {name: candles[name] for name in self.rows}
             times, known, _ = matrix(candles, KNOWN)
             if not gaps: refuse_hole(times, period_of(times), "candles to fit on")
-            return self.on(timeframe=self.timeframe or timeframe_at(times)).fit(known, how, gaps)
+            return self.for_symbols(timeframe=self.timeframe or timeframe_at(times)).fit(known, how, gaps)
         if not self.features: return self
         if len(candles) <= self.warm_up: raise ValueError(f"{len(candles)} candles are too few to fit: the warm-up alone takes {self.warm_up}")
         return replace(self, scaler=fit_scaler(self.features, *self.seen(candles.shape[1] - len(self.others)), candles, self.warm_up, how, gaps))

@@ -580,7 +580,7 @@ class Starter(Preparation):
         trader, broker = self.trader, self.broker
         self.ledger.session(self.id) if self._resumed else self.ledger.check_new(self.id)
         if self._resumed: self._hold()
-        await broker.connect(trader.symbols, trader.limits.leverage, trader.observation.watched)
+        await broker.connect(trader.symbols, trader.limits.leverage, trader.observation.extra)
         check_instruments(trader.instruments, broker.instruments(trader.symbols))
         kept = self._remember() if self._resumed else None
         sequence = kept["sequence"] if kept else 0

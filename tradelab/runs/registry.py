@@ -175,7 +175,7 @@ def _run(folder, config):
     instruments = tuple(read_record(Instrument, values) for values in config["instruments"])
     scaler = read_scaler(folder / SCALER, config["features"])
     seen = replace(flat(), features=tuple(config["features"]), window=config["window"], scaler=scaler)
-    policy = read_policy(folder / POLICY, seen, Observation.of(seen).width * len(instruments), len(instruments))
+    policy = read_policy(folder / POLICY, seen, Observation.from_policy(seen).width * len(instruments), len(instruments))
     run = Run(folder.name, policy, read_record(Limits, config["limits"]), read_record(CostModel, config["costs"]),
               instruments, config["timeframe"], config, folder)
     if run.observation.sha256 != config["observation_sha256"]:
