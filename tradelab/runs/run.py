@@ -36,7 +36,7 @@ def make_trader(
     if policy.orders:
         raise ValueError(f"{policy.name} answers with orders, which only a backtest can trade yet: "
                          "answer with targets, and choose an execution style")
-    return Trader(policy, Observation.of(policy, timeframe), Gate, limits, instruments, deposit)
+    return Trader(policy, Observation.from_policy(policy, timeframe), Gate, limits, instruments, deposit)
 
 # %% ../../nbs/45_runs/01_run.ipynb #d6da8b50
 def versions()->dict:
@@ -79,7 +79,7 @@ class Run:
     @property
     def observation(self)->Observation:
         "What its policy sees, over its symbols and its timeframe"
-        return Observation.of(self.policy, self.timeframe).on(self.symbols)
+        return Observation.from_policy(self.policy, self.timeframe).for_symbols(self.symbols)
 
     @property
     def fitted_until(self)->int|None:
