@@ -55,6 +55,13 @@ def test_chapters_count_from_1_on_each_floor():
         assert numbers == list(range(1, len(numbers) + 1)), folder.name
 
 
+def test_git_keeps_every_module():
+    "A room may have the name of a folder that is ignored"
+    if not (ROOT / ".git").exists(): pytest.skip("not a git checkout")
+    ran = subprocess.run(["git", "check-ignore", *map(str, MODULES)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "" and ran.returncode == 1, ran.stdout + ran.stderr
+
+
 def test_the_trader_imports_the_ground_only(graph):
     ours = {module for module in graph.find_upstream_modules("tradelab.trader") if module.startswith("tradelab.")}
     assert all(module.count(".") == 1 for module in ours), ours
