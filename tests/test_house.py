@@ -112,6 +112,18 @@ def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
     assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
 
 
+NAMED = [path for room in ("risk", "evaluation", "runs", "sim", "learn") for path in sorted((ROOT / "tradelab" / room).glob("*.py"))]
+FOREIGN = {"step", "step_wait"} # what gymnasium and stable-baselines3 want back
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_what_travels_together_has_names(path):
+    "Four values or more are a record: a tuple that is unpacked by position changes its meaning without a word"
+    functions = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.FunctionDef) and each.name not in FOREIGN]
+    returned = [(each.name, part.value.elts) for each in functions for part in ast.walk(each) if isinstance(part, ast.Return) and isinstance(part.value, ast.Tuple)]
+    assert not [name for name, values in returned if len(values) > 3 or any(isinstance(value, ast.Starred) for value in values)]
+
+
 def test_nothing_imports_a_job():
     loads = re.compile(r"^\s*%run\b|^\s*(from|import)\s+nbs\b|import_?notebook", re.M)
     assert not [path for path in MODULES if loads.search(path.read_text())]
