@@ -55,6 +55,13 @@ def test_chapters_count_from_1_on_each_floor():
         assert numbers == list(range(1, len(numbers) + 1)), folder.name
 
 
+def test_git_keeps_every_module():
+    "A room may have the name of a folder that is ignored"
+    if not (ROOT / ".git").exists(): pytest.skip("not a git checkout")
+    ran = subprocess.run(["git", "check-ignore", *map(str, MODULES)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "" and ran.returncode == 1, ran.stdout + ran.stderr
+
+
 def test_the_trader_imports_the_ground_only(graph):
     ours = {module for module in graph.find_upstream_modules("tradelab.trader") if module.startswith("tradelab.")}
     assert all(module.count(".") == 1 for module in ours), ours
@@ -122,6 +129,18 @@ def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
     methods = {node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)} for node in classes}
     shown = {name for name, has in methods.items() if has & {"_repr_html_", "table"}}
     assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
+
+
+NAMED = [path for room in ("risk", "evaluation", "runs", "sim", "learn") for path in sorted((ROOT / "tradelab" / room).glob("*.py"))]
+FOREIGN = {"step", "step_wait"} # what gymnasium and stable-baselines3 want back
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_what_travels_together_has_names(path):
+    "Four values or more are a record: a tuple that is unpacked by position changes its meaning without a word"
+    functions = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.FunctionDef) and each.name not in FOREIGN]
+    returned = [(each.name, part.value.elts) for each in functions for part in ast.walk(each) if isinstance(part, ast.Return) and isinstance(part.value, ast.Tuple)]
+    assert not [name for name, values in returned if len(values) > 3 or any(isinstance(value, ast.Starred) for value in values)]
 
 
 def test_nothing_imports_a_job():

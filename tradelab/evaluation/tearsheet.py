@@ -30,7 +30,19 @@ from tradelab.evaluation.metrics import (
     until_ruin,
     written,
 )
-from ..figures import BEHIND, INK, LONG, QUIET, SHORT, dates, finished, logarithmic, naive_times, plain
+from tradelab.figures import (
+    BEHIND,
+    INK,
+    LONG,
+    QUIET,
+    SHORT,
+    dates,
+    finished,
+    logarithmic,
+    naive_times,
+    plain,
+    prices_of,
+)
 from ..policies import buy_and_hold
 from ..risk.answers import answered_text, halts
 from ..sections import section_html
@@ -379,9 +391,8 @@ def answer_of(
 def _full_caption(equity, caption, source, net="net of costs"):
     "What the reader must know, in a sentence or two"
     source, caption = source or equity.attrs.get("source", ""), caption or "in or out of sample: not said"
-    prices = f"SYNTHETIC prices: {source}" if "synthetic" in source.lower() else f"Prices: {source or 'source not said'}"
     span = f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} step{'s' * (len(equity) > 1)}"
-    return f"{span}. {net[:1].upper()}{net[1:]}. {caption[:1].upper()}{caption[1:]}. {prices}."
+    return f"{span}. {net[:1].upper()}{net[1:]}. {caption[:1].upper()}{caption[1:]}. {prices_of(source)}."
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #1d76f47c
 def _picture(figure, what, dpi=110):

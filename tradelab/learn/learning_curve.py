@@ -8,18 +8,11 @@ __all__ = ['plot_learning']
 # %% ../../nbs/80_learn/02_learning_curve.ipynb #09_learn002
 import pandas as pd
 
-from ..figures import caption, finished
+from ..figures import caption, finished, prices_of
 from ..runs.run import Run
 from ..texts import figure_text
 
 # %% ../../nbs/80_learn/02_learning_curve.ipynb #09_learn004
-def _trained_on(config):
-    "A sentence about the candles of a training"
-    source = config.get("source") or "source not said"
-    prices = f"SYNTHETIC prices: {source}" if "synthetic" in source.lower() else f"Prices: {source}"
-    return f"{prices}. In sample, net of costs: whether it is any good is for a backtest to say."
-
-
 def plot_learning(
     run:Run,   # with a learning_curve.csv in its folder: step, reward
 ):             # matplotlib Figure
@@ -35,6 +28,7 @@ def plot_learning(
     axes.axhline(0, color="black", lw=.8)
     axes.set(xlabel="training step [candles]", ylabel="mean reward [basis points a candle]")
     figure.suptitle(figure_text(f"Learning of {run.policy.name}", 90))
-    caption(axes, _trained_on(run.config))
+    source = prices_of(run.config.get("source") or "")
+    caption(axes, f"{source}. In sample, net of costs: whether it is any good is for a backtest to say.")
     axes.legend()
     return finished(figure)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..compiled import source_hash
 from ..features.observation import Observation
+from ..figures import prices_of
 from ..policies import Policy
 from ..risk.limits import Gate
 from ..risk.limits import warm_up as limits_warm_up
@@ -103,7 +104,7 @@ def _trained(config):
     "On what and for how long a run was trained"
     start, end = config["span"]
     interrupted = ", interrupted" if config["interrupted"] else ""
-    return f"{start} to {end} on {config['source'] or 'unnamed candles'}, {config['steps']:,} steps{interrupted}"
+    return f"{start} to {end}, {config['steps']:,} steps{interrupted}. {prices_of(config['source'] or '')}"
 
 
 def describe(
