@@ -9,21 +9,22 @@ PROGRAM = """
 import numpy as np
 from tradelab.features.grammar import INDICATORS
 from tradelab.features.observation import PORTFOLIO, Observation
-from tradelab.learn.env import Market, MarketVecEnv
+from tradelab.learn.env import MarketVecEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, buy_and_hold, flat, mlp, pack
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import FadeGap, Momentum, SmaCross
+from tradelab.sim.prepared import prepare
 
 candles = ar1(3_500, seed=0)
 candles = candles.assign(quote_volume=candles.volume * candles.close, trades=9., taker_buy_volume=candles.volume / 2, index_price=candles.close)
 names = tuple(INDICATORS)
 layers = [(np.ones((1, len(names) + len(PORTFOLIO))), np.ones(1))]
 for policy in (Policy("all", mlp, pack(layers, "relu", "tanh"), names), Momentum(), SmaCross(), FadeGap()):
-    for form in ("array", "event"): backtest(policy, candles, funding=funding(candles), form=form)
-backtest(Momentum(), {name: candles for name in ("BTC/USDT:USDT", "ETH/USDT:USDT")}, beside=())
-environment = MarketVecEnv(Market.of(candles, Observation(["return(1)"])), n=2)
+    for engine in ("vectorised", "event"): backtest(policy, candles, funding=funding(candles), engine=engine)
+backtest(Momentum(), {name: candles for name in ("BTC/USDT:USDT", "ETH/USDT:USDT")}, baselines=())
+environment = MarketVecEnv(prepare(candles, Observation(["return(1)"])), n=2)
 environment.reset()
 environment.step(np.zeros((2, 1)))
 """

@@ -29,9 +29,9 @@ DRIVER = "benchmarks/compare_driver.py"
 
 # regular expression of a column there -> column here, None where it is gone:
 # r"(.*)journal\.limit": r"\1journal.allowed"
-RENAMED = {}
+RENAMED = {r"(.*accounts?)\.state": r"\1.required_state"}
 # columns that are only here
-NEW = ()
+NEW = ("*account.trading_state", "*accounts.trading_state")
 # words in columns of text, there -> here: "take_profit": "take_profit_stop"
 WORDS = {}
 # "kind/column" -> why its figures may move; * stands for anything

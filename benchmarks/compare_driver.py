@@ -35,18 +35,21 @@ from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
 from tradelab.risk.portfolio import PortfolioRisk, covariance_history, shrunk
 from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_kelly, volatility_target
 from tradelab.risk.stops import simulate
-from tradelab.risk.trading_state import CAUSES, Ladder
+from tradelab.risk.trading_state import CAUSES, Ladder, require_state
+from tradelab.runs.run import make_trader
 from tradelab.settings import CostModel, Execution, Limits, Stops
-from tradelab.sim.backtest import backtest, funding_rates, make_trader
+from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of
 from tradelab.sim.matching import new_state
+from tradelab.sim.prepared import SimulationSettings, funding_rates, prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.strategies.example import FadeGap, Momentum, SmaCross
 
 # settings of the scenarios that are called otherwise here: name there -> name here, of costs, limits, stops, execution
 NAMES = {}
+ENGINES = {"array": "vectorised", "event": "event"}
 EXPOSURE, KIND, PRICE, TRIGGER, CALLBACK, IN_FORCE, VALID, REDUCE_ONLY = range(8)
 
 
@@ -233,9 +236,9 @@ def run_backtest(run, market):
     policy, times = policy_of(run, market), next(iter(frames.values())).index
     found = backtest(policy, frames, times[run["start"]] if "start" in run else None, costs=costs_of(run),
                      limits=limits_of(run), instruments=instruments_of(run), execution=execution_of(run),
-                     funding=funding, watch=watch, deposit=run.get("deposit", 10_000.), form=run.get("form", "array"),
+                     funding=funding, extra=watch, deposit=run.get("deposit", 10_000.), engine=ENGINES[run.get("form", "array")],
                      keep_observations=not isinstance(policy, pd.DataFrame) and len(frames) < 4,
-                     gaps=run.get("gaps", False), **({} if run.get("beside") else {"beside": ()}))
+                     gaps=run.get("gaps", False), **({} if run.get("beside") else {"baselines": ()}))
     out = result(found)
     if run.get("intervals"): out |= table("intervals", intervals(found.equity, draws=100, seed=1))
     return out
@@ -288,7 +291,7 @@ def run_trader(run, market):
     decisions, random = [], np.random.default_rng(run["seed"])
     states = [int(TradingState[name]) for name in run["states"]]
     for t in range(first, len(times) - 1):
-        trader.account["state"] = states[(t - first) // run["every"] % len(states)]
+        require_state(trader.account, states[(t - first) // run["every"] % len(states)])
         marks = values[t, :, 3] * (1 + run["off"] * random.normal(size=len(names))) if run.get("off") else None
         decision = trader.on_candle(int(times[t]), values[t], *(() if marks is None else (marks,)))
         decisions.append(decision)
@@ -316,10 +319,12 @@ def run_sweep(run, market):
     (symbol, frame), = frames.items()
     columns = pd.DataFrame({width: frame["close"].rolling(width).mean() for width in run["widths"]})
     rule = {"cross": _cross_rule, "numpy": _numpy_rule}[run["rule"]]
-    found = sweep(rule, columns, pd.DataFrame(run["table"], columns=run["parameters"]), frame, run["start"],
+    known = {"limits": limits_of(run)} if "limits" in run else {}
+    warm_up = SimulationSettings(costs_of(run), **known).warm_up
+    found = sweep(rule, columns, pd.DataFrame(run["table"], columns=run["parameters"]), frame, frame.index[max(run["start"], warm_up)],
                   costs=costs_of(run), execution=execution_of(run), exact=run.get("exact", False),
                   funding=funding and funding[symbol], progress=False,
-                  **({"limits": limits_of(run)} if "limits" in run else {}))
+                  **known)
     return table("sweep", found.table.reset_index())
 
 
@@ -334,12 +339,11 @@ def run_stress(run, market):
 
 def run_environment(run, market):
     from tradelab.learn.env import Domain, MarketEnv, MarketVecEnv, Reward
-    from tradelab.learn.env import Market as Training
     frames, watch, funding = market.traded(run)
     observation = Observation(tuple(run["features"]), run["window"], symbols=tuple(frames))
     if "scaler" in run: observation = observation.fit(frames, run["scaler"], gaps=run.get("gaps", False))
-    of = Training.of(frames, observation, costs=costs_of(run), limits=limits_of(run), instruments=instruments_of(run),
-                     execution=execution_of(run), funding=funding, watch=watch, gaps=run.get("gaps", False))
+    of = prepare(frames, observation, costs=costs_of(run), limits=limits_of(run), instruments=instruments_of(run),
+                     execution=execution_of(run), funding=funding, extra=watch, gaps=run.get("gaps", False))
     asked = dict(reward=Reward(**run.get("reward", {})),
                  domain=Domain(**{k: tuple(v) for k, v in run.get("domain", {}).items()}))
     random, out = np.random.default_rng(run["seed"]), {}
@@ -499,12 +503,12 @@ def run_session(run, market):
     from pydantic import SecretStr
 
     from tradelab.config import Venue
-    from tradelab.learn.registry import Run
     from tradelab.live.broker import Broker
     from tradelab.live.ledger import Ledger
     from tradelab.live.recorder import read, replay, unpacked
     from tradelab.live.session import Session
     from tradelab.localnet.server import Localnet
+    from tradelab.runs.run import Run
     frames, watch, funding = market.traded(run)
     instruments, start = instruments_of(run), next(iter(frames.values())).index[run["start"]].value // 10**6
     made = Run("compare", policy_of(run, market), limits_of(run), timeframe=run["timeframe"])

@@ -82,23 +82,24 @@ def rate(call, repeat:int=5)->float:
 
 @measure
 def simulating():
-    "Array form, event form and environment"
+    "Both engines and environment"
     import numpy as np
 
     from tradelab.features.observation import Observation
-    from tradelab.learn.env import Market, MarketEnv, MarketVecEnv
+    from tradelab.learn.env import MarketEnv, MarketVecEnv
     from tradelab.market.candles import matrix
     from tradelab.market.synthetic import ar1
     from tradelab.sim.backtest import backtest
+    from tradelab.sim.prepared import prepare
     from tradelab.strategies.example import SmaCross
 
     candles, policy = ar1(100_000, seed=0), SmaCross()
     array = len(candles) / rate(lambda: backtest(policy, candles))
-    event = 5_000 / rate(lambda: backtest(policy, candles[:5_000], form="event"), 3)
-    yield "backtest, array form (four policies: subject and three baselines)", f"{array:,.0f} bars/s", "SMA cross 20/50, 100,000 candles, features included"
-    yield "backtest, event form (`Trader`)", f"{event:,.0f} bars/s", f"{array / event:,.0f} times slower"
+    event = 5_000 / rate(lambda: backtest(policy, candles[:5_000], engine="event"), 3)
+    yield "backtest, vectorised engine (four policies: subject and three baselines)", f"{array:,.0f} bars/s", "SMA cross 20/50, 100,000 candles, features included"
+    yield "backtest, event engine (`Trader`)", f"{event:,.0f} bars/s", f"{array / event:,.0f} times slower"
     observation = Observation(["return(1)", "rsi(14)", "atr(14).relative", "bollinger(20,2)", "volatility(20)"], window=30).fit(matrix(candles)[1])
-    market = Market.of(candles, observation)
+    market = prepare(candles, observation)
     many, one = MarketVecEnv(market, n=64, length=1_000), MarketEnv(market, length=1_000)
     many.reset(), one.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-1, 1, (64, 1))

@@ -13,13 +13,14 @@ from tradelab.account import POSITION, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.learn.env import Market, MarketEnv, MarketVecEnv
+from tradelab.learn.env import MarketEnv, MarketVecEnv
 from tradelab.market.candles import frame
 from tradelab.policies import Policy
 from tradelab.settings import CostModel, Execution, Limits
 from tradelab.sim.backtest import WORLDS, backtest
 from tradelab.sim.kernel import DONE, World, rules_of, steps, tape_of
 from tradelab.sim.matching import new_state
+from tradelab.sim.prepared import prepare
 from tradelab.sim.sweep import PLAIN, sweep
 
 HOUR = 3_600_000
@@ -106,7 +107,7 @@ def environments():
     from tradelab.features.grammar import INDICATORS
     names = [name for name in names if name.split("(")[0] in INDICATORS][:15]
     names += [f"return({n})" for n in range(30, 30 + 15 - len(names))]
-    market = Market.of(candles, Observation(names, window=30))
+    market = prepare(candles, Observation(names, window=30))
     many, one, random = MarketVecEnv(market, 64, 1_000), MarketEnv(market, 1_000), np.random.default_rng(0)
     actions = random.uniform(-1, 1, (400, 64, 1))
     many.reset(), one.reset(seed=0)
@@ -132,9 +133,9 @@ def rows():
     features = ("return(20)", "return(50)")
     for name, function, goal in (("compiled policy, with observations and journal", crossed, ""), ("policy in plain Python, likewise", in_python, " (goal 0.2)")):
         policy = Policy(name, function, (), features)
-        backtest(policy, candles[:2_000], limits=OPEN_END, beside=())
-        yield name, f"{300_000 / least(lambda policy=policy: lambda: backtest(policy, candles, limits=OPEN_END, beside=()), 3) / 1e6:.2f} M bars/s{goal}"
-    yield "event form, through a Trader", f"{10_000 / least(lambda: lambda: backtest(policy, candles[:10_000], limits=OPEN_END, beside=(), form='event'), 2) / 1e3:.0f} k bars/s"
+        backtest(policy, candles[:2_000], limits=OPEN_END, baselines=())
+        yield name, f"{300_000 / least(lambda policy=policy: lambda: backtest(policy, candles, limits=OPEN_END, baselines=()), 3) / 1e6:.2f} M bars/s{goal}"
+    yield "event form, through a Trader", f"{10_000 / least(lambda: lambda: backtest(policy, candles[:10_000], limits=OPEN_END, baselines=(), engine='event'), 2) / 1e3:.0f} k bars/s"
     yield from sweeps()
     yield from environments()
     yield "memory, all of the above", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at most (goal 1)"

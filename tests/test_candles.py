@@ -9,7 +9,6 @@ from tradelab.events import COLUMNS, KNOWN
 from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import provenance
-from tradelab.learn.env import Market
 from tradelab.localnet.market import Market as LocalMarket
 from tradelab.market.candles import (
     OPTIONAL,
@@ -30,6 +29,7 @@ from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
 from tradelab.policies import buy_and_hold
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.times import TIMEFRAMES, milliseconds, moment, next_opening, parts
@@ -224,12 +224,12 @@ def test_every_door_takes_the_frame_that_a_file_gives_and_reads_the_same(give):
     assert data_hash(raw) == data_hash(good) and data_hash({"ETH/USDT:USDT": raw}) == data_hash({"ETH/USDT:USDT": good})
     assert provenance(raw)["data_hash"] == provenance(good)["data_hash"] and provenance(raw)["span"] == provenance(good)["span"]
     assert look.fit(raw).sha256 == look.fit(good).sha256
-    assert np.array_equal(Market.of(raw, look).features, Market.of(good, look).features, equal_nan=True)
+    assert np.array_equal(prepare(raw, look).features, prepare(good, look).features, equal_nan=True)
     assert np.array_equal(LocalMarket({"BTC/USDT:USDT": raw}).times, LocalMarket({"BTC/USDT:USDT": good}).times)
     assert len(check_quality(raw, "1h").findings) == len(check_quality(good, "1h").findings)
     assert instruments_for(raw) == instruments_for(good)
     targets = pd.Series(np.where(np.arange(300) % 7 < 3, 1., 0.), raw.index)
-    assert backtest(targets, raw, beside=()).equity.tolist() == backtest(targets.set_axis(good.index), good, beside=()).equity.tolist()
+    assert backtest(targets, raw, baselines=()).equity.tolist() == backtest(targets.set_axis(good.index), good, baselines=()).equity.tolist()
     tables = [sweep(lambda parameters, columns: columns[:, 0] * parameters[0], pd.DataFrame({"x": targets.to_numpy()}, each.index), pd.DataFrame({"n": [.5, 1.]}), each, progress=False).table for each in (raw, good)]
     pd.testing.assert_frame_equal(*tables)
     assert stress(buy_and_hold(), raw).table().equals(stress(buy_and_hold(), good).table())

@@ -135,7 +135,7 @@ def test_the_examples_name_every_setting_and_its_default(project):
     text = (ROOT / "tradelab.toml.example").read_text()
     (project / "tradelab.toml").write_text(text)
     assert settings().model_dump() == settings(**{}).model_dump()
-    written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name != "production"}))
+    written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name not in ("production", "format")}))
     unlimited = {f"{table}.{field.name}" for table, record in TABLES.items() for field in fields(record) if field.default is None} | {key for key in known_keys() if key.startswith("instrument.")}
     assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
     example = settings()

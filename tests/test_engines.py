@@ -58,7 +58,7 @@ def test_funding_is_that_of_the_real_rates(shared):
     candles = history("BTC/USDT:USDT", "1h", "2022-06-01", "2022-07-01", source=str(shared / "data/BTCUSDT-perp-1h.parquet"))
     rates = funding_history("BTC/USDT:USDT", "2022-06-01", "2022-07-01", source=str(shared / "data/BTCUSDT-perp-funding-8h.parquet"))
     limits = Limits(max_position=1., min_trade=.9, max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)                 # bought once and never touched again
-    result = backtest(buy_and_hold(), candles, funding=rates, limits=limits, costs=CostModel(taker_fee=0., slippage=0.), deposit=1e6, beside=())
+    result = backtest(buy_and_hold(), candles, funding=rates, limits=limits, costs=CostModel(taker_fee=0., slippage=0.), deposit=1e6, baselines=())
     assert len(result.fills) == 1
     quantity, bought = result.fills["quantity"].iloc[0], result.fills.index[0]
     due = rates[(rates.index.floor("min") > bought) & (rates.index.floor("min") <= candles.index[-1])]

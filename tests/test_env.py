@@ -11,11 +11,12 @@ from tradelab.compiled import compiled
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
-from tradelab.learn.env import RUIN, Domain, Market, MarketEnv, MarketVecEnv, Population, Reward
+from tradelab.learn.env import RUIN, Domain, MarketEnv, MarketVecEnv, Population, Reward
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 
 LIMITS = Limits(max_position=.5, max_daily_loss=None, max_drawdown=.95, max_participation=None, price_band=None, stops=NO_STOPS)
 
@@ -61,9 +62,9 @@ HACKS = {"constant": lambda seen, environment: 1., "short": lambda seen, environ
 @pytest.mark.parametrize("costs", [CostModel(), CostModel.realistic(impact=3.), CostModel(latency=1)], ids=["usual", "realistic", "late"])
 def test_a_hack_scores_what_the_ledger_says(name, costs):
     candles = ar1(900, rho=0, volatility=.005, seed=7)
-    market = Market.of(candles, Observation(["return(1)"]), limits=LIMITS, costs=costs, funding=funding(candles, seed=7))
+    market = prepare(candles, Observation(["return(1)"]), limits=LIMITS, costs=costs, funding=funding(candles, seed=7))
     rewards, rows, environment, _ = episode(market, HACKS[name])
-    assert np.isclose(rewards.sum(), ledger(rows, market, market.first), rtol=1e-9, atol=1e-12)
+    assert np.isclose(rewards.sum(), ledger(rows, market, market.first_row), rtol=1e-9, atol=1e-12)
     if name == "oracle" and costs == CostModel(): assert rewards.sum() > .3                # knowing the future pays, so there is nothing wrong with paying
     if name == "churning": assert rewards.sum() < 0 and rows["fee"].sum() > 100
     if name == "tiny": assert rewards.sum() == 0 and not rows["order"].any()
@@ -74,10 +75,10 @@ def test_a_hack_scores_what_the_ledger_says(name, costs):
 def test_random_actions_score_what_the_ledger_says(seed, symbols, execution):
     names = ["BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"][:symbols]
     candles = {name: ar1(400, rho=0, volatility=.01, seed=seed + n) for n, name in enumerate(names)}
-    market = Market.of(candles, Observation(["return(1)"]), limits=Limits(max_position=.3, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01, take_profit=.02)), execution=execution, costs=CostModel.realistic())
+    market = prepare(candles, Observation(["return(1)"]), limits=Limits(max_position=.3, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01, take_profit=.02)), execution=execution, costs=CostModel.realistic())
     random = np.random.default_rng(seed)
     rewards, rows, _, _ = episode(market, lambda seen, environment: random.uniform(-1, 1, symbols))
-    assert np.isclose(rewards.sum(), ledger(rows, market, market.first), rtol=1e-9, atol=1e-12)
+    assert np.isclose(rewards.sum(), ledger(rows, market, market.first_row), rtol=1e-9, atol=1e-12)
 
 
 @compiled
@@ -90,7 +91,7 @@ def test_environment_is_the_backtest_in_every_style(execution):
     candles = correlated(700, correlation=.5, seed=3)
     policy, costs, limits = Policy("wave", wave, (), ("return(1)",)), CostModel.realistic(), Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01))
     result = backtest(policy, candles, costs=costs, limits=limits, execution=execution, keep_observations=True)
-    market = Market.of(candles, Observation.of(policy), costs=costs, limits=limits, execution=execution)
+    market = prepare(candles, Observation.from_policy(policy), costs=costs, limits=limits, execution=execution)
     rewards, rows, _, _ = episode(market, lambda seen, environment: policy.act(seen.reshape(len(candles), -1)))
     assert np.array_equal(rows, result.rows) and len(result.fills) > 50
     assert np.isclose(rewards.sum(), np.log(result.equity.iloc[-1] / 10_000), rtol=1e-9)
@@ -98,7 +99,7 @@ def test_environment_is_the_backtest_in_every_style(execution):
 
 def test_the_checker_and_the_seed():
     candles = ar1(600, seed=1)
-    market = Market.of(candles, Observation(["return(1)"]))
+    market = prepare(candles, Observation(["return(1)"]))
     with pytest.warns(UserWarning): check_env(MarketEnv(market, 50), skip_render_check=True)
     def first(seed):
         environment = MarketEnv(market, 50)
@@ -116,18 +117,18 @@ def test_the_checker_and_the_seed():
 
 def test_the_end_of_the_data_is_truncated_and_only_ruin_is_terminated():
     candles = ar1(300, seed=1)
-    *_, terminated = episode(Market.of(candles, Observation(["return(1)"])), lambda seen, environment: 0., length=50)
+    *_, terminated = episode(prepare(candles, Observation(["return(1)"])), lambda seen, environment: 0., length=50)
     assert not terminated
     falling = candles.copy()
     falling.iloc[100:, :4] *= .05
     limits = Limits(max_position=2., max_leverage=2., leverage=20, min_margin_ratio=0., max_drawdown=1., max_daily_loss=None, max_participation=None, price_band=None, stops=NO_STOPS)
-    market = Market.of(falling, Observation(["return(1)"]), limits=limits, instruments=[replace(BITCOIN, max_quantity=1e9)])
+    market = prepare(falling, Observation(["return(1)"]), limits=limits, instruments=[replace(BITCOIN, max_quantity=1e9)])
     rewards, rows, environment, terminated = episode(market, lambda seen, environment: 1.)
     assert terminated and environment.population.accounts[0, 0]["equity"] < RUIN * 10_000 and rewards[-1] < -3
 
 
 def test_actions_that_are_none_are_refused_and_change_nothing():
-    market = Market.of(ar1(300, seed=1), Observation(["return(1)"]))
+    market = prepare(ar1(300, seed=1), Observation(["return(1)"]))
     environment = MarketEnv(market)
     environment.reset(seed=0)
     before = environment.population.accounts.copy(), int(environment.population.at[0])
@@ -138,7 +139,7 @@ def test_actions_that_are_none_are_refused_and_change_nothing():
 
 def test_an_episode_has_its_own_costs():
     candles = ar1(900, rho=0, volatility=.005, seed=7)
-    market = Market.of(candles, Observation(["return(1)"]), limits=LIMITS)
+    market = prepare(candles, Observation(["return(1)"]), limits=LIMITS)
     population = Population(market, 64, 100, domain=Domain(fees=(.5, 2.), spread=(.5, 4.)))
     population.reset(range(64), np.random.default_rng(0))
     assert len(set(population.worlds["costs"]["taker_fee"])) == 64 and population.worlds["costs"]["spread_scale"].max() > 2 and (population.worlds["costs"]["taker_fee"] / population.worlds["costs"]["maker_fee"]).std() < 1e-12
@@ -148,7 +149,7 @@ def test_an_episode_has_its_own_costs():
 
 def test_rewards_of_other_kinds_lead_to_the_same_account():
     candles = ar1(500, seed=2)
-    market = Market.of(candles, Observation(["return(1)"]), limits=LIMITS)
+    market = prepare(candles, Observation(["return(1)"]), limits=LIMITS)
     plain, sharpe, careful = (episode(market, HACKS["churning"], reward) for reward in (Reward(), Reward(differential_sharpe=.01), Reward(drawdown=1.)))
     assert np.array_equal(plain[1], sharpe[1]) and np.array_equal(plain[1], careful[1])
     drawdowns = np.append(plain[1]["drawdown"][:, 0], plain[2].population.accounts[0, 0]["drawdown"])

@@ -234,7 +234,7 @@ def test_a_sheet_of_a_ruined_account_and_of_one_step():
     assert sheet.table().loc["Total return [%]", "ruined"] < -100 and sheet.metrics["ruined"].annual_return == -1
     assert "<img" in sheet._repr_html_()
     alone = TearSheet({"alone": SimpleNamespace(journal=flat.iloc[:1], equity=flat["equity"].iloc[:1])})
-    assert alone.written().loc["Annual return [%]", "alone"] == "-" and "<img" in alone._repr_html_() and "1 step." in alone.face
+    assert alone.written().loc["Annual return [%]", "alone"] == "-" and "<img" in alone._repr_html_() and "1 step." in alone.full_caption
 
 
 class Page(HTMLParser):

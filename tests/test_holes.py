@@ -20,7 +20,6 @@ from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import Reason
-from tradelab.learn.registry import Run
 from tradelab.live.broker import Broker
 from tradelab.live.desk import BadFeed
 from tradelab.live.ledger import Ledger
@@ -32,9 +31,11 @@ from tradelab.market.candles import BadCandles, frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
 from tradelab.risk.limits import followed
+from tradelab.runs.run import Run
 from tradelab.settings import NO_STOPS, CostModel, Limits, Stops
-from tradelab.sim.backtest import backtest, funding_rates
+from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import conditions, window_means
+from tradelab.sim.prepared import funding_rates, prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.times import TIMEFRAMES, milliseconds, moment, next_opening, text
@@ -75,7 +76,7 @@ def test_funding_is_paid_at_its_own_time_by_who_held_then(seed, timeframe):
     candles, rates = holed(whole, seed), funding(whole, seed=seed)
     held = pd.Series(np.random.default_rng(seed).choice([-1., 0., 1.], len(candles)), candles.index)
     result = backtest(held, candles, start=candles.index[0], costs=CostModel(taker_fee=0., maker_fee=0., slippage=0.), limits=OPEN_END,
-                      instruments=(replace(BITCOIN, price_tick=.01, min_notional=0., max_quantity=1e9),), funding=rates, gaps=True, beside=())
+                      instruments=(replace(BITCOIN, price_tick=.01, min_notional=0., max_quantity=1e9),), funding=rates, gaps=True, baselines=())
     opens, step = times(candles), int(np.diff(times(whole))[0])
     expected = {}
     for due, rate in zip(times(rates), rates):
@@ -101,11 +102,10 @@ def refusals():
     candles = ar1(300, seed=1)
     bad, observation = candles.drop(candles.index[250:253]), Observation(["return(1)"])
     from tradelab.learn.agents import train
-    from tradelab.learn.env import Market
     yield "backtest", lambda: backtest(wavering(), bad)
     yield "table", lambda: backtest(pd.Series(1., bad.index), bad)
     yield "two symbols", lambda: backtest(wavering(), {BTC: candles.loc[bad.index], "ETH/USDT:USDT": bad})
-    yield "Market.of", lambda: Market.of(bad, observation.fit(candles))
+    yield "prepare", lambda: prepare(bad, observation.fit(candles))
     yield "fit", lambda: observation.fit(bad)
     yield "train", lambda: train("PPO", bad, observation, steps=10)
     yield "sweep", lambda: sweep(lambda p, c: c[:, 0], bad[["close"]] * 0, pd.DataFrame({"x": [1.]}), bad, progress=False)
@@ -136,7 +136,7 @@ def test_both_forms_agree_to_the_bit_and_nobody_is_asked_until_the_window_is_who
         candles = holed(ar1(800, volatility=.01, seed=seed), seed, count=7, begin=450)
         policy, rates = wavering(features, window, seed), funding(candles, seed=seed)
         limits = Limits(max_position=.5, max_leverage=1., max_drawdown=.9, max_daily_loss=.05, stops=Stops(stop_loss=.015, take_profit=0., stop_atr=2., atr_period=5, max_age=40), target_volatility=2., decay=.2)
-        one, two = (backtest(policy, candles, funding=rates, limits=limits, gaps=True, form=form, keep_observations=True, beside=()) for form in ("array", "event"))
+        one, two = (backtest(policy, candles, funding=rates, limits=limits, gaps=True, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
         assert first_difference(one.journal, two.journal) is None and first_difference(one.fills, two.fills) is None
         assert np.array_equal(one.observations, two.observations, equal_nan=True)
         opens, reasons = times(candles), one.rows["reason"][:, 0]
@@ -150,14 +150,14 @@ def test_both_forms_agree_to_the_bit_and_nobody_is_asked_until_the_window_is_who
             waits = since < window or not asked[at]
             assert (reasons[at] == Reason.NO_DECISION) == (waits and not closed)
             if waits and not closed: assert one.rows["order"][at, 0] == 0 and one.rows["fill_quantity"][at, 0] == 0
-        assert (reasons == Reason.NO_DECISION).any() == (window > 1 or len(features) > 1) and "holes in the candles carried through" in one.note
+        assert (reasons == Reason.NO_DECISION).any() == (window > 1 or len(features) > 1) and "holes in the candles carried through" in one.caption
 
 
 def test_both_forms_agree_for_a_policy_of_orders():
     for seed in range(3):
         candles = holed(ar1(600, volatility=.01, seed=seed), seed, count=7, begin=100)
         policy = Policy("bids", bids, [0.], ("return(1)",), 3, orders=2)
-        one, two = (backtest(policy, candles, limits=OPEN_END, gaps=True, form=form, beside=()) for form in ("array", "event"))
+        one, two = (backtest(policy, candles, limits=OPEN_END, gaps=True, engine=engine, baselines=()) for engine in ("vectorised", "event"))
         assert first_difference(one.journal, two.journal) is None and len(one.fills) > 20
         assert (one.rows["reason"] == Reason.NO_DECISION).sum() >= 2
 
@@ -166,9 +166,9 @@ def test_two_symbols_have_the_candles_that_both_have():
     frames = correlated(400, seed=1)
     one, two = frames
     frames = {one: frames[one].drop(frames[one].index[100:104]), two: frames[two].drop(frames[two].index[200:202])}
-    results = [backtest(wavering(window=2), frames, gaps=True, form=form, beside=()) for form in ("array", "event")]
+    results = [backtest(wavering(window=2), frames, gaps=True, engine=engine, baselines=()) for engine in ("vectorised", "event")]
     assert first_difference(results[0].journal, results[1].journal) is None
-    assert len(results[0].candles[one]) == len(results[0].candles[two]) and "2 holes in the candles carried through, 6 candles missing" in results[0].note
+    assert len(results[0].candles[one]) == len(results[0].candles[two]) and "2 holes in the candles carried through, 6 candles missing" in results[0].caption
 
 
 def test_replay_decides_what_the_backtest_decided():
@@ -176,7 +176,7 @@ def test_replay_decides_what_the_backtest_decided():
     candles = holed(ar1(500, volatility=.01, seed=4), 4, begin=200)
     policy = wavering(FEATURES, 2)
     opens, known, _ = matrix(candles, KNOWN)
-    result = backtest(policy, candles, gaps=True, form="event", beside=(), keep_observations=True)
+    result = backtest(policy, candles, gaps=True, engine="event", baselines=(), keep_observations=True)
     first = int(np.searchsorted(opens, result.rows["open_time"][0, 0]))
     trader = Run("holes", policy, timeframe="1h").trader(instruments=result.instruments)
     again = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
@@ -195,10 +195,10 @@ def test_replay_decides_what_the_backtest_decided():
 
 
 def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
-    from tradelab.learn.env import Market, MarketEnv
+    from tradelab.learn.env import MarketEnv
     candles, window = holed(ar1(500, volatility=.01, seed=5), 5, begin=200), 3
     observation = Observation(FEATURES, window, timeframe="1h", symbols=(BTC,))
-    env = MarketEnv(Market.of(candles, observation, limits=OPEN_END, gaps=True))
+    env = MarketEnv(prepare(candles, observation, limits=OPEN_END, gaps=True))
     policy, rewards, asked, done = wavering(FEATURES, window), 0., 0, False
     seen, _ = env.reset(seed=0)
     while not done:
@@ -207,8 +207,8 @@ def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
         policy.function(policy.parameters, seen.reshape(1, -1), targets)
         seen, reward, ended, stopped, _ = env.step(targets)
         rewards, asked, done = rewards + reward, asked + 1, ended or stopped
-    first = candles.index[env.population.market.first]
-    result = backtest(policy, candles, first, limits=OPEN_END, gaps=True, beside=())
+    first = candles.index[env.population.market.first_row]
+    result = backtest(policy, candles, first, limits=OPEN_END, gaps=True, baselines=())
     assert result.equity.iloc[-1] == env.population.accounts["equity"][0, 0] and rewards == pytest.approx(np.log(result.equity.iloc[-1] / 10_000))
     assert asked == (result.rows["reason"] != Reason.NO_DECISION).sum()
 
@@ -243,7 +243,7 @@ def test_a_sweep_counts_years_and_not_rows():
     span = (bad.index[-1] - bad.index[0]) / pd.Timedelta(days=365)
     np.testing.assert_allclose((1 + table["annual_return"]) ** span - 1, table["total_return"], rtol=1e-9)
     for x, row in table.iterrows():
-        alone = backtest(pd.Series(x, bad.index), bad, limits=OPEN_END, costs=CostModel.ideal(), gaps=True, beside=()).summary()
+        alone = backtest(pd.Series(x, bad.index), bad, limits=OPEN_END, costs=CostModel.ideal(), gaps=True, baselines=()).summary()
         np.testing.assert_allclose(row["sharpe"], alone.sharpe, rtol=1e-9)
         np.testing.assert_allclose(row["total_return"], alone.total_return, rtol=1e-9)
 
@@ -323,10 +323,10 @@ def test_a_warm_up_is_found_before_an_outage(project, root, shared):
 
 # ---- live, on a localnet that was away as the exchange was
 
-def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True):
+def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True, timeframe="1h"):
     "Sessions over real sockets, stopped and resumed between the parts; the journal, and the lines of the recording"
     folder.mkdir(exist_ok=True)
-    run, ledger = Run("holes", policy, timeframe="1h"), Ledger(f"sqlite:///{folder}/tradelab.db")
+    run, ledger = Run("holes", policy, timeframe=timeframe), Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, name):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"), SecretStr("secret"))
         return await Session(run.trader(instruments=(BITCOIN,)), Broker(venue), ledger, folder, origin="holes", gaps=gaps, say=lambda line: None, **name).run(count)
@@ -336,21 +336,21 @@ def live(folder, policy, candles, payments, start, parts, watched=None, gaps=Tru
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("features, window", [(("return(1)",), 1), (FEATURES, 3)])
-def test_a_live_session_over_holes_is_its_backtest(features, window, tmp_path):
-    "Bit for bit, in candles and payments, also where it is stopped before a hole and behind one; and it replays"
-    whole = ar1(560, volatility=.01, seed=7)
+@pytest.mark.parametrize("features, window, timeframe", [(("return(1)",), 1, "1h"), (FEATURES, 3, "1h"), (("return(1)",), 1, "12h"), (("return(1)",), 1, "1d")])
+def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, tmp_path):
+    "Bit for bit, in candles and payments, also those that fall due inside a candle, and where it is stopped before a hole and behind one; and it replays"
+    whole = ar1(560, volatility=.01, seed=7, timeframe=timeframe)
     candles, payments = holed(whole, 7, count=9, begin=420), funding(whole, seed=7)
     policy, first = wavering(features, window), 400
-    behind = [t for t, wide in enumerate(np.diff(times(candles)) > HOUR) if wide and t > first]    # the last candles before the holes
+    behind = [t for t, wide in enumerate(np.diff(times(candles)) > milliseconds(timeframe)) if wide and t > first]    # the last candles before the holes
     cuts = [behind[0] - first + 1, behind[1] - first + 2, len(candles) - 2 - first]                # stopped when a hole is next, and right behind one
-    ledger, lines = live(tmp_path, policy, candles, payments, times(candles)[first], np.diff([0, *cuts]).tolist())
+    ledger, lines = live(tmp_path, policy, candles, payments, times(candles)[first], np.diff([0, *cuts]).tolist(), timeframe=timeframe)
     journal = ledger.journal("holes")
-    expected = backtest(policy, candles, candles.index[first], instruments=(BITCOIN,), funding=payments, gaps=True, keep_observations=True, beside=())
+    expected = backtest(policy, candles, candles.index[first], instruments=(BITCOIN,), funding=payments, gaps=True, keep_observations=True, baselines=())
     assert first_difference(expected.journal[:len(journal)], journal) is None and len(journal) == cuts[-1]
     seen = np.array([unpacked(line["observation"]) for line in lines if line["kind"] == "decision"])
     assert np.array_equal(expected.observations[:len(seen)].view(np.uint32), seen.view(np.uint32))
-    assert first_difference(*replay(lines, Run("holes", policy, timeframe="1h").trader(instruments=(BITCOIN,)))) is None
+    assert first_difference(*replay(lines, Run("holes", policy, timeframe=timeframe).trader(instruments=(BITCOIN,)))) is None
     events = ledger.events("holes")
     assert (events["kind"] == "hole").sum() == len(behind) and not set(events["kind"]) - {"hole"}
     assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1) and (journal["order"] != 0).sum() > 20

@@ -55,6 +55,13 @@ def test_chapters_count_from_1_on_each_floor():
         assert numbers == list(range(1, len(numbers) + 1)), folder.name
 
 
+def test_git_keeps_every_module():
+    "A room may have the name of a folder that is ignored"
+    if not (ROOT / ".git").exists(): pytest.skip("not a git checkout")
+    ran = subprocess.run(["git", "check-ignore", *map(str, MODULES)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "" and ran.returncode == 1, ran.stdout + ran.stderr
+
+
 def test_the_trader_imports_the_ground_only(graph):
     ours = {module for module in graph.find_upstream_modules("tradelab.trader") if module.startswith("tradelab.")}
     assert all(module.count(".") == 1 for module in ours), ours
@@ -78,6 +85,25 @@ def test_only_config_reads_the_environment():
 def test_only_account_changes_a_position():
     change = re.compile(r"(positions?(\[\w+\])?\[\"(quantity|entry_price)\"\])(\[\w+\])?\s*[-+*/]?=(?!=)")
     assert {path.stem for path in MODULES if change.search(path.read_text())} <= {"account"}
+
+
+STATE = {"trading_state", "required_state", "halted", "day_stopped"} # what is allowed, and the three reasons why
+
+
+def written(path):
+    "Fields of arrays that a module or a notebook's cells write, by name"
+    text = path.read_text() if path.suffix == ".py" else "\n".join(re.sub(r"^[%!].*$", "", source, flags=re.M) for source, _ in cells(path))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant): yield node.slice.value
+
+
+def test_only_trading_state_changes_what_is_allowed():
+    "Everybody else reads one field of the account; who wants it changed calls `require_state` or `resume`"
+    owner, page = ROOT / "tradelab/risk/trading_state.py", ROOT / "nbs/30_risk/04_trading_state.ipynb"
+    assert set(written(owner)) >= STATE
+    assert {path.name: set(written(path)) & STATE for path in (*MODULES, *NOTEBOOKS) if path not in (owner, page) and set(written(path)) & STATE} == {}
+    readers = {path.name for path in MODULES if path != owner and re.search(r"\[\"(required_state|halted|day_stopped)\"\]", path.read_text())}
+    assert readers <= {"limits.py", "session.py"}                       # for the sentence that says why, never for what is allowed
 
 
 def test_no_clock_where_it_decides():
@@ -105,17 +131,39 @@ def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
     assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
 
 
+NAMED = [path for room in ("risk", "evaluation", "runs", "sim", "learn") for path in sorted((ROOT / "tradelab" / room).glob("*.py"))]
+FOREIGN = {"step", "step_wait"} # what gymnasium and stable-baselines3 want back
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_what_travels_together_has_names(path):
+    "Four values or more are a record: a tuple that is unpacked by position changes its meaning without a word"
+    functions = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.FunctionDef) and each.name not in FOREIGN]
+    returned = [(each.name, part.value.elts) for each in functions for part in ast.walk(each) if isinstance(part, ast.Return) and isinstance(part.value, ast.Tuple)]
+    assert not [name for name, values in returned if len(values) > 3 or any(isinstance(value, ast.Starred) for value in values)]
+
+
 def test_nothing_imports_a_job():
     loads = re.compile(r"^\s*%run\b|^\s*(from|import)\s+nbs\b|import_?notebook", re.M)
     assert not [path for path in MODULES if loads.search(path.read_text())]
     assert not [path for path in NOTEBOOKS for source, _ in cells(path) if loads.search(source)]
 
 
+def imports_of(job):
+    "The import lines of a job notebook"
+    lines = "\n".join(source for source, _ in cells(ROOT / "nbs" / f"{job}.ipynb")).splitlines()
+    return "\n".join(line for line in lines if re.match(r"(from|import) ", line))
+
+
+TRAINING = {"torch", "stable_baselines3", "gymnasium", "tradelab.learn", "tradelab.sim.backtest"}
+ALIVE = f"{imports_of('live')}\nload('tradelab.strategies.example:SmaCross')" # up to the start of a session
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("module, heavy", [("tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot", "papermill"}), ("tradelab.live.session", {"torch", "stable_baselines3"}),
-                                           ("tradelab.learn.registry", {"torch", "stable_baselines3", "gymnasium"}), ("tradelab.command", {"numba", "pandas", "papermill"})])
-def test_an_import_loads_no_more_than_it_needs(module, heavy):
-    probe = f"import sys, {module}; print(*({heavy!r} & set(sys.modules)))"
+@pytest.mark.parametrize("code, heavy", [("import tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot", "papermill", "tradelab.learn"}),
+                                         (ALIVE, TRAINING), ("import tradelab.command", {"numba", "pandas", "papermill"})], ids=["backtest", "live", "command"])
+def test_an_import_loads_no_more_than_it_needs(code, heavy):
+    probe = f"import sys\n{code}\nprint(*({heavy!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0 and ran.stdout.strip() == "", ran.stdout + ran.stderr
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN, Instrument, grid
 from tradelab.journal import JOURNAL
-from tradelab.learn.env import Market as Learning
 from tradelab.learn.env import MarketEnv
 from tradelab.live.broker import instrument_of, quantity_text
 from tradelab.live.session import Preparation, RefusedStart
@@ -26,6 +25,7 @@ from tradelab.market.filters import derived, instruments_for, keep_instrument, l
 from tradelab.policies import buy_and_hold
 from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.sources.history import history
@@ -78,12 +78,12 @@ def check_taker(price, met, side, instrument):
 
 
 @settings(max_examples=60)
-@given(markets(), st.sampled_from(("array", "event")))
-def test_a_backtest_fills_where_the_market_is(market, form):
+@given(markets(), st.sampled_from(("vectorised", "event")))
+def test_a_backtest_fills_where_the_market_is(market, engine):
     symbol, candles = market
-    result = quiet(backtest, turning(candles.index) if form == "array" else buy_and_hold(), candles, limits=OPEN, form=form, beside=())
+    result = quiet(backtest, turning(candles.index) if engine == "vectorised" else buy_and_hold(), candles, limits=OPEN, engine=engine, baselines=())
     (instrument,), fills = result.instruments, result.fills
-    assert instrument.symbol == symbol and len(fills) >= (10 if form == "array" else 1)
+    assert instrument.symbol == symbol and len(fills) >= (10 if engine == "vectorised" else 1)
     for quantity, price, met in fills[["quantity", "price", "met"]].to_numpy(float): check_taker(price, met, np.sign(quantity), instrument)
 
 
@@ -93,10 +93,10 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
     symbol, candles = market
     given = np.asarray(turning(candles.index))
     limits = replace(OPEN, max_participation=None, price_band=None)
-    alone = quiet(backtest, pd.Series(given, candles.index), candles, limits=limits, beside=())
+    alone = quiet(backtest, pd.Series(given, candles.index), candles, limits=limits, baselines=())
     swept = quiet(sweep, lambda _, columns: columns[:, 0].copy(), pd.DataFrame({"x": given}, candles.index), pd.DataFrame({"n": [1.]}), candles, limits=limits, progress=False)
     assert np.isclose(swept.table["total_return"].iloc[0], alone.equity.iloc[-1] / 10_000 - 1, rtol=1e-9, atol=1e-12)
-    market = quiet(Learning.of, candles, Observation(["return(1)"]), limits=limits)
+    market = quiet(prepare, candles, Observation(["return(1)"]), limits=limits)
     environment, ended = MarketEnv(market), False
     environment.reset(seed=0)
     while not ended:
@@ -156,7 +156,7 @@ def test_another_future_changes_no_instrument_and_no_fill_before_it(market, at, 
     other = keep_instrument(candles, symbol).copy()                                          # as `history` does
     other.iloc[at:, :4] *= factor
     assume(candles["low"].min() / 2 > 200 * derived(candles, "X").price_tick)               # beside an absurd tick all candles count
-    first, second = (quiet(backtest, turning(candles.index), each, limits=OPEN, beside=()) for each in (candles, other))
+    first, second = (quiet(backtest, turning(candles.index), each, limits=OPEN, baselines=()) for each in (candles, other))
     assert first.instruments == second.instruments
     before = [result.fills[result.fills.index < candles.index[at]] for result in (first, second)]
     pd.testing.assert_frame_equal(*before)
@@ -197,7 +197,7 @@ def listed_live(candles, instrument):
     for words in said: warnings.warn(words, stacklevel=1)
 
 
-ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, instruments=(one,), beside=(), limits=OPEN), "environment": lambda candles, one: Learning.of(candles, Observation(["return(1)"]), instruments=(one,)),
+ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, instruments=(one,), baselines=(), limits=OPEN), "environment": lambda candles, one: prepare(candles, Observation(["return(1)"]), instruments=(one,)),
          "localnet": lambda candles, one: Exchange(Market({one.symbol: candles}), (one,)), "stress": lambda candles, one: stress(buy_and_hold(), candles, instruments=(one,), limits=OPEN, scenarios={}),
          "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles[["close"]], pd.DataFrame({"n": [1.]}), candles, instrument=one, progress=False), "live": listed_live}
 
@@ -229,7 +229,7 @@ def test_the_tick_and_step_of_real_perpetuals_are_those_that_binance_listed(shar
     assert found.price_tick == truth.price_tick or coin == "BNB"                             # its tick became coarser that spring: all prices keep the finer one
     assert found.price_tick <= truth.price_tick and found.max_quantity >= truth.max_quantity
     candles.attrs["symbol"] = symbol
-    result = quiet(backtest, turning(candles.index[:300]), candles[:300], limits=OPEN, beside=())
+    result = quiet(backtest, turning(candles.index[:300]), candles[:300], limits=OPEN, baselines=())
     assert len(result.fills) > 200 and (result.instruments[0] is BITCOIN if coin == "BTC" else result.instruments[0].price_tick == found.price_tick)
     assert ((result.fills["price"] / result.fills["met"] - 1).abs() <= COSTS.slippage + result.instruments[0].price_tick / result.fills["met"] + 1e-12).all()
 
@@ -239,7 +239,7 @@ def test_a_portfolio_of_five_trades_each_symbol(shared):
     frames = {name: history(name, "1h", "2021-03-01", "2021-04-01", source=str(shared / f"data/{name[:3]}USDT-perp-1h.parquet")) for name in list(names)[:4]}
     frames["1000PEPE/USDT:USDT"] = frames["XRP/USDT:USDT"].assign(**{column: frames["XRP/USDT:USDT"][column] / 7e6 for column in ("open", "high", "low", "close")}, volume=frames["XRP/USDT:USDT"]["volume"] * 7e6)
     targets = pd.DataFrame({name: 1. for name in frames}, frames["BTC/USDT:USDT"].index)
-    result = backtest(targets, frames, limits=replace(OPEN, max_position=.15), beside=())
+    result = backtest(targets, frames, limits=replace(OPEN, max_position=.15), baselines=())
     bought = (result.fills["quantity"] * result.fills["price"]).groupby(result.fills["symbol"]).first()
     assert bought.between(1_350., 1_502.).all() and set(bought.index) == set(frames)         # bitcoin's minimum and largest quantity left PEPE with 0.0002 of it
     assert [each.price_tick for each in result.instruments[:4]] == list(names.values())[:4] and result.instruments[0] is BITCOIN
@@ -252,12 +252,12 @@ def test_what_is_given_listed_and_set_comes_before_what_is_derived():
     assert instruments_for(cheap[10:50].copy())[0].price_tick == .0001                       # a part of the candles knows it still
     assert instruments_for(cheap, settings={"min_notional": 20.})[0].min_notional == 20.
     mine = Instrument("XRP/USDT:USDT", .00001, 1.)
-    assert backtest(buy_and_hold(), cheap, instruments=(mine,), beside=()).instruments == (mine,)
+    assert backtest(buy_and_hold(), cheap, instruments=(mine,), baselines=()).instruments == (mine,)
     run = replace(mine, symbol="ETH/USDT:USDT")
     assert instruments_for(cheap, known=(run,))[0].price_tick == .0001                       # a run of another symbol lends nothing
 
 
-@pytest.mark.parametrize("use", [lambda candles, mine: backtest(buy_and_hold(), candles, instruments=mine), lambda candles, mine: Learning.of(candles, Observation(["return(1)"]), instruments=mine),
+@pytest.mark.parametrize("use", [lambda candles, mine: backtest(buy_and_hold(), candles, instruments=mine), lambda candles, mine: prepare(candles, Observation(["return(1)"]), instruments=mine),
                                  lambda candles, mine: Localnet({"XRP/USDT:USDT": candles}, instruments=mine), lambda candles, mine: stress(buy_and_hold(), candles, instruments=mine),
                                  lambda candles, mine: sweep(lambda parameters, columns: columns[:, 0], candles[["close"]], pd.DataFrame({"n": [1.]}), candles, instrument=mine[0])],
                          ids=["backtest", "environment", "localnet", "stress", "sweep"])
@@ -269,7 +269,7 @@ def test_an_absurd_tick_is_refused_on_every_road(use):
 
 def test_a_coarse_tick_is_said():
     candles = walk(.227, 3, 300)
-    with pytest.warns(UserWarning, match="BTC/USDT:USDT .given.: the tick 0.0005 is 0.*% of the lowest price"): backtest(buy_and_hold(), candles, instruments=(Instrument("X", .0005, 1.),), beside=())
+    with pytest.warns(UserWarning, match="BTC/USDT:USDT .given.: the tick 0.0005 is 0.*% of the lowest price"): backtest(buy_and_hold(), candles, instruments=(Instrument("X", .0005, 1.),), baselines=())
 
 
 def test_a_delivery_contract_is_refused():
@@ -277,7 +277,7 @@ def test_a_delivery_contract_is_refused():
     candles.attrs["symbol"] = "BTC/USDT:USDT-261225"
     sentence = "BTC/USDT:USDT-261225 is a delivery contract, which expires; only perpetuals are traded, such as BTC/USDT:USDT"
     with pytest.raises(ValueError, match=sentence): backtest(buy_and_hold(), candles)
-    with pytest.raises(ValueError, match=sentence): Learning.of(candles, Observation(["return(1)"]))
+    with pytest.raises(ValueError, match=sentence): prepare(candles, Observation(["return(1)"]))
     with pytest.raises(ValueError, match=sentence): Localnet({"BTC/USDT:USDT-261225": candles})
     filters = [{"filterType": "PRICE_FILTER", "tickSize": "0.1"}, {"filterType": "LOT_SIZE", "stepSize": "0.001", "minQty": "0.001", "maxQty": "500"}]
     with pytest.raises(ValueError, match=sentence): instrument_of({"id": "BTCUSDT_261225", "symbol": "BTC/USDT:USDT-261225", "info": {"filters": filters}})

@@ -8,12 +8,14 @@ from click.testing import CliRunner
 
 from tradelab.command import LOCK, main
 from tradelab.instruments import Instrument
-from tradelab.learn.registry import CONFIG, Run, save
 from tradelab.live.ledger import Ledger
 from tradelab.lock import Lock
 from tradelab.market.store import Store
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
+from tradelab.runs.formats import CONFIG
+from tradelab.runs.registry import save
+from tradelab.runs.run import Run
 from tradelab.settings import Limits
 
 NAMES = [f"train_XRP-USDT-USDT_20240101_20240201_SAC_lr0.0003_bs64_ws1_seed{seed}_20240201_15064{seed}" for seed in (1, 2)]

@@ -80,7 +80,7 @@ def identity(result, deposit=10_000.):
 def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
     frames, payments = market(seed, symbols)
     limits = WIDE if not execution.protect else Limits(**{**{name: getattr(WIDE, name) for name in WIDE.__dataclass_fields__}, "stops": Stops(stop_loss=.01, take_profit=.02, trailing_stop=.015)})
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, funding=payments, costs=costs, limits=limits, execution=execution, beside=())
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, funding=payments, costs=costs, limits=limits, execution=execution, baselines=())
     assert len(result.fills) > 20
     assert np.isclose(result.equity.iloc[-1], identity(result), rtol=1e-9, atol=1e-9 * result.fills.eval("abs(quantity * price)").sum())
     rows = result.journal.groupby("symbol")
@@ -94,7 +94,7 @@ def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
 def test_every_fill_was_possible(seed, costs):
     "Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the volume; on the tick and the step"
     frames, _ = market(seed, 2)
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs, limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], beside=())
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs, limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], baselines=())
     for symbol, fills in result.fills.groupby("symbol"):
         whole = result.candles[symbol]
         candles, before = whole.loc[fills.index], frames[symbol]["close"].shift(1).loc[fills.index]
@@ -117,7 +117,7 @@ def test_every_fill_was_possible(seed, costs):
 def test_both_forms_agree_in_every_style(execution, costs):
     frames, payments = market(5, 2, 700)
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01, take_profit=.02, stop_atr=0.))
-    one, two = (backtest(wavering(), frames, funding=payments, costs=costs, limits=limits, execution=execution, form=form, beside=(), keep_observations=True) for form in ("array", "event"))
+    one, two = (backtest(wavering(), frames, funding=payments, costs=costs, limits=limits, execution=execution, engine=engine, baselines=(), keep_observations=True) for engine in ("vectorised", "event"))
     assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
     assert len(one.fills) > 100
     if execution.protect: assert {"stop", "take profit"} <= set(one.fills["kind"])
@@ -128,7 +128,7 @@ def test_both_forms_agree_in_every_style(execution, costs):
 def test_both_forms_agree_on_orders_of_the_policy(costs):
     frames, payments = market(7, 2, 700)
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, max_orders=None, stops=Stops(stop_loss=.03, take_profit=.05))
-    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments, costs=costs, limits=limits, form=form, beside=(), keep_observations=True) for form in ("array", "event"))
+    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments, costs=costs, limits=limits, engine=engine, baselines=(), keep_observations=True) for engine in ("vectorised", "event"))
     assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
     assert len(one.fills) > 300 and {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"])
     stopped = one.rows[one.rows["reason"] == Reason.STOP_LOSS]
@@ -211,7 +211,7 @@ def test_a_stop_comes_before_a_target_that_the_same_candle_reaches(side, candle)
 def test_more_than_the_bracket_allows_is_shrunk():
     limits = Limits(max_position=50., max_leverage=50., leverage=50, min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)
     candles = ar1(60, rho=0, volatility=1e-4, seed=1)
-    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6, instruments=(replace(BITCOIN, max_quantity=1e9),), beside=())
+    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6, instruments=(replace(BITCOIN, max_quantity=1e9),), baselines=())
     assert (result.rows["reason"] == Reason.BRACKET).any() and (np.abs(result.rows["position"] * result.rows["close"]) <= 12.1e6).all()
     with pytest.raises(ValueError, match="leverage 200 is above the 150 that the exchange allows for BTC/USDT:USDT: lower risk.leverage"): backtest(wavering(), candles, limits=Limits(leverage=200))
 
@@ -223,7 +223,7 @@ def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     candles = ar1(50, seed=1)
     with pytest.raises(ValueError, match=message): backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
     with pytest.raises(ValueError, match=r"waver at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*: a policy answered with the targets .*: a target is a number in \[-1, 1\]"):
-        backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles, form="event")
+        backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles, engine="event")
 
 
 @pytest.mark.parametrize("places, answer, message", [(0, [2.], "a target is a number in .-1, 1."), (0, [np.nan], "a target is a number in"), (0, [1., 1., 1.], "an answer is a target per symbol"), (1, [1.] * 7, "eight numbers for each place"),
@@ -281,12 +281,12 @@ def test_an_order_in_slices_begins_anew_after_a_pause():
 def test_a_policy_that_raises_is_named_with_its_bar():
     def broken(parameters, observation, targets): raise ZeroDivisionError("thought too hard")
     candles = ar1(50, seed=1)
-    with pytest.raises(ZeroDivisionError, match=r"broken at the candle of .*: thought too hard"): backtest(Policy("broken", broken, (), ("return(1)",)), candles, beside=())
+    with pytest.raises(ZeroDivisionError, match=r"broken at the candle of .*: thought too hard"): backtest(Policy("broken", broken, (), ("return(1)",)), candles, baselines=())
 
 
 def test_costs_that_look_at_the_market_need_history_and_ideal_needs_none():
     candles = ar1(400, seed=1)
-    assert len(backtest(wavering(), candles, costs=CostModel.realistic(), beside=()).rows) == 400 - 241 - 1 and len(backtest(wavering(), candles, costs=CostModel.ideal(), beside=()).rows) > 390
+    assert len(backtest(wavering(), candles, costs=CostModel.realistic(), baselines=()).rows) == 400 - 241 - 1 and len(backtest(wavering(), candles, costs=CostModel.ideal(), baselines=()).rows) > 390
     with pytest.raises(ValueError, match="need 241"): backtest(wavering(), candles, start=candles.index[100], costs=CostModel.realistic())
 
 
@@ -296,7 +296,7 @@ def test_the_past_does_not_know_the_future_of_costs():
     other = candles.copy()
     other.iloc[500:, :4] *= 1.1
     other.iloc[500:, 4] *= 5
-    one, two = (backtest(wavering(), each, costs=ALL, limits=WIDE, beside=()) for each in (candles, other))
+    one, two = (backtest(wavering(), each, costs=ALL, limits=WIDE, baselines=()) for each in (candles, other))
     kept = one.fills.index < candles.index[500]
     assert first_difference(one.fills[kept], two.fills[:kept.sum()]) is None and kept.sum() > 50
 
@@ -306,7 +306,7 @@ def test_round_trips_within_a_candle_count():
     candles = ar1(3_000, rho=0, volatility=.02, seed=1)
     limits = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.99, stops=Stops(stop_loss=.01, take_profit=0.))
     target = pd.Series(np.where(np.arange(3_000) % 5 == 0, 1., 0.), candles.index)
-    result = backtest(target, candles, limits=limits, execution=Execution(protect=True), beside=())
+    result = backtest(target, candles, limits=limits, execution=Execution(protect=True), baselines=())
     ours, theirs = round_trips(result.journal), result.trips
     assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200 and len(ours) == len(theirs) > 300
     np.testing.assert_allclose(ours["profit"], theirs["profit"], atol=1e-6)
@@ -319,7 +319,7 @@ def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
     "Orders of every kind, several trips in a candle: one source of truth, beside a second bookkeeping"
     candles = ar1(300, rho=0, volatility=.02, seed=seed)
     policy = Policy("any", any_orders, [float(seed % 1000)], ("return(1)",), orders=places)
-    result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying else None, beside=())
+    result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying else None, baselines=())
     paid, profits, held, cash = result.journal["funding"], [], 0., 0.
     events = sorted([(time, 0, row) for time, row in result.fills.iterrows()] + [(time, 1, amount) for time, amount in paid[paid != 0].items()], key=lambda each: each[:2])
     for _, kind, what in events:                                          # a candle is met first, then its close pays

@@ -13,9 +13,13 @@ from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.learn.registry import CONFIG, DamagedRun, Run, UnknownRun, load, read, save, seal
+from tradelab.learn.learning_curve import plot_learning
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
+from tradelab.runs.formats import CONFIG, DamagedRun, seal
+from tradelab.runs.registry import load, read, save
+from tradelab.runs.rules import UnknownRun
+from tradelab.runs.run import Run
 from tradelab.settings import CostModel, Limits
 from tradelab.sim.backtest import backtest
 
@@ -70,7 +74,7 @@ def test_compiled_policy_is_the_model(run, market):
 @pytest.mark.integration
 def test_agent_in_both_forms(run, market):
     "The compiled loop and a Trader, candle by candle: the same bits"
-    array, event = (backtest(run, market[-600:], form=form, keep_observations=True) for form in ("array", "event"))
+    array, event = (backtest(run, market[-600:], engine=engine, keep_observations=True) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
     assert (array.rows["order"] != 0).sum() > 100
 
@@ -80,7 +84,7 @@ def test_load_and_trade_without_torch(run, market):
     "A fresh process loads the newest run, trades it, and has imported no torch; its decisions are those of this process"
     code = """
 import sys
-from tradelab.learn.registry import load
+from tradelab.runs.registry import load
 from tradelab.market.synthetic import ar1
 from tradelab.sim.backtest import backtest
 run = load("latest", sys.argv[1])
@@ -99,7 +103,9 @@ def test_run_is_complete(run, market):
     assert config == run.config and config["threads"] == 1 and config["steps"] >= 40_000 and not config["interrupted"]
     assert {"tradelab", "numpy", "numba", "torch", "stable-baselines3", "python"} <= config["versions"].keys()
     assert not {"/", ":"} & set(run.id) and run.id.startswith("train_BTC-USDT-USDT_20240101_")
-    assert run.plot_learning().axes[0].get_xlabel() == "training step [candles]"
+    axes = plot_learning(run).axes[0]
+    assert axes.get_xlabel() == "training step [candles]"
+    assert axes.get_title("left").startswith("SYNTHETIC prices: synthetic ar1")
 
 
 @pytest.mark.integration
@@ -188,7 +194,7 @@ def test_weights_return_bit_for_bit(kept):
 def test_full_disk_leaves_nothing(kept, tmp_path):
     "The system refuses to write on, as a full disk does"
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
-           f"from pathlib import Path; from tradelab.learn.registry import read, save, Run\nrun = read(Path({str(kept.folder)!r}))\n" \
+           f"from pathlib import Path; from tradelab.runs.registry import read, save, Run\nrun = read(Path({str(kept.folder)!r}))\n" \
            f"save(Run(run.id + '1', run.policy, instruments=run.instruments, config=run.config), {{'model.zip': bytes(100_000)}}, run.folder.parent)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode != 0 and "no file was left half-written" in done.stderr

@@ -1,5 +1,9 @@
 "The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always possible, and the order of the symbols does not matter"
-from dataclasses import replace
+import inspect
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +13,23 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, apply_fill, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import TradingState
-from tradelab.features.observation import Observation
+from tradelab.events import KNOWN, Fill, TradingState
+from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL, Reason
-from tradelab.learn.env import Market, MarketEnv
+from tradelab.learn.env import MarketEnv
+from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, realistic
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
-from tradelab.risk.trading_state import allowed
-from tradelab.settings import NO_STOPS, Limits, Stops
+from tradelab.risk.trading_state import allowed, require_state
+from tradelab.runs.run import make_trader
+from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 
 HOUR, NAMES = 3_600_000, ("a", "b", "c")
+ROOT = Path(__file__).parents[1]
 
 
 @compiled
@@ -95,7 +103,7 @@ def walk(rules, seed, states, warm):
         gate.watch(1_700_000_000_000 // HOUR * HOUR + t * HOUR, candle)
         if t < warm: continue
         mark(account, positions, prices)
-        account["state"] = states[t - warm]
+        require_state(account, states[t - warm])
         equity, before = float(account["equity"][0]), positions["quantity"].copy()
         if equity <= 100: return
         answer = np.append(random.uniform(-1, 1, 3).round(2), random.uniform(0, 1, 3))
@@ -105,6 +113,7 @@ def walk(rules, seed, states, warm):
         after = before + rows["quantity"]
         check(before, after, answer, prices, equity, rules, rows, gate.covariance, base)
         state = TradingState.HALT if account["halted"][0] else max(states[t - warm], TradingState.REDUCE_ONLY if account["day_stopped"][0] else 0)
+        assert account["trading_state"][0] == state
         for n in range(3):
             grows = abs(after[n]) > abs(before[n]) + 1e-9 or after[n] * before[n] < -1e-12
             if grows: assert allowed(state, "entry" if before[n] * after[n] <= 0 else "increase") and rows["confidence"][n] >= rules.min_confidence
@@ -125,7 +134,8 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     def ordered(order, targets):
         gate, account, positions = Gate(rules, [replace(BITCOIN, symbol=NAMES[n]) for n in order]), new_account(10_000.), np.zeros(3, POSITION)
         gate.covariance[:], gate.market["step"] = covariance[np.ix_(order, order)], HOUR
-        positions["quantity"], positions["entry_price"], account["peak"], account["state"] = held[order], prices[order], 10_000 / peak, state
+        positions["quantity"], positions["entry_price"], account["peak"] = held[order], prices[order], 10_000 / peak
+        require_state(account, state)
         mark(account, positions, prices[order])
         candle = np.stack([prices[order]] * 4 + [np.full(3, 1e4)], axis=1)
         return gate.decide(10**12, candle, targets[order], account, positions).copy()
@@ -136,14 +146,168 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     assert np.array_equal(mirrored["quantity"], answer["quantity"][order]) and np.array_equal(mirrored["reason"], answer["reason"][order])
 
 
+@settings(max_examples=300)
+@given(limits(memory=True), st.integers(1, 5), st.integers(0, 10**6))
+def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
+    "Random targets at the gate: none is opened beyond the limit, the larger targets come first, what is held may shrink, flip and close as without the limit"
+    random, names, count = np.random.default_rng(seed), "abcdef", 6
+    rules = replace(rules, max_positions=most, max_orders=None, max_sector=None, max_var=None, max_group=None, target_volatility=None, stops=NO_STOPS, min_margin_ratio=0., min_confidence=0.)
+    prices, gates = random.uniform(20, 500, count), [Gate(each, [replace(BITCOIN, symbol=name) for name in names]) for each in (rules, replace(rules, max_positions=None))]
+    account, positions, working = new_account(10_000.), np.zeros(count, POSITION), np.zeros(count, bool)
+    for t in range(12):
+        mark(account, positions, prices)
+        candle, targets = np.stack([prices] * 4 + [np.full(count, 1e9)], axis=1), random.choice([-1., -.5, 0., .3, .5, .8, 1.], count)
+        rows, free = (gate.decide(10**12 + t * HOUR, candle, targets, account.copy(), positions.copy(), None, working).copy() for gate in gates)
+        held, after = positions["quantity"] != 0, positions["quantity"] + rows["quantity"]
+        before = held | working
+        opened, refused = (after != 0) & ~before, rows["reason"] == Reason.MAX_POSITIONS
+        assert opened.sum() <= max(0, most - before.sum())
+        assert ((after != 0) | working).sum() <= max(most, before.sum())
+        assert not (refused & before).any() and not rows["quantity"][refused].any()
+        if opened.any() and refused.any(): assert np.abs(targets[opened]).min() >= np.abs(targets[refused]).max()
+        for size in np.unique(np.abs(targets[opened | refused])):            # of equal targets, the symbol that comes first
+            asked = (opened | refused) & (np.abs(targets) == size)
+            if opened[asked].any() and refused[asked].any(): assert np.flatnonzero(asked & opened).max() < np.flatnonzero(asked & refused).min()
+        reducing = held & (targets == 0)
+        assert np.array_equal(rows["quantity"][reducing], free["quantity"][reducing])
+        for n in np.flatnonzero(rows["quantity"]): apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
+        prices, working = prices * np.exp(.002 * random.standard_normal(count)), random.random(count) < .15
+
+
+SIX = "abcdef"
+STYLES = (Execution(), Execution("post_only", patience=2), Execution("slices", slices=3), Execution(protect=True))
+
+
+@compiled
+def _noise(parameters, observation, answer):
+    "Random targets, or random orders of every kind, from the last returns"
+    count, places = len(observation), len(answer) // (8 * len(observation))
+    for i in range(len(answer) if places == 0 else count * places):
+        seed = abs(observation[i % count, 0]) * 9973.37 * (i + 1.) + parameters[0]
+        u, v, w = seed - np.floor(seed), 7919. * seed - np.floor(7919. * seed), 104729. * seed - np.floor(104729. * seed)
+        if places == 0: answer[i] = 0. if u < .35 else 2. * v - 1.
+        elif u > .5:
+            first, kind, side = 8 * i, -1. if w > .9 else np.floor(1. + 5. * v), 1. if w * 10. % 1. > .5 else -1.
+            answer[first], answer[first + 1], answer[first + 7] = side * (.2 + .8 * w), kind, np.floor(5. * v)
+            if kind == 2.: answer[first + 2] = 1. - side * .01 * v
+            if kind == 3. or kind == 4.: answer[first + 3] = 1. + (side if kind == 3. else -side) * .01 * v
+            if kind == 5.: answer[first + 4] = .003 + .01 * v
+
+
+def noise(number, orders=0): return Policy("noise", _noise, np.array([number]), ("return(1)",), orders=orders)
+
+
+def most_held(result):
+    "How many symbols were held at once, fill by fill"
+    held, most = dict.fromkeys(SIX, 0.), 0
+    for symbol, quantity in zip(result.fills["symbol"], result.fills["quantity"]):
+        held[symbol] = round(held[symbol] + quantity, 8)
+        most = max(most, sum(quantity != 0 for quantity in held.values()))
+    return most
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from(STYLES), st.integers(0, 3), st.sampled_from([None, .0002]), st.sampled_from([0, 0, 2]))
+def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, participation, orders):
+    "Array, event engine and environment, with orders that are late, rest and fill in parts: the limit holds after every fill, and they decide the same"
+    candles = correlated(160, SIX, correlation=.3, seed=seed % 1000)
+    limits = Limits(max_position=.15, max_positions=most, max_daily_loss=None, max_drawdown=.95, min_trade=.001, stops=Stops(stop_loss=.01, take_profit=.01))
+    given = dict(costs=CostModel(latency=latency, **({} if participation is None else {"participation": participation})), limits=limits, execution=execution)
+    if orders: given["execution"] = replace(execution, style="market")
+    array, event = (backtest(noise(seed % 97, orders), candles, engine=engine, baselines=(), **given) for engine in ("vectorised", "event"))
+    assert most_held(array) <= most
+    assert first_difference(array, event) is None
+    if orders: return
+    environment, random = MarketEnv(prepare(candles, Observation(["return(1)"]), **given)), np.random.default_rng(seed)
+    environment.reset(seed=0)
+    done = False
+    while not done:
+        *_, ended, truncated, info = environment.step(random.choice([-1., -.4, 0., 0., .7, 1.], 6))
+        done = ended or truncated
+        assert (environment.population.positions[0]["quantity"] != 0).sum() <= most
+
+
+@settings(max_examples=15)
+@given(st.lists(st.sampled_from(list(TradingState)), min_size=30, max_size=30), st.integers(0, 10**6))
+def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
+    "`require_state` at an environment and at a trader: seen at once, obeyed at the next close, kept by a snapshot, taken back by NORMAL"
+    candles, random = correlated(80, NAMES[:2], seed=seed % 1000), np.random.default_rng(seed)
+    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.95, max_participation=None, stops=NO_STOPS)
+    environment = MarketEnv(prepare(candles, Observation(["return(1)"]), limits=limits))
+    environment.reset(seed=0)
+    population, times = environment.population, environment.population.market.tape.times
+    account, positions = population.accounts[0], population.positions[0]
+    trader = make_trader(turning(), limits, tuple(replace(BITCOIN, symbol=name) for name in NAMES[:2]))
+    values = matrix(candles, KNOWN)[1]
+    trader.warm(times[:population.at[0]], values[:population.at[0]])
+    column = PORTFOLIO.index("risk_state") - len(PORTFOLIO)
+    for state in states:
+        t, held = int(population.at[0]), positions["quantity"].copy()
+        for each in (account, trader.account): require_state(each, state)
+        again = make_trader(turning(), limits, trader.instruments)
+        again.restore(json.loads(json.dumps(trader.snapshot())))
+        assert again.account["trading_state"] == account["trading_state"] == state
+        had, decision = trader.positions["quantity"].copy(), trader.on_candle(int(times[t]), values[t])
+        assert (decision.observation[:, column] == np.float32(state / TradingState.HALT)).all()
+        environment.step(random.uniform(-1, 1, 2))
+        for before, after in ((held, positions["quantity"]), (had, had + decision.quantities)):
+            entered = (after != 0) & (before * after <= 0)
+            increased = (before * after > 0) & (np.abs(after) > np.abs(before) + 1e-9)
+            assert allowed(state, "entry") or not entered.any()
+            assert allowed(state, "increase") or not increased.any()
+            assert state < TradingState.FLATTEN or not after.any()
+        for n, quantity in enumerate(decision.quantities):
+            if quantity: trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
+
+
+README = {"none": (None, 0.)}
+
+
+def defaults_of_readme():
+    "The table of limits in the README: name -> what it may be"
+    table, found = (ROOT / "README.md").read_text().partition("| in `[risk]` of")[2].partition("\n\n")[0], {}
+    for line in table.splitlines()[2:]:
+        names, values, _ = line.strip("| ").split(" | ")
+        for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True):
+            number = re.match(r"[\d.]+", value)
+            found[name] = README[value] if value in README else (float(number[0]) / (100 if value[number.end():].startswith(" %") else 1),)
+    return found
+
+
+def test_each_limit_is_said_once_and_the_same_everywhere():
+    "The line of a limit in settings, its line in tradelab.toml.example, its place in the README's table, its number in the row of compiled code"
+    readme = defaults_of_readme()
+    text = (ROOT / "tradelab.toml.example").read_text().partition("[risk]")[2]
+    for kind, section in ((Limits, text.partition("[risk.stops]")[0]), (Stops, text.partition("[risk.stops]")[2].partition("\n[")[0])):
+        lines = dict(re.findall(r"^    (\w+):[^#\n]+# (.+)$", inspect.getsource(kind), re.M))
+        example = {name: (not off, value, words) for off, name, value, words in re.findall(r"^(# )?(\w+) = (\S+) *(?:# (.+))?$", section, re.M)}
+        for field in fields(kind):
+            if field.name in ("sectors", "stops"): continue
+            given, value, words = example[field.name]
+            assert words == lines.get(field.name, ""), field.name
+            assert given == (field.default is not None), field.name
+            if given: assert float(value) == field.default, field.name
+            else: replace(Limits(sectors={"a": "b"}), **{field.name: float(value)})
+            assert field.default in readme.pop(field.name), field.name
+            assert field.name in LIMITS.names
+            if kind is Limits: assert (field.name in OPTIONAL) == ("None" in str(field.type)), field.name
+    assert not readme
+
+
+def test_each_limit_that_refuses_has_a_sentence_that_names_it():
+    named = {name for reason in Reason for name in re.findall(r"[a-z_]+", reason.sentence(1., 1.))}
+    limits = {field.name for field in fields(Limits) if field.name.startswith(("max_", "min_"))} | {"target_volatility"}
+    assert limits - named == {"max_position", "min_trade"}                     # what a target of 1 comes to, and one sentence for all that is too small
+
+
 WATCHFUL = Limits(max_position=.4, max_leverage=.7, max_group=.5, max_net=.6, max_var=.02, target_volatility=.6, drawdown_from=.02, decay=.2, min_confidence=.2, stops=Stops(stop_loss=0., stop_atr=2., trailing_atr=3., atr_period=5, max_age=6))
 
 
 def test_every_driver_knows_the_same_of_the_market():
     "Array, event and environment, with limits and stops that remember: the same bits; and a start in the middle forgets its beginning"
     pair = correlated(1_100, NAMES[:2], seed=5)
-    face = dict(limits=WATCHFUL, keep_observations=True, beside=())
-    array, event = (backtest(turning(True), pair, form=form, **face) for form in ("array", "event"))
+    face = dict(limits=WATCHFUL, keep_observations=True, baselines=())
+    array, event = (backtest(turning(True), pair, engine=engine, **face) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
     reasons = set(np.unique(array.rows["reason"]).tolist())
     assert {Reason.CONFIDENCE, Reason.VOLATILITY, Reason.TIME_STOP, Reason.STOP_LOSS, Reason.TRAILING_STOP, Reason.STOPPED_OUT, Reason.DRAWDOWN} <= reasons and reasons & {Reason.GROUP, Reason.LEVERAGE, Reason.VALUE_AT_RISK}
@@ -151,7 +315,7 @@ def test_every_driver_knows_the_same_of_the_market():
     late, early = (backtest(turning(True), {name: frame[cut:] for name, frame in pair.items()}, start=start, **face) for cut in (300, 0))
     assert first_difference(late, early) is None
     plain = backtest(turning(), pair, **face | {"limits": replace(WATCHFUL, min_confidence=0.)})
-    market = Market.of(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
+    market = prepare(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
     environment, rows, done = MarketEnv(market), [], False
     seen, _ = environment.reset(seed=0)
     while not done:
@@ -164,7 +328,7 @@ def test_every_driver_knows_the_same_of_the_market():
 def test_too_little_history_for_a_limit_is_refused():
     frame = realistic(300, seed=1)
     with pytest.raises(ValueError, match="leaves 100 candles of warm-up, features and limits need 1667 to warm up|300 candles are too few, features and limits need 1667"): backtest(turning(), frame, start=frame.index[100], limits=Limits(max_var=.02))
-    with pytest.raises(ValueError, match="300 candles are too few to train on: features, limits and costs need 1667"): Market.of(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
+    with pytest.raises(ValueError, match="300 candles are too few: features, limits and costs need 1667"): prepare(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
 
 
 def test_stops_close_at_the_close_and_stay_out():

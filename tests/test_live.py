@@ -21,9 +21,11 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.instruments import Instrument
-from tradelab.live.broker import Broker, BrokerError
+from tradelab.journal import Reason
+from tradelab.live.broker import Answer, Broker, BrokerError
 from tradelab.live.ledger import Ledger
-from tradelab.live.recorder import Recording, find_session, read, recorded_settings, replay, unproven
+from tradelab.live.orders import Outcome
+from tradelab.live.recorder import BadRecording, Recording, find_session, read, recorded_settings, replay, unproven
 from tradelab.live.session import BadFeed, RefusedStart, Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
@@ -53,7 +55,7 @@ def venue(exchange, key="localnet-key", secret="localnet-secret"):
 
 def trader(symbols=(BITCOIN,), limits=Limits()):
     policy = Momentum(lookback=5, threshold=.005)
-    return Trader(policy, Observation.of(policy), Gate, limits, tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
+    return Trader(policy, Observation.from_policy(policy), Gate, limits, tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
 
 
 def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
@@ -138,7 +140,7 @@ def _follow(parameters, observation, targets):
 
 def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
-    make = lambda: Trader(policy, Observation.of(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
+    make = lambda: Trader(policy, Observation.from_policy(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
     with localnet() as exchange:
         live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"), tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)
@@ -293,6 +295,30 @@ def test_two_symbols(tmp_path):
     steps = journal(tmp_path)
     assert statistics.disagreements == 0 and len(steps) == 60 and list(steps["symbol"][:2]) == list(symbols)
     assert (steps["fill_quantity"] == steps["order"]).all() and first_difference(*replay(recording(tmp_path), trader(symbols))) is None
+
+
+class Mute(Broker):
+    "Loses every order of Bitcoin, and never tells what became of it"
+    async def submit(self, order): return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().submit(order)
+    async def query(self, order): return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().query(order)
+
+
+def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path):
+    "With `max_positions` of 1, nothing else is opened while nobody knows what became of it; the replay decides the same"
+    symbols, limits = (BITCOIN, ETHER), Limits(max_positions=1)
+    with localnet(symbols) as exchange: run(session(exchange, tmp_path, Mute, symbols, limits, patience=.2), 25)
+    steps, lines = journal(tmp_path), list(read(recording(tmp_path)))
+    lost = steps["order"].ne(0) & steps["symbol"].eq(BITCOIN)
+    first = steps.index[lost][0]
+    ether, after = steps[steps["symbol"] == ETHER], steps.index > first
+    assert (steps["reason"][after & (steps["symbol"] == ETHER)] == Reason.MAX_POSITIONS).any()
+    assert not (ether["order"][ether["position"] == 0][first:].iloc[1:] != 0).any()
+    assert {tuple(line["working"]) for line in lines if line["kind"] == "candle" and "working" in line} == {(True, False)}
+    make = lambda: trader(symbols, limits)
+    assert first_difference(*replay(lines, make())) is None
+    assert first_difference(*replay([{name: value for name, value in line.items() if name != "working"} for line in lines], make())) is not None
+    for wrong in ([True], [1, 0], "yes"):
+        with pytest.raises(BadRecording, match="working is"): replay([line | {"working": wrong} if line["kind"] == "candle" else line for line in lines], make())
 
 
 def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):

@@ -13,14 +13,17 @@ from test_sentence import network
 
 from tradelab.account import POSITION, age, apply_fill, mark, new_account
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import KNOWN
+from tradelab.events import KNOWN, TradingState
 from tradelab.features.observation import PORTFOLIO, Observation, robust, standard
 from tradelab.learn.agents import train
-from tradelab.learn.env import Market, MarketEnv
-from tradelab.learn.registry import CONFIG, DamagedRun, load, seal
+from tradelab.learn.env import MarketEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
+from tradelab.risk.trading_state import require_state
+from tradelab.runs.formats import CONFIG, DamagedRun, seal
+from tradelab.runs.registry import load
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 
 SYMBOLS = BTC, ETH, SOL = "BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"
 CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "taker_share(2)", "funding_rate", "basis", "time_of_week.sin", f"return(1)[{ETH}]", f"rsi(2)@2h[{SOL}][-2]", "pvo_hist(3,5,2)")
@@ -33,7 +36,7 @@ def market(): return {symbol: filled(frame) for symbol, frame in correlated(700,
 @settings(max_examples=40)
 @given(st.lists(st.sampled_from(CHOICE), min_size=1, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([(BTC,), (ETH, BTC), (SOL, BTC, ETH)]), st.booleans())
 def test_array_and_stream_are_the_same_for_any_symbols(market, features, window, traded, fitted):
-    observation = Observation(features, window).on(traded, "1h")
+    observation = Observation(features, window).for_symbols(traded, "1h")
     candles = matrix({symbol: market[symbol] for symbol in observation.rows}, KNOWN)[1]
     if fitted: observation = observation.fit(candles[:400])
     array, stream = observation.matrix(candles), observation.stream()
@@ -46,7 +49,7 @@ def test_array_and_stream_are_the_same_for_any_symbols(market, features, window,
 
 
 def test_another_future_changes_neither_the_past_nor_the_scaler(market):
-    observation = Observation([text for text in CHOICE if "pvo" not in text], 3).on((BTC,), "1h")
+    observation = Observation([text for text in CHOICE if "pvo" not in text], 3).for_symbols((BTC,), "1h")
     frames = {symbol: market[symbol] for symbol in observation.rows}
     other = {symbol: pd.concat([frame[:500], frame[500:] * 1.7]) for symbol, frame in frames.items()}
     for how in ("standard", "robust"):
@@ -86,7 +89,7 @@ def test_the_portfolio_as_the_agent_sees_it():
     apply_fill(account, positions, 0, -9., 105., 0.)
     close(105.)
     assert seen()["time_in_trade"] == pytest.approx(np.log(2)) and seen()["exposure"] < 0
-    account["halted"] = 1
+    require_state(account, TradingState.HALT)
     assert seen()["risk_state"] == 1
 
 
@@ -95,13 +98,13 @@ FEATURES = ("return(1)", "sma(5).relative@4h", f"return(1)[{ETH}]", "funding_rat
 
 @pytest.mark.parametrize("traded", [(BTC,), (SOL, BTC)])
 def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
-    frames, watch = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}, {ETH: market[ETH]}
+    frames, extra = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}, {ETH: market[ETH]}
     rates = {symbol: pd.concat([pd.Series([1e-4], market[symbol].index[:1]), funding(market[symbol])]) for symbol in traded}
-    scaler = Observation(FEATURES, 2).on(traded, "1h").fit({symbol: market[symbol][:400] for symbol in (*traded, ETH)}).scaler
+    scaler = Observation(FEATURES, 2).for_symbols(traded, "1h").fit({symbol: market[symbol][:400] for symbol in (*traded, ETH)}).scaler
     policy = network(3, len(traded), 2, FEATURES, scaler)
-    array, event = (backtest(policy, frames, funding=rates, watch=watch, form=form, keep_observations=True, beside=()) for form in ("array", "event"))
+    array, event = (backtest(policy, frames, funding=rates, extra=extra, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None and (array.rows["order"] != 0).sum() > 20
-    env = MarketEnv(Market.of(frames, Observation.of(policy), funding=rates, watch=watch))
+    env = MarketEnv(prepare(frames, Observation.from_policy(policy), funding=rates, extra=extra))
     seen, _ = env.reset(seed=0)
     for t in range(len(array.rows)):
         assert_array_equal(seen.reshape(len(traded), -1), array.observations[t])
@@ -111,20 +114,20 @@ def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
 
 def test_what_a_feature_looks_at_must_be_there(market):
     policy = network(0, 1, 2, FEATURES)
-    with pytest.raises(ValueError, match=f"a feature looks at {ETH}, whose candles are not there: give them, watch="): backtest(policy, market[BTC])
-    with pytest.raises(ValueError, match="taker_share.2. needs taker_buy_volume, which candle 0 does not have"): backtest(policy, market[BTC].drop(columns="taker_buy_volume"), watch={ETH: market[ETH]})
-    with pytest.raises(ValueError, match=f"{ETH} is traded and watched"): backtest(policy, {BTC: market[BTC], ETH: market[ETH]}, watch={ETH: market[ETH]})
-    with pytest.raises(ValueError, match="4h is not a multiple of 1d"): backtest(policy, market[BTC].resample("1D").first(), watch={ETH: market[ETH].resample("1D").first()})
+    with pytest.raises(ValueError, match=f"a feature looks at {ETH}, whose candles are not there: give them, extra="): backtest(policy, market[BTC])
+    with pytest.raises(ValueError, match="taker_share.2. needs taker_buy_volume, which candle 0 does not have"): backtest(policy, market[BTC].drop(columns="taker_buy_volume"), extra={ETH: market[ETH]})
+    with pytest.raises(ValueError, match=f"{ETH} is traded and among the extra symbols"): backtest(policy, {BTC: market[BTC], ETH: market[ETH]}, extra={ETH: market[ETH]})
+    with pytest.raises(ValueError, match="4h is not a multiple of 1d"): backtest(policy, market[BTC].resample("1D").first(), extra={ETH: market[ETH].resample("1D").first()})
 
 
 def test_a_run_keeps_its_specification_and_is_refused_with_another(market, tmp_path):
     observation = Observation(FEATURES, 2)
     frame = market[BTC].rename_axis("open_time")
     frame.attrs["symbol"] = BTC
-    run = train("PPO", frame, observation, steps=200, folder=tmp_path, watch={ETH: market[ETH]}, scaler="robust", progress=False)
+    run = train("PPO", frame, observation, steps=200, folder=tmp_path, extra={ETH: market[ETH]}, scaler="robust", progress=False)
     again = load("latest", tmp_path)
     assert again.observation == run.observation and again.observation.scaler.kind == "robust" and again.observation.rows == (BTC, ETH) and again.config["observation_sha256"] == run.observation.sha256
-    results = [backtest(each, market[BTC], watch={ETH: market[ETH]}) for each in (run, again)]
+    results = [backtest(each, market[BTC], extra={ETH: market[ETH]}) for each in (run, again)]
     assert first_difference(*results) is None
     text = (run.folder / CONFIG).read_text()
     for before, after in (("timeframe: 1h", "timeframe: 30m"), ("window: 2", "window: 2 "), ("sma(5).relative@4h", "sma(5).relative@2h")):

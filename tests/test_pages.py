@@ -135,7 +135,7 @@ def test_a_result_without_baselines_is_held_against_the_market(results):
 def test_ruin_is_in_the_answer():
     candles = ar1(300, rho=.1, seed=1)
     candles.iloc[150:, :4] *= .2
-    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=5., max_leverage=5., leverage=20, min_margin_ratio=0., max_daily_loss=None, max_drawdown=1.), beside=())
+    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=5., max_leverage=5., leverage=20, min_margin_ratio=0., max_daily_loss=None, max_drawdown=1.), baselines=())
     assert (result.equity <= 0).any() == ("RUINED" in result.tearsheet.answer)
 
 
@@ -143,12 +143,12 @@ def test_several_symbols_say_their_sources_and_their_funding():
     frames = {f"{name}/USDT:USDT": ar1(100, rho=.1, seed=n) for n, name in enumerate("ABCDE")}
     rates = pd.Series(.0001, pd.date_range("2024-01-01", periods=10, freq="8h", tz="UTC"))
     frames["A/USDT:USDT"].attrs["source"] = "file a.csv"
-    some = backtest(Momentum(), frames, funding={"A/USDT:USDT": rates}).tearsheet.face
+    some = backtest(Momentum(), frames, funding={"A/USDT:USDT": rates}).tearsheet.full_caption
     assert "SYNTHETIC prices: synthetic" in some and "; and 2 more." in some and "WITHOUT funding: no rates were given for B/USDT:USDT and 3 more." in some
-    assert "Net of costs." in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates)).tearsheet.face
-    assert "Net of costs." in backtest(Momentum(), {"A/USDT": frames["B/USDT:USDT"]}).tearsheet.face
-    assert "WITHOUT funding: the costs say so" in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates), costs=CostModel(funding=False)).tearsheet.face
-    assert "SYNTHETIC prices" in stress(Momentum(), frames, scenarios={}).note and "WITHOUT funding" in stress(Momentum(), frames, scenarios={}).note
+    assert "Net of costs." in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates)).tearsheet.full_caption
+    assert "Net of costs." in backtest(Momentum(), {"A/USDT": frames["B/USDT:USDT"]}).tearsheet.full_caption
+    assert "WITHOUT funding: the costs say so" in backtest(Momentum(), frames, funding=dict.fromkeys(frames, rates), costs=CostModel(funding=False)).tearsheet.full_caption
+    assert "SYNTHETIC prices" in stress(Momentum(), frames, scenarios={}).caption and "WITHOUT funding" in stress(Momentum(), frames, scenarios={}).caption
 
 
 def test_a_page_ends_with_its_parameters_and_wraps_its_cells(tmp_path):
@@ -203,7 +203,7 @@ def test_the_lab_saves_a_job_as_it_is_kept(job):
 
 def test_a_trade_that_a_rule_closed_says_which():
     candles = ar1(600, rho=.1, volatility=.02, seed=4)
-    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.99), beside=())
+    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.99), baselines=())
     decided = {reason.name.lower().replace("_", " ") for reason in STOPS_DECIDED}
     by_rule = result.trips[result.trips["left_by"].isin(decided)]
     rows = result.journal[(result.journal["order"] != 0) & (result.journal["reason"] != Reason.STOPPED_OUT)]
@@ -214,7 +214,7 @@ def test_a_trade_that_a_rule_closed_says_which():
 
 def test_a_rolling_ratio_ends_where_trading_was_halted():
     candles = ar1(2_400, volatility=.006, seed=11)
-    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.2, stops=NO_STOPS), beside=())
+    result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.2, stops=NO_STOPS), baselines=())
     halted = halts(result.journal)
     ratio = while_traded(rolling_sharpe(result.equity, 5), halted)
     assert len(halted) == 1 and pd.isna(halted["until"][0])

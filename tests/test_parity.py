@@ -10,7 +10,6 @@ from tradelab.config import Venue
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.learn.registry import Run
 from tradelab.live.broker import Broker
 from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import read, replay, unpacked
@@ -18,6 +17,7 @@ from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import with_funding
 from tradelab.market.synthetic import ar1, funding
+from tradelab.runs.run import Run
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 
@@ -68,7 +68,7 @@ def session(request, market, tmp_path_factory):
 def test_live_is_the_backtest(session, market):
     policy, _, journal, lines = session
     candles, payments, watched = market
-    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, watch={ETH: watched}, keep_observations=True)
+    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, extra={ETH: watched}, keep_observations=True)
     assert len(journal) == LIVE and (journal["order"] > 0).sum() >= 25 and (journal["order"] < 0).sum() >= 25 and (journal["funding"] != 0).sum() >= 10
     assert first_difference(expected.journal[:LIVE], journal) is None
     assert np.array_equal(expected.observations[:LIVE].view(np.uint32), observations(lines).view(np.uint32))
@@ -93,7 +93,7 @@ def test_one_altered_bit_breaks_parity(session, market, tmp_path):
     bar, altered = candles.index[HISTORY + 30], candles.copy()
     altered.loc[bar, "close"] = np.nextafter(altered.loc[bar, "close"], 0)
     journal, _ = trade(tmp_path, policy, altered, payments, watched, parts=(40,))
-    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, watch={ETH: watched})
+    expected = backtest(policy, candles, candles.index[HISTORY], funding=payments, extra={ETH: watched})
     difference = first_difference(expected.journal[:40], journal)
     assert difference.bar == bar and difference.column == "close" and difference.a == candles.loc[bar, "close"] and difference.b == altered.loc[bar, "close"]
 

@@ -58,7 +58,7 @@ def risk(market, _):
 def decisions(market, _):
     "A closed candle through features, window, network and gate to its orders"
     policy = network(Observation(FEATURES, 30, timeframe="1h").width)
-    trader = Trader(policy, Observation.of(policy, "1h"), Gate, instruments=(BITCOIN,))
+    trader = Trader(policy, Observation.from_policy(policy, "1h"), Gate, instruments=(BITCOIN,))
     stamps, candles, begin = times(market), market.to_numpy()[:, None, :5], trader.warm_up + 1
     candles = np.concatenate([candles, np.zeros((*candles.shape[:2], 3))], axis=2)
     trader.warm(stamps[:begin], candles[:begin])

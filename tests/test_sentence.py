@@ -15,8 +15,10 @@ from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.limits import Gate
+from tradelab.runs.run import make_trader
 from tradelab.settings import NO_STOPS, CostModel, Limits
-from tradelab.sim.backtest import backtest, make_trader
+from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 from tradelab.sources.funding import funding_history
 from tradelab.sources.history import history
 from tradelab.strategies.example import Momentum, SmaCross
@@ -45,7 +47,7 @@ def bitcoin(shared):
 @pytest.mark.parametrize("policy", [network(), Momentum(), SmaCross()], ids=lambda policy: policy.name)
 def test_both_forms_agree_on_real_candles(bitcoin, policy):
     candles, payments = bitcoin
-    array, event = (backtest(policy, candles, funding=payments, form=form, keep_observations=True) for form in ("array", "event"))
+    array, event = (backtest(policy, candles, funding=payments, engine=engine, keep_observations=True) for engine in ("vectorised", "event"))
     assert same(array, event)
     assert (array.rows["order"] != 0).sum() > 20 and (array.rows["funding"] != 0).any()
 
@@ -54,7 +56,7 @@ def test_several_symbols_are_one_account(shared):
     names = {"BTC/USDT:USDT": "BTCUSDT", "ETH/USDT:USDT": "ETHUSDT"}
     candles = {symbol: history(symbol, "1h", "2022-06-01", "2022-08-01", source=str(shared / f"data/{name}-perp-1h.parquet")) for symbol, name in names.items()}
     payments = {symbol: funding_history(symbol, "2022-06-01", "2022-08-01", source=str(shared / f"data/{name}-perp-funding-8h.parquet")) for symbol, name in names.items()}
-    array, event = (backtest(network(symbols=2), candles, funding=payments, form=form, keep_observations=True) for form in ("array", "event"))
+    array, event = (backtest(network(symbols=2), candles, funding=payments, engine=engine, keep_observations=True) for engine in ("vectorised", "event"))
     assert same(array, event)
     assert all((array.rows["order"][:, n] != 0).any() for n in range(2))
 
@@ -133,9 +135,9 @@ def test_the_gate_keeps_its_limits(rows):
 
 def test_the_journal_has_the_fields_of_the_environment():
     from tradelab.features.observation import Observation
-    from tradelab.learn.env import Market, MarketEnv
+    from tradelab.learn.env import MarketEnv
     candles = ar1(300, seed=1)
-    environment = MarketEnv(Market.of(candles, Observation(["return(1)"]).fit(matrix(candles)[1])))
+    environment = MarketEnv(prepare(candles, Observation(["return(1)"]).fit(matrix(candles)[1])))
     environment.reset(seed=0)
     *_, info = environment.step(np.array([.5]))
     assert info["journal"][0].dtype.names == JOURNAL.names
@@ -150,4 +152,4 @@ def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, comp
     "The trader as a live session drives it, and the compiled loop"
     policy = Policy("mine", compile(rule))
     with pytest.raises(ValueError, match=message): make_trader(policy, instruments=(BITCOIN,)).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
-    with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), beside=())
+    with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), baselines=())

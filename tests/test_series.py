@@ -15,13 +15,14 @@ from tradelab.evaluation.difference import first_difference, look_ahead
 from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import train
-from tradelab.learn.env import Market, MarketEnv
-from tradelab.learn.registry import load
+from tradelab.learn.env import MarketEnv
 from tradelab.live.session import RefusedStart, Session
 from tradelab.market.candles import BadCandles
 from tradelab.market.synthetic import ar1
+from tradelab.runs.registry import load
 from tradelab.settings import SeriesDefinition
 from tradelab.sim.backtest import backtest
+from tradelab.sim.prepared import prepare
 from tradelab.sources.exogenous import Exogenous, check_exogenous, load_series, with_series
 
 HOUR, DAY = 3_600_000, 86_400_000
@@ -52,9 +53,9 @@ def test_a_figure_enters_at_the_first_close_after_its_publication():
 def test_array_event_and_environment_are_the_same(seed, definition, window):
     mood = figures(definition=definition, seed=seed)
     policy = network(seed, 1, window, FEATURES)
-    array, event = (backtest(policy, CANDLES, series={"mood": mood}, form=form, keep_observations=True, beside=()) for form in ("array", "event"))
+    array, event = (backtest(policy, CANDLES, series={"mood": mood}, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
-    env = MarketEnv(Market.of(CANDLES, Observation.of(policy), series={"mood": mood}))
+    env = MarketEnv(prepare(CANDLES, Observation.from_policy(policy), series={"mood": mood}))
     seen, _ = env.reset(seed=0)
     for t in range(200):
         assert_array_equal(seen.reshape(1, -1), array.observations[t])
@@ -63,7 +64,7 @@ def test_array_event_and_environment_are_the_same(seed, definition, window):
 
 
 def test_a_stale_figure_is_held_or_empties_the_position_or_is_refused():
-    def run(**definition): return backtest(network(3, 1, 1, FEATURES), CANDLES, series={"mood": figures(definition=SeriesDefinition(**definition))}, beside=())
+    def run(**definition): return backtest(network(3, 1, 1, FEATURES), CANDLES, series={"mood": figures(definition=SeriesDefinition(**definition))}, baselines=())
     held, flat = run(stale="12h"), run(stale="12h", when_stale="flat")
     hour = held.journal.index.get_level_values(0).hour if isinstance(held.journal.index, pd.MultiIndex) else held.journal.index.hour
     stale = (hour >= 22) | (hour < 10)                            # of candles whose close is more than twelve hours after half past ten
@@ -82,7 +83,7 @@ def altered(mood, after, table=None):
 @pytest.mark.parametrize("row", [150, 333, 501])
 def test_another_future_of_the_series_does_not_move_the_past(row):
     policy, mood, now = network(5, 1, 1, FEATURES), figures(), START + (row + 1) * HOUR
-    one, other = (backtest(policy, CANDLES, series={"mood": each}, beside=()).journal for each in (mood, altered(mood, now)))
+    one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).journal for each in (mood, altered(mood, now)))
     before = one["open_time"] <= now - HOUR if "open_time" in one else one.index <= CANDLES.index[row]
     assert one[before].equals(other[before]) and not one.equals(other)
 
@@ -96,14 +97,14 @@ def test_a_planted_look_ahead_is_caught():
         now = START + (row + 1) * HOUR
         unknown = truth.table["publication_time"].to_numpy() > now
         changed = replace(early, table=early.table.assign(value=np.where(unknown, 7. - early.table["value"], early.table["value"])))
-        one, other = (backtest(policy, CANDLES, series={"mood": each}, beside=()).rows[["target", "open_time"]] for each in (early, changed))
+        one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).rows[["target", "open_time"]] for each in (early, changed))
         moved.append((one["target"] != other["target"])[one["open_time"] <= now - HOUR].any())
     assert any(moved)
 
 
 def test_look_ahead_perturbs_the_series_too():
     policy, mood = network(5, 1, 1, FEATURES), figures()
-    def run(candles, told): return backtest(policy, candles, series={"mood": told["mood"]}, beside=())
+    def run(candles, told): return backtest(policy, candles, series={"mood": told["mood"]}, baselines=())
     def reads_ahead(candles, told): return run(candles, {"mood": replace(told["mood"], table=told["mood"].table.assign(value=told["mood"].table["value"].shift(-1).fillna(0.)))})
     assert look_ahead(run, CANDLES, 2, series={"mood": mood})["difference"].isna().all()
     assert not look_ahead(reads_ahead, CANDLES, 2, series={"mood": mood})["difference"].isna().all()             # planted: each day the figure of tomorrow
@@ -114,14 +115,14 @@ def test_a_run_keeps_its_series_and_refuses_another(tmp_path):
     observation = Observation(("return(1)", "series(mood)", "series(mood).age"))
     run = train("PPO", CANDLES[:500], observation, steps=200, folder=tmp_path, series={"mood": mood}, progress=False)
     again = load(run.id, tmp_path)
-    assert again.config["series"]["mood"]["lag"] == "1d" and len(again.config["series"]["mood"]["sha256"]) == 64 and again.observation.series == ("mood",) and again.observation.watched == ()
-    assert first_difference(*(backtest(each, CANDLES, series={"mood": mood}, beside=()) for each in (run, again))) is None
+    assert again.config["series"]["mood"]["lag"] == "1d" and len(again.config["series"]["mood"]["sha256"]) == 64 and again.observation.series == ("mood",) and again.observation.extra == ()
+    assert first_difference(*(backtest(each, CANDLES, series={"mood": mood}, baselines=()) for each in (run, again))) is None
     moved = replace(mood, definition=replace(mood.definition, file="elsewhere/mood.csv"))
-    backtest(again, CANDLES, series={"mood": moved}, beside=())                                     # a file may move
+    backtest(again, CANDLES, series={"mood": moved}, baselines=())                                     # a file may move
     for changed, message in ((replace(mood, definition=replace(mood.definition, lag="0d")), "lag was '1d', is '0d'"), (altered(mood, START + 5 * DAY), "were changed")):
-        with pytest.raises(BadCandles, match=f"series mood is not what the run was trained with: .*{message}.*"): backtest(again, CANDLES, series={"mood": changed}, beside=())
+        with pytest.raises(BadCandles, match=f"series mood is not what the run was trained with: .*{message}.*"): backtest(again, CANDLES, series={"mood": changed}, baselines=())
     for absent in (None, {}):
-        with pytest.raises(BadCandles, match="the run was trained with the series mood, which is not given"): backtest(again, CANDLES, series=absent, beside=())
+        with pytest.raises(BadCandles, match="the run was trained with the series mood, which is not given"): backtest(again, CANDLES, series=absent, baselines=())
     with pytest.raises(ValueError, match="a feature reads the series 'mood', which is not there: give it, series="): train("PPO", CANDLES[:500], observation, steps=200, folder=tmp_path, progress=False)
 
 

@@ -25,7 +25,6 @@ from tradelab.evaluation.value_at_risk import TailMeasures
 from tradelab.evaluation.var_backtest import judge
 from tradelab.export import TABLES, export
 from tradelab.instruments import BITCOIN, Instrument
-from tradelab.learn.registry import Run
 from tradelab.live.broker import BrokerError, Notice, error_text
 from tradelab.live.session import Statistics
 from tradelab.log import formatter
@@ -36,6 +35,7 @@ from tradelab.policies import Policy, buy_and_hold, flat
 from tradelab.risk.breakers import BreakerEvent
 from tradelab.risk.portfolio import PortfolioRisk
 from tradelab.risk.trading_state import Ladder
+from tradelab.runs.run import Run
 from tradelab.sections import Missing
 from tradelab.settings import Limits
 from tradelab.sim.backtest import backtest
@@ -79,7 +79,7 @@ def shown(run):
             "evaluation.risk_report.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.trading_state.Ladder": ladder,
             "evaluation.var_backtest.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "evaluation.value_at_risk.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
             "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
-            "learn.registry.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
+            "runs.run.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 
 
 def test_no_class_is_left_out(shown): assert set(classes()) == set(shown)

@@ -13,22 +13,11 @@ from hypothesis import strategies as st
 
 from tradelab.features.grammar import BadFeature, parse
 from tradelab.instruments import BITCOIN
-from tradelab.learn.registry import (
-    CONFIG,
-    MANIFEST,
-    POLICY,
-    SCALER,
-    TRIALS,
-    DamagedRun,
-    Run,
-    UnknownRun,
-    load,
-    read,
-    save,
-    seal,
-    trials,
-)
 from tradelab.policies import Policy, Scaler, mlp, network_fits, pack
+from tradelab.runs.formats import CONFIG, MANIFEST, POLICY, SCALER, DamagedRun, seal
+from tradelab.runs.registry import TRIALS, load, read, save, trials
+from tradelab.runs.rules import UnknownRun
+from tradelab.runs.run import Run
 from tradelab.trust import NotTrusted, check_id, locate
 
 FEW = settings(max_examples=80, suppress_health_check=list(HealthCheck))
@@ -130,7 +119,7 @@ def test_a_rule_beside_the_settings_is_found_from_anywhere(project):
     "A command does not have the project on its path"
     (project / "nbs" / "deeper").mkdir(parents=True)
     (project / "my_rules.py").write_text("from tradelab.policies import Policy, flat\ndef Rule()->Policy: return flat()\n")
-    code = "import sys; sys.path = [each for each in sys.path if each]; from tradelab.learn.registry import load; print(load('my_rules:Rule').policy.name)"
+    code = "import sys; sys.path = [each for each in sys.path if each]; from tradelab.runs.registry import load; print(load('my_rules:Rule').policy.name)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project / "nbs" / "deeper")
     assert ran.stdout == "flat\n", ran.stderr
 
@@ -320,7 +309,7 @@ def test_any_text_is_a_rule_or_unknown(text, tmp_path_factory):
 
 @pytest.mark.integration
 def test_a_job_refuses_before_anything_runs(project):
-    code = "import sys; from tradelab.learn.registry import load\ntry: load(sys.argv[1])\nexcept ValueError as error: print(error)"
+    code = "import sys; from tradelab.runs.registry import load\ntry: load(sys.argv[1])\nexcept ValueError as error: print(error)"
     ran = subprocess.run([sys.executable, "-c", code, "os:system('touch ran; echo RAN')"], capture_output=True, text=True, cwd=project)
     assert "is neither tradelab's nor in the folder of the project" in ran.stdout and "RAN" not in ran.stdout and not (project / "ran").exists()
 

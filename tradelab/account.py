@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'POSITION', 'EXACT', 'new_account', 'wallet', 'decimal8', 'apply_fill', 'reduces', 'funding_amount',
-           'apply_funding', 'bracket', 'maintenance_margin', 'mark', 'age', 'resume', 'round_price', 'round_quantity']
+           'apply_funding', 'bracket', 'maintenance_margin', 'mark', 'age', 'round_price', 'round_quantity']
 
 # %% ../nbs/00_ground/14_account.ipynb #14e04aec
 import numpy as np
@@ -14,7 +14,8 @@ from .instruments import TIERS
 
 # %% ../nbs/00_ground/14_account.ipynb #4cf9c58e
 ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8"),
-                    ("state", "i8"), ("day", "i8"), ("day_equity", "f8"), ("last_equity", "f8"), ("day_stopped", "i8"), ("minute", "i8"), ("orders", "i8")]) # what the gate remembers
+                    ("trading_state", "i8"),                                                          # written by risk.trading_state alone, with why: halted, day_stopped, required_state
+                    ("day", "i8"), ("day_equity", "f8"), ("last_equity", "f8"), ("day_stopped", "i8"), ("minute", "i8"), ("orders", "i8"), ("required_state", "i8")]) # what the gate remembers
 POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8"), # age: closes that it has seen
                      ("best_price", "f8"), ("entry_atr", "f8"), ("width", "f8"), ("stopped", "f8")])                               # what the stops remember
 
@@ -144,13 +145,6 @@ def age(
 ):
     "A candle has closed over the positions: once a candle"
     for n in range(len(positions)): positions[n]["age"] = positions[n]["age"] + 1. if positions[n]["quantity"] != 0. else 0.
-
-# %% ../nbs/00_ground/14_account.ipynb #50f1edcc
-def resume(
-    account:np.ndarray, # ACCOUNT, (1,), marked, changed
-):
-    "Lift the drawdown halt"
-    account["halted"], account["peak"], account["drawdown"] = 0, account["equity"], 0.
 
 # %% ../nbs/00_ground/14_account.ipynb #90fde760
 @bare

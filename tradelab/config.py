@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT',
-           'PARAMETERS', 'SECTIONS', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings',
+           'PARAMETERS', 'SECTIONS', 'FORMAT', 'FORBIDDING', 'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings',
            'BadSettings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places', 'settings',
            'job_settings', 'one_section', 'overridden', 'Venue', 'foreign_variables', 'forbidding', 'venue_for']
 
@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from rapidfuzz import process
 
+from . import __version__
 from .instruments import Instrument
 from .settings import CostModel, Execution, Limits, SeriesDefinition, Stops, Training
 
@@ -266,9 +267,19 @@ def read_variables(
     return {name: value for name, value in dotenv_values(stream=StringIO(text)).items() if value is not None}
 
 # %% ../nbs/00_ground/12_config.ipynb #d1e96f84
+FORMAT = 1 # of tradelab.toml; counts up when a file for an older version could be misread
+
+
 def _table_of(name, table):
     if not isinstance(table, dict): raise BadSettings(f"{name} in {TOML} must be a table, was {table!r}: write [{name}] above what differs there")
     return table
+
+
+def _check_format(found):
+    "Refuse a file of another version before its keys are called unknown; one without a number is format 1"
+    if found != FORMAT or isinstance(found, bool):
+        raise BadSettings(f"{TOML} is of format {str(found)[:40]}, tradelab {__version__} reads format {FORMAT}: "
+                          f"use the version that it was written for, or bring it to format {FORMAT} as tradelab.toml.example is")
 
 
 def read_places(
@@ -277,6 +288,7 @@ def read_places(
     "What is set where, before any check of the values"
     root = project_root()
     table = read_table(root / TOML)
+    _check_format(table.pop("format", FORMAT))
     named = _section(_sections(_table_of(SECTIONS, table.pop(SECTIONS, {}))), _named[0])
     by_environment = {name: _flat(_table_of(name, table.pop(name, {}))) for name in ENVIRONMENTS}
     toml, dotenv, variables = _flat(table), _variables(read_variables(root / DOTENV)), _variables(os.environ)

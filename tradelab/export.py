@@ -35,7 +35,7 @@ def _arrays(result, prefix=""):
     return arrays
 
 
-def _face(result): return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source, "note": result.note, "net": result.net}
+def _face(result): return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source, "note": result.caption, "net": result.net}
 
 
 def save(
@@ -73,7 +73,7 @@ def _result(stored, head):
         values = stored[f"candles{n}"]
         candles[symbol] = pd.DataFrame(values[:, 1:], pd.DatetimeIndex(values[:, 0].astype("int64").astype("datetime64[ms]"), tz="UTC", name="open_time"), columns)
     def one(face, prefix=""):
-        face = face | {"symbols": tuple(face["symbols"]), "final": tuple(face["final"])}
+        face = {name: value for name, value in face.items() if name != "note"} | {"caption": face.get("note", ""), "symbols": tuple(face["symbols"]), "final": tuple(face["final"])}
         return Result(rows=_rows(stored, f"{prefix}rows", JOURNAL), fill_rows=_rows(stored, f"{prefix}fills", FILL), observations=stored[f"{prefix}observations"] if f"{prefix}observations" in stored else None, candles=candles, **face)
     return replace(one(head["face"]), baselines={face["name"]: one(face, f"baseline{n}.") for n, face in enumerate(head["baselines"])})
 

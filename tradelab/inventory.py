@@ -22,10 +22,12 @@ import pandas as pd
 from .config import nearest, settings
 from .files import replace_files
 from .inputs import inputs
-from .learn.registry import CONFIG, Run, load, read_configuration, train_ids
 from .market.candles import times
 from .market.quality import check_quality
 from .market.store import Store
+from .runs.formats import CONFIG, read_configuration
+from .runs.registry import load, train_ids
+from .runs.run import Run
 from .sim.backtest import backtest
 from .sources.history import history, is_file
 from .sources.tables import candle_names, foreign, oldest_first, read_table, time_index
@@ -114,7 +116,7 @@ def measured(
 ):
     "The backtest of a run on its own symbols"
     given = inputs(run, "", "", span, settings(), source=source, funding=funding)
-    return backtest(given.run, given.candles, given.start, funding=given.funding, watch=given.watch, gaps=settings().gaps)
+    return backtest(given.run, given.candles, given.start, funding=given.funding, extra=given.extra, gaps=settings().gaps)
 
 
 def learnt(
@@ -173,7 +175,7 @@ def compare_runs(
         source, span = source or "synthetic", span or own or ""
         results = [measured(run, source, span, funding) for run in runs]
         table = pd.concat([table, pd.DataFrame({name: result.summary().written() for name, result in zip(names, results)})])
-        said = f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: {one_line(results[0].source)}; {'; '.join(f'{name}: {one_line(result.note)}' for name, result in zip(names, results))}"
+        said = f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: {one_line(results[0].source)}; {'; '.join(f'{name}: {one_line(result.caption)}' for name, result in zip(names, results))}"
     return table, differing_settings(*(run.config for run in runs), names), said
 
 # %% ../nbs/99_top/05_inventory.ipynb #27798bdd
@@ -281,7 +283,7 @@ def compare_sessions(
     ledger, names = _ledger(), ["A", "B"]
     for each in (a, b): known(sessions_here(), each, "session")
     if a == b: raise ValueError(f"{a} is compared with itself: name two sessions")
-    metrics = pd.DataFrame({name: Result.of(ledger.journal(session), session).summary().written() for name, session in zip(names, (a, b))})
+    metrics = pd.DataFrame({name: Result.from_journal(ledger.journal(session), session).summary().written() for name, session in zip(names, (a, b))})
     then = [{**ledger.session(session)["settings"]} for session in (a, b)]
     ledger.close()
     return metrics, differing_settings(*then, names)

@@ -42,6 +42,7 @@ class Reason(IntEnum):
     STOPPED_OUT = 25
     BRACKET = 26
     NO_DECISION = 27
+    MAX_POSITIONS = 28
 
     def sentence(self, value:float=float("nan"), limit:float=float("nan"))->str:
         "For people, with what was measured and what is allowed"
@@ -63,7 +64,8 @@ _SENTENCES = {
     Reason.TRAILING_STOP: "closed: the price {value:g} is beyond the trailing stop at {limit:g}", Reason.TIME_STOP: "closed after {value:.0f} candles, max_age is {limit:.0f}",
     Reason.STOPPED_OUT: "refused: a stop closed this side, the policy asks for it still",
     Reason.BRACKET: "shrunk: the position would be {value:,.0f}, the exchange allows {limit:,.0f} at this leverage",
-    Reason.NO_DECISION: "not asked: the window reaches over a hole in the candles, what is held stays"}
+    Reason.NO_DECISION: "not asked: the window reaches over a hole in the candles, what is held stays",
+    Reason.MAX_POSITIONS: "refused: {value:.0f} symbols would be held, max_positions is {limit:.0f}"}
 
 # %% ../nbs/00_ground/11_journal.ipynb #3b99fe3a
 JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"), ("target", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8"),

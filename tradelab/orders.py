@@ -49,4 +49,4 @@ FILL = np.dtype([("open_time", "i8"), ("symbol", "i8"), ("quantity", "f8"), ("pr
 
 # %% ../nbs/00_ground/09_orders.ipynb #3c72d9d3
 PROPOSAL = np.dtype([("target", "f8"), ("confidence", "f8"), ("price", "f8"), ("mark", "f8"), ("turnover", "f8"), ("value", "f8"), ("kept", "f8"), ("growth", "f8"), ("sent", "f8"), ("limit", "f8"), ("factor", "f8"),
-                     ("quantity", "f8"), ("reason", "i8")])                                     # written one by one and read as a pair, value and limit would stall the machine: they stand apart
+                     ("quantity", "f8"), ("reason", "i8"), ("working", "i8")])                    # written one by one and read as a pair, value and limit would stall the machine: they stand apart

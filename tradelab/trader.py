@@ -87,7 +87,7 @@ class Trader:
     ):
         if not len(instruments): raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as market.filters.instruments_for(candles)")
         self.symbols = tuple(instrument.symbol for instrument in instruments)
-        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.on(self.symbols), gate, limits, tuple(instruments)
+        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.for_symbols(self.symbols), gate, limits, tuple(instruments)
         self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)
         self.open_time = -1
         self.rules = gate(limits, self.instruments)
@@ -112,8 +112,9 @@ class Trader:
         self.rules.watch(open_time, self._known[:len(self.symbols)])
         self.open_time = open_time
 
-    def on_candle(self, open_time:int, candle:np.ndarray, marks:np.ndarray|None=None)->Decision:
-        "Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN; `marks`: mark prices, where they are known"
+    def on_candle(self, open_time:int, candle:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->Decision:
+        """Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN; `marks`: mark prices, where they are known;
+        `working`: (n_symbols,), where an order that may open the symbol rests, is on its way, or has no proven end"""
         self._see(open_time, candle)
         traded = self._known[:len(self.symbols)]
         mark(self.account, self.positions, traded[:, CLOSE].copy())
@@ -121,7 +122,7 @@ class Trader:
         observation = self._stream.observe(self.account, self.positions)
         answer = None if self._stream.waits else self.policy.act(observation)
         if answer is not None and self._figures and (self._known[self._figures, QUOTE_VOLUME] > 0).any(): answer[:len(self.symbols)] = 0.
-        answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks)
+        answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks, working)
         record(self.rows, open_time, traded, answered, self.account, self.positions)
         return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
 

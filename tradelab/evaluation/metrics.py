@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['YEAR', 'UNKNOWN', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL', 'step_range', 'check_equity', 'periods_per_year',
            'until_ruin', 'drawdown', 'spells', 'drawdowns', 'drawdown_duration', 'mean_square_fall', 'drawdown_metrics',
-           'powers', 'tails', 'ratios', 'curve_metrics', 'traded_cash', 'round_trips', 'rows_of', 'check_journal',
-           'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics', 'trips_of']
+           'ReturnSums', 'powers', 'tails', 'ratios', 'curve_metrics', 'traded_cash', 'round_trips', 'rows_of',
+           'check_journal', 'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics', 'trips_of']
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
 from math import nan
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -145,11 +146,23 @@ def drawdown_metrics(
                 ulcer_index=mean_square_fall(values) ** .5)
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #d9dce071
+class ReturnSums(NamedTuple):
+    "What `powers` sums up"
+    second:float    # central moments of the population
+    third:float
+    fourth:float
+    gained:float    # sum of what is above zero
+    lost:float      # sum of what is below, sign turned
+    downside:float  # mean square of what is below
+    least:float
+    most:float
+
+
 @compiled
 def powers(
     returns, # (T,)
     mean,    # of them
-):           # float64 (8,): m2, m3, m4 (central, population), gained, lost, mean square of losses, least, most
+):           # ReturnSums
     "The sums that the ratios are made of"
     second, third, fourth, gained, lost, downside, least, most = 0., 0., 0., 0., 0., 0., returns[0], returns[0]
     for value in returns:
@@ -160,7 +173,7 @@ def powers(
         gained, lost, downside = gained + max(value, 0.), lost - loss, downside + loss * loss
         least, most = min(least, value), max(most, value)
     n = len(returns)
-    return np.array([second / n, third / n, fourth / n, gained, lost, downside / n, least, most])
+    return ReturnSums(second / n, third / n, fourth / n, gained, lost, downside / n, least, most)
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #910fec72
 def _lowest(values, share):
@@ -197,11 +210,12 @@ def ratios(
     "Annual volatility, Sharpe, Sortino, omega, the shape of the distribution, and its tails"
     if len(returns) < 2: return dict(UNKNOWN)
     mean, root, n = float(returns.mean()), float(np.sqrt(periods)), len(returns)
-    second, third, fourth, gained, lost, downside, least, most = powers(returns, mean).tolist()
-    deviation, moved = (second * n / (n - 1)) ** .5, second > 1e-28
-    return dict(annual_volatility=deviation * root, sharpe=_ratio(root * mean, deviation), sortino=_ratio(root * mean, downside ** .5),
-                omega=_ratio(gained, lost), skew=third / second ** 1.5 if moved else nan, kurtosis=fourth / second ** 2 if moved else nan,
-                best_return=most, worst_return=least, **tails(returns))
+    sums = powers(returns, mean)
+    deviation, moved = (sums.second * n / (n - 1)) ** .5, sums.second > 1e-28
+    return dict(annual_volatility=deviation * root, sharpe=_ratio(root * mean, deviation), sortino=_ratio(root * mean, sums.downside ** .5),
+                omega=_ratio(sums.gained, sums.lost), skew=sums.third / sums.second ** 1.5 if moved else nan,
+                kurtosis=sums.fourth / sums.second ** 2 if moved else nan,
+                best_return=sums.most, worst_return=sums.least, **tails(returns))
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #a4bdf7e3
 def curve_metrics(

@@ -60,7 +60,7 @@ class Result:
     symbols:tuple
     final:tuple = ()                    # (open time, equity) of the last candle, which only values
     source:str = ""                     # where the candles are from
-    note:str = ""                       # in or out of sample
+    caption:str = ""                    # in or out of sample
     baselines:dict = field(default_factory=dict, repr=False) # results of other policies over the same candles
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
     fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False) # FILL, (m,); a session keeps them in its ledger
@@ -69,10 +69,10 @@ class Result:
     instruments:tuple = field(default=(), repr=False) # one per symbol: the tick and step that it was filled on
 
     @classmethod
-    def of(cls, journal:pd.DataFrame, name:str, **face):
+    def from_journal(cls, journal:pd.DataFrame, name:str, **told):
         "From a journal as a session keeps it: columns of JOURNAL and `symbol`, index open_time"
         if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
-        return cls(name, *journal_rows(journal), **face)
+        return cls(name, *journal_rows(journal), **told)
 
     @property
     def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
@@ -117,14 +117,14 @@ class Result:
 
     def beside(self, *others)->TearSheet:
         "This result and others in one table and picture"
-        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, note=self.told, source=self.source, net=self.net)
+        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, caption=self.told, source=self.source, net=self.net)
 
     @property
     def told(self)->str:
-        "The note, and whose tick and step are only what the candles show"
+        "The caption, and whose tick and step are only what the candles show"
         guessed = [each.symbol for each in self.instruments if each.origin == "derived"]
         named = f"{', '.join(guessed[:3])}{f' and {len(guessed) - 3} more' if len(guessed) > 3 else ''}"
-        return "; ".join(filter(None, (self.note, guessed and f"tick and step of {named} derived from the candles")))
+        return "; ".join(filter(None, (self.caption, guessed and f"tick and step of {named} derived from the candles")))
 
     def summary(self): return metrics(self.equity, self.journal, trips=self.trips)
 
@@ -132,7 +132,7 @@ class Result:
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
         name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
-        return TearSheet({name: self, **self.baselines}, note=self.told, source=self.source, net=self.net)
+        return TearSheet({name: self, **self.baselines}, caption=self.told, source=self.source, net=self.net)
 
     @property
     def risk(self)->RiskView:

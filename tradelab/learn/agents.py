@@ -26,12 +26,14 @@ from tqdm import tqdm
 
 from ..config import nearest, settings
 from ..features.observation import Observation
-from .env import Market, MarketVecEnv
-from .registry import Run, reserved, runs_folder, save
+from .env import MarketVecEnv, longest_episode
 from ..market.candles import check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
 from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
+from ..runs.registry import reserved, runs_folder, save
+from ..runs.run import Run
+from ..sim.prepared import prepare
 from ..sources.exogenous import series_record, with_series
 from ..times import milliseconds, moment, text
 
@@ -176,7 +178,7 @@ def train(
     steps:int,                # candles lived through, over all environments
     seed:int=0,
     funding=None,             # Series of rates by UTC time, or a dict of them by symbol
-    watch=None,               # frames by symbol that features look at and nobody trades
+    extra=None,               # frames by symbol that features look at and nobody trades
     series=None,              # Exogenous by the name that features read, of `sources.exogenous.load_series`
     scaler:str="standard",    # or "robust"
     costs=None,               # CostModel; default: of the settings
@@ -197,17 +199,17 @@ def train(
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     torch.set_num_threads(1)
     runs = runs_folder(folder)
-    watch = with_series(watch, series, candles)
-    frames, symbols = frames_of(candles, watch, funding, gaps)
+    extra = with_series(extra, series, candles)
+    frames, symbols = frames_of(candles, extra, funding, gaps)
     timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
-    observation = observation.on(symbols, timeframe)
+    observation = observation.for_symbols(symbols, timeframe)
     if observation.scaler is None: observation = observation.fit(frames, scaler, gaps)
     costs, limits, instruments = costs or here.costs, limits or here.risk, instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments)
     config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
-              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if watch or gaps else candles)}
+              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols), "window": observation.window, **provenance(frames if extra or gaps else candles)}
     if series: config["series"] = series_record({name: series[name] for name in observation.series}, moment(config["span"][1]) + milliseconds(timeframe))
-    market = Market.of(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, watch=watch, gaps=gaps)
-    config["episode"] = episode or min(EPISODE, market.longest)
+    market = prepare(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding, extra=extra, gaps=gaps)
+    config["episode"] = episode or min(EPISODE, longest_episode(market))
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
     model, watch = untrained(how, env, config), Watch(env, steps, progress)
     with reserved(config, runs) as name:

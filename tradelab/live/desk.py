@@ -15,7 +15,7 @@ from time import monotonic
 
 import numpy as np
 
-from ..events import Fill
+from ..events import Fill, Funding
 from .broker import RECEIVE_WINDOW, Broker, BrokerError, Money, OrderUpdate
 from .ledger import Ledger, clock
 from .orders import NO_SUCH_ORDER, Intent, Outcome, State, client_order_id, proves_absence
@@ -103,10 +103,21 @@ class Books:
     @property
     def settled(self): return all(number is None for _, _, number, _ in self._waiting)
 
+    def _is_due(self, entry):
+        "Whether an entry belongs to the present step or to one before it"
+        opening = max(self.trader.open_time + self.step, self.opening)
+        return _time(entry) < (opening + self.step if isinstance(entry, Fill) else opening + 60_000)  # exchanges stamp a payment up to a second late
+
+    @property
+    def ahead(self)->float:
+        "Payments that the exchange has made and that belong to a later step, quote"
+        return sum(entry.amount for *_, entry in self._waiting if isinstance(entry, Funding) and not self._is_due(entry))
+
     def book_next(self):
-        "Book the first entry that is due; None where there is none"
-        if not self._waiting or self._waiting[0][0] >= max(self.trader.open_time + self.step, self.opening) + self.step: return None
-        _, _, number, entry = self._waiting.pop(0)
+        "Book the first entry that is due; None if there is none"
+        place = next((place for place, (*_, entry) in enumerate(self._waiting) if self._is_due(entry)), None)
+        if place is None: return None
+        _, _, number, entry = self._waiting.pop(place)
         if number is None:
             self.sequence += 1
             self.ledger.book(self.session, entry, self.sequence)
@@ -158,6 +169,11 @@ class OpenOrders:
 
     def _forget(self, intent):
         if intent.state.ended and abs(self.filled[intent.order.order_id] - intent.executed) < 1e-9: self.open.pop(intent.order.order_id, None)
+
+    def may_open(self, symbols)->np.ndarray:
+        "For each symbol, whether an order that may open it has no proven end, or its fills are not booked yet; bool, (n_symbols,)"
+        opening = {intent.order.symbol for intent in self.open.values() if not intent.order.reduce_only}
+        return np.array([symbol in opening for symbol in symbols])
 
     def heard(self, update:OrderUpdate):
         "The exchange said where an order stands"

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import zstandard
 
+from .. import __version__
 from ..evaluation.difference import first_difference
 from ..events import KNOWN, Fill, Funding
 from ..instruments import Instrument
@@ -107,6 +108,17 @@ def unframed(
     return lines, mine
 
 # %% ../../nbs/70_live/04_recorder.ipynb #fa001f56
+def _refuse_another_format(line):
+    "The first line of another version's recording, whose chain begins with another link"
+    try: content = json.loads(line)
+    except (ValueError, RecursionError): return # the chain says so
+    found = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
+    if found != FORMAT:
+        by = f"tradelab {str(content['version'])[:40]}" if "version" in content else "a version that did not say its number"
+        raise BadRecording(f"it is of the format {str(found)[:80]!r}, written by {by}: "
+                           f"this version reads {FORMAT!r}, replay it with the version that wrote it")
+
+
 @dataclass
 class Recording:
     "The lines of a recording, one dict each, as far as they are proven; what was found is known when all have been read"
@@ -125,8 +137,9 @@ class Recording:
             try:
                 while (frame := unframed(file, self.seal))[0]:
                     for line in frame[0][:-1].split(b"\n"):
+                        if self.lines == 0: _refuse_another_format(line)
                         content, self.link = unchained(line, self.lines, self.link)
-                        if self.lines == 0 and content.get("format") != FORMAT: raise BadRecording(f"it says {str(content)[:100]}, this version reads {FORMAT!r}: replay it with the version that wrote it")
+                        if self.lines == 0 and "format" not in content: raise BadRecording("it does not say its format")
                         self.lines, self.ended, self.decisions = self.lines + 1, content["kind"] == "end", self.decisions + (content["kind"] == "decision")
                         yield content
                     self.proven, self.seal = file.tell(), frame[1]
@@ -173,7 +186,7 @@ class Recorder:
         before = mend(path) if path.exists() else Recording(path)
         self.mended, self._lines, self._decisions, self._link, self._seal, self._waiting = before.damage, before.lines, before.decisions, before.link, before.seal, bytearray()
         self._file, self._unsynced = open(path, "ab", buffering=0), False
-        if not self._lines: self.line("recording", format=FORMAT)
+        if not self._lines: self.line("recording", format=FORMAT, version=__version__)
         if self.mended: self.line("mended", text=self.mended)
 
     def line(self, kind:str, **content):
@@ -190,7 +203,10 @@ class Recorder:
 
     def warm(self, times, candles): self.line("warm", times=packed(np.asarray(times, np.int64)), candles=packed(np.asarray(candles, float)))
     def frame(self, socket:str, frame): self.line("frame", socket=socket, frame=frame)
-    def candle(self, open_time:int, candle:np.ndarray): self.line("candle", open_time=open_time, candle=candle.tolist())
+    def candle(self, open_time:int, candle:np.ndarray, working:np.ndarray|None=None):
+        "A candle; `working`, where an order that may open a symbol had no proven end, is written only where there was one"
+        self.line("candle", open_time=open_time, candle=candle.tolist(), **({"working": working.tolist()} if working is not None and working.any() else {}))
+
     def booked(self, entry): self.line(type(entry).__name__.lower(), **vars(entry))
 
     def decision(self, decision:Decision, rows:np.ndarray):
@@ -301,6 +317,14 @@ def _time(line):
     raise TypeError(f"open_time is {line['open_time']!r}")
 
 
+def _working(line, symbols):
+    "Where an order that may open a symbol had no proven end; None: nowhere"
+    working = line.get("working")
+    if working is None: return None
+    if not isinstance(working, list) or len(working) != len(symbols) or not all(isinstance(each, bool) for each in working): raise TypeError(f"working is {working!r}")
+    return np.array(working)
+
+
 def _follow(line, trader, again, recorded, recomputed):
     "Take one line; returns the trader that goes on"
     names = trader.symbols, trader.observation.columns
@@ -309,7 +333,7 @@ def _follow(line, trader, again, recorded, recomputed):
             again = _afresh(trader)
             if line["snapshot"]: again.restore(line["snapshot"])
         case "warm": again.warm(_array(line["times"], np.int64), _array(line["candles"], np.float64))
-        case "candle": recomputed[_time(line)] = decided(again.on_candle(line["open_time"], np.array(line["candle"], float)), again.rows, *names)
+        case "candle": recomputed[_time(line)] = decided(again.on_candle(line["open_time"], np.array(line["candle"], float), working=_working(line, trader.symbols)), again.rows, *names)
         case "decision": recorded[_time(line)] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)
         case "fill": again.on_fill(_entry(Fill, line))
         case "funding": again.on_funding(_entry(Funding, line))

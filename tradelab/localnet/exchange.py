@@ -30,7 +30,7 @@ from .market import Market
 from .protocol import Refused, assets, flag, mandatory, money_text, number_text, price_text, whole
 from ..market.filters import instruments_for
 from ..settings import CostModel
-from ..sim.costs import BOOK, conditions, fade, market_fill, warm_up
+from ..sim.costs import BOOK, conditions, fade, market_fill
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #3626a31c
 def leverage_brackets(instrument:Instrument)->list[dict]:
@@ -266,8 +266,8 @@ class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
         if costs.participation is not None or costs.latency: raise ValueError("localnet fills a market order at once and whole: leave costs.participation and costs.latency out, a backtest has them")
-        if market.closed < warm_up(costs):
-            raise ValueError(f"these costs are known from the {warm_up(costs)} candles before the start, there are {market.closed}: give localnet a longer history, or start it later")
+        if market.closed < costs.warm_up:
+            raise ValueError(f"these costs are known from the {costs.warm_up} candles before the start, there are {market.closed}: give localnet a longer history, or start it later")
         size = len(market.symbols)
         self.market, self.costs, self.cost_row = market, costs, costs.row()[()]
         self.instruments = instruments_for(market.frames, instruments)

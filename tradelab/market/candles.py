@@ -6,8 +6,8 @@
 __all__ = ['OPTIONAL', 'AROUND', 'ALIASES', 'UNITS', 'EPOCH', 'UNNAMED', 'frame', 'times', 'BadCandles', 'check_columns',
            'period_of', 'refuse_hole', 'check_times', 'check_values', 'optional_faults', 'check_optional', 'check',
            'timeframe_at', 'timeframe_of', 'exact_sum', 'resample', 'rows_as_of', 'as_of', 'with_funding',
-           'since_epoch', 'timed', 'refuse_disorder', 'common_candles', 'holes_in', 'frames_of', 'by_time', 'matrix',
-           'Aligned', 'align', 'data_hash']
+           'since_epoch', 'timed', 'refuse_disorder', 'common_candles', 'holes_in', 'rates_by_symbol', 'frames_of',
+           'by_time', 'matrix', 'Aligned', 'align', 'data_hash']
 
 # %% ../../nbs/10_market/01_candles.ipynb #b4823b29
 import hashlib
@@ -345,18 +345,26 @@ def holes_in(
     return int((steps > 1).sum()), int(steps.sum() - len(steps)) if len(steps) else 0
 
 
+def rates_by_symbol(
+    funding,        # Series of rates by UTC time, of the first symbol, or dict of them by symbol, or None
+    symbols,        # names
+)->dict:            # Series by symbol
+    "Funding rates by symbol, however they were given"
+    return {next(iter(symbols), ""): funding} if isinstance(funding, pd.Series) else dict(funding or {})
+
+
 def frames_of(
     candles,        # a frame, or a dict of frames by symbol: those that are traded
-    watch=None,     # dict of frames by symbol that features look at and nobody trades
+    extra=None,     # dict of frames by symbol that features look at and nobody trades
     funding=None,   # Series of rates by UTC time, or dict of them by symbol
     gaps:bool=False,# whether holes are carried through: then all symbols have the candles that each of them has
 )->tuple:           # dict of frames, with funding_rate where the rates are given; the traded symbols
     "All candles that a policy may see, without holes where nobody deals with them"
     frames = dict(candles) if isinstance(candles, dict) else {getattr(candles, "attrs", {}).get("symbol", UNNAMED): candles}
-    symbols, rates = tuple(frames), {next(iter(frames), ""): funding} if isinstance(funding, pd.Series) else funding or {}
-    doubled = [symbol for symbol in watch or {} if symbol in frames]
-    if doubled: raise BadCandles(f"{doubled[0]} is traded and watched: give its candles once")
-    frames = {symbol: timed(frame, symbol) for symbol, frame in (frames | (watch or {})).items()}
+    symbols, rates = tuple(frames), rates_by_symbol(funding, frames)
+    doubled = [symbol for symbol in extra or {} if symbol in frames]
+    if doubled: raise BadCandles(f"{doubled[0]} is traded and among the extra symbols: give its candles once")
+    frames = {symbol: timed(frame, symbol) for symbol, frame in (frames | (extra or {})).items()}
     frames = common_candles(frames) if gaps else frames
     for symbol, each in {} if gaps else frames.items(): refuse_disorder(each, symbol)
     return {symbol: with_funding(frame, rates[symbol]) if len(rates.get(symbol, ())) and "funding_rate" not in frame else frame for symbol, frame in frames.items()}, symbols

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'EXPOSURE', 'KIND', 'PRICE', 'TRIGGER', 'CALLBACK',
            'IN_FORCE', 'VALID', 'REDUCE_ONLY', 'ASKED', 'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'ORDER', 'NO_PRICE',
-           'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'SIZES', 'ARRAYS', 'WORLD', 'urgent', 'piece_of',
-           'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'close_all', 'ask', 'fault_of_order',
-           'fault_of', 'at_work', 'decide_on_orders', 'decide', 'fund', 'holds', 'works', 'open_symbols', 'settle',
-           'opened', 'machine', 'step', 'steps', 'tape_of', 'rules_of', 'check_piece', 'point', 'World']
+           'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY', 'FAULTS', 'Tape', 'SIZES', 'ARRAYS', 'WORLD', 'WorldArrays',
+           'urgent', 'piece_of', 'send', 'place', 'standing', 'accept', 'part', 'ask_target', 'close_all', 'ask',
+           'fault_of_order', 'fault_of', 'see_working', 'at_work', 'decide_on_orders', 'decide', 'fund', 'holds',
+           'works', 'open_symbols', 'settle', 'opened', 'machine', 'step', 'steps', 'tape_of', 'rules_of',
+           'check_piece', 'point', 'World']
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -226,6 +227,19 @@ def fault_of(
     for n in range(symbols): wrong += not abs(answer[n]) <= 1.
     return TARGET if wrong else DONE
 
+# %% ../../nbs/50_sim/04_kernel.ipynb #a71c0e02
+@apart
+def see_working(
+    proposals,  # PROPOSAL, (n,), changed: working
+    orders,     # WORKING, (n, places)
+    more,       # whether what was seen before at this close stays
+):
+    "Which symbols an order may still open: it rests or is on its way, and is not reduce-only"
+    for n in range(len(proposals)):
+        working = more and proposals[n]["working"] != 0
+        for k in range(orders.shape[1]): working = working or (orders[n, k]["kind"] != NONE and orders[n, k]["reduce_only"] == 0)
+        proposals[n]["working"] = 1 if working else 0
+
 # %% ../../nbs/50_sim/04_kernel.ipynb #d369bf30
 Tape = namedtuple("Tape", "times candles rates market covariances conditions waits") # (T,), (T, n, 5), (T, n, dues), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of length 1 where nobody looks
 
@@ -249,6 +263,7 @@ def decide_on_orders(t, tape, answer, state, rules, proposals, row):
             if urgent(proposals[n]["reason"]): close_all(state, rules, n, proposals[n])
         return
     for k in range(int(rules.execution["orders"])):
+        if rules.limits["max_positions"] < np.inf: see_working(proposals, state.orders, k > 0)
         propose(proposals, answer[:len(proposals)], candle)
         for n in range(len(proposals)): ask_target(k, n, answer, state, rules, proposals, unit)
         gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
@@ -268,6 +283,7 @@ def decide(t, tape, answer, state, rules, proposals, row):
         record(row, tape.times[t], candle, proposals, state.account, state.positions)
     elif len(answer) > 0:
         propose(proposals, answer, candle)
+        if rules.limits["max_positions"] < np.inf: see_working(proposals, state.orders, False)
         busy = gate(proposals, tape.times[t], candle, state.account, state.positions, tape.market[known], tape.covariances[known], rules.limits, rules.instruments)
         record(row, tape.times[t], candle, proposals, state.account, state.positions)
     for n in range(len(proposals) if busy or at_work(state.books) else 0):
@@ -354,19 +370,22 @@ ARRAYS = dict(times=(WHOLE, "length"), candles=(NUMBER, "length symbols 5"), rat
 WORLD = np.dtype([(name, WHOLE) for name in (*ARRAYS, *SIZES, "step", "code")] + [("costs", COSTS), ("limits", LIMITS), ("execution", EXECUTION)])
 
 
+WorldArrays = namedtuple("WorldArrays", ("tape", "state", "instruments", "proposals"))  # Tape, State, INSTRUMENT (n,), PROPOSAL (n,)
+
+
 @bare
 def opened(
     world,     # a row of WORLD
     n,         # its symbols
     places,    # of each
-)->tuple:      # Tape, State, INSTRUMENT (n,), PROPOSAL (n,)
-    "Its arrays"
+)->WorldArrays:
+    "Its arrays, by name"
     length, known = world["length"], world["known"]
     tape = Tape(array_at(world["times"], (length,), WHOLE), array_at(world["candles"], (length, n, len(COLUMNS)), NUMBER), array_at(world["rates"], (length, n, world["dues"]), NUMBER), array_at(world["market"], (known, n), MARKET_ROW),
                 array_at(world["covariances"], (known, n, n), NUMBER), array_at(world["conditions"], (world["seen"], n), CONDITION), array_at(world["waits"], (world["held"],), WHOLE))
     state = State(array_at(world["account"], (1,), ACCOUNT), array_at(world["positions"], (n,), POSITION), array_at(world["orders"], (n, places), WORKING), array_at(world["books"], (n,), BOOK),
                   array_at(world["fills"], (world["capacity"],), FILL), array_at(world["count"], (1,), WHOLE))
-    return tape, state, array_at(world["instruments"], (n,), INSTRUMENT), array_at(world["proposals"], (n,), PROPOSAL)
+    return WorldArrays(tape, state, array_at(world["instruments"], (n,), INSTRUMENT), array_at(world["proposals"], (n,), PROPOSAL))
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #091afb08
 def _steps_of(
@@ -376,8 +395,9 @@ def _steps_of(
     def of_world(first, count, address, answers, length, journal, market, curve):
         world = array_at(address, (1,), WORLD)[0]
         n, places = (1, 1) if single else (world["symbols"], world["places"])
-        tape, state, instruments, proposals = opened(world, n, places)
-        rules, asked = Rules(world["costs"], world["limits"], instruments, world["execution"]), array_at(answers, (count, length), NUMBER)
+        arrays = opened(world, n, places)
+        tape, state, proposals = arrays.tape, arrays.state, arrays.proposals
+        rules, asked = Rules(world["costs"], world["limits"], arrays.instruments, world["execution"]), array_at(answers, (count, length), NUMBER)
         rows, equity = array_at(journal, (count, n if journal != 0 else 0), JOURNAL), array_at(curve, (count if curve != 0 else 0,), NUMBER)
         for i in range(count):
             t, answer, row = first + i, asked[i], rows[i]

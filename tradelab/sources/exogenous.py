@@ -169,16 +169,16 @@ def series_frame(
 
 
 def with_series(
-    watch,      # dict of frames by symbol, or None
+    extra,      # dict of frames by symbol, or None
     series,     # Exogenous by name, or None
     candles,    # a frame, or a dict of frames by symbol
 ):              # frames by symbol, and by `series:name`
     "What features look at, the series among it"
-    if not series: return watch
+    if not series: return extra
     wrong = [name for name, each in series.items() if not isinstance(each, Exogenous)]
     if wrong: raise BadCandles(f"series {wrong[0]} is a {type(series[wrong[0]]).__name__}, not an Exogenous: read it with load_series or read_exogenous, or make one with published")
     frame = timed(next(iter(candles.values())) if isinstance(candles, dict) else candles)
-    return {**(watch or {}), **{SERIES + name: series_frame(replace(each, name=name), frame) for name, each in series.items()}}
+    return {**(extra or {}), **{SERIES + name: series_frame(replace(each, name=name), frame) for name, each in series.items()}}
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #bc6d09ff
 def series_record(
