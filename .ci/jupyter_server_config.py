@@ -1,6 +1,7 @@
 """JupyterLab as `make lab` starts it: a job notebook is saved without what running it has added
 
-A job's outputs are kept by its reports; the notebook itself stays as git has it, so that `git status` is clean after Run All.
+A job's outputs are kept by its reports; the notebook itself stays as git has it, so that `git status` is clean after
+Run All.
 `index.ipynb` and the chapters keep theirs: they are pages."""
 from fastcore.xtras import dict2obj, obj2dict
 from nbdev.clean import clean_nb

@@ -1,6 +1,7 @@
 """nbs/index.ipynb -> README.md, without quarto
 
-`readme.py` executes the notebook first; `readme.py --check` takes its stored outputs and fails where README.md differs."""
+`readme.py` executes the notebook first; `readme.py --check` takes its stored outputs and fails where README.md
+differs."""
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ NOTE = "<!-- made from nbs/index.ipynb by `make readme`: edit that -->\n\n"
 def execute():
     from nbconvert.preprocessors import ExecutePreprocessor
     notebook = nbformat.read(INDEX, as_version=4)
-    ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(INDEX.parent)}})
+    ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(notebook,
+        {"metadata": {"path": str(INDEX.parent)}})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code": cell.execution_count = None
@@ -36,7 +38,9 @@ def render():
             if "image/png" in output.get("data", {}): output.data.pop("text/plain", None)
         if cell.source: shown.append(cell)
     notebook.cells, notebook.metadata["language_info"] = shown, {"name": "python"}
-    body, resources = MarkdownExporter().from_notebook_node(notebook, {"unique_key": "index", "output_files_dir": "nbs/index_files"})
+    body, resources = MarkdownExporter().from_notebook_node(notebook,
+                                                            {"unique_key": "index",
+                                                             "output_files_dir": "nbs/index_files"})
     images = {ROOT / name: data for name, data in resources["outputs"].items()}
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", images
 
@@ -45,7 +49,9 @@ def main():
     check = "--check" in sys.argv
     if not check: execute()
     text, images = render()
-    if check: sys.exit(0 if README.exists() and README.read_text() == text and all(path.exists() for path in images) else "README.md is not what nbs/index.ipynb says: run make readme")
+    if check:
+        sys.exit(0 if README.exists() and README.read_text() == text and all(path.exists() for path in images)
+                 else "README.md is not what nbs/index.ipynb says: run make readme")
     for old in IMAGES.glob("*.png"): old.unlink()
     for path, data in images.items():
         path.parent.mkdir(exist_ok=True)

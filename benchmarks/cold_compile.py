@@ -1,4 +1,5 @@
-"""Seconds that compiling everything takes: the same program in two fresh processes, the second finds what the first has compiled. `make test` begins with it, so that its tests need not compile the same twice at once."""
+"""Seconds that compiling everything takes: the same program in two fresh processes, the second finds what the first
+has compiled. `make test` begins with it, so that its tests need not compile the same twice at once."""
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from tradelab.strategies.example import FadeGap, Momentum, SmaCross
 from tradelab.sim.prepared import prepare
 
 candles = ar1(3_500, seed=0)
-candles = candles.assign(quote_volume=candles.volume * candles.close, trades=9., taker_buy_volume=candles.volume / 2, index_price=candles.close)
+candles = candles.assign(quote_volume=candles.volume * candles.close, trades=9.,
+                         taker_buy_volume=candles.volume / 2, index_price=candles.close)
 names = tuple(INDICATORS)
 layers = [(np.ones((1, len(names) + len(PORTFOLIO))), np.ones(1))]
 for policy in (Policy("all", mlp, pack(layers, "relu", "tanh"), names), Momentum(), SmaCross(), FadeGap()):
@@ -32,7 +34,8 @@ environment.step(np.zeros((2, 1)))
 
 def run(**variables)->float:
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True, env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, env={**os.environ, **variables},
+                   stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 
@@ -41,4 +44,5 @@ def total()->float:
     with tempfile.TemporaryDirectory() as cache: return run(XDG_CACHE_HOME=cache) - run(XDG_CACHE_HOME=cache)
 
 
-if __name__ == "__main__": print(f"compiling everything that the cache did not hold: {run() - run():.0f} s (goal 90 s from an empty cache)")
+if __name__ == "__main__":
+    print(f"compiling everything that the cache did not hold: {run() - run():.0f} s (goal 90 s from an empty cache)")

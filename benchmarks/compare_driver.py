@@ -32,7 +32,7 @@ from tradelab.market.candles import frames_of, holes_in, matrix, resample
 from tradelab.orders import Kind
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
-from tradelab.risk.portfolio import PortfolioRisk, covariance_history, shrunk
+from tradelab.risk.portfolio import PortfolioRisk, covariance_history, ledoit_wolf
 from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_kelly, volatility_target
 from tradelab.risk.stops import simulate
 from tradelab.risk.trading_state import CAUSES, Ladder, require_state
@@ -236,7 +236,8 @@ def run_backtest(run, market):
     policy, times = policy_of(run, market), next(iter(frames.values())).index
     found = backtest(policy, frames, times[run["start"]] if "start" in run else None, costs=costs_of(run),
                      limits=limits_of(run), instruments=instruments_of(run), execution=execution_of(run),
-                     funding=funding, extra=watch, deposit=run.get("deposit", 10_000.), engine=ENGINES[run.get("form", "array")],
+                     funding=funding, extra=watch, deposit=run.get("deposit", 10_000.),
+                     engine=ENGINES[run.get("form", "array")],
                      keep_observations=not isinstance(policy, pd.DataFrame) and len(frames) < 4,
                      gaps=run.get("gaps", False), **({} if run.get("beside") else {"baselines": ()}))
     out = result(found)
@@ -321,7 +322,8 @@ def run_sweep(run, market):
     rule = {"cross": _cross_rule, "numpy": _numpy_rule}[run["rule"]]
     known = {"limits": limits_of(run)} if "limits" in run else {}
     warm_up = SimulationSettings(costs_of(run), **known).warm_up
-    found = sweep(rule, columns, pd.DataFrame(run["table"], columns=run["parameters"]), frame, frame.index[max(run["start"], warm_up)],
+    found = sweep(rule, columns, pd.DataFrame(run["table"], columns=run["parameters"]), frame,
+                  frame.index[max(run["start"], warm_up)],
                   costs=costs_of(run), execution=execution_of(run), exact=run.get("exact", False),
                   funding=funding and funding[symbol], progress=False,
                   **known)
@@ -338,14 +340,14 @@ def run_stress(run, market):
 
 
 def run_environment(run, market):
-    from tradelab.learn.env import Domain, MarketEnv, MarketVecEnv, Reward
+    from tradelab.learn.env import DomainRandomisation, MarketEnv, MarketVecEnv, Reward
     frames, watch, funding = market.traded(run)
     observation = Observation(tuple(run["features"]), run["window"], symbols=tuple(frames))
     if "scaler" in run: observation = observation.fit(frames, run["scaler"], gaps=run.get("gaps", False))
     of = prepare(frames, observation, costs=costs_of(run), limits=limits_of(run), instruments=instruments_of(run),
                      execution=execution_of(run), funding=funding, extra=watch, gaps=run.get("gaps", False))
     asked = dict(reward=Reward(**run.get("reward", {})),
-                 domain=Domain(**{k: tuple(v) for k, v in run.get("domain", {}).items()}))
+                 domain=DomainRandomisation(**{k: tuple(v) for k, v in run.get("domain", {}).items()}))
     random, out = np.random.default_rng(run["seed"]), {}
     if run.get("single"):
         one, steps = MarketEnv(of, run["length"], **asked), []
@@ -407,7 +409,7 @@ def run_risk(run, market):
     tails = tail_history(closes, weights, run["timeframe"], run["days"])
     returns = np.log(closes[1:] / closes[:-1])
     out |= {"tail.values": tails, "covariance.ewma": covariance_history(closes, .06),
-            "covariance.shrunk": shrunk(returns)[0]}
+            "covariance.shrunk": ledoit_wolf(returns)[0]}
     index = pd.RangeIndex(len(returns))
     held = pd.Series((weights[:-1] * returns).sum(axis=1), index)
     judged = judge(held, *(pd.Series(tails[:-1, 4, 1, which], index) for which in (0, 1)))
@@ -418,7 +420,7 @@ def run_risk(run, market):
     out["sizes.all"] = np.array([(kelly(m, v, .5, 2.), shrunk_kelly(m, v, len(returns), .5, 2.),
                                   fixed_fraction(1., .01, v ** .5, 2.),
                                   volatility_target(1., .2, v ** .5 * 90., 3.)) for m, v in zip(mean, variance)])
-    out["sizes.portfolio"] = kelly_portfolio(mean, np.atleast_2d(shrunk(returns)[0]))
+    out["sizes.portfolio"] = kelly_portfolio(mean, np.atleast_2d(ledoit_wolf(returns)[0]))
     quantity, met = random.normal(size=80), closes[100:180, 0]
     price = met * (1 + np.sign(quantity) * (.0002 + .0001 * np.abs(random.normal(size=80))))
     found = calibrate(quantity, met, price, np.arange(80), np.full(80, .01), np.full(80, 1e3))

@@ -1,6 +1,9 @@
-"""The same orders in another engine: fills and equity to the cent, and how fast. It needs numpy and the engine alone: `python benchmarks/engines.py vectorbt`, in that engine's environment; `tradelab` likewise.
+"""The same orders in another engine: fills and equity to the cent, and how fast. It needs numpy and the engine alone:
+`python benchmarks/engines.py vectorbt`, in that engine's environment; `tradelab` likewise.
 
-A walk on a tick of 0.1; long 7 units while the 20-candle average is above the 50-candle one (equal is not above; in whole ticks, so that there are no rounding ties), flat otherwise, or short 7; decided at the close, filled at the next open."""
+A walk on a tick of 0.1; long 7 units while the 20-candle average is above the 50-candle one (equal is not above; in
+whole ticks, so that there are no rounding ties), flat otherwise, or short 7; decided at the close, filled at the next
+open."""
 import sys
 from dataclasses import replace
 from time import process_time
@@ -15,7 +18,8 @@ def walk(length=2_000, seed=7):
     random = np.random.default_rng(seed)
     close = 100_000 + np.cumsum(random.integers(-400, 401, length))
     opened = np.append(100_000, close[:-1]) + random.integers(-50, 51, length)
-    return np.stack([opened, np.maximum(opened, close) + random.integers(0, 200, length), np.minimum(opened, close) - random.integers(0, 200, length), close], axis=1)
+    return np.stack([opened, np.maximum(opened, close) + random.integers(0, 200, length),
+                     np.minimum(opened, close) - random.integers(0, 200, length), close], axis=1)
 
 
 def holding(ticks, short):
@@ -38,9 +42,11 @@ def with_tradelab(ticks, held, fee):
     from tradelab.settings import CostModel, Execution, Limits
     from tradelab.sim.kernel import World, rules_of, tape_of
     from tradelab.sim.matching import new_state
-    candles, asked = np.concatenate([ticks / 10, np.full((len(ticks), 1), 1e9)], axis=1)[:, None, :], orders(held).astype(float)
+    candles = np.concatenate([ticks / 10, np.full((len(ticks), 1), 1e9)], axis=1)[:, None, :]
+    asked = orders(held).astype(float)
     costs, limits = CostModel(taker_fee=fee, slippage=0.), Limits()
-    tape, rules = tape_of(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits), rules_of(costs, limits, [replace(BITCOIN, quantity_step=1., min_quantity=1.)], Execution())
+    tape = tape_of(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits)
+    rules = rules_of(costs, limits, [replace(BITCOIN, quantity_step=1., min_quantity=1.)], Execution())
     state = new_state(new_account(1e6), np.zeros(1, POSITION), rules.execution, 10_000)
     world, equity = World(tape, state, rules), np.full(len(ticks), 1e6)
     for t in range(len(ticks) - 1):
@@ -55,8 +61,10 @@ def with_tradelab(ticks, held, fee):
 def with_vectorbt(ticks, held, fee):
     import pandas as pd
     import vectorbt
-    price, size = ticks / 10, np.append(0, orders(held)[:-1]).astype(float)    # what was decided at a close is traded at the next open
-    run = vectorbt.Portfolio.from_orders(pd.Series(price[:, 3]), pd.Series(np.where(size == 0, np.nan, size)), price=pd.Series(price[:, 0]), fees=fee, init_cash=1e6, freq="1h")
+    price = ticks / 10
+    size = np.append(0, orders(held)[:-1]).astype(float) # what was decided at a close is traded at the next open
+    run = vectorbt.Portfolio.from_orders(pd.Series(price[:, 3]), pd.Series(np.where(size == 0, np.nan, size)),
+                                         price=pd.Series(price[:, 0]), fees=fee, init_cash=1e6, freq="1h")
     records = run.orders.records
     signed = records["size"] * np.where(records["side"] == 0, 1, -1)
     return len(records), float((signed * records["price"]).sum()), run.value().to_numpy()
@@ -65,7 +73,8 @@ def with_vectorbt(ticks, held, fee):
 def with_backtesting(ticks, held, fee):
     import pandas as pd
     from backtesting import Backtest, Strategy
-    frame = pd.DataFrame(ticks / 10, pd.date_range("2023-01-01", periods=len(ticks), freq="1h"), ["Open", "High", "Low", "Close"]).assign(Volume=1e9)
+    frame = pd.DataFrame(ticks / 10, pd.date_range("2023-01-01", periods=len(ticks), freq="1h"),
+                         ["Open", "High", "Low", "Close"]).assign(Volume=1e9)
     asked = orders(held)
 
     class Given(Strategy):
@@ -76,7 +85,8 @@ def with_backtesting(ticks, held, fee):
 
     stats = Backtest(frame, Given, cash=1e6, commission=fee, exclusive_orders=False, finalize_trades=False).run()
     placed = asked[:-1][asked[:-1] != 0]
-    return len(placed), float((placed * frame["Open"].to_numpy()[np.flatnonzero(asked[:-1]) + 1]).sum()), stats["_equity_curve"]["Equity"].to_numpy()
+    return (len(placed), float((placed * frame["Open"].to_numpy()[np.flatnonzero(asked[:-1]) + 1]).sum()),
+            stats["_equity_curve"]["Equity"].to_numpy())
 
 
 ENGINES = {"tradelab": with_tradelab, "vectorbt": with_vectorbt, "backtesting": with_backtesting}
@@ -92,4 +102,6 @@ if __name__ == "__main__":
             run(ticks, holding(ticks, short), fee)
             begin = process_time()
             count, cash, equity = run(ticks, holding(ticks, short), fee)
-            print(f"{'long/short' if short else 'long/flat':10s} fee {fee:.2%}: {count} fills, sum of quantity x price {cash:.4f}, equity {equity[-1]:.6f}, sum of the curve {equity.sum():.4f}, {len(ticks) / (process_time() - begin) / 1e3:.0f} k bars/s", flush=True)
+            print(f"{'long/short' if short else 'long/flat':10s} fee {fee:.2%}: {count} fills, sum of quantity x price "
+                  f"{cash:.4f}, equity {equity[-1]:.6f}, sum of the curve {equity.sum():.4f}, "
+                  f"{len(ticks) / (process_time() - begin) / 1e3:.0f} k bars/s", flush=True)

@@ -1,6 +1,8 @@
-"""What the regime filter costs and how right it is: `python benchmarks/regime.py [picture.png]`. Nothing here is a test.
+"""What the regime filter costs and how right it is: `python benchmarks/regime.py [picture.png]`. Nothing here is a
+test.
 
-Accuracy is out of the training span, beside the filter that was told the true laws. With ../shared/data it is drawn over real Bitcoin.
+Accuracy is out of the training span, beside the filter that was told the true laws. With ../shared/data it is drawn
+over real Bitcoin.
 """
 import sys
 import time
@@ -24,9 +26,11 @@ for seed in range(5):
     begin = time.perf_counter()
     fitted = Regimes().fit(market[:10_000])
     seconds = time.perf_counter() - begin
-    best = (optimal(np.log(market.close / market.close.shift(1)).to_numpy()[1:], STATES, .995).argmax(axis=1) == state[1:])[10_000:].mean()
+    best = (optimal(np.log(market.close / market.close.shift(1)).to_numpy()[1:], STATES, .995).argmax(axis=1)
+            == state[1:])[10_000:].mean()
     ours = (fitted.read(market).regime.map({"bull": 0, "bear": 1, "sideways": 2}) == state)[10_000:].mean()
-    print(f"  seed {seed}: right {ours:.1%}, best possible {best:.1%}, ratio {ours / best:.3f} (goal 0.9); fit {seconds:.1f} s; {', '.join(fitted.present)}", flush=True)
+    print(f"  seed {seed}: right {ours:.1%}, best possible {best:.1%}, ratio {ours / best:.3f} (goal 0.9); fit "
+          f"{seconds:.1f} s; {', '.join(fitted.present)}", flush=True)
 
 candles, stream = np.tile(market[list(COLUMNS)].to_numpy(), (50, 1)), fitted.stream()
 begin = time.process_time()
@@ -42,7 +46,8 @@ table = pd.read_parquet(file)
 days = resample(frame(table.timestamp, table[list(COLUMNS)]), "1d")
 for names in (None, ("bull", "bear", "volatile", "sideways")):
     fitted = Regimes().fit(days[:"2020-06"], shortest=10, names=names)
-    print(f"\nBitcoin, daily, fitted on {fitted.fitted_on} days until June 2020", fitted.summary().to_string(), fitted.read(days).regime.value_counts(normalize=True).round(2).to_dict(), sep="\n")
+    print(f"\nBitcoin, daily, fitted on {fitted.fitted_on} days until June 2020", fitted.summary().to_string(),
+          fitted.read(days).regime.value_counts(normalize=True).round(2).to_dict(), sep="\n")
 if len(sys.argv) > 1:
     figure = fitted.plot(days)
     figure.axes[0].set_title("Bitcoin, daily: regimes as the filter tells them (fitted until June 2020)")

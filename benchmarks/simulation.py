@@ -1,4 +1,5 @@
-"""The simulation in CPU seconds: the kernel, policies, sweeps, environments; `python benchmarks/simulation.py`. With `vectorbt` importable, beside it on the same candles."""
+"""The simulation in CPU seconds: the kernel, policies, sweeps, environments; `python benchmarks/simulation.py`. With
+`vectorbt` importable, beside it on the same candles."""
 import resource
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from tradelab.sim.prepared import prepare
 from tradelab.sim.sweep import PLAIN, sweep
 
 HOUR = 3_600_000
-OPEN_END = Limits(max_daily_loss=None, max_drawdown=1.)          # nothing ends the run early; every other default limit binds
+OPEN_END = Limits(max_daily_loss=None, max_drawdown=1.) # nothing ends the run early; every other default limit binds
 
 
 @compiled(numba.int64(numba.float64[:, ::1], WORLDS, numba.float64[::1], numba.int64), error_model="numpy", _nrt=False)
@@ -38,7 +39,8 @@ def walk(length, symbols=1, seed=0, volatility=.002):
     random = np.random.default_rng(seed)
     close = np.round(20_000 * np.exp(np.cumsum(random.normal(0, volatility, (length, symbols)), axis=0)), 1)
     opened = np.vstack([close[:1], close[:-1]])
-    return np.stack([opened, np.maximum(close, opened) * 1.001, np.minimum(close, opened) * .999, close, np.full_like(close, 1e5)], axis=2)
+    return np.stack([opened, np.maximum(close, opened) * 1.001, np.minimum(close, opened) * .999, close,
+                     np.full_like(close, 1e5)], axis=2)
 
 
 def average(close, width): return pd.DataFrame(close).rolling(width).mean().to_numpy()
@@ -57,11 +59,15 @@ def least(work, times=5):
 
 def kernel(length, symbols, costs):
     candles = walk(length, symbols)
-    targets = np.ascontiguousarray(np.nan_to_num(np.sign(average(candles[:, :, 3], 20) - average(candles[:, :, 3], 50))))
+    targets = np.ascontiguousarray(np.nan_to_num(np.sign(average(candles[:, :, 3], 20) - average(candles[:, :, 3],
+        50))))
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones((1, symbols))
-    tape, rules, filled = tape_of(np.arange(length) * HOUR, candles, rates, costs, OPEN_END), rules_of(costs, OPEN_END, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], Execution()), []
+    tape = tape_of(np.arange(length) * HOUR, candles, rates, costs, OPEN_END)
+    rules = rules_of(costs, OPEN_END, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], Execution())
+    filled = []
     def prepare():
-        world, equity = World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000), rules), np.ones(length)
+        world = World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000), rules)
+        equity = np.ones(length)
         world.state.fills["price"] = 1.
         mark(world.state.account, world.state.positions, candles[300, :, 3].copy())
         filled[:] = [world]
@@ -93,17 +99,23 @@ def sweeps(length=100_000, pairs=1_000):
     candles = frame_of(length)
     windows = range(5, 5 + 46)
     columns = pd.DataFrame({w: candles["close"].rolling(w).mean() for w in windows})
-    table = pd.DataFrame([pair for pair in product(range(46), repeat=2) if pair[0] < pair[1]][:pairs], columns=["fast", "slow"])
-    for name, costs, limits, goal in (("all costs", CostModel.realistic(), OPEN_END, 20), ("ideal", CostModel.ideal(), PLAIN, 100)):
-        run = lambda n, rows, costs=costs, limits=limits: sweep(cross, columns[:n], table[:rows], candles[:n], start=300, costs=costs, limits=limits, progress=False)
+    table = pd.DataFrame([pair for pair in product(range(46), repeat=2) if pair[0] < pair[1]][:pairs],
+                         columns=["fast", "slow"])
+    for name, costs, limits, goal in (("all costs", CostModel.realistic(), OPEN_END, 20),
+                                      ("ideal", CostModel.ideal(), PLAIN, 100)):
+        run = lambda n, rows, costs=costs, limits=limits: sweep(cross, columns[:n], table[:rows], candles[:n],
+                                                                start=300, costs=costs, limits=limits, progress=False)
         run(2_000, 2)
         seconds = least(lambda run=run: lambda: run(length, pairs), 3)
-        yield f"sweep, {pairs:,} pairs x {length:,} candles, {name}", f"{pairs * length / seconds / 1e6:.1f} M combinations/s (goal {goal})"
+        yield (f"sweep, {pairs:,} pairs x {length:,} candles, {name}", f"{pairs * length / seconds / 1e6:.1f} M "
+               f"combinations/s (goal {goal})")
 
 
 def environments():
     candles = frame_of(60_000)
-    names = ["return(1)", "return(5)", "return(20)", "rsi(14)", "rsi(7)", "volatility(20)", "atr(14).relative", "macd(12,26,9).histogram", "bollinger(20,2)", "cci(20)", "adx(14)", "mfi(14)", "roc(10)", "volume_ratio(20)", "stochastic(14,3)"]
+    names = ["return(1)", "return(5)", "return(20)", "rsi(14)", "rsi(7)", "volatility(20)", "atr(14).relative",
+             "macd(12,26,9).histogram", "bollinger(20,2)", "cci(20)", "adx(14)", "mfi(14)", "roc(10)",
+             "volume_ratio(20)", "stochastic(14,3)"]
     from tradelab.features.grammar import INDICATORS
     names = [name for name in names if name.split("(")[0] in INDICATORS][:15]
     names += [f"return({n})" for n in range(30, 30 + 15 - len(names))]
@@ -120,26 +132,37 @@ def environments():
         for action in actions[:, 0]:
             *_, truncated, _ = one.step(action)
             if truncated: one.reset()
-    for name, work, made, goal in (("64 environments (30 x 15), observations copied out", vector, 400 * 64, "2 M"), ("the same, without the copy", bare, 400 * 64, "3 M"), ("one environment", single, 400, "400 k")):
+    for name, work, made, goal in (("64 environments (30 x 15), observations copied out", vector, 400 * 64, "2 M"),
+                                   ("the same, without the copy", bare, 400 * 64, "3 M"),
+                                   ("one environment", single, 400, "400 k")):
         work()
         yield name, f"{made / least(lambda work=work: work) / 1e6:.3f} M steps/s (goal {goal})"
 
 
 def rows():
-    for length, symbols, costs, name, goal in ((1_000_000, 1, CostModel(), "default costs", 20), (1_000_000, 1, CostModel.realistic(), "all costs", 20), (50_000, 20, CostModel.realistic(), "all costs", 50)):
+    for length, symbols, costs, name, goal in ((1_000_000, 1, CostModel(), "default costs", 20),
+                                               (1_000_000, 1, CostModel.realistic(), "all costs", 20),
+                                               (50_000, 20, CostModel.realistic(), "all costs", 50)):
         speed, fills = kernel(length, symbols, costs)
-        yield f"SMA cross, {length:,} candles x {symbols}, {name}, equity and fills", f"{speed:.1f} M symbol-bars/s (goal {goal}), {fills:,} fills"
+        yield (f"SMA cross, {length:,} candles x {symbols}, {name}, equity and fills", f"{speed:.1f} M symbol-bars/s "
+               f"(goal {goal}), {fills:,} fills")
     candles = frame_of(300_000)
     features = ("return(20)", "return(50)")
-    for name, function, goal in (("compiled policy, with observations and journal", crossed, ""), ("policy in plain Python, likewise", in_python, " (goal 0.2)")):
+    for name, function, goal in (("compiled policy, with observations and journal", crossed, ""),
+                                 ("policy in plain Python, likewise", in_python, " (goal 0.2)")):
         policy = Policy(name, function, (), features)
         backtest(policy, candles[:2_000], limits=OPEN_END, baselines=())
-        yield name, f"{300_000 / least(lambda policy=policy: lambda: backtest(policy, candles, limits=OPEN_END, baselines=()), 3) / 1e6:.2f} M bars/s{goal}"
-    yield "event form, through a Trader", f"{10_000 / least(lambda: lambda: backtest(policy, candles[:10_000], limits=OPEN_END, baselines=(), engine='event'), 2) / 1e3:.0f} k bars/s"
+        seconds = least(lambda policy=policy: lambda: backtest(policy, candles, limits=OPEN_END, baselines=()), 3)
+        yield name, f"{300_000 / seconds / 1e6:.2f} M bars/s{goal}"
+    short = candles[:10_000]
+    seconds = least(lambda: lambda: backtest(policy, short, limits=OPEN_END, baselines=(), engine="event"), 2)
+    yield "event form, through a Trader", f"{10_000 / seconds / 1e3:.0f} k bars/s"
     yield from sweeps()
     yield from environments()
-    yield "memory, all of the above", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at most (goal 1)"
-    try: import vectorbt
+    yield ("memory, all of the above", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB at "
+           "most (goal 1)")
+    try:
+        import vectorbt
     except ImportError: return
     candles = frame_of(1_000_000)["close"]
     fast, slow = candles.rolling(20).mean(), candles.rolling(50).mean()

@@ -26,7 +26,9 @@ def at_closes(candles, positions, settings, ranges):
         code, _ = touched(position, candles[t, HIGH], candles[t, LOW], settings)
         track(position, candles[t, HIGH], candles[t, LOW])
         position["age"] += 1.
-        if ranges: atr, before = next_atr(atr, candles[t, HIGH], candles[t, LOW], before, settings["atr_period"]), candles[t, CLOSE]
+        if ranges:
+            atr, before = (next_atr(atr, candles[t, HIGH], candles[t, LOW], before, settings["atr_period"]),
+                           candles[t, CLOSE])
         if code:
             left += 1
             enter_again(position, candles[t, CLOSE], atr)
@@ -67,11 +69,21 @@ def nanoseconds(work, candles, *arguments):
 
 
 if __name__ == "__main__":
-    candles, positions = np.tile(realistic(100_000, seed=1)[["open", "high", "low", "close", "volume"]].to_numpy(), (10, 1)), np.zeros(1, POSITION)
+    candles = np.tile(realistic(100_000, seed=1)[["open", "high", "low", "close", "volume"]].to_numpy(), (10, 1))
+    positions = np.zeros(1, POSITION)
     print(f"{'the loop alone':60} {nanoseconds(reading, candles):5.1f} ns a candle")
-    for name, stops in (("fixed stop and target (goal 15)", Stops()), ("the same and a trailing stop", Stops(trailing_stop=.02)), ("all in ATRs", Stops(0., 0., 0., 2., 4., 2.)), ("all in ATRs, 24 candles at most", Stops(0., 0., 0., 2., 4., 2., max_age=24))):
+    for name, stops in (("fixed stop and target (goal 15)", Stops()),
+                        ("the same and a trailing stop", Stops(trailing_stop=.02)),
+                        ("all in ATRs", Stops(0., 0., 0., 2., 4., 2.)),
+                        ("all in ATRs, 24 candles at most", Stops(0., 0., 0., 2., 4., 2., max_age=24))):
         row, ranges = Limits(stops=stops).row(), bool(stops.stop_atr)
-        print(f"{'touched and track, ' + name:60} {nanoseconds(at_closes, candles, positions, row, ranges):5.1f} ns a candle, {at_closes(candles, positions, row, ranges):,} exits", flush=True)
-        if ranges and not stops.max_age: print(f"{'  of that the average true range':60} {nanoseconds(at_closes, candles, positions, row, True) - nanoseconds(at_closes, candles, positions, row, False):5.1f} ns")
-    print(f"{'exit_price and track, fixed stop and target':60} {nanoseconds(at_the_exchange, candles, positions, Limits().row()):5.1f} ns a candle")
-    print(f"{'simulate, fixed stop and target, always in':60} {nanoseconds(simulate, candles, np.ones(len(candles)), Limits().row()):5.1f} ns a candle, checks of the input included")
+        print(f"{'touched and track, ' + name:60} {nanoseconds(at_closes, candles, positions, row, ranges):5.1f} ns a "
+              f"candle, {at_closes(candles, positions, row, ranges):,} exits", flush=True)
+        if ranges and not stops.max_age:
+            with_range, without = (nanoseconds(at_closes, candles, positions, row, each) for each in (True, False))
+            print(f"{'  of that the average true range':60} {with_range - without:5.1f} ns")
+    print(f"{'exit_price and track, fixed stop and target':60} "
+          f"{nanoseconds(at_the_exchange, candles, positions, Limits().row()):5.1f} ns a candle")
+    print(f"{'simulate, fixed stop and target, always in':60} "
+          f"{nanoseconds(simulate, candles, np.ones(len(candles)), Limits().row()):5.1f} ns a candle, checks of the "
+          "input included")

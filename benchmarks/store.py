@@ -1,6 +1,7 @@
 """What the candle store costs: `python benchmarks/store.py`. Nothing here is a test.
 
-A year of one-minute candles is written, read, asked for what is missing and described; then the index of many series. Times are medians, CPU and wall.
+A year of one-minute candles is written, read, asked for what is missing and described; then the index of many series.
+Times are medians, CPU and wall.
 """
 import statistics
 import tempfile
@@ -46,4 +47,5 @@ def table(folder:Path):
 
 
 with tempfile.TemporaryDirectory() as folder:
-    for name, goal, wall, cpu in table(Path(folder)): print(f"{name:45} {wall:8.1f} ms wall {cpu:8.1f} ms CPU   {goal}", flush=True)
+    for name, goal, wall, cpu in table(Path(folder)):
+        print(f"{name:45} {wall:8.1f} ms wall {cpu:8.1f} ms CPU   {goal}", flush=True)

@@ -6,7 +6,8 @@ import numba
 import pytest
 
 ROOT = Path(__file__).parents[1]
-collect_ignore = [] if numba.config.DISABLE_JIT else ["test_chapters.py"] # the chapters run compiled under nbval, uncompiled here
+# the chapters run compiled under nbval, uncompiled here
+collect_ignore = [] if numba.config.DISABLE_JIT else ["test_chapters.py"]
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +20,8 @@ def root()->Path:
 def shared()->Path:
     "The folder of real data beside the repository; what needs it is skipped where it is absent"
     folder = ROOT.parent / "shared"
-    if not (folder / "data").exists(): pytest.skip("real data is absent: there is no folder shared/data beside the repository")
+    if not (folder / "data").exists():
+        pytest.skip("real data is absent: there is no folder shared/data beside the repository")
     return folder
 
 

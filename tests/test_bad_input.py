@@ -30,10 +30,13 @@ def place(tmp_path_factory):
 
 def tradelab(place, *words, **variables):
     "The command, as a person types it"
-    environment = {f"TRADELAB_{name.upper()}": str(place / name) for name in ("runs", "sessions", "reports", "logs", "data")}
+    environment = {f"TRADELAB_{name.upper()}": str(place / name) for name in ("runs", "sessions", "reports", "logs",
+        "data")}
     environment |= {"TRADELAB_DATABASE": f"sqlite:///{place}/tradelab.db", "TRADELAB_LOCALNET_PORT": "0"} | variables
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADELAB_", "COVERAGE_"))} # what is measured here is measured elsewhere, and slows every start
-    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+    # what is measured here is measured elsewhere, and slows every start
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADELAB_", "COVERAGE_"))}
+    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment,
+                          capture_output=True, text=True)
 
 
 def refused(place, *words, **variables):
@@ -52,7 +55,8 @@ def refused(place, *words, **variables):
     (("run", "live", "-p", "polcy", "latest"), "did you mean policy"),
     (("run", "live", "-p", "candles", "many"), "parameter candles must be int, was 'many'"),
     (("run", "lvie"), "did you mean live"),
-    (("run", "live", "-p", "venue", "mainnet"), 'venue is "mainnet", which is real money, and this version does not start there'),
+    (("run", "live", "-p", "venue", "mainnet"), 'venue is "mainnet", which is real money, and this version does not '
+     'start there'),
     (("run", "live", "-p", "venue", "manet"), "venue must be 'localnet', 'testnet' or 'mainnet', was 'manet'"),
     (("run", "train", "-p", "agent", "SAK"), "did you mean SAC"),
     (("run", "train", "-p", "features", "rsj(14)"), "did you mean 'rsi'"),
@@ -62,9 +66,11 @@ def refused(place, *words, **variables):
 def test_a_word_that_is_wrong(place, words, sentence): assert sentence in refused(place, *words)
 
 
-@pytest.mark.parametrize("file, sentence", [("four", "four.parquet: no column 'volume' among open, high, low, close"), ("hole", "close is nan at 2024-01-04 05:00 UTC"), ("nowhere", "no file")])
+@pytest.mark.parametrize("file, sentence", [("four", "four.parquet: no column 'volume' among open, high, low, close"),
+                                            ("hole", "close is nan at 2024-01-04 05:00 UTC"), ("nowhere", "no file")])
 def test_a_file_that_is_wrong(place, file, sentence):
-    assert sentence in refused(place, "run", "backtest", "-p", "source", str(place / f"{file}.parquet"), "-p", "span", "")
+    assert sentence in refused(place, "run", "backtest", "-p", "source", str(place / f"{file}.parquet"), "-p", "span",
+                               "")
 
 
 def test_a_run_with_a_changed_file(tmp_path):
@@ -85,15 +91,20 @@ def test_a_port_in_use(place):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"port {port} on 127.0.0.1 is in use" in refused(place, "run", "live", "-p", "candles", "3", TRADELAB_LOCALNET_PORT=str(port))
+        assert f"port {port} on 127.0.0.1 is in use" in refused(place, "run", "live", "-p", "candles", "3",
+                                                                TRADELAB_LOCALNET_PORT=str(port))
 
 
 def test_an_exchange_that_does_not_list_the_symbol_and_one_that_refuses_the_keys(place):
     candles = ar1(200, seed=2)
-    with Localnet({"ETH/USDT:USDT": candles}, start=candles.index[150].value // 10**6, api_key="localnet", api_secret="localnet") as exchange:
-        assert "does not list" in refused(place, "run", "live", "-p", "candles", "3", TRADELAB_LOCALNET_PORT=str(exchange.port))
-    with Localnet({"BTC/USDT:USDT": candles}, start=candles.index[150].value // 10**6, api_key="other", api_secret="other") as exchange:
-        assert "refuses these keys" in refused(place, "run", "live", "-p", "candles", "3", TRADELAB_LOCALNET_PORT=str(exchange.port))
+    with Localnet({"ETH/USDT:USDT": candles}, start=candles.index[150].value // 10**6, api_key="localnet",
+                  api_secret="localnet") as exchange:
+        assert "does not list" in refused(place, "run", "live", "-p", "candles", "3",
+                                          TRADELAB_LOCALNET_PORT=str(exchange.port))
+    with Localnet({"BTC/USDT:USDT": candles}, start=candles.index[150].value // 10**6, api_key="other",
+                  api_secret="other") as exchange:
+        assert "refuses these keys" in refused(place, "run", "live", "-p", "candles", "3",
+                                               TRADELAB_LOCALNET_PORT=str(exchange.port))
 
 
 def test_a_planted_difference_stops_the_replay(place):
@@ -112,7 +123,10 @@ def test_a_planted_difference_stops_the_replay(place):
         if line["kind"] not in ("recording", "end"): again.line(**line)
     again.close()
     said = refused(place, "run", "replay")
-    assert "does not replay" in said and "column 'close'" in said and str(close) in said and str(candle["candle"][0][3]) in said
+    assert "does not replay" in said
+    assert "column 'close'" in said
+    assert str(close) in said
+    assert str(candle["candle"][0][3]) in said
 
 
 def test_a_damaged_result_is_no_other_result(tmp_path):
@@ -125,7 +139,8 @@ def test_a_damaged_result_is_no_other_result(tmp_path):
     kept = backtest(SmaCross(), random_walk(120, seed=1))
     path, random = tmp_path / "sma.result", np.random.default_rng(0)
     content = save(kept, path).read_bytes()
-    spoiled = [content[:int(end)] for end in random.integers(0, len(content), 20)] + [b"", b"PK\x03\x04", b"<html>", bytes(1000)]
+    spoiled = ([content[:int(end)] for end in random.integers(0, len(content), 20)] + [b"", b"PK\x03\x04", b"<html>",
+        bytes(1000)])
     for place in random.integers(0, 8 * len(content), 300):
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8

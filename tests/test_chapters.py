@@ -1,6 +1,8 @@
-"""The chapters against the package, uncompiled: every cell that shows or asserts runs with the names of the exported module, not of the notebook's own cells
+"""The chapters against the package, uncompiled: every cell that shows or asserts runs with the names of the exported
+module, not of the notebook's own cells
 
-Only collected with NUMBA_DISABLE_JIT=1: it is how coverage sees the bodies of compiled functions. A cell marked `#| compiled` speaks about compilation itself and is left out."""
+Only collected with NUMBA_DISABLE_JIT=1: it is how coverage sees the bodies of compiled functions. A cell marked `#|
+compiled` speaks about compilation itself and is left out."""
 import ast
 import asyncio
 import builtins

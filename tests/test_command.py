@@ -15,12 +15,16 @@ pytestmark = pytest.mark.integration
 TRADELAB = Path(sys.executable).parent / "tradelab"
 
 
-def tradelab(*words, **options): return subprocess.run([TRADELAB, *map(str, words)], capture_output=True, text=True, **options)
+def tradelab(*words, **options):
+    return subprocess.run([TRADELAB, *map(str, words)], capture_output=True, text=True, **options)
 
 
 def write_job(path, *cells):
-    sources = [nbformat.v4.new_code_cell("symbol:str = 'BTC/USDT:USDT'\nsteps:int = 10", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
-    nbformat.write(nbformat.v4.new_notebook(cells=sources, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+    sources = [nbformat.v4.new_code_cell("symbol:str = 'BTC/USDT:USDT'\nsteps:int = 10",
+                                         metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    nbformat.write(nbformat.v4.new_notebook(cells=sources,
+                                            metadata={"kernelspec": {"name": "python3", "display_name": "python3",
+        "language": "python"}}), path)
 
 
 def test_help_and_version():
@@ -30,7 +34,9 @@ def test_help_and_version():
 def test_run(project):
     write_job(project / "nbs/train.ipynb", "print('trained on', symbol, steps + 1)")
     ran = tradelab("run", "train", "-p", "symbol", "007", "-p", "steps", "5")
-    assert ran.returncode == 0 and "trained on 007 6" in ran.stdout and "train is done: reports/train/train-2" in ran.stdout
+    assert ran.returncode == 0
+    assert "trained on 007 6" in ran.stdout
+    assert "train is done: reports/train/train-2" in ran.stdout
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -49,14 +55,20 @@ def test_bad_input_is_one_sentence_and_exit_code_1(project, words, sentence):
 
 def test_stop_closes_a_running_session(project, monkeypatch):
     monkeypatch.setenv("TRADELAB_STOP_GRACE", "1e6")
-    session = "import asyncio, signal\nfrom pathlib import Path\nfrom tradelab.lock import Lock\nfolder = Path('sessions/momentum')\nfolder.mkdir(parents=True)\nstop = asyncio.Event()\n" \
-              "asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)\nwith Lock(folder / 'lock', 'momentum'):\n    await stop.wait()\n    (folder / 'ended').touch()"
+    session = ("import asyncio, signal\nfrom pathlib import Path\nfrom tradelab.lock import Lock\nfolder = "
+               "Path('sessions/momentum')\nfolder.mkdir(parents=True)\nstop = asyncio.Event()\n" \
+              "asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)\nwith Lock(folder / 'lock', "
+              "'momentum'):\n    await stop.wait()\n    (folder / 'ended').touch()")
     write_job(project / "nbs/live.ipynb", session, "print('statistics of the session')")
     job = subprocess.Popen([TRADELAB, "run", "live", "--output", "out.ipynb"], stdout=subprocess.PIPE, text=True)
     while not running_sessions(project / "sessions") and job.poll() is None: time.sleep(.05)
     stopped = tradelab("stop")
-    assert stopped.returncode == 0 and "asked momentum to stop" in stopped.stdout and "momentum has stopped" in stopped.stdout
-    assert (project / "sessions/momentum/ended").exists() and "statistics of the session" in job.communicate()[0] and job.returncode == 0
+    assert stopped.returncode == 0
+    assert "asked momentum to stop" in stopped.stdout
+    assert "momentum has stopped" in stopped.stdout
+    assert (project / "sessions/momentum/ended").exists()
+    assert "statistics of the session" in job.communicate()[0]
+    assert job.returncode == 0
 
 
 def free_port():
@@ -67,7 +79,8 @@ def free_port():
 
 def test_localnet_serves_until_it_is_stopped(project):
     port = free_port()
-    server = subprocess.Popen([TRADELAB, "localnet", "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    server = subprocess.Popen([TRADELAB, "localnet", "--port", str(port)], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
     try:
         assert f"localnet at http://127.0.0.1:{port}" in server.stdout.readline()
         taken = tradelab("localnet", "--port", port)
@@ -79,5 +92,7 @@ def test_localnet_serves_until_it_is_stopped(project):
 
 def test_localnet_in_the_background_of_a_script_ends_with_it(project):
     "A shell without job control starts it with SIGINT ignored"
-    script = f"{TRADELAB} localnet --port 0 > said 2>&1 & until grep -q 'localnet at' said || ! kill -0 $!; do sleep .1; done; kill -INT $!; kill -TERM $!; wait $!; echo ended with $?"
-    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "ended with 0\n" and "localnet has stopped" in (project / "said").read_text()
+    script = (f"{TRADELAB} localnet --port 0 > said 2>&1 & until grep -q 'localnet at' said || ! kill -0 $!; do sleep "
+              ".1; done; kill -INT $!; kill -TERM $!; wait $!; echo ended with $?")
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "ended with 0\n"
+    assert "localnet has stopped" in (project / "said").read_text()

@@ -17,7 +17,6 @@ from tradelab.config import (
     FORBIDDING,
     NOT_YET,
     TABLES,
-    BadSettings,
     _flat,
     _variables,
     forbidding,
@@ -27,6 +26,7 @@ from tradelab.config import (
     settings,
     venue_for,
 )
+from tradelab.errors import ConfigurationError
 from tradelab.settings import Limits
 
 ROOT = Path(__file__).parents[1]
@@ -45,18 +45,21 @@ def place(variables=()):
 
 
 def test_later_places_win(project, monkeypatch):
-    (project / "tradelab.toml").write_text("[risk]\nmax_position = 0.1\nmax_drawdown = 0.1\nmin_trade = 0.01\n[costs]\ntaker_fee = 0.001")
+    (project / "tradelab.toml").write_text("[risk]\nmax_position = 0.1\nmax_drawdown = 0.1\nmin_trade = "
+                                           "0.01\n[costs]\ntaker_fee = 0.001")
     (project / ".env").write_text("TRADELAB_RISK__MAX_POSITION=0.2\nTRADELAB_RISK__MAX_DRAWDOWN=0.2\nOTHER_TOOL=1")
     monkeypatch.setenv("TRADELAB_RISK__MAX_POSITION", "0.3")
     here = settings(costs={"slippage": .5})
-    assert (here.risk.min_trade, here.risk.max_drawdown, here.risk.max_position, here.costs.taker_fee, here.costs.slippage) == (.01, .2, .3, .001, .5)
+    assert (here.risk.min_trade, here.risk.max_drawdown, here.risk.max_position, here.costs.taker_fee,
+            here.costs.slippage) == (.01, .2, .3, .001, .5)
     assert settings(risk={"max_position": .4}).risk.max_position == .4
 
 
 @pytest.mark.parametrize("place, sentence", [
     ("toml", r"risk.max_levrage in tradelab.toml is not a setting: did you mean risk.max_leverage\?"),
     ("dotenv", r"TRADELAB_RISK__MAX_LEVRAGE in .env is not a setting: did you mean TRADELAB_RISK__MAX_LEVERAGE\?"),
-    ("environment", r"TRADELAB_RISK__MAX_LEVRAGE in the environment is not a setting: did you mean TRADELAB_RISK__MAX_LEVERAGE\?"),
+    ("environment", r"TRADELAB_RISK__MAX_LEVRAGE in the environment is not a setting: did you mean "
+     r"TRADELAB_RISK__MAX_LEVERAGE\?"),
     ("production", r"risk.max_levrage in tradelab.toml \[production\] is not a setting"),
     ("parameters", r"risk.max_levrage in the parameters is not a setting: did you mean risk.max_leverage\?")])
 def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sentence):
@@ -64,49 +67,63 @@ def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sent
     if place == "production": (project / "tradelab.toml").write_text("[production.risk]\nmax_levrage = 2")
     if place == "dotenv": (project / ".env").write_text("TRADELAB_RISK__MAX_LEVRAGE=2")
     if place == "environment": monkeypatch.setenv("TRADELAB_RISK__MAX_LEVRAGE", "2")
-    with pytest.raises(BadSettings, match=sentence): settings(**({"risk": {"max_levrage": 2}} if place == "parameters" else {}))
+    with pytest.raises(ConfigurationError, match=sentence):
+        settings(**({"risk": {"max_levrage": 2}} if place == "parameters" else {}))
 
 
 def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
-    "Until an order cannot go out twice and a halt outlives its session, real money is refused, with all that stands in the way"
+    """Until an order cannot go out twice and a halt outlives its session, real money is refused, with all that stands
+    in the way"""
     (project / ".env").write_text("TRADELAB_MAINNET_KEY=0123456789abcdef\nTRADELAB_MAINNET_SECRET=fedcba9876543210")
     assert venue_for(settings()).name == "localnet"
     (project / "tradelab.toml").write_text('venue = "mainnet"')
-    with pytest.raises(BadSettings, match="mainnet_confirmation does not name the account"): venue_for(settings())
+    with pytest.raises(ConfigurationError, match="mainnet_confirmation does not name the account"):
+        venue_for(settings())
     (project / "tradelab.toml").write_text('venue = "mainnet"\nmainnet_confirmation = "01234567"')
-    with pytest.raises(BadSettings) as refused: venue_for(settings())
-    assert str(refused.value) == NOT_YET and NOT_YET.split("there: ")[1].split(";")[0] in (ROOT / "README.md").read_text().replace("\n", " ")
+    with pytest.raises(ConfigurationError) as refused: venue_for(settings())
+    assert str(refused.value) == NOT_YET
+    assert NOT_YET.split("there: ")[1].split(";")[0] in (ROOT / "README.md").read_text().replace("\n", " ")
 
 
-@pytest.mark.parametrize("value, forbids", [("true", True), ("True", True), ("1", True), ("yes", True), ("tru", True), ("false", False), ("0", False), ("no", False), ("", False)])
+@pytest.mark.parametrize("value, forbids", [("true", True), ("True", True), ("1", True), ("yes", True), ("tru", True),
+                                            ("false", False), ("0", False), ("no", False), ("", False)])
 @pytest.mark.parametrize("name", FORBIDDING)
 def test_a_switch_of_another_system_forbids_real_money_and_never_opens_it(project, monkeypatch, name, value, forbids):
     for other in FORBIDDING: monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
     assert bool(forbidding()) == forbids and venue_for(settings()).name == "localnet"
-    with pytest.raises(BadSettings, match=f"{name} in the environment forbids it" if forbids else "does not start there"): venue_for(settings(venue="mainnet"))
+    with pytest.raises(ConfigurationError, match=f"{name} in the environment forbids it" if forbids
+                       else "does not start there"):
+        venue_for(settings(venue="mainnet"))
     monkeypatch.delenv(name)
     (project / ".env").write_text(f"{name}={value}")
     assert bool(forbidding()) == forbids
 
 
-KEYS = [*known_keys(), "risk", "costs", "production", "risk.stops", "risk.sectors", "risk.sectors.a", "production.venue", ""]
-VALUES = st.one_of(st.integers(-5, 5), st.floats(), st.booleans(), st.text(max_size=8), st.sampled_from(["localnet", "nan", "1e400", "testnet"]), st.lists(st.integers(), max_size=2), st.just({}))
-LINES = st.lists(st.tuples(st.sampled_from(KEYS), VALUES).map(lambda pair: f"{pair[0]} = {json.dumps(pair[1])}"), max_size=4).map("\n".join)
-VARIABLES = st.dictionaries(st.sampled_from(KEYS).map(lambda key: f"TRADELAB_{key.upper().replace('.', '__')}"), st.binary(max_size=8).map(lambda text: os.fsdecode(text.replace(b"\0", b""))), max_size=4)
+KEYS = [*known_keys(), "risk", "costs", "production", "risk.stops", "risk.sectors", "risk.sectors.a",
+        "production.venue", ""]
+VALUES = st.one_of(st.integers(-5, 5), st.floats(), st.booleans(), st.text(max_size=8),
+                   st.sampled_from(["localnet", "nan", "1e400", "testnet"]), st.lists(st.integers(), max_size=2),
+                   st.just({}))
+LINES = st.lists(st.tuples(st.sampled_from(KEYS), VALUES).map(lambda pair: f"{pair[0]} = {json.dumps(pair[1])}"),
+                 max_size=4).map("\n".join)
+VARIABLES = st.dictionaries(st.sampled_from(KEYS).map(lambda key: f"TRADELAB_{key.upper().replace('.', '__')}"),
+                            st.binary(max_size=8).map(lambda text: os.fsdecode(text.replace(b"\0", b""))), max_size=4)
 
 
 def only_its_own_error():
     try: settings()
-    except BadSettings as error: assert str(error).encode()
+    except ConfigurationError as error: assert str(error).encode()
 
 
-@given(st.one_of(LINES.map(str.encode), st.binary(max_size=30), st.text("[]{}=.\"'\n#arisk", max_size=30).map(str.encode)))
+@given(st.one_of(LINES.map(str.encode), st.binary(max_size=30),
+                 st.text("[]{}=.\"'\n#arisk", max_size=30).map(str.encode)))
 def test_whatever_tradelab_toml_holds_only_its_own_error_comes(text):
     with place(): Path("tradelab.toml").write_bytes(text), only_its_own_error()
 
 
-@given(st.one_of(VARIABLES.map(lambda each: "\n".join(f"{name}={value}" for name, value in each.items()).encode("utf-8", "surrogateescape")), st.binary(max_size=30),
+@given(st.one_of(VARIABLES.map(lambda each: "\n".join(f"{name}={value}" for name, value in each.items()).encode("utf-8",
+    "surrogateescape")), st.binary(max_size=30),
                  st.text("TRADELAB_=#'\"\n \\$!{}", max_size=40).map(str.encode)))
 def test_whatever_the_dotenv_file_holds_only_its_own_error_comes(text):
     with place(): Path(".env").write_bytes(text), only_its_own_error()
@@ -117,10 +134,12 @@ def test_whatever_the_environment_holds_only_its_own_error_comes(variables):
     with place(variables): only_its_own_error()
 
 
-@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "[a" + ".a" * 5_000 + "]", "a = 1" + "0" * 5_000, "production = 3", 'data = "a\\u0000b"', 'database = "nonsense"'], ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "[a" + ".a" * 5_000 + "]", "a = 1" + "0" * 5_000,
+                                  "production = 3", 'data = "a\\u0000b"', 'database = "nonsense"'],
+                                  ids=lambda text: text[:20])
 def test_a_file_that_no_reader_expects(project, text):
     (project / "tradelab.toml").write_text(text)
-    with pytest.raises(BadSettings): settings()
+    with pytest.raises(ConfigurationError): settings()
 
 
 def test_the_settings_are_those_of_the_project_from_any_folder_in_it(project):
@@ -135,30 +154,39 @@ def test_the_examples_name_every_setting_and_its_default(project):
     text = (ROOT / "tradelab.toml.example").read_text()
     (project / "tradelab.toml").write_text(text)
     assert settings().model_dump() == settings(**{}).model_dump()
-    written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name not in ("production", "format")}))
-    unlimited = {f"{table}.{field.name}" for table, record in TABLES.items() for field in fields(record) if field.default is None} | {key for key in known_keys() if key.startswith("instrument.")}
-    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited and all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
+    written = set(_flat({name: value for name, value in tomllib.loads(text).items() if name not in ("production",
+        "format")}))
+    unlimited = ({f"{table}.{field.name}" for table, record in TABLES.items() for field in fields(record)
+                  if field.default is None} | {key for key in known_keys() if key.startswith("instrument.")})
+    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited
+    assert all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
     example = settings()
     (project / "tradelab.toml").write_text("")
     assert example == settings()
-    dotenv = dict(line.lstrip("# ").split("=") for line in (ROOT / ".env.example").read_text().splitlines() if line.lstrip("# ").startswith("TRADELAB_"))
+    dotenv = dict(line.lstrip("# ").split("=") for line in (ROOT / ".env.example").read_text().splitlines()
+                  if line.lstrip("# ").startswith("TRADELAB_"))
     assert set(_variables({name: value or "x" for name, value in dotenv.items()})) <= set(known_keys())
 
 
 def test_limits_and_stops_are_set_like_the_rest(project, monkeypatch):
-    (project / "tradelab.toml").write_text('[risk]\nmax_sector = 0.3\nsectors = { "BTC/USDT:USDT" = "money" }\n[risk.stops]\nstop_loss = 0.01')
+    (project / "tradelab.toml").write_text('[risk]\nmax_sector = 0.3\nsectors = { "BTC/USDT:USDT" = "money" '
+                                           '}\n[risk.stops]\nstop_loss = 0.01')
     monkeypatch.setenv("TRADELAB_RISK__STOPS__TAKE_PROFIT", "0.05")
     monkeypatch.setenv("TRADELAB_RISK__MAX_NET", "0.5")
     here = settings().risk
-    assert (here.max_sector, here.sectors, here.stops.stop_loss, here.stops.take_profit, here.max_net) == (.3, {"BTC/USDT:USDT": "money"}, .01, .05, .5)
+    assert (here.max_sector, here.sectors, here.stops.stop_loss, here.stops.take_profit, here.max_net) == (.3,
+        {"BTC/USDT:USDT": "money"}, .01, .05, .5)
 
 
 @pytest.mark.parametrize("text, sentence", [
-    ("[risk]\nmax_var = -1.0", "risk.max_var must be a finite number above 0, was -1.0: change it in tradelab.toml"), ("[risk]\nmax_net = nan", "risk.max_net must be a finite number above 0, was nan"),
-    ("[risk.stops]\nstop_loss = 2.0", "stop_loss must be below 1"), ("[risk]\nmax_net = 3.0", "risk.max_net 3.0 is above max_leverage 1.0"), ("[risk.stops]\nstop_los = 0.1", "did you mean risk.stops.stop_loss")])
+    ("[risk]\nmax_var = -1.0", "risk.max_var must be a finite number above 0, was -1.0: change it in tradelab.toml"),
+    ("[risk]\nmax_net = nan", "risk.max_net must be a finite number above 0, was nan"),
+    ("[risk.stops]\nstop_loss = 2.0", "stop_loss must be below 1"),
+    ("[risk]\nmax_net = 3.0", "risk.max_net 3.0 is above max_leverage 1.0"),
+    ("[risk.stops]\nstop_los = 0.1", "did you mean risk.stops.stop_loss")])
 def test_a_limit_that_cannot_be_is_refused_at_start(project, text, sentence):
     (project / "tradelab.toml").write_text(text)
-    with pytest.raises(BadSettings) as refused: settings()
+    with pytest.raises(ConfigurationError) as refused: settings()
     assert sentence in str(refused.value)
 
 
@@ -168,16 +196,24 @@ def no_section():
     job_settings("")
 
 
-def test_a_jobs_section_counts_more_than_every_other_place_and_what_a_run_was_trained_with(project, monkeypatch, no_section):
-    (project / "tradelab.toml").write_text("gaps = true\n[risk]\nmax_position = 0.1\n[production.risk]\nmax_position = 0.2\n[settings.careful]\ngaps = false\n[settings.careful.risk]\nmax_position = 0.02")
+def test_a_jobs_section_counts_more_than_every_other_place_and_what_a_run_was_trained_with(project, monkeypatch,
+        no_section):
+    (project / "tradelab.toml").write_text("gaps = true\n[risk]\nmax_position = 0.1\n[production.risk]\nmax_position = "
+                                           "0.2\n[settings.careful]\ngaps = "
+                                           "false\n[settings.careful.risk]\nmax_position = 0.02")
     monkeypatch.setenv("TRADELAB_RISK__MAX_POSITION", "0.3")
     assert settings().risk.max_position == .3 and settings().gaps
-    assert job_settings("careful").risk.max_position == .02 and not settings().gaps and settings(environment="production").risk.max_position == .02
+    assert job_settings("careful").risk.max_position == .02
+    assert not settings().gaps
+    assert settings(environment="production").risk.max_position == .02
     assert overridden(Limits(max_position=.5, max_drawdown=.3), "risk") == Limits(max_position=.02, max_drawdown=.3)
-    assert job_settings("").risk.max_position == .3 and overridden(Limits(max_position=.5), "risk") == Limits(max_position=.5)
+    assert job_settings("").risk.max_position == .3
+    assert overridden(Limits(max_position=.5), "risk") == Limits(max_position=.5)
 
 
-@pytest.mark.parametrize("key", ["[settings.careful]\nmax_positon = 1", "[settings.careful.risk]\nmax_positon = 1", "[settings]\ngaps = true", "[settings.careful]\nenvironment = 'staging'", "[careful]\ngaps = true"])
+@pytest.mark.parametrize("key", ["[settings.careful]\nmax_positon = 1", "[settings.careful.risk]\nmax_positon = 1",
+                                 "[settings]\ngaps = true", "[settings.careful]\nenvironment = 'staging'",
+                                 "[careful]\ngaps = true"])
 def test_a_section_is_checked_though_nobody_names_it(project, key):
     (project / "tradelab.toml").write_text(key)
-    with pytest.raises(BadSettings, match="tradelab.toml"): settings()
+    with pytest.raises(ConfigurationError, match="tradelab.toml"): settings()

@@ -1,4 +1,5 @@
-"What is kept carries the number of its format: another one is refused in one sentence that names the version, and what is older than the numbers is read"
+"""What is kept carries the number of its format: another one is refused in one sentence that names the version, and
+what is older than the numbers is read"""
 import json
 from dataclasses import asdict
 
@@ -7,21 +8,23 @@ import pytest
 import yaml
 
 from tradelab import __version__
-from tradelab.config import BadSettings, settings
+from tradelab.config import settings
+from tradelab.errors import ConfigurationError
 from tradelab.instruments import BITCOIN
 from tradelab.live.ledger import FORMATS, Ledger, open_database
-from tradelab.live.recorder import BadRecording, Recorder, chained, framed, read, recorded_settings
+from tradelab.live.recorder import Recorder, RecordingError, chained, framed, read, recorded_settings
 from tradelab.live.session import FORMAT as SESSION
-from tradelab.live.session import RefusedStart, Session
+from tradelab.live.session import Session, StartRefusedError
 from tradelab.policies import Policy, buy_and_hold, mlp, pack
-from tradelab.runs.formats import CONFIG, FORMAT, MANIFEST, DamagedRun, seal
+from tradelab.runs.formats import CONFIG, FORMAT, MANIFEST, DamagedRunError, seal
 from tradelab.runs.registry import read as read_run
 from tradelab.runs.registry import save
 from tradelab.runs.run import Run, make_trader
 from tradelab.settings import Limits
 
 ID = "train_BTC_20240101_20240201_SAC_lr0.0003_bs256_ws1_seed7_20240301_000000"
-CONFIGURATION = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4, batch_size=256, seed=7, threads=1, source="",
+CONFIGURATION = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4, batch_size=256, seed=7, threads=1,
+                     source="",
                      span=["2024-01-01", "2024-02-01"], data_hash="", created_time=0)
 
 
@@ -32,7 +35,8 @@ def changed_run(folder, change):
     config = yaml.safe_load((kept / CONFIG).read_text())
     change(config)
     (kept / CONFIG).write_text(yaml.safe_dump(config))
-    (kept / MANIFEST).write_bytes(seal({path.name: path.read_bytes() for path in kept.iterdir() if path.name != MANIFEST}))
+    (kept / MANIFEST).write_bytes(seal({path.name: path.read_bytes() for path in kept.iterdir()
+                                        if path.name != MANIFEST}))
     return kept
 
 
@@ -47,17 +51,22 @@ def test_a_run_of_another_format_is_refused_before_its_keys(tmp_path, number):
     def other(config):
         for key in ("seed", "limits"): del config[key]
         config |= {"format": number, "invented": 1, "versions": {"tradelab": "7.8.9"}}
-    with pytest.raises(DamagedRun, match=r"^run train_.* is of the format .*, written by tradelab 7.8.9: this version reads 'tradelab run 1'"):
+    with pytest.raises(DamagedRunError, match=r"^run train_.* is of the format .*, written by tradelab 7.8.9: this "
+                       r"version reads 'tradelab run 1'"):
         read_run(changed_run(tmp_path, other))
 
 
-@pytest.mark.parametrize("change", [lambda config: config.pop("seed"), lambda config: config["limits"].update(max_hope=1.), lambda config: config.update(steps="many"),
+@pytest.mark.parametrize("change",
+                         [lambda config: config.pop("seed"), lambda config: config["limits"].update(max_hope=1.),
+                          lambda config: config.update(steps="many"),
                                     lambda config: config["instruments"][0].pop("symbol")])
 def test_a_run_before_the_numbers_that_does_not_fit_names_its_version(tmp_path, change):
     def older(config):
         del config["format"]
         change(config)
-    with pytest.raises(DamagedRun, match=f"written by tradelab {__version__}, before runs carried a format number"): read_run(changed_run(tmp_path, older))
+    with pytest.raises(DamagedRunError,
+                       match=f"written by tradelab {__version__}, before runs carried a format number"):
+        read_run(changed_run(tmp_path, older))
 
 
 def test_a_ledger_of_another_format_is_left_as_it_is(tmp_path):
@@ -65,7 +74,9 @@ def test_a_ledger_of_another_format_is_left_as_it_is(tmp_path):
     with open_database(url).begin() as connection:
         connection.execute(FORMATS.update().values(format=2, version="7.8.9"))
         connection.exec_driver_sql("DROP TABLE events")
-    with pytest.raises(ValueError, match="^the ledger sqlite:////.*tradelab.db is of format 2, written by tradelab 7.8.9: this version reads format 1"): Ledger(url)
+    with pytest.raises(ValueError, match="^the ledger sqlite:////.*tradelab.db is of format 2, written by tradelab "
+                       "7.8.9: this version reads format 1"):
+        Ledger(url)
     import sqlalchemy as sql
     assert not sql.inspect(sql.create_engine(url)).has_table("events")
 
@@ -76,16 +87,20 @@ def test_a_ledger_before_the_numbers_gets_one(tmp_path):
     ledger.open_session("before", {"venue": "localnet"})
     with open_database(url).begin() as connection: connection.exec_driver_sql("DROP TABLE formats")
     assert Ledger(url).sessions() == ["before"]
-    with open_database(url).connect() as connection: assert list(connection.execute(FORMATS.select())) == [(1, __version__)]
+    with open_database(url).connect() as connection:
+        assert list(connection.execute(FORMATS.select())) == [(1, __version__)]
 
 
 def test_a_recording_of_another_format_is_named_and_not_called_damaged(tmp_path):
     "Its chain begins with its own format, so ours cannot prove even its first line"
-    for name, said, by in (("tradelab recording 1", {}, "a version that did not say its number"), ("tradelab recording 3", {"version": "7.8.9"}, "tradelab 7.8.9")):
+    for name, said, by in (("tradelab recording 1", {}, "a version that did not say its number"),
+                           ("tradelab recording 3", {"version": "7.8.9"}, "tradelab 7.8.9")):
         file = tmp_path / f"{by}.zst"
         file.write_bytes(framed(chained({"kind": "recording", "format": name} | said, 0, name), b"")[0])
         for reader in (recorded_settings, lambda path: list(read(path))):
-            with pytest.raises(BadRecording, match=f"is of the format '{name}', written by {by}: this version reads 'tradelab recording 2'"): reader(file)
+            with pytest.raises(RecordingError, match=f"is of the format '{name}', written by {by}: this version reads "
+                               "'tradelab recording 2'"):
+                reader(file)
 
 
 def test_a_recording_says_which_version_wrote_it(tmp_path):
@@ -94,25 +109,31 @@ def test_a_recording_says_which_version_wrote_it(tmp_path):
     assert next(read(tmp_path / "recording.zst"))["version"] == __version__
 
 
-@pytest.mark.parametrize("change, match", [({"format": "tradelab session 2"}, "is of the format 'tradelab session 2', written by tradelab 7.8.9: this version reads 'tradelab session 1'"),
-                                           ({"limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its limits are not this version's")])
+@pytest.mark.parametrize("change, match",
+                         [({"format": "tradelab session 2"}, "is of the format 'tradelab session 2', written by "
+                           "tradelab 7.8.9: this version reads 'tradelab session 1'"),
+                          ({"limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its limits are not "
+                           "this version's")])
 def test_a_session_of_another_format_is_not_resumed(tmp_path, change, match):
     trader, ledger = make_trader(buy_and_hold(), instruments=(BITCOIN,)), Ledger(f"sqlite:///{tmp_path}/tradelab.db")
     ledger.open_session("other", {"version": "7.8.9", "origin": "x", "limits": asdict(Limits())} | change)
-    with pytest.raises(RefusedStart, match=f"^session other {match}"): Session(trader, None, ledger, tmp_path, resume="other")._remember()
+    with pytest.raises(StartRefusedError, match=f"^session other {match}"):
+        Session(trader, None, ledger, tmp_path, resume="other")._remember()
 
 
 def test_a_session_before_the_numbers_and_before_some_limits_is_resumed(tmp_path):
     from types import SimpleNamespace
     trader, ledger = make_trader(buy_and_hold(), instruments=(BITCOIN,)), Ledger(f"sqlite:///{tmp_path}/tradelab.db")
-    session = Session(trader, SimpleNamespace(venue=SimpleNamespace(name="localnet")), ledger, tmp_path, resume="before")
+    session = Session(trader, SimpleNamespace(venue=SimpleNamespace(name="localnet")), ledger, tmp_path,
+                      resume="before")
     told = session._settings() | {"reserve": 5.}
     assert told.pop("format") == SESSION
     del told["limits"]["max_orders"]
     ledger.open_session("before", told)
     ledger.keep("before", 1_700_000_000_000, trader.snapshot(), 0)
     assert session._remember()["open_time"] == 1_700_000_000_000 and session.reserve == 5.
-    with pytest.raises(RefusedStart, match="^session before was written by tradelab .*: state of another version: its fields are"):
+    with pytest.raises(StartRefusedError, match="^session before was written by tradelab .*: state of another version: "
+                       "its fields are"):
         torn = json.loads(json.dumps(trader.snapshot()).replace('"deposit"', '"deposits"'))
         ledger.keep("before", 1_700_000_000_000, torn, 0)
         session._remember()
@@ -122,7 +143,9 @@ def test_a_session_before_the_numbers_and_before_some_limits_is_resumed(tmp_path
 def test_settings_of_another_format_are_refused_before_their_keys(tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tradelab.toml").write_text(f"format = {number}\ninvented = 1\n")
-    with pytest.raises(BadSettings, match=f"^tradelab.toml is of format .*, tradelab {__version__} reads format 1"): settings()
+    with pytest.raises(ConfigurationError, match=f"^tradelab.toml is of format .*, tradelab {__version__} "
+                       "reads format 1"):
+        settings()
 
 
 def test_settings_of_this_format_need_no_number(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 "The never-rules: who may import what, who owns what, and what a job must not do"
 import ast
+import builtins
 import json
 import re
 import subprocess
@@ -14,14 +15,18 @@ NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb
 JOBS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.stem != "index"]
 MODULES = [path for path in sorted((ROOT / "tradelab").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
 OWNERS = {  # a library lives in one named place
-    "ccxt": {"tradelab.sources.exchange", "tradelab.live.broker"}, "yfinance": {"tradelab.sources.yahoo"}, "curl_cffi": {"tradelab.sources.yahoo"},
+    "ccxt": {"tradelab.sources.exchange", "tradelab.live.broker"}, "yfinance": {"tradelab.sources.yahoo"},
+    "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
-    "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {"tradelab.localnet.server"}, "papermill": {"tradelab.jobs"}, "click": {"tradelab.jobs", "tradelab.command"},
+    "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {"tradelab.localnet.server"}, "papermill": {"tradelab.jobs"},
+    "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}
 
 
-def cells(path): return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+def cells(path):
+    return [("".join(cell["source"]), cell.get("metadata", {}).get("tags", []))
+            for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
 def number_of_modules():
@@ -29,7 +34,9 @@ def number_of_modules():
     numbers = {}
     for path in NOTEBOOKS:
         exports = re.search(r"#\s*\|\s*default_exp\s+([\w.]+)", "\n".join(source for source, _ in cells(path)))
-        if exports: numbers[f"tradelab.{exports[1]}"] = tuple(int(re.match(r"\d+", name)[0]) for name in (path.parent.name, path.name))
+        if exports and exports[1] != "__init__":  # the front door imports nothing by itself
+            numbers[f"tradelab.{exports[1]}"] = tuple(int(re.match(r"\d+", name)[0]) for name in (path.parent.name,
+                path.name))
     return numbers
 
 
@@ -38,14 +45,17 @@ def graph(): return grimp.build_graph("tradelab", include_external_packages=True
 
 
 def test_contracts():
-    ran = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True,
+                         text=True)
     assert ran.returncode == 0, ran.stdout
 
 
 def test_no_chapter_imports_an_equal_or_higher_number(graph):
     numbers, climbing = number_of_modules(), []
     for module, number in numbers.items():
-        climbing += [f"{module} ({number}) imports {other} ({numbers[other]})" for other in graph.find_modules_directly_imported_by(module) if numbers.get(other, (-1,)) >= number]
+        climbing += [f"{module} ({number}) imports {other} ({numbers[other]})"
+                     for other in graph.find_modules_directly_imported_by(module)
+                     if numbers.get(other, (-1,)) >= number]
     assert not climbing
 
 
@@ -71,14 +81,29 @@ def test_the_trader_imports_the_ground_only(graph):
 def test_a_library_lives_in_one_place(graph, library):
     if library not in graph.modules: return
     owner = OWNERS[library]
-    strangers = {module for module in graph.find_modules_that_directly_import(library) if not (module.startswith(owner + ".") if isinstance(owner, str) else module in owner)}
+    strangers = {module for module in graph.find_modules_that_directly_import(library)
+                 if not (module.startswith(owner + ".") if isinstance(owner, str) else module in owner)}
     assert not strangers
+
+
+def test_errors_have_one_root_and_end_in_error():
+    "`except TradelabError` catches whatever a room raises by a name of its own; private ones never leave their chapter"
+    classes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    bases = {node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases] for node in classes}
+    def ancestors(name): return {name}.union(*(ancestors(base) for base in bases.get(name, ()) if base != name))
+    errors = {name for name in bases if any(hasattr(builtins, each) and issubclass(getattr(builtins, each), Exception)
+              for each in ancestors(name) if isinstance(getattr(builtins, each, None), type))}
+    assert len(errors) > 20
+    assert not [name for name in errors if not name.endswith("Error")]
+    assert not [name for name in errors if "TradelabError" not in ancestors(name)]
 
 
 def test_only_config_reads_the_environment():
     names = {"environ", "getenv", "environb"}
     readers = {path.stem for path in MODULES for node in ast.walk(ast.parse(path.read_text()))
-               if isinstance(node, ast.Attribute) and node.attr in names or isinstance(node, ast.ImportFrom) and names & {alias.name for alias in node.names}}
+               if isinstance(node, ast.Attribute) and node.attr in names or isinstance(node, ast.ImportFrom)
+               and names & {alias.name for alias in node.names}}
     assert readers == {"config"}
 
 
@@ -92,31 +117,38 @@ STATE = {"trading_state", "required_state", "halted", "day_stopped"} # what is a
 
 def written(path):
     "Fields of arrays that a module or a notebook's cells write, by name"
-    text = path.read_text() if path.suffix == ".py" else "\n".join(re.sub(r"^[%!].*$", "", source, flags=re.M) for source, _ in cells(path))
+    text = (path.read_text() if path.suffix == ".py" else "\n".join(re.sub(r"^[%!].*$", "", source, flags=re.M)
+        for source, _ in cells(path)))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant): yield node.slice.value
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant):
+            yield node.slice.value
 
 
 def test_only_trading_state_changes_what_is_allowed():
     "Everybody else reads one field of the account; who wants it changed calls `require_state` or `resume`"
     owner, page = ROOT / "tradelab/risk/trading_state.py", ROOT / "nbs/30_risk/04_trading_state.ipynb"
     assert set(written(owner)) >= STATE
-    assert {path.name: set(written(path)) & STATE for path in (*MODULES, *NOTEBOOKS) if path not in (owner, page) and set(written(path)) & STATE} == {}
-    readers = {path.name for path in MODULES if path != owner and re.search(r"\[\"(required_state|halted|day_stopped)\"\]", path.read_text())}
-    assert readers <= {"limits.py", "session.py"}                       # for the sentence that says why, never for what is allowed
+    assert {path.name: set(written(path)) & STATE for path in (*MODULES, *NOTEBOOKS) if path not in (owner, page)
+            and set(written(path)) & STATE} == {}
+    readers = {path.name for path in MODULES if path != owner
+               and re.search(r"\[\"(required_state|halted|day_stopped)\"\]", path.read_text())}
+    assert readers <= {"limits.py", "session.py"} # for the sentence that says why, never for what is allowed
 
 
 def test_no_clock_where_it_decides():
     clock = re.compile(r"\b(time\.time|time\.monotonic|datetime\.now|Timestamp\.now|Timestamp\.utcnow|perf_counter)\(")
     rooms = ("features", "risk", "evaluation", "sim")
-    assert not [path for path in MODULES if (path.parent.name in rooms or path.stem in ("account", "policies", "trader", "times", "instruments", "settings", "orders", "events", "journal")) and clock.search(path.read_text())]
+    assert not [path for path in MODULES if (path.parent.name in rooms or path.stem in ("account", "policies", "trader",
+        "times", "instruments", "settings", "orders", "events", "journal")) and clock.search(path.read_text())]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_a_job_is_wiring_only(path):
     parts = cells(path)
-    trees = [ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))) for source, _ in parts]
-    assert not [node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    trees = [ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
+             for source, _ in parts]
+    assert not [node for tree in trees for node in ast.walk(tree)
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     tagged = [tree for tree, (_, tags) in zip(trees, parts, strict=True) if "parameters" in tags]
     assert len(tagged) == 1 and 1 <= len(tagged[0].body) <= 10
     for line in tagged[0].body: ast.literal_eval(line.value)
@@ -125,22 +157,27 @@ def test_a_job_is_wiring_only(path):
 
 def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
     "A dataclass of arrays says nothing where it is printed in a script"
-    classes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    classes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.ClassDef)]
     methods = {node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)} for node in classes}
     shown = {name for name, has in methods.items() if has & {"_repr_html_", "table"}}
     assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
 
 
-NAMED = [path for room in ("risk", "evaluation", "runs", "sim", "learn") for path in sorted((ROOT / "tradelab" / room).glob("*.py"))]
+NAMED = [path for room in ("risk", "evaluation", "runs", "sim", "learn")
+         for path in sorted((ROOT / "tradelab" / room).glob("*.py"))]
 FOREIGN = {"step", "step_wait"} # what gymnasium and stable-baselines3 want back
 
 
 @pytest.mark.parametrize("path", NAMED, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_what_travels_together_has_names(path):
     "Four values or more are a record: a tuple that is unpacked by position changes its meaning without a word"
-    functions = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.FunctionDef) and each.name not in FOREIGN]
-    returned = [(each.name, part.value.elts) for each in functions for part in ast.walk(each) if isinstance(part, ast.Return) and isinstance(part.value, ast.Tuple)]
-    assert not [name for name, values in returned if len(values) > 3 or any(isinstance(value, ast.Starred) for value in values)]
+    functions = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.FunctionDef)
+                 and each.name not in FOREIGN]
+    returned = [(each.name, part.value.elts) for each in functions for part in ast.walk(each)
+                if isinstance(part, ast.Return) and isinstance(part.value, ast.Tuple)]
+    assert not [name for name, values in returned if len(values) > 3
+                or any(isinstance(value, ast.Starred) for value in values)]
 
 
 def test_nothing_imports_a_job():
@@ -160,8 +197,11 @@ ALIVE = f"{imports_of('live')}\nload('tradelab.strategies.example:SmaCross')" # 
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("code, heavy", [("import tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot", "papermill", "tradelab.learn"}),
-                                         (ALIVE, TRAINING), ("import tradelab.command", {"numba", "pandas", "papermill"})], ids=["backtest", "live", "command"])
+@pytest.mark.parametrize("code, heavy",
+                         [("import tradelab.sim.backtest", {"torch", "ccxt", "sqlalchemy", "matplotlib.pyplot",
+                                                            "papermill", "tradelab.learn"}),
+                          (ALIVE, TRAINING), ("import tradelab.command", {"numba", "pandas", "papermill"})],
+                          ids=["backtest", "live", "command"])
 def test_an_import_loads_no_more_than_it_needs(code, heavy):
     probe = f"import sys\n{code}\nprint(*({heavy!r} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
@@ -170,5 +210,7 @@ def test_an_import_loads_no_more_than_it_needs(code, heavy):
 
 def test_nobody_is_told_to_install_a_stranger():
     "The name on the public index is somebody else's package"
-    texts = [*MODULES, *NOTEBOOKS, ROOT / "README.md", ROOT / "tradelab.toml.example", ROOT / "settings.ini", ROOT / "setup.py", ROOT / "Makefile"]
-    assert not [path for path in texts if re.search(r"pip install [^.\n]*\btradelab\b(?! *in the folder)", path.read_text().replace("\\", "").replace("'.[", ".["))]
+    texts = [*MODULES, *NOTEBOOKS, ROOT / "README.md", ROOT / "tradelab.toml.example", ROOT / "settings.ini",
+             ROOT / "setup.py", ROOT / "Makefile"]
+    assert not [path for path in texts if re.search(r"pip install [^.\n]*\btradelab\b(?! *in the folder)",
+                                                    path.read_text().replace("\\", "").replace("'.[", ".["))]

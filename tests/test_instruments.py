@@ -1,4 +1,5 @@
-"Nobody trades on bitcoin's instrument but bitcoin: what is listed or derived, and that a taker is filled where the market is, on every road"
+"""Nobody trades on bitcoin's instrument but bitcoin: what is listed or derived, and that a taker is filled where the
+market is, on every road"""
 import json
 import warnings
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from tradelab.instruments import BITCOIN, Instrument, grid
 from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
 from tradelab.live.broker import instrument_of, quantity_text
-from tradelab.live.session import Preparation, RefusedStart
+from tradelab.live.session import Preparation, StartRefusedError
 from tradelab.localnet.exchange import Exchange
 from tradelab.localnet.market import Market
 from tradelab.localnet.server import Localnet
@@ -52,7 +53,8 @@ def markets(draw, length=60):
     "A symbol and its candles: a price from 1e-8 to 1e6, on a grid of three to six digits or on none"
     price = 10. ** draw(st.floats(-8., 6.))
     digits = draw(st.sampled_from((None, 3, 4, 5, 6)))
-    tick = digits and float(Decimal(draw(st.sampled_from(("1", "2.5", "5")))).scaleb(Decimal(repr(price)).adjusted() - digits))
+    tick = (digits and float(Decimal(draw(st.sampled_from(("1", "2.5", "5")))).scaleb(Decimal(repr(price)).adjusted()
+        - digits)))
     candles = walk(price, draw(st.integers(0, 10_000)), length, tick, draw(st.sampled_from((None, 1., .001))))
     symbol = draw(st.sampled_from(NAMES))
     if symbol != UNNAMED: candles.attrs["symbol"] = symbol
@@ -81,10 +83,12 @@ def check_taker(price, met, side, instrument):
 @given(markets(), st.sampled_from(("vectorised", "event")))
 def test_a_backtest_fills_where_the_market_is(market, engine):
     symbol, candles = market
-    result = quiet(backtest, turning(candles.index) if engine == "vectorised" else buy_and_hold(), candles, limits=OPEN, engine=engine, baselines=())
+    result = quiet(backtest, turning(candles.index) if engine == "vectorised" else buy_and_hold(), candles, limits=OPEN,
+                   engine=engine, baselines=())
     (instrument,), fills = result.instruments, result.fills
     assert instrument.symbol == symbol and len(fills) >= (10 if engine == "vectorised" else 1)
-    for quantity, price, met in fills[["quantity", "price", "met"]].to_numpy(float): check_taker(price, met, np.sign(quantity), instrument)
+    for quantity, price, met in fills[["quantity", "price", "met"]].to_numpy(float):
+        check_taker(price, met, np.sign(quantity), instrument)
 
 
 @settings(max_examples=30)
@@ -94,7 +98,8 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
     given = np.asarray(turning(candles.index))
     limits = replace(OPEN, max_participation=None, price_band=None)
     alone = quiet(backtest, pd.Series(given, candles.index), candles, limits=limits, baselines=())
-    swept = quiet(sweep, lambda _, columns: columns[:, 0].copy(), pd.DataFrame({"x": given}, candles.index), pd.DataFrame({"n": [1.]}), candles, limits=limits, progress=False)
+    swept = quiet(sweep, lambda _, columns: columns[:, 0].copy(), pd.DataFrame({"x": given}, candles.index),
+                  pd.DataFrame({"n": [1.]}), candles, limits=limits, progress=False)
     assert np.isclose(swept.table["total_return"].iloc[0], alone.equity.iloc[-1] / 10_000 - 1, rtol=1e-9, atol=1e-12)
     market = quiet(prepare, candles, Observation(["return(1)"]), limits=limits)
     environment, ended = MarketEnv(market), False
@@ -114,8 +119,9 @@ def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(mark
     if symbol == UNNAMED: symbol = "XRP/USDT:USDT"
     exchange = quiet(Exchange, Market({symbol: candles}, start=int(candles.index[10].value // 1_000_000)))
     (instrument,), opened = exchange.instruments, exchange.market.price(0)
-    sent = quantity_text(notional / opened, instrument.quantity_step)                        # the live session's rounding
-    assert float(sent) <= notional / opened * (1 + 1e-9) and notional / opened - float(sent) <= instrument.quantity_step * (1 + 1e-6)
+    sent = quantity_text(notional / opened, instrument.quantity_step) # the live session's rounding
+    assert float(sent) <= notional / opened * (1 + 1e-9)
+    assert notional / opened - float(sent) <= instrument.quantity_step * (1 + 1e-6)
     for side in ("BUY", "SELL"):
         order = exchange.order({"symbol": exchange.market.ids[0], "side": side, "type": "MARKET", "quantity": sent})
         check_taker(float(order["avgPrice"]), opened, 1 if side == "BUY" else -1, instrument)
@@ -123,12 +129,16 @@ def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(mark
 
 
 @settings(max_examples=80)
-@given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.sampled_from((1e-8, .001, .1, 1., 10., 1000.)))
+@given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000),
+       st.sampled_from((1e-8, .001, .1, 1., 10., 1000.)))
 def test_a_grid_that_is_kept_is_found(exponent, digits, seed, step):
-    "The tick of four thousand prices, the step of a thousand volumes: found to the last digit, unless they are coarser than can be believed"
+    """The tick of four thousand prices, the step of a thousand volumes: found to the last digit, unless they are
+    coarser than can be believed"""
     tick, random = float(Decimal(digits).scaleb(exponent)), np.random.default_rng(seed)
-    whole, lots = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]], random.integers(1, 10 ** 9, 1_000)
-    candles = frame(HOUR * np.arange(1_000), np.c_[whole * grid(tick)[0] / grid(tick)[1], lots * grid(step)[0] / grid(step)[1]])
+    whole = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]]
+    lots = random.integers(1, 10 ** 9, 1_000)
+    candles = frame(HOUR * np.arange(1_000), np.c_[whole * grid(tick)[0] / grid(tick)[1],
+                                                   lots * grid(step)[0] / grid(step)[1]])
     found = derived(candles, "X/USDT:USDT")
     assert found.price_tick == tick
     if step * candles["close"][:100].median() <= 150.: assert found.quantity_step == step
@@ -139,13 +149,13 @@ def test_a_grid_that_is_kept_is_found(exponent, digits, seed, step):
 def test_odd_prices_sums_and_changed_ticks():
     candles = walk(.5, 1, 5_000, .0001, .1, .001)
     odd, summed, changed = candles.copy(), candles.copy(), candles.copy()
-    odd.iloc[7, 3] = float("0.4983271")                                                      # an averaged price among the four hundred that are looked at
+    odd.iloc[7, 3] = float("0.4983271") # an averaged price among the four hundred that are looked at
     summed["volume"] = candles["volume"].rolling(24, min_periods=1).sum()                    # .1 + .2 is not .3
     changed.iloc[:1_000, :4] = np.rint(changed.iloc[:1_000, :4] * 100_000) / 100_000 + .00001
     assert [derived(each, "X").price_tick for each in (candles, summed, changed)] == [.0001, .0001, .00001]
     assert derived(odd, "X").price_tick <= .0001
     assert derived(summed, "X").quantity_step == .1
-    assert derived(candles[:3], "X").price_tick <= .0005 * candles["close"][:3].min()        # three candles prove nothing
+    assert derived(candles[:3], "X").price_tick <= .0005 * candles["close"][:3].min() # three candles prove nothing
     assert derived(candles.assign(volume=0.), "X").quantity_step * .5 <= .05                 # nothing was traded
 
 
@@ -155,8 +165,9 @@ def test_another_future_changes_no_instrument_and_no_fill_before_it(market, at, 
     symbol, candles = market
     other = keep_instrument(candles, symbol).copy()                                          # as `history` does
     other.iloc[at:, :4] *= factor
-    assume(candles["low"].min() / 2 > 200 * derived(candles, "X").price_tick)               # beside an absurd tick all candles count
-    first, second = (quiet(backtest, turning(candles.index), each, limits=OPEN, baselines=()) for each in (candles, other))
+    assume(candles["low"].min() / 2 > 200 * derived(candles, "X").price_tick) # beside an absurd tick all candles count
+    first, second = (quiet(backtest, turning(candles.index), each, limits=OPEN, baselines=())
+                     for each in (candles, other))
     assert first.instruments == second.instruments
     before = [result.fills[result.fills.index < candles.index[at]] for result in (first, second)]
     pd.testing.assert_frame_equal(*before)
@@ -172,11 +183,13 @@ def test_where_no_tick_is_kept_another_future_changes_no_instrument_of_a_bare_fr
 
 
 @settings(max_examples=60)
-@given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.integers(1, 900), st.sampled_from((10, 100)))
+@given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.integers(1, 900),
+       st.sampled_from((10, 100)))
 def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_late(exponent, digits, seed, late, finer):
     tick, random = float(Decimal(digits).scaleb(exponent)), np.random.default_rng(seed)
     fine = float(Decimal(repr(tick)) / finer)
-    whole, lots = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]] * finer, random.integers(1, 10 ** 6, 1_000) * finer
+    whole = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]] * finer
+    lots = random.integers(1, 10 ** 6, 1_000) * finer
     whole[-late:] += random.integers(1, finer, (late, 1))
     lots[-late:] += 1
     step = max(1e-8, 1e-4 / (tick * 30_000))
@@ -187,32 +200,44 @@ def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_la
     assert on_grid(candles.iloc[:, :4].to_numpy().ravel(), found.price_tick).all() and found.price_tick >= fine
     if step > 1e-8: assert on_grid(candles["volume"].to_numpy(), found.quantity_step).all()
     kept = keep_instrument(candles, "X/USDT:USDT")
-    for part in (kept[:150], kept[500:], kept * 1.1): assert instruments_for({"X/USDT:USDT": part})[0] == found        # one instrument, wherever a part of them goes
+    # one instrument, wherever a part of them goes
+    for part in (kept[:150], kept[500:], kept * 1.1): assert instruments_for({"X/USDT:USDT": part})[0] == found
 
 
 def listed_live(candles, instrument):
     "A session's own look at the candles it warms up on"
     said = []
-    Preparation._say_ticks(SimpleNamespace(trader=SimpleNamespace(instruments=(instrument,)), _note=lambda kind, text: said.append(text)), candles.iloc[:, :5].to_numpy()[:, None])
+    Preparation._say_ticks(SimpleNamespace(trader=SimpleNamespace(instruments=(instrument,)), _note=lambda kind,
+                                           text: said.append(text)), candles.iloc[:, :5].to_numpy()[:, None])
     for words in said: warnings.warn(words, stacklevel=1)
 
 
-ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, instruments=(one,), baselines=(), limits=OPEN), "environment": lambda candles, one: prepare(candles, Observation(["return(1)"]), instruments=(one,)),
-         "localnet": lambda candles, one: Exchange(Market({one.symbol: candles}), (one,)), "stress": lambda candles, one: stress(buy_and_hold(), candles, instruments=(one,), limits=OPEN, scenarios={}),
-         "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles[["close"]], pd.DataFrame({"n": [1.]}), candles, instrument=one, progress=False), "live": listed_live}
+ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, instruments=(one,), baselines=(),
+                                                   limits=OPEN), "environment": lambda candles,
+                                                   one: prepare(candles, Observation(["return(1)"]), instruments=(one,
+                                                                )),
+         "localnet": lambda candles, one: Exchange(Market({one.symbol: candles}), (one,)), "stress": lambda candles,
+         one: stress(buy_and_hold(), candles, instruments=(one,), limits=OPEN, scenarios={}),
+         "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles[["close"]],
+                                             pd.DataFrame({"n": [1.]}), candles, instrument=one, progress=False),
+                                             "live": listed_live}
 
 
 @pytest.mark.parametrize("road", ROADS)
 @settings(max_examples=12)
-@given(st.floats(-8., 6.), st.sampled_from((1e-5, 4e-4, 4.9e-4, 5.2e-4, 1e-3, 4.9e-3, 5.1e-3, .4)), st.sampled_from(("given", "settings", "derived", "binanceusdm", "testnet")))
-def test_a_tick_above_5_basis_points_is_said_and_above_50_refused_unless_listed_on_every_road(road, exponent, share, origin):
+@given(st.floats(-8., 6.), st.sampled_from((1e-5, 4e-4, 4.9e-4, 5.2e-4, 1e-3, 4.9e-3, 5.1e-3, .4)),
+       st.sampled_from(("given", "settings", "derived", "binanceusdm", "testnet")))
+def test_a_tick_above_5_basis_points_is_said_and_above_50_refused_unless_listed_on_every_road(road, exponent, share,
+        origin):
     candles = walk(10. ** exponent, 5, 40)
     candles.attrs["symbol"] = "XRP/USDT:USDT"
-    one = Instrument("XRP/USDT:USDT", share * float(candles["close"].min()), max(1e-4 / 10. ** exponent, 1e-8), origin=origin)
+    one = Instrument("XRP/USDT:USDT", share * float(candles["close"].min()), max(1e-4 / 10. ** exponent, 1e-8),
+                     origin=origin)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try: ROADS[road](candles, one)
-        except (ValueError, RefusedStart) as error: assert "of the lowest price" in str(error) and share > .005 and origin not in ("binanceusdm", "testnet")
+        except (ValueError, StartRefusedError) as error:
+            assert "of the lowest price" in str(error) and share > .005 and origin not in ("binanceusdm", "testnet")
         else: assert share <= .005 or origin in ("binanceusdm", "testnet")
     told = any("a taker pays up to that much more" in str(each.message) for each in said)
     assert told == (share > .0005 and (share <= .005 or origin in ("binanceusdm", "testnet")))
@@ -221,66 +246,92 @@ def test_a_tick_above_5_basis_points_is_said_and_above_50_refused_unless_listed_
 @pytest.mark.parametrize("coin", ["XRP", "BNB", "ETH", "BTC"])
 def test_the_tick_and_step_of_real_perpetuals_are_those_that_binance_listed(shared, coin):
     "exchangeInfo of July 2021 beside the candles of 2021"
-    listed = next(each for each in json.loads((shared / "fixtures/binance/cryptofeed_real_2021-07/exchangeInfo.json").read_text())["symbols"] if each["symbol"] == f"{coin}USDT")
-    candles = history(f"{coin}/USDT:USDT", "1h", "2021-01-01", "2021-07-22", source=str(shared / f"data/{coin}USDT-perp-1h.parquet"))
+    listed = next(each
+                  for each
+                  in json.loads((shared / "fixtures/binance/cryptofeed_real_2021-07/exchangeInfo.json").read_text())[
+        "symbols"] if each["symbol"] == f"{coin}USDT")
+    candles = history(f"{coin}/USDT:USDT", "1h", "2021-01-01", "2021-07-22",
+                      source=str(shared / f"data/{coin}USDT-perp-1h.parquet"))
     symbol = f"{coin}/USDT:USDT"
-    truth, found = listed_instrument({"symbol": symbol, "id": f"{coin}USDT", "info": listed}, "binanceusdm"), quiet(derived, candles, symbol)
+    truth = listed_instrument({"symbol": symbol, "id": f"{coin}USDT", "info": listed}, "binanceusdm")
+    found = quiet(derived, candles, symbol)
     assert found.quantity_step == truth.quantity_step and found.min_notional == truth.min_notional
-    assert found.price_tick == truth.price_tick or coin == "BNB"                             # its tick became coarser that spring: all prices keep the finer one
+    # its tick became coarser that spring: all prices keep the finer one
+    assert found.price_tick == truth.price_tick or coin == "BNB"
     assert found.price_tick <= truth.price_tick and found.max_quantity >= truth.max_quantity
     candles.attrs["symbol"] = symbol
     result = quiet(backtest, turning(candles.index[:300]), candles[:300], limits=OPEN, baselines=())
-    assert len(result.fills) > 200 and (result.instruments[0] is BITCOIN if coin == "BTC" else result.instruments[0].price_tick == found.price_tick)
-    assert ((result.fills["price"] / result.fills["met"] - 1).abs() <= COSTS.slippage + result.instruments[0].price_tick / result.fills["met"] + 1e-12).all()
+    assert len(result.fills) > 200
+    assert (result.instruments[0] is BITCOIN if coin == "BTC" else result.instruments[0].price_tick == found.price_tick)
+    assert ((result.fills["price"] / result.fills["met"] - 1).abs() <= COSTS.slippage + result.instruments[0].price_tick
+            / result.fills["met"] + 1e-12).all()
 
 
 def test_a_portfolio_of_five_trades_each_symbol(shared):
-    names = {"BTC/USDT:USDT": .1, "ETH/USDT:USDT": .01, "BNB/USDT:USDT": .001, "XRP/USDT:USDT": .0001, "1000PEPE/USDT:USDT": None}
-    frames = {name: history(name, "1h", "2021-03-01", "2021-04-01", source=str(shared / f"data/{name[:3]}USDT-perp-1h.parquet")) for name in list(names)[:4]}
-    frames["1000PEPE/USDT:USDT"] = frames["XRP/USDT:USDT"].assign(**{column: frames["XRP/USDT:USDT"][column] / 7e6 for column in ("open", "high", "low", "close")}, volume=frames["XRP/USDT:USDT"]["volume"] * 7e6)
+    names = {"BTC/USDT:USDT": .1, "ETH/USDT:USDT": .01, "BNB/USDT:USDT": .001, "XRP/USDT:USDT": .0001,
+             "1000PEPE/USDT:USDT": None}
+    frames = {name: history(name, "1h", "2021-03-01", "2021-04-01",
+                            source=str(shared / f"data/{name[:3]}USDT-perp-1h.parquet")) for name in list(names)[:4]}
+    frames["1000PEPE/USDT:USDT"] = frames["XRP/USDT:USDT"].assign(**{column: frames["XRP/USDT:USDT"][column] / 7e6
+        for column in ("open", "high", "low", "close")}, volume=frames["XRP/USDT:USDT"]["volume"] * 7e6)
     targets = pd.DataFrame({name: 1. for name in frames}, frames["BTC/USDT:USDT"].index)
     result = backtest(targets, frames, limits=replace(OPEN, max_position=.15), baselines=())
     bought = (result.fills["quantity"] * result.fills["price"]).groupby(result.fills["symbol"]).first()
-    assert bought.between(1_350., 1_502.).all() and set(bought.index) == set(frames)         # bitcoin's minimum and largest quantity left PEPE with 0.0002 of it
-    assert [each.price_tick for each in result.instruments[:4]] == list(names.values())[:4] and result.instruments[0] is BITCOIN
+    assert bought.between(1_350., 1_502.).all()
+    assert set(bought.index) == set(frames) # bitcoin's minimum and largest quantity left PEPE with 0.0002 of it
+    assert [each.price_tick for each in result.instruments[:4]] == list(names.values())[:4]
+    assert result.instruments[0] is BITCOIN
 
 
 def test_what_is_given_listed_and_set_comes_before_what_is_derived():
     cheap = walk(.227, 3)
-    cheap.attrs |= {"symbol": "XRP/USDT:USDT", "instrument": json.loads(json.dumps(asdict(Instrument("XRP/USDT:USDT", .0001, .1, origin="binanceusdm"))))}
-    assert instruments_for(cheap)[0] == Instrument("XRP/USDT:USDT", .0001, .1) and instruments_for(cheap)[0].origin == "binanceusdm"
-    assert instruments_for(cheap[10:50].copy())[0].price_tick == .0001                       # a part of the candles knows it still
+    cheap.attrs |= {"symbol": "XRP/USDT:USDT",
+                    "instrument":
+                    json.loads(json.dumps(asdict(Instrument("XRP/USDT:USDT", .0001, .1, origin="binanceusdm"))))}
+    assert instruments_for(cheap)[0] == Instrument("XRP/USDT:USDT", .0001, .1)
+    assert instruments_for(cheap)[0].origin == "binanceusdm"
+    assert instruments_for(cheap[10:50].copy())[0].price_tick == .0001 # a part of the candles knows it still
     assert instruments_for(cheap, settings={"min_notional": 20.})[0].min_notional == 20.
     mine = Instrument("XRP/USDT:USDT", .00001, 1.)
     assert backtest(buy_and_hold(), cheap, instruments=(mine,), baselines=()).instruments == (mine,)
     run = replace(mine, symbol="ETH/USDT:USDT")
-    assert instruments_for(cheap, known=(run,))[0].price_tick == .0001                       # a run of another symbol lends nothing
+    assert instruments_for(cheap, known=(run,))[0].price_tick == .0001 # a run of another symbol lends nothing
 
 
-@pytest.mark.parametrize("use", [lambda candles, mine: backtest(buy_and_hold(), candles, instruments=mine), lambda candles, mine: prepare(candles, Observation(["return(1)"]), instruments=mine),
-                                 lambda candles, mine: Localnet({"XRP/USDT:USDT": candles}, instruments=mine), lambda candles, mine: stress(buy_and_hold(), candles, instruments=mine),
-                                 lambda candles, mine: sweep(lambda parameters, columns: columns[:, 0], candles[["close"]], pd.DataFrame({"n": [1.]}), candles, instrument=mine[0])],
+@pytest.mark.parametrize("use", [lambda candles, mine: backtest(buy_and_hold(), candles, instruments=mine),
+                                 lambda candles, mine: prepare(candles, Observation(["return(1)"]), instruments=mine),
+                                 lambda candles, mine: Localnet({"XRP/USDT:USDT": candles}, instruments=mine),
+                                 lambda candles, mine: stress(buy_and_hold(), candles, instruments=mine),
+                                 lambda candles, mine: sweep(lambda parameters, columns: columns[:, 0],
+                                                             candles[["close"]], pd.DataFrame({"n": [1.]}), candles,
+                                                             instrument=mine[0])],
                          ids=["backtest", "environment", "localnet", "stress", "sweep"])
 def test_an_absurd_tick_is_refused_on_every_road(use):
     candles = walk(.227, 3, 300)
     candles.attrs["symbol"] = "XRP/USDT:USDT"
-    with pytest.raises(ValueError, match="XRP/USDT:USDT .given.: the tick 0.1 is .*% of the lowest price 0.*: give this symbol's own tick, or no instrument at all"): use(candles, (Instrument("XRP/USDT:USDT", .1, .1),))
+    with pytest.raises(ValueError, match="XRP/USDT:USDT .given.: the tick 0.1 is .*% of the lowest price 0.*: give "
+                       "this symbol's own tick, or no instrument at all"):
+        use(candles, (Instrument("XRP/USDT:USDT", .1, .1),))
 
 
 def test_a_coarse_tick_is_said():
     candles = walk(.227, 3, 300)
-    with pytest.warns(UserWarning, match="BTC/USDT:USDT .given.: the tick 0.0005 is 0.*% of the lowest price"): backtest(buy_and_hold(), candles, instruments=(Instrument("X", .0005, 1.),), baselines=())
+    with pytest.warns(UserWarning, match="BTC/USDT:USDT .given.: the tick 0.0005 is 0.*% of the lowest price"):
+        backtest(buy_and_hold(), candles, instruments=(Instrument("X", .0005, 1.),), baselines=())
 
 
 def test_a_delivery_contract_is_refused():
     candles = walk(40_000., 3)
     candles.attrs["symbol"] = "BTC/USDT:USDT-261225"
-    sentence = "BTC/USDT:USDT-261225 is a delivery contract, which expires; only perpetuals are traded, such as BTC/USDT:USDT"
+    sentence = ("BTC/USDT:USDT-261225 is a delivery contract, which expires; only perpetuals are traded, such as "
+                "BTC/USDT:USDT")
     with pytest.raises(ValueError, match=sentence): backtest(buy_and_hold(), candles)
     with pytest.raises(ValueError, match=sentence): prepare(candles, Observation(["return(1)"]))
     with pytest.raises(ValueError, match=sentence): Localnet({"BTC/USDT:USDT-261225": candles})
-    filters = [{"filterType": "PRICE_FILTER", "tickSize": "0.1"}, {"filterType": "LOT_SIZE", "stepSize": "0.001", "minQty": "0.001", "maxQty": "500"}]
-    with pytest.raises(ValueError, match=sentence): instrument_of({"id": "BTCUSDT_261225", "symbol": "BTC/USDT:USDT-261225", "info": {"filters": filters}})
+    filters = [{"filterType": "PRICE_FILTER", "tickSize": "0.1"}, {"filterType": "LOT_SIZE", "stepSize": "0.001",
+        "minQty": "0.001", "maxQty": "500"}]
+    with pytest.raises(ValueError, match=sentence):
+        instrument_of({"id": "BTCUSDT_261225", "symbol": "BTC/USDT:USDT-261225", "info": {"filters": filters}})
 
 
 def test_a_gap_in_stress_changes_no_tick():
@@ -292,7 +343,9 @@ def test_a_gap_in_stress_changes_no_tick():
 @pytest.mark.parametrize("symbol", ["BTCUSDT", "XRPUSDT", "DOGEUSDT"])
 def test_margin_brackets_are_the_exchanges_own(shared, symbol):
     rows = json.loads((shared / "fixtures/binance/brackets/leverage_brackets.json").read_text())[symbol]
-    filters = [{"filterType": "PRICE_FILTER", "tickSize": "0.1"}, {"filterType": "LOT_SIZE", "stepSize": "0.001", "minQty": "0.001", "maxQty": "500"}]
-    found = instrument_of({"id": symbol, "symbol": f"{symbol[:-4]}/USDT:USDT", "info": {"filters": filters}}, [{"symbol": symbol, "brackets": rows}], "testnet")
+    filters = [{"filterType": "PRICE_FILTER", "tickSize": "0.1"}, {"filterType": "LOT_SIZE", "stepSize": "0.001",
+        "minQty": "0.001", "maxQty": "500"}]
+    found = instrument_of({"id": symbol, "symbol": f"{symbol[:-4]}/USDT:USDT", "info": {"filters": filters}},
+                          [{"symbol": symbol, "brackets": rows}], "testnet")
     assert [cap for cap, _, _ in found.brackets] == [row["notionalCap"] for row in rows] and found.origin == "testnet"
     if symbol == "BTCUSDT": assert found.brackets == BITCOIN.brackets

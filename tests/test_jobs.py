@@ -43,7 +43,8 @@ time.sleep(600)
 
 
 def write(path, *cells, parameters="policy:str = 'latest'\nsteps:int = 10\nshare:float = 0.5"):
-    sources = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    sources = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+               *map(nbformat.v4.new_code_cell, cells)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=sources, metadata=kernel), path)
     return path
@@ -55,11 +56,14 @@ def papermill(*arguments, **options):
 
 def test_a_job_begins_without_a_grammar_that_it_does_not_need():
     "jsonschema's grammar of addresses: three seconds of each start"
-    asked = "import sys, tradelab.jobs, papermill.execute; assert 'lark' not in sys.modules and 'rfc3987_syntax' not in sys.modules"
+    asked = ("import sys, tradelab.jobs, papermill.execute; assert 'lark' not in sys.modules and 'rfc3987_syntax' not "
+             "in sys.modules")
     subprocess.run([sys.executable, "-c", asked], check=True)
 
 
-def stream_of(path): return "".join(output.text for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", []) if output.output_type == "stream")
+def stream_of(path):
+    return "".join(output.text for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])
+                   if output.output_type == "stream")
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -74,7 +78,8 @@ def test_papermill_refuses_a_bad_parameter_in_one_sentence_and_writes_nothing(pr
 
 
 def test_papermill_gives_the_parameters_to_the_notebook_and_shows_what_it_prints(project):
-    ran = papermill(write(project / "nbs/live.ipynb", "print('I run', policy, steps, share)"), "out.ipynb", "-p", "policy", "mine", "-p", "share", "1")
+    ran = papermill(write(project / "nbs/live.ipynb", "print('I run', policy, steps, share)"), "out.ipynb", "-p",
+                    "policy", "mine", "-p", "share", "1")
     assert ran.returncode == 0 and "I run mine 10 1" in ran.stdout
     assert "I run mine 10 1" in stream_of("out.ipynb")
 
@@ -82,13 +87,18 @@ def test_papermill_gives_the_parameters_to_the_notebook_and_shows_what_it_prints
 def test_a_wrong_setting_stops_the_job_before_it_starts(project):
     (project / "tradelab.toml").write_text("[risk]\nmax_leverage = -1")
     ran = papermill(write(project / "nbs/live.ipynb", "print(policy)"), "out.ipynb")
-    assert ran.returncode == 1 and "Error: risk.max_leverage must be a finite number above 0, was -1.0: change it in tradelab.toml" in ran.stderr
+    assert ran.returncode == 1
+    assert ("Error: risk.max_leverage must be a finite number above 0, was -1.0: change it in tradelab.toml"
+            in ran.stderr)
     assert not (project / "out.ipynb").exists()
 
 
 def test_a_failing_cell_is_one_sentence_on_the_console_and_a_traceback_in_the_notebook(project):
-    ran = papermill(write(project / "nbs/live.ipynb", "raise ValueError('there is no run nonsense: see runs/')", "print('never')"), "out.ipynb")
-    assert ran.returncode == 1 and "Error: there is no run nonsense: see runs/ (the traceback is in out.ipynb)" in ran.stderr and "Traceback" not in ran.stderr
+    ran = papermill(write(project / "nbs/live.ipynb", "raise ValueError('there is no run nonsense: see runs/')",
+                          "print('never')"), "out.ipynb")
+    assert ran.returncode == 1
+    assert "Error: there is no run nonsense: see runs/ (the traceback is in out.ipynb)" in ran.stderr
+    assert "Traceback" not in ran.stderr
     text = Path("out.ipynb").read_text()
     assert "ValueError" in text and "Traceback" in text and not stream_of("out.ipynb")
 
@@ -96,10 +106,15 @@ def test_a_failing_cell_is_one_sentence_on_the_console_and_a_traceback_in_the_no
 def test_no_configured_secret_gets_into_the_executed_notebook(project):
     secret = "mainnet-secret-0123456789"
     (project / ".env").write_text(f"TRADELAB_MAINNET_SECRET={secret}")
-    reveal = "from pathlib import Path\nvalue = Path('.env').read_text().split('=')[1]\nprint(value)\nprint({'text': value})"
-    ran = papermill(write(project / "nbs/live.ipynb", reveal, "value", "raise RuntimeError(f'refused: {value} https://x/y?signature=0a1b2c')"), "out.ipynb")
+    reveal = ("from pathlib import Path\nvalue = "
+              "Path('.env').read_text().split('=')[1]\nprint(value)\nprint({'text': value})")
+    ran = papermill(write(project / "nbs/live.ipynb", reveal, "value", "raise RuntimeError(f'refused: {value} "
+                          "https://x/y?signature=0a1b2c')"), "out.ipynb")
     everything = Path("out.ipynb").read_text() + ran.stdout + ran.stderr
-    assert ran.returncode == 1 and secret not in everything and "0a1b2c" not in everything.replace("signature=0a1b2c')", "") and "[redacted]" in everything
+    assert ran.returncode == 1
+    assert secret not in everything
+    assert "0a1b2c" not in everything.replace("signature=0a1b2c')", "")
+    assert "[redacted]" in everything
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -143,7 +158,9 @@ def start(project, *command):
 def test_run_writes_a_dated_record_and_its_page(project, capfd):
     write(project / "nbs/train.ipynb", "print('trained', steps, 'steps')")
     output = jobs.run("train", {"steps": "7"}, text=True)
-    assert output.parent == project / "reports/train" and output.name.startswith("train-2") and sorted(path.suffix for path in output.parent.iterdir()) == [".html", ".ipynb"]
+    assert output.parent == project / "reports/train"
+    assert output.name.startswith("train-2")
+    assert sorted(path.suffix for path in output.parent.iterdir()) == [".html", ".ipynb"]
     words = re.sub(r"<[^>]+>", "", output.with_suffix(".html").read_text())
     assert "trained 7 steps" in words and "steps = 7" in words and "print(" not in words
     assert "trained 7 steps" in capfd.readouterr().out
@@ -152,22 +169,25 @@ def test_run_writes_a_dated_record_and_its_page(project, capfd):
 def test_run_refuses_before_it_writes(project):
     write(project / "nbs/train.ipynb", "print(steps)")
     for parameters in ({"stps": 7}, {"steps": 7.5}):
-        with pytest.raises(jobs.BadParameters): jobs.run("train", parameters)
+        with pytest.raises(jobs.ParameterError): jobs.run("train", parameters)
     assert not (project / "reports").exists()
 
 
 def test_a_check_fails_before_there_is_a_kernel_and_nothing_is_written(project):
-    path = write(project / "nbs/train.ipynb", "if steps > 10: raise LookupError(f'{steps} is more than 10')", "print('never')")
+    path = write(project / "nbs/train.ipynb", "if steps > 10: raise LookupError(f'{steps} is more than 10')",
+                 "print('never')")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[1].metadata["tags"] = ["check"]
     nbformat.write(notebook, path)
-    script = "import sys, tradelab.jobs as jobs\ntry: jobs.run('train', {'steps': 11})\nexcept jobs.BadParameters as error: print(error, 'papermill' in sys.modules)"
+    script = ("import sys, tradelab.jobs as jobs\ntry: jobs.run('train', {'steps': 11})\nexcept jobs.ParameterError as "
+              "error: print(error, 'papermill' in sys.modules)")
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "11 is more than 10 False" and not (project / "reports").exists()
     assert jobs.run("train", {"steps": 10}).exists()
 
 
-@pytest.mark.parametrize("cell, code", [("print('told', steps)", 0), ("print('told', steps); raise ValueError('no')", 1)])
+@pytest.mark.parametrize("cell, code",
+                         [("print('told', steps)", 0), ("print('told', steps); raise ValueError('no')", 1)])
 def test_papermill_writes_the_page_that_run_writes(project, cell, code):
     ran = papermill(write(project / "nbs/train.ipynb", cell), "out.ipynb", "-p", "steps", "7")
     assert ran.returncode == code and sorted(path.name for path in project.glob("out*")) == ["out.html", "out.ipynb"]
@@ -183,28 +203,39 @@ def test_every_job_of_ours_says_what_its_parameters_are(root):
         assert all(f"  {name}" in jobs.help_of(path) for name in taken)
 
 
-@pytest.mark.parametrize("job, wrong", [("train", {"agent": "SACC"}), ("train", {"source": "none.parquet"}), ("train", {"symbol": "BTC"}), ("train", {"steps": 0}), ("train", {"settings": "nobody"}), ("train", {"timeframe": "7h"}),
-                                        ("backtest", {"policy": "train_nobody"}), ("backtest", {"policy": "tradelab.strategies.example:Nobody"}), ("backtest", {"funding": "none.csv"}), ("backtest", {"span": "2022"}),
-                                        ("report", {"session": "nobody"}), ("report", {"symbol": "BTC/USDT:USDT-241227"}), ("live", {"venue": "moon"}), ("live", {"resume": "nobody"}), ("replay", {"session": "nobody"})])
+@pytest.mark.parametrize("job, wrong", [("train", {"agent": "SACC"}), ("train", {"source": "none.parquet"}),
+                                        ("train", {"symbol": "BTC"}), ("train", {"steps": 0}),
+                                        ("train", {"settings": "nobody"}), ("train", {"timeframe": "7h"}),
+                                        ("backtest", {"policy": "train_nobody"}),
+                                        ("backtest", {"policy": "tradelab.strategies.example:Nobody"}),
+                                        ("backtest", {"funding": "none.csv"}), ("backtest", {"span": "2022"}),
+                                        ("report", {"session": "nobody"}),
+                                        ("report", {"symbol": "BTC/USDT:USDT-241227"}), ("live", {"venue": "moon"}),
+                                        ("live", {"resume": "nobody"}), ("replay", {"session": "nobody"})])
 def test_our_jobs_refuse_what_is_wrong_before_a_kernel_starts(project, root, job, wrong, monkeypatch):
     def started(*_, **__): raise AssertionError("a kernel was started")
     monkeypatch.setattr("papermill.execute.execute_notebook", started)
-    with pytest.raises(jobs.BadParameters): jobs.run(str(root / f"nbs/{job}.ipynb"), wrong)
+    with pytest.raises(jobs.ParameterError): jobs.run(str(root / f"nbs/{job}.ipynb"), wrong)
     assert not (project / "reports").exists()
 
 
 def test_the_repository_jobs_run_on_the_kernel_that_every_environment_has(root):
     for path in (root / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" not in path.parts: assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path
+        if ".ipynb_checkpoints" not in path.parts:
+            assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3", path
 
 
 def shy(project, before):
     "A kernel that does something before it starts; a letter in `count` for each time"
     spec, count = project / "jupyter/kernels/shy", project / "count"
     spec.mkdir(parents=True)
-    code = f"import os, pathlib, sys, time; file = open({str(count)!r}, 'a'); file.write('x'); file.close(); n = pathlib.Path(file.name).stat().st_size; {before}; os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])"
-    (spec / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-c", code, "-f", "{connection_file}"], "display_name": "shy", "language": "python"}))
-    return [write(project / "nbs/shy.ipynb", "print('done')"), "out.ipynb", "-k", "shy"], {**os.environ, "JUPYTER_PATH": str(project / "jupyter")}, count
+    code = (f"import os, pathlib, sys, time; file = open({str(count)!r}, 'a'); file.write('x'); file.close(); n = "
+            f"pathlib.Path(file.name).stat().st_size; {before}; os.execv(sys.executable, [sys.executable, '-m', "
+            "'ipykernel_launcher', *sys.argv[1:]])")
+    (spec / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-c", code, "-f", "{connection_file}"],
+                                                  "display_name": "shy", "language": "python"}))
+    return ([write(project / "nbs/shy.ipynb", "print('done')"), "out.ipynb", "-k", "shy"],
+            {**os.environ, "JUPYTER_PATH": str(project / "jupyter")}, count)
 
 
 @pytest.mark.parametrize("deaths, starts, code", [(1, 2, 0), (9, 3, 1)])
@@ -217,7 +248,8 @@ def test_a_kernel_that_dies_before_it_answers_is_started_again(project, deaths, 
 
 def test_a_job_that_is_stopped_while_its_kernel_starts_stays_down(project):
     arguments, environment, count = shy(project, "time.sleep(600)")
-    process = subprocess.Popen([*PAPERMILL, *map(str, arguments)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*PAPERMILL, *map(str, arguments)], env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     while not (count.exists() and count.read_text()) and process.poll() is None: time.sleep(.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait() != 0 and count.read_text() == "x"

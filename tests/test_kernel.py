@@ -1,4 +1,5 @@
-"The kernel on random orders and candles: money is conserved, forms agree, nothing fills where the market was not, the exchange takes over where Binance says"
+"""The kernel on random orders and candles: money is conserved, forms agree, nothing fills where the market was not, the
+exchange takes over where Binance says"""
 import json
 from dataclasses import replace
 
@@ -24,7 +25,8 @@ from tradelab.sim.margin import liquidation_share
 from tradelab.sim.matching import new_state
 
 HOUR = 3_600_000
-WIDE = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.9, stops=NO_STOPS, max_participation=None, max_orders=None, price_band=None)
+WIDE = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.9, stops=NO_STOPS,
+              max_participation=None, max_orders=None, price_band=None)
 ALL = CostModel.realistic(slippage=.0005, impact=2., participation=.3)
 
 
@@ -76,49 +78,77 @@ def identity(result, deposit=10_000.):
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([CostModel(), ALL, CostModel.ideal(), CostModel(latency=2)]), st.sampled_from([Execution(), Execution(protect=True)]))
+@given(st.integers(0, 10_000), st.integers(1, 3),
+       st.sampled_from([CostModel(), ALL, CostModel.ideal(), CostModel(latency=2)]),
+       st.sampled_from([Execution(), Execution(protect=True)]))
 def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
     frames, payments = market(seed, symbols)
-    limits = WIDE if not execution.protect else Limits(**{**{name: getattr(WIDE, name) for name in WIDE.__dataclass_fields__}, "stops": Stops(stop_loss=.01, take_profit=.02, trailing_stop=.015)})
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, funding=payments, costs=costs, limits=limits, execution=execution, baselines=())
+    limits = (WIDE if not execution.protect
+              else Limits(**{**{name: getattr(WIDE, name) for name in WIDE.__dataclass_fields__},
+                             "stops": Stops(stop_loss=.01, take_profit=.02, trailing_stop=.015)}))
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, funding=payments,
+                      costs=costs, limits=limits, execution=execution, baselines=())
     assert len(result.fills) > 20
-    assert np.isclose(result.equity.iloc[-1], identity(result), rtol=1e-9, atol=1e-9 * result.fills.eval("abs(quantity * price)").sum())
+    assert np.isclose(result.equity.iloc[-1], identity(result), rtol=1e-9,
+                      atol=1e-9 * result.fills.eval("abs(quantity * price)").sum())
     rows = result.journal.groupby("symbol")
-    assert np.isclose(result.journal["cash"].sum(), -(result.fills["quantity"] * result.fills["price"]).sum()) and np.isclose(result.journal["traded"].sum(), (result.fills["quantity"] * result.fills["price"]).abs().sum())
+    assert np.isclose(result.journal["cash"].sum(), -(result.fills["quantity"] * result.fills["price"]).sum())
+    assert np.isclose(result.journal["traded"].sum(), (result.fills["quantity"] * result.fills["price"]).abs().sum())
     assert np.isclose(result.journal["fee"].sum(), result.fills["fee"].sum(), atol=1e-6)
-    for symbol, group in rows: assert np.isclose(group["position"].iloc[-1] + group["fill_quantity"].iloc[-1], result.fills.loc[result.fills["symbol"] == symbol, "quantity"].sum(), atol=1e-9)
+    for symbol, group in rows:
+        assert np.isclose(group["position"].iloc[-1] + group["fill_quantity"].iloc[-1],
+                          result.fills.loc[result.fills["symbol"] == symbol, "quantity"].sum(), atol=1e-9)
 
 
 @settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from([CostModel.ideal(), ALL]))
 def test_every_fill_was_possible(seed, costs):
-    "Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the volume; on the tick and the step"
+    """Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the
+    volume; on the tick and the step"""
     frames, _ = market(seed, 2)
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs, limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], baselines=())
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs,
+                      limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], baselines=())
     for symbol, fills in result.fills.groupby("symbol"):
         whole = result.candles[symbol]
         candles, before = whole.loc[fills.index], frames[symbol]["close"].shift(1).loc[fills.index]
-        low, high = np.fmin(candles["low"], before), np.fmax(candles["high"], before)       # who stood in the book when the open fell through is served at his own price
-        inside = (fills["met"] <= np.where(fills["maker"], high, candles["high"]) + .1) & (fills["met"] >= np.where(fills["maker"], low, candles["low"]) - .1)
-        assert inside.all() or costs.participation and inside[~fills["maker"]].all()         # the rest of an order that did not find enough volume stands where it stood
-        assert np.allclose(fills["price"] * 10, np.round(fills["price"] * 10)) and np.allclose(fills["quantity"] * 1_000, np.round(fills["quantity"] * 1_000))
+        low = np.fmin(candles["low"], before)
+        # who stood in the book when the open fell through is served at his own price
+        high = np.fmax(candles["high"], before)
+        inside = ((fills["met"] <= np.where(fills["maker"], high, candles["high"]) + .1)
+                  & (fills["met"] >= np.where(fills["maker"], low, candles["low"]) - .1))
+        # the rest of an order that did not find enough volume stands where it stood
+        assert inside.all() or costs.participation and inside[~fills["maker"]].all()
+        assert np.allclose(fills["price"] * 10, np.round(fills["price"] * 10))
+        assert np.allclose(fills["quantity"] * 1_000, np.round(fills["quantity"] * 1_000))
         side = np.sign(fills["quantity"])
         through = side * (fills["price"] - np.where(side > 0, candles["low"], candles["high"])) > 0
-        assert (through | (candles["open"] == fills["price"]) | ~fills["maker"]).all() or costs.participation  # a touch serves nobody who stands in the book
+        # a touch serves nobody who stands in the book
+        assert (through | (candles["open"] == fills["price"]) | ~fills["maker"]).all() or costs.participation
         takers = ~fills["maker"]
-        assert (np.sign(fills["quantity"]) * (fills["price"] - fills["met"]) * (1 if costs.impact == 0 else 0) >= -1e-9)[takers].all() and (fills["price"] == fills["met"])[~takers].all()
-        if costs.participation: assert (fills["quantity"].abs().groupby(level=0).sum() <= costs.participation * result.candles[symbol]["volume"].loc[fills.index.unique()] + 1e-9).all()
+        assert (np.sign(fills["quantity"]) * (fills["price"] - fills["met"]) * (1 if costs.impact == 0 else 0)
+                >= -1e-9)[takers].all()
+        assert (fills["price"] == fills["met"])[~takers].all()
+        if costs.participation:
+            assert (fills["quantity"].abs().groupby(level=0).sum() <= costs.participation
+                    * result.candles[symbol]["volume"].loc[fills.index.unique()] + 1e-9).all()
     kinds = set(result.fills["kind"])
     assert {"market", "limit", "stop", "take profit", "trailing"} <= kinds, kinds
 
 
-@pytest.mark.parametrize("execution", [Execution(), Execution("post_only", patience=2), Execution("slices", slices=3), Execution(protect=True)], ids=lambda each: each.style + " protected" * each.protect)
+@pytest.mark.parametrize("execution", [Execution(), Execution("post_only", patience=2), Execution("slices", slices=3),
+                                       Execution(protect=True)],
+                                       ids=lambda each: each.style + " protected" * each.protect)
 @pytest.mark.parametrize("costs", [CostModel(), ALL, CostModel(latency=1)], ids=["usual", "realistic", "late"])
 def test_both_forms_agree_in_every_style(execution, costs):
     frames, payments = market(5, 2, 700)
-    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01, take_profit=.02, stop_atr=0.))
-    one, two = (backtest(wavering(), frames, funding=payments, costs=costs, limits=limits, execution=execution, engine=engine, baselines=(), keep_observations=True) for engine in ("vectorised", "event"))
-    assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
+    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, stops=Stops(stop_loss=.01, take_profit=.02,
+        stop_atr=0.))
+    one, two = (backtest(wavering(), frames, funding=payments, costs=costs, limits=limits, execution=execution,
+                         engine=engine, baselines=(), keep_observations=True) for engine in ("vectorised", "event"))
+    assert first_difference(one, two) is None
+    assert first_difference(one.fills, two.fills) is None
+    assert one.equity.equals(two.equity)
+    assert first_difference(one.observations, two.observations) is None
     assert len(one.fills) > 100
     if execution.protect: assert {"stop", "take profit"} <= set(one.fills["kind"])
     if execution.style == "post_only": assert one.fills["maker"].mean() > .2
@@ -127,12 +157,19 @@ def test_both_forms_agree_in_every_style(execution, costs):
 @pytest.mark.parametrize("costs", [CostModel(), ALL, CostModel(latency=1)], ids=["usual", "realistic", "late"])
 def test_both_forms_agree_on_orders_of_the_policy(costs):
     frames, payments = market(7, 2, 700)
-    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, max_orders=None, stops=Stops(stop_loss=.03, take_profit=.05))
-    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments, costs=costs, limits=limits, engine=engine, baselines=(), keep_observations=True) for engine in ("vectorised", "event"))
-    assert first_difference(one, two) is None and first_difference(one.fills, two.fills) is None and one.equity.equals(two.equity) and first_difference(one.observations, two.observations) is None
+    limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, max_orders=None,
+                    stops=Stops(stop_loss=.03, take_profit=.05))
+    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments,
+                         costs=costs, limits=limits, engine=engine, baselines=(), keep_observations=True)
+                         for engine in ("vectorised", "event"))
+    assert first_difference(one, two) is None
+    assert first_difference(one.fills, two.fills) is None
+    assert one.equity.equals(two.equity)
+    assert first_difference(one.observations, two.observations) is None
     assert len(one.fills) > 300 and {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"])
     stopped = one.rows[one.rows["reason"] == Reason.STOP_LOSS]
-    assert len(stopped) > 3 and (stopped["order"] == -stopped["position"]).all()                                       # what a stop sends stands in the journal
+    assert len(stopped) > 3
+    assert (stopped["order"] == -stopped["position"]).all() # what a stop sends stands in the journal
 
 
 def brackets(shared, symbol):
@@ -147,8 +184,11 @@ def test_maintenance_margin_is_the_exchanges(shared):
         row = replace(BITCOIN, symbol=symbol, brackets=table).row()[()]
         for each, amount in zip(rows, bracket_amounts(table)):
             middle = .5 * (each["notionalFloor"] + each["notionalCap"])
-            assert np.isclose(amount, each["cum"], atol=.01) and np.isclose(maintenance_margin(middle, row), middle * each["maintMarginRatio"] - each["cum"], atol=.01)
-            assert replace(BITCOIN, symbol=symbol, brackets=table).max_notional(each["initialLeverage"]) >= each["notionalCap"]
+            assert np.isclose(amount, each["cum"], atol=.01)
+            assert np.isclose(maintenance_margin(middle, row), middle * each["maintMarginRatio"] - each["cum"],
+                              atol=.01)
+            assert replace(BITCOIN, symbol=symbol,
+                           brackets=table).max_notional(each["initialLeverage"]) >= each["notionalCap"]
     assert brackets(shared, "BTCUSDT")[1] == BITCOIN_BRACKETS
 
 
@@ -174,11 +214,15 @@ def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
     if reached: assert np.isclose(entry + share * (worst - entry), expected, rtol=1e-8)
 
 
-def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.), deposit=10_000., stops=NO_STOPS, execution=Execution()):
-    limits = Limits(max_position=leverage, max_leverage=leverage, leverage=max(20, leverage), min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=stops, price_band=None)
+def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.), deposit=10_000., stops=NO_STOPS,
+            execution=Execution()):
+    limits = Limits(max_position=leverage, max_leverage=leverage, leverage=max(20, leverage), min_margin_ratio=0.,
+                    max_participation=None, max_daily_loss=None, max_drawdown=1., stops=stops, price_band=None)
     candles, account, positions = np.asarray(candles, float)[:, None, :], new_account(deposit), np.zeros(1, POSITION)
-    tape, rules = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits), rules_of(costs, limits, [BITCOIN], execution)
-    world, rows = World(tape, new_state(account, positions, rules.execution, 50), rules), np.zeros((len(candles) - 1, 1), JOURNAL)
+    tape = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits)
+    rules = rules_of(costs, limits, [BITCOIN], execution)
+    world = World(tape, new_state(account, positions, rules.execution, 50), rules)
+    rows = np.zeros((len(candles) - 1, 1), JOURNAL)
     mark(account, positions, candles[0, :, 3].copy())
     for t in range(len(candles) - 1): world.step(t, np.array([target]), rows[t])
     return world.state, rows
@@ -188,70 +232,104 @@ def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.
 def test_liquidation_leaves_nothing_and_owes_nothing(side, fall):
     state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*fall, 1e6)], side * 1., 10)
     assert state.positions["quantity"][0] == 0 and state.fills[state.count[0] - 1]["kind"] == Kind.LIQUIDATION
-    assert 0 <= state.account["equity"][0] < .01 * 10_000 and state.account["equity"][0] == pytest.approx(10_000 + state.account["realised"][0] - state.account["fees"][0])
+    assert 0 <= state.account["equity"][0] < .01 * 10_000
+    assert state.account["equity"][0] == pytest.approx(10_000 + state.account["realised"][0] - state.account["fees"][0])
 
 
 def test_a_gap_beyond_bankruptcy_is_stated_and_ends_everything():
-    state, rows = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (60, 61, 59, 60, 1e6), (60, 90, 60, 90, 1e6), (90, 95, 90, 95, 1e6)], 1., 10)
-    assert state.account["equity"][0] < 0 and state.positions["quantity"][0] == 0 and state.count[0] == 2       # bought once, closed by the exchange at the open; nothing after it
+    state, rows = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (60, 61, 59, 60, 1e6),
+                           (60, 90, 60, 90, 1e6), (90, 95, 90, 95, 1e6)], 1., 10)
+    assert state.account["equity"][0] < 0
+    assert state.positions["quantity"][0] == 0
+    assert state.count[0] == 2 # bought once, closed by the exchange at the open; nothing after it
     assert rows["equity"][-1, 0] < 0 and rows["order"][2:].sum() == 0
 
 
 def test_a_stop_at_the_exchange_comes_before_the_liquidation():
-    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (100, 100.5, 80, 81, 1e6)], 1., 10, stops=Stops(stop_loss=.02, take_profit=0.), execution=Execution(protect=True))
-    assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"] and state.account["equity"][0] == pytest.approx(10_000 * .8, rel=.01)
+    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (100, 100.5, 80, 81, 1e6)], 1., 10,
+                       stops=Stops(stop_loss=.02, take_profit=0.), execution=Execution(protect=True))
+    assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"]
+    assert state.account["equity"][0] == pytest.approx(10_000 * .8, rel=.01)
 
 
 @pytest.mark.parametrize("side, candle", [(1, (100, 105, 95, 104)), (-1, (100, 105, 95, 96))])
 def test_a_stop_comes_before_a_target_that_the_same_candle_reaches(side, candle):
-    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*candle, 1e6)], side * 1., 1, stops=Stops(stop_loss=.02, take_profit=.02), execution=Execution(protect=True))
-    assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"] and state.account["equity"][0] < 10_000
+    state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*candle, 1e6)], side * 1., 1,
+                       stops=Stops(stop_loss=.02, take_profit=.02), execution=Execution(protect=True))
+    assert [Kind(each["kind"]).name for each in state.fills[:state.count[0]]] == ["MARKET", "STOP"]
+    assert state.account["equity"][0] < 10_000
 
 
 def test_more_than_the_bracket_allows_is_shrunk():
-    limits = Limits(max_position=50., max_leverage=50., leverage=50, min_margin_ratio=0., max_participation=None, max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)
+    limits = Limits(max_position=50., max_leverage=50., leverage=50, min_margin_ratio=0., max_participation=None,
+                    max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)
     candles = ar1(60, rho=0, volatility=1e-4, seed=1)
-    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6, instruments=(replace(BITCOIN, max_quantity=1e9),), baselines=())
-    assert (result.rows["reason"] == Reason.BRACKET).any() and (np.abs(result.rows["position"] * result.rows["close"]) <= 12.1e6).all()
-    with pytest.raises(ValueError, match="leverage 200 is above the 150 that the exchange allows for BTC/USDT:USDT: lower risk.leverage"): backtest(wavering(), candles, limits=Limits(leverage=200))
+    result = backtest(Policy("all", waver, [1e9], ("return(1)",)), candles, limits=limits, deposit=1e6,
+                      instruments=(replace(BITCOIN, max_quantity=1e9),), baselines=())
+    assert (result.rows["reason"] == Reason.BRACKET).any()
+    assert (np.abs(result.rows["position"] * result.rows["close"]) <= 12.1e6).all()
+    with pytest.raises(ValueError, match="leverage 200 is above the 150 that the exchange allows for BTC/USDT:USDT: "
+                       "lower risk.leverage"):
+        backtest(wavering(), candles, limits=Limits(leverage=200))
 
 
-@pytest.mark.parametrize("wrong, message", [((1.5,), r"waver answered \[1.5\] at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*a target is a number in \[-1, 1\]"), ((np.nan,), "waver answered .nan. at the candle")])
+@pytest.mark.parametrize("wrong, message",
+                         [((1.5,), r"waver answered \[1.5\] at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*a target is a "
+                           r"number in \[-1, 1\]"), ((np.nan,), "waver answered .nan. at the candle")])
 def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     @compiled
     def bad(parameters, observation, targets): targets[0] = parameters[0]
     candles = ar1(50, seed=1)
-    with pytest.raises(ValueError, match=message): backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
-    with pytest.raises(ValueError, match=r"waver at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*: a policy answered with the targets .*: a target is a number in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=message):
+        backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
+    with pytest.raises(ValueError, match=r"waver at the candle of \d{4}-\d\d-\d\d \d\d:\d\d.*: a policy answered with "
+                       r"the targets .*: a target is a number in \[-1, 1\]"):
         backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles, engine="event")
 
 
-@pytest.mark.parametrize("places, answer, message", [(0, [2.], "a target is a number in .-1, 1."), (0, [np.nan], "a target is a number in"), (0, [1., 1., 1.], "an answer is a target per symbol"), (1, [1.] * 7, "eight numbers for each place"),
-    (1, [.5, 2., 0., 0., 0., 0., 0., 0.], "a limit order needs a price"), (1, [.5, 3., 0., 0., 0., 0., 0., 0.], "a conditional order needs a trigger"), (1, [.5, 5., 0., 0., 1., 0., 0., 0.], "the callback of a trailing stop is a fraction"),
-    (1, [2., 1., 0., 0., 0., 0., 0., 0.], "its exposure in .-1, 1."), (1, [np.inf, 1., 0., 0., 0., 0., 0., 0.], "the numbers of an order are finite")])
+@pytest.mark.parametrize("places, answer, message", [(0, [2.], "a target is a number in .-1, 1."),
+                                                     (0, [np.nan], "a target is a number in"),
+                                                     (0, [1., 1., 1.], "an answer is a target per symbol"),
+                                                     (1, [1.] * 7, "eight numbers for each place"),
+    (1, [.5, 2., 0., 0., 0., 0., 0., 0.], "a limit order needs a price"),
+    (1, [.5, 3., 0., 0., 0., 0., 0., 0.], "a conditional order needs a trigger"),
+    (1, [.5, 5., 0., 0., 1., 0., 0., 0.], "the callback of a trailing stop is a fraction"),
+    (1, [2., 1., 0., 0., 0., 0., 0., 0.], "its exposure in .-1, 1."), (1, [np.inf, 1., 0., 0., 0., 0., 0., 0.],
+    "the numbers of an order are finite")])
 def test_a_wrong_answer_changes_nothing(places, answer, message):
     candles, rules = np.full((3, 1, 5), 100.), rules_of(CostModel(), Limits(), [BITCOIN], Execution(), places)
-    world, row = World(tape_of(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()), new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), np.zeros(1, JOURNAL)
+    world = World(tape_of(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()),
+                  new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
+    row = np.zeros(1, JOURNAL)
     kept = lambda: b"".join(array.tobytes() for array in (*world.state, row, world.proposals))
     before = kept()
     with pytest.raises(ValueError, match=message): world.step(0, np.array(answer), row)
     assert kept() == before
     for other in (candles.astype(np.float32), np.ones((3, 1, 11)), np.ones((3, 2, 5))[:, :1]):
-        with pytest.raises(ValueError, match=r"candles must be one piece of .3, 1, 5. float64, was "): World(world.tape._replace(candles=other), world.state, rules)
-    with pytest.raises(ValueError, match="a step goes from candle 0 to 1 of these 3 to the next, was 2"): world.step(2, np.zeros(0), row)
-    with pytest.raises(ValueError, match="journal must be one piece of .1,. "): world.step(0, np.zeros(0), np.zeros(2, JOURNAL))
-    with pytest.raises(ValueError, match="answer must be one piece of .1,. float64, was .1,. float32"): world.step(0, np.ones(1, np.float32), row)
+        with pytest.raises(ValueError, match=r"candles must be one piece of .3, 1, 5. float64, was "):
+            World(world.tape._replace(candles=other), world.state, rules)
+    with pytest.raises(ValueError, match="a step goes from candle 0 to 1 of these 3 to the next, was 2"):
+        world.step(2, np.zeros(0), row)
+    with pytest.raises(ValueError, match="journal must be one piece of .1,. "):
+        world.step(0, np.zeros(0), np.zeros(2, JOURNAL))
+    with pytest.raises(ValueError, match="answer must be one piece of .1,. float64, was .1,. float32"):
+        world.step(0, np.ones(1, np.float32), row)
 
 
 @pytest.mark.parametrize("symbols", [1, 3])
-@pytest.mark.parametrize("execution", [Execution(), Execution("slices", slices=3), Execution("post_only"), Execution(protect=True)], ids=["market", "slices", "post_only", "protect"])
+@pytest.mark.parametrize("execution", [Execution(), Execution("slices", slices=3), Execution("post_only"),
+                                       Execution(protect=True)], ids=["market", "slices", "post_only", "protect"])
 def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
     random, length = np.random.default_rng(symbols), 400
-    candles = np.ascontiguousarray(np.stack([ar1(length, rho=0, volatility=.01, seed=n)[["open", "high", "low", "close", "volume"]].to_numpy() for n in range(symbols)], axis=1))
-    targets = np.repeat(random.uniform(-1, 1, (length // 8, symbols)), 8, axis=0) * (random.random((length, symbols)) < .9)
+    candles = np.ascontiguousarray(np.stack([ar1(length, rho=0, volatility=.01, seed=n)[["open", "high", "low", "close",
+        "volume"]].to_numpy() for n in range(symbols)], axis=1))
+    targets = (np.repeat(random.uniform(-1, 1, (length // 8, symbols)), 8, axis=0)
+               * (random.random((length, symbols)) < .9))
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones(symbols)
-    tape, rules = tape_of(np.arange(length) * HOUR, candles, rates, ALL, WIDE), rules_of(ALL, WIDE, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], execution)
-    worlds = [World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules) for _ in range(2)]
+    tape = tape_of(np.arange(length) * HOUR, candles, rates, ALL, WIDE)
+    rules = rules_of(ALL, WIDE, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], execution)
+    worlds = [World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules)
+              for _ in range(2)]
     curve, single, nobody = np.zeros(length - 300), np.zeros(length - 300), np.zeros(0, JOURNAL)
     for world in worlds: mark(world.state.account, world.state.positions, candles[299, :, 3].copy())
     assert steps(299, worlds[0].row, targets[299:-1], curve) == DONE
@@ -263,31 +341,45 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
 
 
 def test_the_steps_before_a_wrong_answer_are_made():
-    candles, rules, targets = np.full((9, 1, 5), 100.), rules_of(CostModel(), Limits(), [BITCOIN], Execution()), np.full((8, 1), .5)
-    world, equity = World(tape_of(np.arange(9) * HOUR, candles, np.zeros((9, 1)), CostModel(), Limits()), new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), np.zeros(8)
+    candles = np.full((9, 1, 5), 100.)
+    rules = rules_of(CostModel(), Limits(), [BITCOIN], Execution())
+    targets = np.full((8, 1), .5)
+    world = World(tape_of(np.arange(9) * HOUR, candles, np.zeros((9, 1)), CostModel(), Limits()),
+                  new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
+    equity = np.zeros(8)
     mark(world.state.account, world.state.positions, candles[0, :, 3].copy())
     targets[5] = np.nan
-    assert steps(0, world.row, targets, equity) == TARGET == world.row["code"][0] and (equity[:5] > 9_000).all() and (equity[5:] == 0).all() and world.state.positions["age"][0] == 5
+    assert steps(0, world.row, targets, equity) == TARGET == world.row["code"][0]
+    assert (equity[:5] > 9_000).all()
+    assert (equity[5:] == 0).all()
+    assert world.state.positions["age"][0] == 5
 
 
 def test_an_order_in_slices_begins_anew_after_a_pause():
-    candles, limits, execution = np.tile([100., 100., 100., 100., 1e6], (4, 1))[:, None, :], replace(WIDE, max_position=.4), Execution("slices", slices=4)
-    tape, rules = tape_of(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits), rules_of(CostModel.ideal(), limits, [BITCOIN], execution)
+    candles = np.tile([100., 100., 100., 100., 1e6], (4, 1))[:, None, :]
+    limits = replace(WIDE, max_position=.4)
+    execution = Execution("slices", slices=4)
+    tape = tape_of(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits)
+    rules = rules_of(CostModel.ideal(), limits, [BITCOIN], execution)
     world = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     for t, target in enumerate((1., .25, 1.)): world.step(t, np.array([target]), np.zeros(0, JOURNAL))
-    assert world.state.fills[:world.state.count[0]]["quantity"].tolist() == [10., 7.5]      # a quarter of 40; nothing to do; a quarter of the 30 that are missing
+    # a quarter of 40; nothing to do; a quarter of the 30 that are missing
+    assert world.state.fills[:world.state.count[0]]["quantity"].tolist() == [10., 7.5]
 
 
 def test_a_policy_that_raises_is_named_with_its_bar():
     def broken(parameters, observation, targets): raise ZeroDivisionError("thought too hard")
     candles = ar1(50, seed=1)
-    with pytest.raises(ZeroDivisionError, match=r"broken at the candle of .*: thought too hard"): backtest(Policy("broken", broken, (), ("return(1)",)), candles, baselines=())
+    with pytest.raises(ZeroDivisionError, match=r"broken at the candle of .*: thought too hard"):
+        backtest(Policy("broken", broken, (), ("return(1)",)), candles, baselines=())
 
 
 def test_costs_that_look_at_the_market_need_history_and_ideal_needs_none():
     candles = ar1(400, seed=1)
-    assert len(backtest(wavering(), candles, costs=CostModel.realistic(), baselines=()).rows) == 400 - 241 - 1 and len(backtest(wavering(), candles, costs=CostModel.ideal(), baselines=()).rows) > 390
-    with pytest.raises(ValueError, match="need 241"): backtest(wavering(), candles, start=candles.index[100], costs=CostModel.realistic())
+    assert len(backtest(wavering(), candles, costs=CostModel.realistic(), baselines=()).rows) == 400 - 241 - 1
+    assert len(backtest(wavering(), candles, costs=CostModel.ideal(), baselines=()).rows) > 390
+    with pytest.raises(ValueError, match="need 241"):
+        backtest(wavering(), candles, start=candles.index[100], costs=CostModel.realistic())
 
 
 def test_the_past_does_not_know_the_future_of_costs():
@@ -304,13 +396,15 @@ def test_the_past_does_not_know_the_future_of_costs():
 def test_round_trips_within_a_candle_count():
     "A journal knows the sum of a candle, the fills each trip: where a candle has one trip at most, they are the same"
     candles = ar1(3_000, rho=0, volatility=.02, seed=1)
-    limits = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.99, stops=Stops(stop_loss=.01, take_profit=0.))
+    limits = Limits(max_position=.5, max_leverage=1., max_daily_loss=None, max_drawdown=.99,
+                    stops=Stops(stop_loss=.01, take_profit=0.))
     target = pd.Series(np.where(np.arange(3_000) % 5 == 0, 1., 0.), candles.index)
     result = backtest(target, candles, limits=limits, execution=Execution(protect=True), baselines=())
     ours, theirs = round_trips(result.journal), result.trips
     assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200 and len(ours) == len(theirs) > 300
     np.testing.assert_allclose(ours["profit"], theirs["profit"], atol=1e-6)
-    assert ours["side"].tolist() == theirs["side"].tolist() and result.summary().hit_rate == pytest.approx((theirs["profit"] > 0).mean())
+    assert ours["side"].tolist() == theirs["side"].tolist()
+    assert result.summary().hit_rate == pytest.approx((theirs["profit"] > 0).mean())
 
 
 @settings(max_examples=25)
@@ -319,9 +413,11 @@ def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
     "Orders of every kind, several trips in a candle: one source of truth, beside a second bookkeeping"
     candles = ar1(300, rho=0, volatility=.02, seed=seed)
     policy = Policy("any", any_orders, [float(seed % 1000)], ("return(1)",), orders=places)
-    result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying else None, baselines=())
+    result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying
+                      else None, baselines=())
     paid, profits, held, cash = result.journal["funding"], [], 0., 0.
-    events = sorted([(time, 0, row) for time, row in result.fills.iterrows()] + [(time, 1, amount) for time, amount in paid[paid != 0].items()], key=lambda each: each[:2])
+    events = sorted([(time, 0, row) for time, row in result.fills.iterrows()] + [(time, 1, amount) for time,
+        amount in paid[paid != 0].items()], key=lambda each: each[:2])
     for _, kind, what in events:                                          # a candle is met first, then its close pays
         if kind:
             cash += what
@@ -338,6 +434,7 @@ def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
     assert summary.round_trips == len(trips) == len(profits)
     np.testing.assert_allclose(sorted(trips["profit"]), sorted(profits), atol=1e-6)
     if not profits: return
-    assert summary.hit_rate == pytest.approx((trips["profit"] > 0).mean()) and summary.expectancy == pytest.approx(trips["profit"].mean())
+    assert summary.hit_rate == pytest.approx((trips["profit"] > 0).mean())
+    assert summary.expectancy == pytest.approx(trips["profit"].mean())
     open_part = cash + held * candles["close"].iloc[-1]
     assert trips["profit"].sum() + open_part == pytest.approx(result.equity.iloc[-1] - 10_000, abs=1e-5)

@@ -1,4 +1,5 @@
-"The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always possible, and the order of the symbols does not matter"
+"""The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always
+possible, and the order of the symbols does not matter"""
 import inspect
 import json
 import re
@@ -49,10 +50,16 @@ def limits(draw, memory=False):
     most = draw(st.floats(.2, 3))
     none = lambda strategy: draw(st.none() | strategy)
     below = lambda: none(st.floats(.05, most))
-    return Limits(max_position=draw(st.floats(.05, most)), max_leverage=most, leverage=5, min_trade=.001, max_net=below(), max_sector=below(), sectors={"a": "one", "b": "one", "c": "two"},
-                  max_order=none(st.floats(.01, 1)), max_participation=none(st.floats(.001, 1)), max_daily_loss=none(st.floats(.01, .5)), drawdown_from=none(st.floats(.001, .1)), min_margin_ratio=draw(st.floats(1, 50)),
-                  max_orders=none(st.integers(1, 5)), capital=none(st.floats(1_000, 20_000)), min_confidence=draw(st.floats(0, .5)), stops=draw(st.sampled_from((NO_STOPS, Stops(), Stops(trailing_stop=.01, max_age=3)))),
-                  max_group=below() if memory else None, max_var=none(st.floats(.001, .05)) if memory else None, target_volatility=none(st.floats(.1, 2)) if memory else None)
+    return Limits(max_position=draw(st.floats(.05, most)), max_leverage=most, leverage=5, min_trade=.001,
+                  max_net=below(), max_sector=below(), sectors={"a": "one", "b": "one", "c": "two"},
+                  max_order=none(st.floats(.01, 1)), max_participation=none(st.floats(.001, 1)),
+                  max_daily_loss=none(st.floats(.01, .5)), drawdown_from=none(st.floats(.001, .1)),
+                  min_margin_ratio=draw(st.floats(1, 50)),
+                  max_orders=none(st.integers(1, 5)), capital=none(st.floats(1_000, 20_000)),
+                  min_confidence=draw(st.floats(0, .5)),
+                  stops=draw(st.sampled_from((NO_STOPS, Stops(), Stops(trailing_stop=.01, max_age=3)))),
+                  max_group=below() if memory else None, max_var=none(st.floats(.001, .05)) if memory else None,
+                  target_volatility=none(st.floats(.1, 2)) if memory else None)
 
 
 def exposure(positions, prices, equity): return positions * prices / equity
@@ -64,21 +71,28 @@ def check(before, after, wanted, prices, equity, rules, rows, covariance, base):
     kept = np.where(np.sign(after) == np.sign(before), np.sign(before) * np.minimum(np.abs(after), np.abs(before)), 0.)
     now, still = after * prices, kept * prices
     slack = 1e-6 * equity + 1e-9
-    def within(measure, limit): assert measure(now) <= max(limit, measure(still)) + slack, (measure(now), limit, measure(still), Reason(rows["reason"][0]))
+    def within(measure, limit):
+        assert measure(now) <= max(limit, measure(still)) + slack, (measure(now), limit, measure(still),
+            Reason(rows["reason"][0]))
     for n in range(len(prices)): within(lambda held, n=n: abs(held[n]), rules.max_position * base)
     within(lambda held: np.abs(held).sum(), rules.max_leverage * base)
     within(lambda held: (np.abs(held) * instruments).sum(), equity / rules.min_margin_ratio)
     if rules.max_net is not None: within(lambda held: abs(held.sum()), rules.max_net * base)
     if rules.max_sector is not None:
-        for members in ([0, 1], [2]): within(lambda held, members=members: np.abs(held[members]).sum(), rules.max_sector * base)
+        for members in ([0, 1], [2]):
+            within(lambda held, members=members: np.abs(held[members]).sum(), rules.max_sector * base)
     if rules.max_order is not None: assert (np.abs(after - kept) * prices <= rules.max_order * base + slack).all()
-    if rules.max_participation is not None: assert (np.abs(after - kept) * prices <= rules.max_participation * rows["turnover"] + slack).all()
+    if rules.max_participation is not None:
+        assert (np.abs(after - kept) * prices <= rules.max_participation * rows["turnover"] + slack).all()
     if rules.max_group is not None:
         correlation = covariance / np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)))
         for n in range(len(prices)):
             member = np.abs(correlation[n]) >= rules.group_correlation
-            for side in (1, -1): within(lambda held, member=member, n=n, side=side: np.maximum(held * side * np.sign(correlation[n]), 0)[member].sum(), rules.max_group * base)
-    if rules.max_var is not None: within(lambda held: 2.3263478740408408 * np.sqrt(max(held @ covariance @ held, 0) * 24), rules.max_var * base)
+            for side in (1, -1):
+                within(lambda held, member=member, n=n, side=side: np.maximum(held * side * np.sign(correlation[n]),
+                    0)[member].sum(), rules.max_group * base)
+    if rules.max_var is not None:
+        within(lambda held: 2.3263478740408408 * np.sqrt(max(held @ covariance @ held, 0) * 24), rules.max_var * base)
 
 
 @settings(max_examples=300)
@@ -94,7 +108,10 @@ def test_nor_one_that_looks_at_the_market(rules, seed): walk(rules, seed, [0] * 
 
 def walk(rules, seed, states, warm):
     random = np.random.default_rng(seed)
-    gate, account, positions, prices = Gate(rules, [replace(BITCOIN, symbol=name, max_quantity=60., brackets=((1e12, 20, .05),)) for name in NAMES]), new_account(10_000.), np.zeros(3, POSITION), random.uniform(20, 500, 3)
+    gate = Gate(rules, [replace(BITCOIN, symbol=name, max_quantity=60., brackets=((1e12, 20, .05),)) for name in NAMES])
+    account = new_account(10_000.)
+    positions = np.zeros(3, POSITION)
+    prices = random.uniform(20, 500, 3)
     common = random.standard_normal((warm + len(states), 1))
     moves = .02 * (common * random.choice([-1., 1.], 3) + .5 * random.standard_normal((warm + len(states), 3)))
     for t in range(warm + len(states)):
@@ -109,16 +126,22 @@ def walk(rules, seed, states, warm):
         answer = np.append(random.uniform(-1, 1, 3).round(2), random.uniform(0, 1, 3))
         rows = gate.decide(1_700_000_000_000 // HOUR * HOUR + t * HOUR, candle, answer, account, positions).copy()
         base = min(equity, rules.capital or np.inf)
-        if rules.drawdown_from is not None: base *= min(1., max(0., (.15 - account["drawdown"][0]) / (.15 - rules.drawdown_from)))
+        if rules.drawdown_from is not None:
+            base *= min(1., max(0., (.15 - account["drawdown"][0]) / (.15 - rules.drawdown_from)))
         after = before + rows["quantity"]
         check(before, after, answer, prices, equity, rules, rows, gate.covariance, base)
-        state = TradingState.HALT if account["halted"][0] else max(states[t - warm], TradingState.REDUCE_ONLY if account["day_stopped"][0] else 0)
+        state = (TradingState.HALT if account["halted"][0] else max(states[t - warm], TradingState.REDUCE_ONLY
+            if account["day_stopped"][0] else 0))
         assert account["trading_state"][0] == state
         for n in range(3):
             grows = abs(after[n]) > abs(before[n]) + 1e-9 or after[n] * before[n] < -1e-12
-            if grows: assert allowed(state, "entry" if before[n] * after[n] <= 0 else "increase") and rows["confidence"][n] >= rules.min_confidence
-            if state >= TradingState.FLATTEN: assert rows["quantity"][n] == -np.sign(before[n]) * min(abs(before[n]), 60.)
-        if rules.max_orders is not None and (np.abs(after) > np.abs(before) + 1e-9).any(): assert (rows["quantity"] != 0).sum() <= rules.max_orders
+            if grows:
+                assert (allowed(state, "entry" if before[n] * after[n] <= 0 else "increase")
+                        and rows["confidence"][n] >= rules.min_confidence)
+            if state >= TradingState.FLATTEN:
+                assert rows["quantity"][n] == -np.sign(before[n]) * min(abs(before[n]), 60.)
+        if rules.max_orders is not None and (np.abs(after) > np.abs(before) + 1e-9).any():
+            assert (rows["quantity"] != 0).sum() <= rules.max_orders
         for n in range(3):
             if rows["quantity"][n] != 0: apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
 
@@ -128,11 +151,15 @@ def walk(rules, seed, states, warm):
 def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, state, peak):
     "Whatever the state, the limits and the market: a target of zero closes, and permuted symbols get permuted answers"
     random = np.random.default_rng(seed)
-    prices, held, covariance = random.uniform(20, 500, 3), (random.uniform(-20, 20, 3)).round(3), np.cov(random.standard_normal((3, 30))) * 1e-4
+    prices = random.uniform(20, 500, 3)
+    held = (random.uniform(-20, 20, 3)).round(3)
+    covariance = np.cov(random.standard_normal((3, 30))) * 1e-4
     rules, targets = replace(rules, max_orders=None), random.uniform(-1, 1, 3).round(2)
 
     def ordered(order, targets):
-        gate, account, positions = Gate(rules, [replace(BITCOIN, symbol=NAMES[n]) for n in order]), new_account(10_000.), np.zeros(3, POSITION)
+        gate = Gate(rules, [replace(BITCOIN, symbol=NAMES[n]) for n in order])
+        account = new_account(10_000.)
+        positions = np.zeros(3, POSITION)
         gate.covariance[:], gate.market["step"] = covariance[np.ix_(order, order)], HOUR
         positions["quantity"], positions["entry_price"], account["peak"] = held[order], prices[order], 10_000 / peak
         require_state(account, state)
@@ -143,21 +170,28 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     assert np.array_equal(ordered(same, 0 * targets)["quantity"], -held)
     answer, order = ordered(same, targets), random.permutation(3)
     mirrored = ordered(order, targets)
-    assert np.array_equal(mirrored["quantity"], answer["quantity"][order]) and np.array_equal(mirrored["reason"], answer["reason"][order])
+    assert np.array_equal(mirrored["quantity"], answer["quantity"][order])
+    assert np.array_equal(mirrored["reason"], answer["reason"][order])
 
 
 @settings(max_examples=300)
 @given(limits(memory=True), st.integers(1, 5), st.integers(0, 10**6))
 def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
-    "Random targets at the gate: none is opened beyond the limit, the larger targets come first, what is held may shrink, flip and close as without the limit"
+    """Random targets at the gate: none is opened beyond the limit, the larger targets come first, what is held may
+    shrink, flip and close as without the limit"""
     random, names, count = np.random.default_rng(seed), "abcdef", 6
-    rules = replace(rules, max_positions=most, max_orders=None, max_sector=None, max_var=None, max_group=None, target_volatility=None, stops=NO_STOPS, min_margin_ratio=0., min_confidence=0.)
-    prices, gates = random.uniform(20, 500, count), [Gate(each, [replace(BITCOIN, symbol=name) for name in names]) for each in (rules, replace(rules, max_positions=None))]
+    rules = replace(rules, max_positions=most, max_orders=None, max_sector=None, max_var=None, max_group=None,
+                    target_volatility=None, stops=NO_STOPS, min_margin_ratio=0., min_confidence=0.)
+    prices = random.uniform(20, 500, count)
+    gates = [Gate(each, [replace(BITCOIN, symbol=name) for name in names])
+             for each in (rules, replace(rules, max_positions=None))]
     account, positions, working = new_account(10_000.), np.zeros(count, POSITION), np.zeros(count, bool)
     for t in range(12):
         mark(account, positions, prices)
-        candle, targets = np.stack([prices] * 4 + [np.full(count, 1e9)], axis=1), random.choice([-1., -.5, 0., .3, .5, .8, 1.], count)
-        rows, free = (gate.decide(10**12 + t * HOUR, candle, targets, account.copy(), positions.copy(), None, working).copy() for gate in gates)
+        candle = np.stack([prices] * 4 + [np.full(count, 1e9)], axis=1)
+        targets = random.choice([-1., -.5, 0., .3, .5, .8, 1.], count)
+        rows, free = (gate.decide(10**12 + t * HOUR, candle, targets, account.copy(), positions.copy(), None,
+                                  working).copy() for gate in gates)
         held, after = positions["quantity"] != 0, positions["quantity"] + rows["quantity"]
         before = held | working
         opened, refused = (after != 0) & ~before, rows["reason"] == Reason.MAX_POSITIONS
@@ -165,9 +199,10 @@ def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
         assert ((after != 0) | working).sum() <= max(most, before.sum())
         assert not (refused & before).any() and not rows["quantity"][refused].any()
         if opened.any() and refused.any(): assert np.abs(targets[opened]).min() >= np.abs(targets[refused]).max()
-        for size in np.unique(np.abs(targets[opened | refused])):            # of equal targets, the symbol that comes first
+        for size in np.unique(np.abs(targets[opened | refused])): # of equal targets, the symbol that comes first
             asked = (opened | refused) & (np.abs(targets) == size)
-            if opened[asked].any() and refused[asked].any(): assert np.flatnonzero(asked & opened).max() < np.flatnonzero(asked & refused).min()
+            if opened[asked].any() and refused[asked].any():
+                assert np.flatnonzero(asked & opened).max() < np.flatnonzero(asked & refused).min()
         reducing = held & (targets == 0)
         assert np.array_equal(rows["quantity"][reducing], free["quantity"][reducing])
         for n in np.flatnonzero(rows["quantity"]): apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
@@ -184,7 +219,9 @@ def _noise(parameters, observation, answer):
     count, places = len(observation), len(answer) // (8 * len(observation))
     for i in range(len(answer) if places == 0 else count * places):
         seed = abs(observation[i % count, 0]) * 9973.37 * (i + 1.) + parameters[0]
-        u, v, w = seed - np.floor(seed), 7919. * seed - np.floor(7919. * seed), 104729. * seed - np.floor(104729. * seed)
+        u = seed - np.floor(seed)
+        v = 7919. * seed - np.floor(7919. * seed)
+        w = 104729. * seed - np.floor(104729. * seed)
         if places == 0: answer[i] = 0. if u < .35 else 2. * v - 1.
         elif u > .5:
             first, kind, side = 8 * i, -1. if w > .9 else np.floor(1. + 5. * v), 1. if w * 10. % 1. > .5 else -1.
@@ -207,14 +244,20 @@ def most_held(result):
 
 
 @settings(max_examples=25)
-@given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from(STYLES), st.integers(0, 3), st.sampled_from([None, .0002]), st.sampled_from([0, 0, 2]))
+@given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from(STYLES), st.integers(0, 3),
+       st.sampled_from([None, .0002]), st.sampled_from([0, 0, 2]))
 def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, participation, orders):
-    "Array, event engine and environment, with orders that are late, rest and fill in parts: the limit holds after every fill, and they decide the same"
+    """Array, event engine and environment, with orders that are late, rest and fill in parts: the limit holds after
+    every fill, and they decide the same"""
     candles = correlated(160, SIX, correlation=.3, seed=seed % 1000)
-    limits = Limits(max_position=.15, max_positions=most, max_daily_loss=None, max_drawdown=.95, min_trade=.001, stops=Stops(stop_loss=.01, take_profit=.01))
-    given = dict(costs=CostModel(latency=latency, **({} if participation is None else {"participation": participation})), limits=limits, execution=execution)
+    limits = Limits(max_position=.15, max_positions=most, max_daily_loss=None, max_drawdown=.95, min_trade=.001,
+                    stops=Stops(stop_loss=.01, take_profit=.01))
+    given = dict(costs=CostModel(latency=latency,
+                                 **({} if participation is None else {"participation": participation})), limits=limits,
+                                 execution=execution)
     if orders: given["execution"] = replace(execution, style="market")
-    array, event = (backtest(noise(seed % 97, orders), candles, engine=engine, baselines=(), **given) for engine in ("vectorised", "event"))
+    array, event = (backtest(noise(seed % 97, orders), candles, engine=engine, baselines=(), **given)
+                    for engine in ("vectorised", "event"))
     assert most_held(array) <= most
     assert first_difference(array, event) is None
     if orders: return
@@ -230,7 +273,8 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from(list(TradingState)), min_size=30, max_size=30), st.integers(0, 10**6))
 def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
-    "`require_state` at an environment and at a trader: seen at once, obeyed at the next close, kept by a snapshot, taken back by NORMAL"
+    """`require_state` at an environment and at a trader: seen at once, obeyed at the next close, kept by a snapshot,
+    taken back by NORMAL"""
     candles, random = correlated(80, NAMES[:2], seed=seed % 1000), np.random.default_rng(seed)
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.95, max_participation=None, stops=NO_STOPS)
     environment = MarketEnv(prepare(candles, Observation(["return(1)"]), limits=limits))
@@ -257,7 +301,8 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
             assert allowed(state, "increase") or not increased.any()
             assert state < TradingState.FLATTEN or not after.any()
         for n, quantity in enumerate(decision.quantities):
-            if quantity: trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
+            if quantity:
+                trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
 
 
 README = {"none": (None, 0.)}
@@ -270,17 +315,21 @@ def defaults_of_readme():
         names, values, _ = line.strip("| ").split(" | ")
         for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True):
             number = re.match(r"[\d.]+", value)
-            found[name] = README[value] if value in README else (float(number[0]) / (100 if value[number.end():].startswith(" %") else 1),)
+            found[name] = (README[value] if value in README
+                           else (float(number[0]) / (100 if value[number.end():].startswith(" %") else 1),))
     return found
 
 
 def test_each_limit_is_said_once_and_the_same_everywhere():
-    "The line of a limit in settings, its line in tradelab.toml.example, its place in the README's table, its number in the row of compiled code"
+    """The line of a limit in settings, its line in tradelab.toml.example, its place in the README's table, its number
+    in the row of compiled code"""
     readme = defaults_of_readme()
     text = (ROOT / "tradelab.toml.example").read_text().partition("[risk]")[2]
-    for kind, section in ((Limits, text.partition("[risk.stops]")[0]), (Stops, text.partition("[risk.stops]")[2].partition("\n[")[0])):
+    for kind, section in ((Limits, text.partition("[risk.stops]")[0]),
+                          (Stops, text.partition("[risk.stops]")[2].partition("\n[")[0])):
         lines = dict(re.findall(r"^    (\w+):[^#\n]+# (.+)$", inspect.getsource(kind), re.M))
-        example = {name: (not off, value, words) for off, name, value, words in re.findall(r"^(# )?(\w+) = (\S+) *(?:# (.+))?$", section, re.M)}
+        example = {name: (not off, value, words) for off, name, value,
+                   words in re.findall(r"^(# )?(\w+) = (\S+) *(?:# (.+))?$", section, re.M)}
         for field in fields(kind):
             if field.name in ("sectors", "stops"): continue
             given, value, words = example[field.name]
@@ -297,22 +346,29 @@ def test_each_limit_is_said_once_and_the_same_everywhere():
 def test_each_limit_that_refuses_has_a_sentence_that_names_it():
     named = {name for reason in Reason for name in re.findall(r"[a-z_]+", reason.sentence(1., 1.))}
     limits = {field.name for field in fields(Limits) if field.name.startswith(("max_", "min_"))} | {"target_volatility"}
-    assert limits - named == {"max_position", "min_trade"}                     # what a target of 1 comes to, and one sentence for all that is too small
+    # what a target of 1 comes to, and one sentence for all that is too small
+    assert limits - named == {"max_position", "min_trade"}
 
 
-WATCHFUL = Limits(max_position=.4, max_leverage=.7, max_group=.5, max_net=.6, max_var=.02, target_volatility=.6, drawdown_from=.02, decay=.2, min_confidence=.2, stops=Stops(stop_loss=0., stop_atr=2., trailing_atr=3., atr_period=5, max_age=6))
+WATCHFUL = Limits(max_position=.4, max_leverage=.7, max_group=.5, max_net=.6, max_var=.02, target_volatility=.6,
+                  drawdown_from=.02, decay=.2, min_confidence=.2,
+                  stops=Stops(stop_loss=0., stop_atr=2., trailing_atr=3., atr_period=5, max_age=6))
 
 
 def test_every_driver_knows_the_same_of_the_market():
-    "Array, event and environment, with limits and stops that remember: the same bits; and a start in the middle forgets its beginning"
+    """Array, event and environment, with limits and stops that remember: the same bits; and a start in the middle
+    forgets its beginning"""
     pair = correlated(1_100, NAMES[:2], seed=5)
     face = dict(limits=WATCHFUL, keep_observations=True, baselines=())
     array, event = (backtest(turning(True), pair, engine=engine, **face) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
     reasons = set(np.unique(array.rows["reason"]).tolist())
-    assert {Reason.CONFIDENCE, Reason.VOLATILITY, Reason.TIME_STOP, Reason.STOP_LOSS, Reason.TRAILING_STOP, Reason.STOPPED_OUT, Reason.DRAWDOWN} <= reasons and reasons & {Reason.GROUP, Reason.LEVERAGE, Reason.VALUE_AT_RISK}
+    assert {Reason.CONFIDENCE, Reason.VOLATILITY, Reason.TIME_STOP, Reason.STOP_LOSS, Reason.TRAILING_STOP,
+            Reason.STOPPED_OUT, Reason.DRAWDOWN} <= reasons
+    assert reasons & {Reason.GROUP, Reason.LEVERAGE, Reason.VALUE_AT_RISK}
     start = next(iter(pair.values())).index[700]
-    late, early = (backtest(turning(True), {name: frame[cut:] for name, frame in pair.items()}, start=start, **face) for cut in (300, 0))
+    late, early = (backtest(turning(True), {name: frame[cut:] for name, frame in pair.items()}, start=start, **face)
+                   for cut in (300, 0))
     assert first_difference(late, early) is None
     plain = backtest(turning(), pair, **face | {"limits": replace(WATCHFUL, min_confidence=0.)})
     market = prepare(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
@@ -327,19 +383,24 @@ def test_every_driver_knows_the_same_of_the_market():
 
 def test_too_little_history_for_a_limit_is_refused():
     frame = realistic(300, seed=1)
-    with pytest.raises(ValueError, match="leaves 100 candles of warm-up, features and limits need 1667 to warm up|300 candles are too few, features and limits need 1667"): backtest(turning(), frame, start=frame.index[100], limits=Limits(max_var=.02))
-    with pytest.raises(ValueError, match="300 candles are too few: features, limits and costs need 1667"): prepare(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
+    with pytest.raises(ValueError, match="leaves 100 candles of warm-up, features and limits need 1667 to warm up|300 "
+                       "candles are too few, features and limits need 1667"):
+        backtest(turning(), frame, start=frame.index[100], limits=Limits(max_var=.02))
+    with pytest.raises(ValueError, match="300 candles are too few: features, limits and costs need 1667"):
+        prepare(frame, Observation(["return(1)"]), limits=Limits(max_var=.02))
 
 
 def test_stops_close_at_the_close_and_stay_out():
-    "A stop is a market order of the next candle; the side it closed is entered again only after the policy has asked for something else"
+    """A stop is a market order of the next candle; the side it closed is entered again only after the policy has asked
+    for something else"""
     result = backtest(turning(), realistic(2_000, seed=3), limits=Limits(stops=Stops(stop_loss=.01, take_profit=.02)))
     rows, frame = result.rows[:, 0], result.journal
     stopped = np.isin(rows["reason"], (Reason.STOP_LOSS, Reason.TAKE_PROFIT))
     assert stopped.sum() > 20 and (rows["order"][stopped] == -rows["position"][stopped]).all()
     for t in np.flatnonzero(stopped)[:-1]:
         side = np.sign(rows["position"][t])
-        out = np.argmax(np.append(rows["target"][t + 1:] * side <= 0, True)) # candles until the policy asks for something else
+        # candles until the policy asks for something else
+        out = np.argmax(np.append(rows["target"][t + 1:] * side <= 0, True))
         assert not (rows["order"][t + 1:t + 1 + out] * side > 0).any()
     last = frame[stopped].iloc[-1]
     assert f"{last['limit']:g}" in Reason(int(last["reason"])).sentence(last["value"], last["limit"])
@@ -347,17 +408,25 @@ def test_stops_close_at_the_close_and_stay_out():
 
 def test_a_price_off_the_mark_and_a_mark_that_is_unknown_are_refused():
     gate, candle = Gate(Limits(), [BITCOIN]), np.array([[100., 100, 100, 100, 1e6]])
-    decide = lambda marks: gate.decide(10**12, candle, np.ones(1), new_account(10_000.), np.zeros(1, POSITION), marks)[0].copy()
-    assert decide(None)["quantity"] > 0 and decide(np.array([94.]))["reason"] == Reason.PRICE_BAND and decide(np.array([np.nan]))["reason"] == Reason.UNKNOWN
+    decide = lambda marks: gate.decide(10**12, candle, np.ones(1), new_account(10_000.), np.zeros(1, POSITION),
+                                       marks)[0].copy()
+    assert decide(None)["quantity"] > 0
+    assert decide(np.array([94.]))["reason"] == Reason.PRICE_BAND
+    assert decide(np.array([np.nan]))["reason"] == Reason.UNKNOWN
 
 
 def test_the_day_ends_at_midnight():
     "What the day has lost keeps it closed, whatever the price does, until the next one"
-    gate, account, positions = Gate(Limits(max_position=1., stops=NO_STOPS), [BITCOIN]), new_account(10_000.), np.zeros(1, POSITION)
+    gate = Gate(Limits(max_position=1., stops=NO_STOPS), [BITCOIN])
+    account = new_account(10_000.)
+    positions = np.zeros(1, POSITION)
     day, reasons = 1_700_006_400_000 // 86_400_000 * 86_400_000, []
     for hour, price in enumerate((100., 100., 93., 99., *[99.] * 22)):
         if hour == 1: apply_fill(account, positions, 0, 80., 100., 0.)
         mark(account, positions, np.array([price]))
-        answer = gate.decide(day + hour * HOUR, np.array([[price, price, price, price, 1e6]]), np.ones(1), account, positions)
+        answer = gate.decide(day + hour * HOUR, np.array([[price, price, price, price, 1e6]]), np.ones(1), account,
+                             positions)
         reasons.append(Reason(answer["reason"][0]))
-    assert reasons[2:24] == [Reason.DAILY_LOSS] * 22 and reasons[1] is Reason.AS_ASKED and reasons[24] is not Reason.DAILY_LOSS
+    assert reasons[2:24] == [Reason.DAILY_LOSS] * 22
+    assert reasons[1] is Reason.AS_ASKED
+    assert reasons[24] is not Reason.DAILY_LOSS

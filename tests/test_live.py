@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from tradelab.compiled import compiled
 from tradelab.config import Venue
+from tradelab.errors import FeedError
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
@@ -25,8 +26,8 @@ from tradelab.journal import Reason
 from tradelab.live.broker import Answer, Broker, BrokerError
 from tradelab.live.ledger import Ledger
 from tradelab.live.orders import Outcome
-from tradelab.live.recorder import BadRecording, Recording, find_session, read, recorded_settings, replay, unproven
-from tradelab.live.session import BadFeed, RefusedStart, Session
+from tradelab.live.recorder import Recording, RecordingError, find_session, read, recorded_settings, replay, unproven
+from tradelab.live.session import Session, StartRefusedError
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
@@ -46,21 +47,25 @@ MARKET, HISTORY = ar1(140, seed=3), 40
 def localnet(symbols=(BITCOIN,), **options):
     candles = {symbol: ar1(140, seed=3 + n) for n, symbol in enumerate(symbols)}
     paid = {symbol: funding(frame, seed=n) for n, (symbol, frame) in enumerate(candles.items())}
-    return Localnet(candles, paid, [replace(LISTED, symbol=symbol) for symbol in symbols], CostModel(), start=int(times(MARKET)[HISTORY]), **options)
+    return Localnet(candles, paid, [replace(LISTED, symbol=symbol) for symbol in symbols], CostModel(),
+                    start=int(times(MARKET)[HISTORY]), **options)
 
 
 def venue(exchange, key="localnet-key", secret="localnet-secret"):
-    return Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr(key), SecretStr(secret))
+    return Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr(key),
+                 SecretStr(secret))
 
 
 def trader(symbols=(BITCOIN,), limits=Limits()):
     policy = Momentum(lookback=5, threshold=.005)
-    return Trader(policy, Observation.from_policy(policy), Gate, limits, tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
+    return Trader(policy, Observation.from_policy(policy), Gate, limits,
+                  tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
 
 
 def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
     ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
-    return Session(trader(symbols, limits), broker(venue(exchange, *keys)), ledger, folder / "sessions", **({"id": "momentum_test"} | options))
+    return Session(trader(symbols, limits), broker(venue(exchange, *keys)), ledger, folder / "sessions",
+                   **({"id": "momentum_test"} | options))
 
 
 def run(session, candles=None): return asyncio.run(session.run(candles))
@@ -82,10 +87,14 @@ def whole(tmp_path_factory):
 
 def test_orders_flow_and_the_books_agree_with_the_exchange_at_every_candle(whole):
     statistics, steps = whole["statistics"], whole["journal"]
-    assert statistics.candles == len(steps) == 80 and statistics.late == statistics.rejected == statistics.disagreements == 0
+    assert statistics.candles == len(steps) == 80
+    assert statistics.late == statistics.rejected == statistics.disagreements == 0
     assert (steps["order"] > 0).sum() > 5 and (steps["order"] < 0).sum() > 5
-    assert (steps["fill_quantity"] == steps["order"]).all() and statistics.orders == statistics.fills == (steps["order"] != 0).sum()
-    assert (steps["funding"] != 0).any() and np.isclose(steps["fee"].sum(), statistics.fees) and np.isclose(steps["funding"].sum(), statistics.funding)
+    assert (steps["fill_quantity"] == steps["order"]).all()
+    assert statistics.orders == statistics.fills == (steps["order"] != 0).sum()
+    assert (steps["funding"] != 0).any()
+    assert np.isclose(steps["fee"].sum(), statistics.fees)
+    assert np.isclose(steps["funding"].sum(), statistics.funding)
     assert set(whole["orders"].values()) == {1} and len(whole["orders"]) == statistics.orders
     assert list(times(steps)) == list(times(MARKET)[HISTORY:HISTORY + 80])
 
@@ -93,19 +102,29 @@ def test_orders_flow_and_the_books_agree_with_the_exchange_at_every_candle(whole
 def test_what_a_session_leaves(whole):
     folder = whole["folder"] / "sessions" / "momentum_test"
     table = pd.read_csv(folder / "journal.csv")
-    table.index = pd.DatetimeIndex(table.pop("open_time").to_numpy().astype("datetime64[ms]"), tz="UTC", name="open_time")
+    table.index = pd.DatetimeIndex(table.pop("open_time").to_numpy().astype("datetime64[ms]"), tz="UTC",
+                                   name="open_time")
     pd.testing.assert_frame_equal(table, whole["journal"], check_exact=True, check_dtype=False, check_index_type=False)
     status = json.loads((folder / "session.json").read_text())
     assert status["state"] == "stopped" and status["pid"] == os.getpid() and status["statistics"]["candles"] == 80
     kinds = Counter(line["kind"] for line in read(folder / "recording.zst"))
-    assert kinds["candle"] == kinds["decision"] == 80 and kinds["frame"] > 160 and kinds["fill"] == whole["statistics"].fills
+    assert kinds["candle"] == kinds["decision"] == 80
+    assert kinds["frame"] > 160
+    assert kinds["fill"] == whole["statistics"].fills
     assert Ledger(f"sqlite:///{whole['folder']}/tradelab.db").session("momentum_test")["state"] == "stopped"
     then = recorded_settings(find_session(whole["folder"] / "sessions", "latest") / "recording.zst")
-    assert then["policy"] == then["origin"] == "momentum(5,0.005)" and then["symbols"] == [BITCOIN] and Limits(**then["limits"]) == Limits() and then["deposit"] == 10_000
+    assert then["policy"] == then["origin"] == "momentum(5,0.005)"
+    assert then["symbols"] == [BITCOIN]
+    assert Limits(**then["limits"]) == Limits()
+    assert then["deposit"] == 10_000
     assert [Instrument(**each) for each in then["instruments"]] == [replace(LISTED, symbol=BITCOIN)]
     proven = Recording(folder / "recording.zst")
-    assert {line["kind"] for line in proven} >= {"recording", "start", "warm", "end"} and proven.ended and proven.decisions == 80 and unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
-    written = (folder / "session.json").read_text() + "".join(json.dumps(line) for line in read(folder / "recording.zst"))
+    assert {line["kind"] for line in proven} >= {"recording", "start", "warm", "end"}
+    assert proven.ended
+    assert proven.decisions == 80
+    assert unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
+    written = ((folder / "session.json").read_text() + "".join(json.dumps(line)
+                                                               for line in read(folder / "recording.zst")))
     assert "localnet-secret" not in written and "localnet-key" not in written and "listenKey" not in written
 
 
@@ -116,7 +135,9 @@ def test_replay_finds_no_difference_and_finds_a_planted_one(whole):
     candle = [line for line in lines if line["kind"] == "candle"][50]
     candle["candle"][0][3] = float(np.nextafter(candle["candle"][0][3], np.inf))
     found = first_difference(*replay(lines, trader()))
-    assert found.bar == pd.Timestamp(candle["open_time"], unit="ms", tz="UTC") and found.column == "close" and found.a != found.b
+    assert found.bar == pd.Timestamp(candle["open_time"], unit="ms", tz="UTC")
+    assert found.column == "close"
+    assert found.a != found.b
 
 
 def test_a_session_that_was_stopped_and_resumed_is_the_session_that_was_not(whole, tmp_path):
@@ -142,11 +163,14 @@ def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
     make = lambda: Trader(policy, Observation.from_policy(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
     with localnet() as exchange:
-        live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"), tmp_path / "sessions", id="momentum_test")
+        live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"),
+                       tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)
         held = {order["clientOrderId"]: order["origQty"] for order in exchange.exchange.orders}
     steps = journal(tmp_path)
-    assert statistics.orders > 50 and statistics.disagreements == statistics.rejected == 0 and set(live.ledger.events("momentum_test")["kind"]) == set()
+    assert statistics.orders > 50
+    assert statistics.disagreements == statistics.rejected == 0
+    assert set(live.ledger.events("momentum_test")["kind"]) == set()
     assert all(len(quantity.partition(".")[2]) <= 3 for quantity in held.values())
     assert np.allclose(steps["fill_quantity"], steps["order"], atol=1e-12) and (steps["position"] == 0).any()
     assert first_difference(*replay(recording(tmp_path), make())) is None
@@ -180,14 +204,17 @@ if {moment!r} == "intent":
     Ledger.intend = killed
 
 folder = Path({folder!r})
-venue = Venue("localnet", "a test", {url!r}, {url!r}.replace("http", "ws"), SecretStr("localnet-key"), SecretStr("localnet-secret"))
-session = Session(trader(), Killed(venue), Ledger(f"sqlite:///{{folder}}/tradelab.db"), folder / "sessions", id="momentum_test")
+venue = Venue("localnet", "a test", {url!r}, {url!r}.replace("http", "ws"),
+              SecretStr("localnet-key"), SecretStr("localnet-secret"))
+ledger = Ledger(f"sqlite:///{{folder}}/tradelab.db")
+session = Session(trader(), Killed(venue), ledger, folder / "sessions", id="momentum_test")
 asyncio.run(session.run(80))
 """
 
 
 def start(exchange, folder, moment="", nth=0):
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), url=exchange.url, moment=moment, nth=nth)
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), url=exchange.url, moment=moment,
+                           nth=nth)
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -201,8 +228,10 @@ def test_a_session_that_was_killed_neither_repeats_nor_loses_an_order(whole, tmp
         assert len(done) >= nth                                    # the recording of a killed session can be read
         run(session(exchange, tmp_path, id="", resume="momentum_test"), 80 - len(journal(tmp_path)))
         orders = orders_at(exchange)
-    attempts = Counter(name[-1] for name in orders)                # the one that was about to be sent is proven absent, and sent under its next name
-    assert Counter(name[:-1] for name in orders) == Counter(name[:-1] for name in whole["orders"]) and attempts["1"] == (moment == "before")
+    # the one that was about to be sent is proven absent, and sent under its next name
+    attempts = Counter(name[-1] for name in orders)
+    assert Counter(name[:-1] for name in orders) == Counter(name[:-1] for name in whole["orders"])
+    assert attempts["1"] == (moment == "before")
     assert first_difference(whole["journal"], journal(tmp_path)) is None
     recorded, recomputed = replay(recording(tmp_path), trader())
     assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
@@ -222,7 +251,8 @@ class Killed(Broker):
         if Killed.sent == 5: os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
-with localnet(memory=Path({folder!r}) / "localnet.jsonl") as exchange: run(session(exchange, Path({folder!r}), Killed), 80)
+with localnet(memory=Path({folder!r}) / "localnet.jsonl") as exchange:
+    run(session(exchange, Path({folder!r}), Killed), 80)
 """
 
 
@@ -237,7 +267,9 @@ def test_a_session_that_died_with_its_localnet_goes_on(whole, tmp_path):
     assert orders == whole["orders"] and first_difference(whole["journal"], journal(tmp_path)) is None
     proven = Recording(recording(tmp_path))
     recorded, recomputed = replay(proven, trader())
-    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None and unproven(proven, recorded, journal(tmp_path)) == ""
+    assert len(recorded) == 80
+    assert first_difference(recorded, recomputed) is None
+    assert unproven(proven, recorded, journal(tmp_path)) == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -249,7 +281,9 @@ def test_a_signal_ends_a_session_in_order(whole, tmp_path, number):
         assert json.loads(status.read_text())["pid"] == process.pid
         process.send_signal(number)
         said = process.communicate()[0]
-    assert process.returncode == 0 and "stopped: candles" in said and json.loads(status.read_text())["state"] == "stopped"
+    assert process.returncode == 0
+    assert "stopped: candles" in said
+    assert json.loads(status.read_text())["state"] == "stopped"
     steps = journal(tmp_path)
     assert 10 < len(steps) < 80 and first_difference(whole["journal"].iloc[:len(steps)], steps) is None
     assert len(replay(recording(tmp_path), trader())[0]) == len(steps)
@@ -257,8 +291,12 @@ def test_a_signal_ends_a_session_in_order(whole, tmp_path, number):
 
 class Slow(Broker):
     "Waits 100 ms before everything it says"
-    async def submit(self, order): await asyncio.sleep(.1); return await super().submit(order)
-    async def account(self): await asyncio.sleep(.1); return await super().account()
+    async def submit(self, order):
+        await asyncio.sleep(.1)
+        return await super().submit(order)
+    async def account(self):
+        await asyncio.sleep(.1)
+        return await super().account()
 
 
 def test_a_slow_client_does_the_same(whole, tmp_path):
@@ -294,17 +332,21 @@ def test_two_symbols(tmp_path):
         assert run(session(exchange, tmp_path, symbols=symbols, id="", resume="momentum_test"), 15).disagreements == 0
     steps = journal(tmp_path)
     assert statistics.disagreements == 0 and len(steps) == 60 and list(steps["symbol"][:2]) == list(symbols)
-    assert (steps["fill_quantity"] == steps["order"]).all() and first_difference(*replay(recording(tmp_path), trader(symbols))) is None
+    assert (steps["fill_quantity"] == steps["order"]).all()
+    assert first_difference(*replay(recording(tmp_path), trader(symbols))) is None
 
 
 class Mute(Broker):
     "Loses every order of Bitcoin, and never tells what became of it"
-    async def submit(self, order): return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().submit(order)
-    async def query(self, order): return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().query(order)
+    async def submit(self, order):
+        return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().submit(order)
+    async def query(self, order):
+        return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().query(order)
 
 
 def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path):
-    "With `max_positions` of 1, nothing else is opened while nobody knows what became of it; the replay decides the same"
+    """With `max_positions` of 1, nothing else is opened while nobody knows what became of it; the replay decides the
+    same"""
     symbols, limits = (BITCOIN, ETHER), Limits(max_positions=1)
     with localnet(symbols) as exchange: run(session(exchange, tmp_path, Mute, symbols, limits, patience=.2), 25)
     steps, lines = journal(tmp_path), list(read(recording(tmp_path)))
@@ -313,12 +355,15 @@ def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path):
     ether, after = steps[steps["symbol"] == ETHER], steps.index > first
     assert (steps["reason"][after & (steps["symbol"] == ETHER)] == Reason.MAX_POSITIONS).any()
     assert not (ether["order"][ether["position"] == 0][first:].iloc[1:] != 0).any()
-    assert {tuple(line["working"]) for line in lines if line["kind"] == "candle" and "working" in line} == {(True, False)}
+    assert {tuple(line["working"]) for line in lines if line["kind"] == "candle" and "working" in line} == {(True,
+        False)}
     make = lambda: trader(symbols, limits)
     assert first_difference(*replay(lines, make())) is None
-    assert first_difference(*replay([{name: value for name, value in line.items() if name != "working"} for line in lines], make())) is not None
+    assert first_difference(*replay([{name: value for name, value in line.items() if name != "working"}
+                                     for line in lines], make())) is not None
     for wrong in ([True], [1, 0], "yes"):
-        with pytest.raises(BadRecording, match="working is"): replay([line | {"working": wrong} if line["kind"] == "candle" else line for line in lines], make())
+        with pytest.raises(RecordingError, match="working is"):
+            replay([line | {"working": wrong} if line["kind"] == "candle" else line for line in lines], make())
 
 
 def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):
@@ -339,15 +384,18 @@ def refused(error, match, live, folder):
 
 def test_wrong_keys_are_one_sentence_without_the_key(tmp_path):
     with localnet() as exchange:
-        said = refused(BrokerError, "localnet refuses these keys .*: check localnet_key and localnet_secret", session(exchange, tmp_path, keys=("somebody", "localnet-secret")), tmp_path)
+        said = refused(BrokerError, "localnet refuses these keys .*: check localnet_key and localnet_secret",
+                       session(exchange, tmp_path, keys=("somebody", "localnet-secret")), tmp_path)
         assert "somebody" not in said
-        said = refused(BrokerError, "localnet refuses these keys .-1022", session(exchange, tmp_path, keys=("localnet-key", "guessed-secret")), tmp_path)
+        said = refused(BrokerError, "localnet refuses these keys .-1022",
+                       session(exchange, tmp_path, keys=("localnet-key", "guessed-secret")), tmp_path)
         assert "guessed" not in said and "localnet-key" not in said and "signature=" not in said
 
 
 def test_a_symbol_that_the_exchange_does_not_list(tmp_path):
     with localnet() as exchange:
-        refused(BrokerError, "localnet does not list 'BTC/USDC:USDC': did you mean BTC/USDT:USDT", session(exchange, tmp_path, symbols=("BTC/USDC:USDC",)), tmp_path)
+        refused(BrokerError, "localnet does not list 'BTC/USDC:USDC': did you mean BTC/USDT:USDT",
+                session(exchange, tmp_path, symbols=("BTC/USDC:USDC",)), tmp_path)
 
 
 def test_a_position_that_the_ledger_does_not_explain(tmp_path):
@@ -358,7 +406,8 @@ def test_a_position_that_the_ledger_does_not_explain(tmp_path):
 
     with localnet() as exchange:
         asyncio.run(buy(Broker(venue(exchange))))
-        refused(RefusedStart, "the exchange holds 0.1 BTC/USDT:USDT, the ledger explains 0.0: close the difference by hand", session(exchange, tmp_path), tmp_path)
+        refused(StartRefusedError, "the exchange holds 0.1 BTC/USDT:USDT, the ledger explains 0.0: close the "
+                "difference by hand", session(exchange, tmp_path), tmp_path)
 
 
 def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path):
@@ -378,7 +427,9 @@ def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path)
         resumed = session(exchange, tmp_path, id="", resume="momentum_test")
         run(resumed, 1)
     events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
-    assert "foreign" in set(events["kind"]) and len(journal(tmp_path)) == len(before) + 1 and resumed.statistics.disagreements == 0
+    assert "foreign" in set(events["kind"])
+    assert len(journal(tmp_path)) == len(before) + 1
+    assert resumed.statistics.disagreements == 0
 
 
 def test_more_money_or_less_than_the_trader_was_given(tmp_path):
@@ -387,26 +438,33 @@ def test_more_money_or_less_than_the_trader_was_given(tmp_path):
         assert run(live, 10).disagreements == 0 and live.reserve == 5_000
         assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 10).disagreements == 0
     with localnet(deposit=500.) as exchange:
-        with pytest.raises(RefusedStart, match="the account holds 500.00 USDT, the trader was given 10,000.00: lower its deposit"): run(session(exchange, tmp_path, id="poor"), 5)
+        with pytest.raises(StartRefusedError, match="the account holds 500.00 USDT, the trader was given 10,000.00: "
+                           "lower its deposit"):
+            run(session(exchange, tmp_path, id="poor"), 5)
 
 
 def test_a_session_is_resumed_as_it_was(tmp_path):
     with localnet((BITCOIN, ETHER)) as exchange:
         run(session(exchange, tmp_path), 3)
-        with pytest.raises(RefusedStart, match="has symbols .* resume it as it was, or start a new one"): run(session(exchange, tmp_path, symbols=(ETHER,), id="", resume="momentum_test"))
+        with pytest.raises(StartRefusedError, match="has symbols .* resume it as it was, or start a new one"):
+            run(session(exchange, tmp_path, symbols=(ETHER,), id="", resume="momentum_test"))
         with pytest.raises(ValueError, match="is in the ledger already: resume it"): run(session(exchange, tmp_path), 1)
-        with pytest.raises(KeyError, match="knows no session 'another'"): run(session(exchange, tmp_path, id="", resume="another"), 1)
+        with pytest.raises(KeyError, match="knows no session 'another'"):
+            run(session(exchange, tmp_path, id="", resume="another"), 1)
 
 
 def test_too_little_history(tmp_path):
     market = {BITCOIN: MARKET}
     with Localnet(market, start=int(times(MARKET)[3])) as exchange:
-        with pytest.raises(RefusedStart, match="localnet has 3 closed candles of BTC/USDT:USDT, policy momentum.* needs"): run(session(exchange, tmp_path), 5)
+        with pytest.raises(StartRefusedError, match="localnet has 3 closed candles of BTC/USDT:USDT, policy "
+                           "momentum.* needs"):
+            run(session(exchange, tmp_path), 5)
 
 
 def test_a_timeframe_that_the_exchange_does_not_have(tmp_path):
     with localnet() as exchange:
-        with pytest.raises((BrokerError, RefusedStart, BadFeed)): run(session(exchange, tmp_path, timeframe="4h", patience=3.), 5)
+        with pytest.raises((BrokerError, StartRefusedError, FeedError)):
+            run(session(exchange, tmp_path, timeframe="4h", patience=3.), 5)
 
 
 def test_stop_from_another_thread(tmp_path):

@@ -19,7 +19,7 @@ from tradelab import command
 from tradelab.account import funding_amount, wallet
 from tradelab.events import OPEN
 from tradelab.instruments import BITCOIN
-from tradelab.localnet.server import Localnet, PortInUse, milliseconds_now
+from tradelab.localnet.server import Localnet, PortInUseError, milliseconds_now
 from tradelab.market.candles import frame
 from tradelab.settings import CostModel
 from tradelab.sim.costs import CONDITION, market_fill
@@ -34,16 +34,20 @@ def walk(length, level, seed, tick):
     close = np.round(level * np.exp(np.cumsum(random.normal(0, .01, length))) / tick) * tick
     opened = np.concatenate([[level], close[:-1]]) + tick
     high, low = np.maximum(opened, close) + 3 * tick, np.minimum(opened, close) - 3 * tick
-    return frame(FIRST + np.arange(length) * HOUR, np.round(np.stack([opened, high, low, close, random.uniform(1, 9, length)], 1), 6))
+    return frame(FIRST + np.arange(length) * HOUR,
+                 np.round(np.stack([opened, high, low, close, random.uniform(1, 9, length)], 1), 6))
 
 
 USUAL = np.array([(CostModel().slippage, 0., np.inf)], CONDITION)[0]
 CANDLES = {BTC: walk(40, 20_000., 1, .1), ETH: walk(40, 1_500., 2, .01)}
-FUNDING = {BTC: pd.Series([.0001, -.0003, .0002, .0004], pd.to_datetime(FIRST + np.arange(1, 5) * 8 * HOUR, unit="ms", utc=True))}
+FUNDING = {BTC: pd.Series([.0001, -.0003, .0002, .0004], pd.to_datetime(FIRST + np.arange(1, 5) * 8 * HOUR, unit="ms",
+    utc=True))}
 INSTRUMENTS = {ETH: replace(BITCOIN, symbol=ETH, price_tick=.01, min_notional=20.)}
 
 
-def localnet(**options): return Localnet(**{"candles": CANDLES, "funding": FUNDING, "instruments": INSTRUMENTS, "start": FIRST + 6 * HOUR} | options)
+def localnet(**options):
+    return Localnet(**{"candles": CANDLES, "funding": FUNDING, "instruments": INSTRUMENTS, "start": FIRST + 6 * HOUR}
+                    | options)
 
 
 class Client(ccxt.pro.binanceusdm):
@@ -58,7 +62,8 @@ class Client(ccxt.pro.binanceusdm):
         self.exceptions["exact"].update(self.exceptions["linear"]["exact"])
 
     def handle_message(self, client, message):
-        if isinstance(message, dict) and message.get("k", {}).get("x"): self.closed.put_nowait((message["k"]["t"], message["k"]["s"]))
+        if isinstance(message, dict) and message.get("k", {}).get("x"):
+            self.closed.put_nowait((message["k"]["t"], message["k"]["s"]))
         self.heard.append(message)
         super().handle_message(client, message)
 
@@ -78,11 +83,13 @@ def sim(venue): return json.loads(urlopen(f"{venue.url}/_sim/state").read())
 async def connect(client, symbols=(BTC, ETH)):
     "Both streams open, the first frame seen; then ready"
     pairs = [[symbol, "1h"] for symbol in symbols]
-    client.held = [asyncio.ensure_future(hold(watch)) for watch in (lambda: client.watch_ohlcv_for_symbols(pairs), client.watch_orders)]
+    client.held = [asyncio.ensure_future(hold(watch)) for watch in (lambda: client.watch_ohlcv_for_symbols(pairs),
+        client.watch_orders)]
     while True:
         await asyncio.sleep(.01)
         kinds = [isinstance(message, dict) and "k" in message for message in client.heard]
-        user = [socket for url, socket in client.clients.items() if "/private" in url and socket.connection and not socket.connection.closed]
+        user = [socket for url, socket in client.clients.items() if "/private" in url and socket.connection
+                and not socket.connection.closed]
         if sum(kinds) >= len(symbols) and user: return
 
 
@@ -103,23 +110,29 @@ def test_public_market_data():
         some = await client.fetch_ohlcv(BTC, "1h", since=FIRST + HOUR, limit=2)
         return await client.fetch_ohlcv(BTC, "1h"), some, await client.fetch_funding_rate(BTC), client.market(ETH)
     with localnet() as venue: rows, part, funding, market = visit(venue, talk)
-    assert [row[0] for row in rows] == [FIRST + n * HOUR for n in range(7)] and [row[0] for row in part] == [FIRST + HOUR, FIRST + 2 * HOUR]
+    assert [row[0] for row in rows] == [FIRST + n * HOUR for n in range(7)]
+    assert [row[0] for row in part] == [FIRST + HOUR, FIRST + 2 * HOUR]
     assert np.array_equal([row[1:] for row in rows[:-1]], CANDLES[BTC].to_numpy()[:6])                # the very bits
-    assert rows[-1][1:] == [CANDLES[BTC].iloc[6, OPEN]] * 4 + [0]                                    # forming: only its open
+    assert rows[-1][1:] == [CANDLES[BTC].iloc[6, OPEN]] * 4 + [0] # forming: only its open
     assert funding["markPrice"] == CANDLES[BTC]["close"].iloc[5] and funding["fundingTimestamp"] == FIRST + 8 * HOUR
-    assert market["precision"] == {**market["precision"], "amount": .001, "price": .01} and market["limits"]["cost"]["min"] == 20
+    assert market["precision"] == {**market["precision"], "amount": .001, "price": .01}
+    assert market["limits"]["cost"]["min"] == 20
 
 
 def test_account_and_settings():
     async def talk(client):
         balance, positions = await client.fetch_balance(), await client.fetch_positions()
         assert balance["USDT"]["total"] == 10_000 and positions == []
-        assert (await client.set_leverage(5, BTC))["leverage"] == 5 and (await client.fetch_leverage(BTC))["longLeverage"] == 5
+        assert (await client.set_leverage(5, BTC))["leverage"] == 5
+        assert (await client.fetch_leverage(BTC))["longLeverage"] == 5
         assert (await client.fetch_position_mode(BTC))["hedged"] is False
         assert (await client.fetch_trading_fee(BTC))["taker"] == .0005
-        with pytest.raises(ccxt.BadRequest, match="Leverage 500 is not valid"): await client.fapiPrivatePostLeverage({"symbol": "BTCUSDT", "leverage": 500})
-        with pytest.raises(ccxt.MarginModeAlreadySet): await client.fapiPrivatePostMarginType({"symbol": "BTCUSDT", "marginType": "CROSSED"})
-        with pytest.raises(ccxt.BaseError, match="localnet keeps cross margin"): await client.set_margin_mode("isolated", BTC)
+        with pytest.raises(ccxt.BadRequest, match="Leverage 500 is not valid"):
+            await client.fapiPrivatePostLeverage({"symbol": "BTCUSDT", "leverage": 500})
+        with pytest.raises(ccxt.MarginModeAlreadySet):
+            await client.fapiPrivatePostMarginType({"symbol": "BTCUSDT", "marginType": "CROSSED"})
+        with pytest.raises(ccxt.BaseError, match="localnet keeps cross margin"):
+            await client.set_margin_mode("isolated", BTC)
         with pytest.raises(ccxt.BaseError, match="-4059"): await client.set_position_mode(False)
     with localnet() as venue: visit(venue, talk)
 
@@ -128,23 +141,33 @@ def test_market_orders():
     async def talk(client):
         await client.load_markets()
         bought = await client.create_order(BTC, "market", "buy", .1, params={"clientOrderId": "tl-1"})
-        assert bought["status"] == "closed" and bought["filled"] == .1 and bought["clientOrderId"] == "tl-1" and bought["average"] is None
+        assert bought["status"] == "closed"
+        assert bought["filled"] == .1
+        assert bought["clientOrderId"] == "tl-1"
+        assert bought["average"] is None
         found = await client.fetch_order(None, BTC, {"origClientOrderId": "tl-1"})
-        assert found["id"] == bought["id"] == "1" and (await client.fetch_order("1", BTC))["average"] == found["average"]
+        assert found["id"] == bought["id"] == "1"
+        assert (await client.fetch_order("1", BTC))["average"] == found["average"]
         held = (await client.fetch_positions())[0]
         assert held["contracts"] == .1 and held["side"] == "long" and held["entryPrice"] == found["average"]
-        sold = await client.create_order(BTC, "market", "sell", .3, params={"reduceOnly": True})                # shrinks to what is held
+        # shrinks to what is held
+        sold = await client.create_order(BTC, "market", "sell", .3, params={"reduceOnly": True})
         assert sold["filled"] == .1 and await client.fetch_positions() == []
-        await client.create_order(ETH, "market", "sell", 1, params={"clientOrderId": "tl-1"})                   # the id of a filled order may come again
+        # the id of a filled order may come again
+        await client.create_order(ETH, "market", "sell", 1, params={"clientOrderId": "tl-1"})
         assert (await client.fetch_order(None, ETH, {"origClientOrderId": "tl-1"}))["id"] == "3"
         assert (await client.fetch_positions())[0]["side"] == "short"
         trades, orders = await client.fetch_my_trades(BTC), await client.fetch_orders(BTC)
-        assert [trade["side"] for trade in trades] == ["buy", "sell"] and [order["id"] for order in orders] == ["1", "2"] and await client.fetch_open_orders(BTC) == []
+        assert [trade["side"] for trade in trades] == ["buy", "sell"]
+        assert [order["id"] for order in orders] == ["1", "2"]
+        assert await client.fetch_open_orders(BTC) == []
         return found["average"], trades[0]
     with localnet() as venue:
         price, trade = visit(venue, talk)
         expected, fee = market_fill(.1, CANDLES[BTC].iloc[6, OPEN], 0., USUAL, CostModel().row()[()], BITCOIN.row()[()])
-    assert price == trade["price"] == expected and trade["fee"]["cost"] == fee and trade["timestamp"] == FIRST + 6 * HOUR
+    assert price == trade["price"] == expected
+    assert trade["fee"]["cost"] == fee
+    assert trade["timestamp"] == FIRST + 6 * HOUR
 
 
 def test_orders_that_are_refused():
@@ -156,7 +179,9 @@ def test_orders_that_are_refused():
         await refused(ccxt.InvalidOrder, "-2022", BTC, "market", "sell", .1, reduceOnly=True)
         await refused(ccxt.InvalidOrder, "-4164.*no smaller than 100", BTC, "market", "buy", .001)
         async def raw(kind, code, **change):
-            with pytest.raises(kind, match=code): await client.fapiPrivatePostOrder({"symbol": "BTCUSDT", "side": "BUY", "type": "MARKET", "quantity": "1"} | change)
+            with pytest.raises(kind, match=code):
+                await client.fapiPrivatePostOrder({"symbol": "BTCUSDT", "side": "BUY", "type": "MARKET",
+                                                   "quantity": "1"} | change)
         await raw(ccxt.BadRequest, "-1116", type="LIMIT", price="20000")
         await raw(ccxt.BaseError, "-4120", type="STOP_MARKET")
         await raw(ccxt.BadSymbol, "-1121", symbol="NOUSDT")
@@ -197,15 +222,20 @@ def test_events_of_a_fill_arrive_in_order():
         await asyncio.sleep(0)
         await client.create_order(BTC, "market", "buy", .1, params={"clientOrderId": "tl-1"})
         total = (await balance)["USDT"]["total"]
-        while not [message for message in client.heard if message.get("e") == "ORDER_TRADE_UPDATE" and message["o"]["X"] == "FILLED"]: await asyncio.sleep(.01)
+        while not [message for message in client.heard if message.get("e") == "ORDER_TRADE_UPDATE"
+                   and message["o"]["X"] == "FILLED"]:
+            await asyncio.sleep(.01)
         disconnect(client)
         return total, [message for message in client.heard if message.get("e", "kline") != "kline"]
     with localnet() as venue:
         total, events = visit(venue, talk)
-        assert [event["e"] for event in events] == ["ORDER_TRADE_UPDATE", "TRADE_LITE", "ACCOUNT_UPDATE", "ORDER_TRADE_UPDATE"]
+        assert [event["e"] for event in events] == ["ORDER_TRADE_UPDATE", "TRADE_LITE", "ACCOUNT_UPDATE",
+                                                    "ORDER_TRADE_UPDATE"]
         trade = events[-1]["o"]
-        assert (trade["c"], trade["x"], trade["l"], trade["N"]) == ("tl-1", "TRADE", "0.1", "USDT") and events[-1]["T"] == FIRST + 6 * HOUR
-        assert np.isclose(total, 10_000 - float(trade["n"]), rtol=0, atol=1e-8) and len(trade["n"].partition(".")[2]) == 8
+        assert (trade["c"], trade["x"], trade["l"], trade["N"]) == ("tl-1", "TRADE", "0.1", "USDT")
+        assert events[-1]["T"] == FIRST + 6 * HOUR
+        assert np.isclose(total, 10_000 - float(trade["n"]), rtol=0, atol=1e-8)
+        assert len(trade["n"].partition(".")[2]) == 8
 
 
 @pytest.mark.parametrize("sleep", [0., .1])
@@ -224,10 +254,12 @@ def test_lockstep_gives_every_candle_once_and_in_order(sleep):
         return seen
     with localnet() as venue:
         seen, state = visit(venue, talk), sim(venue)
-        assert seen == [(FIRST + (6 + n) * HOUR, name) for n in range(len(seen) // 2) for name in ("BTCUSDT", "ETHUSDT")]
-        opens = CANDLES[BTC].iloc[7:, OPEN]                                  # decided at a close, filled at the next open
+        assert seen == [(FIRST + (6 + n) * HOUR, name) for n in range(len(seen) // 2)
+                        for name in ("BTCUSDT", "ETHUSDT")]
+        opens = CANDLES[BTC].iloc[7:, OPEN] # decided at a close, filled at the next open
         for n, order in enumerate(venue.exchange.orders):
-            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL, CostModel().row()[()], BITCOIN.row()[()])
+            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL,
+                                      CostModel().row()[()], BITCOIN.row()[()])
             assert float(order["avgPrice"]) == expected and order["time"] == FIRST + (7 + n) * HOUR
         assert state["sent"] == len(seen) // 2 and state["closed"] == 6 + len(seen) // 2 and not state["finished"]
 
@@ -248,19 +280,26 @@ def test_money_adds_up_with_funding():
     with localnet() as venue:
         incomes, account, heard, history = visit(venue, talk)
         assert venue.finished.wait(5) and sim(venue)["finished"]
-        assert np.isclose(sum(float(row["income"]) for row in incomes), float(account["totalWalletBalance"]), rtol=0, atol=1e-6)
-        assert np.isclose(float(account["totalMarginBalance"]), float(account["totalWalletBalance"]) + float(account["totalUnrealizedProfit"]), rtol=0, atol=1e-7)
+        assert np.isclose(sum(float(row["income"]) for row in incomes), float(account["totalWalletBalance"]), rtol=0,
+                          atol=1e-6)
+        assert np.isclose(float(account["totalMarginBalance"]), float(account["totalWalletBalance"])
+                          + float(account["totalUnrealizedProfit"]), rtol=0, atol=1e-7)
         assert account["totalWalletBalance"] == f"{wallet(venue.exchange.account):.8f}"
     paid = [event for event in heard if event.get("e") == "ACCOUNT_UPDATE" and event["a"]["m"] == "FUNDING_FEE"]
-    assert [update["T"] for update in paid] == [FIRST + 8 * n * HOUR for n in range(1, 5)] == [row["timestamp"] for row in history]
-    assert [update["a"]["B"][0]["bc"] for update in paid] == [row["info"]["income"] for row in history] and all(update["a"]["S"] == "BTCUSDT" for update in paid)
-    held, close = .2 + .05, CANDLES[BTC]["close"].iloc[7]                    # funding at 08:00 is valued at the close of the candle of 07:00
+    assert [update["T"] for update in paid] == [FIRST + 8 * n * HOUR for n in range(1, 5)] == [row["timestamp"]
+        for row in history]
+    assert [update["a"]["B"][0]["bc"] for update in paid] == [row["info"]["income"] for row in history]
+    assert all(update["a"]["S"] == "BTCUSDT" for update in paid)
+    held = .2 + .05
+    close = CANDLES[BTC]["close"].iloc[7] # funding at 08:00 is valued at the close of the candle of 07:00
     assert float(history[0]["info"]["income"]) == funding_amount(held, close, .0001)
     money, told = 10_000., 10_000.
     for event in (event for event in heard if event.get("e") in ("ACCOUNT_UPDATE", "ORDER_TRADE_UPDATE")):
-        if event["e"] == "ACCOUNT_UPDATE": told, money = float(event["a"]["B"][0]["wb"]), money + float(event["a"]["B"][0]["bc"])
+        if event["e"] == "ACCOUNT_UPDATE":
+            told, money = float(event["a"]["B"][0]["wb"]), money + float(event["a"]["B"][0]["bc"])
         elif event["o"]["x"] == "TRADE": money += float(event["o"]["rp"]) - float(event["o"]["n"])
-        if event.get("o", {}).get("x") == "TRADE" or event.get("a", {}).get("m") == "FUNDING_FEE": assert np.isclose(money, told, rtol=0, atol=1e-6)
+        if event.get("o", {}).get("x") == "TRADE" or event.get("a", {}).get("m") == "FUNDING_FEE":
+            assert np.isclose(money, told, rtol=0, atol=1e-6)
 
 
 def test_the_market_waits_between_two_sessions():
@@ -276,7 +315,7 @@ def test_the_market_waits_between_two_sessions():
     async def only_look(client): return await client.fetch_balance()
     with localnet() as venue:
         first = visit(venue, three)
-        for _ in range(3): visit(venue, only_look)                           # account calls without streams let nothing close
+        for _ in range(3): visit(venue, only_look) # account calls without streams let nothing close
         assert first + visit(venue, three) == [FIRST + (6 + n) * HOUR for n in range(6)]
 
 
@@ -299,7 +338,8 @@ def test_out_of_lockstep_candles_come_by_the_clock():
         seen = [await client.closed.get() for _ in range(10)]
         disconnect(client)
         return seen
-    with localnet(interval_ms=5) as venue: assert [time for time, _ in visit(venue, talk)[::2]] == [FIRST + (6 + n) * HOUR for n in range(5)]
+    with localnet(interval_ms=5) as venue:
+        assert [time for time, _ in visit(venue, talk)[::2]] == [FIRST + (6 + n) * HOUR for n in range(5)]
 
 
 def test_a_listen_key_lives_until_it_is_closed():
@@ -312,7 +352,8 @@ def test_a_listen_key_lives_until_it_is_closed():
         while venue.service.streams.session.is_set(): await asyncio.sleep(.01)
         disconnect(client)
         assert await client.fapiPrivatePostListenKey() != first
-        async with client.session.ws_connect(venue.url.replace("http", "ws") + "/private/ws?listenKey=nobody") as socket:
+        async with client.session.ws_connect(venue.url.replace("http", "ws")
+                                             + "/private/ws?listenKey=nobody") as socket:
             await socket.receive()
             assert socket.close_code == 1008
     with localnet() as venue: visit(venue, talk)
@@ -321,16 +362,19 @@ def test_a_listen_key_lives_until_it_is_closed():
 def test_all_paths_of_sockets():
     async def talk(client):
         await client.load_markets()
-        base, hello = venue.url.replace("http", "ws"), {"method": "SUBSCRIBE", "params": ["btcusdt@kline_1h"], "id": "x"}
+        base = venue.url.replace("http", "ws")
+        hello = {"method": "SUBSCRIBE", "params": ["btcusdt@kline_1h"], "id": "x"}
         key = (await client.fapiPrivatePostListenKey())["listenKey"]
-        for path in ("/ws", "/ws/", "/ws/any/tail", "/market/ws/0", "/public/ws/2", f"/private/ws?listenKey={key}", f"/ws/{key}", "/market/stream",
+        for path in ("/ws", "/ws/", "/ws/any/tail", "/market/ws/0", "/public/ws/2", f"/private/ws?listenKey={key}",
+                     f"/ws/{key}", "/market/stream",
                      "/stream?streams=ethusdt@markPrice"):
             async with client.session.ws_connect(base + path) as socket:
                 if "streams=" in path: assert (await socket.receive_json())["data"]["e"] == "markPriceUpdate"
                 await socket.send_json(hello)
                 assert await socket.receive_json() == {"result": None, "id": "x"}
                 event = await socket.receive_json()
-                assert (event["stream"] == "btcusdt@kline_1h" and event["data"]["k"]["x"] is False) if "/stream" in path else event["k"]["t"] == FIRST + 6 * HOUR
+                assert ((event["stream"] == "btcusdt@kline_1h" and event["data"]["k"]["x"] is False)
+                        if "/stream" in path else event["k"]["t"] == FIRST + 6 * HOUR)
                 await socket.send_json({"method": "UNSUBSCRIBE", "params": ["btcusdt@kline_1h"], "id": 2})
                 await socket.send_json({"method": "SUBSCRIBE", "params": ["btcusdt@depth"], "id": 3})
                 assert (await socket.receive_json())["id"] == 2 and (await socket.receive_json())["error"]["code"] == 2
@@ -341,7 +385,8 @@ def test_the_same_requests_get_the_same_replies():
     async def talk(client):
         await client.load_markets()
         order = {"symbol": "BTCUSDT", "type": "MARKET", "newOrderRespType": "RESULT"}
-        orders = [await client.fapiPrivatePostOrder(order | {"side": side, "quantity": size, "newClientOrderId": side}) for side, size in (("BUY", "0.1"), ("SELL", "0.25"))]
+        orders = [await client.fapiPrivatePostOrder(order | {"side": side, "quantity": size, "newClientOrderId": side})
+                  for side, size in (("BUY", "0.1"), ("SELL", "0.25"))]
         trades = await client.fapiPrivateGetUserTrades({"symbol": "BTCUSDT"})
         return *orders, trades, await client.fapiPrivateV3GetAccount(), await client.fapiPrivatePostListenKey()
     runs = []
@@ -360,7 +405,7 @@ def test_the_classic_profile_still_tells_the_price():
 def test_bad_input_and_a_clean_end():
     with localnet() as venue:
         in_use = f"port {venue.port} on 127.0.0.1 is in use: stop what listens there, or choose another port"
-        with pytest.raises(PortInUse, match=in_use), localnet(port=venue.port): pass
+        with pytest.raises(PortInUseError, match=in_use), localnet(port=venue.port): pass
         with pytest.raises(HTTPError) as unknown: urlopen(f"{venue.url}/fapi/v1/klines?symbol=XYZUSDT&interval=1h")
         assert json.loads(unknown.value.read()) == {"code": -1121, "msg": "Invalid symbol."}
     assert not [thread for thread in threading.enumerate() if thread.name == "localnet"]
@@ -382,7 +427,8 @@ def test_who_serves_a_localnet_ends_when_its_market_fails(monkeypatch):
 
 def test_in_the_foreground_until_a_signal():
     program = "from test_localnet import localnet; localnet().run_forever()"
-    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                          text=True) as process:
         url = process.stdout.readline().split()[3]
         assert json.loads(urlopen(f"{url}/fapi/v1/ping").read()) == {}
         process.send_signal(signal.SIGTERM)
@@ -425,17 +471,21 @@ FILTERS = "symbols.filters"                    # the example merges all filters 
 
 def differences(example, served, where=""):
     "Fields of the example that are missing, or of another JSON type"
-    if type(example) is not type(served) and not {type(example), type(served)} <= {int, float}: return [f"{where}: {type(served).__name__}, not {type(example).__name__}"]
+    if type(example) is not type(served) and not {type(example), type(served)} <= {int, float}:
+        return [f"{where}: {type(served).__name__}, not {type(example).__name__}"]
     if isinstance(example, list) and example and served: return differences(example[0], served[0], where)
-    if isinstance(example, list): return [] if not example or where.endswith(("Filters", "SubType")) else [f"{where}: empty"]
+    if isinstance(example, list):
+        return [] if not example or where.endswith(("Filters", "SubType")) else [f"{where}: empty"]
     if not isinstance(example, dict) or where.endswith(FILTERS): return []
     return [problem for name, value in example.items() if name not in NOT_HERE
-            for problem in ([f"{where}.{name}: missing"] if name not in served else differences(value, served[name], f"{where}.{name}"))]
+            for problem in ([f"{where}.{name}: missing"] if name not in served else differences(value, served[name],
+        f"{where}.{name}"))]
 
 
 @pytest.fixture(scope="module")
 def fixtures(shared):
-    if not (shared / "fixtures/binance").exists(): pytest.skip(f"Binance's examples are absent: {shared / 'fixtures/binance'}")
+    if not (shared / "fixtures/binance").exists():
+        pytest.skip(f"Binance's examples are absent: {shared / 'fixtures/binance'}")
     return shared / "fixtures/binance"
 
 
@@ -461,7 +511,8 @@ def test_events_have_the_fields_and_types_of_the_schemas(fixtures):
     def problems(event, model):
         fields = {name: kind for name, (kind, _) in schemas[model].items() if kind in kinds}
         missing = [name for name in fields if name not in event and name not in optional]
-        return missing + [name for name, kind in fields.items() if not isinstance(event.get(name, kinds[kind]()), kinds[kind])]
+        return (missing + [name for name, kind in fields.items() if not isinstance(event.get(name, kinds[kind]()),
+            kinds[kind])])
 
     async def talk(client):
         await connect(client)
@@ -473,8 +524,11 @@ def test_events_have_the_fields_and_types_of_the_schemas(fixtures):
         return client.heard
     with localnet() as venue: heard = visit(venue, talk)
     events = {event["e"]: event for event in heard if "e" in event}
-    assert problems(events["kline"], "KlineCandlestickStreamsResponse") == problems(events["kline"]["k"], "KlineCandlestickStreamsResponseK") == []
-    assert problems(events["ORDER_TRADE_UPDATE"]["o"], "OrderTradeUpdateO") == problems(events["TRADE_LITE"], "TradeLite") == []
+    assert problems(events["kline"], "KlineCandlestickStreamsResponse") == problems(events["kline"]["k"],
+        "KlineCandlestickStreamsResponseK") == []
+    assert problems(events["ORDER_TRADE_UPDATE"]["o"], "OrderTradeUpdateO") == problems(events["TRADE_LITE"],
+        "TradeLite") == []
     update = events["ACCOUNT_UPDATE"]["a"]
-    assert problems(update["B"][0], "AccountUpdateABInner") == problems(update["P"][0], "AccountUpdateAPInner") == problems(events["ACCOUNT_UPDATE"], "AccountUpdate") == []
+    assert problems(update["B"][0], "AccountUpdateABInner") == problems(update["P"][0],
+        "AccountUpdateAPInner") == problems(events["ACCOUNT_UPDATE"], "AccountUpdate") == []
     assert problems(events["markPriceUpdate"], "MarkPriceStreamResponse") == []

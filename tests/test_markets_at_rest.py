@@ -1,4 +1,5 @@
-"Markets that stand still, burst, or cost next to nothing: every indicator is a number within its definition, and two histories say the same, bit for bit"
+"""Markets that stand still, burst, or cost next to nothing: every indicator is a number within its definition, and two
+histories say the same, bit for bit"""
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,22 +14,32 @@ from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.features.regime import regime
 from tradelab.features.ta_wrapper import library
 
-KINDS = ("frozen", "halted", "the same candle", "illiquid", "bursty", "a burst, then nothing", "tiny prices", "tiny sizes")
+KINDS = ("frozen", "halted", "the same candle", "illiquid", "bursty", "a burst, then nothing", "tiny prices",
+         "tiny sizes")
 ALL = [indicator().output(output) for indicator in (*INDICATORS.values(), regime) for output in indicator.outputs]
 THEIRS = [indicator() for indicator in library().values()]
-BOUNDS = {"rsi": (0, 100), "tsi": (-100, 100), "adx": (0, 100), "stochastic": (0, 100), "stochastic_rsi": (0, 100), "williams_r": (-100, 0), "mfi": (0, 100), "cmf": (-1, 1), "obv_change.relative": (-1, 1),
-          "taker_share": (0, 1), "donchian": (0, 1), "aroon": (0, 100), "aroon(25)": (-100, 100), "psar.trend": (-1, 1), "time_of_day": (-1, 1), "time_of_week": (-1, 1), "volatility": (0, 10),
-          "realised_volatility": (0, 100), "ulcer": (0, 100), "atr": (0, np.inf), "volume_ratio": (0, 20), "quote_volume(20)": (0, 20), "vortex.plus": (0, np.inf), "vortex.minus": (0, np.inf), "stc": (0, 100),
-          "bollinger_hband_indicator": (0, 1), "bollinger_lband_indicator": (0, 1), "keltner_channel_hband_indicator": (0, 1), "keltner_channel_lband_indicator": (0, 1), "ultimate_oscillator": (0, 100),
-          "bollinger.width": (0, np.inf), "keltner.width": (0, np.inf), **{f"tradelab.features.regime:regime.{name}": (0, 1) for name in regime.outputs[1:]}}
-AVERAGES = ("sma(20)", "ema(20)", "wma(9)", "kama(10,2,30)", "vwap(14)", "bollinger(20,2).middle", "keltner(20,10,2).middle", "ichimoku(9,26,52)", "psar(0.02,0.2)")  # prices of the market
+BOUNDS = {"rsi": (0, 100), "tsi": (-100, 100), "adx": (0, 100), "stochastic": (0, 100), "stochastic_rsi": (0, 100),
+          "williams_r": (-100, 0), "mfi": (0, 100), "cmf": (-1, 1), "obv_change.relative": (-1, 1),
+          "taker_share": (0, 1), "donchian": (0, 1), "aroon": (0, 100), "aroon(25)": (-100, 100), "psar.trend": (-1, 1),
+          "time_of_day": (-1, 1), "time_of_week": (-1, 1), "volatility": (0, 10),
+          "realised_volatility": (0, 100), "ulcer": (0, 100), "atr": (0, np.inf), "volume_ratio": (0, 20),
+          "quote_volume(20)": (0, 20), "vortex.plus": (0, np.inf), "vortex.minus": (0, np.inf), "stc": (0, 100),
+          "bollinger_hband_indicator": (0, 1), "bollinger_lband_indicator": (0, 1),
+          "keltner_channel_hband_indicator": (0, 1), "keltner_channel_lband_indicator": (0, 1),
+          "ultimate_oscillator": (0, 100),
+          "bollinger.width": (0, np.inf), "keltner.width": (0, np.inf),
+          **{f"tradelab.features.regime:regime.{name}": (0, 1) for name in regime.outputs[1:]}}
+# prices of the market
+AVERAGES = ("sma(20)", "ema(20)", "wma(9)", "kama(10,2,30)", "vwap(14)", "bollinger(20,2).middle",
+            "keltner(20,10,2).middle", "ichimoku(9,26,52)", "psar(0.02,0.2)")
 text = lambda feature: feature.text
 
 
 def bounds(feature):
     "Of the output, of the indicator, or none"
     name = feature.indicator.name
-    found = [BOUNDS[key] for key in (feature.text, f"{name}.{feature.selected}", name) if key in BOUNDS and not (key == name and feature.column and name in ("donchian", "atr", "bollinger"))]
+    found = [BOUNDS[key] for key in (feature.text, f"{name}.{feature.selected}", name) if key in BOUNDS
+             and not (key == name and feature.column and name in ("donchian", "atr", "bollinger"))]
     return found[0] if found else (-np.inf, np.inf)
 
 
@@ -39,10 +50,15 @@ def market(kind, length, seed):
     close = 100 * np.exp(np.cumsum(generator.normal(0, .01, length)))
     width, still = generator.random(length) * .01 * close, np.arange(length) >= wild
     if kind == "frozen": close, width, volume = np.full(length, 100.1), 0. * close, 0. * volume
-    if kind == "halted": close, width, volume = np.where(still, close[wild], close), np.where(still, 0., width), np.where(still, 0., volume)
-    if kind == "the same candle": close, width, volume = np.where(still, close[wild], close), np.where(still, .3, width), np.where(still, 7., volume)
+    if kind == "halted":
+        close, width, volume = (np.where(still, close[wild], close), np.where(still, 0., width),
+                                np.where(still, 0., volume))
+    if kind == "the same candle":
+        close, width, volume = (np.where(still, close[wild], close), np.where(still, .3, width),
+                                np.where(still, 7., volume))
     if kind == "illiquid":
-        close, width = 100 + .01 * np.where(generator.random(length) < .8, 0, generator.choice([-1, 1], length)).cumsum(), 0. * width
+        close = 100 + .01 * np.where(generator.random(length) < .8, 0, generator.choice([-1, 1], length)).cumsum()
+        width = 0. * width
         volume = np.where(generator.random(length) < .5, 0., volume)
     if kind == "bursty": volume = 10 ** generator.uniform(-8, 12, length) * (generator.random(length) < .9)
     if kind == "a burst, then nothing": volume = np.where(still, 0., 10 ** generator.uniform(-8, 12, length))
@@ -52,7 +68,9 @@ def market(kind, length, seed):
     close, width = close.round(digits), width.round(digits)
     before = np.r_[close[0], close[:-1]]
     high, low = np.maximum(before, close) + width, np.maximum(np.minimum(before, close) - width, 10. ** -digits)
-    return np.column_stack([before, high, low, close, volume, close * volume, np.full(length, 3.), volume * generator.random(length), np.full(length, 1e-4), close * 1.001, 3.6e6 * np.arange(length)])
+    return np.column_stack([before, high, low, close, volume, close * volume, np.full(length, 3.),
+                            volume * generator.random(length), np.full(length, 1e-4), close * 1.001,
+                            3.6e6 * np.arange(length)])
 
 
 @settings(max_examples=2, derandomize=True)
@@ -67,8 +85,12 @@ def test_every_indicator_is_defined_and_forgets(kind, seed, share):
         assert np.isfinite(defined).all(), feature.text
         low, high = bounds(feature)
         assert low <= defined.min() and defined.max() <= high, (feature.text, defined.min(), defined.max())
-        if feature.text in AVERAGES: assert candles[:, 2].min() * (1 - 1e-12) <= defined.min() and defined.max() <= candles[:, 1].max() * (1 + 1e-12), feature.text
-        for first in {1, start}: assert_array_equal(feature.array(candles[first:])[warm_up - 1:], whole[first + warm_up - 1:], f"{feature.text} from {first}")
+        if feature.text in AVERAGES:
+            assert candles[:, 2].min() * (1 - 1e-12) <= defined.min() and defined.max() <= candles[:,
+                1].max() * (1 + 1e-12), feature.text
+        for first in {1, start}:
+            assert_array_equal(feature.array(candles[first:])[warm_up - 1:], whole[first + warm_up - 1:],
+                               f"{feature.text} from {first}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,10 +102,12 @@ def test_what_ta_computes_is_defined_and_forgets(kind):
         defined = whole[warm_up - 1:]
         assert np.isfinite(defined).all(), feature.text
         low, high = bounds(feature)
-        assert low - 1e-9 <= defined.min() and defined.max() <= high + 1e-9, (feature.text, defined.min(), defined.max())
+        assert low - 1e-9 <= defined.min() and defined.max() <= high + 1e-9, (feature.text, defined.min(),
+            defined.max())
         for first in (1, warm_up // 2, warm_up + 50):
             ours, other = feature.array(candles[first:])[warm_up - 1:], whole[first + warm_up - 1:]
-            assert (np.abs(ours - other) <= 1e-9 * (np.abs(other) + np.abs(defined).max())).all(), f"{feature.text} from {first}"
+            assert (np.abs(ours - other) <= 1e-9
+                    * (np.abs(other) + np.abs(defined).max())).all(), f"{feature.text} from {first}"
 
 
 @pytest.mark.parametrize("kind", ("halted", "bursty", "a burst, then nothing", "illiquid"))
@@ -94,9 +118,13 @@ def test_the_stream_says_the_same_there(kind):
         assert_array_equal(feature.array(candles), [stream.update(candle)[0] for candle in candles], feature.text)
 
 
-NEUTRAL = {"rsi(14)": 50, "mfi(14)": 50, "stochastic_rsi(14,3,3).d": 50, "tsi(25,13)": 0, "adx(14)": 0, "adx(14).plus": 0, "macd(12,26,9).histogram": 0, "macd(12,26,9).signal": 0, "ppo(12,26,9)": 0, "trix(15)": 0,
-           "ema(20).relative": 0, "kama(10,2,30).relative": 0, "psar(0.02,0.2).trend": 1, "psar(0.02,0.2).relative": 0, "atr(14)": 0, "keltner(20,10,2)": .5, "keltner(20,10,2).width": 0, "force_index(13)": 0,
-           "force_index(13).relative": 0, "cmf(20)": 0, "obv_change(20).relative": 0, "vwap(14).relative": 0, "taker_share(1)": .5, "volume_ratio(20)": 1, "quote_volume(20)": 1, "pvo(26,12,9)": 0, "stc(50,23,10,3,3)": 50}
+NEUTRAL = {"rsi(14)": 50, "mfi(14)": 50, "stochastic_rsi(14,3,3).d": 50, "tsi(25,13)": 0, "adx(14)": 0,
+           "adx(14).plus": 0, "macd(12,26,9).histogram": 0, "macd(12,26,9).signal": 0, "ppo(12,26,9)": 0, "trix(15)": 0,
+           "ema(20).relative": 0, "kama(10,2,30).relative": 0, "psar(0.02,0.2).trend": 1, "psar(0.02,0.2).relative": 0,
+           "atr(14)": 0, "keltner(20,10,2)": .5, "keltner(20,10,2).width": 0, "force_index(13)": 0,
+           "force_index(13).relative": 0, "cmf(20)": 0, "obv_change(20).relative": 0, "vwap(14).relative": 0,
+           "taker_share(1)": .5, "volume_ratio(20)": 1, "quote_volume(20)": 1, "pvo(26,12,9)": 0,
+           "stc(50,23,10,3,3)": 50}
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
@@ -121,7 +149,8 @@ def test_what_is_equal_in_ticks_is_equal_here(rows):
     window = 5
     typical = sum(ticks)
     money, moved = typical * volume, np.sign(np.diff(typical, prepend=typical[0]))
-    rise, fall = (np.array([np.where(moved == side, money, 0.)[max(0, t - window + 1):t + 1].sum() for t in range(len(rows))]) for side in (1, -1))
+    rise, fall = (np.array([np.where(moved == side, money, 0.)[max(0, t - window + 1):t + 1].sum()
+                            for t in range(len(rows))]) for side in (1, -1))
     expected = np.where(rise + fall > 0, 100 * rise / np.maximum(rise + fall, 1e-300), 50.)
     np.testing.assert_allclose(parse("mfi(5)").array(candles)[window:], expected[window:], rtol=1e-9)
     up, down = np.diff(ticks[0]), -np.diff(ticks[1])
@@ -151,4 +180,5 @@ def test_an_account_that_has_lost_everything_sees_numbers(quantity, entry, price
     stream.push(np.ones((1, 5)))
     seen = stream.observe(account, positions)
     assert np.isfinite(seen).all() and seen.shape == (1, len(PORTFOLIO))
-    if abs(quantity) > 1e-6: assert np.sign(seen[0, 0]) == np.sign(quantity)              # a long position is long, also of an account that owes
+    # a long position is long, also of an account that owes
+    if abs(quantity) > 1e-6: assert np.sign(seen[0, 0]) == np.sign(quantity)

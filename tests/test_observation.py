@@ -1,4 +1,5 @@
-"What a policy sees: array and stream, many symbols, longer candles, watched symbols; what a scaler may know; a specification that is refused when it differs"
+"""What a policy sees: array and stream, many symbols, longer candles, watched symbols; what a scaler may know; a
+specification that is refused when it differs"""
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +21,14 @@ from tradelab.learn.env import MarketEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
 from tradelab.risk.trading_state import require_state
-from tradelab.runs.formats import CONFIG, DamagedRun, seal
+from tradelab.runs.formats import CONFIG, DamagedRunError, seal
 from tradelab.runs.registry import load
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 
 SYMBOLS = BTC, ETH, SOL = "BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"
-CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "taker_share(2)", "funding_rate", "basis", "time_of_week.sin", f"return(1)[{ETH}]", f"rsi(2)@2h[{SOL}][-2]", "pvo_hist(3,5,2)")
+CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "taker_share(2)", "funding_rate", "basis",
+          "time_of_week.sin", f"return(1)[{ETH}]", f"rsi(2)@2h[{SOL}][-2]", "pvo_hist(3,5,2)")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,8 @@ def market(): return {symbol: filled(frame) for symbol, frame in correlated(700,
 
 
 @settings(max_examples=40)
-@given(st.lists(st.sampled_from(CHOICE), min_size=1, max_size=6, unique=True), st.integers(1, 5), st.sampled_from([(BTC,), (ETH, BTC), (SOL, BTC, ETH)]), st.booleans())
+@given(st.lists(st.sampled_from(CHOICE), min_size=1, max_size=6, unique=True), st.integers(1, 5),
+       st.sampled_from([(BTC,), (ETH, BTC), (SOL, BTC, ETH)]), st.booleans())
 def test_array_and_stream_are_the_same_for_any_symbols(market, features, window, traded, fitted):
     observation = Observation(features, window).for_symbols(traded, "1h")
     candles = matrix({symbol: market[symbol] for symbol in observation.rows}, KNOWN)[1]
@@ -43,7 +46,9 @@ def test_array_and_stream_are_the_same_for_any_symbols(market, features, window,
     exact = "pvo_hist(3,5,2)" not in features                      # ta agrees with itself to 1e-9, not to the bit
     for t, candle in enumerate(candles[:60 if exact else 240]):
         stream.push(candle)
-        if t >= window - 1: (assert_array_equal if exact else np.testing.assert_allclose)(stream.window, array[t - window + 1:t + 1], err_msg=f"candle {t}")
+        if t >= window - 1:
+            (assert_array_equal if exact else np.testing.assert_allclose)(stream.window, array[t - window + 1:t + 1],
+                err_msg=f"candle {t}")
     assert np.shares_memory(stream.window, stream._strip)            # a view, not a copy
     assert np.isfinite(array[observation.warm_up:]).all() and array.dtype == np.float32
 
@@ -53,10 +58,12 @@ def test_another_future_changes_neither_the_past_nor_the_scaler(market):
     frames = {symbol: market[symbol] for symbol in observation.rows}
     other = {symbol: pd.concat([frame[:500], frame[500:] * 1.7]) for symbol, frame in frames.items()}
     for how in ("standard", "robust"):
-        fits = [replace(observation, scaler=None).fit({symbol: frame[:500] for symbol, frame in each.items()}, how) for each in (frames, other)]
+        fits = [replace(observation, scaler=None).fit({symbol: frame[:500] for symbol, frame in each.items()}, how)
+                for each in (frames, other)]
         assert fits[0] == fits[1] and fits[0].sha256 == fits[1].sha256 and fits[0].scaler.kind == how
-        assert_array_equal(fits[0].matrix(matrix(frames, KNOWN)[1])[:500], fits[1].matrix(matrix(other, KNOWN)[1])[:500])
-    everything = replace(observation, scaler=None).fit(other)                                             # planted: fitted on what was not known
+        assert_array_equal(fits[0].matrix(matrix(frames, KNOWN)[1])[:500],
+                           fits[1].matrix(matrix(other, KNOWN)[1])[:500])
+    everything = replace(observation, scaler=None).fit(other) # planted: fitted on what was not known
     assert everything.scaler != fits[0].scaler
 
 
@@ -64,8 +71,10 @@ def test_robust_is_the_median_and_the_quartiles(market):
     values = market[BTC]["close"].pct_change()[2:].to_numpy()   # the warm-up is two candles
     scaler = Observation(["return(1)"]).fit(market[BTC], "robust").scaler
     first, middle, third = np.percentile(values, [25, 50, 75])
-    assert scaler.centre[0] == pytest.approx(middle, rel=1e-9) and scaler.scale[0] == pytest.approx(third - first, rel=1e-9)
-    with pytest.raises(ValueError, match="a scaler is 'standard' or 'robust', was 'minmax'"): Observation(["return(1)"]).fit(market[BTC], "minmax")
+    assert scaler.centre[0] == pytest.approx(middle, rel=1e-9)
+    assert scaler.scale[0] == pytest.approx(third - first, rel=1e-9)
+    with pytest.raises(ValueError, match="a scaler is 'standard' or 'robust', was 'minmax'"):
+        Observation(["return(1)"]).fit(market[BTC], "minmax")
 
 
 def test_the_portfolio_as_the_agent_sees_it():
@@ -81,8 +90,12 @@ def test_the_portfolio_as_the_agent_sees_it():
     apply_fill(account, positions, 0, 4., 100., 0.)
     for price in (100., 110., 105.): close(price)
     now = seen()
-    assert now["exposure"] == pytest.approx(420 / 1_020) and now["unrealised"] == pytest.approx(20 / 1_020) and now["time_in_trade"] == pytest.approx(np.log(4))
-    assert now["equity"] == pytest.approx(np.log(1.02)) and now["drawdown"] == pytest.approx(20 / 1_040) and now["risk_state"] == 0
+    assert now["exposure"] == pytest.approx(420 / 1_020)
+    assert now["unrealised"] == pytest.approx(20 / 1_020)
+    assert now["time_in_trade"] == pytest.approx(np.log(4))
+    assert now["equity"] == pytest.approx(np.log(1.02))
+    assert now["drawdown"] == pytest.approx(20 / 1_040)
+    assert now["risk_state"] == 0
     apply_fill(account, positions, 0, 1., 105., 0.)                       # adding keeps the age, turning starts anew
     close(105.)
     assert seen()["time_in_trade"] == pytest.approx(np.log(5))
@@ -93,17 +106,24 @@ def test_the_portfolio_as_the_agent_sees_it():
     assert seen()["risk_state"] == 1
 
 
-FEATURES = ("return(1)", "sma(5).relative@4h", f"return(1)[{ETH}]", "funding_rate", "basis", "taker_share(2)", "time_of_day.cos")
+FEATURES = ("return(1)", "sma(5).relative@4h", f"return(1)[{ETH}]", "funding_rate", "basis", "taker_share(2)",
+            "time_of_day.cos")
 
 
 @pytest.mark.parametrize("traded", [(BTC,), (SOL, BTC)])
 def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
     frames, extra = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}, {ETH: market[ETH]}
-    rates = {symbol: pd.concat([pd.Series([1e-4], market[symbol].index[:1]), funding(market[symbol])]) for symbol in traded}
-    scaler = Observation(FEATURES, 2).for_symbols(traded, "1h").fit({symbol: market[symbol][:400] for symbol in (*traded, ETH)}).scaler
+    rates = {symbol: pd.concat([pd.Series([1e-4], market[symbol].index[:1]), funding(market[symbol])])
+             for symbol in traded}
+    scaler = Observation(FEATURES, 2).for_symbols(traded,
+                                                  "1h").fit({symbol: market[symbol][:400]
+                                                             for symbol in (*traded, ETH)}).scaler
     policy = network(3, len(traded), 2, FEATURES, scaler)
-    array, event = (backtest(policy, frames, funding=rates, extra=extra, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
-    assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None and (array.rows["order"] != 0).sum() > 20
+    array, event = (backtest(policy, frames, funding=rates, extra=extra, engine=engine, keep_observations=True,
+                             baselines=()) for engine in ("vectorised", "event"))
+    assert first_difference(array, event) is None
+    assert first_difference(array.observations, event.observations) is None
+    assert (array.rows["order"] != 0).sum() > 20
     env = MarketEnv(prepare(frames, Observation.from_policy(policy), funding=rates, extra=extra))
     seen, _ = env.reset(seed=0)
     for t in range(len(array.rows)):
@@ -114,28 +134,39 @@ def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
 
 def test_what_a_feature_looks_at_must_be_there(market):
     policy = network(0, 1, 2, FEATURES)
-    with pytest.raises(ValueError, match=f"a feature looks at {ETH}, whose candles are not there: give them, extra="): backtest(policy, market[BTC])
-    with pytest.raises(ValueError, match="taker_share.2. needs taker_buy_volume, which candle 0 does not have"): backtest(policy, market[BTC].drop(columns="taker_buy_volume"), extra={ETH: market[ETH]})
-    with pytest.raises(ValueError, match=f"{ETH} is traded and among the extra symbols"): backtest(policy, {BTC: market[BTC], ETH: market[ETH]}, extra={ETH: market[ETH]})
-    with pytest.raises(ValueError, match="4h is not a multiple of 1d"): backtest(policy, market[BTC].resample("1D").first(), extra={ETH: market[ETH].resample("1D").first()})
+    with pytest.raises(ValueError, match=f"a feature looks at {ETH}, whose candles are not there: give them, extra="):
+        backtest(policy, market[BTC])
+    with pytest.raises(ValueError, match="taker_share.2. needs taker_buy_volume, which candle 0 does not have"):
+        backtest(policy, market[BTC].drop(columns="taker_buy_volume"), extra={ETH: market[ETH]})
+    with pytest.raises(ValueError, match=f"{ETH} is traded and among the extra symbols"):
+        backtest(policy, {BTC: market[BTC], ETH: market[ETH]}, extra={ETH: market[ETH]})
+    with pytest.raises(ValueError, match="4h is not a multiple of 1d"):
+        backtest(policy, market[BTC].resample("1D").first(), extra={ETH: market[ETH].resample("1D").first()})
 
 
 def test_a_run_keeps_its_specification_and_is_refused_with_another(market, tmp_path):
     observation = Observation(FEATURES, 2)
     frame = market[BTC].rename_axis("open_time")
     frame.attrs["symbol"] = BTC
-    run = train("PPO", frame, observation, steps=200, folder=tmp_path, extra={ETH: market[ETH]}, scaler="robust", progress=False)
+    run = train("PPO", frame, observation, steps=200, folder=tmp_path, extra={ETH: market[ETH]}, scaler="robust",
+                progress=False)
     again = load("latest", tmp_path)
-    assert again.observation == run.observation and again.observation.scaler.kind == "robust" and again.observation.rows == (BTC, ETH) and again.config["observation_sha256"] == run.observation.sha256
+    assert again.observation == run.observation
+    assert again.observation.scaler.kind == "robust"
+    assert again.observation.rows == (BTC, ETH)
+    assert again.config["observation_sha256"] == run.observation.sha256
     results = [backtest(each, market[BTC], extra={ETH: market[ETH]}) for each in (run, again)]
     assert first_difference(*results) is None
     text = (run.folder / CONFIG).read_text()
-    for before, after in (("timeframe: 1h", "timeframe: 30m"), ("window: 2", "window: 2 "), ("sma(5).relative@4h", "sma(5).relative@2h")):
+    for before, after in (("timeframe: 1h", "timeframe: 30m"), ("window: 2", "window: 2 "),
+                          ("sma(5).relative@4h", "sma(5).relative@2h")):
         (run.folder / CONFIG).write_text(text.replace(before, after))
-        (run.folder / "MANIFEST.json").write_bytes(seal({path.name: path.read_bytes() for path in run.folder.iterdir() if path.name != "MANIFEST.json"}))
+        (run.folder / "MANIFEST.json").write_bytes(seal({path.name: path.read_bytes() for path in run.folder.iterdir()
+                                                         if path.name != "MANIFEST.json"}))
         if after.strip() == before: load(run.id, tmp_path)
         else:
-            with pytest.raises(DamagedRun, match="trained on another observation|fitted for other features"): load(run.id, tmp_path)
+            with pytest.raises(DamagedRunError, match="trained on another observation|fitted for other features"):
+                load(run.id, tmp_path)
 
 
 def assert_as_scikit_learn(values):
@@ -145,8 +176,10 @@ def assert_as_scikit_learn(values):
 
 
 @settings(max_examples=200)
-@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=300), st.floats(-1e12, 1e12), st.sampled_from([0., 1e-300, 1e-18, 1e-9, 1., 1e6]))
-def test_a_scaler_has_the_bits_of_scikit_learn(values, shift, width): assert_as_scikit_learn(shift + width * np.array(values))
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=300), st.floats(-1e12, 1e12),
+       st.sampled_from([0., 1e-300, 1e-18, 1e-9, 1., 1e6]))
+def test_a_scaler_has_the_bits_of_scikit_learn(values, shift, width):
+    assert_as_scikit_learn(shift + width * np.array(values))
 
 
 def test_a_scaler_of_real_candles_has_the_bits_of_scikit_learn(shared):

@@ -49,9 +49,12 @@ MINUTES = 100_000 # a file of more than two months of them
 
 def risk(market, _):
     "A wish through every limit, a call from Python each"
-    rules, candles = Gate(Limits(max_net=.5, max_var=.02, target_volatility=.8), [BITCOIN]), market.to_numpy()[:, None, :5]
+    rules = Gate(Limits(max_net=.5, max_var=.02, target_volatility=.8), [BITCOIN])
+    candles = market.to_numpy()[:, None, :5]
     for t in range(300): rules.watch(t * HOUR, candles[t])
-    account, positions, wishes = new_account(10_000.), np.zeros(1, POSITION), np.random.default_rng(0).uniform(-1, 1, (3_000, 1))
+    account = new_account(10_000.)
+    positions = np.zeros(1, POSITION)
+    wishes = np.random.default_rng(0).uniform(-1, 1, (3_000, 1))
     return calls(lambda n: rules.decide((300 + n) * HOUR, candles[300], wishes[n % 3_000], account, positions), 2_000)
 
 
@@ -81,8 +84,12 @@ def stream(market, _):
     return calls(lambda n: judge.accept(int(stamps[n]), rows[n]), len(market) - 10)
 
 
-@pytest.mark.parametrize("what, work, asked_rate, asked_ms", [("risk [signals/s]", risk, 500, 50), ("data, files and store [records/s]", files, 10_000, None), ("data, stream [records/s]", stream, 10_000, None),
-                                                              ("inference [decisions/s]", decisions, 100, 200)], ids=["risk", "files", "stream", "inference"])
+@pytest.mark.parametrize("what, work, asked_rate, asked_ms",
+                         [("risk [signals/s]", risk, 500, 50), ("data, files and store [records/s]", files, 10_000,
+                                                                None), ("data, stream [records/s]", stream, 10_000,
+    None),
+                          ("inference [decisions/s]", decisions, 100, 200)],
+                          ids=["risk", "files", "stream", "inference"])
 def test_the_table(what, work, asked_rate, asked_ms, market, tmp_path, capsys):
     taken = work(market, tmp_path)
     rate, slowest = 1 / np.median(taken), 1e3 * np.quantile(taken, .99)

@@ -19,9 +19,9 @@ from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
 from tradelab.live.recorder import (
     SEEN,
-    BadRecording,
     Recorder,
     Recording,
+    RecordingError,
     chained,
     framed,
     read,
@@ -36,7 +36,8 @@ from tradelab.policies import buy_and_hold
 from tradelab.risk.limits import Gate
 from tradelab.trader import Trader
 
-SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h", version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
+SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h",
+                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
 
 
 def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate, instruments=(BITCOIN,))
@@ -57,9 +58,11 @@ def session(tmp_path_factory):
         decision = live.on_candle(int(times[t]), candles[t])
         recorder.decision(decision, live.rows)
         recorder.flush()
-        rows.append({"open_time": pd.Timestamp(times[t], unit="ms", tz="UTC"), "symbol": symbols[0]} | {name: live.rows[name][0] for name in SEEN})
+        rows.append({"open_time": pd.Timestamp(times[t], unit="ms", tz="UTC"), "symbol": symbols[0]}
+                    | {name: live.rows[name][0] for name in SEEN})
         if decision.quantities[0]:
-            fill = Fill(symbols[0], float(decision.quantities[0]), float(candles[t + 1, 0, 0]), 1.25, int(times[t + 1]), "tl-1", str(t))
+            fill = Fill(symbols[0], float(decision.quantities[0]), float(candles[t + 1, 0, 0]), 1.25, int(times[t + 1]),
+                        "tl-1", str(t))
             recorder.booked(fill)
             live.on_fill(fill)
     recorder.close()
@@ -82,9 +85,15 @@ def test_what_was_written_is_proven(session):
     path, journal = session
     recording = Recording(path)
     kinds = [line["kind"] for line in recording]
-    assert kinds[:3] == ["recording", "start", "warm"] and kinds[-1] == "end" and recording.ended and recording.decisions == 40 and recording.proven == path.stat().st_size
+    assert kinds[:3] == ["recording", "start", "warm"]
+    assert kinds[-1] == "end"
+    assert recording.ended
+    assert recording.decisions == 40
+    assert recording.proven == path.stat().st_size
     assert verdict(path, journal, trader()) == ""
-    assert b'"kind": "end", "lines": ' in zstandard.ZstdDecompressor().stream_reader(io.BytesIO(path.read_bytes()), read_across_frames=True).read()     # any zstd tool reads it
+    # any zstd tool reads it
+    assert b'"kind": "end", "lines": ' in zstandard.ZstdDecompressor().stream_reader(io.BytesIO(path.read_bytes()),
+        read_across_frames=True).read()
 
 
 def damaged(content, how, chance):
@@ -94,20 +103,25 @@ def damaged(content, how, chance):
         case "bit": return content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:]
         case "cut": return content[:at]
         case "zeros": return content[:at] + bytes(min(512, len(content) - at)) + content[at + 512:]
-        case "moved": return content[:min(at, other)] + content[max(at, other):] + content[min(at, other):max(at, other)]
+        case "moved":
+            return content[:min(at, other)] + content[max(at, other):] + content[min(at, other):max(at, other)]
         case "doubled": return content[:at] + content[min(at, other):max(at, other)] + content[at:]
-    lines = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True).read().splitlines(keepends=True)
+    lines = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content),
+                                                       read_across_frames=True).read().splitlines(keepends=True)
     a, b = sorted(chance.sample(range(len(lines)), 2))
     match how.split()[0]:
         case "drop": del lines[a:b]
         case "repeat": lines.insert(b, lines[a])
         case "swap": lines[a], lines[b] = lines[b], lines[a]
         case "end": lines = lines[:b]
-        case "edit": lines[b] = lines[b][:20] + lines[b][20:-48].translate(bytes.maketrans(b"123456789", b"234567891")) + lines[b][-48:]
+        case "edit":
+            lines[b] = (lines[b][:20] + lines[b][20:-48].translate(bytes.maketrans(b"123456789", b"234567891"))
+                        + lines[b][-48:])
     return framed(b"".join(lines), b"")[0] if how.endswith("framed") else zstandard.compress(b"".join(lines))
 
 
-HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap", "edit") for form in ("framed", "plain")), "end plain"]
+HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in ("drop", "repeat", "swap", "edit")
+                                                    for form in ("framed", "plain")), "end plain"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -129,7 +143,8 @@ def test_a_recording_that_ends_early_is_counted_by_the_ledger(session, tmp_path)
         if line["kind"] == "candle" and line["open_time"] == int(journal.index[12].timestamp() * 1000): break
         if line["kind"] != "recording": recorder.line(**line)
     recorder.close()
-    assert verdict(tmp_path / "recording.zst", journal, trader()).startswith("28 of 40 decisions of the ledger cannot be read in the recording, the first is that of ")
+    assert verdict(tmp_path / "recording.zst", journal, trader()).startswith("28 of 40 decisions of the ledger cannot "
+        "be read in the recording, the first is that of ")
     assert verdict(tmp_path / "recording.zst", journal[:12], trader()) == ""
 
 
@@ -146,9 +161,12 @@ def test_damage_in_the_middle_is_counted_and_put_aside(session, tmp_path):
     assert number == 40 - recording.decisions > 5 and "bytes behind them are not" in said
     recorder = Recorder(file)
     recorder.close()
-    assert (tmp_path / "recording.damaged-1.zst").read_bytes() == content and "the damaged file is kept whole in recording.damaged-1.zst" in recorder.mended
+    assert (tmp_path / "recording.damaged-1.zst").read_bytes() == content
+    assert "the damaged file is kept whole in recording.damaged-1.zst" in recorder.mended
     after = list(read(file))
-    assert [line["kind"] for line in after[-2:]] == ["mended", "end"] and after[:-2] == lines[:len(after) - 2] and verdict(file, journal, trader()).startswith(f"{number} of 40 decisions")
+    assert [line["kind"] for line in after[-2:]] == ["mended", "end"]
+    assert after[:-2] == lines[:len(after) - 2]
+    assert verdict(file, journal, trader()).startswith(f"{number} of 40 decisions")
     content[-9] ^= 4
     shutil.copy(path, file)
     file.write_bytes(content)
@@ -163,11 +181,15 @@ def test_any_bytes_are_refused_in_our_words(tmp_path_factory, content, head, lin
     if link: content = chained({"kind": "recording", "format": content.hex()}, 0, "tradelab recording 2")
     file.write_bytes(framed(content, b"")[0] if head else content)
     if not file.stat().st_size: return
-    with pytest.raises(BadRecording): list(read(file))
-    with pytest.raises(BadRecording): recorded_settings(file)
+    with pytest.raises(RecordingError): list(read(file))
+    with pytest.raises(RecordingError): recorded_settings(file)
 
 
-VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.floats(), st.text(max_size=5), st.sampled_from(["<f8", "|O", "BTC/USDT:USDT"])), lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)), max_leaves=5)
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.floats(), st.text(max_size=5),
+                                st.sampled_from(["<f8", "|O", "BTC/USDT:USDT"])),
+                                lambda inner: st.one_of(st.lists(inner, max_size=3),
+                                                        st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+                                                        max_leaves=5)
 
 
 @given(data=st.data())
@@ -178,7 +200,8 @@ def test_any_line_that_is_proven_is_replayed_or_refused(session, data):
     number = data.draw(st.integers(1, len(lines) - 1))
     line = dict(lines[number])
     key = data.draw(st.sampled_from(sorted(set(line) - {"kind"})))
-    if isinstance(line[key], dict) and data.draw(st.booleans()): line[key] = line[key] | {data.draw(st.sampled_from(sorted(line[key]))): data.draw(VALUES)}
+    if isinstance(line[key], dict) and data.draw(st.booleans()):
+        line[key] = line[key] | {data.draw(st.sampled_from(sorted(line[key]))): data.draw(VALUES)}
     else: line[key] = data.draw(VALUES)
     lines[number] = line
     try: replay(lines, trader())
@@ -189,21 +212,23 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     file = tmp_path / "recording.zst"
     file.write_bytes(framed(bytes(400_000_000), b"")[0])
     assert file.stat().st_size < 100_000
-    with pytest.raises(BadRecording, match="a frame does not hold whole lines"): list(read(file))
+    with pytest.raises(RecordingError, match="a frame does not hold whole lines"): list(read(file))
     deep = b'{"n": 0, "kind": ' + b"[" * 100_000 + b', "link": "' + b"0" * 32 + b'"}\n'
     file.write_bytes(framed(deep, b"")[0])
-    with pytest.raises(BadRecording): list(read(file))
+    with pytest.raises(RecordingError): list(read(file))
 
 
 def test_numbers_keep_their_bits(tmp_path):
-    recorder, values = Recorder(tmp_path / "recording.zst"), [1 / 3, -0., 5e-324, float(np.nextafter(1, 2)), float("inf")]
+    recorder = Recorder(tmp_path / "recording.zst")
+    values = [1 / 3, -0., 5e-324, float(np.nextafter(1, 2)), float("inf")]
     recorder.line("number", values=values)
     recorder.close()
     assert np.array(list(read(tmp_path / "recording.zst"))[1]["values"]).tobytes() == np.array(values).tobytes()
 
 
 def test_what_the_ledger_will_say_is_on_the_disk_first(tmp_path, monkeypatch):
-    "A power cut leaves what was synced: a decision is flushed before its order, and synced once before its step is kept"
+    """A power cut leaves what was synced: a decision is flushed before its order, and synced once before its step is
+    kept"""
     synced, size = [], lambda file: os.fstat(file).st_size
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(size(file)))
     recorder = Recorder(tmp_path / "recording.zst")
@@ -223,6 +248,7 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
     order, live = [], Bookkeeper()
     step = SimpleNamespace(rows=np.zeros(1, JOURNAL), open_time=0, symbols=("BTC/USDT:USDT",), snapshot=dict)
     live.id, live.trader, live.books = "s", step, SimpleNamespace(settled=True, sequence=0)
-    live.recorder, live.ledger, live.journal = (SimpleNamespace(**{name: lambda *_, name=name: order.append(name)}) for name in ("sync", "step", "write"))
+    live.recorder, live.ledger, live.journal = (SimpleNamespace(**{name: lambda *_, name=name: order.append(name)})
+                                                for name in ("sync", "step", "write"))
     live._save()
     assert order == ["sync", "step", "write"]

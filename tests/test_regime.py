@@ -13,9 +13,12 @@ from tradelab.market.candles import frame, resample
 from tradelab.market.synthetic import STATES, ar1, regimes
 
 # name: (drift and volatility of each state, probability to stay, the regime that each state is)
-MARKETS = {"four": (((15e-4, .006), (-2e-3, .009), (0., .02), (0., .003)), .99, REGIMES), "slow": (((6e-4, .006), (-8e-4, .009), (0., .02), (0., .003)), .995, REGIMES),
-           "drift alone": (((4e-3, .008), (-4e-3, .008), (0., .016), (0., .008)), .99, REGIMES), "no volatile": (STATES, .995, ("bull", "bear", "sideways")),
-           "calm and wild": (((0., .004), (0., .015)), .99, ("sideways", "volatile")), "bull and bear": (((2e-3, .01), (-2e-3, .01)), .995, ("bull", "bear"))}
+MARKETS = {"four": (((15e-4, .006), (-2e-3, .009), (0., .02), (0., .003)), .99, REGIMES),
+           "slow": (((6e-4, .006), (-8e-4, .009), (0., .02), (0., .003)), .995, REGIMES),
+           "drift alone": (((4e-3, .008), (-4e-3, .008), (0., .016), (0., .008)), .99, REGIMES),
+           "no volatile": (STATES, .995, ("bull", "bear", "sideways")),
+           "calm and wild": (((0., .004), (0., .015)), .99, ("sideways", "volatile")),
+           "bull and bear": (((2e-3, .01), (-2e-3, .01)), .995, ("bull", "bear"))}
 
 
 def switching(name, length=16_000, seed=1):
@@ -53,8 +56,10 @@ def test_it_is_nearly_as_right_as_the_best_possible_filter(name, seed):
     half = len(candles) // 2
     fitted = Regimes().fit(candles[:half])
     ours = (named(fitted.array(candles)[1:]) == truth[1:])[half:].mean()
-    best = (np.array(names)[optimal(np.diff(np.log(candles[:, CLOSE])), states, stay).argmax(axis=1)] == truth[1:])[half:].mean()
-    print(f"{name}, seed {seed}: right {ours:.1%}, best possible {best:.1%}, ratio {ours / best:.3f}, regimes found: {', '.join(fitted.present)}")
+    best = (np.array(names)[optimal(np.diff(np.log(candles[:, CLOSE])), states, stay).argmax(axis=1)]
+            == truth[1:])[half:].mean()
+    print(f"{name}, seed {seed}: right {ours:.1%}, best possible {best:.1%}, ratio {ours / best:.3f}, regimes found: "
+          f"{', '.join(fitted.present)}")
     assert ours >= .9 * best
 
 
@@ -62,7 +67,8 @@ def test_it_is_nearly_as_right_as_the_best_possible_filter(name, seed):
 def test_on_the_synthetic_chapters_own_market(seed):
     market, state = regimes(20_000, seed=seed)
     fitted = Regimes().fit(market[:10_000])
-    best = (optimal(np.log(market.close / market.close.shift(1)).to_numpy()[1:], STATES, .995).argmax(axis=1) == state[1:])[10_000:].mean()
+    best = (optimal(np.log(market.close / market.close.shift(1)).to_numpy()[1:], STATES, .995).argmax(axis=1)
+            == state[1:])[10_000:].mean()
     ours = (fitted.read(market).regime.map({"bull": 0, "bear": 1, "sideways": 2}) == state)[10_000:].mean()
     assert ours >= .9 * best
 
@@ -72,7 +78,8 @@ def test_with_the_true_laws_it_is_the_textbooks_filter():
     candles, _, _ = switching("four", 3_000)
     spell = -1 / np.log(stay)
     true = Regimes((15e-4, 2e-3, .006, .009, .02, .003, *[spell] * 4, *[1.] * 4, 1e9))
-    np.testing.assert_allclose(true.array(candles)[1:, 2:], optimal(np.diff(np.log(candles[:, CLOSE])), states, stay), atol=1e-6)
+    np.testing.assert_allclose(true.array(candles)[1:, 2:], optimal(np.diff(np.log(candles[:, CLOSE])), states, stay),
+                               atol=1e-6)
 
 
 def test_confidence_is_honest():
@@ -86,7 +93,8 @@ def test_confidence_is_honest():
 
 
 CANDLE = st.tuples(*[st.floats(1e-3, 1e6)] * 4, st.floats(0, 1e9))
-NUMBERS = st.tuples(*[st.floats(1e-5, .1)] * 6, *[st.floats(1, 1e3)] * 4, *[st.floats(1e-3, 10)] * 4, st.floats(2.1, 200))
+NUMBERS = st.tuples(*[st.floats(1e-5, .1)] * 6, *[st.floats(1, 1e3)] * 4, *[st.floats(1e-3, 10)] * 4,
+                    st.floats(2.1, 200))
 
 
 @settings(max_examples=80)
@@ -100,7 +108,8 @@ def test_array_and_stream_are_the_same_bits_and_blind_to_the_future(rows, parame
         assert reading.regime == (None if np.isnan(row[0]) else REGIMES[int(row[0])])
     assert np.isnan(array[0]).all() and np.isfinite(array[1:]).all() and np.allclose(array[1:, 2:].sum(axis=1), 1)
     assert np.array_equal(fitted.array(candles[:cut + 1]), array[:cut + 1], equal_nan=True)
-    for i, name in enumerate(regime.outputs): assert np.array_equal(fitted.feature(name).array(candles), array[:, i], equal_nan=True)
+    for i, name in enumerate(regime.outputs):
+        assert np.array_equal(fitted.feature(name).array(candles), array[:, i], equal_nan=True)
 
 
 def test_no_future_changes_the_past():
@@ -112,7 +121,8 @@ def test_no_future_changes_the_past():
         changed = candles.copy()
         changed[cut:, :4] *= generator.uniform(.5, 2)
         after = fitted.array(changed)
-        assert np.array_equal(after[:cut], before[:cut], equal_nan=True) and not np.array_equal(after[cut:], before[cut:])
+        assert np.array_equal(after[:cut], before[:cut], equal_nan=True)
+        assert not np.array_equal(after[cut:], before[cut:])
 
 
 @pytest.mark.parametrize("name", MARKETS)
@@ -126,7 +136,8 @@ def test_the_start_is_forgotten_to_the_last_bit(name):
         differ = np.flatnonzero((late != whole[start:]).any(axis=1))
         slowest = max(slowest, differ.max(initial=0))
         assert np.array_equal(late[warm_up - 1:], whole[start + warm_up - 1:])
-    print(f"{name}: forgotten after {slowest} candles, {slowest / max(fitted.parameters[6:10]):.1f} spells; the warm-up is {warm_up}")
+    print(f"{name}: forgotten after {slowest} candles, {slowest / max(fitted.parameters[6:10]):.1f} spells; the "
+          f"warm-up is {warm_up}")
 
 
 def test_a_fitted_regime_is_a_feature_like_any_other():
@@ -148,20 +159,28 @@ def test_regimes_that_a_market_does_not_have_are_never_told():
 
 def test_bad_input():
     market = ar1(1_000, seed=1)
-    for wrong, message in ((market[:499], "499 candles are too few to fit regimes: give at least 500, better 5,000"), (market.assign(close=20_000.), "the price is 20000.0 in all 1000 candles: there is nothing to fit"),
-                           (market.assign(close=market.close.where(market.index != market.index[7])), "candle 7 is not usable"), (np.ones((600, 4)), r"candles must have the shape \(T, 5\)")):
+    for wrong, message in ((market[:499], "499 candles are too few to fit regimes: give at least 500, better 5,000"),
+                           (market.assign(close=20_000.), "the price is 20000.0 in all 1000 candles: there is "
+                            "nothing to fit"),
+                           (market.assign(close=market.close.where(market.index != market.index[7])),
+                            "candle 7 is not usable"), (np.ones((600, 4)), r"candles must have the shape \(T, 5\)")):
         with pytest.raises(ValueError, match=message): Regimes().fit(wrong)
-    with pytest.raises(ValueError, match="shortest must be a number of candles above 0, was -1"): Regimes().fit(market, shortest=-1)
+    with pytest.raises(ValueError, match="shortest must be a number of candles above 0, was -1"):
+        Regimes().fit(market, shortest=-1)
     for names in (("bull",), (), ("bull", "crab")):
-        with pytest.raises(ValueError, match="names must be two or more of bull, bear, volatile, sideways, was"): Regimes().fit(market, names=names)
-    with pytest.raises(ValueError, match="rise must be a number above 0, was 0"): Regimes((0., *list(PARAMETERS.values())[1:])).feature()
-    with pytest.raises(ValueError, match="has no output 'crab': choose one of number, confidence, bull"): Regimes().feature("crab")
-    with pytest.raises(ValueError, match="candle 0 is not usable"): RegimeStream(regime().parameters).update((1, 1, 1, np.inf, 1))
+        with pytest.raises(ValueError, match="names must be two or more of bull, bear, volatile, sideways, was"):
+            Regimes().fit(market, names=names)
+    with pytest.raises(ValueError, match="rise must be a number above 0, was 0"):
+        Regimes((0., *list(PARAMETERS.values())[1:])).feature()
+    with pytest.raises(ValueError, match="has no output 'crab': choose one of number, confidence, bull"):
+        Regimes().feature("crab")
+    with pytest.raises(ValueError, match="candle 0 is not usable"):
+        RegimeStream(regime().parameters).update((1, 1, 1, np.inf, 1))
 
 
 def test_a_gap_in_price_does_not_break_it():
     candles = np.ones((3_000, 5)) * 20_000 * np.exp(np.random.default_rng(1).normal(0, .004, 3_000).cumsum())[:, None]
-    candles[1_500:, :4] *= 1e-3                                                 # a redenomination: a thousand deviations
+    candles[1_500:, :4] *= 1e-3 # a redenomination: a thousand deviations
     array = Regimes().array(candles)
     assert np.isfinite(array[1:]).all() and named(array[1_500:1_501])[0] == "volatile"
 
@@ -173,21 +192,26 @@ def test_the_four_words_by_name_on_real_markets(shared, symbol, timeframe, short
     market = resample(frame(table.timestamp, table[list(COLUMNS)]), timeframe)
     fitted = Regimes().fit(market[:"2020-06"], shortest=shortest, names=REGIMES)
     read, moves = fitted.read(market), np.log(market.close).diff()
-    for span in (slice(None, "2020-06"), slice("2020-07", None)):              # in the training span and after it, a bear has fallen and a bull has risen
+    # in the training span and after it, a bear has fallen and a bull has risen
+    for span in (slice(None, "2020-06"), slice("2020-07", None)):
         mean = moves[span].groupby(read.regime[span]).mean()
         assert mean["bear"] < 0 < mean["bull"] and set(read.regime[span].dropna()) >= {"bull", "bear", "sideways"}
     if (symbol, timeframe) == ("BTC", "1d"):
         fall = read["2021-11-15":"2022-01-24"].regime.value_counts(normalize=True)
-        assert fall["bear"] > .5 and set(read.regime.dropna()) == set(REGIMES)     # 42 % down in ten weeks, a year and a half after the training span
+        assert fall["bear"] > .5
+        # 42 % down in ten weeks, a year and a half after the training span
+        assert set(read.regime.dropna()) == set(REGIMES)
 
 
 def test_mirrored_names_are_as_right_where_the_market_is_a_mirror():
     states, stay, names = MARKETS["drift alone"]
     candles, truth, _ = switching("drift alone", seed=4)
     fitted = Regimes().fit(candles[:8_000], names=REGIMES)
-    best = (np.array(names)[optimal(np.diff(np.log(candles[:, CLOSE])), states, stay).argmax(axis=1)] == truth[1:])[8_000:].mean()
+    best = (np.array(names)[optimal(np.diff(np.log(candles[:, CLOSE])), states, stay).argmax(axis=1)]
+            == truth[1:])[8_000:].mean()
     assert (named(fitted.array(candles)[1:]) == truth[1:])[8_000:].mean() >= .9 * best
-    assert fitted.parameters[0] == fitted.parameters[1] and fitted.parameters[2] == fitted.parameters[3] >= fitted.parameters[5]
+    assert fitted.parameters[0] == fitted.parameters[1]
+    assert fitted.parameters[2] == fitted.parameters[3] >= fitted.parameters[5]
 
 
 def test_real_bitcoin(shared, tmp_path):

@@ -30,33 +30,42 @@ def network(seed=1, symbols=1, window=4, features=FEATURES, scaler=None):
     "An untrained actor: any function of what it sees will do"
     random = np.random.default_rng(seed)
     width = symbols * (window * len(features) + len(PORTFOLIO))
-    layers = [(random.normal(size=(16, width)) / 4, random.normal(size=16)), (random.normal(size=(symbols, 16)), random.normal(size=symbols))]
+    layers = [(random.normal(size=(16, width)) / 4, random.normal(size=16)),
+              (random.normal(size=(symbols, 16)), random.normal(size=symbols))]
     return Policy("network", mlp, pack(layers, "relu", "tanh"), features, window, scaler)
 
 
 def same(a, b):
-    return first_difference(a, b) is None and first_difference(a.observations, b.observations) is None and a.equity.equals(b.equity)
+    return (first_difference(a, b) is None and first_difference(a.observations, b.observations) is None
+            and a.equity.equals(b.equity))
 
 
 @pytest.fixture(scope="module")
 def bitcoin(shared):
-    candles = history("BTC/USDT:USDT", "1h", "2022-06-01", "2022-09-01", source=str(shared / "data/BTCUSDT-perp-1h.parquet"))
-    return candles, funding_history("BTC/USDT:USDT", "2022-06-01", "2022-09-01", source=str(shared / "data/BTCUSDT-perp-funding-8h.parquet"))
+    candles = history("BTC/USDT:USDT", "1h", "2022-06-01", "2022-09-01",
+                      source=str(shared / "data/BTCUSDT-perp-1h.parquet"))
+    return (candles, funding_history("BTC/USDT:USDT", "2022-06-01", "2022-09-01",
+                                     source=str(shared / "data/BTCUSDT-perp-funding-8h.parquet")))
 
 
 @pytest.mark.parametrize("policy", [network(), Momentum(), SmaCross()], ids=lambda policy: policy.name)
 def test_both_forms_agree_on_real_candles(bitcoin, policy):
     candles, payments = bitcoin
-    array, event = (backtest(policy, candles, funding=payments, engine=engine, keep_observations=True) for engine in ("vectorised", "event"))
+    array, event = (backtest(policy, candles, funding=payments, engine=engine, keep_observations=True)
+                    for engine in ("vectorised", "event"))
     assert same(array, event)
     assert (array.rows["order"] != 0).sum() > 20 and (array.rows["funding"] != 0).any()
 
 
 def test_several_symbols_are_one_account(shared):
     names = {"BTC/USDT:USDT": "BTCUSDT", "ETH/USDT:USDT": "ETHUSDT"}
-    candles = {symbol: history(symbol, "1h", "2022-06-01", "2022-08-01", source=str(shared / f"data/{name}-perp-1h.parquet")) for symbol, name in names.items()}
-    payments = {symbol: funding_history(symbol, "2022-06-01", "2022-08-01", source=str(shared / f"data/{name}-perp-funding-8h.parquet")) for symbol, name in names.items()}
-    array, event = (backtest(network(symbols=2), candles, funding=payments, engine=engine, keep_observations=True) for engine in ("vectorised", "event"))
+    candles = {symbol: history(symbol, "1h", "2022-06-01", "2022-08-01",
+                               source=str(shared / f"data/{name}-perp-1h.parquet")) for symbol, name in names.items()}
+    payments = {symbol: funding_history(symbol, "2022-06-01", "2022-08-01",
+                                        source=str(shared / f"data/{name}-perp-funding-8h.parquet")) for symbol,
+                                        name in names.items()}
+    array, event = (backtest(network(symbols=2), candles, funding=payments, engine=engine, keep_observations=True)
+                    for engine in ("vectorised", "event"))
     assert same(array, event)
     assert all((array.rows["order"][:, n] != 0).any() for n in range(2))
 
@@ -65,7 +74,8 @@ def test_one_altered_bit_is_found(bitcoin):
     candles, payments = bitcoin
     altered = candles.copy()
     altered.iloc[1_500, altered.columns.get_loc("close")] = np.nextafter(altered["close"].iloc[1_500], np.inf)
-    difference = first_difference(backtest(Momentum(), candles, funding=payments), backtest(Momentum(), altered, funding=payments))
+    difference = first_difference(backtest(Momentum(), candles, funding=payments),
+                                  backtest(Momentum(), altered, funding=payments))
     assert difference.bar == candles.index[1_500] and difference.column == "close"
 
 
@@ -73,7 +83,8 @@ def test_the_future_does_not_move_the_past(bitcoin):
     candles, payments = bitcoin
     future = candles.copy()
     future.iloc[1_000:, :4] *= 1.05
-    before, after = (backtest(network(), frame, funding=payments, keep_observations=True) for frame in (candles, future))
+    before, after = (backtest(network(), frame, funding=payments, keep_observations=True)
+                     for frame in (candles, future))
     kept = before.journal.index < candles.index[1_000]
     columns = ["close", "equity", "position", "target", "order"]
     assert first_difference(before.journal.loc[kept, columns], after.journal.loc[kept, columns]) is None
@@ -85,7 +96,8 @@ def test_a_planted_look_ahead_is_caught(bitcoin):
     candles, _ = bitcoin
     def peeking(frame):
         values = frame.copy()
-        values["volume"] = (frame["close"].shift(-2) / frame["close"]).fillna(1.).clip(lower=.5)   # the change to come, smuggled in as volume
+        # the change to come, smuggled in as volume
+        values["volume"] = (frame["close"].shift(-2) / frame["close"]).fillna(1.).clip(lower=.5)
         return values
     policy = network(features=("volume_ratio(2)",), window=1)
     whole, cut = backtest(policy, peeking(candles)), backtest(policy, peeking(candles[:1_200]))
@@ -99,7 +111,8 @@ def test_money_is_conserved(seed, size, slippage):
     "Equity is the deposit plus what every fill and funding payment moved; recomputed from the journal alone"
     candles = ar1(400, seed=seed)
     limits = Limits(max_position=size, max_drawdown=.05)
-    result = backtest(network(seed, features=("return(1)",), window=2), candles, funding=funding(candles, seed=seed), costs=CostModel(slippage=slippage), limits=limits)
+    result = backtest(network(seed, features=("return(1)",), window=2), candles, funding=funding(candles, seed=seed),
+                      costs=CostModel(slippage=slippage), limits=limits)
     rows = result.rows[:, 0]
     cash = 10_000 - (rows["fill_quantity"] * rows["fill_price"]).sum() - rows["fee"].sum() + rows["funding"].sum()
     assert np.isclose(result.equity.iloc[-1], cash + rows["fill_quantity"].sum() * candles["close"].iloc[-1], rtol=1e-9)
@@ -108,7 +121,8 @@ def test_money_is_conserved(seed, size, slippage):
 def test_a_drawdown_halts_for_good():
     "After the halt everything is closed once, and nothing is opened again"
     candles = ar1(3_000, rho=0, volatility=.02, seed=2)
-    result = backtest(network(features=("return(1)",), window=1), candles, limits=Limits(max_position=1., max_drawdown=.1, max_daily_loss=None, stops=NO_STOPS))
+    result = backtest(network(features=("return(1)",), window=1), candles,
+                      limits=Limits(max_position=1., max_drawdown=.1, max_daily_loss=None, stops=NO_STOPS))
     halted = result.rows["reason"][:, 0] == Reason.HALTED
     first = int(np.argmax(halted))
     assert halted.any() and result.rows["drawdown"][first, 0] >= .1
@@ -125,7 +139,8 @@ def test_the_gate_keeps_its_limits(rows):
     def ordered(which):
         positions, candle = np.zeros(len(rows), POSITION), np.repeat(prices[which][:, None], 5, axis=1)
         positions["quantity"], positions["entry_price"] = held[which], prices[which]
-        return Gate(limits, [BITCOIN] * len(rows)).decide(0, candle, targets[which], new_account(10_000.), positions)["quantity"].copy()
+        return Gate(limits, [BITCOIN] * len(rows)).decide(0, candle, targets[which], new_account(10_000.),
+                                                          positions)["quantity"].copy()
     quantities = ordered(np.arange(len(rows)))
     before, after = np.abs(held * prices), np.abs((held + quantities) * prices)
     grown = after > before
@@ -145,11 +160,13 @@ def test_the_journal_has_the_fields_of_the_environment():
     assert isinstance(backtest(Momentum(), candles).journal.index, pd.DatetimeIndex)
 
 
-@pytest.mark.parametrize("rule, message", [(lambda parameters, seen, targets: 1., "nobody reads that"), (lambda parameters, seen, targets: np.ones(1), "nobody reads that"),
+@pytest.mark.parametrize("rule, message", [(lambda parameters, seen, targets: 1., "nobody reads that"),
+                                           (lambda parameters, seen, targets: np.ones(1), "nobody reads that"),
                                            (lambda parameters, seen, targets: None, "nan is one that was not written")])
 @pytest.mark.parametrize("compile", [compiled, lambda rule: rule], ids=["compiled", "python"])
 def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, compile):
     "The trader as a live session drives it, and the compiled loop"
     policy = Policy("mine", compile(rule))
-    with pytest.raises(ValueError, match=message): make_trader(policy, instruments=(BITCOIN,)).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
+    with pytest.raises(ValueError, match=message):
+        make_trader(policy, instruments=(BITCOIN,)).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
     with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), baselines=())

@@ -1,4 +1,5 @@
-"News and macro series as features: as of their publication, the same bits everywhere, blind to their own future, and refused when they are not what a run was trained with"
+"""News and macro series as features: as of their publication, the same bits everywhere, blind to their own future, and
+refused when they are not what a run was trained with"""
 import json
 from dataclasses import replace
 
@@ -11,13 +12,13 @@ from numpy.testing import assert_array_equal
 from test_sentence import network
 
 from tradelab.config import settings as settings_of
+from tradelab.errors import CandleError
 from tradelab.evaluation.difference import first_difference, look_ahead
 from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
-from tradelab.live.session import RefusedStart, Session
-from tradelab.market.candles import BadCandles
+from tradelab.live.session import Session, StartRefusedError
 from tradelab.market.synthetic import ar1
 from tradelab.runs.registry import load
 from tradelab.settings import SeriesDefinition
@@ -34,26 +35,32 @@ FEATURES = ("return(1)", "series(mood)", "series(mood).age", "series(mood)@4h[-1
 def figures(count=40, published_after=10 * HOUR + 1_800_000, definition=SeriesDefinition(), seed=0):
     "A figure a day, known half past ten, or when it is said"
     about = START - 2 * DAY + DAY * np.arange(count)
-    table = pd.DataFrame({"reference_time": about, "publication_time": about + published_after, "value": np.random.default_rng(seed).normal(size=count)})
+    table = pd.DataFrame({"reference_time": about, "publication_time": about + published_after,
+                          "value": np.random.default_rng(seed).normal(size=count)})
     return Exogenous("mood", check_exogenous(table, "mood"), definition=definition)
 
 
 def test_a_figure_enters_at_the_first_close_after_its_publication():
     mood, frame = figures(), with_series(None, {"mood": figures()}, CANDLES)["series:mood"]
-    known = np.stack([frame[name].to_numpy() for name in ("open", "high", "low", "close", "volume", "quote_volume")] + [np.zeros((2, 700))[0], np.zeros(700), frame.funding_rate, frame.index_price, START + HOUR * np.arange(700.)], axis=1)
+    known = np.stack([frame[name].to_numpy() for name in ("open", "high", "low", "close", "volume", "quote_volume")]
+                     + [np.zeros((2, 700))[0], np.zeros(700), frame.funding_rate, frame.index_price,
+                        START + HOUR * np.arange(700.)], axis=1)
     value, age = parse("series(mood)").array(known), parse("series(mood).age").array(known)
     for t in range(700):                                          # one by one, from the table
-        close, told = START + (t + 1) * HOUR, [row for row in mood.table.itertuples() if row.publication_time <= START + (t + 1) * HOUR]
+        close = START + (t + 1) * HOUR
+        told = [row for row in mood.table.itertuples() if row.publication_time <= START + (t + 1) * HOUR]
         assert value[t] == told[-1].value and age[t] == (close - told[-1].publication_time) / HOUR
     assert age.min() == .5 and age.max() == 23.5                  # hours: published at half past ten
 
 
 @settings(max_examples=8, derandomize=True)
-@given(st.integers(0, 99), st.sampled_from([SeriesDefinition(), SeriesDefinition(stale="12h", when_stale="flat"), SeriesDefinition(stale="12h", when_stale="hold")]), st.integers(1, 3))
+@given(st.integers(0, 99), st.sampled_from([SeriesDefinition(), SeriesDefinition(stale="12h", when_stale="flat"),
+                                            SeriesDefinition(stale="12h", when_stale="hold")]), st.integers(1, 3))
 def test_array_event_and_environment_are_the_same(seed, definition, window):
     mood = figures(definition=definition, seed=seed)
     policy = network(seed, 1, window, FEATURES)
-    array, event = (backtest(policy, CANDLES, series={"mood": mood}, engine=engine, keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
+    array, event = (backtest(policy, CANDLES, series={"mood": mood}, engine=engine, keep_observations=True,
+                             baselines=()) for engine in ("vectorised", "event"))
     assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
     env = MarketEnv(prepare(CANDLES, Observation.from_policy(policy), series={"mood": mood}))
     seen, _ = env.reset(seed=0)
@@ -64,26 +71,35 @@ def test_array_event_and_environment_are_the_same(seed, definition, window):
 
 
 def test_a_stale_figure_is_held_or_empties_the_position_or_is_refused():
-    def run(**definition): return backtest(network(3, 1, 1, FEATURES), CANDLES, series={"mood": figures(definition=SeriesDefinition(**definition))}, baselines=())
+    def run(**definition):
+        return backtest(network(3, 1, 1, FEATURES), CANDLES,
+                        series={"mood": figures(definition=SeriesDefinition(**definition))}, baselines=())
     held, flat = run(stale="12h"), run(stale="12h", when_stale="flat")
-    hour = held.journal.index.get_level_values(0).hour if isinstance(held.journal.index, pd.MultiIndex) else held.journal.index.hour
-    stale = (hour >= 22) | (hour < 10)                            # of candles whose close is more than twelve hours after half past ten
-    assert (flat.journal["target"][stale] == 0).all() and (held.journal["target"][stale] != 0).any() and (flat.journal["target"][~stale] != 0).any()
+    hour = (held.journal.index.get_level_values(0).hour if isinstance(held.journal.index, pd.MultiIndex)
+            else held.journal.index.hour)
+    stale = (hour >= 22) | (hour < 10) # of candles whose close is more than twelve hours after half past ten
+    assert (flat.journal["target"][stale] == 0).all()
+    assert (held.journal["target"][stale] != 0).any()
+    assert (flat.journal["target"][~stale] != 0).any()
     assert first_difference(held, run()) is None
-    with pytest.raises(BadCandles, match="series mood: at .* the newest figure is 14.5 hours old, stale is 12h: fetch it again"): run(stale="12h", when_stale="refuse")
+    with pytest.raises(CandleError, match="series mood: at .* the newest figure is 14.5 hours old, stale is 12h: "
+                       "fetch it again"):
+        run(stale="12h", when_stale="refuse")
     assert first_difference(held, run(stale="24h", when_stale="refuse")) is None
 
 
 def altered(mood, after, table=None):
     "The same until a moment of publication, another one from then on"
     table = mood.table if table is None else table
-    return replace(mood, table=table.assign(value=np.where(table["publication_time"] > after, 7. - table["value"], table["value"])))
+    return replace(mood, table=table.assign(value=np.where(table["publication_time"] > after, 7. - table["value"],
+                                                           table["value"])))
 
 
 @pytest.mark.parametrize("row", [150, 333, 501])
 def test_another_future_of_the_series_does_not_move_the_past(row):
     policy, mood, now = network(5, 1, 1, FEATURES), figures(), START + (row + 1) * HOUR
-    one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).journal for each in (mood, altered(mood, now)))
+    one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).journal
+                  for each in (mood, altered(mood, now)))
     before = one["open_time"] <= now - HOUR if "open_time" in one else one.index <= CANDLES.index[row]
     assert one[before].equals(other[before]) and not one.equals(other)
 
@@ -96,8 +112,11 @@ def test_a_planted_look_ahead_is_caught():
     for row in range(150, 500, 7):
         now = START + (row + 1) * HOUR
         unknown = truth.table["publication_time"].to_numpy() > now
-        changed = replace(early, table=early.table.assign(value=np.where(unknown, 7. - early.table["value"], early.table["value"])))
-        one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).rows[["target", "open_time"]] for each in (early, changed))
+        changed = replace(early,
+                          table=early.table.assign(value=np.where(unknown, 7. - early.table["value"],
+            early.table["value"])))
+        one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).rows[["target", "open_time"]]
+                      for each in (early, changed))
         moved.append((one["target"] != other["target"])[one["open_time"] <= now - HOUR].any())
     assert any(moved)
 
@@ -105,9 +124,14 @@ def test_a_planted_look_ahead_is_caught():
 def test_look_ahead_perturbs_the_series_too():
     policy, mood = network(5, 1, 1, FEATURES), figures()
     def run(candles, told): return backtest(policy, candles, series={"mood": told["mood"]}, baselines=())
-    def reads_ahead(candles, told): return run(candles, {"mood": replace(told["mood"], table=told["mood"].table.assign(value=told["mood"].table["value"].shift(-1).fillna(0.)))})
+    def reads_ahead(candles, told):
+        return run(candles,
+                   {"mood": replace(told["mood"],
+                                    table=told["mood"].table.assign(value=told["mood"].table["value"].shift(-1).fillna(
+            0.)))})
     assert look_ahead(run, CANDLES, 2, series={"mood": mood})["difference"].isna().all()
-    assert not look_ahead(reads_ahead, CANDLES, 2, series={"mood": mood})["difference"].isna().all()             # planted: each day the figure of tomorrow
+    # planted: each day the figure of tomorrow
+    assert not look_ahead(reads_ahead, CANDLES, 2, series={"mood": mood})["difference"].isna().all()
 
 
 def test_a_run_keeps_its_series_and_refuses_another(tmp_path):
@@ -115,30 +139,46 @@ def test_a_run_keeps_its_series_and_refuses_another(tmp_path):
     observation = Observation(("return(1)", "series(mood)", "series(mood).age"))
     run = train("PPO", CANDLES[:500], observation, steps=200, folder=tmp_path, series={"mood": mood}, progress=False)
     again = load(run.id, tmp_path)
-    assert again.config["series"]["mood"]["lag"] == "1d" and len(again.config["series"]["mood"]["sha256"]) == 64 and again.observation.series == ("mood",) and again.observation.extra == ()
-    assert first_difference(*(backtest(each, CANDLES, series={"mood": mood}, baselines=()) for each in (run, again))) is None
+    assert again.config["series"]["mood"]["lag"] == "1d"
+    assert len(again.config["series"]["mood"]["sha256"]) == 64
+    assert again.observation.series == ("mood",)
+    assert again.observation.extra == ()
+    assert first_difference(*(backtest(each, CANDLES, series={"mood": mood}, baselines=())
+                              for each in (run, again))) is None
     moved = replace(mood, definition=replace(mood.definition, file="elsewhere/mood.csv"))
     backtest(again, CANDLES, series={"mood": moved}, baselines=())                                     # a file may move
-    for changed, message in ((replace(mood, definition=replace(mood.definition, lag="0d")), "lag was '1d', is '0d'"), (altered(mood, START + 5 * DAY), "were changed")):
-        with pytest.raises(BadCandles, match=f"series mood is not what the run was trained with: .*{message}.*"): backtest(again, CANDLES, series={"mood": changed}, baselines=())
+    for changed, message in ((replace(mood, definition=replace(mood.definition, lag="0d")), "lag was '1d', is '0d'"),
+                             (altered(mood, START + 5 * DAY), "were changed")):
+        with pytest.raises(CandleError, match=f"series mood is not what the run was trained with: .*{message}.*"):
+            backtest(again, CANDLES, series={"mood": changed}, baselines=())
     for absent in (None, {}):
-        with pytest.raises(BadCandles, match="the run was trained with the series mood, which is not given"): backtest(again, CANDLES, series=absent, baselines=())
-    with pytest.raises(ValueError, match="a feature reads the series 'mood', which is not there: give it, series="): train("PPO", CANDLES[:500], observation, steps=200, folder=tmp_path, progress=False)
+        with pytest.raises(CandleError, match="the run was trained with the series mood, which is not given"):
+            backtest(again, CANDLES, series=absent, baselines=())
+    with pytest.raises(ValueError, match="a feature reads the series 'mood', which is not there: give it, series="):
+        train("PPO", CANDLES[:500], observation, steps=200, folder=tmp_path, progress=False)
 
 
 def test_a_live_session_refuses_to_start():
-    trader = type("Trader", (), {"observation": Observation(("series(mood)",)), "policy": network(1, 1, 1, ("series(mood)",))})
-    with pytest.raises(RefusedStart, match="reads the series mood, and a live session cannot ask for news and macro figures anew yet"): Session(trader, None, None, "x", id="one")
+    trader = type("Trader", (), {"observation": Observation(("series(mood)",)),
+                                 "policy": network(1, 1, 1, ("series(mood)",))})
+    with pytest.raises(StartRefusedError, match="reads the series mood, and a live session cannot ask for news and "
+                       "macro figures anew yet"):
+        Session(trader, None, None, "x", id="one")
 
 
 def test_the_settings_name_files_columns_and_lag(project):
     days = pd.date_range("2022-01-01", periods=5, tz="UTC")
     (project / "news").mkdir()
-    pd.DataFrame({"day": days.strftime("%Y-%m-%dT%H:%M:%SZ"), "mood": range(5), "count": range(10, 15)}).to_csv(project / "news/mood.csv", index=False)
-    (project / "tradelab.toml").write_text('[series.mood]\nfile = "news/mood.csv"\ncolumns = ["mood", "count"]\nreference = "day"\nlag = "2h"\n')
+    pd.DataFrame({"day": days.strftime("%Y-%m-%dT%H:%M:%SZ"), "mood": range(5), "count": range(10, 15)}).to_csv(project
+        / "news/mood.csv", index=False)
+    (project / "tradelab.toml").write_text('[series.mood]\nfile = "news/mood.csv"\ncolumns = ["mood", '
+                                           '"count"]\nreference = "day"\nlag = "2h"\n')
     series = load_series(Observation(("series(mood)", "series(mood.count).age")).series, settings_of().series)
-    assert list(series) == ["mood", "mood.count"] and series["mood.count"].table["value"].tolist() == [10, 11, 12, 13, 14]
+    assert list(series) == ["mood", "mood.count"]
+    assert series["mood.count"].table["value"].tolist() == [10, 11, 12, 13, 14]
     assert (series["mood"].table["publication_time"] - series["mood"].table["reference_time"]).eq(2 * HOUR).all()
     assert json.dumps(series["mood"].definition.columns) == '["mood", "count"]'
-    with pytest.raises(BadCandles, match="has no column 'mod', only mood, count"): load_series(["mood.mod"], settings_of().series)
-    with pytest.raises(BadCandles, match="a feature reads the series 'news', and the settings define mood"): load_series(["news"], settings_of().series)
+    with pytest.raises(CandleError, match="has no column 'mod', only mood, count"):
+        load_series(["mood.mod"], settings_of().series)
+    with pytest.raises(CandleError, match="a feature reads the series 'news', and the settings define mood"):
+        load_series(["news"], settings_of().series)

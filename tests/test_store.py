@@ -11,21 +11,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.errors import CandleError
 from tradelab.events import COLUMNS
-from tradelab.market.candles import OPTIONAL, BadCandles, data_hash, frame, times
-from tradelab.market.store import REVISABLE, DamagedMonth, Store, absent, footer, holes, merge, months, spans, to_bytes
+from tradelab.market.candles import OPTIONAL, data_hash, frame, times
+from tradelab.market.store import (
+    REVISABLE,
+    DamagedMonthError,
+    Store,
+    absent,
+    footer,
+    holes,
+    merge,
+    months,
+    spans,
+    to_bytes,
+)
 from tradelab.market.store import from_file as month_of
 from tradelab.market.synthetic import ar1
-from tradelab.times import milliseconds, moment
+from tradelab.times import milliseconds, to_ms
 
 SERIES, HOUR = ("okx", "BTC/USDT:USDT", "1h"), 3_600_000
-FIRST = moment("2022-01-01")
+FIRST = to_ms("2022-01-01")
 MARKET = ar1(24 * 80, seed=1, start=FIRST)
 
 
 def python(code, *arguments):
     "A program in a process of its own"
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 class Source:
@@ -47,13 +60,15 @@ def test_a_range_is_read_to_the_candle(tmp_path_factory, start, end, open_start,
     if not store.series(*SERIES).exists(): store.write(*SERIES, MARKET)
     bounds = None if open_start else FIRST + start * HOUR, None if open_end else FIRST + end * HOUR + 1
     opens, read = times(MARKET), store.read(*SERIES, *bounds)
-    inside = (opens >= (opens[0] if bounds[0] is None else bounds[0])) & (opens < (opens[-1] + 1 if bounds[1] is None else bounds[1]))
+    inside = ((opens >= (opens[0] if bounds[0] is None else bounds[0]))
+              & (opens < (opens[-1] + 1 if bounds[1] is None else bounds[1])))
     pd.testing.assert_frame_equal(read, MARKET[inside], check_exact=True, check_freq=False)
 
 
 def test_the_index_agrees_with_the_files(tmp_path):
     store = Store(tmp_path)
-    assert store.held().columns.tolist() == ["source", "symbol", "timeframe", "first", "last", "candles", "months", "missing", "bytes"]
+    assert store.held().columns.tolist() == ["source", "symbol", "timeframe", "first", "last", "candles", "months",
+                                             "missing", "bytes"]
     store.write(*SERIES, MARKET[:100])
     store.write(*SERIES, MARKET[150:])
     store.write("okx", "ETH/USDT:USDT", "1h", MARKET[7:9])
@@ -67,11 +82,14 @@ def test_a_month_that_other_tools_have_written_is_read(tmp_path):
     store, folder = Store(tmp_path), Store(tmp_path).series(*SERIES)
     folder.mkdir(parents=True)
     MARKET.loc["2022-01"].to_parquet(folder / "2022-01.parquet")                    # pandas puts the times last
-    assert data_hash(store.read(*SERIES)) == data_hash(MARKET.loc["2022-01"]) and store.held().candles.tolist() == [31 * 24]
+    assert data_hash(store.read(*SERIES)) == data_hash(MARKET.loc["2022-01"])
+    assert store.held().candles.tolist() == [31 * 24]
 
 
-@pytest.mark.parametrize("spoil", [lambda content: content[:700], lambda content: b"", lambda content: b"<html>", lambda content: content[:200] + bytes(100) + content[300:]])
-@pytest.mark.parametrize("call", [lambda store: store.read(*SERIES), lambda store: store.held(), lambda store: store.write(*SERIES, MARKET[800:900])])
+@pytest.mark.parametrize("spoil", [lambda content: content[:700], lambda content: b"", lambda content: b"<html>",
+                                   lambda content: content[:200] + bytes(100) + content[300:]])
+@pytest.mark.parametrize("call", [lambda store: store.read(*SERIES), lambda store: store.held(),
+                                  lambda store: store.write(*SERIES, MARKET[800:900])])
 def test_a_spoiled_month_is_put_aside_and_asked_for_again(tmp_path, caplog, spoil, call):
     store = Store(tmp_path)
     path = store.write(*SERIES, MARKET).files[1]
@@ -82,7 +100,8 @@ def test_a_spoiled_month_is_put_aside_and_asked_for_again(tmp_path, caplog, spoi
     assert len(store.read(*SERIES, end="2022-02-01")) == 31 * 24                # the other months are whole
     assert [each.read_bytes() for each in path.parent.glob("*.damaged")] == [spoiled]
     assert any("a damaged month was put aside" in record.getMessage() for record in caplog.records)
-    filled = store.fill(*SERIES, times(MARKET)[0], times(MARKET)[-1] + HOUR, lambda start, end: MARKET[(times(MARKET) >= start) & (times(MARKET) < end)])
+    filled = store.fill(*SERIES, times(MARKET)[0], times(MARKET)[-1] + HOUR, lambda start,
+                        end: MARKET[(times(MARKET) >= start) & (times(MARKET) < end)])
     assert filled.asked and not filled.missing and data_hash(filled.candles) == data_hash(MARKET)
 
 
@@ -95,12 +114,13 @@ def test_no_flipped_bit_gives_other_candles(tmp_path):
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
         try: pd.testing.assert_frame_equal(month_of(path), month, check_freq=False)
-        except DamagedMonth: continue
+        except DamagedMonthError: continue
 
 
 def test_every_column_comes_back(tmp_path):
     store = Store(tmp_path)
-    rich = frame(times(MARKET), MARKET, trades=np.arange(len(MARKET)), quote_volume=MARKET.volume * MARKET.close, taker_buy_volume=MARKET.volume / 3)
+    rich = frame(times(MARKET), MARKET, trades=np.arange(len(MARKET)), quote_volume=MARKET.volume * MARKET.close,
+                 taker_buy_volume=MARKET.volume / 3)
     store.write(*SERIES, rich, now=times(MARKET)[-1] + HOUR)
     back = store.read(*SERIES)
     pd.testing.assert_frame_equal(back, rich, check_exact=True, check_freq=False)
@@ -119,17 +139,23 @@ def test_the_later_answer_wins_whoever_comes_first(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             written = [store.write(*SERIES, each, now=end + (1 if each is early else 2)) for each in order]
         assert written[0].added == 100 and written[1].added == written[1].same == 0
-        assert set(written[1].conflicts.verdict) == {"revised" if order[1] is late else "outdated"} and written[1].revised == (100 if order[1] is late else 0)
+        assert set(written[1].conflicts.verdict) == {"revised" if order[1] is late else "outdated"}
+        assert written[1].revised == (100 if order[1] is late else 0)
         assert data_hash(store.read(*SERIES)) == data_hash(late)
-    said = [record.getMessage() for record in caplog.records if "candles came with other numbers" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "candles came with other numbers"
+            in record.getMessage()]
     assert len(said) == 2
-    assert written[1].conflicts.columns.tolist() == [*(f"{column}_held" for column in COLUMNS), *(f"{column}_new" for column in COLUMNS), "verdict"]
+    assert written[1].conflicts.columns.tolist() == [*(f"{column}_held" for column in COLUMNS),
+                                                     *(f"{column}_new" for column in COLUMNS), "verdict"]
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=6))
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(1, 3), st.integers(0, 5)), min_size=1,
+                max_size=6))
 def test_the_order_of_arrival_makes_no_difference_where_times_are_said(writes):
-    answers = [(MARKET[start:start + length] * factor).assign(seen_time=10 * seen + factor) for start, length, factor, seen in writes]     # one answer for one time
+    # one answer for one time
+    answers = [(MARKET[start:start + length] * factor).assign(seen_time=10 * seen + factor) for start, length, factor,
+               seen in writes]
     forth = back = answers[0][:0]
     for answer in answers: forth = merge(forth, answer)
     for answer in answers[::-1]: back = merge(back, answer)
@@ -139,25 +165,33 @@ def test_the_order_of_arrival_makes_no_difference_where_times_are_said(writes):
 
 def test_a_candle_that_is_still_forming_is_refused(tmp_path):
     store, closes = Store(tmp_path), int(times(MARKET)[9]) + HOUR
-    with pytest.raises(BadCandles, match="okx BTC/USDT:USDT: the candle of 2022-01-01 09:00 UTC was not closed at 2022-01-01 09:59 UTC: leave it out"): store.write(*SERIES, MARKET[:10], now=closes - 1)
+    with pytest.raises(CandleError, match="okx BTC/USDT:USDT: the candle of 2022-01-01 09:00 UTC was not closed at "
+                       "2022-01-01 09:59 UTC: leave it out"):
+        store.write(*SERIES, MARKET[:10], now=closes - 1)
     assert store.held().empty and store.write(*SERIES, MARKET[:10], now=closes).added == 10
 
 
 # ---- gaps and freshness
 
 @settings(max_examples=25)
-@given(st.lists(st.tuples(st.integers(0, 370), st.integers(2, 60)), max_size=4), st.sets(st.integers(1, 398), max_size=20), st.integers(0, 200), st.integers(201, 400))
+@given(st.lists(st.tuples(st.integers(0, 370), st.integers(2, 60)), max_size=4),
+       st.sets(st.integers(1, 398), max_size=20), st.integers(0, 200), st.integers(201, 400))
 def test_a_source_is_asked_for_what_is_missing_and_nothing_else(tmp_path_factory, writes, down, start, end):
     store, source = Store(tmp_path_factory.mktemp("store")), Source(MARKET[:400].drop(MARKET.index[sorted(down)]))
     for at, length in writes: store.write(*SERIES, source.candles[at:at + length], gaps=True)
     span = FIRST + start * HOUR, FIRST + end * HOUR
     held = set(times(store.read(*SERIES, *span)).tolist())
     filled = store.fill(*SERIES, *span, source)
-    assert data_hash(filled.candles) == data_hash(source.candles[(times(source.candles) >= span[0]) & (times(source.candles) < span[1])])
+    assert data_hash(filled.candles) == data_hash(source.candles[(times(source.candles) >= span[0])
+        & (times(source.candles) < span[1])])
     asked = {time for request in source.requests for time in range(*request, HOUR)}
-    assert not asked & held and filled.asked == tuple(source.requests) and all(span[0] <= time < span[1] for time in asked)
-    assert asked | held | {time for hole in absent(store.series(*SERIES)) for time in range(*hole, HOUR)} >= set(range(*span, HOUR))
-    assert {time for span in filled.missing for time in range(*span, HOUR)} <= {FIRST + i * HOUR for i in down}      # only what nobody has, at the edges of an answer
+    assert not asked & held
+    assert filled.asked == tuple(source.requests)
+    assert all(span[0] <= time < span[1] for time in asked)
+    assert (asked | held | {time for hole in absent(store.series(*SERIES)) for time in range(*hole, HOUR)}
+            >= set(range(*span, HOUR)))
+    # only what nobody has, at the edges of an answer
+    assert {time for span in filled.missing for time in range(*span, HOUR)} <= {FIRST + i * HOUR for i in down}
 
 
 def test_the_newest_candles_are_asked_for_until_they_are_final(tmp_path):
@@ -166,11 +200,13 @@ def test_the_newest_candles_are_asked_for_until_they_are_final(tmp_path):
     def ask(start, end):
         asked.append((end - start) // 60_000)
         return minutes[(times(minutes) >= start) & (times(minutes) < end)]
-    for now in range(100, 200): store.fill("okx", "BTC/USDT", "1m", FIRST, FIRST + 600 * 60_000, ask, FIRST + now * 60_000)
-    assert asked == [100, *[11] * 99]                                           # one new candle and the ten that may still be revised
+    for now in range(100, 200):
+        store.fill("okx", "BTC/USDT", "1m", FIRST, FIRST + 600 * 60_000, ask, FIRST + now * 60_000)
+    assert asked == [100, *[11] * 99] # one new candle and the ten that may still be revised
     assert len(store.read("okx", "BTC/USDT", "1m")) == 199
     store.fill("okx", "BTC/USDT", "1m", FIRST, FIRST + 199 * 60_000, ask, FIRST + 300 * 60_000)
-    assert asked[-1] == 10 and store.missing("okx", "BTC/USDT", "1m", FIRST, FIRST + 199 * 60_000, FIRST + 10_000 * 60_000) == []
+    assert asked[-1] == 10
+    assert store.missing("okx", "BTC/USDT", "1m", FIRST, FIRST + 199 * 60_000, FIRST + 10_000 * 60_000) == []
 
 
 def test_a_revision_reaches_the_store_while_it_is_fresh_and_not_after(tmp_path):
@@ -190,17 +226,21 @@ def test_a_hole_near_the_present_is_not_believed(tmp_path):
     store, source = Store(tmp_path, revisable=2 * HOUR), Source(MARKET[:24].drop(MARKET.index[22]))
     end = FIRST + 24 * HOUR
     filled = store.fill(*SERIES, FIRST, end, source, end)
-    assert absent(store.series(*SERIES)) == [] and filled.missing == ((end - 2 * HOUR, end - HOUR),) and len(filled.candles) == 23
+    assert absent(store.series(*SERIES)) == []
+    assert filled.missing == ((end - 2 * HOUR, end - HOUR),)
+    assert len(filled.candles) == 23
     source.candles = MARKET                                                     # it comes late
     assert data_hash(store.fill(*SERIES, FIRST, end, source, end + 1).candles) == data_hash(MARKET[:24])
 
 
-@pytest.mark.parametrize("answer, message", [(lambda start, end: MARKET[:10].assign(close=np.nan), "close is nan at 2022-01-01 00:00"), (lambda start, end: MARKET[:10][::-1], "the rows are not sorted"),
-                                             (lambda start, end: MARKET[:10].drop(columns="low"), "no column 'low'")])
+@pytest.mark.parametrize("answer, message",
+                         [(lambda start, end: MARKET[:10].assign(close=np.nan), "close is nan at 2022-01-01 00:00"),
+                          (lambda start, end: MARKET[:10][::-1], "the rows are not sorted"),
+                          (lambda start, end: MARKET[:10].drop(columns="low"), "no column 'low'")])
 def test_a_bad_answer_leaves_the_store_as_it_was(tmp_path, answer, message):
     store = Store(tmp_path)
     store.write(*SERIES, MARKET[20:30])
-    with pytest.raises(BadCandles, match=message): store.fill(*SERIES, FIRST, FIRST + 30 * HOUR, answer)
+    with pytest.raises(CandleError, match=message): store.fill(*SERIES, FIRST, FIRST + 30 * HOUR, answer)
     assert data_hash(store.read(*SERIES)) == data_hash(MARKET[20:30]) and absent(store.series(*SERIES)) == []
 
 
@@ -211,7 +251,9 @@ def test_the_holes_of_a_real_exchange_are_asked_for_once(shared, tmp_path):
     span = int(times(hours)[0]), int(times(hours)[-1]) + HOUR
     filled = store.fill(*SERIES, *span, source)
     assert data_hash(filled.candles) == data_hash(hours) and filled.missing == () and len(source.requests) == 1
-    assert store.fill(*SERIES, *span, source).asked == () and len(absent(store.series(*SERIES))) == 27 == len(holes(hours, HOUR)) and store.held().missing.tolist() == [127]
+    assert store.fill(*SERIES, *span, source).asked == ()
+    assert len(absent(store.series(*SERIES))) == 27 == len(holes(hours, HOUR))
+    assert store.held().missing.tolist() == [127]
 
 
 # ---- processes
@@ -262,7 +304,8 @@ def test_two_writers_lose_nothing(tmp_path):
         from tradelab.market.store import Store
         from tradelab.market.synthetic import ar1
         market, part = ar1(24 * 80, seed=1, start="2022-01-01"), int(sys.argv[2])
-        for i in range(part, 40, 2): Store(sys.argv[1]).write("okx", "BTC/USDT:USDT", "1h", market[48 * i:48 * (i + 1)], gaps=True)
+        for i in range(part, 40, 2):
+            Store(sys.argv[1]).write("okx", "BTC/USDT:USDT", "1h", market[48 * i:48 * (i + 1)], gaps=True)
     """
     writers = [python(code, tmp_path, part) for part in (0, 1)]
     for writer in writers: assert writer.communicate()[1] == "" and writer.returncode == 0
@@ -282,7 +325,8 @@ def test_a_fill_that_is_killed_goes_on_where_it_was(tmp_path):
             time.sleep(wait)
             return market[(times(market) >= start) & (times(market) < end)]
         opens = times(market)
-        for day in range(80): store.fill("okx", "BTC/USDT:USDT", "1h", opens[24 * day], opens[24 * day] + 24 * 3_600_000, ask)
+        for day in range(80):
+            store.fill("okx", "BTC/USDT:USDT", "1h", opens[24 * day], opens[24 * day] + 24 * 3_600_000, ask)
     """
     first = python(code, tmp_path, .02)
     before = [first.stdout.readline() for _ in range(30)]
@@ -290,16 +334,21 @@ def test_a_fill_that_is_killed_goes_on_where_it_was(tmp_path):
     first.communicate()
     second = python(code, tmp_path, 0)
     after = second.communicate()[0].splitlines(keepends=True)
-    assert not set(before[:-1]) & set(after) and 50 <= len(after) <= 51 and data_hash(Store(tmp_path).read(*SERIES)) == data_hash(MARKET)
+    assert not set(before[:-1]) & set(after)
+    assert 50 <= len(after) <= 51
+    assert data_hash(Store(tmp_path).read(*SERIES)) == data_hash(MARKET)
 
 
 def test_the_list_of_holes_is_whole_or_absent(tmp_path):
     store = Store(tmp_path)
     store.write(*SERIES, MARKET.drop(MARKET.index[5:9]), gaps=True)
     path = store.series(*SERIES) / "absent.json"
-    assert [tuple(span) for span in json.loads(path.read_text())] == [(FIRST + 5 * HOUR, FIRST + 9 * HOUR)] == absent(path.parent)
+    assert [tuple(span) for span in json.loads(path.read_text())] == [(FIRST + 5 * HOUR,
+        FIRST + 9 * HOUR)] == absent(path.parent)
     store.write(*SERIES, MARKET[5:9])                                           # somebody had them after all
-    assert data_hash(store.read(*SERIES)) == data_hash(MARKET) and store.missing(*SERIES, FIRST, FIRST + 80 * 24 * HOUR) == []
+    assert data_hash(store.read(*SERIES)) == data_hash(MARKET)
+    assert store.missing(*SERIES, FIRST, FIRST + 80 * 24 * HOUR) == []
     path.write_text("{")
-    with pytest.raises(BadCandles, match="absent.json: not a list of spans"): store.missing(*SERIES, FIRST, FIRST + HOUR)
+    with pytest.raises(CandleError, match="absent.json: not a list of spans"):
+        store.missing(*SERIES, FIRST, FIRST + HOUR)
     assert spans(times(MARKET), milliseconds("1h")) == [(FIRST, FIRST + 80 * 24 * HOUR)]

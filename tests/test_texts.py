@@ -19,6 +19,7 @@ from matplotlib.cbook import is_math_text
 
 import tradelab
 from tradelab.account import POSITION
+from tradelab.errors import CandleError
 from tradelab.evaluation.risk_report import RiskView
 from tradelab.evaluation.tearsheet import TearSheet
 from tradelab.evaluation.value_at_risk import TailMeasures
@@ -28,7 +29,6 @@ from tradelab.instruments import BITCOIN, Instrument
 from tradelab.live.broker import BrokerError, Notice, error_text
 from tradelab.live.session import Statistics
 from tradelab.log import formatter
-from tradelab.market.candles import BadCandles
 from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, buy_and_hold, flat
@@ -41,7 +41,7 @@ from tradelab.settings import Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
-from tradelab.sources.tables import Unreachable
+from tradelab.sources.tables import UnreachableError
 from tradelab.texts import cell_text, figure_text, one_line, printable
 
 matplotlib.use("Agg")
@@ -55,7 +55,8 @@ def classes():
     for module in pkgutil.walk_packages(tradelab.__path__, "tradelab."):
         if module.name.endswith("_modidx"): continue
         for each in vars(importlib.import_module(module.name)).values():
-            if isinstance(each, type) and each.__module__ == module.name and "_repr_html_" in vars(each): found[f"{module.name.removeprefix('tradelab.')}.{each.__name__}"] = each
+            if isinstance(each, type) and each.__module__ == module.name and "_repr_html_" in vars(each):
+                found[f"{module.name.removeprefix('tradelab.')}.{each.__name__}"] = each
     return found
 
 
@@ -72,14 +73,26 @@ def shown(run):
     "An object of each of these classes, with evil in every text that somebody else may have written"
     ladder = Ladder()
     ladder.trip("person", 0, EVIL, symbol=EVIL, who=EVIL)
-    returns = pd.Series(np.random.default_rng(0).normal(0, .01, 300), pd.date_range("2024", periods=300, freq="1h", tz="UTC"))
+    returns = pd.Series(np.random.default_rng(0).normal(0, .01, 300), pd.date_range("2024", periods=300, freq="1h",
+        tz="UTC"))
     candles = ar1(200, seed=1)
     candles.iloc[100, 1] = candles.iloc[100, 0] / 2
-    return {"evaluation.metrics.Metrics": run.summary(), "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL), "evaluation.result.Result": run,
-            "evaluation.risk_report.RiskView": RiskView(EVIL, run.journal, run.equity, (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),), ladder, {symbol: EVIL for symbol in run.symbols}), "risk.trading_state.Ladder": ladder,
-            "evaluation.var_backtest.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03), "evaluation.value_at_risk.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
-            "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4, np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL), "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
-            "runs.run.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)), instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL), "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL), "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
+    return {"evaluation.metrics.Metrics": run.summary(),
+            "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL),
+            "evaluation.result.Result": run,
+            "evaluation.risk_report.RiskView": RiskView(EVIL, run.journal, run.equity,
+                                                        (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),),
+                                                        ladder, {symbol: EVIL for symbol in run.symbols}),
+                                                        "risk.trading_state.Ladder": ladder,
+            "evaluation.var_backtest.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03),
+            "evaluation.value_at_risk.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
+            "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4,
+        np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL),
+        "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
+            "runs.run.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)),
+                                instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL),
+                                "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL),
+                                "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 
 
 def test_no_class_is_left_out(shown): assert set(classes()) == set(shown)
@@ -87,7 +100,8 @@ def test_no_class_is_left_out(shown): assert set(classes()) == set(shown)
 
 def planted(thing):
     "The same thing with evil in every field that is a text"
-    texts = [field.name for field in dataclasses.fields(thing) if isinstance(getattr(thing, field.name), str)] if dataclasses.is_dataclass(thing) else []
+    texts = ([field.name for field in dataclasses.fields(thing) if isinstance(getattr(thing, field.name), str)]
+             if dataclasses.is_dataclass(thing) else [])
     return dataclasses.replace(thing, **dict.fromkeys(set(texts) - {"timeframe"}, EVIL)) if texts else thing
 
 
@@ -96,10 +110,14 @@ def test_what_a_notebook_shows_is_text(shown, name):
     for thing in (shown[name], planted(shown[name])):
         html = thing._repr_html_()
         assert not FORBIDDEN.search(html)
-        if name not in ("evaluation.metrics.Metrics", "evaluation.value_at_risk.TailMeasures", "risk.portfolio.PortfolioMeasures", "live.session.Statistics", "evaluation.var_backtest.Judgement"): assert "&lt;script&gt;" in html
+        if name not in ("evaluation.metrics.Metrics", "evaluation.value_at_risk.TailMeasures",
+                        "risk.portfolio.PortfolioMeasures", "live.session.Statistics",
+                        "evaluation.var_backtest.Judgement"):
+            assert "&lt;script&gt;" in html
 
 
-def test_the_page_of_a_tear_sheet_is_text(shown): assert not FORBIDDEN.search(shown["evaluation.tearsheet.TearSheet"].html())
+def test_the_page_of_a_tear_sheet_is_text(shown):
+    assert not FORBIDDEN.search(shown["evaluation.tearsheet.TearSheet"].html())
 
 
 @pytest.mark.parametrize("name", [name for name, each in classes().items() if hasattr(each, "plot")])
@@ -111,30 +129,39 @@ def test_a_name_with_dollars_breaks_no_picture(shown, name):
 
 def test_names_are_text_in_the_other_pictures_too(run, shown):
     shown["evaluation.tearsheet.TearSheet"].details().savefig(io.BytesIO())
-    assert "<script>" not in run.chart(run.symbols[0]).to_json() and "&lt;script&gt;" in run.chart(run.symbols[0]).layout.title.text
+    assert "<script>" not in run.chart(run.symbols[0]).to_json()
+    assert "&lt;script&gt;" in run.chart(run.symbols[0]).layout.title.text
 
 
 def test_exported_cells_are_no_formulas(run, tmp_path):
     names = ("=HYPERLINK(1)", "@SUM(A1)")
     evil = dataclasses.replace(run, symbols=names, candles=dict(zip(names, run.candles.values())))
     for table in TABLES:
-        with open(export(evil, tmp_path / f"{table}.csv", table), newline="") as file: cells = [cell for row in csv.reader(file) for cell in row]
-        assert not [cell for cell in cells if cell[:1] in ("=", "@", "+", "\t", "\r") or (cell[:1] == "-" and not re.fullmatch(r"-[\d.e+-]+", cell))]
+        with open(export(evil, tmp_path / f"{table}.csv", table), newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert not [cell for cell in cells if cell[:1] in ("=", "@", "+", "\t", "\r")
+                    or (cell[:1] == "-" and not re.fullmatch(r"-[\d.e+-]+", cell))]
     assert "'=HYPERLINK(1)" in pd.read_csv(tmp_path / "journal.csv")["symbol"].unique()
     written = pd.read_csv(tmp_path / "journal.csv")
-    for name in ("close", "equity", "fee", "order"): assert written[name].dtype.kind in "fi" and np.allclose(written[name], evil.journal[name])
+    for name in ("close", "equity", "fee", "order"):
+        assert written[name].dtype.kind in "fi" and np.allclose(written[name], evil.journal[name])
     book = openpyxl.load_workbook(export(evil, tmp_path / "all.xlsx"))
     cells = [cell for sheet in book for row in sheet for cell in row]
-    assert not [cell for cell in cells if cell.data_type == "f"] and any(cell.value == "'=HYPERLINK(1)" for cell in cells) and any(cell.data_type == "n" and (cell.value or 0) < 0 for cell in cells)
+    assert not [cell for cell in cells if cell.data_type == "f"]
+    assert any(cell.value == "'=HYPERLINK(1)" for cell in cells)
+    assert any(cell.data_type == "n" and (cell.value or 0) < 0 for cell in cells)
 
 
 @given(st.text())
 def test_a_printable_text_commands_nothing(text):
-    for shown in (printable(text), one_line(text)): assert not [sign for sign in shown if unicodedata.category(sign) in ("Cc", "Cf", "Co", "Cs") and sign not in "\n\t"]
+    for shown in (printable(text), one_line(text)):
+        assert not [sign for sign in shown if unicodedata.category(sign) in ("Cc", "Cf", "Co", "Cs")
+                    and sign not in "\n\t"]
     assert printable(printable(text)) == printable(text) and "\n" not in one_line(text)
 
 
-@given(st.from_regex(r"\A[a-z ]{0,9}(\x1b\[[0-9;?]{0,6}[A-Za-z]|\x1b\][0-9];[a-z:/]{0,9}(\x07|\x1b\\)|\x1b[78c=>]|\x9b[0-9]{0,3}[mJ]){1,4}[a-z ]{0,9}\Z"))
+@given(st.from_regex(r"\A[a-z ]{0,9}(\x1b\[[0-9;?]{0,6}[A-Za-z]|\x1b\][0-9];[a-z:/]{0,9}(\x07|\x1b\\)|\x1b[78c=>]|"
+                     r"\x9b[0-9]{0,3}[mJ]){1,4}[a-z ]{0,9}\Z"))
 def test_a_sequence_goes_whole(text): assert re.fullmatch("[a-z ]*", printable(text))
 
 
@@ -154,12 +181,17 @@ def is_number(text):
 
 
 @given(st.text())
-def test_a_name_is_never_a_formula_of_matplotlib(text): assert not is_math_text(figure_text(text)) and not figure_text(text).startswith("_")
+def test_a_name_is_never_a_formula_of_matplotlib(text):
+    assert not is_math_text(figure_text(text)) and not figure_text(text).startswith("_")
 
 
 def test_an_exchange_commands_no_terminal():
     said = 'binance {"code":-1102,"msg":"\x1b[2J\x1b]0;owned\x07mandatory\x1b[31m parameter"}'
-    errors = (BrokerError(said), Unreachable(said), BadCandles(said), error_text(Exception(said)), Notice("margin call", said).text)
-    assert not [text for text in map(str, errors) if "\x1b" in text or "\x07" in text] and error_text(Exception(said)) == "-1102 mandatory parameter"
-    record = logging.LogRecord("tradelab.live", logging.WARNING, "x.py", 1, said, (), (ValueError, ValueError(said), None))
-    assert not [readable for readable in (True, False) if "\x1b" in formatter(readable).format(record) or "u001b" in formatter(readable).format(record)]
+    errors = (BrokerError(said), UnreachableError(said), CandleError(said), error_text(Exception(said)),
+              Notice("margin call", said).text)
+    assert not [text for text in map(str, errors) if "\x1b" in text or "\x07" in text]
+    assert error_text(Exception(said)) == "-1102 mandatory parameter"
+    record = logging.LogRecord("tradelab.live", logging.WARNING, "x.py", 1, said, (),
+                               (ValueError, ValueError(said), None))
+    assert not [readable for readable in (True, False) if "\x1b" in formatter(readable).format(record)
+                or "u001b" in formatter(readable).format(record)]

@@ -9,28 +9,35 @@ __all__ = ['ACCOUNT', 'POSITION', 'EXACT', 'new_account', 'wallet', 'decimal8', 
 # %% ../nbs/00_ground/14_account.ipynb #14e04aec
 import numpy as np
 
-from .compiled import bare
+from .compiled import inlined
 from .instruments import TIERS
 
 # %% ../nbs/00_ground/14_account.ipynb #4cf9c58e
-ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"), ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8"),
-                    ("trading_state", "i8"),                                                          # written by risk.trading_state alone, with why: halted, day_stopped, required_state
-                    ("day", "i8"), ("day_equity", "f8"), ("last_equity", "f8"), ("day_stopped", "i8"), ("minute", "i8"), ("orders", "i8"), ("required_state", "i8")]) # what the gate remembers
-POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8"), # age: closes that it has seen
-                     ("best_price", "f8"), ("entry_atr", "f8"), ("width", "f8"), ("stopped", "f8")])                               # what the stops remember
+ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("funding", "f8"), ("equity", "f8"),
+                    ("peak", "f8"), ("drawdown", "f8"), ("halted", "i8"),
+                    # written by risk.trading_state alone, with why: halted, day_stopped, required_state
+                    ("trading_state", "i8"),
+                    # what the gate remembers
+                    ("day", "i8"), ("day_equity", "f8"), ("last_equity", "f8"), ("day_stopped", "i8"), ("minute", "i8"),
+                    ("orders", "i8"), ("required_state", "i8")])
+# age: closes that it has seen
+POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8"),
+                     # what the stops remember
+                     ("best_price", "f8"), ("entry_atr", "f8"), ("width", "f8"), ("stopped", "f8")])
 
 
 def new_account(
     deposit:float,   # quote
 )->np.ndarray:       # ACCOUNT, shape (1,)
     "An account that holds money and no positions"
-    if not (np.isfinite(deposit) and deposit > 0): raise ValueError(f"deposit must be a finite amount above 0, was {deposit}")
+    if not (np.isfinite(deposit) and deposit > 0):
+        raise ValueError(f"deposit must be a finite amount above 0, was {deposit}")
     account = np.zeros(1, ACCOUNT)
     for name in ("deposit", "equity", "peak"): account[name] = deposit
     return account
 
 # %% ../nbs/00_ground/14_account.ipynb #32b2a333
-@bare
+@inlined
 def wallet(
     account,     # ACCOUNT, (1,)
 )->float:        # quote
@@ -42,7 +49,7 @@ def wallet(
 EXACT = 2. ** 53 / 1e8 # beyond it a float has no eight decimals any more
 
 
-@bare
+@inlined
 def decimal8(
     value,    # a quantity or an amount
 )->float:
@@ -50,7 +57,7 @@ def decimal8(
     return np.rint(value * 1e8) / 1e8 if abs(value) < EXACT else value
 
 # %% ../nbs/00_ground/14_account.ipynb #e8f1cab7
-@bare
+@inlined
 def apply_fill(
     account,          # ACCOUNT, (1,)
     positions,        # POSITION, (n_symbols,)
@@ -75,7 +82,7 @@ def apply_fill(
     position["quantity"] = after
 
 # %% ../nbs/00_ground/14_account.ipynb #3e998d40
-@bare
+@inlined
 def reduces(
     quantity,  # signed base units to order
     held,      # signed base units
@@ -84,7 +91,7 @@ def reduces(
     return quantity * held < 0. and abs(quantity) <= abs(held)
 
 # %% ../nbs/00_ground/14_account.ipynb #7c0a83a6
-@bare
+@inlined
 def funding_amount(
     quantity,    # signed base units held
     mark_price,  # quote per base
@@ -94,13 +101,13 @@ def funding_amount(
     return decimal8(-quantity * mark_price * rate)
 
 
-@bare
+@inlined
 def apply_funding(account, amount):
     "Book a funding payment, in quote"
     account[0]["funding"] = decimal8(account[0]["funding"] + amount)
 
 # %% ../nbs/00_ground/14_account.ipynb #51455e85
-@bare
+@inlined
 def bracket(
     notional,    # quote, without sign
     instrument,  # a row of INSTRUMENT
@@ -111,7 +118,7 @@ def bracket(
     return TIERS - 1
 
 
-@bare
+@inlined
 def maintenance_margin(
     notional,    # quote, without sign
     instrument,  # a row of INSTRUMENT
@@ -121,7 +128,7 @@ def maintenance_margin(
     return notional * instrument["rates"][i] - instrument["amounts"][i]
 
 # %% ../nbs/00_ground/14_account.ipynb #dedfe13c
-@bare
+@inlined
 def mark(
     account,    # ACCOUNT, (1,)
     positions,  # POSITION, (n_symbols,)
@@ -139,15 +146,16 @@ def mark(
     row["drawdown"] = 1. - row["equity"] / row["peak"] if row["peak"] > 0. else 1.
 
 
-@bare
+@inlined
 def age(
     positions,  # POSITION, (n_symbols,)
 ):
     "A candle has closed over the positions: once a candle"
-    for n in range(len(positions)): positions[n]["age"] = positions[n]["age"] + 1. if positions[n]["quantity"] != 0. else 0.
+    for n in range(len(positions)):
+        positions[n]["age"] = positions[n]["age"] + 1. if positions[n]["quantity"] != 0. else 0.
 
 # %% ../nbs/00_ground/14_account.ipynb #90fde760
-@bare
+@inlined
 def round_price(
     price,       # quote per base
     direction,   # above zero rounds up, below zero down
@@ -159,7 +167,7 @@ def round_price(
     return whole * instrument["price_units"] / instrument["price_scale"]
 
 
-@bare
+@inlined
 def round_quantity(
     quantity,    # signed base units
     instrument,  # a row of INSTRUMENT

@@ -30,8 +30,10 @@ def names_in(
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            found += [each.id for target in (node.targets if isinstance(node, ast.Assign) else [node.target]) for each in ast.walk(target) if isinstance(each, ast.Name)]
-        elif isinstance(node, (ast.Import, ast.ImportFrom)): found += [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+            found += [each.id for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+                      for each in ast.walk(target) if isinstance(each, ast.Name)]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found += [alias.asname or alias.name.partition(".")[0] for alias in node.names]
         elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For)): return None
     return None if "*" in found else found
 
@@ -44,12 +46,15 @@ def check_rule(
     if not module.startswith("tradelab."): return
     file = PACKAGE.parent / f"{module.replace('.', '/')}.py"
     if not file.is_file():
-        known = [f"tradelab.strategies.{path.stem}" for path in (PACKAGE / "strategies").glob("*.py") if path.stem != "__init__"]
-        raise LookupError(f"there is no module {module!r}: did you mean {nearest(module, known)}? A rule of your own is importable once its notebook is exported")
+        known = [f"tradelab.strategies.{path.stem}" for path in (PACKAGE / "strategies").glob("*.py")
+                 if path.stem != "__init__"]
+        raise LookupError(f"there is no module {module!r}: did you mean {nearest(module, known)}? A rule of your own "
+                          "is importable once its notebook is exported")
     names = names_in(file)
     if names is None or attribute in names: return
     public = [name for name in names if re.match(r"[A-Z]", name) and name not in ("CLOSE", "OPEN")]
-    raise LookupError(f"{module} has no {attribute!r}" + (f": did you mean {nearest(attribute, public)}?" if public else ""))
+    raise LookupError(f"{module} has no {attribute!r}" + (f": did you mean {nearest(attribute, public)}?" if public
+                                                          else ""))
 
 
 def check_policy(
@@ -75,7 +80,8 @@ def check_file(
     if "{symbol}" in source and not symbols: return
     for symbol in symbols or [""]:
         path = source.replace("{symbol}", symbol.partition(":")[0].replace("/", ""))
-        if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}: check the path, it is relative to {Path.cwd()}")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file {path}: check the path, it is relative to {Path.cwd()}")
 
 # %% ../nbs/99_top/02_checks.ipynb #d60a4188
 def check_session(
@@ -83,9 +89,12 @@ def check_session(
     sessions:Path,    # the folder of all sessions
 ):
     "Refuse a session that is not recorded here; FileNotFoundError"
-    known = [path.parent.name for path in sorted(sessions.glob("*/recording*"), key=lambda path: path.stat().st_mtime, reverse=True)]
+    known = [path.parent.name for path in sorted(sessions.glob("*/recording*"), key=lambda path: path.stat().st_mtime,
+                                                 reverse=True)]
     if session in known or session == "latest" and known: return
-    raise FileNotFoundError(f"no session {session!r} in {sessions}: " + (f"its newest are {', '.join(dict.fromkeys(known[:3]))}" if known else "there is none yet, run one first"))
+    raise FileNotFoundError(f"no session {session!r} in {sessions}: "
+                            + (f"its newest are {', '.join(dict.fromkeys(known[:3]))}" if known else "there is none "
+                               "yet, run one first"))
 
 
 def check_job(*,
@@ -106,7 +115,9 @@ def check_job(*,
     warnings_as_sentences()
     here = job_settings(settings, **({"venue": venue} if venue else {}))
     if venue: venue_for(here)
-    if agent and agent not in AGENT_NAMES: raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are {', '.join(AGENT_NAMES)}")
+    if agent and agent not in AGENT_NAMES:
+        raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
+                         f"{', '.join(AGENT_NAMES)}")
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     if policy: check_policy(policy, here.runs)
     symbols = symbols_of(symbol)
@@ -116,6 +127,6 @@ def check_job(*,
 
 
 def _check_times(timeframe, span):
-    from tradelab.times import interval, milliseconds
+    from tradelab.times import milliseconds, parse_span
     if timeframe: milliseconds(timeframe)
-    interval(span)
+    parse_span(span)

@@ -36,7 +36,9 @@ def say_unheard():
     from tradelab.migrate import unheard
     try: names = unheard()
     except ValueError: return # settings that cannot be read are said by the command that needs them
-    if names: click.echo(f"set, and without effect here: {', '.join(names)}. `tradelab config import FILE` writes them under the names of tradelab", err=True)
+    if names:
+        click.echo(f"set, and without effect here: {', '.join(names)}. `tradelab config import FILE` writes them under "
+                   "the names of tradelab", err=True)
 
 # %% ../nbs/99_top/07_command.ipynb #0b04b8cc
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,9 +51,11 @@ def main(context):
 # %% ../nbs/99_top/07_command.ipynb #bce7165b
 @main.command(context_settings={"help_option_names": []})
 @click.argument("job", required=False)
-@click.option("parameters", "-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter of the job; may be repeated.")
+@click.option("parameters", "-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="A parameter of the job; may be repeated.")
 @click.option("asked", "-h", "--help", is_flag=True, help="Show this, and what the job takes.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where the executed notebook goes  [default: reports/JOB/JOB-<time>.ipynb]")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where the executed notebook goes  "
+              "[default: reports/JOB/JOB-<time>.ipynb]")
 @click.pass_context
 def run(context, job, parameters, output, asked):
     "Run the notebook nbs/JOB.ipynb (or a path) with checked parameters."
@@ -75,8 +79,11 @@ def session_of(
     with one_sentence():
         ledger = Ledger(settings().database)
         traded = {session: ledger.session(session)["settings"].get("origin", "") for session in ledger.sessions()}
-    found = [session for session, origin in traded.items() if origin == train_id or train_id == "latest" and origin.startswith("train_")]
-    if not found: raise click.ClickException(f"no session has traded {train_id}: run one with `tradelab live --train-id {train_id}`")
+    found = [session for session, origin in traded.items() if origin == train_id or train_id == "latest"
+             and origin.startswith("train_")]
+    if not found:
+        raise click.ClickException(f"no session has traded {train_id}: run one with `tradelab live --train-id "
+                                   f"{train_id}`")
     return found[0]
 
 
@@ -94,9 +101,12 @@ def add_job(
 ):
     "Make a command of a job"
     @main.command(name, JobCommand, help=words)
-    @click.option("--train-id", metavar="ID", help="The trained run, or latest: the same as -p policy ID." if name != "replay" else "Replay the newest session of this run.")
-    @click.option("parameters", "-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter of the job; may be repeated.")
-    @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help=f"Where the executed notebook goes  [default: reports/{name}/{name}-<time>.ipynb]")
+    @click.option("--train-id", metavar="ID", help="The trained run, or latest: the same as -p policy ID."
+                  if name != "replay" else "Replay the newest session of this run.")
+    @click.option("parameters", "-p", "--parameter", nargs=2, multiple=True, metavar="NAME VALUE",
+                  help="A parameter of the job; may be repeated.")
+    @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where the executed notebook goes "
+                  f" [default: reports/{name}/{name}-<time>.ipynb]")
     @click.pass_context
     def job(context, train_id, parameters, output, real=False):
         given = [("session", session_of(train_id)) if name == "replay" else ("policy", train_id)] if train_id else []
@@ -104,11 +114,16 @@ def add_job(
         twice = {key for key, _ in given} & {key for key, _ in parameters}
         if twice: raise click.UsageError(f"{' and '.join(sorted(twice))} is given twice: by an option and by -p")
         context.invoke(run, job=name, parameters=(*parameters, *given), output=output)
-    if name == "live": job.params.append(click.Option(["--live", "real"], is_flag=True, help="Real money: the same as -p venue mainnet, with all that it asks for."))
+    if name == "live":
+        job.params.append(click.Option(["--live", "real"], is_flag=True, help="Real money: the same as -p venue "
+                                       "mainnet, with all that it asks for."))
 
 
-for _name, _words in (("backtest", "What a policy would have done, beside doing nothing and holding."), ("live", "Trade: localnet, the testnet; the notebook is the record."),
-                      ("replay", "Decide a recorded session again: the same bits."), ("report", "A policy beside simple rules, and a live session beside what was expected.")): add_job(_name, _words)
+for _name, _words in (("backtest", "What a policy would have done, beside doing nothing and holding."),
+                      ("live", "Trade: localnet, the testnet; the notebook is the record."),
+                      ("replay", "Decide a recorded session again: the same bits."),
+                      ("report", "A policy beside simple rules, and a live session beside what was expected.")):
+    add_job(_name, _words)
 
 # %% ../nbs/99_top/07_command.ipynb #765203b5
 LOCK = "lock" # in the folder of a session
@@ -133,15 +148,19 @@ def stop(session):
     with one_sentence(): here = settings()
     running = running_sessions(here.sessions)
     if not running: raise click.ClickException(f"no session is running (looked in {here.sessions})")
-    if session is None and len(running) > 1: raise click.ClickException(f"{len(running)} sessions are running, say which: {', '.join(running)}")
+    if session is None and len(running) > 1:
+        raise click.ClickException(f"{len(running)} sessions are running, say which: {', '.join(running)}")
     session = session or next(iter(running))
-    if session not in running: raise click.ClickException(f"no session {session} is running: did you mean {nearest(session, running)}?")
+    if session not in running:
+        raise click.ClickException(f"no session {session} is running: did you mean {nearest(session, running)}?")
     lock = here.sessions / session / LOCK
     with one_sentence(): asked = interrupt(lock, session)
     click.echo(f"asked {session} to stop" if asked else f"{session} had just ended")
     until = time.monotonic() + here.stop_grace
     while holder(lock, session) == running[session]:
-        if time.monotonic() > until: raise click.ClickException(f"{session} did not stop within {here.stop_grace:g} s (process {running[session]})")
+        if time.monotonic() > until:
+            raise click.ClickException(f"{session} did not stop within {here.stop_grace:g} s (process "
+                                       f"{running[session]})")
         time.sleep(.2)
     click.echo(f"{session} has stopped")
 
@@ -162,28 +181,36 @@ def serve(
 @click.option("--candles", default="synthetic", show_default=True, help="A file of candles, an exchange, or synthetic.")
 @click.option("--symbol", default="BTC/USDT:USDT", show_default=True)
 @click.option("--timeframe", default="1h", show_default=True)
-@click.option("--start", default=None, help="The first candle to stream; those before it are history  [default: after the first 500]")
+@click.option("--start", default=None, help="The first candle to stream; those before it are history  [default: after "
+              "the first 500]")
 @click.option("--funding", default="none", show_default=True, help="A file of funding rates.")
 @click.option("--deposit", default=10_000., show_default=True, help="In quote currency.")
 @click.option("--interval-ms", default=0, show_default=True, help="Milliseconds between two candles.")
-@click.option("--lockstep/--no-lockstep", default=True, show_default=True, help="Wait for every session before the next candle.")
+@click.option("--lockstep/--no-lockstep", default=True, show_default=True, help="Wait for every session before the "
+              "next candle.")
 @click.option("--port", type=int, default=None, help="[default: localnet_port of the settings]")
 def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, lockstep, port):
     "Serve an exchange on this machine that replays candles, until Ctrl-C."
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet
-    from tradelab.market.filters import instruments_for, said
+    from tradelab.market.filters import describe_instruments, instruments_for
     from tradelab.sources.funding import funding_history
     from tradelab.sources.history import history
     with one_sentence():
         here = settings(venue="localnet")
         venue = venue_for(here)
-        frame = history(symbol, timeframe, *(("2024-01-01", "2024-07-01") if candles == "synthetic" else ()), source=candles, gaps=here.gaps)
+        frame = history(symbol, timeframe, *(("2024-01-01", "2024-07-01") if candles == "synthetic" else ()),
+                        source=candles, gaps=here.gaps)
         rates = {symbol: funding_history(symbol, source=funding)}
         first = frame.index[min(500, len(frame) // 2)] if start is None else frame.index[frame.index >= start][0]
-        server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument), here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep, interval_ms=interval_ms, gaps=here.gaps,
-                          api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(), port=here.localnet_port if port is None else port)
-        with server: serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles), {said(server.exchange.instruments)}; Ctrl-C ends it")
+        server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument),
+                          here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep,
+                          interval_ms=interval_ms, gaps=here.gaps,
+                          api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(),
+                          port=here.localnet_port if port is None else port)
+        with server:
+            serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles), "
+                  f"{describe_instruments(server.exchange.instruments)}; Ctrl-C ends it")
 
 # %% ../nbs/99_top/07_command.ipynb #bdf7c2bb
 @main.group()
@@ -270,7 +297,8 @@ def show_one_run(run):
 @runs.command("compare")
 @click.argument("a")
 @click.argument("b")
-@click.option("--source", default="", help="Candles to test both on: a file, an exchange, archive  [default: synthetic, where both were trained on such]")
+@click.option("--source", default="", help="Candles to test both on: a file, an exchange, archive  [default: "
+              "synthetic, where both were trained on such]")
 @click.option("--span", default="", metavar="FROM/TO", help="[default: half a year after both trainings]")
 @click.option("--funding", default="none", show_default=True, help="Funding rates: a file, an exchange, archive.")
 def compare_two_runs(a, b, source, span, funding):
@@ -287,7 +315,8 @@ def tag_run(run, tags, remove):
     "Give TAGS to a run; without any, show them."
     from tradelab.config import settings
     from tradelab.inventory import known, runs_here, tag
-    with one_sentence(): click.echo(" ".join(tag(settings().runs, known(runs_here(), run, "run"), tags, remove)) or "no tags")
+    with one_sentence():
+        click.echo(" ".join(tag(settings().runs, known(runs_here(), run, "run"), tags, remove)) or "no tags")
 
 
 @runs.command("delete")
@@ -312,7 +341,8 @@ def sessions():
 def list_sessions(only):
     "All sessions, newest last; one that calls itself running and is not was killed."
     from tradelab.inventory import sessions_table
-    with one_sentence(): show_table(sessions_table(names_running(), only), "there is no session yet: tradelab live makes one")
+    with one_sentence():
+        show_table(sessions_table(names_running(), only), "there is no session yet: tradelab live makes one")
 
 
 @sessions.command("show")
@@ -340,7 +370,9 @@ def tag_session(session, tags, remove):
     "Give TAGS to a session; without any, show them."
     from tradelab.config import settings
     from tradelab.inventory import known, sessions_here, tag
-    with one_sentence(): click.echo(" ".join(tag(settings().sessions, known(sessions_here(), session, "session"), tags, remove)) or "no tags")
+    with one_sentence():
+        click.echo(" ".join(tag(settings().sessions, known(sessions_here(), session, "session"), tags, remove))
+                   or "no tags")
 
 
 @sessions.command("delete")
@@ -371,8 +403,10 @@ def list_data():
 @data.command("download")
 @click.argument("symbol")
 @click.option("--timeframe", default="1h", show_default=True)
-@click.option("--span", required=True, metavar="FROM/TO", help="Such as 2022-01-01/2023-01-01; with an open end, until now.")
-@click.option("--source", default="", help="An exchange, archive or yahoo  [default: exchanges of the settings, in their order]")
+@click.option("--span", required=True, metavar="FROM/TO", help="Such as 2022-01-01/2023-01-01; with an open "
+              "end, until now.")
+@click.option("--source", default="", help="An exchange, archive or yahoo  [default: exchanges of the settings, in "
+              "their order]")
 def download_data(symbol, timeframe, span, source):
     "Fetch candles of SYMBOL into the store; what is there already is not asked for."
     from tradelab.inventory import download
@@ -383,7 +417,8 @@ def download_data(symbol, timeframe, span, source):
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.option("--source", default="", help="Only series of this source.")
 @click.option("--symbol", default="", help="Only series of this symbol.")
-@click.option("--timeframe", default="", help="Only series of this timeframe; of a file, where it is not what most steps are.")
+@click.option("--timeframe", default="", help="Only series of this timeframe; of a file, where it is not what "
+              "most steps are.")
 @click.pass_context
 def check_kept(context, files, source, symbol, timeframe):
     "Judge FILES, or the series of the store; exit code 1 where one has errors."

@@ -13,7 +13,8 @@ from enum import IntEnum
 # %% ../nbs/00_ground/10_events.ipynb #56cae0eb
 OPEN, HIGH, LOW, CLOSE, VOLUME, QUOTE_VOLUME, TRADES, TAKER_BUY_VOLUME, FUNDING_RATE, INDEX_PRICE, OPEN_TIME = range(11)
 COLUMNS = ("open", "high", "low", "close", "volume")
-KNOWN = (*COLUMNS, "quote_volume", "trades", "taker_buy_volume", "funding_rate", "index_price", "open_time") # times in ms, exact in a float64
+# times in ms, exact in a float64
+KNOWN = (*COLUMNS, "quote_volume", "trades", "taker_buy_volume", "funding_rate", "index_price", "open_time")
 
 # %% ../nbs/00_ground/10_events.ipynb #bf4256d0
 @dataclass(frozen=True)

@@ -31,11 +31,14 @@ def _arrays(result, prefix=""):
     arrays = {f"{prefix}rows": result.rows, f"{prefix}fills": result.fill_rows}
     if result.observations is not None: arrays[f"{prefix}observations"] = result.observations
     if not prefix:
-        for n, frame in enumerate(result.candles.values()): arrays[f"candles{n}"] = np.column_stack([times(frame), frame.to_numpy(float)])
+        for n, frame in enumerate(result.candles.values()):
+            arrays[f"candles{n}"] = np.column_stack([times(frame), frame.to_numpy(float)])
     return arrays
 
 
-def _face(result): return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source, "note": result.caption, "net": result.net}
+def _face(result):
+    return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source,
+            "note": result.caption, "net": result.net}
 
 
 def save(
@@ -44,9 +47,12 @@ def save(
 )->Path:
     "Keep a result with its baselines; whole or not at all"
     path, names = Path(path), list(result.baselines)
-    arrays = _arrays(result) | {name: array for n, other in enumerate(names) for name, array in _arrays(result.baselines[other], f"baseline{n}.").items()}
-    head = {"format": FORMAT, "face": _face(result), "baselines": [_face(result.baselines[name]) for name in names], "candles": {symbol: list(frame.columns) for symbol, frame in result.candles.items()}}
-    if not path.parent.is_dir(): raise FileNotFoundError(f"there is no folder {path.parent} to keep a result in: make it first")
+    arrays = (_arrays(result) | {name: array for n, other in enumerate(names) for name,
+                                 array in _arrays(result.baselines[other], f"baseline{n}.").items()})
+    head = {"format": FORMAT, "face": _face(result), "baselines": [_face(result.baselines[name]) for name in names],
+            "candles": {symbol: list(frame.columns) for symbol, frame in result.candles.items()}}
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to keep a result in: make it first")
     content = io.BytesIO()
     np.savez_compressed(content, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
     replace_files({path: content.getvalue()})
@@ -59,7 +65,9 @@ class _OtherVersion(Exception):
 
 def _rows(stored, name, dtype):
     array = stored[name]
-    if array.dtype != dtype: raise _OtherVersion(f"its {name} have the fields {', '.join(array.dtype.names or ())}, this version has {', '.join(dtype.names)}: it was kept by another version, run the backtest again")
+    if array.dtype != dtype:
+        raise _OtherVersion(f"its {name} have the fields {', '.join(array.dtype.names or ())}, this version has "
+                            f"{', '.join(dtype.names)}: it was kept by another version, run the backtest again")
     return array
 
 
@@ -71,11 +79,17 @@ def _result(stored, head):
     candles = {}
     for n, (symbol, columns) in enumerate(head["candles"].items()):
         values = stored[f"candles{n}"]
-        candles[symbol] = pd.DataFrame(values[:, 1:], pd.DatetimeIndex(values[:, 0].astype("int64").astype("datetime64[ms]"), tz="UTC", name="open_time"), columns)
+        candles[symbol] = pd.DataFrame(values[:, 1:],
+                                       pd.DatetimeIndex(values[:, 0].astype("int64").astype("datetime64[ms]"), tz="UTC",
+                                                        name="open_time"), columns)
     def one(face, prefix=""):
-        face = {name: value for name, value in face.items() if name != "note"} | {"caption": face.get("note", ""), "symbols": tuple(face["symbols"]), "final": tuple(face["final"])}
-        return Result(rows=_rows(stored, f"{prefix}rows", JOURNAL), fill_rows=_rows(stored, f"{prefix}fills", FILL), observations=stored[f"{prefix}observations"] if f"{prefix}observations" in stored else None, candles=candles, **face)
-    return replace(one(head["face"]), baselines={face["name"]: one(face, f"baseline{n}.") for n, face in enumerate(head["baselines"])})
+        face = ({name: value for name, value in face.items() if name != "note"} | {"caption": face.get("note", ""),
+            "symbols": tuple(face["symbols"]), "final": tuple(face["final"])})
+        return Result(rows=_rows(stored, f"{prefix}rows", JOURNAL), fill_rows=_rows(stored, f"{prefix}fills", FILL),
+                      observations=stored[f"{prefix}observations"] if f"{prefix}observations" in stored else None,
+                      candles=candles, **face)
+    return replace(one(head["face"]), baselines={face["name"]: one(face, f"baseline{n}.") for n,
+                                                 face in enumerate(head["baselines"])})
 
 
 def load(path)->Result:
@@ -87,20 +101,27 @@ def load(path)->Result:
         if size > LARGEST: raise _OtherVersion(f"it holds {size:,} bytes, more than the {LARGEST:,} that are read")
         with np.load(path, allow_pickle=False) as stored:
             head = json.loads(bytes(stored["head"]))
-            if head["format"] != FORMAT: raise _OtherVersion(f"it is {head['format']!r}, this version reads {FORMAT!r}: run the backtest again")
+            if head["format"] != FORMAT:
+                raise _OtherVersion(f"it is {head['format']!r}, this version reads {FORMAT!r}: run the backtest again")
             return _result(stored, head)
     except _OtherVersion as error: raise ValueError(f"{path} cannot be read: {error}") from None
-    except Exception as error: raise ValueError(f"{path} is not a result ({error}): it was not written by tradelab.export.save, or it is damaged") from None # flipped bits make any error
+    # flipped bits make any error
+    except Exception as error:
+        raise ValueError(f"{path} is not a result ({error}): it was not written by tradelab.export.save, or "
+                         "it is damaged") from None
 
 # %% ../nbs/99_top/06_export.ipynb #b4c7aa01
-TABLES = {"journal": lambda result: result.journal, "fills": lambda result: result.fills, "equity": lambda result: result.equity.to_frame("equity"), "metrics": lambda result: result.summary().table().to_frame()}
+TABLES = {"journal": lambda result: result.journal, "fills": lambda result: result.fills,
+          "equity": lambda result: result.equity.to_frame("equity"),
+          "metrics": lambda result: result.summary().table().to_frame()}
 SUFFIXES = (".csv", ".parquet", ".xlsx", ".json")
 
 
 def _plain(table):
     "Times as text: Excel knows no zones, JSON no times"
     table = table.reset_index()
-    return table.assign(**{name: table[name].astype(str) for name in table if isinstance(table[name].dtype, pd.DatetimeTZDtype)})
+    return table.assign(**{name: table[name].astype(str) for name in table if isinstance(table[name].dtype,
+        pd.DatetimeTZDtype)})
 
 
 def export(
@@ -110,16 +131,20 @@ def export(
 )->Path:
     "Write tables for other programs"
     path = Path(path)
-    if path.suffix not in SUFFIXES: raise ValueError(f"{path.name} ends with {path.suffix!r}: a result is exported to {', '.join(SUFFIXES)}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path.name} ends with {path.suffix!r}: a result is exported to {', '.join(SUFFIXES)}")
     if table not in TABLES: raise ValueError(f"there is no table {table!r}: take one of {', '.join(TABLES)}")
     if path.suffix == ".csv": content = quoted(TABLES[table](result)).to_csv().encode()
-    elif path.suffix == ".json": content = json.dumps({name: json.loads(_plain(make(result)).to_json(orient="records")) for name, make in TABLES.items()}).encode()
+    elif path.suffix == ".json":
+        content = json.dumps({name: json.loads(_plain(make(result)).to_json(orient="records")) for name,
+                              make in TABLES.items()}).encode()
     else:
         written = io.BytesIO()
         if path.suffix == ".parquet": TABLES[table](result).to_parquet(written)
         else:
             with pd.ExcelWriter(written, engine="openpyxl") as book:
-                for name, make in TABLES.items(): quoted(_plain(make(result))).to_excel(book, sheet_name=name, index=False)
+                for name, make in TABLES.items():
+                    quoted(_plain(make(result))).to_excel(book, sheet_name=name, index=False)
         content = written.getvalue()
     replace_files({path: content})
     return path

@@ -13,7 +13,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from .errors import check_not_negative, check_positive
+from .errors import SymbolNotSupportedError, check_not_negative, check_positive
 
 # %% ../nbs/00_ground/07_instruments.ipynb #9bb2fdea
 def grid(
@@ -28,7 +28,8 @@ def grid(
 TIERS = 12
 BRACKETS = ((10_000., 75, .0065), (50_000., 50, .01), (160_000., 40, .015), (800_000., 25, .02), (1.6e6, 20, .025),
             (8e6, 10, .05), (16e6, 5, .1), (20e6, 4, .125), (40e6, 2, .25), (80e6, 1, .5))
-BITCOIN_BRACKETS = ((300_000., 150, .004), (800_000., 100, .005), (3e6, 75, .0065), (12e6, 50, .01), (70e6, 25, .02), (100e6, 20, .025), (230e6, 10, .05), (480e6, 5, .1),
+BITCOIN_BRACKETS = ((300_000., 150, .004), (800_000., 100, .005), (3e6, 75, .0065), (12e6, 50, .01), (70e6, 25, .02),
+                    (100e6, 20, .025), (230e6, 10, .05), (480e6, 5, .1),
                     (600e6, 4, .125), (800e6, 3, .15), (1.2e9, 2, .25), (1.8e9, 1, .5))
 
 
@@ -37,16 +38,21 @@ def bracket_amounts(
 )->tuple:          # quote: what is taken off `notional * rate` in each, so that the margin has no step
     "Binance's maintenance amounts: each is the one before, and the floor times the step of the rate"
     amounts = [0.]
-    for (floor, _, before), (_, _, rate) in zip(brackets, brackets[1:]): amounts.append(amounts[-1] + floor * (rate - before))
+    for (floor, _, before), (_, _, rate) in zip(brackets, brackets[1:]):
+        amounts.append(amounts[-1] + floor * (rate - before))
     return tuple(amounts)
 
 
 def check_brackets(record, brackets):
     "Refuse margin brackets that do not rise"
-    if not 1 <= len(brackets) <= TIERS: raise ValueError(f"{record}.brackets needs 1 to {TIERS} rows of (notional, leverage, rate), had {len(brackets)}")
+    if not 1 <= len(brackets) <= TIERS:
+        raise ValueError(
+            f"{record}.brackets needs 1 to {TIERS} rows of (notional, leverage, rate), had {len(brackets)}")
     for before, row in zip(((0., np.inf, 0.), *brackets), brackets):
-        if not (np.isfinite(row).all() and row[0] > before[0] and 1 <= row[1] <= before[1] and before[2] <= row[2] < 1 and row[2] > 0):
-            raise ValueError(f"{record}.brackets: {tuple(row)} does not follow {tuple(before)}: notional and rate rise, leverage falls, none below its least")
+        if not (np.isfinite(row).all() and row[0] > before[0] and 1 <= row[1] <= before[1] and before[2] <= row[2] < 1
+                and row[2] > 0):
+            raise ValueError(f"{record}.brackets: {tuple(row)} does not follow {tuple(before)}: notional and rate "
+                             "rise, leverage falls, none below its least")
 
 # %% ../nbs/00_ground/07_instruments.ipynb #deaf01a0
 _EXPIRES = re.compile(r".*[-_]\d{6}(-.*)?")
@@ -57,11 +63,14 @@ def check_perpetual(
 ):
     "Refuse a contract that expires"
     if _EXPIRES.fullmatch(symbol):
-        raise ValueError(f"{symbol} is a delivery contract, which expires; only perpetuals are traded, such as {re.split('[-_]', symbol)[0]}")
+        raise SymbolNotSupportedError(f"{symbol} is a delivery contract, which expires; only perpetuals are traded, "
+                                      f"such as {re.split('[-_]', symbol)[0]}")
 
 # %% ../nbs/00_ground/07_instruments.ipynb #809e8b66
-INSTRUMENT = np.dtype([("price_units", "f8"), ("price_scale", "f8"), ("step_units", "f8"), ("step_scale", "f8"), ("min_quantity", "f8"), ("max_quantity", "f8"), ("min_notional", "f8"),
-                       ("liquidation_fee", "f8"), ("max_notional", "f8"), ("sector", "i8"), ("caps", "f8", TIERS), ("rates", "f8", TIERS), ("amounts", "f8", TIERS)])
+INSTRUMENT = np.dtype([("price_units", "f8"), ("price_scale", "f8"), ("step_units", "f8"), ("step_scale", "f8"),
+                       ("min_quantity", "f8"), ("max_quantity", "f8"), ("min_notional", "f8"),
+                       ("liquidation_fee", "f8"), ("max_notional", "f8"), ("sector", "i8"), ("caps", "f8", TIERS),
+                       ("rates", "f8", TIERS), ("amounts", "f8", TIERS)])
 
 
 def decimal_text(number:float)->str: return np.format_float_positional(float(number), trim="-")
@@ -69,7 +78,8 @@ def decimal_text(number:float)->str: return np.format_float_positional(float(num
 # %% ../nbs/00_ground/07_instruments.ipynb #9bb8a062
 @dataclass(frozen=True)
 class Instrument:
-    "What an exchange says about a symbol: the grids that prices and quantities are on, the sizes it takes, the margin it wants"
+    """What an exchange says about a symbol: the grids that prices and quantities are on, the sizes it takes, the margin
+    it wants"""
     symbol:str                   # ccxt's unified name
     price_tick:float             # quote per base
     quantity_step:float          # base units
@@ -96,11 +106,14 @@ class Instrument:
         "For compiled code; `sector` is a number that `instrument_rows` gave"
         caps, _, rates = (list(column) + [column[-1]] * (TIERS - len(column)) for column in zip(*self.brackets))
         amounts = bracket_amounts(self.brackets)
-        return np.array((*grid(self.price_tick), *grid(self.quantity_step), self.min_quantity, self.max_quantity, self.min_notional, self.liquidation_fee, self.max_notional(leverage), sector,
+        return np.array((*grid(self.price_tick), *grid(self.quantity_step), self.min_quantity, self.max_quantity,
+                         self.min_notional, self.liquidation_fee, self.max_notional(leverage), sector,
                          caps, rates, list(amounts) + [amounts[-1]] * (TIERS - len(amounts))), INSTRUMENT)
 
     def __str__(self):
-        return f"{self.symbol} ({self.origin}): tick {decimal_text(self.price_tick)}, step {decimal_text(self.quantity_step)}, orders from {decimal_text(self.min_notional)} in quote to {decimal_text(self.max_quantity)} in base"
+        return (f"{self.symbol} ({self.origin}): tick {decimal_text(self.price_tick)}, step "
+                f"{decimal_text(self.quantity_step)}, orders from {decimal_text(self.min_notional)} in quote to "
+                f"{decimal_text(self.max_quantity)} in base")
 
 # %% ../nbs/00_ground/07_instruments.ipynb #ee73e61a
 BITCOIN = Instrument("BTC/USDT:USDT", price_tick=.1, quantity_step=.001, max_quantity=1000., min_notional=100.,

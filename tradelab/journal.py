@@ -50,26 +50,42 @@ class Reason(IntEnum):
 
 
 _SENTENCES = {
-    Reason.AS_ASKED: "as the policy asked", Reason.TOO_SMALL: "a change of {value:.4g} of equity is below {limit:.4g}, too small to trade",
-    Reason.LEVERAGE: "shrunk: all positions would be {value:.4g} times equity, max_leverage allows {limit:.4g}", Reason.BALANCE: "shrunk: {value:,.2f} of margin would be added, {limit:,.2f} is available",
-    Reason.MAX_QUANTITY: "shrunk: {value:g} is more than the {limit:g} that the exchange takes in one order", Reason.HALTED: "halted, drawdown {value:.2%} against max_drawdown {limit:.2%}: everything is closed",
-    Reason.STATE: "refused: the trading state is {value:.0f}, entries are allowed below {limit:.0f}", Reason.DAILY_LOSS: "refused: {value:.2%} lost since midnight, max_daily_loss is {limit:.2%}",
-    Reason.CONFIDENCE: "refused: the policy's confidence {value:.4g} is below min_confidence {limit:.4g}", Reason.PRICE_BAND: "refused: the price is {value:.2%} off the mark price, price_band is {limit:.2%}",
-    Reason.ORDER_SIZE: "shrunk: the order would add {value:.4g} of equity, max_order is {limit:.4g}", Reason.PARTICIPATION: "shrunk: the order would be {value:.4g} of the candle's volume, max_participation is {limit:.4g}",
-    Reason.SECTOR: "shrunk: its sector would be {value:.4g} times equity, max_sector allows {limit:.4g}", Reason.GROUP: "shrunk: what moves with it would be {value:.4g} times equity, max_group allows {limit:.4g}",
-    Reason.NET: "shrunk: long less short would be {value:.4g} times equity, max_net allows {limit:.4g}", Reason.VALUE_AT_RISK: "shrunk: the portfolio could lose {value:.2%} in a day (99 %), max_var is {limit:.2%}",
-    Reason.MARGIN_RATIO: "shrunk: equity would be {value:.4g} times the maintenance margin, min_margin_ratio is {limit:.4g}", Reason.ORDER_RATE: "refused: {value:.0f} orders in this minute, max_orders is {limit:.0f}",
-    Reason.UNKNOWN: "refused: a limit is set and what it measures is not known", Reason.VOLATILITY: "shrunk: annual volatility {value:.2%}, target_volatility is {limit:.2%}",
-    Reason.DRAWDOWN: "shrunk: drawdown {value:.2%}, limits shrink from {limit:.2%} on", Reason.STOP_LOSS: "closed: the price {value:g} is beyond the stop at {limit:g}", Reason.TAKE_PROFIT: "closed: the price {value:g} has reached the target at {limit:g}",
-    Reason.TRAILING_STOP: "closed: the price {value:g} is beyond the trailing stop at {limit:g}", Reason.TIME_STOP: "closed after {value:.0f} candles, max_age is {limit:.0f}",
+    Reason.AS_ASKED: "as the policy asked", Reason.TOO_SMALL: "a change of {value:.4g} of equity is below {limit:.4g}, "
+    "too small to trade",
+    Reason.LEVERAGE: "shrunk: all positions would be {value:.4g} times equity, max_leverage allows {limit:.4g}",
+    Reason.BALANCE: "shrunk: {value:,.2f} of margin would be added, {limit:,.2f} is available",
+    Reason.MAX_QUANTITY: "shrunk: {value:g} is more than the {limit:g} that the exchange takes in one order",
+    Reason.HALTED: "halted, drawdown {value:.2%} against max_drawdown {limit:.2%}: everything is closed",
+    Reason.STATE: "refused: the trading state is {value:.0f}, entries are allowed below {limit:.0f}",
+    Reason.DAILY_LOSS: "refused: {value:.2%} lost since midnight, max_daily_loss is {limit:.2%}",
+    Reason.CONFIDENCE: "refused: the policy's confidence {value:.4g} is below min_confidence {limit:.4g}",
+    Reason.PRICE_BAND: "refused: the price is {value:.2%} off the mark price, price_band is {limit:.2%}",
+    Reason.ORDER_SIZE: "shrunk: the order would add {value:.4g} of equity, max_order is {limit:.4g}",
+    Reason.PARTICIPATION: "shrunk: the order would be {value:.4g} of the candle's volume, max_participation is "
+    "{limit:.4g}",
+    Reason.SECTOR: "shrunk: its sector would be {value:.4g} times equity, max_sector allows {limit:.4g}",
+    Reason.GROUP: "shrunk: what moves with it would be {value:.4g} times equity, max_group allows {limit:.4g}",
+    Reason.NET: "shrunk: long less short would be {value:.4g} times equity, max_net allows {limit:.4g}",
+    Reason.VALUE_AT_RISK: "shrunk: the portfolio could lose {value:.2%} in a day (99 %), max_var is {limit:.2%}",
+    Reason.MARGIN_RATIO: "shrunk: equity would be {value:.4g} times the maintenance margin, min_margin_ratio is "
+    "{limit:.4g}", Reason.ORDER_RATE: "refused: {value:.0f} orders in this minute, max_orders is {limit:.0f}",
+    Reason.UNKNOWN: "refused: a limit is set and what it measures is not known", Reason.VOLATILITY: "shrunk: annual "
+    "volatility {value:.2%}, target_volatility is {limit:.2%}",
+    Reason.DRAWDOWN: "shrunk: drawdown {value:.2%}, limits shrink from {limit:.2%} on",
+    Reason.STOP_LOSS: "closed: the price {value:g} is beyond the stop at {limit:g}",
+    Reason.TAKE_PROFIT: "closed: the price {value:g} has reached the target at {limit:g}",
+    Reason.TRAILING_STOP: "closed: the price {value:g} is beyond the trailing stop at {limit:g}",
+    Reason.TIME_STOP: "closed after {value:.0f} candles, max_age is {limit:.0f}",
     Reason.STOPPED_OUT: "refused: a stop closed this side, the policy asks for it still",
     Reason.BRACKET: "shrunk: the position would be {value:,.0f}, the exchange allows {limit:,.0f} at this leverage",
     Reason.NO_DECISION: "not asked: the window reaches over a hole in the candles, what is held stays",
     Reason.MAX_POSITIONS: "refused: {value:.0f} symbols would be held, max_positions is {limit:.0f}"}
 
 # %% ../nbs/00_ground/11_journal.ipynb #3b99fe3a
-JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"), ("target", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8"),
-                    ("order", "f8"), ("fill_quantity", "f8"), ("fill_price", "f8"), ("traded", "f8"), ("cash", "f8"), ("fee", "f8"), ("funding", "f8")])
+JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"),
+                    ("target", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8"),
+                    ("order", "f8"), ("fill_quantity", "f8"), ("fill_price", "f8"), ("traded", "f8"), ("cash", "f8"),
+                    ("fee", "f8"), ("funding", "f8")])
 
 # %% ../nbs/00_ground/11_journal.ipynb #634f3c99
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from tradelab.config import (
     FORBIDDING,
     PREFIX,
     TOML,
-    BadSettings,
     _flat,
     _nested,
     foreign_variables,
@@ -33,15 +32,22 @@ from tradelab.config import (
     read_variables,
     settings,
 )
+from .errors import ConfigurationError
 from .files import replace_files
 
 # %% ../nbs/99_top/04_migrate.ipynb #d55a6847
-KEYS = {"BINANCE_TESTNET_API_KEY": "testnet_key", "BINANCE_TESTNET_API_SECRET": "testnet_secret", "EXCHANGE": "exchanges", "EXCHANGE_API_KEY": "testnet_key", "EXCHANGE_SECRET_KEY": "testnet_secret",
-        "SANDBOX": "venue", "BINANCE_TESTNET": "venue", "DRY_RUN": "venue", "SYMBOLS": "symbol", "TIMEFRAME": "timeframe", "INITIAL_CAPITAL": "deposit", "MAX_POSITION_SIZE": "risk.max_position",
-        "STOP_LOSS_PCT": "risk.stops.stop_loss", "TAKE_PROFIT_PCT": "risk.stops.take_profit", "MAX_DRAWDOWN": "risk.max_drawdown", "ENVIRONMENT": "environment", "LOG_LEVEL": "log_level"}
-ALIASES = {"EXCHANGE_NAME": "EXCHANGE", "EXCHANGE_ID": "EXCHANGE", "EXCHANGE_SECRET": "EXCHANGE_SECRET_KEY", "EXCHANGE_API_SECRET": "EXCHANGE_SECRET_KEY",
-           "BINANCE_TESTNET_SECRET_KEY": "BINANCE_TESTNET_API_SECRET", "EXCHANGE_TESTNET": "SANDBOX", "MAX_DRAWDOWN_PCT": "MAX_DRAWDOWN", "SYMBOL": "SYMBOLS"}
-LATER = re.compile(r"(.*_)?(INFLUXDB?|TELEGRAM)(_.*|$)|(.*_)?(ALERT_CHANNELS|MONITORING_ENABLED)(_.*|$)|ALERTS?_.*|MONITORING_.*")
+KEYS = {"BINANCE_TESTNET_API_KEY": "testnet_key", "BINANCE_TESTNET_API_SECRET": "testnet_secret",
+        "EXCHANGE": "exchanges", "EXCHANGE_API_KEY": "testnet_key", "EXCHANGE_SECRET_KEY": "testnet_secret",
+        "SANDBOX": "venue", "BINANCE_TESTNET": "venue", "DRY_RUN": "venue", "SYMBOLS": "symbol",
+        "TIMEFRAME": "timeframe", "INITIAL_CAPITAL": "deposit", "MAX_POSITION_SIZE": "risk.max_position",
+        "STOP_LOSS_PCT": "risk.stops.stop_loss", "TAKE_PROFIT_PCT": "risk.stops.take_profit",
+        "MAX_DRAWDOWN": "risk.max_drawdown", "ENVIRONMENT": "environment", "LOG_LEVEL": "log_level"}
+ALIASES = {"EXCHANGE_NAME": "EXCHANGE", "EXCHANGE_ID": "EXCHANGE", "EXCHANGE_SECRET": "EXCHANGE_SECRET_KEY",
+           "EXCHANGE_API_SECRET": "EXCHANGE_SECRET_KEY",
+           "BINANCE_TESTNET_SECRET_KEY": "BINANCE_TESTNET_API_SECRET", "EXCHANGE_TESTNET": "SANDBOX",
+           "MAX_DRAWDOWN_PCT": "MAX_DRAWDOWN", "SYMBOL": "SYMBOLS"}
+LATER = re.compile(r"(.*_)?(INFLUXDB?|TELEGRAM)(_.*|$)|(.*_)?(ALERT_CHANNELS|MONITORING_ENABLED)(_.*|$)|ALERTS?_.*|"
+                   r"MONITORING_.*")
 KEPT = "monitoring and alerts come with a later version: keep the line"
 
 
@@ -67,7 +73,8 @@ LARGEST, MOST, DEEPEST = 1_000_000, 10_000, 20 # bytes, values, levels
 def _leaves(node, path, found):
     "Paths and values below a node; a name that is known is not looked into"
     if len(path) > DEEPEST or len(found) >= MOST: raise ValueError(f"more than {DEEPEST} levels or {MOST:,} values")
-    if isinstance(node, dict) and not (path and (known_name(path) in ("SYMBOLS",) or LATER.fullmatch(words_of(str(path[-1]))))):
+    if (isinstance(node, dict)
+        and not (path and (known_name(path) in ("SYMBOLS",) or LATER.fullmatch(words_of(str(path[-1])))))):
         for name, inner in node.items(): _leaves(inner, (*path, str(name)), found)
     else: found.append((path, node))
     return found
@@ -83,21 +90,23 @@ def _parsed(path, text):
 def read_foreign(
     path:Path,      # .json, .yaml, .yml, or lines NAME=value
 )->list[tuple]:     # (path of names, value)
-    "What a file of another system says; `BadSettings` where it cannot be read"
+    "What a file of another system says; `ConfigurationError` where it cannot be read"
     path = Path(path)
     try:
         if path.stat().st_size > LARGEST: raise ValueError(f"it has more than {LARGEST:,} bytes")
         table = _parsed(path, path.read_text(encoding="utf-8-sig"))
         if not isinstance(table, dict): raise ValueError(f"it holds no names with values, but {type(table).__name__}")
         return _leaves(table, (), [])
-    except BadSettings: raise
+    except ConfigurationError: raise
     except UnicodeDecodeError: what = "it is not text in UTF-8"
     except RecursionError: what = "it nests too deeply"
-    except yaml.YAMLError as error: what = f"it is not YAML{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}"
+    except yaml.YAMLError as error:
+        what = ("it is not YAML"
+                f"{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}")
     except json.JSONDecodeError as error: what = f"it is not JSON at line {error.lineno}"
     except OSError as error: what = error.strerror
     except ValueError as error: what = str(error)
-    raise BadSettings(f"{path} cannot be read: {what}")
+    raise ConfigurationError(f"{path} cannot be read: {what}")
 
 # %% ../nbs/99_top/04_migrate.ipynb #b57fa3cb
 def truth(value)->bool|None:
@@ -124,21 +133,27 @@ def share(
     if str(value).strip().endswith("%"): return round(found / 100, 12)
     key = KEYS[name]
     if name == "MAX_POSITION_SIZE":
-        if found >= 1: raise ValueError(f"can be percent, coins or an amount: write {key}, a fraction of the equity, or add a % sign")
+        if found >= 1:
+            raise ValueError(f"can be percent, coins or an amount: write {key}, a fraction of the equity, or "
+                             "add a % sign")
         return found
-    if found == 1 if name == "MAX_DRAWDOWN" else .2 <= found < 1: raise ValueError(f"can be {found:g} % or {100 * found:g} %: write {key} as a fraction, or add a % sign")
+    if found == 1 if name == "MAX_DRAWDOWN" else .2 <= found < 1:
+        raise ValueError(f"can be {found:g} % or {100 * found:g} %: write {key} as a fraction, or add a % sign")
     return round(found / 100, 12) if found >= 1 else found
 
 # %% ../nbs/99_top/04_migrate.ipynb #17041daa
 LEVELS = {"DEBUG": "DEBUG", "INFO": "INFO", "WARN": "WARNING", "WARNING": "WARNING", "ERROR": "ERROR"}
-STAGES = {"dev": "development", "development": "development", "staging": "staging", "stage": "staging", "prod": "production", "production": "production"}
+STAGES = {"dev": "development", "development": "development", "staging": "staging", "stage": "staging",
+          "prod": "production", "production": "production"}
 BINANCE = ("binance", "binanceusdm", "binance_futures", "binancefutures", "binance-futures")
-PLACEHOLDER = re.compile(r"(?i)(your|my|change|replace|insert|todo|example|placeholder|xxx|<|\*\*\*|none$|null$).*|\S*_here")
+PLACEHOLDER = re.compile(r"(?i)(your|my|change|replace|insert|todo|example|placeholder|xxx|<|\*\*\*|none$|null$)"
+                         r".*|\S*_here")
 
 
 def one_of(words, value):
     "The word of ours; ValueError naming all"
-    found = words.get(str(value).strip()) or words.get(str(value).strip().upper()) or words.get(str(value).strip().lower())
+    found = (words.get(str(value).strip()) or words.get(str(value).strip().upper())
+             or words.get(str(value).strip().lower()))
     if found is None: raise ValueError(f"is not one of {', '.join(dict.fromkeys(words.values()))}")
     return found
 
@@ -147,7 +162,8 @@ def symbols(value)->str:
     "Names of markets with commas; the job that trades them judges them"
     names = value if isinstance(value, (list, tuple)) else str(value).strip("[] ").split(",")
     names = [str(name).strip(" '\"") for name in names]
-    if not all(re.fullmatch(r"[A-Za-z0-9]+([/:_-][A-Za-z0-9]+){0,2}", name) for name in names): raise ValueError("are not names of markets such as BTC/USDT:USDT")
+    if not all(re.fullmatch(r"[A-Za-z0-9]+([/:_-][A-Za-z0-9]+){0,2}", name) for name in names):
+        raise ValueError("are not names of markets such as BTC/USDT:USDT")
     return ",".join(names)
 
 
@@ -206,7 +222,8 @@ def _toml(value): return json.dumps(value, ensure_ascii=False).replace("\x7f", "
 # %% ../nbs/99_top/04_migrate.ipynb #d45bb684
 def _account(said):
     "The account that keys of the exchange are for; ValueError where it is not said"
-    if str(said.get("EXCHANGE", "binance")).strip().lower() not in BINANCE: raise ValueError(f"is for {said['EXCHANGE']}, and orders go to Binance USD-M futures only")
+    if str(said.get("EXCHANGE", "binance")).strip().lower() not in BINANCE:
+        raise ValueError(f"is for {said['EXCHANGE']}, and orders go to Binance USD-M futures only")
     switches = [truth(said[name]) for name in ("SANDBOX", "BINANCE_TESTNET") if name in said]
     if True in switches: return "testnet"
     if False in switches: return "mainnet"
@@ -217,7 +234,8 @@ def _venue(name, value, said):
     "What a switch chooses, which is never real money; ValueError where it chooses nothing"
     answer = truth(value)
     if answer is None: raise ValueError("is neither true nor false")
-    if not answer: raise ValueError("opens nothing here: real money is chosen by venue alone, and this version refuses it")
+    if not answer:
+        raise ValueError("opens nothing here: real money is chosen by venue alone, and this version refuses it")
     if name == "DRY_RUN": return "localnet"
     if truth(said.get("DRY_RUN", "")): raise ValueError("gives way to DRY_RUN, which is stricter")
     return "testnet"
@@ -226,15 +244,21 @@ def _venue(name, value, said):
 def _taken(name, value, said):
     "One name under ours; ValueError saying why not"
     key = KEYS[name]
-    if key == "venue": return Taken(name, key, _venue(name, value, said), f"and {name}=true in {DOTENV}, where it forbids real money")
+    if key == "venue":
+        return Taken(name, key, _venue(name, value, said), f"and {name}=true in {DOTENV}, where it forbids real money")
     if name in ("EXCHANGE_API_KEY", "EXCHANGE_SECRET_KEY"):
         account, kind = _account(said), "key" if name == "EXCHANGE_API_KEY" else "secret"
-        if account == "testnet" and f"BINANCE_TESTNET_API_{kind.upper()}" in said: raise ValueError(f"gives way to BINANCE_TESTNET_API_{kind.upper()}")
-        return Taken(name, f"{account}_{kind}", secret(value), "" if account == "testnet" else "of real money, which this version refuses to trade")
+        if account == "testnet" and f"BINANCE_TESTNET_API_{kind.upper()}" in said:
+            raise ValueError(f"gives way to BINANCE_TESTNET_API_{kind.upper()}")
+        return Taken(name, f"{account}_{kind}", secret(value), "" if account == "testnet" else "of real money, which "
+                     "this version refuses to trade")
     if key in ("testnet_key", "testnet_secret"): return Taken(name, key, secret(value))
-    if key.startswith("risk."): return Taken(name, key, share(name, value), f"{value} is read as {100 * share(name, value):g} %")
-    make = {"exchanges": exchanges, "symbol": symbols, "timeframe": timeframe, "deposit": number, "environment": lambda value: one_of(STAGES, value), "log_level": lambda value: one_of(LEVELS, value)}[key]
-    return Taken(name, key, make(value), "asked for history; orders go to Binance USD-M futures" if name == "EXCHANGE" else "")
+    if key.startswith("risk."):
+        return Taken(name, key, share(name, value), f"{value} is read as {100 * share(name, value):g} %")
+    make = {"exchanges": exchanges, "symbol": symbols, "timeframe": timeframe, "deposit": number,
+            "environment": lambda value: one_of(STAGES, value), "log_level": lambda value: one_of(LEVELS, value)}[key]
+    return Taken(name, key, make(value), "asked for history; orders go to Binance USD-M futures" if name == "EXCHANGE"
+                 else "")
 
 # %% ../nbs/99_top/04_migrate.ipynb #d9a8e196
 def translate(
@@ -254,12 +278,14 @@ def translate(
     said = {name: values[0] for name, values in said.items() if name not in different}
     for name, value in said.items():
         try: taken.append(_taken(name, value, said))
-        except ValueError as error: left.append(Left(name, f"{'' if KEYS[name].endswith(('_key', '_secret')) else f'{value} '}{error}"))
+        except ValueError as error:
+            left.append(Left(name, f"{'' if KEYS[name].endswith(('_key', '_secret')) else f'{value} '}{error}"))
     return taken, left
 
 # %% ../nbs/99_top/04_migrate.ipynb #8b31abda
 def _lines(text):
-    "Its lines as TOML and .env count them; `str.splitlines` also ends a line at U+0085 or U+2028, which are letters of a value here"
+    """Its lines as TOML and .env count them; `str.splitlines` also ends a line at U+0085 or U+2028, which are letters
+    of a value here"""
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -268,7 +294,8 @@ def _region(lines, table):
     starts = [n for n, line in enumerate(lines) if re.match(r"\s*\[", line)]
     if not table: return 0, starts[0] if starts else len(lines)
     for n in starts:
-        if re.match(rf"\s*\[\s*{re.escape(table)}\s*\]\s*(#.*)?$", lines[n]): return n + 1, next((m for m in starts if m > n), len(lines))
+        if re.match(rf"\s*\[\s*{re.escape(table)}\s*\]\s*(#.*)?$", lines[n]):
+            return n + 1, next((m for m in starts if m > n), len(lines))
     return None
 
 
@@ -297,13 +324,17 @@ def with_variable(
     value:str,
 )->str:
     "The text with this variable set"
-    quoted = value if re.fullmatch(r"[A-Za-z0-9_./+=:@-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    quoted = (value if re.fullmatch(r"[A-Za-z0-9_./+=:@-]+", value) else "'" + value.replace("\\", "\\\\").replace("'",
+        "\\'") + "'")
     lines = _lines(text)
-    old = next((n for n, line in enumerate(lines) if re.match(rf"\s*(export\s+)?{re.escape(name)}\s*=", line)), len(lines))
+    old = next((n for n, line in enumerate(lines) if re.match(rf"\s*(export\s+)?{re.escape(name)}\s*=", line)),
+               len(lines))
     return "\n".join([*lines[:old], f"{name}={quoted}", *lines[old + 1:]]) + "\n"
 
 # %% ../nbs/99_top/04_migrate.ipynb #87567a15
-def _same(a, b): return a == b or _toml(a) == _toml(b) or str(a) == str(b) or isinstance(a, list) and str(b).replace(" ", "") == ",".join(a)
+def _same(a, b):
+    return (a == b or _toml(a) == _toml(b) or str(a) == str(b) or isinstance(a, list)
+            and str(b).replace(" ", "") == ",".join(a))
 
 
 def differing(
@@ -311,13 +342,17 @@ def differing(
 )->list[str]:
     "What is set already and differs, each with its place"
     places = [(where, keys) for where, keys in read_places() if where in (TOML, DOTENV)]
-    found = [(each, where, keys[each.key]) for each in taken for where, keys in places if each.key in keys and not _same(each.value, keys[each.key])]
-    return [f"{each.key} in {where}{'' if each.place == DOTENV else f' is {_toml(old)}, {each.name} says {_toml(each.value)}'}" for each, where, old in found]
+    found = [(each, where, keys[each.key]) for each in taken for where, keys in places if each.key in keys
+             and not _same(each.value, keys[each.key])]
+    return [f"{each.key} in "
+            f"{where}{'' if each.place == DOTENV else f' is {_toml(old)}, {each.name} says {_toml(each.value)}'}"
+            for each, where, old in found]
 
 
 def _written(root, taken):
     "The new texts of both files, proved to say what is wanted and nothing else"
-    texts = {name: (root / name).read_text(encoding="utf-8-sig") if (root / name).exists() else "" for name in (TOML, DOTENV)}
+    texts = {name: (root / name).read_text(encoding="utf-8-sig") if (root / name).exists() else ""
+             for name in (TOML, DOTENV)}
     wanted = [(DOTENV, each.name, "true") for each in taken if each.key == "venue"]
     for each in taken:
         if each.place == TOML: texts[TOML] = with_key(texts[TOML], each.key, each.value)
@@ -327,15 +362,20 @@ def _written(root, taken):
 
 
 def _prove(root, texts, taken, variables):
-    "Read both texts back; `BadSettings` where one says something else"
+    "Read both texts back; `ConfigurationError` where one says something else"
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder)
         for name, text in texts.items(): replace_files({new / name: text}, 0o600)
         keys = _flat(read_table(root / TOML)) | {each.key: each.value for each in taken if each.place == TOML}
         try: found = _flat(read_table(new / TOML))
-        except BadSettings: found = None
-        if found != keys: raise BadSettings(f"{TOML} is written in a way that cannot be added to safely: write " + ", ".join(f"{each.key} = {_toml(each.value)}" for each in taken if each.place == TOML))
-        if read_variables(new / DOTENV) != read_variables(root / DOTENV) | variables: raise BadSettings(f"{DOTENV} is written in a way that cannot be added to safely: write {', '.join(variables)} by hand")
+        except ConfigurationError: found = None
+        if found != keys:
+            raise ConfigurationError(f"{TOML} is written in a way that cannot be added to safely: write "
+                                     + ", ".join(f"{each.key} = {_toml(each.value)}" for each in taken
+                                                 if each.place == TOML))
+        if read_variables(new / DOTENV) != read_variables(root / DOTENV) | variables:
+            raise ConfigurationError(f"{DOTENV} is written in a way that cannot be added to safely: write "
+                                     f"{', '.join(variables)} by hand")
 
 
 def write(
@@ -343,19 +383,25 @@ def write(
     force:bool=False,    # replace values that differ
     dry:bool=False,      # only check
 ):
-    "Secrets to `.env`, the rest to `tradelab.toml`; `BadSettings` where one cannot be set, or differs from what is"
-    if (found := differing(taken)) and not force: raise BadSettings(f"nothing was written, because other values are set already: {'; '.join(found)}. --force replaces them")
+    """Secrets to `.env`, the rest to `tradelab.toml`; `ConfigurationError` where one cannot be set, or differs from
+    what is"""
+    if (found := differing(taken)) and not force:
+        raise ConfigurationError(f"nothing was written, because other values are set already: {'; '.join(found)}. "
+                                 "--force replaces them")
     settings(**_nested({each.key: each.value for each in taken}))
     root = project_root()
     texts, variables = _written(root, taken)
     _prove(root, texts, taken, variables)
     if dry: return
-    if any(each.place == TOML for each in taken): replace_files({root / TOML: texts[TOML]}, (root / TOML).stat().st_mode & 0o777 if (root / TOML).exists() else 0o644)
+    if any(each.place == TOML for each in taken):
+        replace_files({root / TOML: texts[TOML]}, (root / TOML).stat().st_mode & 0o777 if (root / TOML).exists()
+                      else 0o644)
     if variables: replace_files({root / DOTENV: texts[DOTENV]}, 0o600)
 
 # %% ../nbs/99_top/04_migrate.ipynb #8c6a0906
 def unheard()->list[str]:
     "Each name of theirs that is set and has no effect here, with its place"
     ours = {key for _, keys in read_places() for key in keys}
-    found = [(name, where) for name, value, where in foreign_variables() if name in KEYS and value and KEYS[name] not in ours and not (name in FORBIDDING and truth(value) is False)]
+    found = [(name, where) for name, value, where in foreign_variables() if name in KEYS and value
+             and KEYS[name] not in ours and not (name in FORBIDDING and truth(value) is False)]
     return [f"{name} in {where}" for name, where in found]

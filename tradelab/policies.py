@@ -25,13 +25,15 @@ class Scaler:
     kind:str = "standard" # or "robust"
 
     def __post_init__(self):
-        if len(self.centre) != len(self.scale): raise ValueError(f"Scaler has {len(self.centre)} centres and {len(self.scale)} scales: one per feature")
+        if len(self.centre) != len(self.scale):
+            raise ValueError(f"Scaler has {len(self.centre)} centres and {len(self.scale)} scales: one per feature")
         if not all(np.isfinite(c) and np.isfinite(s) and s > 0 for c, s in zip(self.centre, self.scale)):
-            raise ValueError(f"Scaler needs finite centres and scales above 0, was {self.centre} and {self.scale}: a feature was constant or not a number")
+            raise ValueError(f"Scaler needs finite centres and scales above 0, was {self.centre} and {self.scale}: a "
+                             "feature was constant or not a number")
 
 # %% ../nbs/00_ground/15_policies.ipynb #8edae0ed
 POLICY = types.void(types.float64[::1], types.float32[:, ::1], types.float64[::1]) # parameters, observation, targets
-_CHECKS = {}                                                                       # what refuses parameters that a function cannot run, by function
+_CHECKS = {} # what refuses parameters that a function cannot run, by function
 
 # %% ../nbs/00_ground/15_policies.ipynb #c42aa193
 WRITES = "nobody reads that: a rule writes its targets, targets[:] = ..., and returns nothing"
@@ -63,13 +65,14 @@ def refuse_returning(
 class Policy:
     "A compiled decision with all that it needs to be made again: its numbers, and what it wants to see"
     name:str
-    function:Callable                   # compiled: (parameters, observation (n_symbols, width), targets (n_symbols,)) -> None
+    function:Callable # compiled: (parameters, observation (n_symbols, width), targets (n_symbols,)) -> None
     parameters:np.ndarray = field(default_factory=lambda: np.zeros(0)) # float64
     features:tuple = ()                 # texts such as "rsi(14)", in the order of the observation's columns
     window:int = 1                      # candles in the observation, oldest first
     scaler:Scaler|None = None           # None: features as they are
     confident:bool = False              # answers with its confidences, in [0, 1], behind the targets
-    orders:int = 0                      # places for orders of its own per symbol: it answers with eight numbers for each (sim.kernel), not with targets
+    # places for orders of its own per symbol: it answers with eight numbers for each (sim.kernel), not with targets
+    orders:int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
@@ -80,7 +83,8 @@ class Policy:
         return n_symbols * (8 * self.orders if self.orders else 1 + self.confident)
 
     def act(self, observation:np.ndarray)->np.ndarray:
-        "Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2 n_symbols,) with confidences; NaN where none was written"
+        """Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2
+        n_symbols,) with confidences; NaN where none was written"""
         targets = np.full(self.answers(len(observation)), 0. if self.orders else np.nan)
         refuse_returned(self.function(self.parameters, observation, targets))
         return targets
@@ -145,7 +149,8 @@ def network_fits(
     outputs,     # numbers wanted
 )->bool:
     "Whether a network takes so many numbers and gives enough of them, and all its weights are there"
-    if len(parameters) < 5 or not 1. <= parameters[0] <= MOST_LAYERS or parameters[0] != np.floor(parameters[0]): return False
+    if len(parameters) < 5 or not 1. <= parameters[0] <= MOST_LAYERS or parameters[0] != np.floor(parameters[0]):
+        return False
     for i in range(1, 3):
         if not 0. <= parameters[i] < 4. or parameters[i] != np.floor(parameters[i]): return False
     layers = int(parameters[0])
@@ -186,12 +191,16 @@ def check_network(
     parameters:np.ndarray, # float64
 )->list:                   # its widths, inputs first
     "Refuse numbers that are no network for `mlp`"
-    if not np.isfinite(parameters).all(): raise ValueError("the network holds a weight that is not a finite number: train again")
+    if not np.isfinite(parameters).all():
+        raise ValueError("the network holds a weight that is not a finite number: train again")
     layers = int(parameters[0]) if len(parameters) and 1 <= parameters[0] <= MOST_LAYERS else 0
     widths = parameters[3:4 + layers].tolist()
-    if len(widths) < 2 or not max(map(abs, widths)) <= WIDEST or not network_fits(parameters, int(widths[0]), int(widths[-1])):
+    if (len(widths) < 2 or not max(map(abs, widths)) <= WIDEST or not network_fits(parameters, int(widths[0]),
+            int(widths[-1]))):
         head = ", ".join(f"{number:g}" for number in parameters[:12])
-        raise ValueError(f"{len(parameters)} numbers beginning with {head} are no network: the number of layers (1 to {MOST_LAYERS}), two activations, then whole widths from 1 to {WIDEST:,}, then all weights and biases")
+        raise ValueError(f"{len(parameters)} numbers beginning with {head} are no network: the number of layers (1 to "
+                         f"{MOST_LAYERS}), two activations, then whole widths from 1 to {WIDEST:,}, then all "
+                         "weights and biases")
     return [int(width) for width in widths]
 
 
@@ -206,4 +215,5 @@ def pack(
     "One array that `mlp` can run"
     widths = [layers[0][0].shape[1], *(len(bias) for _, bias in layers)]
     head = [len(layers), ACTIVATIONS.index(hidden), ACTIVATIONS.index(last), *widths]
-    return np.concatenate([np.array(head, float), *(part for weights, bias in layers for part in (np.ravel(weights.T), bias))])
+    return np.concatenate([np.array(head, float),
+                           *(part for weights, bias in layers for part in (np.ravel(weights.T), bias))])

@@ -26,7 +26,9 @@ def section(
 ):
     "What it makes, or `Missing` where it fails"
     try: return make()
-    except Exception as error: return Missing(f"not shown: {error}" if isinstance(error, ValueError) else f"not shown: {type(error).__name__}: {error}")
+    except Exception as error:
+        return Missing(f"not shown: {error}" if isinstance(error, ValueError)
+                       else f"not shown: {type(error).__name__}: {error}")
 
 
 def section_html(

@@ -12,13 +12,17 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from .errors import check_not_negative, check_order, check_positive
+from .errors import ConfigurationError, check_not_negative, check_order, check_positive
 from .instruments import INSTRUMENT
 from .times import duration
 
 # %% ../nbs/00_ground/08_settings.ipynb #7fce3842
-COSTS = np.dtype([(name, "f8") for name in ("taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "impact_kept", "participation", "latency", "funding", "spread_scale")])
-FEES = ((.0002, .0005), (.00016, .0004), (.00014, .00035), (.00012, .00032), (.0001, .0003), (.00008, .00027), (.00006, .00025), (.00004, .00022), (.00002, .0002), (0., .00017)) # maker, taker of Binance's VIP 0 to 9
+COSTS = np.dtype([(name, "f8") for name in ("taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume",
+                                            "impact", "impact_kept", "participation", "latency", "funding",
+                                            "spread_scale")])
+# maker, taker of Binance's VIP 0 to 9
+FEES = ((.0002, .0005), (.00016, .0004), (.00014, .00035), (.00012, .00032), (.0001, .0003), (.00008, .00027),
+        (.00006, .00025), (.00004, .00022), (.00002, .0002), (0., .00017))
 COST_WINDOWS = 24, 240 # candles: what is now, and what is usual, for spread and impact
 
 
@@ -37,11 +41,17 @@ class CostModel:
     funding:bool = True            # payments are booked
 
     def __post_init__(self):
-        check_not_negative(self, "taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact", "latency")
+        check_not_negative(self, "taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact",
+                           "latency")
         check_positive(self, "impact_half_life", *(["participation"] if self.participation is not None else []))
-        if self.slippage >= 1: raise ValueError(f"CostModel.slippage must be below 1 (a fraction of the price), was {self.slippage}")
-        if self.participation is not None and self.participation > 1: raise ValueError(f"CostModel.participation must be at most 1 (a share of the volume), was {self.participation}")
-        if self.latency != int(self.latency): raise ValueError(f"CostModel.latency must be a whole number of candles, was {self.latency}")
+        if self.slippage >= 1:
+            raise ConfigurationError("CostModel.slippage must be below 1 (a fraction of the price), was "
+                                     f"{self.slippage}")
+        if self.participation is not None and self.participation > 1:
+            raise ConfigurationError("CostModel.participation must be at most 1 (a share of the volume), was "
+                                     f"{self.participation}")
+        if self.latency != int(self.latency):
+            raise ConfigurationError(f"CostModel.latency must be a whole number of candles, was {self.latency}")
 
     @property
     def looks_at_market(self)->bool:
@@ -56,7 +66,7 @@ class CostModel:
     @classmethod
     def tier(cls, vip:int, **others):
         "With the fees of Binance's VIP tier 0 to 9 (its page of USD-M fees; ask your account for its own)"
-        if vip not in range(len(FEES)): raise ValueError(f"there are VIP tiers 0 to {len(FEES) - 1}, was {vip}")
+        if vip not in range(len(FEES)): raise ConfigurationError(f"there are VIP tiers 0 to {len(FEES) - 1}, was {vip}")
         return cls(maker_fee=FEES[vip][0], taker_fee=FEES[vip][1], **others)
 
     @classmethod
@@ -70,12 +80,14 @@ class CostModel:
         return cls(**dict(spread_volatility=1., spread_volume=.5, impact=1., participation=.1) | others)
 
     def row(self):
-        "For compiled code; `impact_kept`: what a candle leaves of the pressure, whose root is the impact; `spread_scale` multiplies a spread that was looked up for many candles at once"
+        """For compiled code; `impact_kept`: what a candle leaves of the pressure, whose root is the impact;
+        `spread_scale` multiplies a spread that was looked up for many candles at once"""
         values = {**asdict(self), "impact_kept": 4. ** (-1. / self.impact_half_life), "spread_scale": 1.}
         return np.array(tuple(np.inf if values[name] is None else float(values[name]) for name in COSTS.names), COSTS)
 
 # %% ../nbs/00_ground/08_settings.ipynb #3f8e76f6
-STOPS = [("stop_loss", "f8"), ("take_profit", "f8"), ("trailing_stop", "f8"), ("stop_atr", "f8"), ("target_atr", "f8"), ("trailing_atr", "f8"), ("atr_period", "f8"), ("max_age", "f8")]
+STOPS = [("stop_loss", "f8"), ("take_profit", "f8"), ("trailing_stop", "f8"), ("stop_atr", "f8"), ("target_atr", "f8"),
+         ("trailing_atr", "f8"), ("atr_period", "f8"), ("max_age", "f8")]
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,18 @@ class Stops:
 
     def __post_init__(self):
         check_positive(self, "atr_period")
-        check_not_negative(self, "stop_loss", "take_profit", "trailing_stop", "stop_atr", "target_atr", "trailing_atr", "max_age")
-        if self.atr_period < 1: raise ValueError(f"Stops.atr_period must be at least 1 candle, was {self.atr_period}")
+        check_not_negative(self, "stop_loss", "take_profit", "trailing_stop", "stop_atr", "target_atr", "trailing_atr",
+                           "max_age")
+        if self.atr_period < 1:
+            raise ConfigurationError(f"Stops.atr_period must be at least 1 candle, was {self.atr_period}")
         for name in ("stop_loss", "trailing_stop"):
-            if getattr(self, name) >= 1: raise ValueError(f"Stops.{name} must be below 1 (a fraction of the price), was {getattr(self, name)}")
+            if getattr(self, name) >= 1:
+                raise ConfigurationError(f"Stops.{name} must be below 1 (a fraction of the price), was "
+                                         f"{getattr(self, name)}")
         for fixed, ranges in (("trailing_stop", "trailing_atr"),):
-            if getattr(self, fixed) and getattr(self, ranges): raise ValueError(f"Stops.{fixed} {getattr(self, fixed)} and {ranges} {getattr(self, ranges)} are both given: set one of them to 0")
+            if getattr(self, fixed) and getattr(self, ranges):
+                raise ConfigurationError(f"Stops.{fixed} {getattr(self, fixed)} and {ranges} {getattr(self, ranges)} "
+                                         "are both given: set one of them to 0")
 
     def row(self): return tuple(float(getattr(self, name)) for name, _ in STOPS)
 
@@ -121,7 +139,7 @@ class Limits:
     min_confidence:float = 0.          # of a policy that says how sure it is
     max_drawdown:float = 0.15          # from the highest equity; beyond it everything is closed and stays closed
     drawdown_from:float|None = None    # drawdown from which all limits shrink, to nothing at max_drawdown
-    max_daily_loss:float|None = 0.05   # of the equity at midnight UTC; beyond it positions only shrink until the next one
+    max_daily_loss:float|None = 0.05 # of the equity at midnight UTC; beyond it positions only shrink until the next one
     target_volatility:float|None = None # annual; a symbol that swings more is held in proportion less
     max_var:float|None = None          # value at risk of the portfolio, one day, 99 %
     max_orders:int|None = 100          # in a minute of the exchange's clock
@@ -135,24 +153,35 @@ class Limits:
 
     def __post_init__(self):
         if isinstance(self.stops, dict): object.__setattr__(self, "stops", Stops(**self.stops))
-        check_positive(self, "max_position", "max_leverage", "max_drawdown", "leverage", *(name for name in OPTIONAL if getattr(self, name) is not None))
+        check_positive(self, "max_position", "max_leverage", "max_drawdown", "leverage",
+                       *(name for name in OPTIONAL if getattr(self, name) is not None))
         check_not_negative(self, "min_trade", "min_margin_ratio", "min_confidence")
-        for name in ("max_drawdown", "max_daily_loss", "group_correlation", "decay", "min_confidence"): self._at_most_1(name)
-        check_order(self, ("max_position", "max_leverage"), ("max_leverage", "leverage"), ("max_net", "max_leverage"), ("max_sector", "max_leverage"), ("max_group", "max_leverage"))
+        for name in ("max_drawdown", "max_daily_loss", "group_correlation", "decay", "min_confidence"):
+            self._at_most_1(name)
+        check_order(self, ("max_position", "max_leverage"), ("max_leverage", "leverage"), ("max_net", "max_leverage"),
+                    ("max_sector", "max_leverage"), ("max_group", "max_leverage"))
         if self.max_positions is not None and self.max_positions != int(self.max_positions):
-            raise ValueError(f"Limits.max_positions must be a whole number of symbols, was {self.max_positions}")
-        if self.min_trade >= self.max_position: raise ValueError(f"Limits.min_trade {self.min_trade} is not below max_position {self.max_position}: no order could ever be sent")
+            raise ConfigurationError(
+                f"Limits.max_positions must be a whole number of symbols, was {self.max_positions}")
+        if self.min_trade >= self.max_position:
+            raise ConfigurationError(f"Limits.min_trade {self.min_trade} is not below max_position "
+                                     f"{self.max_position}: no order could ever be sent")
         if self.drawdown_from is not None and self.drawdown_from >= self.max_drawdown:
-            raise ValueError(f"Limits.drawdown_from {self.drawdown_from} is not below max_drawdown {self.max_drawdown}: limits would never shrink")
-        if self.max_sector is not None and not self.sectors: raise ValueError(f"Limits.max_sector is {self.max_sector} and sectors is {self.sectors}: say which symbol belongs to which sector")
+            raise ConfigurationError(f"Limits.drawdown_from {self.drawdown_from} is not below max_drawdown "
+                                     f"{self.max_drawdown}: limits would never shrink")
+        if self.max_sector is not None and not self.sectors:
+            raise ConfigurationError(f"Limits.max_sector is {self.max_sector} and sectors is {self.sectors}: say which "
+                                     "symbol belongs to which sector")
 
     def _at_most_1(self, name):
         value = getattr(self, name)
-        if value is not None and not 0 <= value <= 1: raise ValueError(f"Limits.{name} must be at most 1 (a fraction), was {value}")
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigurationError(f"Limits.{name} must be at most 1 (a fraction), was {value}")
 
     def row(self):
         "For compiled code; what is not limited is infinite"
-        return np.array(tuple(np.inf if getattr(self, name) is None else getattr(self, name) for name in LIMITS.names[:-len(STOPS)]) + self.stops.row(), LIMITS)[()]
+        return np.array(tuple(np.inf if getattr(self, name) is None else getattr(self, name)
+                              for name in LIMITS.names[:-len(STOPS)]) + self.stops.row(), LIMITS)[()]
 
 
 _NUMBERS = tuple(field for field in fields(Limits) if field.name not in ("sectors", "stops"))
@@ -168,11 +197,14 @@ def instrument_rows(
     table = limits.sectors or {}
     for instrument in instruments:
         if limits.max_sector is not None and instrument.symbol not in table:
-            raise ValueError(f"Limits.sectors knows no sector of {instrument.symbol}, only of {', '.join(table)}: add it, or leave max_sector out")
+            raise ConfigurationError(f"Limits.sectors knows no sector of {instrument.symbol}, only of "
+                                     f"{', '.join(table)}: add it, or leave max_sector out")
         if not instrument.max_notional(limits.leverage):
-            raise ValueError(f"leverage {limits.leverage:g} is above the {instrument.brackets[0][1]:g} that the exchange allows for {instrument.symbol}: lower risk.leverage")
+            raise ConfigurationError(f"leverage {limits.leverage:g} is above the {instrument.brackets[0][1]:g} that "
+                                     f"the exchange allows for {instrument.symbol}: lower risk.leverage")
     numbers = {name: number for number, name in enumerate(sorted(set(table.values())))}
-    return np.array([instrument.row(limits.leverage, numbers.get(table.get(instrument.symbol), -1)) for instrument in instruments], INSTRUMENT)
+    return np.array([instrument.row(limits.leverage, numbers.get(table.get(instrument.symbol), -1))
+                     for instrument in instruments], INSTRUMENT)
 
 # %% ../nbs/00_ground/08_settings.ipynb #dbf93927
 STYLES = ("market", "post_only", "slices")
@@ -182,15 +214,19 @@ EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("p
 @dataclass(frozen=True)
 class Execution:
     "How targets become orders"
-    style:str = "market"    # or "post_only": a limit order at the close that only makes, then across the spread; or "slices": in equal parts
+    # or "post_only": a limit order at the close that only makes, then across the spread; or "slices": in equal parts
+    style:str = "market"
     patience:int = 3        # candles that a post-only order is tried before it crosses
     slices:int = 4          # parts of an order, one a candle
-    protect:bool = False    # the stops of the limits stand at the exchange and fill within the candle, not at the next open
+    # the stops of the limits stand at the exchange and fill within the candle, not at the next open
+    protect:bool = False
 
     def __post_init__(self):
-        if self.style not in STYLES: raise ValueError(f"Execution.style must be one of {', '.join(STYLES)}, was {self.style!r}")
+        if self.style not in STYLES:
+            raise ConfigurationError(f"Execution.style must be one of {', '.join(STYLES)}, was {self.style!r}")
         for name in ("patience", "slices"):
-            if not getattr(self, name) >= 1: raise ValueError(f"Execution.{name} must be at least 1, was {getattr(self, name)}")
+            if not getattr(self, name) >= 1:
+                raise ConfigurationError(f"Execution.{name} must be at least 1, was {getattr(self, name)}")
 
     def row(self, orders:int=0):
         "For compiled code; `orders`: places for orders of the policy itself"
@@ -209,17 +245,24 @@ class SeriesDefinition:
     publication:str = "publication_time" # column of the time that it was published
     lag:str = ""                         # such as "15d", from the one to the other, where there is no such column
     stale:str = ""                       # age from which a figure is stale, such as "40d"; empty: never
-    when_stale:str = "hold"              # then the figure is held, the policy holds nothing ("flat"), or the run is refused
+    when_stale:str = "hold" # then the figure is held, the policy holds nothing ("flat"), or the run is refused
 
     def __post_init__(self):
         columns = self.columns.split(",") if isinstance(self.columns, str) else self.columns
         object.__setattr__(self, "columns", tuple(str(column).strip() for column in columns))
-        if not all(self.columns) or not self.columns: raise ValueError(f"SeriesDefinition.columns must name the columns of the figures, was {list(self.columns)}")
-        if self.when_stale not in WHEN_STALE: raise ValueError(f"SeriesDefinition.when_stale must be one of {', '.join(WHEN_STALE)}, was {self.when_stale!r}")
-        if self.when_stale != "hold" and not self.stale: raise ValueError(f"SeriesDefinition.stale must be an age such as 40d where when_stale is {self.when_stale}, was empty")
+        if not all(self.columns) or not self.columns:
+            raise ConfigurationError("SeriesDefinition.columns must name the columns of the figures, was "
+                                     f"{list(self.columns)}")
+        if self.when_stale not in WHEN_STALE:
+            raise ConfigurationError(f"SeriesDefinition.when_stale must be one of {', '.join(WHEN_STALE)}, was "
+                                     f"{self.when_stale!r}")
+        if self.when_stale != "hold" and not self.stale:
+            raise ConfigurationError("SeriesDefinition.stale must be an age such as 40d where when_stale is "
+                                     f"{self.when_stale}, was empty")
         for name in ("lag", "stale"):
             try: duration(getattr(self, name) or "1d")
-            except ValueError as error: raise ValueError(f"SeriesDefinition.{name} must be a duration: {error}") from None
+            except ValueError as error:
+                raise ConfigurationError(f"SeriesDefinition.{name} must be a duration: {error}") from None
 
 # %% ../nbs/00_ground/08_settings.ipynb #4f8a0360
 AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, for whoever must know them without torch
@@ -239,11 +282,15 @@ class Training:
 
     def __post_init__(self):
         object.__setattr__(self, "net", tuple(self.net))
-        check_positive(self, "window", *(name for name in ("learning_rate", "batch_size", "n_envs", "episode") if getattr(self, name) is not None))
-        if self.scaler not in ("standard", "robust"): raise ValueError(f"Training.scaler must be standard or robust, was {self.scaler!r}")
-        if not 0 <= self.gamma < 1: raise ValueError(f"Training.gamma must be at least 0 and below 1, was {self.gamma}")
+        check_positive(self, "window", *(name for name in ("learning_rate", "batch_size", "n_envs", "episode")
+                                         if getattr(self, name) is not None))
+        if self.scaler not in ("standard", "robust"):
+            raise ConfigurationError(f"Training.scaler must be standard or robust, was {self.scaler!r}")
+        if not 0 <= self.gamma < 1:
+            raise ConfigurationError(f"Training.gamma must be at least 0 and below 1, was {self.gamma}")
         if not all(isinstance(width, int) and 1 <= width <= 4096 for width in self.net):
-            raise ValueError(f"Training.net must be widths of layers, whole numbers from 1 to 4096, was {list(self.net)}")
+            raise ConfigurationError("Training.net must be widths of layers, whole numbers from 1 to 4096, was "
+                                     f"{list(self.net)}")
 
     @property
     def options(self)->dict: return {name: value for name, value in asdict(self).items() if name != "window"}

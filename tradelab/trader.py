@@ -12,19 +12,19 @@ from collections.abc import Callable
 import numpy as np
 
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
-from .compiled import bare
+from .compiled import inlined
 from .events import CLOSE, COLUMNS, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Fill, Funding
 from .journal import JOURNAL, Decision
 from .policies import Policy
 from .settings import Limits
 
 # %% ../nbs/00_ground/16_trader.ipynb #631b7345
-@bare
+@inlined
 def record(
     row,         # JOURNAL, (n_symbols,), written; or empty, where nobody reads it
     open_time,   # of the candle that closed
     candle,      # (n_symbols, 5)
-    proposals,   # PROPOSAL, (n_symbols,), as the gate left them
+    proposals,   # ORDER_REQUEST, (n_symbols,), as the gate left them
     account,     # ACCOUNT, (1,)
     positions,   # POSITION, (n_symbols,)
 ):
@@ -34,11 +34,13 @@ def record(
         entry["open_time"], entry["close"] = open_time, candle[n, CLOSE]
         entry["equity"], entry["drawdown"] = money["equity"], money["drawdown"]
         entry["position"], entry["target"] = positions[n]["quantity"], proposal["target"]
-        entry["reason"], entry["value"], entry["limit"], entry["order"] = proposal["reason"], proposal["value"], proposal["limit"], proposal["quantity"]
-        entry["fill_quantity"] = entry["fill_price"] = entry["traded"] = entry["cash"] = entry["fee"] = entry["funding"] = 0.
+        entry["reason"], entry["value"], entry["limit"], entry["order"] = (proposal["reason"], proposal["value"],
+            proposal["limit"], proposal["quantity"])
+        entry["fill_quantity"] = entry["fill_price"] = entry["traded"] = entry["cash"] = entry["fee"] = entry[
+            "funding"] = 0.
 
 # %% ../nbs/00_ground/16_trader.ipynb #5ed66d7f
-@bare
+@inlined
 def record_fill(
     row,       # JOURNAL, (n_symbols,), changed; or empty
     n,         # which symbol
@@ -70,7 +72,8 @@ def unpacked(
 )->np.ndarray:
     "The array that was packed; ValueError where it was packed by another version"
     if text["fields"] != list(dtype.names):
-        raise ValueError(f"state of another version: its fields are {text['fields']}, this version has {list(dtype.names)}; start a new session")
+        raise ValueError(f"state of another version: its fields are {text['fields']}, this version has "
+                         f"{list(dtype.names)}; start a new session")
     return np.frombuffer(base64.b64decode(text["bytes"]), dtype).copy()
 
 # %% ../nbs/00_ground/16_trader.ipynb #a79bb7db
@@ -85,13 +88,19 @@ class Trader:
         instruments:tuple=(),   # Instrument each, one per symbol, in the order of the candles' rows
         deposit:float=10_000.,  # quote
     ):
-        if not len(instruments): raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as market.filters.instruments_for(candles)")
+        if not len(instruments):
+            raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as "
+                             "market.filters.instruments_for(candles)")
         self.symbols = tuple(instrument.symbol for instrument in instruments)
-        self.policy, self.observation, self.gate, self.limits, self.instruments = policy, observation.for_symbols(self.symbols), gate, limits, tuple(instruments)
-        self.account, self.positions, self.rows = new_account(deposit), np.zeros(len(instruments), POSITION), np.zeros(len(instruments), JOURNAL)
+        self.policy, self.observation, self.gate, self.limits, self.instruments = (policy,
+            observation.for_symbols(self.symbols), gate, limits, tuple(instruments))
+        self.account = new_account(deposit)
+        self.positions = np.zeros(len(instruments), POSITION)
+        self.rows = np.zeros(len(instruments), JOURNAL)
         self.open_time = -1
         self.rules = gate(limits, self.instruments)
-        self.seen = self.observation.rows # the symbols whose candles it is given: those that it trades, then those that a feature only looks at
+        # the symbols whose candles it is given: those that it trades, then those that a feature only looks at
+        self.seen = self.observation.rows
         self._stream, self._known = self.observation.stream(), np.full((len(self.seen), len(KNOWN)), np.nan)
         self._figures = [row for row, name in enumerate(self.seen) if name.startswith(SERIES)]
 
@@ -105,15 +114,19 @@ class Trader:
         for open_time, candle in zip(times, candles): self._see(int(open_time), candle)
 
     def _see(self, open_time, candle):
-        if open_time <= self.open_time: raise ValueError(f"candle {open_time} does not follow candle {self.open_time}: candles come in order, once")
-        if not np.isfinite(candle[:, :len(COLUMNS)]).all(): raise ValueError(f"candle {open_time} holds a value that is not a finite number: {candle.tolist()}")
+        if open_time <= self.open_time:
+            raise ValueError(f"candle {open_time} does not follow candle {self.open_time}: candles come in order, once")
+        if not np.isfinite(candle[:, :len(COLUMNS)]).all():
+            raise ValueError(f"candle {open_time} holds a value that is not a finite number: {candle.tolist()}")
         self._known[:, :candle.shape[1]], self._known[:, OPEN_TIME] = candle, open_time
         self._stream.push(self._known)
         self.rules.watch(open_time, self._known[:len(self.symbols)])
         self.open_time = open_time
 
-    def on_candle(self, open_time:int, candle:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->Decision:
-        """Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is KNOWN; `marks`: mark prices, where they are known;
+    def on_candle(self, open_time:int, candle:np.ndarray, marks:np.ndarray|None=None,
+                  working:np.ndarray|None=None)->Decision:
+        """Decide at the close of a candle: float64, a row for each of `seen`, with five numbers or with all that is
+        KNOWN; `marks`: mark prices, where they are known;
         `working`: (n_symbols,), where an order that may open the symbol rests, is on its way, or has no proven end"""
         self._see(open_time, candle)
         traded = self._known[:len(self.symbols)]
@@ -121,7 +134,8 @@ class Trader:
         age(self.positions)
         observation = self._stream.observe(self.account, self.positions)
         answer = None if self._stream.waits else self.policy.act(observation)
-        if answer is not None and self._figures and (self._known[self._figures, QUOTE_VOLUME] > 0).any(): answer[:len(self.symbols)] = 0.
+        if answer is not None and self._figures and (self._known[self._figures, QUOTE_VOLUME] > 0).any():
+            answer[:len(self.symbols)] = 0.
         answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks, working)
         record(self.rows, open_time, traded, answered, self.account, self.positions)
         return Decision(open_time, observation, *(answered[name].copy() for name in ("target", "quantity", "reason")))
@@ -141,11 +155,16 @@ class Trader:
 
     def snapshot(self)->dict:
         "Account, positions and the present row, as JSON; what the features remember is rebuilt from candles"
-        return {"open_time": self.open_time, **{name: packed(getattr(self, name)) for name in ("account", "positions", "rows")}}
+        return {"open_time": self.open_time,
+                **{name: packed(getattr(self, name)) for name in ("account", "positions", "rows")}}
 
     def restore(self, snapshot:dict):
         "Continue from a snapshot; the candles up to its time are then given to `warm`"
-        state = {name: unpacked(snapshot[name], dtype) for name, dtype in (("account", ACCOUNT), ("positions", POSITION), ("rows", JOURNAL))}
-        if len(state["account"]) != 1 or len(state["rows"]) != len(state["positions"]): raise ValueError("the snapshot is not of one account with a row for each symbol: it was not made by a trader")
-        if len(state["positions"]) != len(self.positions): raise ValueError(f"the snapshot holds {len(state['positions'])} symbols, this trader {len(self.positions)}")
+        state = {name: unpacked(snapshot[name], dtype) for name,
+                 dtype in (("account", ACCOUNT), ("positions", POSITION), ("rows", JOURNAL))}
+        if len(state["account"]) != 1 or len(state["rows"]) != len(state["positions"]):
+            raise ValueError("the snapshot is not of one account with a row for each symbol: it was not made "
+                             "by a trader")
+        if len(state["positions"]) != len(self.positions):
+            raise ValueError(f"the snapshot holds {len(state['positions'])} symbols, this trader {len(self.positions)}")
         for name, array in state.items(): setattr(self, name, array)

@@ -25,11 +25,13 @@ def coarser(
     step = -(-len(candles) // most)
     if step <= 1: return candles, 1
     groups = np.arange(len(candles)) // step
-    table = candles.groupby(groups).agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+    table = candles.groupby(groups).agg({"open": "first", "high": "max", "low": "min", "close": "last",
+                                         "volume": "sum"})
     return table.set_index(candles.index[::step]), step
 
 # %% ../../nbs/40_evaluation/08_chart.ipynb #30e67ccc
-MARKS = {"stop": "x", "trailing": "x", "take profit": "star", "liquidation": "hexagram", "limit": "circle"} # plotly's symbols; a market order is a triangle
+# plotly's symbols; a market order is a triangle
+MARKS = {"stop": "x", "trailing": "x", "take profit": "star", "liquidation": "hexagram", "limit": "circle"}
 
 
 def _fills(figure, fills):
@@ -37,9 +39,14 @@ def _fills(figure, fills):
     import plotly.graph_objects as plot
     for buys, color, word in ((True, LONG, "buy"), (False, SHORT, "sell")):
         rows = fills[(fills["quantity"] > 0) == buys]
-        texts = [f"{word} {abs(row.quantity):g} at {row.price:,.8g}<br>{chart_text(row.kind)}{', maker' if row.maker else ''}<br>fee {row.fee:,.4f}" for row in rows.itertuples()]
+        texts = [f"{word} {abs(row.quantity):g} at "
+                 f"{row.price:,.8g}<br>{chart_text(row.kind)}{', maker' if row.maker else ''}<br>fee {row.fee:,.4f}"
+                 for row in rows.itertuples()]
         signs = [MARKS.get(kind, "triangle-up" if buys else "triangle-down") for kind in rows["kind"]]
-        figure.add_trace(plot.Scatter(x=rows.index, y=rows["price"], mode="markers", name=word, text=texts, hovertemplate="%{x|%Y-%m-%d %H:%M} UTC<br>%{text}<extra></extra>", marker=dict(symbol=signs, size=9, color=color, line=dict(width=.5, color="white"))), row=1, col=1)
+        figure.add_trace(plot.Scatter(x=rows.index, y=rows["price"], mode="markers", name=word, text=texts,
+                                      hovertemplate="%{x|%Y-%m-%d %H:%M} UTC<br>%{text}<extra></extra>",
+                                      marker=dict(symbol=signs, size=9, color=color,
+                                                  line=dict(width=.5, color="white"))), row=1, col=1)
 
 
 def chart(
@@ -53,14 +60,20 @@ def chart(
     from plotly.subplots import make_subplots
     if candles.empty: raise ValueError("there are no candles to draw")
     shown, step = coarser(candles)
-    figure = make_subplots(2 if equity is not None else 1, 1, shared_xaxes=True, vertical_spacing=.03, row_heights=[.75, .25] if equity is not None else [1.])
-    figure.add_trace(plot.Candlestick(x=shown.index, open=shown["open"], high=shown["high"], low=shown["low"], close=shown["close"], name="price", increasing_line_color="#7d8fb3", decreasing_line_color="#9a9a9a", showlegend=False), row=1, col=1)
+    figure = make_subplots(2 if equity is not None else 1, 1, shared_xaxes=True, vertical_spacing=.03,
+                           row_heights=[.75, .25] if equity is not None else [1.])
+    figure.add_trace(plot.Candlestick(x=shown.index, open=shown["open"], high=shown["high"], low=shown["low"],
+                                      close=shown["close"], name="price", increasing_line_color="#7d8fb3",
+                                      decreasing_line_color="#9a9a9a", showlegend=False), row=1, col=1)
     if fills is not None: _fills(figure, fills[(fills.index >= candles.index[0]) & (fills.index <= candles.index[-1])])
     if equity is not None:
         inside = equity[(equity.index >= candles.index[0]) & (equity.index <= candles.index[-1])].iloc[::step]
-        figure.add_trace(plot.Scatter(x=inside.index, y=inside, name="equity", line=dict(color=INK, width=1.2), showlegend=False), row=2, col=1)
+        figure.add_trace(plot.Scatter(x=inside.index, y=inside, name="equity", line=dict(color=INK, width=1.2),
+                                      showlegend=False), row=2, col=1)
         figure.update_yaxes(title="Equity [quote]", row=2, col=1)
-    figure.update_layout(title=chart_text(title, 120) + (f" ({step} candles in one)" if step > 1 else ""), height=640, template="plotly_white", hovermode="closest", xaxis_rangeslider_visible=False, margin=dict(l=60, r=20, t=50, b=40))
+    figure.update_layout(title=chart_text(title, 120) + (f" ({step} candles in one)" if step > 1 else ""), height=640,
+                         template="plotly_white", hovermode="closest", xaxis_rangeslider_visible=False,
+                         margin=dict(l=60, r=20, t=50, b=40))
     figure.update_yaxes(title="Price [quote per base]", row=1, col=1)
     figure.update_xaxes(title="Time [UTC]", row=2 if equity is not None else 1, col=1)
     return figure
@@ -71,12 +84,14 @@ MOST_TRADED = 4 # symbols that a picture has room for
 
 def parts_of(
     fills:pd.DataFrame, # of one symbol, as a result keeps them
-)->pd.DataFrame:        # price, entry (True where it enlarges the position), long (True where the position is or was long); index as the fills
+# price, entry (True where it enlarges the position), long (True where the position is or was long); index as the fills
+)->pd.DataFrame:
     "Fills as entries and exits"
     source, part, after = cut_at_zero(fills["quantity"].to_numpy(float))
     entry = np.abs(after) > np.abs(after - part)
     side = np.where(entry, part, -part) > 0
-    return pd.DataFrame({"price": fills["price"].to_numpy(float)[source], "entry": entry, "long": side}, fills.index[source])
+    return pd.DataFrame({"price": fills["price"].to_numpy(float)[source], "entry": entry, "long": side},
+                        fills.index[source])
 
 
 def draw_price(
@@ -88,9 +103,12 @@ def draw_price(
     shown, parts = coarser(candles, 2_000)[0], parts_of(fills)
     size = float(np.clip(4_000 / max(len(parts), 1), 6, 40))
     axis.plot(shown.index, shown["close"], color="#8c96a8", lw=.8, zorder=1)
-    marks = (("entered long", parts["entry"] & parts["long"], "^", LONG), ("entered short", parts["entry"] & ~parts["long"], "v", SHORT), ("left", ~parts["entry"], "x", "#222222"))
+    marks = (("entered long", parts["entry"] & parts["long"], "^", LONG),
+             ("entered short", parts["entry"] & ~parts["long"], "v", SHORT), ("left", ~parts["entry"], "x", "#222222"))
     for name, rows, mark, color in marks:
-        if rows.any(): axis.scatter(parts.index[rows], parts["price"][rows], marker=mark, s=size, color=color, lw=.8 if mark == "x" else 0, alpha=.8, label=f"{name} ({rows.sum():,})", zorder=2)
+        if rows.any():
+            axis.scatter(parts.index[rows], parts["price"][rows], marker=mark, s=size, color=color, lw=.8 if mark == "x"
+                         else 0, alpha=.8, label=f"{name} ({rows.sum():,})", zorder=2)
     axis.set_ylabel("Price [quote]")
 
 
@@ -102,18 +120,22 @@ def price_figure(
 ):                       # matplotlib Figure
     "Prices with entries and exits, the symbols that were traded most"
     import matplotlib.pyplot as plt
-    if not candles: raise ValueError("no candles were kept with this result: run the backtest again, a session keeps none")
+    if not candles:
+        raise ValueError("no candles were kept with this result: run the backtest again, a session keeps none")
     counts = fills["symbol"].value_counts()
     symbols = sorted(candles, key=lambda symbol: -counts.get(symbol, 0))[:most]
-    figure, axes = plt.subplots(len(symbols), 1, figsize=(9, 1. + 2.4 * len(symbols)), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(symbols), 1, figsize=(9, 1. + 2.4 * len(symbols)), sharex=True, squeeze=False,
+                                layout="constrained")
     for axis, symbol in zip(axes[:, 0], symbols):
         draw_price(axis, candles[symbol], fills[fills["symbol"] == symbol])
         axis.set_title(figure_text(symbol), loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xmargin(0.01)
-        if axis.collections: axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+        if axis.collections:
+            axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
     left = len(candles) - len(symbols)
-    figure.suptitle(figure_text(title, 110) + (f"; {left} symbols that were traded less are not shown" if left else ""), fontsize=10, x=.01, ha="left")
+    figure.suptitle(figure_text(title, 110) + (f"; {left} symbols that were traded less are not shown" if left else ""),
+                    fontsize=10, x=.01, ha="left")
     dates(axes[-1, 0])
     axes[-1, 0].set_xlabel("Time [UTC]")
     return finished(figure)

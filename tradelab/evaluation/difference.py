@@ -28,7 +28,8 @@ class Difference:
     symbol:Any = None   # where the rows have one
 
     def __str__(self):
-        time = f"{self.bar:%Y-%m-%d %H:%M:%S} UTC".replace(":00 UTC", " UTC") if isinstance(self.bar, pd.Timestamp) else f"row {self.bar}"
+        time = (f"{self.bar:%Y-%m-%d %H:%M:%S} UTC".replace(":00 UTC", " UTC") if isinstance(self.bar, pd.Timestamp)
+                else f"row {self.bar}")
         where = [] if self.bar is None else [f"at {time}"]
         if self.symbol is not None: where.append(f"symbol {self.symbol!r}")
         if self.column is not None: where.append(f"column {self.column!r}" if where else f"in column {self.column!r}")
@@ -48,9 +49,11 @@ def differs(
 # %% ../../nbs/40_evaluation/02_difference.ipynb #e7e786ba
 def _array_difference(a, b, columns):
     if a.dtype != b.dtype: return Difference(None, None, str(a.dtype), str(b.dtype))
-    if a.ndim != b.ndim or a.shape[1:] != b.shape[1:]: return Difference(None, None, f"shape {a.shape}", f"shape {b.shape}")
+    if a.ndim != b.ndim or a.shape[1:] != b.shape[1:]:
+        return Difference(None, None, f"shape {a.shape}", f"shape {b.shape}")
     if columns is not None and (a.ndim < 2 or len(columns) != a.shape[-1]):
-        raise ValueError(f"columns must name the last axis of an array of shape {a.shape}, there were {len(columns)} names")
+        raise ValueError(f"columns must name the last axis of an array of shape {a.shape}, there were "
+                         f"{len(columns)} names")
     rows = min(len(a), len(b))
     unequal = differs(a[:rows], b[:rows])
     if unequal.any():
@@ -64,9 +67,11 @@ def _array_difference(a, b, columns):
 def _keys(frame):
     "What each row is about: its time and symbol, or its number"
     if "symbol" not in frame and frame.index.is_unique: return frame.index
-    keys = pd.DataFrame({"bar": frame.index, **({"symbol": frame["symbol"].astype(object).to_numpy()} if "symbol" in frame else {})})
+    keys = pd.DataFrame({"bar": frame.index, **({"symbol": frame["symbol"].astype(object).to_numpy()}
+                                                if "symbol" in frame else {})})
     twice = keys.duplicated().any()
-    return pd.MultiIndex.from_frame(keys.assign(row=keys.groupby(list(keys), sort=False).cumcount()) if twice or "symbol" not in frame else keys)
+    return pd.MultiIndex.from_frame(keys.assign(row=keys.groupby(list(keys), sort=False).cumcount()) if twice
+                                    or "symbol" not in frame else keys)
 
 
 def _place(key):
@@ -81,13 +86,16 @@ def _numeric(column): return isinstance(column.dtype, np.dtype) and column.dtype
 def _structure_difference(a, b, columns):
     "The first difference in columns, their order or their types"
     for name in dict.fromkeys([*a.columns, *b.columns]) if columns is None else columns:
-        if name not in a and name not in b: raise ValueError(f"neither table has a column {name!r}, they have {', '.join(map(str, a.columns))}")
-        if name not in a or name not in b: return Difference(None, name, *("a column" if name in x else "no column" for x in (a, b)))
+        if name not in a and name not in b:
+            raise ValueError(f"neither table has a column {name!r}, they have {', '.join(map(str, a.columns))}")
+        if name not in a or name not in b:
+            return Difference(None, name, *("a column" if name in x else "no column" for x in (a, b)))
     if columns is None:
         for i, name in enumerate(a.columns):
             if name != b.columns[i]: return Difference(None, name, f"column {i}", f"column {b.columns.get_loc(name)}")
     for name in a.columns if columns is None else columns:
-        if a[name].dtype != b[name].dtype and (_numeric(a[name]) or _numeric(b[name])): return Difference(None, name, str(a[name].dtype), str(b[name].dtype))
+        if a[name].dtype != b[name].dtype and (_numeric(a[name]) or _numeric(b[name])):
+            return Difference(None, name, str(a[name].dtype), str(b[name].dtype))
     return None
 
 # %% ../../nbs/40_evaluation/02_difference.ipynb #be5ac2af
@@ -105,7 +113,9 @@ def _values_difference(a, b, columns, keys):
 # %% ../../nbs/40_evaluation/02_difference.ipynb #90ab1666
 def _table_difference(a, b, columns):
     kinds = [(isinstance(x.index, pd.DatetimeIndex), getattr(x.index, "tz", None) is None) for x in (a, b)]
-    if kinds[0] != kinds[1]: raise ValueError(f"one table has an index of {a.index.dtype}, the other of {b.index.dtype}: give both a UTC index of open times")
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"one table has an index of {a.index.dtype}, the other of {b.index.dtype}: give both a UTC "
+                         "index of open times")
     structure = _structure_difference(a, b, columns)
     if structure: return structure
     columns = a.columns if columns is None else columns
@@ -115,7 +125,8 @@ def _table_difference(a, b, columns):
     first, found = _values_difference(a.iloc[x.get_indexer(both)], b.iloc[y.get_indexer(both)], columns, both)
     missing = only.min() if len(only) else None
     if missing is None or (found and both[first] < missing): return found
-    return Difference(**_place(missing), **{name: "a row" if missing in keys else "no row" for name, keys in (("a", x), ("b", y))})
+    return Difference(**_place(missing), **{name: "a row" if missing in keys else "no row" for name,
+                                            keys in (("a", x), ("b", y))})
 
 # %% ../../nbs/40_evaluation/02_difference.ipynb #ebb8323e
 def _table(x):
@@ -125,7 +136,8 @@ def _table(x):
     if isinstance(x, (np.ndarray, np.void)) and x.dtype.names:
         x = np.atleast_1d(x).ravel()
         parts = {name: x[name].reshape(len(x), -1) for name in x.dtype.names}
-        x = pd.DataFrame({name if x.dtype[name].shape == () else f"{name}[{i}]": values[:, i] for name, values in parts.items() for i in range(values.shape[1])})
+        x = pd.DataFrame({name if x.dtype[name].shape == () else f"{name}[{i}]": values[:, i] for name,
+                          values in parts.items() for i in range(values.shape[1])})
         if "open_time" in x: x = x.set_index(pd.to_datetime(x.pop("open_time"), unit="ms", utc=True))
     if not isinstance(x, pd.DataFrame): return None
     return x.set_axis(x.index.as_unit("us")) if isinstance(x.index, pd.DatetimeIndex) else x
@@ -139,18 +151,22 @@ def first_difference(
     "Where two things first differ; `TypeError` for two that cannot be compared"
     tables = _table(a), _table(b)
     if all(table is not None for table in tables): return _table_difference(*tables, columns)
-    if all(isinstance(x, (np.ndarray, np.generic, list, tuple, float, int)) and table is None for x, table in zip((a, b), tables)):
+    if all(isinstance(x, (np.ndarray, np.generic, list, tuple, float, int)) and table is None for x,
+           table in zip((a, b), tables)):
         return _array_difference(np.atleast_1d(a), np.atleast_1d(b), columns)
-    raise TypeError(f"cannot compare {type(a).__name__} with {type(b).__name__}: pass two tables, two plain arrays or two results with a journal")
+    raise TypeError(f"cannot compare {type(a).__name__} with {type(b).__name__}: pass two tables, two plain arrays or "
+                    "two results with a journal")
 
 # %% ../../nbs/40_evaluation/02_difference.ipynb #f4650147
 def _told(series, time, random):
     "A series that says the same until a time, and something else in what it publishes later"
     later = series.table["publication_time"].to_numpy() > time.value // 1_000_000
-    return replace(series, table=series.table.assign(value=series.table["value"] + later * random.normal(0, 1, len(later)) * (series.table["value"].std() + 1.)))
+    return replace(series, table=series.table.assign(value=series.table["value"] + later * random.normal(0, 1,
+        len(later)) * (series.table["value"].std() + 1.)))
 
 # %% ../../nbs/40_evaluation/02_difference.ipynb #3062ebd6
-DECIDED = ("close", "equity", "position", "target", "reason", "order") # of a journal: what was known and wanted at the close
+# of a journal: what was known and wanted at the close
+DECIDED = ("close", "equity", "position", "target", "reason", "order")
 
 
 def _future(candles, cut, factors):
@@ -162,12 +178,15 @@ def _future(candles, cut, factors):
 
 
 def _kept(frame, symbol):
-    "The same candles, which know their instrument as the whole shows it: a rerun is on another market, not at another exchange"
-    return keep_instrument(frame.copy(), symbol or frame.attrs.get("symbol", UNNAMED)) if set(COLUMNS) <= set(frame) else frame
+    """The same candles, which know their instrument as the whole shows it: a rerun is on another market, not at another
+    exchange"""
+    return (keep_instrument(frame.copy(), symbol or frame.attrs.get("symbol", UNNAMED)) if set(COLUMNS) <= set(frame)
+            else frame)
 
 
 def look_ahead(
-    make:Callable,         # candles -> a result, or a table of what was decided, index open_time; with `series` it takes them, too
+    # candles -> a result, or a table of what was decided, index open_time; with `series` it takes them, too
+    make:Callable,
     candles,               # a frame, or a dict of frames by symbol on the same times
     cuts:int=4,            # places where the past is compared
     columns=None,          # to compare; default: what a journal knew at the close, everything of another table
@@ -175,20 +194,24 @@ def look_ahead(
     series=None,           # Exogenous by name: figures that are published later are perturbed with the candles
 )->pd.DataFrame:           # a row per rerun: what was done, where, and the first difference (None: none)
     "Rerun on truncated and on perturbed candles, and compare what was decided before"
-    several = {symbol: _kept(frame, symbol) for symbol, frame in (candles if isinstance(candles, dict) else {"": candles}).items()}
+    several = {symbol: _kept(frame, symbol) for symbol,
+               frame in (candles if isinstance(candles, dict) else {"": candles}).items()}
     random, times = np.random.default_rng(seed), next(iter(several.values())).index
     def decided(frames, told=series):
         result = make(*([frames] if isinstance(candles, dict) else [frames[""]]), *([] if series is None else [told]))
         table = result.journal if hasattr(result, "journal") else result
-        wanted = list(columns or ([name for name in (*DECIDED, "symbol") if name in table] if "order" in table else table.columns))
+        wanted = list(columns or ([name for name in (*DECIDED, "symbol") if name in table] if "order" in table
+                                  else table.columns))
         return table[wanted]
     whole, rows = decided(several), []
     for cut in np.linspace(.4, .95, cuts) * len(times):
         cut = int(cut)
         cuts_off = {symbol: frame.iloc[:cut] for symbol, frame in several.items()}
-        differs_on = {symbol: _future(frame, cut, np.exp(random.normal(0, .05, len(frame)))) for symbol, frame in several.items()}
+        differs_on = {symbol: _future(frame, cut, np.exp(random.normal(0, .05, len(frame)))) for symbol,
+                      frame in several.items()}
         for how, frames in (("truncated", cuts_off), ("another future", differs_on)):
-            again = decided(frames, series and {name: _told(each, times[cut - 1], random) for name, each in series.items()})
+            again = decided(frames, series and {name: _told(each, times[cut - 1], random) for name,
+                                                each in series.items()})
             past = (whole.index < times[cut - 1]) & (whole.index >= again.index[0])
             rows.append((how, times[cut], first_difference(whole[past], again[again.index < times[cut - 1]])))
     return pd.DataFrame(rows, columns=["rerun", "cut", "difference"])

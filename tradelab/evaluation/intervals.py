@@ -18,8 +18,10 @@ MEASURES = {
     "total_return": lambda returns, periods: float(np.prod(1 + returns) - 1),
     "annual_return": lambda returns, periods: float(max(np.prod(1 + returns), 0.) ** (periods / len(returns)) - 1),
     "annual_volatility": lambda returns, periods: float(returns.std(ddof=1) * np.sqrt(periods)),
-    "sharpe": lambda returns, periods: float(returns.mean() / deviation * np.sqrt(periods)) if (deviation := returns.std(ddof=1)) > 1e-14 else np.nan,
-    "max_drawdown": lambda returns, periods: float(1 - (curve / np.maximum.accumulate(np.maximum(curve, 1.))).min()) if len(curve := np.cumprod(1 + returns)) else np.nan,
+    "sharpe": lambda returns, periods: float(returns.mean() / deviation * np.sqrt(periods))
+    if (deviation := returns.std(ddof=1)) > 1e-14 else np.nan,
+    "max_drawdown": lambda returns, periods: float(1 - (curve / np.maximum.accumulate(np.maximum(curve, 1.))).min())
+    if len(curve := np.cumprod(1 + returns)) else np.nan,
 }
 
 
@@ -66,15 +68,20 @@ def intervals(
     "Intervals of metrics around what was measured; ValueError for a curve that is too short to say anything"
     if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, was {level}")
     equity = until_ruin(check_equity(equity))
-    returns, periods = equity.to_numpy()[1:] / equity.to_numpy()[:-1] - 1, periods_per_year(equity) if len(equity) > 1 else np.nan
+    returns = equity.to_numpy()[1:] / equity.to_numpy()[:-1] - 1
+    periods = periods_per_year(equity) if len(equity) > 1 else np.nan
     if len(returns) < LEAST: raise ValueError(f"{len(returns)} returns are too few for an interval: at least {LEAST}")
     estimate = {name: measure(returns, periods) for name, measure in measures.items()}
     named = {"level": level, "unit": {name: UNITS.get(name, "") for name in measures}}
     if not returns.any(): return pd.DataFrame({"estimate": estimate, "low": estimate, "high": estimate} | named)
     from arch.bootstrap import StationaryBootstrap, optimal_block_length
-    length = float(np.nan_to_num(optimal_block_length(returns)["stationary"].iloc[0], nan=1.).clip(1., len(returns) / 10))
-    drawn = StationaryBootstrap(length, returns, seed=seed).apply(lambda sample: np.array([measure(sample, periods) for measure in measures.values()]), draws)
+    length = float(np.nan_to_num(optimal_block_length(returns)["stationary"].iloc[0], nan=1.).clip(1.,
+        len(returns) / 10))
+    drawn = StationaryBootstrap(length, returns,
+                                seed=seed).apply(lambda sample: np.array([measure(sample, periods)
+        for measure in measures.values()]), draws)
     found = {name: centred(name, estimate[name], column, level) for name, column in zip(measures, drawn.T)}
-    table = pd.DataFrame({"estimate": estimate, "low": {name: low for name, (low, _) in found.items()}, "high": {name: high for name, (_, high) in found.items()}} | named)
+    table = pd.DataFrame({"estimate": estimate, "low": {name: low for name, (low, _) in found.items()},
+                          "high": {name: high for name, (_, high) in found.items()}} | named)
     table.attrs = {"block": length, "level": level, "draws": draws}
     return table

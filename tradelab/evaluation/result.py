@@ -47,7 +47,8 @@ def fills_frame(
 )->pd.DataFrame:       # columns of FILL without open_time, index open_time: of the candle that was met
     "Fills as a table"
     frame = pd.DataFrame({name: fills[name] for name in FILL.names[1:]})
-    frame["symbol"], frame["kind"] = np.array(symbols, object)[fills["symbol"]], [Kind(kind).name.lower().replace("_", " ") for kind in fills["kind"]]
+    frame["symbol"], frame["kind"] = (np.array(symbols, object)[fills["symbol"]],
+                                      [Kind(kind).name.lower().replace("_", " ") for kind in fills["kind"]])
     for name in ("maker", "protects"): frame[name] = frame[name].astype(bool)
     return frame.set_index(pd.DatetimeIndex(fills["open_time"].astype("datetime64[ms]"), tz="UTC", name="open_time"))
 
@@ -63,7 +64,8 @@ class Result:
     caption:str = ""                    # in or out of sample
     baselines:dict = field(default_factory=dict, repr=False) # results of other policies over the same candles
     observations:np.ndarray|None = field(default=None, repr=False) # float32 (T, n_symbols, width), where they were kept
-    fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False) # FILL, (m,); a session keeps them in its ledger
+    # FILL, (m,); a session keeps them in its ledger
+    fill_rows:np.ndarray = field(default_factory=lambda: np.zeros(0, FILL), repr=False)
     candles:dict = field(default_factory=dict, repr=False) # frames by symbol, from the first decision on
     net:str = "net of costs"            # which costs are in it
     instruments:tuple = field(default=(), repr=False) # one per symbol: the tick and step that it was filled on
@@ -81,14 +83,16 @@ class Result:
     def equity(self)->pd.Series:
         "Equity at the close of each candle, quote"
         times, values = [*self.rows["open_time"][:, 0], *self.final[:1]], [*self.rows["equity"][:, 0], *self.final[1:]]
-        return pd.Series(values, pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time"), name=self.name)
+        return pd.Series(values, pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time"),
+                         name=self.name)
 
     @property
     def fills(self)->pd.DataFrame: return fills_frame(self.fill_rows, self.symbols)
 
     @property
     def trips(self)->pd.DataFrame:
-        "A row per finished round trip, with its excursions where the fills are known; a journal alone knows no two of one candle"
+        """A row per finished round trip, with its excursions where the fills are known; a journal alone knows no two of
+        one candle"""
         return trips(self.fills, self.candles, self.journal) if len(self.fill_rows) else round_trips(self.journal)
 
     @property
@@ -103,8 +107,11 @@ class Result:
     def chart(self, symbol:str|None=None, start=None, end=None):
         "Candles, fills and equity of a symbol, to zoom into"
         symbol = symbol or self.symbols[0]
-        if symbol not in self.candles: raise ValueError(f"no candles of {symbol!r} were kept with this result: it has {', '.join(self.candles) or 'none'}")
-        return chart(self.candles[symbol].loc[start:end], self.fills[self.fills["symbol"] == symbol], self.equity, f"{self.name}, {symbol}")
+        if symbol not in self.candles:
+            raise ValueError(f"no candles of {symbol!r} were kept with this result: it has "
+                             f"{', '.join(self.candles) or 'none'}")
+        return chart(self.candles[symbol].loc[start:end], self.fills[self.fills["symbol"] == symbol], self.equity,
+                     f"{self.name}, {symbol}")
 
     def prices(self, most:int=MOST_TRADED):
         "Prices with entries and exits, as a matplotlib Figure"
@@ -117,7 +124,9 @@ class Result:
 
     def beside(self, *others)->TearSheet:
         "This result and others in one table and picture"
-        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name else other.name: other for number, other in enumerate(others, 2)}}, caption=self.told, source=self.source, net=self.net)
+        return TearSheet({self.name: self, **{f"{other.name} ({number})" if other.name == self.name
+                                              else other.name: other for number, other in enumerate(others, 2)}},
+                                              caption=self.told, source=self.source, net=self.net)
 
     @property
     def told(self)->str:

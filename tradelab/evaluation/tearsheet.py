@@ -61,17 +61,22 @@ def check_results(
     results:dict, # name -> result with .equity and .journal
 )->dict:
     "Refuse results that cannot be compared (`ValueError`)"
-    if not isinstance(results, dict) or not results: raise ValueError(f"a tear sheet needs results as name: result, the subject first, was {results!r:.60}")
+    if not isinstance(results, dict) or not results:
+        raise ValueError(f"a tear sheet needs results as name: result, the subject first, was {results!r:.60}")
     for name, result in results.items():
         for part in ("equity", "journal"):
-            if not hasattr(result, part): raise ValueError(f"{name!r} has no .{part}: a result has both .equity and .journal, this is a {type(result).__name__}")
+            if not hasattr(result, part):
+                raise ValueError(f"{name!r} has no .{part}: a result has both .equity and .journal, this is a "
+                                 f"{type(result).__name__}")
         check_journal(result.journal, check_equity(result.equity))
     (subject, first), *others = results.items()
     for name, result in others:
         if not result.equity.index.equals(first.equity.index):
-            spans = [f"{label!r} {equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} ({len(equity)} steps)"
+            spans = [f"{label!r} {equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} "
+                     f"({len(equity)} steps)"
                      for label, equity in ((subject, first.equity), (name, result.equity))]
-            raise ValueError(f"{' and '.join(spans)} are not the same steps: run both over the same candles, with the same start")
+            raise ValueError(f"{' and '.join(spans)} are not the same steps: run both over the same candles, with "
+                             "the same start")
     return results
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #46f4bf7b
@@ -84,7 +89,8 @@ def thinned(
     values, width = series.to_numpy(), -(-len(series) // columns)
     starts = np.arange(0, len(series), width)
     parts = [values[start:start + width] for start in starts]
-    rows = np.unique(np.concatenate([[start + side(np.nan_to_num(part)) for start, part in zip(starts, parts)] for side in (np.argmin, np.argmax)] + [[0, len(series) - 1]]))
+    rows = np.unique(np.concatenate([[start + side(np.nan_to_num(part)) for start, part in zip(starts, parts)]
+                                     for side in (np.argmin, np.argmax)] + [[0, len(series) - 1]]))
     return series.iloc[rows]
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #bd520968
@@ -98,8 +104,11 @@ def draw_curves(
         style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.6)
         multiple, depth = thinned(equity / equity.iloc[0]), thinned(-100 * drawdown(equity))
         halted = halts(results[name].journal)["from"]
-        axes[0].plot(naive_times(multiple), multiple.to_numpy(), label=figure_text(name) + (f", halted {halted[0]:%Y-%m-%d}" if len(halted) else ""), **style)
-        if len(halted): axes[0].plot(naive_times(equity[halted]), (equity / equity.iloc[0])[halted].to_numpy(), "X", color=style["color"], ms=7, mec="white", mew=.6)
+        axes[0].plot(naive_times(multiple), multiple.to_numpy(),
+                     label=figure_text(name) + (f", halted {halted[0]:%Y-%m-%d}" if len(halted) else ""), **style)
+        if len(halted):
+            axes[0].plot(naive_times(equity[halted]), (equity / equity.iloc[0])[halted].to_numpy(), "X",
+                         color=style["color"], ms=7, mec="white", mew=.6)
         axes[1].plot(naive_times(depth), depth.to_numpy(), **style | dict(lw=.8))
         if not i: axes[1].fill_between(naive_times(depth), depth.to_numpy(), color=INK, alpha=.25, lw=0)
     multiples = np.concatenate([equity / equity.iloc[0] for equity in curves.values()])
@@ -117,7 +126,8 @@ SHOWN = 6 # symbols that have a line of their own
 
 def _long_and_short(share):
     "Of many symbols what is held on each side together"
-    sides = {f"long, {len(share.columns)} symbols": share.clip(lower=0).sum(axis=1), f"short, {len(share.columns)} symbols": share.clip(upper=0).sum(axis=1)}
+    sides = {f"long, {len(share.columns)} symbols": share.clip(lower=0).sum(axis=1),
+             f"short, {len(share.columns)} symbols": share.clip(upper=0).sum(axis=1)}
     return pd.DataFrame(sides | {"net": share.sum(axis=1)})
 
 
@@ -130,11 +140,13 @@ def draw_exposure(
     if len(share.columns) > SHOWN: share = _long_and_short(share)
     for symbol in share:
         held = thinned(share[symbol])
-        if len(share.columns) > 1: axis.step(naive_times(held), held.to_numpy(), where="post", lw=1, label=figure_text(symbol))
+        if len(share.columns) > 1:
+            axis.step(naive_times(held), held.to_numpy(), where="post", lw=1, label=figure_text(symbol))
         else:
             for side, color in ((held.clip(lower=0), LONG), (held.clip(upper=0), SHORT)):
                 axis.fill_between(naive_times(held), side.to_numpy(), step="post", color=color, alpha=.55, lw=0)
-    if len(share.columns) > 1: axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    if len(share.columns) > 1:
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
     axis.axhline(0, color="#999999", lw=.6)
     axis.set_ylabel("Exposure [x equity]")
     dates(axis)
@@ -153,7 +165,8 @@ def rolling_sharpe(
     if len(equity) < 2: return equity * np.nan
     periods = periods_per_year(equity, timeframe)
     rolled = equity.pct_change().rolling(pd.Timedelta(days=max(days, 2 * 365 / periods)), min_periods=2)
-    deviation, moved = rolled.std(), (equity.diff() != 0).astype(float).rolling(pd.Timedelta(days=max(days, 2 * 365 / periods))).sum()
+    deviation = rolled.std()
+    moved = (equity.diff() != 0).astype(float).rolling(pd.Timedelta(days=max(days, 2 * 365 / periods))).sum()
     ratio = np.sqrt(periods) * rolled.mean() / deviation.where((deviation > 1e-14) & (moved > 0))
     return ratio.where(equity.index - equity.index[0] >= pd.Timedelta(days=days)).rename("sharpe")
 
@@ -169,7 +182,8 @@ def while_traded(
 )->pd.Series:
     "The same, NaN behind the beginning of each halt: who does not trade earns no ratio"
     kept = series.copy()
-    for row in halted.itertuples(): kept[(kept.index > row[1]) & ((kept.index < row.until) if pd.notna(row.until) else True)] = np.nan
+    for row in halted.itertuples():
+        kept[(kept.index > row[1]) & ((kept.index < row.until) if pd.notna(row.until) else True)] = np.nan
     return kept
 
 
@@ -183,10 +197,15 @@ def draw_rolling_sharpe(
     if not days: return _nothing(axis, f"a rolling Sharpe ratio needs {2 * WINDOWS[-1]} days")
     for i, (name, result) in reversed(list(enumerate(results.items()))):
         halted = halts(result.journal) if hasattr(result, "journal") else pd.DataFrame(columns=["from", "until"])
-        whole, style = while_traded(rolling_sharpe(result.equity, days), halted), dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4)
+        whole = while_traded(rolling_sharpe(result.equity, days), halted)
+        style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4)
         ratio, ends = thinned(whole), whole.reindex(halted["from"]).dropna()
-        if ratio.notna().any(): axis.plot(naive_times(ratio), ratio.to_numpy(), label=figure_text(name) + (f", halted {halted['from'][0]:%Y-%m-%d}" if len(halted) else ""), **style)
-        if len(ends): axis.plot(naive_times(ends), ends.to_numpy(), "X", color=style["color"], ms=7, mec="white", mew=.6)
+        if ratio.notna().any():
+            axis.plot(naive_times(ratio), ratio.to_numpy(),
+                      label=figure_text(name) + (f", halted {halted['from'][0]:%Y-%m-%d}" if len(halted) else ""),
+                      **style)
+        if len(ends):
+            axis.plot(naive_times(ends), ends.to_numpy(), "X", color=style["color"], ms=7, mec="white", mew=.6)
     axis.axhline(0, color="#999999", lw=.6)
     handles, names = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], names[::-1], frameon=False, fontsize=8, loc="upper left", ncols=5)
@@ -208,10 +227,12 @@ def draw_returns(
     returns = 100 * equity.pct_change().to_numpy()[1:]
     returns = returns[returns != 0]
     axis.set(xlabel="Return of a candle that moved [%]", ylabel="Candles [count]")
-    if not len(returns) or returns.std() < 1e-12: return _nothing(axis, "equity never moved" if not len(returns) else "all returns are equal")
+    if not len(returns) or returns.std() < 1e-12:
+        return _nothing(axis, "equity never moved" if not len(returns) else "all returns are equal")
     counts, edges, _ = axis.hist(returns, 60, color=INK, alpha=.55, lw=0, log=True)
     at, width = np.linspace(edges[0], edges[-1], 300), edges[1] - edges[0]
-    normal = len(returns) * width * np.exp(-.5 * ((at - returns.mean()) / returns.std()) ** 2) / (returns.std() * np.sqrt(2 * np.pi))
+    normal = (len(returns) * width * np.exp(-.5 * ((at - returns.mean()) / returns.std()) ** 2)
+              / (returns.std() * np.sqrt(2 * np.pi)))
     axis.plot(at, normal, color=BEHIND[1], lw=1.2, label="normal")
     axis.set_ylim(.5, 2 * max(counts.max(), normal.max()))
     axis.legend(frameon=False, fontsize=8, loc="upper right")
@@ -227,7 +248,8 @@ def draw_trades(
     if not len(profits): return _nothing(axis, "no finished round trip")
     width = max(np.ptp(np.append(profits, 0.)) / 40, 1e-9)
     edges = width * np.arange(np.floor(profits.min() / width), np.floor(profits.max() / width) + 2)
-    for part, color in ((profits[profits > 0], LONG), (profits[profits <= 0], SHORT)): axis.hist(part, edges, color=color, alpha=.6, lw=0)
+    for part, color in ((profits[profits > 0], LONG), (profits[profits <= 0], SHORT)):
+        axis.hist(part, edges, color=color, alpha=.6, lw=0)
     axis.axvline(profits.mean(), color=INK, lw=1.2, label=f"mean {profits.mean():,.2f}")
     axis.set_ylim(top=1.3 * axis.get_ylim()[1])
     axis.legend(frameon=False, fontsize=8, loc="upper right")
@@ -239,7 +261,8 @@ def costs(
     "What trading cost, by kind"
     fills = getattr(result, "fills", None)
     known = [] if fills is None or not len(fills) else [name for name in ("spread", "impact") if name in fills]
-    return pd.Series(dict(fees=result.journal["fee"].sum(), funding=-result.journal["funding"].sum()) | {name: fills[name].sum() for name in known}, dtype=float)
+    return pd.Series(dict(fees=result.journal["fee"].sum(), funding=-result.journal["funding"].sum())
+                     | {name: fills[name].sum() for name in known}, dtype=float)
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #0a229f70
 def draw_costs(
@@ -255,7 +278,8 @@ def draw_costs(
     axis.barh(len(paid) + 1, left, color=INK, height=.7)
     axis.axvline(0, color="#999999", lw=.6)
     names, amounts = ["before", *paid.index, "net"], [levels[0], *-paid, left]
-    axis.set_yticks(range(len(names)), [f"{name} {written(amount, 0 if abs(amount) >= 1e4 else 2)}" for name, amount in zip(names, amounts)], fontsize=8)
+    axis.set_yticks(range(len(names)), [f"{name} {written(amount, 0 if abs(amount) >= 1e4 else 2)}" for name,
+                                        amount in zip(names, amounts)], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("Profit [quote]")
     axis.locator_params(axis="x", nbins=4)
@@ -290,8 +314,10 @@ def months_html(
 )->str:
     "The table in colour"
     full = np.nanmax(np.abs(table[list(MONTHS)].to_numpy()))
-    rows = [f"<tr><th>{year}</th>{''.join(_month(value, full) for value in row)}</tr>" for year, row in zip(table.index, table.to_numpy())]
-    return f'<table class="months"><tr><th>[%]</th>{"".join(f"<th>{name}</th>" for name in table)}</tr>\n{chr(10).join(rows)}</table>'
+    rows = [f"<tr><th>{year}</th>{''.join(_month(value, full) for value in row)}</tr>" for year,
+            row in zip(table.index, table.to_numpy())]
+    return (f'<table class="months"><tr><th>[%]</th>{"".join(f"<th>{name}</th>" for name in table)}</tr>'
+            f'\n{chr(10).join(rows)}</table>')
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #4d19f4cb
 def spells_html(
@@ -301,14 +327,18 @@ def spells_html(
     "The deepest drawdowns as a table for people"
     worst = drawdowns(equity, n)
     if worst.empty: return "<p>Never below a peak.</p>"
-    shown = pd.DataFrame({"Peak [UTC]": worst["start"], "Bottom [UTC]": worst["bottom"], "Recovered [UTC]": worst["end"]}).map(lambda time: "not yet" if pd.isna(time) else f"{time:%Y-%m-%d %H:%M}")
-    return shown.assign(**{"Depth [%]": worst["depth"].map(lambda depth: f"{100 * depth:.2f}"), "Days": worst["days"].map(lambda days: f"{days:,.1f}")}).to_html(index=False, border=0)
+    shown = pd.DataFrame({"Peak [UTC]": worst["start"], "Bottom [UTC]": worst["bottom"],
+                          "Recovered [UTC]": worst["end"]}).map(lambda time: "not yet" if pd.isna(time)
+                                                                else f"{time:%Y-%m-%d %H:%M}")
+    return shown.assign(**{"Depth [%]": worst["depth"].map(lambda depth: f"{100 * depth:.2f}"),
+                           "Days": worst["days"].map(lambda days: f"{days:,.1f}")}).to_html(index=False, border=0)
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #c192de68
 def _drawn(size, layout, draw):
     "A figure with named axes, drawn in the style of the sheet"
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=size, layout="constrained")  # before the context: the first figure wakes the notebook's backend, which the context would put to sleep again
+    # before the context: the first figure wakes the notebook's backend, which the context would put to sleep again
+    figure = plt.figure(figsize=size, layout="constrained")
     with plt.rc_context({"font.size": 9}):
         axes = figure.subplot_mosaic(**layout)
         draw(axes)
@@ -323,7 +353,8 @@ def _title(axis, sheet, width):
     below = 9.5 * len(caption.splitlines())
     axis.set_title(caption, loc="left", fontsize=7.5, color=QUIET)
     axis.annotate(answer, (0, 1), (0, 7 + below), "axes fraction", "offset points", fontsize=7.5)
-    axis.annotate(figure_text(sheet.subject, 90), (0, 1), (0, 9 + below + 9.5 * len(answer.splitlines())), "axes fraction", "offset points", weight="bold", fontsize=11)
+    axis.annotate(figure_text(sheet.subject, 90), (0, 1), (0, 9 + below + 9.5 * len(answer.splitlines())),
+                  "axes fraction", "offset points", weight="bold", fontsize=11)
 
 
 def _legend_below(figure, axis, width):
@@ -344,7 +375,8 @@ def _figure(sheet):
         axes["exposure"].set(xlabel="Time [UTC]", ylabel="Exposure\n[x equity]")
         for axis in axes.values(): axis.set_xmargin(0)
         _legend_below(axes["equity"].figure, axes["equity"], 9)
-    return _drawn((9, 6.9), dict(mosaic=[["equity"], ["drawdown"], ["exposure"]], sharex=True, height_ratios=(3, 1.3, 1.3)), draw)
+    return _drawn((9, 6.9), dict(mosaic=[["equity"], ["drawdown"], ["exposure"]], sharex=True,
+                                 height_ratios=(3, 1.3, 1.3)), draw)
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #a50a377d
 def _details(sheet):
@@ -382,16 +414,20 @@ def answer_of(
     subject = next(iter(results.values()))
     equity = check_equity(subject.equity)
     gained, lost = until_ruin(equity).iloc[-1] / equity.iloc[0] - 1, equity.index[equity <= 0]
-    held = f"buying and holding {_made(until_ruin(results[HELD].equity).iloc[-1] / results[HELD].equity.iloc[0] - 1)}" if HELD in results else f"the market {_made(market_return(subject.journal))} before costs"
+    held = (f"buying and holding {_made(until_ruin(results[HELD].equity).iloc[-1] / results[HELD].equity.iloc[0] - 1)}"
+            if HELD in results else f"the market {_made(market_return(subject.journal))} before costs")
     traded = "" if (subject.journal["fill_quantity"].fillna(0.) != 0).any() else " without a trade"
-    parts = (f"{_made(gained).capitalize()} ({written(gained * equity.iloc[0], 2)} quote){traded} where {held}", f"RUINED at {lost[0]:%Y-%m-%d %H:%M} UTC" if len(lost) else "", caption or "in or out of sample: not said", answered_text(subject.journal))
+    parts = (f"{_made(gained).capitalize()} ({written(gained * equity.iloc[0], 2)} quote){traded} where {held}",
+             f"RUINED at {lost[0]:%Y-%m-%d %H:%M} UTC" if len(lost) else "", caption or "in or out of sample: not said",
+             answered_text(subject.journal))
     return "; ".join(part for part in parts if part) + "."
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #b677df84
 def _full_caption(equity, caption, source, net="net of costs"):
     "What the reader must know, in a sentence or two"
     source, caption = source or equity.attrs.get("source", ""), caption or "in or out of sample: not said"
-    span = f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} step{'s' * (len(equity) > 1)}"
+    span = (f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} "
+            f"step{'s' * (len(equity) > 1)}")
     return f"{span}. {net[:1].upper()}{net[1:]}. {caption[:1].upper()}{caption[1:]}. {prices_of(source)}."
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #1d76f47c
@@ -416,25 +452,31 @@ def halts_table(
 )->pd.DataFrame:  # a row per halt of each
     "When and why trading was halted, for all of them, in words"
     found = {name: halts(result.journal) for name, result in results.items()}
-    rows = [(name, f"{row[1]:%Y-%m-%d %H:%M}", "the end" if pd.isna(row.until) else f"{row.until:%Y-%m-%d %H:%M}", f"{100 * row.drawdown:.2f}", f"{100 * row.share:.0f}", row.why)
+    rows = [(name, f"{row[1]:%Y-%m-%d %H:%M}", "the end" if pd.isna(row.until) else f"{row.until:%Y-%m-%d %H:%M}",
+             f"{100 * row.drawdown:.2f}", f"{100 * row.share:.0f}", row.why)
             for name, table in found.items() for row in table.itertuples()]
     return pd.DataFrame(rows, columns=["Who", "Halted [UTC]", "Until", "Drawdown [%]", "Of the span [%]", "Why"])
 
 
 def _halts_html(results):
     table = halts_table(results)
-    return "<p>Nobody was halted.</p>" if table.empty else f"<p><b>Trading was halted</b></p>{table.to_html(index=False, border=0)}"
+    return ("<p>Nobody was halted.</p>" if table.empty else "<p><b>Trading was "
+            f"halted</b></p>{table.to_html(index=False, border=0)}")
 
 
 def _inline(sheet):
     "The view in a notebook: the answer, the picture, the halts, the numbers"
     picture = section_html(lambda: _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}"))
-    return f"<p><b>{html_text(sheet.subject)}</b><br>{_marked(sheet.answer)}<br><small>{_marked(sheet.full_caption)}</small></p>\n{picture}\n{section_html(lambda: _halts_html(sheet.results))}\n{section_html(lambda: sheet.written().to_html(border=0))}"
+    return (f"<p><b>{html_text(sheet.subject)}</b><br>{_marked(sheet.answer)}<br><small>"
+            f"{_marked(sheet.full_caption)}</small></p>"
+            f"\n{picture}\n{section_html(lambda: _halts_html(sheet.results))}"
+            f"\n{section_html(lambda: sheet.written().to_html(border=0))}")
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #f2667cd4
 SECTIONS = {
     "What came of it": ("total_return", "annual_return", "annual_volatility", "sharpe", "sortino", "calmar", "omega"),
-    "How candles fell": ("best_return", "worst_return", "skew", "kurtosis", "tail_ratio", "value_at_risk", "expected_shortfall"),
+    "How candles fell": ("best_return", "worst_return", "skew", "kurtosis", "tail_ratio", "value_at_risk",
+                         "expected_shortfall"),
     "How far down": ("max_drawdown", "average_drawdown", "drawdown_duration", "ulcer_index", "recovery_factor"),
     "What was done": ("turnover", "annual_turnover", "fills", "time_in_market", "gross_exposure", "fees", "funding"),
     "Round trips": ("round_trips", "hit_rate", "profit_factor", "expectancy", "sqn")}
@@ -444,29 +486,43 @@ def sections_html(
     written:pd.DataFrame, # as `TearSheet.written` makes it
 )->str:
     "The table of metrics, broken into its questions"
-    return "\n".join(f"<section><h3>{title}</h3>{written.loc[[LABELS[name][0] for name in names]].to_html(border=0)}</section>" for title, names in SECTIONS.items())
+    return "\n".join(f"<section><h3>{title}</h3>"
+                     f"{written.loc[[LABELS[name][0] for name in names]].to_html(border=0)}</section>" for title,
+                     names in SECTIONS.items())
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #93dfab1a
 STYLE = """
-body {font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 1060px; margin: 2em auto; padding: 0 1em}
-h1 {margin: 0; color: #123f63} .answer {font-size: 1.15em} td, th, p {overflow-wrap: anywhere} h2 {margin: 2em 0 .6em; font-size: 1.15em; border-bottom: 1px solid #ddd} h3 {margin: 0 0 .3em; font-size: 1em; color: #555}
+body {font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff;
+      max-width: 1060px; margin: 2em auto; padding: 0 1em}
+h1 {margin: 0; color: #123f63} .answer {font-size: 1.15em} td, th, p {overflow-wrap: anywhere}
+h2 {margin: 2em 0 .6em; font-size: 1.15em; border-bottom: 1px solid #ddd}
+h3 {margin: 0 0 .3em; font-size: 1em; color: #555}
 mark {background: #ffe08a; font-weight: 600; padding: 0 .2em} img {width: 100%; display: block}
-table {border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums} th {font-weight: 400; text-align: left} thead th {color: #777}
-td, thead th + th {text-align: right} td, th {padding: .15em .6em} tr + tr, tbody tr {border-top: 1px solid #eee} thead tr {border: 0}
-.numbers {column-gap: 2.5em} section {break-inside: avoid; margin-bottom: 1.2em} section table, .months {width: 100%} section table {table-layout: fixed} section th:first-child {width: 44%}
-.months th {text-align: center; padding: .25em .3em} .months td {text-align: center; padding: .25em .3em} .months td:last-child {font-weight: 600; border-left: 2px solid #fff}
+table {border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums}
+th {font-weight: 400; text-align: left} thead th {color: #777}
+td, thead th + th {text-align: right} td, th {padding: .15em .6em}
+tr + tr, tbody tr {border-top: 1px solid #eee} thead tr {border: 0}
+.numbers {column-gap: 2.5em} section {break-inside: avoid; margin-bottom: 1.2em}
+section table, .months {width: 100%} section table {table-layout: fixed} section th:first-child {width: 44%}
+.months th {text-align: center; padding: .25em .3em} .months td {text-align: center; padding: .25em .3em}
+.months td:last-child {font-weight: 600; border-left: 2px solid #fff}
 """
 
 
 def _page(sheet):
     equity, subject = sheet.results[sheet.subject].equity, html_text(sheet.subject)
     columns, what = 2 if len(sheet.results) < 4 else 1, "rolling Sharpe ratio, returns, round trips and costs"
-    parts = {"Equity, drawdown, exposure": lambda: _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}", 140) + _halts_html(sheet.results),
+    parts = {"Equity, drawdown, exposure": lambda: _picture(sheet.plot(), "equity, drawdown and exposure of "
+                                                            f"{sheet.subject}", 140) + _halts_html(sheet.results),
              "Returns by month": lambda: months_html(months(equity)), "Deepest drawdowns": lambda: spells_html(equity),
              "A closer look": lambda: _picture(sheet.details(), f"{what} of {sheet.subject}", 140),
-             "Numbers": lambda: f'<div class="numbers" style="columns:{columns}">{sections_html(sheet.written())}</div>'}
+             "Numbers": lambda:
+             f'<div class="numbers" style="columns:{columns}">{sections_html(sheet.written())}</div>'}
     body = "\n".join(f"<h2>{title}</h2>\n{section_html(make)}" for title, make in parts.items())
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{subject}</title><style>{STYLE}</style></head>\n<body><h1>{subject}</h1>\n<p class="answer">{_marked(sheet.answer)}</p>\n<p>{_marked(sheet.full_caption)}</p>\n{body}\n</body></html>\n'
+    return ('<!doctype html>\n<html lang="en"><head><meta '
+            f'charset="utf-8"><title>{subject}</title><style>{STYLE}</style></head>\n<body><h1>{subject}</h1>\n<p '
+            f'class="answer">{_marked(sheet.answer)}</p>\n<p>{_marked(sheet.full_caption)}</p>'
+            f'\n{body}\n</body></html>\n')
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #1370db12
 @dataclass(frozen=True)
@@ -483,7 +539,9 @@ class TearSheet:
     def subject(self)->str: return next(iter(self.results))
 
     @property
-    def metrics(self)->dict[str, Metrics]: return {name: metrics(result.equity, result.journal, trips=trips_of(result)) for name, result in self.results.items()}
+    def metrics(self)->dict[str, Metrics]:
+        return {name: metrics(result.equity, result.journal, trips=trips_of(result)) for name,
+                result in self.results.items()}
 
     @property
     def answer(self)->str:
@@ -529,7 +587,8 @@ class TearSheet:
 
     def __str__(self):
         halted = self.halts()
-        parts = [f"{self.subject}\n{self.answer}\n{self.full_caption}", halted.to_string(index=False) if len(halted) else "", self.written().to_string()]
+        parts = [f"{self.subject}\n{self.answer}\n{self.full_caption}", halted.to_string(index=False) if len(halted)
+                 else "", self.written().to_string()]
         return printable("\n\n".join(part for part in parts if part))
 
     def _repr_html_(self): return _inline(self)

@@ -60,7 +60,8 @@ def gaussian(
 @compiled
 def bent(z, skewness, kurtosis):
     "Cornish and Fisher's polynomial"
-    return z + (z * z - 1.) * skewness / 6. + (z ** 3 - 3. * z) * kurtosis / 24. - (2. * z ** 3 - 5. * z) * skewness ** 2 / 36.
+    return (z + (z * z - 1.) * skewness / 6. + (z ** 3 - 3. * z) * kurtosis / 24. - (2. * z ** 3 - 5. * z)
+            * skewness ** 2 / 36.)
 
 
 @compiled
@@ -79,7 +80,8 @@ def tail_part(low, high, skewness, kurtosis):
     "Probability of an interval of Z, and the integral of the polynomial over it"
     p, a, b = below(high) - below(low), density(low), density(high)
     first, second, third = a - b, p + low * a - high * b, (low * low + 2.) * a - (high * high + 2.) * b
-    return p, first + (second - p) * skewness / 6. + (third - 3. * first) * kurtosis / 24. - (2. * third - 5. * first) * skewness ** 2 / 36.
+    return (p, first + (second - p) * skewness / 6. + (third - 3. * first) * kurtosis / 24. - (2. * third - 5. * first)
+            * skewness ** 2 / 36.)
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #c416e076
 FAR = 12. # deviations; nothing normal is beyond
@@ -112,7 +114,9 @@ def cornish_fisher(
     slope, start = skewness / 3., 1. - kurtosis / 8. + 5. * skewness ** 2 / 36.
     turns = slope * slope - 4. * curve * start
     one, two = 0., 0.
-    if curve > 0. and turns > 0.: one, two = max((-slope - math.sqrt(turns)) / (2. * curve), -FAR), min((-slope + math.sqrt(turns)) / (2. * curve), FAR)
+    if curve > 0. and turns > 0.:
+        one, two = (max((-slope - math.sqrt(turns)) / (2. * curve), -FAR),
+                    min((-slope + math.sqrt(turns)) / (2. * curve), FAR))
     low, high, wanted = bent(-FAR, skewness, kurtosis), bent(FAR, skewness, kurtosis), below(z)
     for _ in range(60):
         middle = .5 * (low + high)
@@ -150,7 +154,8 @@ def tail(
     shocks, centred = np.empty(len(returns)), returns - mean
     variance, volatility = (centred ** 2).mean(), standardised(returns, decay, shocks)
     deviation = math.sqrt(variance)
-    skewness, kurtosis = ((centred ** 3).mean() / variance ** 1.5, (centred ** 4).mean() / variance ** 2 - 3.) if variance > 0. else (0., 0.)
+    skewness, kurtosis = (((centred ** 3).mean() / variance ** 1.5, (centred ** 4).mean() / variance ** 2 - 3.)
+                          if variance > 0. else (0., 0.))
     for k in range(2):
         out[0, k] = historical(returns, LEVELS[k])
         out[1, k] = gaussian(mean, deviation, Z[k])
@@ -193,14 +198,19 @@ class TailMeasures:
     values:np.ndarray  # (5, 2, 2): METHODS x LEVELS x (VaR, ES), fractions of equity, above 0 is a loss
     equity:float = 1.  # quote
 
-    def var(self, method="filtered", level=.99): return float(self.values[METHODS.index(method), LEVELS.index(level), 0])
-    def shortfall(self, method="filtered", level=.99): return float(self.values[METHODS.index(method), LEVELS.index(level), 1])
+    def var(self, method="filtered", level=.99):
+        return float(self.values[METHODS.index(method), LEVELS.index(level), 0])
+    def shortfall(self, method="filtered", level=.99):
+        return float(self.values[METHODS.index(method), LEVELS.index(level), 1])
 
     def table(self)->pd.DataFrame:
         "In percent of equity, and in quote where the equity is known"
         columns = [f"{name} {level:.0%} [%]" for level in LEVELS for name in ("VaR", "ES")]
-        frame = pd.DataFrame(100 * self.values.reshape(len(METHODS), -1), [name.replace("_", "-") for name in METHODS], columns)
-        return frame if self.equity == 1. else frame.join(pd.DataFrame(self.equity * self.values.reshape(len(METHODS), -1), frame.index, [column.replace("%]", "quote]") for column in columns]))
+        frame = pd.DataFrame(100 * self.values.reshape(len(METHODS), -1), [name.replace("_", "-") for name in METHODS],
+                             columns)
+        return (frame if self.equity == 1.
+                else frame.join(pd.DataFrame(self.equity * self.values.reshape(len(METHODS), -1), frame.index,
+                                             [column.replace("%]", "quote]") for column in columns])))
 
     def __str__(self): return self.table().round(3).to_string()
     def _repr_html_(self): return self.table().round(3).to_html(border=0)
@@ -216,8 +226,14 @@ class TailRisk:
         decay:float=.06,     # weight of the newest return in the volatility
     ):
         if not 0 < decay < 1: raise ValueError(f"decay must lie between 0 and 1, was {decay}: RiskMetrics takes 0.06")
-        if window_of(timeframe, days) < 100: raise ValueError(f"{days} days are {window_of(timeframe, days)} candles of {timeframe}, one loss in a hundred cannot be seen in them: take at least {100 * milliseconds(timeframe) / 86_400_000:g} days")
-        self.ring, self.last, self.count, self.decay = np.full((window_of(timeframe, days), n), np.nan), np.full(n, np.nan), -1, decay
+        if window_of(timeframe, days) < 100:
+            raise ValueError(f"{days} days are {window_of(timeframe, days)} candles of {timeframe}, one loss in a "
+                             "hundred cannot be seen in them: take at least "
+                             f"{100 * milliseconds(timeframe) / 86_400_000:g} days")
+        self.ring = np.full((window_of(timeframe, days), n), np.nan)
+        self.last = np.full(n, np.nan)
+        self.count = -1
+        self.decay = decay
         self._past, self._out = np.empty(len(self.ring)), np.empty((len(METHODS), len(LEVELS), 2))
 
     @property
@@ -257,6 +273,7 @@ def tail_history(
     "Tail risk over a history"
     closes = np.ascontiguousarray(np.asarray(closes, float).reshape(len(closes), -1))
     kept = TailRisk(closes.shape[1], timeframe, days, decay)
-    weights, out = np.ascontiguousarray(np.broadcast_to(np.asarray(weights, float), closes.shape)), np.empty((len(closes), len(METHODS), len(LEVELS), 2))
+    weights = np.ascontiguousarray(np.broadcast_to(np.asarray(weights, float), closes.shape))
+    out = np.empty((len(closes), len(METHODS), len(LEVELS), 2))
     _history(closes, weights, kept.ring, kept.last, decay, out)
     return out

@@ -26,11 +26,13 @@ def check_parameters(
     if not values: return tuple(parameters.values())
     given = ",".join(map(str, values))
     if len(values) != len(parameters):
-        raise ValueError(f"{name} takes {len(parameters)} parameters ({', '.join(parameters) or 'nothing'}) or none, was given {len(values)}: {name}({given})")
+        raise ValueError(f"{name} takes {len(parameters)} parameters ({', '.join(parameters) or 'nothing'}) or none, "
+                         f"was given {len(values)}: {name}({given})")
     for (key, default), value in zip(parameters.items(), values):
         whole = isinstance(default, int)
         if not (np.isfinite(value) and value > 0 and (not whole or value == int(value))):
-            raise ValueError(f"{name}: {key} must be a {'whole ' if whole else ''}number above 0, was {value} in {name}({given})")
+            raise ValueError(f"{name}: {key} must be a {'whole ' if whole else ''}number above 0, was {value} in "
+                             f"{name}({given})")
     return tuple(type(default)(value) for default, value in zip(parameters.values(), values))
 
 # %% ../../nbs/20_features/04_indicator.ipynb #a8762966
@@ -45,12 +47,14 @@ class Indicator:
     warm_up:Callable                    # of the parameters: candles
     needs:tuple = ()                    # numbers of the columns that it reads beyond the first five
 
-    def __call__(self, *values)->"Feature": return Feature(self, check_parameters(self.name, self.parameters, values), self.outputs[0])
+    def __call__(self, *values)->"Feature":
+        return Feature(self, check_parameters(self.name, self.parameters, values), self.outputs[0])
 
     def values(self, parameters:tuple, column:int, columns:np.ndarray)->np.ndarray: # (T,)
         "One of its outputs over candles, (C, T)"
         values = np.empty(columns.shape[1])
-        run(address(self.update, len(self.outputs), column), np.zeros(self.state_size(*parameters)), np.array(parameters, float), columns, values)
+        run(address(self.update, len(self.outputs), column), np.zeros(self.state_size(*parameters)),
+            np.array(parameters, float), columns, values)
         return values
 
     @property
@@ -71,8 +75,10 @@ class Feature:
     def text(self):
         values = ",".join(str(int(value)) if value == int(value) else repr(value) for value in self.parameters)
         figures = self.symbol.removeprefix(SERIES) if self.symbol.startswith(SERIES) else ""
-        name = self.indicator.name + (f"({values or figures})" if self.parameters or figures else "") + (f".{self.selected}" if self.column else "")
-        return name + (f"@{self.timeframe}" if self.timeframe else "") + (f"[{self.symbol}]" if self.symbol and not figures else "") + (f"[-{self.lag}]" if self.lag else "")
+        name = (self.indicator.name + (f"({values or figures})" if self.parameters or figures else "")
+                + (f".{self.selected}" if self.column else ""))
+        return (name + (f"@{self.timeframe}" if self.timeframe else "") + (f"[{self.symbol}]" if self.symbol
+            and not figures else "") + (f"[-{self.lag}]" if self.lag else ""))
 
     @property
     def column(self): return self.indicator.outputs.index(self.selected)
@@ -85,12 +91,16 @@ class Feature:
     def history(self, timeframe:str="")->int:
         "The same in candles of this timeframe"
         if not self.timeframe: return self.warm_up
-        if not timeframe: raise ValueError(f"{self.text} stands on another timeframe: say which one the candles have, such as timeframe='1h'")
+        if not timeframe:
+            raise ValueError(f"{self.text} stands on another timeframe: say which one the candles have, such as "
+                             "timeframe='1h'")
         return (self.warm_up + 1) * parts(timeframe, self.timeframe) - 1
 
     def output(self, name:str)->"Feature":
         "The same feature with another of its outputs"
-        if name not in self.indicator.outputs: raise ValueError(f"{self.indicator.name} has no output {name!r}: choose one of {', '.join(self.indicator.outputs)}")
+        if name not in self.indicator.outputs:
+            raise ValueError(f"{self.indicator.name} has no output {name!r}: choose one of "
+                             f"{', '.join(self.indicator.outputs)}")
         return replace(self, selected=name)
 
     def stream(self, timeframe:str="")->"FeatureStream":
@@ -110,12 +120,15 @@ class Feature:
         self.check(bars)
         values = self.indicator.values(self.parameters, self.column, bars)
         if self.lag: values = np.concatenate([np.full(min(self.lag, len(values)), np.nan), values[:-self.lag]])
-        return values if rows is None else np.where(rows >= 0, values[rows], np.nan) if len(values) else np.full(len(rows), np.nan)
+        return (values if rows is None else np.where(rows >= 0, values[rows], np.nan) if len(values)
+                else np.full(len(rows), np.nan))
 
     def check(self, columns):
         "Refuse candles without a column that it reads"
         for need in self.indicator.needs:
             known = need < len(columns) and np.isfinite(columns[need])
-            if not np.all(known): raise ValueError(f"{self.text} needs {KNOWN[need]}, which candle {np.argmin(known)} does not have: take candles from a source that has it, or from where it begins")
+            if not np.all(known):
+                raise ValueError(f"{self.text} needs {KNOWN[need]}, which candle {np.argmin(known)} does not have: "
+                                 "take candles from a source that has it, or from where it begins")
 
     def __repr__(self): return f"Feature({self.text})"

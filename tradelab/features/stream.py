@@ -10,7 +10,7 @@ __all__ = ['SLOT', 'CLOCK', 'FLOAT', 'anchor', 'gather', 'due', 'gather_all', 'l
 import numpy as np
 
 from ..account import decimal8
-from ..compiled import apart, bare
+from ..compiled import inlined, outlined
 from tradelab.events import (
     CLOSE,
     COLUMNS,
@@ -27,13 +27,14 @@ from .loops import address, columns_of, run, usable
 from ..times import milliseconds, parts
 
 # %% ../../nbs/20_features/03_stream.ipynb #26d3a6f1
-@bare
+@inlined
 def anchor(length): # as `market.candles.ANCHORS` has it
-    "Where the grid of longer candles begins, ms: weeks on a Monday, three days as Binance counts them, all else with the epoch"
+    """Where the grid of longer candles begins, ms: weeks on a Monday, three days as Binance counts them, all else with
+    the epoch"""
     return 345_600_000. if length == 604_800_000. else 86_400_000. if length == 259_200_000. else 0.
 
 
-@bare
+@inlined
 def gather(
     bar,        # 1 more than a candle: how many parts it has, and the candle that they make; changed
     candle,     # all that is KNOWN
@@ -48,13 +49,14 @@ def gather(
     elif bar[0] != place or whole[OPEN_TIME] != candle[OPEN_TIME] - place * step: bar[0] = 0.
     else:
         bar[0] += 1.
-        whole[HIGH], whole[LOW], whole[CLOSE] = max(whole[HIGH], candle[HIGH]), min(whole[LOW], candle[LOW]), candle[CLOSE]
+        whole[HIGH], whole[LOW], whole[CLOSE] = (max(whole[HIGH], candle[HIGH]), min(whole[LOW], candle[LOW]),
+                                                 candle[CLOSE])
         for i in range(VOLUME, TAKER_BUY_VOLUME + 1): whole[i] = decimal8(whole[i] + candle[i])
         whole[FUNDING_RATE], whole[INDEX_PRICE] = candle[FUNDING_RATE], candle[INDEX_PRICE]
     return bar[0] == length / step
 
 # %% ../../nbs/20_features/03_stream.ipynb #c7fb8aef
-@bare
+@inlined
 def due(
     time,       # ms, open time of the candle that closed
     step,       # ms, its length
@@ -64,7 +66,7 @@ def due(
     return anchor(length) + (time + step - anchor(length)) // length * length - length
 
 
-@apart
+@outlined
 def gather_all(
     columns,    # (C, T)
     step,       # ms
@@ -79,7 +81,8 @@ def gather_all(
         if gather(bar, columns[:, t], step, length):
             for i in range(len(columns)): longer[i, count] = bar[1 + i]
             count += 1
-        rows[t] = count - 1 if count and longer[OPEN_TIME, count - 1] == due(columns[OPEN_TIME, t], step, length) else -1
+        rows[t] = (count - 1 if count and longer[OPEN_TIME, count - 1] == due(columns[OPEN_TIME, t], step, length)
+                   else -1)
     return count
 
 # %% ../../nbs/20_features/03_stream.ipynb #93545de8
@@ -88,17 +91,23 @@ def longer_candles(
     timeframe:str,  # such as "4h"
 )->tuple:           # (C, whole candles), (T,) the newest closed one at each candle, -1 where it is unknown
     "Longer candles, and when they were known"
-    if len(columns) < len(KNOWN): raise ValueError(f"candles have no open times, and {timeframe} cannot be made without: take them from matrix(frame, KNOWN)")
+    if len(columns) < len(KNOWN):
+        raise ValueError(f"candles have no open times, and {timeframe} cannot be made without: take them from "
+                         "matrix(frame, KNOWN)")
     length, times = milliseconds(timeframe), columns[OPEN_TIME]
     step = float(np.diff(times).min()) if len(times) > 1 else float(length)
-    if length % step or not step: raise ValueError(f"{timeframe} is not a multiple of the candles' own {step / 60_000:g} minutes: features can look at longer candles only")
+    if length % step or not step:
+        raise ValueError(f"{timeframe} is not a multiple of the candles' own {step / 60_000:g} minutes: features can "
+                         "look at longer candles only")
     longer, rows = np.empty((len(columns), int(len(times) * step // length) + 2)), np.empty(len(times), np.int64)
     count = gather_all(columns, step, float(length), np.zeros(1 + len(columns)), longer, rows)
     return np.ascontiguousarray(longer[:, :count]), rows
 
 # %% ../../nbs/20_features/03_stream.ipynb #20e161dd
-SLOT = np.dtype([(name, "i8") for name in ("loop", "clock", "state", "cells", "ring", "lag", "parameters", "count", "needs")])
-CLOCK = np.dtype([("row", "i8"), ("length", "f8"), ("newest", "f8"), ("closed", "i8")]) # symbol, ms; open time of the newest candle of that length, and whether it closed just now
+SLOT = np.dtype([(name, "i8") for name in ("loop", "clock", "state", "cells", "ring", "lag", "parameters", "count",
+                                           "needs")])
+# symbol, ms; open time of the newest candle of that length, and whether it closed just now
+CLOCK = np.dtype([("row", "i8"), ("length", "f8"), ("newest", "f8"), ("closed", "i8")])
 
 
 def laid_out(
@@ -108,18 +117,22 @@ def laid_out(
     "The table of a set of features: state, delay and parameters of each, one after another"
     slots, memory = np.zeros(len(features), SLOT), [np.zeros(0)]
     for slot, feature, clock in zip(slots, features, clocks):
-        indicator, parameters, compiled_ = feature.indicator, np.array(feature.parameters, float), feature.indicator.update is not None
+        indicator = feature.indicator
+        parameters = np.array(feature.parameters, float)
+        compiled_ = feature.indicator.update is not None
         state = np.zeros(indicator.state_size(*feature.parameters) if compiled_ else 0)
         ring = np.r_[0., np.full(feature.lag, np.nan)]
         starts = np.cumsum([sum(map(len, memory)), len(state), len(ring)])
-        slot["loop"], slot["clock"], slot["lag"] = address(indicator.update, len(indicator.outputs), feature.column) if compiled_ else -1, clock, feature.lag
-        slot["state"], slot["cells"], slot["ring"], slot["parameters"], slot["count"] = starts[0], len(state), *starts[1:], len(parameters)
+        slot["loop"], slot["clock"], slot["lag"] = (address(indicator.update, len(indicator.outputs), feature.column)
+                                                    if compiled_ else -1, clock, feature.lag)
+        slot["state"], slot["cells"], slot["ring"], slot["parameters"], slot["count"] = (starts[0], len(state),
+            *starts[1:], len(parameters))
         slot["needs"] = sum(1 << need for need in indicator.needs)
         memory += [state, ring, parameters]
     return slots, np.concatenate(memory)
 
 # %% ../../nbs/20_features/03_stream.ipynb #3ff71e01
-@bare
+@inlined
 def delayed(
     ring,       # one cell longer than the delay
     value,
@@ -131,7 +144,7 @@ def delayed(
     return before
 
 
-@apart
+@outlined
 def look(
     clocks,     # CLOCK
     slots,      # SLOT, one for each feature
@@ -146,7 +159,8 @@ def look(
         if not usable(candles[m]): return m
     for f in range(len(slots)):
         for i in range(VOLUME + 1, len(KNOWN) if slots[f]["needs"] else 0):
-            if slots[f]["needs"] >> i & 1 and not np.isfinite(candles[clocks[slots[f]["clock"]]["row"], i]): return -2 - f
+            if slots[f]["needs"] >> i & 1 and not np.isfinite(candles[clocks[slots[f]["clock"]]["row"], i]):
+                return -2 - f
     for k in range(len(clocks)):
         clock, bar, candle = clocks[k], bars[k, :, 0], candles[clocks[k]["row"]]
         clock["closed"] = gather(bar, candle, step, clock["length"])
@@ -156,7 +170,8 @@ def look(
         slot, clock = slots[f], clocks[slots[f]["clock"]]
         if clock["newest"] < 0.: values[f] = np.nan
         if not clock["closed"] or slot["loop"] < 0: continue
-        run(slot["loop"], memory[slot["state"]:slot["state"] + slot["cells"]], memory[slot["parameters"]:slot["parameters"] + slot["count"]],
+        run(slot["loop"], memory[slot["state"]:slot["state"] + slot["cells"]],
+            memory[slot["parameters"]:slot["parameters"] + slot["count"]],
             bars[slot["clock"], 1:], values[f:f + 1])
         if slot["lag"]: values[f] = delayed(memory[slot["ring"]:slot["parameters"]], values[f])
     return -1
@@ -176,17 +191,22 @@ class FeatureStream:
     ):
         self.features, rows = tuple(features), tuple(rows) or (0,) * len(features)
         self.step = float(milliseconds(timeframe) if timeframe else 1)
-        lengths = [self.step * (parts(timeframe, each.timeframe) if each.timeframe and each.history(timeframe) else 1) for each in self.features]
+        lengths = [self.step * (parts(timeframe, each.timeframe) if each.timeframe and each.history(timeframe) else 1)
+                   for each in self.features]
         clocks = list(dict.fromkeys(zip(rows, lengths)))
-        self.clocks, self.bars = np.array([(row, length, -1., 0) for row, length in clocks], CLOCK), np.zeros((len(clocks), 1 + len(KNOWN), 1))
+        self.clocks = np.array([(row, length, -1., 0) for row, length in clocks], CLOCK)
+        self.bars = np.zeros((len(clocks), 1 + len(KNOWN), 1))
         self.slots, self.memory = laid_out(self.features, [clocks.index(each) for each in zip(rows, lengths)])
         self.values, self._candles = np.full(len(rows), np.nan), np.full((count, len(KNOWN)), np.nan)
         self._shape, self._strides = self._candles.shape, self._candles.strides
-        self._asked = {f: np.full((len(KNOWN), each.warm_up), np.nan) for f, each in enumerate(self.features) if each.indicator.update is None}
+        self._asked = {f: np.full((len(KNOWN), each.warm_up), np.nan) for f, each in enumerate(self.features)
+                       if each.indicator.update is None}
 
     def update(self, candles)->np.ndarray:
         "Take the next closed candle, (5,) or (11,), or one of each symbol; the values now, NaN until they are defined"
-        if type(candles) is not np.ndarray or candles.shape != self._shape or candles.strides != self._strides or candles.dtype is not FLOAT: candles = self._copied(candles)
+        if (type(candles) is not np.ndarray or candles.shape != self._shape or candles.strides != self._strides
+            or candles.dtype is not FLOAT):
+            candles = self._copied(candles)
         bad = look(self.clocks, self.slots, self.memory, self.bars, candles, self.step, self.values)
         if bad != -1: self._refuse(bad, candles)
         for f in self._asked: self._ask(f)
@@ -195,8 +215,11 @@ class FeatureStream:
     def _copied(self, candles):
         "What is not in the form that compiled code reads"
         candles = np.atleast_2d(np.asarray(candles, np.float64))
-        if candles.ndim != 2 or len(candles) != len(self._candles) or candles.shape[1] not in (len(COLUMNS), len(KNOWN)):
-            raise ValueError(f"a candle is {len(COLUMNS)} numbers, {' '.join(COLUMNS)}, or {len(KNOWN)}, {' '.join(KNOWN)}, for each of {len(self._candles)} symbols; was an array of shape {candles.shape}")
+        if (candles.ndim != 2 or len(candles) != len(self._candles) or candles.shape[1] not in (len(COLUMNS),
+                len(KNOWN))):
+            raise ValueError(f"a candle is {len(COLUMNS)} numbers, {' '.join(COLUMNS)}, or {len(KNOWN)}, "
+                             f"{' '.join(KNOWN)}, for each of {len(self._candles)} symbols; was an array of shape "
+                             f"{candles.shape}")
         self._candles[:, :candles.shape[1]], self._candles[:, candles.shape[1]:] = candles, np.nan
         return self._candles
 
@@ -211,4 +234,5 @@ class FeatureStream:
         if not self.clocks["closed"][clock]: return
         window[:, :-1] = window[:, 1:]
         window[:, -1] = self.bars[clock, 1:, 0]
-        self.values[f] = np.nan if np.isnan(window[CLOSE, 0]) else feature.indicator.values(feature.parameters, feature.column, window)[-1 - feature.lag]
+        self.values[f] = (np.nan if np.isnan(window[CLOSE, 0]) else feature.indicator.values(feature.parameters,
+            feature.column, window)[-1 - feature.lag])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUIN', 'MEMORY', 'SHARED', 'POPULATION', 'TRUNCATED', 'TERMINATED', 'longest_episode', 'episode_starts', 'Reward',
-           'paid', 'step_many', 'Domain', 'spaces', 'Population', 'MarketEnv', 'MarketVecEnv']
+           'paid', 'step_many', 'DomainRandomisation', 'spaces', 'BatchedEnv', 'MarketEnv', 'MarketVecEnv']
 
 # %% ../../nbs/80_learn/01_env.ipynb #10f6d0c4
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from numba import types
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..account import ACCOUNT, POSITION, mark
-from ..compiled import bare, c_function
+from ..compiled import c_function, inlined
 from ..events import CLOSE
 from ..features.observation import assemble
 from ..journal import JOURNAL
 from ..native import NUMBER, SINGLE, UNCOUNTED, WHOLE, array_at
-from ..orders import PROPOSAL
+from ..orders import ORDER_REQUEST
 from ..sim.costs import BOOK
 from ..sim.kernel import DONE, FAULTS, WORLD, opened, point, step
 from ..sim.matching import State, new_state
 from ..sim.prepared import PreparedMarket
-from ..times import text
+from ..times import format_time
 
 # %% ../../nbs/80_learn/01_env.ipynb #a6d7f0cc
 RUIN = 0.05 # of the deposit; below it an episode ends
@@ -58,11 +58,14 @@ class Reward:
     drawdown:float = 0.            # times the growth of the drawdown that is taken off
 
     def __post_init__(self):
-        if not 0 <= self.differential_sharpe < 1: raise ValueError(f"Reward.differential_sharpe is the weight of the newest return, in [0, 1), was {self.differential_sharpe}")
-        if not 0 <= self.drawdown < np.inf: raise ValueError(f"Reward.drawdown must be a finite number, 0 or more, was {self.drawdown}")
+        if not 0 <= self.differential_sharpe < 1:
+            raise ValueError("Reward.differential_sharpe is the weight of the newest return, in [0, 1), was "
+                             f"{self.differential_sharpe}")
+        if not 0 <= self.drawdown < np.inf:
+            raise ValueError(f"Reward.drawdown must be a finite number, 0 or more, was {self.drawdown}")
 
 
-@bare
+@inlined
 def paid(
     money,    # a row of ACCOUNT, marked
     past,     # a row of MEMORY, changed
@@ -82,17 +85,26 @@ def paid(
     return reward
 
 # %% ../../nbs/80_learn/01_env.ipynb #6a01d2a3
-SHARED = dict(actions=NUMBER, at=WHOLE, end=WHOLE, ended=WHOLE, worlds=WORLD, rows=JOURNAL, features=SINGLE, observations=SINGLE, memory=MEMORY, rewards=NUMBER)
-POPULATION = np.dtype([(name, WHOLE) for name in (*SHARED, "count", "symbols", "length", "kinds", "window", "width")] + [("weight", NUMBER), ("penalty", NUMBER), ("ruin", NUMBER)])
+SHARED = dict(actions=NUMBER, at=WHOLE, end=WHOLE, ended=WHOLE, worlds=WORLD, rows=JOURNAL, features=SINGLE,
+              observations=SINGLE, memory=MEMORY, rewards=NUMBER)
+POPULATION = np.dtype([(name, WHOLE) for name in (*SHARED, "count", "symbols", "length", "kinds", "window", "width")]
+                      + [("weight", NUMBER), ("penalty", NUMBER), ("ruin", NUMBER)])
 TRUNCATED, TERMINATED = 1, 2
 
 
 def _step_many(address):
     p = array_at(address, (1,), POPULATION)[0]
     count, n, goes_on = p["count"], p["symbols"], 0
-    actions, worlds, rows, rewards = array_at(p["actions"], (count, n), NUMBER), array_at(p["worlds"], (count,), WORLD), array_at(p["rows"], (count, n), JOURNAL), array_at(p["rewards"], (count,), NUMBER)
-    at, end, ended, memory = array_at(p["at"], (count,), WHOLE), array_at(p["end"], (count,), WHOLE), array_at(p["ended"], (count,), WHOLE), array_at(p["memory"], (count,), MEMORY)
-    features, observations = array_at(p["features"], (p["length"], n, p["kinds"]), SINGLE), array_at(p["observations"], (count, n, p["width"]), SINGLE)
+    actions = array_at(p["actions"], (count, n), NUMBER)
+    worlds = array_at(p["worlds"], (count,), WORLD)
+    rows = array_at(p["rows"], (count, n), JOURNAL)
+    rewards = array_at(p["rewards"], (count,), NUMBER)
+    at = array_at(p["at"], (count,), WHOLE)
+    end = array_at(p["end"], (count,), WHOLE)
+    ended = array_at(p["ended"], (count,), WHOLE)
+    memory = array_at(p["memory"], (count,), MEMORY)
+    features = array_at(p["features"], (p["length"], n, p["kinds"]), SINGLE)
+    observations = array_at(p["observations"], (count, n, p["width"]), SINGLE)
     for b in range(count):
         for i in range(n):
             if not abs(actions[b, i]) <= 1.: return -1 - b
@@ -100,12 +112,13 @@ def _step_many(address):
         arrays = opened(worlds[b], n, worlds[b]["places"])
         tape, state = arrays.tape, arrays.state
         rewards[b], asked = 0., False
-        while not asked:                                    # behind a hole nobody is asked until the window is whole again
+        while not asked: # behind a hole nobody is asked until the window is whole again
             state.count[0] = 0
             if step(at[b], worlds[b:b + 1], actions[b], rows[b]) != DONE: return -1 - b
             at[b] += 1
             rewards[b] += paid(state.account[0], memory[b], p["weight"], p["penalty"])
-            asked = tape.waits[min(at[b], len(tape.waits) - 1)] == 0 or state.account[0]["equity"] < p["ruin"] or at[b] >= len(tape.times) - 1
+            asked = (tape.waits[min(at[b], len(tape.waits) - 1)] == 0 or state.account[0]["equity"] < p["ruin"]
+                     or at[b] >= len(tape.times) - 1)
         assemble(features[at[b] - p["window"] + 1:at[b] + 1], state.account, state.positions, observations[b])
         if tape.waits[min(at[b], len(tape.waits) - 1)] != 0:
             for i in range(n):
@@ -118,12 +131,13 @@ def _step_many(address):
 
 @cache
 def step_many():
-    "A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where environment b could not be stepped: where its action is none, nothing was done at all"
+    """A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where environment
+    b could not be stepped: where its action is none, nothing was done at all"""
     return c_function(types.int64(types.int64), **UNCOUNTED)(_step_many)
 
 # %% ../../nbs/80_learn/01_env.ipynb #d6b1885d
 @dataclass(frozen=True)
-class Domain:
+class DomainRandomisation:
     "Factors of an episode's costs, (least, largest) each"
     fees:tuple = (1., 1.)
     spread:tuple = (1., 1.)
@@ -132,12 +146,15 @@ class Domain:
     def __post_init__(self):
         for name in ("fees", "spread", "impact"):
             low, high = getattr(self, name)
-            if not 0 < low <= high < np.inf: raise ValueError(f"Domain.{name} needs two factors above 0, the smaller first, was {getattr(self, name)}")
+            if not 0 < low <= high < np.inf:
+                raise ValueError(f"Domain.{name} needs two factors above 0, the smaller first, was "
+                                 f"{getattr(self, name)}")
 
     def draw(self, costs, random:np.random.Generator):
         "A row of COSTS for one episode"
         row = costs.copy()
-        for names, bounds in ((("taker_fee", "maker_fee"), self.fees), (("spread_scale",), self.spread), (("impact",), self.impact)):
+        for names, bounds in ((("taker_fee", "maker_fee"), self.fees), (("spread_scale",), self.spread),
+                              (("impact",), self.impact)):
             factor = np.exp(random.uniform(*np.log(bounds))) if bounds[0] < bounds[1] else bounds[0]
             for name in names: row[name] *= factor
         return row
@@ -148,28 +165,43 @@ def spaces(
     width:int,      # numbers that are seen of each symbol
 )->tuple:
     "Observation and action space"
-    return gymnasium.spaces.Box(-np.inf, np.inf, (n_symbols * width,), np.float32), gymnasium.spaces.Box(-1., 1., (n_symbols,), np.float32)
+    return (gymnasium.spaces.Box(-np.inf, np.inf, (n_symbols * width,), np.float32),
+            gymnasium.spaces.Box(-1., 1., (n_symbols,), np.float32))
 
 # %% ../../nbs/80_learn/01_env.ipynb #9e5f0f48
-class Population:
+class BatchedEnv:
     "State of n environments over one market"
 
-    def __init__(self, market:PreparedMarket, n:int, length:int|None=None, reward:Reward=Reward(), domain:Domain=Domain()):
+    def __init__(self, market:PreparedMarket, n:int, length:int|None=None, reward:Reward=Reward(),
+                 domain:DomainRandomisation=DomainRandomisation()):
         symbols = market.tape.candles.shape[1]
         longest = longest_episode(market)
-        if length is not None and not 1 <= length <= longest: raise ValueError(f"an episode has between 1 and {longest} steps on these candles, was {length}")
+        if length is not None and not 1 <= length <= longest:
+            raise ValueError(f"an episode has between 1 and {longest} steps on these candles, was {length}")
         self.market, self.length, self.reward, self.domain = market, length or longest, reward, domain
-        self.accounts, self.positions, self.rows = np.zeros((n, 1), ACCOUNT), np.zeros((n, symbols), POSITION), np.zeros((n, symbols), JOURNAL)
-        empty, proposals = new_state(self.accounts[0], self.positions[0], market.rules.execution), np.zeros(symbols, PROPOSAL)
+        self.accounts = np.zeros((n, 1), ACCOUNT)
+        self.positions = np.zeros((n, symbols), POSITION)
+        self.rows = np.zeros((n, symbols), JOURNAL)
+        empty = new_state(self.accounts[0], self.positions[0], market.rules.execution)
+        proposals = np.zeros(symbols, ORDER_REQUEST)
         self.orders, self.books = np.zeros((n, *empty.orders.shape), empty.orders.dtype), np.zeros((n, symbols), BOOK)
-        self.worlds, self.memory, self.features, self.kept = np.zeros(n, WORLD), np.zeros(n, MEMORY), market.features, (empty, proposals)
+        self.worlds = np.zeros(n, WORLD)
+        self.memory = np.zeros(n, MEMORY)
+        self.features = market.features
+        self.kept = (empty, proposals)
         self.at, self.end, self.ended = (np.zeros(n, np.int64) for _ in range(3))
         self.rewards, self.actions = np.zeros(n), np.zeros((n, symbols))
         self.observations = np.zeros((n, symbols, market.observation.width), np.float32)
-        for b in range(n): point(self.worlds[b], market.tape, State(self.accounts[b], self.positions[b], self.orders[b], self.books[b], empty.fills, empty.count), market.rules, proposals)
+        for b in range(n):
+            point(self.worlds[b], market.tape, State(self.accounts[b], self.positions[b], self.orders[b], self.books[b],
+                                                     empty.fills, empty.count), market.rules, proposals)
         self.row = np.zeros(1, POPULATION)
         for name in SHARED: self.row[name] = getattr(self, name).ctypes.data
-        for name, value in zip(POPULATION.names[len(SHARED):], (n, symbols, len(market.features), market.features.shape[2], market.observation.window, market.observation.width, reward.differential_sharpe, reward.drawdown, RUIN * market.settings.deposit)): self.row[name] = value
+        for name, value in zip(POPULATION.names[len(SHARED):],
+                               (n, symbols, len(market.features), market.features.shape[2], market.observation.window,
+                                market.observation.width, reward.differential_sharpe, reward.drawdown,
+                                RUIN * market.settings.deposit)):
+            self.row[name] = value
         self._step, self._address = step_many().ctypes, self.row.ctypes.data
 
     def reset(self, which, random:np.random.Generator):
@@ -179,32 +211,39 @@ class Population:
         for b in which:
             self.at[b] = begins[random.integers(len(begins))]
             self.end[b] = self.at[b] + self.length
-            for array in (self.accounts, self.positions, self.rows, self.orders, self.books, self.memory): array[b] = np.zeros_like(array[b])
+            for array in (self.accounts, self.positions, self.rows, self.orders, self.books, self.memory):
+                array[b] = np.zeros_like(array[b])
             for name in ("deposit", "equity", "peak"): self.accounts[name][b] = market.settings.deposit
-            self.worlds["costs"][b], self.memory["equity"][b] = self.domain.draw(market.rules.costs, random), market.settings.deposit
+            self.worlds["costs"][b], self.memory["equity"][b] = (self.domain.draw(market.rules.costs, random),
+                market.settings.deposit)
             mark(self.accounts[b], self.positions[b], market.tape.candles[self.at[b], :, CLOSE].copy())
-            assemble(market.features[self.at[b] - market.observation.window + 1:self.at[b] + 1], self.accounts[b], self.positions[b], self.observations[b])
+            assemble(market.features[self.at[b] - market.observation.window + 1:self.at[b] + 1], self.accounts[b],
+                     self.positions[b], self.observations[b])
 
     def step(self, actions)->int:
         "Live through one candle everywhere; how many `ended` with it"
         self.actions[...] = actions
-        if len(self.market.stale): self.actions[self.market.stale[self.at] & (np.abs(self.actions) <= 1.).all(axis=1)] = 0.
+        if len(self.market.stale):
+            self.actions[self.market.stale[self.at] & (np.abs(self.actions) <= 1.).all(axis=1)] = 0.
         count = self._step(self._address)
         if count < 0: self._refuse(-1 - count)
         return count
 
     def _refuse(self, b):
         action, code = self.actions[b].tolist(), self.worlds["code"][b]
-        why = "an action is a number in [-1, 1] per symbol" if not (np.abs(self.actions[b]) <= 1.).all() else FAULTS[code]
-        raise ValueError(f"environment {b} was given the action {action} at the candle of {text(self.market.tape.times[self.at[b]])}: {why}")
+        why = ("an action is a number in [-1, 1] per symbol" if not (np.abs(self.actions[b]) <= 1.).all()
+               else FAULTS[code])
+        raise ValueError(f"environment {b} was given the action {action} at the candle of "
+                         f"{format_time(self.market.tape.times[self.at[b]])}: {why}")
 
 # %% ../../nbs/80_learn/01_env.ipynb #e42a745b
 class MarketEnv(gymnasium.Env):
     "One environment, as gymnasium knows it; the action is a target per symbol"
     metadata = {"render_modes": []}
 
-    def __init__(self, market:PreparedMarket, length:int|None=None, reward:Reward=Reward(), domain:Domain=Domain()):
-        self.population = Population(market, 1, length, reward, domain)
+    def __init__(self, market:PreparedMarket, length:int|None=None, reward:Reward=Reward(),
+                 domain:DomainRandomisation=DomainRandomisation()):
+        self.population = BatchedEnv(market, 1, length, reward, domain)
         self.observation_space, self.action_space = spaces(*self.population.observations.shape[1:])
         self._seen, self._rows = self.population.observations.reshape(-1), self.population.rows[0]
 
@@ -215,23 +254,28 @@ class MarketEnv(gymnasium.Env):
 
     def step(self, action):
         population = self.population
-        ended, rows = population.ended.item(0) if population.step(action) else 0, np.frombuffer(self._rows.tobytes(), JOURNAL)
-        return self._seen.copy(), population.rewards.item(0), ended == TERMINATED, ended == TRUNCATED, {"journal": [rows[n] for n in range(len(rows))]}
+        ended = population.ended.item(0) if population.step(action) else 0
+        rows = np.frombuffer(self._rows.tobytes(), JOURNAL)
+        return (self._seen.copy(), population.rewards.item(0), ended == TERMINATED, ended == TRUNCATED,
+                {"journal": [rows[n] for n in range(len(rows))]})
 
 # %% ../../nbs/80_learn/01_env.ipynb #97864454
 class _OneMarket(VecEnv):
     def close(self): pass
     def get_attr(self, name, indices=None): return [getattr(self, name, None) for _ in self._get_indices(indices)]
-    def set_attr(self, name, value, indices=None): raise AttributeError(f"{name}: the environments share one market, build another MarketVecEnv")
-    def env_method(self, name, *args, indices=None, **kwargs): raise AttributeError(f"{name}: the environments have no methods of their own")
+    def set_attr(self, name, value, indices=None):
+        raise AttributeError(f"{name}: the environments share one market, build another MarketVecEnv")
+    def env_method(self, name, *args, indices=None, **kwargs):
+        raise AttributeError(f"{name}: the environments have no methods of their own")
     def env_is_wrapped(self, wrapper, indices=None): return [False for _ in self._get_indices(indices)]
 
 # %% ../../nbs/80_learn/01_env.ipynb #22b347a0
 class MarketVecEnv(_OneMarket):
     "n environments in one compiled call, as stable-baselines3 knows them"
 
-    def __init__(self, market:PreparedMarket, n:int=8, length:int|None=None, seed:int=0, reward:Reward=Reward(), domain:Domain=Domain()):
-        self.population, self._random = Population(market, n, length, reward, domain), np.random.default_rng(seed)
+    def __init__(self, market:PreparedMarket, n:int=8, length:int|None=None, seed:int=0, reward:Reward=Reward(),
+                 domain:DomainRandomisation=DomainRandomisation()):
+        self.population, self._random = BatchedEnv(market, n, length, reward, domain), np.random.default_rng(seed)
         super().__init__(n, *spaces(*self.population.observations.shape[1:]))
 
     def reset(self):
@@ -247,7 +291,8 @@ class MarketVecEnv(_OneMarket):
         rewards, done, infos = self.population.rewards.astype(np.float32), ended > 0, [{} for _ in range(self.num_envs)]
         if count:
             last = self._seen()
-            for b in np.flatnonzero(done): infos[b] = {"terminal_observation": last[b], "TimeLimit.truncated": bool(ended[b] == TRUNCATED)}
+            for b in np.flatnonzero(done):
+                infos[b] = {"terminal_observation": last[b], "TimeLimit.truncated": bool(ended[b] == TRUNCATED)}
             self.population.reset(np.flatnonzero(done), self._random)
         return self._seen(), rewards, done, infos
 

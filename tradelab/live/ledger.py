@@ -27,22 +27,34 @@ TABLES = sql.MetaData()
 FORMAT = 1 # of these tables; counts up when an older version could misread what this one writes
 
 
-def _table(name, *columns, **options): return sql.Table(name, TABLES, sql.Column("session", sql.String(200), primary_key=True), *columns, **options)
+def _table(name, *columns, **options):
+    return sql.Table(name, TABLES, sql.Column("session", sql.String(200), primary_key=True), *columns, **options)
 def _key(name, kind): return sql.Column(name, kind, primary_key=True)
 def _columns(kind, *names): return [sql.Column(name, kind) for name in names]
 
 
-SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column("settings", sql.Text), sql.Column("state", sql.String(20)))
-ORDERS = _table("orders", _key("order_id", sql.String(36)), *_columns(sql.String(40), "symbol", "state", "exchange_id"), *_columns(sql.Double, "quantity", "price", "executed"),
-                sql.Column("reduce_only", sql.Boolean), *_columns(sql.BigInteger, "open_time", "sent_time"), sql.Column("message", sql.Text))
-FILLS = _table("fills", _key("symbol", sql.String(40)), _key("trade_id", sql.String(40)), sql.Column("sequence", sql.BigInteger), *_columns(sql.Double, "quantity", "price", "fee"),
-               sql.Column("fill_time", sql.BigInteger), sql.Column("order_id", sql.String(40)), sql.Column("protects", sql.Boolean))
-FUNDINGS = _table("fundings", _key("symbol", sql.String(40)), _key("funding_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger), sql.Column("amount", sql.Double))
-STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)), sql.Column("place", sql.Integer),
-               *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in JOURNAL.names if name != "open_time"])
-FORMATS = sql.Table("formats", TABLES, sql.Column("format", sql.Integer, primary_key=True), sql.Column("version", sql.String(40)))
-EVENTS = _table("events", _key("number", sql.BigInteger), sql.Column("time", sql.BigInteger), sql.Column("kind", sql.String(40)), sql.Column("text", sql.Text))
-SNAPSHOTS = _table("snapshots", sql.Column("open_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger), sql.Column("content", sql.Text))
+SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column("settings", sql.Text),
+                  sql.Column("state", sql.String(20)))
+ORDERS = _table("orders", _key("order_id", sql.String(36)), *_columns(sql.String(40), "symbol", "state", "exchange_id"),
+                *_columns(sql.Double, "quantity", "price", "executed"),
+                sql.Column("reduce_only", sql.Boolean), *_columns(sql.BigInteger, "open_time", "sent_time"),
+                sql.Column("message", sql.Text))
+FILLS = _table("fills", _key("symbol", sql.String(40)), _key("trade_id", sql.String(40)),
+               sql.Column("sequence", sql.BigInteger), *_columns(sql.Double, "quantity", "price", "fee"),
+               sql.Column("fill_time", sql.BigInteger), sql.Column("order_id", sql.String(40)),
+               sql.Column("protects", sql.Boolean))
+FUNDINGS = _table("fundings", _key("symbol", sql.String(40)), _key("funding_time", sql.BigInteger),
+                  sql.Column("sequence", sql.BigInteger), sql.Column("amount", sql.Double))
+STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)),
+               sql.Column("place", sql.Integer),
+               *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in JOURNAL.names
+                 if name != "open_time"])
+FORMATS = sql.Table("formats", TABLES, sql.Column("format", sql.Integer, primary_key=True),
+                    sql.Column("version", sql.String(40)))
+EVENTS = _table("events", _key("number", sql.BigInteger), sql.Column("time", sql.BigInteger),
+                sql.Column("kind", sql.String(40)), sql.Column("text", sql.Text))
+SNAPSHOTS = _table("snapshots", sql.Column("open_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger),
+                   sql.Column("content", sql.Text))
 
 # %% ../../nbs/70_live/03_ledger.ipynb #707539a3
 def _add_missing(engine):
@@ -52,7 +64,9 @@ def _add_missing(engine):
         there = {column["name"] for column in known.get_columns(table.name)}
         for column in table.columns:
             if column.name not in there:
-                with engine.begin() as connection: connection.execute(sql.text(f'ALTER TABLE {table.name} ADD COLUMN "{column.name}" {column.type.compile(engine.dialect)}'))
+                with engine.begin() as connection:
+                    connection.execute(sql.text(f'ALTER TABLE {table.name} ADD COLUMN "{column.name}" '
+                                                f'{column.type.compile(engine.dialect)}'))
 
 
 def _refuse_another_format(engine, where):
@@ -61,8 +75,10 @@ def _refuse_another_format(engine, where):
     with engine.connect() as connection:
         newest = connection.execute(FORMATS.select().order_by(FORMATS.c.format.desc())).first()
     if newest and newest.format != FORMAT:
-        raise ValueError(f"the ledger {where} is of format {newest.format}, written by tradelab {newest.version}: this version "
-                         f"reads format {FORMAT}, use the version that wrote it, or set another database in tradelab.toml")
+        raise ValueError(f"the ledger {where} is of format {newest.format}, written by tradelab {newest.version}: "
+                         "this version "
+                         f"reads format {FORMAT}, use the version that wrote it, or set another database in "
+                         "tradelab.toml")
 
 
 def _number(engine):
@@ -70,7 +86,8 @@ def _number(engine):
     with engine.connect() as connection:
         if connection.execute(FORMATS.select()).first(): return
     try:
-        with engine.begin() as connection: connection.execute(FORMATS.insert().values(format=FORMAT, version=__version__))
+        with engine.begin() as connection:
+            connection.execute(FORMATS.insert().values(format=FORMAT, version=__version__))
     except sql.exc.IntegrityError: pass # another process was faster
 
 
@@ -82,7 +99,8 @@ def open_database(
     if engine.dialect.name == "sqlite":
         @sql.event.listens_for(engine, "connect")
         def _pragmas(connection, _):
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000"): connection.execute(f"PRAGMA {pragma}")
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000"):
+                connection.execute(f"PRAGMA {pragma}")
     where = sql.make_url(url).render_as_string(hide_password=True)
     try:
         _refuse_another_format(engine, where)
@@ -110,9 +128,11 @@ class Database:
         with self._engine.begin() as connection: return [connection.execute(statement) for statement in statements]
 
     def _read(self, statement):
-        with self._engine.connect() as connection: return [dict(row) for row in connection.execute(statement).mappings()]
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(statement).mappings()]
 
-    def _of(self, table, session, *order): return self._read(table.select().where(table.c.session == session).order_by(*order))
+    def _of(self, table, session, *order):
+        return self._read(table.select().where(table.c.session == session).order_by(*order))
 
 # %% ../../nbs/70_live/03_ledger.ipynb #13a6a477
 class SessionLedger(Database):
@@ -121,29 +141,37 @@ class SessionLedger(Database):
     def open_session(self, session:str, settings:dict):
         "Write down a new session; ValueError where its id is taken"
         self.check_new(session)
-        self._write(SESSIONS.insert().values(session=session, started=clock(), settings=json.dumps(settings), state="running"))
+        self._write(SESSIONS.insert().values(session=session, started=clock(), settings=json.dumps(settings),
+                                             state="running"))
 
     def check_new(self, session:str):
-        if session in self.sessions(): raise ValueError(f"session {session!r} is in the ledger already: resume it, or give the new one another id")
+        if session in self.sessions():
+            raise ValueError(f"session {session!r} is in the ledger already: resume it, or give the new one another id")
 
     def sessions(self)->list:
         "Ids of all sessions, newest first"
-        return [row["session"] for row in self._read(sql.select(SESSIONS.c.session).order_by(SESSIONS.c.started.desc()))]
+        return [row["session"]
+                for row in self._read(sql.select(SESSIONS.c.session).order_by(SESSIONS.c.started.desc()))]
 
     def session(self, session:str)->dict:
         "Settings and state of a session; KeyError naming the newest where there is none"
         row = next(iter(self._of(SESSIONS, session)), None)
-        if row is None: raise KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(self.sessions()[:3]) or 'none'}")
+        if row is None:
+            raise KeyError(f"the ledger knows no session {session!r}: its newest are "
+                           f"{', '.join(self.sessions()[:3]) or 'none'}")
         return row | {"settings": json.loads(row["settings"])}
 
-    def set_state(self, session:str, state:str): self._write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))
+    def set_state(self, session:str, state:str):
+        self._write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))
 
     def event(self, session:str, kind:str, text:str):
         "Write down something that happened"
-        number = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.number), 0) + 1).where(EVENTS.c.session == session).scalar_subquery()
+        number = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.number), 0) + 1).where(EVENTS.c.session
+            == session).scalar_subquery()
         self._write(EVENTS.insert().values(session=session, number=number, time=clock(), kind=kind, text=text))
 
-    def events(self, session:str)->pd.DataFrame: return pd.DataFrame(self._of(EVENTS, session, EVENTS.c.number), columns=["number", "time", "kind", "text"])
+    def events(self, session:str)->pd.DataFrame:
+        return pd.DataFrame(self._of(EVENTS, session, EVENTS.c.number), columns=["number", "time", "kind", "text"])
 
 # %% ../../nbs/70_live/03_ledger.ipynb #6f30a433
 def _record(kind, row, fields): return kind(**{name: row[name] for name in fields})
@@ -155,20 +183,25 @@ class OrderLedger(SessionLedger):
     def intend(self, session:str, orders:list):
         "Write down orders before they are sent; what is written already stays as it is"
         names = [order.order_id for order in orders]
-        known = {row["order_id"] for row in self._read(sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session, ORDERS.c.order_id.in_(names)))}
-        rows = [vars(order) | dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0, message="") for order in orders if order.order_id not in known]
+        known = {row["order_id"] for row in self._read(sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session,
+            ORDERS.c.order_id.in_(names)))}
+        rows = [vars(order) | dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0,
+                                   message="") for order in orders if order.order_id not in known]
         if rows: self._write(ORDERS.insert().values(rows))
 
     def intents(self, session:str)->list[Intent]:
         "All orders of a session, oldest first"
         rows = self._of(ORDERS, session, ORDERS.c.open_time, ORDERS.c.order_id)
-        return [Intent(_record(Order, row, Order.__dataclass_fields__), State(row["state"]), row["exchange_id"], row["executed"], row["sent_time"], row["message"]) for row in rows]
+        return [Intent(_record(Order, row, Order.__dataclass_fields__), State(row["state"]), row["exchange_id"],
+                       row["executed"], row["sent_time"], row["message"]) for row in rows]
 
     def advance(self, session:str, intent:Intent, state:State, **facts)->Intent:
         "Write down what became of an order, and return it as it is now"
         facts["state"] = move(intent.state, state)
         after = replace(intent, **facts)
-        if after != intent: self._write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == intent.order.order_id).values(**facts))
+        if after != intent:
+            self._write(ORDERS.update().where(ORDERS.c.session == session,
+                                              ORDERS.c.order_id == intent.order.order_id).values(**facts))
         return after
 
 # %% ../../nbs/70_live/03_ledger.ipynb #28e255ef
@@ -183,8 +216,10 @@ class MoneyLedger(OrderLedger):
         return True
 
     def booked(self, session:str, after:int=-1)->list:
-        "Fills and funding payments in the order they were booked, from beyond a sequence number: pairs of number and entry"
-        rows = [(row["sequence"], _record(kind, row, kind.__dataclass_fields__)) for table, kind in ((FILLS, Fill), (FUNDINGS, Funding)) for row in self._of(table, session)]
+        """Fills and funding payments in the order they were booked, from beyond a sequence number: pairs of number and
+        entry"""
+        rows = [(row["sequence"], _record(kind, row, kind.__dataclass_fields__)) for table,
+                kind in ((FILLS, Fill), (FUNDINGS, Funding)) for row in self._of(table, session)]
         return sorted(((number, entry) for number, entry in rows if number > after), key=lambda pair: pair[0])
 
 # %% ../../nbs/70_live/03_ledger.ipynb #24424fe6
@@ -192,10 +227,13 @@ class Ledger(MoneyLedger):
     "The memory of all sessions"
 
     def step(self, session:str, symbols, rows:np.ndarray, snapshot:dict, sequence:int):
-        "Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked up to `sequence`"
+        """Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked
+        up to `sequence`"""
         open_time = int(rows["open_time"][0])
-        values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n, (symbol, row) in enumerate(zip(symbols, rows))]
-        self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time), STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
+        values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n,
+                  (symbol, row) in enumerate(zip(symbols, rows))]
+        self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time),
+                    STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
 
     def _keep(self, session, open_time, snapshot, sequence):
         kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
@@ -212,10 +250,14 @@ class Ledger(MoneyLedger):
 
     def rows(self, session:str)->list:
         "The journal as it was given: symbols and JOURNAL rows of each step, oldest first"
-        steps = [list(rows) for _, rows in groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), key=lambda row: row["open_time"])]
-        return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in JOURNAL.names) for row in rows], JOURNAL)) for rows in steps]
+        steps = [list(rows) for _, rows in groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place),
+                                                   key=lambda row: row["open_time"])]
+        return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in JOURNAL.names) for row in rows],
+                                                           JOURNAL)) for rows in steps]
 
     def journal(self, session:str)->pd.DataFrame:
         "The journal of a session: a row per step and symbol, the symbol and the columns of JOURNAL, index open_time"
-        frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place), columns=["open_time", "symbol", *JOURNAL.names[1:]])
-        return frame.set_index(pd.DatetimeIndex(frame.pop("open_time").astype("int64").astype("datetime64[ms]"), tz="UTC", name="open_time"))
+        frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place),
+                             columns=["open_time", "symbol", *JOURNAL.names[1:]])
+        return frame.set_index(pd.DatetimeIndex(frame.pop("open_time").astype("int64").astype("datetime64[ms]"),
+                                                tz="UTC", name="open_time"))

@@ -27,7 +27,16 @@ from tradelab.account import (
 )
 from ..instruments import INSTRUMENT, Instrument, bracket_amounts
 from .market import Market
-from .protocol import Refused, assets, flag, mandatory, money_text, number_text, price_text, whole
+from tradelab.localnet.protocol import (
+    RequestDeniedError,
+    assets,
+    flag,
+    mandatory,
+    money_text,
+    number_text,
+    price_text,
+    whole,
+)
 from ..market.filters import instruments_for
 from ..settings import CostModel
 from ..sim.costs import BOOK, conditions, fade, market_fill
@@ -36,8 +45,10 @@ from ..sim.costs import BOOK, conditions, fade, market_fill
 def leverage_brackets(instrument:Instrument)->list[dict]:
     "Brackets of a symbol, smallest first"
     floors = [0, *(int(cap) for cap, _, _ in instrument.brackets)]
-    return [{"bracket": n, "initialLeverage": leverage, "notionalCap": int(cap), "notionalFloor": floor, "maintMarginRatio": rate, "cum": round(amount, 2)}
-            for n, ((cap, leverage, rate), floor, amount) in enumerate(zip(instrument.brackets, floors, bracket_amounts(instrument.brackets)), 1)]
+    return [{"bracket": n, "initialLeverage": leverage, "notionalCap": int(cap), "notionalFloor": floor,
+             "maintMarginRatio": rate, "cum": round(amount, 2)}
+            for n, ((cap, leverage, rate), floor, amount) in enumerate(zip(instrument.brackets, floors,
+        bracket_amounts(instrument.brackets)), 1)]
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #ab17986f
 CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
@@ -45,11 +56,11 @@ CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAI
 
 def check_kind(parameters:dict):
     "Refuse a side or a type that is not served; here: everything but market orders"
-    if mandatory(parameters, "side") not in ("BUY", "SELL"): raise Refused(-1117)
+    if mandatory(parameters, "side") not in ("BUY", "SELL"): raise RequestDeniedError(-1117)
     kind = mandatory(parameters, "type")
-    if kind in CONDITIONAL: raise Refused(-4120)
-    if kind != "MARKET": raise Refused(-1116)
-    if parameters.get("positionSide", "BOTH") != "BOTH": raise Refused(-4061)
+    if kind in CONDITIONAL: raise RequestDeniedError(-4120)
+    if kind != "MARKET": raise RequestDeniedError(-1116)
+    if parameters.get("positionSide", "BOTH") != "BOTH": raise RequestDeniedError(-4061)
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #9173f5d7
 def read_quantity(
@@ -58,13 +69,13 @@ def read_quantity(
 )->float:               # base units, signed by the side
     "The quantity of an order, or why the filters refuse it"
     text = mandatory(parameters, "quantity")
-    if not re.fullmatch(r"[+-]?\d*\.?\d+", text): raise Refused(-1102, "quantity")
+    if not re.fullmatch(r"[+-]?\d*\.?\d+", text): raise RequestDeniedError(-1102, "quantity")
     quantity, row = float(text), instrument.row()
-    if quantity <= 0: raise Refused(-4003)
+    if quantity <= 0: raise RequestDeniedError(-4003)
     steps = quantity * row["step_scale"] / row["step_units"]
-    if abs(steps - np.rint(steps)) > 1e-6: raise Refused(-1111 if row["step_units"] == 1 else -4023)
-    if quantity < instrument.min_quantity: raise Refused(-4004)
-    if quantity > instrument.max_quantity: raise Refused(-4005)
+    if abs(steps - np.rint(steps)) > 1e-6: raise RequestDeniedError(-1111 if row["step_units"] == 1 else -4023)
+    if quantity < instrument.min_quantity: raise RequestDeniedError(-4004)
+    if quantity > instrument.max_quantity: raise RequestDeniedError(-4005)
     return quantity if parameters["side"] == "BUY" else -quantity
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #f44bf054
@@ -77,8 +88,9 @@ def read_client_id(
 )->str:
     "The client's id of a new order, or one of ours"
     name = parameters.get("newClientOrderId") or f"localnet-{len(orders) + 1}"
-    if not re.fullmatch(r"[\.A-Z\:/a-z0-9_-]{1,36}", name): raise Refused(-4015)
-    if any(order["clientOrderId"] == name and order["status"] in OPEN_STATES for order in orders): raise Refused(-4116)
+    if not re.fullmatch(r"[\.A-Z\:/a-z0-9_-]{1,36}", name): raise RequestDeniedError(-4015)
+    if any(order["clientOrderId"] == name and order["status"] in OPEN_STATES for order in orders):
+        raise RequestDeniedError(-4116)
     return name
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #ec6c153d
@@ -89,11 +101,13 @@ def find_order(
     refusal:int=-2013,
 )->dict:
     "An order by the exchange's id or the client's; the newest where the client's was used again"
-    if not parameters.get("orderId") and not parameters.get("origClientOrderId"): raise Refused(-1102, "orderId")
-    key, value = ("orderId", whole(parameters, "orderId")) if parameters.get("orderId") else ("clientOrderId", parameters["origClientOrderId"])
+    if not parameters.get("orderId") and not parameters.get("origClientOrderId"):
+        raise RequestDeniedError(-1102, "orderId")
+    key, value = (("orderId", whole(parameters, "orderId")) if parameters.get("orderId")
+                  else ("clientOrderId", parameters["origClientOrderId"]))
     for order in reversed(orders):
         if order[key] == value and order["symbol"] == symbol: return order
-    raise Refused(refusal)
+    raise RequestDeniedError(refusal)
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #76f8bb05
 def side(quantity:float)->str: return "BUY" if quantity > 0 else "SELL"
@@ -102,11 +116,13 @@ def side(quantity:float)->str: return "BUY" if quantity > 0 else "SELL"
 def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only:bool, now:int)->dict:
     "A market order that has just been accepted"
     size = number_text(abs(quantity))
-    return {"orderId": number, "symbol": symbol, "pair": symbol, "status": "NEW", "clientOrderId": client_id, "price": "0",
+    return {"orderId": number, "symbol": symbol, "pair": symbol, "status": "NEW", "clientOrderId": client_id,
+            "price": "0",
             "avgPrice": "0.00", "origQty": size, "executedQty": "0",
             "cumQuote": "0", "cumBase": "0", "timeInForce": "GTC", "type": "MARKET", "reduceOnly": reduce_only,
             "closePosition": False, "side": side(quantity),
-            "positionSide": "BOTH", "stopPrice": "0", "workingType": "CONTRACT_PRICE", "priceProtect": False, "origType": "MARKET",
+            "positionSide": "BOTH", "stopPrice": "0", "workingType": "CONTRACT_PRICE", "priceProtect": False,
+            "origType": "MARKET",
             "priceMatch": "NONE",
             "selfTradePreventionMode": "EXPIRE_MAKER", "goodTillDate": 0, "time": now, "updateTime": now}
 
@@ -114,8 +130,9 @@ def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only
 def filled(order:dict, price:float, now:int)->dict:
     "The order after its one trade"
     size, paid = order["origQty"], number_text(price)
-    return order | {"status": "FILLED", "avgPrice": paid, "executedQty": size, "cumQuote": money_text(float(size) * price),
-                    "cumBase": size, "updateTime": now}
+    return (order | {"status": "FILLED", "avgPrice": paid, "executedQty": size,
+                     "cumQuote": money_text(float(size) * price),
+                    "cumBase": size, "updateTime": now})
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #0c8ab8ef
 def order_reply(
@@ -131,9 +148,11 @@ def order_reply(
 # %% ../../nbs/60_localnet/03_exchange.ipynb #41ef15da
 def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, realised:float, asset:str)->dict:
     "A trade of ours, as userTrades lists it"
-    return {"symbol": order["symbol"], "pair": order["symbol"], "id": number, "orderId": order["orderId"], "side": side(quantity),
+    return {"symbol": order["symbol"], "pair": order["symbol"], "id": number, "orderId": order["orderId"],
+            "side": side(quantity),
             "price": number_text(price),
-            "qty": number_text(abs(quantity)), "baseQty": number_text(abs(quantity)), "quoteQty": money_text(abs(quantity) * price),
+            "qty": number_text(abs(quantity)), "baseQty": number_text(abs(quantity)),
+            "quoteQty": money_text(abs(quantity) * price),
             "realizedPnl": money_text(realised),
             "commission": money_text(fee), "commissionAsset": asset, "marginAsset": asset, "positionSide": "BOTH",
             "buyer": quantity > 0, "maker": False, "time": order["time"]}
@@ -142,13 +161,16 @@ def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, re
 def order_event(order:dict, trade:dict|None=None)->dict:
     "ORDER_TRADE_UPDATE: an order was accepted, or traded"
     now, done = order["updateTime"], trade is not None
-    told = {"s": order["symbol"], "c": order["clientOrderId"], "S": order["side"], "o": order["type"], "f": order["timeInForce"],
+    told = {"s": order["symbol"], "c": order["clientOrderId"], "S": order["side"], "o": order["type"],
+            "f": order["timeInForce"],
             "q": order["origQty"], "p": order["price"],
             "ap": order["avgPrice"], "sp": order["stopPrice"], "x": "TRADE" if done else "NEW", "X": order["status"],
             "i": order["orderId"],
-            "l": trade["qty"] if done else "0", "z": order["executedQty"], "L": trade["price"] if done else "0", "T": now,
+            "l": trade["qty"] if done else "0", "z": order["executedQty"], "L": trade["price"] if done else "0",
+            "T": now,
             "t": trade["id"] if done else 0,
-            "b": "0", "a": "0", "m": False, "R": order["reduceOnly"], "wt": order["workingType"], "ot": order["origType"],
+            "b": "0", "a": "0", "m": False, "R": order["reduceOnly"], "wt": order["workingType"],
+            "ot": order["origType"],
             "ps": order["positionSide"],
             "cp": order["closePosition"], "pP": order["priceProtect"], "si": 0, "ss": 0,
             "rp": trade["realizedPnl"] if done else "0",
@@ -178,8 +200,10 @@ def selected(
     limit:int=500,
 )->list:
     "Rows of a symbol within startTime and endTime: from startTime on where it is given, otherwise the newest"
-    begin, end, limit = whole(parameters, "startTime", 0), whole(parameters, "endTime", 1 << 62), whole(parameters, "limit", limit)
-    if not 1 <= limit <= 1000: raise Refused(-1102, "limit")
+    begin = whole(parameters, "startTime", 0)
+    end = whole(parameters, "endTime", 1 << 62)
+    limit = whole(parameters, "limit", limit)
+    if not 1 <= limit <= 1000: raise RequestDeniedError(-1102, "limit")
     found = [row for row in rows if begin <= row["time"] <= end and symbol in (None, row["symbol"])]
     return found[:limit] if parameters.get("startTime") else found[-limit:]
 
@@ -191,7 +215,8 @@ def margin(
 )->dict:             # quote
     "What a position is worth and what it binds"
     notional = float(position["quantity"] * position["mark_price"])
-    return {"notional": notional, "profit": float(position["quantity"] * (position["mark_price"] - position["entry_price"])),
+    return {"notional": notional,
+            "profit": float(position["quantity"] * (position["mark_price"] - position["entry_price"])),
             "initial": abs(notional) / leverage, "maintenance": float(maintenance_margin(abs(notional), instrument))}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #6d3a45a4
@@ -200,7 +225,7 @@ def check_reduction(
     quantity:float,    # signed base units
 )->float:              # signed base units, at most the position
     "A reduce-only order, cut to the position"
-    if held * quantity >= 0: raise Refused(-2022)
+    if held * quantity >= 0: raise RequestDeniedError(-2022)
     return quantity if abs(quantity) <= abs(held) else -held
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #99eff1db
@@ -213,8 +238,8 @@ def check_affordable(
 ):
     "Refuse an order that the leverage or the money does not carry"
     if after <= before: return
-    if after > most: raise Refused(-2027)
-    if after / leverage > free: raise Refused(-2019)
+    if after > most: raise RequestDeniedError(-2027)
+    if after / leverage > free: raise RequestDeniedError(-2019)
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #763fab0b
 def check_notional(
@@ -222,7 +247,7 @@ def check_notional(
     instrument:Instrument,
 ):
     "Refuse an order that is too small to trade"
-    if notional < instrument.min_notional: raise Refused(-4164, number_text(instrument.min_notional))
+    if notional < instrument.min_notional: raise RequestDeniedError(-4164, number_text(instrument.min_notional))
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #eaf7f16f
 def account_event(
@@ -247,58 +272,78 @@ def position_event(symbol:str, position, realised:float, taker_fee:float)->dict:
     "A position as ACCOUNT_UPDATE tells it"
     return {"s": symbol, "pa": number_text(position["quantity"]), "ep": number_text(position["entry_price"]),
             "bep": break_even(position, taker_fee),
-            "cr": money_text(realised), "up": money_text(position["quantity"] * (position["mark_price"] - position["entry_price"])), "mt": "cross", "iw": "0", "ps": "BOTH"}
+            "cr": money_text(realised),
+            "up": money_text(position["quantity"] * (position["mark_price"] - position["entry_price"])), "mt": "cross",
+            "iw": "0", "ps": "BOTH"}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #53dd7ecd
 def _asked(exchange, n, parameters):
-    "What an order for symbol n asks for, with the price and fee of its fill; raises `Refused`"
+    "What an order for symbol n asks for, with the price and fee of its fill; raises `RequestDeniedError`"
     check_kind(parameters)
-    quantity, client_id, reduce_only = read_quantity(parameters, exchange.instruments[n]), read_client_id(parameters, exchange.orders), flag(parameters, "reduceOnly")
+    quantity = read_quantity(parameters, exchange.instruments[n])
+    client_id = read_client_id(parameters, exchange.orders)
+    reduce_only = flag(parameters, "reduceOnly")
     held, opened = float(exchange.positions[n]["quantity"]), exchange.market.price(n)
     if reduce_only: quantity = check_reduction(held, quantity)
     else: check_notional(abs(quantity) * opened, exchange.instruments[n])
     price, fee = exchange.meets(n, quantity)
-    check_affordable(abs(held) * price, abs(held + quantity) * price, exchange.leverage[n], exchange.instruments[n].max_notional(exchange.leverage[n]), exchange.free(n) - fee - abs(quantity * (price - opened)))
+    check_affordable(abs(held) * price, abs(held + quantity) * price, exchange.leverage[n],
+                     exchange.instruments[n].max_notional(exchange.leverage[n]),
+                     exchange.free(n) - fee - abs(quantity * (price - opened)))
     return client_id, quantity, reduce_only, price, fee
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #c4ea7ee3
 class Exchange:
     "An account on a market"
     def __init__(self, market:Market, instruments=(), costs:CostModel=CostModel(), deposit:float=10_000.):
-        if costs.participation is not None or costs.latency: raise ValueError("localnet fills a market order at once and whole: leave costs.participation and costs.latency out, a backtest has them")
+        if costs.participation is not None or costs.latency:
+            raise ValueError("localnet fills a market order at once and whole: leave costs.participation and "
+                             "costs.latency out, a backtest has them")
         if market.closed < costs.warm_up:
-            raise ValueError(f"these costs are known from the {costs.warm_up} candles before the start, there are {market.closed}: give localnet a longer history, or start it later")
+            raise ValueError(f"these costs are known from the {costs.warm_up} candles before the start, there are "
+                             f"{market.closed}: give localnet a longer history, or start it later")
         size = len(market.symbols)
         self.market, self.costs, self.cost_row = market, costs, costs.row()[()]
         self.instruments = instruments_for(market.frames, instruments)
         self.instrument_rows = np.array([instrument.row() for instrument in self.instruments], INSTRUMENT)
         self.conditions, self.books = conditions(market.times, market.candles, costs), np.zeros(size, BOOK)
         self.asset, self.leverage = assets(market.symbols[0])[1], [20] * size
-        self.account, self.positions, self.realised, self.changed = new_account(deposit), np.zeros(size, POSITION), [0.] * size, [0] * size
+        self.account = new_account(deposit)
+        self.positions = np.zeros(size, POSITION)
+        self.realised = [0.] * size
+        self.changed = [0] * size
         self.orders, self.trades, self.incomes, self.events = [], [], [], []
         self.income("TRANSFER", deposit, "", market.now)
         self.value()
 
-    def value(self): mark(self.account, self.positions, np.array([self.market.mark_price(n) for n in range(len(self.positions))]))
+    def value(self):
+        mark(self.account, self.positions, np.array([self.market.mark_price(n) for n in range(len(self.positions))]))
     def margin(self, n:int)->dict: return margin(self.positions[n], self.leverage[n], self.instrument_rows[n])
 
     def meets(self, n:int, quantity:float)->tuple:
         "Price and fee of a market order now"
         known = self.conditions[min(max(self.market.closed - 1, 0), len(self.conditions) - 1), n]
-        return market_fill(quantity, self.market.price(n), self.books[n]["pressure"], known, self.cost_row, self.instrument_rows[n])
+        return market_fill(quantity, self.market.price(n), self.books[n]["pressure"], known, self.cost_row,
+                           self.instrument_rows[n])
 
-    def free(self, n:int)->float: return float(self.account[0]["equity"]) - sum(self.margin(k)["initial"] for k in range(len(self.positions)) if k != n)
-    def income(self, kind, amount, symbol, now, trade=""): self.incomes.append(income_row(len(self.incomes) + 1, kind, amount, symbol, self.asset, now, trade))
+    def free(self, n:int)->float:
+        return (float(self.account[0]["equity"]) - sum(self.margin(k)["initial"] for k in range(len(self.positions))
+                                                       if k != n))
+    def income(self, kind, amount, symbol, now, trade=""):
+        self.incomes.append(income_row(len(self.incomes) + 1, kind, amount, symbol, self.asset, now, trade))
 
     def close_candle(self):
         "Let one candle close; funding due up to its close is booked, on the positions held, at its closing price"
         before, self.market.closed = self.market.now, self.market.closed + 1
         for n in range(len(self.books)): fade(self.books[n], self.cost_row)
-        for time, n, rate in sorted((time, k, rate) for k in range(len(self.positions)) for time, rate in self.market.due(k, before)): self.fund(n, rate, time)
+        for time, n, rate in sorted((time, k, rate) for k in range(len(self.positions)) for time,
+                                    rate in self.market.due(k, before)):
+            self.fund(n, rate, time)
         self.value()
 
     def fund(self, n:int, rate:float, time:int):
-        amount, symbol = float(funding_amount(self.positions[n]["quantity"], self.market.mark_price(n), rate)), self.market.ids[n]
+        amount = float(funding_amount(self.positions[n]["quantity"], self.market.mark_price(n), rate))
+        symbol = self.market.ids[n]
         if amount == 0 or not self.costs.funding: return
         apply_funding(self.account, amount)
         self.income("FUNDING_FEE", amount, symbol, time)
@@ -345,7 +390,9 @@ def compile_fills(exchange:Exchange):
 # %% ../../nbs/60_localnet/03_exchange.ipynb #087ff3c3
 def balance_words(exchange:Exchange)->dict:
     "The sums of an account in its one asset"
-    rows, equity, money = [exchange.margin(n) for n in range(len(exchange.positions))], exchange.account[0]["equity"], wallet(exchange.account)
+    rows = [exchange.margin(n) for n in range(len(exchange.positions))]
+    equity = exchange.account[0]["equity"]
+    money = wallet(exchange.account)
     initial, kept = sum(row["initial"] for row in rows), sum(row["maintenance"] for row in rows)
     free = money_text(max(equity - initial, 0.))
     return {"initialMargin": money_text(initial), "maintMargin": money_text(kept), "walletBalance": money_text(money),
@@ -359,29 +406,35 @@ def balance_words(exchange:Exchange)->dict:
 def position_in_account(exchange:Exchange, n:int, version:int)->dict:
     "A position as GET account lists it"
     row, position = exchange.margin(n), exchange.positions[n]
-    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]),
+    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH",
+              "positionAmt": number_text(position["quantity"]),
               "unrealizedProfit": money_text(row["profit"]),
               "initialMargin": money_text(row["initial"]), "maintMargin": money_text(row["maintenance"]),
               "updateTime": exchange.changed[n]}
-    if version == 3: return shared | {"isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0"}
+    if version == 3:
+        return shared | {"isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0"}
     return shared | {"positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0",
                      "leverage": str(exchange.leverage[n]), "isolated": False,
-                     "entryPrice": number_text(position["entry_price"]), "maxNotional": str(int(exchange.instruments[n].max_notional(exchange.leverage[n]))),
+                     "entryPrice": number_text(position["entry_price"]),
+                     "maxNotional": str(int(exchange.instruments[n].max_notional(exchange.leverage[n]))),
                      "bidNotional": "0", "askNotional": "0"}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #37a8c776
 def account_reply(exchange:Exchange, version:int)->dict:
     "GET account"
     words, shown = balance_words(exchange), range(len(exchange.positions))
-    totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items() if name not in ("availableBalance", "maxWithdrawAmount")}
-    asset = {"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True} if version == 2 else {})
+    totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items()
+              if name not in ("availableBalance", "maxWithdrawAmount")}
+    asset = ({"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True}
+        if version == 2 else {}))
     if version == 3: shown = [n for n in shown if exchange.positions[n]["quantity"] != 0]
     reply = totals | {"availableBalance": words["availableBalance"], "maxWithdrawAmount": words["maxWithdrawAmount"],
                       "assets": [asset],
                       "positions": [position_in_account(exchange, n, version) for n in shown]}
-    return reply if version == 3 else {"feeTier": 0, "feeBurn": False, "canTrade": True, "canDeposit": True, "canWithdraw": True,
+    return (reply if version == 3 else {"feeTier": 0, "feeBurn": False, "canTrade": True, "canDeposit": True,
+                                        "canWithdraw": True,
                                        "updateTime": 0,
-                                       "multiAssetsMargin": False, "tradeGroupId": -1} | reply
+                                       "multiAssetsMargin": False, "tradeGroupId": -1} | reply)
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #89e2fb75
 def balances(exchange:Exchange)->list:
@@ -395,35 +448,42 @@ def balances(exchange:Exchange)->list:
 def position_risk(exchange:Exchange, n:int, version:int)->dict:
     "One position of GET positionRisk"
     row, position = exchange.margin(n), exchange.positions[n]
-    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH", "positionAmt": number_text(position["quantity"]),
+    shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH",
+              "positionAmt": number_text(position["quantity"]),
               "entryPrice": number_text(position["entry_price"]),
-              "breakEvenPrice": break_even(position, exchange.costs.taker_fee), "markPrice": price_text(position["mark_price"]),
+              "breakEvenPrice": break_even(position, exchange.costs.taker_fee),
+              "markPrice": price_text(position["mark_price"]),
               "unRealizedProfit": money_text(row["profit"]), "liquidationPrice": "0",
               "isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0",
               "updateTime": exchange.changed[n]}
-    if version == 2: return shared | {"leverage": str(exchange.leverage[n]), "marginType": "cross", "isAutoAddMargin": "false",
-                                      "maxNotionalValue": str(int(exchange.instruments[n].max_notional(exchange.leverage[n])))}
+    if version == 2:
+        return (shared | {"leverage": str(exchange.leverage[n]), "marginType": "cross", "isAutoAddMargin": "false",
+                                      "maxNotionalValue":
+                                      str(int(exchange.instruments[n].max_notional(exchange.leverage[n])))})
     return shared | {"marginAsset": exchange.asset, "initialMargin": money_text(row["initial"]),
                      "maintMargin": money_text(row["maintenance"]), "adl": 1,
-                     "positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0", "bidNotional": "0",
+                     "positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0",
+                     "bidNotional": "0",
                      "askNotional": "0"}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #495f914a
 def positions_at_risk(exchange:Exchange, parameters:dict, version:int)->list:
     "GET positionRisk"
-    return [position_risk(exchange, n, version) for n in exchange.market.asked(parameters) if version == 2 or exchange.positions[n]["quantity"] != 0]
+    return [position_risk(exchange, n, version) for n in exchange.market.asked(parameters) if version == 2
+            or exchange.positions[n]["quantity"] != 0]
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #48e4f76a
 def set_leverage(exchange:Exchange, parameters:dict)->dict:
     "POST leverage"
     n, leverage = exchange.market.find(parameters), whole(parameters, "leverage")
     most = exchange.instruments[n].max_notional(leverage)
-    if leverage < 1 or not most: raise Refused(-4028, leverage)
+    if leverage < 1 or not most: raise RequestDeniedError(-4028, leverage)
     held = exchange.margin(n)
-    if abs(held["notional"]) > most: raise Refused(-2027)
-    if abs(held["notional"]) / leverage > exchange.free(n): raise Refused(-2019)
+    if abs(held["notional"]) > most: raise RequestDeniedError(-2027)
+    if abs(held["notional"]) / leverage > exchange.free(n): raise RequestDeniedError(-2019)
     exchange.leverage[n] = leverage
-    return {"symbol": exchange.market.ids[n], "leverage": leverage, "maxNotionalValue": str(int(exchange.instruments[n].max_notional(leverage)))}
+    return {"symbol": exchange.market.ids[n], "leverage": leverage,
+            "maxNotionalValue": str(int(exchange.instruments[n].max_notional(leverage)))}
 
 
 def symbol_settings(exchange:Exchange, n:int)->dict:
@@ -436,15 +496,15 @@ def symbol_settings(exchange:Exchange, n:int)->dict:
 def set_margin_type(exchange:Exchange, parameters:dict):
     "POST marginType: all positions share the account"
     exchange.market.find(parameters)
-    if mandatory(parameters, "marginType") == "CROSSED": raise Refused(-4046)
-    raise Refused(-4084, "cross margin")
+    if mandatory(parameters, "marginType") == "CROSSED": raise RequestDeniedError(-4046)
+    raise RequestDeniedError(-4084, "cross margin")
 
 
 def set_position_mode(parameters:dict):
     "POST positionSide/dual: one position a symbol"
     mandatory(parameters, "dualSidePosition")
-    if not flag(parameters, "dualSidePosition"): raise Refused(-4059)
-    raise Refused(-4084, "one position a symbol")
+    if not flag(parameters, "dualSidePosition"): raise RequestDeniedError(-4059)
+    raise RequestDeniedError(-4084, "one position a symbol")
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #e185927f
 def open_orders(exchange:Exchange, parameters:dict)->list:
@@ -470,11 +530,12 @@ def user_trades(exchange:Exchange, parameters:dict)->list:
 def incomes(exchange:Exchange, parameters:dict)->list:
     "GET income"
     symbol = exchange.market.ids[exchange.market.find(parameters)] if parameters.get("symbol") else None
-    return selected([row for row in exchange.incomes if parameters.get("incomeType") in (None, row["incomeType"])], parameters,
+    return selected([row for row in exchange.incomes if parameters.get("incomeType") in (None, row["incomeType"])],
+                    parameters,
                     symbol, 100)
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #83573349
 def cancel(exchange:Exchange, parameters:dict):
     "DELETE order"
     order = find_order(parameters, exchange.market.ids[exchange.market.find(parameters)], exchange.orders, -2011)
-    if order["status"] not in OPEN_STATES: raise Refused(-2011)
+    if order["status"] not in OPEN_STATES: raise RequestDeniedError(-2011)

@@ -12,7 +12,7 @@ import numpy as np
 from ..events import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME
 from ..instruments import Instrument
 from tradelab.localnet.protocol import (
-    Refused,
+    RequestDeniedError,
     assets,
     exchange_id,
     mandatory,
@@ -22,7 +22,7 @@ from tradelab.localnet.protocol import (
     whole,
 )
 from ..market.candles import check_times, common_candles, matrix, period_of, times
-from ..times import TIMEFRAMES, text
+from ..times import TIMEFRAMES, format_time
 
 # %% ../../nbs/60_localnet/02_market.ipynb #548daa0c
 def decimals(number:str)->int:
@@ -39,15 +39,18 @@ def symbol_reply(
     "What exchangeInfo says of one symbol"
     base, quote = assets(instrument.symbol)
     step, tick = number_text(instrument.quantity_step), number_text(instrument.price_tick)
-    lots = {"stepSize": step, "minQty": number_text(instrument.min_quantity), "maxQty": number_text(instrument.max_quantity)}
+    lots = {"stepSize": step, "minQty": number_text(instrument.min_quantity),
+            "maxQty": number_text(instrument.max_quantity)}
     return {
         "symbol": base + quote, "pair": base + quote, "contractType": "PERPETUAL", "deliveryDate": 4133404800000,
         "onboardDate": 1569398400000,
         "status": "TRADING", "maintMarginPercent": "2.5000", "requiredMarginPercent": "5.0000", "baseAsset": base,
         "quoteAsset": quote, "marginAsset": quote,
-        "pricePrecision": decimals(tick), "quantityPrecision": decimals(step), "baseAssetPrecision": 8, "quotePrecision": 8,
+        "pricePrecision": decimals(tick), "quantityPrecision": decimals(step), "baseAssetPrecision": 8,
+        "quotePrecision": 8,
         "underlyingType": "COIN",
-        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500", "liquidationFee": f"{instrument.liquidation_fee:.6f}",
+        "underlyingSubType": [], "settlePlan": 0, "triggerProtect": "0.0500",
+        "liquidationFee": f"{instrument.liquidation_fee:.6f}",
         "marketTakeBound": "0.05",
         "filters": [{"filterType": "PRICE_FILTER", "tickSize": tick, "minPrice": tick, "maxPrice": "10000000"},
                     {"filterType": "LOT_SIZE", **lots}, {"filterType": "MARKET_LOT_SIZE", **lots},
@@ -73,7 +76,8 @@ def kline_reply(
     "A candle as REST sends it"
     traded = candle[QUOTE_VOLUME] if candle[QUOTE_VOLUME] >= 0 else candle[VOLUME] * candle[CLOSE]
     trades, bought = np.nan_to_num(candle[[TRADES, TAKER_BUY_VOLUME]])
-    return [int(open_time), *map(number_text, candle[:len(COLUMNS)]), int(open_time + step - 1), number_text(traded), int(trades), number_text(bought), number_text(bought * candle[CLOSE]), "0"]
+    return [int(open_time), *map(number_text, candle[:len(COLUMNS)]), int(open_time + step - 1), number_text(traded),
+            int(trades), number_text(bought), number_text(bought * candle[CLOSE]), "0"]
 
 # %% ../../nbs/60_localnet/02_market.ipynb #24113a59
 def kline_event(
@@ -86,7 +90,8 @@ def kline_event(
     "A candle as the stream sends it"
     start, opened, high, low, close, volume, end, traded, trades, bought, spent = kline[:11]
     return {"e": "kline", "E": int(event_time), "s": symbol,
-            "k": {"t": start, "T": end, "s": symbol, "i": interval, "f": -1, "L": -1, "o": opened, "c": close, "h": high, "l": low,
+            "k": {"t": start, "T": end, "s": symbol, "i": interval, "f": -1, "L": -1, "o": opened, "c": close,
+                  "h": high, "l": low,
                   "v": volume,
                   "n": trades, "x": closed, "q": traded, "V": bought, "Q": spent, "B": "0"}}
 
@@ -98,7 +103,9 @@ def schedule(
     if series is None or len(series) == 0: return np.zeros(0, np.int64), np.zeros(0)
     due, rates = times(series), series.to_numpy("float64")
     if np.any(np.diff(due) <= 0): raise ValueError("funding times must rise: sort the series and drop doubled times")
-    if not np.all(np.isfinite(rates)): raise ValueError(f"funding rate at {text(due[~np.isfinite(rates)][0])} is not a number: correct it at its source")
+    if not np.all(np.isfinite(rates)):
+        raise ValueError(f"funding rate at {format_time(due[~np.isfinite(rates)][0])} is not a number: correct it "
+                         "at its source")
     return due, rates
 
 # %% ../../nbs/60_localnet/02_market.ipynb #e646e252
@@ -109,7 +116,8 @@ def first_to_close(
     "Where the clock stands at the beginning"
     if start is None: return 0
     if start in times[:-1]: return int(np.searchsorted(times, start))
-    raise ValueError(f"start must be the open time of a candle from {text(times[0])} to {text(times[-2])}, was {text(start)}")
+    raise ValueError(f"start must be the open time of a candle from {format_time(times[0])} to "
+                     f"{format_time(times[-2])}, was {format_time(start)}")
 
 # %% ../../nbs/60_localnet/02_market.ipynb #5f9f39d6
 class Market:
@@ -119,12 +127,15 @@ class Market:
         candles:dict,            # frames by symbol
         funding:dict|None=None,  # Series of rates by symbol
         start:int|None=None,     # ms: open time of the first candle that closes here; those before are history
-        gaps:bool=False,         # whether holes in the candles are played, as an exchange that was away: the clock jumps over them
+        # whether holes in the candles are played, as an exchange that was away: the clock jumps over them
+        gaps:bool=False,
     ):
         self.frames = common_candles(candles) if gaps else candles
         self.times, self.known, self.symbols = matrix(self.frames, KNOWN)
         self.candles = np.ascontiguousarray(self.known[:, :, :len(COLUMNS)])
-        if len(self.times) < 2: raise ValueError(f"a market needs at least 2 candles, the last one only lends its open; got {len(self.times)}")
+        if len(self.times) < 2:
+            raise ValueError("a market needs at least 2 candles, the last one only lends its open; got "
+                             f"{len(self.times)}")
         self.step = period_of(self.times)
         self.interval = next((name for name, length in TIMEFRAMES.items() if length == self.step), f"{self.step} ms")
         check_times(self.times, self.interval, self.symbols[0], gaps)
@@ -141,7 +152,7 @@ class Market:
     def find(self, parameters:dict)->int:
         "Which symbol a request is about"
         name = mandatory(parameters, "symbol")
-        if name not in self.ids: raise Refused(-1121)
+        if name not in self.ids: raise RequestDeniedError(-1121)
         return self.ids.index(name)
 
     def asked(self, parameters:dict)->list[int]:
@@ -167,8 +178,8 @@ class Market:
 def klines(market:Market, parameters:dict)->list:
     "GET klines: history up to now, the forming candle last"
     n, limit = market.find(parameters), whole(parameters, "limit", 500)
-    if mandatory(parameters, "interval") != market.interval: raise Refused(-1120)
-    if not 1 <= limit <= 1500: raise Refused(-1102, "limit")
+    if mandatory(parameters, "interval") != market.interval: raise RequestDeniedError(-1120)
+    if not 1 <= limit <= 1500: raise RequestDeniedError(-1102, "limit")
     known = market.times[:market.closed + 1]
     first = np.searchsorted(known, whole(parameters, "startTime", 0))
     end = np.searchsorted(known, whole(parameters, "endTime", market.now), side="right")
@@ -182,7 +193,8 @@ def index_klines(market:Market, parameters:dict)->list:
     def price(row):
         t = min(int(np.searchsorted(market.times, row[0])), max(market.closed - 1, 0))
         return price_text(market.known[t, n, INDEX_PRICE]) if np.isfinite(market.known[t, n, INDEX_PRICE]) else row[4]
-    return [[row[0], *[price(row)] * 4, "0", row[6], "0", 0, "0", "0", "0"] for row in klines(market, {**parameters, "symbol": market.ids[n]})]
+    return [[row[0], *[price(row)] * 4, "0", row[6], "0", 0, "0", "0", "0"]
+            for row in klines(market, {**parameters, "symbol": market.ids[n]})]
 
 # %% ../../nbs/60_localnet/02_market.ipynb #4c56a365
 EIGHT_HOURS = 8 * 3_600_000
@@ -196,13 +208,15 @@ def premium(market:Market, n:int)->dict:
     price = price_text(market.mark_price(n))
     return {"symbol": market.ids[n], "markPrice": price, "indexPrice": price, "estimatedSettlePrice": price,
             "interestRate": "0.00010000",
-            "lastFundingRate": money_text(rates[past - 1] if past else 0.), "nextFundingTime": following, "time": market.now}
+            "lastFundingRate": money_text(rates[past - 1] if past else 0.), "nextFundingTime": following,
+            "time": market.now}
 
 # %% ../../nbs/60_localnet/02_market.ipynb #5df81ce6
 def mark_event(market:Market, n:int)->dict:
     "The mark price as the stream sends it"
     known = premium(market, n)
-    return {"e": "markPriceUpdate", "E": market.now, "s": known["symbol"], "p": known["markPrice"], "ap": known["markPrice"],
+    return {"e": "markPriceUpdate", "E": market.now, "s": known["symbol"], "p": known["markPrice"],
+            "ap": known["markPrice"],
             "i": known["indexPrice"],
             "P": known["estimatedSettlePrice"], "r": known["lastFundingRate"], "T": known["nextFundingTime"], "st": 1}
 
@@ -214,9 +228,12 @@ def settled(market:Market, time:int)->int:
 
 def funding_rates(market:Market, parameters:dict)->list:
     "GET fundingRate: what fell due already, oldest first"
-    begin, end, limit = whole(parameters, "startTime", 0), whole(parameters, "endTime", market.now), whole(parameters, "limit", 100)
+    begin = whole(parameters, "startTime", 0)
+    end = whole(parameters, "endTime", market.now)
+    limit = whole(parameters, "limit", 100)
     rows = [{"symbol": market.ids[n], "fundingTime": time, "fundingRate": money_text(rate),
              "markPrice": price_text(market.candles[settled(market, time), n, CLOSE]),
-             "rateType": "Regular"} for n in market.asked(parameters) for time, rate in market.due(n, begin - 1) if time <= end]
+             "rateType": "Regular"} for n in market.asked(parameters) for time, rate in market.due(n, begin - 1)
+             if time <= end]
     rows.sort(key=lambda row: row["fundingTime"])
     return rows[:limit] if parameters.get("startTime") else rows[-limit:]

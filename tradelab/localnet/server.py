@@ -6,7 +6,7 @@
 __all__ = ['MARKET_DATA', 'ACCOUNT_DATA', 'ACTIONS', 'ENDPOINTS', 'BARRIER', 'milliseconds_now', 'Meter', 'Endpoint',
            'one_or_all', 'exchange_info', 'commission', 'renew_listen_key', 'ordered', 'asked_order', 'cancel_all',
            'check_access', 'Connection', 'wanted', 'subscribe', 'kline_payload', 'Streams', 'obey', 'Service', 'answer',
-           'serve_rest', 'serve_socket', 'application', 'PortInUse', 'listen', 'serve', 'Localnet', 'state_of',
+           'serve_rest', 'serve_socket', 'application', 'PortInUseError', 'listen', 'serve', 'Localnet', 'state_of',
            'listens', 'candles_left', 'find_or_start']
 
 # %% ../../nbs/60_localnet/05_server.ipynb #7a51ae48
@@ -27,6 +27,7 @@ from urllib.request import urlopen
 from aiohttp import WSMsgType, web
 
 from ..config import Venue
+from ..errors import TradelabError
 from tradelab.localnet.exchange import (
     Exchange,
     account_reply,
@@ -56,8 +57,8 @@ from tradelab.localnet.market import (
     premium,
     symbol_reply,
 )
-from .memory import LostMemory, Memory
-from .protocol import Refused, check_signature, check_time, number_text, parameters
+from .memory import LostMemoryError, Memory
+from .protocol import RequestDeniedError, check_signature, check_time, number_text, parameters
 from ..settings import CostModel
 
 # %% ../../nbs/60_localnet/05_server.ipynb #7e2a5678
@@ -105,8 +106,10 @@ MARKET_DATA = {
     ("GET", "v1/time"): Endpoint(1, "public", lambda service, asked: {"serverTime": milliseconds_now()}),
     ("GET", "v1/exchangeInfo"): Endpoint(1, "public", lambda service, asked: exchange_info(service.exchange)),
     ("GET", "v1/klines"): Endpoint(5, "public", lambda service, asked: klines(service.exchange.market, asked)),
-    ("GET", "v1/indexPriceKlines"): Endpoint(5, "public", lambda service, asked: index_klines(service.exchange.market, asked)),
-    ("GET", "v1/fundingRate"): Endpoint(0, "public", lambda service, asked: funding_rates(service.exchange.market, asked)),
+    ("GET", "v1/indexPriceKlines"): Endpoint(5, "public", lambda service, asked: index_klines(service.exchange.market,
+    asked)),
+    ("GET", "v1/fundingRate"): Endpoint(0, "public", lambda service, asked: funding_rates(service.exchange.market,
+    asked)),
     ("GET", "v1/premiumIndex"): Endpoint(
         1, "public", lambda service, asked: one_or_all(service.exchange.market, asked,
                                                        lambda n: premium(service.exchange.market, n))),
@@ -116,7 +119,8 @@ MARKET_DATA = {
 def commission(exchange:Exchange, n:int)->dict:
     "GET commissionRate"
     rate = number_text(exchange.costs.taker_fee)
-    return {"symbol": exchange.market.ids[n], "makerCommissionRate": rate, "takerCommissionRate": rate, "rpiCommissionRate": rate}
+    return {"symbol": exchange.market.ids[n], "makerCommissionRate": rate, "takerCommissionRate": rate,
+            "rpiCommissionRate": rate}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #57526220
 ACCOUNT_DATA = {
@@ -131,20 +135,25 @@ ACCOUNT_DATA = {
         ("v1", "userTrades", lambda service, asked: user_trades(service.exchange, asked)),
         ("v1", "income", lambda service, asked: incomes(service.exchange, asked)),
         ("v1", "openOrders", lambda service, asked: open_orders(service.exchange, asked)),
-        ("v1", "symbolConfig", lambda service, asked: [symbol_settings(service.exchange, n) for n in service.exchange.market.asked(asked)]),
-        ("v1", "commissionRate", lambda service, asked: commission(service.exchange, service.exchange.market.find(asked))),
+        ("v1", "symbolConfig", lambda service,
+         asked: [symbol_settings(service.exchange, n) for n in service.exchange.market.asked(asked)]),
+        ("v1", "commissionRate", lambda service,
+         asked: commission(service.exchange, service.exchange.market.find(asked))),
         ("v1", "leverageBracket", lambda service, asked: [
-            {"symbol": service.exchange.market.ids[n], "notionalCoef": 1.0, "brackets": leverage_brackets(service.exchange.instruments[n])} for n in service.exchange.market.asked(asked)]),
+            {"symbol": service.exchange.market.ids[n], "notionalCoef": 1.0,
+             "brackets": leverage_brackets(service.exchange.instruments[n])}
+             for n in service.exchange.market.asked(asked)]),
         ("v1", "positionSide/dual", lambda service, asked: {"dualSidePosition": False}),
         ("v1", "multiAssetsMargin", lambda service, asked: {"multiAssetsMargin": False}),
-        ("v1", "accountConfig", lambda service, asked: {"feeTier": 0, "canTrade": True, "canDeposit": True, "canWithdraw": True,
+        ("v1", "accountConfig", lambda service, asked: {"feeTier": 0, "canTrade": True, "canDeposit": True,
+                                                        "canWithdraw": True,
                                                         "dualSidePosition": False, "updateTime": 0,
                                                       "multiAssetsMargin": False, "tradeGroupId": -1}))}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #81d4b90c
 def renew_listen_key(service, asked:dict)->dict:
     "PUT listenKey"
-    if not service.streams.listen_key: raise Refused(-1125)
+    if not service.streams.listen_key: raise RequestDeniedError(-1125)
     return {"listenKey": service.streams.listen_key}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #f4c7ac8d
@@ -189,8 +198,8 @@ def check_access(
 ):
     "Refuse whoever may not ask this"
     if endpoint.security == "public": return
-    if not re.fullmatch(r"[\w-]+", key): raise Refused(-2014)
-    if key != account[0]: raise Refused(-2015)
+    if not re.fullmatch(r"[\w-]+", key): raise RequestDeniedError(-2014)
+    if key != account[0]: raise RequestDeniedError(-2015)
     if endpoint.security == "key": return
     check_signature(account[1], query, body)
     check_time(parameters(query, body), now)
@@ -203,7 +212,8 @@ class Connection:
     combined:bool = False                  # opened on /stream
     streams:list = field(default_factory=list)
 
-    async def send(self, stream:str, event:dict): await self.reply({"stream": stream, "data": event} if self.combined else event)
+    async def send(self, stream:str, event:dict):
+        await self.reply({"stream": stream, "data": event} if self.combined else event)
 
     async def reply(self, payload:dict):
         "Send, unless the other side has gone; whoever reads the socket will notice that"
@@ -228,7 +238,8 @@ def subscribe(
     known:list,     # served
 )->list[str]:       # the new ones
     "Add names to what is heard"
-    if bad := [name for name in names if name not in known]: raise ValueError(f"invalid stream {bad[0]!r}; served are {', '.join(known)}")
+    if bad := [name for name in names if name not in known]:
+        raise ValueError(f"invalid stream {bad[0]!r}; served are {', '.join(known)}")
     added = [name for name in dict.fromkeys(names) if name not in streams]
     streams += added
     return added
@@ -245,7 +256,8 @@ class Streams:
         self.market, self.api_key, self.connections, self.keys_made, self.listen_key = market, api_key, [], 0, None
         self.session = asyncio.Event()    # set while both a user stream and a kline stream are connected
         self.klines = {f"{name.lower()}@kline_{market.interval}": n for n, name in enumerate(market.ids)}
-        self.marks = {f"{name.lower()}@markPrice{speed}": n for n, name in enumerate(market.ids) for speed in ("", "@1s")}
+        self.marks = {f"{name.lower()}@markPrice{speed}": n for n, name in enumerate(market.ids)
+                      for speed in ("", "@1s")}
 
     @property
     def known(self): return [*self.klines, *self.marks, *([self.listen_key] if self.listen_key else [])]
@@ -259,7 +271,8 @@ class Streams:
     def close_key(self)->dict:
         "Forget the listen key, and hang up on whoever listens with it"
         key, self.listen_key = self.listen_key, None
-        for connection in [each for each in self.connections if key in each.streams]: asyncio.ensure_future(connection.socket.close(code=1000))
+        for connection in [each for each in self.connections if key in each.streams]:
+            asyncio.ensure_future(connection.socket.close(code=1000))
         return {}
 
     def update(self):
@@ -269,7 +282,8 @@ class Streams:
         self.session.set() if connected else self.session.clear()
 
     async def publish(self, stream:str, payload:dict):
-        for connection in [each for each in self.connections if stream in each.streams]: await connection.send(stream, payload)
+        for connection in [each for each in self.connections if stream in each.streams]:
+            await connection.send(stream, payload)
 
     async def greet(self, connection:Connection, added:list):
         "The forming candle or the mark price, for new subscriptions"
@@ -305,9 +319,14 @@ class Service:
     "An exchange with its listeners, candle after candle"
     def __init__(self, exchange:Exchange, account:tuple, interval_ms:int=0, order_reply:str="2026-07"):
         self.exchange, self.account, self.interval_ms, self.order_reply = exchange, account, interval_ms, order_reply
-        self.streams, self.turn, self.finished = Streams(exchange.market, account[0]), asyncio.Event(), threading.Event()
+        self.streams = Streams(exchange.market, account[0])
+        self.turn = asyncio.Event()
+        self.finished = threading.Event()
         self.memory = None # of what is asked, where the exchange must outlive its process
-        self.weight, self.order_counts, self.sent, self.calls = Meter(60_000), {"10S": Meter(10_000), "1M": Meter(60_000)}, 0, 0
+        self.weight = Meter(60_000)
+        self.order_counts = {"10S": Meter(10_000), "1M": Meter(60_000)}
+        self.sent = 0
+        self.calls = 0
 
     async def play(self):
         "Close candle after candle, each in its turn"
@@ -340,7 +359,8 @@ class Service:
         await self.publish_account()
         for stream, n in self.streams.marks.items(): await self.streams.publish(stream, mark_event(market, n))
         for t in (market.closed - 1, market.closed):
-            for stream, n in self.streams.klines.items(): await self.streams.publish(stream, kline_payload(market, t, n))
+            for stream, n in self.streams.klines.items():
+                await self.streams.publish(stream, kline_payload(market, t, n))
 
     async def publish_account(self):
         for event in self.exchange.take_events(): await self.streams.publish(self.streams.listen_key, event)
@@ -348,8 +368,10 @@ class Service:
     def state(self)->dict:
         "GET /_sim/state: for people and tests, unknown to Binance"
         market = self.exchange.market
-        return {"market_time": market.now, "closed": market.closed, "candles": len(market.times), "sent": self.sent, "barrier_calls": self.calls,
-                "session": self.streams.session.is_set(), "orders": len(self.exchange.orders), "finished": self.finished.is_set()}
+        return {"market_time": market.now, "closed": market.closed, "candles": len(market.times), "sent": self.sent,
+                "barrier_calls": self.calls,
+                "session": self.streams.session.is_set(), "orders": len(self.exchange.orders),
+                "finished": self.finished.is_set()}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #4c39faae
 BARRIER = (("GET", "v3/account"), ("GET", "v2/account"))
@@ -367,14 +389,15 @@ def answer(
     name, now, status = (method, path.removeprefix("/fapi/")), milliseconds_now(), 200
     endpoint = ENDPOINTS.get(name) if path.startswith("/fapi/") else None
     try:
-        if endpoint is None: raise Refused(-5000, path, method)
+        if endpoint is None: raise RequestDeniedError(-5000, path, method)
         check_access(endpoint, key, service.account, query, body, now)
         reply = endpoint.reply(service, asked := parameters(query, body))
         if service.memory: service.memory.request(name, asked, reply)
-    except Refused as refused: reply, status = refused.reply, refused.status
+    except RequestDeniedError as refused: reply, status = refused.reply, refused.status
     headers = {"X-MBX-USED-WEIGHT-1M": str(service.weight.count(endpoint.weight if endpoint else 1, now))}
     if name == ("POST", "v1/order"):
-        for label, meter in service.order_counts.items(): headers[f"X-MBX-ORDER-COUNT-{label}"] = str(meter.count(status == 200, now))
+        for label, meter in service.order_counts.items():
+            headers[f"X-MBX-ORDER-COUNT-{label}"] = str(meter.count(status == 200, now))
     if name in BARRIER and status == 200: service.passed()
     return reply, status, headers
 
@@ -382,7 +405,8 @@ def answer(
 async def serve_rest(service:Service, request:web.Request)->web.Response:
     "Answer one request"
     body = (await request.read()).decode(errors="replace")
-    reply, status, headers = answer(service, request.method, request.raw_path, body, request.headers.get("X-MBX-APIKEY", ""))
+    reply, status, headers = answer(service, request.method, request.raw_path, body,
+                                    request.headers.get("X-MBX-APIKEY", ""))
     await service.publish_account()
     return web.json_response(reply, status=status, headers=headers)
 
@@ -395,7 +419,9 @@ async def serve_socket(service:Service, request:web.Request)->web.WebSocketRespo
     connection, streams = Connection(socket, "stream" in path.split("/")), service.streams
     streams.connections.append(connection)
     try:
-        try: await streams.greet(connection, subscribe(connection.streams, wanted(path, query, streams.known), streams.known))
+        try:
+            await streams.greet(connection, subscribe(connection.streams, wanted(path, query, streams.known),
+                                                      streams.known))
         except ValueError: await socket.close(code=1008, message=b"This listenKey does not exist.")
         async for message in socket:
             if message.type == WSMsgType.TEXT: await obey(streams, connection, message.data)
@@ -412,7 +438,8 @@ def application(service:Service)->web.Application:
     async def socket(request): return await serve_socket(service, request)
     async def state(request): return web.json_response(service.state())
     async def hang_up(app):
-        for connection in list(service.streams.connections): await connection.socket.close(code=1001, message=b"localnet is closing")
+        for connection in list(service.streams.connections):
+            await connection.socket.close(code=1001, message=b"localnet is closing")
     for route in ("", "/public", "/market", "/private"):
         for path in ("/ws", "/ws/{tail:.*}", "/stream"): app.router.add_get(route + path, socket)
     app.router.add_get("/_sim/state", state)
@@ -421,7 +448,7 @@ def application(service:Service)->web.Application:
     return app
 
 # %% ../../nbs/60_localnet/05_server.ipynb #5d5026fe
-class PortInUse(OSError):
+class PortInUseError(TradelabError, OSError):
     "Somebody else listens there"
 
 
@@ -433,7 +460,8 @@ async def listen(
     try: await web.TCPSite(runner, "127.0.0.1", port).start()
     except OSError as error:
         if error.errno != errno.EADDRINUSE: raise
-        raise PortInUse(error.errno, f"port {port} on 127.0.0.1 is in use: stop what listens there, or choose another port (0 takes a free one)") from None
+        raise PortInUseError(error.errno, f"port {port} on 127.0.0.1 is in use: stop what listens there, or choose "
+                             "another port (0 takes a free one)") from None
     return runner.addresses[0][1]
 
 # %% ../../nbs/60_localnet/05_server.ipynb #37274b70
@@ -463,7 +491,8 @@ class Localnet:
         self,
         candles:dict,              # frames by symbol
         funding:dict|None=None,    # Series of rates by symbol
-        instruments=(),            # `Instrument`s, or a dict of them by symbol; a symbol without one is looked up or derived from its candles
+        # `Instrument`s, or a dict of them by symbol; a symbol without one is looked up or derived from its candles
+        instruments=(),
         costs:CostModel=CostModel(),
         deposit:float=10_000.,     # quote
         start:int|None=None,       # ms: open time of the first candle to be streamed; those before are history
@@ -473,12 +502,14 @@ class Localnet:
         api_secret:str="localnet-secret",
         port:int=0,                # 0 takes a free one
         order_reply:str="2026-07", # words of POST order; "classic" has avgPrice and cumQuote
-        memory=None,               # a file; what it holds of an earlier localnet is done again, and it goes on from there
+        memory=None, # a file; what it holds of an earlier localnet is done again, and it goes on from there
         gaps:bool=False,           # whether holes in the candles are played, as an exchange that was away
     ):
-        if order_reply not in ("2026-07", "classic"): raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
+        if order_reply not in ("2026-07", "classic"):
+            raise ValueError(f"order_reply must be '2026-07' or 'classic', was {order_reply!r}")
         if interval_ms < 0 or not (lockstep or interval_ms):
-            raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an interval above 0")
+            raise ValueError(f"lockstep={lockstep} with interval_ms={interval_ms}: out of lockstep give an "
+                             "interval above 0")
         self.exchange = Exchange(Market(candles, funding, start, gaps), instruments, costs, deposit)
         self.service = Service(self.exchange, (api_key, api_secret), interval_ms, order_reply)
         self.port, self.finished, self._failure, self._listening = port, self.service.finished, None, threading.Event()
@@ -519,7 +550,8 @@ class Localnet:
         try:
             with self:
                 market = self.exchange.market
-                print(f"localnet listens at {self.url} with {len(market.times)} candles of {', '.join(market.symbols)}; Ctrl-C stops it", flush=True)
+                print(f"localnet listens at {self.url} with {len(market.times)} candles of "
+                      f"{', '.join(market.symbols)}; Ctrl-C stops it", flush=True)
                 self.wait()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
@@ -557,7 +589,11 @@ def find_or_start(
         yield venue
         return
     if continued and not (options.get("memory") and Path(options["memory"]).exists()):
-        raise LostMemory(f"no localnet listens at {venue.rest}, and the session kept none of its own: start the one that it traded on (tradelab localnet keeps nothing when it ends), or begin a new session")
-    key, secret, port = venue.key.get_secret_value(), venue.secret.get_secret_value(), int(venue.rest.rpartition(":")[2])
+        raise LostMemoryError(f"no localnet listens at {venue.rest}, and the session kept none of its own: start the "
+                              "one that it traded on (tradelab localnet keeps nothing when it ends), or begin a "
+                              "new session")
+    key = venue.key.get_secret_value()
+    secret = venue.secret.get_secret_value()
+    port = int(venue.rest.rpartition(":")[2])
     with Localnet(candles, api_key=key, api_secret=secret, port=port, **options) as started:
         yield replace(venue, rest=started.url, stream=started.url.replace("http", "ws"))

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
 from .candles import times
-from ..times import text
+from ..times import format_time
 
 # %% ../../nbs/10_market/04_defects.ipynb #8c44d80e
 @dataclass(frozen=True)
@@ -28,11 +28,15 @@ class Defect:
 # %% ../../nbs/10_market/04_defects.ipynb #3feed1ab
 def _row(table, generator, before=200, after=130):
     "A place with enough history before it and enough candles after it"
-    if len(table) < before + after + 1: raise ValueError(f"a defect needs at least {before + after + 1} rows around it, there are {len(table)}: give a longer table")
+    if len(table) < before + after + 1:
+        raise ValueError(f"a defect needs at least {before + after + 1} rows around it, there are {len(table)}: give a "
+                         "longer table")
     return int(generator.integers(before, len(table) - after))
 
 
-def _stamped(table, stamps): return table.set_axis(pd.DatetimeIndex(np.asarray(stamps, "int64").astype("datetime64[ms]"), tz="UTC", name=table.index.name))
+def _stamped(table, stamps):
+    return table.set_axis(pd.DatetimeIndex(np.asarray(stamps, "int64").astype("datetime64[ms]"), tz="UTC",
+                                           name=table.index.name))
 
 
 def _gap(table, generator):
@@ -72,7 +76,8 @@ def _unfinished(table, generator):
     table, step = table.copy(), times(table)[1] - times(table)[0]
     candle, done = _partial(table, -1, generator)
     table.iloc[-1, :5] = candle[:5]
-    table.attrs["as_of"] = int(times(table)[-1] + done * step)      # when the table was fetched: before the last candle closed
+    # when the table was fetched: before the last candle closed
+    table.attrs["as_of"] = int(times(table)[-1] + done * step)
     return table, len(table) - 1, len(table) - 1, f"last candle fetched after {done:.0%} of its time"
 
 
@@ -81,7 +86,8 @@ def _revised(table, generator):
     again = table.iloc[[row]].copy()
     again.iloc[0, VOLUME] *= generator.uniform(.7, .99)
     low, high, close = again.iloc[0, [LOW, HIGH, CLOSE]]
-    again.iloc[0, [LOW, CLOSE]] = (low, low) if close != low else (low, high) if high != low else (low * .999, low * .999)
+    again.iloc[0, [LOW, CLOSE]] = ((low, low) if close != low else (low, high) if high != low
+                                   else (low * .999, low * .999))
     return pd.concat([table[:row + 1], again, table[row + 1:]]), row, row, "row written again with other numbers"
 
 # %% ../../nbs/10_market/04_defects.ipynb #7609176c
@@ -96,14 +102,16 @@ def _changed(table, rows, columns, values):
 
 def _invalid_value(table, generator):
     row, column = _row(table, generator), int(generator.integers(5))
-    value = generator.choice([np.nan, np.inf, -1.]) if column == VOLUME else generator.choice([np.nan, np.inf, 0., -table.iloc[row, column]])
+    value = (generator.choice([np.nan, np.inf, -1.]) if column == VOLUME
+             else generator.choice([np.nan, np.inf, 0., -table.iloc[row, column]]))
     return _changed(table, row, column, value), row, row, f"{COLUMNS[column]} is {value:g}"
 
 
 def _ohlc(table, generator):
     row, high = _row(table, generator), generator.random() < .5
     inside, share = table.iloc[row, [OPEN, CLOSE]], 1 + generator.uniform(.0005, .02)
-    return _changed(table, row, HIGH if high else LOW, inside.min() / share if high else inside.max() * share), row, row, "high below the body" if high else "low above the body"
+    return (_changed(table, row, HIGH if high else LOW, inside.min() / share if high else inside.max() * share), row,
+            row, "high below the body" if high else "low above the body")
 
 
 def _zero_volume(table, generator):
@@ -113,11 +121,14 @@ def _zero_volume(table, generator):
 
 def _frozen(table, generator):
     row, count = _row(table, generator), int(generator.integers(6, 25))
-    return _changed(table, slice(row, row + count), slice(OPEN, VOLUME), table.iloc[row - 1, CLOSE]), row, row + count - 1, f"price stands still for {count} candles"
+    return (_changed(table, slice(row, row + count), slice(OPEN, VOLUME), table.iloc[row - 1, CLOSE]), row,
+            row + count - 1, f"price stands still for {count} candles")
 
 # %% ../../nbs/10_market/04_defects.ipynb #6916426c
 def _spike(table, generator):
-    row, where, sign = _row(table, generator), generator.choice(["high", "low", "open", "close", "candle"]), generator.choice([-1, 1])
+    row = _row(table, generator)
+    where = generator.choice(["high", "low", "open", "close", "candle"])
+    sign = generator.choice([-1, 1])
     size = generator.uniform(10, 40) * _local_range(table, row)
     candle = table.iloc[row, :4].to_numpy("float64").copy()
     if where == "high": candle[HIGH] = candle[[OPEN, CLOSE]].max() * np.exp(size)
@@ -135,16 +146,21 @@ def _swapped_columns(table, generator):
     row, count = _row(table, generator), int(generator.integers(24, 121))
     one, other = (int(column) for column in generator.choice(EXCHANGED))
     values = table.iloc[row:row + count, [other, one]].to_numpy()
-    return _changed(table, slice(row, row + count), [one, other], values), row, row + count - 1, f"{COLUMNS[one]} and {COLUMNS[other]} exchanged in {count} rows"
+    return (_changed(table, slice(row, row + count), [one, other], values), row, row + count - 1,
+            f"{COLUMNS[one]} and {COLUMNS[other]} exchanged in {count} rows")
 
 
 def _wrong_units(table, generator):
-    row, count, what = _row(table, generator), int(generator.integers(24, 121)), generator.choice(["price", "volume", "quote"])
+    row = _row(table, generator)
+    count = int(generator.integers(24, 121))
+    what = generator.choice(["price", "volume", "quote"])
     columns = slice(0, 4) if what == "price" else slice(VOLUME, VOLUME + 1)
     block = table.iloc[row:row + count]
     factor = 10. ** generator.choice([-3, -2, -1, 1, 2, 3]) if what == "price" else 10. ** generator.choice([-3, 3])
-    if what == "quote" and abs(np.log10(block.close.iloc[0])) > .05: factor = block[["close"]].to_numpy()    # of a price of 1 both volumes are alike
-    return _changed(table, slice(row, row + count), columns, block.iloc[:, columns].to_numpy() * factor), row, row + count - 1, f"{what} in other units in {count} rows"
+    # of a price of 1 both volumes are alike
+    if what == "quote" and abs(np.log10(block.close.iloc[0])) > .05: factor = block[["close"]].to_numpy()
+    return (_changed(table, slice(row, row + count), columns, block.iloc[:, columns].to_numpy() * factor), row,
+            row + count - 1, f"{what} in other units in {count} rows")
 
 # %% ../../nbs/10_market/04_defects.ipynb #a51a0a1b
 def _not_the_sum(table, generator):
@@ -159,13 +175,16 @@ def _not_the_sum(table, generator):
 def _disagreement(table, generator):
     row, count = _row(table, generator), int(generator.integers(1, 7))
     size = generator.choice([-1, 1]) * generator.uniform(1.5, 8) * _local_range(table, row)
-    return _changed(table, slice(row, row + count), slice(0, 4), table.iloc[row:row + count, :4].to_numpy() * np.exp(size)), row, row + count - 1, f"{count} candles {np.expm1(size):.2%} away"
+    return (_changed(table, slice(row, row + count), slice(0, 4),
+                     table.iloc[row:row + count, :4].to_numpy() * np.exp(size)), row, row + count - 1,
+                     f"{count} candles {np.expm1(size):.2%} away")
 
 # %% ../../nbs/10_market/04_defects.ipynb #2757f8a9
 def _clock(table, generator):
     closes = times(table) + times(table)[1] - times(table)[0]
     error = int(generator.choice([-1, 1]) * generator.uniform(1_000, 30_000))
-    return table.assign(received_time=closes + np.rint(generator.lognormal(np.log(60), .5, len(table))).astype("int64") + error), 0, len(table) - 1, f"recorder's clock {error} ms off"
+    return (table.assign(received_time=closes + np.rint(generator.lognormal(np.log(60), .5, len(table))).astype("int64")
+                         + error), 0, len(table) - 1, f"recorder's clock {error} ms off")
 
 
 def _funding_missing(rates, generator):
@@ -176,25 +195,36 @@ def _funding_missing(rates, generator):
 def _funding_before_price(rates, generator):
     count, stamps = int(generator.integers(1, 6)), times(rates)
     early = stamps[0] + (stamps[1] - stamps[0]) * np.arange(-count, 0)
-    return _stamped(pd.concat([rates[:count], rates]), np.concatenate([early, stamps])), -count, -1, f"{count} rates before the first price"
+    return (_stamped(pd.concat([rates[:count], rates]), np.concatenate([early, stamps])), -count, -1,
+            f"{count} rates before the first price")
 
 # %% ../../nbs/10_market/04_defects.ipynb #5e0640ea
 def _copied(table, generator):
-    row, count, what = _row(table, generator, 240), int(generator.integers(24, 121)), generator.choice(["day", "every tenth", "volume"])
+    row = _row(table, generator, 240)
+    count = int(generator.integers(24, 121))
+    what = generator.choice(["day", "every tenth", "volume"])
     rows = slice(row, row + count)
-    if what == "day": return _changed(table, slice(row, row + 24), slice(0, 5), table.iloc[row - 24:row, :5].to_numpy()), row, row + 23, "a day written twice"
-    if what == "volume": return _changed(table, slice(row, row + 24), VOLUME, table.iloc[row - 24:row, VOLUME].to_numpy()), row, row + 23, "the volume of a day written twice"
+    if what == "day":
+        return (_changed(table, slice(row, row + 24), slice(0, 5), table.iloc[row - 24:row, :5].to_numpy()), row,
+                row + 23, "a day written twice")
+    if what == "volume":
+        return (_changed(table, slice(row, row + 24), VOLUME, table.iloc[row - 24:row, VOLUME].to_numpy()), row,
+                row + 23, "the volume of a day written twice")
     every = np.arange(row, row + count, 5 if count < 50 else 10)
-    return _changed(table, every, slice(0, 4), table.iloc[every - 1, :4].to_numpy()), row, rows.stop - 1, "prices repeated at every fifth or tenth candle"
+    return (_changed(table, every, slice(0, 4), table.iloc[every - 1, :4].to_numpy()), row, rows.stop - 1,
+            "prices repeated at every fifth or tenth candle")
 
 
 def _interpolated(table, generator):
     row, count, volume = _row(table, generator), int(generator.integers(12, 73)), generator.random() < .3
-    if volume: return _changed(table, slice(row, row + count), VOLUME, table.iloc[row - 1, VOLUME]), row, row + count - 1, f"volume constant for {count} candles"
+    if volume:
+        return (_changed(table, slice(row, row + count), VOLUME, table.iloc[row - 1, VOLUME]), row, row + count - 1,
+                f"volume constant for {count} candles")
     line = np.linspace(table.close.iloc[row - 1], table.open.iloc[row + count], count + 1)
     body = np.column_stack([line[:-1], line[1:]])
     prices = np.column_stack([body[:, 0], body.max(axis=1), body.min(axis=1), body[:, 1]])
-    return _changed(table, slice(row, row + count), slice(0, 4), prices), row, row + count - 1, f"{count} candles on a straight line"
+    return (_changed(table, slice(row, row + count), slice(0, 4), prices), row, row + count - 1,
+            f"{count} candles on a straight line")
 
 
 def _digits(table, generator):
@@ -203,18 +233,25 @@ def _digits(table, generator):
     least = np.diff(np.unique(np.round(block, 10))).min()
     if finer: changed = block * np.exp(_local_range(table, row) * .01 * generator.uniform(.3, 1))
     else: changed = np.rint(block / (10 * least)) * 10 * least
-    return _changed(table, slice(row, row + count), slice(0, 4), changed), row, row + count - 1, f"prices of {count} candles {'scaled' if finer else 'rounded'}"
+    return (_changed(table, slice(row, row + count), slice(0, 4), changed), row, row + count - 1,
+            f"prices of {count} candles {'scaled' if finer else 'rounded'}")
 
 
 def _misplaced(table, generator):
-    moves = np.abs(np.log(table.close / table.open)) / np.log(table.high / table.low).rolling(24, min_periods=1).median()
+    moves = (np.abs(np.log(table.close / table.open)) / np.log(table.high / table.low).rolling(24,
+        min_periods=1).median())
     length, tries = int(generator.choice([1, 24])), 0
-    row, apart = _row(table, generator, 200, 130), int(generator.integers(1, 4)) * length if length == 24 else int(generator.integers(2, 9))
-    while length == 1 and tries < 99 and (moves.iloc[[row, row + apart]].min() < 1 or abs(np.log(table.close.iloc[row] / table.close.iloc[row + apart])) < 2 * np.log(table.high / table.low).iloc[row]): row, tries = _row(table, generator, 200, 130), tries + 1
+    row = _row(table, generator, 200, 130)
+    apart = int(generator.integers(1, 4)) * length if length == 24 else int(generator.integers(2, 9))
+    while (length == 1 and tries < 99 and (moves.iloc[[row, row + apart]].min() < 1
+                                           or abs(np.log(table.close.iloc[row] / table.close.iloc[row + apart])) < 2
+                                           * np.log(table.high / table.low).iloc[row])):
+        row, tries = _row(table, generator, 200, 130), tries + 1
     order = np.arange(len(table))
     one, other = np.arange(row, row + length), np.arange(row + apart, row + apart + length)
     order[one], order[other] = other, one
-    return table.iloc[order].set_axis(table.index), row, row + apart + length - 1, f"two {'days' if length == 24 else 'hours'} exchanged"
+    return (table.iloc[order].set_axis(table.index), row, row + apart + length - 1,
+            f"two {'days' if length == 24 else 'hours'} exchanged")
 
 
 def _extreme(table, generator):
@@ -225,11 +262,15 @@ def _extreme(table, generator):
     return _changed(table, row, slice(0, 5), candle), row, row, "a fall within one candle, with its volume"
 
 # %% ../../nbs/10_market/04_defects.ipynb #bd856f95
-DEFECTS = {"gap": _gap, "duplicate": _duplicate, "out_of_order": _out_of_order, "off_grid": _off_grid, "unfinished": _unfinished, "revised": _revised,
-           "invalid_value": _invalid_value, "ohlc": _ohlc, "zero_volume": _zero_volume, "frozen": _frozen, "spike": _spike,
-           "swapped_columns": _swapped_columns, "wrong_units": _wrong_units, "not_the_sum": _not_the_sum, "disagreement": _disagreement,
+DEFECTS = {"gap": _gap, "duplicate": _duplicate, "out_of_order": _out_of_order, "off_grid": _off_grid,
+           "unfinished": _unfinished, "revised": _revised,
+           "invalid_value": _invalid_value, "ohlc": _ohlc, "zero_volume": _zero_volume, "frozen": _frozen,
+           "spike": _spike,
+           "swapped_columns": _swapped_columns, "wrong_units": _wrong_units, "not_the_sum": _not_the_sum,
+           "disagreement": _disagreement,
            "clock": _clock, "funding_missing": _funding_missing, "funding_before_price": _funding_before_price,
-           "copied": _copied, "interpolated": _interpolated, "digits": _digits, "misplaced": _misplaced, "extreme": _extreme}
+           "copied": _copied, "interpolated": _interpolated, "digits": _digits, "misplaced": _misplaced,
+           "extreme": _extreme}
 
 
 def with_defect(
@@ -239,10 +280,12 @@ def with_defect(
 )->tuple:            # the table with the defect, and the Defect
     "A good table with one thing wrong in it"
     if kind not in DEFECTS: raise ValueError(f"unknown defect {kind!r}: use one of {', '.join(DEFECTS)}")
-    if kind.startswith("funding") != isinstance(frame, pd.Series): raise ValueError(f"{kind} is a defect of {'a Series of funding rates' if kind.startswith('funding') else 'candles'}: give that")
+    if kind.startswith("funding") != isinstance(frame, pd.Series):
+        raise ValueError(f"{kind} is a defect of "
+                         f"{'a Series of funding rates' if kind.startswith('funding') else 'candles'}: give that")
     table, start, end, note = DEFECTS[kind](frame, np.random.default_rng([seed, list(DEFECTS).index(kind)]))
     stamps = times(frame)
     step = stamps[1] - stamps[0]
     start_time, end_time = (int(stamps[0] + row * step) if row < 0 else int(stamps[row]) for row in (start, end))
-    table.attrs["source"] = f"{frame.attrs.get('source', 'table')} with {kind} at {text(start_time)}"
+    table.attrs["source"] = f"{frame.attrs.get('source', 'table')} with {kind} at {format_time(start_time)}"
     return table, Defect(kind, start_time, end_time, note, seed)

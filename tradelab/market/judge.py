@@ -17,7 +17,7 @@ import numpy as np
 
 from ..compiled import compiled
 from ..events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
-from ..times import ANCHORS, opening, text
+from ..times import ANCHORS, format_time, opening
 
 # %% ../../nbs/10_market/05_judge.ipynb #cb60617c
 KINDS = {  # kind: (score it counts against, severity, what to do)
@@ -37,8 +37,10 @@ KINDS = {  # kind: (score it counts against, severity, what to do)
     "frozen": ("accuracy", "warning", "do not decide on it: the feed stood still, or the market was closed"),
     "spike": ("accuracy", "warning", "compare with a second source; stops and extremes computed over it are not real"),
     "copied": ("accuracy", "warning", "fetch the stretch again: the same candles twice are not two markets"),
-    "interpolated": ("accuracy", "warning", "fetch the stretch again: what was drawn between two points was never traded"),
-    "digits": ("accuracy", "warning", "ask where the stretch comes from: it was rounded, scaled, or taken from elsewhere"),
+    "interpolated": ("accuracy", "warning", "fetch the stretch again: what was drawn between two points was "
+                     "never traded"),
+    "digits": ("accuracy", "warning", "ask where the stretch comes from: it was rounded, scaled, or taken "
+               "from elsewhere"),
     "misplaced": ("accuracy", "warning", "fetch the stretch again: its rows are not in the order of their times"),
     "extreme": ("accuracy", "info", "a fact, not a fault: look at it before a backtest over it is believed"),
     "not_the_sum": ("accuracy", "warning", "fetch both again; one of the two was revised or is incomplete"),
@@ -64,7 +66,8 @@ class Finding:
 
 def finding(kind, symbol, start_time, end_time, evidence, count=1, measure=0., column="", severity=""):
     "A finding with the severity and the advice of its kind"
-    return Finding(kind, symbol, int(start_time), int(end_time), severity or KINDS[kind][1], evidence, KINDS[kind][2], int(count), float(measure), column)
+    return Finding(kind, symbol, int(start_time), int(end_time), severity or KINDS[kind][1], evidence, KINDS[kind][2],
+                   int(count), float(measure), column)
 
 # %% ../../nbs/10_market/05_judge.ipynb #fdd2ad87
 STALE, OFF_GRID = -1, -2
@@ -95,9 +98,12 @@ def arrivals(times, step, offset):
 
 # %% ../../nbs/10_market/05_judge.ipynb #8accf142
 SHORT, LONG = 24, 168
-STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i8"), ("power", "i8"), ("still", "i8"), ("needed", "i8"), ("loud", "i8"), ("crossed", "i8"), ("foreign", "i8"), ("widest_row", "i8"),
-                  ("widest", "f8"), ("habit", "f8"), ("open", "f8"), ("high", "f8"), ("low", "f8"), ("close", "f8"), ("volume", "f8"), ("before", "f8"), ("stillness", "f8"), ("lasting", "f8"), ("doubt", "f8"),
-                  ("short", "f8", SHORT), ("short_ranked", "f8", SHORT), ("long", "f8", LONG), ("long_ranked", "f8", LONG), ("volumes", "f8", LONG), ("volumes_ranked", "f8", LONG)])
+STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i8"), ("power", "i8"), ("still", "i8"),
+                  ("needed", "i8"), ("loud", "i8"), ("crossed", "i8"), ("foreign", "i8"), ("widest_row", "i8"),
+                  ("widest", "f8"), ("habit", "f8"), ("open", "f8"), ("high", "f8"), ("low", "f8"), ("close", "f8"),
+                  ("volume", "f8"), ("before", "f8"), ("stillness", "f8"), ("lasting", "f8"), ("doubt", "f8"),
+                  ("short", "f8", SHORT), ("short_ranked", "f8", SHORT), ("long", "f8", LONG),
+                  ("long_ranked", "f8", LONG), ("volumes", "f8", LONG), ("volumes_ranked", "f8", LONG)])
 
 
 @compiled
@@ -132,7 +138,8 @@ def wick(candle, scale, volume_ratio):
 
 # %% ../../nbs/10_market/05_judge.ipynb #488f0df3
 INVALID, OHLC, ZERO, FROZEN, SPIKE, PRICE_UNITS, VOLUME_UNITS, CROSSED = 1, 2, 4, 8, 16, 32, 64, 128
-BITS = {INVALID: "invalid_value", OHLC: "ohlc", ZERO: "zero_volume", FROZEN: "frozen", SPIKE: "spike", PRICE_UNITS: "wrong_units", VOLUME_UNITS: "wrong_units", CROSSED: "swapped_columns"}
+BITS = {INVALID: "invalid_value", OHLC: "ohlc", ZERO: "zero_volume", FROZEN: "frozen", SPIKE: "spike",
+        PRICE_UNITS: "wrong_units", VOLUME_UNITS: "wrong_units", CROSSED: "swapped_columns"}
 REFUSED = INVALID | OHLC | PRICE_UNITS
 
 
@@ -141,7 +148,8 @@ def broken(candle):
     "INVALID or OHLC, where the row contradicts itself"
     for i in range(5):
         if not np.isfinite(candle[i]) or candle[i] < 0 or (candle[i] == 0 and i != VOLUME): return INVALID
-    if candle[HIGH] < max(candle[OPEN], candle[LOW], candle[CLOSE]) or candle[LOW] > min(candle[OPEN], candle[CLOSE]): return OHLC
+    if candle[HIGH] < max(candle[OPEN], candle[LOW], candle[CLOSE]) or candle[LOW] > min(candle[OPEN], candle[CLOSE]):
+        return OHLC
     return 0
 
 # %% ../../nbs/10_market/05_judge.ipynb #0379d1c2
@@ -158,8 +166,9 @@ def rescale(now, candle):
     "Follow the units of the price; the power of ten that they are off by"
     if now["rows"] == 0: return 0
     power = power_of_ten(candle[OPEN] / now["close"])
-    if power and abs(np.log10(candle[CLOSE] / now["close"]) - power) > .4: power = 0                                      # only the open leapt
-    if power and now["power"] == 0 and now["rows"] > 1 and abs(np.log10(candle[OPEN] / now["before"])) < .4: power = 0    # only the last close had
+    if power and abs(np.log10(candle[CLOSE] / now["close"]) - power) > .4: power = 0 # only the open leapt
+    # only the last close had
+    if power and now["power"] == 0 and now["rows"] > 1 and abs(np.log10(candle[OPEN] / now["before"])) < .4: power = 0
     now["power"] += power
     now["foreign"] = now["foreign"] + 1 if now["power"] else 0
     if now["foreign"] > now["rows"]: now["power"] = now["foreign"] = 0
@@ -170,15 +179,19 @@ def rescale(now, candle):
 def stillness(now, candle):
     "Candles that the price stood still, once they are too many; else 0"
     if now["rows"] == 0: return 0
-    same = candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"] and candle[CLOSE] == now["close"]
+    same = (candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"]
+            and candle[CLOSE] == now["close"])
     flat = same or (candle[HIGH] == candle[LOW] and candle[CLOSE] == now["close"])
     usual, lasting = min(max(now["stillness"], .01), .95), min(max(now["lasting"], now["stillness"], .01), .98)
     if flat and now["still"] == 0: now["needed"] = max(3, int(np.ceil(.999 + np.log(1e-6 / usual) / np.log(lasting))))
     if now["still"] == 0 and not flat: now["lasting"] += (now["stillness"] - now["lasting"]) / 64
-    elif now["still"] > 0 and now["still"] < now["needed"]: now["lasting"] += ((1. if flat else 0.) - now["lasting"]) / 20
+    elif now["still"] > 0 and now["still"] < now["needed"]:
+        now["lasting"] += ((1. if flat else 0.) - now["lasting"]) / 20
     now["still"] = now["still"] + 1 if flat else 0
     now["stillness"] += ((1. if flat else 0.) - now["stillness"]) / min(now["rows"] + 1, LONG)
-    if now["still"] == 1 and same and candle[HIGH] > candle[LOW] and candle[VOLUME] == now["volume"] and now["stillness"] < .05: return 2
+    if (now["still"] == 1 and same and candle[HIGH] > candle[LOW] and candle[VOLUME] == now["volume"]
+        and now["stillness"] < .05):
+        return 2
     return now["still"] if flat and now["still"] >= now["needed"] else 0
 
 # %% ../../nbs/10_market/05_judge.ipynb #e0d34a73
@@ -205,7 +218,8 @@ VOTES = 6
 def crossing(now, candle, scale):
     "Votes for open and close being exchanged, once they are too many; else 0"
     straight, crossed = abs(np.log(candle[OPEN] / now["close"])), abs(np.log(candle[CLOSE] / now["open"]))
-    vote = 1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale and straight < .2 * crossed else 0
+    vote = (1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale
+            and straight < .2 * crossed else 0)
     odds = min(max(now["doubt"], .02), .48)
     needed = max(VOTES, int(np.ceil(np.log(1e-7) / np.log(odds / (1. - odds)))))
     if vote and now["crossed"] < needed: now["doubt"] += ((1. if vote > 0 else 0.) - now["doubt"]) / LONG
@@ -213,9 +227,9 @@ def crossing(now, candle, scale):
     return now["crossed"] if now["crossed"] >= needed else 0
 
 # %% ../../nbs/10_market/05_judge.ipynb #85d8727b
-EVIDENCE = 3                     # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
+EVIDENCE = 3 # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
 JUMP, RARE, BEYOND = 2.8, .03, 4.
-FLOOR = .005                     # log of a price: less is no print that anybody could lose by, however still the minutes around it
+FLOOR = .005 # log of a price: less is no print that anybody could lose by, however still the minutes around it
 
 
 @compiled
@@ -230,7 +244,8 @@ def spikes(now, candle, scale, follows, waited, out):
     out[0] = max(reach, leap)
     now["habit"] = habit * np.exp(.1 * ((1. if out[0] > habit else 0.) - RARE))
     out[1] = 1. if leap > max(JUMP, usual) and reach <= WICK and back < .5 * leap else 0.
-    far = max(np.log(candle[HIGH] / max(candle[OPEN], candle[CLOSE])), np.log(min(candle[OPEN], candle[CLOSE]) / candle[LOW])) > FLOOR
+    far = max(np.log(candle[HIGH] / max(candle[OPEN], candle[CLOSE])),
+              np.log(min(candle[OPEN], candle[CLOSE]) / candle[LOW])) > FLOOR
     leapt = abs(np.log(candle[OPEN] / now["close"])) > FLOOR
     return SPIKE if (far and reach > max(WICK, usual)) or (leapt and leap > max(JUMP, usual)) else 0
 
@@ -249,7 +264,8 @@ def remember(now, time, candle):
         now["trades"] += 1
     if now["rows"] == 0: now["stillness"], now["lasting"], now["doubt"], now["habit"] = .5, .5, .1, 1.
     now["before"], now["time"] = now["close"], time
-    now["open"], now["high"], now["low"], now["close"], now["volume"] = candle[OPEN], candle[HIGH], candle[LOW], candle[CLOSE], candle[VOLUME]
+    now["open"], now["high"], now["low"], now["close"], now["volume"] = (candle[OPEN], candle[HIGH], candle[LOW],
+        candle[CLOSE], candle[VOLUME])
     now["rows"] += 1
 
 # %% ../../nbs/10_market/05_judge.ipynb #7f4b2faa
@@ -281,7 +297,8 @@ def judge(
     if rescale(now, candle):
         now["close"], out[2] = candle[CLOSE], now["power"]
         return PRICE_UNITS
-    scale = max(middle(now["short_ranked"], now["moves"]), middle(now["long_ranked"], now["moves"])) if now["moves"] else 0.
+    scale = (max(middle(now["short_ranked"], now["moves"]), middle(now["long_ranked"], now["moves"])) if now["moves"]
+             else 0.)
     follows = now["rows"] > 0 and time - now["time"] == step
     if candle[VOLUME] == 0: bits |= ZERO
     waited = now["still"]
@@ -313,7 +330,8 @@ def runs(
     rows = np.flatnonzero(mask)
     if len(rows) == 0: return []
     cuts = np.flatnonzero(np.diff(rows) > apart)
-    return list(zip(rows[np.concatenate([[0], cuts + 1])].tolist(), rows[np.concatenate([cuts, [len(rows) - 1]])].tolist()))
+    return list(zip(rows[np.concatenate([[0], cuts + 1])].tolist(),
+                    rows[np.concatenate([cuts, [len(rows) - 1]])].tolist()))
 
 # %% ../../nbs/10_market/05_judge.ipynb #634ade95
 def true_order(
@@ -336,14 +354,16 @@ def _exchanged(symbol, times, candles, bits):
         order = true_order(candles[first:last + 1, :4]) if (bits[first:last + 1] & OHLC > 0).sum() >= 3 else None
         if order is None: continue
         names = " ".join(COLUMNS[order.index(i)] for i in range(4))
-        found.append(finding("swapped_columns", symbol, times[first], times[last], f"what was read as open high low close is {names}", last - first + 1, column=names))
+        found.append(finding("swapped_columns", symbol, times[first], times[last], "what was read as open high low "
+                             f"close is {names}", last - first + 1, column=names))
         bits[first:last + 1] &= ~OHLC
     return found, bits
 
 
 def _explained(found):
     spans = [(each.start_time, each.end_time) for each in found if each.kind in ("swapped_columns", "wrong_units")]
-    return [each for each in found if each.kind != "spike" or not any(start <= each.start_time <= end for start, end in spans)]
+    return [each for each in found if each.kind != "spike" or not any(start <= each.start_time <= end for start,
+        end in spans)]
 
 # %% ../../nbs/10_market/05_judge.ipynb #22dae98c
 def words(
@@ -354,12 +374,17 @@ def words(
 )->str:
     "What was seen"
     if bit == INVALID:
-        column = next(i for i in range(5) if not np.isfinite(candle[i]) or candle[i] < 0 or (candle[i] == 0 and i != VOLUME))
+        column = next(i for i in range(5) if not np.isfinite(candle[i]) or candle[i] < 0
+                      or (candle[i] == 0 and i != VOLUME))
         return f"{COLUMNS[column]} is {candle[column]:g}"
-    if bit == OHLC: return f"open {candle[OPEN]:g}, high {candle[HIGH]:g}, low {candle[LOW]:g}, close {candle[CLOSE]:g}: high or low lies inside the candle"
+    if bit == OHLC:
+        return (f"open {candle[OPEN]:g}, high {candle[HIGH]:g}, low {candle[LOW]:g}, close {candle[CLOSE]:g}: high or "
+                "low lies inside the candle")
     if bit == ZERO: return f"no trade in {count} candle{'s' * int(count > 1)}"
     if bit == FROZEN: return f"the price stood still for {count} candles"
-    if bit == SPIKE: return f"a print {measure:.1f} local ranges away (open {candle[OPEN]:g}, high {candle[HIGH]:g}, low {candle[LOW]:g}, close {candle[CLOSE]:g})"
+    if bit == SPIKE:
+        return (f"a print {measure:.1f} local ranges away (open {candle[OPEN]:g}, high {candle[HIGH]:g}, low "
+                f"{candle[LOW]:g}, close {candle[CLOSE]:g})")
     if bit == PRICE_UNITS: return f"prices are 10^{measure:.0f} times those before"
     if bit == VOLUME_UNITS: return "volume more than 30 times too large or small for the move it came with"
     return "each candle ends where the last one began: open and close are exchanged"
@@ -375,11 +400,13 @@ def value_findings(
     "Findings about the numbers of the candles"
     found, bits = _exchanged(symbol, times, candles, bits.copy())
     def add(bit, first, last, measure=0., kind=None):
-        found.append(finding(kind or BITS[bit], symbol, times[first], times[last], words(bit, last - first + 1, measure, candles[first]), last - first + 1, measure))
+        found.append(finding(kind or BITS[bit], symbol, times[first], times[last],
+                             words(bit, last - first + 1, measure, candles[first]), last - first + 1, measure))
     for bit in (INVALID, OHLC, ZERO):
         for first, last in runs(bits & bit): add(bit, first, last)
     for bit, back in ((FROZEN, None), (VOLUME_UNITS, LOUD - 1), (CROSSED, VOTES - 1)):
-        for first, last in runs(bits & bit, apart=2): add(bit, max(first - (int(evidence[first, 2]) - 1 if back is None else back), 0), last)
+        for first, last in runs(bits & bit, apart=2):
+            add(bit, max(first - (int(evidence[first, 2]) - 1 if back is None else back), 0), last)
     for first, last in runs(bits & PRICE_UNITS):
         add(PRICE_UNITS, first, last, evidence[first, 2], "spike" if first == last else None)
     struck = np.zeros(len(times))
@@ -390,10 +417,13 @@ def value_findings(
 
 # %% ../../nbs/10_market/05_judge.ipynb #d46cf5e3
 def doubled(symbol, time, first, second):
-    if np.array_equal(first, second, equal_nan=True): return finding("duplicate", symbol, time, time, "the row is there twice, equal")
-    partial = first[OPEN] == second[OPEN] and first[HIGH] <= second[HIGH] and first[LOW] >= second[LOW] and first[VOLUME] < second[VOLUME]
+    if np.array_equal(first, second, equal_nan=True):
+        return finding("duplicate", symbol, time, time, "the row is there twice, equal")
+    partial = (first[OPEN] == second[OPEN] and first[HIGH] <= second[HIGH] and first[LOW] >= second[LOW]
+               and first[VOLUME] < second[VOLUME])
     changed = [f"{name} {one:g} -> {two:g}" for name, one, two in zip(COLUMNS, first, second) if one != two]
-    return finding("unfinished" if partial else "revised", symbol, time, time, f"two rows of one time: {', '.join(changed)}")
+    return finding("unfinished" if partial else "revised", symbol, time, time,
+                   f"two rows of one time: {', '.join(changed)}")
 
 # %% ../../nbs/10_market/05_judge.ipynb #659b5590
 def time_findings(
@@ -409,17 +439,25 @@ def time_findings(
     latest = np.maximum.accumulate(np.where(codes == OFF_GRID, times[0], times))
     for first, last in runs(codes == OFF_GRID):
         past = (times[first] - begin - offset) % step
-        found.append(finding("off_grid", symbol, times[first] - past, times[last], f"a row stands {past} ms past {text(times[first] - past)}", last - first + 1, past))
-    if offset: found.append(finding("off_grid", symbol, times[0], times[-1], f"all times stand {offset} ms past the grid", len(times), offset))
+        found.append(finding("off_grid", symbol, times[first] - past, times[last], f"a row stands {past} ms past "
+                             f"{format_time(times[first] - past)}", last - first + 1, past))
+    if offset:
+        found.append(finding("off_grid", symbol, times[0], times[-1], f"all times stand {offset} ms past the grid",
+                             len(times), offset))
     for first, last in runs((codes == STALE) & (times < latest), apart=2):
-        found.append(finding("out_of_order", symbol, times[first:last + 1].min(), times[first:last + 1].max(), f"{text(times[first])} stands after {text(latest[first])}", last - first + 1))
+        found.append(finding("out_of_order", symbol, times[first:last + 1].min(), times[first:last + 1].max(),
+                             f"{format_time(times[first])} stands after {format_time(latest[first])}",
+                             last - first + 1))
     order = np.flatnonzero(codes != OFF_GRID)
     order = order[np.argsort(times[order], kind="stable")]
     same = np.append(times[order][1:] == times[order][:-1], False)
-    found += [doubled(symbol, times[row], candles[row], candles[other]) for row, other in zip(order[:-1][same[:-1]], order[1:][same[:-1]])]
+    found += [doubled(symbol, times[row], candles[row], candles[other]) for row,
+              other in zip(order[:-1][same[:-1]], order[1:][same[:-1]])]
     order = order[~same]
     missing = np.diff(times[order]) // step - 1
     for row in np.flatnonzero(missing):
         start, end = times[order[row]] + step, times[order[row + 1]] - step
-        found.append(finding("gap", symbol, start, end, f"{missing[row]} candle{'s' * int(missing[row] > 1)} missing between {text(start - step)} and {text(end + step)}", missing[row], missing[row]))
+        found.append(finding("gap", symbol, start, end, f"{missing[row]} candle{'s' * int(missing[row] > 1)} missing "
+                             f"between {format_time(start - step)} and {format_time(end + step)}", missing[row],
+                             missing[row]))
     return found, order

@@ -12,7 +12,7 @@ import pandas as pd
 from ..events import CLOSE, COLUMNS, OPEN
 from .candles import frame, times
 from .quality import as_found
-from ..times import milliseconds, opening, text
+from ..times import format_time, milliseconds, opening
 
 # %% ../../nbs/10_market/09_repair.ipynb #f0d8b0ec
 def _span(table, each): return (times(table) >= each.start_time) & (times(table) <= each.end_time)
@@ -27,11 +27,13 @@ def _keep_last(table, each, step):
 
 
 def _drop(table, each, step):
-    rows = _span(table, each) & (times(table) != opening(times(table), step)) if each.kind == "off_grid" else _span(table, each)
+    rows = (_span(table, each) & (times(table) != opening(times(table), step)) if each.kind == "off_grid"
+            else _span(table, each))
     return table[~rows], f"dropped {rows.sum()} row{'s' * int(rows.sum() > 1)}"
 
 
-def _drop_unfinished(table, each, step): return _keep_last(table, each, step) if _span(table, each).sum() > 1 else _drop(table, each, step)
+def _drop_unfinished(table, each, step):
+    return _keep_last(table, each, step) if _span(table, each).sum() > 1 else _drop(table, each, step)
 
 # %% ../../nbs/10_market/09_repair.ipynb #3bb388de
 def _reorder(table, each, step):
@@ -53,8 +55,12 @@ def _clip(table, each, step):
     for row in np.flatnonzero(_span(table, each)):
         before, after = table.close.iloc[max(row - 1, 0)], table.open.iloc[min(row + 1, len(table) - 1)]
         body = table.iloc[row, [OPEN, CLOSE]].to_numpy().copy()
-        if stamps[row] - stamps[max(row - 1, 0)] == step and abs(np.log(body[0] / before)) > .5 * abs(np.log(table.high.iloc[row] / table.low.iloc[row])): body[0] = before
-        if row + 1 < len(table) and abs(np.log(body[1] / after)) > .5 * abs(np.log(table.high.iloc[row] / table.low.iloc[row])): body[1] = after
+        if (stamps[row] - stamps[max(row - 1, 0)] == step and abs(np.log(body[0] / before)) > .5
+            * abs(np.log(table.high.iloc[row] / table.low.iloc[row]))):
+            body[0] = before
+        if (row + 1 < len(table) and abs(np.log(body[1] / after)) > .5
+            * abs(np.log(table.high.iloc[row] / table.low.iloc[row]))):
+            body[1] = after
         table.iloc[row, :4] = [body[0], body.max(), body.min(), body[1]]
     return table, "open and close set to their neighbours where they left them, high and low to the body"
 
@@ -64,10 +70,12 @@ def _fill(table, each, step):
     absent = np.setdiff1d(np.arange(each.start_time, each.end_time + 1, step), times(table))
     close = table.close.iloc[np.searchsorted(times(table), each.start_time) - 1]
     made = frame(absent, np.column_stack([np.full((len(absent), 4), close), np.zeros(len(absent))]))
-    return pd.concat([table, made]).sort_index(kind="stable"), f"invented {len(absent)} candles without trades at {close:g}"
+    return (pd.concat([table, made]).sort_index(kind="stable"), f"invented {len(absent)} candles without trades "
+            f"at {close:g}")
 
 # %% ../../nbs/10_market/09_repair.ipynb #c01155b2
-REPAIRS = {"out_of_order": _sort, "duplicate": _keep_last, "revised": _keep_last, "unfinished": _drop_unfinished, "off_grid": _drop, "invalid_value": _drop, "ohlc": _drop,
+REPAIRS = {"out_of_order": _sort, "duplicate": _keep_last, "revised": _keep_last, "unfinished": _drop_unfinished,
+           "off_grid": _drop, "invalid_value": _drop, "ohlc": _drop,
            "swapped_columns": _reorder, "wrong_units": _scale_back, "spike": _clip, "gap": _fill}
 
 
@@ -79,7 +87,8 @@ def repair(
     "The frame with these findings put right, and the log of it"
     stamps, numbers, _ = as_found(candles)
     table, log, step = frame(stamps, numbers), [], milliseconds(timeframe)
-    def note(each, done): log.append({"time": text(each.start_time), "kind": each.kind, "candles": each.count, "done": done})
+    def note(each, done):
+        log.append({"time": format_time(each.start_time), "kind": each.kind, "candles": each.count, "done": done})
     for each in sorted(findings, key=lambda each: list(REPAIRS).index(each.kind) if each.kind in REPAIRS else 99):
         if each.kind not in REPAIRS: note(each, "nothing: this cannot be known from the candles")
         else:

@@ -15,7 +15,7 @@ import pandas as pd
 from ..compiled import compiled
 from ..events import CLOSE, HIGH, LOW, OPEN, VOLUME
 from .judge import LONG, SHORT, finding, runs
-from ..times import text
+from ..times import format_time
 
 # %% ../../nbs/10_market/07_stretches.ipynb #55c13706
 STRETCHES = ("copied", "interpolated", "digits", "misplaced", "extreme")
@@ -95,7 +95,8 @@ def straight(
     unit = np.maximum(mean_of(ranges, 3), .6 * scale)
     closes = bends(np.log(close), tick / close, unit, in_turn & (unit * close > 4 * tick))
     volumes = bends(volume, 0., mean_of(volume, 5), in_turn & (volume > 0))
-    return [(max(first - 2, 0), last, what) for what, values in (("closes", closes), ("volumes", volumes)) for first, last in unlikely(rarity(usually(values)))]
+    return [(max(first - 2, 0), last, what) for what, values in (("closes", closes), ("volumes", volumes)) for first,
+            last in unlikely(rarity(usually(values)))]
 
 # %% ../../nbs/10_market/07_stretches.ipynb #1c0a5e07
 def wickless(
@@ -107,7 +108,8 @@ def wickless(
     moved = np.log(numbers[:, HIGH] / numbers[:, LOW]) > np.maximum(.05 * scale, 3.5 * tick / numbers[:, LOW])
     bodies = numbers[:, [OPEN, CLOSE]]
     bare = moved & ((numbers[:, HIGH] <= bodies.max(axis=1)) | (numbers[:, LOW] >= bodies.min(axis=1)))
-    usual = np.clip(1.5 * pd.Series(np.where(moved, bare, np.nan)).rolling(WIDTH, center=True, min_periods=1).mean().fillna(.5).to_numpy() + .02, 0, .5)
+    usual = np.clip(1.5 * pd.Series(np.where(moved, bare, np.nan)).rolling(WIDTH, center=True,
+        min_periods=1).mean().fillna(.5).to_numpy() + .02, 0, .5)
     return unlikely(np.where(moved & (usual < .4), np.where(bare, np.log(.5 / usual), np.log(.5 / (1 - usual))), 0.))
 
 # %% ../../nbs/10_market/07_stretches.ipynb #993c8a64
@@ -131,7 +133,7 @@ def surprise(
 )->np.ndarray: # (T,)
     "How much it would say if the mark of a row came again"
     _, which, often = np.unique(marks, return_inverse=True, return_counts=True)
-    still = np.concatenate([[False], marks[1:] == marks[:-1]])                                         # a rhythm, not a copy
+    still = np.concatenate([[False], marks[1:] == marks[:-1]]) # a rhythm, not a copy
     return np.where(counted & ~still, np.log(len(marks) / np.maximum(often[which], 2)), 0.)
 
 
@@ -160,11 +162,14 @@ def repeats(
     counted,   # bool (T,): rows that can tell anything
 )->list:       # (first, last, candles)
     "Stretches in which candles again and again have the values of the one before"
-    def again(lag): return np.concatenate([np.zeros(min(lag, len(values)), bool), (values[lag:] == values[:-lag]).all(axis=1)]) & counted
+    def again(lag):
+        return (np.concatenate([np.zeros(min(lag, len(values)), bool), (values[lag:] == values[:-lag]).all(axis=1)])
+                & counted)
     last, others = again(1), np.cumsum(np.concatenate([[0.], sum(again(lag) for lag in range(2, 12)) / 10]))
     def usual(first, end): return max(others[-1] / len(values), (others[end] - others[first]) / max(end - first, 1))
     found = [(first, end, int(last[first:end + 1].sum())) for first, end in runs(last, apart=SHORT)]
-    return [(first, end, count) for first, end, count in found if count >= 3 + 20 * (end - first + 1) * usual(max(first - 500, 0), min(end + 500, len(values)))]
+    return [(first, end, count) for first, end, count in found if count >= 3 + 20 * (end - first + 1)
+            * usual(max(first - 500, 0), min(end + 500, len(values)))]
 
 # %% ../../nbs/10_market/07_stretches.ipynb #1c0a5e09
 def least_step(prices)->float:
@@ -187,19 +192,27 @@ def twice_told(
     volumes = mixed(volume)
     in_ticks, in_volume = surprise(ticks, wide), surprise(volumes, volume > 0)
     found = [(*each, "candles") for each in copies(mixed(ticks, volumes), in_ticks + in_volume, GRAM // 2)]
-    for what, marks, carried in (("prices", ticks, in_ticks), ("prices", shapes, surprise(shapes, wide)), ("volumes", volumes, in_volume)):
-        found += [(*each, what) for each in copies(marks, carried) if not any(first <= each[0] and each[1] <= last for first, last, *_ in found)]
+    for what, marks, carried in (("prices", ticks, in_ticks), ("prices", shapes, surprise(shapes, wide)),
+                                 ("volumes", volumes, in_volume)):
+        found += [(*each, what) for each in copies(marks, carried) if not any(first <= each[0] and each[1] <= last
+            for first, last, *_ in found)]
     return found
 
 
 def _repeated(numbers, scale):
     (high, low), bodies = (numbers[:, HIGH:HIGH + 1], numbers[:, LOW:LOW + 1]), numbers[:, [OPEN, CLOSE]]
     inside = ((bodies < high) & (bodies > low)).any(axis=1)
-    wide = inside & (np.log(high / low)[:, 0] > .5 * scale)      # a still minute goes from bid to ask, and soon has the same prices again
-    return [(*each, "four prices") for each in repeats(numbers[:, :4], wide)] + [(*each, "volume") for each in repeats(numbers[:, VOLUME:], numbers[:, VOLUME] > 0)]
+    # a still minute goes from bid to ask, and soon has the same prices again
+    wide = inside & (np.log(high / low)[:, 0] > .5 * scale)
+    return ([(*each, "four prices") for each in repeats(numbers[:, :4], wide)]
+            + [(*each, "volume") for each in repeats(numbers[:, VOLUME:], numbers[:, VOLUME] > 0)])
 
 # %% ../../nbs/10_market/07_stretches.ipynb #1fde6f3c
-DOZEN, SIDE, ONE_IN = 12, 20, 1e-5 # rows that are looked at together; such dozens on each side that must agree; how often a table without faults may be called so
+DOZEN = 12
+SIDE = 20
+# rows that are looked at together; such dozens on each side that must agree; how often a table without faults may be
+# called so
+ONE_IN = 1e-5
 
 
 @compiled
@@ -223,7 +236,8 @@ def other_digits(
     longest:int,  # rows
 )->list:          # (first, last, its digits, those around)
     "Stretches with more or fewer decimals than both of their sides"
-    tops = np.sort(digits[:len(digits) // DOZEN * DOZEN].reshape(-1, DOZEN), axis=1)[:, -2]          # one odd print is no stretch
+    # one odd print is no stretch
+    tops = np.sort(digits[:len(digits) // DOZEN * DOZEN].reshape(-1, DOZEN), axis=1)[:, -2]
     found, taken = [], 0
     for start in np.flatnonzero(np.diff(tops)) + 1:
         usual = tops[start - 1]
@@ -235,9 +249,12 @@ def other_digits(
         if len(ends) == 0: continue
         taken = start + 1 + int(ends[0])
         inside = tops[start:taken]
-        others = min(np.mean(side != usual) for side in (tops[max(start - 500, 0):start], tops[taken:taken + 500]))     # one side may hold a change for good
-        needed = max(2, np.log(ONE_IN / len(tops)) / np.log(min(1.5 * others + .0001, .999)))    # where digits vary by themselves, a longer stretch
-        if len(inside) >= needed and max(np.mean(inside > usual), np.mean(inside < usual)) > .9: found.append((start * DOZEN, taken * DOZEN - 1, float(np.median(inside)), float(usual)))
+        # one side may hold a change for good
+        others = min(np.mean(side != usual) for side in (tops[max(start - 500, 0):start], tops[taken:taken + 500]))
+        # where digits vary by themselves, a longer stretch
+        needed = max(2, np.log(ONE_IN / len(tops)) / np.log(min(1.5 * others + .0001, .999)))
+        if len(inside) >= needed and max(np.mean(inside > usual), np.mean(inside < usual)) > .9:
+            found.append((start * DOZEN, taken * DOZEN - 1, float(np.median(inside)), float(usual)))
     return found
 
 # %% ../../nbs/10_market/07_stretches.ipynb #ab7a26a8
@@ -266,7 +283,8 @@ def lone_seams(
     usual, told = nearby(leap).quantile(1 - PEERS / WIDTH), nearby(np.isfinite(leap)).mean()
     size = np.where(told > .5, np.nan_to_num(leap) / np.maximum(usual, SEAM / 3), 0.)
     ordered = np.sort(size)
-    return [int(row) for row in np.flatnonzero((size > 3) & (np.nan_to_num(leap) > SEAM)) if np.diff(np.searchsorted(ordered, [size[row] / 2, size[row]]))[0] <= PEERS]
+    return [int(row) for row in np.flatnonzero((size > 3) & (np.nan_to_num(leap) > SEAM))
+            if np.diff(np.searchsorted(ordered, [size[row] / 2, size[row]]))[0] <= PEERS]
 
 
 def exchanged(
@@ -278,17 +296,21 @@ def exchanged(
     opened, closed = np.log(numbers[:, OPEN]), np.log(numbers[:, CLOSE])
     leap = np.abs(opened - np.concatenate([[opened[0]], closed[:-1]]))
     habit = 1.5 * around(leap)
-    seams, fits = np.flatnonzero(follows & (leap > np.maximum(8 * habit, .2 * scale))), np.maximum(3 * habit, .02 * scale)
+    seams = np.flatnonzero(follows & (leap > np.maximum(8 * habit, .2 * scale)))
+    fits = np.maximum(3 * habit, .02 * scale)
     if len(seams) > 10 + .001 * len(numbers): return []
-    def joins(row, end): return abs(opened[row] - closed[end - 1]) <= fits[row]     # row was once what came after end - 1
+    def joins(row, end): return abs(opened[row] - closed[end - 1]) <= fits[row] # row was once what came after end - 1
     found = []
     for n, one in enumerate(seams):
         near = [row for row in seams[n + 1:n + 16] if row - one <= 1500]
-        ring = next(((two, three) for two in near if joins(two, one) for three in near if three > two and joins(one, three) and joins(three, two)), None)
+        ring = next(((two, three) for two in near if joins(two, one) for three in near if three > two
+                     and joins(one, three) and joins(three, two)), None)
         if ring: found.append((int(one), int(ring[1]) - 1))
         for end in near:
             for two in near:
-                if two > end and two + end - one in near and joins(two, one) and joins(one, two) and joins(end, two + end - one) and joins(two + end - one, end): found.append((int(one), int(two + end - one) - 1))
+                if (two > end and two + end - one in near and joins(two, one) and joins(one, two)
+                    and joins(end, two + end - one) and joins(two + end - one, end)):
+                    found.append((int(one), int(two + end - one) - 1))
     return found
 
 # %% ../../nbs/10_market/07_stretches.ipynb #c0b98388
@@ -299,8 +321,12 @@ def _volume_digits(add, numbers, longest):
     for first, last, level, usual in other_digits(decimals(numbers[:, VOLUME]), longest):
         rows = slice(first, last + 1)
         coins = decimals(numbers[rows, VOLUME] / numbers[rows, CLOSE])
-        if level > usual and np.mean(coins <= usual) > .6: add("wrong_units", first, last, "volume is in quote units: divided by the close it has the digits of its neighbours", column="volume")
-        elif last - first > 8 * DOZEN: add("digits", first, last, f"volume has {level:g} decimals, before and after it has {usual:g}", level - usual, "volume")
+        if level > usual and np.mean(coins <= usual) > .6:
+            add("wrong_units", first, last, "volume is in quote units: divided by the close it has the digits of "
+                "its neighbours", column="volume")
+        elif last - first > 8 * DOZEN:
+            add("digits", first, last, f"volume has {level:g} decimals, before and after it has {usual:g}",
+                level - usual, "volume")
 
 
 def stretch_findings(
@@ -310,26 +336,41 @@ def stretch_findings(
     step:int,     # ms
 )->list:
     "Findings about stretches of rows that contradict none of the rules for one"
-    sound = np.isfinite(numbers).all(axis=1) & (numbers[:, :4] > 0).all(axis=1) & (numbers[:, VOLUME] >= 0) & (numbers[:, HIGH] >= numbers[:, LOW])
+    sound = (np.isfinite(numbers).all(axis=1) & (numbers[:, :4] > 0).all(axis=1) & (numbers[:, VOLUME] >= 0)
+             & (numbers[:, HIGH] >= numbers[:, LOW]))
     times, numbers = times[sound], np.ascontiguousarray(numbers[sound])
     if len(times) < SHORT: return []
     found, ranges = [], np.log(numbers[:, HIGH] / numbers[:, LOW])
     scale, longest = around(ranges), max(2400, 60 * 86_400_000 // step)
-    def add(kind, first, last, evidence, measure=0., column=""): found.append(finding(kind, symbol, times[first], times[last], evidence, last - first + 1, measure, column))
+    def add(kind, first, last, evidence, measure=0., column=""):
+        found.append(finding(kind, symbol, times[first], times[last], evidence, last - first + 1, measure, column))
     follows, tick = np.diff(times, prepend=times[0]) == step, least_step(numbers[:, :4])
-    for first, last, what in straight(numbers, follows, scale, tick): add("interpolated", first, last, f"{what} of {last - first + 1} candles are on a line or a smooth curve", column=what[:-1])
-    for first, last in wickless(numbers, scale, tick): add("interpolated", first, last, f"too many of {last - first + 1} candles open or close at their high or low: drawn, or high and low are of another market", column="high low")
-    for first, last, source, what in twice_told(numbers, scale, tick): add("copied", first, last, f"the {what} of {last - first + 1} candles are those from {text(times[source])} on", column=what[:-1])
-    for first, last, count, what in _repeated(numbers, scale): add("copied", max(first - 1, 0), last, f"{count} candles repeat the {what} of the one before")
-    for first, last, level, usual in other_digits(np.max([decimals(numbers[:, column]) for column in range(4)], axis=0), longest):
-        add("digits", first, last, f"prices have {level:g} decimals, before and after they have {usual:g}", level - usual)
+    for first, last, what in straight(numbers, follows, scale, tick):
+        add("interpolated", first, last, f"{what} of {last - first + 1} candles are on a line or a smooth curve",
+            column=what[:-1])
+    for first, last in wickless(numbers, scale, tick):
+        add("interpolated", first, last, f"too many of {last - first + 1} candles open or close at their high or low: "
+            "drawn, or high and low are of another market", column="high low")
+    for first, last, source, what in twice_told(numbers, scale, tick):
+        add("copied", first, last, f"the {what} of {last - first + 1} candles are those from "
+            f"{format_time(times[source])} on", column=what[:-1])
+    for first, last, count, what in _repeated(numbers, scale):
+        add("copied", max(first - 1, 0), last, f"{count} candles repeat the {what} of the one before")
+    for first, last, level, usual in other_digits(np.max([decimals(numbers[:, column]) for column in range(4)], axis=0),
+                                                  longest):
+        add("digits", first, last, f"prices have {level:g} decimals, before and after they have {usual:g}",
+            level - usual)
     _volume_digits(add, numbers, longest)
     rings = exchanged(numbers, follows, scale)
-    for first, last in rings: add("misplaced", first, last, f"{last - first + 1} rows are in another order than they happened: their ends fit each other exchanged")
+    for first, last in rings:
+        add("misplaced", first, last, f"{last - first + 1} rows are in another order than they happened: their ends "
+            "fit each other exchanged")
     leap = leaps(numbers, follows, scale)
     for row in lone_seams(leap):
         if not any(first <= row <= last + 1 for first, last in rings):
-            add("misplaced", row, row, f"opens at {numbers[row, OPEN]:g} after a close of {numbers[row - 1, CLOSE]:g}: rows are missing, moved, or of another market from here on, or up to here", leap[row], "open")
+            add("misplaced", row, row, f"opens at {numbers[row, OPEN]:g} after a close of {numbers[row - 1, CLOSE]:g}: "
+                "rows are missing, moved, or of another market from here on, or up to here", leap[row], "open")
     for row in np.flatnonzero(ranges > np.maximum(EXTREME * scale, WIDE)):
-        add("extreme", row, row, f"from {numbers[row, LOW]:g} to {numbers[row, HIGH]:g} in one candle, {ranges[row] / max(scale[row], 1e-12):.0f} usual ranges", ranges[row])
+        add("extreme", row, row, f"from {numbers[row, LOW]:g} to {numbers[row, HIGH]:g} in one candle, "
+            f"{ranges[row] / max(scale[row], 1e-12):.0f} usual ranges", ranges[row])
     return found

@@ -9,6 +9,8 @@ __all__ = ['QUOTES', 'MEANT', 'ALIASES', 'perpetual', 'symbols_of', 'taken_as', 
 import re
 from pathlib import Path
 
+from ..errors import SymbolNotSupportedError
+
 # %% ../../nbs/10_market/02_symbols.ipynb #f0cb2dbe
 QUOTES = ("USDT", "USDC", "FDUSD", "BUSD", "USD1") # that a joined name may end with
 MEANT = "write it like BTC/USDT:USDT, BTC/USDT or BTCUSDT; perpetuals are traded, spot is not"
@@ -22,11 +24,15 @@ def perpetual(
 )->str:         # ccxt's unified name of the perpetual
     "The perpetual that is meant; ValueError where none is"
     name = word.strip().upper()
-    if _EXPIRES.fullmatch(name): raise ValueError(f"{word} is a delivery contract, which expires; only perpetuals are traded, such as {re.split('[-_]', name)[0]}")
+    if _EXPIRES.fullmatch(name):
+        raise SymbolNotSupportedError(f"{word} is a delivery contract, which expires; only perpetuals are traded, such "
+                                      f"as {re.split('[-_]', name)[0]}")
     found = _UNIFIED.fullmatch(name) or _JOINED.fullmatch(name)
-    if not found: raise ValueError(f"{word!r} is not a symbol: {MEANT}")
+    if not found: raise SymbolNotSupportedError(f"{word!r} is not a symbol: {MEANT}")
     coin, quote, settle = found.groups()
-    if ":" in name and settle != quote: raise ValueError(f"{word} is margined in {settle}, not in its quote {quote}: only contracts like {coin}/{quote}:{quote} are traded")
+    if ":" in name and settle != quote:
+        raise SymbolNotSupportedError(f"{word} is margined in {settle}, not in its quote {quote}: only contracts like "
+                                      f"{coin}/{quote}:{quote} are traded")
     return f"{coin}/{quote}:{quote}"
 
 # %% ../../nbs/10_market/02_symbols.ipynb #0e8ad862
@@ -37,7 +43,10 @@ def symbols_of(
     words = [word for word in re.split(r"[,;\s]+", names) if word] if isinstance(names, str) else list(names)
     found = tuple(map(perpetual, words))
     twice = next((name for name in found if found.count(name) > 1), None)
-    if twice: raise ValueError(f"{twice} is named twice, by {' and '.join(word for word, name in zip(words, found) if name == twice)}: name each symbol once")
+    if twice:
+        raise SymbolNotSupportedError(f"{twice} is named twice, by "
+                                      f"{' and '.join(word for word, name in zip(words, found) if name == twice)}: "
+                                      "name each symbol once")
     return found
 
 
@@ -46,7 +55,8 @@ def taken_as(
 )->str:         # "" where all of them are written in full
     "What a name was taken as, for a first line"
     words = re.split(r"[,;\s]+", names) if isinstance(names, str) else list(names)
-    other = [f"{word} is taken as the perpetual {perpetual(word)}" for word in words if word and word != perpetual(word)]
+    other = [f"{word} is taken as the perpetual {perpetual(word)}" for word in words if word
+             and word != perpetual(word)]
     return ", ".join(other) + ("; spot is not traded" if other else "")
 
 # %% ../../nbs/10_market/02_symbols.ipynb #38371b24
@@ -79,4 +89,5 @@ def other_in(
 )->str:          # "" where nothing speaks against it
     "What is wrong where a file says in its name that it holds another symbol"
     held = coin_in(name)
-    return f"{Path(name).name} holds {held} by its name, asked for is {symbol}: give symbol the name that the file holds, or rename the file" if held and held != coin_of(symbol) else ""
+    return (f"{Path(name).name} holds {held} by its name, asked for is {symbol}: give symbol the name that the file "
+            "holds, or rename the file" if held and held != coin_of(symbol) else "")

@@ -49,7 +49,9 @@ def _spells(journal, reason):
 
 def halts(
     journal:pd.DataFrame, # columns of JOURNAL and symbol, index open_time
-)->pd.DataFrame:          # a row per halt: from, until (NaT: to the end), why, drawdown and share, both fractions; times are open times of the candles whose close decided
+# a row per halt: from, until (NaT: to the end), why, drawdown and share, both fractions; times are open times of the
+# candles whose close decided
+)->pd.DataFrame:
     "When and why trading was halted"
     columns = ["from", "until", "why", "drawdown", "share"]
     if journal.empty or "reason" not in journal: return pd.DataFrame(columns=columns)
@@ -58,7 +60,8 @@ def halts(
         for spell in _spells(journal, reason):
             first = journal.loc[[spell[0]]].query("reason == @reason").iloc[0]
             after = times[times > spell[-1]]
-            rows.append((spell[0], after[0] if len(after) else pd.NaT, Reason(reason).sentence(first["value"], first["limit"]), float(first["drawdown"]), len(spell) / len(times)))
+            rows.append((spell[0], after[0] if len(after) else pd.NaT, Reason(reason).sentence(first["value"],
+                first["limit"]), float(first["drawdown"]), len(spell) / len(times)))
     return pd.DataFrame(rows, columns=columns).sort_values("from", ignore_index=True)
 
 # %% ../../nbs/30_risk/07_answers.ipynb #2e3df749
@@ -75,7 +78,8 @@ def halted_text(
     found = halts(journal)
     if found.empty: return "never halted"
     named = "; ".join(_when(row) for row in found[:most].itertuples())
-    return f"HALTED from {named}{f'; and {len(found) - most} more times' if len(found) > most else ''}: {found['share'].sum():.0%} of the span"
+    return (f"HALTED from {named}{f'; and {len(found) - most} more times' if len(found) > most else ''}: "
+            f"{found['share'].sum():.0%} of the span")
 
 # %% ../../nbs/30_risk/07_answers.ipynb #437b5156
 STOPS_DECIDED = (Reason.STOPPED_OUT, Reason.STOP_LOSS, Reason.TAKE_PROFIT, Reason.TRAILING_STOP, Reason.TIME_STOP)
@@ -89,7 +93,8 @@ def stops_text(
     found = {word(code): int(counts[code]) for code in STOPS_DECIDED if counts.get(code, 0)}
     if not found: return ""
     several = "symbol" in journal and journal["symbol"].nunique() > 1
-    return f"stops decided {sum(found.values()):,} of {len(journal):,} {'decisions' if several else 'candles'} ({', '.join(f'{count:,} {name}' for name, count in found.items())})"
+    return (f"stops decided {sum(found.values()):,} of {len(journal):,} {'decisions' if several else 'candles'} "
+            f"({', '.join(f'{count:,} {name}' for name, count in found.items())})")
 
 
 def losing_days(journal:pd.DataFrame)->int:
@@ -100,4 +105,5 @@ def losing_days(journal:pd.DataFrame)->int:
 def answered_text(journal:pd.DataFrame)->str:
     "What the rules did to a run, as the end of a sentence: halts, days of loss, stops"
     days = losing_days(journal)
-    return "; ".join(part for part in (halted_text(journal), f"the daily loss limit refused entries on {days} day{'s' * (days > 1)}" if days else "", stops_text(journal)) if part)
+    return "; ".join(part for part in (halted_text(journal), f"the daily loss limit refused entries on {days} "
+                                       f"day{'s' * (days > 1)}" if days else "", stops_text(journal)) if part)

@@ -7,44 +7,51 @@ __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALT
            'PRICE_BAND', 'ORDER_SIZE', 'PARTICIPATION', 'SECTOR', 'GROUP', 'NET', 'VALUE_AT_RISK', 'MARGIN_RATIO',
            'ORDER_RATE', 'UNKNOWN', 'VOLATILITY', 'DRAWDOWN', 'STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP',
            'STOPPED_OUT', 'BRACKET', 'NO_DECISION', 'MAX_POSITIONS', 'BALANCE_SHARE', 'Z99', 'YEAR', 'MINUTE', 'MARKET',
-           'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'watch', 'followed', 'allowance', 'calm', 'say',
-           'capital', 'wish', 'restrain', 'split', 'complete', 'added', 'refuse', 'shrink', 'room', 'shrink_alone',
-           'offer', 'open_few', 'scale_down', 'shrink_gross', 'shrink_groups', 'related', 'sides', 'risk_terms',
-           'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose', 'stand_by', 'Gate']
+           'uses_covariance', 'uses_atr', 'warm_up', 'new_market', 'update_market', 'market_history', 'allowance',
+           'calm', 'say', 'capital', 'wish', 'restrain', 'split', 'complete', 'added', 'refuse', 'shrink', 'room',
+           'shrink_alone', 'offer', 'open_few', 'scale_down', 'shrink_gross', 'shrink_groups', 'related', 'sides',
+           'risk_terms', 'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose', 'stand_by', 'Gate']
 
 # %% ../../nbs/30_risk/05_limits.ipynb #5c4416ca
 import numpy as np
 
 from ..account import decimal8, maintenance_margin, round_quantity
-from ..compiled import apart, bare, compiled
+from ..compiled import compiled, inlined, outlined
 from ..events import CLOSE, HIGH, LOW, VOLUME
 from ..journal import Reason
-from ..orders import PROPOSAL
-from .portfolio import memory, update_covariance
+from ..orders import ORDER_REQUEST
+from .portfolio import covariance_warm_up, update_covariance
 from .stops import clear, clearance, enter, next_atr, touched, track
 from .trading_state import DAY, FLATTEN, NO_ENTRY, REDUCE_ONLY, update_trading_state
 from ..settings import Limits, instrument_rows
 
 # %% ../../nbs/30_risk/05_limits.ipynb #d85a4ef3
-(AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE, PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
- VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET, NO_DECISION, MAX_POSITIONS) = (int(reason) for reason in Reason)
+(AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE,
+ PARTICIPATION, SECTOR, GROUP, NET, VALUE_AT_RISK, MARGIN_RATIO, ORDER_RATE, UNKNOWN,
+ VOLATILITY, DRAWDOWN, STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP, STOPPED_OUT, BRACKET, NO_DECISION,
+ MAX_POSITIONS) = (int(reason) for reason in Reason)
 BALANCE_SHARE = 0.95           # of the available balance an order may bind: the rest pays fees and a worse price
 Z99 = 2.3263478740408408       # of the normal distribution: one day in a hundred is worse
 YEAR, MINUTE = 365 * DAY, 60_000 # ms
 
 # %% ../../nbs/30_risk/05_limits.ipynb #c9a59507
-MARKET = np.dtype([("close", "f8"), ("atr", "f8"), ("atr_before", "f8"), ("width", "f8"), ("open_time", "i8"), ("step", "i8")]) # width: of the stops, what the regime asks for
+# width: of the stops, what the regime asks for
+MARKET = np.dtype([("close", "f8"), ("atr", "f8"), ("atr_before", "f8"), ("width", "f8"), ("open_time", "i8"),
+                   ("step", "i8")])
 
 
-def uses_covariance(limits:Limits)->bool: return limits.target_volatility is not None or limits.max_group is not None or limits.max_var is not None
-def uses_atr(limits:Limits)->bool: return bool(limits.stops.stop_atr or limits.stops.target_atr or limits.stops.trailing_atr)
+def uses_covariance(limits:Limits)->bool:
+    return limits.target_volatility is not None or limits.max_group is not None or limits.max_var is not None
+def uses_atr(limits:Limits)->bool:
+    return bool(limits.stops.stop_atr or limits.stops.target_atr or limits.stops.trailing_atr)
 
 
 def warm_up(
     limits:Limits,
 )->int:         # candles
     "History that the limits need"
-    return max(memory(limits.decay) if uses_covariance(limits) else 0, 40 * limits.stops.atr_period if uses_atr(limits) else 0)
+    return max(covariance_warm_up(limits.decay) if uses_covariance(limits) else 0, 40 * limits.stops.atr_period
+               if uses_atr(limits) else 0)
 
 
 def new_market(
@@ -56,8 +63,8 @@ def new_market(
     return market, np.full((n, n), np.nan)
 
 # %% ../../nbs/30_risk/05_limits.ipynb #11d13cd2
-@bare
-def watch(
+@inlined
+def update_market(
     market,      # MARKET, (n,), changed
     covariance,  # (n, n), changed
     open_time,   # ms, of the candle that closed
@@ -70,20 +77,21 @@ def watch(
         row["atr_before"] = row["atr"]
         row["atr"] = next_atr(row["atr"], candle[n, HIGH], candle[n, LOW], before, limits["atr_period"])
         elapsed = open_time - row["open_time"]
-        row["step"], row["open_time"] = elapsed if row["step"] == 0 else min(row["step"], elapsed), open_time # a hole makes no candle longer
+        # a hole makes no candle longer
+        row["step"], row["open_time"] = elapsed if row["step"] == 0 else min(row["step"], elapsed), open_time
     update_covariance(covariance, market["close"], candle[:, CLOSE], limits["decay"])
 
 # %% ../../nbs/30_risk/05_limits.ipynb #5556f3ed
 @compiled
 def _follow(times, candles, limits, market, covariance, states, covariances):
     for t in range(len(times)):
-        watch(market, covariance, times[t], candles[t], limits)
-        for n in range(len(market)):                 # one by one: numba compiles five seconds for a slice that might not fit
+        update_market(market, covariance, times[t], candles[t], limits)
+        for n in range(len(market)): # one by one: numba compiles five seconds for a slice that might not fit
             states[t, n] = market[n]
             for m in range(len(market)): covariances[t, n, m] = covariance[n, m]
 
 
-def followed(
+def market_history(
     times:np.ndarray,    # (T,), open times
     candles:np.ndarray,  # (T, n, 5 or more)
     limits:Limits,
@@ -97,7 +105,7 @@ def followed(
     return states, covariances
 
 # %% ../../nbs/30_risk/05_limits.ipynb #a48bacbd
-@bare
+@inlined
 def allowance(
     money,   # a row of ACCOUNT
     limits,  # a row of LIMITS
@@ -107,33 +115,35 @@ def allowance(
     return max(0., (limits["max_drawdown"] - money["drawdown"]) / (limits["max_drawdown"] - limits["drawdown_from"]))
 
 
-@bare
+@inlined
 def calm(
     variance,  # per candle
     step,      # ms, the length of a candle
     limits,    # a row of LIMITS
-)->tuple:      # (share of the limits in [0, 1], annual volatility); share 0 where a limit is set and the volatility is not known
+# (share of the limits in [0, 1], annual volatility); share 0 where a limit is set and the volatility is not known
+)->tuple:
     "What the volatility of a symbol leaves of its limits"
     if limits["target_volatility"] == np.inf: return 1., np.nan
     annual = np.sqrt(variance * YEAR / step)
     return (min(1., limits["target_volatility"] / annual) if annual >= 0. else 0.), annual
 
 # %% ../../nbs/30_risk/05_limits.ipynb #d9e5f4da
-@bare
+@inlined
 def say(row, reason, value, limit):
     "Write why; what is not known is written as 0, so that equal rows are equal"
-    row["reason"], row["value"], row["limit"] = reason, value if abs(value) < np.inf else 0., limit if abs(limit) < np.inf else 0.
+    row["reason"], row["value"], row["limit"] = (reason, value if abs(value) < np.inf else 0.,
+                                                 limit if abs(limit) < np.inf else 0.)
 
 
-@bare
+@inlined
 def capital(money, limits):
     "Equity that may carry positions, quote"
     return min(max(money["equity"], 0.), limits["capital"])
 
 # %% ../../nbs/30_risk/05_limits.ipynb #8e615f77
-@bare
+@inlined
 def wish(
-    row,       # of PROPOSAL, changed: the reason
+    row,       # of ORDER_REQUEST, changed: the reason
     position,  # a row of POSITION, changed: what its stops remember
     market,    # a row of MARKET
     high,      # of the candle that closed
@@ -155,13 +165,14 @@ def wish(
         track(position, high, low)
         if code:
             target, position["stopped"] = 0., np.sign(held)
-            say(row, code, position["age"] if code == TIME_STOP else high if (code == TAKE_PROFIT) == (held > 0.) else low, level)
+            say(row, code, position["age"] if code == TIME_STOP else high if (code == TAKE_PROFIT) == (held > 0.)
+                else low, level)
     return target
 
 # %% ../../nbs/30_risk/05_limits.ipynb #91ce0271
-@apart
+@outlined
 def restrain(
-    row,       # of PROPOSAL, changed: the reason
+    row,       # of ORDER_REQUEST, changed: the reason
     target,    # of `wish`
     n,         # which symbol
     market,    # MARKET, (n,)
@@ -178,13 +189,14 @@ def restrain(
         return 0.
     if target != 0. and left < 1.: say(row, DRAWDOWN, money["drawdown"], limits["drawdown_from"])
     quiet, annual = calm(covariance[n, n], market[n]["step"], limits)
-    if target != 0. and quiet < 1.: say(row, VOLATILITY if annual >= 0. else UNKNOWN, annual, limits["target_volatility"])
+    if target != 0. and quiet < 1.:
+        say(row, VOLATILITY if annual >= 0. else UNKNOWN, annual, limits["target_volatility"])
     return target * quiet
 
 # %% ../../nbs/30_risk/05_limits.ipynb #87cb710b
-@bare
+@inlined
 def split(
-    row,         # of PROPOSAL, changed: kept, growth, reason
+    row,         # of ORDER_REQUEST, changed: kept, growth, reason
     notional,    # signed, quote: to hold
     held,        # signed base units
     equity,      # quote
@@ -195,7 +207,8 @@ def split(
     smallest, change = limits["min_trade"] * equity, abs(notional - held * row["price"])
     row["kept"], row["growth"], row["quantity"] = held, 0., 0.
     if change < smallest and (notional * held > 0. or held == 0.):
-        if change > 0. and row["reason"] == AS_ASKED: row["reason"], row["value"], row["limit"] = TOO_SMALL, change / equity, limits["min_trade"]
+        if change > 0. and row["reason"] == AS_ASKED:
+            row["reason"], row["value"], row["limit"] = TOO_SMALL, change / equity, limits["min_trade"]
         return False
     most, wanted = instrument["max_quantity"], notional / row["price"]
     if held == 0.: row["growth"] = wanted
@@ -210,14 +223,16 @@ def split(
         if cut > most:
             say(row, MAX_QUANTITY, cut, most)
             cut = most
-        if cut >= instrument["min_quantity"] and cut * row["price"] >= smallest: row["kept"] = decimal8(held - np.sign(held) * cut)
-        elif cut > 0. and row["reason"] == AS_ASKED: say(row, TOO_SMALL, cut * row["price"] / equity, limits["min_trade"])
+        if cut >= instrument["min_quantity"] and cut * row["price"] >= smallest:
+            row["kept"] = decimal8(held - np.sign(held) * cut)
+        elif cut > 0. and row["reason"] == AS_ASKED:
+            say(row, TOO_SMALL, cut * row["price"] / equity, limits["min_trade"])
     return row["growth"] != 0. or row["kept"] != held
 
 # %% ../../nbs/30_risk/05_limits.ipynb #fd792357
-@bare
+@inlined
 def complete(
-    row,         # of PROPOSAL, changed: quantity, reason
+    row,         # of ORDER_REQUEST, changed: quantity, reason
     held,        # signed base units
     equity,      # quote
     limits,      # a row of LIMITS
@@ -232,19 +247,22 @@ def complete(
         say(row, MAX_QUANTITY, abs(quantity), most)
         quantity = np.sign(quantity) * most
     added, whole = abs(quantity - closing) * row["price"], abs(quantity) * row["price"]
-    if added >= limits["min_trade"] * equity and abs(quantity) >= instrument["min_quantity"] and whole >= instrument["min_notional"]: row["quantity"] = quantity
-    elif row["reason"] == AS_ASKED or row["reason"] == MAX_QUANTITY: say(row, TOO_SMALL, added / equity, max(limits["min_trade"], instrument["min_notional"] / equity))
+    if (added >= limits["min_trade"] * equity and abs(quantity) >= instrument["min_quantity"]
+        and whole >= instrument["min_notional"]):
+        row["quantity"] = quantity
+    elif row["reason"] == AS_ASKED or row["reason"] == MAX_QUANTITY:
+        say(row, TOO_SMALL, added / equity, max(limits["min_trade"], instrument["min_notional"] / equity))
 
 
-@bare
+@inlined
 def added(row, held):
     "What an order adds beyond what is kept, signed base units"
     return decimal8(held + row["quantity"] - row["kept"])
 
 # %% ../../nbs/30_risk/05_limits.ipynb #625080c7
-@bare
+@inlined
 def refuse(
-    row,     # of PROPOSAL, changed
+    row,     # of ORDER_REQUEST, changed
     held,    # signed base units
     money,   # a row of ACCOUNT
     state,   # of TradingState
@@ -255,16 +273,20 @@ def refuse(
     if row["growth"] == 0.: return
     distance = abs(row["price"] / row["mark"] - 1.)
     if state >= REDUCE_ONLY or (state == NO_ENTRY and row["kept"] == 0.):
-        if money["day_stopped"] != 0 and money["required_state"] < REDUCE_ONLY: say(row, DAILY_LOSS, 1. - money["equity"] / money["day_equity"], limits["max_daily_loss"])
+        if money["day_stopped"] != 0 and money["required_state"] < REDUCE_ONLY:
+            say(row, DAILY_LOSS, 1. - money["equity"] / money["day_equity"], limits["max_daily_loss"])
         else: say(row, STATE, state, NO_ENTRY)
-    elif not row["confidence"] >= limits["min_confidence"]: say(row, CONFIDENCE, row["confidence"], limits["min_confidence"])
-    elif limits["price_band"] < np.inf and not distance <= limits["price_band"]: say(row, PRICE_BAND if distance >= 0. else UNKNOWN, distance, limits["price_band"])
-    elif not atr >= 0. and max(limits["stop_atr"], limits["target_atr"], limits["trailing_atr"]) > 0.: say(row, UNKNOWN, atr, 0.)
+    elif not row["confidence"] >= limits["min_confidence"]:
+        say(row, CONFIDENCE, row["confidence"], limits["min_confidence"])
+    elif limits["price_band"] < np.inf and not distance <= limits["price_band"]:
+        say(row, PRICE_BAND if distance >= 0. else UNKNOWN, distance, limits["price_band"])
+    elif not atr >= 0. and max(limits["stop_atr"], limits["target_atr"], limits["trailing_atr"]) > 0.:
+        say(row, UNKNOWN, atr, 0.)
     else: return
     row["growth"] = 0.
 
 # %% ../../nbs/30_risk/05_limits.ipynb #bc7801d6
-@bare
+@inlined
 def shrink(row, factor, reason, value, limit):
     "Let a share of the growth through"
     if factor < 1. and row["growth"] != 0.:
@@ -272,7 +294,7 @@ def shrink(row, factor, reason, value, limit):
         say(row, reason, value, limit)
 
 
-@bare
+@inlined
 def room(
     allowed,  # exposure that the limit allows
     kept,     # exposure that stays anyway, >= 0
@@ -283,9 +305,9 @@ def room(
     return max(0., allowed - kept) / growth if growth > 0. and allowed > kept else 0.
 
 # %% ../../nbs/30_risk/05_limits.ipynb #cacef766
-@bare
+@inlined
 def shrink_alone(
-    row,        # of PROPOSAL, changed
+    row,        # of ORDER_REQUEST, changed
     base,       # quote: equity that may carry positions
     limits,     # a row of LIMITS
     instrument, # a row of INSTRUMENT
@@ -299,12 +321,14 @@ def shrink_alone(
     if limits["max_participation"] == np.inf: return
     notional = abs(row["growth"]) * row["price"]
     known = row["turnover"] >= 0.
-    shrink(row, room(limits["max_participation"] * row["turnover"], 0., notional) if known else 0., PARTICIPATION if known else UNKNOWN, notional / row["turnover"] if row["turnover"] > 0. else np.inf, limits["max_participation"])
+    shrink(row, room(limits["max_participation"] * row["turnover"], 0., notional) if known else 0., PARTICIPATION
+           if known else UNKNOWN, notional / row["turnover"] if row["turnover"] > 0. else np.inf,
+           limits["max_participation"])
 
 
-@bare
+@inlined
 def offer(
-    row,         # of PROPOSAL, changed
+    row,         # of ORDER_REQUEST, changed
     notional,    # signed, quote: to hold
     held,        # signed base units
     atr,         # of the symbol, quote
@@ -321,9 +345,9 @@ def offer(
     return True
 
 # %% ../../nbs/30_risk/05_limits.ipynb #6c77b80a
-@apart
+@outlined
 def open_few(
-    proposals,  # PROPOSAL, (n,), changed: growth, reason; `sent` holds the notionals that are wanted
+    proposals,  # ORDER_REQUEST, (n,), changed: growth, reason; `sent` holds the notionals that are wanted
     positions,  # POSITION, (n,)
     limits,     # a row of LIMITS
 )->float:       # quote: what is still wanted, longs and shorts
@@ -347,9 +371,9 @@ def open_few(
     return wanted
 
 # %% ../../nbs/30_risk/05_limits.ipynb #9dbf9406
-@apart
+@outlined
 def scale_down(
-    proposals,    # PROPOSAL, (n,), changed: `sent` holds the notionals that are wanted
+    proposals,    # ORDER_REQUEST, (n,), changed: `sent` holds the notionals that are wanted
     positions,    # POSITION, (n,)
     market,       # MARKET, (n,)
     gross,        # quote: what they come to
@@ -365,13 +389,14 @@ def scale_down(
     for n in range(len(proposals)):
         if proposals[n]["sent"] == 0.: continue
         say(proposals[n], LEVERAGE, gross / money["equity"], allowed / money["equity"])
-        busy = offer(proposals[n], proposals[n]["sent"] * (allowed / gross), positions[n]["quantity"], market[n]["atr"], money, state, base, limits, instruments[n]) or busy
+        busy = (offer(proposals[n], proposals[n]["sent"] * (allowed / gross), positions[n]["quantity"],
+                      market[n]["atr"], money, state, base, limits, instruments[n]) or busy)
     return busy
 
 # %% ../../nbs/30_risk/05_limits.ipynb #7461efac
-@bare
+@inlined
 def shrink_gross(
-    proposals,    # PROPOSAL, (n,), changed
+    proposals,    # ORDER_REQUEST, (n,), changed
     positions,    # POSITION, (n,)
     money,        # a row of ACCOUNT
     base,         # quote: equity that may carry positions, after what a drawdown leaves
@@ -390,17 +415,20 @@ def shrink_gross(
     if growth == 0.: return
     equity, gross = money["equity"], room(limits["max_leverage"] * base, kept, growth)
     available, margin = max(equity - bound / limits["leverage"], 0.) * BALANCE_SHARE, growth / limits["leverage"]
-    balance, ratio = room(available, 0., margin), room(equity / limits["min_margin_ratio"], needed, more) if limits["min_margin_ratio"] > 0. else 1.
+    balance = room(available, 0., margin)
+    ratio = room(equity / limits["min_margin_ratio"], needed, more) if limits["min_margin_ratio"] > 0. else 1.
     if min(gross, balance, ratio) == 1.: return
     for n in range(len(proposals)):
         shrink(proposals[n], gross, LEVERAGE, (kept + growth) / equity, limits["max_leverage"] * base / equity)
         if balance < gross: shrink(proposals[n], balance / gross if gross > 0. else 0., BALANCE, margin, available)
-        if ratio < min(gross, balance): shrink(proposals[n], ratio / min(gross, balance), MARGIN_RATIO, equity / (needed + more), limits["min_margin_ratio"])
+        if ratio < min(gross, balance):
+            shrink(proposals[n], ratio / min(gross, balance), MARGIN_RATIO, equity / (needed + more),
+                   limits["min_margin_ratio"])
 
 # %% ../../nbs/30_risk/05_limits.ipynb #f202d25b
-@apart
+@outlined
 def shrink_groups(
-    proposals,    # PROPOSAL, (n,), changed
+    proposals,    # ORDER_REQUEST, (n,), changed
     covariance,   # (n, n)
     base,         # quote
     limits,       # a row of LIMITS
@@ -413,19 +441,21 @@ def shrink_groups(
     if by_group: _groups(proposals, covariance, base, limits)
 
 
-@apart
+@outlined
 def _sectors(proposals, base, limits, instruments):
     allowed = limits["max_sector"] * base
     for n in range(len(proposals)):
         kept, growth = 0., 0.
         for m in range(len(proposals)):
             if instruments[m]["sector"] == instruments[n]["sector"]:
-                kept, growth = kept + abs(proposals[m]["kept"]) * proposals[m]["price"], growth + abs(proposals[m]["growth"]) * proposals[m]["price"]
+                kept = kept + abs(proposals[m]["kept"]) * proposals[m]["price"]
+                growth = growth + abs(proposals[m]["growth"]) * proposals[m]["price"]
         proposals[n]["factor"], proposals[n]["sent"] = room(allowed, kept, growth), (kept + growth) / base
-    for n in range(len(proposals)): shrink(proposals[n], proposals[n]["factor"], SECTOR, proposals[n]["sent"], limits["max_sector"])
+    for n in range(len(proposals)):
+        shrink(proposals[n], proposals[n]["factor"], SECTOR, proposals[n]["sent"], limits["max_sector"])
 
 
-@bare
+@inlined
 def related(covariance, n, m, threshold):
     "+1 or -1 where two symbols move together or against each other, 0 where neither, 2 where it is not known"
     if n == m: return 1.
@@ -434,7 +464,7 @@ def related(covariance, n, m, threshold):
     return np.sign(shared) if shared * shared >= bound and shared != 0. else 0.
 
 
-@apart
+@outlined
 def _groups(proposals, covariance, base, limits):
     allowed, threshold, count = limits["max_group"] * base, limits["group_correlation"], len(proposals)
     for n in range(count): proposals[n]["factor"], proposals[n]["sent"] = 1., 0.
@@ -444,8 +474,12 @@ def _groups(proposals, covariance, base, limits):
             together = related(covariance, n, m, threshold)
             if together == 2.: known = False
             elif together != 0.:
-                stays, comes = proposals[m]["kept"] * proposals[m]["price"] * together, proposals[m]["growth"] * proposals[m]["price"] * together
-                kept, growth, opposite, other = kept + max(stays, 0.), growth + max(comes, 0.), opposite + max(-stays, 0.), other + max(-comes, 0.)
+                stays = proposals[m]["kept"] * proposals[m]["price"] * together
+                comes = proposals[m]["growth"] * proposals[m]["price"] * together
+                kept = kept + max(stays, 0.)
+                growth = growth + max(comes, 0.)
+                opposite = opposite + max(-stays, 0.)
+                other = other + max(-comes, 0.)
         one, two = (room(allowed, kept, growth), room(allowed, opposite, other)) if known else (0., 0.)
         if one == 1. and two == 1.: continue
         for m in range(count):
@@ -453,13 +487,17 @@ def _groups(proposals, covariance, base, limits):
             side = proposals[m]["growth"] * together
             factor = min(one, two) if not known else one if side > 0. else two
             if together != 0. and side != 0. and factor < proposals[m]["factor"]:
-                proposals[m]["factor"], proposals[m]["sent"] = factor, np.nan if not known else (kept + growth if side > 0. else opposite + other) / base
-    for n in range(count): shrink(proposals[n], proposals[n]["factor"], GROUP if proposals[n]["sent"] >= 0. else UNKNOWN, proposals[n]["sent"], limits["max_group"])
+                proposals[m]["factor"], proposals[m]["sent"] = (factor, np.nan if not known
+                                                                else (kept + growth if side > 0. else opposite + other)
+                                                                / base)
+    for n in range(count):
+        shrink(proposals[n], proposals[n]["factor"], GROUP if proposals[n]["sent"] >= 0. else UNKNOWN,
+               proposals[n]["sent"], limits["max_group"])
 
 # %% ../../nbs/30_risk/05_limits.ipynb #b7102d6d
-@bare
+@inlined
 def sides(
-    proposals,  # PROPOSAL, (n,)
+    proposals,  # ORDER_REQUEST, (n,)
     positions,  # POSITION, (n,)
 )->tuple:       # quote: longs less shorts after the orders; what the orders add to the longs, and to the shorts
     "What the orders come to"
@@ -467,16 +505,19 @@ def sides(
     for n in range(len(proposals)):
         row, held = proposals[n], positions[n]["quantity"]
         more = added(row, held) * row["price"]
-        net, longer, shorter = net + (held + row["quantity"]) * row["price"], longer + max(more, 0.), shorter + max(-more, 0.)
+        net = net + (held + row["quantity"]) * row["price"]
+        longer = longer + max(more, 0.)
+        shorter = shorter + max(-more, 0.)
     return net, longer, shorter
 
 
-@apart
+@outlined
 def risk_terms(
-    proposals,   # PROPOSAL, (n,); `factor` and `sent` are used as a sheet of paper
+    proposals,   # ORDER_REQUEST, (n,); `factor` and `sent` are used as a sheet of paper
     covariance,  # (n, n), per candle
     positions,   # POSITION, (n,)
-)->tuple:        # quote squared: of what is kept, of both together, of what is added; NaN where a covariance that counts is not known
+# quote squared: of what is kept, of both together, of what is added; NaN where a covariance that counts is not known
+)->tuple:
     "The variance of the orders as a parabola in the share of the growth that is sent"
     kept, both, growth = 0., 0., 0.
     for n in range(len(proposals)):
@@ -491,14 +532,14 @@ def risk_terms(
     return kept, both, growth
 
 
-@bare
+@inlined
 def share_within(kept, both, growth, allowed):
     "The largest share of the growth whose variance is allowed; 0 where what is kept is beyond it already"
     if not kept <= allowed or not growth > 0.: return 0.
     return min(max((-both + np.sqrt(max(both * both - growth * (kept - allowed), 0.))) / growth, 0.), 1.)
 
 
-@apart
+@outlined
 def resend(proposals, side, factor, reason, value, limit, positions, equity, limits, instruments):
     "Send less of what is added on one side (0: on both); False where there is nothing"
     changed = False
@@ -512,7 +553,7 @@ def resend(proposals, side, factor, reason, value, limit, positions, equity, lim
     return changed
 
 # %% ../../nbs/30_risk/05_limits.ipynb #fc624924
-@apart
+@outlined
 def balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments):
     "Send less until long less short and the value at risk hold"
     if base <= 0.: return
@@ -521,34 +562,40 @@ def balance_sides(proposals, positions, market, covariance, base, equity, limits
         left, longer, shorter = sides(proposals, positions)
         more = longer if left > 0. else shorter
         if abs(left) > allowed * (1. + 1e-12) and more > 0.:
-            resend(proposals, np.sign(left), max(0., 1. - (abs(left) - allowed) / more), NET, left / base, limits["max_net"], positions, equity, limits, instruments)
+            resend(proposals, np.sign(left), max(0., 1. - (abs(left) - allowed) / more), NET, left / base,
+                   limits["max_net"], positions, equity, limits, instruments)
             continue
         if risked == np.inf: return
         kept, both, growth = risk_terms(proposals, covariance, positions)
         value = Z99 * np.sqrt((kept + 2. * both + growth) * DAY / step)
         if value <= risked * (1. + 1e-12): return
         factor = share_within(kept, both, growth, (risked / Z99) ** 2 * step / DAY)
-        if not resend(proposals, 0., factor, VALUE_AT_RISK if value >= 0. else UNKNOWN, value / base, limits["max_var"], positions, equity, limits, instruments): return
-    resend(proposals, 0., 0., NET, sides(proposals, positions)[0] / base, limits["max_net"], positions, equity, limits, instruments)
+        if not resend(proposals, 0., factor, VALUE_AT_RISK if value >= 0. else UNKNOWN, value / base, limits["max_var"],
+                      positions, equity, limits, instruments):
+            return
+    resend(proposals, 0., 0., NET, sides(proposals, positions)[0] / base, limits["max_net"], positions, equity, limits,
+           instruments)
 
 # %% ../../nbs/30_risk/05_limits.ipynb #d18fe2a0
-@bare
+@inlined
 def pace(proposals, positions, money, open_time, equity, limits, instruments):
     "Count orders; where there are too many in this minute, send only what reduces"
     count = 0
     for n in range(len(proposals)): count += proposals[n]["quantity"] != 0.
     if count == 0: return
-    if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE: money["minute"], money["orders"] = open_time // MINUTE, 0
+    if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE:
+        money["minute"], money["orders"] = open_time // MINUTE, 0
     if money["orders"] + count > limits["max_orders"]:
-        resend(proposals, 0., 0., ORDER_RATE, money["orders"] + count, limits["max_orders"], positions, equity, limits, instruments)
+        resend(proposals, 0., 0., ORDER_RATE, money["orders"] + count, limits["max_orders"], positions, equity, limits,
+               instruments)
         count = 0
         for n in range(len(proposals)): count += proposals[n]["quantity"] != 0.
     money["orders"] += count
 
 
-@bare
+@inlined
 def gate(
-    proposals,    # PROPOSAL, (n,), changed: the wishes of `propose` become orders
+    proposals,    # ORDER_REQUEST, (n,), changed: the wishes of `propose` become orders
     open_time,    # ms, of the candle that closed
     candle,       # (n, 5 or more)
     account,      # ACCOUNT, (1,), marked; what the gate remembers is changed
@@ -570,36 +617,43 @@ def gate(
         if not free: target = restrain(row, target, n, market, covariance, money, state, left, limits)
         row["sent"] = target * unit
         gross += abs(row["sent"])
-        if offer(row, row["sent"], position["quantity"], market[n]["atr"], money, state, base, limits, instruments[n]): busy, growing = True, growing or row["growth"] != 0.
+        if offer(row, row["sent"], position["quantity"], market[n]["atr"], money, state, base, limits, instruments[n]):
+            busy, growing = True, growing or row["growth"] != 0.
     if growing and limits["max_positions"] < np.inf: gross = open_few(proposals, positions, limits)
-    if gross > allowed * (1. + 1e-12): busy = scale_down(proposals, positions, market, gross, allowed, money, state, base, limits, instruments) or busy
+    if gross > allowed * (1. + 1e-12):
+        busy = scale_down(proposals, positions, market, gross, allowed, money, state, base, limits, instruments) or busy
     if not busy: return False
     if growing: shrink_gross(proposals, positions, money, base, limits, instruments)
-    if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf): shrink_groups(proposals, covariance, base, limits, instruments)
+    if growing and (limits["max_sector"] < np.inf or limits["max_group"] < np.inf):
+        shrink_groups(proposals, covariance, base, limits, instruments)
     for n in range(len(proposals)): complete(proposals[n], positions[n]["quantity"], equity, limits, instruments[n])
-    if limits["max_net"] < np.inf or limits["max_var"] < np.inf: balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
+    if limits["max_net"] < np.inf or limits["max_var"] < np.inf:
+        balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments)
     if limits["max_orders"] < np.inf: pace(proposals, positions, money, open_time, equity, limits, instruments)
     return True
 
 # %% ../../nbs/30_risk/05_limits.ipynb #3cbd2ecc
-@bare
+@inlined
 def propose(
-    proposals,  # PROPOSAL, (n,), written
+    proposals,  # ORDER_REQUEST, (n,), written
     answer,     # of the policy: n targets, or 2 n numbers, targets and then confidences
     candle,     # (n, 5 or more), that closed
 ):
-    "What a policy answered, with the prices it is to be judged by; the mark price is the close unless a driver knows better"
+    """What a policy answered, with the prices it is to be judged by; the mark price is the close unless a driver knows
+    better"""
     count = len(proposals)
-    if len(answer) != count and len(answer) != 2 * count: raise ValueError("a policy must answer with one target per symbol, or with targets and then as many confidences")
+    if len(answer) != count and len(answer) != 2 * count:
+        raise ValueError(
+            "a policy must answer with one target per symbol, or with targets and then as many confidences")
     for n in range(count):
         row, close = proposals[n], candle[n, CLOSE]
         row["target"], row["confidence"] = answer[n], answer[count + n] if len(answer) > count else 1.
         row["price"], row["mark"], row["turnover"] = close, close, close * candle[n, VOLUME]
 
 # %% ../../nbs/30_risk/05_limits.ipynb #62e9fbf7
-@apart
+@outlined
 def stand_by(
-    proposals,    # PROPOSAL, (n,), written
+    proposals,    # ORDER_REQUEST, (n,), written
     open_time,    # ms, of the candle that closed
     candle,       # (n, 5 or more)
     account,      # ACCOUNT, (1,), marked; what the gate remembers is changed
@@ -615,7 +669,8 @@ def stand_by(
         row, position, close = proposals[n], positions[n], candle[n, CLOSE]
         held = position["quantity"]
         row["confidence"], row["price"], row["mark"], row["turnover"] = 1., close, close, close * candle[n, VOLUME]
-        row["target"] = position["stopped"] if position["stopped"] != 0. else np.sign(held) # so that no stop is forgotten
+        # so that no stop is forgotten
+        row["target"] = position["stopped"] if position["stopped"] != 0. else np.sign(held)
         wish(row, position, market[n], candle[n, HIGH], candle[n, LOW], near, limits)
         row["target"], closes = 0., STOP_LOSS <= row["reason"] <= TIME_STOP
         if state >= FLATTEN:
@@ -639,22 +694,28 @@ class Gate:
     ):
         self.limits, self.warm_up = limits, warm_up(limits)
         self.market, self.covariance = new_market(len(instruments))
-        self.proposals = np.zeros(len(instruments), PROPOSAL)
+        self.proposals = np.zeros(len(instruments), ORDER_REQUEST)
         self._limits, self._instruments = limits.row(), instrument_rows(instruments, limits)
 
     def watch(self, open_time:int, candle:np.ndarray):
         "A candle has closed, (n, 5 or more)"
-        if self.warm_up: watch(self.market, self.covariance, open_time, candle, self._limits)
+        if self.warm_up: update_market(self.market, self.covariance, open_time, candle, self._limits)
 
-    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what is ordered and why; `marks`: mark prices where they are known; `working`: where an order works that may open the symbol; answer None: nobody was asked. ValueError where a target is none"
+    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray,
+               marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
+        """ORDER_REQUEST, (n,): what is ordered and why; `marks`: mark prices where they are known; `working`: where an
+        order works that may open the symbol; answer None: nobody was asked. ValueError where a target is none"""
         if answer is None:
-            stand_by(self.proposals, open_time, candle, account, positions, self.market, self._limits, self._instruments)
+            stand_by(self.proposals, open_time, candle, account, positions, self.market, self._limits,
+                     self._instruments)
             return self.proposals
         targets = answer[:len(self.proposals)]
-        if not (np.abs(targets) <= 1.).all(): raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a share of what the limits allow; nan is one that was not written, or not known")
+        if not (np.abs(targets) <= 1.).all():
+            raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], "
+                             "a share of what the limits allow; nan is one that was not written, or not known")
         propose(self.proposals, answer, candle)
         if marks is not None: self.proposals["mark"] = marks
         if self.limits.max_positions is not None: self.proposals["working"] = 0 if working is None else working
-        gate(self.proposals, open_time, candle, account, positions, self.market, self.covariance, self._limits, self._instruments)
+        gate(self.proposals, open_time, candle, account, positions, self.market, self.covariance, self._limits,
+             self._instruments)
         return self.proposals

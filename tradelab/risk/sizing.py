@@ -45,7 +45,8 @@ def kelly_binary(
     b:float,    # what is won for one that is staked
 )->float:       # share of the capital to stake; below 0: do not bet
     "Kelly's share of a bet"
-    if not (0 <= p <= 1 and b > 0): raise ValueError(f"a bet has a probability in [0, 1] and odds above 0, was {p} and {b}")
+    if not (0 <= p <= 1 and b > 0):
+        raise ValueError(f"a bet has a probability in [0, 1] and odds above 0, was {p} and {b}")
     return p - (1 - p) / b
 
 
@@ -68,9 +69,12 @@ def kelly_portfolio(
 )->np.ndarray:              # (n,), exposures
     "Kelly's shares of several things at once, brought under a gross exposure in their proportions"
     means, covariance = np.asarray(means, float), np.asarray(covariance, float)
-    if covariance.shape != (len(means),) * 2: raise ValueError(f"{len(means)} means need a covariance of that many rows and columns, had {covariance.shape}")
+    if covariance.shape != (len(means),) * 2:
+        raise ValueError(f"{len(means)} means need a covariance of that many rows and columns, had {covariance.shape}")
     if not (np.isfinite(means).all() and np.isfinite(covariance).all()): return np.zeros(len(means))
-    if np.linalg.eigvalsh(covariance)[0] <= 1e-12 * np.abs(covariance).max(): raise ValueError("the covariance is singular, two things are one: leave one out, or shrink it (risk.portfolio.shrunk)")
+    if np.linalg.eigvalsh(covariance)[0] <= 1e-12 * np.abs(covariance).max():
+        raise ValueError("the covariance is singular, two things are one: leave one out, or shrink it "
+                         "(risk.portfolio.ledoit_wolf)")
     shares = fraction * np.linalg.solve(covariance, means)
     return shares * min(1., cap / max(np.abs(shares).sum(), 1e-300))
 

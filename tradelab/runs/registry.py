@@ -34,7 +34,7 @@ from tradelab.runs.formats import (
     POLICY,
     PROVENANCE,
     SCALER,
-    DamagedRun,
+    DamagedRunError,
     check_format,
     configuration,
     file_bytes,
@@ -46,10 +46,10 @@ from tradelab.runs.formats import (
     seal,
     verify,
 )
-from .rules import RULE, UnknownRun, load_rule
+from .rules import RULE, UnknownRunError, load_rule
 from .run import Run, source_sha256
 from ..settings import CostModel, Limits
-from ..trust import BadName, check_id
+from ..trust import InvalidNameError, check_id
 
 # %% ../../nbs/45_runs/04_registry.ipynb #04_regis005
 _TRAIN_ID = re.compile(r"train_.+_(\d{8}_\d{6})")
@@ -70,7 +70,7 @@ def train_id(
 def _is_id(name):
     "Whether a run may have this name"
     try: return bool(_TRAIN_ID.fullmatch(check_id(name, "run")))
-    except BadName: return False
+    except InvalidNameError: return False
 
 
 def train_ids(
@@ -175,14 +175,16 @@ def _run(folder, config):
     instruments = tuple(read_record(Instrument, values) for values in config["instruments"])
     scaler = read_scaler(folder / SCALER, config["features"])
     seen = replace(flat(), features=tuple(config["features"]), window=config["window"], scaler=scaler)
-    policy = read_policy(folder / POLICY, seen, Observation.from_policy(seen).width * len(instruments), len(instruments))
+    policy = read_policy(folder / POLICY, seen, Observation.from_policy(seen).width * len(instruments),
+                         len(instruments))
     run = Run(folder.name, policy, read_record(Limits, config["limits"]), read_record(CostModel, config["costs"]),
               instruments, config["timeframe"], config, folder)
     if run.observation.sha256 != config["observation_sha256"]:
-        raise DamagedRun(f"it was trained on another observation than this version makes of {CONFIG} "
+        raise DamagedRunError(f"it was trained on another observation than this version makes of {CONFIG} "
                          f"({', '.join(run.observation.columns[-6:])} behind the features): train again")
     if list(run.symbols) != config["symbols"] or run.fitted_until is None:
-        raise DamagedRun(f"{CONFIG} names the symbols {config['symbols']}, its instruments are {list(run.symbols)}: train again")
+        raise DamagedRunError(f"{CONFIG} names the symbols {config['symbols']}, its instruments are "
+                              f"{list(run.symbols)}: train again")
     return run
 
 
@@ -195,14 +197,14 @@ def _reason(error):
 def read(
     folder:Path,   # of one run
 )->Run:
-    "A run from its folder; DamagedRun where it is not what was trained"
+    "A run from its folder; DamagedRunError where it is not what was trained"
     verify(folder)
     older = ""
     try:
         config = read_configuration(folder / CONFIG)
         older = check_format(config, CONFIG)
         run = _run(folder, config)
-    except MISFIT as error: raise DamagedRun(f"run {folder.name}: {_reason(error)}{older}") from None
+    except MISFIT as error: raise DamagedRunError(f"run {folder.name}: {_reason(error)}{older}") from None
     for module, expected in run.config["sources"].items():
         if source_sha256(str(module)) != expected:
             warnings.warn(f"run {folder.name} was trained with another version of {module}: "
@@ -228,12 +230,12 @@ def latest(
     "The id of the newest run that was made here and is still kept"
     known = train_ids(runs)
     made = next((trial for trial in reversed(trials(runs)) if trial["run"] in known), None)
-    if not known: raise UnknownRun(f"there is no latest run, {runs} holds none: {HOW}")
+    if not known: raise UnknownRunError(f"there is no latest run, {runs} holds none: {HOW}")
     if made is None:
-        raise UnknownRun(f"none of the runs in {runs} was made here, {TRIALS} lists none of them: "
+        raise UnknownRunError(f"none of the runs in {runs} was made here, {TRIALS} lists none of them: "
                          f"name the one that you mean, such as {known[-1]}")
     if sha256(file_bytes(runs / made["run"] / MANIFEST)).hexdigest() != made.get("manifest"):
-        raise DamagedRun(f"run {made['run']} is not the one that was made here, its {MANIFEST} is another: "
+        raise DamagedRunError(f"run {made['run']} is not the one that was made here, its {MANIFEST} is another: "
                          "restore it, or name the run that you mean")
     return made["run"]
 
@@ -242,14 +244,15 @@ def load(
     name:str,           # a train id, "latest", or "tradelab.strategies.example:Momentum"
     folder:Path=None,   # of all runs; default: the `runs` of the settings
 )->Run:
-    "The run of this name; UnknownRun if there is none, DamagedRun if it changed, NotTrusted if its code must not run"
+    """The run of this name; UnknownRunError if there is none, DamagedRunError if it changed, NotTrustedError if its
+    code must not run"""
     if not isinstance(name, str) or len(name) > 500:
-        raise UnknownRun(f"{str(name)[:100]!r} is not the name of a run or a rule: {HOW}")
+        raise UnknownRunError(f"{str(name)[:100]!r} is not the name of a run or a rule: {HOW}")
     if RULE.fullmatch(name): return load_rule(name)
     runs = Path(folder or settings().runs)
     if name == "latest": return read(runs / latest(runs))
     known = train_ids(runs)
     if name not in known:
         near = ", ".join(found for found, *_ in process.extract(name, known, limit=3))
-        raise UnknownRun(f"there is no run {name!r} in {runs}: {f'nearest are {near}; ' if near else ''}{HOW}")
+        raise UnknownRunError(f"there is no run {name!r} in {runs}: {f'nearest are {near}; ' if near else ''}{HOW}")
     return read(runs / name)

@@ -20,7 +20,7 @@ from ..risk.limits import Gate
 from ..risk.limits import warm_up as limits_warm_up
 from ..settings import CostModel, Limits
 from ..texts import html_rows
-from ..times import moment
+from ..times import to_ms
 from ..trader import Trader
 from ..trust import locate
 
@@ -84,7 +84,7 @@ class Run:
     @property
     def fitted_until(self)->int|None:
         "Open time of the last candle that it was fitted on; None for a rule"
-        return moment(self.config["span"][1]) if "span" in self.config else None
+        return to_ms(self.config["span"][1]) if "span" in self.config else None
 
     def trader(self,
         deposit:float=10_000., # quote

@@ -17,7 +17,7 @@ import pandas as pd
 from numba import types
 
 from ..account import age, mark
-from ..compiled import apart
+from ..compiled import outlined
 from ..evaluation.result import Result
 from ..events import CLOSE, Fill, Funding
 from ..features.observation import Observation, assemble
@@ -30,21 +30,25 @@ from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, see_working, step
 from .matching import EACH
 from .prepared import MarketData, PreparedMarket, SimulationSettings, first_row, market_data
 from ..sources.exogenous import check_series
-from ..times import text
+from ..times import format_time
 from ..trader import Trader
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #ed688767
 WORLDS, ROWS = numba.from_dtype(WORLD)[::1], numba.from_dtype(JOURNAL)[:, ::1]
-LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32[:, :, ::1], types.int64, types.int64, WORLDS, types.float64[::1], types.float64[:, ::1], ROWS, types.float32[:, :, ::1],
+LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32[:, :, ::1], types.int64, types.int64,
+                   WORLDS, types.float64[::1], types.float64[:, ::1], ROWS, types.float32[:, :, ::1],
                    types.boolean[::1])
 
 
-@apart(LOOP)
+@outlined(LOOP)
 def _loop(policy, parameters, features, start, first, world, answer, targets, journal, observations, stale):
     arrays = opened(world[0], world[0]["symbols"], world[0]["places"])
     tape, state = arrays.tape, arrays.state
-    unwritten = 0. if len(answer) > 2 * world[0]["symbols"] else np.nan   # a place that no order fills is empty, a target that no rule writes is none
-    keep, window, room = len(observations) > 1, features.shape[0] - len(tape.times) + 1, state.orders.size + EACH * len(state.books)
+    # a place that no order fills is empty, a target that no rule writes is none
+    unwritten = 0. if len(answer) > 2 * world[0]["symbols"] else np.nan
+    keep = len(observations) > 1
+    window = features.shape[0] - len(tape.times) + 1
+    room = state.orders.size + EACH * len(state.books)
     for t in range(first, len(tape.times) - 1):
         if state.count[0] + room > len(state.fills): return t
         if len(targets) == 0:
@@ -65,11 +69,13 @@ class KernelGate:
 
     def watch(self, open_time:int, candle:np.ndarray): self.t = int(np.searchsorted(self.world.tape.times, open_time))
 
-    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray, marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
-        "PROPOSAL, (n,): what was ordered and why; the orders themselves are in the world, which knows what works"
+    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray,
+               marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
+        "ORDER_REQUEST, (n,): what was ordered and why; the orders themselves are in the world, which knows what works"
         state, proposals = self.world.state, self.world.proposals
         state.account[:], state.positions[:] = account, positions
-        if answer is None: answer = np.zeros(len(proposals) * int(self.world.rules.execution["orders"]) * ASKED) # the world knows that nobody was asked
+        # the world knows that nobody was asked
+        if answer is None: answer = np.zeros(len(proposals) * int(self.world.rules.execution["orders"]) * ASKED)
         self.world.step(self.t, answer, self.row, market=False)
         account[:], positions[:] = state.account, state.positions
         for name in ("target", "reason", "value", "limit"): proposals[name] = self.row[name]
@@ -80,7 +86,8 @@ class KernelGate:
 def _fills(trader, state, before, time):
     "Give a trader what the kernel filled"
     for row in state.fills[before:state.count[0]]:
-        trader.on_fill(Fill(trader.symbols[row["symbol"]], float(row["quantity"]), float(row["price"]), float(row["fee"]), int(time), protects=bool(row["protects"])))
+        trader.on_fill(Fill(trader.symbols[row["symbol"]], float(row["quantity"]), float(row["price"]),
+                            float(row["fee"]), int(time), protects=bool(row["protects"])))
 
 
 def _events(policy, market, row, world, journal, observations):
@@ -112,7 +119,7 @@ def _events(policy, market, row, world, journal, observations):
 def _caption(fitted_until, first_time):
     if fitted_until is None: return "nothing was fitted, the policy is a rule"
     where = "out of sample" if first_time > fitted_until else "IN SAMPLE"
-    return f"{where}: fitted on candles until {text(fitted_until)}"
+    return f"{where}: fitted on candles until {format_time(fitted_until)}"
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #650e97cb
 @dataclass(frozen=True)
@@ -135,13 +142,14 @@ def precomputed_targets(
     table = frame[list(symbols)].reindex(pd.to_datetime(times, unit="ms", utc=True))
     first = table.first_valid_index()
     if first is None:
-        raise ValueError(f"no target stands at a candle: the targets begin {frame.index[0]}, the candles {text(times[0])}")
+        raise ValueError(f"no target stands at a candle: the targets begin {frame.index[0]}, the candles "
+                         f"{format_time(times[0])}")
     values = np.array(table.to_numpy(float), order="C")
     values[:table.index.get_loc(first)] = 0.
     wrong = ~(np.abs(values) <= 1.).all(axis=1)
     if wrong.any():
         row = np.argmax(wrong)
-        raise ValueError(f"the target at {text(times[row])} is {values[row].tolist()}: "
+        raise ValueError(f"the target at {format_time(times[row])} is {values[row].tolist()}: "
                          "a target is a number in [-1, 1] at every candle")
     return PrecomputedTargets("targets", flat().function, targets=values)
 
@@ -165,7 +173,7 @@ def _function(policy):
 
 def _named(error, policy, time):
     "The same error, saying where"
-    return type(error)(f"{policy.name} at the candle of {text(time)}: {error}")
+    return type(error)(f"{policy.name} at the candle of {format_time(time)}: {error}")
 
 
 def _vectorised(policy, market, row, world, journal, observations):
@@ -182,15 +190,17 @@ def _vectorised(policy, market, row, world, journal, observations):
             raise _named(error, policy, times[row + (journal["open_time"][:, 0] > 0).sum()]) from error
         code = world.row["code"][0]
         if code != DONE:
-            where = f"at the candle of {text(times[t])}"
+            where = f"at the candle of {format_time(times[t])}"
             raise ValueError(f"{policy.name} answered {answer.tolist()} {where}: {FAULTS[code]}")
         if t == len(times) - 1: return
         world.keep(2 * len(world.state.fills))
 
 
-def _run(policy, data:MarketData, settings:SimulationSettings, row:int, engine:str="vectorised", keep:bool=False, **told)->Result:
+def _run(policy, data:MarketData, settings:SimulationSettings, row:int, engine:str="vectorised", keep:bool=False,
+         **told)->Result:
     "One policy in one market from a row on; `told`: what else its result says of itself"
-    if engine not in ("vectorised", "event"): raise ValueError(f"engine must be 'vectorised' or 'event', was {engine!r}")
+    if engine not in ("vectorised", "event"):
+        raise ValueError(f"engine must be 'vectorised' or 'event', was {engine!r}")
     market = PreparedMarket.from_data(data, Observation.from_policy(policy), settings, policy.orders)
     if policy.orders and market.stale.any():
         raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: "
@@ -213,8 +223,10 @@ SIZED = "held at the policy's size"
 def unlimited(
     n_symbols:int,
 )->Limits:
-    "Limits that let the market be held with all of the equity: once, without a halt or a stop, as far as the account can pay"
-    return Limits(max_position=1., max_leverage=1., leverage=2, min_margin_ratio=0., min_trade=min(.005, .1 / n_symbols), max_participation=None, price_band=None, max_daily_loss=None,
+    """Limits that let the market be held with all of the equity: once, without a halt or a stop, as far as the account
+    can pay"""
+    return Limits(max_position=1., max_leverage=1., leverage=2, min_margin_ratio=0.,
+                  min_trade=min(.005, .1 / n_symbols), max_participation=None, price_band=None, max_daily_loss=None,
                   max_drawdown=1., max_orders=None, stops=NO_STOPS)
 
 
@@ -223,10 +235,12 @@ def baselines_of(
     limits:Limits,  # of the subject
     n_symbols:int,
 )->list:            # (Policy, Limits) each
-    "What a policy is compared with: buy and hold with all of the equity and at the policy's size, everybody else within its limits; nobody with stops"
+    """What a policy is compared with: buy and hold with all of the equity and at the policy's size, everybody else
+    within its limits; nobody with stops"""
     within, pairs = replace(limits, stops=NO_STOPS), []
     for each in policies:
-        if each.function is buy_and_hold().function: pairs += [(fully_invested(), unlimited(n_symbols)), (replace(each, name=SIZED), within)]
+        if each.function is buy_and_hold().function:
+            pairs += [(fully_invested(), unlimited(n_symbols)), (replace(each, name=SIZED), within)]
         else: pairs.append((each, within))
     return pairs
 
@@ -237,7 +251,7 @@ def sources_of(
     "Where candles come from, each source once"
     frames = [candles, *candles.values()] if isinstance(candles, dict) else [candles]
     said = list(dict.fromkeys(filter(None, (str(getattr(frame, "attrs", {}).get("source", "")) for frame in frames))))
-    said.sort(key=lambda source: "synthetic" not in source.lower())             # what nobody paid is never among those left out
+    said.sort(key=lambda source: "synthetic" not in source.lower()) # what nobody paid is never among those left out
     return "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
 
 
@@ -250,19 +264,26 @@ def net_of(
     rates = rates_by_symbol(funding, symbols)
     without = [symbol for symbol in symbols if ":" in symbol and not len(rates.get(symbol, ()))]
     paid = "net of fees and slippage" if costs.taker_fee or costs.slippage else "no fee and no slippage was charged"
-    if not costs.funding and any(":" in symbol for symbol in symbols): return f"{paid}, WITHOUT funding: the costs say so"
-    if without: return f"{paid}, WITHOUT funding: no rates were given{'' if len(without) == len(symbols) else f' for {without[0]}' + (f' and {len(without) - 1} more' if len(without) > 1 else '')}"
+    if not costs.funding and any(":" in symbol for symbol in symbols):
+        return f"{paid}, WITHOUT funding: the costs say so"
+    if without:
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        whose = "" if len(without) == len(symbols) else f" for {without[0]}{more}"
+        return f"{paid}, WITHOUT funding: no rates were given{whose}"
     return "net of costs" if costs.taker_fee or costs.slippage else paid
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #66174798
 def backtest(
-    policy,                      # a Policy, a run with `policy`, `costs`, `limits`, `instruments`, or a table of targets by open time and symbol
+    # a Policy, a run with `policy`, `costs`, `limits`, `instruments`, or a table of targets by open time and symbol
+    policy,
     candles,                     # a frame, or a dict of frames by symbol
-    start=None,                  # a time, the first candle to decide on; those before it are the warm-up. Default: right after the warm-up
+    # a time, the first candle to decide on; those before it are the warm-up. Default: right after the warm-up
+    start=None,
     *,
     costs:CostModel|None=None,
     limits:Limits|None=None,
-    instruments:tuple|None=None, # one per symbol; default: the run's, else `market.filters.instruments_for` looks them up
+    # one per symbol; default: the run's, else `market.filters.instruments_for` looks them up
+    instruments:tuple|None=None,
     execution:Execution=Execution(), # how targets become orders
     funding=None,                # Series of rates by UTC time, or a dict of them by symbol
     extra:Mapping|None=None,     # frames by symbol that features look at and nobody trades
@@ -279,13 +300,17 @@ def backtest(
     check_series(getattr(run, "config", {}).get("series"), series or {})
     if isinstance(policy, (pd.Series, pd.DataFrame)):
         table = by_time(policy, candles, data.frames[data.symbols[0]].index)
-        policy, said = precomputed_targets(table, data.times, data.symbols), "targets were given: what they saw is not known"
+        policy = precomputed_targets(table, data.times, data.symbols)
+        said = "targets were given: what they saw is not known"
     else: policy, said = getattr(policy, "policy", policy), ""
-    settings = SimulationSettings(costs or getattr(run, "costs", CostModel()), limits or getattr(run, "limits", Limits()), execution, deposit)
+    settings = SimulationSettings(costs or getattr(run, "costs", CostModel()),
+                                  limits or getattr(run, "limits", Limits()), execution, deposit)
     warm = [Observation.from_policy(each, data.timeframe).warm_up for each in (policy, *baselines)]
     row = first_row(data.times, start, max(settings.warm_up, *warm))
     caption = said or _caption(getattr(run, "fitted_until", None), data.times[row])
-    if data.holes: caption += f"; {data.holes} hole{'s' * (data.holes > 1)} in the candles carried through, {data.missing:,} candles missing"
+    if data.holes:
+        caption += (f"; {data.holes} hole{'s' * (data.holes > 1)} in the candles carried through, {data.missing:,} "
+                    "candles missing")
     told = dict(source=sources_of(candles), caption=caption, net=net_of(data.symbols, funding, settings.costs))
     compared = {}
     for each, within in baselines_of(baselines, settings.limits, len(data.symbols)):

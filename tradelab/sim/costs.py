@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..account import decimal8, round_price
-from ..compiled import bare, compiled
+from ..compiled import compiled, inlined
 from ..events import CLOSE, VOLUME
 from ..settings import COST_WINDOWS, CostModel
 
 # %% ../../nbs/50_sim/01_costs.ipynb #9bbd8b48
-@bare
+@inlined
 def fee(
     price,     # quote per base, of the fill
     quantity,  # signed base units
@@ -30,7 +30,8 @@ def fee(
 # %% ../../nbs/50_sim/01_costs.ipynb #968cd615
 FAST, SLOW = COST_WINDOWS
 NARROWEST, WIDEST = .25, 16. # times the usual spread
-CONDITION = np.dtype([("spread", "f8"), ("volatility", "f8"), ("volume", "f8")]) # half spread and volatility of a candle as fractions, base units traded in a candle
+# half spread and volatility of a candle as fractions, base units traded in a candle
+CONDITION = np.dtype([("spread", "f8"), ("volatility", "f8"), ("volume", "f8")])
 
 # %% ../../nbs/50_sim/01_costs.ipynb #695461d2
 @compiled
@@ -46,7 +47,8 @@ def window_means(
         place = numbers[t] % width
         head = values[t] if place == 0 or t == 0 or numbers[t] != numbers[t - 1] + 1 else head + values[t]
         if t < width - 1: pass
-        elif numbers[t] - numbers[t - width + 1] == width - 1: means[t] = (head + (suffix[place + 1] if place < width - 1 else 0.)) / width
+        elif numbers[t] - numbers[t - width + 1] == width - 1:
+            means[t] = (head + (suffix[place + 1] if place < width - 1 else 0.)) / width
         else:                                           # a hole is inside: added up by itself
             total = 0.
             for k in range(t - width + 1, t + 1): total += values[k]
@@ -69,25 +71,30 @@ def conditions(
     numbers = times // np.diff(times).min()
     for n in range(candles.shape[1]):
         squares = np.diff(np.log(candles[:, n, CLOSE]), prepend=np.nan)
-        quick, usual = (np.sqrt(np.append(np.nan, window_means(squares[1:] ** 2, numbers[1:], width))) for width in (FAST, SLOW))
-        now, traded = (window_means(np.ascontiguousarray(candles[:, n, VOLUME]), numbers, width) for width in (FAST, SLOW))
+        quick, usual = (np.sqrt(np.append(np.nan, window_means(squares[1:] ** 2, numbers[1:], width)))
+                        for width in (FAST, SLOW))
+        now, traded = (window_means(np.ascontiguousarray(candles[:, n, VOLUME]), numbers, width)
+                       for width in (FAST, SLOW))
         with np.errstate(divide="ignore", invalid="ignore"):
-            wider = np.where(usual > 0, quick / usual, 1.) ** costs.spread_volatility * np.where(traded > 0, traded / now, 1.) ** costs.spread_volume
+            wider = (np.where(usual > 0, quick / usual, 1.) ** costs.spread_volatility * np.where(traded > 0,
+                traded / now, 1.) ** costs.spread_volume)
         rows["spread"][:, n] = costs.slippage * np.clip(wider, NARROWEST, WIDEST)
         rows["volatility"][:, n], rows["volume"][:, n] = quick, now
     return rows
 
 # %% ../../nbs/50_sim/01_costs.ipynb #f763b5f1
-BOOK = np.dtype([("pressure", "f8"), ("taken", "f8"), ("waited", "f8"), ("piece", "f8"), ("active", "i8")]) # net base units traded that the price still feels; base units taken of this candle; what a style remembers; active: whether an order or a style has to be looked at
+# net base units traded that the price still feels; base units taken of this candle; what a style remembers; active:
+# whether an order or a style has to be looked at
+BOOK = np.dtype([("pressure", "f8"), ("taken", "f8"), ("waited", "f8"), ("piece", "f8"), ("active", "i8")])
 MOST = .25               # of the price: an impact beyond it is not a model's business
 FORGOTTEN = 1e-20        # base units, far below what can be ordered; below 1e-308 a processor is slow
 
 
-@bare
+@inlined
 def potential(pressure): return 2. / 3. * abs(pressure) * np.sqrt(abs(pressure))
 
 # %% ../../nbs/50_sim/01_costs.ipynb #462f3f90
-@bare
+@inlined
 def displacement(
     pressure,   # net base units, before
     quantity,   # signed base units; not 0
@@ -95,11 +102,12 @@ def displacement(
     costs,      # a row of COSTS
 )->float:       # fraction of the price
     "The mean displacement over the way of a fill"
-    moved = costs["impact"] * condition["volatility"] / np.sqrt(condition["volume"]) * (potential(pressure + quantity) - potential(pressure)) / quantity
+    moved = (costs["impact"] * condition["volatility"] / np.sqrt(condition["volume"]) * (potential(pressure + quantity)
+        - potential(pressure)) / quantity)
     return min(max(moved, -MOST), MOST)
 
 
-@bare
+@inlined
 def fade(book, costs):
     "A candle later the displacement is smaller, and nothing is taken yet"
     book["taken"] = 0.
@@ -107,7 +115,7 @@ def fade(book, costs):
     else: book["pressure"] *= costs["impact_kept"]
 
 # %% ../../nbs/50_sim/01_costs.ipynb #a5826049
-@bare
+@inlined
 def paid(
     met,         # quote per base: what the market shows
     quantity,    # signed base units
@@ -142,7 +150,8 @@ def _regressor(quantity, candle, volatility, volume, half_life):
     pressure, result = 0., np.zeros(len(quantity))
     for i in range(len(quantity)):
         if i: pressure *= 4. ** (-(candle[i] - candle[i - 1]) / half_life)
-        result[i] = np.sign(quantity[i]) * volatility[i] / np.sqrt(volume[i]) * (potential(pressure + quantity[i]) - potential(pressure)) / quantity[i]
+        result[i] = (np.sign(quantity[i]) * volatility[i] / np.sqrt(volume[i]) * (potential(pressure + quantity[i])
+            - potential(pressure)) / quantity[i])
         pressure += quantity[i]
     return result
 
@@ -159,7 +168,9 @@ class Calibration:
 
     def costs(self, like:CostModel=CostModel())->CostModel:
         "A cost model with these coefficients, the rest as in another"
-        return CostModel(**{**{name: getattr(like, name) for name in CostModel.__dataclass_fields__}, "slippage": max(self.slippage, 0.), "impact": max(self.impact, 0.), "impact_half_life": self.impact_half_life})
+        return CostModel(**{**{name: getattr(like, name) for name in CostModel.__dataclass_fields__},
+                            "slippage": max(self.slippage, 0.), "impact": max(self.impact, 0.),
+                            "impact_half_life": self.impact_half_life})
 
 # %% ../../nbs/50_sim/01_costs.ipynb #853ef329
 def _least_squares(target, regressor):
@@ -177,14 +188,18 @@ def calibrate(
     volume:np.ndarray,     # (m,), base units traded in a candle
 )->Calibration:
     "Spread, impact and its half-life from takers' fills; ValueError for too few"
-    quantity, met, price, candle, volatility, volume = (np.ascontiguousarray(each, float) for each in (quantity, met, price, candle, volatility, volume))
+    quantity, met, price, candle, volatility, volume = (np.ascontiguousarray(each, float) for each in (quantity, met,
+        price, candle, volatility, volume))
     if len(quantity) < 30: raise ValueError(f"{len(quantity)} fills are too few to calibrate on: at least 30")
     good = np.isfinite(quantity * met * price * volatility * volume) & (quantity != 0) & (met > 0) & (volume > 0)
-    if not good.all(): raise ValueError(f"fill {int(np.argmin(good))} has a quantity, price, volatility or volume that is 0 or not a number: leave it out")
+    if not good.all():
+        raise ValueError(f"fill {int(np.argmin(good))} has a quantity, price, volatility or volume that is 0 or not a "
+                         "number: leave it out")
     target = np.sign(quantity) * (price / met - 1.)
     trial = lambda half_life: _least_squares(target, _regressor(quantity, candle, volatility, volume, half_life))
     lives = np.geomspace(1 / 3, 100., 200)
     life = float(lives[int(np.argmin([trial(each)[1] for each in lives]))])
     solved, left, columns = trial(life)
     errors = np.sqrt(np.diag(np.linalg.pinv(columns.T @ columns)) * left / (len(target) - 2))
-    return Calibration(float(solved[0]), float(errors[0]), float(solved[1]), float(errors[1]), life, 1. - left / float(((target - target.mean()) ** 2).sum()))
+    return Calibration(float(solved[0]), float(errors[0]), float(solved[1]), float(errors[1]), life,
+                       1. - left / float(((target - target.mean()) ** 2).sum()))

@@ -7,13 +7,13 @@ __all__ = ['threatened', 'worst_of', 'cushion', 'liquidation_share', 'liquidate'
 
 # %% ../../nbs/50_sim/03_margin.ipynb #f3575192
 from ..account import apply_fill, decimal8, maintenance_margin, wallet
-from ..compiled import apart, bare
+from ..compiled import inlined, outlined
 from ..events import HIGH, LOW, OPEN
 from .matching import LIQUIDATION, NONE, STOP, TRAILING, side_of, write_fill
 from ..trader import record_fill
 
 # %% ../../nbs/50_sim/03_margin.ipynb #bd7055cd
-@bare
+@inlined
 def threatened(
     state,   # State
     prices,  # (n, 5), of the candle
@@ -27,13 +27,13 @@ def threatened(
     return left <= gross
 
 # %% ../../nbs/50_sim/03_margin.ipynb #d5670cc1
-@bare
+@inlined
 def worst_of(held, prices):
     "The extreme of a candle that hurts"
     return prices[LOW] if held > 0. else prices[HIGH]
 
 
-@bare
+@inlined
 def cushion(
     state,   # State
     rules,   # Rules
@@ -46,11 +46,12 @@ def cushion(
         held, opened = state.positions[n]["quantity"], prices[n, OPEN]
         if held == 0.: continue
         price = opened + share * (worst_of(held, prices[n]) - opened)
-        left += held * (price - state.positions[n]["entry_price"]) - maintenance_margin(abs(held) * price, rules.instruments[n])
+        left += (held * (price - state.positions[n]["entry_price"]) - maintenance_margin(abs(held) * price,
+            rules.instruments[n]))
     return left
 
 
-@apart
+@outlined
 def liquidation_share(state, rules, prices):
     "The share of the way to the worst at which the exchange takes over: 0 at the open, 2 where it does not"
     if cushion(state, rules, prices, 1.) > 0.: return 2.
@@ -63,7 +64,7 @@ def liquidation_share(state, rules, prices):
     return high
 
 # %% ../../nbs/50_sim/03_margin.ipynb #b47536ae
-@apart
+@outlined
 def liquidate(state, rules, row, candle, share):
     "Close everything at a share of the way to the worst, and cancel all orders"
     left, charges = wallet(state.account), 0.
@@ -84,7 +85,7 @@ def liquidate(state, rules, row, candle, share):
         write_fill(state, candle.time, n, -held, price, charged, 0, price, price, 0., 0., LIQUIDATION, 0)
 
 # %% ../../nbs/50_sim/03_margin.ipynb #6054475d
-@apart
+@outlined
 def stop_share(state, candle):
     "The share of the way to the worst at which the first stop of a position lies, 2 where there is none"
     first = 2.
@@ -94,7 +95,8 @@ def stop_share(state, candle):
         way = worst_of(held, candle.prices[n]) - opened
         for k in range(state.orders.shape[1]):
             order = state.orders[n, k]
-            if (order["kind"] == STOP or order["kind"] == TRAILING) and order["delay"] == 0 and side_of(order) * held < 0. and way != 0.:
+            if ((order["kind"] == STOP or order["kind"] == TRAILING) and order["delay"] == 0
+                and side_of(order) * held < 0. and way != 0.):
                 share = (order["trigger"] - opened) / way
                 if 0. <= share < first: first = share
     return first

@@ -14,7 +14,7 @@ from collections import namedtuple
 import numpy as np
 
 from ..account import apply_fill, decimal8, round_price, round_quantity
-from ..compiled import apart, bare
+from ..compiled import inlined, outlined
 from ..events import CLOSE, HIGH, LOW, OPEN, VOLUME
 from ..orders import FILL, WORKING, Kind, TimeInForce
 from ..risk.stops import enter, levels
@@ -22,9 +22,12 @@ from .costs import BOOK, fee, paid
 from ..trader import record_fill
 
 # %% ../../nbs/50_sim/02_matching.ipynb #80a533fc
-State = namedtuple("State", "account positions orders books fills count")    # ACCOUNT (1,), POSITION (n,), WORKING (n, places), BOOK (n,), FILL (capacity,), int64 (1,)
-Rules = namedtuple("Rules", "costs limits instruments execution")            # rows of COSTS and LIMITS, INSTRUMENT (n,), a row of EXECUTION
-Candle = namedtuple("Candle", "time prices conditions market")               # open time ms, (n, 5), CONDITION (n,) and MARKET (n,) as they were known before it
+# ACCOUNT (1,), POSITION (n,), WORKING (n, places), BOOK (n,), FILL (capacity,), int64 (1,)
+State = namedtuple("State", "account positions orders books fills count")
+# rows of COSTS and LIMITS, INSTRUMENT (n,), a row of EXECUTION
+Rules = namedtuple("Rules", "costs limits instruments execution")
+# open time ms, (n, 5), CONDITION (n,) and MARKET (n,) as they were known before it
+Candle = namedtuple("Candle", "time prices conditions market")
 
 NONE, MARKET, LIMIT, STOP, TAKE_PROFIT, TRAILING, LIQUIDATION = (int(kind) for kind in Kind)
 GTC, IOC, FOK, GTX = (int(each) for each in TimeInForce)
@@ -39,22 +42,24 @@ def new_state(
 )->State:
     "Nothing works yet, nothing was filled"
     n, places = len(positions), 1 + int(execution["orders"]) + 3 * int(execution["protect"])
-    return State(account, positions, np.zeros((n, places), WORKING), np.zeros(n, BOOK), np.zeros(max(capacity, n * (places + EACH)), FILL), np.zeros(1, np.int64))
+    return State(account, positions, np.zeros((n, places), WORKING), np.zeros(n, BOOK),
+                 np.zeros(max(capacity, n * (places + EACH)), FILL), np.zeros(1, np.int64))
 
 # %% ../../nbs/50_sim/02_matching.ipynb #4aadc9a7
-@bare
+@inlined
 def put(order, kind, quantity, price, trigger, in_force, reduce_only, decision, rules):
     "Write an order into a place"
-    order["kind"], order["quantity"], order["price"], order["trigger"], order["in_force"], order["reduce_only"] = kind, quantity, price, trigger, in_force, reduce_only
+    order["kind"], order["quantity"], order["price"], order["trigger"], order["in_force"], order["reduce_only"] = (kind,
+        quantity, price, trigger, in_force, reduce_only)
     order["callback"], order["left"], order["decision"], order["rests"], order["protects"] = 0., np.inf, decision, 0, 0
     order["delay"] = int(rules.costs["latency"])
 
 
-@bare
+@inlined
 def side_of(order): return 1. if order["quantity"] > 0. else -1.
 
 
-@bare
+@inlined
 def awake(
     order,  # a row of WORKING
     price,  # that the market has reached
@@ -64,13 +69,13 @@ def awake(
     return away <= 0. if order["kind"] == TAKE_PROFIT else away >= 0.
 
 
-@bare
+@inlined
 def wake(order):
     "It is a market or a limit order from here on"
     order["kind"] = LIMIT if order["price"] > 0. else MARKET
 
 # %% ../../nbs/50_sim/02_matching.ipynb #7f4cd554
-@bare
+@inlined
 def taken(
     order,       # a row of WORKING
     held,        # signed base units
@@ -92,24 +97,26 @@ def taken(
     return quantity if abs(quantity) >= instrument["min_quantity"] else 0.
 
 # %% ../../nbs/50_sim/02_matching.ipynb #12ac0b19
-@bare
+@inlined
 def write_fill(state, time, n, quantity, price, charged, maker, met, decision, spread, impact, kind, protects):
     "Keep a fill, if there is a place for it"
     i = state.count[0]
     if i >= len(state.fills): return
     row, state.count[0] = state.fills[i], i + 1
-    row["open_time"], row["symbol"], row["quantity"], row["price"], row["fee"], row["maker"], row["met"] = time, n, quantity, price, charged, maker, met
-    row["decision"], row["spread"], row["impact"], row["kind"], row["protects"] = decision, spread, impact, kind, protects
+    row["open_time"], row["symbol"], row["quantity"], row["price"], row["fee"], row["maker"], row["met"] = (time, n,
+        quantity, price, charged, maker, met)
+    row["decision"], row["spread"], row["impact"], row["kind"], row["protects"] = (decision, spread, impact, kind,
+        protects)
 
 # %% ../../nbs/50_sim/02_matching.ipynb #7b142600
-@bare
+@inlined
 def expire(orders):
     "A position is gone, and with it what could only reduce it"
     for k in range(len(orders)):
         if orders[k]["reduce_only"] != 0: orders[k]["kind"] = NONE
 
 # %% ../../nbs/50_sim/02_matching.ipynb #4f2c74f2
-@apart
+@outlined
 def fill(
     state,    # State, changed
     rules,    # Rules
@@ -123,17 +130,22 @@ def fill(
 )->bool:      # whether anything was filled
     "Trade what can be traded of an order"
     position, book, instrument = state.positions[n], state.books[n], rules.instruments[n]
-    quantity, price, spread, impact = taken(order, position["quantity"], candle.prices[n, VOLUME], book, rules.costs, instrument), met, 0., 0.
+    quantity = taken(order, position["quantity"], candle.prices[n, VOLUME], book, rules.costs, instrument)
+    price = met
+    spread = 0.
+    impact = 0.
     if quantity == 0.:
         if order["reduce_only"] != 0 and order["quantity"] * position["quantity"] >= 0.: order["kind"] = NONE
         return False
-    if not maker: price, spread, impact = paid(met, quantity, book["pressure"], candle.conditions[n], rules.costs, instrument)
+    if not maker:
+        price, spread, impact = paid(met, quantity, book["pressure"], candle.conditions[n], rules.costs, instrument)
     if order["kind"] == LIMIT and side_of(order) * (price - order["price"]) > 0.: return False
     charged, notional = fee(price, quantity, maker, rules.costs), abs(quantity) * met
     if order["protects"] != 0: position["stopped"] = -side_of(order)
     apply_fill(state.account, state.positions, n, quantity, price, charged)
     record_fill(row, n, quantity, price, charged)
-    write_fill(state, candle.time, n, quantity, price, charged, maker, met, order["decision"], spread * notional, impact * notional, kind, order["protects"])
+    write_fill(state, candle.time, n, quantity, price, charged, maker, met, order["decision"], spread * notional,
+               impact * notional, kind, order["protects"])
     book["taken"] += abs(quantity)
     if not maker and rules.costs["impact"] > 0.: book["pressure"] += quantity
     order["quantity"] = decimal8(order["quantity"] - quantity)
@@ -142,7 +154,7 @@ def fill(
     return True
 
 # %% ../../nbs/50_sim/02_matching.ipynb #e3367f90
-@bare
+@inlined
 def meets_open(state, rules, row, n, order, candle):
     "One order at the first price of a candle"
     opened, kind, met, maker = candle.prices[n, OPEN], order["kind"], 0., False
@@ -150,7 +162,9 @@ def meets_open(state, rules, row, n, order, candle):
     limit = order["kind"] == LIMIT
     if order["kind"] == MARKET: met = opened
     elif limit:
-        beyond = side_of(order) * (order["price"] - opened * (1. + side_of(order) * candle.conditions[n]["spread"] * rules.costs["spread_scale"])) if order["rests"] == 0 else side_of(order) * (order["price"] - opened)
+        beyond = (side_of(order) * (order["price"] - opened * (1. + side_of(order) * candle.conditions[n]["spread"]
+                                                               * rules.costs["spread_scale"])) if order["rests"] == 0
+                                                               else side_of(order) * (order["price"] - opened))
         if beyond > 0. or (beyond == 0. and order["in_force"] != GTX):
             if order["rests"] != 0: met, maker = order["price"], True
             elif order["in_force"] == GTX: order["kind"] = NONE
@@ -160,7 +174,7 @@ def meets_open(state, rules, row, n, order, candle):
     order["rests"] = 1
 
 
-@bare
+@inlined
 def at_open(state, rules, row, n, candle):
     "The orders of a symbol at the first price of a candle"
     for k in range(state.orders.shape[1]):
@@ -170,7 +184,7 @@ def at_open(state, rules, row, n, candle):
         else: meets_open(state, rules, row, n, order, candle)
 
 # %% ../../nbs/50_sim/02_matching.ipynb #a42f0257
-@bare
+@inlined
 def lies_at(
     order,  # a row of WORKING
     start,  # quote per base, of the leg
@@ -187,11 +201,11 @@ def lies_at(
     return level if direction * (level - start) >= 0. else start
 
 
-@bare
+@inlined
 def urgency(kind): return 0 if kind == STOP or kind == TRAILING else 1 if kind == LIMIT else 2
 
 
-@apart
+@outlined
 def next_on(
     orders,  # WORKING, (places,)
     done,    # bits of those that this leg has met
@@ -204,21 +218,23 @@ def next_on(
         level = lies_at(orders[k], start, end)
         if np.isnan(level): continue
         nearer = abs(level - start) - abs(at - start)
-        if best < 0 or nearer < 0. or (nearer == 0. and urgency(orders[k]["kind"]) < urgency(orders[best]["kind"])): best, at = k, level
+        if best < 0 or nearer < 0. or (nearer == 0. and urgency(orders[k]["kind"]) < urgency(orders[best]["kind"])):
+            best, at = k, level
     return best, at
 
 # %% ../../nbs/50_sim/02_matching.ipynb #455f3666
-@apart
+@outlined
 def meets(state, rules, row, n, order, price, candle):
     "An order on the way of the price"
     kind = order["kind"]
     if kind == LIMIT: fill(state, rules, row, n, order, order["price"], True, kind, candle)
     else:
         wake(order)
-        if order["kind"] == MARKET or side_of(order) * (price - order["price"]) <= 0.: fill(state, rules, row, n, order, price, False, kind, candle)
+        if order["kind"] == MARKET or side_of(order) * (price - order["price"]) <= 0.:
+            fill(state, rules, row, n, order, price, False, kind, candle)
 
 
-@apart
+@outlined
 def trail(orders, price, instrument):
     "Trailing stops follow the price that a leg has reached"
     for k in range(len(orders)):
@@ -229,7 +245,7 @@ def trail(orders, price, instrument):
         if side * (level - order["trigger"]) < 0. or order["trigger"] == 0.: order["trigger"] = level
 
 
-@apart
+@outlined
 def leg(state, rules, row, n, start, end, candle):
     "Everything that happens between two prices"
     done, orders = 0, state.orders[n]
@@ -242,7 +258,7 @@ def leg(state, rules, row, n, start, end, candle):
     trail(orders, end, rules.instruments[n])
 
 # %% ../../nbs/50_sim/02_matching.ipynb #1d9e6f22
-@apart
+@outlined
 def guard(state, rules, n, candle):
     "Stop, target and trailing stop of a position, as orders"
     position, orders = state.positions[n], state.orders[n]
@@ -260,7 +276,7 @@ def guard(state, rules, n, candle):
             order["delay"], order["rests"], order["protects"] = 0, 1, 1
 
 # %% ../../nbs/50_sim/02_matching.ipynb #8a89a9c5
-@bare
+@inlined
 def bad_first(position, orders):
     "Whether the high comes before the low: for who is short, and for who is flat and buys on the way"
     held = position["quantity"]
@@ -269,7 +285,7 @@ def bad_first(position, orders):
     return held < 0.
 
 
-@apart
+@outlined
 def walk(state, rules, row, n, candle):
     "The way of a symbol through a candle, after its open"
     prices, orders = candle.prices[n], state.orders[n]

@@ -22,7 +22,7 @@ from ..settings import CostModel, Execution, Limits
 from .kernel import Tape, World, rules_of, tape_of
 from .matching import Rules, new_state
 from ..sources.exogenous import with_series
-from ..times import moment, text
+from ..times import format_time, to_ms
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #2da4d317
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def funding_rates(
     last, found = times[-1] + period_of(times), []
     for symbol, series in rates_by_symbol(funding, symbols).items():
         due = series.index.as_unit("ms").asi8 // 60_000 * 60_000  # exchanges stamp it up to a second late
-        rows = np.searchsorted(times, due) - 1  # the last candle open before: who held at its close pays, also in a hole
+        rows = np.searchsorted(times, due) - 1 # the last candle open before: who held at its close pays, also in a hole
         inside = (rows >= 0) & (due <= last)
         order = np.argsort(due[inside], kind="stable")
         rows = rows[inside][order]
@@ -84,7 +84,7 @@ def market_data(
     known_instruments=(),  # of a run: taken where the caller names none
     gaps:bool=False,       # carry holes in the candles through; otherwise the first one is refused
 )->MarketData:
-    "Everything about a market that no policy changes. BadCandles where the candles do not fit together"
+    "Everything about a market that no policy changes. CandleError where the candles do not fit together"
     frames, symbols = frames_of(candles, with_series(extra, series, candles), funding, gaps)
     times, known, _ = matrix(frames, KNOWN)
     traded = {symbol: frames[symbol] for symbol in symbols}
@@ -130,16 +130,17 @@ def first_row(
     warm_up:int,       # candles
 )->int:
     "The row of the first decision; ValueError where nothing is left to decide on, or too little before it"
-    row = warm_up if start is None else int(np.searchsorted(times, moment(start)))
+    row = warm_up if start is None else int(np.searchsorted(times, to_ms(start)))
     if row >= len(times) - 1:
-        raise ValueError(f"no candles to decide on: {len(times)} candles until {text(times[-1])}, the first decision "
+        raise ValueError(f"no candles to decide on: {len(times)} candles until {format_time(times[-1])}, the "
+                         "first decision "
                          f"would be candle {row + 1}: give more candles or an earlier start")
     if row >= warm_up: return row
     if warm_up >= len(times):
         raise ValueError(f"{len(times)} candles are too few, features and limits need {warm_up} to warm up: "
                          "give a longer history")
     raise ValueError(f"start={start} leaves {row} candles of warm-up, features and limits need {warm_up}: "
-                     f"give candles from before, or start at {text(times[warm_up])} or later")
+                     f"give candles from before, or start at {format_time(times[warm_up])} or later")
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa021
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,8 @@ class PreparedMarket:
     rules:Rules              # costs, limits, instruments and execution as rows
 
     @classmethod
-    def from_data(cls, data:MarketData, observation:Observation, settings:SimulationSettings=SimulationSettings(), order_slots:int=0):
+    def from_data(cls, data:MarketData, observation:Observation, settings:SimulationSettings=SimulationSettings(),
+                  order_slots:int=0):
         "The market of a policy; `order_slots`: orders per symbol that it answers with, 0 where it answers with targets"
         observation = observation.for_symbols(data.symbols, data.timeframe)
         seen = observed_candles(observation, data.known, tuple(data.frames))

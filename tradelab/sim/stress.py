@@ -48,7 +48,10 @@ def wide_spread(scene, result): return replace(scene, costs=replace(scene.costs,
 
 def thin_market(scene, result):
     "A tenth is traded, and nobody gets more than a tenth of that"
-    return replace(scene, candles={symbol: frame.assign(volume=frame["volume"] / 10) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or .1, impact=scene.costs.impact or 1.))
+    return replace(scene, candles={symbol: frame.assign(volume=frame["volume"] / 10) for symbol,
+                                   frame in scene.candles.items()},
+                                   costs=replace(scene.costs, participation=scene.costs.participation or .1,
+                                                 impact=scene.costs.impact or 1.))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #8cf304e1
 def dear_funding(scene, result):
@@ -56,7 +59,8 @@ def dear_funding(scene, result):
     held = result.journal.groupby(["symbol", "open_time"])["position"].last()
     rates = {}
     for symbol, frame in scene.candles.items():
-        due = pd.date_range(frame.index[0].ceil("8h"), frame.index[-1] + pd.Timedelta(period_of(times(frame)), "ms"), freq="8h")
+        due = pd.date_range(frame.index[0].ceil("8h"), frame.index[-1] + pd.Timedelta(period_of(times(frame)), "ms"),
+                            freq="8h")
         own = held[symbol] if symbol in held.index.get_level_values(0) else held.iloc[:0].droplevel(0)
         rows = own.index.searchsorted(due) - 1              # the candle at whose close it is due
         side = np.where(rows >= 0, np.sign(np.append(own.to_numpy(float), 0.))[rows], 0.)
@@ -69,7 +73,9 @@ def gap(scene, result):
     rows = result.journal.assign(size=lambda journal: journal["position"] * journal["close"] / journal["equity"])
     worst = rows["size"].abs().to_numpy().argmax()
     at, against = rows.index[worst], -np.sign(rows["size"].iloc[worst])
-    return replace(scene, candles={symbol: _prices(frame, 1 + GAP * against, slice(int(frame.index.searchsorted(at, "right")), None)) for symbol, frame in scene.candles.items()})
+    return replace(scene,
+                   candles={symbol: _prices(frame, 1 + GAP * against, slice(int(frame.index.searchsorted(at, "right")),
+        None)) for symbol, frame in scene.candles.items()})
 
 # %% ../../nbs/50_sim/08_stress.ipynb #199469eb
 def away(scene, result):
@@ -79,13 +85,16 @@ def away(scene, result):
         number = (times(frame) - times(frame)[0]) // period_of(times(frame))
         volume[number % EVERY < AWAY] = 0.
         return frame.assign(volume=volume)
-    return replace(scene, candles={symbol: silent(frame) for symbol, frame in scene.candles.items()}, costs=replace(scene.costs, participation=scene.costs.participation or 1.))
+    return replace(scene, candles={symbol: silent(frame) for symbol, frame in scene.candles.items()},
+                   costs=replace(scene.costs, participation=scene.costs.participation or 1.))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #fc9ecc14
 def late(scene, result): return replace(scene, costs=replace(scene.costs, latency=scene.costs.latency + 2))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #da634da8
-SCENARIOS = {"spread x 5": wide_spread, "volume / 10": thin_market, f"funding {FUNDING_CAP:.2%} against us": dear_funding, f"gap of {GAP:.0%} against the largest position": gap,
+SCENARIOS = {"spread x 5": wide_spread, "volume / 10": thin_market,
+             f"funding {FUNDING_CAP:.2%} against us": dear_funding, f"gap of {GAP:.0%} against the largest position":
+             gap,
              f"exchange away {AWAY} of {EVERY} candles": away, "orders 2 candles late": late}
 
 # %% ../../nbs/50_sim/08_stress.ipynb #b9c3a802
@@ -100,27 +109,40 @@ class Stress:
         rows = {}
         for name, result in self.results.items():
             numbers, fills = result.summary(), result.fills
-            rows[name] = {"Total return [%]": 100 * numbers.total_return, "Max drawdown [%]": 100 * numbers.max_drawdown, "Sharpe ratio [annual]": numbers.sharpe, "Fills [count]": len(fills),
-                          "Fees [quote]": numbers.fees, "Spread and impact [quote]": float((fills["spread"] + fills["impact"]).sum()), "Funding [quote]": numbers.funding}
+            rows[name] = {"Total return [%]": 100 * numbers.total_return,
+                          "Max drawdown [%]": 100 * numbers.max_drawdown, "Sharpe ratio [annual]": numbers.sharpe,
+                          "Fills [count]": len(fills),
+                          "Fees [quote]": numbers.fees,
+                          "Spread and impact [quote]": float((fills["spread"] + fills["impact"]).sum()),
+                          "Funding [quote]": numbers.funding}
         return pd.DataFrame(rows).T
 
     def halted(self)->str:
         "In which scenarios trading was halted, since when and why; a line each"
-        return "\n".join(f"{name}: {halted_text(result.journal)}" for name, result in self.results.items() if len(halts(result.journal)))
+        return "\n".join(f"{name}: {halted_text(result.journal)}" for name, result in self.results.items()
+                         if len(halts(result.journal)))
 
     def plot(self):
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-        for number, (name, result) in enumerate(self.results.items()): axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2., label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number else INK)
+        for number, (name, result) in enumerate(self.results.items()):
+            axis.plot(result.equity.index, result.equity / result.equity.iloc[0], lw=1. if number else 2.,
+                      label=figure_text(name) + (", halted" if len(halts(result.journal)) else ""), color=None if number
+                      else INK)
         axis.set_ylabel("Equity [x start]")
         axis.set_xlabel("Time [UTC]")
         caption(axis, self.caption)
         axis.legend(frameon=False, fontsize=8)
         return finished(figure)
 
-    def __str__(self): return f"{self.caption}\n" + (f"{self.halted()}\n" if self.halted() else "") + self.table().to_string(float_format="{:,.2f}".format)
-    def _repr_html_(self): return f"<p>{html_text(self.caption)}<br>{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>" + self.table().to_html(border=0, float_format="{:,.2f}".format)
+    def __str__(self):
+        return (f"{self.caption}\n" + (f"{self.halted()}\n" if self.halted() else "")
+                + self.table().to_string(float_format="{:,.2f}".format))
+    def _repr_html_(self):
+        return (f"<p>{html_text(self.caption)}<br>"
+                f"{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>"
+                + self.table().to_html(border=0, float_format="{:,.2f}".format))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #9f31dd89
 def stress(
@@ -139,10 +161,12 @@ def stress(
                        known_instruments=getattr(policy, "instruments", ()), gaps=gaps)
     costs = costs or getattr(policy, "costs", CostModel())
     settings["instruments"] = data.instruments # of the market as it was: a price that jumps changes no tick
-    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None, baselines=(), gaps=gaps, **settings)
+    run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None,
+                                 baselines=(), gaps=gaps, **settings)
     frames = {symbol: data.frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in data.symbols}
     plain = Scene(frames, rates_by_symbol(funding, data.symbols), costs)
     first = run(plain)
     source = sources_of(candles)
-    said = f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}" + (", SYNTHETIC prices" if "synthetic" in source.lower() else "")
+    said = (f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}"
+            + (", SYNTHETIC prices" if "synthetic" in source.lower() else ""))
     return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, said)

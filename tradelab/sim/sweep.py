@@ -15,7 +15,7 @@ import pandas as pd
 from numba import types
 
 from ..account import decimal8, round_price, round_quantity
-from ..compiled import apart, bare
+from ..compiled import inlined, outlined
 from ..evaluation.metrics import YEAR
 from ..events import CLOSE, OPEN
 from ..features.observation import Observation
@@ -27,13 +27,15 @@ from .backtest import WORLDS
 from .kernel import DONE, FAULTS, TARGET, opened, steps
 from .prepared import PreparedMarket, SimulationSettings, first_row, market_data
 from ..texts import figure_text, html_text
-from ..times import text
+from ..times import format_time
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #a1d43afd
-SUMS = np.dtype([("last", "f8"), ("count", "f8"), ("returns", "f8"), ("squares", "f8"), ("peak", "f8"), ("keeps", "f8"), ("traded", "f8"), ("fills", "f8")]) # keeps: what the worst drawdown left of the peak, a fraction
+# keeps: what the worst drawdown left of the peak, a fraction
+SUMS = np.dtype([("last", "f8"), ("count", "f8"), ("returns", "f8"), ("squares", "f8"), ("peak", "f8"), ("keeps", "f8"),
+                 ("traded", "f8"), ("fills", "f8")])
 
 
-@bare
+@inlined
 def add(sums, equity):
     "One more equity"
     moved = equity / sums["last"] - 1.
@@ -50,7 +52,7 @@ SUM = numba.from_dtype(SUMS)
 SWEEP = types.int64(types.float64[:, ::1], types.int64, WORLDS, types.float64[::1], SUM)
 
 
-@apart(SWEEP, nogil=True)
+@outlined(SWEEP, nogil=True)
 def _with_costs(targets, start, world, equity, sums):
     arrays, span = opened(world[0], 1, world[0]["places"]), len(equity)
     tape, state = arrays.tape, arrays.state
@@ -64,10 +66,11 @@ def _with_costs(targets, start, world, equity, sums):
     return DONE
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #f4f05d59
-PLAIN = Limits(max_position=1., max_leverage=1., leverage=20, min_margin_ratio=0., max_participation=None, price_band=None, max_daily_loss=None, max_drawdown=1., max_orders=None, stops=NO_STOPS)
+PLAIN = Limits(max_position=1., max_leverage=1., leverage=20, min_margin_ratio=0., max_participation=None,
+               price_band=None, max_daily_loss=None, max_drawdown=1., max_orders=None, stops=NO_STOPS)
 
 
-@bare
+@inlined
 def rebalance(
     notional,    # signed, quote: what is wanted
     held,        # signed base units
@@ -86,24 +89,34 @@ def rebalance(
     more, closing = wanted - held, 0. if same else -held
     if wanted == 0. or abs(more - closing) * close < smallest: return closing
     quantity = round_quantity(more, instrument)
-    enough = abs(quantity - closing) * close >= smallest and abs(quantity) >= instrument["min_quantity"] and abs(quantity) * close >= instrument["min_notional"]
+    enough = (abs(quantity - closing) * close >= smallest and abs(quantity) >= instrument["min_quantity"]
+              and abs(quantity) * close >= instrument["min_notional"])
     return quantity if enough else closing
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #612e01b9
 IDEAL = types.int64(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 
-@apart(IDEAL, nogil=True)
+@outlined(IDEAL, nogil=True)
 def _without(targets, start, world, sums):
     arrays, limits = opened(world[0], 1, world[0]["places"]), world[0]["limits"]
     tape, state, instruments = arrays.tape, arrays.state, arrays.instruments
     deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
     cash, held, equity = deposit, 0., deposit
-    last, returns, squares, peak, keeps, floor, fills, traded, size = deposit, 0., 0., deposit, 1., deposit, 0., 0., limits["max_position"]
+    last = deposit
+    returns = 0.
+    squares = 0.
+    peak = deposit
+    keeps = 1.
+    floor = deposit
+    fills = 0.
+    traded = 0.
+    size = limits["max_position"]
     for t in range(start, len(candles) - 1):
         target = targets[t, 0]
         if not abs(target) <= 1.: return TARGET
-        quantity = rebalance(target * size * max(equity, 0.), held, equity, candles[t, 0, CLOSE], limits, instrument) if target != 0. or held != 0. else 0.
+        quantity = (rebalance(target * size * max(equity, 0.), held, equity, candles[t, 0, CLOSE], limits, instrument)
+                    if target != 0. or held != 0. else 0.)
         if quantity != 0.:
             price = round_price(candles[t + 1, 0, OPEN], quantity, instrument)
             cash, held = cash - quantity * price, decimal8(held + quantity)
@@ -113,7 +126,8 @@ def _without(targets, start, world, sums):
         last, returns, squares = equity, returns + moved, squares + moved * moved
         if equity > peak: peak, floor = equity, keeps * equity
         elif equity < floor: keeps, floor = equity / peak, equity
-    sums["last"], sums["count"], sums["returns"], sums["squares"], sums["peak"], sums["keeps"], sums["fills"], sums["traded"] = last, len(candles) - 1. - start, returns, squares, peak, keeps, fills, traded
+    sums["last"], sums["count"], sums["returns"], sums["squares"], sums["peak"], sums["keeps"], sums["fills"], sums[
+        "traded"] = (last, len(candles) - 1. - start, returns, squares, peak, keeps, fills, traded)
     return DONE
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #d5e31ce0
@@ -131,14 +145,20 @@ class Sweep:
         "A map over two parameters, or a line over one, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         names = self.table.index.names
-        if len(names) > 2: raise ValueError(f"a map has two parameters, this sweep has {', '.join(names)}: fix the others, sweep.table.xs(...)")
+        if len(names) > 2:
+            raise ValueError(f"a map has two parameters, this sweep has {', '.join(names)}: fix the others, "
+                             "sweep.table.xs(...)")
         figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
         values = self.table[by]
-        if len(names) == 1: axis.plot([figure_text(each) if isinstance(each, str) else each for each in values.index], values)
+        if len(names) == 1:
+            axis.plot([figure_text(each) if isinstance(each, str) else each for each in values.index], values)
         else:
             grid = values.unstack(names[1])
             limit = np.nanmax(np.abs(grid.to_numpy()))
-            mesh = axis.pcolormesh(grid.columns.to_numpy(float), grid.index.to_numpy(float), grid.to_numpy(), cmap="RdBu" if by in ("sharpe", "total_return", "annual_return") else "viridis", **(dict(vmin=-limit, vmax=limit) if by in ("sharpe", "total_return", "annual_return") else {}))
+            mesh = axis.pcolormesh(grid.columns.to_numpy(float), grid.index.to_numpy(float), grid.to_numpy(),
+                                   cmap="RdBu" if by in ("sharpe", "total_return", "annual_return") else "viridis",
+                                   **(dict(vmin=-limit, vmax=limit) if by in ("sharpe", "total_return", "annual_return")
+                                      else {}))
             figure.colorbar(mesh, label=figure_text(by.replace("_", " ")))
         axis.set_ylabel(figure_text(names[0] if len(names) == 2 else by.replace("_", " ")))
         axis.set_xlabel(figure_text(names[-1]))
@@ -154,13 +174,17 @@ def _table(sums, parameters, step_ms, span_ms, deposit):
     spread = np.sqrt(np.maximum(sums["squares"] - sums["count"] * mean ** 2, 0.) / np.maximum(sums["count"] - 1, 1))
     total, years = sums["last"] / deposit - 1., span_ms / (YEAR.total_seconds() * 1e3)
     with np.errstate(divide="ignore", invalid="ignore"):
-        values = dict(total_return=total, annual_return=np.maximum(1. + total, 0.) ** (1. / years) - 1., sharpe=np.where(spread > 1e-14, mean / spread, np.nan) * np.sqrt(YEAR.total_seconds() * 1e3 / step_ms),
-                      max_drawdown=1. - sums["keeps"], turnover=sums["traded"] / deposit, fills=sums["fills"].astype(int))
-    return pd.DataFrame(values, pd.MultiIndex.from_frame(parameters) if len(parameters.columns) > 1 else pd.Index(parameters.iloc[:, 0]))
+        values = dict(total_return=total, annual_return=np.maximum(1. + total, 0.) ** (1. / years) - 1.,
+                      sharpe=np.where(spread > 1e-14, mean / spread, np.nan)
+                      * np.sqrt(YEAR.total_seconds() * 1e3 / step_ms),
+                      max_drawdown=1. - sums["keeps"], turnover=sums["traded"] / deposit,
+                      fills=sums["fills"].astype(int))
+    return pd.DataFrame(values, pd.MultiIndex.from_frame(parameters) if len(parameters.columns) > 1
+                        else pd.Index(parameters.iloc[:, 0]))
 
 
 def sweep(
-    rule,                        # (parameters (k,), columns (T, m)) -> targets (T,) in [-1, 1], of each candle's close; numpy, or compiled
+    rule, # (parameters (k,), columns (T, m)) -> targets (T,) in [-1, 1], of each candle's close; numpy, or compiled
     columns,                     # DataFrame, a row per candle: what the rule reads
     parameters:pd.DataFrame,     # a row per run: the numbers that the rule is given
     candles,                     # a frame of one symbol
@@ -198,18 +222,29 @@ def sweep(
 
     def one(i):
         answer = rule(table[i], values)
-        if answer is None: raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} returned nothing: a sweep's rule returns its targets, one for each candle")
+        if answer is None:
+            raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} returned nothing: a sweep's rule returns "
+                             "its targets, one for each candle")
         targets = np.ascontiguousarray(answer, np.float64).reshape(-1, 1)
-        if len(targets) != len(times): raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for {len(times)} candles: one for each")
+        if len(targets) != len(times):
+            raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for "
+                             f"{len(times)} candles: one for each")
         world = still if plain else market.world(row, capacity)
-        code = _without(targets, row, world.row, sums[i]) if plain else _with_costs(targets, row, world.row, np.empty(SPAN), sums[i])
+        code = (_without(targets, row, world.row, sums[i]) if plain else _with_costs(targets, row, world.row,
+            np.empty(SPAN), sums[i]))
         if code == DONE: return
         wrong = ~(np.abs(targets[row:, 0]) <= 1.)
-        where = f" at the candle of {text(times[row + int(np.argmax(wrong))])}" if wrong.any() else ""
-        raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed{where}: {FAULTS[code]}" + ("; give a start behind the warm-up" if wrong.any() else ""))
+        where = f" at the candle of {format_time(times[row + int(np.argmax(wrong))])}" if wrong.any() else ""
+        raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed{where}: {FAULTS[code]}"
+                         + ("; give a start behind the warm-up" if wrong.any() else ""))
 
     from tqdm import tqdm
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(one, range(len(table))), total=len(table), disable=not progress, leave=False, desc="sweep"): pass
-    said = f"{len(table):,} runs, {text(times[row])} to {text(times[-1])}, " + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs")
-    return Sweep(_table(sums, parameters, period_of(times), times[-1] - times[row], deposit), said + (", SYNTHETIC prices" if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))
+        for _ in tqdm(pool.map(one, range(len(table))), total=len(table), disable=not progress, leave=False,
+                      desc="sweep"):
+            pass
+    said = (f"{len(table):,} runs, {format_time(times[row])} to {format_time(times[-1])}, "
+            + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs"))
+    return Sweep(_table(sums, parameters, period_of(times), times[-1] - times[row], deposit),
+                 said + (", SYNTHETIC prices"
+                         if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))

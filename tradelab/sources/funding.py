@@ -9,25 +9,26 @@ __all__ = ['logger', 'check_funding', 'note_rates', 'funding_history', 'fundings
 import numpy as np
 import pandas as pd
 
+from ..errors import CandleError
 from ..events import COLUMNS
 from ..log import get_logger
-from ..market.candles import BadCandles, times
+from ..market.candles import times
 from ..market.compare import check_funding as doubts_about
 from .archive import archive_funding
 from .exchange import FromExchange, exchange_funding
 from .history import FromArchive, FromFile, as_source, is_file, refuse_one, source_for
 from tradelab.sources.tables import (
-    NoCandles,
+    NoCandlesError,
     foreign,
+    format_bound,
     is_bare,
     oldest_first,
     parsed,
     rows_of,
-    said,
     spelled,
     time_index,
 )
-from ..times import milliseconds, moment, text
+from ..times import format_time, milliseconds, to_ms
 
 # %% ../../nbs/15_sources/09_funding.ipynb #fundin03
 logger = get_logger("sources.funding")
@@ -37,16 +38,23 @@ def check_funding(
     rates:pd.Series,   # index UTC
     name:str,          # what messages call it
 )->pd.Series:          # index UTC named funding_time, whole seconds
-    "Proven funding rates, or `BadCandles`"
-    rates = pd.Series(rates.to_numpy("float64"), rates.index.floor("s").as_unit("ms").rename("funding_time"), name="funding_rate")
+    "Proven funding rates, or `CandleError`"
+    rates = pd.Series(rates.to_numpy("float64"), rates.index.floor("s").as_unit("ms").rename("funding_time"),
+                      name="funding_rate")
     percent = next((each for each in doubts_about(rates) if each.kind == "wrong_units"), None)
     if percent:
         value = rates.abs()[(times(rates) >= percent.start_time) & (times(rates) <= percent.end_time)].median()
-        raise BadCandles(f"{name}: funding_rate is in percent for {percent.count} payments from {text(percent.start_time)} on, half of them above {value:g}: divide those by 100 at their source")
+        raise CandleError(f"{name}: funding_rate is in percent for {percent.count} payments from "
+                          f"{format_time(percent.start_time)} on, half of them above {value:g}: divide those by 100 at "
+                          "their source")
     bad = ~(rates.abs() <= .1).to_numpy()
-    if bad.any(): raise BadCandles(f"{name}: funding_rate is {rates[bad].iloc[0]} at {text(times(rates)[bad][0])}, it must be a fraction such as 0.0001: correct it at its source")
+    if bad.any():
+        raise CandleError(f"{name}: funding_rate is {rates[bad].iloc[0]} at {format_time(times(rates)[bad][0])}, it "
+                          "must be a fraction such as 0.0001: correct it at its source")
     wrong = np.flatnonzero(np.diff(times(rates)) <= 0)
-    if len(wrong): raise BadCandles(f"{name}: {text(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the rows and drop doubled ones")
+    if len(wrong):
+        raise CandleError(f"{name}: {format_time(times(rates)[wrong[0] + 1])} is doubled or out of order: sort the "
+                          "rows and drop doubled ones")
     return rates
 
 # %% ../../nbs/15_sources/09_funding.ipynb #fundin06
@@ -55,12 +63,18 @@ def _funding_file(path, symbol):
     with foreign(name):
         table = rows_of(table, symbol, name)
         if is_bare(table) and table.shape[1] == 6: table = table.set_axis(["timestamp", *COLUMNS], axis=1)
-        names, table = ", ".join(map(str, table.columns)), table.rename(columns={column: spelled(column).replace("_", "") for column in table})
+        names = ", ".join(map(str, table.columns))
+        table = table.rename(columns={column: spelled(column).replace("_", "") for column in table})
         candle = {*COLUMNS} <= {*table} and (table[list(COLUMNS[1:])] == 0).all(axis=None)
-        if candle: table = table.rename(columns={"open": "fundingrate"})                # freqtrade keeps a rate where a candle has its open
+        # freqtrade keeps a rate where a candle has its open
+        if candle: table = table.rename(columns={"open": "fundingrate"})
         rate = next((column for column in ("fundingrate", "lastfundingrate", "rate") if column in table), None)
-        if rate is None: raise BadCandles(f"{name}: no column 'funding_rate' among {names}: rename it; exporters also call it fundingRate, rate")
-        return oldest_first(pd.Series(pd.to_numeric(table[rate]).to_numpy("float64"), time_index(table, name, ("fundingtime", "calctime", "timestamp", "date", "time", "datetime"))))
+        if rate is None:
+            raise CandleError(f"{name}: no column 'funding_rate' among {names}: rename it; exporters also call it "
+                              "fundingRate, rate")
+        return oldest_first(pd.Series(pd.to_numeric(table[rate]).to_numpy("float64"),
+                                      time_index(table, name, ("fundingtime", "calctime", "timestamp", "date", "time",
+                                                               "datetime"))))
 
 # %% ../../nbs/15_sources/09_funding.ipynb #5b7eed65
 def note_rates(
@@ -73,8 +87,9 @@ def note_rates(
     interval = max(int(np.median(np.diff(due))), milliseconds("1h")) if len(due) > 1 else milliseconds("8h")
     whole = len(due) > 0 and (start is None or due[0] < start + interval) and (end is None or due[-1] + interval >= end)
     if not whole:
-        first, last = (text(due[n]) if len(due) else "none" for n in (0, -1))
-        logger.warning("span is shorter than asked: over the rest no funding is paid", source=rates.attrs["source"], asked=f"{said(start)} to {said(end)}", first=first, last=last)
+        first, last = (format_time(due[n]) if len(due) else "none" for n in (0, -1))
+        logger.warning("span is shorter than asked: over the rest no funding is paid", source=rates.attrs["source"],
+                       asked=f"{format_bound(start)} to {format_bound(end)}", first=first, last=last)
     return rates
 
 # %% ../../nbs/15_sources/09_funding.ipynb #c164f9a1
@@ -82,8 +97,11 @@ def _funding_of(source, symbol, start, end):
     "The rates of one source and what it is called"
     chosen = as_source(source)
     if isinstance(chosen, FromFile): return _funding_file(chosen.path, symbol), chosen.id
-    if not isinstance(chosen, (FromArchive, FromExchange)): raise NoCandles(f"{chosen.id} has no funding rates: take 'archive', an exchange, a file or 'none'")
-    if start is None: raise ValueError(f"say from when: an exchange must be asked with a start, such as funding_history({symbol!r}, '2022-01-01')")
+    if not isinstance(chosen, (FromArchive, FromExchange)):
+        raise NoCandlesError(f"{chosen.id} has no funding rates: take 'archive', an exchange, a file or 'none'")
+    if start is None:
+        raise ValueError(f"say from when: an exchange must be asked with a start, such as funding_history({symbol!r}, "
+                         "'2022-01-01')")
     if isinstance(chosen, FromArchive): return archive_funding(symbol, start, end, url=chosen.url), chosen.id
     return exchange_funding(chosen.exchange, symbol, start, end), chosen.id
 
@@ -92,21 +110,24 @@ def funding_history(
     symbol:str,      # ccxt's unified name
     start=None,      # as in `history`
     end=None,        # exclusive
-    source="none",   # "none", "archive", an exchange id, a ccxt exchange, several in order, or a path to a file with timestamp and funding_rate
+    # "none", "archive", an exchange id, a ccxt exchange, several in order, or a path to a file with timestamp and
+    # funding_rate
+    source="none",
 )->pd.Series:        # rates, fractions, longs pay where above 0; index UTC named funding_time
     "Checked funding rates; `attrs` say `source` and `symbol`"
-    start, end = (None if bound is None else moment(bound) for bound in (start, end))
+    start, end = (None if bound is None else to_ms(bound) for bound in (start, end))
     failures, sources = [], source if isinstance(source, (tuple, list)) else [source]
     for each in sources:
         try:
-            rates, name = (pd.Series([], pd.DatetimeIndex([], tz="UTC")), "none") if isinstance(each, str) and each == "none" else _funding_of(each, symbol, start, end)
+            rates, name = ((pd.Series([], pd.DatetimeIndex([], tz="UTC")), "none") if isinstance(each, str)
+                           and each == "none" else _funding_of(each, symbol, start, end))
             rates = check_funding(rates, f"{name} {symbol}")
             break
-        except (NoCandles, BadCandles) as failure:
+        except (NoCandlesError, CandleError) as failure:
             if len(sources) == 1: raise
             failures.append(failure)
             logger.warning("source failed, trying the next", source=str(each), reason=str(failure))
-    else: raise NoCandles("no source has these rates: " + "; ".join(map(str, failures)))
+    else: raise NoCandlesError("no source has these rates: " + "; ".join(map(str, failures)))
     rates = rates[(times(rates) >= (start or 0)) & (times(rates) < (end or 1 << 62))]
     rates.attrs = {"source": name, "symbol": symbol}
     return rates if name == "none" else note_rates(rates, start, end)

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import pandas as pd
 
 from ..market.candles import check
-from .tables import PAIR, NoCandles, Unreachable, coins_of, note_span, said
-from ..times import milliseconds, text
+from .tables import PAIR, NoCandlesError, UnreachableError, coins_of, format_bound, note_span
+from ..times import format_time, milliseconds
 
 # %% ../../nbs/15_sources/07_yahoo.ipynb #01d2a0be
 def yahoo_name(
@@ -25,7 +25,9 @@ def yahoo_name(
     "What Yahoo calls it"
     pair, _, settle = symbol.partition(":")
     name = pair.replace("/", "-")
-    if settle and settle != pair.partition("/")[2] or name.endswith(("USDT", "USDC")): raise NoCandles(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no stablecoins")
+    if settle and settle != pair.partition("/")[2] or name.endswith(("USDT", "USDC")):
+        raise NoCandlesError(f"yahoo has no {symbol}: it knows pairs with money, such as BTC/USD, no perpetuals and no "
+                             "stablecoins")
     return name
 
 # %% ../../nbs/15_sources/07_yahoo.ipynb #f2a816c8
@@ -35,7 +37,8 @@ def _redirected_session(base_url):
 
     class Session(requests.Session):
         "yfinance's session, asking another server"
-        def request(self, method, url, *arguments, **options): return super().request(method, f"{base_url}{urlsplit(url).path}", *arguments, **options)
+        def request(self, method, url, *arguments, **options):
+            return super().request(method, f"{base_url}{urlsplit(url).path}", *arguments, **options)
     return Session()
 
 # %% ../../nbs/15_sources/07_yahoo.ipynb #0909532a
@@ -51,21 +54,34 @@ def from_yahoo(
     gaps:bool=False, # whether holes are allowed, for whoever deals with them
 )->pd.DataFrame:
     "Checked candles of Yahoo Finance"
-    try: import yfinance
-    except ImportError as error: raise NoCandles("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in the folder of tradelab") from error
-    if timeframe not in SLOTS: raise NoCandles(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
+    try:
+        import yfinance
+    except ImportError as error:
+        raise NoCandlesError("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in "
+                             "the folder of tradelab") from error
+    if timeframe not in SLOTS: raise NoCandlesError(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
     name, until = yahoo_name(symbol), None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yfinance.config.debug.hide_exceptions = False
-            table = yfinance.Ticker(name, session=_redirected_session(base_url) if base_url else None).history(start=pd.Timestamp(start, unit="ms", tz="UTC"), end=until, interval=SLOTS[timeframe], auto_adjust=False, actions=False)
-    except yfinance.exceptions.YFException as error: raise NoCandles(f"yahoo refused {name} ({' '.join(str(error).split())[:160]})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error: raise NoCandles(f"yahoo answered what is not its protocol ({type(error).__name__}: {' '.join(str(error).split())[:160]}): try later") from error
-    except Exception as error: raise Unreachable(f"yahoo cannot be reached ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
-    if table.empty: raise NoCandles(f"yahoo has no candles of {name} from {text(start)} to {said(end)}: ask for another span")
+            table = yfinance.Ticker(name, session=_redirected_session(base_url) if base_url
+                                    else None).history(start=pd.Timestamp(start, unit="ms", tz="UTC"), end=until,
+                                                       interval=SLOTS[timeframe], auto_adjust=False, actions=False)
+    except yfinance.exceptions.YFException as error:
+        raise NoCandlesError(f"yahoo refused {name} ({' '.join(str(error).split())[:160]})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NoCandlesError(f"yahoo answered what is not its protocol ({type(error).__name__}: "
+                             f"{' '.join(str(error).split())[:160]}): try later") from error
+    except Exception as error:
+        raise UnreachableError(
+            f"yahoo cannot be reached ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
+    if table.empty:
+        raise NoCandlesError(f"yahoo has no candles of {name} from {format_time(start)} to {format_bound(end)}: ask "
+                             "for another span")
     table = table.rename(columns=str.lower).dropna(subset="close")
-    table = table[(table.index + pd.Timedelta(milliseconds=milliseconds(timeframe))).as_unit("ms").asi8 <= time.time_ns() // 1_000_000]
+    table = table[(table.index + pd.Timedelta(milliseconds=milliseconds(timeframe))).as_unit("ms").asi8
+                  <= time.time_ns() // 1_000_000]
     table = coins_of(table) if PAIR.fullmatch(name) else table
     candles = check(table, timeframe, f"yahoo {name}", gaps)
     candles.attrs = {"source": "yahoo"} | table.attrs
@@ -78,6 +94,7 @@ class FromYahoo:
     url:str|None = None
     id = "yahoo"
 
-    def history(self, symbol, timeframe, start, end, store=None, gaps=False): return from_yahoo(symbol, timeframe, start, end, self.url, gaps)
+    def history(self, symbol, timeframe, start, end, store=None, gaps=False):
+        return from_yahoo(symbol, timeframe, start, end, self.url, gaps)
 
-    def stream(self, symbol, timeframe): raise NoCandles("yahoo has no stream of candles: take an exchange")
+    def stream(self, symbol, timeframe): raise NoCandlesError("yahoo has no stream of candles: take an exchange")

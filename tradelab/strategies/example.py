@@ -26,7 +26,8 @@ def Momentum(
     threshold:float=0.02,  # fraction of the price
 )->Policy:
     "Long above the threshold, short below its negative, flat between"
-    if not threshold > 0: raise ValueError(f"Momentum threshold must be above 0, a fraction such as 0.02, was {threshold}")
+    if not threshold > 0:
+        raise ValueError(f"Momentum threshold must be above 0, a fraction such as 0.02, was {threshold}")
     return Policy(f"momentum({lookback},{threshold:g})", _momentum, np.array([threshold]), (f"return({lookback})",))
 
 # %% ../../nbs/95_strategies/01_example.ipynb #059dc692
@@ -41,7 +42,8 @@ def SmaCross(
 )->Policy:
     "Long while the fast simple moving average is above the slow one"
     if not 0 < fast < slow: raise ValueError(f"SmaCross needs 0 < fast < slow, was fast={fast}, slow={slow}")
-    return Policy(f"sma cross({fast},{slow})", _sma_cross, np.zeros(0), (f"sma({fast}).relative", f"sma({slow}).relative"))
+    return Policy(f"sma cross({fast},{slow})", _sma_cross, np.zeros(0),
+                  (f"sma({fast}).relative", f"sma({slow}).relative"))
 
 # %% ../../nbs/95_strategies/01_example.ipynb #1ccc6fb1
 @compiled
