@@ -83,7 +83,9 @@ def test_a_run_with_a_changed_file(tmp_path):
 def test_real_money_needs_its_confirmation(place):
     keys = dict(TRADELAB_MAINNET_KEY="ijklmnop12345678", TRADELAB_MAINNET_SECRET="another-secret")
     said = refused(place, "run", "live", "-p", "venue", "mainnet", **keys)
-    assert "real money" in said and "ijklmnop" not in said and "another" not in said
+    assert "real money" in said
+    assert "ijklmnop" not in said
+    assert "another" not in said
 
 
 def test_a_port_in_use(place):
@@ -137,7 +139,8 @@ def test_a_damaged_result_is_no_other_result(tmp_path):
     from tradelab.sim.backtest import backtest
     from tradelab.strategies.example import SmaCross
     kept = backtest(SmaCross(), random_walk(120, seed=1))
-    path, random = tmp_path / "sma.result", np.random.default_rng(0)
+    path = tmp_path / "sma.result"
+    random = np.random.default_rng(0)
     content = save(kept, path).read_bytes()
     spoiled = ([content[:int(end)] for end in random.integers(0, len(content), 20)] + [b"", b"PK\x03\x04", b"<html>",
         bytes(1000)])

@@ -52,13 +52,15 @@ def test_resampling_gives_the_exchanges_own_candles_to_the_bit(shared, short, lo
     parts, exchange = real(shared, short), real(shared, long)
     made = resample(parts, long.split("-")[1])
     assert full is None or len(made) == full
-    assert len(made) > 700 and made.index.isin(exchange.index).all()
+    assert len(made) > 700
+    assert made.index.isin(exchange.index).all()
     pd.testing.assert_frame_equal(made, exchange.loc[made.index], check_freq=False, check_exact=True)
 
 
 def test_real_holes_are_dropped_or_marked_and_never_filled(shared):
     hours = real(shared, "BTCUSDT-1h")
-    whole, marked = resample(hours, "1d"), resample(hours, "1d", partial=True)
+    whole = resample(hours, "1d")
+    marked = resample(hours, "1d", partial=True)
     assert np.array_equal(times(marked[marked.complete == 1]), times(whole))
     assert (marked.complete * 24).sum() == len(hours)
     assert marked.complete["2018-02-08"] == 1 / 24
@@ -84,15 +86,18 @@ def test_every_bar_is_its_own_parts(frames, length, offset, missing, decimals, d
                            quote_volume=market.volume * market.close, taker_buy_volume=0.)
     market = market.drop(market.index[[i for i in missing if i < length]])
     if market.empty: return
-    made, marked = resample(market, long, short), resample(market, long, short, partial=True)
+    made = resample(market, long, short)
+    marked = resample(market, long, short, partial=True)
     groups = market.groupby(times(market) // milliseconds(long))
     assert len(marked) == len(groups)
     assert times(made).tolist() == [bar * milliseconds(long) for bar, rows in groups if len(rows) == parts(short, long)]
     for (bar, rows), (opened, row) in zip(groups, marked.iterrows(), strict=True):
-        assert to_ms(opened) == bar * milliseconds(long) and row.complete == len(rows) / parts(short, long)
+        assert to_ms(opened) == bar * milliseconds(long)
+        assert row.complete == len(rows) / parts(short, long)
         assert (row.open, row.high, row.low, row.close) == (rows.open.iloc[0], rows.high.max(), rows.low.min(),
                                                             rows.close.iloc[-1])
-        assert row.trades == rows.trades.sum() and np.isclose(row.quote_volume, rows.quote_volume.sum(), rtol=1e-14)
+        assert row.trades == rows.trades.sum()
+        assert np.isclose(row.quote_volume, rows.quote_volume.sum(), rtol=1e-14)
         assert abs(row.volume - rows.volume.sum()) <= 1e-12 * row.volume
         assert (decimals > 8 or row.volume == round(row.volume, decimals))
     cut = data.draw(st.integers(0, len(market))) # what comes later changes no bar that is complete
@@ -157,7 +162,8 @@ def test_features_of_another_length_come_as_of_their_close():
     hours = ar1(100, seed=2)
     slow = resample(hours, "4h").close.rolling(3).mean().to_frame("slow")
     seen = as_of(hours, slow, "4h").slow
-    assert seen[:11].isna().all() and np.isclose(seen.iloc[11], hours.close.iloc[[3, 7, 11]].mean(), rtol=1e-14)
+    assert seen[:11].isna().all()
+    assert np.isclose(seen.iloc[11], hours.close.iloc[[3, 7, 11]].mean(), rtol=1e-14)
 
 
 # ---- several symbols
@@ -170,14 +176,16 @@ def test_real_symbols_with_different_lives(shared):
     assert market.lives.candles.tolist() == [33_692, 31_782, 29_981, 30_821]
     for symbol, each in frames.items():
         pd.testing.assert_frame_equal(market.frame(symbol), each, check_freq=False, check_exact=True)
-    assert np.isnan(market.candles[~market.listed]).all() and np.isfinite(market.candles[market.listed]).all()
+    assert np.isnan(market.candles[~market.listed]).all()
+    assert np.isfinite(market.candles[market.listed]).all()
 
 
 def test_an_outage_of_all_stays_a_row_without_candles(shared):
     frames = {coin: real(shared, f"{coin}USDT-1h") for coin in ("BTC", "ETH")}
     with pytest.raises(CandleError, match="BTC: gap of 6 candles after 2017-09-06 16:00 UTC"): align(frames, "1h")
     market = align(frames, "1h", gaps=True)
-    assert (np.diff(market.times) == HOUR).all() and (~market.listed).all(axis=1).sum() == 127
+    assert (np.diff(market.times) == HOUR).all()
+    assert (~market.listed).all(axis=1).sum() == 127
 
 
 @settings(max_examples=30)
@@ -198,7 +206,8 @@ def test_optional_columns_survive_the_way():
                  quote_volume=market.volume * market.close)
     assert check(rich, "1h").columns.tolist() == [*COLUMNS, *OPTIONAL]
     day = resample(rich.assign(trades=rich.trades.where(rich.index.day == 2)), "1d")
-    assert np.isnan(day.trades.iloc[0]) and day.trades.iloc[1] == sum(range(24, 48))
+    assert np.isnan(day.trades.iloc[0])
+    assert day.trades.iloc[1] == sum(range(24, 48))
     with pytest.raises(CandleError, match="BTC: taker_buy_volume is .* more than the volume of its candle"):
         check(rich.assign(taker_buy_volume=rich.volume * 2), "1h", "BTC")
 
@@ -219,7 +228,8 @@ def test_what_is_no_table_of_candles(table, message):
 def test_every_timeframe_is_its_own_grid(timeframe):
     """Weeks begin on a Monday, three days where Binance's first ones did (2017-08-17); both are made of days, and seen
     as of their close"""
-    step, days = milliseconds(timeframe), ar1(40, timeframe="1d", start="2017-08-01")
+    step = milliseconds(timeframe)
+    days = ar1(40, timeframe="1d", start="2017-08-01")
     candles = ar1(30, timeframe=timeframe, start=next_opening(to_ms("2017-08-01"), step))
     check(candles, timeframe)
     with pytest.raises(CandleError, match="is not on the grid"):
@@ -258,8 +268,10 @@ def test_a_feature_of_a_week_is_that_of_the_weekly_candles():
                          ids=["open_time", "milliseconds", "without a zone", "timestamp"])
 def test_every_door_takes_the_frame_that_a_file_gives_and_reads_the_same(give):
     good = ar1(300, seed=3)
-    raw, look = give(good), Observation(["return(1)", "return(5)"])
-    assert data_hash(raw) == data_hash(good) and data_hash({"ETH/USDT:USDT": raw}) == data_hash({"ETH/USDT:USDT": good})
+    raw = give(good)
+    look = Observation(["return(1)", "return(5)"])
+    assert data_hash(raw) == data_hash(good)
+    assert data_hash({"ETH/USDT:USDT": raw}) == data_hash({"ETH/USDT:USDT": good})
     assert provenance(raw)["data_hash"] == provenance(good)["data_hash"]
     assert provenance(raw)["span"] == provenance(good)["span"]
     assert look.fit(raw).sha256 == look.fit(good).sha256

@@ -28,7 +28,8 @@ def write_job(path, *cells):
 
 
 def test_help_and_version():
-    assert "run" in tradelab("--help").stdout and tradelab("--version").stdout.startswith("tradelab, version ")
+    assert "run" in tradelab("--help").stdout
+    assert tradelab("--version").stdout.startswith("tradelab, version ")
 
 
 def test_run(project):
@@ -49,7 +50,9 @@ def test_run(project):
 def test_bad_input_is_one_sentence_and_exit_code_1(project, words, sentence):
     write_job(project / "nbs/train.ipynb", "raise ValueError('there is no run nonsense')")
     ran = tradelab(*words)
-    assert ran.returncode == 1 and f"Error: {sentence}" in ran.stderr and "Traceback" not in ran.stderr
+    assert ran.returncode == 1
+    assert f"Error: {sentence}" in ran.stderr
+    assert "Traceback" not in ran.stderr
     assert (project / "reports").exists() == (words == ["run", "train"])
 
 
@@ -84,9 +87,12 @@ def test_localnet_serves_until_it_is_stopped(project):
     try:
         assert f"localnet at http://127.0.0.1:{port}" in server.stdout.readline()
         taken = tradelab("localnet", "--port", port)
-        assert taken.returncode == 1 and str(port) in taken.stderr and "Traceback" not in taken.stderr
+        assert taken.returncode == 1
+        assert str(port) in taken.stderr
+        assert "Traceback" not in taken.stderr
         server.send_signal(signal.SIGTERM)
-        assert "localnet has stopped" in server.communicate()[0] and server.returncode == 0
+        assert "localnet has stopped" in server.communicate()[0]
+        assert server.returncode == 0
     finally: server.kill()
 
 

@@ -64,4 +64,5 @@ def test_a_constant_does_not_compile_a_function_anew():
     inner.__module__ = "tradelab.trial"
     inner = compiled(inner)
     outer = numba.njit(lambda x: inner(x, 1) + inner(x, 2) + inner(x, 3))
-    assert outer(1) == 9 and len(inner.signatures) == 1
+    assert outer(1) == 9
+    assert len(inner.signatures) == 1

@@ -91,7 +91,8 @@ def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
 def test_a_switch_of_another_system_forbids_real_money_and_never_opens_it(project, monkeypatch, name, value, forbids):
     for other in FORBIDDING: monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
-    assert bool(forbidding()) == forbids and venue_for(settings()).name == "localnet"
+    assert bool(forbidding()) == forbids
+    assert venue_for(settings()).name == "localnet"
     with pytest.raises(ConfigurationError, match=f"{name} in the environment forbids it" if forbids
                        else "does not start there"):
         venue_for(settings(venue="mainnet"))
@@ -202,7 +203,8 @@ def test_a_jobs_section_counts_more_than_every_other_place_and_what_a_run_was_tr
                                            "0.2\n[settings.careful]\ngaps = "
                                            "false\n[settings.careful.risk]\nmax_position = 0.02")
     monkeypatch.setenv("TRADELAB_RISK__MAX_POSITION", "0.3")
-    assert settings().risk.max_position == .3 and settings().gaps
+    assert settings().risk.max_position == .3
+    assert settings().gaps
     assert job_settings("careful").risk.max_position == .02
     assert not settings().gaps
     assert settings(environment="production").risk.max_position == .02

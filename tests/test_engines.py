@@ -55,7 +55,8 @@ def test_the_cap_on_the_volume_is_ziplines():
     tape = tape_of(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits())
     rules = rules_of(costs, Limits(), [replace(BITCOIN, price_tick=.01, quantity_step=1., min_quantity=1.)],
                      Execution())
-    world, filled = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules), []
+    world = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
+    filled = []
     for t in range(4):
         before = world.state.positions["quantity"][0]
         world.proposals["quantity"] = 100. - before
@@ -75,7 +76,8 @@ def test_funding_is_that_of_the_real_rates(shared):
     result = backtest(buy_and_hold(), candles, funding=rates, limits=limits, costs=CostModel(taker_fee=0., slippage=0.),
                       deposit=1e6, baselines=())
     assert len(result.fills) == 1
-    quantity, bought = result.fills["quantity"].iloc[0], result.fills.index[0]
+    quantity = result.fills["quantity"].iloc[0]
+    bought = result.fills.index[0]
     due = rates[(rates.index.floor("min") > bought) & (rates.index.floor("min") <= candles.index[-1])]
     expected = [-quantity * candles["close"].loc[time.floor("min") - pd.Timedelta(hours=1)] * rate for time,
                 rate in due.items()]
@@ -89,10 +91,15 @@ def walks(shared):
     """Market orders of several sizes through a real book: size, cost against the middle, half spread, volatility and
     volume"""
     path = shared / "data/BTCUSDT-spot-l2-20240808.gz"
-    bids, asks, found, trades, updates = {}, {}, [], [], 0
+    bids = {}
+    asks = {}
+    found = []
+    trades = []
+    updates = 0
     for line in gzip.open(path, "rt"):
         message = json.loads(line[line.index("{"):])
-        data, stream = message.get("data", message), message.get("stream", "")
+        data = message.get("data", message)
+        stream = message.get("stream", "")
         if "trade" in stream: trades.append((float(data["p"]), float(data["q"]), data["T"]))
         if "bids" in data:
             bids, asks = ({float(price): float(size) for price, size in data[side]} for side in ("bids", "asks"))
@@ -128,7 +135,8 @@ def test_the_default_spread_is_not_below_a_real_book(walks):
 
 def test_cost_grows_with_size_as_a_real_book_says(walks):
     found, volatility, volume = walks
-    sizes, cost = np.abs(found[:, 0]), np.sign(found[:, 0]) * (found[:, 2] / found[:, 1] - 1.)
+    sizes = np.abs(found[:, 0])
+    cost = np.sign(found[:, 0]) * (found[:, 2] / found[:, 1] - 1.)
     mean = np.array([cost[sizes == size].mean() for size in np.unique(sizes)])
     exponent = np.polyfit(np.log(np.unique(sizes)), np.log(mean), 1)[0]
     fit = calibrate(found[:, 0], found[:, 1], found[:, 2], np.arange(len(found)) * 1e6, np.full(len(found), volatility),
@@ -136,7 +144,9 @@ def test_cost_grows_with_size_as_a_real_book_says(walks):
     print(f"cost of {', '.join(f'{size:g}: {1e4 * each:.3f} bps' for size, each in zip(np.unique(sizes), mean))}; "
           f"exponent {exponent:.2f}; hourly volatility {volatility:.4f}, volume {volume:.0f}; coefficient "
           f"{fit.impact:.2f} +- {fit.impact_error:.2f}")
-    assert (np.diff(mean) > 0).all() and .3 < exponent < 1.3 and .05 < fit.impact < 5
+    assert (np.diff(mean) > 0).all()
+    assert .3 < exponent < 1.3
+    assert .05 < fit.impact < 5
 
 
 def test_stops_in_a_candle_are_pessimistic_where_backtesting_py_is_too():
@@ -165,6 +175,7 @@ def test_buy_and_hold_is_the_market_whatever_the_limits(shared, limits):
                       instruments=tuple(Instrument(symbol, .01, .001) for symbol in frames))
     bought, (held, sized) = result.journal.index[2], (result.baselines[name] for name in ("buy and hold", SIZED))
     market = np.mean([frame["close"].iloc[-1] / frame["open"][bought] for frame in frames.values()])
-    assert held.equity.iloc[-1] / 1e6 == pytest.approx(market * (1 - .0005 - .0001), rel=1e-3) and len(held.fills) == 2
+    assert held.equity.iloc[-1] / 1e6 == pytest.approx(market * (1 - .0005 - .0001), rel=1e-3)
+    assert len(held.fills) == 2
     assert (sized.journal["reason"] == Reason.HALTED).any() == (limits.max_drawdown == .05)
     assert not (held.journal["reason"] == Reason.HALTED).any()

@@ -26,7 +26,9 @@ def episode(market, act, reward=Reward(), domain=DomainRandomisation(), length=N
     "Rewards, journal rows and observations of one policy that may look at everything"
     environment = MarketEnv(market, length, reward, domain)
     seen, _ = environment.reset(seed=seed)
-    rewards, rows, done = [], [], False
+    rewards = []
+    rows = []
+    done = False
     while not done:
         seen, paid, terminated, truncated, info = environment.step(np.atleast_1d(act(seen, environment)))
         rewards.append(paid)
@@ -45,7 +47,8 @@ def ledger(rows, market, first, deposit=10_000.):
 
 def oracle(seen, environment):
     "Knows the next candle"
-    population, candles = environment.population, environment.population.market.tape.candles
+    population = environment.population
+    candles = environment.population.market.tape.candles
     return np.sign(candles[population.at[0] + 1, :, 3] - candles[population.at[0] + 1, :, 0])
 
 
@@ -104,7 +107,8 @@ def test_environment_is_the_backtest_in_every_style(execution):
     result = backtest(policy, candles, costs=costs, limits=limits, execution=execution, keep_observations=True)
     market = prepare(candles, Observation.from_policy(policy), costs=costs, limits=limits, execution=execution)
     rewards, rows, _, _ = episode(market, lambda seen, environment: policy.act(seen.reshape(len(candles), -1)))
-    assert np.array_equal(rows, result.rows) and len(result.fills) > 50
+    assert np.array_equal(rows, result.rows)
+    assert len(result.fills) > 50
     assert np.isclose(rewards.sum(), np.log(result.equity.iloc[-1] / 10_000), rtol=1e-9)
 
 
@@ -116,14 +120,16 @@ def test_the_checker_and_the_seed():
         environment = MarketEnv(market, 50)
         seen, _ = environment.reset(seed=seed)
         return environment.population.at[0], seen.tolist()
-    assert first(3) == first(3) and len({first(seed)[0] for seed in range(20)}) > 10
+    assert first(3) == first(3)
+    assert len({first(seed)[0] for seed in range(20)}) > 10
     one, two = (MarketVecEnv(market, 8, 40, seed=5) for _ in range(2))
     one.reset(), two.reset()
     random = np.random.default_rng(0)
     for _ in range(100):                                                       # over the ends of episodes, too
         actions = random.uniform(-1, 1, (8, 1))
         a, b = one.step(actions), two.step(actions)
-        assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+        assert np.array_equal(a[0], b[0])
+        assert np.array_equal(a[1], b[1])
 
 
 def test_the_end_of_the_data_is_truncated_and_only_ruin_is_terminated():
@@ -137,7 +143,9 @@ def test_the_end_of_the_data_is_truncated_and_only_ruin_is_terminated():
     market = prepare(falling, Observation(["return(1)"]), limits=limits,
                      instruments=[replace(BITCOIN, max_quantity=1e9)])
     rewards, rows, environment, terminated = episode(market, lambda seen, environment: 1.)
-    assert terminated and environment.population.accounts[0, 0]["equity"] < RUIN * 10_000 and rewards[-1] < -3
+    assert terminated
+    assert environment.population.accounts[0, 0]["equity"] < RUIN * 10_000
+    assert rewards[-1] < -3
 
 
 def test_actions_that_are_none_are_refused_and_change_nothing():
@@ -149,7 +157,8 @@ def test_actions_that_are_none_are_refused_and_change_nothing():
         with pytest.raises(ValueError, match=r"environment 0 was given the action .* at the candle of "
                            r"\d{4}-\d\d-\d\d.*: an action is a number in \[-1, 1\] per symbol"):
             environment.step(np.array([action]))
-    assert np.array_equal(environment.population.accounts, before[0]) and environment.population.at[0] == before[1]
+    assert np.array_equal(environment.population.accounts, before[0])
+    assert environment.population.at[0] == before[1]
 
 
 def test_an_episode_has_its_own_costs():
@@ -170,7 +179,8 @@ def test_rewards_of_other_kinds_lead_to_the_same_account():
     market = prepare(candles, Observation(["return(1)"]), limits=LIMITS)
     plain, sharpe, careful = (episode(market, HACKS["churning"], reward)
                               for reward in (Reward(), Reward(differential_sharpe=.01), Reward(drawdown=1.)))
-    assert np.array_equal(plain[1], sharpe[1]) and np.array_equal(plain[1], careful[1])
+    assert np.array_equal(plain[1], sharpe[1])
+    assert np.array_equal(plain[1], careful[1])
     drawdowns = np.append(plain[1]["drawdown"][:, 0], plain[2].population.accounts[0, 0]["drawdown"])
     assert np.allclose(plain[0] - careful[0], np.maximum(np.diff(drawdowns), 0))
     assert np.isfinite(sharpe[0]).all()

@@ -40,7 +40,8 @@ def random_journal(seed, length=200, symbol="BTC/USDT:USDT"):
 
 def test_metrics_against_the_textbook_written_another_way():
     journal = random_journal(1)
-    equity, found = journal["equity"], metrics(journal["equity"], journal)
+    equity = journal["equity"]
+    found = metrics(journal["equity"], journal)
     returns = [b / a - 1 for a, b in zip(equity, equity[1:])]
     mean = sum(returns) / len(returns)
     deviation = (sum((value - mean) ** 2 for value in returns) / (len(returns) - 1)) ** .5
@@ -48,11 +49,16 @@ def test_metrics_against_the_textbook_written_another_way():
     assert found.sharpe == pytest.approx(mean / deviation * 8760 ** .5)
     assert found.sortino == pytest.approx(mean / downside * 8760 ** .5)
     assert found.annual_return == pytest.approx((equity.iloc[-1] / equity.iloc[0]) ** (8760 / 199) - 1)
-    peak, peak_at, deepest, longest = equity.iloc[0], equity.index[0], 0., pd.Timedelta(0)
+    peak = equity.iloc[0]
+    peak_at = equity.index[0]
+    deepest = 0.
+    longest = pd.Timedelta(0)
     for time, value in equity.items():
         if value >= peak: peak, peak_at = value, time
-        deepest, longest = max(deepest, 1 - value / peak), max(longest, time - peak_at)
-    assert found.max_drawdown == pytest.approx(deepest) and found.drawdown_duration == longest
+        deepest = max(deepest, 1 - value / peak)
+        longest = max(longest, time - peak_at)
+    assert found.max_drawdown == pytest.approx(deepest)
+    assert found.drawdown_duration == longest
     assert found.calmar == pytest.approx(found.annual_return / deepest)
     assert found.omega == pytest.approx(sum(value for value in returns if value > 0) / -sum(value for value in returns
         if value < 0))
@@ -67,7 +73,9 @@ def test_metrics_against_the_textbook_written_another_way():
     assert found.kurtosis == pytest.approx(moments[2] / moments[0] ** 2)
     assert (found.best_return, found.worst_return) == (ordered[-1], ordered[0])
     assert found.recovery_factor == pytest.approx(found.total_return / deepest)
-    falls, pieces, top = [], [[]], 0.
+    falls = []
+    pieces = [[]]
+    top = 0.
     for value in equity:
         top = max(top, value)
         falls.append(1 - value / top)
@@ -79,7 +87,8 @@ def test_metrics_against_the_textbook_written_another_way():
     assert found.gross_exposure == pytest.approx(sum(gross) / len(gross))
     assert found.annual_turnover == pytest.approx(found.turnover * 8760 / 199)
     profits = round_trips(journal)["profit"].tolist()
-    won, lost = sum(value for value in profits if value > 0), -sum(value for value in profits if value < 0)
+    won = sum(value for value in profits if value > 0)
+    lost = -sum(value for value in profits if value < 0)
     spread = (sum((value - sum(profits) / len(profits)) ** 2 for value in profits) / (len(profits) - 1)) ** .5
     assert found.profit_factor == pytest.approx(won / lost)
     assert found.expectancy == pytest.approx(sum(profits) / len(profits))
@@ -158,7 +167,8 @@ def test_the_deepest_spells_as_pyfolio_finds_them(values, n):
     while len(expected) < n and (underwater > 0).any():
         valley = underwater.idxmax()
         before, after = underwater[:valley], underwater[valley:]
-        peak, end = before[before == 0].index[-1], after[after == 0].index[0] if (after == 0).any() else pd.NaT
+        peak = before[before == 0].index[-1]
+        end = after[after == 0].index[0] if (after == 0).any() else pd.NaT
         expected.append((peak, valley, end, underwater[valley]))
         underwater[underwater.index > peak if pd.isna(end) else (underwater.index > peak)
                    & (underwater.index < end)] = 0.
@@ -183,7 +193,9 @@ def test_a_dead_curve_and_a_short_one_have_no_shape():
 
 def test_round_trips_by_walking_fill_by_fill():
     journal = random_journal(2)
-    profits, held, cash = [], 0., 0.
+    profits = []
+    held = 0.
+    cash = 0.
     for row in journal.itertuples():
         remaining = row.fill_quantity
         if held and held * remaining < 0:
@@ -200,12 +212,14 @@ def test_round_trips_by_walking_fill_by_fill():
             cash -= remaining * row.fill_price + row.fee
             held += remaining
     trips = round_trips(journal)
-    assert len(profits) > 50 and np.allclose(trips["profit"], profits)
+    assert len(profits) > 50
+    assert np.allclose(trips["profit"], profits)
     assert (trips["entry_time"] < trips["exit_time"]).all()
 
 
 def test_trips_of_two_symbols_are_those_of_each():
-    one, two = random_journal(3), random_journal(4, symbol="ETH/USDT:USDT")
+    one = random_journal(3)
+    two = random_journal(4, symbol="ETH/USDT:USDT")
     both = pd.concat([one, two]).sort_index(kind="stable")
     assert round_trips(both)["profit"].sum() == pytest.approx(round_trips(one)["profit"].sum()
                                                               + round_trips(two)["profit"].sum())
@@ -225,7 +239,8 @@ def test_the_first_difference_by_brute_force(without_a, without_b, changes, two_
     whole = pd.DataFrame(np.random.default_rng(0).random((20, 3)), times, columns=list("xyz"))
     other = whole.copy()
     for (row, column), value in changes.items(): other.loc[times[row], column] = value
-    a, b = whole.drop(times[list(without_a)]), other.drop(times[list(without_b)])
+    a = whole.drop(times[list(without_a)])
+    b = other.drop(times[list(without_b)])
     expected = None
     for row, time in enumerate(times):
         if (row in without_a) != (row in without_b): expected = (time, None)
@@ -252,7 +267,8 @@ def test_a_journal_written_as_text_comes_back_with_its_bits(tmp_path):
     assert first_difference(journal, read) is None
     read.iloc[100, read.columns.get_loc("equity")] = np.nextafter(read["equity"].iloc[100], 0)
     found = first_difference(SimpleNamespace(journal=journal), SimpleNamespace(journal=read))
-    assert (found.bar, found.column) == (journal.index[100], "equity") and str(found.a) != str(found.b)
+    assert (found.bar, found.column) == (journal.index[100], "equity")
+    assert str(found.a) != str(found.b)
 
 
 def test_windows_of_observations_name_row_symbol_and_feature():
@@ -272,7 +288,8 @@ def test_a_sheet_of_a_ruined_account_and_of_one_step():
     assert ruined["equity"].iloc[-1] < 0
     sheet = TearSheet({name: SimpleNamespace(journal=journal, equity=journal["equity"]) for name,
                        journal in (("ruined", ruined), ("flat", flat))})
-    assert sheet.table().loc["Total return [%]", "ruined"] < -100 and sheet.metrics["ruined"].annual_return == -1
+    assert sheet.table().loc["Total return [%]", "ruined"] < -100
+    assert sheet.metrics["ruined"].annual_return == -1
     assert "<img" in sheet._repr_html_()
     alone = TearSheet({"alone": SimpleNamespace(journal=flat.iloc[:1], equity=flat["equity"].iloc[:1])})
     assert alone.written().loc["Annual return [%]", "alone"] == "-"
@@ -284,7 +301,9 @@ class Page(HTMLParser):
     "Open elements are closed in order, and what is asked of elsewhere is collected"
     def __init__(self, text):
         super().__init__()
-        self.open, self.sources, self.rows = [], [], 0
+        self.open = []
+        self.sources = []
+        self.rows = 0
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -303,7 +322,8 @@ def sheet_of(**journals):
 
 def test_a_page_stands_alone_whatever_it_shows():
     price = np.array([100., 90., 80., 10., 10.])
-    ruined, flat = journal_of(price, np.array([0., 120., 120., 120., 120.])), journal_of(price, np.zeros(5))
+    ruined = journal_of(price, np.array([0., 120., 120., 120., 120.]))
+    flat = journal_of(price, np.zeros(5))
     for sheet in (sheet_of(a=random_journal(1), b=random_journal(2)), sheet_of(long=random_journal(7, 3_000)),
                   sheet_of(ruined=ruined, flat=flat), sheet_of(alone=flat.iloc[:1]), sheet_of(flat=flat)):
         text = sheet.html()
@@ -321,7 +341,8 @@ def test_a_page_stands_alone_whatever_it_shows():
 
 
 def test_annual_figures_of_a_short_span_stay_off_the_page():
-    short, long = sheet_of(week=random_journal(1)), sheet_of(year=random_journal(1, 8_760))
+    short = sheet_of(week=random_journal(1))
+    long = sheet_of(year=random_journal(1, 8_760))
     assert short.details().axes[0].texts[0].get_text() == "a rolling Sharpe ratio needs 60 days"
     assert long.details().axes[0].get_ylabel() == "Sharpe, 180 days [annual]"
     for name in ("annual_return", "sharpe", "sortino", "calmar", "annual_turnover"):
@@ -363,8 +384,11 @@ def test_costs_are_those_of_the_journal_and_of_the_fills_where_there_are_any():
 def test_a_thinned_curve_keeps_its_extremes_and_its_ends(values, columns):
     series = pd.Series(values)
     kept = thinned(series, columns)
-    assert len(kept) <= 4 * columns + 2 and kept.index.is_monotonic_increasing and series[kept.index].equals(kept)
-    assert kept.index[0] == 0 and kept.index[-1] == len(values) - 1
+    assert len(kept) <= 4 * columns + 2
+    assert kept.index.is_monotonic_increasing
+    assert series[kept.index].equals(kept)
+    assert kept.index[0] == 0
+    assert kept.index[-1] == len(values) - 1
     if not series.isna().any(): assert (kept.min(), kept.max()) == (series.min(), series.max())
 
 
@@ -381,7 +405,9 @@ def test_buy_and_hold_of_real_bitcoin(shared):
     price = candles["close"].set_axis(pd.to_datetime(candles.index, unit="ms", utc=True))["2021":"2022"]
     journal = journal_of(price.to_numpy(), np.append(0., np.full(len(price) - 1, .1)), start="2021-01-01")
     found = metrics(journal["equity"], journal, "1h")
-    assert len(price) == 2 * 8760 and found.round_trips == 0 and found.fills == 1
+    assert len(price) == 2 * 8760
+    assert found.round_trips == 0
+    assert found.fills == 1
     assert found.total_return == pytest.approx((price.iloc[-1] - price.iloc[0] * 1.0005) / 100_000, rel=1e-9)
     assert found.annual_return == pytest.approx((1 + found.total_return) ** (8760 / (2 * 8760 - 1)) - 1)
 
@@ -396,8 +422,10 @@ def test_an_interval_holds_its_estimate_and_stays_where_the_measure_can_be(seed,
     equity = pd.Series(1e4 * np.cumprod(np.append(1., 1 + np.maximum(returns, -.9))),
                        pd.date_range("2023-01-01", periods=301, freq="1h", tz="UTC"))
     table = intervals(equity, level, 100, seed)
-    assert (table["low"] <= table["estimate"]).all() and (table["estimate"] <= table["high"]).all()
-    assert (table["level"] == level).all() and (table["unit"] != "").all()
+    assert (table["low"] <= table["estimate"]).all()
+    assert (table["estimate"] <= table["high"]).all()
+    assert (table["level"] == level).all()
+    assert (table["unit"] != "").all()
     assert 0 <= table.loc["max_drawdown", "low"]
     assert table.loc["max_drawdown", "high"] <= 1
     assert table.loc["total_return", "low"] >= -1
@@ -418,4 +446,5 @@ def test_turnover_is_never_below_zero(moves):
     journal = random_journal(1, len(moves) + 1)
     equity = pd.Series(1000. + np.append(0., 1000 * np.cumsum(moves)), journal.index)
     found = metrics(equity, journal)
-    assert found.turnover >= 0 and not found.annual_turnover < 0
+    assert found.turnover >= 0
+    assert not found.annual_turnover < 0

@@ -71,9 +71,11 @@ def test_every_module_comes_from_the_notebook_of_its_name():
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if exported(path)], ids=lambda path: path.stem)
 def test_a_chapter_stands_where_it_exports_to(path):
-    room, name = path.parent.name.split("_", 1)[1], path.stem.split("_", 1)[1].replace("front_door", "__init__")
+    room = path.parent.name.split("_", 1)[1]
+    name = path.stem.split("_", 1)[1].replace("front_door", "__init__")
     assert exported(path) == (name if room in ("ground", "top") else f"{room}.{name}")
-    assert path.stem[:2].isdigit() and path.parent.name[:2].isdigit()
+    assert path.stem[:2].isdigit()
+    assert path.parent.name[:2].isdigit()
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.stem != "index"],

@@ -112,12 +112,15 @@ def around(frame):
 
 
 def more(h, l, c, v, hlc, a):
-    aroon, sar, ichimoku = talib.AROON(*hlc[:2], 25), talib.SAR(*hlc[:2], .02, .2), ta.trend.IchimokuIndicator(h, l)
+    aroon = talib.AROON(*hlc[:2], 25)
+    sar = talib.SAR(*hlc[:2], .02, .2)
+    ichimoku = ta.trend.IchimokuIndicator(h, l)
     keltner = ta.volatility.KeltnerChannel(h, l, c, 20, 10, original_version=False, multiplier=2)
     returns = np.diff(np.log(a["close"]))
     strength = talib.STOCHRSI(a["close"], 14, 14, 3)
     lines = [talib.AD(*hlc, a["volume"]), ta.volume.acc_dist_index(h, l, c, v).to_numpy()]
-    vortex, vwap = ta.trend.VortexIndicator(h, l, c, 14), ta.volume.volume_weighted_average_price(h, l, c, v, 14)
+    vortex = ta.trend.VortexIndicator(h, l, c, 14)
+    vwap = ta.volume.volume_weighted_average_price(h, l, c, v, 14)
     force = ta.volume.force_index(c, v, 13)
     return {
         "wma(9)": [talib.WMA(a["close"], 9), ta.trend.wma_indicator(c, 9)],
@@ -156,7 +159,8 @@ def more(h, l, c, v, hlc, a):
 
 
 def assert_agrees(feature, candles, other):
-    ours, other = feature.array(candles)[feature.warm_up - 1:], np.asarray(other, float)[feature.warm_up - 1:]
+    ours = feature.array(candles)[feature.warm_up - 1:]
+    other = np.asarray(other, float)[feature.warm_up - 1:]
     assert np.isfinite(ours).all()
     defined = np.isfinite(other)    # ta says 0/0 where nothing moved
     assert defined.mean() > .99
@@ -201,9 +205,11 @@ def test_forgets_with_other_windows(name, real):
 @pytest.mark.parametrize("feature", FIRST, ids=text)
 def test_is_defined_from_the_warm_up_on(feature):
     array = feature.array(SYNTHETIC["walk"])
-    assert np.isfinite(array[feature.warm_up - 1:]).all() and (np.isnan(array[0]) or feature.warm_up == 1)
+    assert np.isfinite(array[feature.warm_up - 1:]).all()
+    assert (np.isnan(array[0]) or feature.warm_up == 1)
     defined = np.flatnonzero(np.isfinite(array))
-    assert (np.diff(defined) == 1).all() and defined[0] < feature.warm_up
+    assert (np.diff(defined) == 1).all()
+    assert defined[0] < feature.warm_up
 
 
 @st.composite
@@ -243,7 +249,8 @@ def test_array_and_stream_hold_the_same_bits_and_the_past_does_not_see_the_futur
 @settings(max_examples=100)
 @given(features(("", "ETH/USDT:USDT", "1000PEPE/USDT")))
 def test_a_feature_is_what_its_text_says(feature):
-    assert parse(feature.text) == feature and parse(feature.text).text == feature.text
+    assert parse(feature.text) == feature
+    assert parse(feature.text).text == feature.text
 
 
 @pytest.mark.parametrize("feature", ALL, ids=text)
@@ -280,7 +287,8 @@ def test_takes_arrays_of_any_layout():
 
 
 def test_bad_candles_are_refused_and_leave_no_trace():
-    candles, stream = SYNTHETIC["walk"][:100], parse("rsi(3)").stream()
+    candles = SYNTHETIC["walk"][:100]
+    stream = parse("rsi(3)").stream()
     for candle in candles[:50]: stream.update(candle)
     before = stream.memory.copy()
     for bad in (np.nan, np.inf, 0., -1.):
@@ -303,7 +311,8 @@ print(json.dumps({text: np.nan_to_num(parse(text).array(candles), nan=-1e9).toli
 
 
 def test_uncompiled_functions_say_the_same():
-    candles, texts = SYNTHETIC["walk"][:120], [feature.text for feature in ALL]
+    candles = SYNTHETIC["walk"][:120]
+    texts = [feature.text for feature in ALL]
     done = subprocess.run([sys.executable, "-c", UNCOMPILED, *texts], input=json.dumps(candles.tolist()),
                           capture_output=True, text=True,
                           env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=True)
@@ -345,7 +354,8 @@ def test_the_exchange_s_own_longer_candles_give_the_same(name, bits, shared):
                                   "atr(5).relative@1d[-1]"])
 def test_other_timeframes_and_lags_forget_their_start(name):
     feature, candles = parse(name), SYNTHETIC["walk"]
-    whole, warm_up = feature.array(candles), feature.history("1h")
+    whole = feature.array(candles)
+    warm_up = feature.history("1h")
     for start in range(1, 6_000 - warm_up - 60, 191):
         assert_array_equal(feature.array(candles[start:start + warm_up + 50])[warm_up - 1:],
                            whole[start + warm_up - 1:start + warm_up + 50], f"from {start}")
@@ -364,7 +374,8 @@ def test_many_symbols_and_features_in_one_stream_are_their_arrays():
 
 
 def test_a_missing_column_is_named_and_nothing_is_seen():
-    candles, stream = SYNTHETIC["walk"][:5], parse("taker_share(2)").stream()
+    candles = SYNTHETIC["walk"][:5]
+    stream = parse("taker_share(2)").stream()
     stream.update(candles[0])
     before = stream.memory.copy()
     with pytest.raises(ValueError, match=r"taker_share\(2\) needs taker_buy_volume, which candle 0 does not have: take "

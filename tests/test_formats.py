@@ -43,7 +43,8 @@ def changed_run(folder, change):
 def test_a_run_before_the_numbers_is_read(tmp_path):
     run = read_run(changed_run(tmp_path, lambda config: config.pop("format")))
     again = save(Run(ID + "9", run.policy, instruments=run.instruments, config=run.config), folder=tmp_path)
-    assert run.id == ID and again.config["format"] == FORMAT
+    assert run.id == ID
+    assert again.config["format"] == FORMAT
 
 
 @pytest.mark.parametrize("number", ["tradelab run 0", "tradelab run 2", 2, "", False, [1], {"a": 1}])
@@ -115,7 +116,8 @@ def test_a_recording_says_which_version_wrote_it(tmp_path):
                           ({"limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its limits are not "
                            "this version's")])
 def test_a_session_of_another_format_is_not_resumed(tmp_path, change, match):
-    trader, ledger = make_trader(buy_and_hold(), instruments=(BITCOIN,)), Ledger(f"sqlite:///{tmp_path}/tradelab.db")
+    trader = make_trader(buy_and_hold(), instruments=(BITCOIN,))
+    ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
     ledger.open_session("other", {"version": "7.8.9", "origin": "x", "limits": asdict(Limits())} | change)
     with pytest.raises(StartRefusedError, match=f"^session other {match}"):
         Session(trader, None, ledger, tmp_path, resume="other")._remember()
@@ -123,7 +125,8 @@ def test_a_session_of_another_format_is_not_resumed(tmp_path, change, match):
 
 def test_a_session_before_the_numbers_and_before_some_limits_is_resumed(tmp_path):
     from types import SimpleNamespace
-    trader, ledger = make_trader(buy_and_hold(), instruments=(BITCOIN,)), Ledger(f"sqlite:///{tmp_path}/tradelab.db")
+    trader = make_trader(buy_and_hold(), instruments=(BITCOIN,))
+    ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
     session = Session(trader, SimpleNamespace(venue=SimpleNamespace(name="localnet")), ledger, tmp_path,
                       resume="before")
     told = session._settings() | {"reserve": 5.}
@@ -131,7 +134,8 @@ def test_a_session_before_the_numbers_and_before_some_limits_is_resumed(tmp_path
     del told["limits"]["max_orders"]
     ledger.open_session("before", told)
     ledger.keep("before", 1_700_000_000_000, trader.snapshot(), 0)
-    assert session._remember()["open_time"] == 1_700_000_000_000 and session.reserve == 5.
+    assert session._remember()["open_time"] == 1_700_000_000_000
+    assert session.reserve == 5.
     with pytest.raises(StartRefusedError, match="^session before was written by tradelab .*: state of another version: "
                        "its fields are"):
         torn = json.loads(json.dumps(trader.snapshot()).replace('"deposit"', '"deposits"'))

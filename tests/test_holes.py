@@ -61,7 +61,8 @@ def bids(parameters, observation, answer):
 
 def holed(candles, seed, count=4, most=9, begin=20):
     "The candles without some stretches, never the first or the last"
-    random, kept = np.random.default_rng(seed), np.ones(len(candles), bool)
+    random = np.random.default_rng(seed)
+    kept = np.ones(len(candles), bool)
     for at in random.integers(begin, len(candles) - most - 2, count): kept[at:at + random.integers(1, most)] = False
     return candles[kept]
 
@@ -74,7 +75,8 @@ def wavering(features=("return(1)",), window=1, seed=0): return Policy("waver", 
 def test_funding_is_paid_at_its_own_time_by_who_held_then(seed, timeframe):
     "Against a walk through the payments: the position of that moment, the last close before it, the rate"
     whole = ar1(120, volatility=.01, seed=seed, timeframe=timeframe)
-    candles, rates = holed(whole, seed), funding(whole, seed=seed)
+    candles = holed(whole, seed)
+    rates = funding(whole, seed=seed)
     held = pd.Series(np.random.default_rng(seed).choice([-1., 0., 1.], len(candles)), candles.index)
     result = backtest(held, candles, start=candles.index[0], costs=CostModel(taker_fee=0., maker_fee=0., slippage=0.),
                       limits=OPEN_END,
@@ -106,7 +108,8 @@ def test_funding_of_the_whole_is_that_of_the_holed():
 
 def refusals():
     candles = ar1(300, seed=1)
-    bad, observation = candles.drop(candles.index[250:253]), Observation(["return(1)"])
+    bad = candles.drop(candles.index[250:253])
+    observation = Observation(["return(1)"])
     from tradelab.learn.agents import train
     yield "backtest", lambda: backtest(wavering(), bad)
     yield "table", lambda: backtest(pd.Series(1., bad.index), bad)
@@ -141,16 +144,19 @@ FEATURES = ("return(1)", "rsi(5)", "return(1)@4h", "rsi(3)@2h[-1]", "time_of_day
 def test_both_forms_agree_to_the_bit_and_nobody_is_asked_until_the_window_is_whole(window, features):
     for seed in range(3):
         candles = holed(ar1(800, volatility=.01, seed=seed), seed, count=7, begin=450)
-        policy, rates = wavering(features, window, seed), funding(candles, seed=seed)
+        policy = wavering(features, window, seed)
+        rates = funding(candles, seed=seed)
         limits = Limits(max_position=.5, max_leverage=1., max_drawdown=.9, max_daily_loss=.05,
                         stops=Stops(stop_loss=.015, take_profit=0., stop_atr=2., atr_period=5, max_age=40),
                         target_volatility=2., decay=.2)
         one, two = (backtest(policy, candles, funding=rates, limits=limits, gaps=True, engine=engine,
                              keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
-        assert first_difference(one.journal, two.journal) is None and first_difference(one.fills, two.fills) is None
+        assert first_difference(one.journal, two.journal) is None
+        assert first_difference(one.fills, two.fills) is None
         assert np.array_equal(one.observations, two.observations, equal_nan=True)
         opens, reasons = times(candles), one.rows["reason"][:, 0]
-        since, row = 10**9, {time: t for t, time in enumerate(one.rows["open_time"][:, 0])}
+        since = 10**9
+        row = {time: t for t, time in enumerate(one.rows["open_time"][:, 0])}
         asked = np.isfinite(one.observations).all(axis=(1, 2))
         for t in range(1, len(opens)):
             since = 1 if opens[t] - opens[t - 1] > HOUR else since + 1
@@ -170,7 +176,8 @@ def test_both_forms_agree_for_a_policy_of_orders():
         policy = Policy("bids", bids, [0.], ("return(1)",), 3, orders=2)
         one, two = (backtest(policy, candles, limits=OPEN_END, gaps=True, engine=engine, baselines=())
                     for engine in ("vectorised", "event"))
-        assert first_difference(one.journal, two.journal) is None and len(one.fills) > 20
+        assert first_difference(one.journal, two.journal) is None
+        assert len(one.fills) > 20
         assert (one.rows["reason"] == Reason.NO_DECISION).sum() >= 2
 
 
@@ -206,24 +213,31 @@ def test_replay_decides_what_the_backtest_decided():
                    **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities",
             "reasons")}}]
     recorded, recomputed = replay(lines, trader)
-    assert first_difference(recorded, recomputed) is None and (recorded["reason"] == Reason.NO_DECISION).any()
+    assert first_difference(recorded, recomputed) is None
+    assert (recorded["reason"] == Reason.NO_DECISION).any()
     seen = np.array([decision.observation for decision in decisions])[:, :, :2 * len(FEATURES)]
     assert np.array_equal(seen, result.observations[:150, :, :2 * len(FEATURES)], equal_nan=True)
 
 
 def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
     from tradelab.learn.env import MarketEnv
-    candles, window = holed(ar1(500, volatility=.01, seed=5), 5, begin=200), 3
+    candles = holed(ar1(500, volatility=.01, seed=5), 5, begin=200)
+    window = 3
     observation = Observation(FEATURES, window, timeframe="1h", symbols=(BTC,))
     env = MarketEnv(prepare(candles, observation, limits=OPEN_END, gaps=True))
-    policy, rewards, asked, done = wavering(FEATURES, window), 0., 0, False
+    policy = wavering(FEATURES, window)
+    rewards = 0.
+    asked = 0
+    done = False
     seen, _ = env.reset(seed=0)
     while not done:
         assert np.isfinite(seen).all()
         targets = np.zeros(1)
         policy.function(policy.parameters, seen.reshape(1, -1), targets)
         seen, reward, ended, stopped, _ = env.step(targets)
-        rewards, asked, done = rewards + reward, asked + 1, ended or stopped
+        rewards = rewards + reward
+        asked = asked + 1
+        done = ended or stopped
     first = candles.index[env.population.market.first_row]
     result = backtest(policy, candles, first, limits=OPEN_END, gaps=True, baselines=())
     assert result.equity.iloc[-1] == env.population.accounts["equity"][0, 0]
@@ -237,7 +251,8 @@ def test_means_over_candles_with_holes_do_not_know_where_the_history_began(seed,
     random = np.random.default_rng(seed)
     numbers = np.flatnonzero(random.random(400) > .03).astype(np.int64) + 1_000
     values = random.random(len(numbers))
-    whole, late = window_means(values, numbers, 24), window_means(values[cut:], numbers[cut:], 24)
+    whole = window_means(values, numbers, 24)
+    late = window_means(values[cut:], numbers[cut:], 24)
     assert np.array_equal(whole[cut + 23:], late[23:])
     np.testing.assert_allclose(whole[23:], np.lib.stride_tricks.sliding_window_view(values, 24).mean(axis=1))
 
@@ -278,7 +293,8 @@ def asked(code, here):
 
 def run_job(root, name, **parameters):
     "A job's cells in this process, each result shown as a page shows it; the texts that were shown"
-    told, cells = [], json.loads((root / f"nbs/{name}.ipynb").read_text())["cells"]
+    told = []
+    cells = json.loads((root / f"nbs/{name}.ipynb").read_text())["cells"]
     def show(*values):
         told.extend(hasattr(value, "_repr_html_") and value._repr_html_() or str(value) for value in values)
     here = {"display": show, "__name__": "job"}
@@ -305,7 +321,8 @@ def span_of(timeframe, warm=150, count=300):
 @pytest.mark.parametrize("timeframe", TIMEFRAMES)
 def test_every_timeframe_goes_through_the_backtest_job(project, root, timeframe):
     told = run_job(root, "backtest", timeframe=timeframe, span=span_of(timeframe))
-    assert any("Risk of" in each for each in told) and not any("not shown" in each for each in told)
+    assert any("Risk of" in each for each in told)
+    assert not any("not shown" in each for each in told)
 
 
 def test_every_long_timeframe_goes_through_train_and_report(project, root):
@@ -350,7 +367,8 @@ def test_a_warm_up_is_found_before_an_outage(project, root, shared):
 def live(folder, policy, candles, payments, start, parts, watched=None, gaps=True, timeframe="1h"):
     "Sessions over real sockets, stopped and resumed between the parts; the journal, and the lines of the recording"
     folder.mkdir(exist_ok=True)
-    run, ledger = Run("holes", policy, timeframe=timeframe), Ledger(f"sqlite:///{folder}/tradelab.db")
+    run = Run("holes", policy, timeframe=timeframe)
+    ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, name):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"),
                       SecretStr("secret"))
@@ -370,7 +388,8 @@ def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, 
     """Bit for bit, in candles and payments, also those that fall due inside a candle, and where it is stopped before a
     hole and behind one; and it replays"""
     whole = ar1(560, volatility=.01, seed=7, timeframe=timeframe)
-    candles, payments = holed(whole, 7, count=9, begin=420), funding(whole, seed=7)
+    candles = holed(whole, 7, count=9, begin=420)
+    payments = funding(whole, seed=7)
     policy, first = wavering(features, window), 400
     # the last candles before the holes
     behind = [t for t, wide in enumerate(np.diff(times(candles)) > milliseconds(timeframe)) if wide and t > first]
@@ -381,14 +400,17 @@ def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, 
     journal = ledger.journal("holes")
     expected = backtest(policy, candles, candles.index[first], instruments=(BITCOIN,), funding=payments, gaps=True,
                         keep_observations=True, baselines=())
-    assert first_difference(expected.journal[:len(journal)], journal) is None and len(journal) == cuts[-1]
+    assert first_difference(expected.journal[:len(journal)], journal) is None
+    assert len(journal) == cuts[-1]
     seen = np.array([unpacked(line["observation"]) for line in lines if line["kind"] == "decision"])
     assert np.array_equal(expected.observations[:len(seen)].view(np.uint32), seen.view(np.uint32))
     assert first_difference(*replay(lines, Run("holes", policy, timeframe=timeframe).trader(instruments=(BITCOIN,
         )))) is None
     events = ledger.events("holes")
-    assert (events["kind"] == "hole").sum() == len(behind) and not set(events["kind"]) - {"hole"}
-    assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1) and (journal["order"] != 0).sum() > 20
+    assert (events["kind"] == "hole").sum() == len(behind)
+    assert not set(events["kind"]) - {"hole"}
+    assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1)
+    assert (journal["order"] != 0).sum() > 20
     paid = (journal["funding"] != 0).sum()
     assert paid > 5
     assert sum(line["kind"] == "funding" for line in lines) >= paid + (window == 1) # two of them fall due in one hole
@@ -418,6 +440,7 @@ def test_a_live_job_trades_through_a_real_outage_and_replays(project, root, shar
     ledger = Ledger(f"sqlite:///{project}/tradelab.db")
     [name] = ledger.sessions()
     journal = ledger.journal(name)
-    assert len(journal) == 50 and journal.index[24:26].strftime("%d %H").tolist() == ["08 00", "09 10"]
+    assert len(journal) == 50
+    assert journal.index[24:26].strftime("%d %H").tolist() == ["08 00", "09 10"]
     assert ledger.events(name)["text"].str.contains("33 candles from 2018-02-08 01:00 UTC on are missing").sum() == 1
     run_job(root, "replay", session=name, settings="outages")

@@ -126,7 +126,8 @@ def written(path):
 
 def test_only_trading_state_changes_what_is_allowed():
     "Everybody else reads one field of the account; who wants it changed calls `require_state` or `resume`"
-    owner, page = ROOT / "tradelab/risk/trading_state.py", ROOT / "nbs/30_risk/04_trading_state.ipynb"
+    owner = ROOT / "tradelab/risk/trading_state.py"
+    page = ROOT / "nbs/30_risk/04_trading_state.ipynb"
     assert set(written(owner)) >= STATE
     assert {path.name: set(written(path)) & STATE for path in (*MODULES, *NOTEBOOKS) if path not in (owner, page)
             and set(written(path)) & STATE} == {}
@@ -150,7 +151,8 @@ def test_a_job_is_wiring_only(path):
     assert not [node for tree in trees for node in ast.walk(tree)
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     tagged = [tree for tree, (_, tags) in zip(trees, parts, strict=True) if "parameters" in tags]
-    assert len(tagged) == 1 and 1 <= len(tagged[0].body) <= 10
+    assert len(tagged) == 1
+    assert 1 <= len(tagged[0].body) <= 10
     for line in tagged[0].body: ast.literal_eval(line.value)
     assert "default_exp" not in "".join(source for source, _ in parts)
 
@@ -161,7 +163,8 @@ def test_what_a_notebook_shows_as_a_table_is_printed_as_one():
                if isinstance(node, ast.ClassDef)]
     methods = {node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)} for node in classes}
     shown = {name for name, has in methods.items() if has & {"_repr_html_", "table"}}
-    assert len(shown) > 10 and not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
+    assert len(shown) > 10
+    assert not [name for name in shown if not methods[name] & {"__str__", "__repr__"}]
 
 
 NAMED = [path for room in ("risk", "evaluation", "runs", "sim", "learn")

@@ -50,13 +50,16 @@ def windows(values, size): return np.vstack([np.full((size - 1, size), np.nan), 
 def exact(candles):
     "Feature -> the formula written out, window by window"
     o, h, l, c, v = candles.T.copy()
-    typical, returns = (h + l + c) / 3, np.r_[np.nan, np.diff(np.log(c))]
-    change, flow = np.r_[np.nan, np.diff(c)], np.where(h > l, v * ((c - l) - (h - c)) / np.where(h > l, h - l, 1), 0)
+    typical = (h + l + c) / 3
+    returns = np.r_[np.nan, np.diff(np.log(c))]
+    change = np.r_[np.nan, np.diff(c)]
+    flow = np.where(h > l, v * ((c - l) - (h - c)) / np.where(h > l, h - l, 1), 0)
     money = typical * v
     moved = np.sign(np.r_[np.nan, np.diff(np.round(h + l + c, 6))]) # in ticks: the last bits of equal prices differ
     T, C = windows(typical, 20), windows(c, 20)
     with np.errstate(invalid="ignore", divide="ignore"):
-        weights, deviation = np.arange(1, 31), np.abs(T - T.mean(1, keepdims=True)).mean(1)
+        weights = np.arange(1, 31)
+        deviation = np.abs(T - T.mean(1, keepdims=True)).mean(1)
         rise = windows(np.where(moved > 0, money, 0 * moved), 14).sum(1)
         fall = windows(np.where(moved < 0, money, 0 * moved), 14).sum(1)
         volume = windows(v, 14).sum(1)
@@ -89,9 +92,11 @@ def test_agrees_with_the_exact_window_formula_on_real_candles(real, market):
     candles = real[market][-12_000:]
     for text, formula in exact(candles).items():
         feature = parse(text)
-        ours, formula = feature.array(candles)[feature.warm_up - 1:], formula[feature.warm_up - 1:]
+        ours = feature.array(candles)[feature.warm_up - 1:]
+        formula = formula[feature.warm_up - 1:]
         defined = np.isfinite(formula) # 0/0 where nothing moved or was traded
-        assert np.isfinite(ours).all() and defined.mean() > .99
+        assert np.isfinite(ours).all()
+        assert defined.mean() > .99
         tolerance = 1e-9 * np.maximum(np.abs(formula), formula[defined].std())
         assert (np.abs(ours - formula) <= tolerance)[defined].all(), (text, np.abs(ours - formula)[defined].max())
 
@@ -119,9 +124,11 @@ values = st.one_of(st.floats(1e-6, 1e6), st.integers(0, 3).map(float))
 def test_windows_say_what_the_plain_formula_says(series, size):
     state = np.zeros(13 + 5 * size)
     for t, value in enumerate(series):
-        last, clock = series[max(0, t - size + 1):t + 1], tick(state, size)
+        last = series[max(0, t - size + 1):t + 1]
+        clock = tick(state, size)
         assert window_sum(state, value, clock, 2, 13) == math.fsum(last)
-        high, low = window_high(state, value, clock, 5, 13 + size), window_low(state, value, clock, 7, 13 + 2 * size)
+        high = window_high(state, value, clock, 5, 13 + size)
+        low = window_low(state, value, clock, 7, 13 + 2 * size)
         assert (high, low) == (max(last), min(last))
         assert extreme_age(state, high, clock, 6, 13 + size) == last[::-1].index(max(last))
         assert extreme_age(state, low, clock, 8, 13 + 2 * size) == last[::-1].index(min(last))
@@ -144,7 +151,8 @@ sizes = st.one_of(st.just(0.), st.floats(-15, 15).map(lambda power: 10. ** power
 @given(st.lists(st.tuples(sizes, st.sampled_from([-1., 1.])), min_size=1, max_size=120), st.integers(1, 60),
        st.integers(-300, 250))
 def test_sums_of_any_size_and_sign_are_exact_whatever_came_before(series, size, power):
-    series, state = [value * sign * 10. ** power for value, sign in series], np.zeros(5 + size)
+    series = [value * sign * 10. ** power for value, sign in series]
+    state = np.zeros(5 + size)
     for t, value in enumerate(series):
         assert window_sum(state, value, tick(state, size), 2, 5) == math.fsum(series[max(0, t - size + 1):t + 1])
 
@@ -166,7 +174,9 @@ def test_the_way_of_a_price_is_exact_whether_or_not_it_needs_a_rest(closes, size
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 9, 21, 200])
 def test_windows_of_any_length_agree_with_the_formula_on_real_candles(real, market, size):
     close = real[market][-3_000:, 3]
-    rows, weights, candles = windows(close, size)[size:], np.arange(1, size + 1), real[market][-3_000:]
+    rows = windows(close, size)[size:]
+    weights = np.arange(1, size + 1)
+    candles = real[market][-3_000:]
     for text, formula in {f"wma({size})": (rows * weights).sum(1) / weights.sum(),
                           f"bollinger({size},2).middle": rows.mean(1), f"bollinger({size},2).upper": rows.mean(1)
                           + 2 * rows.std(1),
@@ -176,7 +186,8 @@ def test_windows_of_any_length_agree_with_the_formula_on_real_candles(real, mark
 
 
 def test_a_sum_does_not_drift():
-    series, sums = np.random.default_rng(0).lognormal(0, 3, 300_000), np.zeros(25)
+    series = np.random.default_rng(0).lognormal(0, 3, 300_000)
+    sums = np.zeros(25)
     for value in series: total = summed(sums, value)
     assert total == math.fsum(series[-20:])
     for _ in range(20): total = summed(sums, 0.)
@@ -246,7 +257,8 @@ def test_what_ta_computes_does_not_see_the_future_and_streams_the_same(name):
     stream, seen = feature.stream(), []
     for candle in candles[:warm_up + 60]: seen.append(stream.update(candle)[0])
     assert np.isnan(seen[:warm_up - 1]).all()
-    ours, spread = whole[warm_up - 1:warm_up + 60], whole[warm_up - 1:].std()
+    ours = whole[warm_up - 1:warm_up + 60]
+    spread = whole[warm_up - 1:].std()
     assert (np.abs(np.array(seen[warm_up - 1:]) - ours) <= 1e-9 * np.maximum(np.abs(ours), spread)).all()
     copy = feature.stream()
     for mine, its in zip((copy.memory, *copy._asked.values()), (stream.memory, *stream._asked.values())): mine[:] = its

@@ -86,7 +86,8 @@ def test_a_backtest_fills_where_the_market_is(market, engine):
     result = quiet(backtest, turning(candles.index) if engine == "vectorised" else buy_and_hold(), candles, limits=OPEN,
                    engine=engine, baselines=())
     (instrument,), fills = result.instruments, result.fills
-    assert instrument.symbol == symbol and len(fills) >= (10 if engine == "vectorised" else 1)
+    assert instrument.symbol == symbol
+    assert len(fills) >= (10 if engine == "vectorised" else 1)
     for quantity, price, met in fills[["quantity", "price", "met"]].to_numpy(float):
         check_taker(price, met, np.sign(quantity), instrument)
 
@@ -106,7 +107,8 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
     environment.reset(seed=0)
     while not ended:
         *_, terminated, truncated, info = environment.step(np.array([given[environment.population.at[0]]]))
-        row, ended = np.array(info["journal"], JOURNAL)[0], terminated or truncated
+        row = np.array(info["journal"], JOURNAL)[0]
+        ended = terminated or truncated
         if row["fill_quantity"]:
             met = market.tape.candles[environment.population.at[0], 0, 0]
             check_taker(row["fill_price"], met, np.sign(row["fill_quantity"]), alone.instruments[0])
@@ -134,7 +136,8 @@ def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(mark
 def test_a_grid_that_is_kept_is_found(exponent, digits, seed, step):
     """The tick of four thousand prices, the step of a thousand volumes: found to the last digit, unless they are
     coarser than can be believed"""
-    tick, random = float(Decimal(digits).scaleb(exponent)), np.random.default_rng(seed)
+    tick = float(Decimal(digits).scaleb(exponent))
+    random = np.random.default_rng(seed)
     whole = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]]
     lots = random.integers(1, 10 ** 9, 1_000)
     candles = frame(HOUR * np.arange(1_000), np.c_[whole * grid(tick)[0] / grid(tick)[1],
@@ -143,12 +146,16 @@ def test_a_grid_that_is_kept_is_found(exponent, digits, seed, step):
     assert found.price_tick == tick
     if step * candles["close"][:100].median() <= 150.: assert found.quantity_step == step
     else: assert found.quantity_step * candles["close"][:100].median() <= .05 or found.quantity_step == 1e-8
-    assert found.max_quantity * candles["close"].min() >= 1e7 and found.min_notional == 5. and found.origin == "derived"
+    assert found.max_quantity * candles["close"].min() >= 1e7
+    assert found.min_notional == 5.
+    assert found.origin == "derived"
 
 
 def test_odd_prices_sums_and_changed_ticks():
     candles = walk(.5, 1, 5_000, .0001, .1, .001)
-    odd, summed, changed = candles.copy(), candles.copy(), candles.copy()
+    odd = candles.copy()
+    summed = candles.copy()
+    changed = candles.copy()
     odd.iloc[7, 3] = float("0.4983271") # an averaged price among the four hundred that are looked at
     summed["volume"] = candles["volume"].rolling(24, min_periods=1).sum()                    # .1 + .2 is not .3
     changed.iloc[:1_000, :4] = np.rint(changed.iloc[:1_000, :4] * 100_000) / 100_000 + .00001
@@ -186,7 +193,8 @@ def test_where_no_tick_is_kept_another_future_changes_no_instrument_of_a_bare_fr
 @given(st.integers(-12, 3), st.sampled_from(("1", "2", "2.5", "5")), st.integers(0, 10_000), st.integers(1, 900),
        st.sampled_from((10, 100)))
 def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_late(exponent, digits, seed, late, finer):
-    tick, random = float(Decimal(digits).scaleb(exponent)), np.random.default_rng(seed)
+    tick = float(Decimal(digits).scaleb(exponent))
+    random = np.random.default_rng(seed)
     fine = float(Decimal(repr(tick)) / finer)
     whole = np.sort(random.integers(3_000, 90_000, (1_000, 4)), axis=1)[:, [1, 3, 0, 2]] * finer
     lots = random.integers(1, 10 ** 6, 1_000) * finer
@@ -197,7 +205,8 @@ def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_la
     on = lambda values, size: values * grid(size)[0] / grid(size)[1]
     candles = frame(HOUR * np.arange(1_000), np.c_[on(whole, fine), on(lots, step)])
     found = derived(candles, "X/USDT:USDT")
-    assert on_grid(candles.iloc[:, :4].to_numpy().ravel(), found.price_tick).all() and found.price_tick >= fine
+    assert on_grid(candles.iloc[:, :4].to_numpy().ravel(), found.price_tick).all()
+    assert found.price_tick >= fine
     if step > 1e-8: assert on_grid(candles["volume"].to_numpy(), found.quantity_step).all()
     kept = keep_instrument(candles, "X/USDT:USDT")
     # one instrument, wherever a part of them goes
@@ -237,7 +246,9 @@ def test_a_tick_above_5_basis_points_is_said_and_above_50_refused_unless_listed_
         warnings.simplefilter("always")
         try: ROADS[road](candles, one)
         except (ValueError, StartRefusedError) as error:
-            assert "of the lowest price" in str(error) and share > .005 and origin not in ("binanceusdm", "testnet")
+            assert "of the lowest price" in str(error)
+            assert share > .005
+            assert origin not in ("binanceusdm", "testnet")
         else: assert share <= .005 or origin in ("binanceusdm", "testnet")
     told = any("a taker pays up to that much more" in str(each.message) for each in said)
     assert told == (share > .0005 and (share <= .005 or origin in ("binanceusdm", "testnet")))
@@ -255,10 +266,12 @@ def test_the_tick_and_step_of_real_perpetuals_are_those_that_binance_listed(shar
     symbol = f"{coin}/USDT:USDT"
     truth = listed_instrument({"symbol": symbol, "id": f"{coin}USDT", "info": listed}, "binanceusdm")
     found = quiet(derived, candles, symbol)
-    assert found.quantity_step == truth.quantity_step and found.min_notional == truth.min_notional
+    assert found.quantity_step == truth.quantity_step
+    assert found.min_notional == truth.min_notional
     # its tick became coarser that spring: all prices keep the finer one
     assert found.price_tick == truth.price_tick or coin == "BNB"
-    assert found.price_tick <= truth.price_tick and found.max_quantity >= truth.max_quantity
+    assert found.price_tick <= truth.price_tick
+    assert found.max_quantity >= truth.max_quantity
     candles.attrs["symbol"] = symbol
     result = quiet(backtest, turning(candles.index[:300]), candles[:300], limits=OPEN, baselines=())
     assert len(result.fills) > 200
@@ -347,5 +360,6 @@ def test_margin_brackets_are_the_exchanges_own(shared, symbol):
         "minQty": "0.001", "maxQty": "500"}]
     found = instrument_of({"id": symbol, "symbol": f"{symbol[:-4]}/USDT:USDT", "info": {"filters": filters}},
                           [{"symbol": symbol, "brackets": rows}], "testnet")
-    assert [cap for cap, _, _ in found.brackets] == [row["notionalCap"] for row in rows] and found.origin == "testnet"
+    assert [cap for cap, _, _ in found.brackets] == [row["notionalCap"] for row in rows]
+    assert found.origin == "testnet"
     if symbol == "BTCUSDT": assert found.brackets == BITCOIN.brackets

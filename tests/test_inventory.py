@@ -54,9 +54,12 @@ def test_runs_are_listed_shown_and_tagged(runs):
     assert tradelab("runs", "tag", NAMES[0], "good", "v1").output == "good v1\n"
     assert tradelab("runs", "tag", NAMES[0], "-r", "v1").output == "good\n"
     only = tradelab("runs", "list", "--tag", "good").output
-    assert NAMES[0] in only and NAMES[1] not in only
+    assert NAMES[0] in only
+    assert NAMES[1] not in only
     shown = tradelab("runs", "show", NAMES[0]).output
-    assert "tags      good" in shown and "learning_curve.csv" in shown and "1,000 steps" in shown
+    assert "tags      good" in shown
+    assert "learning_curve.csv" in shown
+    assert "1,000 steps" in shown
     assert "did you mean" in tradelab("runs", "tag", NAMES[0][:-1], "x").output
     assert tradelab("runs", "tag", NAMES[0], "a b").exit_code == 1
     (runs / NAMES[1] / CONFIG).write_text("[")
@@ -78,14 +81,16 @@ def test_two_runs_are_compared_by_metrics_and_by_what_differs(runs):
 def test_two_runs_on_a_file_that_both_are_tested_on(runs, tmp_path):
     ar1(400, seed=9).reset_index().to_csv(tmp_path / "c.csv", index=False)
     said = tradelab("runs", "compare", *NAMES, "--source", tmp_path / "c.csv", "--span", "2024-01-10/").output
-    assert "file c.csv" in said and "in sample" in said.replace("IN SAMPLE", "in sample")
+    assert "file c.csv" in said
+    assert "in sample" in said.replace("IN SAMPLE", "in sample")
 
 
 def test_a_deleted_run_keeps_its_line_in_the_log_of_trials(runs):
     log = (runs / "trials.jsonl").read_bytes()
     assert [json.loads(line)["run"] for line in log.splitlines()] == NAMES
     tradelab("runs", "tag", NAMES[0], "bad")
-    assert tradelab("runs", "delete", NAMES[0], input="n\n").exit_code == 1 and (runs / NAMES[0]).exists()
+    assert tradelab("runs", "delete", NAMES[0], input="n\n").exit_code == 1
+    assert (runs / NAMES[0]).exists()
     assert tradelab("runs", "delete", NAMES[0], input="y\n").exit_code == 0
     assert tradelab("runs", "delete", NAMES[1], "--yes").exit_code == 0
     assert sorted(path.name for path in runs.iterdir()) == ["tags.json", "trials.jsonl"]
@@ -96,7 +101,8 @@ def test_a_deleted_run_keeps_its_line_in_the_log_of_trials(runs):
 @pytest.mark.parametrize("name", ["../x", "tags.json", "", "latest", "."])
 def test_only_a_run_can_be_deleted(runs, name):
     before = sorted(Path(".").rglob("*"))
-    assert tradelab("runs", "delete", name, "--yes").exit_code == 1 and sorted(Path(".").rglob("*")) == before
+    assert tradelab("runs", "delete", name, "--yes").exit_code == 1
+    assert sorted(Path(".").rglob("*")) == before
 
 
 @pytest.fixture
@@ -116,7 +122,8 @@ def session(runs):
 def test_a_session_runs_where_its_lock_is_held_and_not_where_a_file_says_so(session):
     assert "killed" in tradelab("sessions", "list").output
     with Lock(session / LOCK, "one"):
-        assert "running" in tradelab("sessions", "list").output and "killed" not in tradelab("sessions", "list").output
+        assert "running" in tradelab("sessions", "list").output
+        assert "killed" not in tradelab("sessions", "list").output
         assert "one is running: stop it first" in tradelab("sessions", "delete", "one", "--yes").output
         assert f"{NAMES[0]} is traded by a running session: stop it first" in tradelab("runs", "delete", NAMES[0],
             "--yes").output
@@ -134,17 +141,20 @@ def test_a_session_runs_where_its_lock_is_held_and_not_where_a_file_says_so(sess
 @pytest.mark.parametrize("content", ["{", "[1]", '{"statistics": 3}', '"x"', "\x00"])
 def test_a_damaged_status_is_no_end_of_the_list(session, content):
     (session / "session.json").write_text(content)
-    assert "one" in tradelab("sessions", "list").output and "one" in tradelab("sessions", "show", "one").output
+    assert "one" in tradelab("sessions", "list").output
+    assert "one" in tradelab("sessions", "show", "one").output
 
 
 def test_candles_are_listed_checked_and_deleted(project):
     store = Store(project / "data")
     for symbol in ("BTC/USDT:USDT", "1000PEPE/USDT:USDT"): store.write("binanceusdm", symbol, "1h", ar1(100, seed=1))
     assert all(word in tradelab("data", "list").output for word in ("binanceusdm", "1000PEPE/USDT:USDT", "100"))
-    assert tradelab("data", "check").exit_code == 0 and tradelab("data", "check", "--symbol", "nobody").exit_code == 1
+    assert tradelab("data", "check").exit_code == 0
+    assert tradelab("data", "check", "--symbol", "nobody").exit_code == 1
     assert tradelab("data", "delete", "binanceusdm", "1000PEPE/USDT:USDT", "../..", "--yes").exit_code == 1
     assert tradelab("data", "delete", "binanceusdm", "1000PEPE/USDT:USDT", "1h", "--yes").exit_code == 0
-    assert "1000PEPE" not in tradelab("data", "list").output and len(store.held()) == 1
+    assert "1000PEPE" not in tradelab("data", "list").output
+    assert len(store.held()) == 1
 
 
 def test_candles_are_downloaded_once(project, monkeypatch):

@@ -73,14 +73,17 @@ def stream_of(path):
     (["-y", "policy: [a]"], "parameter policy must be str, was ['a']")])
 def test_papermill_refuses_a_bad_parameter_in_one_sentence_and_writes_nothing(project, arguments, sentence):
     ran = papermill(write(project / "nbs/live.ipynb", "print(policy)"), "out.ipynb", *arguments)
-    assert ran.returncode == 1 and f"Error: {sentence}" in ran.stderr and "Traceback" not in ran.stderr
+    assert ran.returncode == 1
+    assert f"Error: {sentence}" in ran.stderr
+    assert "Traceback" not in ran.stderr
     assert not (project / "out.ipynb").exists()
 
 
 def test_papermill_gives_the_parameters_to_the_notebook_and_shows_what_it_prints(project):
     ran = papermill(write(project / "nbs/live.ipynb", "print('I run', policy, steps, share)"), "out.ipynb", "-p",
                     "policy", "mine", "-p", "share", "1")
-    assert ran.returncode == 0 and "I run mine 10 1" in ran.stdout
+    assert ran.returncode == 0
+    assert "I run mine 10 1" in ran.stdout
     assert "I run mine 10 1" in stream_of("out.ipynb")
 
 
@@ -100,7 +103,9 @@ def test_a_failing_cell_is_one_sentence_on_the_console_and_a_traceback_in_the_no
     assert "Error: there is no run nonsense: see runs/ (the traceback is in out.ipynb)" in ran.stderr
     assert "Traceback" not in ran.stderr
     text = Path("out.ipynb").read_text()
-    assert "ValueError" in text and "Traceback" in text and not stream_of("out.ipynb")
+    assert "ValueError" in text
+    assert "Traceback" in text
+    assert not stream_of("out.ipynb")
 
 
 def test_no_configured_secret_gets_into_the_executed_notebook(project):
@@ -124,7 +129,8 @@ def test_a_signal_closes_the_session_and_the_notebook_ends_complete(project, num
     process = start(project, *PAPERMILL, "nbs/live.ipynb", "out.ipynb")
     process.send_signal(number)
     assert process.wait() == 0
-    assert "closed in order" in stream_of("out.ipynb") and "the last cell" in stream_of("out.ipynb")
+    assert "closed in order" in stream_of("out.ipynb")
+    assert "the last cell" in stream_of("out.ipynb")
 
 
 def test_a_third_signal_gives_up(project):
@@ -136,7 +142,8 @@ def test_a_third_signal_gives_up(project):
         process.send_signal(signal.SIGTERM)
         sent += 1
         time.sleep(.1)
-    assert process.returncode != 0 and sent >= 3
+    assert process.returncode != 0
+    assert sent >= 3
 
 
 def test_a_close_that_takes_too_long_is_given_up(project):
@@ -162,7 +169,9 @@ def test_run_writes_a_dated_record_and_its_page(project, capfd):
     assert output.name.startswith("train-2")
     assert sorted(path.suffix for path in output.parent.iterdir()) == [".html", ".ipynb"]
     words = re.sub(r"<[^>]+>", "", output.with_suffix(".html").read_text())
-    assert "trained 7 steps" in words and "steps = 7" in words and "print(" not in words
+    assert "trained 7 steps" in words
+    assert "steps = 7" in words
+    assert "print(" not in words
     assert "trained 7 steps" in capfd.readouterr().out
 
 
@@ -182,7 +191,8 @@ def test_a_check_fails_before_there_is_a_kernel_and_nothing_is_written(project):
     script = ("import sys, tradelab.jobs as jobs\ntry: jobs.run('train', {'steps': 11})\nexcept jobs.ParameterError as "
               "error: print(error, 'papermill' in sys.modules)")
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert ran.stdout.strip() == "11 is more than 10 False" and not (project / "reports").exists()
+    assert ran.stdout.strip() == "11 is more than 10 False"
+    assert not (project / "reports").exists()
     assert jobs.run("train", {"steps": 10}).exists()
 
 
@@ -190,9 +200,12 @@ def test_a_check_fails_before_there_is_a_kernel_and_nothing_is_written(project):
                          [("print('told', steps)", 0), ("print('told', steps); raise ValueError('no')", 1)])
 def test_papermill_writes_the_page_that_run_writes(project, cell, code):
     ran = papermill(write(project / "nbs/train.ipynb", cell), "out.ipynb", "-p", "steps", "7")
-    assert ran.returncode == code and sorted(path.name for path in project.glob("out*")) == ["out.html", "out.ipynb"]
+    assert ran.returncode == code
+    assert sorted(path.name for path in project.glob("out*")) == ["out.html", "out.ipynb"]
     page = re.sub(r"<[^>]+>", "", (project / "out.html").read_text())
-    assert "told 7" in page and "steps = 7" in page and "print(" not in page.replace("print('told', steps); raise", "")
+    assert "told 7" in page
+    assert "steps = 7" in page
+    assert "print(" not in page.replace("print('told', steps); raise", "")
 
 
 def test_every_job_of_ours_says_what_its_parameters_are(root):
@@ -227,7 +240,8 @@ def test_the_repository_jobs_run_on_the_kernel_that_every_environment_has(root):
 
 def shy(project, before):
     "A kernel that does something before it starts; a letter in `count` for each time"
-    spec, count = project / "jupyter/kernels/shy", project / "count"
+    spec = project / "jupyter/kernels/shy"
+    count = project / "count"
     spec.mkdir(parents=True)
     code = (f"import os, pathlib, sys, time; file = open({str(count)!r}, 'a'); file.write('x'); file.close(); n = "
             f"pathlib.Path(file.name).stat().st_size; {before}; os.execv(sys.executable, [sys.executable, '-m', "
@@ -252,4 +266,5 @@ def test_a_job_that_is_stopped_while_its_kernel_starts_stays_down(project):
                                stderr=subprocess.DEVNULL)
     while not (count.exists() and count.read_text()) and process.poll() is None: time.sleep(.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0 and count.read_text() == "x"
+    assert process.wait() != 0
+    assert count.read_text() == "x"

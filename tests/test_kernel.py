@@ -72,7 +72,8 @@ def market(seed, symbols, length=400, volume=200.):
 
 def identity(result, deposit=10_000.):
     "Equity from the fills and funding alone, as cash and what is held: a second bookkeeping"
-    fills, last = result.fills, {symbol: frame["close"].iloc[-1] for symbol, frame in result.candles.items()}
+    fills = result.fills
+    last = {symbol: frame["close"].iloc[-1] for symbol, frame in result.candles.items()}
     cash = deposit - (fills["quantity"] * fills["price"]).sum() - fills["fee"].sum() + result.journal["funding"].sum()
     return cash + sum(group["quantity"].sum() * last[symbol] for symbol, group in fills.groupby("symbol"))
 
@@ -110,7 +111,8 @@ def test_every_fill_was_possible(seed, costs):
                       limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], baselines=())
     for symbol, fills in result.fills.groupby("symbol"):
         whole = result.candles[symbol]
-        candles, before = whole.loc[fills.index], frames[symbol]["close"].shift(1).loc[fills.index]
+        candles = whole.loc[fills.index]
+        before = frames[symbol]["close"].shift(1).loc[fills.index]
         low = np.fmin(candles["low"], before)
         # who stood in the book when the open fell through is served at his own price
         high = np.fmax(candles["high"], before)
@@ -166,7 +168,8 @@ def test_both_forms_agree_on_orders_of_the_policy(costs):
     assert first_difference(one.fills, two.fills) is None
     assert one.equity.equals(two.equity)
     assert first_difference(one.observations, two.observations) is None
-    assert len(one.fills) > 300 and {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"])
+    assert len(one.fills) > 300
+    assert {"market", "limit", "stop", "take profit"} <= set(one.fills["kind"])
     stopped = one.rows[one.rows["reason"] == Reason.STOP_LOSS]
     assert len(stopped) > 3
     assert (stopped["order"] == -stopped["position"]).all() # what a stop sends stands in the journal
@@ -197,8 +200,10 @@ def test_maintenance_margin_is_the_exchanges(shared):
 def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
     "The formula of Binance's support page, iterated over the brackets, against the kernel's search"
     instrument = replace(BITCOIN, brackets=BITCOIN_BRACKETS)
-    quantity, row = side * deposit * leverage / entry, instrument.row()[()]
-    account, positions = new_account(deposit), np.zeros(1, POSITION)
+    quantity = side * deposit * leverage / entry
+    row = instrument.row()[()]
+    account = new_account(deposit)
+    positions = np.zeros(1, POSITION)
     positions["quantity"], positions["entry_price"] = quantity, entry
     rules = rules_of(CostModel(), Limits(), [instrument], Execution())
     if deposit <= maintenance_margin(abs(quantity) * entry, row): return
@@ -218,7 +223,9 @@ def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.
             execution=Execution()):
     limits = Limits(max_position=leverage, max_leverage=leverage, leverage=max(20, leverage), min_margin_ratio=0.,
                     max_participation=None, max_daily_loss=None, max_drawdown=1., stops=stops, price_band=None)
-    candles, account, positions = np.asarray(candles, float)[:, None, :], new_account(deposit), np.zeros(1, POSITION)
+    candles = np.asarray(candles, float)[:, None, :]
+    account = new_account(deposit)
+    positions = np.zeros(1, POSITION)
     tape = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits)
     rules = rules_of(costs, limits, [BITCOIN], execution)
     world = World(tape, new_state(account, positions, rules.execution, 50), rules)
@@ -231,7 +238,8 @@ def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.
 @pytest.mark.parametrize("side, fall", [(1, (100, 100.5, 80, 81)), (-1, (100, 120, 99.5, 119))])
 def test_liquidation_leaves_nothing_and_owes_nothing(side, fall):
     state, _ = levered([(100, 100, 100, 100, 1e6), (100, 100.5, 99.5, 100, 1e6), (*fall, 1e6)], side * 1., 10)
-    assert state.positions["quantity"][0] == 0 and state.fills[state.count[0] - 1]["kind"] == Kind.LIQUIDATION
+    assert state.positions["quantity"][0] == 0
+    assert state.fills[state.count[0] - 1]["kind"] == Kind.LIQUIDATION
     assert 0 <= state.account["equity"][0] < .01 * 10_000
     assert state.account["equity"][0] == pytest.approx(10_000 + state.account["realised"][0] - state.account["fees"][0])
 
@@ -242,7 +250,8 @@ def test_a_gap_beyond_bankruptcy_is_stated_and_ends_everything():
     assert state.account["equity"][0] < 0
     assert state.positions["quantity"][0] == 0
     assert state.count[0] == 2 # bought once, closed by the exchange at the open; nothing after it
-    assert rows["equity"][-1, 0] < 0 and rows["order"][2:].sum() == 0
+    assert rows["equity"][-1, 0] < 0
+    assert rows["order"][2:].sum() == 0
 
 
 def test_a_stop_at_the_exchange_comes_before_the_liquidation():
@@ -297,7 +306,8 @@ def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     (1, [2., 1., 0., 0., 0., 0., 0., 0.], "its exposure in .-1, 1."), (1, [np.inf, 1., 0., 0., 0., 0., 0., 0.],
     "the numbers of an order are finite")])
 def test_a_wrong_answer_changes_nothing(places, answer, message):
-    candles, rules = np.full((3, 1, 5), 100.), rules_of(CostModel(), Limits(), [BITCOIN], Execution(), places)
+    candles = np.full((3, 1, 5), 100.)
+    rules = rules_of(CostModel(), Limits(), [BITCOIN], Execution(), places)
     world = World(tape_of(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()),
                   new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     row = np.zeros(1, JOURNAL)
@@ -330,13 +340,17 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
     rules = rules_of(ALL, WIDE, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], execution)
     worlds = [World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules)
               for _ in range(2)]
-    curve, single, nobody = np.zeros(length - 300), np.zeros(length - 300), np.zeros(0, JOURNAL)
+    curve = np.zeros(length - 300)
+    single = np.zeros(length - 300)
+    nobody = np.zeros(0, JOURNAL)
     for world in worlds: mark(world.state.account, world.state.positions, candles[299, :, 3].copy())
     assert steps(299, worlds[0].row, targets[299:-1], curve) == DONE
     for t in range(299, length - 1):
         worlds[1].step(t, targets[t], nobody)
         single[t - 299] = worlds[1].state.account["equity"][0]
-    assert len(np.unique(curve)) > 90 and curve.tobytes() == single.tobytes() and worlds[0].state.count[0] > 20
+    assert len(np.unique(curve)) > 90
+    assert curve.tobytes() == single.tobytes()
+    assert worlds[0].state.count[0] > 20
     for one, other in zip(worlds[0].state, worlds[1].state): assert one.tobytes() == other.tobytes()
 
 
@@ -390,7 +404,8 @@ def test_the_past_does_not_know_the_future_of_costs():
     other.iloc[500:, 4] *= 5
     one, two = (backtest(wavering(), each, costs=ALL, limits=WIDE, baselines=()) for each in (candles, other))
     kept = one.fills.index < candles.index[500]
-    assert first_difference(one.fills[kept], two.fills[:kept.sum()]) is None and kept.sum() > 50
+    assert first_difference(one.fills[kept], two.fills[:kept.sum()]) is None
+    assert kept.sum() > 50
 
 
 def test_round_trips_within_a_candle_count():
@@ -401,7 +416,8 @@ def test_round_trips_within_a_candle_count():
     target = pd.Series(np.where(np.arange(3_000) % 5 == 0, 1., 0.), candles.index)
     result = backtest(target, candles, limits=limits, execution=Execution(protect=True), baselines=())
     ours, theirs = round_trips(result.journal), result.trips
-    assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200 and len(ours) == len(theirs) > 300
+    assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200
+    assert len(ours) == len(theirs) > 300
     np.testing.assert_allclose(ours["profit"], theirs["profit"], atol=1e-6)
     assert ours["side"].tolist() == theirs["side"].tolist()
     assert result.summary().hit_rate == pytest.approx((theirs["profit"] > 0).mean())
@@ -415,7 +431,10 @@ def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
     policy = Policy("any", any_orders, [float(seed % 1000)], ("return(1)",), orders=places)
     result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying
                       else None, baselines=())
-    paid, profits, held, cash = result.journal["funding"], [], 0., 0.
+    paid = result.journal["funding"]
+    profits = []
+    held = 0.
+    cash = 0.
     events = sorted([(time, 0, row) for time, row in result.fills.iterrows()] + [(time, 1, amount) for time,
         amount in paid[paid != 0].items()], key=lambda each: each[:2])
     for _, kind, what in events:                                          # a candle is met first, then its close pays

@@ -121,7 +121,8 @@ def walk(rules, seed, states, warm):
         if t < warm: continue
         mark(account, positions, prices)
         require_state(account, states[t - warm])
-        equity, before = float(account["equity"][0]), positions["quantity"].copy()
+        equity = float(account["equity"][0])
+        before = positions["quantity"].copy()
         if equity <= 100: return
         answer = np.append(random.uniform(-1, 1, 3).round(2), random.uniform(0, 1, 3))
         rows = gate.decide(1_700_000_000_000 // HOUR * HOUR + t * HOUR, candle, answer, account, positions).copy()
@@ -136,8 +137,8 @@ def walk(rules, seed, states, warm):
         for n in range(3):
             grows = abs(after[n]) > abs(before[n]) + 1e-9 or after[n] * before[n] < -1e-12
             if grows:
-                assert (allowed(state, "entry" if before[n] * after[n] <= 0 else "increase")
-                        and rows["confidence"][n] >= rules.min_confidence)
+                assert allowed(state, "entry" if before[n] * after[n] <= 0 else "increase")
+                assert rows["confidence"][n] >= rules.min_confidence
             if state >= TradingState.FLATTEN:
                 assert rows["quantity"][n] == -np.sign(before[n]) * min(abs(before[n]), 60.)
         if rules.max_orders is not None and (np.abs(after) > np.abs(before) + 1e-9).any():
@@ -154,7 +155,8 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
     prices = random.uniform(20, 500, 3)
     held = (random.uniform(-20, 20, 3)).round(3)
     covariance = np.cov(random.standard_normal((3, 30))) * 1e-4
-    rules, targets = replace(rules, max_orders=None), random.uniform(-1, 1, 3).round(2)
+    rules = replace(rules, max_orders=None)
+    targets = random.uniform(-1, 1, 3).round(2)
 
     def ordered(order, targets):
         gate = Gate(rules, [replace(BITCOIN, symbol=NAMES[n]) for n in order])
@@ -179,25 +181,32 @@ def test_reducing_is_always_possible_and_order_does_not_matter(rules, seed, stat
 def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
     """Random targets at the gate: none is opened beyond the limit, the larger targets come first, what is held may
     shrink, flip and close as without the limit"""
-    random, names, count = np.random.default_rng(seed), "abcdef", 6
+    random = np.random.default_rng(seed)
+    names = "abcdef"
+    count = 6
     rules = replace(rules, max_positions=most, max_orders=None, max_sector=None, max_var=None, max_group=None,
                     target_volatility=None, stops=NO_STOPS, min_margin_ratio=0., min_confidence=0.)
     prices = random.uniform(20, 500, count)
     gates = [Gate(each, [replace(BITCOIN, symbol=name) for name in names])
              for each in (rules, replace(rules, max_positions=None))]
-    account, positions, working = new_account(10_000.), np.zeros(count, POSITION), np.zeros(count, bool)
+    account = new_account(10_000.)
+    positions = np.zeros(count, POSITION)
+    working = np.zeros(count, bool)
     for t in range(12):
         mark(account, positions, prices)
         candle = np.stack([prices] * 4 + [np.full(count, 1e9)], axis=1)
         targets = random.choice([-1., -.5, 0., .3, .5, .8, 1.], count)
         rows, free = (gate.decide(10**12 + t * HOUR, candle, targets, account.copy(), positions.copy(), None,
                                   working).copy() for gate in gates)
-        held, after = positions["quantity"] != 0, positions["quantity"] + rows["quantity"]
+        held = positions["quantity"] != 0
+        after = positions["quantity"] + rows["quantity"]
         before = held | working
-        opened, refused = (after != 0) & ~before, rows["reason"] == Reason.MAX_POSITIONS
+        opened = (after != 0) & ~before
+        refused = rows["reason"] == Reason.MAX_POSITIONS
         assert opened.sum() <= max(0, most - before.sum())
         assert ((after != 0) | working).sum() <= max(most, before.sum())
-        assert not (refused & before).any() and not rows["quantity"][refused].any()
+        assert not (refused & before).any()
+        assert not rows["quantity"][refused].any()
         if opened.any() and refused.any(): assert np.abs(targets[opened]).min() >= np.abs(targets[refused]).max()
         for size in np.unique(np.abs(targets[opened | refused])): # of equal targets, the symbol that comes first
             asked = (opened | refused) & (np.abs(targets) == size)
@@ -206,7 +215,8 @@ def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
         reducing = held & (targets == 0)
         assert np.array_equal(rows["quantity"][reducing], free["quantity"][reducing])
         for n in np.flatnonzero(rows["quantity"]): apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
-        prices, working = prices * np.exp(.002 * random.standard_normal(count)), random.random(count) < .15
+        prices = prices * np.exp(.002 * random.standard_normal(count))
+        working = random.random(count) < .15
 
 
 SIX = "abcdef"
@@ -216,7 +226,8 @@ STYLES = (Execution(), Execution("post_only", patience=2), Execution("slices", s
 @compiled
 def _noise(parameters, observation, answer):
     "Random targets, or random orders of every kind, from the last returns"
-    count, places = len(observation), len(answer) // (8 * len(observation))
+    count = len(observation)
+    places = len(answer) // (8 * len(observation))
     for i in range(len(answer) if places == 0 else count * places):
         seed = abs(observation[i % count, 0]) * 9973.37 * (i + 1.) + parameters[0]
         u = seed - np.floor(seed)
@@ -224,7 +235,9 @@ def _noise(parameters, observation, answer):
         w = 104729. * seed - np.floor(104729. * seed)
         if places == 0: answer[i] = 0. if u < .35 else 2. * v - 1.
         elif u > .5:
-            first, kind, side = 8 * i, -1. if w > .9 else np.floor(1. + 5. * v), 1. if w * 10. % 1. > .5 else -1.
+            first = 8 * i
+            kind = -1. if w > .9 else np.floor(1. + 5. * v)
+            side = 1. if w * 10. % 1. > .5 else -1.
             answer[first], answer[first + 1], answer[first + 7] = side * (.2 + .8 * w), kind, np.floor(5. * v)
             if kind == 2.: answer[first + 2] = 1. - side * .01 * v
             if kind == 3. or kind == 4.: answer[first + 3] = 1. + (side if kind == 3. else -side) * .01 * v
@@ -261,7 +274,8 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
     assert most_held(array) <= most
     assert first_difference(array, event) is None
     if orders: return
-    environment, random = MarketEnv(prepare(candles, Observation(["return(1)"]), **given)), np.random.default_rng(seed)
+    environment = MarketEnv(prepare(candles, Observation(["return(1)"]), **given))
+    random = np.random.default_rng(seed)
     environment.reset(seed=0)
     done = False
     while not done:
@@ -275,12 +289,15 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
 def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
     """`require_state` at an environment and at a trader: seen at once, obeyed at the next close, kept by a snapshot,
     taken back by NORMAL"""
-    candles, random = correlated(80, NAMES[:2], seed=seed % 1000), np.random.default_rng(seed)
+    candles = correlated(80, NAMES[:2], seed=seed % 1000)
+    random = np.random.default_rng(seed)
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.95, max_participation=None, stops=NO_STOPS)
     environment = MarketEnv(prepare(candles, Observation(["return(1)"]), limits=limits))
     environment.reset(seed=0)
-    population, times = environment.population, environment.population.market.tape.times
-    account, positions = population.accounts[0], population.positions[0]
+    population = environment.population
+    times = environment.population.market.tape.times
+    account = population.accounts[0]
+    positions = population.positions[0]
     trader = make_trader(turning(), limits, tuple(replace(BITCOIN, symbol=name) for name in NAMES[:2]))
     values = matrix(candles, KNOWN)[1]
     trader.warm(times[:population.at[0]], values[:population.at[0]])
@@ -291,7 +308,8 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
         again = make_trader(turning(), limits, trader.instruments)
         again.restore(json.loads(json.dumps(trader.snapshot())))
         assert again.account["trading_state"] == account["trading_state"] == state
-        had, decision = trader.positions["quantity"].copy(), trader.on_candle(int(times[t]), values[t])
+        had = trader.positions["quantity"].copy()
+        decision = trader.on_candle(int(times[t]), values[t])
         assert (decision.observation[:, column] == np.float32(state / TradingState.HALT)).all()
         environment.step(random.uniform(-1, 1, 2))
         for before, after in ((held, positions["quantity"]), (had, had + decision.quantities)):
@@ -310,7 +328,8 @@ README = {"none": (None, 0.)}
 
 def defaults_of_readme():
     "The table of limits in the README: name -> what it may be"
-    table, found = (ROOT / "README.md").read_text().partition("| in `[risk]` of")[2].partition("\n\n")[0], {}
+    table = (ROOT / "README.md").read_text().partition("| in `[risk]` of")[2].partition("\n\n")[0]
+    found = {}
     for line in table.splitlines()[2:]:
         names, values, _ = line.strip("| ").split(" | ")
         for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True):
@@ -361,7 +380,8 @@ def test_every_driver_knows_the_same_of_the_market():
     pair = correlated(1_100, NAMES[:2], seed=5)
     face = dict(limits=WATCHFUL, keep_observations=True, baselines=())
     array, event = (backtest(turning(True), pair, engine=engine, **face) for engine in ("vectorised", "event"))
-    assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
+    assert first_difference(array, event) is None
+    assert first_difference(array.observations, event.observations) is None
     reasons = set(np.unique(array.rows["reason"]).tolist())
     assert {Reason.CONFIDENCE, Reason.VOLATILITY, Reason.TIME_STOP, Reason.STOP_LOSS, Reason.TRAILING_STOP,
             Reason.STOPPED_OUT, Reason.DRAWDOWN} <= reasons
@@ -372,7 +392,9 @@ def test_every_driver_knows_the_same_of_the_market():
     assert first_difference(late, early) is None
     plain = backtest(turning(), pair, **face | {"limits": replace(WATCHFUL, min_confidence=0.)})
     market = prepare(pair, Observation(["return(1)"]), limits=replace(WATCHFUL, min_confidence=0.))
-    environment, rows, done = MarketEnv(market), [], False
+    environment = MarketEnv(market)
+    rows = []
+    done = False
     seen, _ = environment.reset(seed=0)
     while not done:
         seen, *_, ended, truncated, info = environment.step(turning().act(seen.reshape(2, -1)))
@@ -396,7 +418,8 @@ def test_stops_close_at_the_close_and_stay_out():
     result = backtest(turning(), realistic(2_000, seed=3), limits=Limits(stops=Stops(stop_loss=.01, take_profit=.02)))
     rows, frame = result.rows[:, 0], result.journal
     stopped = np.isin(rows["reason"], (Reason.STOP_LOSS, Reason.TAKE_PROFIT))
-    assert stopped.sum() > 20 and (rows["order"][stopped] == -rows["position"][stopped]).all()
+    assert stopped.sum() > 20
+    assert (rows["order"][stopped] == -rows["position"][stopped]).all()
     for t in np.flatnonzero(stopped)[:-1]:
         side = np.sign(rows["position"][t])
         # candles until the policy asks for something else
@@ -407,7 +430,8 @@ def test_stops_close_at_the_close_and_stay_out():
 
 
 def test_a_price_off_the_mark_and_a_mark_that_is_unknown_are_refused():
-    gate, candle = Gate(Limits(), [BITCOIN]), np.array([[100., 100, 100, 100, 1e6]])
+    gate = Gate(Limits(), [BITCOIN])
+    candle = np.array([[100., 100, 100, 100, 1e6]])
     decide = lambda marks: gate.decide(10**12, candle, np.ones(1), new_account(10_000.), np.zeros(1, POSITION),
                                        marks)[0].copy()
     assert decide(None)["quantity"] > 0
@@ -420,7 +444,8 @@ def test_the_day_ends_at_midnight():
     gate = Gate(Limits(max_position=1., stops=NO_STOPS), [BITCOIN])
     account = new_account(10_000.)
     positions = np.zeros(1, POSITION)
-    day, reasons = 1_700_006_400_000 // 86_400_000 * 86_400_000, []
+    day = 1_700_006_400_000 // 86_400_000 * 86_400_000
+    reasons = []
     for hour, price in enumerate((100., 100., 93., 99., *[99.] * 22)):
         if hour == 1: apply_fill(account, positions, 0, 80., 100., 0.)
         mark(account, positions, np.array([price]))

@@ -89,13 +89,15 @@ def test_orders_flow_and_the_books_agree_with_the_exchange_at_every_candle(whole
     statistics, steps = whole["statistics"], whole["journal"]
     assert statistics.candles == len(steps) == 80
     assert statistics.late == statistics.rejected == statistics.disagreements == 0
-    assert (steps["order"] > 0).sum() > 5 and (steps["order"] < 0).sum() > 5
+    assert (steps["order"] > 0).sum() > 5
+    assert (steps["order"] < 0).sum() > 5
     assert (steps["fill_quantity"] == steps["order"]).all()
     assert statistics.orders == statistics.fills == (steps["order"] != 0).sum()
     assert (steps["funding"] != 0).any()
     assert np.isclose(steps["fee"].sum(), statistics.fees)
     assert np.isclose(steps["funding"].sum(), statistics.funding)
-    assert set(whole["orders"].values()) == {1} and len(whole["orders"]) == statistics.orders
+    assert set(whole["orders"].values()) == {1}
+    assert len(whole["orders"]) == statistics.orders
     assert list(times(steps)) == list(times(MARKET)[HISTORY:HISTORY + 80])
 
 
@@ -106,7 +108,9 @@ def test_what_a_session_leaves(whole):
                                    name="open_time")
     pd.testing.assert_frame_equal(table, whole["journal"], check_exact=True, check_dtype=False, check_index_type=False)
     status = json.loads((folder / "session.json").read_text())
-    assert status["state"] == "stopped" and status["pid"] == os.getpid() and status["statistics"]["candles"] == 80
+    assert status["state"] == "stopped"
+    assert status["pid"] == os.getpid()
+    assert status["statistics"]["candles"] == 80
     kinds = Counter(line["kind"] for line in read(folder / "recording.zst"))
     assert kinds["candle"] == kinds["decision"] == 80
     assert kinds["frame"] > 160
@@ -125,12 +129,15 @@ def test_what_a_session_leaves(whole):
     assert unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
     written = ((folder / "session.json").read_text() + "".join(json.dumps(line)
                                                                for line in read(folder / "recording.zst")))
-    assert "localnet-secret" not in written and "localnet-key" not in written and "listenKey" not in written
+    assert "localnet-secret" not in written
+    assert "localnet-key" not in written
+    assert "listenKey" not in written
 
 
 def test_replay_finds_no_difference_and_finds_a_planted_one(whole):
     recorded, recomputed = replay(recording(whole["folder"]), trader())
-    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+    assert len(recorded) == 80
+    assert first_difference(recorded, recomputed) is None
     lines = list(read(recording(whole["folder"])))
     candle = [line for line in lines if line["kind"] == "candle"][50]
     candle["candle"][0][3] = float(np.nextafter(candle["candle"][0][3], np.inf))
@@ -146,9 +153,11 @@ def test_a_session_that_was_stopped_and_resumed_is_the_session_that_was_not(whol
         assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 1).candles == 1
         assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 49).candles == 49
         orders = orders_at(exchange)
-    assert first_difference(whole["journal"], journal(tmp_path)) is None and orders == whole["orders"]
+    assert first_difference(whole["journal"], journal(tmp_path)) is None
+    assert orders == whole["orders"]
     recorded, recomputed = replay(recording(tmp_path), trader())
-    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+    assert len(recorded) == 80
+    assert first_difference(recorded, recomputed) is None
     assert first_difference(recorded, replay(recording(whole["folder"]), trader())[0]) is None
 
 
@@ -172,7 +181,8 @@ def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     assert statistics.disagreements == statistics.rejected == 0
     assert set(live.ledger.events("momentum_test")["kind"]) == set()
     assert all(len(quantity.partition(".")[2]) <= 3 for quantity in held.values())
-    assert np.allclose(steps["fill_quantity"], steps["order"], atol=1e-12) and (steps["position"] == 0).any()
+    assert np.allclose(steps["fill_quantity"], steps["order"], atol=1e-12)
+    assert (steps["position"] == 0).any()
     assert first_difference(*replay(recording(tmp_path), make())) is None
 
 
@@ -234,7 +244,8 @@ def test_a_session_that_was_killed_neither_repeats_nor_loses_an_order(whole, tmp
     assert attempts["1"] == (moment == "before")
     assert first_difference(whole["journal"], journal(tmp_path)) is None
     recorded, recomputed = replay(recording(tmp_path), trader())
-    assert len(recorded) == 80 and first_difference(recorded, recomputed) is None
+    assert len(recorded) == 80
+    assert first_difference(recorded, recomputed) is None
 
 
 WITH_ITS_EXCHANGE = """
@@ -264,7 +275,8 @@ def test_a_session_that_died_with_its_localnet_goes_on(whole, tmp_path):
     with localnet(memory=tmp_path / "localnet.jsonl") as exchange:
         run(session(exchange, tmp_path, id="", resume="momentum_test"), 80 - len(journal(tmp_path)))
         orders = orders_at(exchange)
-    assert orders == whole["orders"] and first_difference(whole["journal"], journal(tmp_path)) is None
+    assert orders == whole["orders"]
+    assert first_difference(whole["journal"], journal(tmp_path)) is None
     proven = Recording(recording(tmp_path))
     recorded, recomputed = replay(proven, trader())
     assert len(recorded) == 80
@@ -285,7 +297,8 @@ def test_a_signal_ends_a_session_in_order(whole, tmp_path, number):
     assert "stopped: candles" in said
     assert json.loads(status.read_text())["state"] == "stopped"
     steps = journal(tmp_path)
-    assert 10 < len(steps) < 80 and first_difference(whole["journal"].iloc[:len(steps)], steps) is None
+    assert 10 < len(steps) < 80
+    assert first_difference(whole["journal"].iloc[:len(steps)], steps) is None
     assert len(replay(recording(tmp_path), trader())[0]) == len(steps)
 
 
@@ -321,7 +334,8 @@ def test_what_a_lost_stream_did_not_tell_is_fetched(whole, tmp_path, route):
     with localnet() as exchange:
         statistics = run(session(exchange, tmp_path, type("Deaf", (Deaf,), {"route": route})), 40)
     events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
-    assert {"lost", "reconnected"} <= set(events["kind"]) and statistics.disagreements == 0
+    assert {"lost", "reconnected"} <= set(events["kind"])
+    assert statistics.disagreements == 0
     assert first_difference(whole["journal"].iloc[:40], journal(tmp_path)) is None
 
 
@@ -331,7 +345,9 @@ def test_two_symbols(tmp_path):
         statistics = run(session(exchange, tmp_path, symbols=symbols), 15)
         assert run(session(exchange, tmp_path, symbols=symbols, id="", resume="momentum_test"), 15).disagreements == 0
     steps = journal(tmp_path)
-    assert statistics.disagreements == 0 and len(steps) == 60 and list(steps["symbol"][:2]) == list(symbols)
+    assert statistics.disagreements == 0
+    assert len(steps) == 60
+    assert list(steps["symbol"][:2]) == list(symbols)
     assert (steps["fill_quantity"] == steps["order"]).all()
     assert first_difference(*replay(recording(tmp_path), trader(symbols))) is None
 
@@ -349,10 +365,12 @@ def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path):
     same"""
     symbols, limits = (BITCOIN, ETHER), Limits(max_positions=1)
     with localnet(symbols) as exchange: run(session(exchange, tmp_path, Mute, symbols, limits, patience=.2), 25)
-    steps, lines = journal(tmp_path), list(read(recording(tmp_path)))
+    steps = journal(tmp_path)
+    lines = list(read(recording(tmp_path)))
     lost = steps["order"].ne(0) & steps["symbol"].eq(BITCOIN)
     first = steps.index[lost][0]
-    ether, after = steps[steps["symbol"] == ETHER], steps.index > first
+    ether = steps[steps["symbol"] == ETHER]
+    after = steps.index > first
     assert (steps["reason"][after & (steps["symbol"] == ETHER)] == Reason.MAX_POSITIONS).any()
     assert not (ether["order"][ether["position"] == 0][first:].iloc[1:] != 0).any()
     assert {tuple(line["working"]) for line in lines if line["kind"] == "candle" and "working" in line} == {(True,
@@ -371,14 +389,17 @@ def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):
     with localnet() as exchange:
         run(session(exchange, tmp_path, limits=limits), 30)
         events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
-        assert list(events["kind"]) == ["halt"] and "everything is closed and stays closed" in events["text"][0]
+        assert list(events["kind"]) == ["halt"]
+        assert "everything is closed and stays closed" in events["text"][0]
         run(session(exchange, tmp_path, limits=limits, id="", resume="momentum_test"), 10)
-    assert (journal(tmp_path)["order"].iloc[30:] == 0).all() and journal(tmp_path)["position"].iloc[-1] == 0
+    assert (journal(tmp_path)["order"].iloc[30:] == 0).all()
+    assert journal(tmp_path)["position"].iloc[-1] == 0
 
 
 def refused(error, match, live, folder):
     with pytest.raises(error, match=match) as caught: run(live, 5)
-    assert not (folder / "sessions").exists() and journal(folder).empty
+    assert not (folder / "sessions").exists()
+    assert journal(folder).empty
     return str(caught.value)
 
 
@@ -389,7 +410,9 @@ def test_wrong_keys_are_one_sentence_without_the_key(tmp_path):
         assert "somebody" not in said
         said = refused(BrokerError, "localnet refuses these keys .-1022",
                        session(exchange, tmp_path, keys=("localnet-key", "guessed-secret")), tmp_path)
-        assert "guessed" not in said and "localnet-key" not in said and "signature=" not in said
+        assert "guessed" not in said
+        assert "localnet-key" not in said
+        assert "signature=" not in said
 
 
 def test_a_symbol_that_the_exchange_does_not_list(tmp_path):
@@ -435,7 +458,8 @@ def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path)
 def test_more_money_or_less_than_the_trader_was_given(tmp_path):
     with localnet(deposit=15_000.) as exchange:
         live = session(exchange, tmp_path)
-        assert run(live, 10).disagreements == 0 and live.reserve == 5_000
+        assert run(live, 10).disagreements == 0
+        assert live.reserve == 5_000
         assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 10).disagreements == 0
     with localnet(deposit=500.) as exchange:
         with pytest.raises(StartRefusedError, match="the account holds 500.00 USDT, the trader was given 10,000.00: "

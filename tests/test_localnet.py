@@ -25,7 +25,10 @@ from tradelab.settings import CostModel
 from tradelab.sim.costs import CONDITION, market_fill
 
 pytestmark = pytest.mark.integration
-BTC, ETH, HOUR, FIRST = "BTC/USDT:USDT", "ETH/USDT:USDT", 3_600_000, 1_640_995_200_000
+BTC = "BTC/USDT:USDT"
+ETH = "ETH/USDT:USDT"
+HOUR = 3_600_000
+FIRST = 1_640_995_200_000
 
 
 def walk(length, level, seed, tick):
@@ -33,7 +36,8 @@ def walk(length, level, seed, tick):
     random = np.random.default_rng(seed)
     close = np.round(level * np.exp(np.cumsum(random.normal(0, .01, length))) / tick) * tick
     opened = np.concatenate([[level], close[:-1]]) + tick
-    high, low = np.maximum(opened, close) + 3 * tick, np.minimum(opened, close) - 3 * tick
+    high = np.maximum(opened, close) + 3 * tick
+    low = np.minimum(opened, close) - 3 * tick
     return frame(FIRST + np.arange(length) * HOUR,
                  np.round(np.stack([opened, high, low, close, random.uniform(1, 9, length)], 1), 6))
 
@@ -114,15 +118,18 @@ def test_public_market_data():
     assert [row[0] for row in part] == [FIRST + HOUR, FIRST + 2 * HOUR]
     assert np.array_equal([row[1:] for row in rows[:-1]], CANDLES[BTC].to_numpy()[:6])                # the very bits
     assert rows[-1][1:] == [CANDLES[BTC].iloc[6, OPEN]] * 4 + [0] # forming: only its open
-    assert funding["markPrice"] == CANDLES[BTC]["close"].iloc[5] and funding["fundingTimestamp"] == FIRST + 8 * HOUR
+    assert funding["markPrice"] == CANDLES[BTC]["close"].iloc[5]
+    assert funding["fundingTimestamp"] == FIRST + 8 * HOUR
     assert market["precision"] == {**market["precision"], "amount": .001, "price": .01}
     assert market["limits"]["cost"]["min"] == 20
 
 
 def test_account_and_settings():
     async def talk(client):
-        balance, positions = await client.fetch_balance(), await client.fetch_positions()
-        assert balance["USDT"]["total"] == 10_000 and positions == []
+        balance = await client.fetch_balance()
+        positions = await client.fetch_positions()
+        assert balance["USDT"]["total"] == 10_000
+        assert positions == []
         assert (await client.set_leverage(5, BTC))["leverage"] == 5
         assert (await client.fetch_leverage(BTC))["longLeverage"] == 5
         assert (await client.fetch_position_mode(BTC))["hedged"] is False
@@ -149,15 +156,19 @@ def test_market_orders():
         assert found["id"] == bought["id"] == "1"
         assert (await client.fetch_order("1", BTC))["average"] == found["average"]
         held = (await client.fetch_positions())[0]
-        assert held["contracts"] == .1 and held["side"] == "long" and held["entryPrice"] == found["average"]
+        assert held["contracts"] == .1
+        assert held["side"] == "long"
+        assert held["entryPrice"] == found["average"]
         # shrinks to what is held
         sold = await client.create_order(BTC, "market", "sell", .3, params={"reduceOnly": True})
-        assert sold["filled"] == .1 and await client.fetch_positions() == []
+        assert sold["filled"] == .1
+        assert await client.fetch_positions() == []
         # the id of a filled order may come again
         await client.create_order(ETH, "market", "sell", 1, params={"clientOrderId": "tl-1"})
         assert (await client.fetch_order(None, ETH, {"origClientOrderId": "tl-1"}))["id"] == "3"
         assert (await client.fetch_positions())[0]["side"] == "short"
-        trades, orders = await client.fetch_my_trades(BTC), await client.fetch_orders(BTC)
+        trades = await client.fetch_my_trades(BTC)
+        orders = await client.fetch_orders(BTC)
         assert [trade["side"] for trade in trades] == ["buy", "sell"]
         assert [order["id"] for order in orders] == ["1", "2"]
         assert await client.fetch_open_orders(BTC) == []
@@ -194,7 +205,8 @@ def test_orders_that_are_refused():
         with pytest.raises(ccxt.ExchangeError, match="-5000"): await client.fetch_open_interest(BTC)
         return await client.fetch_balance()
     with localnet() as venue:
-        assert visit(venue, talk)["USDT"]["total"] == 10_000 and venue.exchange.orders == []
+        assert visit(venue, talk)["USDT"]["total"] == 10_000
+        assert venue.exchange.orders == []
 
 
 def test_wrong_keys_and_clocks():
@@ -260,8 +272,11 @@ def test_lockstep_gives_every_candle_once_and_in_order(sleep):
         for n, order in enumerate(venue.exchange.orders):
             expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL,
                                       CostModel().row()[()], BITCOIN.row()[()])
-            assert float(order["avgPrice"]) == expected and order["time"] == FIRST + (7 + n) * HOUR
-        assert state["sent"] == len(seen) // 2 and state["closed"] == 6 + len(seen) // 2 and not state["finished"]
+            assert float(order["avgPrice"]) == expected
+            assert order["time"] == FIRST + (7 + n) * HOUR
+        assert state["sent"] == len(seen) // 2
+        assert state["closed"] == 6 + len(seen) // 2
+        assert not state["finished"]
 
 
 def test_money_adds_up_with_funding():
@@ -279,7 +294,8 @@ def test_money_adds_up_with_funding():
         return incomes, await client.fapiPrivateV3GetAccount(), client.heard, await client.fetch_funding_history(BTC)
     with localnet() as venue:
         incomes, account, heard, history = visit(venue, talk)
-        assert venue.finished.wait(5) and sim(venue)["finished"]
+        assert venue.finished.wait(5)
+        assert sim(venue)["finished"]
         assert np.isclose(sum(float(row["income"]) for row in incomes), float(account["totalWalletBalance"]), rtol=0,
                           atol=1e-6)
         assert np.isclose(float(account["totalMarginBalance"]), float(account["totalWalletBalance"])
@@ -296,7 +312,8 @@ def test_money_adds_up_with_funding():
     money, told = 10_000., 10_000.
     for event in (event for event in heard if event.get("e") in ("ACCOUNT_UPDATE", "ORDER_TRADE_UPDATE")):
         if event["e"] == "ACCOUNT_UPDATE":
-            told, money = float(event["a"]["B"][0]["wb"]), money + float(event["a"]["B"][0]["bc"])
+            told = float(event["a"]["B"][0]["wb"])
+            money = money + float(event["a"]["B"][0]["bc"])
         elif event["o"]["x"] == "TRADE": money += float(event["o"]["rp"]) - float(event["o"]["n"])
         if event.get("o", {}).get("x") == "TRADE" or event.get("a", {}).get("m") == "FUNDING_FEE":
             assert np.isclose(money, told, rtol=0, atol=1e-6)
@@ -345,7 +362,8 @@ def test_out_of_lockstep_candles_come_by_the_clock():
 def test_a_listen_key_lives_until_it_is_closed():
     async def talk(client):
         with pytest.raises(ccxt.AuthenticationError, match="-1125"): await client.fapiPrivatePutListenKey()
-        first, again = await client.fapiPrivatePostListenKey(), await client.fapiPrivatePostListenKey()
+        first = await client.fapiPrivatePostListenKey()
+        again = await client.fapiPrivatePostListenKey()
         assert first == again == await client.fapiPrivatePutListenKey()
         await connect(client)
         await client.fapiPrivateDeleteListenKey()
@@ -377,7 +395,8 @@ def test_all_paths_of_sockets():
                         if "/stream" in path else event["k"]["t"] == FIRST + 6 * HOUR)
                 await socket.send_json({"method": "UNSUBSCRIBE", "params": ["btcusdt@kline_1h"], "id": 2})
                 await socket.send_json({"method": "SUBSCRIBE", "params": ["btcusdt@depth"], "id": 3})
-                assert (await socket.receive_json())["id"] == 2 and (await socket.receive_json())["error"]["code"] == 2
+                assert (await socket.receive_json())["id"] == 2
+                assert (await socket.receive_json())["error"]["code"] == 2
     with localnet() as venue: visit(venue, talk)
 
 
@@ -392,7 +411,8 @@ def test_the_same_requests_get_the_same_replies():
     runs = []
     for _ in range(2):
         with localnet() as venue: runs.append(visit(venue, talk))
-    assert runs[0] == runs[1] and [order["orderId"] for order in runs[0][:2]] == [1, 2]
+    assert runs[0] == runs[1]
+    assert [order["orderId"] for order in runs[0][:2]] == [1, 2]
 
 
 def test_the_classic_profile_still_tells_the_price():
@@ -432,7 +452,8 @@ def test_in_the_foreground_until_a_signal():
         url = process.stdout.readline().split()[3]
         assert json.loads(urlopen(f"{url}/fapi/v1/ping").read()) == {}
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "localnet has stopped\n" and process.wait(20) == 0
+        assert process.stdout.readline() == "localnet has stopped\n"
+        assert process.wait(20) == 0
 
 
 # ---- shapes, against Binance's own examples ----
@@ -506,7 +527,8 @@ def test_replies_have_the_fields_and_types_of_the_examples(fixtures):
 
 def test_events_have_the_fields_and_types_of_the_schemas(fixtures):
     schemas = json.loads((fixtures / "schemas/binance_sdk_18.0.1_fields.json").read_text())["websocket_streams"]
-    kinds, optional = {"str": str, "int": int, "bool": bool}, {"additional_properties", "S", "M", "AP", "cr", "N", "n"}
+    kinds = {"str": str, "int": int, "bool": bool}
+    optional = {"additional_properties", "S", "M", "AP", "cr", "N", "n"}
 
     def problems(event, model):
         fields = {name: kind for name, (kind, _) in schemas[model].items() if kind in kinds}

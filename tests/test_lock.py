@@ -44,7 +44,8 @@ def test_the_process_that_holds_the_lock_is_signalled_and_nobody_else(session):
     with Process(HOLDER, session / LOCK, "momentum") as process, Process(HOLDER, session.parent / "other",
             "other") as other:
         assert running_sessions(session.parent) == {"momentum": process.pid}
-        assert interrupt(session / LOCK, "momentum", signal.SIGTERM) and process.wait() == -signal.SIGTERM
+        assert interrupt(session / LOCK, "momentum", signal.SIGTERM)
+        assert process.wait() == -signal.SIGTERM
         assert running_sessions(session.parent) == {}
         assert not interrupt(session / LOCK, "momentum")
         assert other.poll() is None
@@ -73,7 +74,8 @@ def test_what_leads_to_another_sessions_lock_proves_nothing(session, way):
         if way == "pipe": os.mkfifo(other / LOCK)
         if way == "directory": (other / LOCK).mkdir()
         assert running_sessions(session.parent) == {"momentum": process.pid}
-        assert not interrupt(other / LOCK, "carry") and process.poll() is None
+        assert not interrupt(other / LOCK, "carry")
+        assert process.poll() is None
 
 
 def test_a_killed_session_is_no_session_and_can_be_run_again(session):
@@ -90,7 +92,8 @@ def test_a_child_of_the_session_does_not_hold_its_lock(session):
     if not child:
         held = holder(session / LOCK, "momentum")
         os._exit(0 if held == os.getppid() else 1)
-    assert os.waitpid(child, 0)[1] == 0 and holder(session / LOCK, "momentum") == os.getpid()
+    assert os.waitpid(child, 0)[1] == 0
+    assert holder(session / LOCK, "momentum") == os.getpid()
     lock.close()
     lock.close()
     assert holder(session / LOCK, "momentum") is None

@@ -88,7 +88,9 @@ def test_other_real_files(shared):
 
 def test_real_funding(shared):
     rates = funding_history(SYMBOL, source=shared / "data" / "BTCUSDT-perp-funding-8h.parquet")
-    assert len(rates) == 4206 and abs(rates.sum() - .58156409) < 1e-9 and set(rates.index.hour) == {0, 8, 16}
+    assert len(rates) == 4206
+    assert abs(rates.sum() - .58156409) < 1e-9
+    assert set(rates.index.hour) == {0, 8, 16}
     assert (len(funding_history(SYMBOL, "2022-07-01", "2023-01-01",
                                 shared / "data" / "BTCUSDT-perp-funding-8h.parquet")) == 184 * 3)
 
@@ -161,13 +163,17 @@ def test_several_symbols_share_one_axis():
 class Exchange:
     "A server that speaks Binance's public protocol over `market`, and misbehaves on request"
     def __init__(self, market, now, fault=None):
-        self.market, self.now, self.fault, self.asked = market, now, fault, []
+        self.market = market
+        self.now = now
+        self.fault = fault
+        self.asked = []
         exchange = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *arguments): pass
             def do_GET(self):
-                path, query = urlsplit(self.path).path.split("/")[-1], dict(parse_qsl(urlsplit(self.path).query))
+                path = urlsplit(self.path).path.split("/")[-1]
+                query = dict(parse_qsl(urlsplit(self.path).query))
                 exchange.asked.append((path, query))
                 status, body = exchange.answer(path, query)
                 self.send_response(status)
@@ -180,7 +186,8 @@ class Exchange:
     def pages(self): return sum(path == "klines" for path, _ in self.asked)
 
     def answer(self, path, query):
-        since, limit = int(query.get("startTime", 0)), int(query.get("limit", 500))
+        since = int(query.get("startTime", 0))
+        limit = int(query.get("limit", 500))
         if path == "time":
             return ((200, b"<html>log in to the hotel</html>") if self.fault == "portal"
                     else (200, {"serverTime": self.now}))
@@ -242,7 +249,9 @@ def test_held_candles_are_not_asked_for_again(exchange, tmp_path):
                                            ("nan", "close is nan|answered"),
                                            ("portal", "cannot be reached")])
 def test_a_bad_answer_is_not_stored_and_the_next_exchange_is_asked(exchange, tmp_path, caplog, fault, reason):
-    bad, good, store = exchange(MARKET, NOON, fault).connect(), exchange(MARKET, NOON).connect(), Store(tmp_path)
+    bad = exchange(MARKET, NOON, fault).connect()
+    good = exchange(MARKET, NOON).connect()
+    store = Store(tmp_path)
     bad.id = "bad"
     with pytest.raises((NoCandlesError, CandleError), match=reason):
         history(SYMBOL, "1h", "2022-01-01", "2022-01-20", source=bad, store=store)
@@ -284,7 +293,8 @@ def test_without_internet_auto_says_synthetic_loudly(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "*** NO EXCHANGE COULD BE REACHED. The 744 candles of BTC/USDT:USDT are SYNTHETIC" in done.stdout
     assert "'source': 'synthetic ar1(" in done.stdout
-    assert "SYNTHETIC CANDLES" in done.stderr and "binanceusdm cannot be reached" in done.stdout
+    assert "SYNTHETIC CANDLES" in done.stderr
+    assert "binanceusdm cannot be reached" in done.stdout
 
 
 def test_nothing_heavy_is_imported():
@@ -343,7 +353,8 @@ def test_a_reader_beside_a_writer_sees_whole_months(tmp_path):
 
 
 def test_a_full_disk_changes_nothing(tmp_path):
-    store, market = Store(tmp_path), ar1(24 * 80, seed=1, start="2022-01-01")
+    store = Store(tmp_path)
+    market = ar1(24 * 80, seed=1, start="2022-01-01")
     store.write("kraken", "BTC/USD", "1h", market[:100])
     writer = python("""
         import resource, sys
@@ -369,14 +380,17 @@ def test_a_full_disk_changes_nothing(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 1900), st.integers(2, 900), st.integers(0, 3)), min_size=1, max_size=5),
        st.integers(0, 2000), st.integers(0, 2000))
 def test_the_store_is_the_last_word_on_every_candle(tmp_path_factory, writes, start, end):
-    store, truth, first = Store(tmp_path_factory.mktemp("store")), {}, to_ms("2022-01-01")
+    store = Store(tmp_path_factory.mktemp("store"))
+    truth = {}
+    first = to_ms("2022-01-01")
     for at, length, seed in writes:
         market = ar1(length, seed=seed, start=first + at * HOUR)
         store.write("okx", SYMBOL, "1h", market)
         truth |= dict(zip(times(market).tolist(), market.to_numpy().tolist()))
     read = store.read("okx", SYMBOL, "1h", first + start * HOUR, first + end * HOUR)
     wanted = {t: row for t, row in sorted(truth.items()) if first + start * HOUR <= t < first + end * HOUR}
-    assert times(read).tolist() == list(wanted) and read.to_numpy().tolist() == list(wanted.values())
+    assert times(read).tolist() == list(wanted)
+    assert read.to_numpy().tolist() == list(wanted.values())
     held, = store.held().itertuples(index=False)
     assert (held.source, held.symbol, held.timeframe, held.candles, format_time(to_ms(held.first))) == ("okx", SYMBOL,
         "1h", len(truth), format_time(min(truth)))

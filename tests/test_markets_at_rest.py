@@ -46,16 +46,20 @@ def bounds(feature):
 def market(kind, length, seed):
     "Candles of one kind, all columns, some of them wild at first"
     generator = np.random.default_rng(seed)
-    wild, volume = length // 2, generator.integers(0, 1_000, length) / 10.
+    wild = length // 2
+    volume = generator.integers(0, 1_000, length) / 10.
     close = 100 * np.exp(np.cumsum(generator.normal(0, .01, length)))
-    width, still = generator.random(length) * .01 * close, np.arange(length) >= wild
+    width = generator.random(length) * .01 * close
+    still = np.arange(length) >= wild
     if kind == "frozen": close, width, volume = np.full(length, 100.1), 0. * close, 0. * volume
     if kind == "halted":
-        close, width, volume = (np.where(still, close[wild], close), np.where(still, 0., width),
-                                np.where(still, 0., volume))
+        close = np.where(still, close[wild], close)
+        width = np.where(still, 0., width)
+        volume = np.where(still, 0., volume)
     if kind == "the same candle":
-        close, width, volume = (np.where(still, close[wild], close), np.where(still, .3, width),
-                                np.where(still, 7., volume))
+        close = np.where(still, close[wild], close)
+        width = np.where(still, .3, width)
+        volume = np.where(still, 7., volume)
     if kind == "illiquid":
         close = 100 + .01 * np.where(generator.random(length) < .8, 0, generator.choice([-1, 1], length)).cumsum()
         width = 0. * width
@@ -67,7 +71,8 @@ def market(kind, length, seed):
     digits = 12 if kind == "tiny prices" else 2
     close, width = close.round(digits), width.round(digits)
     before = np.r_[close[0], close[:-1]]
-    high, low = np.maximum(before, close) + width, np.maximum(np.minimum(before, close) - width, 10. ** -digits)
+    high = np.maximum(before, close) + width
+    low = np.maximum(np.minimum(before, close) - width, 10. ** -digits)
     return np.column_stack([before, high, low, close, volume, close * volume, np.full(length, 3.),
                             volume * generator.random(length), np.full(length, 1e-4), close * 1.001,
                             3.6e6 * np.arange(length)])
@@ -80,7 +85,8 @@ def test_every_indicator_is_defined_and_forgets(kind, seed, share):
     for feature in ALL:
         warm_up = feature.warm_up
         candles = market(kind, 2 * warm_up + 120, seed)
-        whole, start = feature.array(candles), 1 + int(share * (warm_up + 100))
+        whole = feature.array(candles)
+        start = 1 + int(share * (warm_up + 100))
         defined = whole[warm_up - 1:]
         assert np.isfinite(defined).all(), feature.text
         low, high = bounds(feature)
@@ -105,7 +111,8 @@ def test_what_ta_computes_is_defined_and_forgets(kind):
         assert low - 1e-9 <= defined.min() and defined.max() <= high + 1e-9, (feature.text, defined.min(),
             defined.max())
         for first in (1, warm_up // 2, warm_up + 50):
-            ours, other = feature.array(candles[first:])[warm_up - 1:], whole[first + warm_up - 1:]
+            ours = feature.array(candles[first:])[warm_up - 1:]
+            other = whole[first + warm_up - 1:]
             assert (np.abs(ours - other) <= 1e-9
                     * (np.abs(other) + np.abs(defined).max())).all(), f"{feature.text} from {first}"
 
@@ -143,12 +150,14 @@ prices = st.integers(1, 99).map(lambda ticks: round(.01 * ticks, 2))
 def test_what_is_equal_in_ticks_is_equal_here(rows):
     "The formulas on whole ticks, where nothing is rounded"
     values = np.sort(np.array([row[:3] for row in rows]), axis=1)
-    close, volume = values[:, 1], np.array([row[3] for row in rows], float)
+    close = values[:, 1]
+    volume = np.array([row[3] for row in rows], float)
     candles = np.column_stack([close, values[:, 2], values[:, 0], close, volume])
     ticks = [(100 * column).round() for column in (values[:, 2], values[:, 0], close)]
     window = 5
     typical = sum(ticks)
-    money, moved = typical * volume, np.sign(np.diff(typical, prepend=typical[0]))
+    money = typical * volume
+    moved = np.sign(np.diff(typical, prepend=typical[0]))
     rise, fall = (np.array([np.where(moved == side, money, 0.)[max(0, t - window + 1):t + 1].sum()
                             for t in range(len(rows))]) for side in (1, -1))
     expected = np.where(rise + fall > 0, 100 * rise / np.maximum(rise + fall, 1e-300), 50.)
@@ -174,11 +183,14 @@ amounts = st.floats(-1e12, 1e12, allow_nan=False)
 @example(1., 100., 100., 1_000.)
 @example(1., 100., 100., 2_000.)
 def test_an_account_that_has_lost_everything_sees_numbers(quantity, entry, price, fee):
-    account, positions, stream = new_account(1_000.), np.zeros(1, POSITION), Observation(()).stream(1)
+    account = new_account(1_000.)
+    positions = np.zeros(1, POSITION)
+    stream = Observation(()).stream(1)
     apply_fill(account, positions, 0, quantity, entry, fee)
     mark(account, positions, np.array([price]))
     stream.push(np.ones((1, 5)))
     seen = stream.observe(account, positions)
-    assert np.isfinite(seen).all() and seen.shape == (1, len(PORTFOLIO))
+    assert np.isfinite(seen).all()
+    assert seen.shape == (1, len(PORTFOLIO))
     # a long position is long, also of an account that owes
     if abs(quantity) > 1e-6: assert np.sign(seen[0, 0]) == np.sign(quantity)

@@ -42,7 +42,8 @@ def test_array_and_stream_are_the_same_for_any_symbols(market, features, window,
     observation = Observation(features, window).for_symbols(traded, "1h")
     candles = matrix({symbol: market[symbol] for symbol in observation.rows}, KNOWN)[1]
     if fitted: observation = observation.fit(candles[:400])
-    array, stream = observation.matrix(candles), observation.stream()
+    array = observation.matrix(candles)
+    stream = observation.stream()
     exact = "pvo_hist(3,5,2)" not in features                      # ta agrees with itself to 1e-9, not to the bit
     for t, candle in enumerate(candles[:60 if exact else 240]):
         stream.push(candle)
@@ -50,7 +51,8 @@ def test_array_and_stream_are_the_same_for_any_symbols(market, features, window,
             (assert_array_equal if exact else np.testing.assert_allclose)(stream.window, array[t - window + 1:t + 1],
                 err_msg=f"candle {t}")
     assert np.shares_memory(stream.window, stream._strip)            # a view, not a copy
-    assert np.isfinite(array[observation.warm_up:]).all() and array.dtype == np.float32
+    assert np.isfinite(array[observation.warm_up:]).all()
+    assert array.dtype == np.float32
 
 
 def test_another_future_changes_neither_the_past_nor_the_scaler(market):
@@ -60,7 +62,9 @@ def test_another_future_changes_neither_the_past_nor_the_scaler(market):
     for how in ("standard", "robust"):
         fits = [replace(observation, scaler=None).fit({symbol: frame[:500] for symbol, frame in each.items()}, how)
                 for each in (frames, other)]
-        assert fits[0] == fits[1] and fits[0].sha256 == fits[1].sha256 and fits[0].scaler.kind == how
+        assert fits[0] == fits[1]
+        assert fits[0].sha256 == fits[1].sha256
+        assert fits[0].scaler.kind == how
         assert_array_equal(fits[0].matrix(matrix(frames, KNOWN)[1])[:500],
                            fits[1].matrix(matrix(other, KNOWN)[1])[:500])
     everything = replace(observation, scaler=None).fit(other) # planted: fitted on what was not known
@@ -78,7 +82,9 @@ def test_robust_is_the_median_and_the_quartiles(market):
 
 
 def test_the_portfolio_as_the_agent_sees_it():
-    account, positions, observation = new_account(1_000.), np.zeros(1, POSITION), Observation(())
+    account = new_account(1_000.)
+    positions = np.zeros(1, POSITION)
+    observation = Observation(())
     stream = observation.stream(1)
     stream.push(np.ones((1, 5)))
     def seen(): return dict(zip(PORTFOLIO, stream.observe(account, positions)[0].tolist()))
@@ -101,7 +107,8 @@ def test_the_portfolio_as_the_agent_sees_it():
     assert seen()["time_in_trade"] == pytest.approx(np.log(5))
     apply_fill(account, positions, 0, -9., 105., 0.)
     close(105.)
-    assert seen()["time_in_trade"] == pytest.approx(np.log(2)) and seen()["exposure"] < 0
+    assert seen()["time_in_trade"] == pytest.approx(np.log(2))
+    assert seen()["exposure"] < 0
     require_state(account, TradingState.HALT)
     assert seen()["risk_state"] == 1
 
@@ -112,7 +119,8 @@ FEATURES = ("return(1)", "sma(5).relative@4h", f"return(1)[{ETH}]", "funding_rat
 
 @pytest.mark.parametrize("traded", [(BTC,), (SOL, BTC)])
 def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
-    frames, extra = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}, {ETH: market[ETH]}
+    frames = {symbol: market[symbol].drop(columns="funding_rate") for symbol in traded}
+    extra = {ETH: market[ETH]}
     rates = {symbol: pd.concat([pd.Series([1e-4], market[symbol].index[:1]), funding(market[symbol])])
              for symbol in traded}
     scaler = Observation(FEATURES, 2).for_symbols(traded,
@@ -170,7 +178,8 @@ def test_a_run_keeps_its_specification_and_is_refused_with_another(market, tmp_p
 
 
 def assert_as_scikit_learn(values):
-    theirs, quartiles = StandardScaler().fit(values[:, None]), RobustScaler().fit(values[:, None])
+    theirs = StandardScaler().fit(values[:, None])
+    quartiles = RobustScaler().fit(values[:, None])
     assert standard(values) == (theirs.mean_[0], theirs.scale_[0])
     assert robust(values) == (quartiles.center_[0], quartiles.scale_[0])
 

@@ -50,7 +50,8 @@ def test_halts_cover_the_closes_that_were_halted(reasons, symbols):
         spells = found[found["why"].str.startswith("halted") == (reason == Reason.HALTED)]
         covered = [time for _, row in spells.iterrows()
                    for time in times[(times >= row["from"]) & ((times < row["until"]) | pd.isna(row["until"]))]]
-        assert sorted(covered) == sorted(closes) and spells["share"].sum() == pytest.approx(len(closes) / len(times))
+        assert sorted(covered) == sorted(closes)
+        assert spells["share"].sum() == pytest.approx(len(closes) / len(times))
     assert halted_text(journal).startswith("never halted") == found.empty
     count = int(journal["reason"].isin(STOPS_DECIDED).sum())
     assert (stops_text(journal) == "" if not count else stops_text(journal).startswith(f"stops decided {count:,} of "
@@ -62,7 +63,8 @@ def test_a_journal_in_words_keeps_its_codes():
     shown = in_words(journal)
     assert shown["reason"].tolist() == [reason.name.lower().replace("_", " ") for reason in Reason]
     assert journal["reason"].tolist() == [int(reason) for reason in Reason]
-    assert shown["why"].iloc[0] == "" and all(shown["why"].iloc[1:].str.len() > 0)
+    assert shown["why"].iloc[0] == ""
+    assert all(shown["why"].iloc[1:].str.len() > 0)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,8 @@ def test_the_answer_comes_first(results, size):
                                 f"{'made' if result.baselines['buy and hold'].summary().total_return >= 0 else 'lost'}",
                                 "<img", "<table", "Total return")]
         assert places == sorted(places)
-        assert page.count("<mark>SYNTHETIC prices</mark>") == 1 and "WITHOUT funding" in page
+        assert page.count("<mark>SYNTHETIC prices</mark>") == 1
+        assert "WITHOUT funding" in page
     made = result.summary().total_return
     assert f"{'Made' if made >= 0 else 'Lost'} {abs(100 * made):,.2f} %" in str(result).splitlines()[1]
     assert "nothing was fitted" in str(result).splitlines()[1]
@@ -131,7 +134,9 @@ def test_the_answer_comes_first(results, size):
 def test_every_halt_is_on_every_page(results):
     result = results[300, 1]
     halted = {name: halts(each.journal) for name, each in result.tearsheet.results.items()}
-    assert len(halted[SIZED]) and not len(halted["buy and hold"]) and not len(halted["flat"])
+    assert len(halted[SIZED])
+    assert not len(halted["buy and hold"])
+    assert not len(halted["flat"])
     for page in (result._repr_html_(), result.tearsheet.html(), str(result)):
         for name, rows in halted.items():
             for row in rows.itertuples():
@@ -198,7 +203,8 @@ def test_written_trades_are_the_last_ones(results):
     assert len(shown) == 5
     assert shown.attrs["of"] == len(trips)
     assert shown["Profit [quote]"].tolist() == [f"{value:,.2f}" for value in trips["profit"].tail(5)]
-    assert np.isin(shown["Side"], ("long", "short")).all() and answered_text(results[300, 20].journal)
+    assert np.isin(shown["Side"], ("long", "short")).all()
+    assert answered_text(results[300, 20].journal)
 
 
 def test_a_stress_says_who_was_halted():
@@ -222,7 +228,8 @@ def test_the_lab_saves_a_job_as_it_is_kept(job):
     path = ROOT / "nbs" / f"{job}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     for count, cell in enumerate(each for each in notebook.cells if each.cell_type == "code"):
-        cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="done")], count + 1
+        cell.outputs = [nbformat.v4.new_output("stream", text="done")]
+        cell.execution_count = count + 1
         cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
     notebook.metadata["language_info"] = {"name": "python", "version": "3.11.7"}
     model = {"type": "notebook", "content": notebook}
@@ -253,12 +260,15 @@ def test_a_rolling_ratio_ends_where_trading_was_halted():
                                                              stops=NO_STOPS), baselines=())
     halted = halts(result.journal)
     ratio = while_traded(rolling_sharpe(result.equity, 5), halted)
-    assert len(halted) == 1 and pd.isna(halted["until"][0])
-    assert ratio[:halted["from"][0]].notna().sum() > 24 and ratio[halted["from"][0]:].iloc[1:].isna().all()
+    assert len(halted) == 1
+    assert pd.isna(halted["until"][0])
+    assert ratio[:halted["from"][0]].notna().sum() > 24
+    assert ratio[halted["from"][0]:].iloc[1:].isna().all()
     figure = result.tearsheet.details()
     line, cross = (next(each for each in figure.axes[0].lines if (each.get_marker() == "X") == crossed)
                    for crossed in (False, True))
-    assert len(cross.get_xdata()) == 1 and line.get_label().endswith(f", halted {halted['from'][0]:%Y-%m-%d}")
+    assert len(cross.get_xdata()) == 1
+    assert line.get_label().endswith(f", halted {halted['from'][0]:%Y-%m-%d}")
     assert np.isfinite(line.get_ydata()).any()
     assert pd.Series(line.get_xdata())[np.isfinite(line.get_ydata())].iloc[-1] <= cross.get_xdata()[0]
 
@@ -267,4 +277,5 @@ def test_a_ratio_is_none_while_nothing_moves():
     equity = ar1(2_400, seed=1)["close"].rename("x")
     equity.iloc[1_000:] = equity.iloc[999]
     rolled = rolling_sharpe(equity, 5, "1h")
-    assert rolled.iloc[1_000 + 121:].isna().all() and rolled.iloc[200:1_000].notna().all()
+    assert rolled.iloc[1_000 + 121:].isna().all()
+    assert rolled.iloc[200:1_000].notna().all()

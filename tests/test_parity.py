@@ -45,7 +45,8 @@ def market():
 
 def trade(folder, policy, candles, payments, watched, parts=(100, LIVE - 100)):
     "A live session on localnet, stopped and resumed between the parts; every input comes through a socket"
-    run, ledger = Run("parity", policy, timeframe="1h"), Ledger(f"sqlite:///{folder}/tradelab.db")
+    run = Run("parity", policy, timeframe="1h")
+    ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, first):
         venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"),
                       SecretStr("secret"))

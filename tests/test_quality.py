@@ -34,7 +34,8 @@ from tradelab.sources.funding import funding_history
 from tradelab.times import format_time, to_ms
 
 HOUR = 3_600_000
-SPOT, PERPETUAL = ("BTC", "ETH", "BNB", "XRP", "ADA", "LTC", "SOL", "DOGE"), ("BTC", "ETH", "BNB", "XRP")
+SPOT = ("BTC", "ETH", "BNB", "XRP", "ADA", "LTC", "SOL", "DOGE")
+PERPETUAL = ("BTC", "ETH", "BNB", "XRP")
 
 
 def raw(shared, name): return pd.read_parquet(shared / "data" / f"{name}.parquet")
@@ -95,7 +96,8 @@ def test_perpetuals_have_no_missing_hours(shared, symbol):
                                                ("BTCUSDT-perp-1h", 3, "2019-09-08 18:00")])
 def test_zero_volume_hours(shared, name, count, some):
     found = report_on(shared, name).of("zero_volume")
-    assert sum(each.count for each in found) == count and touches(found, some)
+    assert sum(each.count for each in found) == count
+    assert touches(found, some)
 
 
 @pytest.mark.parametrize("name, when", [("BNBUSDT-1h", "2017-11-06 03:00"), ("XRPUSDT-1h", "2018-05-04 08:00"),
@@ -116,7 +118,8 @@ def test_flat_start_and_standstill(shared):
 def test_bitfinex_outages_and_columns(shared):
     table = raw(shared, "BTCUSD-bitfinex-1m-2019")
     report = check_quality(table, "1m")
-    assert len(report.of("gap")) == 9955 and sum(each.count for each in report.of("gap")) == 12_873
+    assert len(report.of("gap")) == 9955
+    assert sum(each.count for each in report.of("gap")) == 12_873
     for start, end in (("01-07 10:01", "01-07 13:17"), ("01-07 13:19", "01-07 13:58"), ("01-07 15:40", "01-07 17:28"),
                        ("02-09 07:44", "02-09 10:13"), ("06-26 08:46", "06-26 11:53"),
                        ("06-26 11:55", "06-26 12:48"), ("07-11 12:04", "07-11 13:36"), ("07-11 13:38", "07-11 14:17")):
@@ -127,9 +130,11 @@ def test_bitfinex_outages_and_columns(shared):
     misread = table[:20_000].rename(columns={"close": "high", "high": "low", "low": "close"})
     wrong = check_quality(misread, "1m")
     assert max(wrong.of("swapped_columns"), key=lambda each: each.count).column == "open close high low"
-    assert sum(each.count for each in wrong.of("swapped_columns")) > 15_000 and wrong.consistency < .25
+    assert sum(each.count for each in wrong.of("swapped_columns")) > 15_000
+    assert wrong.consistency < .25
     [summed] = report.of("digits") # between two of the outages the volumes are sums that nobody rounded
-    assert summed.column == "volume" and spans([summed]) == {("2019-06-26 13:52", "2019-07-11 12:02")}
+    assert summed.column == "volume"
+    assert spans([summed]) == {("2019-06-26 13:52", "2019-07-11 12:02")}
     assert report.accuracy + summed.count / len(report.candles) > .99
 
 
@@ -138,7 +143,8 @@ def test_the_appended_tail(shared):
     assert touches(report.of("out_of_order"), "2023-06-14 10:00")
     assert spans(report.of("duplicate")) == {("2023-06-14 10:00", "2023-06-14 10:00")}
     [partial] = report.of("unfinished")
-    assert format_time(partial.start_time) == "2023-06-14 11:00 UTC" and "25969.9 -> 25975.7" in partial.evidence
+    assert format_time(partial.start_time) == "2023-06-14 11:00 UTC"
+    assert "25969.9 -> 25975.7" in partial.evidence
     assert len([each for each in report.findings if each.kind != "extreme"]) == 3
     # the hours of March that README names are not in this cut of the file
     assert format_time(times(report.candles)[0]) == "2023-05-24 09:00 UTC"
@@ -156,7 +162,8 @@ def rates_of(shared, name):
 
 @pytest.mark.parametrize("symbol, missing", [("BTC", 4), ("ETH", 0), ("BNB", 0), ("XRP", 0)])
 def test_funding_of_the_perpetuals(shared, symbol, missing):
-    rates, candles = rates_of(shared, f"{symbol}USDT-perp-funding-8h"), raw(shared, f"{symbol}USDT-perp-1h")
+    rates = rates_of(shared, f"{symbol}USDT-perp-funding-8h")
+    candles = raw(shared, f"{symbol}USDT-perp-1h")
     candles = candles[candles.timestamp < rates.index[-1].value // 1_000_000 + HOUR]
     report = check_quality(candles, "1h", funding=rates)
     assert sum(each.count for each in report.of("funding_missing")) == missing
@@ -169,7 +176,9 @@ def test_funding_as_freqtrade_keeps_it(shared):
         rows = np.array(json.load(file), dtype="float64")
     late = pd.Series(rows[:, 1], pd.to_datetime(rows[:, 0].astype("int64"), unit="ms", utc=True))
     [found] = check_funding(late)
-    assert found.kind == "off_grid" and found.severity == "info" and found.measure == 47
+    assert found.kind == "off_grid"
+    assert found.severity == "info"
+    assert found.measure == 47
 
 
 def test_the_recorder_whose_clock_was_behind(shared):
@@ -196,7 +205,8 @@ def test_two_sources_of_one_market(shared):
     spot, perpetual, coinbase = (daily_of(raw(shared, name).sort_values("timestamp"))
                                  for name in ("BTCUSDT-1h", "BTCUSDT-perp-1h", "BTCUSD-coinbase-1h"))
     found = compare_sources(perpetual["2020":], spot, "1h")
-    assert len(found) < 12 and not [each for each in found if each.kind in ("clock", "wrong_units")]
+    assert len(found) < 12
+    assert not [each for each in found if each.kind in ("clock", "wrong_units")]
     # no shift of the time zone
     assert not [each for each in compare_sources(coinbase, spot, "1h") if each.kind == "clock"]
     shifted = perpetual["2020":].set_axis(perpetual["2020":].index + pd.Timedelta("2h"))
@@ -339,7 +349,8 @@ def smoothed(width):
 
 def exchanged(apart):
     def change(numbers, row, day, source):
-        one, other = slice(row, row + day), slice(row + apart * day, row + (apart + 1) * day)
+        one = slice(row, row + day)
+        other = slice(row + apart * day, row + (apart + 1) * day)
         numbers[one], numbers[other] = numbers[other].copy(), numbers[one].copy()
     return change
 
@@ -490,7 +501,8 @@ def test_a_year_of_funding_in_percent(last):
     assert check_funding(rates) == []
     rates.iloc[-1095:] *= 100
     [found] = [each for each in check_funding(rates) if each.kind == "wrong_units"]
-    assert abs(found.count - 1095) < 40 and found.end_time == times(rates)[-1]
+    assert abs(found.count - 1095) < 40
+    assert found.end_time == times(rates)[-1]
 
 
 @pytest.mark.parametrize("symbol", PERPETUAL)
@@ -535,13 +547,15 @@ def test_the_stream_says_what_the_report_says(kind, seed, name):
     for time, candle, expected in zip(times(bad), bad.to_numpy(), bits):
         verdict = stream.accept(time, candle)
         told += verdict.findings
-        assert stream.recent[-1][2] == expected and (verdict.status == "refused") == bool(expected & REFUSED)
+        assert stream.recent[-1][2] == expected
+        assert (verdict.status == "refused") == bool(expected & REFUSED)
         assert all(each.start_time <= time for each in verdict.findings)
     there = set(times(bad).tolist())
     def rows(findings):
         return {(each.kind, row) for each in findings for row in range(each.start_time, each.end_time + 1, HOUR)
                 if each.kind == "gap" or row in there}
-    report, streamed = rows(rowwise(check_quality(bad, "1h"))), rows(told)
+    report = rows(rowwise(check_quality(bad, "1h")))
+    streamed = rows(told)
     assert report <= streamed
     # the first rows of exchanged columns, and the first in other units, cannot be known for that
     assert {each for each, _ in streamed - report} <= {"ohlc", "spike"}
@@ -646,7 +660,8 @@ def test_text_in_a_column_is_an_invalid_value():
 # ---- synthetic
 
 def test_the_realistic_market_resembles_bitcoin(shared):
-    real, synthetic = stylised_facts(raw(shared, "BTCUSDT-perp-1h")[1000:]), stylised_facts(realistic(30_000, seed=0))
+    real = stylised_facts(raw(shared, "BTCUSDT-perp-1h")[1000:])
+    synthetic = stylised_facts(realistic(30_000, seed=0))
     for name in ("autocorrelation", "autocorrelation of size", "autocorrelation of size, lag 24",
                  "autocorrelation of size, lag 168", "size after a fall", "volume and size"):
         assert abs(real[name] - synthetic[name]) < .15, name

@@ -48,7 +48,9 @@ def session(tmp_path_factory):
     "A recording of forty decisions, and what the ledger would hold of them"
     times, candles, symbols = matrix({"BTC/USDT:USDT": random_walk(52, seed=1)})
     path = tmp_path_factory.mktemp("session") / "recording.zst"
-    live, recorder, rows = trader(), Recorder(path), []
+    live = trader()
+    recorder = Recorder(path)
+    rows = []
     recorder.start(SETTINGS)
     recorder.warm(times[:10], candles[:10])
     live.warm(times[:10], candles[:10])
@@ -98,7 +100,8 @@ def test_what_was_written_is_proven(session):
 
 def damaged(content, how, chance):
     "The bytes of a recording after one thing that disks, copies and editors do"
-    at, other = chance.randrange(len(content)), chance.randrange(len(content))
+    at = chance.randrange(len(content))
+    other = chance.randrange(len(content))
     match how:
         case "bit": return content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:]
         case "cut": return content[:at]
@@ -127,7 +130,10 @@ HOW = ["bit", "cut", "zeros", "moved", "doubled", *(f"{what} {form}" for what in
 @pytest.mark.parametrize("how", HOW)
 def test_no_damage_passes(session, tmp_path, how):
     path, journal = session
-    content, chance, live, file = path.read_bytes(), random.Random(how), trader(), tmp_path / "recording.zst"
+    content = path.read_bytes()
+    chance = random.Random(how)
+    live = trader()
+    file = tmp_path / "recording.zst"
     for _ in range(12):
         changed = damaged(content, how, chance)
         if changed == content: continue
@@ -158,7 +164,8 @@ def test_damage_in_the_middle_is_counted_and_put_aside(session, tmp_path):
     number = int(said.split(" of 40 decisions of the ledger cannot be read")[0])
     recording = Recording(file)
     lines = list(recording)
-    assert number == 40 - recording.decisions > 5 and "bytes behind them are not" in said
+    assert number == 40 - recording.decisions > 5
+    assert "bytes behind them are not" in said
     recorder = Recorder(file)
     recorder.close()
     assert (tmp_path / "recording.damaged-1.zst").read_bytes() == content
@@ -234,20 +241,24 @@ def test_what_the_ledger_will_say_is_on_the_disk_first(tmp_path, monkeypatch):
     recorder = Recorder(tmp_path / "recording.zst")
     recorder.line("decision", open_time=1)
     recorder.flush()
-    assert synced == [] and (tmp_path / "recording.zst").stat().st_size > 0
+    assert synced == []
+    assert (tmp_path / "recording.zst").stat().st_size > 0
     recorder.sync()
     recorder.sync()                                                     # nothing new: nothing is asked of the disk
     assert synced == [(tmp_path / "recording.zst").stat().st_size]
     recorder.line("fill")
     recorder.sync()
     recorder.close()
-    assert len(synced) == 3 and synced[-1] == (tmp_path / "recording.zst").stat().st_size
+    assert len(synced) == 3
+    assert synced[-1] == (tmp_path / "recording.zst").stat().st_size
 
 
 def test_a_session_syncs_its_recording_before_it_keeps_a_step():
     order, live = [], Bookkeeper()
     step = SimpleNamespace(rows=np.zeros(1, JOURNAL), open_time=0, symbols=("BTC/USDT:USDT",), snapshot=dict)
-    live.id, live.trader, live.books = "s", step, SimpleNamespace(settled=True, sequence=0)
+    live.id = "s"
+    live.trader = step
+    live.books = SimpleNamespace(settled=True, sequence=0)
     live.recorder, live.ledger, live.journal = (SimpleNamespace(**{name: lambda *_, name=name: order.append(name)})
                                                 for name in ("sync", "step", "write"))
     live._save()

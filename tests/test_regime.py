@@ -37,7 +37,8 @@ def optimal(returns, states, stay):
     (drift, scale), n = np.array(states).T, len(states)
     moves = np.full((n, n), (1 - stay) / (n - 1))
     np.fill_diagonal(moves, stay)
-    beliefs, result = np.full(n, 1 / n), np.empty((len(returns), n))
+    beliefs = np.full(n, 1 / n)
+    result = np.empty((len(returns), n))
     for t, value in enumerate(returns):
         beliefs = beliefs @ moves * np.exp(-.5 * ((value - drift) / scale) ** 2) / scale
         beliefs /= beliefs.sum()
@@ -106,7 +107,9 @@ def test_array_and_stream_are_the_same_bits_and_blind_to_the_future(rows, parame
         reading = stream.update(candle)
         assert np.array_equal([reading.confidence, *reading.probabilities.values()], row[1:], equal_nan=True)
         assert reading.regime == (None if np.isnan(row[0]) else REGIMES[int(row[0])])
-    assert np.isnan(array[0]).all() and np.isfinite(array[1:]).all() and np.allclose(array[1:, 2:].sum(axis=1), 1)
+    assert np.isnan(array[0]).all()
+    assert np.isfinite(array[1:]).all()
+    assert np.allclose(array[1:, 2:].sum(axis=1), 1)
     assert np.array_equal(fitted.array(candles[:cut + 1]), array[:cut + 1], equal_nan=True)
     for i, name in enumerate(regime.outputs):
         assert np.array_equal(fitted.feature(name).array(candles), array[:, i], equal_nan=True)
@@ -116,7 +119,8 @@ def test_no_future_changes_the_past():
     candles, _, _ = switching("four", 6_000)
     fitted = Regimes().fit(candles[:3_000])
     assert fitted == Regimes().fit(candles[:3_000].copy())                      # the span alone decides, every time
-    before, generator = fitted.array(candles), np.random.default_rng(0)
+    before = fitted.array(candles)
+    generator = np.random.default_rng(0)
     for cut in generator.integers(1, 6_000, 20):
         changed = candles.copy()
         changed[cut:, :4] *= generator.uniform(.5, 2)
@@ -129,7 +133,8 @@ def test_no_future_changes_the_past():
 def test_the_start_is_forgotten_to_the_last_bit(name):
     candles, _, _ = switching(name, 40_000)
     fitted = Regimes().fit(candles[:8_000])
-    whole, warm_up = fitted.array(candles), fitted.feature().warm_up
+    whole = fitted.array(candles)
+    warm_up = fitted.feature().warm_up
     slowest = 0
     for start in range(37, 40_000 - warm_up, 1_499):
         late = fitted.array(candles[start:])
@@ -147,14 +152,17 @@ def test_a_fitted_regime_is_a_feature_like_any_other():
     candles = market[list(COLUMNS)].to_numpy()[:, None]
     observation = Observation(["return(1)", *texts])
     assert np.array_equal(observation.matrix(candles)[1:, 0, 1:], fitted.array(market)[1:, [2, 4, 1]].astype("float32"))
-    assert all(parse(text).text == text for text in texts) and observation.warm_up == fitted.feature().warm_up
+    assert all(parse(text).text == text for text in texts)
+    assert observation.warm_up == fitted.feature().warm_up
 
 
 def test_regimes_that_a_market_does_not_have_are_never_told():
     candles, _, _ = switching("calm and wild")
     fitted = Regimes().fit(candles[:8_000])
-    assert fitted.present == ("volatile", "sideways") and fitted.array(candles)[1:, 2:4].max() < 1e-6
-    assert fitted.summary().index.tolist() == ["volatile", "sideways"] and fitted.parameters[6] == ABSENT["spell"]
+    assert fitted.present == ("volatile", "sideways")
+    assert fitted.array(candles)[1:, 2:4].max() < 1e-6
+    assert fitted.summary().index.tolist() == ["volatile", "sideways"]
+    assert fitted.parameters[6] == ABSENT["spell"]
 
 
 def test_bad_input():
@@ -182,7 +190,8 @@ def test_a_gap_in_price_does_not_break_it():
     candles = np.ones((3_000, 5)) * 20_000 * np.exp(np.random.default_rng(1).normal(0, .004, 3_000).cumsum())[:, None]
     candles[1_500:, :4] *= 1e-3 # a redenomination: a thousand deviations
     array = Regimes().array(candles)
-    assert np.isfinite(array[1:]).all() and named(array[1_500:1_501])[0] == "volatile"
+    assert np.isfinite(array[1:]).all()
+    assert named(array[1_500:1_501])[0] == "volatile"
 
 
 @pytest.mark.parametrize("timeframe, shortest", [("1d", 10), ("4h", 60)])
@@ -191,11 +200,13 @@ def test_the_four_words_by_name_on_real_markets(shared, symbol, timeframe, short
     table = pd.read_parquet(shared / "data" / f"{symbol}USDT-1h.parquet")
     market = resample(frame(table.timestamp, table[list(COLUMNS)]), timeframe)
     fitted = Regimes().fit(market[:"2020-06"], shortest=shortest, names=REGIMES)
-    read, moves = fitted.read(market), np.log(market.close).diff()
+    read = fitted.read(market)
+    moves = np.log(market.close).diff()
     # in the training span and after it, a bear has fallen and a bull has risen
     for span in (slice(None, "2020-06"), slice("2020-07", None)):
         mean = moves[span].groupby(read.regime[span]).mean()
-        assert mean["bear"] < 0 < mean["bull"] and set(read.regime[span].dropna()) >= {"bull", "bear", "sideways"}
+        assert mean["bear"] < 0 < mean["bull"]
+        assert set(read.regime[span].dropna()) >= {"bull", "bear", "sideways"}
     if (symbol, timeframe) == ("BTC", "1d"):
         fall = read["2021-11-15":"2022-01-24"].regime.value_counts(normalize=True)
         assert fall["bear"] > .5
@@ -223,6 +234,7 @@ def test_real_bitcoin(shared, tmp_path):
     figure = fitted.plot(days)
     figure.savefig(tmp_path / "btc.png")
     assert (tmp_path / "btc.png").stat().st_size > 20_000
-    assert read.regime.isna().sum() == 1 and (read.groupby("regime").confidence.mean() > .5).all()
+    assert read.regime.isna().sum() == 1
+    assert (read.groupby("regime").confidence.mean() > .5).all()
     wild = np.log(days.close).diff().groupby(read.regime).std()
     assert "volatile" not in wild or wild["volatile"] == wild.max()

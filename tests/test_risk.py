@@ -29,7 +29,8 @@ DATA = next((place / "shared/data" for place in Path(__file__).resolve().parents
 def test_var_and_shortfall_are_empyricals(seed, count, level):
     """empyrical.stats value_at_risk and conditional_value_at_risk, restated: np.percentile, and the mean of the worst
     int((n - 1) p) + 1"""
-    returns, cutoff = np.random.default_rng(seed).standard_t(4, count) * .01, 1 - level
+    returns = np.random.default_rng(seed).standard_t(4, count) * .01
+    cutoff = 1 - level
     last = int((count - 1) * cutoff + 1e-9)
     np.testing.assert_allclose(historical(returns, level), (-np.percentile(returns, 100 * cutoff),
                                                             -np.mean(np.partition(returns, last)[:last + 1])),
@@ -51,7 +52,9 @@ def test_a_portfolio_by_hand():
 @settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(.01, 5))
 def test_risk_grows_with_the_position_and_has_two_sides(seed, size):
-    moves, out, other = np.random.default_rng(seed).standard_t(4, 300) * .02, np.empty((5, 2, 2)), np.empty((5, 2, 2))
+    moves = np.random.default_rng(seed).standard_t(4, 300) * .02
+    out = np.empty((5, 2, 2))
+    other = np.empty((5, 2, 2))
     tail(moves, .06, out)
     tail(size * moves, .06, other)
     np.testing.assert_allclose(other, size * out, rtol=1e-6, equal_nan=True)
@@ -66,7 +69,8 @@ def test_a_forecast_does_not_see_the_future():
     before = tail_history(closes, np.array([.5, -.2]), "1d")
     closes[320:] *= 1.2
     after = tail_history(closes, np.array([.5, -.2]), "1d")
-    assert np.array_equal(before[:320], after[:320], equal_nan=True) and not np.array_equal(before[320:], after[320:])
+    assert np.array_equal(before[:320], after[:320], equal_nan=True)
+    assert not np.array_equal(before[320:], after[320:])
     broken = TailRisk(2, "1d")
     for row in np.where(np.arange(400)[:, None] == 350, np.nan, closes): broken.update(row)
     assert np.isnan(broken.measures([.5, -.2]).values).all() # a hole in the lookback is not a number, never a small one
@@ -77,7 +81,8 @@ def test_a_forecast_does_not_see_the_future():
 def test_filtered_history_holds_on_real_days(name):
     "At 95 % coverage is not rejected at 1 % on real days; the normal distribution is too mild at 99 %"
     close = from_file(DATA / f"{name}USDT-1d.parquet", "1d").close
-    values, returns = tail_history(close.to_numpy()[:, None], np.ones(1), "1d"), close.pct_change()[1:]
+    values = tail_history(close.to_numpy()[:, None], np.ones(1), "1d")
+    returns = close.pct_change()[1:]
     def found(method, level):
         return judge(returns, *(returns * 0 + values[:-1, METHODS.index(method), (.95, .99).index(level), k]
                                 for k in (0, 1)), level)
@@ -129,7 +134,9 @@ def test_breakers_saved_at_any_moment_go_on_the_same(steps, cut):
 def test_the_ladder(steps, cut):
     """The state is what the most severe cause asks for; it goes down only when that cause is gone and cooled down, or a
     person says so; saved at any moment it goes on the same"""
-    ladder, time, standing = Ladder(), 0, {}
+    ladder = Ladder()
+    time = 0
+    standing = {}
     for number, (what, cause, later, symbol) in enumerate(steps):
         time += later
         if number == cut: ladder = Ladder.load(json.loads(json.dumps(ladder.save())))
@@ -163,7 +170,8 @@ def test_simultaneous_causes_in_any_order():
         for name in order: ladder.trip(name, 1_000, "together")
         for name in order: ladder.clear(name, 2_000)
         states.add((ladder.state(), tuple(sorted(ladder.active))))
-    assert states == {(TradingState.HALT, (("liquidation", ""),))} and not any(NO_STOPS.row()[:6])
+    assert states == {(TradingState.HALT, (("liquidation", ""),))}
+    assert not any(NO_STOPS.row()[:6])
 
 
 @pytest.mark.parametrize("timeframe", TIMEFRAMES)
@@ -180,5 +188,6 @@ def test_the_risk_of_a_run_is_shown_on_every_timeframe(timeframe):
     assert "not shown" not in page
     assert f"over the last {view.lookback:g} days" in page
     known = view.value_at_risk()["var"].notna()
-    assert known.any() == (30 * 86_400_000 <= 150 * step) and ("which this run does not have" in page) != known.any()
+    assert known.any() == (30 * 86_400_000 <= 150 * step)
+    assert ("which this run does not have" in page) != known.any()
     assert "not shown" in RiskView("one", journal[:1], journal["equity"][:1])._repr_html_()

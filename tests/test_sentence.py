@@ -54,7 +54,8 @@ def test_both_forms_agree_on_real_candles(bitcoin, policy):
     array, event = (backtest(policy, candles, funding=payments, engine=engine, keep_observations=True)
                     for engine in ("vectorised", "event"))
     assert same(array, event)
-    assert (array.rows["order"] != 0).sum() > 20 and (array.rows["funding"] != 0).any()
+    assert (array.rows["order"] != 0).sum() > 20
+    assert (array.rows["funding"] != 0).any()
 
 
 def test_several_symbols_are_one_account(shared):
@@ -76,7 +77,8 @@ def test_one_altered_bit_is_found(bitcoin):
     altered.iloc[1_500, altered.columns.get_loc("close")] = np.nextafter(altered["close"].iloc[1_500], np.inf)
     difference = first_difference(backtest(Momentum(), candles, funding=payments),
                                   backtest(Momentum(), altered, funding=payments))
-    assert difference.bar == candles.index[1_500] and difference.column == "close"
+    assert difference.bar == candles.index[1_500]
+    assert difference.column == "close"
 
 
 def test_the_future_does_not_move_the_past(bitcoin):
@@ -100,7 +102,8 @@ def test_a_planted_look_ahead_is_caught(bitcoin):
         values["volume"] = (frame["close"].shift(-2) / frame["close"]).fillna(1.).clip(lower=.5)
         return values
     policy = network(features=("volume_ratio(2)",), window=1)
-    whole, cut = backtest(policy, peeking(candles)), backtest(policy, peeking(candles[:1_200]))
+    whole = backtest(policy, peeking(candles))
+    cut = backtest(policy, peeking(candles[:1_200]))
     common = whole.journal[:len(cut.journal)]
     assert first_difference(common[["target"]], cut.journal[["target"]]) is not None
 
@@ -125,8 +128,10 @@ def test_a_drawdown_halts_for_good():
                       limits=Limits(max_position=1., max_drawdown=.1, max_daily_loss=None, stops=NO_STOPS))
     halted = result.rows["reason"][:, 0] == Reason.HALTED
     first = int(np.argmax(halted))
-    assert halted.any() and result.rows["drawdown"][first, 0] >= .1
-    assert (result.rows["order"][first + 1:, 0] == 0).all() and (result.rows["position"][first + 1:, 0] == 0).all()
+    assert halted.any()
+    assert result.rows["drawdown"][first, 0] >= .1
+    assert (result.rows["order"][first + 1:, 0] == 0).all()
+    assert (result.rows["position"][first + 1:, 0] == 0).all()
 
 
 @settings(max_examples=200)
@@ -137,14 +142,17 @@ def test_the_gate_keeps_its_limits(rows):
     held = np.round(held * 6_000 / prices / len(rows), 3)
 
     def ordered(which):
-        positions, candle = np.zeros(len(rows), POSITION), np.repeat(prices[which][:, None], 5, axis=1)
+        positions = np.zeros(len(rows), POSITION)
+        candle = np.repeat(prices[which][:, None], 5, axis=1)
         positions["quantity"], positions["entry_price"] = held[which], prices[which]
         return Gate(limits, [BITCOIN] * len(rows)).decide(0, candle, targets[which], new_account(10_000.),
                                                           positions)["quantity"].copy()
     quantities = ordered(np.arange(len(rows)))
-    before, after = np.abs(held * prices), np.abs((held + quantities) * prices)
+    before = np.abs(held * prices)
+    after = np.abs((held + quantities) * prices)
     grown = after > before
-    assert (after[grown] <= 6_000 + 1e-6).all() and (not grown.any() or after[grown].sum() <= 10_000 + 1e-6)
+    assert (after[grown] <= 6_000 + 1e-6).all()
+    assert (not grown.any() or after[grown].sum() <= 10_000 + 1e-6)
     assert np.array_equal(ordered(np.arange(len(rows))[::-1])[::-1], quantities)
 
 

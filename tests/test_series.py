@@ -41,16 +41,20 @@ def figures(count=40, published_after=10 * HOUR + 1_800_000, definition=SeriesDe
 
 
 def test_a_figure_enters_at_the_first_close_after_its_publication():
-    mood, frame = figures(), with_series(None, {"mood": figures()}, CANDLES)["series:mood"]
+    mood = figures()
+    frame = with_series(None, {"mood": figures()}, CANDLES)["series:mood"]
     known = np.stack([frame[name].to_numpy() for name in ("open", "high", "low", "close", "volume", "quote_volume")]
                      + [np.zeros((2, 700))[0], np.zeros(700), frame.funding_rate, frame.index_price,
                         START + HOUR * np.arange(700.)], axis=1)
-    value, age = parse("series(mood)").array(known), parse("series(mood).age").array(known)
+    value = parse("series(mood)").array(known)
+    age = parse("series(mood).age").array(known)
     for t in range(700):                                          # one by one, from the table
         close = START + (t + 1) * HOUR
         told = [row for row in mood.table.itertuples() if row.publication_time <= START + (t + 1) * HOUR]
-        assert value[t] == told[-1].value and age[t] == (close - told[-1].publication_time) / HOUR
-    assert age.min() == .5 and age.max() == 23.5                  # hours: published at half past ten
+        assert value[t] == told[-1].value
+        assert age[t] == (close - told[-1].publication_time) / HOUR
+    assert age.min() == .5
+    assert age.max() == 23.5 # hours: published at half past ten
 
 
 @settings(max_examples=8, derandomize=True)
@@ -61,7 +65,8 @@ def test_array_event_and_environment_are_the_same(seed, definition, window):
     policy = network(seed, 1, window, FEATURES)
     array, event = (backtest(policy, CANDLES, series={"mood": mood}, engine=engine, keep_observations=True,
                              baselines=()) for engine in ("vectorised", "event"))
-    assert first_difference(array, event) is None and first_difference(array.observations, event.observations) is None
+    assert first_difference(array, event) is None
+    assert first_difference(array.observations, event.observations) is None
     env = MarketEnv(prepare(CANDLES, Observation.from_policy(policy), series={"mood": mood}))
     seen, _ = env.reset(seed=0)
     for t in range(200):
@@ -74,7 +79,8 @@ def test_a_stale_figure_is_held_or_empties_the_position_or_is_refused():
     def run(**definition):
         return backtest(network(3, 1, 1, FEATURES), CANDLES,
                         series={"mood": figures(definition=SeriesDefinition(**definition))}, baselines=())
-    held, flat = run(stale="12h"), run(stale="12h", when_stale="flat")
+    held = run(stale="12h")
+    flat = run(stale="12h", when_stale="flat")
     hour = (held.journal.index.get_level_values(0).hour if isinstance(held.journal.index, pd.MultiIndex)
             else held.journal.index.hour)
     stale = (hour >= 22) | (hour < 10) # of candles whose close is more than twelve hours after half past ten
@@ -97,11 +103,14 @@ def altered(mood, after, table=None):
 
 @pytest.mark.parametrize("row", [150, 333, 501])
 def test_another_future_of_the_series_does_not_move_the_past(row):
-    policy, mood, now = network(5, 1, 1, FEATURES), figures(), START + (row + 1) * HOUR
+    policy = network(5, 1, 1, FEATURES)
+    mood = figures()
+    now = START + (row + 1) * HOUR
     one, other = (backtest(policy, CANDLES, series={"mood": each}, baselines=()).journal
                   for each in (mood, altered(mood, now)))
     before = one["open_time"] <= now - HOUR if "open_time" in one else one.index <= CANDLES.index[row]
-    assert one[before].equals(other[before]) and not one.equals(other)
+    assert one[before].equals(other[before])
+    assert not one.equals(other)
 
 
 def test_a_planted_look_ahead_is_caught():

@@ -60,7 +60,8 @@ class Server:
             def date_time_string(self, timestamp=None):
                 return pd.Timestamp(getattr(server, "now", "2024-06-01")).strftime("%a, %d %b %Y %H:%M:%S GMT")
             def do_GET(self):
-                path, query = urlsplit(self.path).path, dict(parse_qsl(urlsplit(self.path).query))
+                path = urlsplit(self.path).path
+                query = dict(parse_qsl(urlsplit(self.path).query))
                 if self.command == "GET": server.asked.append((path, query))
                 status, body, headers = (200, b"", {}) if self.command == "HEAD" else answer(path, query)
                 self.send_response(status)
@@ -117,7 +118,8 @@ def test_bitfinex_rows_are_recognised_in_all_of_a_real_year(shared, tmp_path):
 
 def exporters(candles):
     "The same candles as several programs write them, by file name"
-    opens, quoted = times(candles), (candles.volume * candles[["high", "low", "close"]].mean(axis=1)).to_numpy()
+    opens = times(candles)
+    quoted = (candles.volume * candles[["high", "low", "close"]].mean(axis=1)).to_numpy()
     klines = pd.DataFrame({"open_time": opens, **{name: candles[name].to_numpy() for name in COLUMNS},
                            "close_time": opens + HOUR - 1, "quote_volume": quoted, "count": 3,
                            "taker_buy_volume": (candles.volume / 2).to_numpy(), "taker_buy_quote_volume": quoted / 2,
@@ -147,7 +149,8 @@ def test_every_exporter_gives_the_same_candles(shared, tmp_path, name):
     (tmp_path / name).write_bytes(exporters(candles)[name])
     read = history(SYMBOL, "1h", source=tmp_path / name)
     prices = list(COLUMNS[:4])
-    assert read[prices].equals(candles[prices]) and np.allclose(read.volume, candles.volume, rtol=1e-12)
+    assert read[prices].equals(candles[prices])
+    assert np.allclose(read.volume, candles.volume, rtol=1e-12)
     assert ("estimated" in read.attrs.get("volume", "")) == (name == "BTC-USD.csv")
 
 
@@ -162,7 +165,8 @@ def test_the_real_funding_file_of_freqtrade(shared):
     raw = funding_history(SYMBOL, source=shared / "data" / "raw" / "BTC_USDT_USDT-8h-funding_rate.json.gz")
     known = funding_history(SYMBOL, source=shared / "data" / "BTCUSDT-perp-funding-8h.parquet")
     both = raw.index.intersection(known.index)
-    assert len(both) == len(raw) > 1000 and (raw[both] == known[both]).all()
+    assert len(both) == len(raw) > 1000
+    assert (raw[both] == known[both]).all()
 
 
 @pytest.mark.parametrize("content, name, message",
@@ -207,7 +211,9 @@ def packed(candles, scale=1):
 class Vision:
     "data.binance.vision over hourly candles; `fault(path)` may answer otherwise, `slow` seconds a file"
     def __init__(self, serve, candles, months, days=(), kind="klines"):
-        self.files, self.fault, self.slow = {}, lambda path: None, 0.
+        self.files = {}
+        self.fault = lambda path: None
+        self.slow = 0.
         for period in (*months, *days):
             content = packed(candles.loc[period])
             path = "/" + archive_path(SYMBOL, kind, "1h", period)
@@ -256,7 +262,8 @@ def test_a_killed_archive_download_goes_on_where_it_was(serve, tmp_path):
     while len(vision.server.paths(".zip")) < 15 and process.poll() is None: time.sleep(.01)
     process.kill()
     process.communicate()
-    held, asked = store.held().candles.sum(), len(vision.server.paths(".zip"))
+    held = store.held().candles.sum()
+    asked = len(vision.server.paths(".zip"))
     months = store.held().months.sum()
     assert 36 > months >= asked - 4 # lost: at most the file at work and three ahead of it
     assert data_hash(store.read("archive", SYMBOL, "1h")) == data_hash(YEARS[:held])
@@ -275,7 +282,8 @@ def test_a_killed_archive_download_goes_on_where_it_was(serve, tmp_path):
     ("away", UnreachableError, "it asks to wait 4000 s, more than the 120 s")])
 def test_a_bad_archive_file_is_not_stored_and_the_months_before_are(serve, tmp_path, monkeypatch, fault, kind, message):
     monkeypatch.setattr("tradelab.sources.tables.TRIES", 1)
-    vision, store = Vision(serve, YEARS, MONTHS[:3]), Store(tmp_path)
+    vision = Vision(serve, YEARS, MONTHS[:3])
+    store = Store(tmp_path)
     path = "/" + archive_path(SYMBOL, "klines", "1h", "2021-02")
     whole = vision.files[path]
     cut = whole[:-200]
@@ -318,7 +326,8 @@ def test_a_month_that_is_not_put_together_yet_comes_in_days(serve, tmp_path):
 
 
 def test_a_listing_within_a_month_is_asked_for_once(serve, tmp_path):
-    vision, store = Vision(serve, YEARS["2021-01-20 07:00":], ["2021-01", "2021-02"]), Store(tmp_path)
+    vision = Vision(serve, YEARS["2021-01-20 07:00":], ["2021-01", "2021-02"])
+    store = Store(tmp_path)
     for _ in range(2):
         assert (len(from_archive(SYMBOL, "1h", to_ms("2021-01-01"), to_ms("2021-03-01"), store, url=vision.server.url))
                 == 24 * 40 - 7)
@@ -327,7 +336,8 @@ def test_a_listing_within_a_month_is_asked_for_once(serve, tmp_path):
 
 def test_mark_prices_of_the_archive(serve, tmp_path):
     silent = YEARS.loc["2021-01"].assign(volume=0.)
-    vision, store = Vision(serve, silent, ["2021-01"], kind="markPriceKlines"), Store(tmp_path)
+    vision = Vision(serve, silent, ["2021-01"], kind="markPriceKlines")
+    store = Store(tmp_path)
     marks = mark_history(SYMBOL, "1h", "2021-01-02", "2021-01-20", FromArchive(vision.server.url), store)
     assert data_hash(marks) == data_hash(silent["2021-01-02":"2021-01-19"])
     assert marks.attrs["source"] == "archive markPriceKlines" == store.held().source[0]
@@ -338,7 +348,10 @@ def test_mark_prices_of_the_archive(serve, tmp_path):
 class Binance:
     "Public REST of Binance futures over `market`; `fault(path, query)` may answer otherwise"
     def __init__(self, serve, market, now):
-        self.market, self.now, self.fault, self.slow = market, now, lambda path, query: None, 0.
+        self.market = market
+        self.now = now
+        self.fault = lambda path, query: None
+        self.slow = 0.
         self.server = serve(self.answer)
 
     def connect(self): return connect("binanceusdm", self.server.url)
@@ -348,7 +361,8 @@ class Binance:
     def answer(self, path, query):
         odd = self.fault(path, query)
         if odd is not None: return odd
-        name, since = path.split("/")[-1], int(query.get("startTime", 0))
+        name = path.split("/")[-1]
+        since = int(query.get("startTime", 0))
         if name == "time": return 200, json.dumps({"serverTime": self.now}).encode(), {}
         if name == "exchangeInfo":
             listed = dict(symbol="BTCUSDT", pair="BTCUSDT", baseAsset="BTC", quoteAsset="USDT", marginAsset="USDT",
@@ -387,12 +401,15 @@ def test_a_killed_download_goes_on_page_by_page(serve, tmp_path):
     venue.server.asked.clear()
     venue.slow = 0.
     candles = history(SYMBOL, "1h", "2022-01-01", "2023-01-01", source=venue.connect(), store=store)
-    assert data_hash(candles) == data_hash(PAGED[:8760]) and venue.since()[0] == times(PAGED)[len(held)]
-    assert candles.trades.eq(5).all() and np.allclose(candles.quote_volume, candles.volume * candles.close)
+    assert data_hash(candles) == data_hash(PAGED[:8760])
+    assert venue.since()[0] == times(PAGED)[len(held)]
+    assert candles.trades.eq(5).all()
+    assert np.allclose(candles.quote_volume, candles.volume * candles.close)
 
 
 def test_what_may_still_be_revised_is_asked_again(serve, tmp_path):
-    venue, store = Binance(serve, PAGED, to_ms("2022-01-03 12:01")), Store(tmp_path)
+    venue = Binance(serve, PAGED, to_ms("2022-01-03 12:01"))
+    store = Store(tmp_path)
     history(SYMBOL, "1h", "2022-01-01", source=venue.connect(), store=store)
     revised = PAGED.copy()
     revised.loc["2022-01-03 11:00", "volume"] *= 2
@@ -423,11 +440,14 @@ def test_an_exchange_is_left_alone_as_long_as_it_says(serve, status, seconds):
                 if len(moments) == 1 else None)
     venue.fault = busy
     assert len(history(SYMBOL, "1h", "2022-01-01", "2022-01-03", source=venue.connect())) == 48
-    assert len(moments) == 2 and moments[1] - moments[0] >= seconds
+    assert len(moments) == 2
+    assert moments[1] - moments[0] >= seconds
 
 
 def test_a_ban_of_an_hour_is_said_and_the_next_source_is_asked(serve, tmp_path, caplog):
-    banned, good, store = Binance(serve, PAGED, LATER), Vision(serve, YEARS, ["2022-01"]), Store(tmp_path)
+    banned = Binance(serve, PAGED, LATER)
+    good = Vision(serve, YEARS, ["2022-01"])
+    store = Store(tmp_path)
     banned.fault = lambda path, query: (418, b'{"code":-1003,"msg":"banned"}',
                                         {"Retry-After": "3600"}) if path.endswith("klines") else None
     with caplog.at_level(logging.WARNING):
@@ -464,7 +484,8 @@ def test_two_real_markets_side_by_side(shared):
     report = compare(SYMBOL, "1h", "2020-01-01", "2021-01-01", files)
     days = {format_time(each.start_time)[:10] for each in report.of("disagreement")}
     assert "2020-03-13" in days or "2020-03-12" in days # the crash, when the perpetual left the spot price
-    assert len(days) < 40 and not report.of("clock", "wrong_units")
+    assert len(days) < 40
+    assert not report.of("clock", "wrong_units")
 
 
 # ---- Yahoo
@@ -630,7 +651,8 @@ def test_mask_membership_and_requirement_agree(spans):
     lives = pd.DataFrame([(first + start * HOUR, FOREVER if alive else first + (start + length) * HOUR) for start,
                           length, alive in spans], columns=["listed", "delisted"],
                           index=[f"S{n}/USDT" for n in range(len(spans))])
-    universe, opens = Universe(check_lives(lives, "x")), first + HOUR * np.arange(220)
+    universe = Universe(check_lives(lives, "x"))
+    opens = first + HOUR * np.arange(220)
     mask = universe.mask(opens, "1h")
     # lives begin and end on the hour here
     for t in (0, 50, 100, 219): assert tuple(universe.lives.index[mask[t]]) == universe.at(int(opens[t]))

@@ -21,12 +21,15 @@ from tradelab.settings import NO_STOPS, Limits, Stops
 FILE = next((place / "shared/data/BTCUSD-bitfinex-1m-2019.parquet" for place in Path(__file__).resolve().parents
              if (place / "shared/data/BTCUSD-bitfinex-1m-2019.parquet").exists()), None)
 COLUMNS = ["open", "high", "low", "close", "volume"]
-fraction, ranges, ages = st.sampled_from((0., .005, .02)), st.sampled_from((0., .5, 2.)), st.sampled_from((0, 1, 3, 10))
+fraction = st.sampled_from((0., .005, .02))
+ranges = st.sampled_from((0., .5, 2.))
+ages = st.sampled_from((0, 1, 3, 10))
 
 
 @st.composite
 def rules(draw, additive=False):
-    fixed, trailing = draw(st.booleans()) and not additive, draw(st.booleans())
+    fixed = draw(st.booleans()) and not additive
+    trailing = draw(st.booleans())
     return Stops(draw(fraction), draw(fraction), draw(fraction) if fixed else 0., draw(ranges), draw(ranges),
                  draw(ranges) if trailing and not fixed else 0., draw(st.sampled_from((3, 14))), draw(ages))
 
@@ -44,7 +47,10 @@ def markets(draw, length=60):
 
 def second(candles, entries, stops, widths):
     "Plain Python: the price goes from the open to the worst price to the best one, and meets what stands in its way"
-    exits, held, before, ranges_ = {}, None, None, []
+    exits = {}
+    held = None
+    before = None
+    ranges_ = []
 
     def away(start, fixed, atrs): return atrs * held["atr"] if atrs else fixed * start if fixed else None
 
@@ -125,9 +131,12 @@ def test_the_average_true_range_is_the_features_and_talibs():
     candles = realistic(1_500, seed=9)[COLUMNS].to_numpy(copy=True)
     candles[:, :4] *= np.exp(np.random.default_rng(9).normal(0, .01, (1_500, 1)))
     def followed(candles, period):
-        atr, before, values = np.nan, np.nan, []
+        atr = np.nan
+        before = np.nan
+        values = []
         for _, high, low, close, _ in candles:
-            atr, before = next_atr(atr, high, low, before, float(period)), close
+            atr = next_atr(atr, high, low, before, float(period))
+            before = close
             values.append(atr)
         return np.array(values)
     for period in (3, 14):
@@ -146,7 +155,10 @@ def test_the_average_true_range_is_the_features_and_talibs():
 def test_stream_and_array_have_the_same_bits(candles, stops, seed):
     row, (entries, widths) = Limits(stops=stops).row(), scattered(len(candles), seed)
     prices, codes, trail = simulate(candles, entries, row, widths)
-    account, positions, atr, before = new_account(1.), np.zeros(1, POSITION), np.nan, np.nan
+    account = new_account(1.)
+    positions = np.zeros(1, POSITION)
+    atr = np.nan
+    before = np.nan
     for t, (opened, high, low, close, _) in enumerate(candles):
         if positions[0]["quantity"] == 0 and entries[t]:
             apply_fill(account, positions, 0, entries[t], opened, 0.)
@@ -158,7 +170,8 @@ def test_stream_and_array_have_the_same_bits(candles, stops, seed):
             track(positions[0], high, low)
             age(positions)
             if code: apply_fill(account, positions, 0, -positions[0]["quantity"], price, 0.)
-        atr, before = next_atr(atr, high, low, before, row["atr_period"]), close
+        atr = next_atr(atr, high, low, before, row["atr_period"])
+        before = close
 
 
 @settings(max_examples=150)
@@ -182,7 +195,8 @@ def test_what_always_holds(candles, stops, seed, cut):
     for now, then in zip(simulate(future, entries, row, widths), (prices, codes, trail)):
         assert np.array_equal(now[:cut], then[:cut], equal_nan=True)
     doubled = simulate(candles * [2, 2, 2, 2, 1], entries, row, widths)
-    assert np.array_equal(doubled[1], codes) and np.array_equal(doubled[0], 2 * prices, equal_nan=True)
+    assert np.array_equal(doubled[1], codes)
+    assert np.array_equal(doubled[0], 2 * prices, equal_nan=True)
 
 
 @settings(max_examples=150)
@@ -204,25 +218,30 @@ def test_long_and_short_are_mirror_images(candles, stops, side, width):
 @given(markets(length=12), rules(), st.sampled_from((1., -1.)))
 def test_a_close_and_an_exchange_see_the_same_touch(candles, stops, side):
     "What the gate asks at a close and what an order at the exchange meets differ only where the open decides"
-    row, positions = Limits(stops=stops).row(), np.zeros(1, POSITION)
+    row = Limits(stops=stops).row()
+    positions = np.zeros(1, POSITION)
     apply_fill(new_account(1.), positions, 0, side, candles[0, 0], 0.)
     enter(positions[0], 2., 1.)
     for opened, high, low, _, _ in candles:
         (seen, at), (met, price) = (touched(positions[0], high, low, row), exit_price(positions[0], opened, high, low,
             row))
-        assert (seen > 0) == (met > 0) and (met == 0 or price == opened or (seen, at) == (met, price))
+        assert (seen > 0) == (met > 0)
+        assert (met == 0 or price == opened or (seen, at) == (met, price))
         track(positions[0], high, low)
         age(positions)
 
 
 def test_the_gate_takes_the_width_that_a_driver_has_set():
     def code(width, low):
-        gate, account, positions = Gate(Limits(), [BITCOIN]), new_account(10_000.), np.zeros(1, POSITION)
+        gate = Gate(Limits(), [BITCOIN])
+        account = new_account(10_000.)
+        positions = np.zeros(1, POSITION)
         gate.market["width"] = width
         apply_fill(account, positions, 0, 1., 100., 0.)
         return gate.decide(10**12, np.array([[100., 100.5, low, 99., 1e6]]), np.ones(1), account,
                            positions)[0]["reason"]
-    assert code(1., 97.9) == Reason.STOP_LOSS != code(2., 97.9) and code(2., 95.9) == Reason.STOP_LOSS
+    assert code(1., 97.9) == Reason.STOP_LOSS != code(2., 97.9)
+    assert code(2., 95.9) == Reason.STOP_LOSS
 
 
 def test_a_stop_in_atrs_widens_with_the_regime():
@@ -241,13 +260,17 @@ def test_how_often_the_worst_first_is_wrong_in_real_hours():
     raw = raw.set_index(pd.to_datetime(raw.timestamp, unit="ms", utc=True))[COLUMNS]["2019-05":"2019-07"]
     hours = raw.resample("1h").agg({"open": "first", "high": "max", "low": "min", "close": "last",
                                     "volume": "sum"}).dropna()
-    fine, coarse, starts = raw.to_numpy(), hours.to_numpy(), np.searchsorted(raw.index, hours.index)
+    fine = raw.to_numpy()
+    coarse = hours.to_numpy()
+    starts = np.searchsorted(raw.index, hours.index)
     def left(candles, side, row):
         prices, codes, _ = simulate(candles, side * np.eye(1, len(candles))[0], row)
         k = np.argmax(codes > 0)
         return k, Reason(codes[k]).name, side * (prices[k] / candles[0, 0] - 1)
     for stops, most in ((Stops(), .001), (Stops(.005, .005), .1)):
-        row, pairs, results = Limits(stops=stops).row(), [], []
+        row = Limits(stops=stops).row()
+        pairs = []
+        results = []
         for i in range(0, len(coarse) - 240, 4):
             for side in (1., -1.):
                 k, code, hourly = left(coarse[i:i + 240], side, row)
@@ -256,6 +279,9 @@ def test_how_often_the_worst_first_is_wrong_in_real_hours():
                 pairs.append((code, true))
                 results.append((hourly, exact))
         wrong = [pair for pair in pairs if pair[0] != pair[1]]
-        assert set(wrong) <= {("STOP_LOSS", "TAKE_PROFIT")} and len(wrong) <= most * len(pairs) and len(pairs) > 900
+        assert set(wrong) <= {("STOP_LOSS", "TAKE_PROFIT")}
+        assert len(wrong) <= most * len(pairs)
+        assert len(pairs) > 900
     hourly, exact = np.mean(results, axis=0)
-    assert len(wrong) > 20 and hourly < exact
+    assert len(wrong) > 20
+    assert hourly < exact

@@ -73,13 +73,15 @@ def test_the_index_agrees_with_the_files(tmp_path):
     store.write(*SERIES, MARKET[150:])
     store.write("okx", "ETH/USDT:USDT", "1h", MARKET[7:9])
     one, other = store.held().itertuples(index=False)
-    assert one[:8] == (*SERIES, MARKET.index[0], MARKET.index[-1], len(MARKET) - 50, 3, 50) and other[5:8] == (2, 1, 0)
+    assert one[:8] == (*SERIES, MARKET.index[0], MARKET.index[-1], len(MARKET) - 50, 3, 50)
+    assert other[5:8] == (2, 1, 0)
     assert one.bytes == sum(path.stat().st_size for path in months(store.series(*SERIES)))
     assert all(footer(path)[2] == len(pd.read_parquet(path)) for path in months(store.series(*SERIES)))
 
 
 def test_a_month_that_other_tools_have_written_is_read(tmp_path):
-    store, folder = Store(tmp_path), Store(tmp_path).series(*SERIES)
+    store = Store(tmp_path)
+    folder = Store(tmp_path).series(*SERIES)
     folder.mkdir(parents=True)
     MARKET.loc["2022-01"].to_parquet(folder / "2022-01.parquet")                    # pandas puts the times last
     assert data_hash(store.read(*SERIES)) == data_hash(MARKET.loc["2022-01"])
@@ -102,12 +104,15 @@ def test_a_spoiled_month_is_put_aside_and_asked_for_again(tmp_path, caplog, spoi
     assert any("a damaged month was put aside" in record.getMessage() for record in caplog.records)
     filled = store.fill(*SERIES, times(MARKET)[0], times(MARKET)[-1] + HOUR, lambda start,
                         end: MARKET[(times(MARKET) >= start) & (times(MARKET) < end)])
-    assert filled.asked and not filled.missing and data_hash(filled.candles) == data_hash(MARKET)
+    assert filled.asked
+    assert not filled.missing
+    assert data_hash(filled.candles) == data_hash(MARKET)
 
 
 def test_no_flipped_bit_gives_other_candles(tmp_path):
     "Of 3,000 single bits a third gave other prices before a month kept its proof"
-    path, month = tmp_path / "2022-01.parquet", MARKET.loc["2022-01"]
+    path = tmp_path / "2022-01.parquet"
+    month = MARKET.loc["2022-01"]
     content, random = to_bytes(month), np.random.default_rng(0)
     for place in random.integers(0, 8 * len(content), 1_000):
         flipped = bytearray(content)
@@ -124,7 +129,8 @@ def test_every_column_comes_back(tmp_path):
     store.write(*SERIES, rich, now=times(MARKET)[-1] + HOUR)
     back = store.read(*SERIES)
     pd.testing.assert_frame_equal(back, rich, check_exact=True, check_freq=False)
-    assert back.columns.tolist() == [*COLUMNS, *OPTIONAL] and "seen_time" in store.rows(*SERIES)
+    assert back.columns.tolist() == [*COLUMNS, *OPTIONAL]
+    assert "seen_time" in store.rows(*SERIES)
     store.write(*SERIES, MARKET, now=times(MARKET)[-1] + 2 * HOUR)              # the same numbers from a poorer answer
     pd.testing.assert_frame_equal(store.read(*SERIES), rich, check_exact=True, check_freq=False)
 
@@ -133,12 +139,14 @@ def test_every_column_comes_back(tmp_path):
 
 def test_the_later_answer_wins_whoever_comes_first(tmp_path, caplog):
     end = int(times(MARKET)[99]) + HOUR
-    early, late = MARKET[:100], MARKET[:100].assign(close=MARKET.close[:100] - .1, low=MARKET.low[:100] - .1)
+    early = MARKET[:100]
+    late = MARKET[:100].assign(close=MARKET.close[:100] - .1, low=MARKET.low[:100] - .1)
     for order in ((early, late), (late, early)):
         store = Store(tmp_path / ("forth" if order[0] is early else "back"))
         with caplog.at_level(logging.WARNING):
             written = [store.write(*SERIES, each, now=end + (1 if each is early else 2)) for each in order]
-        assert written[0].added == 100 and written[1].added == written[1].same == 0
+        assert written[0].added == 100
+        assert written[1].added == written[1].same == 0
         assert set(written[1].conflicts.verdict) == {"revised" if order[1] is late else "outdated"}
         assert written[1].revised == (100 if order[1] is late else 0)
         assert data_hash(store.read(*SERIES)) == data_hash(late)
@@ -160,7 +168,8 @@ def test_the_order_of_arrival_makes_no_difference_where_times_are_said(writes):
     for answer in answers: forth = merge(forth, answer)
     for answer in answers[::-1]: back = merge(back, answer)
     pd.testing.assert_frame_equal(forth, back, check_exact=True, check_freq=False)
-    assert forth.index.is_unique and forth.index.is_monotonic_increasing
+    assert forth.index.is_unique
+    assert forth.index.is_monotonic_increasing
 
 
 def test_a_candle_that_is_still_forming_is_refused(tmp_path):
@@ -168,7 +177,8 @@ def test_a_candle_that_is_still_forming_is_refused(tmp_path):
     with pytest.raises(CandleError, match="okx BTC/USDT:USDT: the candle of 2022-01-01 09:00 UTC was not closed at "
                        "2022-01-01 09:59 UTC: leave it out"):
         store.write(*SERIES, MARKET[:10], now=closes - 1)
-    assert store.held().empty and store.write(*SERIES, MARKET[:10], now=closes).added == 10
+    assert store.held().empty
+    assert store.write(*SERIES, MARKET[:10], now=closes).added == 10
 
 
 # ---- gaps and freshness
@@ -177,7 +187,8 @@ def test_a_candle_that_is_still_forming_is_refused(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 370), st.integers(2, 60)), max_size=4),
        st.sets(st.integers(1, 398), max_size=20), st.integers(0, 200), st.integers(201, 400))
 def test_a_source_is_asked_for_what_is_missing_and_nothing_else(tmp_path_factory, writes, down, start, end):
-    store, source = Store(tmp_path_factory.mktemp("store")), Source(MARKET[:400].drop(MARKET.index[sorted(down)]))
+    store = Store(tmp_path_factory.mktemp("store"))
+    source = Source(MARKET[:400].drop(MARKET.index[sorted(down)]))
     for at, length in writes: store.write(*SERIES, source.candles[at:at + length], gaps=True)
     span = FIRST + start * HOUR, FIRST + end * HOUR
     held = set(times(store.read(*SERIES, *span)).tolist())
@@ -217,13 +228,15 @@ def test_a_revision_reaches_the_store_while_it_is_fresh_and_not_after(tmp_path):
     source.candles = MARKET.assign(volume=MARKET.volume + 1)                    # late trades, in every candle
     store.fill(*SERIES, *span, source, span[1] + REVISABLE)
     changed = store.read(*SERIES).volume - MARKET.volume[:24]
-    assert changed.tolist() == [0] * 23 + [1] and source.requests[1] == (span[1] - step, span[1])
+    assert changed.tolist() == [0] * 23 + [1]
+    assert source.requests[1] == (span[1] - step, span[1])
     store.fill(*SERIES, *span, source, span[1] + 10 * REVISABLE)
     assert len(source.requests) == 2
 
 
 def test_a_hole_near_the_present_is_not_believed(tmp_path):
-    store, source = Store(tmp_path, revisable=2 * HOUR), Source(MARKET[:24].drop(MARKET.index[22]))
+    store = Store(tmp_path, revisable=2 * HOUR)
+    source = Source(MARKET[:24].drop(MARKET.index[22]))
     end = FIRST + 24 * HOUR
     filled = store.fill(*SERIES, FIRST, end, source, end)
     assert absent(store.series(*SERIES)) == []
@@ -241,7 +254,8 @@ def test_a_bad_answer_leaves_the_store_as_it_was(tmp_path, answer, message):
     store = Store(tmp_path)
     store.write(*SERIES, MARKET[20:30])
     with pytest.raises(CandleError, match=message): store.fill(*SERIES, FIRST, FIRST + 30 * HOUR, answer)
-    assert data_hash(store.read(*SERIES)) == data_hash(MARKET[20:30]) and absent(store.series(*SERIES)) == []
+    assert data_hash(store.read(*SERIES)) == data_hash(MARKET[20:30])
+    assert absent(store.series(*SERIES)) == []
 
 
 def test_the_holes_of_a_real_exchange_are_asked_for_once(shared, tmp_path):
@@ -250,7 +264,9 @@ def test_the_holes_of_a_real_exchange_are_asked_for_once(shared, tmp_path):
     store, source = Store(tmp_path), Source(hours)
     span = int(times(hours)[0]), int(times(hours)[-1]) + HOUR
     filled = store.fill(*SERIES, *span, source)
-    assert data_hash(filled.candles) == data_hash(hours) and filled.missing == () and len(source.requests) == 1
+    assert data_hash(filled.candles) == data_hash(hours)
+    assert filled.missing == ()
+    assert len(source.requests) == 1
     assert store.fill(*SERIES, *span, source).asked == ()
     assert len(absent(store.series(*SERIES))) == 27 == len(holes(hours, HOUR))
     assert store.held().missing.tolist() == [127]
@@ -285,7 +301,8 @@ WRITER = """
 @pytest.mark.integration
 def test_many_readers_beside_a_writer_see_whole_months(tmp_path):
     Store(tmp_path).write(*SERIES, MARKET)
-    writer, readers = python(WRITER, tmp_path), [python(READER, tmp_path) for _ in range(3)]
+    writer = python(WRITER, tmp_path)
+    readers = [python(READER, tmp_path) for _ in range(3)]
     try:
         for process in (writer, *readers): assert process.stdout.readline() == "ready\n"
         for reader in readers:

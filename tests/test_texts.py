@@ -144,7 +144,8 @@ def test_exported_cells_are_no_formulas(run, tmp_path):
     assert "'=HYPERLINK(1)" in pd.read_csv(tmp_path / "journal.csv")["symbol"].unique()
     written = pd.read_csv(tmp_path / "journal.csv")
     for name in ("close", "equity", "fee", "order"):
-        assert written[name].dtype.kind in "fi" and np.allclose(written[name], evil.journal[name])
+        assert written[name].dtype.kind in "fi"
+        assert np.allclose(written[name], evil.journal[name])
     book = openpyxl.load_workbook(export(evil, tmp_path / "all.xlsx"))
     cells = [cell for sheet in book for row in sheet for cell in row]
     assert not [cell for cell in cells if cell.data_type == "f"]
@@ -157,7 +158,8 @@ def test_a_printable_text_commands_nothing(text):
     for shown in (printable(text), one_line(text)):
         assert not [sign for sign in shown if unicodedata.category(sign) in ("Cc", "Cf", "Co", "Cs")
                     and sign not in "\n\t"]
-    assert printable(printable(text)) == printable(text) and "\n" not in one_line(text)
+    assert printable(printable(text)) == printable(text)
+    assert "\n" not in one_line(text)
 
 
 @given(st.from_regex(r"\A[a-z ]{0,9}(\x1b\[[0-9;?]{0,6}[A-Za-z]|\x1b\][0-9];[a-z:/]{0,9}(\x07|\x1b\\)|\x1b[78c=>]|"
@@ -182,7 +184,8 @@ def is_number(text):
 
 @given(st.text())
 def test_a_name_is_never_a_formula_of_matplotlib(text):
-    assert not is_math_text(figure_text(text)) and not figure_text(text).startswith("_")
+    assert not is_math_text(figure_text(text))
+    assert not figure_text(text).startswith("_")
 
 
 def test_an_exchange_commands_no_terminal():

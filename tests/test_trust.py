@@ -70,7 +70,8 @@ def test_no_name_calls_what_is_no_rule(path, name):
     with pytest.raises((NotTrustedError, UnknownRunError)): load(name)
     if "'" not in name:
         with pytest.raises(FeatureError): parse(name)
-    assert not (path / "ran").exists() and "evil" not in sys.modules
+    assert not (path / "ran").exists()
+    assert "evil" not in sys.modules
 
 
 @pytest.mark.parametrize("place", ["runs/train_x", "sessions/x", "data", "reports/live", "logs", "downloads/run",
@@ -150,7 +151,9 @@ def test_a_rule_beside_the_settings_is_found_from_anywhere(project):
 def test_looking_for_a_source_imports_no_parent(path):
     mark(path, "loud/__init__.py", "")
     (path / "loud" / "quiet.py").touch()
-    assert locate("loud.quiet") == path / "loud/quiet.py" and not (path / "ran").exists() and "loud" not in sys.modules
+    assert locate("loud.quiet") == path / "loud/quiet.py"
+    assert not (path / "ran").exists()
+    assert "loud" not in sys.modules
 
 
 def reseal(folder):
@@ -177,14 +180,17 @@ def test_a_run_folder_that_names_foreign_code(path):
             change(run.folder, features=[feature], sources={})
             with pytest.raises(DamagedRunError, match="so nothing of it is run|so it is not run"): read(run.folder)
     finally: sys.path.remove(str(path / "runs"))
-    assert not (path / "ran").exists() and "evil" not in sys.modules
+    assert not (path / "ran").exists()
+    assert "evil" not in sys.modules
 
 
 def test_latest_is_what_was_made_here(tmp_path):
-    first, second = make_run(tmp_path), make_run(tmp_path, ID.replace("seed7", "seed8"))
+    first = make_run(tmp_path)
+    second = make_run(tmp_path, ID.replace("seed7", "seed8"))
     foreign = tmp_path / ID.replace("20240301", "20990101")
     shutil.copytree(first.folder, foreign)
-    assert load("latest", tmp_path).id == second.id and load(foreign.name, tmp_path).id == foreign.name
+    assert load("latest", tmp_path).id == second.id
+    assert load(foreign.name, tmp_path).id == foreign.name
     shutil.rmtree(second.folder)
     assert load("latest", tmp_path).id == first.id
     assert [trial["run"] for trial in trials(tmp_path)] == [first.id, second.id]
@@ -252,7 +258,8 @@ def test_a_network_cannot_leave_its_arrays(head, widths, right, more, seen, outp
     around = np.full(outputs + 8, 7.)
     mlp(parameters, observation, around[4:4 + outputs])
     expected = truth(parameters, observation, outputs)
-    assert (around[:4] == 7).all() and (around[4 + outputs:] == 7).all()
+    assert (around[:4] == 7).all()
+    assert (around[4 + outputs:] == 7).all()
     assert network_fits(parameters, seen, outputs) == (expected is not None)
     np.testing.assert_allclose(around[4:4 + outputs], np.full(outputs, np.nan) if expected is None else expected,
                                rtol=1e-9, atol=1e-12)

@@ -323,7 +323,9 @@ def read_places(
     _check_format(table.pop("format", FORMAT))
     named = _section(_sections(_table_of(SECTIONS, table.pop(SECTIONS, {}))), _named[0])
     by_environment = {name: _flat(_table_of(name, table.pop(name, {}))) for name in ENVIRONMENTS}
-    toml, dotenv, variables = _flat(table), _variables(read_variables(root / DOTENV)), _variables(os.environ)
+    toml = _flat(table)
+    dotenv = _variables(read_variables(root / DOTENV))
+    variables = _variables(os.environ)
     chosen = (environment or variables.get("environment") or dotenv.get("environment")
               or toml.get("environment", ENVIRONMENTS[0]))
     places = [(TOML, toml), *((f"{TOML} [{name}]", keys) for name, keys in by_environment.items()), (DOTENV, dotenv),
@@ -339,7 +341,8 @@ def _sentence(detail, parameters):
     if detail["loc"][:1] == ("series",): key = ".".join(map(str, detail["loc"]))
     what = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, Instrument, SeriesDefinition))):
-        key, what = f"{key}.{what.split('.', 1)[1].split(' ')[0]}", what.split(" ", 1)[1]
+        key = f"{key}.{what.split('.', 1)[1].split(' ')[0]}"
+        what = what.split(" ", 1)[1]
     elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret")):
         what += f", was {detail['input']!r}"
     places = [*read_places(parameters.get("environment")), (PARAMETERS, _flat(parameters))]

@@ -10,7 +10,10 @@ __all__ = ['INK', 'LONG', 'SHORT', 'QUIET', 'BEHIND', 'naive_times', 'dates', 'l
 from .texts import figure_text
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure05
-INK, LONG, SHORT, QUIET = "#123f63", "#2e7d5b", "#b5483a", "#555555"
+INK = "#123f63"
+LONG = "#2e7d5b"
+SHORT = "#b5483a"
+QUIET = "#555555"
 BEHIND = "#9a9a9a", "#c9962f", "#4f9d94", "#a06cad", "#c2766b", "#7d8fb3"
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure08

@@ -58,7 +58,8 @@ def together(
     frames:dict,   # candles by symbol
 )->tuple:          # the same over their common span, and a sentence where anything was cut
     "Candles of several symbols over the span that all of them have"
-    first, last = max(frame.index[0] for frame in frames.values()), min(frame.index[-1] for frame in frames.values())
+    first = max(frame.index[0] for frame in frames.values())
+    last = min(frame.index[-1] for frame in frames.values())
     if first > last:
         raise CandleError(f"{', '.join(frames)} have no candle in common: "
                           + "; ".join(f"{symbol} {format_time(times(frame)[0])} to {format_time(times(frame)[-1])}"

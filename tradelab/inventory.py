@@ -183,7 +183,8 @@ def compare_runs(
     names = ["A", "B"]
     table = pd.DataFrame({name: {"Mean reward, last tenth of training [bp a candle]": f"{learnt(run):.3f}"} for name,
                           run in zip(names, runs)})
-    said, own = "no backtest: say on which candles, with --source and --span", _own_span(runs)
+    said = "no backtest: say on which candles, with --source and --span"
+    own = _own_span(runs)
     if source or span or own:
         source, span = source or "synthetic", span or own or ""
         results = [measured(run, source, span, funding) for run in runs]
@@ -278,7 +279,8 @@ def show_session(
     "The facts of a session, its numbers and its last events"
     known(sessions_here(), name, "session")
     ledger = _ledger()
-    facts, events = session_facts(name, ledger, running), ledger.events(name).tail(10)
+    facts = session_facts(name, ledger, running)
+    events = ledger.events(name).tail(10)
     ledger.close()
     facts |= ({"tags": " ".join(tags_of(settings().sessions).get(name, [])) or "none",
                "folder": str(settings().sessions / name)} | {key: one_line(value) for key,

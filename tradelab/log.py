@@ -144,7 +144,8 @@ def configure(
     for _, value in here:
         if isinstance(value, SecretStr): register_secret(value)
     here.logs.mkdir(parents=True, exist_ok=True)
-    file, stream = here.logs / "tradelab.jsonl", sys.stderr if console is None else console
+    file = here.logs / "tradelab.jsonl"
+    stream = sys.stderr if console is None else console
     handlers = [(RotatingFileHandler(file, maxBytes=max_bytes, backupCount=backups, encoding="utf-8", delay=True),
                  formatter(readable=False))]
     if stream: handlers.append((logging.StreamHandler(stream), formatter(readable=True, colors=stream.isatty())))

@@ -67,7 +67,9 @@ def known_name(
     return next((ALIASES.get(end, end) for end in ends if ALIASES.get(end, end) in KEYS), None)
 
 # %% ../nbs/99_top/04_migrate.ipynb #c1d2e149
-LARGEST, MOST, DEEPEST = 1_000_000, 10_000, 20 # bytes, values, levels
+LARGEST = 1_000_000
+MOST = 10_000
+DEEPEST = 20 # bytes, values, levels
 
 
 def _leaves(node, path, found):
@@ -247,7 +249,8 @@ def _taken(name, value, said):
     if key == "venue":
         return Taken(name, key, _venue(name, value, said), f"and {name}=true in {DOTENV}, where it forbids real money")
     if name in ("EXCHANGE_API_KEY", "EXCHANGE_SECRET_KEY"):
-        account, kind = _account(said), "key" if name == "EXCHANGE_API_KEY" else "secret"
+        account = _account(said)
+        kind = "key" if name == "EXCHANGE_API_KEY" else "secret"
         if account == "testnet" and f"BINANCE_TESTNET_API_{kind.upper()}" in said:
             raise ValueError(f"gives way to BINANCE_TESTNET_API_{kind.upper()}")
         return Taken(name, f"{account}_{kind}", secret(value), "" if account == "testnet" else "of real money, which "
@@ -265,7 +268,9 @@ def translate(
     found:list,         # (path of names, value), of all files
 )->tuple[list, list]:   # `Taken`s, `Left`s
     "Their settings under our names, and what is left"
-    said, taken, left = {}, [], []
+    said = {}
+    taken = []
+    left = []
     for path, value in found:
         name, written = known_name(path), ".".join(path)
         if words_of(written).startswith(PREFIX): left.append(Left(written, f"is ours already: keep it in {DOTENV}"))

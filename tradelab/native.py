@@ -30,7 +30,8 @@ def caching_in(
     folder,   # of machine code
 ):
     "What is decorated inside keeps its machine code there"
-    config, before = numba.core.config, numba.core.config.CACHE_DIR
+    config = numba.core.config
+    before = numba.core.config.CACHE_DIR
     config.CACHE_DIR = str(folder)
     try: yield
     finally: config.CACHE_DIR = before
@@ -63,7 +64,9 @@ def call_at(context, address, *numbers):
 if numba.config.DISABLE_JIT: call_at = lambda address, *numbers: plain_functions[address](*numbers)
 
 # %% ../nbs/00_ground/01_native.ipynb #native010
-WHOLE, NUMBER, SINGLE = np.dtype("i8"), np.dtype("f8"), np.dtype("f4") # as `array_at` takes them
+WHOLE = np.dtype("i8")
+NUMBER = np.dtype("f8")
+SINGLE = np.dtype("f4") # as `array_at` takes them
 
 
 @intrinsic
@@ -79,7 +82,8 @@ def array_at(context, address, shape, dtype):
     "The array of this shape, in one piece, that begins at an address; nothing is copied"
     kind = types.Array(dtype.dtype, len(shape), "C")
     def generate(target, builder, _, arguments):
-        array, lengths = make_array(kind)(target, builder), cgutils.unpack_tuple(builder, arguments[1])
+        array = make_array(kind)(target, builder)
+        lengths = cgutils.unpack_tuple(builder, arguments[1])
         strides = [target.get_constant(types.intp, target.get_abi_sizeof(target.get_data_type(kind.dtype)))]
         for length in reversed(lengths): strides.insert(0, builder.mul(strides[0], length))
         populate_array(array, data=builder.inttoptr(arguments[0], array.data.type), shape=lengths, strides=strides[1:],
@@ -100,7 +104,8 @@ if numba.config.DISABLE_JIT:
 def prefetch(context, address):
     "Ask for the memory at an address, which is read soon; nothing else happens, also behind the end of an array"
     def generate(target, builder, _, arguments):
-        place, number = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()), ir.IntType(32)
+        place = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
         call = builder.module.declare_intrinsic("llvm.prefetch", [place.type],
                                                 ir.FunctionType(ir.VoidType(), [place.type, number, number, number]))
         builder.call(call, [place, number(0), number(3), number(1)])   # to read, to keep, data

@@ -172,11 +172,14 @@ def mlp(
     if not network_fits(parameters, observation.size, len(targets)):
         targets[:] = np.nan
         return
-    layers, hidden, last = int(parameters[0]), int(parameters[1]), int(parameters[2])
+    layers = int(parameters[0])
+    hidden = int(parameters[1])
+    last = int(parameters[2])
     values = observation.ravel().astype(np.float64)
     at = 3 + layers + 1
     for layer in range(layers):
-        inputs, outputs = int(parameters[3 + layer]), int(parameters[4 + layer])
+        inputs = int(parameters[3 + layer])
+        outputs = int(parameters[4 + layer])
         result = parameters[at + inputs * outputs:at + (inputs + 1) * outputs].copy()
         for i in range(inputs):
             weights = parameters[at + i * outputs:at + (i + 1) * outputs]

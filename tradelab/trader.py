@@ -30,7 +30,9 @@ def record(
 ):
     "Write what was seen and wanted at one close"
     for n in range(len(row)):
-        entry, money, proposal = row[n], account[0], proposals[n]
+        entry = row[n]
+        money = account[0]
+        proposal = proposals[n]
         entry["open_time"], entry["close"] = open_time, candle[n, CLOSE]
         entry["equity"], entry["drawdown"] = money["equity"], money["drawdown"]
         entry["position"], entry["target"] = positions[n]["quantity"], proposal["target"]

@@ -121,7 +121,8 @@ def _table_difference(a, b, columns):
     columns = a.columns if columns is None else columns
     x, y = _keys(a), _keys(b)
     if x.is_monotonic_increasing and x.equals(y): return _values_difference(a, b, columns, x)[1]
-    both, only = x.intersection(y).sort_values(), x.symmetric_difference(y)
+    both = x.intersection(y).sort_values()
+    only = x.symmetric_difference(y)
     first, found = _values_difference(a.iloc[x.get_indexer(both)], b.iloc[y.get_indexer(both)], columns, both)
     missing = only.min() if len(only) else None
     if missing is None or (found and both[first] < missing): return found
@@ -196,7 +197,8 @@ def look_ahead(
     "Rerun on truncated and on perturbed candles, and compare what was decided before"
     several = {symbol: _kept(frame, symbol) for symbol,
                frame in (candles if isinstance(candles, dict) else {"": candles}).items()}
-    random, times = np.random.default_rng(seed), next(iter(several.values())).index
+    random = np.random.default_rng(seed)
+    times = next(iter(several.values())).index
     def decided(frames, told=series):
         result = make(*([frames] if isinstance(candles, dict) else [frames[""]]), *([] if series is None else [told]))
         table = result.journal if hasattr(result, "journal") else result

@@ -27,7 +27,9 @@ MEASURES = {
 
 UNITS = {"total_return": "fraction", "annual_return": "fraction a year", "annual_volatility": "fraction a year",
          "sharpe": "ratio, annual", "max_drawdown": "fraction"}
-RETURNS, ABOVE_ZERO, SHARES = ("total_return", "annual_return"), ("annual_volatility",), ("max_drawdown",)
+RETURNS = ("total_return", "annual_return")
+ABOVE_ZERO = ("annual_volatility",)
+SHARES = ("max_drawdown",)
 
 
 def scale_of(

@@ -28,7 +28,8 @@ def step_range(
     if len(times) < 2: return 1, 1
     least = most = times[1] - times[0]
     for i in range(2, len(times)):
-        least, most = min(least, times[i] - times[i - 1]), max(most, times[i] - times[i - 1])
+        least = min(least, times[i] - times[i - 1])
+        most = max(most, times[i] - times[i - 1])
     return least, most
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #ce43208b
@@ -67,7 +68,8 @@ def periods_per_year(
     times, unit = equity.index.asi8, equity.index.unit
     least, most = step_range(times)
     if timeframe is None: return YEAR / pd.Timedelta(1, unit) / (least if least == most else np.median(np.diff(times)))
-    step, shortest = pd.Timedelta(milliseconds(timeframe), "ms"), pd.Timedelta(least, unit)
+    step = pd.Timedelta(milliseconds(timeframe), "ms")
+    shortest = pd.Timedelta(least, unit)
     if shortest < step:
         raise ValueError(f"equity has steps of {shortest}, shorter than the timeframe {timeframe!r}: pass the "
                          "timeframe that the equity was made on")
@@ -95,7 +97,10 @@ def spells(
     values,  # (T,), equity
 ):           # int64 (n, 3): rows of the peak, the bottom, and the recovery; T where there was none
     "Every stretch below an earlier peak, in order of time"
-    found, count, peak, bottom = np.empty((len(values) // 2 + 1, 3), np.int64), 0, 0, 0
+    found = np.empty((len(values) // 2 + 1, 3), np.int64)
+    count = 0
+    peak = 0
+    bottom = 0
     for i in range(1, len(values) + 1):
         if i == len(values) or values[i] >= values[peak]:
             if bottom > peak:
@@ -175,13 +180,24 @@ def powers(
     mean,    # of them
 ):           # ReturnSums
     "The sums that the ratios are made of"
-    second, third, fourth, gained, lost, downside, least, most = 0., 0., 0., 0., 0., 0., returns[0], returns[0]
+    second = 0.
+    third = 0.
+    fourth = 0.
+    gained = 0.
+    lost = 0.
+    downside = 0.
+    least = returns[0]
+    most = returns[0]
     for value in returns:
         apart = value - mean
         square = apart * apart
-        second, third, fourth = second + square, third + square * apart, fourth + square * square
+        second = second + square
+        third = third + square * apart
+        fourth = fourth + square * square
         loss = min(value, 0.)
-        gained, lost, downside = gained + max(value, 0.), lost - loss, downside + loss * loss
+        gained = gained + max(value, 0.)
+        lost = lost - loss
+        downside = downside + loss * loss
         least, most = min(least, value), max(most, value)
     n = len(returns)
     return ReturnSums(second / n, third / n, fourth / n, gained, lost, downside / n, least, most)
@@ -221,9 +237,12 @@ def ratios(
 )->dict:                # `nan` where fewer than two returns or no risk
     "Annual volatility, Sharpe, Sortino, omega, the shape of the distribution, and its tails"
     if len(returns) < 2: return dict(UNKNOWN)
-    mean, root, n = float(returns.mean()), float(np.sqrt(periods)), len(returns)
+    mean = float(returns.mean())
+    root = float(np.sqrt(periods))
+    n = len(returns)
     sums = powers(returns, mean)
-    deviation, moved = (sums.second * n / (n - 1)) ** .5, sums.second > 1e-28
+    deviation = (sums.second * n / (n - 1)) ** .5
+    moved = sums.second > 1e-28
     return dict(annual_volatility=deviation * root, sharpe=_ratio(root * mean, deviation),
                 sortino=_ratio(root * mean, sums.downside ** .5),
                 omega=_ratio(sums.gained, sums.lost), skew=sums.third / sums.second ** 1.5 if moved else nan,
@@ -238,7 +257,8 @@ def curve_metrics(
     "What the equity alone says"
     equity = until_ruin(check_equity(equity))
     values, fallen = equity.to_numpy(), drawdown_metrics(equity)
-    gained, deepest = float(values[-1] / values[0] - 1), fallen["max_drawdown"]
+    gained = float(values[-1] / values[0] - 1)
+    deepest = fallen["max_drawdown"]
     result = dict(start=equity.index[0], end=equity.index[-1], steps=len(equity), total_return=gained,
                   annual_return=nan, calmar=nan,
                   recovery_factor=_ratio(gained, deepest), **fallen)
@@ -267,7 +287,8 @@ def _symbol_trips(rows):
     last = before[-1] + quantity[-1]
     after = np.append(before[1:], last if abs(last) > 1e-12 else 0.)
     traded, cash = (each.to_numpy() for each in traded_cash(rows))
-    within, cash = (before == 0) & (after == 0) & (traded > 0), cash - fee  # opened and closed in one candle
+    within = (before == 0) & (after == 0) & (traded > 0)
+    cash = cash - fee # opened and closed in one candle
     ends = within | (before != 0) & (np.sign(after) != np.sign(before))
     entries = np.append(np.zeros(int(before[0] != 0), int),
                         np.flatnonzero(within | (after != 0) & ((before == 0) | ends)))
@@ -336,7 +357,8 @@ def held(
     "How much of the time something was held, and how much"
     rows = rows_of(journal, equity)
     notional = np.nan_to_num(np.abs(journal["position"].to_numpy(float) * journal["close"].to_numpy(float)))
-    known, gross = np.bincount(rows, minlength=len(equity)) > 0, np.bincount(rows, notional, len(equity))
+    known = np.bincount(rows, minlength=len(equity)) > 0
+    gross = np.bincount(rows, notional, len(equity))
     alive = known & (equity.to_numpy() > 0)
     any_position = np.bincount(rows, journal["position"].to_numpy() != 0, len(equity))[known] > 0
     return dict(time_in_market=float(any_position.mean()) if known.any() else nan,
@@ -351,8 +373,11 @@ def activity(
 )->dict:                  # named as the attributes of `Metrics`
     "What was done and what it cost"
     check_journal(journal, equity)
-    trips, traded, alive = round_trips(journal) if trips is None else trips, traded_cash(journal)[0], until_ruin(equity)
-    profits, living = trips["profit"].to_numpy(float), traded[journal.index <= alive.index[-1]]
+    trips = round_trips(journal) if trips is None else trips
+    traded = traded_cash(journal)[0]
+    alive = until_ruin(equity)
+    profits = trips["profit"].to_numpy(float)
+    living = traded[journal.index <= alive.index[-1]]
     turnover = float(living.sum() / alive[alive > 0].mean())
     years = (alive.index[-1] - alive.index[0]) / YEAR
     return dict(turnover=turnover, annual_turnover=_ratio(turnover, years), fills=int((traded > 0).sum()),

@@ -82,7 +82,8 @@ class Result:
     @property
     def equity(self)->pd.Series:
         "Equity at the close of each candle, quote"
-        times, values = [*self.rows["open_time"][:, 0], *self.final[:1]], [*self.rows["equity"][:, 0], *self.final[1:]]
+        times = [*self.rows["open_time"][:, 0], *self.final[:1]]
+        values = [*self.rows["equity"][:, 0], *self.final[1:]]
         return pd.Series(values, pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time"),
                          name=self.name)
 

@@ -54,7 +54,8 @@ def shocked(
     if not (np.isfinite(moves).all() and (moves > -1).all()):
         raise ValueError(f"a move must be a finite number above -1, were {moves.tolist()}")
     profit = exposures.weights * moves * equity
-    after, needed = equity + profit.sum(), (np.abs(exposures.weights) * (1 + moves)).sum() * equity * maintenance
+    after = equity + profit.sum()
+    needed = (np.abs(exposures.weights) * (1 + moves)).sum() * equity * maintenance
     table = pd.DataFrame({"exposure [x equity]": exposures.weights, "move [%]": 100 * moves, "profit [quote]": profit},
                          exposures.symbols)
     for name, value in (("equity after [quote]", after), ("drawdown after [%]", 100 * (1 - after / max(peak, after))),
@@ -156,7 +157,8 @@ class RiskView:
 
     def judgement(self, method="filtered", level=.99)->Judgement|None:
         "The forecasts beside what came; None where nothing was held long enough to have one"
-        risk, moved = self.value_at_risk(method, level).shift(1), self.equity.pct_change().reindex(self.closes.index)
+        risk = self.value_at_risk(method, level).shift(1)
+        moved = self.equity.pct_change().reindex(self.closes.index)
         held = (risk["var"] > 0) & moved.notna()
         return judge(moved[held], risk["var"][held], risk["shortfall"][held], level) if held.sum() > 1 else None
 
@@ -166,7 +168,9 @@ class RiskView:
 
     def summary(self)->pd.Series:
         "Numbers of the last close, and of the whole run"
-        exposures, gross, forecast = self.exposures, self.weights.abs().sum(axis=1), section(self.value_at_risk)
+        exposures = self.exposures
+        gross = self.weights.abs().sum(axis=1)
+        forecast = section(self.value_at_risk)
         found, last = (None, np.nan) if isinstance(forecast, Missing) else (self.judgement(), forecast["var"].iloc[-1])
         return pd.Series({"Gross exposure now [x equity]": exposures.gross,
                           "Net exposure now [x equity]": exposures.net,

@@ -19,7 +19,10 @@ def cut_at_zero(
     quantity:np.ndarray,  # (m,), signed base units, of one symbol in order
 )->tuple:                 # number of the fill and quantity of each part, position after it
     "Fills without turning around"
-    source, parts, after, held = [], [], [], 0.
+    source = []
+    parts = []
+    after = []
+    held = 0.
     for i, amount in enumerate(quantity):
         for part in (-held, round(held + amount, 8)) if held * amount < 0. and abs(amount) > abs(held) else (amount,):
             held = round(held + part, 8)
@@ -63,17 +66,22 @@ def _of_symbol(symbol, fills, candles, paid, asked):
     price = rows["price"].to_numpy(float)
     fee = rows["fee"].to_numpy(float) * np.abs(part) / np.abs(rows["quantity"].to_numpy(float))
     first = np.flatnonzero(np.diff(number, prepend=-1))
-    finished, side = int((after == 0.).sum()), np.sign(part[first])
+    finished = int((after == 0.).sum())
+    side = np.sign(part[first])
     entering = np.sign(part) == side[number]
     total = lambda values, where=slice(None): np.bincount(number[where], values[where], len(first))
-    opened, closed = total(np.abs(part) * entering), total(np.abs(part) * ~entering)
+    opened = total(np.abs(part) * entering)
+    closed = total(np.abs(part) * ~entering)
     with np.errstate(invalid="ignore", divide="ignore"):
-        entry, exits = total(np.abs(part) * price * entering) / opened, total(np.abs(part) * price * ~entering) / closed
-    fees, funding = total(fee), shared_out(paid, rows.index, after, number, len(first))
+        entry = total(np.abs(part) * price * entering) / opened
+        exits = total(np.abs(part) * price * ~entering) / closed
+    fees = total(fee)
+    funding = shared_out(paid, rows.index, after, number, len(first))
     profit = total(-part * price) - fees + funding
     last = np.append(first[1:], len(number)) - 1
     begin, end = (candles.index.searchsorted(rows.index[where]) for where in (first, last))
-    high, low = candles["high"].to_numpy(float), candles["low"].to_numpy(float)
+    high = candles["high"].to_numpy(float)
+    low = candles["low"].to_numpy(float)
     top, bottom = (np.array([reach(values[a:b + 1]) for a, b in zip(begin, end)]) for reach,
                    values in ((np.max, high), (np.min, low)))
     best = np.where(side > 0, top / entry - 1, 1 - bottom / entry)
@@ -150,7 +158,8 @@ def written_trips(
 def trips_summary(table:pd.DataFrame)->str:
     "How many trades there were, and how they ended, in a sentence"
     if table.empty: return "No trade was finished."
-    won, left = int((table["profit"] > 0).sum()), table["left_by"].value_counts()
+    won = int((table["profit"] > 0).sum())
+    left = table["left_by"].value_counts()
     return (f"{len(table):,} finished trades, {won:,} with a profit ({won / len(table):.0%}); the best made "
             f"{table['profit'].max():,.2f}, the worst {table['profit'].min():,.2f} quote; "
             f"left by {', '.join(f'{kind} {count:,}' for kind, count in left.items())}.")
@@ -166,7 +175,8 @@ def execution(
 # candle's volume
 )->pd.DataFrame:
     "What each fill cost against its decision"
-    quantity, notional = fills["quantity"], (fills["quantity"] * fills["decision"]).abs()
+    quantity = fills["quantity"]
+    notional = (fills["quantity"] * fills["decision"]).abs()
     parts = pd.DataFrame(dict(symbol=fills["symbol"], delay=(fills["met"] - fills["decision"]) * quantity,
                               spread=fills["spread"], impact=fills["impact"]), fills.index)
     parts["rounding"], parts["fee"] = ((fills["price"] - fills["met"]) * quantity - fills["spread"] - fills["impact"],

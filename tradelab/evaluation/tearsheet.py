@@ -102,7 +102,8 @@ def draw_curves(
     curves = {name: check_equity(result.equity) for name, result in results.items()}
     for i, (name, equity) in reversed(list(enumerate(curves.items()))):
         style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.6)
-        multiple, depth = thinned(equity / equity.iloc[0]), thinned(-100 * drawdown(equity))
+        multiple = thinned(equity / equity.iloc[0])
+        depth = thinned(-100 * drawdown(equity))
         halted = halts(results[name].journal)["from"]
         axes[0].plot(naive_times(multiple), multiple.to_numpy(),
                      label=figure_text(name) + (f", halted {halted[0]:%Y-%m-%d}" if len(halted) else ""), **style)
@@ -199,7 +200,8 @@ def draw_rolling_sharpe(
         halted = halts(result.journal) if hasattr(result, "journal") else pd.DataFrame(columns=["from", "until"])
         whole = while_traded(rolling_sharpe(result.equity, days), halted)
         style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4)
-        ratio, ends = thinned(whole), whole.reindex(halted["from"]).dropna()
+        ratio = thinned(whole)
+        ends = whole.reindex(halted["from"]).dropna()
         if ratio.notna().any():
             axis.plot(naive_times(ratio), ratio.to_numpy(),
                       label=figure_text(name) + (f", halted {halted['from'][0]:%Y-%m-%d}" if len(halted) else ""),
@@ -230,7 +232,8 @@ def draw_returns(
     if not len(returns) or returns.std() < 1e-12:
         return _nothing(axis, "equity never moved" if not len(returns) else "all returns are equal")
     counts, edges, _ = axis.hist(returns, 60, color=INK, alpha=.55, lw=0, log=True)
-    at, width = np.linspace(edges[0], edges[-1], 300), edges[1] - edges[0]
+    at = np.linspace(edges[0], edges[-1], 300)
+    width = edges[1] - edges[0]
     normal = (len(returns) * width * np.exp(-.5 * ((at - returns.mean()) / returns.std()) ** 2)
               / (returns.std() * np.sqrt(2 * np.pi)))
     axis.plot(at, normal, color=BEHIND[1], lw=1.2, label="normal")
@@ -277,7 +280,8 @@ def draw_costs(
     axis.barh(np.arange(len(paid)) + 1, -paid, left=levels[:-1], color=np.where(paid > 0, SHORT, LONG), height=.7)
     axis.barh(len(paid) + 1, left, color=INK, height=.7)
     axis.axvline(0, color="#999999", lw=.6)
-    names, amounts = ["before", *paid.index, "net"], [levels[0], *-paid, left]
+    names = ["before", *paid.index, "net"]
+    amounts = [levels[0], *-paid, left]
     axis.set_yticks(range(len(names)), [f"{name} {written(amount, 0 if abs(amount) >= 1e4 else 2)}" for name,
                                         amount in zip(names, amounts)], fontsize=8)
     axis.invert_yaxis()
@@ -297,14 +301,16 @@ def months(
     def gains(keys):
         ends = equity.groupby(keys).last()
         return ends / ends.shift(fill_value=equity.iloc[0]) - 1
-    year, month = equity.index.year.rename("year"), equity.index.month.rename("month")
+    year = equity.index.year.rename("year")
+    month = equity.index.month.rename("month")
     table = gains([year, month]).unstack().reindex(columns=range(1, 13)).set_axis(list(MONTHS), axis=1)
     return table.assign(Year=gains(year)).rename_axis(None)
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #18710b9e
 def _month(value, full):
     if np.isnan(value): return "<td></td>"
-    rgb, share = ("46,125,91" if value > 0 else "181,72,58"), min(abs(value) / full, 1.) if full > 0 else 0.
+    rgb = "46,125,91" if value > 0 else "181,72,58"
+    share = min(abs(value) / full, 1.) if full > 0 else 0.
     decimals = 1 if full >= .1 else 2
     return f'<td style="background:rgba({rgb},{.7 * share:.2f})">{round(100 * value, decimals) + 0.:+.{decimals}f}</td>'
 
@@ -360,7 +366,8 @@ def _title(axis, sheet, width):
 def _legend_below(figure, axis, width):
     "The legend of an axis under the whole picture, where it covers nothing"
     if axis.get_legend() is None: return
-    handles, names = axis.get_legend().legend_handles, [text.get_text() for text in axis.get_legend().get_texts()]
+    handles = axis.get_legend().legend_handles
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
     axis.get_legend().remove()
     if not names: return
     columns = max(int(72 * width // (4.6 * max(map(len, names)) + 36)), 1)
@@ -413,7 +420,8 @@ def answer_of(
     "What came of it, in a sentence"
     subject = next(iter(results.values()))
     equity = check_equity(subject.equity)
-    gained, lost = until_ruin(equity).iloc[-1] / equity.iloc[0] - 1, equity.index[equity <= 0]
+    gained = until_ruin(equity).iloc[-1] / equity.iloc[0] - 1
+    lost = equity.index[equity <= 0]
     held = (f"buying and holding {_made(until_ruin(results[HELD].equity).iloc[-1] / results[HELD].equity.iloc[0] - 1)}"
             if HELD in results else f"the market {_made(market_return(subject.journal))} before costs")
     traded = "" if (subject.journal["fill_quantity"].fillna(0.) != 0).any() else " without a trade"
@@ -425,7 +433,8 @@ def answer_of(
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #b677df84
 def _full_caption(equity, caption, source, net="net of costs"):
     "What the reader must know, in a sentence or two"
-    source, caption = source or equity.attrs.get("source", ""), caption or "in or out of sample: not said"
+    source = source or equity.attrs.get("source", "")
+    caption = caption or "in or out of sample: not said"
     span = (f"{equity.index[0]:%Y-%m-%d %H:%M} to {equity.index[-1]:%Y-%m-%d %H:%M} UTC, {len(equity):,} "
             f"step{'s' * (len(equity) > 1)}")
     return f"{span}. {net[:1].upper()}{net[1:]}. {caption[:1].upper()}{caption[1:]}. {prices_of(source)}."
@@ -510,8 +519,10 @@ section table, .months {width: 100%} section table {table-layout: fixed} section
 
 
 def _page(sheet):
-    equity, subject = sheet.results[sheet.subject].equity, html_text(sheet.subject)
-    columns, what = 2 if len(sheet.results) < 4 else 1, "rolling Sharpe ratio, returns, round trips and costs"
+    equity = sheet.results[sheet.subject].equity
+    subject = html_text(sheet.subject)
+    columns = 2 if len(sheet.results) < 4 else 1
+    what = "rolling Sharpe ratio, returns, round trips and costs"
     parts = {"Equity, drawdown, exposure": lambda: _picture(sheet.plot(), "equity, drawdown and exposure of "
                                                             f"{sheet.subject}", 140) + _halts_html(sheet.results),
              "Returns by month": lambda: months_html(months(equity)), "Deepest drawdowns": lambda: spells_html(equity),

@@ -78,8 +78,12 @@ def crossing(x, low, high, skewness, kurtosis):
 @compiled
 def tail_part(low, high, skewness, kurtosis):
     "Probability of an interval of Z, and the integral of the polynomial over it"
-    p, a, b = below(high) - below(low), density(low), density(high)
-    first, second, third = a - b, p + low * a - high * b, (low * low + 2.) * a - (high * high + 2.) * b
+    p = below(high) - below(low)
+    a = density(low)
+    b = density(high)
+    first = a - b
+    second = p + low * a - high * b
+    third = (low * low + 2.) * a - (high * high + 2.) * b
     return (p, first + (second - p) * skewness / 6. + (third - 3. * first) * kurtosis / 24. - (2. * third - 5. * first)
             * skewness ** 2 / 36.)
 
@@ -92,7 +96,8 @@ def sublevel(x, one, two, skewness, kurtosis):
     "Probability that the polynomial is below x, and its integral there; it turns at `one` and `two`"
     p, total = 0., 0.
     if one == two: return tail_part(-FAR, crossing(x, -FAR, FAR, skewness, kurtosis), skewness, kurtosis)
-    top, bottom = bent(one, skewness, kurtosis), bent(two, skewness, kurtosis)
+    top = bent(one, skewness, kurtosis)
+    bottom = bent(two, skewness, kurtosis)
     if x < top: p, total = tail_part(-FAR, crossing(x, -FAR, one, skewness, kurtosis), skewness, kurtosis)
     else: p, total = tail_part(-FAR, one, skewness, kurtosis)
     if x > bottom:
@@ -111,13 +116,16 @@ def cornish_fisher(
     "Normal quantiles bent by skewness and kurtosis, rearranged"
     curve = kurtosis / 8. - skewness ** 2 / 6.
     if not curve >= 0.: return np.nan, np.nan
-    slope, start = skewness / 3., 1. - kurtosis / 8. + 5. * skewness ** 2 / 36.
+    slope = skewness / 3.
+    start = 1. - kurtosis / 8. + 5. * skewness ** 2 / 36.
     turns = slope * slope - 4. * curve * start
     one, two = 0., 0.
     if curve > 0. and turns > 0.:
-        one, two = (max((-slope - math.sqrt(turns)) / (2. * curve), -FAR),
-                    min((-slope + math.sqrt(turns)) / (2. * curve), FAR))
-    low, high, wanted = bent(-FAR, skewness, kurtosis), bent(FAR, skewness, kurtosis), below(z)
+        one = max((-slope - math.sqrt(turns)) / (2. * curve), -FAR)
+        two = min((-slope + math.sqrt(turns)) / (2. * curve), FAR)
+    low = bent(-FAR, skewness, kurtosis)
+    high = bent(FAR, skewness, kurtosis)
+    wanted = below(z)
     for _ in range(60):
         middle = .5 * (low + high)
         if sublevel(middle, one, two, skewness, kurtosis)[0] < wanted: low = middle
@@ -152,7 +160,8 @@ def tail(
     mean = returns.mean()
     if not np.isfinite(mean): return
     shocks, centred = np.empty(len(returns)), returns - mean
-    variance, volatility = (centred ** 2).mean(), standardised(returns, decay, shocks)
+    variance = (centred ** 2).mean()
+    volatility = standardised(returns, decay, shocks)
     deviation = math.sqrt(variance)
     skewness, kurtosis = (((centred ** 3).mean() / variance ** 1.5, (centred ** 4).mean() / variance ** 2 - 3.)
                           if variance > 0. else (0., 0.))
@@ -234,7 +243,8 @@ class TailRisk:
         self.last = np.full(n, np.nan)
         self.count = -1
         self.decay = decay
-        self._past, self._out = np.empty(len(self.ring)), np.empty((len(METHODS), len(LEVELS), 2))
+        self._past = np.empty(len(self.ring))
+        self._out = np.empty((len(METHODS), len(LEVELS), 2))
 
     @property
     def warm_up(self)->int:

@@ -39,7 +39,9 @@ def kupiec(
 def _independence(hits):
     "Likelihood ratio of each row of (m, T) series"
     before, now = hits[:, :-1], hits[:, 1:]
-    n11, n10, n01 = (before & now).sum(1), (before & ~now).sum(1), (~before & now).sum(1)
+    n11 = (before & now).sum(1)
+    n10 = (before & ~now).sum(1)
+    n01 = (~before & now).sum(1)
     n00 = before.shape[1] - n11 - n10 - n01
     with np.errstate(divide="ignore", invalid="ignore"):
         def entropy(a, b):
@@ -62,13 +64,16 @@ def christoffersen(
     seed:int=0,
 )->dict: # of independence and of both together: (likelihood ratio, p-value of chi-square, p-value by simulation)
     "Independence of the exceptions, and conditional coverage"
-    hits, random = np.atleast_2d(np.asarray(hits, bool)), np.random.default_rng(seed)
+    hits = np.atleast_2d(np.asarray(hits, bool))
+    random = np.random.default_rng(seed)
     if hits.shape[1] < 2: raise ValueError(f"{hits.shape[1]} forecasts have no order: give more")
     drawn = random.random((simulations, hits.shape[1])) < p
     result = {}
     for name, ratio, degrees in (("independence", _independence, 1),
                                  ("conditional coverage", lambda rows: _independence(rows) + _coverage(rows, p), 2)):
-        value, others, ties = float(ratio(hits)[0]), ratio(drawn), random.random(simulations + 1)
+        value = float(ratio(hits)[0])
+        others = ratio(drawn)
+        ties = random.random(simulations + 1)
         above = (others > value + 1e-9).sum() + (ties[1:][np.abs(others - value) <= 1e-9] >= ties[0]).sum()
         result[name] = value, chi_square(value, degrees), float(above + 1) / (simulations + 1)
     return result
@@ -159,7 +164,9 @@ def judge(
     if known.sum() < 2: raise ValueError("no return has a forecast: give more history than the lookback")
     if not np.isfinite(returns.to_numpy()[known]).all():
         raise ValueError("a return is not a finite number: look at the candles")
-    returns, var, shortfall = returns[known], var[known], shortfall[known]
+    returns = returns[known]
+    var = var[known]
+    shortfall = shortfall[known]
     hits, p = (returns.to_numpy() < -var.to_numpy()), 1 - level
     return Judgement(returns, var, shortfall, level, int(hits.sum()), kupiec(int(hits.sum()), len(hits), p),
                      christoffersen(hits, p, seed=seed),

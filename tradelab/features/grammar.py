@@ -120,7 +120,8 @@ def parse(
                                "[series.name] in tradelab.toml has them")
         feature = replace(series(), symbol=SERIES + words)
     else:
-        found, values = find(name), [_number(word, text) for word in words.split(",")] if words else []
+        found = find(name)
+        values = [_number(word, text) for word in words.split(",")] if words else []
         feature = None
     try:
         if feature is None: feature = found(*values)

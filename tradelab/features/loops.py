@@ -20,7 +20,11 @@ from ..native import LOOP, UNCOUNTED, call_at, call_loop, data_pointer, local_ar
 @inlined
 def usable(candle)->bool:
     "Whether all is finite, prices are above zero and the volume not below it"
-    o, h, l, c, v = candle[0], candle[1], candle[2], candle[3], candle[4]
+    o = candle[0]
+    h = candle[1]
+    l = candle[2]
+    c = candle[3]
+    v = candle[4]
     return (o > 0.) & (h > 0.) & (l > 0.) & (c > 0.) & (v >= 0.) & (o + h + l + c + v < np.inf)
 
 # %% ../../nbs/20_features/02_loops.ipynb #1e138c59

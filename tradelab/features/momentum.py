@@ -62,10 +62,14 @@ roc = Indicator("roc", _roc, {"window": 12}, ("value",), lambda window: window +
 # %% ../../nbs/20_features/06_momentum.ipynb #3ca7f5ce
 @inlined
 def _strength(state, window, close):
-    before, count, alpha = previous(state, close), state[2], 1. / window
+    before = previous(state, close)
+    count = state[2]
+    alpha = 1. / window
     if np.isnan(before): return np.nan
-    change, alpha = close - before, first_weight(alpha, (count == 0.) | rests(state, close == before, alpha, 5))
-    gain, loss = smooth(state, max(change, 0.), alpha, 3), smooth(state, max(-change, 0.), alpha, 4)
+    change = close - before
+    alpha = first_weight(alpha, (count == 0.) | rests(state, close == before, alpha, 5))
+    gain = smooth(state, max(change, 0.), alpha, 3)
+    loss = smooth(state, max(-change, 0.), alpha, 4)
     state[2] = count + 1.
     if state[2] < window: return np.nan
     return 100. * (gain / (gain + loss)) if gain + loss > 0. else 50.
@@ -83,11 +87,16 @@ rsi = Indicator("rsi", _rsi, {"window": 14}, ("value",), lambda window: 6, lambd
 @inlined
 def _tsi(state, parameters, candle, out):
     "True strength index: twice averaged change of the close over its twice averaged size, -100 to 100"
-    before, count, settled = previous(state, candle[CLOSE]), state[2], max(parameters[0], parameters[1])
-    slow, fast = 2. / (parameters[0] + 1.), 2. / (parameters[1] + 1.)
+    before = previous(state, candle[CLOSE])
+    count = state[2]
+    settled = max(parameters[0], parameters[1])
+    slow = 2. / (parameters[0] + 1.)
+    fast = 2. / (parameters[1] + 1.)
     if np.isnan(before): return
     begins = (count == 0.) | rests(state, candle[CLOSE] == before, min(slow, fast), 7)
-    change, slow, fast = candle[CLOSE] - before, first_weight(slow, begins), first_weight(fast, begins)
+    change = candle[CLOSE] - before
+    slow = first_weight(slow, begins)
+    fast = first_weight(fast, begins)
     net = smooth(state, smooth(state, change, slow, 3), fast, 4)
     way = smooth(state, smooth(state, abs(change), slow, 5), fast, 6)
     state[2] = count + 1.
@@ -134,7 +143,8 @@ def _mean_of_last(state, value, window, at, strip):
 def _stochastic(state, parameters, candle, out):
     "Place of the close in the range of the window, 0 to 100; d is its mean over `smooth`"
     days, clock = parameters[1], tick(state, parameters[0])
-    high, low = window_high(state, candle[HIGH], clock, 2, 6), window_low(state, candle[LOW], clock, 3, 6 + clock[1])
+    high = window_high(state, candle[HIGH], clock, 2, 6)
+    low = window_low(state, candle[LOW], clock, 3, 6 + clock[1])
     if not complete(state): return
     out[0] = 100. * ((candle[CLOSE] - low) / (high - low)) if high > low else 50.
     out[1] = _mean_of_last(state, out[0], days, 4, 6 + 2 * clock[1])
@@ -147,11 +157,14 @@ stochastic = Indicator("stochastic", _stochastic, {"window": 14, "smooth": 3}, (
 @inlined
 def _stochastic_rsi(state, parameters, candle, out):
     "Place of the relative strength index in its range of the window, 0 to 100; k is its mean, d the mean of k"
-    window, first, second = as_index(parameters[0]), as_index(parameters[1]), as_index(parameters[2])
+    window = as_index(parameters[0])
+    first = as_index(parameters[1])
+    second = as_index(parameters[2])
     strength = _strength(state, parameters[0], candle[CLOSE])
     if np.isnan(strength): return
     clock = tick(state, window, 6)
-    high, low = window_high(state, strength, clock, 8, 14), window_low(state, strength, clock, 9, 14 + window)
+    high = window_high(state, strength, clock, 8, 14)
+    low = window_low(state, strength, clock, 9, 14 + window)
     if not complete(state, 6): return
     out[0] = 100. * ((strength - low) / (high - low)) if high - low > 1e-9 else 50.
     out[1] = _mean_of_last(state, out[0], first, 10, 14 + 2 * window)
@@ -168,7 +181,8 @@ stochastic_rsi = Indicator("stochastic_rsi", _stochastic_rsi, {"window": 14, "sm
 def _williams_r(state, parameters, candle, out):
     "Distance of the close from the top of the range of the window, -100 to 0"
     clock = tick(state, parameters[0])
-    high, low = window_high(state, candle[HIGH], clock, 2, 4), window_low(state, candle[LOW], clock, 3, 4 + clock[1])
+    high = window_high(state, candle[HIGH], clock, 2, 4)
+    low = window_low(state, candle[LOW], clock, 3, 4 + clock[1])
     if complete(state): out[0] = -100. * ((high - candle[CLOSE]) / (high - low)) if high > low else -50.
 
 
@@ -179,7 +193,9 @@ williams_r = Indicator("williams_r", _williams_r, {"window": 14}, ("value",), la
 @inlined
 def _cci(state, parameters, candle, out):
     "Commodity channel index: distance of the typical price from its mean, in mean deviations / 0.015"
-    clock, typical, spread = tick(state, parameters[0]), (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3., 0.
+    clock = tick(state, parameters[0])
+    typical = (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
+    spread = 0.
     start = append(state, typical, clock, 6)
     push_recent(state, typical, 2)
     if not complete(state): return

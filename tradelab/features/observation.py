@@ -65,7 +65,9 @@ def assemble(
 ):
     "One observation"
     length, symbols, count = window.shape
-    money, at, seen = account[0], length * count, array_at(address_of(window), (window.size,), SINGLE)
+    money = account[0]
+    at = length * count
+    seen = array_at(address_of(window), (window.size,), SINGLE)
     worth = max(money["equity"], LEAST * money["deposit"])
     for n in range(symbols):
         row = out[n]
@@ -270,7 +272,9 @@ def waiting(
     `ObservationStream.waits`"""
     broken = np.append(False, np.diff(times) > period_of(times))
     if not broken.any(): return np.zeros(1, np.int64)
-    known, whole, result = ~np.isnan(features).any(axis=(1, 2)), 0, np.zeros(len(times), np.int64)
+    known = ~np.isnan(features).any(axis=(1, 2))
+    whole = 0
+    result = np.zeros(len(times), np.int64)
     for t in range(len(times)):
         whole = (0 if broken[t] else whole) + 1 if known[t] else 0
         result[t] = whole < window

@@ -45,7 +45,8 @@ def prepare(
     "What the filter needs at each candle"
     shares = parameters[10] + parameters[11] + parameters[12] + parameters[13]
     for k in range(4):
-        stay, share = np.exp(-1. / parameters[6 + k]), parameters[10 + k] / shares
+        stay = np.exp(-1. / parameters[6 + k])
+        share = parameters[10 + k] / shares
         law[k], law[4 + k], law[8 + k] = stay, (1. - stay) / (1. - share), share
         law[12 + k] = parameters[0] if k == BULL else -parameters[1] if k == BEAR else 0.
         law[16 + k], law[20 + k] = parameters[2 + k], np.log(parameters[2 + k])
@@ -60,7 +61,9 @@ def advance(
     value,      # log return of this candle
 )->float:       # log-likelihood of the value, up to the constant of the tail
     "Take one return into the beliefs"
-    flow, best, likelihood = 0., -np.inf, 0.
+    flow = 0.
+    best = -np.inf
+    likelihood = 0.
     for k in range(4): flow += beliefs[k] * law[4 + k]
     for k in range(4):
         predicted[k] = law[k] * beliefs[k] + law[8 + k] * (flow - beliefs[k] * law[4 + k])
@@ -121,8 +124,10 @@ class RegimeStream:
     "Regimes candle by candle; `state` is all it remembers"
 
     def __init__(self, parameters):
-        self.state, self._parameters = np.zeros(9 + LAW), np.array(parameters, float)
-        self._candle, self._out = np.zeros((1, 5)), np.zeros((1, len(OUTPUTS)))
+        self.state = np.zeros(9 + LAW)
+        self._parameters = np.array(parameters, float)
+        self._candle = np.zeros((1, 5))
+        self._out = np.zeros((1, len(OUTPUTS)))
 
     def update(
         self,
@@ -148,7 +153,9 @@ def expectation(
     sums,        # (7, 4), written: weight, u, u x, u x x, candles that stay, that leave, that enter
 )->float:        # log-likelihood, up to the constant of the tail
     "How much of the span each regime explains"
-    law, last, likelihood = np.zeros(LAW), len(returns) - 1, 0.
+    law = np.zeros(LAW)
+    last = len(returns) - 1
+    likelihood = 0.
     prepare(parameters, law)
     smoothed, ratio = np.full(4, .25), np.zeros(4)
     for t in range(len(returns)):
@@ -202,7 +209,9 @@ def maximised(
 )->np.ndarray:            # (15,)
     "The parameters that explain what was found, as far as the names allow"
     weight, u, first, second, stays, leaves, enters = np.maximum(sums, 1e-300)
-    first, better, scale = sums[2], parameters.copy(), parameters[2:6]
+    first = sums[2]
+    better = parameters.copy()
+    scale = parameters[2:6]
     spell = np.maximum(-1 / np.log(np.clip(stays / (stays + leaves), 1e-9, 1 - 1e-9)), shortest)
     least = .5 * scale / np.sqrt(spell)
     if BULL in present: better[0] = max(first[BULL] / u[BULL], least[BULL])
@@ -232,7 +241,9 @@ def climbed(
     "Expectation and maximisation, again and again"
     tail, best = parameters[14], (-np.inf, parameters)
     constant = len(returns) * (math.lgamma((tail + 1) / 2) - math.lgamma(tail / 2) - .5 * math.log(tail * math.pi))
-    filtered, predicted, sums = np.zeros((len(returns), 4)), np.zeros((len(returns), 4)), np.zeros((7, 4))
+    filtered = np.zeros((len(returns), 4))
+    predicted = np.zeros((len(returns), 4))
+    sums = np.zeros((7, 4))
     for step in range(steps):
         likelihood = expectation(returns, parameters, filtered, predicted, sums) + constant
         gain = likelihood - best[0]
@@ -330,7 +341,8 @@ class Regimes:
     def fit(self, candles, shortest:float=24., names=None)->"Regimes":
         """The record of these candles: give it the training span only; no mean spell is shorter than `shortest`
         candles; `names` are the regimes whatever their merit, bull and bear then mirror images"""
-        values, unknown = values_of(candles), [name for name in names or () if name not in REGIMES]
+        values = values_of(candles)
+        unknown = [name for name in names or () if name not in REGIMES]
         if unknown or names is not None and len(set(names)) < 2:
             raise ValueError(f"names must be two or more of {', '.join(REGIMES)}, was {tuple(names)}")
         if len(values) < 500:

@@ -42,7 +42,8 @@ def gather(
     length,     # ms, the length of the whole
 )->bool:        # whether the whole has closed
     "Add a candle to the longer one that it is a part of"
-    whole, place = bar[1:], (candle[OPEN_TIME] - anchor(length)) % length / step if length > step else 0.
+    whole = bar[1:]
+    place = (candle[OPEN_TIME] - anchor(length)) % length / step if length > step else 0.
     if place == 0.:
         bar[0] = 1.
         for i in range(len(whole)): whole[i] = candle[i]
@@ -99,7 +100,8 @@ def longer_candles(
     if length % step or not step:
         raise ValueError(f"{timeframe} is not a multiple of the candles' own {step / 60_000:g} minutes: features can "
                          "look at longer candles only")
-    longer, rows = np.empty((len(columns), int(len(times) * step // length) + 2)), np.empty(len(times), np.int64)
+    longer = np.empty((len(columns), int(len(times) * step // length) + 2))
+    rows = np.empty(len(times), np.int64)
     count = gather_all(columns, step, float(length), np.zeros(1 + len(columns)), longer, rows)
     return np.ascontiguousarray(longer[:, :count]), rows
 
@@ -162,7 +164,9 @@ def look(
             if slots[f]["needs"] >> i & 1 and not np.isfinite(candles[clocks[slots[f]["clock"]]["row"], i]):
                 return -2 - f
     for k in range(len(clocks)):
-        clock, bar, candle = clocks[k], bars[k, :, 0], candles[clocks[k]["row"]]
+        clock = clocks[k]
+        bar = bars[k, :, 0]
+        candle = candles[clocks[k]["row"]]
         clock["closed"] = gather(bar, candle, step, clock["length"])
         if clock["closed"]: clock["newest"] = bar[1 + OPEN_TIME]
         elif clock["newest"] != due(candle[OPEN_TIME], step, clock["length"]): clock["newest"] = -1.
@@ -189,7 +193,8 @@ class FeatureStream:
         rows=(),            # for each feature, which row of the candles it sees; default: the first
         count:int=1,        # rows of the candles
     ):
-        self.features, rows = tuple(features), tuple(rows) or (0,) * len(features)
+        self.features = tuple(features)
+        rows = tuple(rows) or (0,) * len(features)
         self.step = float(milliseconds(timeframe) if timeframe else 1)
         lengths = [self.step * (parts(timeframe, each.timeframe) if each.timeframe and each.history(timeframe) else 1)
                    for each in self.features]
@@ -197,7 +202,8 @@ class FeatureStream:
         self.clocks = np.array([(row, length, -1., 0) for row, length in clocks], CLOCK)
         self.bars = np.zeros((len(clocks), 1 + len(KNOWN), 1))
         self.slots, self.memory = laid_out(self.features, [clocks.index(each) for each in zip(rows, lengths)])
-        self.values, self._candles = np.full(len(rows), np.nan), np.full((count, len(KNOWN)), np.nan)
+        self.values = np.full(len(rows), np.nan)
+        self._candles = np.full((count, len(KNOWN)), np.nan)
         self._shape, self._strides = self._candles.shape, self._candles.strides
         self._asked = {f: np.full((len(KNOWN), each.warm_up), np.nan) for f, each in enumerate(self.features)
                        if each.indicator.update is None}
@@ -230,7 +236,9 @@ class FeatureStream:
 
     def _ask(self, f):
         "What has no loop, over the last candles"
-        feature, clock, window = self.features[f], self.slots["clock"][f], self._asked[f]
+        feature = self.features[f]
+        clock = self.slots["clock"][f]
+        window = self._asked[f]
         if not self.clocks["closed"][clock]: return
         window[:, :-1] = window[:, 1:]
         window[:, -1] = self.bars[clock, 1:, 0]

@@ -80,7 +80,8 @@ class LibraryIndicator(Indicator):
 
     def values(self, parameters:tuple, column:int, columns:np.ndarray)->np.ndarray: # (T,)
         "ta over these candles, (C, T); NaN before the warm-up"
-        warm_up, candles = self.warm_up(*parameters), columns[:len(COLUMNS)].T
+        warm_up = self.warm_up(*parameters)
+        candles = columns[:len(COLUMNS)].T
         if len(candles) < warm_up: return np.full(len(candles), np.nan)
         values, (_, read) = self._asked(parameters, candles), function_of(self.path)
         for first, end in standstills(candles[:, read], max(warm_up // 2, REST)):

@@ -52,7 +52,9 @@ sma = Indicator("sma", _sma, {"window": 20}, ("value", "relative"), lambda windo
 @inlined
 def _ema(state, parameters, candle, out):
     "Exponential moving average of the close; relative: the close above it, a fraction"
-    alpha, close, before = 2. / (parameters[0] + 1.), candle[CLOSE], state[2]
+    alpha = 2. / (parameters[0] + 1.)
+    close = candle[CLOSE]
+    before = state[2]
     average = smooth(state, close, first_weight(alpha, (state[0] == 0.) | rests(state, close == before, alpha, 3)), 1)
     state[0] += 1.
     state[2] = close
@@ -83,8 +85,11 @@ def _weighted(state, value, at, start, size):
 @inlined
 def _wma(state, parameters, candle, out):
     "Linearly weighted moving average of the close; relative: the close above it, a fraction"
-    window, clock, close = parameters[0], tick(state, parameters[0]), candle[CLOSE]
-    start, part = append(state, close, clock, 6), 2. / (window * (window + 1.))
+    window = parameters[0]
+    clock = tick(state, parameters[0])
+    close = candle[CLOSE]
+    start = append(state, close, clock, 6)
+    part = 2. / (window * (window + 1.))
     push_recent(state, close, 2)
     if not complete(state): return
     out[0] = close + _weighted(state, close, 2, start, clock[1]) * part
@@ -123,7 +128,8 @@ def _kama(state, parameters, candle, out):
     slow = 2. / (parameters[2] + 1.)
     before, average = state[2], state[3]
     resting = rests(state, close == before, min(fast, slow), 6)
-    past, way = push(state, close, clock, 7 + clock[1]), _way(state, abs(close - before), close, clock, 4, 7)
+    past = push(state, close, clock, 7 + clock[1])
+    way = _way(state, abs(close - before), close, clock, 4, 7)
     state[2] = state[3] = close
     if past == 0.: return
     efficiency = abs(close - past) / way if way > 0. else 0.
@@ -165,7 +171,9 @@ macd = Indicator("macd", _macd, {"fast": 12, "slow": 26, "signal": 9}, ("macd", 
 @inlined
 def _trix(state, parameters, candle, out):
     "Change of the threefold exponential average of the close, in percent"
-    alpha, before, close = 2. / (parameters[0] + 1.), state[3], state[4]
+    alpha = 2. / (parameters[0] + 1.)
+    before = state[3]
+    close = state[4]
     alpha = first_weight(alpha, (state[0] == 0.) | rests(state, candle[CLOSE] == close, alpha, 5))
     value = smooth(state, candle[CLOSE], alpha, 1)
     value = smooth(state, value, alpha, 2)
@@ -182,14 +190,22 @@ trix = Indicator("trix", _trix, {"window": 15}, ("value",), lambda window: 6,
 @inlined
 def _adx(state, parameters, candle, out):
     "Average directional index and the shares of upward and downward movement, 0 to 100"
-    window, high, low, close, count, settled = parameters[0], state[0], state[1], state[2], state[3], state[4]
+    window = parameters[0]
+    high = state[0]
+    low = state[1]
+    close = state[2]
+    count = state[3]
+    settled = state[4]
     state[0], state[1], state[2] = candle[HIGH], candle[LOW], candle[CLOSE]
     if close == 0.: return
     longest = STILL * window
     state[9] = (state[9] + 1. if (candle[HIGH] == high) & (candle[LOW] == low) & (candle[CLOSE] == close) else 0.
                 if count > 0. else longest)
     begins = state[9] >= longest
-    up, down, alpha, edge = candle[HIGH] - high, low - candle[LOW], first_weight(1. / window, begins), ROUNDING * high
+    up = candle[HIGH] - high
+    down = low - candle[LOW]
+    alpha = first_weight(1. / window, begins)
+    edge = ROUNDING * high
     plus = smooth(state, up if up - down > edge and up > 0. else 0., alpha, 5)
     minus = smooth(state, down if up - down < -edge and down > 0. else 0., alpha, 6)
     ranged = smooth(state, true_range(candle[HIGH], candle[LOW], close), alpha, 7)
@@ -210,7 +226,8 @@ adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda wi
 @inlined
 def _aroon(state, parameters, candle, out):
     "Youth of the highest high less that of the lowest low, -100 to 100, and both, 0 to 100"
-    window, clock = parameters[0], tick(state, parameters[0] + 1.)
+    window = parameters[0]
+    clock = tick(state, parameters[0] + 1.)
     lows = 6 + clock[1]
     up = window - extreme_age(state, window_high(state, candle[HIGH], clock, 2, 6), clock, 3, 6)
     down = window - extreme_age(state, window_low(state, candle[LOW], clock, 4, lows), clock, 5, lows)
@@ -227,7 +244,10 @@ aroon = Indicator("aroon", _aroon, {"window": 25}, ("oscillator", "up", "down"),
 @inlined
 def _vortex(state, parameters, candle, out):
     "Vortex: sums of the upward and downward swings over the true ranges; difference is plus less minus"
-    high, low, close, size = state[2], state[3], state[4], as_index(parameters[0])
+    high = state[2]
+    low = state[3]
+    close = state[4]
+    size = as_index(parameters[0])
     state[2], state[3], state[4] = candle[HIGH], candle[LOW], candle[CLOSE]
     if close == 0.: return
     clock = tick(state, size)
@@ -266,7 +286,10 @@ def _follow(
 @inlined
 def _psar(state, parameters, candle, out):
     "Parabolic stop and reverse in quote; relative: the close above it, a fraction; trend: 1 above it, -1 below"
-    step, limit, high, low = parameters[0], parameters[1], state[4], state[5]
+    step = parameters[0]
+    limit = parameters[1]
+    high = state[4]
+    low = state[5]
     still = (candle[HIGH] == high) & (candle[LOW] == low)
     begins = rests(state, still, step * STILL / 5., 6) | (state[0] == 0.)
     state[4], state[5] = candle[HIGH], candle[LOW]
@@ -303,7 +326,8 @@ def _middle(state, window, candle, at, ring):
 @inlined
 def _ichimoku(state, parameters, candle, out):
     "Ichimoku's lines in quote, none of them shifted"
-    first, second = as_index(parameters[0]), as_index(parameters[1])
+    first = as_index(parameters[0])
+    second = as_index(parameters[1])
     out[0] = _middle(state, parameters[0], candle, 0, 12)
     out[1] = _middle(state, parameters[1], candle, 4, 12 + 2 * first)
     out[2] = .5 * (out[0] + out[1])

@@ -63,7 +63,9 @@ atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda windo
 @inlined
 def _bollinger(state, parameters, candle, out):
     "Place between the Bollinger bands, 0 to 1, their relative width, and the bands in quote"
-    clock, deviations, close = tick(state, parameters[0]), parameters[1], candle[CLOSE]
+    clock = tick(state, parameters[0])
+    deviations = parameters[1]
+    close = candle[CLOSE]
     start = append(state, close, clock, 6)
     push_recent(state, close, 2)
     if not complete(state): return
@@ -86,7 +88,8 @@ def _volatility(state, parameters, candle, out):
     "Standard deviation of the log returns of the window, a fraction per candle"
     before = previous(state, candle[CLOSE])
     if np.isnan(before): return
-    clock, change = tick(state, parameters[0], 2), np.log(candle[CLOSE] / before)
+    clock = tick(state, parameters[0], 2)
+    change = np.log(candle[CLOSE] / before)
     start = append(state, change, clock, 8)
     push_recent(state, change, 4)
     if complete(state, 2): out[0] = moments(state, change, 4, start, clock[1])[1]
@@ -99,7 +102,8 @@ volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), la
 @inlined
 def _realised_volatility(state, parameters, candle, out):
     "Root of the summed squared log returns of the window: a fraction for that horizon"
-    full, before = complete(state, 2), previous(state, candle[CLOSE])
+    full = complete(state, 2)
+    before = previous(state, candle[CLOSE])
     change = 0. if np.isnan(before) else np.log(candle[CLOSE] / before)
     summed = window_sum(state, change * change, tick(state, parameters[0], 2), 4, 7)
     if full: out[0] = np.sqrt(summed)
@@ -149,7 +153,8 @@ keltner = Indicator("keltner", _keltner, {"window": 20, "atr": 10, "multiplier":
 def _donchian(state, parameters, candle, out):
     "Place of the close in the channel of highs and lows, 0 to 1, and the channel in quote"
     clock = tick(state, parameters[0])
-    upper, lower = window_high(state, candle[HIGH], clock, 2, 4), window_low(state, candle[LOW], clock, 3, 4 + clock[1])
+    upper = window_high(state, candle[HIGH], clock, 2, 4)
+    lower = window_low(state, candle[LOW], clock, 3, 4 + clock[1])
     if not complete(state): return
     out[0] = (candle[CLOSE] - lower) / (upper - lower) if upper > lower else .5
     out[1] = upper

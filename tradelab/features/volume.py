@@ -29,7 +29,9 @@ from tradelab.features.windows import (
 def _mfi(state, parameters, candle, out):
     "Money flow index: share of the money that moved on rising prices, 0 to 100"
     typical = (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
-    full, before, money = complete(state, 2), previous(state, typical), typical * candle[VOLUME]
+    full = complete(state, 2)
+    before = previous(state, typical)
+    money = typical * candle[VOLUME]
     clock = tick(state, parameters[0], 2)
     rise = window_sum(state, money if above(typical, before, typical) else 0., clock, 4, 10)
     fall = window_sum(state, money if above(before, typical, typical) else 0., clock, 7, 10 + clock[1])
@@ -41,7 +43,9 @@ mfi = Indicator("mfi", _mfi, {"window": 14}, ("value",), lambda window: 2 * wind
 # %% ../../nbs/20_features/08_volume.ipynb #302bc5d2
 @inlined
 def _weighted(candle):
-    high, low, close = candle[HIGH], candle[LOW], candle[CLOSE]
+    high = candle[HIGH]
+    low = candle[LOW]
+    close = candle[CLOSE]
     place = (close - low) - (high - close)
     return candle[VOLUME] * (place / (high - low)) if abs(place) > ROUNDING * high else 0.
 
@@ -72,7 +76,8 @@ ad_change = Indicator("ad_change", _ad_change, {"window": 20}, ("value",), lambd
 @inlined
 def _obv_change(state, parameters, candle, out):
     "Change of on-balance volume over the window, base units; relative: over all volume of the window, -1 to 1"
-    full, before = complete(state, 2), previous(state, candle[CLOSE])
+    full = complete(state, 2)
+    before = previous(state, candle[CLOSE])
     clock = tick(state, parameters[0], 2)
     side = (1. if candle[CLOSE] > before else 0.) - (1. if candle[CLOSE] < before else 0.)
     flow = window_sum(state, side * candle[VOLUME], clock, 4, 10)
@@ -92,7 +97,8 @@ NOTHING = 1e-280 # volume
 @inlined
 def _vwap(state, parameters, candle, out):
     "Volume-weighted average of the typical price; relative: the close above it, a fraction"
-    clock, typical = tick(state, parameters[0]), (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
+    clock = tick(state, parameters[0])
+    typical = (candle[HIGH] + candle[LOW] + candle[CLOSE]) / 3.
     money = window_sum(state, typical * candle[VOLUME], clock, 2, 8)
     volume = window_sum(state, candle[VOLUME], clock, 5, 8 + clock[1])
     if not complete(state): return

@@ -42,7 +42,9 @@ def tick(
     at=0,       # two cells from here
 )->tuple:       # the clock of this candle: place, window, whether it is the first
     "Move a clock on by one candle"
-    place, size, first = as_index(state[at]), as_index(window), state[at] + state[at + 1] == 0.
+    place = as_index(state[at])
+    size = as_index(window)
+    first = state[at] + state[at + 1] == 0.
     state[at] += 1.
     if place + 1 == size: state[at], state[at + 1] = 0., 1.
     return place, size, first
@@ -106,13 +108,17 @@ def sum_anew(
 )->tuple: # the sum, the rest, the rest of that, and the anchor of the values: -1 where they are too far apart for one
     "Sum of a whole ring, oldest value first, so that nothing but the values counts"
     result = rest = last = high = 0.
-    i, size, low = clock[0], clock[1], np.inf
+    i = clock[0]
+    size = clock[1]
+    low = np.inf
     for _ in range(size):
         i = i + 1 if i + 1 < size else 0
         value = state[ring + as_index(i)]
         result, lost = two_sum(result, value)
         rest, lost = two_sum(rest, lost)
-        last, high, low = last + lost, max(high, abs(value)), min(low, abs(value) if value != 0. else np.inf)
+        last = last + lost
+        high = max(high, abs(value))
+        low = min(low, abs(value) if value != 0. else np.inf)
     rest, last = two_sum(rest, last)
     result, rest = two_sum(result, rest)
     anchor = anchor_of(4. * size * high)
@@ -128,7 +134,9 @@ def window_sum(
     ring,       # where the ring begins
 )->float:       # over what is there while it fills
     "Put a value into the window; the sum over it"
-    left, anchor, size = push(state, value, clock, ring), state[at + 2], 4. * clock[1] * abs(value)
+    left = push(state, value, clock, ring)
+    anchor = state[at + 2]
+    size = 4. * clock[1] * abs(value)
     enters, leaves = anchor + value, anchor + left
     upper = state[at] + (enters - leaves)
     rest = state[at + 1] + ((value - (enters - anchor)) - (left - (leaves - anchor)))
@@ -215,20 +223,34 @@ def moments(
 # %% ../../nbs/20_features/01_windows.ipynb #c23505b8
 @inlined
 def _highest(state, value, ring, size):
-    a, b, c, d, end = value, value, value, value, ring + size
+    a = value
+    b = value
+    c = value
+    d = value
+    end = ring + size
     while ring + 4 <= end:
         i, ring = as_index(ring), ring + 4
-        a, b, c, d = max(a, state[i]), max(b, state[i + 1]), max(c, state[i + 2]), max(d, state[i + 3])
+        a = max(a, state[i])
+        b = max(b, state[i + 1])
+        c = max(c, state[i + 2])
+        d = max(d, state[i + 3])
     while ring < end: a, ring = max(a, state[as_index(ring)]), ring + 1
     return max(max(a, b), max(c, d))
 
 
 @inlined
 def _lowest(state, value, ring, size):
-    a, b, c, d, end = value, value, value, value, ring + size
+    a = value
+    b = value
+    c = value
+    d = value
+    end = ring + size
     while ring + 4 <= end:
         i, ring = as_index(ring), ring + 4
-        a, b, c, d = min(a, state[i]), min(b, state[i + 1]), min(c, state[i + 2]), min(d, state[i + 3])
+        a = min(a, state[i])
+        b = min(b, state[i + 1])
+        c = min(c, state[i + 2])
+        d = min(d, state[i + 3])
     while ring < end: a, ring = min(a, state[as_index(ring)]), ring + 1
     return min(min(a, b), min(c, d))
 
@@ -276,7 +298,10 @@ def extreme_age(
     ring,       # where its ring begins
 )->float:       # candles, 0 is this one
     "How long ago the youngest value of that size entered the window"
-    place, size, age, i = clock[0], clock[1], state[at] + 1., clock[0]
+    place = clock[0]
+    size = clock[1]
+    age = state[at] + 1.
+    i = clock[0]
     if state[ring + place] == extreme: age = 0.
     elif age >= size:
         age = 0.

@@ -106,7 +106,11 @@ class LearningCurveCallback(BaseCallback):
         progress:bool,   # whether to draw a bar
     ):
         super().__init__()
-        self.env, self.points, self._sum, self._count, self._every = env, [], 0., 0, max(steps // POINTS, 1)
+        self.env = env
+        self.points = []
+        self._sum = 0.
+        self._count = 0
+        self._every = max(steps // POINTS, 1)
         self._bar = tqdm(total=steps, unit="step", disable=not progress, mininterval=.2 if sys.stderr.isatty() else 5.)
 
     def _on_step(self):
@@ -155,7 +159,8 @@ def provenance(
     candles,   # a frame, or a dict of frames by symbol
 )->dict:
     "Where the training came from, and when it began"
-    times, first = matrix(candles)[0], next(iter(candles.values())) if isinstance(candles, dict) else candles
+    times = matrix(candles)[0]
+    first = next(iter(candles.values())) if isinstance(candles, dict) else candles
     return {"source": str(first.attrs.get("source", "")), "span": [format_time(times[0]), format_time(times[-1])],
             "data_hash": data_hash(candles), "created_time": int(time.time() * 1000)}
 
@@ -234,7 +239,8 @@ def train(
                      extra=extra, gaps=gaps)
     config["episode"] = episode or min(EPISODE, longest_episode(market))
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
-    model, watch = untrained(how, env, config), LearningCurveCallback(env, steps, progress)
+    model = untrained(how, env, config)
+    watch = LearningCurveCallback(env, steps, progress)
     with reserved(config, runs) as name:
         config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
         return save(Run(name, compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config),

@@ -77,7 +77,9 @@ def paid(
     moved = np.log(equity / past["equity"])
     reward = moved
     if weight > 0.:
-        more, larger, spread = moved - past["mean"], moved * moved - past["square"], past["square"] - past["mean"] ** 2
+        more = moved - past["mean"]
+        larger = moved * moved - past["square"]
+        spread = past["square"] - past["mean"] ** 2
         reward = (past["square"] * more - .5 * past["mean"] * larger) / spread ** 1.5 if spread > 1e-14 else 0.
         past["mean"], past["square"] = past["mean"] + weight * more, past["square"] + weight * larger
     if penalty > 0.: reward -= penalty * max(money["drawdown"] - past["drawdown"], 0.)
@@ -94,7 +96,9 @@ TRUNCATED, TERMINATED = 1, 2
 
 def _step_many(address):
     p = array_at(address, (1,), POPULATION)[0]
-    count, n, goes_on = p["count"], p["symbols"], 0
+    count = p["count"]
+    n = p["symbols"]
+    goes_on = 0
     actions = array_at(p["actions"], (count, n), NUMBER)
     worlds = array_at(p["worlds"], (count,), WORLD)
     rows = array_at(p["rows"], (count, n), JOURNAL)
@@ -178,19 +182,24 @@ class BatchedEnv:
         longest = longest_episode(market)
         if length is not None and not 1 <= length <= longest:
             raise ValueError(f"an episode has between 1 and {longest} steps on these candles, was {length}")
-        self.market, self.length, self.reward, self.domain = market, length or longest, reward, domain
+        self.market = market
+        self.length = length or longest
+        self.reward = reward
+        self.domain = domain
         self.accounts = np.zeros((n, 1), ACCOUNT)
         self.positions = np.zeros((n, symbols), POSITION)
         self.rows = np.zeros((n, symbols), JOURNAL)
         empty = new_state(self.accounts[0], self.positions[0], market.rules.execution)
         proposals = np.zeros(symbols, ORDER_REQUEST)
-        self.orders, self.books = np.zeros((n, *empty.orders.shape), empty.orders.dtype), np.zeros((n, symbols), BOOK)
+        self.orders = np.zeros((n, *empty.orders.shape), empty.orders.dtype)
+        self.books = np.zeros((n, symbols), BOOK)
         self.worlds = np.zeros(n, WORLD)
         self.memory = np.zeros(n, MEMORY)
         self.features = market.features
         self.kept = (empty, proposals)
         self.at, self.end, self.ended = (np.zeros(n, np.int64) for _ in range(3))
-        self.rewards, self.actions = np.zeros(n), np.zeros((n, symbols))
+        self.rewards = np.zeros(n)
+        self.actions = np.zeros((n, symbols))
         self.observations = np.zeros((n, symbols, market.observation.width), np.float32)
         for b in range(n):
             point(self.worlds[b], market.tape, State(self.accounts[b], self.positions[b], self.orders[b], self.books[b],
@@ -230,7 +239,8 @@ class BatchedEnv:
         return count
 
     def _refuse(self, b):
-        action, code = self.actions[b].tolist(), self.worlds["code"][b]
+        action = self.actions[b].tolist()
+        code = self.worlds["code"][b]
         why = ("an action is a number in [-1, 1] per symbol" if not (np.abs(self.actions[b]) <= 1.).all()
                else FAULTS[code])
         raise ValueError(f"environment {b} was given the action {action} at the candle of "
@@ -275,7 +285,8 @@ class MarketVecEnv(_OneMarket):
 
     def __init__(self, market:PreparedMarket, n:int=8, length:int|None=None, seed:int=0, reward:Reward=Reward(),
                  domain:DomainRandomisation=DomainRandomisation()):
-        self.population, self._random = BatchedEnv(market, n, length, reward, domain), np.random.default_rng(seed)
+        self.population = BatchedEnv(market, n, length, reward, domain)
+        self._random = np.random.default_rng(seed)
         super().__init__(n, *spaces(*self.population.observations.shape[1:]))
 
     def reset(self):
@@ -287,8 +298,11 @@ class MarketVecEnv(_OneMarket):
     def step_async(self, actions): self._actions = actions
 
     def step_wait(self):
-        count, ended = self.population.step(self._actions), self.population.ended
-        rewards, done, infos = self.population.rewards.astype(np.float32), ended > 0, [{} for _ in range(self.num_envs)]
+        count = self.population.step(self._actions)
+        ended = self.population.ended
+        rewards = self.population.rewards.astype(np.float32)
+        done = ended > 0
+        infos = [{} for _ in range(self.num_envs)]
         if count:
             last = self._seen()
             for b in np.flatnonzero(done):

@@ -70,7 +70,8 @@ def _order_events(order, symbols, quote):
     if order["s"] not in symbols: return []
     update = OrderUpdate(order["c"], STATES[order["X"]], float(order["z"]), str(order["i"]))
     if order["x"] not in ("TRADE", "CALCULATED") or not float(order["l"]): return [update]
-    fee, asset = float(order.get("n") or 0), order.get("N") or quote
+    fee = float(order.get("n") or 0)
+    asset = order.get("N") or quote
     fill = Fill(symbols[order["s"]], _signed(order["S"], order["l"]), float(order["L"]), fee if asset == quote else 0.,
                 int(order["T"]), order["c"], str(order["t"]))
     paid_elsewhere = ([Notice("fee", f"a fee of {fee} {asset} is not counted: pay fees in {quote} in the settings of "
@@ -280,7 +281,10 @@ class Requests:
         paced:bool|None=None,    # wait between requests as Binance's limits ask; None: everywhere but on localnet
         timeout:float=10.,       # seconds for one request
     ):
-        self.venue, self._symbols, self._brackets, self.quote = venue, {}, {}, "USDT"
+        self.venue = venue
+        self._symbols = {}
+        self._brackets = {}
+        self.quote = "USDT"
         self._exchange = exchange_for(venue, venue.name != "localnet" if paced is None else paced, timeout)
 
     def __repr__(self): return f"{type(self).__name__}({self.venue.name} at {self.venue.rest})"
@@ -442,7 +446,9 @@ class Broker(Trading):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.events, self.on_frame, self._tasks = asyncio.Queue(), lambda socket, frame: None, []
+        self.events = asyncio.Queue()
+        self.on_frame = lambda socket, frame: None
+        self._tasks = []
         self._exchange.heard, self._exchange.opened = self._heard, self._opened
 
     async def stream(self, symbols, timeframe):

@@ -41,7 +41,10 @@ class Feed:
         step:int,         # ms, the length of a candle
         last:int|None,    # ms, open time of the last candle that was seen; None: the first one defines the grid
     ):
-        self.symbols, self.step, self.last, self._known = list(symbols), step, last, defaultdict(dict)
+        self.symbols = list(symbols)
+        self.step = step
+        self.last = last
+        self._known = defaultdict(dict)
 
     def add(self, symbol, open_time, values):
         "Take in one candle; old ones are ignored"
@@ -82,8 +85,14 @@ class Books:
     "The trader's fills and payments, in their order"
 
     def __init__(self, session:str, trader:Trader, ledger:Ledger, recorder:Recorder, step:int):
-        self.session, self.trader, self.ledger, self.recorder, self.step = session, trader, ledger, recorder, step
-        self.sequence, self._waiting, self._seen = 0, [], set()
+        self.session = session
+        self.trader = trader
+        self.ledger = ledger
+        self.recorder = recorder
+        self.step = step
+        self.sequence = 0
+        self._waiting = []
+        self._seen = set()
         self.opening = 0 # ms: of the candle that follows the present step, where it is known to come behind a hole
 
     def add(self, entry, number:int|None=None):
@@ -157,7 +166,9 @@ class OpenOrders:
         note,                 # is told (kind, text) of what a person should know
         sequence:int=-1,      # fills up to this number are in the trader's books
     ):
-        self.session, self.ledger, self.note = session, ledger, note
+        self.session = session
+        self.ledger = ledger
+        self.note = note
         self.known = {intent.order.order_id: intent for intent in ledger.intents(session)}
         self.filled = defaultdict(float)
         for number, entry in ledger.booked(session):

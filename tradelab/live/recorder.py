@@ -69,7 +69,8 @@ def unchained(
     link:str,       # of the line before
 )->tuple:           # (content, its link)
     "What a line holds, proven to be this line of the chain"
-    text, mine = line[:-_LINK] + b"}", line[-34:-2].decode(errors="replace")
+    text = line[:-_LINK] + b"}"
+    mine = line[-34:-2].decode(errors="replace")
     try: content = json.loads(text)
     except (ValueError, RecursionError): content = {}
     if not isinstance(content, dict) or content.pop("n", None) != number or "kind" not in content:
@@ -213,7 +214,8 @@ class Recorder:
         self._link = before.link
         self._seal = before.seal
         self._waiting = bytearray()
-        self._file, self._unsynced = open(path, "ab", buffering=0), False
+        self._file = open(path, "ab", buffering=0)
+        self._unsynced = False
         if not self._lines: self.line("recording", format=FORMAT, version=__version__)
         if self.mended: self.line("mended", text=self.mended)
 
@@ -399,7 +401,9 @@ def replay(
     trader:Trader,    # as the session was given it; only its settings are used
 )->tuple:             # two DataFrames, index open_time: recorded, recomputed
     "Run a trader over the inputs of a recording; the frames are equal where nothing else decided"
-    recorded, recomputed, again = {}, {}, None
+    recorded = {}
+    recomputed = {}
+    again = None
     for number, line in enumerate(read(recording) if isinstance(recording, (str, Path)) else recording):
         try: again = _follow(line, trader, again, recorded, recomputed)
         except _MISREAD as error:
@@ -441,7 +445,8 @@ def recorded_candles(
         if line["kind"] == "warm": rows |= dict(zip(unpacked(line["times"]).tolist(), unpacked(line["candles"])))
         elif line["kind"] == "candle": rows[line["open_time"]] = np.array(line["candle"], float)
     if not rows: raise ValueError("the recording holds no candle: the session ended before its first one")
-    times, table = sorted(rows), np.array([rows[time] for time in sorted(rows)])
+    times = sorted(rows)
+    table = np.array([rows[time] for time in sorted(rows)])
     index = pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time")
     names = [name for name in KNOWN[:table.shape[2]] if name != "open_time"]
     return {symbol: pd.DataFrame(table[:, n, :len(names)], index, names).dropna(axis=1, how="all") for n,

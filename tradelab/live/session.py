@@ -57,7 +57,9 @@ class Journal:
         steps=(),     # of earlier runs of the session: pairs of symbols and JOURNAL rows
     ):
         self._file = open(path, "w", newline="")
-        self._writer, self._last, self._start = csv.writer(self._file), None, 0
+        self._writer = csv.writer(self._file)
+        self._last = None
+        self._start = 0
         self._writer.writerow(["open_time", "symbol", *JOURNAL.names[1:]])
         for symbols, rows in steps: self.write(symbols, rows)
 
@@ -137,7 +139,8 @@ def check_instruments(ours:tuple, theirs:tuple):
 def check_explained(expected:dict, money:Money):
     "Refuse positions that the ledger does not explain"
     for symbol in sorted({*expected, *money.positions}):
-        here, there = expected.get(symbol, 0.), money.positions.get(symbol, 0.)
+        here = expected.get(symbol, 0.)
+        there = money.positions.get(symbol, 0.)
         if abs(here - there) > 1e-9:
             raise StartRefusedError(f"the exchange holds {there} {symbol}, the ledger explains {here}: close the "
                                     "difference by hand, or resume the session that opened it")
@@ -162,7 +165,8 @@ def in_this_format(
     known:dict,   # what the ledger holds of its settings
 )->dict:          # the same, with every limit that there is today
     "Refuse a session of another format; one without a number is from before there were numbers, and is format 1"
-    by, found = f"tradelab {known.get('version', 'of an unknown version')}", known.get("format", FORMAT)
+    by = f"tradelab {known.get('version', 'of an unknown version')}"
+    found = known.get("format", FORMAT)
     advice = "resume it with the version that wrote it, or start a new one"
     if found != FORMAT:
         raise StartRefusedError(f"session {session} is of the format {found!r}, written by {by}: "
@@ -401,7 +405,8 @@ class Stepper(Auditor):
     async def _step(self, open_time:int, candles:np.ndarray, late:bool):
         "Decide at one close and carry it out"
         trader, statistics = self.trader, self.statistics
-        held, candles = trader.positions["quantity"].copy(), await self._around(open_time, candles)
+        held = trader.positions["quantity"].copy()
+        candles = await self._around(open_time, candles)
         working = self.desk.may_open(trader.symbols)
         self.recorder.candle(open_time, candles, working)
         decision = trader.on_candle(open_time, candles, working=working)
@@ -536,7 +541,8 @@ class Checker(Recovery):
         self.origin = known["origin"]
         check_same(self.id, known, self._settings())
         kept = self.ledger.snapshot(self.id)
-        self.reserve, self._since = known["reserve"], kept["open_time"]
+        self.reserve = known["reserve"]
+        self._since = kept["open_time"]
         try: self.trader.restore(kept["content"])
         except ValueError as error:
             raise StartRefusedError(f"session {self.id} was written by tradelab "
@@ -591,7 +597,9 @@ class Preparation(Checker):
 
     async def _see_history(self, kept):
         "Warm up; what has closed since the last step waits in the feed"
-        trader, wanted, last = self.trader, max(self.trader.warm_up, 1), kept and kept["open_time"]
+        trader = self.trader
+        wanted = max(self.trader.warm_up, 1)
+        last = kept and kept["open_time"]
         times, candles = await history(self.broker, trader.seen, self.timeframe,
                                        *((10**9, preceding(last + self.step, wanted, self.timeframe, self.gaps)) if kept
                                          else (wanted, None)), self.gaps)
@@ -705,7 +713,9 @@ class Session(Starter):
         self.source, self.gaps = source, gaps
         self.id, self.origin, self._resumed, self.step = (check_id(id or resume), origin or trader.policy.name,
                                                           bool(resume), milliseconds(self.timeframe))
-        self.folder, self.statistics, self.reserve = Path(folder) / self.id, Statistics(), 0.
+        self.folder = Path(folder) / self.id
+        self.statistics = Statistics()
+        self.reserve = 0.
         self.feed = None
         self.recorder = None
         self.journal = None

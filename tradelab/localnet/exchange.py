@@ -283,7 +283,8 @@ def _asked(exchange, n, parameters):
     quantity = read_quantity(parameters, exchange.instruments[n])
     client_id = read_client_id(parameters, exchange.orders)
     reduce_only = flag(parameters, "reduceOnly")
-    held, opened = float(exchange.positions[n]["quantity"]), exchange.market.price(n)
+    held = float(exchange.positions[n]["quantity"])
+    opened = exchange.market.price(n)
     if reduce_only: quantity = check_reduction(held, quantity)
     else: check_notional(abs(quantity) * opened, exchange.instruments[n])
     price, fee = exchange.meets(n, quantity)
@@ -303,16 +304,23 @@ class Exchange:
             raise ValueError(f"these costs are known from the {costs.warm_up} candles before the start, there are "
                              f"{market.closed}: give localnet a longer history, or start it later")
         size = len(market.symbols)
-        self.market, self.costs, self.cost_row = market, costs, costs.row()[()]
+        self.market = market
+        self.costs = costs
+        self.cost_row = costs.row()[()]
         self.instruments = instruments_for(market.frames, instruments)
         self.instrument_rows = np.array([instrument.row() for instrument in self.instruments], INSTRUMENT)
-        self.conditions, self.books = conditions(market.times, market.candles, costs), np.zeros(size, BOOK)
-        self.asset, self.leverage = assets(market.symbols[0])[1], [20] * size
+        self.conditions = conditions(market.times, market.candles, costs)
+        self.books = np.zeros(size, BOOK)
+        self.asset = assets(market.symbols[0])[1]
+        self.leverage = [20] * size
         self.account = new_account(deposit)
         self.positions = np.zeros(size, POSITION)
         self.realised = [0.] * size
         self.changed = [0] * size
-        self.orders, self.trades, self.incomes, self.events = [], [], [], []
+        self.orders = []
+        self.trades = []
+        self.incomes = []
+        self.events = []
         self.income("TRANSFER", deposit, "", market.now)
         self.value()
 
@@ -334,7 +342,8 @@ class Exchange:
 
     def close_candle(self):
         "Let one candle close; funding due up to its close is booked, on the positions held, at its closing price"
-        before, self.market.closed = self.market.now, self.market.closed + 1
+        before = self.market.now
+        self.market.closed = self.market.closed + 1
         for n in range(len(self.books)): fade(self.books[n], self.cost_row)
         for time, n, rate in sorted((time, k, rate) for k in range(len(self.positions)) for time,
                                     rate in self.market.due(k, before)):
@@ -360,7 +369,8 @@ class Exchange:
         return self.orders[-1]
 
     def fill(self, n:int, order:dict, quantity:float, price:float, fee:float):
-        before, now = float(self.account[0]["realised"]), order["updateTime"]
+        before = float(self.account[0]["realised"])
+        now = order["updateTime"]
         apply_fill(self.account, self.positions, n, quantity, price, fee)
         if self.costs.impact: self.books[n]["pressure"] += quantity
         realised = float(self.account[0]["realised"]) - before
@@ -393,7 +403,8 @@ def balance_words(exchange:Exchange)->dict:
     rows = [exchange.margin(n) for n in range(len(exchange.positions))]
     equity = exchange.account[0]["equity"]
     money = wallet(exchange.account)
-    initial, kept = sum(row["initial"] for row in rows), sum(row["maintenance"] for row in rows)
+    initial = sum(row["initial"] for row in rows)
+    kept = sum(row["maintenance"] for row in rows)
     free = money_text(max(equity - initial, 0.))
     return {"initialMargin": money_text(initial), "maintMargin": money_text(kept), "walletBalance": money_text(money),
             "unrealizedProfit": money_text(equity - money),
@@ -422,7 +433,8 @@ def position_in_account(exchange:Exchange, n:int, version:int)->dict:
 # %% ../../nbs/60_localnet/03_exchange.ipynb #37a8c776
 def account_reply(exchange:Exchange, version:int)->dict:
     "GET account"
-    words, shown = balance_words(exchange), range(len(exchange.positions))
+    words = balance_words(exchange)
+    shown = range(len(exchange.positions))
     totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items()
               if name not in ("availableBalance", "maxWithdrawAmount")}
     asset = ({"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True}
@@ -475,7 +487,8 @@ def positions_at_risk(exchange:Exchange, parameters:dict, version:int)->list:
 # %% ../../nbs/60_localnet/03_exchange.ipynb #48e4f76a
 def set_leverage(exchange:Exchange, parameters:dict)->dict:
     "POST leverage"
-    n, leverage = exchange.market.find(parameters), whole(parameters, "leverage")
+    n = exchange.market.find(parameters)
+    leverage = whole(parameters, "leverage")
     most = exchange.instruments[n].max_notional(leverage)
     if leverage < 1 or not most: raise RequestDeniedError(-4028, leverage)
     held = exchange.margin(n)
@@ -515,14 +528,17 @@ def open_orders(exchange:Exchange, parameters:dict)->list:
 
 def all_orders(exchange:Exchange, parameters:dict)->list:
     "GET allOrders"
-    rows, first = exchange.orders, whole(parameters, "orderId", 0)
+    rows = exchange.orders
+    first = whole(parameters, "orderId", 0)
     return selected([row for row in rows if row["orderId"] >= first], parameters,
                     exchange.market.ids[exchange.market.find(parameters)])
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #7c739e0a
 def user_trades(exchange:Exchange, parameters:dict)->list:
     "GET userTrades; `fromId` begins at a trade, `orderId` picks one order's"
-    rows, first, order = exchange.trades, whole(parameters, "fromId", 0), whole(parameters, "orderId", 0)
+    rows = exchange.trades
+    first = whole(parameters, "fromId", 0)
+    order = whole(parameters, "orderId", 0)
     return selected([row for row in rows if row["id"] >= first and order in (0, row["orderId"])], parameters,
                     exchange.market.ids[exchange.market.find(parameters)])
 

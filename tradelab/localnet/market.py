@@ -38,7 +38,8 @@ def symbol_reply(
 )->dict:
     "What exchangeInfo says of one symbol"
     base, quote = assets(instrument.symbol)
-    step, tick = number_text(instrument.quantity_step), number_text(instrument.price_tick)
+    step = number_text(instrument.quantity_step)
+    tick = number_text(instrument.price_tick)
     lots = {"stepSize": step, "minQty": number_text(instrument.min_quantity),
             "maxQty": number_text(instrument.max_quantity)}
     return {
@@ -177,7 +178,8 @@ class Market:
 # %% ../../nbs/60_localnet/02_market.ipynb #8b097ca0
 def klines(market:Market, parameters:dict)->list:
     "GET klines: history up to now, the forming candle last"
-    n, limit = market.find(parameters), whole(parameters, "limit", 500)
+    n = market.find(parameters)
+    limit = whole(parameters, "limit", 500)
     if mandatory(parameters, "interval") != market.interval: raise RequestDeniedError(-1120)
     if not 1 <= limit <= 1500: raise RequestDeniedError(-1102, "limit")
     known = market.times[:market.closed + 1]

@@ -37,7 +37,9 @@ def checked_lines(
     path:Path,
 )->tuple:           # (contents, bytes of the whole lines, the hash of the last)
     "What a memory holds, each line proven; LostMemoryError where one is not"
-    contents, whole, before = [], 0, ""
+    contents = []
+    whole = 0
+    before = ""
     for line in path.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"): break
         try: content = json.loads(line[17:])
@@ -84,7 +86,10 @@ class Memory:
         path:Path,
         exchange:Exchange,  # as it begins
     ):
-        self.path, self.exchange, self._check, self._file = Path(path), exchange, "", None
+        self.path = Path(path)
+        self.exchange = exchange
+        self._check = ""
+        self._file = None
         self._begin = _head(exchange)
         if self.path.exists(): self._restore()
 

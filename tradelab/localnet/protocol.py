@@ -139,6 +139,7 @@ def check_time(
     now:int,          # ms, the server's own clock
 ):
     "Refuse a request that is older than its recvWindow, or more than a second from the future"
-    sent, window = whole(parameters, "timestamp"), min(whole(parameters, "recvWindow", 5000), 60_000)
+    sent = whole(parameters, "timestamp")
+    window = min(whole(parameters, "recvWindow", 5000), 60_000)
     if sent > now + 1000: raise RequestDeniedError(-1021, "was 1000ms ahead of the server's time.")
     if now - sent > window: raise RequestDeniedError(-1021, "is outside of the recvWindow.")

@@ -253,7 +253,11 @@ def kline_payload(market:Market, t:int, n:int)->dict:
 class Streams:
     "Who is connected, and who hears what"
     def __init__(self, market:Market, api_key:str):
-        self.market, self.api_key, self.connections, self.keys_made, self.listen_key = market, api_key, [], 0, None
+        self.market = market
+        self.api_key = api_key
+        self.connections = []
+        self.keys_made = 0
+        self.listen_key = None
         self.session = asyncio.Event()    # set while both a user stream and a kline stream are connected
         self.klines = {f"{name.lower()}@kline_{market.interval}": n for n, name in enumerate(market.ids)}
         self.marks = {f"{name.lower()}@markPrice{speed}": n for n, name in enumerate(market.ids)
@@ -300,10 +304,14 @@ async def obey(
     text:str,            # as received
 ):
     "SUBSCRIBE, UNSUBSCRIBE and LIST_SUBSCRIPTIONS"
-    number, added, result = None, [], None
+    number = None
+    added = []
+    result = None
     try:
         asked = json.loads(text)
-        number, method, names = asked.get("id"), asked.get("method"), asked.get("params", [])
+        number = asked.get("id")
+        method = asked.get("method")
+        names = asked.get("params", [])
         if method == "SUBSCRIBE": added = subscribe(connection.streams, names, streams.known)
         elif method == "UNSUBSCRIBE": connection.streams[:] = [name for name in connection.streams if name not in names]
         elif method == "LIST_SUBSCRIPTIONS": result = list(connection.streams)
@@ -318,7 +326,10 @@ async def obey(
 class Service:
     "An exchange with its listeners, candle after candle"
     def __init__(self, exchange:Exchange, account:tuple, interval_ms:int=0, order_reply:str="2026-07"):
-        self.exchange, self.account, self.interval_ms, self.order_reply = exchange, account, interval_ms, order_reply
+        self.exchange = exchange
+        self.account = account
+        self.interval_ms = interval_ms
+        self.order_reply = order_reply
         self.streams = Streams(exchange.market, account[0])
         self.turn = asyncio.Event()
         self.finished = threading.Event()
@@ -386,7 +397,9 @@ def answer(
 )->tuple:           # reply, HTTP status, headers
     "What REST says to a request"
     path, _, query = target.partition("?")
-    name, now, status = (method, path.removeprefix("/fapi/")), milliseconds_now(), 200
+    name = (method, path.removeprefix("/fapi/"))
+    now = milliseconds_now()
+    status = 200
     endpoint = ENDPOINTS.get(name) if path.startswith("/fapi/") else None
     try:
         if endpoint is None: raise RequestDeniedError(-5000, path, method)
@@ -416,7 +429,8 @@ async def serve_socket(service:Service, request:web.Request)->web.WebSocketRespo
     socket = web.WebSocketResponse(heartbeat=180, timeout=1)
     await socket.prepare(request)
     path, _, query = request.raw_path.partition("?")
-    connection, streams = Connection(socket, "stream" in path.split("/")), service.streams
+    connection = Connection(socket, "stream" in path.split("/"))
+    streams = service.streams
     streams.connections.append(connection)
     try:
         try:

@@ -236,7 +236,8 @@ def resample(
 )->pd.DataFrame:              # possibly empty
     "Longer candles from shorter ones"
     of = of or timeframe_of(frame, name)
-    count, frame = parts(of, timeframe), check(frame, of, name, gaps=True)
+    count = parts(of, timeframe)
+    frame = check(frame, of, name, gaps=True)
     opens = times(frame)
     bars, bar = np.unique(opening(opens, milliseconds(timeframe)), return_inverse=True)
     ends = np.cumsum(np.bincount(bar)) # each bar is the rows from starts to ends
@@ -261,7 +262,8 @@ def rows_as_of(
     other:str,       # their timeframe
 )->np.ndarray:       # int64, (T,): row of the newest closed one, -1 where unknown
     "Which other candle is the newest closed one at the close of each candle"
-    step, other_times = milliseconds(other), np.asarray(other_times, "int64")
+    step = milliseconds(other)
+    other_times = np.asarray(other_times, "int64")
     wanted = opening(np.asarray(times, "int64") + milliseconds(timeframe), step) - step
     rows = np.searchsorted(other_times, wanted)
     found = rows < len(other_times)
@@ -406,7 +408,8 @@ def frames_of(
     "All candles that a policy may see, without holes where nobody deals with them"
     frames = (dict(candles) if isinstance(candles, dict)
               else {getattr(candles, "attrs", {}).get("symbol", UNNAMED): candles})
-    symbols, rates = tuple(frames), rates_by_symbol(funding, frames)
+    symbols = tuple(frames)
+    rates = rates_by_symbol(funding, frames)
     doubled = [symbol for symbol in extra or {} if symbol in frames]
     if doubled: raise CandleError(f"{doubled[0]} is traded and among the extra symbols: give its candles once")
     frames = {symbol: timed(frame, symbol) for symbol, frame in (frames | (extra or {})).items()}
@@ -471,7 +474,8 @@ class Aligned:
     @property
     def lives(self)->pd.DataFrame:
         "First and last candle of each symbol and how many lie between"
-        first, last = self.listed.argmax(axis=0), len(self.times) - 1 - self.listed[::-1].argmax(axis=0)
+        first = self.listed.argmax(axis=0)
+        last = len(self.times) - 1 - self.listed[::-1].argmax(axis=0)
         opens = pd.to_datetime(self.times, unit="ms", utc=True)
         return pd.DataFrame({"first": opens[first], "last": opens[last], "candles": self.listed.sum(axis=0)},
                             index=pd.Index(self.symbols, name="symbol"))
@@ -489,7 +493,8 @@ def align(
 )->Aligned:
     "One array for symbols with different lives, from the first candle of any to the last of any"
     if not frames: raise CandleError("no candles: give a dict of frames by symbol")
-    step, proven = milliseconds(timeframe), [check(each, timeframe, symbol, gaps) for symbol, each in frames.items()]
+    step = milliseconds(timeframe)
+    proven = [check(each, timeframe, symbol, gaps) for symbol, each in frames.items()]
     opens = [times(each) for each in proven]
     axis = np.arange(min(each[0] for each in opens), max(each[-1] for each in opens) + step, step)
     candles = np.full((len(axis), len(proven), 5), np.nan)

@@ -26,7 +26,8 @@ def check_sum(
     symbol:str="",           # whose candles
 )->list:
     "Findings where longer candles are not the sum of the shorter ones"
-    step, long_step = milliseconds(timeframe), milliseconds(coarse_timeframe)
+    step = milliseconds(timeframe)
+    long_step = milliseconds(coarse_timeframe)
     if long_step % step or long_step <= step:
         raise ValueError(f"{coarse_timeframe} is not a multiple of {timeframe}: give the longer candles as coarse")
     grouped = fine[list(COLUMNS)].groupby(opening(times(fine), long_step))
@@ -72,9 +73,12 @@ def compare_sources(
     common = common[usable[0] & usable[1]]
     if len(common) < SHORT:
         raise ValueError(f"the two sources share {len(common)} candles: give at least {SHORT} of the same span")
-    one, two, step = one.loc[common], two.loc[common], milliseconds(timeframe)
+    one = one.loc[common]
+    two = two.loc[common]
+    step = milliseconds(timeframe)
     distance = np.log(one.close / two.close)
-    found, power = _shifted(symbol, one.close, two.close, step), power_of_ten(float(np.exp(distance.median())))
+    found = _shifted(symbol, one.close, two.close, step)
+    power = power_of_ten(float(np.exp(distance.median())))
     if power:
         found.append(finding("wrong_units", symbol, common[0], common[-1], f"prices are 10^{power} times those of the "
                              "other source", len(common), power))
@@ -98,9 +102,11 @@ def compare_downloads(
 )->list:
     "Findings where history was rewritten"
     one, two = (table[list(COLUMNS)].set_axis(times(table)) for table in (earlier, candles))
-    one, two = one[~one.index.duplicated(keep="last")], two[~two.index.duplicated(keep="last")]
+    one = one[~one.index.duplicated(keep="last")]
+    two = two[~two.index.duplicated(keep="last")]
     common = one.index.intersection(two.index)
-    one, two = one.loc[common].to_numpy("float64"), two.loc[common].to_numpy("float64")
+    one = one.loc[common].to_numpy("float64")
+    two = two.loc[common].to_numpy("float64")
     differ = ~((one == two) | (np.isnan(one) & np.isnan(two)))
     return [replace(doubled(symbol, common[row], one[row], two[row]), kind="revised", severity=KINDS["revised"][1],
                     action=KINDS["revised"][2]) for row in np.flatnonzero(differ.any(axis=1))]
@@ -115,7 +121,8 @@ def check_clock(
     "A finding where the two clocks cannot both be right"
     event_times = np.asarray(event_times)
     delay = np.asarray(pd.to_numeric(pd.Series(received_times), errors="coerce"), "float64") - event_times
-    event_times, delay = event_times[np.isfinite(delay)], delay[np.isfinite(delay)]
+    event_times = event_times[np.isfinite(delay)]
+    delay = delay[np.isfinite(delay)]
     if len(delay) == 0: return []
     fastest, median = np.quantile(delay, .01), np.median(delay)
     if median >= 0 and fastest <= limit: return []
@@ -146,8 +153,10 @@ def _percent(sizes):
     level = rates.rolling(MONTH, center=True, min_periods=1).median().to_numpy()
     quiet = np.quantile(level[level > 0], .25) if (level > 0).any() else 0.
     sides = [each.rolling(9, min_periods=3).median() for each in (rates, rates[::-1])]
-    before, after = np.maximum(sides[0].shift(1), quiet), np.maximum(sides[1][::-1], quiet)
-    steps, result = (np.maximum(before / after, after / before) > STEP).to_numpy(), np.zeros(len(sizes), bool)
+    before = np.maximum(sides[0].shift(1), quiet)
+    after = np.maximum(sides[1][::-1], quiet)
+    steps = (np.maximum(before / after, after / before) > STEP).to_numpy()
+    result = np.zeros(len(sizes), bool)
     for first, last in runs((level > HIGH_RATE) | ((level > 50 * quiet) & (level > 1e-3) & (quiet > 0)),
                             apart=2 * MONTH):
         edges = [edge for edge in (first, last + 1) if 0 < edge < len(sizes)]

@@ -40,7 +40,8 @@ def _stamped(table, stamps):
 
 
 def _gap(table, generator):
-    row, count = _row(table, generator), int(generator.integers(1, 25))
+    row = _row(table, generator)
+    count = int(generator.integers(1, 25))
     return pd.concat([table[:row], table[row + count:]]), row, row + count - 1, f"{count} candles taken out"
 
 
@@ -50,7 +51,8 @@ def _duplicate(table, generator):
 
 
 def _out_of_order(table, generator):
-    row, late = _row(table, generator), int(generator.integers(1, 6))
+    row = _row(table, generator)
+    late = int(generator.integers(1, 6))
     order = np.insert(np.delete(np.arange(len(table)), row), row + late, row)
     return table.iloc[order], row, row + late, f"row written {late} rows late"
 
@@ -63,7 +65,8 @@ def _off_grid(table, generator):
 
 # %% ../../nbs/10_market/04_defects.ipynb #91b44f2a
 def _partial(table, row, generator):
-    candle, done = table.iloc[row].to_numpy().copy(), generator.uniform(.1, .9)
+    candle = table.iloc[row].to_numpy().copy()
+    done = generator.uniform(.1, .9)
     opened = candle[OPEN]
     candle[[HIGH, LOW, CLOSE]] = opened + done * (candle[[HIGH, LOW, CLOSE]] - opened)
     candle[HIGH], candle[LOW] = candle[:4].max(), candle[:4].min()
@@ -101,7 +104,8 @@ def _changed(table, rows, columns, values):
 
 
 def _invalid_value(table, generator):
-    row, column = _row(table, generator), int(generator.integers(5))
+    row = _row(table, generator)
+    column = int(generator.integers(5))
     value = (generator.choice([np.nan, np.inf, -1.]) if column == VOLUME
              else generator.choice([np.nan, np.inf, 0., -table.iloc[row, column]]))
     return _changed(table, row, column, value), row, row, f"{COLUMNS[column]} is {value:g}"
@@ -109,18 +113,21 @@ def _invalid_value(table, generator):
 
 def _ohlc(table, generator):
     row, high = _row(table, generator), generator.random() < .5
-    inside, share = table.iloc[row, [OPEN, CLOSE]], 1 + generator.uniform(.0005, .02)
+    inside = table.iloc[row, [OPEN, CLOSE]]
+    share = 1 + generator.uniform(.0005, .02)
     return (_changed(table, row, HIGH if high else LOW, inside.min() / share if high else inside.max() * share), row,
             row, "high below the body" if high else "low above the body")
 
 
 def _zero_volume(table, generator):
-    row, count = _row(table, generator), int(generator.integers(1, 7))
+    row = _row(table, generator)
+    count = int(generator.integers(1, 7))
     return _changed(table, slice(row, row + count), VOLUME, 0.), row, row + count - 1, f"{count} candles without volume"
 
 
 def _frozen(table, generator):
-    row, count = _row(table, generator), int(generator.integers(6, 25))
+    row = _row(table, generator)
+    count = int(generator.integers(6, 25))
     return (_changed(table, slice(row, row + count), slice(OPEN, VOLUME), table.iloc[row - 1, CLOSE]), row,
             row + count - 1, f"price stands still for {count} candles")
 
@@ -143,7 +150,8 @@ EXCHANGED = ((OPEN, CLOSE), (HIGH, LOW), (HIGH, CLOSE), (LOW, CLOSE), (OPEN, HIG
 
 
 def _swapped_columns(table, generator):
-    row, count = _row(table, generator), int(generator.integers(24, 121))
+    row = _row(table, generator)
+    count = int(generator.integers(24, 121))
     one, other = (int(column) for column in generator.choice(EXCHANGED))
     values = table.iloc[row:row + count, [other, one]].to_numpy()
     return (_changed(table, slice(row, row + count), [one, other], values), row, row + count - 1,
@@ -164,7 +172,8 @@ def _wrong_units(table, generator):
 
 # %% ../../nbs/10_market/04_defects.ipynb #a51a0a1b
 def _not_the_sum(table, generator):
-    row, what = _row(table, generator, 1, 1), generator.choice(["high", "low", "close", "volume"])
+    row = _row(table, generator, 1, 1)
+    what = generator.choice(["high", "low", "close", "volume"])
     candle = table.iloc[row, :5].to_numpy("float64").copy()
     middle = (candle[HIGH] + candle[LOW]) / 2
     if what == "close": candle[CLOSE] = middle if abs(candle[CLOSE] / middle - 1) > 1e-4 else candle[LOW]
@@ -173,7 +182,8 @@ def _not_the_sum(table, generator):
 
 
 def _disagreement(table, generator):
-    row, count = _row(table, generator), int(generator.integers(1, 7))
+    row = _row(table, generator)
+    count = int(generator.integers(1, 7))
     size = generator.choice([-1, 1]) * generator.uniform(1.5, 8) * _local_range(table, row)
     return (_changed(table, slice(row, row + count), slice(0, 4),
                      table.iloc[row:row + count, :4].to_numpy() * np.exp(size)), row, row + count - 1,
@@ -188,7 +198,8 @@ def _clock(table, generator):
 
 
 def _funding_missing(rates, generator):
-    row, count = _row(rates, generator, 1, 6), int(generator.integers(1, 6))
+    row = _row(rates, generator, 1, 6)
+    count = int(generator.integers(1, 6))
     return pd.concat([rates[:row], rates[row + count:]]), row, row + count - 1, f"{count} rates taken out"
 
 
@@ -216,7 +227,9 @@ def _copied(table, generator):
 
 
 def _interpolated(table, generator):
-    row, count, volume = _row(table, generator), int(generator.integers(12, 73)), generator.random() < .3
+    row = _row(table, generator)
+    count = int(generator.integers(12, 73))
+    volume = generator.random() < .3
     if volume:
         return (_changed(table, slice(row, row + count), VOLUME, table.iloc[row - 1, VOLUME]), row, row + count - 1,
                 f"volume constant for {count} candles")
@@ -228,7 +241,9 @@ def _interpolated(table, generator):
 
 
 def _digits(table, generator):
-    row, count, finer = _row(table, generator), int(generator.integers(60, 121)), generator.random() < .5
+    row = _row(table, generator)
+    count = int(generator.integers(60, 121))
+    finer = generator.random() < .5
     block = table.iloc[row:row + count, :4].to_numpy()
     least = np.diff(np.unique(np.round(block, 10))).min()
     if finer: changed = block * np.exp(_local_range(table, row) * .01 * generator.uniform(.3, 1))
@@ -248,14 +263,16 @@ def _misplaced(table, generator):
                                            * np.log(table.high / table.low).iloc[row])):
         row, tries = _row(table, generator, 200, 130), tries + 1
     order = np.arange(len(table))
-    one, other = np.arange(row, row + length), np.arange(row + apart, row + apart + length)
+    one = np.arange(row, row + length)
+    other = np.arange(row + apart, row + apart + length)
     order[one], order[other] = other, one
     return (table.iloc[order].set_axis(table.index), row, row + apart + length - 1,
             f"two {'days' if length == 24 else 'hours'} exchanged")
 
 
 def _extreme(table, generator):
-    row, size = _row(table, generator), float(generator.uniform(.12, .3))
+    row = _row(table, generator)
+    size = float(generator.uniform(.12, .3))
     candle = table.iloc[row, :5].to_numpy("float64").copy()
     candle[LOW] = min(candle[OPEN], candle[CLOSE]) * np.exp(-max(size, 12 * _local_range(table, row)))
     candle[VOLUME] *= 60

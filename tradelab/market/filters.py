@@ -70,8 +70,13 @@ def coarsest(
                  and on_grid(values, each, noise).all()), size)
 
 # %% ../../nbs/10_market/11_filters.ipynb #6883954c
-ENOUGH, COARSE, TOO_COARSE = 50, .0005, .005           # different values; shares of the price
-STEP_WORTH, FINE_STEP, LEAST_ORDER, LARGEST_ORDER = 150., .05, 5., 1e8 # quote
+ENOUGH = 50
+COARSE = .0005
+TOO_COARSE = .005 # different values; shares of the price
+STEP_WORTH = 150.
+FINE_STEP = .05
+LEAST_ORDER = 5.
+LARGEST_ORDER = 1e8 # quote
 FIRST = 100                                            # candles whose price decides how fine a guess is
 
 
@@ -113,7 +118,8 @@ def derived(
     hundred millions buy"""
     prices = candles[["open", "high", "low", "close"]].to_numpy("float64")
     volumes = candles["volume"].to_numpy("float64")
-    tick, step = derived_tick(prices), derived_step(volumes, float(np.median(prices[:FIRST, 3])))
+    tick = derived_tick(prices)
+    step = derived_step(volumes, float(np.median(prices[:FIRST, 3])))
     # whole numbers end there
     largest = min(float(Decimal(1).scaleb(_power(LARGEST_ORDER / float(prices[:FIRST].min())) + 1)), 9e15)
     return Instrument(symbol, tick, step, step, max(largest, step), LEAST_ORDER, origin="derived")
@@ -122,7 +128,8 @@ def derived(
 def _binance(market, exchange):
     filters = {entry["filterType"]: entry for entry in market["info"]["filters"]}
     fee = market["info"].get("liquidationFee")
-    lot, least = filters["LOT_SIZE"], filters.get("MIN_NOTIONAL", filters.get("NOTIONAL", {}))
+    lot = filters["LOT_SIZE"]
+    least = filters.get("MIN_NOTIONAL", filters.get("NOTIONAL", {}))
     sizes = {name: float(filters.get("MARKET_LOT_SIZE", lot)[name]) or float(lot[name])
              for name in ("minQty", "maxQty")}
     return Instrument(market["symbol"], float(filters["PRICE_FILTER"]["tickSize"]), float(lot["stepSize"]),
@@ -136,10 +143,15 @@ def _coins(contracts, contract): return float(Decimal(repr(float(contracts))) * 
 
 
 def _unified(market, exchange, mode):
-    precision, limits, contract = market["precision"], market["limits"], market.get("contractSize") or 1.
+    precision = market["precision"]
+    limits = market["limits"]
+    contract = market.get("contractSize") or 1.
     if not precision["price"] or not precision["amount"] or mode == 3: return None
-    step, amounts = _coins(_size(precision["amount"], mode), contract), limits.get("amount") or {}
-    least, most, notional = amounts.get("min"), amounts.get("max"), (limits.get("cost") or {}).get("min")
+    step = _coins(_size(precision["amount"], mode), contract)
+    amounts = limits.get("amount") or {}
+    least = amounts.get("min")
+    most = amounts.get("max")
+    notional = (limits.get("cost") or {}).get("min")
     return Instrument(market["symbol"], _size(precision["price"], mode), step, _coins(least, contract) if least
                       else step, _coins(most, contract) if most else 9e15, float(notional or LEAST_ORDER),
                       origin=exchange)
@@ -250,7 +262,8 @@ def instruments_for(
 )->tuple:           # an Instrument for each symbol, in the order of the candles
     "The instrument of each symbol; warns of a coarse tick, ValueError if one is absurd"
     frames = dict(candles) if isinstance(candles, dict) else {candles.attrs.get("symbol", UNNAMED): candles}
-    ours, theirs = _by_name(given or (), frames), {each.symbol: each for each in known or ()}
+    ours = _by_name(given or (), frames)
+    theirs = {each.symbol: each for each in known or ()}
     found = tuple(ours.get(symbol) or with_settings(theirs.get(symbol) or listed_with(frames[symbol], symbol),
                                                     settings or {}) for symbol in frames)
     for instrument in found: check_tick(instrument, frames[instrument.symbol])

@@ -110,7 +110,8 @@ STATE = np.dtype([("time", "i8"), ("rows", "i8"), ("moves", "i8"), ("trades", "i
 def keep(ring, ranked, count, value):
     "Put a value into a ring and its sorted copy; the oldest leaves when the ring is full"
     spot, full = count % len(ring), count >= len(ring)
-    place, last = np.searchsorted(ranked, ring[spot]) if full else count, len(ring) - 1 if full else count
+    place = np.searchsorted(ranked, ring[spot]) if full else count
+    last = len(ring) - 1 if full else count
     while place > 0 and ranked[place - 1] > value:
         ranked[place] = ranked[place - 1]
         place -= 1
@@ -132,12 +133,21 @@ WICK, GROWTH = 3.5, .6
 @compiled
 def wick(candle, scale, volume_ratio):
     "The longer wick, in what this candle could have had by itself"
-    top, bottom = max(candle[OPEN], candle[CLOSE]), min(candle[OPEN], candle[CLOSE])
-    up, down = np.log(candle[HIGH] / top), np.log(bottom / candle[LOW])
+    top = max(candle[OPEN], candle[CLOSE])
+    bottom = min(candle[OPEN], candle[CLOSE])
+    up = np.log(candle[HIGH] / top)
+    down = np.log(bottom / candle[LOW])
     return max(up, down) / max(scale * max(1., volume_ratio) ** GROWTH, np.log(top / bottom), min(up, down))
 
 # %% ../../nbs/10_market/05_judge.ipynb #488f0df3
-INVALID, OHLC, ZERO, FROZEN, SPIKE, PRICE_UNITS, VOLUME_UNITS, CROSSED = 1, 2, 4, 8, 16, 32, 64, 128
+INVALID = 1
+OHLC = 2
+ZERO = 4
+FROZEN = 8
+SPIKE = 16
+PRICE_UNITS = 32
+VOLUME_UNITS = 64
+CROSSED = 128
 BITS = {INVALID: "invalid_value", OHLC: "ohlc", ZERO: "zero_volume", FROZEN: "frozen", SPIKE: "spike",
         PRICE_UNITS: "wrong_units", VOLUME_UNITS: "wrong_units", CROSSED: "swapped_columns"}
 REFUSED = INVALID | OHLC | PRICE_UNITS
@@ -182,7 +192,8 @@ def stillness(now, candle):
     same = (candle[OPEN] == now["open"] and candle[HIGH] == now["high"] and candle[LOW] == now["low"]
             and candle[CLOSE] == now["close"])
     flat = same or (candle[HIGH] == candle[LOW] and candle[CLOSE] == now["close"])
-    usual, lasting = min(max(now["stillness"], .01), .95), min(max(now["lasting"], now["stillness"], .01), .98)
+    usual = min(max(now["stillness"], .01), .95)
+    lasting = min(max(now["lasting"], now["stillness"], .01), .98)
     if flat and now["still"] == 0: now["needed"] = max(3, int(np.ceil(.999 + np.log(1e-6 / usual) / np.log(lasting))))
     if now["still"] == 0 and not flat: now["lasting"] += (now["stillness"] - now["lasting"]) / 64
     elif now["still"] > 0 and now["still"] < now["needed"]:
@@ -217,7 +228,8 @@ VOTES = 6
 @compiled
 def crossing(now, candle, scale):
     "Votes for open and close being exchanged, once they are too many; else 0"
-    straight, crossed = abs(np.log(candle[OPEN] / now["close"])), abs(np.log(candle[CLOSE] / now["open"]))
+    straight = abs(np.log(candle[OPEN] / now["close"]))
+    crossed = abs(np.log(candle[CLOSE] / now["open"]))
     vote = (1 if straight > .25 * scale and crossed < .2 * straight else -1 if crossed > .25 * scale
             and straight < .2 * crossed else 0)
     odds = min(max(now["doubt"], .02), .48)
@@ -228,7 +240,9 @@ def crossing(now, candle, scale):
 
 # %% ../../nbs/10_market/05_judge.ipynb #85d8727b
 EVIDENCE = 3 # of each row: measure of the spike, rows back to the candle that it is about, run or power of ten
-JUMP, RARE, BEYOND = 2.8, .03, 4.
+JUMP = 2.8
+RARE = .03
+BEYOND = 4.
 FLOOR = .005 # log of a price: less is no print that anybody could lose by, however still the minutes around it
 
 
@@ -236,7 +250,8 @@ FLOOR = .005 # log of a price: less is no print that anybody could lose by, howe
 def spikes(now, candle, scale, follows, waited, out):
     "SPIKE or 0; out: how many ranges, and how many rows back"
     busy = candle[VOLUME] / middle(now["volumes_ranked"], now["trades"]) if now["trades"] else 1.
-    reach, unit = wick(candle, scale, busy), scale * max(1., busy) ** GROWTH * np.sqrt(1. + waited)
+    reach = wick(candle, scale, busy)
+    unit = scale * max(1., busy) ** GROWTH * np.sqrt(1. + waited)
     leap = abs(np.log(candle[OPEN] / now["close"])) / unit if follows else 0.
     back = abs(np.log(candle[OPEN] / now["before"])) / unit if now["rows"] > 1 else leap
     habit = max(now["habit"], .5)
@@ -317,7 +332,8 @@ def judge(
 @compiled
 def scan(state, times, candles, step):
     "Bits (T,) and evidence (T, EVIDENCE) of a table in order"
-    bits, evidence = np.zeros(len(times), np.int64), np.zeros((len(times), EVIDENCE))
+    bits = np.zeros(len(times), np.int64)
+    evidence = np.zeros((len(times), EVIDENCE))
     for t in range(len(times)): bits[t] = judge(state, times[t], candles[t], step, evidence[t])
     return bits, evidence
 
@@ -434,7 +450,8 @@ def time_findings(
 )->tuple:         # findings; rows of the table in order, each time once, on the grid (the last row of a time wins)
     "Findings about the open times"
     offsets, counts = np.unique(times - opening(times, step), return_counts=True)
-    offset, begin = int(offsets[np.argmax(counts)]), ANCHORS.get(step, 0)
+    offset = int(offsets[np.argmax(counts)])
+    begin = ANCHORS.get(step, 0)
     codes, found = arrivals(times, step, begin + offset), []
     latest = np.maximum.accumulate(np.where(codes == OFF_GRID, times[0], times))
     for first, last in runs(codes == OFF_GRID):
@@ -456,7 +473,8 @@ def time_findings(
     order = order[~same]
     missing = np.diff(times[order]) // step - 1
     for row in np.flatnonzero(missing):
-        start, end = times[order[row]] + step, times[order[row + 1]] - step
+        start = times[order[row]] + step
+        end = times[order[row + 1]] - step
         found.append(finding("gap", symbol, start, end, f"{missing[row]} candle{'s' * int(missing[row] > 1)} missing "
                              f"between {format_time(start - step)} and {format_time(end + step)}", missing[row],
                              missing[row]))

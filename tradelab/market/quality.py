@@ -49,7 +49,8 @@ def times_found(
     name:str="candles",      # what messages call them
 )->np.ndarray:               # (T,) int64: ms, or whatever unit the numbers have
     "The times of a table, wherever they stand"
-    index, column = candles.index, next((each for each in TIME_COLUMNS if each in candles), None)
+    index = candles.index
+    column = next((each for each in TIME_COLUMNS if each in candles), None)
     inside = (isinstance(index, pd.DatetimeIndex) or (column is None and not isinstance(index, pd.RangeIndex)
                                                       and pd.api.types.is_integer_dtype(index)))
     if not inside and column is None:
@@ -151,7 +152,8 @@ class QualityReport:
     findings:tuple                            # of Finding, in order of time
 
     def __post_init__(self):
-        step, stamps = milliseconds(self.timeframe), times(self.candles)
+        step = milliseconds(self.timeframe)
+        stamps = times(self.candles)
         expected = (stamps[-1] - stamps[0]) // step + 1
         for name in ("completeness", "consistency", "accuracy"):
             object.__setattr__(self, name, score(self.findings, name, expected))
@@ -193,7 +195,8 @@ def optional_findings(
     optional:pd.DataFrame,    # some of quote_volume trades taker_buy_volume, as found, on the same rows
 )->list:
     "Findings about the optional columns"
-    stamps, read = times(candles), optional.apply(pd.to_numeric, errors="coerce").set_axis(candles.index)
+    stamps = times(candles)
+    read = optional.apply(pd.to_numeric, errors="coerce").set_axis(candles.index)
     faults = [(name, (read[name].isna().to_numpy() & optional[name].notna().to_numpy()), "not a number")
               for name in optional]
     faults += optional_faults(candles.assign(**read))
@@ -228,13 +231,15 @@ def check_quality(
     interval:str="8h",              # between two fundings
 )->QualityReport:
     "Everything that can be said against a table of candles"
-    step, symbol = milliseconds(timeframe), symbol or getattr(candles, "attrs", {}).get("symbol", "")
+    step = milliseconds(timeframe)
+    symbol = symbol or getattr(candles, "attrs", {}).get("symbol", "")
     stamps, numbers, found = as_found(candles, symbol)
     of_time, order = time_findings(symbol, stamps, numbers, step)
     found += (of_time + value_findings(symbol, stamps[order], numbers[order], *scan(np.zeros(1, STATE), stamps[order],
         numbers[order], step)))
     found += _unexplained(stretch_findings(symbol, stamps[order], numbers[order], step), found, step)
-    judged, as_of = frame(stamps[order], numbers[order]), candles.attrs.get("as_of") if as_of is None else as_of
+    judged = frame(stamps[order], numbers[order])
+    as_of = candles.attrs.get("as_of") if as_of is None else as_of
     as_of = None if as_of is None else to_ms(as_of)
     if as_of is not None and stamps.max() + step > as_of:
         found.append(finding("unfinished", symbol, stamps.max(), stamps.max(), "the last candle closes "
@@ -295,8 +300,12 @@ class QualityStream:
         symbol:str="",         # whose candles
         patience:int=60_000,   # ms that a candle may seem to come before its close: a clock; beyond it is not over yet
     ):
-        self.step, self.symbol, self.patience = milliseconds(timeframe), symbol, patience
-        self.state, self.out, self.latest = np.zeros(1, STATE), np.zeros(EVIDENCE), -1
+        self.step = milliseconds(timeframe)
+        self.symbol = symbol
+        self.patience = patience
+        self.state = np.zeros(1, STATE)
+        self.out = np.zeros(EVIDENCE)
+        self.latest = -1
         self.recent = deque(maxlen=LONG)     # (open time, candle, bits, evidence)
 
     def accept(self,

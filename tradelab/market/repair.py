@@ -53,7 +53,8 @@ def _scale_back(table, each, step):
 def _clip(table, each, step):
     table, stamps = table.copy(), times(table)
     for row in np.flatnonzero(_span(table, each)):
-        before, after = table.close.iloc[max(row - 1, 0)], table.open.iloc[min(row + 1, len(table) - 1)]
+        before = table.close.iloc[max(row - 1, 0)]
+        after = table.open.iloc[min(row + 1, len(table) - 1)]
         body = table.iloc[row, [OPEN, CLOSE]].to_numpy().copy()
         if (stamps[row] - stamps[max(row - 1, 0)] == step and abs(np.log(body[0] / before)) > .5
             * abs(np.log(table.high.iloc[row] / table.low.iloc[row]))):
@@ -86,7 +87,9 @@ def repair(
 )->tuple:                    # a new frame, in order; what was done (DataFrame: time, kind, done)
     "The frame with these findings put right, and the log of it"
     stamps, numbers, _ = as_found(candles)
-    table, log, step = frame(stamps, numbers), [], milliseconds(timeframe)
+    table = frame(stamps, numbers)
+    log = []
+    step = milliseconds(timeframe)
     def note(each, done):
         log.append({"time": format_time(each.start_time), "kind": each.kind, "candles": each.count, "done": done})
     for each in sorted(findings, key=lambda each: list(REPAIRS).index(each.kind) if each.kind in REPAIRS else 99):

@@ -144,7 +144,8 @@ def merge(
     verdict = verdicts(held, new)
     known = verdict.index[(verdict == "same") & ((_seen(held.loc[verdict.index]) == 0)
                                                  | (_seen(held.loc[verdict.index]) > _seen(new.loc[verdict.index])))]
-    kept, same = known.union(verdict.index[verdict == "outdated"]), verdict.index[verdict == "same"]
+    kept = known.union(verdict.index[verdict == "outdated"])
+    same = verdict.index[verdict == "same"]
     both = pd.concat([held, new.drop(kept)])
     both = both[~both.index.duplicated(keep="last")].sort_index()
     for column in both.columns.intersection(OPTIONAL):
@@ -179,7 +180,8 @@ def wanted(
     seen = _seen(held)
     final = (seen == 0) | (seen >= times(held) + step + revisable) | (now is None) | (seen >= (now or 0))
     have = times(held)[final]
-    have, ask = have[(have >= start) & (have <= opens.max(initial=start - 1))], np.ones(len(opens), bool)
+    have = have[(have >= start) & (have <= opens.max(initial=start - 1))]
+    ask = np.ones(len(opens), bool)
     ask[(have - opens.min(initial=end)) // step] = False
     return opens[ask]
 
@@ -201,7 +203,8 @@ def months(
     end=None,      # ms, exclusive; to the last where not given
 )->list:
     "The files of a series that a span touches, oldest first"
-    first, last = "" if start is None else format_time(start)[:7], "9999" if end is None else format_time(end - 1)[:7]
+    first = "" if start is None else format_time(start)[:7]
+    last = "9999" if end is None else format_time(end - 1)[:7]
     return sorted(path for path in folder.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9].parquet") if first <= path.stem <= last)
 
 # %% ../../nbs/10_market/10_store.ipynb #daabf9bd
@@ -284,7 +287,9 @@ def conflicts(held, new, verdict)->pd.DataFrame:
 # %% ../../nbs/10_market/10_store.ipynb #082b0027
 def _merged(folder, candles):
     "What the files of these months hold afterwards, bytes by path, and what became of the candles"
-    contents, same, differing = {}, 0, []
+    contents = {}
+    same = 0
+    differing = []
     for month, new in candles.groupby(candles.index.strftime("%Y-%m")):
         path = folder / f"{month}.parquet"
         if path.exists(): put_aside(path, from_file)
@@ -301,7 +306,9 @@ def _described(folder):
     "One series as a row of `held`"
     footers, (source, symbol, timeframe) = whole_months(months(folder), footer), folder.parts[-3:]
     if not footers: return None
-    first, last, candles = footers[0][0], footers[-1][1], sum(each[2] for each in footers)
+    first = footers[0][0]
+    last = footers[-1][1]
+    candles = sum(each[2] for each in footers)
     ends = (pd.Timestamp(each, unit="ms", tz="UTC") for each in (first, last))
     return (unsafe(source), unsafe(symbol), timeframe, *ends, candles, len(footers),
             (last - first) // milliseconds(timeframe) + 1 - candles, sum(each[3] for each in footers))
@@ -344,7 +351,9 @@ class Store:
     def write(self, source, symbol, timeframe, candles, now=None, gaps=False, span=None)->Written:
         """Check and keep candles; `now` is the exchange's time when it gave them; with `gaps` the holes between them,
         and towards the ends of `span`, are kept as proven"""
-        name, step, folder = f"{source} {symbol}", milliseconds(timeframe), self.series(source, symbol, timeframe)
+        name = f"{source} {symbol}"
+        step = milliseconds(timeframe)
+        folder = self.series(source, symbol, timeframe)
         candles = _closed(check(candles, timeframe, name, gaps), step, now, name)
         with only_writer(folder):
             contents, written = _merged(folder, candles)
@@ -384,7 +393,9 @@ class Store:
 
     def missing(self, source, symbol, timeframe, start, end, now=None)->list:
         "The spans to ask for, (start, end) in ms: not held, or given before they were final"
-        start, end, step = to_ms(start), to_ms(end), milliseconds(timeframe)
+        start = to_ms(start)
+        end = to_ms(end)
+        step = milliseconds(timeframe)
         opens = wanted(self.rows(source, symbol, timeframe, start, end), start, end, step, now, self.revisable)
         for hole in absent(self.series(source, symbol, timeframe)):
             opens = opens[(opens < hole[0]) | (opens >= hole[1])]

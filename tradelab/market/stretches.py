@@ -37,7 +37,9 @@ def unlikely(
     "Stretches with too high a sum"
     needed = np.log(len(scores)) + beyond
     found = np.empty((len(scores) // 2 + 1, 2), np.int64)
-    count, begin, last = 0, 0, 0
+    count = 0
+    begin = 0
+    last = 0
     total, top = 0., 0.
     for t in range(len(scores) + 1):
         over = t == len(scores) or total + scores[t] <= 0 or total + scores[t] < top - needed
@@ -48,7 +50,9 @@ def unlikely(
         if top >= needed:
             found[count, 0], found[count, 1] = begin, last
             count += 1
-        begin, total, top = t + 1, 0., 0.
+        begin = t + 1
+        total = 0.
+        top = 0.
     return found[:count]
 
 # %% ../../nbs/10_market/07_stretches.ipynb #1c0a5e05
@@ -90,7 +94,9 @@ def straight(
     tick:float,
 )->list:       # (first, last, what) of each stretch
     "Closes and volumes that bend too little"
-    close, volume, ranges = numbers[:, CLOSE], numbers[:, VOLUME], np.log(numbers[:, HIGH] / numbers[:, LOW])
+    close = numbers[:, CLOSE]
+    volume = numbers[:, VOLUME]
+    ranges = np.log(numbers[:, HIGH] / numbers[:, LOW])
     in_turn = follows & np.roll(follows, 1)
     unit = np.maximum(mean_of(ranges, 3), .6 * scale)
     closes = bends(np.log(close), tick / close, unit, in_turn & (unit * close > 4 * tick))
@@ -145,13 +151,15 @@ def copies(
     "Stretches whose marks came in the same order before"
     count = len(marks) - gram + 1
     if count < SHORT: return []
-    grams, total = mixed(*(marks[n:n + count] for n in range(gram))), sum(carried[n:n + count] for n in range(gram))
+    grams = mixed(*(marks[n:n + count] for n in range(gram)))
+    total = sum(carried[n:n + count] for n in range(gram))
     order = np.argsort(grams, kind="stable")
     twice = grams[order][1:] == grams[order][:-1]
     late, early = order[1:][twice], order[:-1][twice]
     sure = total[late] > 2 * np.log(len(marks)) + 12
     late, early = late[sure], early[sure]
-    mask, taken = np.zeros(len(marks), bool), np.zeros(len(marks), "int64")
+    mask = np.zeros(len(marks), bool)
+    taken = np.zeros(len(marks), "int64")
     taken[late] = early
     for n in range(gram): mask[late + n] = True
     return [(first, last, int(taken[first])) for first, last in runs(mask)]
@@ -165,7 +173,8 @@ def repeats(
     def again(lag):
         return (np.concatenate([np.zeros(min(lag, len(values)), bool), (values[lag:] == values[:-lag]).all(axis=1)])
                 & counted)
-    last, others = again(1), np.cumsum(np.concatenate([[0.], sum(again(lag) for lag in range(2, 12)) / 10]))
+    last = again(1)
+    others = np.cumsum(np.concatenate([[0.], sum(again(lag) for lag in range(2, 12)) / 10]))
     def usual(first, end): return max(others[-1] / len(values), (others[end] - others[first]) / max(end - first, 1))
     found = [(first, end, int(last[first:end + 1].sum())) for first, end in runs(last, apart=SHORT)]
     return [(first, end, count) for first, end, count in found if count >= 3 + 20 * (end - first + 1)
@@ -185,12 +194,14 @@ def twice_told(
 )->list:       # (first, last, row that the first was taken from, what)
     "Copies of prices, volumes or both"
     opened, volume = numbers[:, OPEN], numbers[:, VOLUME]
-    wide, grid = np.log(numbers[:, HIGH] / numbers[:, LOW]) > .3 * scale, max(10 * tick / np.median(opened), 1e-7)
+    wide = np.log(numbers[:, HIGH] / numbers[:, LOW]) > .3 * scale
+    grid = max(10 * tick / np.median(opened), 1e-7)
     others = [numbers[:, column] for column in (HIGH, LOW, CLOSE)]
     ticks = mixed(*(np.rint((each - opened) / tick) + 0. for each in others))
     shapes = mixed(*(np.rint(np.log(each / opened) / grid) + 0. for each in others))
     volumes = mixed(volume)
-    in_ticks, in_volume = surprise(ticks, wide), surprise(volumes, volume > 0)
+    in_ticks = surprise(ticks, wide)
+    in_volume = surprise(volumes, volume > 0)
     found = [(*each, "candles") for each in copies(mixed(ticks, volumes), in_ticks + in_volume, GRAM // 2)]
     for what, marks, carried in (("prices", ticks, in_ticks), ("prices", shapes, surprise(shapes, wide)),
                                  ("volumes", volumes, in_volume)):
@@ -280,7 +291,8 @@ def lone_seams(
 )->list:       # rows
     "Opens that are too far from the last close for this market"
     def nearby(values): return pd.Series(values).rolling(WIDTH, center=True, min_periods=1)
-    usual, told = nearby(leap).quantile(1 - PEERS / WIDTH), nearby(np.isfinite(leap)).mean()
+    usual = nearby(leap).quantile(1 - PEERS / WIDTH)
+    told = nearby(np.isfinite(leap)).mean()
     size = np.where(told > .5, np.nan_to_num(leap) / np.maximum(usual, SEAM / 3), 0.)
     ordered = np.sort(size)
     return [int(row) for row in np.flatnonzero((size > 3) & (np.nan_to_num(leap) > SEAM))
@@ -293,7 +305,8 @@ def exchanged(
     scale,     # (T,): usual ranges, logs
 )->list:       # (first, last) row of each
     "Stretches of rows that are in another order than they happened"
-    opened, closed = np.log(numbers[:, OPEN]), np.log(numbers[:, CLOSE])
+    opened = np.log(numbers[:, OPEN])
+    closed = np.log(numbers[:, CLOSE])
     leap = np.abs(opened - np.concatenate([[opened[0]], closed[:-1]]))
     habit = 1.5 * around(leap)
     seams = np.flatnonzero(follows & (leap > np.maximum(8 * habit, .2 * scale)))
@@ -338,13 +351,17 @@ def stretch_findings(
     "Findings about stretches of rows that contradict none of the rules for one"
     sound = (np.isfinite(numbers).all(axis=1) & (numbers[:, :4] > 0).all(axis=1) & (numbers[:, VOLUME] >= 0)
              & (numbers[:, HIGH] >= numbers[:, LOW]))
-    times, numbers = times[sound], np.ascontiguousarray(numbers[sound])
+    times = times[sound]
+    numbers = np.ascontiguousarray(numbers[sound])
     if len(times) < SHORT: return []
-    found, ranges = [], np.log(numbers[:, HIGH] / numbers[:, LOW])
-    scale, longest = around(ranges), max(2400, 60 * 86_400_000 // step)
+    found = []
+    ranges = np.log(numbers[:, HIGH] / numbers[:, LOW])
+    scale = around(ranges)
+    longest = max(2400, 60 * 86_400_000 // step)
     def add(kind, first, last, evidence, measure=0., column=""):
         found.append(finding(kind, symbol, times[first], times[last], evidence, last - first + 1, measure, column))
-    follows, tick = np.diff(times, prepend=times[0]) == step, least_step(numbers[:, :4])
+    follows = np.diff(times, prepend=times[0]) == step
+    tick = least_step(numbers[:, :4])
     for first, last, what in straight(numbers, follows, scale, tick):
         add("interpolated", first, last, f"{what} of {last - first + 1} candles are on a line or a smooth curve",
             column=what[:-1])

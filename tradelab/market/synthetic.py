@@ -31,7 +31,9 @@ def ar1_returns(
     return returns
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #68ea4d8c
-LEVEL, TICK, BAND = 20_000., 0.1, (200., 100_000.) # quote per base
+LEVEL = 20_000.
+TICK = 0.1
+BAND = (200., 100_000.) # quote per base
 
 
 def first_in_band(
@@ -307,7 +309,8 @@ def realistic(
     check_arguments(length, volatility, timeframe, start)
     if freedom <= 2: raise ValueError(f"freedom must be above 2 (below it there is no variance), was {freedom}")
     def draw(generator):
-        day, month = ar1_returns(length, .95, .4, generator), ar1_returns(length, .998, .4, generator)
+        day = ar1_returns(length, .95, .4, generator)
+        month = ar1_returns(length, .998, .4, generator)
         shocks = generator.standard_t(freedom, length) * np.sqrt((freedom - 2) / freedom)
         after = np.convolve(shocks, leverage * .95 ** np.arange(100))[:length]
         truth = volatility * np.exp(day + month - np.concatenate([[0.], after[:-1]]))

@@ -16,7 +16,9 @@ from ..events import TradingState
 from ..times import format_time
 
 # %% ../../nbs/30_risk/06_breakers.ipynb #4bb0a080
-CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
+CLOSED = "closed"
+OPEN = "open"
+HALF_OPEN = "half-open"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class Breakers:
 
     def observe(self, kind:str, value:float, time:int, venue:str="", symbol:str="")->list[BreakerEvent]:
         "One measurement, in the breaker's unit; the changes that it makes"
-        breaker, state, key = self.breakers.get(kind), self._state(kind, venue, symbol), (kind, venue, symbol)
+        breaker = self.breakers.get(kind)
+        state = self._state(kind, venue, symbol)
+        key = (kind, venue, symbol)
         if time < state[3]:
             raise ValueError(f"{kind} {venue} {symbol}: a measurement of {format_time(time)} after one of "
                              f"{format_time(state[3])}: measurements come in order")

@@ -99,7 +99,8 @@ def market_history(
     "What the gate knows at the close of each candle of a history"
     market, covariance = new_market(candles.shape[1])
     length = len(times) if warm_up(limits) else 0
-    states, covariances = np.zeros((max(length, 1), len(market)), MARKET), np.zeros((max(length, 1), *covariance.shape))
+    states = np.zeros((max(length, 1), len(market)), MARKET)
+    covariances = np.zeros((max(length, 1), *covariance.shape))
     states[0], covariances[0] = market, covariance
     _follow(times[:length], candles, limits.row(), market, covariance, states, covariances)
     return states, covariances
@@ -204,13 +205,15 @@ def split(
     instrument,  # a row of INSTRUMENT
 )->bool:         # whether there is anything to do
     "Part a wish into what reduces and what adds"
-    smallest, change = limits["min_trade"] * equity, abs(notional - held * row["price"])
+    smallest = limits["min_trade"] * equity
+    change = abs(notional - held * row["price"])
     row["kept"], row["growth"], row["quantity"] = held, 0., 0.
     if change < smallest and (notional * held > 0. or held == 0.):
         if change > 0. and row["reason"] == AS_ASKED:
             row["reason"], row["value"], row["limit"] = TOO_SMALL, change / equity, limits["min_trade"]
         return False
-    most, wanted = instrument["max_quantity"], notional / row["price"]
+    most = instrument["max_quantity"]
+    wanted = notional / row["price"]
     if held == 0.: row["growth"] = wanted
     elif wanted * held <= 0.:
         if abs(held) > most:
@@ -242,11 +245,13 @@ def complete(
     closing = decimal8(row["kept"] - held) if row["kept"] != held else 0.
     row["quantity"] = closing
     if row["growth"] == 0.: return
-    quantity, most = round_quantity(row["kept"] - held + row["growth"], instrument), instrument["max_quantity"]
+    quantity = round_quantity(row["kept"] - held + row["growth"], instrument)
+    most = instrument["max_quantity"]
     if abs(quantity) > most:
         say(row, MAX_QUANTITY, abs(quantity), most)
         quantity = np.sign(quantity) * most
-    added, whole = abs(quantity - closing) * row["price"], abs(quantity) * row["price"]
+    added = abs(quantity - closing) * row["price"]
+    whole = abs(quantity) * row["price"]
     if (added >= limits["min_trade"] * equity and abs(quantity) >= instrument["min_quantity"]
         and whole >= instrument["min_notional"]):
         row["quantity"] = quantity
@@ -314,7 +319,8 @@ def shrink_alone(
 ):
     "The limits of one order"
     if row["growth"] == 0.: return
-    notional, kept = abs(row["growth"]) * row["price"], abs(row["kept"]) * row["price"]
+    notional = abs(row["growth"]) * row["price"]
+    kept = abs(row["kept"]) * row["price"]
     shrink(row, room(instrument["max_notional"], kept, notional), BRACKET, kept + notional, instrument["max_notional"])
     notional = abs(row["growth"]) * row["price"]
     shrink(row, room(limits["max_order"] * base, 0., notional), ORDER_SIZE, notional / base, limits["max_order"])
@@ -404,17 +410,26 @@ def shrink_gross(
     instruments,  # INSTRUMENT, (n,)
 ):
     "Leverage, available balance and margin ratio"
-    kept, growth, bound, needed, more = 0., 0., 0., 0., 0.
+    kept = 0.
+    growth = 0.
+    bound = 0.
+    needed = 0.
+    more = 0.
     for n in range(len(proposals)):
         row = proposals[n]
-        stays, comes = abs(row["kept"]) * row["price"], abs(row["growth"]) * row["price"]
-        kept, growth, bound = kept + stays, growth + comes, bound + abs(positions[n]["quantity"]) * row["price"]
+        stays = abs(row["kept"]) * row["price"]
+        comes = abs(row["growth"]) * row["price"]
+        kept = kept + stays
+        growth = growth + comes
+        bound = bound + abs(positions[n]["quantity"]) * row["price"]
         behind = maintenance_margin(stays, instruments[n])
         needed += behind
         if comes != 0.: more += maintenance_margin(stays + comes, instruments[n]) - behind
     if growth == 0.: return
-    equity, gross = money["equity"], room(limits["max_leverage"] * base, kept, growth)
-    available, margin = max(equity - bound / limits["leverage"], 0.) * BALANCE_SHARE, growth / limits["leverage"]
+    equity = money["equity"]
+    gross = room(limits["max_leverage"] * base, kept, growth)
+    available = max(equity - bound / limits["leverage"], 0.) * BALANCE_SHARE
+    margin = growth / limits["leverage"]
     balance = room(available, 0., margin)
     ratio = room(equity / limits["min_margin_ratio"], needed, more) if limits["min_margin_ratio"] > 0. else 1.
     if min(gross, balance, ratio) == 1.: return
@@ -435,7 +450,8 @@ def shrink_groups(
     instruments,  # INSTRUMENT, (n,)
 ):
     "Sectors, and symbols that move together"
-    by_sector, by_group = limits["max_sector"] < np.inf, limits["max_group"] < np.inf
+    by_sector = limits["max_sector"] < np.inf
+    by_group = limits["max_group"] < np.inf
     if base <= 0.: return
     if by_sector: _sectors(proposals, base, limits, instruments)
     if by_group: _groups(proposals, covariance, base, limits)
@@ -459,17 +475,24 @@ def _sectors(proposals, base, limits, instruments):
 def related(covariance, n, m, threshold):
     "+1 or -1 where two symbols move together or against each other, 0 where neither, 2 where it is not known"
     if n == m: return 1.
-    shared, bound = covariance[n, m], threshold * threshold * covariance[n, n] * covariance[m, m]
+    shared = covariance[n, m]
+    bound = threshold * threshold * covariance[n, n] * covariance[m, m]
     if not bound >= 0. or np.isnan(shared): return 2.
     return np.sign(shared) if shared * shared >= bound and shared != 0. else 0.
 
 
 @outlined
 def _groups(proposals, covariance, base, limits):
-    allowed, threshold, count = limits["max_group"] * base, limits["group_correlation"], len(proposals)
+    allowed = limits["max_group"] * base
+    threshold = limits["group_correlation"]
+    count = len(proposals)
     for n in range(count): proposals[n]["factor"], proposals[n]["sent"] = 1., 0.
     for n in range(count):
-        kept, growth, opposite, other, known = 0., 0., 0., 0., True # of the one side and of the other
+        kept = 0.
+        growth = 0.
+        opposite = 0.
+        other = 0.
+        known = True # of the one side and of the other
         for m in range(count):
             together = related(covariance, n, m, threshold)
             if together == 2.: known = False
@@ -501,7 +524,9 @@ def sides(
     positions,  # POSITION, (n,)
 )->tuple:       # quote: longs less shorts after the orders; what the orders add to the longs, and to the shorts
     "What the orders come to"
-    net, longer, shorter = 0., 0., 0.
+    net = 0.
+    longer = 0.
+    shorter = 0.
     for n in range(len(proposals)):
         row, held = proposals[n], positions[n]["quantity"]
         more = added(row, held) * row["price"]
@@ -519,7 +544,9 @@ def risk_terms(
 # quote squared: of what is kept, of both together, of what is added; NaN where a covariance that counts is not known
 )->tuple:
     "The variance of the orders as a parabola in the share of the growth that is sent"
-    kept, both, growth = 0., 0., 0.
+    kept = 0.
+    both = 0.
+    growth = 0.
     for n in range(len(proposals)):
         row = proposals[n]
         row["factor"], row["sent"] = row["kept"] * row["price"], added(row, positions[n]["quantity"]) * row["price"]
@@ -527,7 +554,8 @@ def risk_terms(
             one, two = proposals[n], proposals[m]
             if (one["factor"] == 0. and one["sent"] == 0.) or (two["factor"] == 0. and two["sent"] == 0.): continue
             shared = covariance[n, m] * (1. if n == m else 2.)
-            kept, growth = kept + one["factor"] * two["factor"] * shared, growth + one["sent"] * two["sent"] * shared
+            kept = kept + one["factor"] * two["factor"] * shared
+            growth = growth + one["sent"] * two["sent"] * shared
             both += .5 * (one["factor"] * two["sent"] + one["sent"] * two["factor"]) * shared
     return kept, both, growth
 
@@ -557,7 +585,9 @@ def resend(proposals, side, factor, reason, value, limit, positions, equity, lim
 def balance_sides(proposals, positions, market, covariance, base, equity, limits, instruments):
     "Send less until long less short and the value at risk hold"
     if base <= 0.: return
-    allowed, risked, step = limits["max_net"] * base, limits["max_var"] * base, market[0]["step"]
+    allowed = limits["max_net"] * base
+    risked = limits["max_var"] * base
+    step = market[0]["step"]
     for _ in range(2 * len(proposals) + 8):
         left, longer, shorter = sides(proposals, positions)
         more = longer if left > 0. else shorter
@@ -606,11 +636,18 @@ def gate(
     instruments,  # INSTRUMENT, (n,)
 )->bool:          # whether there is anything to order
     "Turn targets into allowed orders"
-    money, gross, growing, busy = account[0], 0., False, False
-    state, equity, left = update_trading_state(money, open_time, limits), money["equity"], allowance(money, limits)
+    money = account[0]
+    gross = 0.
+    growing = False
+    busy = False
+    state = update_trading_state(money, open_time, limits)
+    equity = money["equity"]
+    left = allowance(money, limits)
     base = capital(money, limits) * left
-    unit, allowed = limits["max_position"] * base, limits["max_leverage"] * base
-    near, free = clearance(limits), state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf
+    unit = limits["max_position"] * base
+    allowed = limits["max_leverage"] * base
+    near = clearance(limits)
+    free = state < FLATTEN and left == 1. and limits["target_volatility"] == np.inf
     for n in range(len(proposals)):
         row, position = proposals[n], positions[n]
         target = wish(row, position, market[n], candle[n, HIGH], candle[n, LOW], near, limits)
@@ -664,9 +701,12 @@ def stand_by(
 ):
     "A close at which nobody is asked: what is held stays, unless a stop or the trading state closes it"
     money = account[0]
-    state, near = update_trading_state(money, open_time, limits), clearance(limits)
+    state = update_trading_state(money, open_time, limits)
+    near = clearance(limits)
     for n in range(len(proposals)):
-        row, position, close = proposals[n], positions[n], candle[n, CLOSE]
+        row = proposals[n]
+        position = positions[n]
+        close = candle[n, CLOSE]
         held = position["quantity"]
         row["confidence"], row["price"], row["mark"], row["turnover"] = 1., close, close, close * candle[n, VOLUME]
         # so that no stop is forgotten
@@ -695,7 +735,8 @@ class Gate:
         self.limits, self.warm_up = limits, warm_up(limits)
         self.market, self.covariance = new_market(len(instruments))
         self.proposals = np.zeros(len(instruments), ORDER_REQUEST)
-        self._limits, self._instruments = limits.row(), instrument_rows(instruments, limits)
+        self._limits = limits.row()
+        self._instruments = instrument_rows(instruments, limits)
 
     def watch(self, open_time:int, candle:np.ndarray):
         "A candle has closed, (n, 5 or more)"

@@ -65,7 +65,8 @@ def portfolio_variance(
 # %% ../../nbs/30_risk/01_portfolio.ipynb #75e2f3b0
 @compiled
 def _covariances(closes, decay, out):
-    covariance, last = np.full(out.shape[1:], np.nan), np.full(closes.shape[1], np.nan)
+    covariance = np.full(out.shape[1:], np.nan)
+    last = np.full(closes.shape[1], np.nan)
     for t in range(len(closes)):
         update_covariance(covariance, last, closes[t], decay)
         out[t] = covariance
@@ -252,16 +253,24 @@ class PortfolioRisk:
     "Measures of a portfolio, candle by candle"
 
     def __init__(self, symbols, instruments:np.ndarray, decay:float=.03, sectors=None): # instruments: INSTRUMENT, (n,)
-        self.symbols, self.instruments, self.decay, self.sectors = tuple(symbols), instruments, decay, sectors
-        self.covariance, self.last = np.full((len(instruments),) * 2, np.nan), np.full(len(instruments), np.nan)
-        self._drawdown, self._alone, self._step, self._time = np.zeros(1, DRAWDOWN), np.empty(len(instruments)), 0, 0
+        self.symbols = tuple(symbols)
+        self.instruments = instruments
+        self.decay = decay
+        self.sectors = sectors
+        self.covariance = np.full((len(instruments),) * 2, np.nan)
+        self.last = np.full(len(instruments), np.nan)
+        self._drawdown = np.zeros(1, DRAWDOWN)
+        self._alone = np.empty(len(instruments))
+        self._step = 0
+        self._time = 0
 
     def update(self, time:int, closes:np.ndarray, equity:float):
         "One close: ms, (n,) quote per base, quote"
         update_covariance(self.covariance, self.last, closes, self.decay)
         follow_drawdown(self._drawdown[0], equity, time)
         elapsed = time - self._time
-        self._step, self._time = (min(self._step, elapsed) if self._step else elapsed) if self._time else 0, time
+        self._step = (min(self._step, elapsed) if self._step else elapsed) if self._time else 0
+        self._time = time
 
     def measures(self, equity:float, positions:np.ndarray)->PortfolioMeasures:
         "Of POSITION, (n,), marked"

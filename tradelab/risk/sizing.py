@@ -68,7 +68,8 @@ def kelly_portfolio(
     cap:float=1.,           # largest gross exposure, a multiple of equity
 )->np.ndarray:              # (n,), exposures
     "Kelly's shares of several things at once, brought under a gross exposure in their proportions"
-    means, covariance = np.asarray(means, float), np.asarray(covariance, float)
+    means = np.asarray(means, float)
+    covariance = np.asarray(covariance, float)
     if covariance.shape != (len(means),) * 2:
         raise ValueError(f"{len(means)} means need a covariance of that many rows and columns, had {covariance.shape}")
     if not (np.isfinite(means).all() and np.isfinite(covariance).all()): return np.zeros(len(means))

@@ -91,7 +91,8 @@ def touched(
     side = 1. if position["quantity"] > 0. else -1.
     stop, target, trailing = levels(position, settings)
     worst, best = (low, high) if side > 0. else (high, low)
-    fixed, trailed = side * (worst - stop) <= 0., side * (worst - trailing) <= 0.
+    fixed = side * (worst - stop) <= 0.
+    trailed = side * (worst - trailing) <= 0.
     if trailed and not (fixed and side * (stop - trailing) > 0.): return TRAILING_STOP, trailing
     if fixed: return STOP_LOSS, stop
     if side * (best - target) >= 0.: return TAKE_PROFIT, target
@@ -120,8 +121,10 @@ def clear(
     near,      # `clearance`
 )->bool:
     "Whether it is plain that a candle touches nothing"
-    entry, long = position["entry_price"], position["quantity"] > 0.
-    against, favour = entry - low if long else high - entry, high - entry if long else entry - low
+    entry = position["entry_price"]
+    long = position["quantity"] > 0.
+    against = entry - low if long else high - entry
+    favour = high - entry if long else entry - low
     return against < entry * min(position["width"], 1.) * near[0] and favour < entry * near[1]
 
 # %% ../../nbs/30_risk/03_stops.ipynb #d011f81c
@@ -147,7 +150,8 @@ def adapted(
     widths=WIDTHS,      # factor of each
 )->np.ndarray:          # (...,), factor of the stop's distance, above 0
     "The width that these probabilities ask for"
-    probabilities, widths = np.asarray(probabilities, float), np.asarray(widths, float)
+    probabilities = np.asarray(probabilities, float)
+    widths = np.asarray(widths, float)
     if probabilities.shape[-1:] != widths.shape:
         raise ValueError(f"there are {probabilities.shape[-1]} probabilities and {len(widths)} widths: one per regime")
     if not (np.isfinite(widths).all() and (widths > 0).all()):
@@ -159,9 +163,13 @@ def adapted(
 # %% ../../nbs/30_risk/03_stops.ipynb #f493b29e
 @compiled
 def _walk(candles, entries, settings, widths, account, positions, prices, codes, trail):
-    atr, before, position = np.nan, np.nan, positions[0]
+    atr = np.nan
+    before = np.nan
+    position = positions[0]
     for t in range(len(candles)):
-        opened, high, low = candles[t, OPEN], candles[t, HIGH], candles[t, LOW]
+        opened = candles[t, OPEN]
+        high = candles[t, HIGH]
+        low = candles[t, LOW]
         if position["quantity"] == 0. and entries[t] != 0.:
             apply_fill(account, positions, 0, entries[t], opened, 0.)
             enter(position, atr, widths[t])
@@ -173,7 +181,8 @@ def _walk(candles, entries, settings, widths, account, positions, prices, codes,
             if codes[t]:
                 prices[t] = price
                 apply_fill(account, positions, 0, -position["quantity"], prices[t], 0.)
-        atr, before = next_atr(atr, high, low, before, settings["atr_period"]), candles[t, CLOSE]
+        atr = next_atr(atr, high, low, before, settings["atr_period"])
+        before = candles[t, CLOSE]
 
 
 def simulate(

@@ -25,7 +25,10 @@ from ..policies import ACTIVATIONS, Policy, Scaler, check_network, mlp
 from .run import Run, source_sha256, versions
 
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma005
-CONFIG, SCALER, POLICY, MANIFEST = "config_metadata.yaml", "scaler_train.json", "policy.safetensors", "MANIFEST.json"
+CONFIG = "config_metadata.yaml"
+SCALER = "scaler_train.json"
+POLICY = "policy.safetensors"
+MANIFEST = "MANIFEST.json"
 # ours have thousandths of it
 MOST_BYTES = {CONFIG: 4_000_000, SCALER: 4_000_000, POLICY: 500_000_000, MANIFEST: 1_000_000}
 
@@ -117,7 +120,8 @@ def read_policy(
 )->Policy:            # `seen`, with the function, the parameters and the name in the file
     "The policy of a file, proven to have the shape that it claims; DamagedRunError otherwise"
     parameters, facts = _tensor(path)
-    known, name = POLICY_FORMATS.get(facts.get("function")), facts.get("name", "")
+    known = POLICY_FORMATS.get(facts.get("function"))
+    name = facts.get("name", "")
     if known is None or parameters.dtype != np.float64 or parameters.ndim != 1 or not 0 < len(name) <= 200:
         raise DamagedRunError(f"{path.name} holds no network that this version runs, its header says "
                               f"{str(facts)[:500]}: "

@@ -111,7 +111,9 @@ def describe(
     run:Run,
 )->dict:      # texts by what they tell
     "The facts of a run, in words"
-    costs, limits, policy = run.costs, run.limits, run.policy
+    costs = run.costs
+    limits = run.limits
+    policy = run.policy
     return {"run": run.id, "policy": policy.name,
             "sees": f"{', '.join(policy.features) or 'only its own portfolio'}; window {policy.window}",
             "market": f"{', '.join(run.symbols) or 'any'} {run.timeframe}".rstrip(),

@@ -34,7 +34,8 @@ from ..times import format_time
 from ..trader import Trader
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #ed688767
-WORLDS, ROWS = numba.from_dtype(WORLD)[::1], numba.from_dtype(JOURNAL)[:, ::1]
+WORLDS = numba.from_dtype(WORLD)[::1]
+ROWS = numba.from_dtype(JOURNAL)[:, ::1]
 LOOP = types.int64(types.FunctionType(POLICY), types.float64[::1], types.float32[:, :, ::1], types.int64, types.int64,
                    WORLDS, types.float64[::1], types.float64[:, ::1], ROWS, types.float32[:, :, ::1],
                    types.boolean[::1])
@@ -65,7 +66,10 @@ class KernelGate:
     "The rules of a trader whose policy answers with orders: what stands already counts, and that the kernel knows"
 
     def __init__(self, world:World, warm_up:int):
-        self.world, self.warm_up, self.t, self.row = world, warm_up, 0, np.zeros(len(world.proposals), JOURNAL)
+        self.world = world
+        self.warm_up = warm_up
+        self.t = 0
+        self.row = np.zeros(len(world.proposals), JOURNAL)
 
     def watch(self, open_time:int, candle:np.ndarray): self.t = int(np.searchsorted(self.world.tape.times, open_time))
 
@@ -91,14 +95,20 @@ def _fills(trader, state, before, time):
 
 
 def _events(policy, market, row, world, journal, observations):
-    settings, times, known = market.settings, market.data.times, market.seen
+    settings = market.settings
+    times = market.data.times
+    known = market.seen
     gate = (lambda limits, _: KernelGate(world, warm_up(limits))) if policy.orders else Gate
-    observation, instruments = Observation.from_policy(policy, market.data.timeframe), market.data.instruments
+    observation = Observation.from_policy(policy, market.data.timeframe)
+    instruments = market.data.instruments
     trader = Trader(policy, observation, gate, settings.limits, instruments, settings.deposit)
-    answered, nothing = np.zeros(len(instruments), JOURNAL), np.zeros(0)
+    answered = np.zeros(len(instruments), JOURNAL)
+    nothing = np.zeros(0)
     trader.warm(times[:row], known[:row])
     for t in range(row, len(times) - 1):
-        time, before, state = int(times[t]), int(world.state.count[0]), world.state
+        time = int(times[t])
+        before = int(world.state.count[0])
+        state = world.state
         if before + state.orders.size + EACH * len(instruments) > len(state.fills): world.keep(2 * len(state.fills))
         if settings.limits.max_positions is not None: see_working(world.proposals, state.orders, False)
         try: decision = trader.on_candle(time, known[t], working=world.proposals["working"])
@@ -177,7 +187,10 @@ def _named(error, policy, time):
 
 
 def _vectorised(policy, market, row, world, journal, observations):
-    t, symbols, times, observation = row, journal.shape[1], market.data.times, market.observation
+    t = row
+    symbols = journal.shape[1]
+    times = market.data.times
+    observation = market.observation
     targets = policy.targets if isinstance(policy, PrecomputedTargets) else np.zeros((0, symbols))
     answer = np.zeros(policy.answers(symbols))
     head = np.full((observation.window - 1, *market.features.shape[1:]), np.nan, np.float32)
@@ -205,7 +218,9 @@ def _run(policy, data:MarketData, settings:SimulationSettings, row:int, engine:s
     if policy.orders and market.stale.any():
         raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: "
                          "answer with targets, or set when_stale to hold or refuse")
-    world, times, symbols = market.world(row), data.times, data.symbols
+    world = market.world(row)
+    times = data.times
+    symbols = data.symbols
     journal = np.zeros((len(times) - 1 - row, len(symbols)), JOURNAL)
     seen = np.zeros((len(journal) if keep else 1, len(symbols), market.observation.width), np.float32)
     drive = _events if engine == "event" and not isinstance(policy, PrecomputedTargets) else _vectorised

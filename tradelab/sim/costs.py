@@ -41,7 +41,8 @@ def window_means(
     width,   # candles
 ):
     "Means over the last `width` candles, NaN before; the same bits for every beginning"
-    means, suffix = np.full(len(values), np.nan), np.zeros(width + 1)
+    means = np.full(len(values), np.nan)
+    suffix = np.zeros(width + 1)
     head = 0.
     for t in range(len(values)):
         place = numbers[t] % width

@@ -61,7 +61,8 @@ from tradelab.sim.matching import (
 from ..trader import record
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #e9aacdd8
-POST_ONLY, SLICES = STYLES.index("post_only"), STYLES.index("slices")
+POST_ONLY = STYLES.index("post_only")
+SLICES = STYLES.index("slices")
 STOP_LOSS, TIME_STOP, HALTED, STATE = (int(reason) for reason in (Reason.STOP_LOSS, Reason.TIME_STOP, Reason.HALTED,
     Reason.STATE))
 
@@ -80,7 +81,8 @@ def piece_of(
 )->float:        # signed base units
     "The next slice of an order; all of it where a slice, or what it leaves, would be too small for the exchange"
     if book["waited"] == 0.: book["piece"] = round_quantity(quantity / execution["slices"], instrument)
-    piece, smallest = book["piece"], max(instrument["min_notional"] / close, instrument["min_quantity"])
+    piece = book["piece"]
+    smallest = max(instrument["min_notional"] / close, instrument["min_quantity"])
     if book["waited"] >= execution["slices"] - 1. or abs(piece) < smallest or abs(quantity) - abs(piece) < smallest:
         return quantity
     return piece
@@ -89,7 +91,9 @@ def piece_of(
 @outlined
 def send(state, rules, n, quantity, reason, close):
     "Write the order of a decision"
-    order, book, execution = state.orders[n, 0], state.books[n], rules.execution
+    order = state.orders[n, 0]
+    book = state.books[n]
+    execution = rules.execution
     book["active"], style = 1, 0 if urgent(reason) else execution["style"]
     if style == POST_ONLY and book["waited"] < execution["patience"]:
         put(order, LIMIT, quantity, round_price(close, -quantity, rules.instruments[n]), 0., GTX, 0, close, rules)
@@ -111,7 +115,9 @@ def place(
     close,     # quote per base: the decision price
 ):
     "The order of a decision"
-    order, book, execution = state.orders[n, 0], state.books[n], rules.execution
+    order = state.orders[n, 0]
+    book = state.books[n]
+    execution = rules.execution
     if quantity == 0. and book["active"] == 0: return
     if order["kind"] != NONE and order["rests"] == 0: return
     served = order["kind"] == NONE and book["taken"] > 0. and execution["style"] == POST_ONLY
@@ -137,7 +143,9 @@ def standing(orders, side):
 @outlined
 def accept(state, rules, n, k, asked, quantity, close):
     "Write what was asked into its place"
-    order, instrument, side = state.orders[n, k], rules.instruments[n], np.sign(quantity)
+    order = state.orders[n, k]
+    instrument = rules.instruments[n]
+    side = np.sign(quantity)
     price = round_price(close * asked[PRICE], -side, instrument) if asked[PRICE] > 0. else 0.
     trigger = round_price(close * asked[TRIGGER], side, instrument) if asked[TRIGGER] > 0. else 0.
     put(order, int(asked[KIND]), quantity, price, trigger, int(asked[IN_FORCE]), int(asked[REDUCE_ONLY]), close, rules)
@@ -158,7 +166,9 @@ def part(wanted, allowed):
 def ask_target(k, n, answer, state, rules, proposals, unit):
     "The target that an order would make, if all that stands on its side were filled"
     first = (n * int(rules.execution["orders"]) + k) * ASKED
-    asked, held, close = answer[first:first + ASKED], state.positions[n]["quantity"], proposals[n]["price"]
+    asked = answer[first:first + ASKED]
+    held = state.positions[n]["quantity"]
+    close = proposals[n]["price"]
     if asked[KIND] != 0.: state.orders[n, k + 1]["kind"] = NONE
     adds = asked[KIND] > 0. and asked[REDUCE_ONLY] == 0.
     proposals[n]["target"] = min(max(((held + (standing(state.orders[n], asked[EXPOSURE]) if adds else 0.)) * close
@@ -186,7 +196,9 @@ def ask(
     "The orders of one place, after the gate"
     for n in range(len(proposals)):
         first = (n * int(rules.execution["orders"]) + k) * ASKED
-        asked, close, instrument = answer[first:first + ASKED], proposals[n]["price"], rules.instruments[n]
+        asked = answer[first:first + ASKED]
+        close = proposals[n]["price"]
+        instrument = rules.instruments[n]
         if urgent(proposals[n]["reason"]):
             if k == 0: close_all(state, rules, n, proposals[n])
             continue
@@ -438,13 +450,17 @@ def _steps_of(
         world = array_at(address, (1,), WORLD)[0]
         n, places = (1, 1) if single else (world["symbols"], world["places"])
         arrays = opened(world, n, places)
-        tape, state, proposals = arrays.tape, arrays.state, arrays.proposals
+        tape = arrays.tape
+        state = arrays.state
+        proposals = arrays.proposals
         rules = Rules(world["costs"], world["limits"], arrays.instruments, world["execution"])
         asked = array_at(answers, (count, length), NUMBER)
         rows = array_at(journal, (count, n if journal != 0 else 0), JOURNAL)
         equity = array_at(curve, (count if curve != 0 else 0,), NUMBER)
         for i in range(count):
-            t, answer, row = first + i, asked[i], rows[i]
+            t = first + i
+            answer = asked[i]
+            row = rows[i]
             if not single: # of one symbol so little is read that it comes by itself
                 fetch_ahead(tape.candles[t])
                 if len(tape.conditions) > 1: fetch_ahead(tape.conditions[t])

@@ -21,7 +21,9 @@ def threatened(
     "Whether a liquidation is possible at all: False where equity at the worst is above the highest rate of any bracket"
     left, gross = wallet(state.account), 0.
     for n in range(len(state.positions)):
-        held, high, low = state.positions[n]["quantity"], prices[n, HIGH], prices[n, LOW]
+        held = state.positions[n]["quantity"]
+        high = prices[n, HIGH]
+        low = prices[n, LOW]
         left += min(held * low, held * high) - held * state.positions[n]["entry_price"]
         gross += abs(held) * high
     return left <= gross
@@ -43,7 +45,8 @@ def cushion(
     "Equity above the maintenance margin"
     left = wallet(state.account)
     for n in range(len(state.positions)):
-        held, opened = state.positions[n]["quantity"], prices[n, OPEN]
+        held = state.positions[n]["quantity"]
+        opened = prices[n, OPEN]
         if held == 0.: continue
         price = opened + share * (worst_of(held, prices[n]) - opened)
         left += (held * (price - state.positions[n]["entry_price"]) - maintenance_margin(abs(held) * price,
@@ -90,7 +93,8 @@ def stop_share(state, candle):
     "The share of the way to the worst at which the first stop of a position lies, 2 where there is none"
     first = 2.
     for n in range(len(state.positions)):
-        held, opened = state.positions[n]["quantity"], candle.prices[n, OPEN]
+        held = state.positions[n]["quantity"]
+        opened = candle.prices[n, OPEN]
         if held == 0.: continue
         way = worst_of(held, candle.prices[n]) - opened
         for k in range(state.orders.shape[1]):

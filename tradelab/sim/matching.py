@@ -41,7 +41,8 @@ def new_state(
     capacity:int=0,    # fills that are kept; 0: those of one candle
 )->State:
     "Nothing works yet, nothing was filled"
-    n, places = len(positions), 1 + int(execution["orders"]) + 3 * int(execution["protect"])
+    n = len(positions)
+    places = 1 + int(execution["orders"]) + 3 * int(execution["protect"])
     return State(account, positions, np.zeros((n, places), WORKING), np.zeros(n, BOOK),
                  np.zeros(max(capacity, n * (places + EACH)), FILL), np.zeros(1, np.int64))
 
@@ -129,7 +130,9 @@ def fill(
     candle,   # Candle
 )->bool:      # whether anything was filled
     "Trade what can be traded of an order"
-    position, book, instrument = state.positions[n], state.books[n], rules.instruments[n]
+    position = state.positions[n]
+    book = state.books[n]
+    instrument = rules.instruments[n]
     quantity = taken(order, position["quantity"], candle.prices[n, VOLUME], book, rules.costs, instrument)
     price = met
     spread = 0.
@@ -140,7 +143,8 @@ def fill(
     if not maker:
         price, spread, impact = paid(met, quantity, book["pressure"], candle.conditions[n], rules.costs, instrument)
     if order["kind"] == LIMIT and side_of(order) * (price - order["price"]) > 0.: return False
-    charged, notional = fee(price, quantity, maker, rules.costs), abs(quantity) * met
+    charged = fee(price, quantity, maker, rules.costs)
+    notional = abs(quantity) * met
     if order["protects"] != 0: position["stopped"] = -side_of(order)
     apply_fill(state.account, state.positions, n, quantity, price, charged)
     record_fill(row, n, quantity, price, charged)
@@ -157,7 +161,10 @@ def fill(
 @inlined
 def meets_open(state, rules, row, n, order, candle):
     "One order at the first price of a candle"
-    opened, kind, met, maker = candle.prices[n, OPEN], order["kind"], 0., False
+    opened = candle.prices[n, OPEN]
+    kind = order["kind"]
+    met = 0.
+    maker = False
     if kind >= STOP and awake(order, opened): wake(order)
     limit = order["kind"] == LIMIT
     if order["kind"] == MARKET: met = opened

@@ -47,7 +47,8 @@ def funding_rates(
         inside = (rows >= 0) & (due <= last)
         order = np.argsort(due[inside], kind="stable")
         rows = rows[inside][order]
-        places, values = np.arange(len(rows)) - np.searchsorted(rows, rows), series.to_numpy(float)[inside][order]
+        places = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        values = series.to_numpy(float)[inside][order]
         found.append(_Payments(symbols.index(symbol), rows, places, values))
     most = max((each.places.max() for each in found if len(each.places)), default=0)
     rates = np.zeros((len(times), len(symbols), 1 + most))
@@ -175,7 +176,9 @@ class PreparedMarket:
     @cached_property
     def first_row(self)->int:
         "The first row that can be decided on: warm, and not behind a hole"
-        row, last, waits = self.warm_up, len(self.tape.times) - 1, self.tape.waits
+        row = self.warm_up
+        last = len(self.tape.times) - 1
+        waits = self.tape.waits
         if len(waits) == 1 or row >= last: return row
         asked = np.flatnonzero(waits[row:last] == 0)
         return row + int(asked[0]) if len(asked) else last

@@ -72,7 +72,8 @@ def gap(scene, result):
     "Every price jumps against the largest position, in the night before its next open"
     rows = result.journal.assign(size=lambda journal: journal["position"] * journal["close"] / journal["equity"])
     worst = rows["size"].abs().to_numpy().argmax()
-    at, against = rows.index[worst], -np.sign(rows["size"].iloc[worst])
+    at = rows.index[worst]
+    against = -np.sign(rows["size"].iloc[worst])
     return replace(scene,
                    candles={symbol: _prices(frame, 1 + GAP * against, slice(int(frame.index.searchsorted(at, "right")),
         None)) for symbol, frame in scene.candles.items()})

@@ -54,7 +54,8 @@ SWEEP = types.int64(types.float64[:, ::1], types.int64, WORLDS, types.float64[::
 
 @outlined(SWEEP, nogil=True)
 def _with_costs(targets, start, world, equity, sums):
-    arrays, span = opened(world[0], 1, world[0]["places"]), len(equity)
+    arrays = opened(world[0], 1, world[0]["places"])
+    span = len(equity)
     tape, state = arrays.tape, arrays.state
     for t in range(start, len(tape.times) - 1, span):
         answers, state.count[0] = targets[t:min(t + span, len(tape.times) - 1)], 0
@@ -80,7 +81,8 @@ def rebalance(
     instrument,  # a row of INSTRUMENT
 )->float:        # signed base units to order
     "What the gate orders where nothing else binds"
-    smallest, same = limits["min_trade"] * equity, notional * held > 0.
+    smallest = limits["min_trade"] * equity
+    same = notional * held > 0.
     if same and abs(notional - held * close) < smallest: return 0.
     wanted = notional / close
     if same and abs(wanted) <= abs(held):
@@ -99,10 +101,17 @@ IDEAL = types.int64(types.float64[:, ::1], types.int64, WORLDS, SUM)
 
 @outlined(IDEAL, nogil=True)
 def _without(targets, start, world, sums):
-    arrays, limits = opened(world[0], 1, world[0]["places"]), world[0]["limits"]
-    tape, state, instruments = arrays.tape, arrays.state, arrays.instruments
-    deposit, candles, instrument = state.account[0]["deposit"], tape.candles, instruments[0]
-    cash, held, equity = deposit, 0., deposit
+    arrays = opened(world[0], 1, world[0]["places"])
+    limits = world[0]["limits"]
+    tape = arrays.tape
+    state = arrays.state
+    instruments = arrays.instruments
+    deposit = state.account[0]["deposit"]
+    candles = tape.candles
+    instrument = instruments[0]
+    cash = deposit
+    held = 0.
+    equity = deposit
     last = deposit
     returns = 0.
     squares = 0.
@@ -119,11 +128,14 @@ def _without(targets, start, world, sums):
                     if target != 0. or held != 0. else 0.)
         if quantity != 0.:
             price = round_price(candles[t + 1, 0, OPEN], quantity, instrument)
-            cash, held = cash - quantity * price, decimal8(held + quantity)
+            cash = cash - quantity * price
+            held = decimal8(held + quantity)
             fills, traded = fills + 1., traded + abs(quantity) * price
         equity = cash + held * candles[t + 1, 0, CLOSE]
         moved = equity / last - 1.
-        last, returns, squares = equity, returns + moved, squares + moved * moved
+        last = equity
+        returns = returns + moved
+        squares = squares + moved * moved
         if equity > peak: peak, floor = equity, keeps * equity
         elif equity < floor: keeps, floor = equity / peak, equity
     sums["last"], sums["count"], sums["returns"], sums["squares"], sums["peak"], sums["keeps"], sums["fills"], sums[
@@ -172,7 +184,8 @@ class Sweep:
 def _table(sums, parameters, step_ms, span_ms, deposit):
     mean = sums["returns"] / np.maximum(sums["count"], 1)
     spread = np.sqrt(np.maximum(sums["squares"] - sums["count"] * mean ** 2, 0.) / np.maximum(sums["count"] - 1, 1))
-    total, years = sums["last"] / deposit - 1., span_ms / (YEAR.total_seconds() * 1e3)
+    total = sums["last"] / deposit - 1.
+    years = span_ms / (YEAR.total_seconds() * 1e3)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = dict(total_return=total, annual_return=np.maximum(1. + total, 0.) ** (1. / years) - 1.,
                       sharpe=np.where(spread > 1e-14, mean / spread, np.nan)
@@ -210,11 +223,13 @@ def sweep(
         raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; "
                          f"there were {len(columns)}")
     settings = SimulationSettings(costs, limits, execution, deposit)
-    market, row = PreparedMarket.from_data(data, Observation(()), settings), first_row(times, start, settings.warm_up)
+    market = PreparedMarket.from_data(data, Observation(()), settings)
+    row = first_row(times, start, settings.warm_up)
     values = np.asfortranarray(columns.to_numpy(float)).view()          # a rule walks along columns
     values.flags.writeable = False                                      # which all runs share
     table = np.ascontiguousarray(parameters.to_numpy(float))
-    sums, plain = np.zeros(len(table), SUMS), costs == CostModel.ideal() and limits == PLAIN and not exact
+    sums = np.zeros(len(table), SUMS)
+    plain = costs == CostModel.ideal() and limits == PLAIN and not exact
     sums["last"] = sums["peak"] = deposit
     sums["keeps"] = 1.
     still = market.world(row, 0)                                        # the ideal loop reads it and changes nothing

@@ -70,7 +70,8 @@ def archive_path(
 )->str:
     "The path of a file"
     folder, name = archive_symbol(symbol)
-    often, middle = "monthly" if len(period) == 7 else "daily", timeframe or kind
+    often = "monthly" if len(period) == 7 else "daily"
+    middle = timeframe or kind
     return "/".join(filter(None, ("data", folder, often, kind, name, timeframe, f"{name}-{middle}-{period}.zip")))
 
 # %% ../../nbs/15_sources/02_archive.ipynb #b3fd6dfe
@@ -165,7 +166,9 @@ def ahead(
     work,    # task -> result
 ):           # yields (task, future)
     "Do the next few tasks in threads while the first is being used"
-    pool, waiting, tasks = ThreadPoolExecutor(AHEAD), deque(), iter(tasks)
+    pool = ThreadPoolExecutor(AHEAD)
+    waiting = deque()
+    tasks = iter(tasks)
     try:
         while True:
             while len(waiting) < AHEAD and (task := next(tasks, None)) is not None:
@@ -239,7 +242,8 @@ def from_archive(
     step = milliseconds(timeframe)
     inverse = archive_symbol(symbol)[0] == "futures/cm"
     with tempfile.TemporaryDirectory() as temporary:
-        kept, series = store or Store(Path(temporary) / "store"), (source, symbol, timeframe)
+        kept = store or Store(Path(temporary) / "store")
+        series = (source, symbol, timeframe)
         if end is None or kept.missing(*series, start, end):
             now = clock(url)
             end = now // 86_400_000 * 86_400_000 if end is None else end

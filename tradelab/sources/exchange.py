@@ -115,7 +115,8 @@ def ccxt_errors(
 
 # %% ../../nbs/15_sources/06_exchange.ipynb #1e9a6cb2
 def _ask_time(exchange, answer):
-    patience, retries = exchange.timeout, exchange.options.get("maxRetriesOnFailure", 0)
+    patience = exchange.timeout
+    retries = exchange.options.get("maxRetriesOnFailure", 0)
     exchange.timeout, exchange.options["maxRetriesOnFailure"] = min(patience, 4000), 0
     try:
         with ccxt_errors(exchange):
@@ -216,7 +217,9 @@ def download(
     gaps:bool=False, # whether holes are allowed
 ):                   # yields checked frames, each beginning with the last candle of the one before
     "The closed candles of one exchange, page by page"
-    step, name, tail = milliseconds(timeframe), f"{exchange.id} {symbol}", frame([], [])
+    step = milliseconds(timeframe)
+    name = f"{exchange.id} {symbol}"
+    tail = frame([], [])
     last = opening(now, step)
     with ccxt_errors(exchange):
         require_symbol(exchange, symbol)
@@ -268,7 +271,8 @@ def from_exchange(
     gaps:bool=False, # whether holes are allowed, for whoever deals with them
 )->pd.DataFrame:
     "Checked candles of one exchange, the missing ones downloaded and kept"
-    step, source = milliseconds(timeframe), f"{exchange.id}{' mark' if mark else ''}"
+    step = milliseconds(timeframe)
+    source = f"{exchange.id}{' mark' if mark else ''}"
     until = opening(now, step) if end is None else min(end, opening(now, step))
     wanted = (([(start, until)] if start < until else []) if store is None else store.missing(source, symbol, timeframe,
         start, until, now))

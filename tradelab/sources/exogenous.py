@@ -83,7 +83,8 @@ class Exogenous:
     def seen(self, moments)->tuple:
         """The figure that was known at each moment (ms), NaN before the first publication, and how old it was (ms since
         it was published)"""
-        known, moments = self.table[newest(self.table["reference_time"].to_numpy())], np.asarray(moments, "int64")
+        known = self.table[newest(self.table["reference_time"].to_numpy())]
+        moments = np.asarray(moments, "int64")
         rows = np.searchsorted(known["publication_time"].to_numpy(), moments, side="right") - 1
         return (np.where(rows >= 0, known["value"].to_numpy()[np.maximum(rows, 0)], np.nan),
                 moments - known["publication_time"].to_numpy()[np.maximum(rows, 0)])
@@ -201,7 +202,8 @@ def series_frame(
         raise CandleError(f"series {series.name}: at {format_time(closes[old])} the newest figure is "
                           f"{age[old] / HOUR:g} hours old, stale is {definition.stale}: fetch it again, or set "
                           "when_stale to hold or flat")
-    one, flat = np.ones(len(values)), stale & (definition.when_stale == "flat")
+    one = np.ones(len(values))
+    flat = stale & (definition.when_stale == "flat")
     return pd.DataFrame({"open": one, "high": one, "low": one, "close": one, "volume": 0. * one,
                          "quote_volume": flat * 1., "funding_rate": values, "index_price": age / HOUR}, candles.index)
 

@@ -116,7 +116,8 @@ def funding_history(
 )->pd.Series:        # rates, fractions, longs pay where above 0; index UTC named funding_time
     "Checked funding rates; `attrs` say `source` and `symbol`"
     start, end = (None if bound is None else to_ms(bound) for bound in (start, end))
-    failures, sources = [], source if isinstance(source, (tuple, list)) else [source]
+    failures = []
+    sources = source if isinstance(source, (tuple, list)) else [source]
     for each in sources:
         try:
             rates, name = ((pd.Series([], pd.DatetimeIndex([], tz="UTC")), "none") if isinstance(each, str)

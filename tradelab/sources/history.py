@@ -165,7 +165,8 @@ def first_answer(
     for source in chosen:
         held = held_whole(source, symbol, timeframe, start, end, store)
         if held is not None: return held
-    there, failures = ping_all([source.exchange for source in chosen if isinstance(source, FromExchange)]), []
+    there = ping_all([source.exchange for source in chosen if isinstance(source, FromExchange)])
+    failures = []
     for source in chosen:
         try:
             if not isinstance(source, FromExchange): return source.history(symbol, timeframe, start, end, store, gaps)

@@ -70,7 +70,9 @@ async def closing(
     ask,             # async (start, end) in ms -> rows of closed candles
 ):                   # yields (open time in ms, five numbers), closed, in order
     "Closed candles from updates of forming ones"
-    step, latest, forming = milliseconds(timeframe), None, {}
+    step = milliseconds(timeframe)
+    latest = None
+    forming = {}
     async for rows in updates:
         if rows is None:
             forming = {}

@@ -108,7 +108,8 @@ def ask(
             if error.code not in BUSY:
                 raise NoCandlesError(f"{host} refused ({error.code} {error.reason}): {url}") from error
             told = retry_after(error.headers)
-            failure, wait = f"{error.code} {error.reason}", wait if told is None else told
+            failure = f"{error.code} {error.reason}"
+            wait = wait if told is None else told
         except (URLError, http.client.HTTPException, OSError) as error:
             failure = str(getattr(error, "reason", error)) or type(error).__name__
             if isinstance(getattr(error, "reason", error), (ConnectionRefusedError, socket.gaierror)): break
@@ -169,7 +170,8 @@ def unpacked(
         with gzip.open(io.BytesIO(content)) as packed: content = bounded(packed)
     elif content[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
-            names, size = packed.namelist(), sum(each.file_size for each in packed.infolist())
+            names = packed.namelist()
+            size = sum(each.file_size for each in packed.infolist())
             if size > UNPACKED:
                 raise CandleError(f"{name}: it is larger than {UNPACKED:,} bytes once unpacked: split it by years")
             if "[Content_Types].xml" in names: return content
@@ -305,7 +307,8 @@ def proven_order(
     if len(prices) < PROOF or not (np.isfinite(prices).all() and (prices > 0).all()): return None
     best = true_order(prices) or (0, 1, 2, 3)
     opened, high, low, closed = best
-    least, swapped = distance(prices, best), distance(prices, (closed, high, low, opened))
+    least = distance(prices, best)
+    swapped = distance(prices, (closed, high, low, opened))
     return best if least < DOUBT * swapped and (prices[:, high] > prices[:, low]).any() else None
 
 # %% ../../nbs/15_sources/01_tables.ipynb #ac6b6479
@@ -505,7 +508,8 @@ def year_first(
     if words.empty or not words.str.contains("/", regex=False).all(): return words
     slashed = words.str.extract(r"^(\d\d?)/(\d\d?)/\d{4}").astype(float)
     if slashed[0].isna().any(): return words
-    day_first, month_first = (slashed[0] > 12).any(), (slashed[1] > 12).any()
+    day_first = (slashed[0] > 12).any()
+    month_first = (slashed[1] > 12).any()
     if day_first == month_first:
         raise CandleError(f"{name}: {column} {words.iloc[0]}: which is the day and which the month cannot be known: "
                           "write 2022-01-31")

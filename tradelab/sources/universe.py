@@ -67,7 +67,8 @@ class Universe:
     def mask(self, opens, timeframe, symbols=None)->np.ndarray:
         "(T, N): whether each candle lies within the life of its symbol, opening and close"
         rows = self.lives.loc[list(symbols or self.lives.index)]
-        opens, step = np.asarray(opens, "int64")[:, None], milliseconds(timeframe)
+        opens = np.asarray(opens, "int64")[:, None]
+        step = milliseconds(timeframe)
         return (opens >= rows["listed"].to_numpy()) & (opens + step <= rows["delisted"].to_numpy())
 
     def require(self, symbols, start, end):

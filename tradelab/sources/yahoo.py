@@ -60,7 +60,8 @@ def from_yahoo(
         raise NoCandlesError("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in "
                              "the folder of tradelab") from error
     if timeframe not in SLOTS: raise NoCandlesError(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
-    name, until = yahoo_name(symbol), None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
+    name = yahoo_name(symbol)
+    until = None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
