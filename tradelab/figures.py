@@ -49,7 +49,12 @@ def logarithmic(
 def plain(
     axis,       # matplotlib axis
 ):
-    "No box, faint lines across"
+    "No box, faint lines across, numbers written out: no `+1` or `1e-5` in the corner, where the caption is"
+    from matplotlib.ticker import ScalarFormatter
+    numbers = axis.yaxis.get_major_formatter()
+    if isinstance(numbers, ScalarFormatter):
+        numbers.set_useOffset(False)
+        numbers.set_scientific(False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#e6e6e6", lw=.6)
     axis.set_axisbelow(True)

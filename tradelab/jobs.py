@@ -139,7 +139,8 @@ def fits(
 # %% ../nbs/99_top/01_jobs.ipynb #ce8f5ec9
 def _instead(name, taken):
     "What was meant by a parameter that is not there"
-    keys = [key for key in known_keys() if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    leaf = name.rpartition(".")[2]
+    keys = [key for key in known_keys() if f"_{key.rpartition('.')[2]}".endswith(f"_{leaf}")]
     if keys and "settings" in taken:
         return (f"it is a setting, {' or '.join(keys)}: put it into a section of {TOML} and give that section's name "
                 "as settings")
