@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from tradelab.compiled import compiled
 from tradelab.config import Venue
-from tradelab.errors import FeedError
+from tradelab.errors import FeedError, InsufficientBalanceError
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
@@ -462,7 +462,7 @@ def test_more_money_or_less_than_the_trader_was_given(tmp_path):
         assert live.reserve == 5_000
         assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 10).disagreements == 0
     with localnet(deposit=500.) as exchange:
-        with pytest.raises(StartRefusedError, match="the account holds 500.00 USDT, the trader was given 10,000.00: "
+        with pytest.raises(InsufficientBalanceError, match="the account holds 500.00 USDT, the trader was given 10,000.00: "
                            "lower its deposit"):
             run(session(exchange, tmp_path, id="poor"), 5)
 
