@@ -462,7 +462,8 @@ def test_more_money_or_less_than_the_trader_was_given(tmp_path):
         assert live.reserve == 5_000
         assert run(session(exchange, tmp_path, id="", resume="momentum_test"), 10).disagreements == 0
     with localnet(deposit=500.) as exchange:
-        with pytest.raises(InsufficientBalanceError, match="the account holds 500.00 USDT, the trader was given 10,000.00: "
+        with pytest.raises(InsufficientBalanceError, match="the account holds 500.00 USDT, the trader was given "
+                           "10,000.00: "
                            "lower its deposit"):
             run(session(exchange, tmp_path, id="poor"), 5)
 
