@@ -104,7 +104,8 @@ def sweeps(length=100_000, pairs=1_000):
     for name, costs, limits, goal in (("all costs", CostModel.realistic(), OPEN_END, 20),
                                       ("ideal", CostModel.ideal(), PLAIN, 100)):
         run = lambda n, rows, costs=costs, limits=limits: sweep(cross, columns[:n], table[:rows], candles[:n],
-                                                                start=300, costs=costs, limits=limits, progress=False)
+                                                                start=candles.index[300], costs=costs, limits=limits,
+                                                                progress=False)
         run(2_000, 2)
         seconds = least(lambda run=run: lambda: run(length, pairs), 3)
         yield (f"sweep, {pairs:,} pairs x {length:,} candles, {name}", f"{pairs * length / seconds / 1e6:.1f} M "
