@@ -13,9 +13,8 @@ __version__ = "0.1.0"
 
 # %% ../nbs/99_top/08_front_door.ipynb #dba7bef8
 FRONT_DOOR = {"history": "sources.history", "Observation": "features.observation", "Policy": "policies",
-              "train": "learn.agents",
-              "backtest": "sim.backtest", "sweep": "sim.sweep", "load": "runs.registry", "Limits": "settings",
-              "CostModel": "settings", "Execution": "settings", "TradelabError": "errors"}
+              "train": "learn.agents", "backtest": "sim.backtest", "sweep": "sim.sweep", "load": "runs.registry",
+              "Limits": "settings", "CostModel": "settings", "Execution": "settings", "TradelabError": "errors"}
 
 
 def __getattr__(name):
