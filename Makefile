@@ -73,5 +73,5 @@ lock: $(READY) ## write the versions of .venv into requirements.lock
 	@touch $(READY)
 
 clean: ## remove what can be made again; data, runs, sessions, reports and settings stay
-	rm -rf build dist tradelab.egg-info .cache .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist tradelab.egg-info .cache .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find nbs tradelab tests -name .ipynb_checkpoints -o -name __pycache__ -o -name .hypothesis | xargs rm -rf
