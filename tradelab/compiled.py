@@ -8,9 +8,11 @@ __all__ = ['inlined', 'outlined', 'AHEAD', 'LINE', 'source_hash', 'cache_folder'
 # %% ../nbs/00_ground/02_compiled.ipynb #e8a17664
 import hashlib
 import shutil
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import numba
 from platformdirs import user_cache_dir
@@ -43,9 +45,9 @@ def cache_folder(
 
 # %% ../nbs/00_ground/02_compiled.ipynb #6d987d27
 def compiled(
-    target=None,  # the function, or the signature(s) it is declared with
-    **options,    # numba's own
-):
+    target: Any = None,  # the function, or the signature(s) it is declared with
+    **options: Any,      # numba's own
+) -> Any:                # numba's dispatcher, called like the function
     "Compile a pure function with numba; no fastmath, so that the same inputs give the same bits everywhere"
     if target is None: return partial(compiled, **options)
     if not isinstance(target, FunctionType):
@@ -58,8 +60,8 @@ def _compile(function, make, options):
     with caching_in(cache_folder()): return once_per_type(make(cache=True, **options)(function))
 
 # %% ../nbs/00_ground/02_compiled.ipynb #9e5b4c23
-inlined = partial(compiled, **UNCOUNTED, forceinline=True)
-outlined = partial(compiled, **UNCOUNTED)
+inlined: Callable[..., Any] = partial(compiled, **UNCOUNTED, forceinline=True)
+outlined: Callable[..., Any] = partial(compiled, **UNCOUNTED)
 
 # %% ../nbs/00_ground/02_compiled.ipynb #91011e44
 def c_function(
