@@ -33,8 +33,14 @@ def on_grid(
 )->np.ndarray:           # bool
     "Which values are on a grid"
     units, scale = grid(size)
-    on = np.rint(values * scale / units) * units / scale
-    return np.abs(on - values) <= noise * values
+    off = np.multiply(values, scale, dtype="float64") # one array for all steps: there may be millions
+    off /= units
+    np.rint(off, out=off)
+    off *= units
+    off /= scale
+    off -= values
+    np.abs(off, out=off)
+    return off <= noise * values
 
 
 def _sizes(finest, highest):
@@ -46,10 +52,13 @@ def _sizes(finest, highest):
 
 
 def _coarsest(values, finest, noise):
+    "The coarsest grid that nearly all keep, or None, and the values off it"
     some = values[::len(values) // 1_000 + 1]
     for size in _sizes(finest, float(values.max(initial=finest))):
-        if on_grid(some, size, noise).mean() > .98 and on_grid(values, size, noise).mean() >= KEPT: return size
-    return None
+        if on_grid(some, size, noise).mean() <= .98: continue
+        on = on_grid(values, size, noise)
+        if on.mean() >= KEPT: return size, values[~on]
+    return None, values
 
 
 def coarsest(
@@ -58,13 +67,14 @@ def coarsest(
 )->float|None:
     "The coarsest grid that the values keep; None if they keep none"
     if not len(values): return None
-    size, noise = _coarsest(values, finest, DOUBLE), DOUBLE
+    noise = DOUBLE
+    size, off = _coarsest(values, finest, noise)
     if size is None and (values.astype("float32") == values).all():
         noise = SINGLE
         finest = max(finest, 16 * SINGLE * float(values.max())) # everything is on a size as small as the last bits
-        size = _coarsest(values, finest, SINGLE)
-    if size is None: return None
-    off = np.unique(values[~on_grid(values, size, noise)])
+        size, off = _coarsest(values, finest, noise)
+    if size is None or not len(off): return size
+    off = np.unique(off)
     least = finest if len(off) >= STRAYS else max(finest, .0099 * size)
     return next((each for each in _sizes(least, size) if on_grid(off, each, noise).all()
                  and on_grid(values, each, noise).all()), size)
