@@ -29,7 +29,7 @@ from ..account import wallet
 from ..errors import FeedError
 from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
 from ..journal import JOURNAL, Reason
-from .broker import Broker, BrokerError, Candle, Money, Notice, OrderUpdate
+from .broker import Broker, BrokerError, Candle, Money, OrderUpdate
 from .desk import ATTEMPTS, PAUSE, Books, Desk, Feed, difference
 from .ledger import Ledger
 from .orders import intended
@@ -37,6 +37,7 @@ from .recorder import Recorder
 from ..lock import Lock
 from ..log import get_logger
 from ..market.filters import coarse_tick, on_grid
+from ..notices import Notice
 from ..settings import Limits
 from ..sources.history import before as preceding
 from ..texts import html_rows
@@ -227,8 +228,10 @@ class Listener:
     def _note(self, kind, text):
         "Something that a person should know"
         if kind == "rejected": self.statistics.rejected += 1
-        self.ledger.event(self.id, kind, text)
-        self._tell(f"{kind}: {text}")
+        notice = Notice(kind, text)
+        self.ledger.event(self.id, notice.kind, notice.text)
+        getattr(logger, notice.level)(str(notice), session=self.id)
+        self.say(str(notice))
 
     def _take(self, event):
         "One event of the broker"
@@ -240,8 +243,8 @@ class Listener:
             case Fill() | Funding(): self.books.add(event)
             case OrderUpdate(): self.desk.heard(event)
             case Notice("open", name): self._opened[name] += 1
-            case Notice("stop"): pass
             case Notice(kind, text): self._note(kind, text)
+            case None: pass # the session is told to end, and looks up
 
     async def _hear(self, seconds:float)->bool:
         "Wait for one event; False where none came"
@@ -733,7 +736,7 @@ class Session(Starter):
     def stop(self):
         "End in order, from any thread"
         self._stopping = True
-        if self._loop: self._loop.call_soon_threadsafe(self.broker.events.put_nowait, Notice("stop", ""))
+        if self._loop: self._loop.call_soon_threadsafe(self.broker.events.put_nowait, None)
 
     async def run(self, max_candles:int|None=None)->Statistics:
         "Trade until stopped, or for so many candles"
