@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch~=2.13.0
 BIN    := .venv/bin
 READY  := .venv/ready
-COVER  := $(BIN)/python -m coverage run -m pytest
+PYTEST := $(BIN)/python -m pytest -q -n 2
 PASSES := .cache/test-passes.jsonl
 # what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange;
 # CI: hypothesis has no deadlines in a chapter, and the same examples each time
@@ -34,20 +34,21 @@ demo: $(READY) ## train an agent, test it, trade it live on localnet, replay, re
 	$(BIN)/tradelab run report -p policy latest -p session latest
 	@echo; echo "Where to look:"; for job in train backtest live replay report; do ls -t reports/$$job/*.html | head -1 | sed 's/^/  /'; done
 
-test: $(READY) ## style, tests, all notebooks, coverage; ends with what was skipped
-	@mkdir -p .cache && : > $(PASSES); $(BIN)/python -m coverage erase
+test: $(READY) ## style, types, tests, all notebooks, coverage; ends with what was skipped
+	@mkdir -p .cache && : > $(PASSES)
 	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
-	@echo "--- compilation, once for all"
-	$(BIN)/python benchmarks/cold_compile.py
+	@echo "--- types, and meanwhile compilation, once for all"
+	$(BIN)/mypy & types=$$!; $(BIN)/python benchmarks/cold_compile.py && wait $$types
 	@echo "--- tests"
-	$(COVER) -q -n 2 --dist loadfile --no-loadscope-reorder tests
-	@echo "--- the chapters against the package, uncompiled"
-	NUMBA_DISABLE_JIT=1 $(COVER) -q -m uncompiled -n 2 tests
+	$(PYTEST) --dist loadfile --no-loadscope-reorder tests
+	@echo "--- the chapters against the package, uncompiled, for coverage"
+	@$(BIN)/python -m coverage erase
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m coverage run -m pytest -q -n 2 -m uncompiled tests
+	@$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --fail-under=90
 	@echo "--- all notebooks, cell by cell"
 	@rm -rf .cache/test; mkdir -p .cache/test
-	$(APART) $(COVER) -q --nbval-lax --nbval-current-env --nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 1800 -n 2 --dist loadfile nbs
-	@$(BIN)/python -m coverage combine -q
-	$(BIN)/python -m coverage report --skip-covered --fail-under=85
+	$(APART) $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 1800 --dist loadfile nbs
 	@$(BIN)/python .ci/summary.py $(PASSES) && rm $(PASSES)
 
 notebooks: $(READY) ## execute all chapters in place and clean them

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from nbval.kernel import RunningKernel
 
 SKIPPED_CELL = re.compile(r"^\s*#\s*\|\s*(eval:\s*false|slow|notest)\b", re.M | re.I)
 PASSES = Path(__file__).parent / ".cache" / "test-passes.jsonl"  # one line for each run of pytest, for .ci/summary.py
@@ -25,14 +24,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"#| {directive[1]}"))
         # nbdev_clean removes the counts, nbval asks for them
         if item.cell.outputs and item.cell.execution_count is None: item.cell.execution_count = 1
-
-
-def _stop(kernel):
-    kernel.kc.stop_channels()
-    kernel.km.shutdown_kernel()
-
-
-RunningKernel.stop = _stop # nbval kills its kernels; one that ends by itself writes what coverage has counted in it
 
 
 def pytest_sessionstart(session):
