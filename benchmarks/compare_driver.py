@@ -27,7 +27,7 @@ from tradelab.evaluation.var_backtest import judge
 from tradelab.events import KNOWN, Fill, TradingState
 from tradelab.features.observation import Observation, feature_columns
 from tradelab.instruments import Instrument
-from tradelab.journal import JOURNAL, Reason
+from tradelab.journal import JOURNAL
 from tradelab.market.candles import frames_of, holes_in, matrix, resample
 from tradelab.orders import Kind
 from tradelab.policies import Policy, mlp, pack
@@ -37,7 +37,7 @@ from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_
 from tradelab.risk.stops import simulate
 from tradelab.risk.trading_state import CAUSES, Ladder, require_state
 from tradelab.runs.run import make_trader
-from tradelab.settings import CostModel, Execution, Limits, Stops
+from tradelab.settings import CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of

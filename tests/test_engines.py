@@ -12,10 +12,10 @@ import pytest
 
 from tradelab.account import POSITION, new_account
 from tradelab.instruments import BITCOIN, Instrument
-from tradelab.journal import JOURNAL, Reason
+from tradelab.journal import JOURNAL
 from tradelab.orders import Kind
 from tradelab.policies import buy_and_hold, flat
-from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Reason
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
 from tradelab.sim.kernel import World, rules_of, tape_of

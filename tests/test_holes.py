@@ -20,7 +20,6 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.journal import Reason
 from tradelab.live.broker import Broker
 from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import packed, read, replay, unpacked
@@ -32,7 +31,7 @@ from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
 from tradelab.risk.limits import market_history
 from tradelab.runs.run import Run
-from tradelab.settings import NO_STOPS, CostModel, Limits, Stops
+from tradelab.settings import NO_STOPS, CostModel, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import conditions, window_means
 from tradelab.sim.prepared import funding_rates, prepare

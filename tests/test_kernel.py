@@ -14,11 +14,11 @@ from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.evaluation.metrics import round_trips
 from tradelab.instruments import BITCOIN, BITCOIN_BRACKETS, bracket_amounts
-from tradelab.journal import JOURNAL, Reason
+from tradelab.journal import JOURNAL
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import Kind
 from tradelab.policies import Policy
-from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Stops
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
 from tradelab.sim.kernel import DONE, TARGET, World, rules_of, steps, tape_of
 from tradelab.sim.margin import liquidation_share

@@ -17,7 +17,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN, Fill, TradingState
 from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.instruments import BITCOIN
-from tradelab.journal import JOURNAL, Reason
+from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, realistic
@@ -25,7 +25,7 @@ from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
 from tradelab.risk.trading_state import allowed, require_state
 from tradelab.runs.run import make_trader
-from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Stops
+from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 

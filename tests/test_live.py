@@ -22,7 +22,6 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.instruments import Instrument
-from tradelab.journal import Reason
 from tradelab.live.broker import Answer, Broker, BrokerError
 from tradelab.live.ledger import Ledger
 from tradelab.live.orders import Outcome
@@ -34,7 +33,7 @@ from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import Order
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Limits, Reason
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 

@@ -17,11 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tradelab.evaluation.round_trips import trips_summary, written_trips
 from tradelab.evaluation.tearsheet import TearSheet, rolling_sharpe, while_traded
 from tradelab.jobs import write_page
-from tradelab.journal import Reason
 from tradelab.market.synthetic import ar1
 from tradelab.policies import buy_and_hold
 from tradelab.risk.answers import STOPS_DECIDED, answered_text, halted_text, halts, in_words, stops_text
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Limits, Reason
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.stress import stress
 from tradelab.strategies.example import Momentum

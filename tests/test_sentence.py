@@ -10,13 +10,13 @@ from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import PORTFOLIO
 from tradelab.instruments import BITCOIN
-from tradelab.journal import JOURNAL, Reason
+from tradelab.journal import JOURNAL
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.limits import Gate
 from tradelab.runs.run import make_trader
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Limits, Reason
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 from tradelab.sources.funding import funding_history

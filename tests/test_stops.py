@@ -12,11 +12,10 @@ from tradelab.account import POSITION, age, apply_fill, new_account
 from tradelab.features.grammar import parse
 from tradelab.features.loops import columns_of
 from tradelab.instruments import BITCOIN
-from tradelab.journal import Reason
 from tradelab.market.synthetic import realistic
 from tradelab.risk.limits import Gate, warm_up
 from tradelab.risk.stops import enter, exit_price, levels, next_atr, simulate, touched, track
-from tradelab.settings import NO_STOPS, Limits, Stops
+from tradelab.settings import NO_STOPS, Limits, Reason, Stops
 
 FILE = next((place / "shared/data/BTCUSD-bitfinex-1m-2019.parquet" for place in Path(__file__).resolve().parents
              if (place / "shared/data/BTCUSD-bitfinex-1m-2019.parquet").exists()), None)

@@ -14,10 +14,10 @@ import pandas as pd
 from .value_at_risk import LEVELS, METHODS, tail_history
 from .var_backtest import Judgement, judge
 from ..events import TradingState
-from ..journal import Reason
 from ..market.candles import timeframe_of
 from ..risk.portfolio import Exposures
 from ..sections import Missing, section, section_html
+from ..settings import Reason
 from ..texts import figure_text, html_text
 from ..times import format_time, milliseconds
 

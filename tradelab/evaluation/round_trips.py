@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from ..figures import LONG, SHORT
-from ..journal import Reason
 from ..risk.answers import word
+from ..settings import Reason
 
 # %% ../../nbs/40_evaluation/03_round_trips.ipynb #eb174af7
 def cut_at_zero(

@@ -28,7 +28,7 @@ from .. import __version__
 from ..account import wallet
 from ..errors import FeedError
 from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
-from ..journal import JOURNAL, Reason
+from ..journal import JOURNAL
 from .broker import Broker, BrokerError, Candle, Money, OrderUpdate
 from .desk import ATTEMPTS, PAUSE, Books, Desk, Feed, difference
 from .ledger import Ledger
@@ -38,7 +38,7 @@ from ..lock import Lock
 from ..log import get_logger
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
-from ..settings import Limits
+from ..settings import Limits, Reason
 from ..sources.history import before as preceding
 from ..texts import html_rows
 from ..times import format_time, milliseconds

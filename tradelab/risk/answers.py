@@ -9,7 +9,7 @@ __all__ = ['HALTS', 'STOPS_DECIDED', 'word', 'sentence', 'in_words', 'halts', 'h
 # %% ../../nbs/30_risk/07_answers.ipynb #8218dc5f
 import pandas as pd
 
-from ..journal import Reason
+from ..settings import Reason
 
 # %% ../../nbs/30_risk/07_answers.ipynb #b767ce84
 def word(

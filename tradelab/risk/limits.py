@@ -18,12 +18,11 @@ import numpy as np
 from ..account import decimal8, maintenance_margin, round_quantity
 from ..compiled import compiled, inlined, outlined
 from ..events import CLOSE, HIGH, LOW, VOLUME
-from ..journal import Reason
 from ..orders import ORDER_REQUEST
 from .portfolio import covariance_warm_up, update_covariance
 from .stops import clear, clearance, enter, next_atr, touched, track
 from .trading_state import DAY, FLATTEN, NO_ENTRY, REDUCE_ONLY, update_trading_state
-from ..settings import Limits, instrument_rows
+from ..settings import Limits, Reason, instrument_rows
 
 # %% ../../nbs/30_risk/05_limits.ipynb #d85a4ef3
 (AS_ASKED, TOO_SMALL, LEVERAGE, BALANCE, MAX_QUANTITY, HALTED, STATE, DAILY_LOSS, CONFIDENCE, PRICE_BAND, ORDER_SIZE,

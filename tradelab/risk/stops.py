@@ -13,7 +13,7 @@ from ..account import POSITION, age, apply_fill, new_account
 from ..compiled import compiled, inlined
 from ..events import CLOSE, HIGH, LOW, OPEN
 from ..features.windows import average_range, true_range
-from ..journal import Reason
+from ..settings import Reason
 
 # %% ../../nbs/30_risk/03_stops.ipynb #a07ff500
 @inlined

@@ -33,12 +33,12 @@ from ..compiled import c_function, fetch_ahead, inlined, outlined
 from ..errors import InvalidOrderError
 from ..events import CLOSE, COLUMNS
 from ..instruments import INSTRUMENT
-from ..journal import JOURNAL, Reason
+from ..journal import JOURNAL
 from ..native import NUMBER, UNCOUNTED, WHOLE, address_of, array_at, call_at
 from ..orders import FILL, ORDER_REQUEST, WORKING
 from ..risk.limits import MARKET as MARKET_ROW
 from ..risk.limits import capital, gate, market_history, propose, stand_by
-from ..settings import COSTS, EXECUTION, LIMITS, STYLES, instrument_rows
+from ..settings import COSTS, EXECUTION, LIMITS, STYLES, Reason, instrument_rows
 from .costs import BOOK, CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
 from tradelab.sim.matching import (
