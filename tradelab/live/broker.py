@@ -10,10 +10,12 @@ __all__ = ['STATES', 'RECEIVE_WINDOW', 'Candle', 'OrderUpdate', 'normalise', 'Br
 # %% ../../nbs/70_live/02_broker.ipynb #e8afb17d
 import asyncio
 import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR, Decimal
 from difflib import get_close_matches
 from functools import cache
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -80,7 +82,7 @@ def _account_events(message, symbols, quote):
 
 # %% ../../nbs/70_live/02_broker.ipynb #c5813fce
 def normalise(
-    message,             # one frame of a socket, decoded
+    message:Any,             # one frame of a socket, decoded
     symbols:dict,        # our symbol for each of the exchange's
     quote:str="USDT",    # the currency of the account
 )->list:                 # of Candle, Fill, OrderUpdate, Funding, Notice; empty for everything else
@@ -136,7 +138,7 @@ class Money:
 
 
 def account_of(
-    answer,            # of GET account, decoded
+    answer:Any,            # of GET account, decoded
     symbols:dict,      # our symbol for each of the exchange's
     quote:str="USDT",
 )->Money:
@@ -153,14 +155,15 @@ def account_of(
 # %% ../../nbs/70_live/02_broker.ipynb #fb4d2ad6
 def instrument_of(
     market:dict,      # ccxt's market; `info` holds the exchange's own words
-    answer=(),        # of GET leverageBracket, decoded
+    answer:Iterable[dict]|None=(),        # of GET leverageBracket, decoded
     venue:str="given",# its name
 )->Instrument:
     "What the exchange takes of a symbol, and the margin it wants"
-    rows = next((each["brackets"] for each in answer or () if each["symbol"] == market["id"]), [])
+    rows: list[dict] = next((each["brackets"] for each in answer or () if each["symbol"] == market["id"]), [])
     brackets = tuple((float(row["notionalCap"]), int(row["initialLeverage"]), float(row["maintMarginRatio"]))
                      for row in rows[:TIERS])
     instrument = listed_instrument(market, venue)
+    if instrument is None: raise BrokerError(f"{venue} does not say tick and step of {market['symbol']}")
     return replace(instrument, brackets=brackets) if brackets else instrument
 
 # %% ../../nbs/70_live/02_broker.ipynb #fa89b5f5
@@ -203,7 +206,7 @@ def exchange_for(
     venue:Venue,        # addresses and keys
     paced:bool,         # wait between requests as Binance's limits ask
     timeout:float,      # seconds for one request
-):
+)->Any:
     "A ccxt client for Binance USD-M futures at the venue's addresses"
     exchange = _exchange_class()({"apiKey": venue.key.get_secret_value(), "secret": venue.secret.get_secret_value(),
                                   "enableRateLimit": paced, "timeout": int(timeout * 1000)})
@@ -221,10 +224,10 @@ def exchange_for(
 # %% ../../nbs/70_live/02_broker.ipynb #dd52d2f8
 async def hold(
     name:str,        # for the notices
-    watch,           # coroutine function: ask ccxt once
-    events,          # asyncio.Queue that is told
+    watch:Callable[[], Awaitable],           # coroutine function: ask ccxt once
+    events:asyncio.Queue,          # asyncio.Queue that is told
     pause:float=1.,  # seconds before dialling again
-):
+)->None:
     "Keep a stream alive until cancelled"
     while True:
         try: await watch()
@@ -236,9 +239,9 @@ async def hold(
 async def asked(
     venue:Venue,         # who is asked
     what:str,            # for the message
-    request,             # awaitable of ccxt
+    request:Awaitable,             # awaitable of ccxt
     fine:int|None=None,  # a code that is no failure
-):
+)->Any:
     "The answer to a request; BrokerError where there is none that can be used"
     try: return await request
     except Exception as error: code, said = error_code(error), error_text(error)
@@ -250,12 +253,13 @@ async def asked(
 
 # %% ../../nbs/70_live/02_broker.ipynb #21042ca3
 async def closed_rows(
-    page,                # coroutine function: a request with limit, and endTime beyond the first -> rows, oldest first
+    page:Callable[[dict], Awaitable[list]], # a request with limit, and endTime beyond the first -> rows, oldest first
     limit:int,           # closed candles
     since:int|None=None, # ms, none before it
 )->list:
     "The newest closed candles, as the exchange writes them"
-    rows, until = [], {}
+    rows: list = []
+    until: dict = {}
     while len(rows) < limit + 1:
         request = {"limit": min(limit + 1 - len(rows), 1000)} | until
         older = await page(request)
@@ -274,8 +278,8 @@ class Requests:
         timeout:float=10.,       # seconds for one request
     ):
         self.venue = venue
-        self._symbols = {}
-        self._brackets = {}
+        self._symbols: dict[str, str] = {}
+        self._brackets: dict = {}
         self.quote = "USDT"
         self._exchange = exchange_for(venue, venue.name != "localnet" if paced is None else paced, timeout)
 
@@ -283,14 +287,14 @@ class Requests:
     def _ask(self, what, request, fine=None): return asked(self.venue, what, request, fine)
     def _listed(self, symbol): return listed(symbol, self._exchange.markets, self.venue.name)
     def _id(self, symbol): return self._exchange.markets[symbol]["id"]
-    async def synchronise(self): await self._ask("the exchange's clock", self._exchange.load_time_difference())
+    async def synchronise(self)->None: await self._ask("the exchange's clock", self._exchange.load_time_difference())
 
-    def instruments(self, symbols)->tuple:
+    def instruments(self, symbols:Sequence[str])->tuple:
         "What the exchange takes of each symbol"
         return tuple(instrument_of(self._listed(symbol), self._brackets.get(symbol), self.venue.name)
                      for symbol in symbols)
 
-    async def history(self, symbol, timeframe, limit:int, since:int|None=None):
+    async def history(self, symbol:str, timeframe:str, limit:int, since:int|None=None)->tuple[np.ndarray, np.ndarray]:
         """The newest `limit` closed candles (none before `since`): open times (T,) and candles (T, 8): the five
         numbers, quote volume, trades, taker's buy volume"""
         rows = await closed_rows(lambda page: self._ask("candles",
@@ -299,7 +303,7 @@ class Requests:
         return (np.array([int(row[0]) for row in rows], np.int64),
                 np.array([[float(value) for value in (*row[1:6], *row[7:10])] for row in rows]).reshape(-1, 8))
 
-    async def forming(self, symbol, timeframe)->int:
+    async def forming(self, symbol:str, timeframe:str)->int:
         "The open time (ms) of the candle that has not closed yet"
         rows = await self._ask("the newest candle",
                                self._exchange.fapiPublicGetKlines({"symbol": self._id(symbol), "interval": timeframe,
@@ -307,7 +311,7 @@ class Requests:
         if not rows: raise BrokerError(f"{self.venue.name} lists no candle of {symbol} {timeframe}")
         return int(rows[-1][0])
 
-    async def index_prices(self, symbol, timeframe, limit:int, since:int)->dict:
+    async def index_prices(self, symbol:str, timeframe:str, limit:int, since:int)->dict:
         "The index price at the close of the newest `limit` closed candles, none before `since`, by open time"
         pair = self._listed(symbol)["info"]["pair"]
         rows = await closed_rows(lambda page: self._ask("index prices",
@@ -315,9 +319,9 @@ class Requests:
             "interval": timeframe} | page)), limit, since)
         return {int(row[0]): float(row[4]) for row in rows}
 
-    async def funding_rates(self, symbol, since:int)->dict:
+    async def funding_rates(self, symbol:str, since:int)->dict:
         "Funding rates settled from `since` (ms) on, by the time they fell due, oldest first"
-        rates = {}
+        rates: dict[int, float] = {}
         while True:
             page = await self._ask("funding rates",
                                    self._exchange.fapiPublicGetFundingRate({"symbol": self._id(symbol),
@@ -355,7 +359,7 @@ def order_request(
 
 # %% ../../nbs/70_live/02_broker.ipynb #83f856f0
 async def order_answer(
-    request,         # awaitable of ccxt
+    request:Awaitable[dict],         # awaitable of ccxt
 )->Answer:
     "What a request about an order proves"
     try: reply = await request
@@ -381,7 +385,7 @@ def fill_of(
 class Trading(Requests):
     "An account to trade on, over REST"
 
-    async def connect(self, symbols, leverage:int, watched=()):
+    async def connect(self, symbols:Sequence[str], leverage:int, watched:Sequence[str]=())->None:
         """Markets, clock, keys, one-way mode and leverage; BrokerError says which of them failed; of `watched` symbols
         only the candles are wanted"""
         try: await self._connect(symbols, leverage, watched)
@@ -418,14 +422,14 @@ class Trading(Requests):
             "origClientOrderId": order.order_id}))
         return answer if answer.update or answer.code == NO_SUCH_ORDER else replace(answer, outcome=Outcome.UNKNOWN)
 
-    async def fills(self, symbol, since:int)->list:
+    async def fills(self, symbol:str, since:int)->list:
         "Our trades from `since` (ms) on, oldest first; their `order_id` is the venue's number"
         trades = await self._ask("trades",
                                  self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol),
             "startTime": since, "limit": 1000}))
         return [fill_of(trade, symbol, self.quote) for trade in trades]
 
-    async def fundings(self, symbol, since:int)->list:
+    async def fundings(self, symbol:str, since:int)->list:
         "Funding payments from `since` (ms) on, oldest first"
         rows = await self._ask("funding payments",
                                self._exchange.fapiPrivateGetIncome({"symbol": self._id(symbol),
@@ -443,7 +447,7 @@ class Broker(Trading):
         self._tasks = []
         self._exchange.heard, self._exchange.opened = self._heard, self._opened
 
-    async def stream(self, symbols, timeframe):
+    async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         "Open the market and the user stream; a Notice of kind *open* tells of each"
         pairs = [[symbol, timeframe] for symbol in symbols]
         for name, watch in (("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs)),
@@ -471,7 +475,7 @@ class Broker(Trading):
         client = self._exchange.clients.pop(url, None)
         if client: client.reset(ConnectionError("the key of the user stream expired"))
 
-    async def close(self):
+    async def close(self)->None:
         "End the streams and connections"
         for task in self._tasks: task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

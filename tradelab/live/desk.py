@@ -9,6 +9,7 @@ __all__ = ['ATTEMPTS', 'PAUSE', 'check_candle', 'Feed', 'Books', 'difference', '
 import asyncio
 from bisect import insort
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic
 
@@ -25,7 +26,7 @@ from ..times import format_time
 from ..trader import Trader
 
 # %% ../../nbs/70_live/05_desk.ipynb #6836dc47
-def check_candle(symbol:str, open_time:int, values:tuple):
+def check_candle(symbol:str, open_time:int, values:tuple)->None:
     "Refuse open, high, low, close, volume that no market can have"
     opened, high, low, close, volume = values[:5]
     if not (0 < low <= min(opened, close) and max(opened, close) <= high < np.inf and 0 <= volume < np.inf):
@@ -44,9 +45,9 @@ class Feed:
         self.symbols = list(symbols)
         self.step = step
         self.last = last
-        self._known = defaultdict(dict)
+        self._known: dict[int, dict] = defaultdict(dict)
 
-    def add(self, symbol, open_time, values):
+    def add(self, symbol:str, open_time:int, values:tuple)->None:
         "Take in one candle; old ones are ignored"
         check_candle(symbol, open_time, values)
         if self.last is None: self.last = open_time - self.step
@@ -58,20 +59,21 @@ class Feed:
     def _complete(self, open_time): return len(self._known.get(open_time, ())) == len(self.symbols)
 
     @property
-    def ready(self): return self.last is not None and self._complete(self.last + self.step)
+    def ready(self)->bool: return self.last is not None and self._complete(self.last + self.step)
 
     @property
-    def gap(self): return not self.ready and any(open_time > self.last + self.step for open_time in self._known)
+    def gap(self)->bool:
+        return not self.ready and any(open_time > (self.last or 0) + self.step for open_time in self._known)
 
-    def skip(self, open_time):
+    def skip(self, open_time:int)->None:
         "Go on at a candle behind a hole; what is known of those before is dropped"
         for early in [time for time in self._known if time < open_time]: self._known.pop(early)
         self.last = open_time - self.step
 
-    def take(self):
+    def take(self)->tuple[int, np.ndarray, bool]|None:
         """The next step: open time, candles (n_symbols, numbers of each), and whether it is late; None where it is not
         complete"""
-        if not self.ready: return None
+        if self.last is None or not self.ready: return None
         self.last += self.step
         rows = self._known.pop(self.last)
         return self.last, np.array([rows[symbol] for symbol in self.symbols]), any(map(self._complete, self._known))
@@ -91,17 +93,17 @@ class Books:
         self.recorder = recorder
         self.step = step
         self.sequence = 0
-        self._waiting = []
-        self._seen = set()
+        self._waiting: list[tuple] = []
+        self._seen: set = set()
         self.opening = 0 # ms: of the candle that follows the present step, where it is known to come behind a hole
 
-    def add(self, entry, number:int|None=None):
+    def add(self, entry:Fill|Funding, number:int|None=None)->None:
         "Take in a fill or a payment, once; `number`: of one that the ledger holds already"
         if entry.symbol not in self.trader.symbols or _key(entry) in self._seen: return
         self._seen.add(_key(entry))
         insort(self._waiting, (_time(entry), len(self._seen), number, entry))
 
-    def recall(self, sequence:int):
+    def recall(self, sequence:int)->None:
         "After a restart: what the trader's state holds already, and what has to be given to it again"
         self.sequence = sequence
         for number, entry in self.ledger.booked(self.session):
@@ -110,7 +112,7 @@ class Books:
             self.sequence = max(self.sequence, number)
 
     @property
-    def settled(self): return all(number is None for _, _, number, _ in self._waiting)
+    def settled(self)->bool: return all(number is None for _, _, number, _ in self._waiting)
 
     def _is_due(self, entry):
         "Whether an entry belongs to the present step or to one before it"
@@ -124,7 +126,7 @@ class Books:
         return sum(entry.amount for *_, entry in self._waiting if isinstance(entry, Funding)
                    and not self._is_due(entry))
 
-    def book_next(self):
+    def book_next(self)->Fill|Funding|None:
         "Book the first entry that is due; None if there is none"
         place = next((place for place, (*_, entry) in enumerate(self._waiting) if self._is_due(entry)), None)
         if place is None: return None
@@ -170,7 +172,7 @@ class OpenOrders:
         self.ledger = ledger
         self.note = note
         self.known = {intent.order.order_id: intent for intent in ledger.intents(session)}
-        self.filled = defaultdict(float)
+        self.filled: dict[str, float] = defaultdict(float)
         for number, entry in ledger.booked(session):
             if number <= sequence and isinstance(entry, Fill): self.filled[entry.order_id] += abs(entry.quantity)
         self.open = {name: intent for name, intent in self.known.items() if intent.state is not State.INTENT}
@@ -186,13 +188,13 @@ class OpenOrders:
         if intent.state.ended and abs(self.filled[intent.order.order_id] - intent.executed) < 1e-9:
             self.open.pop(intent.order.order_id, None)
 
-    def may_open(self, symbols)->np.ndarray:
+    def may_open(self, symbols:Sequence[str])->np.ndarray:
         """For each symbol, whether an order that may open it has no proven end, or its fills are not booked yet; bool,
         (n_symbols,)"""
         opening = {intent.order.symbol for intent in self.open.values() if not intent.order.reduce_only}
         return np.array([symbol in opening for symbol in symbols])
 
-    def heard(self, update:OrderUpdate):
+    def heard(self, update:OrderUpdate)->None:
         "The exchange said where an order stands"
         intent = self.open.get(update.order_id)
         if intent:
@@ -205,7 +207,7 @@ class OpenOrders:
                      and intent.exchange_id == fill.order_id), fill.order_id)
         return replace(fill, order_id=ours)
 
-    def booked(self, fill:Fill):
+    def booked(self, fill:Fill)->None:
         "A fill is in the books"
         self.filled[fill.order_id] += abs(fill.quantity)
         if fill.order_id in self.open: self._forget(self.open[fill.order_id])
@@ -237,12 +239,16 @@ class Inquiry(OpenOrders):
         while order.order_id in self.open:
             asked, answer = clock(), await self.broker.query(order)
             intent = self.open.get(order.order_id)
-            if answer.update: return self.heard(answer.update)
+            if answer.update:
+                self.heard(answer.update)
+                return False
             if (intent and intent.state is not State.ACKNOWLEDGED and proves_absence(answer.code, intent.sent_time,
                     asked, RECEIVE_WINDOW)):
                 self._advance(intent, State.ABSENT, message="never arrived")
                 return True
-            if monotonic() > until: return self.note("unanswered", f"{order.order_id}: {answer.text or answer.code}")
+            if monotonic() > until:
+                self.note("unanswered", f"{order.order_id}: {answer.text or answer.code}")
+                return False
             await asyncio.sleep(PAUSE)
         return False
 
@@ -265,7 +271,9 @@ class Sending(Inquiry):
         self.sent = self.sent or monotonic()
         answer = await self.broker.submit(order)
         self.acknowledged = monotonic()
-        if answer.outcome is Outcome.ACCEPTED: return self.heard(answer.update)
+        if answer.outcome is Outcome.ACCEPTED and answer.update:
+            self.heard(answer.update)
+            return False
         if answer.outcome in (Outcome.REJECTED, Outcome.LATER): return await self._refused(intent, answer)
         if (now := self.open.get(order.order_id)) and now.state is State.SENT:
             self._advance(now, State.UNKNOWN, message=answer.text)
@@ -296,10 +304,11 @@ class Sending(Inquiry):
 class Desk(Sending):
     "Orders on their way"
 
-    async def place(self, order:Order, leg:int):
+    async def place(self, order:Order, leg:int)->None:
         "Send an order, again where that is safe; returns when its outcome is known or patience has ended"
         if any(intent.order.symbol == order.symbol for name, intent in self.open.items() if name != order.order_id):
-            return self.note("blocked", f"{order.symbol}: no new order while an earlier one has no proven outcome")
+            self.note("blocked", f"{order.symbol}: no new order while an earlier one has no proven outcome")
+            return
         for attempt in range(ATTEMPTS):
             order = replace(order, order_id=client_order_id(self.session, order.symbol, order.open_time, leg, attempt))
             if not await self.attempt(order): return

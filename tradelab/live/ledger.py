@@ -9,6 +9,7 @@ __all__ = ['TABLES', 'FORMAT', 'SESSIONS', 'ORDERS', 'FILLS', 'FUNDINGS', 'STEPS
 # %% ../../nbs/70_live/03_ledger.ipynb #0c12659c
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -25,6 +26,9 @@ from ..orders import Order
 # %% ../../nbs/70_live/03_ledger.ipynb #1306bef2
 TABLES = sql.MetaData()
 FORMAT = 1 # of these tables; counts up when an older version could misread what this one writes
+
+
+_FIELDS = JOURNAL.names or ()
 
 
 def _table(name, *columns, **options):
@@ -47,7 +51,7 @@ FUNDINGS = _table("fundings", _key("symbol", sql.String(40)), _key("funding_time
                   sql.Column("sequence", sql.BigInteger), sql.Column("amount", sql.Double))
 STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)),
                sql.Column("place", sql.Integer),
-               *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in JOURNAL.names
+               *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in _FIELDS
                  if name != "open_time"])
 FORMATS = sql.Table("formats", TABLES, sql.Column("format", sql.Integer, primary_key=True),
                     sql.Column("version", sql.String(40)))
@@ -122,7 +126,7 @@ class Database:
     "The tables at one URL"
 
     def __init__(self, url:str="sqlite:///tradelab.db"): self._engine = open_database(url)
-    def close(self): self._engine.dispose()
+    def close(self)->None: self._engine.dispose()
 
     def _write(self, *statements):
         with self._engine.begin() as connection: return [connection.execute(statement) for statement in statements]
@@ -138,13 +142,13 @@ class Database:
 class SessionLedger(Database):
     "Which sessions there are, and what a person should know of them"
 
-    def open_session(self, session:str, settings:dict):
+    def open_session(self, session:str, settings:dict)->None:
         "Write down a new session; ValueError where its id is taken"
         self.check_new(session)
         self._write(SESSIONS.insert().values(session=session, started=clock(), settings=json.dumps(settings),
                                              state="running"))
 
-    def check_new(self, session:str):
+    def check_new(self, session:str)->None:
         if session in self.sessions():
             raise ValueError(f"session {session!r} is in the ledger already: resume it, or give the new one another id")
 
@@ -161,10 +165,10 @@ class SessionLedger(Database):
                            f"{', '.join(self.sessions()[:3]) or 'none'}")
         return row | {"settings": json.loads(row["settings"])}
 
-    def set_state(self, session:str, state:str):
+    def set_state(self, session:str, state:str)->None:
         self._write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))
 
-    def event(self, session:str, kind:str, text:str):
+    def event(self, session:str, kind:str, text:str)->None:
         "Write down something that happened"
         number = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.number), 0) + 1).where(EVENTS.c.session
             == session).scalar_subquery()
@@ -180,7 +184,7 @@ def _record(kind, row, fields): return kind(**{name: row[name] for name in field
 class OrderLedger(SessionLedger):
     "What was intended and sent"
 
-    def intend(self, session:str, orders:list):
+    def intend(self, session:str, orders:list)->None:
         "Write down orders before they are sent; what is written already stays as it is"
         names = [order.order_id for order in orders]
         known = {row["order_id"] for row in self._read(sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session,
@@ -208,7 +212,7 @@ class OrderLedger(SessionLedger):
 class MoneyLedger(OrderLedger):
     "What was filled and paid"
 
-    def book(self, session:str, entry, sequence:int)->bool:
+    def book(self, session:str, entry:Fill|Funding, sequence:int)->bool:
         "Write down a fill or a funding payment; False where it is known already"
         table = FILLS if isinstance(entry, Fill) else FUNDINGS
         try: self._write(table.insert().values(session=session, sequence=sequence, **vars(entry)))
@@ -226,11 +230,11 @@ class MoneyLedger(OrderLedger):
 class Ledger(MoneyLedger):
     "The memory of all sessions"
 
-    def step(self, session:str, symbols, rows:np.ndarray, snapshot:dict, sequence:int):
+    def step(self, session:str, symbols:Sequence[str], rows:np.ndarray, snapshot:dict, sequence:int)->None:
         """Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked
         up to `sequence`"""
         open_time = int(rows["open_time"][0])
-        values = [dict(zip(JOURNAL.names, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n,
+        values = [dict(zip(_FIELDS, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n,
                   (symbol, row) in enumerate(zip(symbols, rows))]
         self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time),
                     STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
@@ -239,7 +243,7 @@ class Ledger(MoneyLedger):
         kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
         return SNAPSHOTS.delete().where(SNAPSHOTS.c.session == session), SNAPSHOTS.insert().values(kept)
 
-    def keep(self, session:str, open_time:int, snapshot:dict, sequence:int):
+    def keep(self, session:str, open_time:int, snapshot:dict, sequence:int)->None:
         "Write down the trader's state before its first step"
         self._write(*self._keep(session, open_time, snapshot, sequence))
 
@@ -252,12 +256,12 @@ class Ledger(MoneyLedger):
         "The journal as it was given: symbols and JOURNAL rows of each step, oldest first"
         steps = [list(rows) for _, rows in groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place),
                                                    key=lambda row: row["open_time"])]
-        return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in JOURNAL.names) for row in rows],
+        return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in _FIELDS) for row in rows],
                                                            JOURNAL)) for rows in steps]
 
     def journal(self, session:str)->pd.DataFrame:
         "The journal of a session: a row per step and symbol, the symbol and the columns of JOURNAL, index open_time"
         frame = pd.DataFrame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place),
-                             columns=["open_time", "symbol", *JOURNAL.names[1:]])
+                             columns=["open_time", "symbol", *_FIELDS[1:]])
         return frame.set_index(pd.DatetimeIndex(frame.pop("open_time").astype("int64").astype("datetime64[ms]"),
                                                 tz="UTC", name="open_time"))

@@ -50,7 +50,7 @@ def intended(
     session:str,        # the id of the session
 )->list[Order]:
     "The market orders of one decision, named"
-    orders = []
+    orders: list[Order] = []
     for n, symbol in enumerate(symbols):
         quantity = float(decision.quantities[n])
         if quantity == 0: continue
@@ -73,7 +73,7 @@ class State(StrEnum):
     ABSENT = "absent"             # proven never to have arrived
 
     @property
-    def ended(self): return not MOVES[self]
+    def ended(self)->bool: return not MOVES[self]
 
 # %% ../../nbs/70_live/01_orders.ipynb #570e59f4
 _ENDS = {State.FILLED, State.CANCELED, State.EXPIRED}

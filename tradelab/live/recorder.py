@@ -14,10 +14,11 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -97,7 +98,7 @@ def framed(
 
 
 def unframed(
-    file,           # binary, at the beginning of a frame
+    file:BinaryIO,           # binary, at the beginning of a frame
     seal:bytes,     # of the frame before
 )->tuple:           # (lines, its seal); no lines at the end of the file
     "The next frame, proven; RecordingError where it is not as it was written"
@@ -219,7 +220,7 @@ class Recorder:
         if not self._lines: self.line("recording", format=FORMAT, version=__version__)
         if self.mended: self.line("mended", text=self.mended)
 
-    def line(self, kind:str, **content):
+    def line(self, kind:str, **content)->None:
         "Add a line; it is in the file when it is flushed"
         line = chained({"kind": kind} | content, self._lines, self._link)
         self._link = line[-35:-3].decode()
@@ -227,28 +228,28 @@ class Recorder:
         self._waiting += line
         if len(self._waiting) > 1_000_000: self.flush()
 
-    def start(self, settings:dict, snapshot:dict|None=None):
+    def start(self, settings:dict, snapshot:dict|None=None)->None:
         "A session starts or continues; `snapshot` is the trader's state that it continues from"
         self.line("start", settings=settings, snapshot=snapshot)
 
-    def warm(self, times, candles):
+    def warm(self, times:np.ndarray, candles:np.ndarray)->None:
         self.line("warm", times=packed(np.asarray(times, np.int64)), candles=packed(np.asarray(candles, float)))
-    def frame(self, socket:str, frame): self.line("frame", socket=socket, frame=frame)
-    def candle(self, open_time:int, candle:np.ndarray, working:np.ndarray|None=None):
+    def frame(self, socket:str, frame:Any)->None: self.line("frame", socket=socket, frame=frame)
+    def candle(self, open_time:int, candle:np.ndarray, working:np.ndarray|None=None)->None:
         """A candle; `working`, where an order that may open a symbol had no proven end, is written only where there was
         one"""
         self.line("candle", open_time=open_time, candle=candle.tolist(),
                   **({"working": working.tolist()} if working is not None and working.any() else {}))
 
-    def booked(self, entry): self.line(type(entry).__name__.lower(), **vars(entry))
+    def booked(self, entry:Fill|Funding)->None: self.line(type(entry).__name__.lower(), **vars(entry))
 
-    def decision(self, decision:Decision, rows:np.ndarray):
+    def decision(self, decision:Decision, rows:np.ndarray)->None:
         "What was decided, and the left half of the journal's rows with it"
         self.line("decision", open_time=decision.open_time, rows=packed(rows),
                   **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities",
             "reasons")})
 
-    def flush(self):
+    def flush(self)->None:
         "To the file, where the end of this process cannot take it"
         if not self._waiting: return
         frame, self._seal = framed(bytes(self._waiting), self._seal)
@@ -256,20 +257,20 @@ class Recorder:
         self._file.write(frame)
         self._unsynced = True
 
-    def sync(self):
+    def sync(self)->None:
         "To the disk, where a power cut cannot take it: before the ledger says that a step is done"
         self.flush()
         if self._unsynced: os.fsync(self._file.fileno())
         self._unsynced = False
 
-    def close(self):
+    def close(self)->None:
         self.line("end", lines=self._lines, decisions=self._decisions)
         self.sync()
         self._file.close()
 
 # %% ../../nbs/70_live/04_recorder.ipynb #5c41c8a8
-_SETTINGS = {"policy": str, "origin": str, "venue": str, "timeframe": str, "version": str, "symbols": list,
-             "instruments": list, "limits": dict, "deposit": (int, float)}
+_SETTINGS: dict[str, type | tuple] = {"policy": str, "origin": str, "venue": str, "timeframe": str, "version": str,
+                                      "symbols": list, "instruments": list, "limits": dict, "deposit": (int, float)}
 
 
 def recorded_settings(path:Path)->dict:
@@ -294,7 +295,7 @@ def recorded_settings(path:Path)->dict:
 def find_session(
     sessions:Path,  # the folder of all sessions
     name:str,       # of one of them, or latest
-    known=None,     # ids that the ledger knows, for latest; None: all that are there
+    known:Collection[str]|None=None,     # ids that the ledger knows, for latest; None: all that are there
 )->Path:
     "The folder of a recorded session; FileNotFoundError naming the newest where there is none"
     found = sorted(Path(sessions).glob("*/recording.zst"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -306,14 +307,15 @@ def find_session(
         if folders else "there is none yet, run one first"))
 
 # %% ../../nbs/70_live/04_recorder.ipynb #f4e3b7e1
-SEEN = [name for name in JOURNAL.names[:JOURNAL.names.index("order") + 1] if name != "open_time"]
+_FIELDS = JOURNAL.names or ()
+SEEN = [name for name in _FIELDS[:_FIELDS.index("order") + 1] if name != "open_time"]
 
 
 def decided(
     decision:Decision,
     rows:np.ndarray,       # JOURNAL, (n_symbols,), as they were at the decision
-    symbols,
-    columns,               # names of the observation's numbers
+    symbols:Sequence[str],
+    columns:Sequence[str],               # names of the observation's numbers
 )->list:                   # a dict per symbol
     "The comparable form of a decision"
     if decision.observation.shape[1] != len(columns):
@@ -401,8 +403,8 @@ def replay(
     trader:Trader,    # as the session was given it; only its settings are used
 )->tuple:             # two DataFrames, index open_time: recorded, recomputed
     "Run a trader over the inputs of a recording; the frames are equal where nothing else decided"
-    recorded = {}
-    recomputed = {}
+    recorded: dict[int, dict] = {}
+    recomputed: dict[int, dict] = {}
     again = None
     for number, line in enumerate(read(recording) if isinstance(recording, (str, Path)) else recording):
         try: again = _follow(line, trader, again, recorded, recomputed)
@@ -437,10 +439,10 @@ def unproven(
 # %% ../../nbs/70_live/04_recorder.ipynb #589aaff6
 def recorded_candles(
     recording:Path,  # recording.zst, or any iterable of its lines
-    symbols,         # in the order of the trader's rows: those that it trades, then those that it looks at
+    symbols:Sequence[str], # in the order of the trader's rows: those that it trades, then those that it looks at
 )->dict:             # frames by symbol, index open_time
     "The closed candles that a session was given, those of its warm-up first"
-    rows = {}
+    rows: dict[int, np.ndarray] = {}
     for line in (recording if not isinstance(recording, (str, Path)) else read(recording)):
         if line["kind"] == "warm": rows |= dict(zip(unpacked(line["times"]).tolist(), unpacked(line["candles"])))
         elif line["kind"] == "candle": rows[line["open_time"]] = np.array(line["candle"], float)

@@ -17,10 +17,12 @@ import os
 import signal
 import threading
 from collections import defaultdict
+from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -59,12 +61,12 @@ class Journal:
     ):
         self._file = open(path, "w", newline="")
         self._writer = csv.writer(self._file)
-        self._last = None
+        self._last: int|None = None
         self._start = 0
-        self._writer.writerow(["open_time", "symbol", *JOURNAL.names[1:]])
+        self._writer.writerow(["open_time", "symbol", *(JOURNAL.names or ())[1:]])
         for symbols, rows in steps: self.write(symbols, rows)
 
-    def write(self, symbols, rows:np.ndarray):
+    def write(self, symbols:Sequence[str], rows:np.ndarray)->None:
         "Append a step, or replace it where it is the last one"
         if int(rows["open_time"][0]) == self._last:
             self._file.seek(self._start)
@@ -73,10 +75,10 @@ class Journal:
         for symbol, row in zip(symbols, rows.tolist()): self._writer.writerow([row[0], symbol, *row[1:]])
         self._file.flush()
 
-    def close(self): self._file.close()
+    def close(self)->None: self._file.close()
 
 # %% ../../nbs/70_live/06_session.ipynb #78cbf9e3
-def write_status(path:Path, **status):
+def write_status(path:Path, **status)->None:
     "Replace session.json"
     replace_files({path: json.dumps(status, indent=1)})
 
@@ -125,7 +127,7 @@ class StartRefusedError(TradelabError, RuntimeError):
     "A session must not start here; says why, and what to do"
 
 
-def check_instruments(ours:tuple, theirs:tuple):
+def check_instruments(ours:tuple, theirs:tuple)->None:
     "Refuse an exchange that takes other quantities than the trader would send"
     for mine, listed in zip(ours, theirs):
         wrong = [name for name in ("price_tick", "quantity_step") if not on_grid(np.array([getattr(mine, name)]),
@@ -137,7 +139,7 @@ def check_instruments(ours:tuple, theirs:tuple):
                                     f"trader was built for {getattr(mine, wrong[0])}: build it with {listed!r}")
 
 # %% ../../nbs/70_live/06_session.ipynb #19c933ac
-def check_explained(expected:dict, money:Money):
+def check_explained(expected:dict, money:Money)->None:
     "Refuse positions that the ledger does not explain"
     for symbol in sorted({*expected, *money.positions}):
         here = expected.get(symbol, 0.)
@@ -150,7 +152,7 @@ def check_explained(expected:dict, money:Money):
 SAME = ("venue", "symbols", "timeframe", "policy", "deposit", "limits")
 
 
-def check_same(session:str, known:dict, given:dict):
+def check_same(session:str, known:dict, given:dict)->None:
     "Refuse to resume a session as another one"
     for name in SAME:
         if known[name] != given[name]:
@@ -209,7 +211,7 @@ class Signals:
             if before is not None: signal.signal(number, before)
 
 # %% ../../nbs/70_live/06_session.ipynb #89bb6d50
-async def undisturbed(step):
+async def undisturbed(step:Coroutine)->Any:
     "Wait for a coroutine; a cancellation takes effect when it has ended"
     task = asyncio.ensure_future(step)
     try: return await asyncio.shield(task)
@@ -293,7 +295,7 @@ class Bookkeeper(Listener):
 QUIET = 60. # seconds after which a candle without an order is worth a line, too
 
 
-def symbol_line(row)->str:
+def symbol_line(row:np.void)->str:
     "One symbol of a step: price, position, order, and what the rules made of the wish"
     order = (f" order {row['order']:+g} filled {row['fill_quantity']:+g} at {row['fill_price']:g}" if row["order"]
              else "")
@@ -369,7 +371,7 @@ async def around(
     broker:Broker,
     trader:Trader,
     timeframe:str,
-    times,              # (T,), open times
+    times:np.ndarray,              # (T,), open times
     candles:np.ndarray, # (T, n_seen, 8)
 )->np.ndarray:          # (T, n_seen, 10), NaN where the exchange does not say; the same candles where no feature asks
     "Candles with the funding rate and the index price that were known at their close"
@@ -448,7 +450,7 @@ class Stepper(Auditor):
 # %% ../../nbs/70_live/06_session.ipynb #1bc36da0
 async def history(
     broker:Broker,
-    symbols,
+    symbols:Sequence[str],
     timeframe:str,
     limit:int,              # closed candles
     since:int|None=None,    # ms, none before it
@@ -468,7 +470,7 @@ async def history(
         len(symbols), 8))
 
 # %% ../../nbs/70_live/06_session.ipynb #9f65a619
-def rehearse(trader:Trader, times, candles, step:int):
+def rehearse(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->None:
     "Let a trader like this one decide once, so that everything is compiled"
     if not len(times): return
     understudy = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
@@ -675,7 +677,7 @@ class Starter(Preparation):
                     value in self.statistics.summary().items()))
 
 # %% ../../nbs/70_live/06_session.ipynb #726b8888
-def refuse_series(trader):
+def refuse_series(trader:Trader)->None:
     "Refuse a policy whose figures nobody would ask for anew; a live job may ask before it starts anything"
     names = getattr(trader.observation, "series", ())
     if names:
@@ -722,18 +724,18 @@ class Session(Starter):
         self.feed = None
         self.recorder = None
         self.journal = None
-        self._loop = None
+        self._loop: asyncio.AbstractEventLoop|None = None
         self._stopping = False
         self._halted = bool(trader.account["halted"][0])
-        self._early = []
-        self._arrived = {}
-        self._opened = defaultdict(int)
+        self._early: list[Candle] = []
+        self._arrived: dict[int, float] = {}
+        self._opened: dict[str, int] = defaultdict(int)
         self._reopened = 0
         self._since = 0
         self._said = 0.
         self._locks = ExitStack()
 
-    def stop(self):
+    def stop(self)->None:
         "End in order, from any thread"
         self._stopping = True
         if self._loop: self._loop.call_soon_threadsafe(self.broker.events.put_nowait, None)

@@ -54,7 +54,7 @@ def leverage_brackets(instrument:Instrument)->list[dict]:
 CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
 
 
-def check_kind(parameters:dict):
+def check_kind(parameters:dict)->None:
     "Refuse a side or a type that is not served; here: everything but market orders"
     if mandatory(parameters, "side") not in ("BUY", "SELL"): raise RequestDeniedError(-1117)
     kind = mandatory(parameters, "type")
@@ -160,7 +160,9 @@ def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, re
 # %% ../../nbs/60_localnet/03_exchange.ipynb #c758e92b
 def order_event(order:dict, trade:dict|None=None)->dict:
     "ORDER_TRADE_UPDATE: an order was accepted, or traded"
-    now, done = order["updateTime"], trade is not None
+    now = order["updateTime"]
+    trade = trade or {}
+    done = bool(trade)
     told = {"s": order["symbol"], "c": order["clientOrderId"], "S": order["side"], "o": order["type"],
             "f": order["timeInForce"],
             "q": order["origQty"], "p": order["price"],
@@ -209,9 +211,9 @@ def selected(
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #5375d0da
 def margin(
-    position,        # a row of POSITION
+    position:np.void,        # a row of POSITION
     leverage:int,
-    instrument,      # a row of INSTRUMENT
+    instrument:np.void,      # a row of INSTRUMENT
 )->dict:             # quote
     "What a position is worth and what it binds"
     notional = float(position["quantity"] * position["mark_price"])
@@ -235,7 +237,7 @@ def check_affordable(
     leverage:int,
     most:float,      # quote, the largest notional that this leverage allows
     free:float,      # quote, equity that other positions and the order's own costs leave
-):
+)->None:
     "Refuse an order that the leverage or the money does not carry"
     if after <= before: return
     if after > most: raise RequestDeniedError(-2027)
@@ -245,7 +247,7 @@ def check_affordable(
 def check_notional(
     notional:float,         # quote, of the order, without sign
     instrument:Instrument,
-):
+)->None:
     "Refuse an order that is too small to trade"
     if notional < instrument.min_notional: raise RequestDeniedError(-4164, number_text(instrument.min_notional))
 
@@ -263,12 +265,12 @@ def account_event(
     return {"e": "ACCOUNT_UPDATE", "E": time, "T": time, "a": {"m": reason, "B": [balance], "P": []} | told}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #92e06dd8
-def break_even(position, taker_fee:float)->str:
+def break_even(position:np.void, taker_fee:float)->str:
     "The price at which closing pays for its own fee"
     return number_text(float(price_text(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee))))
 
 
-def position_event(symbol:str, position, realised:float, taker_fee:float)->dict:
+def position_event(symbol:str, position:np.void, realised:float, taker_fee:float)->dict:
     "A position as ACCOUNT_UPDATE tells it"
     return {"s": symbol, "pa": number_text(position["quantity"]), "ep": number_text(position["entry_price"]),
             "bep": break_even(position, taker_fee),
@@ -317,14 +319,14 @@ class Exchange:
         self.positions = np.zeros(size, POSITION)
         self.realised = [0.] * size
         self.changed = [0] * size
-        self.orders = []
-        self.trades = []
-        self.incomes = []
-        self.events = []
+        self.orders: list[dict] = []
+        self.trades: list[dict] = []
+        self.incomes: list[dict] = []
+        self.events: list[dict] = []
         self.income("TRANSFER", deposit, "", market.now)
         self.value()
 
-    def value(self):
+    def value(self)->None:
         mark(self.account, self.positions, np.array([self.market.mark_price(n) for n in range(len(self.positions))]))
     def margin(self, n:int)->dict: return margin(self.positions[n], self.leverage[n], self.instrument_rows[n])
 
@@ -337,10 +339,10 @@ class Exchange:
     def free(self, n:int)->float:
         return (float(self.account[0]["equity"]) - sum(self.margin(k)["initial"] for k in range(len(self.positions))
                                                        if k != n))
-    def income(self, kind, amount, symbol, now, trade=""):
+    def income(self, kind:str, amount:float, symbol:str, now:int, trade:str="")->None:
         self.incomes.append(income_row(len(self.incomes) + 1, kind, amount, symbol, self.asset, now, trade))
 
-    def close_candle(self):
+    def close_candle(self)->None:
         "Let one candle close; funding due up to its close is booked, on the positions held, at its closing price"
         before = self.market.now
         self.market.closed = self.market.closed + 1
@@ -350,7 +352,7 @@ class Exchange:
             self.fund(n, rate, time)
         self.value()
 
-    def fund(self, n:int, rate:float, time:int):
+    def fund(self, n:int, rate:float, time:int)->None:
         amount = float(funding_amount(self.positions[n]["quantity"], self.market.mark_price(n), rate))
         symbol = self.market.ids[n]
         if amount == 0 or not self.costs.funding: return
@@ -368,7 +370,7 @@ class Exchange:
         self.fill(n, self.orders[-1], quantity, price, fee)
         return self.orders[-1]
 
-    def fill(self, n:int, order:dict, quantity:float, price:float, fee:float):
+    def fill(self, n:int, order:dict, quantity:float, price:float, fee:float)->None:
         before = float(self.account[0]["realised"])
         now = order["updateTime"]
         apply_fill(self.account, self.positions, n, quantity, price, fee)
@@ -389,7 +391,7 @@ class Exchange:
         return events
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #aef917a4
-def compile_fills(exchange:Exchange):
+def compile_fills(exchange:Exchange)->None:
     "Compile what an order and a funding payment will call, on a scratch account"
     account, positions = new_account(1.), np.zeros(1, POSITION)
     price, fee = exchange.meets(0, 1.)
@@ -434,7 +436,7 @@ def position_in_account(exchange:Exchange, n:int, version:int)->dict:
 def account_reply(exchange:Exchange, version:int)->dict:
     "GET account"
     words = balance_words(exchange)
-    shown = range(len(exchange.positions))
+    shown = list(range(len(exchange.positions)))
     totals = {"total" + name[0].upper() + name[1:]: value for name, value in words.items()
               if name not in ("availableBalance", "maxWithdrawAmount")}
     asset = ({"asset": exchange.asset, **words, "updateTime": exchange.market.now} | ({"marginAvailable": True}
@@ -506,14 +508,14 @@ def symbol_settings(exchange:Exchange, n:int)->dict:
             "maxNotionalValue": str(int(exchange.instruments[n].max_notional(leverage)))}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #6af817c1
-def set_margin_type(exchange:Exchange, parameters:dict):
+def set_margin_type(exchange:Exchange, parameters:dict)->None:
     "POST marginType: all positions share the account"
     exchange.market.find(parameters)
     if mandatory(parameters, "marginType") == "CROSSED": raise RequestDeniedError(-4046)
     raise RequestDeniedError(-4084, "cross margin")
 
 
-def set_position_mode(parameters:dict):
+def set_position_mode(parameters:dict)->None:
     "POST positionSide/dual: one position a symbol"
     mandatory(parameters, "dualSidePosition")
     if not flag(parameters, "dualSidePosition"): raise RequestDeniedError(-4059)
@@ -551,7 +553,7 @@ def incomes(exchange:Exchange, parameters:dict)->list:
                     symbol, 100)
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #83573349
-def cancel(exchange:Exchange, parameters:dict):
+def cancel(exchange:Exchange, parameters:dict)->None:
     "DELETE order"
     order = find_order(parameters, exchange.market.ids[exchange.market.find(parameters)], exchange.orders, -2011)
     if order["status"] not in OPEN_STATES: raise RequestDeniedError(-2011)

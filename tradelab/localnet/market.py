@@ -8,6 +8,7 @@ __all__ = ['LIMIT_ORDERS', 'EIGHT_HOURS', 'decimals', 'symbol_reply', 'just_open
 
 # %% ../../nbs/60_localnet/02_market.ipynb #5dd1eaf8
 import numpy as np
+import pandas as pd
 
 from ..events import CLOSE, COLUMNS, INDEX_PRICE, KNOWN, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME
 from ..instruments import Instrument
@@ -98,7 +99,7 @@ def kline_event(
 
 # %% ../../nbs/60_localnet/02_market.ipynb #00ce27db
 def schedule(
-    series,                   # pandas Series of rates, index UTC; or None
+    series:pd.Series|None,                   # pandas Series of rates, index UTC; or None
 )->tuple:                     # times int64 ms, rates float64
     "Funding rates with the moments they are due, as arrays"
     if series is None or len(series) == 0: return np.zeros(0, np.int64), np.zeros(0)
@@ -145,10 +146,10 @@ class Market:
         self.funding = [schedule((funding or {}).get(symbol)) for symbol in self.symbols]
 
     @property
-    def now(self): return int(self.times[self.closed])
+    def now(self)->int: return int(self.times[self.closed])
 
     @property
-    def more(self): return self.closed < len(self.times) - 1
+    def more(self)->bool: return self.closed < len(self.times) - 1
 
     def find(self, parameters:dict)->int:
         "Which symbol a request is about"

@@ -37,7 +37,7 @@ def checked_lines(
     path:Path,
 )->tuple:           # (contents, bytes of the whole lines, the hash of the last)
     "What a memory holds, each line proven; LostMemoryError where one is not"
-    contents = []
+    contents: list[dict] = []
     whole = 0
     before = ""
     for line in path.read_bytes().splitlines(keepends=True):
@@ -125,11 +125,11 @@ class Memory:
         line, self._check = checked_line(content, self._check)
         self._file.write(line)
 
-    def candle(self):
+    def candle(self)->None:
         "A candle has closed"
         self._write(_candle(self.exchange))
 
-    def request(self, name:tuple, asked:dict, reply:dict):
+    def request(self, name:tuple, asked:dict, reply:dict)->None:
         "A request was accepted; what changes nothing is not kept"
         asked = {key: value for key, value in asked.items() if key not in ("signature", "timestamp", "recvWindow")}
         if name == ("POST", "v1/order"):
@@ -137,5 +137,5 @@ class Memory:
         if name == ("POST", "v1/leverage"):
             self._write({"do": "leverage", "asked": asked, "leverage": reply["leverage"]})
 
-    def close(self):
+    def close(self)->None:
         if self._file: self._file.close()

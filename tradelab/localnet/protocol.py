@@ -85,7 +85,7 @@ class RequestDeniedError(TradelabError):
         self.code, self.status = code, STATUS.get(code, 400)
 
     @property
-    def reply(self): return {"code": self.code, "msg": str(self)}
+    def reply(self)->dict: return {"code": self.code, "msg": str(self)}
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #5123410e
 def parameters(
@@ -127,7 +127,7 @@ def signature(
     return hmac.new(secret.encode(), signed.encode(), hashlib.sha256).hexdigest()
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #e92e5f52
-def check_signature(secret:str, query:str, body:str=""):
+def check_signature(secret:str, query:str, body:str="")->None:
     "Refuse a request that was not signed with the secret"
     given = mandatory(parameters(query, body), "signature")
     if not hmac.compare_digest(given.lower().encode(), signature(secret, query, body).encode()):
@@ -137,7 +137,7 @@ def check_signature(secret:str, query:str, body:str=""):
 def check_time(
     parameters:dict,
     now:int,          # ms, the server's own clock
-):
+)->None:
     "Refuse a request that is older than its recvWindow, or more than a second from the future"
     sent = whole(parameters, "timestamp")
     window = min(whole(parameters, "recvWindow", 5000), 60_000)

@@ -18,7 +18,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,7 +87,7 @@ class Endpoint:
     reply:Callable    # of the service and the parameters
 
 # %% ../../nbs/60_localnet/05_server.ipynb #26f8a06c
-def one_or_all(market:Market, asked:dict, reply:Callable):
+def one_or_all(market:Market, asked:dict, reply:Callable)->dict|list:
     "One record where a symbol was named, a list of all otherwise"
     return reply(market.find(asked)) if asked.get("symbol") else [reply(n) for n in range(len(market.ids))]
 
@@ -151,24 +151,24 @@ ACCOUNT_DATA = {
                                                       "multiAssetsMargin": False, "tradeGroupId": -1}))}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #81d4b90c
-def renew_listen_key(service, asked:dict)->dict:
+def renew_listen_key(service:"Service", asked:dict)->dict:
     "PUT listenKey"
     if not service.streams.listen_key: raise RequestDeniedError(-1125)
     return {"listenKey": service.streams.listen_key}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #f4c7ac8d
-def ordered(service, asked:dict)->dict:
+def ordered(service:"Service", asked:dict)->dict:
     "POST order, in the words of the chosen profile"
     return order_reply(service.exchange.order(asked), service.order_reply, asked.get("newOrderRespType") == "RESULT")
 
 
-def asked_order(service, asked:dict)->dict:
+def asked_order(service:"Service", asked:dict)->dict:
     "GET order"
     order = find_order(asked, service.exchange.market.ids[service.exchange.market.find(asked)], service.exchange.orders)
     return {name: value for name, value in order.items() if name not in ("pair", "cumBase")}
 
 # %% ../../nbs/60_localnet/05_server.ipynb #47ee442c
-def cancel_all(service, asked:dict)->dict:
+def cancel_all(service:"Service", asked:dict)->dict:
     "DELETE allOpenOrders"
     service.exchange.market.find(asked)
     return {"code": 200, "msg": "The operation of cancel all open order is done."}
@@ -195,7 +195,7 @@ def check_access(
     query:str,        # raw
     body:str,         # raw
     now:int,          # ms, the session's clock
-):
+)->None:
     "Refuse whoever may not ask this"
     if endpoint.security == "public": return
     if not re.fullmatch(r"[\w-]+", key): raise RequestDeniedError(-2014)
@@ -212,10 +212,10 @@ class Connection:
     combined:bool = False                  # opened on /stream
     streams:list = field(default_factory=list)
 
-    async def send(self, stream:str, event:dict):
+    async def send(self, stream:str, event:dict)->None:
         await self.reply({"stream": stream, "data": event} if self.combined else event)
 
-    async def reply(self, payload:dict):
+    async def reply(self, payload:dict)->None:
         "Send, unless the other side has gone; whoever reads the socket will notice that"
         try: await self.socket.send_str(json.dumps(payload))
         except ConnectionError: pass
@@ -224,7 +224,7 @@ class Connection:
 def wanted(
     path:str,     # of the socket
     query:str,    # raw
-    known,        # names of streams, and the listen key
+    known:Collection[str],        # names of streams, and the listen key
 )->list[str]:
     "Streams named by the address of a socket"
     asked = parameters(query)
@@ -255,16 +255,16 @@ class Streams:
     def __init__(self, market:Market, api_key:str):
         self.market = market
         self.api_key = api_key
-        self.connections = []
+        self.connections: list[Connection] = []
         self.keys_made = 0
-        self.listen_key = None
+        self.listen_key: str|None = None
         self.session = asyncio.Event()    # set while both a user stream and a kline stream are connected
         self.klines = {f"{name.lower()}@kline_{market.interval}": n for n, name in enumerate(market.ids)}
         self.marks = {f"{name.lower()}@markPrice{speed}": n for n, name in enumerate(market.ids)
                       for speed in ("", "@1s")}
 
     @property
-    def known(self): return [*self.klines, *self.marks, *([self.listen_key] if self.listen_key else [])]
+    def known(self)->list[str]: return [*self.klines, *self.marks, *([self.listen_key] if self.listen_key else [])]
 
     def open_key(self)->str:
         if not self.listen_key:
@@ -279,33 +279,34 @@ class Streams:
             asyncio.ensure_future(connection.socket.close(code=1000))
         return {}
 
-    def update(self):
+    def update(self)->None:
         "Is a session connected?"
         heard = {name for connection in self.connections for name in connection.streams}
         connected = self.listen_key in heard and bool(heard & set(self.klines))
         self.session.set() if connected else self.session.clear()
 
-    async def publish(self, stream:str, payload:dict):
+    async def publish(self, stream:str, payload:dict)->None:
         for connection in [each for each in self.connections if stream in each.streams]:
             await connection.send(stream, payload)
 
-    async def greet(self, connection:Connection, added:list):
+    async def greet(self, connection:Connection, added:list)->None:
         "The forming candle or the mark price, for new subscriptions"
         self.update()
         for stream in added:
-            n = (self.klines | self.marks).get(stream)
-            if stream in self.klines: await connection.send(stream, kline_payload(self.market, self.market.closed, n))
-            if stream in self.marks: await connection.send(stream, mark_event(self.market, n))
+            if stream in self.klines:
+                payload = kline_payload(self.market, self.market.closed, self.klines[stream])
+                await connection.send(stream, payload)
+            if stream in self.marks: await connection.send(stream, mark_event(self.market, self.marks[stream]))
 
 # %% ../../nbs/60_localnet/05_server.ipynb #23f64922
 async def obey(
     streams:Streams,
     connection:Connection,
     text:str,            # as received
-):
+)->None:
     "SUBSCRIBE, UNSUBSCRIBE and LIST_SUBSCRIPTIONS"
     number = None
-    added = []
+    added: list[str] = []
     result = None
     try:
         asked = json.loads(text)
@@ -317,7 +318,8 @@ async def obey(
         elif method == "LIST_SUBSCRIPTIONS": result = list(connection.streams)
         else: raise ValueError(f"unknown method {method!r}")
     except (ValueError, AttributeError, TypeError) as error:
-        return await connection.reply({"error": {"code": 2, "msg": f"Invalid request: {error}"}, "id": number})
+        await connection.reply({"error": {"code": 2, "msg": f"Invalid request: {error}"}, "id": number})
+        return
     streams.update()
     await connection.reply({"result": result, "id": number})
     await streams.greet(connection, added)
@@ -333,13 +335,13 @@ class Service:
         self.streams = Streams(exchange.market, account[0])
         self.turn = asyncio.Event()
         self.finished = threading.Event()
-        self.memory = None # of what is asked, where the exchange must outlive its process
+        self.memory: Memory|None = None # of what is asked, where the exchange must outlive its process
         self.weight = Meter(60_000)
         self.order_counts = {"10S": Meter(10_000), "1M": Meter(60_000)}
         self.sent = 0
         self.calls = 0
 
-    async def play(self):
+    async def play(self)->None:
         "Close candle after candle, each in its turn"
         while self.exchange.market.more:
             await self.next_turn()
@@ -349,22 +351,23 @@ class Service:
         if not self.interval_ms: await self.next_turn()
         self.finished.set()
 
-    async def next_turn(self):
+    async def next_turn(self)->None:
         if self.interval_ms:
             await self.streams.session.wait()
-            return await asyncio.sleep(self.interval_ms / 1000)
+            await asyncio.sleep(self.interval_ms / 1000)
+            return
         while True:
             await self.turn.wait()
             self.turn.clear()
             if self.streams.session.is_set(): return
 
-    def passed(self):
+    def passed(self)->None:
         "A session made its last call for the latest candle"
         if not self.streams.session.is_set(): return
         self.calls += 1
         self.turn.set()
 
-    async def publish(self):
+    async def publish(self)->None:
         "Funding first, then the mark price, the close, and the candle that opens"
         market, self.sent = self.exchange.market, self.sent + 1
         await self.publish_account()
@@ -373,8 +376,8 @@ class Service:
             for stream, n in self.streams.klines.items():
                 await self.streams.publish(stream, kline_payload(market, t, n))
 
-    async def publish_account(self):
-        for event in self.exchange.take_events(): await self.streams.publish(self.streams.listen_key, event)
+    async def publish_account(self)->None:
+        for event in self.exchange.take_events(): await self.streams.publish(self.streams.listen_key or "", event)
 
     def state(self)->dict:
         "GET /_sim/state: for people and tests, unknown to Binance"
@@ -483,7 +486,7 @@ async def serve(
     service:Service,
     port:int,
     listening:Callable,    # is told the port, and a function that stops the service from any thread
-):
+)->None:
     "Listen and play until stopped; a failure of the market ends the service"
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     runner = web.AppRunner(application(service), access_log=None, shutdown_timeout=1)
@@ -531,7 +534,7 @@ class Localnet:
         if memory: self.service.memory = Memory(memory, self.exchange)
 
     @property
-    def url(self): return f"http://127.0.0.1:{self.port}"
+    def url(self)->str: return f"http://127.0.0.1:{self.port}"
 
     def _run(self):
         def listening(port, stop):
@@ -554,11 +557,11 @@ class Localnet:
         if self.service.memory: self.service.memory.close()
         if self._failure and error is None: raise self._failure
 
-    def wait(self):
+    def wait(self)->None:
         "Until it has ended: it was stopped, or its market failed, which the end of `with` raises"
         self._thread.join()
 
-    def run_forever(self):
+    def run_forever(self)->None:
         "In the foreground, until Ctrl-C or SIGTERM"
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -597,7 +600,7 @@ def find_or_start(
     candles:dict,       # frames by symbol, for a new one
     continued:bool=False, # a session goes on: a new one must have its memory
     **options,          # of `Localnet`
-):                      # the venue, with the address that answers
+)->Iterator[Venue]:     # with the address that answers
     "The localnet at this address, or a new one"
     if venue.name != "localnet" or listens(venue):
         yield venue
