@@ -8,7 +8,7 @@ __all__ = ['SLOT', 'CLOCK', 'FLOAT', 'anchor', 'gather', 'due', 'gather_all', 'l
 
 # %% ../../nbs/20_features/03_stream.ipynb #streamimp
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +28,6 @@ from tradelab.events import (
 )
 from .loops import address, columns_of, run, usable
 from ..times import milliseconds, parts
-
-if TYPE_CHECKING:
-    from tradelab.features.indicator import Feature  # the next chapter: it is built on the stream
 
 # %% ../../nbs/20_features/03_stream.ipynb #26d3a6f1
 @inlined
@@ -119,9 +116,9 @@ SLOT = np.dtype([(name, "i8") for name in ("loop", "clock", "state", "cells", "r
 # symbol, ms; open time of the newest candle of that length, and whether it closed just now
 CLOCK = np.dtype([("row", "i8"), ("length", "f8"), ("newest", "f8"), ("closed", "i8")])
 
-
+# %% ../../nbs/20_features/03_stream.ipynb #5da99386
 def laid_out(
-    features:"Sequence[Feature]",
+    features:Sequence[Any],         # Feature each, of the next chapter
     clocks:list[int],               # for each, the number of its clock
 )->tuple[np.ndarray, np.ndarray]:   # SLOT (features,); float64, the memory that they point into
     "The table of a set of features: state, delay and parameters of each, one after another"
@@ -202,7 +199,7 @@ class FeatureStream:
     "Features candle by candle; `memory` is all that compiled ones remember"
 
     def __init__(self,
-        features:"Sequence[Feature]",
+        features:Sequence[Any],     # Feature each, of the next chapter
         timeframe:str="",           # of the candles; needed where a feature uses another one
         rows:Sequence[int]=(),      # for each feature, which row of the candles it sees; default: the first
         count:int=1,                # rows of the candles
