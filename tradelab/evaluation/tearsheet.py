@@ -31,6 +31,8 @@ from tradelab.evaluation.metrics import (
     until_ruin,
     written,
 )
+
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #37c13d0c
 from tradelab.figures import (
     BEHIND,
     INK,
@@ -189,7 +191,7 @@ def while_traded(
         kept[(kept.index > row[1]) & ((kept.index < row.until) if pd.notna(row.until) else True)] = np.nan
     return kept
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #ec644d76
 def draw_rolling_sharpe(
     axis,         # matplotlib axis
     results:dict,
@@ -216,7 +218,7 @@ def draw_rolling_sharpe(
     axis.margins(y=.15)
     dates(axis)
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #012c2b10
 def _nothing(axis, why):
     axis.set(xticks=[], yticks=[])
     axis.text(.5, .5, why, transform=axis.transAxes, ha="center", va="center", color="#888888")
@@ -375,7 +377,7 @@ def _legend_below(figure, axis, width):
     columns = max(int(72 * width // (4.6 * max(map(len, names)) + 36)), 1)
     figure.legend(handles, names, loc="outside lower left", ncols=min(columns, len(names)), frameon=False, fontsize=8)
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #2c945961
 def _figure(sheet):
     def draw(axes):
         draw_curves([axes["equity"], axes["drawdown"]], sheet.results)
@@ -474,7 +476,7 @@ def _halts_html(results):
     return ("<p>Nobody was halted.</p>" if table.empty else "<p><b>Trading was "
             f"halted</b></p>{table.to_html(index=False, border=0)}")
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #41185451
 def _inline(sheet):
     "The view in a notebook: the answer, the picture, the halts, the numbers"
     picture = section_html(lambda: _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}"))
