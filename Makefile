@@ -57,6 +57,7 @@ notebooks: $(READY) ## execute all chapters in place and clean them
 
 export: $(READY) ## notebooks -> tradelab/
 	$(BIN)/nbdev_export
+	$(BIN)/python .ci/assets.py
 	$(BIN)/nbdev_clean
 
 readme: $(READY) ## nbs/index.ipynb -> README.md
