@@ -35,7 +35,7 @@ from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
 from tradelab.risk.portfolio import PortfolioRisk, covariance_history, ledoit_wolf
 from tradelab.risk.sizing import fixed_fraction, kelly, kelly_portfolio, shrunk_kelly, volatility_target
 from tradelab.risk.stops import simulate
-from tradelab.risk.trading_state import CAUSES, Ladder, require_state
+from tradelab.risk.trading_state import CAUSES, StateMachine, require_state
 from tradelab.runs.run import make_trader
 from tradelab.settings import CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
@@ -167,7 +167,7 @@ def policy_of(run, market):
                                     asked.get("confident", False))
         case "python": return Policy("python", _python, asked["numbers"], features, window)
         case "orders": return Policy("orders", _orders, asked["numbers"], features, window,
-                                     orders=int(asked["numbers"][0]))
+                                     order_slots=int(asked["numbers"][0]))
     random, frames = np.random.default_rng(asked["seed"]), list(market.frames.values())
     steps = np.arange(len(frames[0])) // asked["every"]
     table = random.uniform(-1, 1, (steps[-1] + 1, count)) * (random.random((steps[-1] + 1, count)) > asked["idle"])
@@ -444,9 +444,11 @@ def _portfolio(run, times, closes, names, random):
 
 
 def run_breakers(run, _):
-    "Breakers and the ladder under a random walk of measurements"
+    "Breakers and the trading state under a random walk of measurements"
     random, kinds = np.random.default_rng(run["seed"]), run["breakers"]
-    breakers, ladder = Breakers([Breaker(**{**each, "asks": TradingState[each["asks"]]}) for each in kinds]), Ladder()
+    breakers = Breakers([Breaker(**{name: value for name, value in each.items() if name != "asks"},
+                                 requires=TradingState[each.get("asks", "NO_ENTRY")]) for each in kinds])
+    machine = StateMachine()
     rate, span, clock = RateWindow(60_000, 5), RangeWindow(120_000), 1_700_000_000_000
     states, causes, rows = [], list(CAUSES), []
     for number in range(run["steps"]):
@@ -455,16 +457,16 @@ def run_breakers(run, _):
             value = np.nan if random.random() < .01 else each["threshold"] * random.uniform(.5, 1.6)
             breakers.observe(each["kind"], value, clock, "venue", "ABC"[int(random.integers(3))])
         cause = causes[int(random.integers(len(causes)))]
-        if cause != "person" and random.random() < .2: ladder.trip(cause, clock, "seen")
-        elif random.random() < .4: ladder.clear(cause, clock) if (cause, "") in ladder.active else ladder.step(clock)
-        elif (cause, "") in ladder.active and not CAUSES[cause].restarts: ladder.reset(cause, "somebody", "looked",
+        if cause != "person" and random.random() < .2: machine.trip(cause, clock, "seen")
+        elif random.random() < .4: machine.clear(cause, clock) if (cause, "") in machine.active else machine.step(clock)
+        elif (cause, "") in machine.active and not CAUSES[cause].restarts: machine.reset(cause, "somebody", "looked",
                 clock)
-        if number % 50 == 49: ladder = Ladder.load(json.loads(json.dumps(ladder.save())))
+        if number % 50 == 49: machine = StateMachine.load(json.loads(json.dumps(machine.save())))
         if number % 70 == 69: breakers = Breakers.load(json.loads(json.dumps(breakers.save())))
-        states.append((int(ladder.state()), *(int(breakers.asks("venue", symbol)) for symbol in "ABC")))
+        states.append((int(machine.state()), *(int(breakers.requires("venue", symbol)) for symbol in "ABC")))
         rows.append((rate.add(clock, random.random() < .3), *span.add(clock, 100. + random.normal())))
     return {"states.all": np.array(states), "windows.all": np.array(rows),
-            "moves.text": np.array([str(move) for move in ladder.history])}
+            "moves.text": np.array([str(move) for move in machine.history])}
 
 
 def run_candles(run, market):

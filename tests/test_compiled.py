@@ -59,7 +59,8 @@ def test_an_edit_of_a_called_function_reaches_its_callers(tmp_path):
     assert python(tmp_path, show).split() == [place, "6.0", "0"]    # ... and is not used after an edit in another file
 
 
-def test_a_constant_does_not_compile_a_function_anew():
+def test_a_constant_does_not_compile_a_function_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("tradelab.compiled.cache_folder", lambda: tmp_path) # the next run must not find this function
     def inner(a, b): return a + b
     inner.__module__ = "tradelab.trial"
     inner = compiled(inner)

@@ -1,4 +1,4 @@
-"Measures, breakers and the ladder against outside truth and properties"
+"Measures, breakers and the trading state against outside truth and properties"
 import json
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tradelab.events import TradingState
 from tradelab.market.synthetic import ar1, realistic
 from tradelab.risk.breakers import CLOSED, DEFAULTS, Breakers
 from tradelab.risk.portfolio import covariance_history, ledoit_wolf
-from tradelab.risk.trading_state import CAUSES, Ladder
+from tradelab.risk.trading_state import CAUSES, StateMachine
 from tradelab.settings import NO_STOPS
 from tradelab.sources.tables import from_file
 from tradelab.times import TIMEFRAMES, milliseconds, next_opening, to_ms
@@ -125,40 +125,41 @@ def test_breakers_saved_at_any_moment_go_on_the_same(steps, cut):
         assert [event.before for event in events] == [before, *(event.after for event in events)][:len(events)]
         if not np.isfinite(value): assert one.state(kind, "x", symbol) != CLOSED
         closed = one.state(kind, "x", symbol) == CLOSED
-        assert closed or one.asks("x", symbol) >= {each.kind: each.asks for each in DEFAULTS}[kind]
+        assert closed or one.requires("x", symbol) >= {each.kind: each.requires for each in DEFAULTS}[kind]
 
 
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(("trip", "clear", "step", "reset")), st.sampled_from(list(CAUSES)),
                           st.integers(0, 400_000), st.sampled_from(("", "BTC"))), max_size=40), st.integers(0, 39))
-def test_the_ladder(steps, cut):
-    """The state is what the most severe cause asks for; it goes down only when that cause is gone and cooled down, or a
+def test_the_trading_state(steps, cut):
+    """The state is what the most severe cause requires; it goes down only when that cause is gone and cooled down, or a
     person says so; saved at any moment it goes on the same"""
-    ladder = Ladder()
+    machine = StateMachine()
     time = 0
     standing = {}
     for number, (what, cause, later, symbol) in enumerate(steps):
         time += later
-        if number == cut: ladder = Ladder.load(json.loads(json.dumps(ladder.save())))
+        if number == cut: machine = StateMachine.load(json.loads(json.dumps(machine.save())))
         if what == "trip":
-            ladder.trip(cause, time, "seen", symbol, who="Ada" if cause == "person" else "")
+            machine.trip(cause, time, "seen", symbol, who="Ada" if cause == "person" else "")
             standing[cause, symbol] = None
         elif what == "clear":
-            ladder.clear(cause, time, symbol)
+            machine.clear(cause, time, symbol)
             if standing.get((cause, symbol), 0) is None: standing[cause, symbol] = time
-        elif what == "step": ladder.step(time)
+        elif what == "step": machine.step(time)
         else:
-            try: ladder.reset(cause, "Ada", "looked at it", time, symbol)
+            try: machine.reset(cause, "Ada", "looked at it", time, symbol)
             except ValueError:
-                assert ((cause, symbol) not in ladder.active or CAUSES[cause].restarts
+                assert ((cause, symbol) not in machine.active or CAUSES[cause].restarts
                         and standing[cause, symbol] is None)
             else: standing.pop((cause, symbol), None)
         if what in ("clear", "step"):
             standing = {key: gone for key, gone in standing.items() if gone is None or not CAUSES[key[0]].restarts
                         or time < gone + CAUSES[key[0]].cool_down}
-        assert set(ladder.active) == set(standing)
+        assert set(machine.active) == set(standing)
         for scope in ("", "BTC"):
-            assert ladder.state(scope) == max((CAUSES[name].asks for name, where in standing if where in ("", scope)),
+            assert machine.state(scope) == max((CAUSES[name].requires for name, where in standing
+                                                if where in ("", scope)),
                                               default=TradingState.NORMAL)
 
 
@@ -166,10 +167,10 @@ def test_simultaneous_causes_in_any_order():
     names = ["spread", "volatility", "unknown_order", "liquidation"]
     states = set()
     for order in (names, names[::-1]):
-        ladder = Ladder()
-        for name in order: ladder.trip(name, 1_000, "together")
-        for name in order: ladder.clear(name, 2_000)
-        states.add((ladder.state(), tuple(sorted(ladder.active))))
+        machine = StateMachine()
+        for name in order: machine.trip(name, 1_000, "together")
+        for name in order: machine.clear(name, 2_000)
+        states.add((machine.state(), tuple(sorted(machine.active))))
     assert states == {(TradingState.HALT, (("liquidation", ""),))}
     assert not any(NO_STOPS.row()[:6])
 

@@ -34,7 +34,7 @@ from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, buy_and_hold, flat
 from tradelab.risk.breakers import BreakerEvent
 from tradelab.risk.portfolio import PortfolioRisk
-from tradelab.risk.trading_state import Ladder
+from tradelab.risk.trading_state import StateMachine
 from tradelab.runs.run import Run
 from tradelab.sections import Missing
 from tradelab.settings import Limits
@@ -71,8 +71,8 @@ def run():
 @pytest.fixture(scope="module")
 def shown(run):
     "An object of each of these classes, with evil in every text that somebody else may have written"
-    ladder = Ladder()
-    ladder.trip("person", 0, EVIL, symbol=EVIL, who=EVIL)
+    machine = StateMachine()
+    machine.trip("person", 0, EVIL, symbol=EVIL, who=EVIL)
     returns = pd.Series(np.random.default_rng(0).normal(0, .01, 300), pd.date_range("2024", periods=300, freq="1h",
         tz="UTC"))
     candles = ar1(200, seed=1)
@@ -82,8 +82,8 @@ def shown(run):
             "evaluation.result.Result": run,
             "evaluation.risk_report.RiskView": RiskView(EVIL, run.journal, run.equity,
                                                         (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),),
-                                                        ladder, {symbol: EVIL for symbol in run.symbols}),
-                                                        "risk.trading_state.Ladder": ladder,
+                                                        machine, {symbol: EVIL for symbol in run.symbols}),
+                                                        "risk.trading_state.StateMachine": machine,
             "evaluation.var_backtest.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03),
             "evaluation.value_at_risk.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
             "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4,

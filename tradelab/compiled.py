@@ -17,14 +17,14 @@ from typing import Any
 import numba
 from platformdirs import user_cache_dir
 
-from .native import UNCOUNTED, address_of, caching_in, once_per_type, plain_functions, prefetch
+from .native import UNCOMPILED, UNCOUNTED, address_of, caching_in, once_per_type, plain_functions, prefetch
 
 # %% ../nbs/00_ground/02_compiled.ipynb #c4728004
 @cache
 def source_hash(
-    folder:Path=Path(__file__).parent if "__file__" in globals() else Path("."), # the package
-)->str:                                                                         # 16 hexadecimal digits
-    "Hash of every Python source below `folder`, names and contents"
+    folder: Path = Path(__file__).parent if "__file__" in globals() else Path("."),  # the package
+) -> str:  # 16 hexadecimal digits
+    "The hash of every Python source below `folder`, names and contents"
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -33,10 +33,10 @@ def source_hash(
 # %% ../nbs/00_ground/02_compiled.ipynb #a3455813
 @cache
 def cache_folder(
-    root:Path=Path(user_cache_dir("tradelab")) / "compiled", # where the folders of all versions stand
-    keep:int=5,                                              # versions that stay
-)->Path:
-    "The folder of machine code that belongs to these sources; made where it is missing, oldest versions removed"
+    root: Path = Path(user_cache_dir("tradelab")) / "compiled",  # of the folders of all versions
+    keep: int = 5,                                               # versions that are kept
+) -> Path:
+    "The folder of machine code of these sources; it is made where it is missing, and the oldest versions are removed"
     folder = root / source_hash()
     folder.mkdir(parents=True, exist_ok=True)
     versions = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -65,23 +65,25 @@ outlined: Callable[..., Any] = partial(compiled, **UNCOUNTED)
 
 # %% ../nbs/00_ground/02_compiled.ipynb #91011e44
 def c_function(
-    signature,    # numba's, of C types
-    **options,    # numba's own
-):
-    "Compile a pure function that machine code calls by its `.address`, and Python by its `.ctypes`"
+    signature: Any,   # numba's, of C types
+    **options: Any,   # numba's own
+) -> Callable[[Callable], Any]:
+    "A decorator: compiles a pure function that machine code calls by its `.address`, and Python by its `.ctypes`"
     def make(function):
-        if not numba.config.DISABLE_JIT: return _compile(function, partial(numba.cfunc, signature), options)
-        function.address, function.ctypes, plain_functions[id(function)] = id(function), function, function
+        if not UNCOMPILED: return _compile(function, partial(numba.cfunc, signature), options)
+        function.address = id(function)
+        function.ctypes = plain_functions[id(function)] = function
         return function
     return make
 
 # %% ../nbs/00_ground/02_compiled.ipynb #17cdb2d0
-AHEAD, LINE = 1_024, 64 # bytes: how far ahead, and what comes at once
+AHEAD = 1_024 # bytes from the piece that is read to what is asked for
+LINE = 64     # bytes that memory sends at once
 
 
 @inlined
 def fetch_ahead(
-    piece,   # of an array that is read piece by piece
+    piece,   # of an array that is read piece by piece, any shape and dtype, contiguous
 ):
-    "Ask for what will be read some pieces later; nothing else happens, also behind the end"
+    "Ask for the memory that will be read some pieces later; harmless beyond the end of the array"
     for offset in range(0, piece.size * piece.itemsize, LINE): prefetch(address_of(piece) + AHEAD + offset)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TradelabError', 'ConfigurationError', 'SymbolNotSupportedError', 'InvalidOrderError', 'CandleError', 'FeedError',
            'RunError', 'VenueConnectionError', 'InsufficientBalanceError', 'check_positive', 'check_not_negative',
-           'check_order']
+           'check_below_1', 'check_share', 'check_order']
 
 # %% ../nbs/00_ground/04_errors.ipynb #90_error002
 import numpy as np
@@ -18,39 +18,42 @@ class TradelabError(Exception):
 
 
 class ConfigurationError(TradelabError, ValueError):
-    "A setting that is unknown or wrong; says where it is set"
+    "A setting that is unknown or wrong; the message says where it is set"
 
-
+# %% ../nbs/00_ground/04_errors.ipynb #058c48fe
 class SymbolNotSupportedError(TradelabError, ValueError):
-    "A symbol that is not traded here, or that a venue does not list"
+    "A symbol that is not traded here or that a venue does not list"
 
 
 class InvalidOrderError(TradelabError, ValueError):
-    "An order, or an answer of a policy, that no market can take"
+    "An order, or an answer of a policy, that no market can accept"
 
 
 class CandleError(TradelabError, ValueError):
-    "Candles that must not be used; says what is wrong, where, and what to do"
-    def __init__(self, message=""): super().__init__(printable(message))
+    "Candles that must not be used; the message says what is wrong, where, and what to do"
+    def __init__(self, message: str = ""): super().__init__(printable(message))
 
 
 class FeedError(TradelabError, ValueError):
-    "A venue sent something that cannot be a candle, or has a hole that it cannot fill"
+    "A venue sent something that cannot be a candle, or left a gap that it cannot fill"
 
 
 class RunError(TradelabError, ValueError):
-    "A run that is unknown, or is not what was trained"
+    "A run that is unknown, or whose files are not those that were trained"
 
-
+# %% ../nbs/00_ground/04_errors.ipynb #0ec8797b
 class VenueConnectionError(TradelabError, RuntimeError):
-    "A venue or a source gave no answer: try again later"
+    "A venue or a source did not answer: try again later"
 
 
 class InsufficientBalanceError(TradelabError, RuntimeError):
     "An account holds less than a trader was given"
 
 # %% ../nbs/00_ground/04_errors.ipynb #0ecdf3b1
-def check_positive(record, *names):
+def check_positive(
+    record: object,  # whose fields are checked
+    *names: str,     # of the fields
+) -> None:
     "Refuse a field that is not a finite number above zero"
     for name in names:
         value = getattr(record, name)
@@ -58,15 +61,43 @@ def check_positive(record, *names):
             raise ConfigurationError(f"{type(record).__name__}.{name} must be a finite number above 0, was {value}")
 
 # %% ../nbs/00_ground/04_errors.ipynb #ad225afd
-def check_not_negative(record, *names):
+def check_not_negative(
+    record: object,  # whose fields are checked
+    *names: str,     # of the fields
+) -> None:
     "Refuse a field that is negative or not finite"
     for name in names:
         value = getattr(record, name)
         if not (np.isfinite(value) and value >= 0):
             raise ConfigurationError(f"{type(record).__name__}.{name} must be a finite number, 0 or more, was {value}")
 
+# %% ../nbs/00_ground/04_errors.ipynb #2c4316f3
+def check_below_1(
+    record: object,  # whose fields are checked
+    *names: str,     # of the fields, fractions of the price
+) -> None:
+    "Refuse a fraction of the price that is not below 1"
+    for name in names:
+        if getattr(record, name) >= 1:
+            raise ConfigurationError(f"{type(record).__name__}.{name} must be below 1 (a fraction of the price), was "
+                                     f"{getattr(record, name)}")
+
+
+def check_share(
+    record: object,  # whose fields are checked
+    *names: str,     # of the fields; None: no such limit
+) -> None:
+    "Refuse a fraction that is not from 0 to 1"
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigurationError(f"{type(record).__name__}.{name} must be at most 1 (a fraction), was {value}")
+
 # %% ../nbs/00_ground/04_errors.ipynb #29acb760
-def check_order(record, *pairs):
+def check_order(
+    record: object,           # whose fields are checked
+    *pairs: tuple[str, str],  # (smaller, larger) each; None: no such limit
+) -> None:
     "Refuse a limit that another one makes meaningless"
     for smaller, larger in pairs:
         low, high = getattr(record, smaller), getattr(record, larger)

@@ -20,31 +20,31 @@ KNOWN = (*COLUMNS, "quote_volume", "trades", "taker_buy_volume", "funding_rate",
 @dataclass(frozen=True)
 class Fill:
     "A trade of ours, as the exchange or the kernel reports it"
-    symbol:str
-    quantity:float      # signed base units
-    price:float         # quote per base
-    fee:float           # quote, above zero is paid
-    fill_time:int
-    order_id:str = ""
-    trade_id:str = ""   # the venue's, unique per symbol
-    protects:bool = False # of a stop or target that stood at the venue
+    symbol: str
+    quantity: float         # signed base units
+    price: float            # quote per base
+    fee: float              # quote, above zero is paid
+    fill_time: int          # ms
+    order_id: str = ""      # our client order id
+    trade_id: str = ""      # the venue's, unique per symbol
+    protects: bool = False  # whether the order was a stop or target that rested at the venue
 
 # %% ../nbs/00_ground/10_events.ipynb #5923abef
 @dataclass(frozen=True)
 class Funding:
     "A funding payment"
-    symbol:str
-    amount:float        # quote, above zero is received
-    funding_time:int
+    symbol: str
+    amount: float      # quote, above zero is received
+    funding_time: int  # ms
 
 # %% ../nbs/00_ground/10_events.ipynb #95_event014
-SERIES = "series:" # begins the name of a row that holds no candles, but figures
+SERIES = "series:" # begins the name of a row that holds figures instead of candles
 
 # %% ../nbs/00_ground/10_events.ipynb #baee6686
 class TradingState(IntEnum):
-    "What is still allowed; the higher, the less"
+    "What is still allowed: a higher state allows less"
     NORMAL = 0       # everything that the limits allow
-    NO_ENTRY = 1     # no new position: what is held may change, a flat symbol stays flat, none turns around
+    NO_ENTRY = 1     # no new position: what is held may change, a flat symbol stays flat, no position changes sides
     REDUCE_ONLY = 2  # positions may only become smaller
     FLATTEN = 3      # everything is closed, as soon as the market allows
-    HALT = 4         # closed, and stays so until a person says otherwise
+    HALT = 4         # everything is closed and stays closed until a person says otherwise

@@ -14,28 +14,28 @@ import numpy as np
 # %% ../nbs/00_ground/09_orders.ipynb #23bb4ef7
 @dataclass(frozen=True)
 class Order:
-    "A market order that the trader wants; written to the ledger before it is sent"
-    order_id:str        # our client order id
-    symbol:str
-    quantity:float      # signed base units, on the step of the instrument
-    reduce_only:bool    # may only bring the position nearer to zero
-    open_time:int       # of the candle whose close decided it
-    price:float         # that close: the decision price, quote per base
+    "A market order that the trader wants; it is written to the ledger before it is sent"
+    order_id: str      # our client order id
+    symbol: str
+    quantity: float    # signed base units, on the step of the instrument
+    reduce_only: bool  # may only bring the position nearer to zero
+    open_time: int     # ms, of the candle at whose close it was decided
+    price: float       # that close: the decision price, quote per base
 
 # %% ../nbs/00_ground/09_orders.ipynb #468bad4c
 class Kind(IntEnum):
-    "Types of orders; NONE is an empty place"
+    "Types of orders; NONE is an empty slot"
     NONE = 0
     MARKET = 1
     LIMIT = 2
-    STOP = 3         # a market or limit order from the moment that the price has moved against it
-    TAKE_PROFIT = 4  # from the moment that it has moved in favour
+    STOP = 3         # a market or limit order once the price has moved against it
+    TAKE_PROFIT = 4  # once the price has moved in its favour
     TRAILING = 5     # a stop that follows the best price at a distance
     LIQUIDATION = 6  # sent by the exchange
 
 
 class TimeInForce(IntEnum):
-    "What becomes of a limit order that does not fill at once"
+    "What happens to a limit order that does not fill at once"
     GTC = 0  # good till cancelled
     IOC = 1  # immediate or cancel: what does not fill at once expires
     FOK = 2  # fill or kill: all at once or nothing
@@ -53,5 +53,5 @@ FILL = np.dtype([("open_time", "i8"), ("symbol", "i8"), ("quantity", "f8"), ("pr
 ORDER_REQUEST = np.dtype([("target", "f8"), ("confidence", "f8"), ("price", "f8"), ("mark", "f8"), ("turnover", "f8"),
                           ("value", "f8"), ("kept", "f8"), ("growth", "f8"), ("sent", "f8"), ("limit", "f8"),
                           ("factor", "f8"),
-                     # written one by one and read as a pair, value and limit would stall the machine: they stand apart
+                     # value and limit are written one by one and read together; side by side, that would stall
                      ("quantity", "f8"), ("reason", "i8"), ("working", "i8")])

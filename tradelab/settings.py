@@ -8,13 +8,22 @@ __all__ = ['COSTS', 'FEES', 'COST_WINDOWS', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LI
            'Training']
 
 # %% ../nbs/00_ground/08_settings.ipynb #93_setti002
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
+from typing import Any, Self
 
 import numpy as np
 
-from .errors import ConfigurationError, check_not_negative, check_order, check_positive
-from .instruments import INSTRUMENT
+from tradelab.errors import (
+    ConfigurationError,
+    check_below_1,
+    check_not_negative,
+    check_order,
+    check_positive,
+    check_share,
+)
+from .instruments import INSTRUMENT, Instrument
 from .times import duration
 
 # %% ../nbs/00_ground/08_settings.ipynb #7fce3842
@@ -26,28 +35,26 @@ FEES = ((.0002, .0005), (.00016, .0004), (.00014, .00035), (.00012, .00032), (.0
         (.00006, .00025), (.00004, .00022), (.00002, .0002), (0., .00017))
 COST_WINDOWS = 24, 240 # candles: what is now, and what is usual, for spread and impact
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #0fcd29b4
 @dataclass(frozen=True)
 class CostModel:
-    "What a fill costs, as fractions of its notional"
-    taker_fee:float = 0.0005       # paid by who takes what stands in the book
-    maker_fee:float = 0.0002       # paid by whose order stood there
-    slippage:float = 0.0001        # price moves against the taker: half the spread and the walk through the book
-    spread_volatility:float = 0.   # exponent: how the spread widens with volatility; 0: not at all, 1: in proportion
-    spread_volume:float = 0.       # exponent: how it widens where less is traded than usual
-    impact:float = 0.              # coefficient of the square-root law, of order 1; 0: none
-    impact_half_life:float = 4.    # candles after which half of an impact is gone
-    participation:float|None = None # largest share of a candle's volume that all orders of a symbol get together
-    latency:int = 0                # candles that an order is on its way beyond the one that everyone waits
-    funding:bool = True            # payments are booked
+    "The costs of a fill, as fractions of its notional"
+    taker_fee: float = 0.0005      # paid by an order that takes from the book
+    maker_fee: float = 0.0002      # paid by an order that rested in the book
+    slippage: float = 0.0001       # the price against the taker: half the spread and the walk through the book
+    spread_volatility: float = 0.  # exponent: how the spread widens with volatility; 0: not at all, 1: in proportion
+    spread_volume: float = 0.      # exponent: how it widens where less is traded than usual
+    impact: float = 0.             # coefficient of the square-root law, of order 1; 0: none
+    impact_half_life: float = 4.   # candles after which half of an impact is gone
+    participation: float | None = None  # largest share of a candle's volume that all orders of a symbol get together
+    latency: int = 0               # candles that an order is on its way, beyond the one that every order waits
+    funding: bool = True           # whether funding payments are booked
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_not_negative(self, "taker_fee", "maker_fee", "slippage", "spread_volatility", "spread_volume", "impact",
                            "latency")
         check_positive(self, "impact_half_life", *(["participation"] if self.participation is not None else []))
-        if self.slippage >= 1:
-            raise ConfigurationError("CostModel.slippage must be below 1 (a fraction of the price), was "
-                                     f"{self.slippage}")
+        check_below_1(self, "slippage")
         if self.participation is not None and self.participation > 1:
             raise ConfigurationError("CostModel.participation must be at most 1 (a share of the volume), was "
                                      f"{self.participation}")
@@ -55,70 +62,69 @@ class CostModel:
             raise ConfigurationError(f"CostModel.latency must be a whole number of candles, was {self.latency}")
 
     @property
-    def looks_at_market(self)->bool:
-        "Whether spread or impact follow the candles"
+    def looks_at_market(self) -> bool:
+        "Whether spread or impact depend on the candles"
         return bool(self.spread_volatility or self.spread_volume or self.impact)
 
     @property
-    def warm_up(self)->int:
-        "Candles of history that the costs need"
+    def warm_up(self) -> int:
+        "The number of candles of history that the costs need"
         return COST_WINDOWS[1] + 1 if self.looks_at_market else 0
 
     @classmethod
-    def tier(cls, vip:int, **others):
-        "With the fees of Binance's VIP tier 0 to 9 (its page of USD-M fees; ask your account for its own)"
+    def tier(cls, vip: int, **others: Any) -> Self:
+        "The costs of Binance's VIP tier 0 to 9 (from its page of USD-M fees; your account shows its own)"
         if vip not in range(len(FEES)): raise ConfigurationError(f"there are VIP tiers 0 to {len(FEES) - 1}, was {vip}")
         return cls(maker_fee=FEES[vip][0], taker_fee=FEES[vip][1], **others)
 
     @classmethod
-    def ideal(cls):
-        "Nothing costs anything: for comparison with other engines, never for a result that is believed"
+    def ideal(cls) -> Self:
+        "No costs at all: for comparison with other engines, never for a result to be believed"
         return cls(taker_fee=0., maker_fee=0., slippage=0., funding=False)
 
     @classmethod
-    def realistic(cls, **others):
-        "Everything on, with coefficients from the literature: `sim.costs` says whose"
+    def realistic(cls, **others: Any) -> Self:
+        "Everything on, with coefficients from the literature (`sim.costs` names it)"
         return cls(**dict(spread_volatility=1., spread_volume=.5, impact=1., participation=.1) | others)
 
-    def row(self):
-        """For compiled code; `impact_kept`: what a candle leaves of the pressure, whose root is the impact;
-        `spread_scale` multiplies a spread that was looked up for many candles at once"""
+    def row(self) -> np.ndarray:
+        """The costs for compiled code: COSTS, shape (); `impact_kept`: the share of the impact state that a candle
+        leaves, whose root is the impact; `spread_scale` multiplies a spread that was looked up for many candles"""
         values = {**asdict(self), "impact_kept": 4. ** (-1. / self.impact_half_life), "spread_scale": 1.}
-        return np.array(tuple(np.inf if values[name] is None else float(values[name]) for name in COSTS.names), COSTS)
+        return np.array(tuple(np.inf if values[name] is None else float(values[name])
+                              for name in COSTS.names or ()), COSTS)
 
 # %% ../nbs/00_ground/08_settings.ipynb #3f8e76f6
 STOPS = [("stop_loss", "f8"), ("take_profit", "f8"), ("trailing_stop", "f8"), ("stop_atr", "f8"), ("target_atr", "f8"),
          ("trailing_atr", "f8"), ("atr_period", "f8"), ("max_age", "f8")]
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #1364cf47
 @dataclass(frozen=True)
 class Stops:
     "When a position is closed whatever the policy says; 0: no such stop"
-    stop_loss:float = 0.02     # against the position, a fraction of the entry price
-    take_profit:float = 0.04   # in favour of the position
-    trailing_stop:float = 0.   # back from the best price since the entry
-    stop_atr:float = 0.        # the same three in average true ranges; each replaces its fixed one
-    target_atr:float = 0.
-    trailing_atr:float = 0.
-    atr_period:int = 14        # candles
-    max_age:int = 0            # candles that a position may last
+    stop_loss: float = 0.02    # against the position, a fraction of the entry price
+    take_profit: float = 0.04  # in favour of the position
+    trailing_stop: float = 0.  # back from the best price since the entry
+    stop_atr: float = 0.       # the same three in average true ranges; each replaces its fixed one
+    target_atr: float = 0.
+    trailing_atr: float = 0.
+    atr_period: int = 14       # candles
+    max_age: int = 0           # candles that a position may last
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "atr_period")
         check_not_negative(self, "stop_loss", "take_profit", "trailing_stop", "stop_atr", "target_atr", "trailing_atr",
                            "max_age")
         if self.atr_period < 1:
             raise ConfigurationError(f"Stops.atr_period must be at least 1 candle, was {self.atr_period}")
-        for name in ("stop_loss", "trailing_stop"):
-            if getattr(self, name) >= 1:
-                raise ConfigurationError(f"Stops.{name} must be below 1 (a fraction of the price), was "
-                                         f"{getattr(self, name)}")
-        for fixed, ranges in (("trailing_stop", "trailing_atr"),):
-            if getattr(self, fixed) and getattr(self, ranges):
-                raise ConfigurationError(f"Stops.{fixed} {getattr(self, fixed)} and {ranges} {getattr(self, ranges)} "
-                                         "are both given: set one of them to 0")
+        check_below_1(self, "stop_loss", "trailing_stop")
+        if self.trailing_stop and self.trailing_atr:
+            raise ConfigurationError(f"Stops.trailing_stop {self.trailing_stop} and trailing_atr {self.trailing_atr} "
+                                     "are both given: set one of them to 0")
 
-    def row(self): return tuple(float(getattr(self, name)) for name, _ in STOPS)
+    def row(self) -> tuple[float, ...]:
+        "The stops for compiled code, in the order of STOPS"
+        return tuple(float(getattr(self, name)) for name, _ in STOPS)
 
 
 NO_STOPS = Stops(stop_loss=0., take_profit=0.)
@@ -126,39 +132,38 @@ NO_STOPS = Stops(stop_loss=0., take_profit=0.)
 # %% ../nbs/00_ground/08_settings.ipynb #9ccf2ef4
 @dataclass(frozen=True)
 class Limits:
-    "What is allowed, everywhere the same: in training, backtest and live; exposures are multiples of equity"
-    max_position:float = 0.05          # notional of one symbol: what a target of 1 holds
-    max_leverage:float = 1.            # notional of all symbols together
-    max_positions:int|None = None      # symbols held at once; the larger target opens first
-    max_net:float|None = None          # long less short
-    max_sector:float|None = None       # notional of the symbols of one sector
-    max_group:float|None = None        # notional on one side of symbols that move together
-    max_order:float|None = None        # notional that one order may add
-    min_trade:float = 0.005            # smallest change of a position
-    max_participation:float|None = 0.1 # of the money traded in the candle that closed
-    price_band:float|None = 0.05       # distance of the price from the mark price, a fraction
-    min_confidence:float = 0.          # of a policy that says how sure it is
-    max_drawdown:float = 0.15          # from the highest equity; beyond it everything is closed and stays closed
-    drawdown_from:float|None = None    # drawdown from which all limits shrink, to nothing at max_drawdown
-    max_daily_loss:float|None = 0.05 # of the equity at midnight UTC; beyond it positions only shrink until the next one
-    target_volatility:float|None = None # annual; a symbol that swings more is held in proportion less
-    max_var:float|None = None          # value at risk of the portfolio, one day, 99 %
-    max_orders:int|None = 100          # in a minute of the exchange's clock
-    min_margin_ratio:float = 2.        # equity / maintenance margin
-    leverage:int = 5                   # set at the exchange: a position binds notional / leverage of the balance
-    capital:float|None = None          # quote, of a larger account: equity above it carries no position
-    group_correlation:float = 0.7      # from which on two symbols move together
-    decay:float = 0.03                 # weight of the newest candle in volatility and correlation
-    sectors:dict|None = None           # sector of each symbol
-    stops:Stops = Stops()
+    "What is allowed, the same in training, backtest and live; exposures are multiples of equity"
+    max_position: float = 0.05         # notional of one symbol: what a target of 1 holds
+    max_leverage: float = 1.           # notional of all symbols together
+    max_positions: int | None = None   # symbols held at once; the larger target opens first
+    max_net: float | None = None       # long less short
+    max_sector: float | None = None    # notional of the symbols of one sector
+    max_group: float | None = None     # notional on one side of symbols that move together
+    max_order: float | None = None     # notional that one order may add
+    min_trade: float = 0.005           # smallest change of a position
+    max_participation: float | None = 0.1  # of the money traded in the candle that closed
+    price_band: float | None = 0.05    # distance of the price from the mark price, a fraction
+    min_confidence: float = 0.         # of a policy that says how sure it is
+    max_drawdown: float = 0.15         # from the highest equity; beyond it everything is closed and stays closed
+    drawdown_from: float | None = None # drawdown from which all limits shrink, to nothing at max_drawdown
+    max_daily_loss: float | None = 0.05  # of equity at midnight UTC; beyond it positions only shrink until the next one
+    target_volatility: float | None = None  # annual; a symbol that swings more is held in proportion less
+    max_var: float | None = None       # value at risk of the portfolio, one day, 99 %
+    max_orders: int | None = 100       # in a minute of the exchange's clock
+    min_margin_ratio: float = 2.       # equity / maintenance margin
+    leverage: int = 5                  # set at the exchange: a position binds notional / leverage of the balance
+    capital: float | None = None       # quote, of a larger account: equity above it carries no position
+    group_correlation: float = 0.7     # from which on two symbols move together
+    decay: float = 0.03                # weight of the newest candle in volatility and correlation
+    sectors: dict | None = None        # sector of each symbol
+    stops: Stops = Stops()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.stops, dict): object.__setattr__(self, "stops", Stops(**self.stops))
         check_positive(self, "max_position", "max_leverage", "max_drawdown", "leverage",
                        *(name for name in OPTIONAL if getattr(self, name) is not None))
         check_not_negative(self, "min_trade", "min_margin_ratio", "min_confidence")
-        for name in ("max_drawdown", "max_daily_loss", "group_correlation", "decay", "min_confidence"):
-            self._at_most_1(name)
+        check_share(self, "max_drawdown", "max_daily_loss", "group_correlation", "decay", "min_confidence")
         check_order(self, ("max_position", "max_leverage"), ("max_leverage", "leverage"), ("max_net", "max_leverage"),
                     ("max_sector", "max_leverage"), ("max_group", "max_leverage"))
         if self.max_positions is not None and self.max_positions != int(self.max_positions):
@@ -174,27 +179,23 @@ class Limits:
             raise ConfigurationError(f"Limits.max_sector is {self.max_sector} and sectors is {self.sectors}: say which "
                                      "symbol belongs to which sector")
 
-    def _at_most_1(self, name):
-        value = getattr(self, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigurationError(f"Limits.{name} must be at most 1 (a fraction), was {value}")
+    def row(self) -> np.void:
+        "The limits for compiled code: one record of LIMITS; what is not limited is infinite"
+        numbers = tuple(np.inf if getattr(self, name) is None else getattr(self, name)
+                        for name in (LIMITS.names or ())[:-len(STOPS)])
+        return np.array([numbers + self.stops.row()], LIMITS)[0]
 
-    def row(self):
-        "For compiled code; what is not limited is infinite"
-        return np.array(tuple(np.inf if getattr(self, name) is None else getattr(self, name)
-                              for name in LIMITS.names[:-len(STOPS)]) + self.stops.row(), LIMITS)[()]
-
-
+# %% ../nbs/00_ground/08_settings.ipynb #5f8cbce6
 _NUMBERS = tuple(field for field in fields(Limits) if field.name not in ("sectors", "stops"))
 OPTIONAL = tuple(field.name for field in _NUMBERS if "None" in str(field.type)) # None: no such limit
 LIMITS = np.dtype([(field.name, "f8") for field in _NUMBERS] + STOPS)
 
 # %% ../nbs/00_ground/08_settings.ipynb #f4a57bfc
 def instrument_rows(
-    instruments,     # Instrument each
-    limits:Limits,
-)->np.ndarray:       # INSTRUMENT, (n_symbols,)
-    "Instruments for compiled code, each with the number of its sector and what the leverage allows"
+    instruments: Iterable[Instrument],
+    limits: Limits,
+) -> np.ndarray:  # INSTRUMENT, (n_symbols,)
+    "The instruments for compiled code, each with the number of its sector and what the leverage allows"
     table = limits.sectors or {}
     for instrument in instruments:
         if limits.max_sector is not None and instrument.symbol not in table:
@@ -209,7 +210,7 @@ def instrument_rows(
 
 # %% ../nbs/00_ground/08_settings.ipynb #e39a63b4
 class Reason(IntEnum):
-    "What the rules did to a target: a number, which stored journals keep, and its sentence"
+    "What the rules did to a target: a number, which is stored in journals, and its sentence"
     AS_ASKED = 0, "as the policy asked"
     TOO_SMALL = 1, "a change of {value:.4g} of equity is below {limit:.4g}, too small to trade"
     LEVERAGE = 2, "shrunk: all positions would be {value:.4g} times equity, max_leverage allows {limit:.4g}"
@@ -242,16 +243,16 @@ class Reason(IntEnum):
     NO_DECISION = 27, "not asked: the window reaches over a hole in the candles, what is held stays"
     MAX_POSITIONS = 28, "refused: {value:.0f} symbols would be held, max_positions is {limit:.0f}"
 
-    _words:str
+    _words: str
 
-    def __new__(cls, number:int, words:str="")->"Reason":
+    def __new__(cls, number: int, words: str = "") -> "Reason":
         reason = int.__new__(cls, number)
         reason._value_ = number
         reason._words = words
         return reason
 
-    def sentence(self, value:float=float("nan"), limit:float=float("nan"))->str:
-        "For people, with what was measured and what is allowed"
+    def sentence(self, value: float = float("nan"), limit: float = float("nan")) -> str:
+        "The reason for people, with what was measured and what is allowed"
         return self._words.format(value=value, limit=limit)
 
 # %% ../nbs/00_ground/08_settings.ipynb #dbf93927
@@ -263,39 +264,39 @@ EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("p
 class Execution:
     "How targets become orders"
     # or "post_only": a limit order at the close that only makes, then across the spread; or "slices": in equal parts
-    style:str = "market"
-    patience:int = 3        # candles that a post-only order is tried before it crosses
-    slices:int = 4          # parts of an order, one a candle
-    # the stops of the limits stand at the exchange and fill within the candle, not at the next open
-    protect:bool = False
+    style: str = "market"
+    patience: int = 3       # candles that a post-only order is tried before it crosses the spread
+    slices: int = 4         # parts of an order, one a candle
+    # whether the stops of the limits rest at the exchange and fill within the candle, not at the next open
+    protect: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ConfigurationError(f"Execution.style must be one of {', '.join(STYLES)}, was {self.style!r}")
         for name in ("patience", "slices"):
             if not getattr(self, name) >= 1:
                 raise ConfigurationError(f"Execution.{name} must be at least 1, was {getattr(self, name)}")
 
-    def row(self, orders:int=0):
-        "For compiled code; `orders`: places for orders of the policy itself"
+    def row(self, orders: int = 0) -> np.ndarray:
+        "The style for compiled code: EXECUTION, shape (); `orders`: slots for orders of the policy itself"
         return np.array((STYLES.index(self.style), self.patience, self.slices, self.protect, orders), EXECUTION)
 
 # %% ../nbs/00_ground/08_settings.ipynb #93_setti022
 WHEN_STALE = ("hold", "flat", "refuse")
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #f1736a71
 @dataclass(frozen=True)
 class SeriesDefinition:
     "Where figures come from, when they are known, and what happens when they are old"
-    file:str = ""                        # CSV, JSON, parquet; or an address that begins with http
-    columns:tuple = ("value",)           # of the figures; the first is what the bare name means
-    reference:str = "reference_time"     # column of the time that a figure is about
-    publication:str = "publication_time" # column of the time that it was published
-    lag:str = ""                         # such as "15d", from the one to the other, where there is no such column
-    stale:str = ""                       # age from which a figure is stale, such as "40d"; empty: never
-    when_stale:str = "hold" # then the figure is held, the policy holds nothing ("flat"), or the run is refused
+    file: str = ""                         # CSV, JSON, parquet; or an address that begins with http
+    columns: tuple = ("value",)            # names of the figures, str; a series without a column's name is the first
+    reference: str = "reference_time"      # column of the time that a figure is about
+    publication: str = "publication_time"  # column of the time at which it was published
+    lag: str = ""                          # such as "15d", from the one to the other, where there is no such column
+    stale: str = ""                        # age from which a figure is stale, such as "40d"; empty: never
+    when_stale: str = "hold"  # then the figure is held, the policy holds nothing ("flat"), or the run is refused
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         columns = self.columns.split(",") if isinstance(self.columns, str) else self.columns
         object.__setattr__(self, "columns", tuple(str(column).strip() for column in columns))
         if not all(self.columns) or not self.columns:
@@ -313,22 +314,22 @@ class SeriesDefinition:
                 raise ConfigurationError(f"SeriesDefinition.{name} must be a duration: {error}") from None
 
 # %% ../nbs/00_ground/08_settings.ipynb #4f8a0360
-AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, for whoever must know them without torch
+AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, known here without torch
 
 
 @dataclass(frozen=True)
 class Training:
     "How an agent is trained; None: as the agent itself chooses"
-    window:int = 1              # candles in an observation
-    scaler:str = "standard"     # or "robust"
-    learning_rate:float|None = None
-    batch_size:int|None = None
-    n_envs:int|None = None      # environments at once
-    net:tuple = (64, 64)        # widths of the hidden layers
-    gamma:float = .9            # how much the next candle counts against this one; 0.9 looks about ten candles ahead
-    episode:int|None = None     # candles
+    window: int = 1              # candles in an observation
+    scaler: str = "standard"     # or "robust"
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    n_envs: int | None = None    # environments at once
+    net: tuple = (64, 64)        # widths of the hidden layers, int
+    gamma: float = .9            # weight of the next candle's reward against this one's; 0.9 looks about ten ahead
+    episode: int | None = None   # candles
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "net", tuple(self.net))
         check_positive(self, "window", *(name for name in ("learning_rate", "batch_size", "n_envs", "episode")
                                          if getattr(self, name) is not None))
@@ -341,4 +342,6 @@ class Training:
                                      f"{list(self.net)}")
 
     @property
-    def options(self)->dict: return {name: value for name, value in asdict(self).items() if name != "window"}
+    def options(self) -> dict[str, Any]:
+        "What an agent is made with: every field but the window"
+        return {name: value for name, value in asdict(self).items() if name != "window"}

@@ -8,7 +8,12 @@ __all__ = ['printable', 'one_line', 'html_text', 'html_rows', 'figure_text', 'ch
 # %% ../nbs/00_ground/03_texts.ipynb #5523330a
 import re
 import unicodedata
+from collections.abc import Mapping
 from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd  # not loaded by a program that only prints
 
 # %% ../nbs/00_ground/03_texts.ipynb #ff6179eb
 _SEQUENCE = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?" # ESC [ ... : colours, cursor, clearing
@@ -19,44 +24,50 @@ _KEPT = "\n\t"
 
 
 def printable(
-    text:str,
-)->str:       # of several lines, where it had several
-    "The text without what would command a terminal"
+    text: str,
+) -> str:       # lines stay lines
+    "The text without anything that would command a terminal"
     text = _SEQUENCE.sub("", str(text).replace("\r\n", "\n"))
-    return "".join(sign for sign in text if sign in _KEPT or sign.isprintable() or unicodedata.category(sign) in ("Zs",
-        "Zl", "Zp"))
+    return "".join(sign for sign in text if sign in _KEPT or sign.isprintable()
+                   or unicodedata.category(sign) in ("Zs", "Zl", "Zp"))
 
 
 def one_line(
-    text,
-    most:int|None=None,  # characters
-)->str:
-    "The same in one line, for a message, a log or a cell"
+    text: object,              # its `str` is shown
+    most: int | None = None,   # characters
+) -> str:
+    "The text in one line, for a message, a log or a cell"
     line = " ".join(printable(str(text).replace("\r", " ")).split())
     return line if most is None or len(line) <= most else line[:most - 1] + "…"
 
 # %% ../nbs/00_ground/03_texts.ipynb #ea7dd45b
-def html_text(value)->str:
-    "A value as text of a page"
+def html_text(value: object) -> str:
+    "A value as the text of a page"
     return escape(printable(str(value)))
 
 
 def html_rows(
-    rows:dict,   # name -> value
-)->str:
-    "A table of names and values"
+    rows: Mapping[str, object],  # value by name
+) -> str:
+    "An HTML table of names and values"
     return ("<table>" + "".join(f'<tr><th style="text-align:left">{html_text(name)}</th><td '
                                 f'style="text-align:left">{html_text(value)}</td></tr>' for name, value in rows.items())
                                 + "</table>")
 
 # %% ../nbs/00_ground/03_texts.ipynb #3f29d057
-def figure_text(value, most:int=60)->str:
+def figure_text(
+    value: object,    # its `str` is shown
+    most: int = 60,   # characters
+) -> str:
     "A name as a title or label of matplotlib"
     text = one_line(value, most).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
-def chart_text(value, most:int=60)->str:
+def chart_text(
+    value: object,    # its `str` is shown
+    most: int = 60,   # characters
+) -> str:
     "A name as a title or label of plotly"
     return escape(one_line(value, most), quote=False)
 
@@ -69,8 +80,8 @@ def _is_number(text):
     except ValueError: return False
 
 
-def cell_text(value):
-    "A cell that no spreadsheet computes; what is no text stays as it is"
+def cell_text(value: Any) -> Any:
+    "The value as a cell that no spreadsheet computes; what is not text is returned as it is"
     if not isinstance(value, str): return value
     text = printable(value)
     return ("'" if _FORMULA.match(text) and not _is_number(text) else "") + text
@@ -80,9 +91,9 @@ _WORDS = ("object", "str", "string", "category")
 
 
 def quoted(
-    table,   # pandas DataFrame
-):
-    "The same table for a spreadsheet: texts in cells, index and column names quoted"
+    table: "pd.DataFrame",
+) -> "pd.DataFrame":  # a copy
+    "The table for a spreadsheet: text in cells, index and column names is quoted"
     made = table.copy()
     for place, kind in enumerate(table.dtypes):
         if str(kind) in _WORDS: made.isetitem(place, table.iloc[:, place].astype(object).map(cell_text))

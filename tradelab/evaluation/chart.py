@@ -48,7 +48,7 @@ def _fills(figure, fills):
                                       marker=dict(symbol=signs, size=9, color=color,
                                                   line=dict(width=.5, color="white"))), row=1, col=1)
 
-
+# %% ../../nbs/40_evaluation/08_chart.ipynb #d9233ad0
 def chart(
     candles:pd.DataFrame,            # of one symbol
     fills:pd.DataFrame|None=None,    # as a result keeps them; those of the span are shown
@@ -93,7 +93,7 @@ def parts_of(
     return pd.DataFrame({"price": fills["price"].to_numpy(float)[source], "entry": entry, "long": side},
                         fills.index[source])
 
-
+# %% ../../nbs/40_evaluation/08_chart.ipynb #9e9c5fd8
 def draw_price(
     axis,                # matplotlib axis
     candles:pd.DataFrame,# of one symbol
@@ -111,7 +111,7 @@ def draw_price(
                          else 0, alpha=.8, label=f"{name} ({rows.sum():,})", zorder=2)
     axis.set_ylabel("Price [quote]")
 
-
+# %% ../../nbs/40_evaluation/08_chart.ipynb #33bbb94b
 def price_figure(
     candles:dict,        # frames by symbol
     fills:pd.DataFrame,  # of all of them

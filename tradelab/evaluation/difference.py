@@ -184,7 +184,7 @@ def _kept(frame, symbol):
     return (keep_instrument(frame.copy(), symbol or frame.attrs.get("symbol", UNNAMED)) if set(COLUMNS) <= set(frame)
             else frame)
 
-
+# %% ../../nbs/40_evaluation/02_difference.ipynb #c8eec76c
 def look_ahead(
     # candles -> a result, or a table of what was decided, index open_time; with `series` it takes them, too
     make:Callable,

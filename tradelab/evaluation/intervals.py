@@ -31,7 +31,7 @@ RETURNS = ("total_return", "annual_return")
 ABOVE_ZERO = ("annual_volatility",)
 SHARES = ("max_drawdown",)
 
-
+# %% ../../nbs/40_evaluation/07_intervals.ipynb #96f68d7f
 def scale_of(
     name:str,   # of a measure
 )->tuple:       # onto a line without ends, and back
@@ -59,7 +59,7 @@ def centred(
     moved = there(estimate) - middle
     return min(float(back(low + moved)), estimate), max(float(back(high + moved)), estimate)
 
-
+# %% ../../nbs/40_evaluation/07_intervals.ipynb #3e3be6fb
 def intervals(
     equity:pd.Series,      # quote, at each close; UTC index
     level:float=.95,       # of confidence

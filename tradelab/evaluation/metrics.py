@@ -173,7 +173,7 @@ class ReturnSums(NamedTuple):
     least:float
     most:float
 
-
+# %% ../../nbs/40_evaluation/01_metrics.ipynb #a92aeaab
 @compiled
 def powers(
     returns, # (T,)
@@ -279,7 +279,7 @@ def traded_cash(
     several = journal["traded"].fillna(0.) > 0.
     return notional.abs().where(~several, journal["traded"]), (-notional).where(~several, journal["cash"])
 
-
+# %% ../../nbs/40_evaluation/01_metrics.ipynb #43b6002b
 def _symbol_trips(rows):
     "The finished round trips of one symbol"
     before, quantity, price, fee, funding = (np.nan_to_num(rows[name].to_numpy(np.float64))
@@ -417,7 +417,7 @@ def written(
 SHORTEST = pd.Timedelta(days=30)                         # a shorter span is not shown as a year
 ANNUAL = ("annual_return", "sharpe", "sortino", "calmar", "annual_turnover")
 
-
+# %% ../../nbs/40_evaluation/01_metrics.ipynb #01b08ab6
 @dataclass(frozen=True)
 class Metrics:
     "What an equity curve and its journal say; `nan` where a number is not defined or no journal was given"

@@ -114,7 +114,7 @@ def shade(
 # %% ../../nbs/40_evaluation/06_risk_report.ipynb #409e8494
 LEAST = 100 # candles that a value at risk looks back
 
-
+# %% ../../nbs/40_evaluation/06_risk_report.ipynb #14118312
 @dataclass(frozen=True)
 class RiskView:
     "The risk of a run"
@@ -207,7 +207,7 @@ class RiskView:
                   section_html(lambda: refusals(self.journal).to_html(border=0, index=False)),
                   "<b>If everything fell by a tenth</b>",
                   section_html(lambda: self.what_if().round(2).to_html(border=0, na_rep=""))]
-        if self.ladder is not None: parts += ["<b>Ladder</b> ", self.ladder._repr_html_()]
+        if self.ladder is not None: parts += ["<b>Trading state</b> ", self.ladder._repr_html_()]
         if self.events: parts += ["<b>Breakers</b><br>", "<br>".join(map(html_text, self.events[-10:]))]
         return "".join(parts)
 

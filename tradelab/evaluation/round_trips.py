@@ -58,7 +58,7 @@ def _left_by(kinds, exits, asked):
     return np.array([word(rule) if rule is not None and kind in ("market", "limit") else kind for kind,
                      rule in zip(kinds, rules)], object)
 
-
+# %% ../../nbs/40_evaluation/03_round_trips.ipynb #06fdcdf5
 def _of_symbol(symbol, fills, candles, paid, asked):
     source, part, after = cut_at_zero(fills["quantity"].to_numpy(float))
     rows = fills.iloc[source]
@@ -154,7 +154,7 @@ def written_trips(
     shown.attrs = {"of": len(table)}
     return shown
 
-
+# %% ../../nbs/40_evaluation/03_round_trips.ipynb #f67b32ec
 def trips_summary(table:pd.DataFrame)->str:
     "How many trades there were, and how they ended, in a sentence"
     if table.empty: return "No trade was finished."
@@ -188,7 +188,7 @@ def execution(
     with np.errstate(divide="ignore", invalid="ignore"): parts["participation"] = quantity.abs().to_numpy() / volume
     return parts
 
-
+# %% ../../nbs/40_evaluation/03_round_trips.ipynb #a732a513
 def execution_summary(parts:pd.DataFrame)->pd.Series:
     "Costs in basis points of what was decided, and how it was done"
     total = parts["notional"].sum()

@@ -224,7 +224,7 @@ class TailMeasures:
     def __str__(self): return self.table().round(3).to_string()
     def _repr_html_(self): return self.table().round(3).to_html(border=0)
 
-
+# %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #d3b4e4f7
 class TailRisk:
     "Tail risk of what is held, candle by candle"
 

@@ -56,7 +56,7 @@ def _coverage(hits, p):
             0.))
     return -2 * ((count - x) * np.log1p(-p) + x * np.log(p) - fitted)
 
-
+# %% ../../nbs/40_evaluation/05_var_backtest.ipynb #6a97303d
 def christoffersen(
     hits:np.ndarray,       # (T,), bool: where the loss was larger than the VaR
     p:float,               # how often it should have been
@@ -148,7 +148,7 @@ class Judgement:
         axes.legend(ncol=3, fontsize=8)
         return figure
 
-
+# %% ../../nbs/40_evaluation/05_var_backtest.ipynb #ac875c0d
 def judge(
     returns:pd.Series,   # (T,), of what was held, fractions
     var:pd.Series,       # (T,), forecast for each return before it was known, above 0 is a loss; NaN: no forecast

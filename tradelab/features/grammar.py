@@ -46,22 +46,22 @@ def known()->pd.DataFrame: # a row per indicator
 
 # %% ../../nbs/20_features/11_grammar.ipynb #d67aedf3
 class FeatureError(TradelabError, ValueError):
-    "A text that is no feature; says what was meant"
+    "A text is not a valid feature; says what was meant"
 
 
-def _foreign(name):
-    "The indicator of a module beyond the families"
+def _foreign(name:str)->Indicator:
+    "The indicator of a module outside the families"
     module, attribute = name.split(":")
     try: found = bring(module, attribute, Indicator)
     except UnnamedError as error:
         raise FeatureError(f"feature {name!r}: {error}: check the import name, or export the notebook first") from None
     except NotTrustedError as error: raise FeatureError(f"feature {name!r}: {error}") from None
     if not isinstance(found, Indicator):
-        raise FeatureError(f"feature {name!r}: {attribute!r} in {module!r} makes an Indicator and is none: name the "
+        raise FeatureError(f"feature {name!r}: {attribute!r} in {module!r} makes an Indicator but is not one: name the "
                            "Indicator itself")
     return replace(found, name=name)
 
-
+# %% ../../nbs/20_features/11_grammar.ipynb #bab24e5a
 def find(
     name:str,       # "rsi", or "package.module:object"
 )->Indicator:
@@ -101,7 +101,7 @@ def _placed(feature, words, text):
                                "lag such as [-1], each once; the future cannot be seen")
     return feature
 
-
+# %% ../../nbs/20_features/11_grammar.ipynb #237f6d1e
 def parse(
     # "rsi", "rsi(14)", "macd(12,26,9).histogram", "package.module:object(3)", "rsi(14)@4h",
     # "return(1)[ETH/USDT:USDT][-2]"

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'PORTFOLIO', 'LEAST', 'HALT', 'EPSILON', 'scaled', 'scale_column', 'assemble', 'feature_columns', 'scaling_of',
-           'scaled_features', 'distinct', 'put', 'ObservationStream', 'standard', 'robust', 'fitted', 'fit_scaler',
-           'waiting', 'Observation']
+           'scaled_features', 'distinct', 'put', 'standard', 'robust', 'fitted', 'fit_scaler', 'other_rows',
+           'column_names', 'training_candles', 'fit_observation', 'Observation', 'ObservationStream', 'waiting']
 
 # %% ../../nbs/20_features/12_observation.ipynb #f9188b23
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from ..compiled import compiled, inlined
 from ..events import KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, TradingState
 from .grammar import parse
+from .indicator import Feature
 from .loops import columns_of
 from .stream import FeatureStream, longer_candles
-from ..market.candles import matrix, period_of, refuse_hole, timeframe_at
+from ..market.candles import CandlesLike, matrix, period_of, refuse_hole, timeframe_at
 from ..native import SINGLE, address_of, array_at
-from ..policies import Scaler
+from ..policies import Policy, Scaler
 from ..times import milliseconds
 
 # %% ../../nbs/20_features/12_observation.ipynb #a292ef93
@@ -30,10 +32,10 @@ CLIP = 10. # standard deviations
 
 @compiled
 def scaled(
-    value,
-    centre,
-    scale,   # above 0
-    clip,    # in units of the scale; infinity for none
+    value,   # float64
+    centre,  # float64
+    scale,   # float64, above 0
+    clip,    # float64, in units of the scale; infinity for none
 )->float:    # NaN stays NaN
     "One number, centred, scaled and clipped"
     return min(max((value - centre) / scale, -clip), clip)
@@ -42,12 +44,12 @@ def scaled(
 @compiled
 def scale_column(
     values,  # (T,), float64
-    centre,
-    scale,
-    clip,
+    centre,  # float64
+    scale,   # float64, above 0
+    clip,    # float64, in units of the scale
     out,     # (T,), float32, written
 ):
-    "The same for a whole history"
+    "Centre, scale and clip a whole history"
     for t in range(len(values)): out[t] = scaled(values[t], centre, scale, clip)
 
 # %% ../../nbs/20_features/12_observation.ipynb #911f20b9
@@ -55,7 +57,7 @@ PORTFOLIO = ("exposure", "unrealised", "time_in_trade", "equity", "drawdown", "r
 LEAST = 1e-4 # of the deposit: what is divided by where nothing, or less, is left
 HALT = int(TradingState.HALT)
 
-
+# %% ../../nbs/20_features/12_observation.ipynb #a9fd7823
 @inlined
 def assemble(
     window,     # (window, n_symbols, n_features), float32, oldest first, in one piece
@@ -63,7 +65,7 @@ def assemble(
     positions,  # POSITION, (n_symbols,)
     out,        # (n_symbols, width), float32, written
 ):
-    "One observation"
+    "Write one observation: the window of each symbol, then its portfolio state"
     length, symbols, count = window.shape
     money = account[0]
     at = length * count
@@ -86,11 +88,12 @@ def assemble(
 
 # %% ../../nbs/20_features/12_observation.ipynb #610a02ec
 def feature_columns(
-    seen,                # (row, Feature) each: whose candles it sees
-    candles:np.ndarray,  # (T, rows, 5 or 11)
-):
-    "Unscaled features of a whole history, one after another: float64, (T,)"
-    columns, longer = {}, {}
+    seen:Iterable[tuple[int, Feature]],  # (row, feature) each: whose candles it sees
+    candles:np.ndarray,                  # (T, rows, 5 or 11)
+)->Iterator[np.ndarray]:                 # float64, (T,) each
+    "Unscaled features of a whole history, one after another"
+    columns: dict[int, np.ndarray] = {}
+    longer: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
     for row, feature in seen:
         if row not in columns: columns[row] = columns_of(candles[:, row])
         key = row, feature.timeframe
@@ -99,19 +102,19 @@ def feature_columns(
 
 # %% ../../nbs/20_features/12_observation.ipynb #6b5e8f78
 def scaling_of(
-    scaler,         # Scaler, or None
-    count:int,      # features
+    scaler:Scaler|None,
+    count:int,         # features
 )->np.ndarray:      # (3, count): centre, scale, clip
-    "What `scaled` takes of each feature; without a scaler they stay as they are"
+    "What `scaled` takes for each feature; without a scaler they stay as they are"
     if scaler is None: return np.ones((3, count)) * [[0.], [1.], [np.inf]]
     return np.array([scaler.centre, scaler.scale, np.full(count, CLIP)])
 
 
 def scaled_features(
-    seen,                # of `distinct`
-    which,
-    scaling,             # of `scaling_of`
-    candles:np.ndarray,  # (T, rows, 5 or 11)
+    seen:Iterable[tuple[int, Feature]],  # of `distinct`
+    which:np.ndarray,                    # of `distinct`
+    scaling:np.ndarray,                  # of `scaling_of`
+    candles:np.ndarray,                  # (T, rows, 5 or 11)
 )->np.ndarray:           # float32, (T, n_symbols, n_features)
     "The features of a whole history, as every symbol sees them"
     out = np.empty((len(candles), *which.shape), np.float32)
@@ -121,12 +124,13 @@ def scaled_features(
 
 # %% ../../nbs/20_features/12_observation.ipynb #1d03dbe7
 def distinct(
-    features,        # of `parse`
-    n_symbols:int,   # traded
-    symbols:tuple,   # their names, where they are known
-    watched:tuple,   # names of those that are only looked at
-)->tuple:            # [(row, Feature), ...], int64 (n_symbols, n_features)
-    "Each feature that has to be computed, once; and for each symbol and each feature, which of them"
+    features:Sequence[Feature],
+    n_symbols:int,             # traded
+    symbols:tuple[str, ...],   # their names, where they are known
+    watched:tuple[str, ...],   # names of those that are only looked at
+# each (row, feature) that has to be computed, once; int64 (n_symbols, n_features), the number of each in that list
+)->tuple[list[tuple[int, Feature]], np.ndarray]:
+    "What has to be computed for a set of features, and where each symbol finds it"
     def row(n, name):
         return n if not name else symbols.index(name) if name in symbols else n_symbols + watched.index(name)
     wanted = [[(row(n, feature.symbol), replace(feature, symbol="")) for feature in features] for n in range(n_symbols)]
@@ -139,11 +143,11 @@ def distinct(
 def put(
     values,  # (features,), float64
     which,   # (n_symbols, n_features), int64: where in them each number of the observation is
-    scaling, # (3, n_features): centre, scale, clip
+    scaling, # (3, n_features), float64: centre, scale, clip
     strip,   # (2 windows, n_symbols, n_features), float32, written
     place,   # in the window
 )->bool:     # whether all of them are numbers
-    "Write one row of features, scaled, into both halves of the strip: the window is then always one piece of it"
+    "Write one scaled row of features into both halves of the strip, so that the window is always one piece of it"
     window, whole = len(strip) // 2, True
     for n in range(which.shape[0]):
         for f in range(which.shape[1]):
@@ -152,11 +156,217 @@ def put(
             whole &= not np.isnan(value)
     return whole
 
+# %% ../../nbs/20_features/12_observation.ipynb #bbc1fbb2
+EPSILON = np.finfo(np.float64).eps
 
+
+def standard(
+    values:np.ndarray,       # (rows,), finite
+)->tuple[float, float]:      # centre, scale
+    "Mean and standard deviation; 1 where it is no more than the rounding of a constant (Chan, Golub and LeVeque 1983)"
+    column = np.asarray(values, np.float64)[:, None]
+    rows = float(len(values)) # numpy adds a column in an order of its own
+    mean = column.sum(axis=0) / rows
+    apart = column - mean
+    correction = apart.sum(axis=0)
+    variance = (np.square(apart).sum(axis=0) - correction ** 2 / rows) / rows
+    constant = variance <= rows * EPSILON * variance + (rows * mean * EPSILON) ** 2
+    return float(mean[0]), 1. if constant[0] else float(np.sqrt(variance)[0])
+
+
+def robust(
+    values:np.ndarray,       # (rows,), finite
+)->tuple[float, float]:      # centre, scale
+    "Median and distance between the quartiles; 1 where there is none"
+    low, high = np.percentile(values, (25., 75.))
+    return float(np.median(values)), 1. if high - low < 10 * EPSILON else float(high - low)
+
+# %% ../../nbs/20_features/12_observation.ipynb #71255a60
+def fitted(
+    values:np.ndarray,       # (rows,), of the training span
+    how:str,                 # "standard" or "robust"
+    name:str,                # of the feature, for the message
+)->tuple[float, float]:      # centre, scale
+    "What a scaler subtracts and divides by"
+    if how not in ("standard", "robust"): raise ValueError(f"a scaler is 'standard' or 'robust', was {how!r}")
+    bad = int(np.sum(~np.isfinite(values)))
+    if bad:
+        raise ValueError(f"{name} is not a number on {bad} candles of the training span: a longer candle is "
+                         "missing there")
+    if not len(values):
+        raise ValueError(f"{name} has no candle in the training span to fit a scaler on: take a longer span")
+    return standard(values) if how == "standard" else robust(values)
+
+# %% ../../nbs/20_features/12_observation.ipynb #8c760649
+def fit_scaler(
+    names:Sequence[str],                 # of the features
+    seen:Iterable[tuple[int, Feature]],  # of `distinct`
+    which:np.ndarray,                    # of `distinct`
+    candles:np.ndarray,                  # (T, rows, 5 or 11), of the training span
+    warm_up:int,                         # candles that do not count
+    how:str,                             # "standard" or "robust"
+    gaps:bool=False,                     # whether a candle at which a feature is not known is left out
+)->Scaler:
+    "The scaler of a set of features"
+    kept: dict[int, np.ndarray] = {}
+    found: list[tuple[float, float]] = []
+    for number, values in enumerate(feature_columns(seen, candles)):
+        kept[number] = values[warm_up:][np.isfinite(values[warm_up:])] if gaps else values[warm_up:]
+        while len(found) < len(names) and (columns := set(which[:, len(found)].tolist())) <= kept.keys():
+            found.append(fitted(np.concatenate([kept[each] for each in sorted(columns)]), how, names[len(found)]))
+            kept = {each: values for each, values in kept.items() if each in which[:, len(found):]}
+    centres, scales = zip(*found)
+    return Scaler(centres, scales, how)
+
+# %% ../../nbs/20_features/12_observation.ipynb #825e5829
+def other_rows(
+    features:Iterable[Feature],
+    symbols:tuple[str, ...],     # traded
+)->tuple[str, ...]:
+    "Names that features read and nobody trades: symbols, then series"
+    names = dict.fromkeys(feature.symbol for feature in features if feature.symbol and feature.symbol not in symbols)
+    return tuple(sorted(names, key=lambda name: name.startswith(SERIES)))
+
+
+def column_names(
+    features:Sequence[str],
+    window:int,              # candles, oldest first
+)->list[str]:
+    "Names of the columns of an observation"
+    return [f"{text} t-{k}" if k else text for k in range(window - 1, -1, -1) for text in features] + list(PORTFOLIO)
+
+# %% ../../nbs/20_features/12_observation.ipynb #0b28b4b4
+def training_candles(
+    candles:CandlesLike,
+    observation:"Observation",
+    gaps:bool,                  # whether holes are allowed
+)->tuple[np.ndarray, np.ndarray]: # int64 ms (T,); float64 (T, rows, 11)
+    "The rows that an observation is fitted on, or ValueError for a missing series or a hole"
+    missing = [name for name in observation.series if SERIES + name not in candles]
+    if missing:
+        raise ValueError(f"a feature reads the series {missing[0]!r}, which is not there: give it, "
+                         f"series={{{missing[0]!r}: ...}}")
+    if isinstance(candles, dict) and observation.symbols and set(observation.rows) <= set(candles):
+        candles = {name: candles[name] for name in observation.rows}
+    times, known, _ = matrix(candles, KNOWN)
+    if not gaps: refuse_hole(times, period_of(times), "candles to fit on")
+    return times, known
+
+
+def fit_observation(
+    observation:"Observation",
+    candles:CandlesLike|np.ndarray,  # the training span only: frames, or (T, rows, 5 or 11)
+    how:str,                         # "standard" or "robust"
+    gaps:bool,                       # whether a candle at which a feature is not known is left out
+)->"Observation":
+    "The same observation with a scaler fitted on these candles"
+    if not isinstance(candles, np.ndarray):
+        times, known = training_candles(candles, observation, gaps)
+        timeframe = observation.timeframe or timeframe_at(times)
+        return fit_observation(observation.for_symbols(timeframe=timeframe), known, how, gaps)
+    if not observation.features: return observation
+    warm_up = observation.warm_up
+    if len(candles) <= warm_up:
+        raise ValueError(f"{len(candles)} candles are too few to fit: the warm-up alone takes {warm_up}")
+    seen, which = observation.seen(candles.shape[1] - len(observation.others))
+    return replace(observation, scaler=fit_scaler(observation.features, seen, which, candles, warm_up, how, gaps))
+
+# %% ../../nbs/20_features/12_observation.ipynb #6879d372
+def _check(features:tuple, window:int, scaler:Scaler|None)->None:
+    if window < 1: raise ValueError(f"Observation.window must be at least 1 candle, was {window}")
+    if scaler and len(scaler.scale) != len(features):
+        raise ValueError(f"the scaler was fitted for {len(scaler.scale)} features, this observation has "
+                         f"{len(features)}: fit it again")
+
+
+def _series_names(names:Iterable[str])->Iterator[str]:
+    return (name.removeprefix(SERIES) for name in names if name.startswith(SERIES))
+
+
+def _specification(observation:"Observation")->dict:
+    "All that an observation is, as data"
+    return {"features": list(observation.features), "window": observation.window, "portfolio": list(PORTFOLIO),
+            "timeframe": observation.timeframe, "symbols": list(observation.symbols),
+            "scaler": observation.scaler and asdict(observation.scaler)}
+
+# %% ../../nbs/20_features/12_observation.ipynb #48e80ed7
+@dataclass(frozen=True)
+class Observation:
+    "What a policy wants to see: features by name, a window, and the scaler that was fitted for them"
+    features:Sequence[str] # texts such as "rsi(14)", "macd.histogram", "rsi(14)@4h", "return(1)[ETH/USDT:USDT]"
+    window:int = 1                # candles, oldest first
+    scaler:Scaler|None = None     # None: features as they are
+    timeframe:str = ""            # of the candles, where it is known
+    symbols:tuple[str, ...] = ()  # traded ones, where they are known
+    parsed:tuple[Feature, ...] = field(init=False, repr=False, compare=False) # of the texts
+
+    def __post_init__(self):
+        object.__setattr__(self, "features", tuple(self.features))
+        _check(self.features, self.window, self.scaler)
+        object.__setattr__(self, "parsed", tuple(parse(text) for text in self.features))
+
+    @classmethod
+    def from_policy(cls, policy:Policy, timeframe:str="")->"Observation":
+        return cls(policy.features, policy.window, policy.scaler, timeframe)
+
+    def for_symbols(self, symbols:Iterable[str]=(), timeframe:str="")->"Observation":
+        "The same over these symbols and this timeframe"
+        return replace(self, symbols=tuple(symbols) or self.symbols, timeframe=timeframe or self.timeframe)
+
+    @property
+    def others(self)->tuple[str, ...]: return other_rows(self.parsed, self.symbols)  # symbols, then series
+    @property
+    def extra(self)->tuple[str, ...]: return tuple(name for name in self.others if not name.startswith(SERIES))
+    @property
+    def series(self)->tuple[str, ...]: return tuple(_series_names(self.others))      # as the features write them
+    @property
+    def rows(self)->tuple[str, ...]: return (*self.symbols, *self.others)            # whose candles it is given
+
+    def seen(self, n_symbols:int)->tuple[list[tuple[int, Feature]], np.ndarray]:
+        "Each (row, feature) to compute, and which of them each symbol sees"
+        return distinct(self.parsed, n_symbols, self.symbols, self.others)
+
+    @property
+    def needs(self)->frozenset[tuple[int, int]]:
+        "(row, column) of each number that its features read beyond the first five"
+        seen, _ = self.seen(len(self.symbols) or 1)
+        return frozenset((row, need) for row, feature in seen for need in feature.indicator.needs)
+
+    @property
+    def columns(self)->list[str]: return column_names(self.features, self.window)
+    @property
+    def width(self)->int: return self.window * len(self.features) + len(PORTFOLIO)
+
+    @property
+    def warm_up(self)->int:
+        "Candles before the first observation whose bits do not depend on where the history began"
+        return max([feature.history(self.timeframe) for feature in self.parsed], default=0) + self.window - 1
+
+    def matrix(self, candles:np.ndarray)->np.ndarray:
+        "Scaled features of (T, rows, 5 or 11) candles: float32, (T, n_symbols, n_features)"
+        seen, which = self.seen(candles.shape[1] - len(self.others))
+        return scaled_features(seen, which, scaling_of(self.scaler, len(self.features)), candles)
+
+    def stale(self, candles:np.ndarray)->np.ndarray:
+        "When a stale series makes the policy flat, of (T, rows, 11) candles: bool, (T,); empty where it has none"
+        rows = list(range(len(self.rows) - len(self.series), len(self.rows)))
+        return np.any(candles[:, rows, QUOTE_VOLUME] > 0, axis=1) if rows else np.zeros(0, bool)
+
+    def fit(self, candles:CandlesLike|np.ndarray, how:str="standard", gaps:bool=False)->"Observation":
+        "The same with a scaler fitted on these candles, the training span only; with `gaps`, on what is known of it"
+        return fit_observation(self, candles, how, gaps)
+
+    def specification(self)->dict: return _specification(self)
+    @property
+    def sha256(self)->str: return hashlib.sha256(json.dumps(self.specification(), sort_keys=True).encode()).hexdigest()
+    def stream(self, n_symbols:int=0)->"ObservationStream":
+        return ObservationStream(self, n_symbols or len(self.symbols) or 1)
+
+# %% ../../nbs/20_features/12_observation.ipynb #4cb77bb1
 class ObservationStream:
     "The window that moves with the candles"
 
-    def __init__(self, observation, n_symbols:int):
+    def __init__(self, observation:"Observation", n_symbols:int):
         seen, self._which = observation.seen(n_symbols)
         self._stream = FeatureStream([feature for _, feature in seen], observation.timeframe, [row for row, _ in seen],
                                      n_symbols + len(observation.others))
@@ -178,7 +388,7 @@ class ObservationStream:
         "The last rows of features, oldest first; a view"
         return self._views[self._place]
 
-    def push(self, candles:np.ndarray):
+    def push(self, candles:np.ndarray)->None:
         "See one candle of each row, float64 of shape (rows, 5 or 11)"
         if self._step and candles.shape[-1] == len(KNOWN):
             time = candles[0, OPEN_TIME]
@@ -189,11 +399,12 @@ class ObservationStream:
 
     @property
     def waits(self)->bool:
-        "Whether nobody can be asked now: a hole is behind, and the window is not whole again"
+        "Whether no decision can be asked for now: after a hole the window is not whole yet"
         return self._holed and self._whole < self._length
 
-    def observe(self, account, positions)->np.ndarray:
-        "The observation now: float32 of shape (n_symbols, width); ValueError while a feature is still warming up"
+    def observe(self, account:np.ndarray, positions:np.ndarray)->np.ndarray:
+        """The observation now, float32 of shape (n_symbols, width), of ACCOUNT (1,) and POSITION (n_symbols,);
+        ValueError while a feature is still warming up"""
         if self._whole < self._length and not self._holed:
             names = [name for f, name in enumerate(self._observation.features) if np.isnan(self.window[:, :, f]).any()]
             raise ValueError(f"{', '.join(names)} is not a number yet: give the trader its warm-up candles before the "
@@ -202,73 +413,13 @@ class ObservationStream:
         assemble(self._views[self._place], account, positions, out)
         return out
 
-# %% ../../nbs/20_features/12_observation.ipynb #bbc1fbb2
-EPSILON = np.finfo(np.float64).eps
-
-
-def standard(
-    values,     # (rows,), finite
-)->tuple:       # centre, scale
-    "Mean and standard deviation; 1 where it is no more than the rounding of a constant (Chan, Golub and LeVeque 1983)"
-    column = np.asarray(values, np.float64)[:, None]
-    rows = float(len(values)) # numpy adds a column in an order of its own
-    mean = column.sum(axis=0) / rows
-    apart = column - mean
-    correction = apart.sum(axis=0)
-    variance = (np.square(apart).sum(axis=0) - correction ** 2 / rows) / rows
-    constant = variance <= rows * EPSILON * variance + (rows * mean * EPSILON) ** 2
-    return float(mean[0]), 1. if constant[0] else float(np.sqrt(variance)[0])
-
-
-def robust(
-    values,     # (rows,), finite
-)->tuple:       # centre, scale
-    "Median and distance between the quartiles; 1 where there is none"
-    low, high = np.percentile(values, (25., 75.))
-    return float(np.median(values)), 1. if high - low < 10 * EPSILON else float(high - low)
-
-
-def fitted(
-    values,         # (rows,), of the training span
-    how:str,        # "standard" or "robust"
-    name:str,       # of the feature, for the message
-)->tuple:           # centre, scale
-    "What a scaler takes away and divides by"
-    if how not in ("standard", "robust"): raise ValueError(f"a scaler is 'standard' or 'robust', was {how!r}")
-    bad = int(np.sum(~np.isfinite(values)))
-    if bad:
-        raise ValueError(f"{name} is not a number on {bad} candles of the training span: a longer candle is "
-                         "missing there")
-    if not len(values):
-        raise ValueError(f"{name} has no candle in the training span to fit a scaler on: take a longer span")
-    return standard(values) if how == "standard" else robust(values)
-
-# %% ../../nbs/20_features/12_observation.ipynb #8c760649
-def fit_scaler(
-    names,               # of the features
-    seen,                # of `distinct`
-    which,
-    candles:np.ndarray,  # (T, rows, 5 or 11), of the training span
-    warm_up:int,         # candles that do not count
-    how:str,             # "standard" or "robust"
-    gaps:bool=False,     # whether a candle at which a feature is not known is left out
-)->Scaler:
-    "The scaler of a set of features"
-    kept, found = {}, []
-    for number, values in enumerate(feature_columns(seen, candles)):
-        kept[number] = values[warm_up:][np.isfinite(values[warm_up:])] if gaps else values[warm_up:]
-        while len(found) < len(names) and (columns := set(which[:, len(found)].tolist())) <= kept.keys():
-            found.append(fitted(np.concatenate([kept[each] for each in sorted(columns)]), how, names[len(found)]))
-            kept = {each: values for each, values in kept.items() if each in which[:, len(found):]}
-    return Scaler(*zip(*found), how)
-
 # %% ../../nbs/20_features/12_observation.ipynb #4e0a4c9c
 def waiting(
     times:np.ndarray,     # (T,), ms
     features:np.ndarray,  # (T, n_symbols, n_features), scaled
     window:int,
-)->np.ndarray:            # (T,) int64, 1 where nobody can be asked; (1,) where nothing is missing
-    """Where a window reaches over a hole, or a longer candle that a hole has broken is not known yet: the array twin of
+)->np.ndarray:            # (T,) int64, 1 where no decision can be asked for; (1,) zero where nothing is missing
+    """Where a window spans a hole, or a longer candle broken by a hole is not known yet: the array twin of
     `ObservationStream.waits`"""
     broken = np.append(False, np.diff(times) > period_of(times))
     if not broken.any(): return np.zeros(1, np.int64)
@@ -280,112 +431,3 @@ def waiting(
         result[t] = whole < window
     result[:np.argmax(broken)] = 0
     return result
-
-
-@dataclass(frozen=True)
-class Observation:
-    "What a policy wants to see: features by name, a window, and the scaler that was fitted for them"
-    features:tuple # texts such as "rsi(14)", "macd(12,26,9).histogram", "rsi(14)@4h", "return(1)[ETH/USDT:USDT]"
-    window:int = 1             # candles, oldest first
-    scaler:Scaler|None = None  # None: features as they are
-    timeframe:str = ""         # of the candles, where it is known
-    symbols:tuple = ()         # traded ones, where they are known
-
-    def __post_init__(self):
-        object.__setattr__(self, "features", tuple(self.features))
-        if self.window < 1: raise ValueError(f"Observation.window must be at least 1 candle, was {self.window}")
-        if self.scaler and len(self.scaler.scale) != len(self.features):
-            raise ValueError(f"the scaler was fitted for {len(self.scaler.scale)} features, this observation has "
-                             f"{len(self.features)}: fit it again")
-        object.__setattr__(self, "parsed", tuple(parse(text) for text in self.features))
-
-    @classmethod
-    def from_policy(cls, policy, timeframe:str=""): return cls(policy.features, policy.window, policy.scaler, timeframe)
-
-    def for_symbols(self, symbols=(), timeframe:str="")->"Observation":
-        "The same over these symbols and this timeframe"
-        return replace(self, symbols=tuple(symbols) or self.symbols, timeframe=timeframe or self.timeframe)
-
-    @property
-    def extra(self)->tuple:
-        "Symbols that a feature looks at and nobody trades"
-        return tuple(name for name in self.others if not name.startswith(SERIES))
-
-    @property
-    def series(self)->tuple:
-        "Names of the series that its features read, as they write them"
-        return tuple(name.removeprefix(SERIES) for name in self.others if name.startswith(SERIES))
-
-    @property
-    def others(self)->tuple:
-        "Rows behind those of the traded symbols: watched symbols, then series"
-        names = dict.fromkeys(feature.symbol for feature in self.parsed if feature.symbol
-                              and feature.symbol not in self.symbols)
-        return tuple(sorted(names, key=lambda name: name.startswith(SERIES)))
-
-    def stale(self, candles:np.ndarray)->np.ndarray:
-        "When a stale series makes the policy flat, of (T, rows, 11) candles: bool, (T,); empty where it has none"
-        rows = [len(self.rows) - len(self.series) + n for n in range(len(self.series))]
-        return (candles[:, rows, QUOTE_VOLUME] > 0).any(axis=1) if rows else np.zeros(0, bool)
-
-    @property
-    def needs(self)->frozenset:
-        "(row, column) of each number that its features read beyond the first five"
-        return frozenset((row, need) for row, feature in self.seen(len(self.symbols) or 1)[0]
-                         for need in feature.indicator.needs)
-
-    @property
-    def rows(self)->tuple:
-        "The symbols whose candles it is given, in their order"
-        return (*self.symbols, *self.others)
-
-    def seen(self, n_symbols:int)->tuple: return distinct(self.parsed, n_symbols, self.symbols, self.others)
-
-    @property
-    def columns(self)->list:
-        "Names of the observation's columns"
-        return ([f"{text} t-{k}" if k else text for k in range(self.window - 1, -1, -1) for text in self.features]
-                + list(PORTFOLIO))
-
-    @property
-    def width(self)->int: return self.window * len(self.features) + len(PORTFOLIO)
-
-    @property
-    def warm_up(self)->int:
-        "Candles before the first observation whose bits do not depend on where the history began"
-        return max([feature.history(self.timeframe) for feature in self.parsed], default=0) + self.window - 1
-
-    def matrix(self, candles:np.ndarray)->np.ndarray:
-        "Scaled features of (T, rows, 5 or 11) candles: float32, (T, n_symbols, n_features)"
-        return scaled_features(*self.seen(candles.shape[1] - len(self.others)),
-                               scaling_of(self.scaler, len(self.features)), candles)
-
-    def fit(self, candles, how:str="standard", gaps:bool=False)->"Observation":
-        """The same observation with a scaler fitted on these candles, a frame, frames by symbol, or an array: give it
-        the training span only; with `gaps`, on what is known of it"""
-        if not isinstance(candles, np.ndarray):
-            missing = [name for name in self.series if SERIES + name not in candles]
-            if missing:
-                raise ValueError(f"a feature reads the series {missing[0]!r}, which is not there: give it, "
-                                 f"series={{{missing[0]!r}: ...}}")
-            if isinstance(candles, dict) and self.symbols and set(self.rows) <= set(candles):
-                candles = {name: candles[name] for name in self.rows}
-            times, known, _ = matrix(candles, KNOWN)
-            if not gaps: refuse_hole(times, period_of(times), "candles to fit on")
-            return self.for_symbols(timeframe=self.timeframe or timeframe_at(times)).fit(known, how, gaps)
-        if not self.features: return self
-        if len(candles) <= self.warm_up:
-            raise ValueError(f"{len(candles)} candles are too few to fit: the warm-up alone takes {self.warm_up}")
-        return replace(self, scaler=fit_scaler(self.features, *self.seen(candles.shape[1] - len(self.others)), candles,
-                                               self.warm_up, how, gaps))
-
-    def specification(self)->dict:
-        "All that it is, as data"
-        return {"features": list(self.features), "window": self.window, "portfolio": list(PORTFOLIO),
-                "timeframe": self.timeframe, "symbols": list(self.symbols), "scaler": self.scaler
-                and asdict(self.scaler)}
-
-    @property
-    def sha256(self)->str: return hashlib.sha256(json.dumps(self.specification(), sort_keys=True).encode()).hexdigest()
-
-    def stream(self, n_symbols:int=0): return ObservationStream(self, n_symbols or len(self.symbols) or 1)

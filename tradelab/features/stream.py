@@ -7,6 +7,9 @@ __all__ = ['SLOT', 'CLOCK', 'FLOAT', 'anchor', 'gather', 'due', 'gather_all', 'l
            'FeatureStream']
 
 # %% ../../nbs/20_features/03_stream.ipynb #streamimp
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from ..account import decimal8
@@ -28,20 +31,21 @@ from ..times import milliseconds, parts
 
 # %% ../../nbs/20_features/03_stream.ipynb #26d3a6f1
 @inlined
-def anchor(length): # as `market.candles.ANCHORS` has it
-    """Where the grid of longer candles begins, ms: weeks on a Monday, three days as Binance counts them, all else with
-    the epoch"""
+def anchor(
+    length,     # ms, float64
+)->float:       # ms, as `market.candles.ANCHORS` has it
+    "Where the grid of longer candles begins: weeks on a Monday, three days as on Binance, all else at the epoch"
     return 345_600_000. if length == 604_800_000. else 86_400_000. if length == 259_200_000. else 0.
 
-
+# %% ../../nbs/20_features/03_stream.ipynb #195e55b3
 @inlined
 def gather(
-    bar,        # 1 more than a candle: how many parts it has, and the candle that they make; changed
-    candle,     # all that is KNOWN
-    step,       # ms, the length of the candle
-    length,     # ms, the length of the whole
-)->bool:        # whether the whole has closed
-    "Add a candle to the longer one that it is a part of"
+    bar,        # (1 + C,) float64: how many parts it has, and the candle that they make; changed
+    candle,     # (C,) float64, all that is KNOWN
+    step,       # ms, float64, the length of the candle
+    length,     # ms, float64, the length of the whole
+)->bool:
+    "Add a candle to the longer one that it is a part of; whether that one has closed"
     whole = bar[1:]
     place = (candle[OPEN_TIME] - anchor(length)) % length / step if length > step else 0.
     if place == 0.:
@@ -59,24 +63,24 @@ def gather(
 # %% ../../nbs/20_features/03_stream.ipynb #c7fb8aef
 @inlined
 def due(
-    time,       # ms, open time of the candle that closed
-    step,       # ms, its length
-    length,     # ms, the length of the longer one
+    time,       # ms, float64, open time of the candle that closed
+    step,       # ms, float64, its length
+    length,     # ms, float64, the length of the longer one
 )->float:
     "Open time of the longer candle that should be the newest closed one"
     return anchor(length) + (time + step - anchor(length)) // length * length - length
 
-
+# %% ../../nbs/20_features/03_stream.ipynb #5d985384
 @outlined
 def gather_all(
-    columns,    # (C, T)
-    step,       # ms
-    length,     # ms
-    bar,        # (1 + C,), zeros
-    longer,     # (C, at least T * step / length + 1), written
+    columns,    # (C, T) float64
+    step,       # ms, float64
+    length,     # ms, float64
+    bar,        # (1 + C,) float64, zeros
+    longer,     # (C, at least T * step / length + 1) float64, written
     rows,       # (T,) int64, written: which longer candle is the newest closed one, -1 where it is unknown
-)->int:         # longer candles
-    "Longer candles of a whole history"
+)->int:
+    "Make the longer candles of a whole history; how many there are"
     count = 0
     for t in range(columns.shape[1]):
         if gather(bar, columns[:, t], step, length):
@@ -88,9 +92,10 @@ def gather_all(
 
 # %% ../../nbs/20_features/03_stream.ipynb #93545de8
 def longer_candles(
-    columns,        # (C, T), all that is KNOWN
-    timeframe:str,  # such as "4h"
-)->tuple:           # (C, whole candles), (T,) the newest closed one at each candle, -1 where it is unknown
+    columns:np.ndarray,  # (C, T), all that is KNOWN
+    timeframe:str,       # such as "4h"
+# (C, longer candles) float64; (T,) int64, the newest closed one at each candle, -1 where it is unknown
+)->tuple[np.ndarray, np.ndarray]:
     "Longer candles, and when they were known"
     if len(columns) < len(KNOWN):
         raise ValueError(f"candles have no open times, and {timeframe} cannot be made without: take them from "
@@ -111,24 +116,30 @@ SLOT = np.dtype([(name, "i8") for name in ("loop", "clock", "state", "cells", "r
 # symbol, ms; open time of the newest candle of that length, and whether it closed just now
 CLOCK = np.dtype([("row", "i8"), ("length", "f8"), ("newest", "f8"), ("closed", "i8")])
 
-
+# %% ../../nbs/20_features/03_stream.ipynb #5da99386
 def laid_out(
-    features,       # Feature
-    clocks:list,    # for each, the number of its clock
-)->tuple:           # SLOT (features,), the memory that they point into
+    features:Sequence[Any],         # Feature each, of the next chapter
+    clocks:list[int],               # for each, the number of its clock
+)->tuple[np.ndarray, np.ndarray]:   # SLOT (features,); float64, the memory that they point into
     "The table of a set of features: state, delay and parameters of each, one after another"
     slots, memory = np.zeros(len(features), SLOT), [np.zeros(0)]
     for slot, feature, clock in zip(slots, features, clocks):
         indicator = feature.indicator
         parameters = np.array(feature.parameters, float)
-        compiled_ = feature.indicator.update is not None
-        state = np.zeros(indicator.state_size(*feature.parameters) if compiled_ else 0)
+        loop = -1
+        cells = 0
+        if indicator.update is not None and indicator.state_size is not None:
+            loop = address(indicator.update, len(indicator.outputs), feature.column)
+            cells = indicator.state_size(*feature.parameters)
+        state = np.zeros(cells)
         ring = np.r_[0., np.full(feature.lag, np.nan)]
         starts = np.cumsum([sum(map(len, memory)), len(state), len(ring)])
-        slot["loop"], slot["clock"], slot["lag"] = (address(indicator.update, len(indicator.outputs), feature.column)
-                                                    if compiled_ else -1, clock, feature.lag)
-        slot["state"], slot["cells"], slot["ring"], slot["parameters"], slot["count"] = (starts[0], len(state),
-            *starts[1:], len(parameters))
+        slot["loop"] = loop
+        slot["clock"] = clock
+        slot["lag"] = feature.lag
+        slot["state"], slot["ring"], slot["parameters"] = starts
+        slot["cells"] = len(state)
+        slot["count"] = len(parameters)
         slot["needs"] = sum(1 << need for need in indicator.needs)
         memory += [state, ring, parameters]
     return slots, np.concatenate(memory)
@@ -136,26 +147,26 @@ def laid_out(
 # %% ../../nbs/20_features/03_stream.ipynb #3ff71e01
 @inlined
 def delayed(
-    ring,       # one cell longer than the delay
-    value,
+    ring,       # (1 + delay,) float64, changed
+    value,      # float64
 )->float:       # NaN while it fills
-    "The value of so many calls ago"
+    "The value from as many calls ago as the ring is long"
     place = 1 + int(ring[0])
     before, ring[place] = ring[place], value
     ring[0] = ring[0] + 1. if place + 1 < len(ring) else 0.
     return before
 
-
+# %% ../../nbs/20_features/03_stream.ipynb #95433588
 @outlined
 def look(
-    clocks,     # CLOCK
-    slots,      # SLOT, one for each feature
-    memory,     # of all of them
-    bars,       # (clocks, 1 + C, 1): the candle of each clock
-    candles,    # (symbols, C)
-    step,       # ms, the length of a candle
-    values,     # (features,), changed where a clock has struck
-)->int:         # -1; the symbol whose candle is not usable; or -2 less the feature that misses a column
+    clocks,     # (clocks,) CLOCK, changed
+    slots,      # (features,) SLOT
+    memory,     # float64, of all of them, changed
+    bars,       # (clocks, 1 + C, 1) float64: the candle of each clock, changed
+    candles,    # (symbols, C) float64
+    step,       # ms, float64, the length of a candle
+    values,     # (features,) float64, changed where a clock has struck
+)->int:         # -1; the symbol whose candle is not usable; or -2 less the feature that lacks a column
     "Show one candle of each symbol to all features"
     for m in range(len(candles)):
         if not usable(candles[m]): return m
@@ -183,15 +194,15 @@ def look(
 # %% ../../nbs/20_features/03_stream.ipynb #79139673
 FLOAT = np.dtype(np.float64)
 
-
+# %% ../../nbs/20_features/03_stream.ipynb #649436f2
 class FeatureStream:
     "Features candle by candle; `memory` is all that compiled ones remember"
 
     def __init__(self,
-        features,           # any number of Feature
-        timeframe:str="",   # of the candles; needed where a feature stands on another
-        rows=(),            # for each feature, which row of the candles it sees; default: the first
-        count:int=1,        # rows of the candles
+        features:Sequence[Any],     # Feature each, of the next chapter
+        timeframe:str="",           # of the candles; needed where a feature uses another one
+        rows:Sequence[int]=(),      # for each feature, which row of the candles it sees; default: the first
+        count:int=1,                # rows of the candles
     ):
         self.features = tuple(features)
         rows = tuple(rows) or (0,) * len(features)
@@ -208,7 +219,7 @@ class FeatureStream:
         self._asked = {f: np.full((len(KNOWN), each.warm_up), np.nan) for f, each in enumerate(self.features)
                        if each.indicator.update is None}
 
-    def update(self, candles)->np.ndarray:
+    def update(self, candles:np.ndarray|Sequence[float])->np.ndarray:
         "Take the next closed candle, (5,) or (11,), or one of each symbol; the values now, NaN until they are defined"
         if (type(candles) is not np.ndarray or candles.shape != self._shape or candles.strides != self._strides
             or candles.dtype is not FLOAT):
@@ -219,7 +230,7 @@ class FeatureStream:
         return self.values
 
     def _copied(self, candles):
-        "What is not in the form that compiled code reads"
+        "The candles in the form that compiled code reads"
         candles = np.atleast_2d(np.asarray(candles, np.float64))
         if (candles.ndim != 2 or len(candles) != len(self._candles) or candles.shape[1] not in (len(COLUMNS),
                 len(KNOWN))):
@@ -230,12 +241,12 @@ class FeatureStream:
         return self._candles
 
     def _refuse(self, bad, candles):
-        "Say what `look` has refused"
+        "Raise what `look` has refused"
         if bad >= 0: columns_of(candles[bad:bad + 1, :len(COLUMNS)])
         self.features[-2 - bad].check(candles[self.clocks["row"][self.slots["clock"][-2 - bad]], :, None])
 
     def _ask(self, f):
-        "What has no loop, over the last candles"
+        "Compute a feature without a loop, over the last candles"
         feature = self.features[f]
         clock = self.slots["clock"][f]
         window = self._asked[f]

@@ -7,6 +7,7 @@ __all__ = ['CLEAR', 'REST', 'TA_ALIASES', 'function_of', 'called', 'standstills'
 
 # %% ../../nbs/20_features/10_ta_wrapper.ipynb #9cf7ba1f
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -21,8 +22,8 @@ from .windows import forgetting
 @cache
 def function_of(
     path:str,   # "momentum.awesome_oscillator": module and function of ta
-)->tuple:       # the function, and the numbers of the columns that it reads
-    "A function of ta"
+)->tuple[Callable, list[int]]: # the function, and the numbers of the columns that it reads
+    "A function of ta, imported when it is first asked for"
     module, name = path.split(".")
     function = getattr(import_module(f"ta.{module}"), name)
     return (function,
@@ -35,7 +36,7 @@ def called(
     parameters:dict,    # name -> value, as ta calls them
     candles:np.ndarray, # (T, 5)
 )->np.ndarray:          # (T,)
-    "What ta says"
+    "What ta returns for these candles"
     import pandas as pd
 
     function, columns = function_of(path)
@@ -48,12 +49,12 @@ def called(
 def standstills(
     values:np.ndarray,   # (T, columns)
     length:int,          # candles
-)->list:                 # (first, end) each: the rows that have at least so many equal ones before them, in one piece
+)->list[tuple[int, int]]: # (first, end) each: rows that have at least so many equal ones before them, in one piece
     "Where nothing has moved for so long"
     moved = np.r_[True, (values[1:] != values[:-1]).any(axis=1)]
     starts = np.flatnonzero(moved)
     ends = np.r_[starts[1:], len(values)]
-    return [(start + length, end) for start, end in zip(starts, ends) if end - start > length]
+    return [(start + length, end) for start, end in zip(starts.tolist(), ends.tolist()) if end - start > length]
 
 # %% ../../nbs/20_features/10_ta_wrapper.ipynb #9ce6dfa0
 CLEAR = 1e-9 # of the price
@@ -70,7 +71,7 @@ def beyond(
 # %% ../../nbs/20_features/10_ta_wrapper.ipynb #afca8b95
 REST = 100 # candles, at least
 
-
+# %% ../../nbs/20_features/10_ta_wrapper.ipynb #6acd3a91
 @dataclass(frozen=True)
 class LibraryIndicator(Indicator):
     "An indicator of ta; there is no compiled update"
@@ -90,7 +91,7 @@ class LibraryIndicator(Indicator):
         return values
 
     def _asked(self, parameters, candles):
-        "What ta says, the neutral value where it divides by zero"
+        "What ta returns, the neutral value where it divides by zero"
         named = dict(zip(self.parameters, parameters))
         window = named.pop("window") if self.change else 0
         values = called(self.path.removesuffix("_indicator"), named, candles)
@@ -101,7 +102,8 @@ class LibraryIndicator(Indicator):
         return np.where(np.isfinite(values), values, self.neutral)
 
     @property
-    def summary(self): return f"{self.path} of ta" + (f", its {self.change} over the window" if self.change else "")
+    def summary(self)->str:
+        return f"{self.path} of ta" + (f", its {self.change} over the window" if self.change else "")
 
 # %% ../../nbs/20_features/10_ta_wrapper.ipynb #c1a493c9
 def _averages(*windows): return sum(forgetting(2 / (window + 1)) for window in windows)
@@ -110,7 +112,10 @@ def _averages(*windows): return sum(forgetting(2 / (window + 1)) for window in w
 _PERCENTAGE = {"window_slow": 26, "window_fast": 12, "window_sign": 9}
 _KST = {"roc1": 10, "roc2": 15, "roc3": 20, "roc4": 30, "window1": 10, "window2": 10, "window3": 10, "window4": 15}
 _FLAT = {"window": 20}
-_LIBRARY = { # path -> parameters, warm-up, neutral value, kind of change
+
+# %% ../../nbs/20_features/10_ta_wrapper.ipynb #f0d0d60f
+# path -> parameters, warm-up, neutral value, kind of change
+_LIBRARY: dict[str, tuple[Mapping[str, float], Callable[..., int], float, str]] = {
     "momentum.awesome_oscillator": ({"window1": 5, "window2": 34}, max, 0., ""),
     "momentum.ultimate_oscillator": ({"window1": 7, "window2": 14, "window3": 28, "weight1": 4., "weight2": 2.,
                                       "weight3": 1.}, lambda a, b, c, *_: max(a, b, c) + 1, 50., ""),
@@ -136,9 +141,9 @@ _LIBRARY = { # path -> parameters, warm-up, neutral value, kind of change
     "volume.volume_price_trend": (_FLAT, lambda window: window + 2, 0., "difference"),
 }
 
-
+# %% ../../nbs/20_features/10_ta_wrapper.ipynb #0a9eee95
 @cache
-def library()->dict: # name -> LibraryIndicator
+def library()->dict[str, LibraryIndicator]: # by name
     "Every indicator of ta that has no update of its own here"
     return {path.split(".")[1]: LibraryIndicator(path.split(".")[1], None, parameters, ("value",), None, warm_up, (),
                                                  path, neutral, change)

@@ -11,6 +11,8 @@ import numpy as np
 from ..compiled import inlined
 from ..events import CLOSE, HIGH, LOW
 from .indicator import Indicator
+
+# %% ../../nbs/20_features/05_trend.ipynb #78508903
 from tradelab.features.windows import (
     ROUNDING,
     STILL,
@@ -95,7 +97,7 @@ def _wma(state, parameters, candle, out):
     out[0] = close + _weighted(state, close, 2, start, clock[1]) * part
     out[1] = close / out[0] - 1.
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #8efb004a
 wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window: 2 * window + 6, lambda window: window)
 
 # %% ../../nbs/20_features/05_trend.ipynb #c0bf751d
@@ -218,7 +220,7 @@ def _adx(state, parameters, candle, out):
     state[4] = settled + 1.
     if state[4] >= window: out[0] = index
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #ca242d23
 adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda window: 10,
                 lambda window: 2 * forgetting(1 / window) + 1)
 
@@ -282,7 +284,7 @@ def _follow(
         return stop
     return np.nan
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #2657d9ec
 @inlined
 def _psar(state, parameters, candle, out):
     "Parabolic stop and reverse in quote; relative: the close above it, a fraction; trend: 1 above it, -1 below"
@@ -310,7 +312,7 @@ def _psar(state, parameters, candle, out):
     out[1] = candle[CLOSE] / out[0] - 1.
     out[2] = state[0]
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #3ee5f44b
 psar = Indicator("psar", _psar, {"step": .02, "maximum": .2}, ("value", "relative", "trend"), lambda step, maximum: 7,
                  lambda step, maximum: 50 + int(np.ceil(10 / step)))
 

@@ -17,19 +17,19 @@ from ..native import load4, pack4, push4, sum4
 # %% ../../nbs/20_features/01_windows.ipynb #c9158148
 @inlined
 def as_index(
-    number,     # 0 or more, below 2 ** 28
+    number,     # a whole float64 or an integer, 0 or more, below 2 ** 28
 )->int:
-    "As an index"
+    "The number as an index that the compiler knows is not negative"
     return int(number) & 0xFFFFFFF
 
 # %% ../../nbs/20_features/01_windows.ipynb #8f85d210
 @inlined
 def previous(
-    state,
-    value,
+    state,      # (cells,) float64, changed
+    value,      # float64
     at=0,       # two cells from here
 )->float:       # NaN at the first call
-    "Keep a value until the next candle; the one that was kept"
+    "The value kept at the candle before; this one is kept until the next"
     before = state[at + 1] if state[at] > 0. else np.nan
     state[at], state[at + 1] = 1., value
     return before
@@ -37,11 +37,11 @@ def previous(
 # %% ../../nbs/20_features/01_windows.ipynb #5d3eec45
 @inlined
 def tick(
-    state,
+    state,      # (cells,) float64, changed
     window,     # candles
     at=0,       # two cells from here
 )->tuple:       # the clock of this candle: place, window, whether it is the first
-    "Move a clock on by one candle"
+    "The clock after one more candle"
     place = as_index(state[at])
     size = as_index(window)
     first = state[at] + state[at + 1] == 0.
@@ -51,19 +51,22 @@ def tick(
 
 
 @inlined
-def complete(state, at=0)->bool:
+def complete(
+    state,      # (cells,) float64
+    at=0,       # of the clock
+)->bool:
     "Whether the windows of this clock are full"
     return state[at + 1] > 0.
 
 # %% ../../nbs/20_features/01_windows.ipynb #020bfae0
 @inlined
 def push(
-    state,
-    value,
-    clock,
+    state,      # (cells,) float64, changed
+    value,      # float64
+    clock,      # of `tick`
     ring,       # where the ring begins
 )->float:       # the value that left, 0 while the ring fills
-    "Put a value into the ring, in place of the oldest"
+    "The oldest value of the ring, after the new one has taken its place"
     left = state[ring + clock[0]]
     state[ring + clock[0]] = value
     return left
@@ -71,10 +74,10 @@ def push(
 # %% ../../nbs/20_features/01_windows.ipynb #9cb38729
 @inlined
 def two_sum(
-    a,
-    b,
+    a,          # float64
+    b,          # float64
 )->tuple:       # the rounded sum, and what rounding took away: together they are a + b exactly
-    "Add without losing anything"
+    "The sum of two numbers without losing anything"
     result = a + b
     part = result - a
     return result, (a - (result - part)) + (b - part)
@@ -99,11 +102,11 @@ def anchor_of(
     power = far + largest - far                         # the next one (Rump, Ogita and Oishi 2008)
     return 1.5 * (power if power != 0. else largest)
 
-
+# %% ../../nbs/20_features/01_windows.ipynb #5b59c847
 @inlined
 def sum_anew(
-    state,
-    clock,
+    state,      # (cells,) float64
+    clock,      # of `tick`
     ring,       # where the ring begins
 )->tuple: # the sum, the rest, the rest of that, and the anchor of the values: -1 where they are too far apart for one
     "Sum of a whole ring, oldest value first, so that nothing but the values counts"
@@ -124,16 +127,16 @@ def sum_anew(
     anchor = anchor_of(4. * size * high)
     return result, rest, last, anchor if 4. * size * low >= anchor * narrowest(size) else -1.
 
-
+# %% ../../nbs/20_features/01_windows.ipynb #576b15a4
 @inlined
 def window_sum(
-    state,
-    value,
-    clock,
+    state,      # (cells,) float64, changed
+    value,      # float64
+    clock,      # of `tick`
     at,         # three cells from here: the sum of the upper parts, that of the rests, the anchor
     ring,       # where the ring begins
 )->float:       # over what is there while it fills
-    "Put a value into the window; the sum over it"
+    "The sum over the window after a value has entered it"
     left = push(state, value, clock, ring)
     anchor = state[at + 2]
     size = 4. * clock[1] * abs(value)
@@ -151,12 +154,12 @@ def window_sum(
 # %% ../../nbs/20_features/01_windows.ipynb #a1a59851
 @inlined
 def append(
-    state,
-    value,
-    clock,
+    state,      # (cells,) float64, changed
+    value,      # float64
+    clock,      # of `tick`
     strip,      # where the strip begins
 )->int:         # where the values of the window begin, oldest first
-    "Put a value into the strip, in place of the oldest"
+    "Where the window begins, after a value has taken the place of the oldest in the strip"
     place, size = clock[0], clock[1]
     state[strip + place] = state[strip + place + size] = value
     return strip + place + 1
@@ -164,9 +167,9 @@ def append(
 # %% ../../nbs/20_features/01_windows.ipynb #84eb8034
 @inlined
 def mean(
-    state,
+    state,      # (cells,) float64, changed
     start,      # of the values, oldest first
-    size,
+    size,       # how many
 )->float:
     "Mean over a short window; equal values have exactly that value as their mean"
     oldest, result = state[start], 0.
@@ -175,15 +178,17 @@ def mean(
 
 # %% ../../nbs/20_features/01_windows.ipynb #0e43167f
 @inlined
-def broadcast4(value):
-    "Four times the same"
+def broadcast4(
+    value,      # float64
+):              # of native.Four
+    "Four times the same value"
     return pack4(value, value, value, value)
 
 # %% ../../nbs/20_features/01_windows.ipynb #33a2c380
 @inlined
 def push_recent(
-    state,
-    value,
+    state,      # (cells,) float64, changed
+    value,      # float64
     at,         # four cells from here
 ):
     "Put a value behind the newest four"
@@ -194,19 +199,19 @@ def push_recent(
 def split_window(
     size,       # of the window
 )->tuple:       # how many values are taken one by one, and where the newest four begin
-    "How a window is parted, from its oldest value on"
+    "How a window is divided, from its oldest value on"
     count = max(size - 4, 0)
     return count & 3, count
 
-
+# %% ../../nbs/20_features/01_windows.ipynb #cf89185b
 @inlined
 def moments(
-    state,
+    state,      # (cells,) float64, changed
     value,      # the newest
     at,         # the newest four
     start,      # of the values, oldest first
-    size,
-)->tuple:       # mean, standard deviation
+    size,       # of the window
+):              # mean, standard deviation
     "Mean and standard deviation, divided by n (as Bollinger's bands and TA-Lib have it)"
     part, newest, b, bb, (single, end) = 1. / size, broadcast4(value), 0., 0., split_window(size)
     d = pack4(1. if size > 3 else 0., 1. if size > 2 else 0., 1. if size > 1 else 0., 1.) * (newest - load4(state, at))
@@ -237,7 +242,7 @@ def _highest(state, value, ring, size):
     while ring < end: a, ring = max(a, state[as_index(ring)]), ring + 1
     return max(max(a, b), max(c, d))
 
-
+# %% ../../nbs/20_features/01_windows.ipynb #bc460765
 @inlined
 def _lowest(state, value, ring, size):
     a = value
@@ -263,13 +268,13 @@ def _fill(state, value, ring, size):
 
 @inlined
 def window_high(
-    state,
-    value,
-    clock,
+    state,      # (cells,) float64, changed
+    value,      # float64
+    clock,      # of `tick`
     at,         # one cell: the extreme
     ring,       # where the ring begins
 )->float:       # over what is there while it fills
-    "Put a value into the window; the largest of it"
+    "The largest value of the window after one has entered it"
     high, left = state[at], push(state, value, clock, ring)
     if clock[2]: high = _fill(state, value, ring, clock[1])
     elif value >= high: high = value
@@ -277,10 +282,16 @@ def window_high(
     state[at] = high
     return high
 
-
+# %% ../../nbs/20_features/01_windows.ipynb #bbbab0e9
 @inlined
-def window_low(state, value, clock, at, ring)->float:
-    "Put a value into the window; the smallest of it"
+def window_low(
+    state,      # (cells,) float64, changed
+    value,      # float64
+    clock,      # of `tick`
+    at,         # one cell: the extreme
+    ring,       # where the ring begins
+)->float:       # over what is there while it fills
+    "The smallest value of the window after one has entered it"
     low, left = state[at], push(state, value, clock, ring)
     if clock[2]: low = _fill(state, value, ring, clock[1])
     elif value <= low: low = value
@@ -291,9 +302,9 @@ def window_low(state, value, clock, at, ring)->float:
 # %% ../../nbs/20_features/01_windows.ipynb #bb6e6be9
 @inlined
 def extreme_age(
-    state,
+    state,      # (cells,) float64, changed
     extreme,    # of the window, this candle included
-    clock,
+    clock,      # of `tick`
     at,         # one cell: the age
     ring,       # where its ring begins
 )->float:       # candles, 0 is this one
@@ -317,7 +328,7 @@ STILL = 6. # lengths of an average
 
 @inlined
 def rests(
-    state,
+    state,      # (cells,) float64, changed
     still,      # whether this value is the one before
     alpha,      # of the slowest average
     at,         # one cell: for how many candles
@@ -335,24 +346,24 @@ def first_weight(
     "The share of the new value: all where the average begins, then alpha"
     return 1. if begins else alpha
 
-
+# %% ../../nbs/20_features/01_windows.ipynb #eefc15fc
 @inlined
 def smooth(
-    state,
-    value,
+    state,      # (cells,) float64, changed
+    value,      # float64
     alpha,      # share of the new value, in (0, 1]
     at=0,       # one cell
 )->float:
-    "Take a value into an exponential average"
+    "The exponential average after one more value"
     state[at] += alpha * (value - state[at])
     return state[at]
 
 # %% ../../nbs/20_features/01_windows.ipynb #truerng1
 @inlined
 def true_range(
-    high,       # of the candle
-    low,
-    before,     # the close before it
+    high,       # of the candle, float64
+    low,        # float64
+    before,     # the close before it, float64
 )->float:
     "Range of a candle together with the close before it"
     return max(high, before) - min(low, before)
@@ -360,8 +371,8 @@ def true_range(
 
 @inlined
 def average_range(
-    average,    # of the ranges before; any finite number where it begins
-    width,      # the true range of this candle
+    average,    # float64, of the ranges before; any finite number where it begins
+    width,      # float64, the true range of this candle
     alpha,      # share of the new range, in (0, 1]
     begins,     # whether the average begins, at its first candle or anew
 )->float:
@@ -381,9 +392,9 @@ ROUNDING = 2. ** -48 # of the size of the numbers: some thirty roundings
 
 @inlined
 def above(
-    a,
-    b,
-    size,       # of what both were computed from
+    a,          # float64
+    b,          # float64
+    size,       # float64, of what both were computed from
 )->bool:
     "Whether a is larger than b by more than rounding"
     return a - b > ROUNDING * size

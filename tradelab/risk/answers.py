@@ -20,11 +20,11 @@ def word(
 
 
 def sentence(
-    reason:int,
-    value:float,
+    reason:int,   # of `Reason`
+    value:float,  # what was measured, in the unit of the limit
     limit:float,
 )->str:
-    "What a row of the journal says; empty where the policy got what it asked for"
+    "What a row of the journal says; empty if the policy got what it asked for"
     if reason == Reason.AS_ASKED or reason not in Reason._value2member_map_: return ""
     return Reason(reason).sentence(value, limit)
 

@@ -23,13 +23,13 @@ HALF_OPEN = "half-open"
 
 @dataclass(frozen=True)
 class Breaker:
-    "What is watched, and from where on it is too much"
+    "What is measured, and the threshold above which it is too much"
     kind:str
     threshold:float                               # in `unit`
     unit:str = ""
     consecutive:int = 3                           # violations in a row that open it
     cool_down:int = 60_000                        # ms
-    asks:TradingState = TradingState.NO_ENTRY     # while it is not closed
+    requires:TradingState = TradingState.NO_ENTRY # while it is not closed
 
     def __post_init__(self):
         if self.threshold is None or not (isfinite(self.threshold) and self.threshold > 0):
@@ -38,14 +38,15 @@ class Breaker:
         if self.consecutive < 1 or self.cool_down < 0:
             raise ValueError(f"breaker {self.kind}: consecutive must be 1 or more and cool_down 0 or more, were "
                              f"{self.consecutive} and {self.cool_down}")
-        object.__setattr__(self, "asks", TradingState(self.asks))
-        if self.asks is TradingState.NORMAL:
-            raise ValueError(f"breaker {self.kind} asks for NORMAL: it would change nothing")
+        object.__setattr__(self, "requires", TradingState(self.requires))
+        if self.requires is TradingState.NORMAL:
+            raise ValueError(f"breaker {self.kind} requires NORMAL: it would change nothing")
 
-
-DEFAULTS = (Breaker("latency", 500., "ms"), Breaker("spread", 20., "bps"), Breaker("volatility", .05, "of the price",
-    asks=TradingState.REDUCE_ONLY),
-            Breaker("error_rate", .10, "of requests", asks=TradingState.REDUCE_ONLY),
+# %% ../../nbs/30_risk/06_breakers.ipynb #1baf4f50
+DEFAULTS = (Breaker("latency", 500., "ms"),
+            Breaker("spread", 20., "bps"),
+            Breaker("volatility", .05, "of the price", requires=TradingState.REDUCE_ONLY),
+            Breaker("error_rate", .10, "of requests", requires=TradingState.REDUCE_ONLY),
             Breaker("drawdown", .01, "of equity", 1, 900_000, TradingState.NO_ENTRY))
 
 # %% ../../nbs/30_risk/06_breakers.ipynb #5d85e33e
@@ -54,26 +55,33 @@ class RateWindow:
 
     def __init__(self,
         span:int,            # ms
-        least:int=10,        # requests below which no share is told
-    ): self.span, self.least, self._seen, self._failed = span, least, deque(), 0
+        least:int=10,        # requests below which the share is 0
+    ):
+        self.span = span
+        self.least = least
+        self._seen: deque[tuple[int, bool]] = deque()
+        self._failed = 0
 
     def add(self, time:int, failed:bool)->float:
-        "One request; the share of failures, 0 while there are too few to say"
+        "The share of failures after one more request, 0 while there are too few to say"
         self._seen.append((time, bool(failed)))
         self._failed += bool(failed)
         while self._seen[0][0] <= time - self.span: self._failed -= self._seen.popleft()[1]
         return self._failed / len(self._seen) if len(self._seen) >= self.least else 0.
 
-
+# %% ../../nbs/30_risk/06_breakers.ipynb #4621fc5c
 class RangeWindow:
     "Range and drawdown of a value within a span"
 
     def __init__(self,
         span:int,   # ms
-    ): self.span, self._high, self._low = span, deque(), deque()
+    ):
+        self.span = span
+        self._high: deque[tuple[int, float]] = deque()
+        self._low: deque[tuple[int, float]] = deque()
 
     def add(self, time:int, value:float)->tuple[float, float]:
-        "One value; (highest over lowest less 1, fall from the highest), fractions"
+        "(highest over lowest less 1, fall from the highest) after one more value, fractions"
         if not isfinite(value) or value <= 0: return float("nan"), float("nan")
         for queue, beaten in ((self._high, lambda last: last <= value), (self._low, lambda last: last >= value)):
             while queue and beaten(queue[-1][1]): queue.pop()
@@ -82,7 +90,7 @@ class RangeWindow:
         return self._high[0][1] / self._low[0][1] - 1, 1 - value / self._high[0][1]
 
 # %% ../../nbs/30_risk/06_breakers.ipynb #4276c8e3
-VERSION = 1
+VERSION = 2 # of what is saved
 
 
 @dataclass(frozen=True)
@@ -101,79 +109,99 @@ class BreakerEvent:
         return (f"{format_time(self.time)} {self.kind} {' '.join(filter(None, (self.venue, self.symbol)))}: "
                 f"{self.before} to {self.after}, {self.evidence}")
 
+# %% ../../nbs/30_risk/06_breakers.ipynb #918793a0
+def _measured(breaker:Breaker, value:float)->str:
+    if not isfinite(value): return f"{value} is not a measurement"
+    return f"{value:g} {breaker.unit} against {breaker.threshold:g}"
 
+
+def _check_person(kind:str, who:str, why:str)->None:
+    if not who.strip() or not why.strip():
+        raise ValueError(f"{kind}: say who does it and why, were {who!r} and {why!r}")
+
+
+def _check_order(key:tuple[str, str, str], time:int, last:int)->None:
+    if time < last:
+        raise ValueError(f"{' '.join(key)}: a measurement of {format_time(time)} after one of {format_time(last)}: "
+                         "measurements come in order")
+
+
+def _check_version(saved:dict)->None:
+    if saved.get("version") != VERSION:
+        raise ValueError(f"the breakers were saved as version {saved.get('version')}, this is version {VERSION}: "
+                         "reset them by hand")
+
+# %% ../../nbs/30_risk/06_breakers.ipynb #5a9aa75c
 class Breakers:
     "Breakers by kind, venue and symbol"
 
     def __init__(self,
-        breakers:Iterable=DEFAULTS,   # one Breaker per kind
+        breakers:Iterable[Breaker]=DEFAULTS,   # one per kind
     ):
         self.breakers = {each.kind: each for each in breakers}
-        self._states = {}             # (kind, venue, symbol) -> [state, violations, since, time, held by a person]
+        # (kind, venue, symbol) -> [state, violations, since, time of the last measurement, held by a person]
+        self._states: dict[tuple[str, str, str], list] = {}
 
-    def _state(self, kind, venue, symbol):
+    def _state(self, kind:str, venue:str, symbol:str)->list:
         if kind not in self.breakers:
             raise ValueError(f"there is no breaker {kind!r}: there are {', '.join(self.breakers)}")
         return self._states.setdefault((kind, venue, symbol), [CLOSED, 0, 0, -1, False])
 
-    def _move(self, key, after, time, evidence, who="")->BreakerEvent:
+    def _move(self, key:tuple[str, str, str], after:str, time:int, evidence:str, who:str="")->BreakerEvent:
         state = self._states[key]
-        before, state[0], state[1], state[2] = state[0], after, 0, time
-        return BreakerEvent(time, *key, before, after, evidence, who)
+        before = state[0]
+        state[:3] = after, 0, time
+        kind, venue, symbol = key
+        return BreakerEvent(time, kind, venue, symbol, before, after, evidence, who)
 
     def observe(self, kind:str, value:float, time:int, venue:str="", symbol:str="")->list[BreakerEvent]:
-        "One measurement, in the breaker's unit; the changes that it makes"
-        breaker = self.breakers.get(kind)
-        state = self._state(kind, venue, symbol)
+        "The changes that one measurement makes, in the breaker's unit"
         key = (kind, venue, symbol)
-        if time < state[3]:
-            raise ValueError(f"{kind} {venue} {symbol}: a measurement of {format_time(time)} after one of "
-                             f"{format_time(state[3])}: measurements come in order")
-        state[3], good, events = time, value <= breaker.threshold, []
-        said = (f"{value:g} {breaker.unit} against {breaker.threshold:g}" if isfinite(value) else f"{value} is not a "
-                "measurement")
+        state = self._state(*key)
+        breaker = self.breakers[kind]
+        _check_order(key, time, state[3])
+        state[3] = time
+        good = value <= breaker.threshold
+        said = _measured(breaker, value)
+        events = []
         if state[0] == OPEN and not state[4] and time >= state[2] + breaker.cool_down:
             events.append(self._move(key, HALF_OPEN, time, f"cooled down for {breaker.cool_down / 1000:g} s"))
         if state[0] == HALF_OPEN: events.append(self._move(key, CLOSED if good else OPEN, time, f"probe: {said}"))
         elif state[0] == CLOSED:
             state[1] = 0 if good else state[1] + 1
             if not good and (state[1] >= breaker.consecutive or not isfinite(value)):
-                events.append(self._move(key, OPEN, time, said + (f", {state[1]} times in a row" if isfinite(value)
-                    else "")))
+                times = f", {state[1]} times in a row" if isfinite(value) else ""
+                events.append(self._move(key, OPEN, time, said + times))
         return events
 
     def trip(self, kind:str, who:str, why:str, time:int, venue:str="", symbol:str="")->BreakerEvent:
-        return self._by_hand(kind, who, why, time, venue, symbol, OPEN, True)
+        return self._by_hand((kind, venue, symbol), who, why, time, OPEN)
     def reset(self, kind:str, who:str, why:str, time:int, venue:str="", symbol:str="")->BreakerEvent:
-        return self._by_hand(kind, who, why, time, venue, symbol, CLOSED, False)
+        return self._by_hand((kind, venue, symbol), who, why, time, CLOSED)
 
-    def _by_hand(self, kind, who, why, time, venue, symbol, after, held):
-        if not who.strip() or not why.strip():
-            raise ValueError(f"{kind}: say who does it and why, were {who!r} and {why!r}")
-        state = self._state(kind, venue, symbol)
-        state[4], state[3] = held, max(time, state[3])
-        return self._move((kind, venue, symbol), after, time, why, who)
+    def _by_hand(self, key:tuple[str, str, str], who:str, why:str, time:int, after:str)->BreakerEvent:
+        _check_person(key[0], who, why)
+        state = self._state(*key)
+        state[3:] = max(time, state[3]), after == OPEN
+        return self._move(key, after, time, why, who)
 
     def state(self, kind:str, venue:str="", symbol:str="")->str: return self._state(kind, venue, symbol)[0]
 
-    def asks(self, venue:str="", symbol:str="")->TradingState:
-        "The most severe of what is not closed here; breakers of no venue or no symbol count everywhere"
-        return max((self.breakers[kind].asks for (kind, where, which), state in self._states.items()
+    def requires(self, venue:str="", symbol:str="")->TradingState:
+        "The most severe state required here; breakers of no venue or no symbol count everywhere"
+        return max((self.breakers[kind].requires for (kind, where, which), state in self._states.items()
                     if state[0] != CLOSED and where in ("", venue) and which in ("", symbol)),
-                    default=TradingState.NORMAL)
+                   default=TradingState.NORMAL)
 
     def save(self)->dict:
-        "As JSON"
-        return {"version": VERSION, "breakers": [asdict(each) | {"asks": int(each.asks)}
-                                                 for each in self.breakers.values()],
-                                                 "states": [[*key, *state] for key, state in self._states.items()]}
+        "All of it as JSON"
+        kept = [asdict(each) | {"requires": int(each.requires)} for each in self.breakers.values()]
+        return {"version": VERSION, "breakers": kept, "states": [[*key, *row] for key, row in self._states.items()]}
 
     @classmethod
     def load(cls, saved:dict)->"Breakers":
-        "The way back; another version is refused"
-        if saved.get("version") != VERSION:
-            raise ValueError(f"the breakers were saved as version {saved.get('version')}, this is version {VERSION}: "
-                             "reset them by hand")
+        "The breakers that `save` wrote; another version is refused"
+        _check_version(saved)
         kept = cls(Breaker(**each) for each in saved["breakers"])
-        kept._states = {tuple(row[:3]): list(row[3:]) for row in saved["states"]}
+        kept._states = {(kind, venue, symbol): row for kind, venue, symbol, *row in saved["states"]}
         return kept

@@ -8,6 +8,7 @@ __all__ = ['DRAWDOWN', 'LABELS', 'covariance_warm_up', 'update_covariance', 'cor
            'distances', 'follow_drawdown', 'PortfolioMeasures', 'PortfolioRisk']
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #b2e9bb83
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +21,18 @@ from ..compiled import compiled, inlined
 def covariance_warm_up(
     decay:float,    # weight of the newest candle
 )->int:             # candles
-    "History after which the average has forgotten where it began"
+    "How much history it takes until the average has forgotten where it began"
     return int(np.ceil(50. / decay))
 
 
 @inlined
 def update_covariance(
-    covariance,  # (n, n), per candle, changed; NaN before the second close
-    last,        # (n,), the closes before, changed; NaN before the first
-    closes,      # (n,), quote per base, NaN where a symbol is not listed
-    decay,       # weight of the newest candle, in (0, 1]
+    covariance,  # (n, n) float64, per candle, changed; NaN before the second close
+    last,        # (n,) float64, the closes before, changed; NaN before the first
+    closes,      # (n,) float64, quote per base, NaN where a symbol is not listed
+    decay,       # float64, weight of the newest candle, in (0, 1]
 ):
-    "Covariance of log returns after one more candle"
+    "Update the covariance of log returns with one more candle"
     for n in range(len(last)):
         moved = np.log(closes[n] / last[n])
         for m in range(n + 1):
@@ -43,19 +44,19 @@ def update_covariance(
 # %% ../../nbs/30_risk/01_portfolio.ipynb #317a917d
 @compiled
 def correlation(
-    covariance,  # (n, n)
-    n, m,        # which two symbols
+    covariance,  # (n, n) float64
+    n, m,        # int, which two symbols
 )->float:        # in [-1, 1], NaN where it is not known
-    "How two symbols move together"
+    "The correlation of two symbols"
     return covariance[n, m] / np.sqrt(covariance[n, n] * covariance[m, m])
 
 
 @compiled
 def portfolio_variance(
-    weights,     # (n,), signed, multiples of equity
-    covariance,  # (n, n), per candle
+    weights,     # (n,) float64, signed, multiples of equity
+    covariance,  # (n, n) float64, per candle
 )->float:        # per candle, of equity; NaN where a covariance that counts is not known
-    "The variance of the whole"
+    "The variance of the whole portfolio"
     total = 0.
     for n in range(len(weights)):
         for m in range(len(weights)):
@@ -87,10 +88,10 @@ def covariance_history(
 # %% ../../nbs/30_risk/01_portfolio.ipynb #c68cf014
 @compiled
 def window_covariance(
-    returns,  # (window, n)
-    out,      # (n, n), written; NaN where a return is not a number
+    returns,  # (window, n) float64
+    out,      # (n, n) float64, written; NaN where a return is not a number
 ):
-    "Covariance of a window, with its own means; ddof 1"
+    "Write the covariance of a window, with its own means; ddof 1"
     count, symbols = returns.shape
     means = np.zeros(symbols)
     for t in range(count):
@@ -105,18 +106,18 @@ def window_covariance(
 
 @compiled
 def rolling_covariance(
-    returns,  # (T, n)
-    window,   # candles
-    out,      # (T, n, n), written; NaN before the first whole window
+    returns,  # (T, n) float64
+    window,   # int, candles
+    out,      # (T, n, n) float64, written; NaN before the first whole window
 ):
-    "The same at each candle"
+    "Write the covariance of the window that ends at each candle"
     out[:] = np.nan
     for t in range(window - 1, len(returns)): window_covariance(returns[t - window + 1:t + 1], out[t])
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #41baea63
 def ledoit_wolf(
     returns:np.ndarray,  # (T, n)
-)->tuple:                # covariance (n, n), per candle; the share of the target in [0, 1]
+)->tuple[np.ndarray, float]: # covariance (n, n), per candle; the share of the target in [0, 1]
     "Ledoit and Wolf's covariance"
     returns = np.asarray(returns, float)
     if returns.ndim != 2 or len(returns) < 2:
@@ -136,9 +137,9 @@ def ledoit_wolf(
 @dataclass(frozen=True)
 class Exposures:
     "Notionals as multiples of equity"
-    symbols:tuple
-    weights:np.ndarray    # (n,), signed
-    sectors:dict|None = None
+    symbols:tuple[str, ...]
+    weights:np.ndarray                   # (n,), signed
+    sectors:dict[str, str]|None = None   # symbol -> sector; None: all are one
 
     @property
     def gross(self)->float: return float(np.abs(self.weights).sum())
@@ -171,21 +172,21 @@ def maintenance(
     positions,    # POSITION, (n,), marked
     instruments,  # INSTRUMENT, (n,)
 )->float:         # quote
-    "The margin below which the exchange takes over"
+    "The maintenance margin: below it the exchange liquidates"
     total = 0.
     for n in range(len(positions)):
         total += maintenance_margin(abs(positions[n]["quantity"]) * positions[n]["mark_price"], instruments[n])
     return total
 
-
+# %% ../../nbs/30_risk/01_portfolio.ipynb #632cd707
 @compiled
 def distances(
-    equity,       # quote
+    equity,       # float64, quote
     positions,    # POSITION, (n,), marked
     instruments,  # INSTRUMENT, (n,)
-    out, # (n,), written: the move of each price alone that liquidates, a signed fraction; infinite where none does
+    out, # (n,) float64, written: the move of each price alone that liquidates, a signed fraction; infinite if none does
 )->float:         # the move of all prices against the book at once, a fraction
-    "How far it is to liquidation, as long as no position comes into another margin bracket on the way"
+    "The distance to liquidation, as long as no position enters another margin bracket on the way"
     needed, against = maintenance(positions, instruments), 0.
     for n in range(len(positions)):
         notional = positions[n]["quantity"] * positions[n]["mark_price"]
@@ -197,7 +198,7 @@ def distances(
     return (equity - needed) / against if against > 0. else np.inf
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #4a1f6fea
-# lasting and longest in ms
+# peak in quote, now and worst fractions, times and durations in ms
 DRAWDOWN = np.dtype([("peak", "f8"), ("peak_time", "i8"), ("now", "f8"), ("worst", "f8"), ("lasting", "i8"),
                      ("longest", "i8")])
 
@@ -205,10 +206,10 @@ DRAWDOWN = np.dtype([("peak", "f8"), ("peak_time", "i8"), ("now", "f8"), ("worst
 @compiled
 def follow_drawdown(
     state,   # a row of DRAWDOWN, changed; zeros to begin with
-    equity,  # quote
-    time,    # ms
+    equity,  # float64, quote
+    time,    # int, ms
 ):
-    "One more value of the equity"
+    "Update the drawdown with one more value of the equity"
     if equity >= state["peak"]: state["peak"], state["peak_time"] = equity, time
     state["now"], state["lasting"] = 1. - equity / state["peak"], time - state["peak_time"]
     state["worst"], state["longest"] = max(state["worst"], state["now"]), max(state["longest"], state["lasting"])
@@ -222,7 +223,7 @@ LABELS = dict(gross=("Gross exposure [x equity]", 1), net=("Net exposure [x equi
               worst_drawdown=("Worst drawdown [%]", 100),
               drawdown_days=("Drawdown lasts [days]", 1), longest_drawdown_days=("Longest drawdown [days]", 1))
 
-
+# %% ../../nbs/30_risk/01_portfolio.ipynb #e24dc6e2
 @dataclass(frozen=True)
 class PortfolioMeasures:
     "What is held, at one close"
@@ -242,17 +243,33 @@ class PortfolioMeasures:
     longest_drawdown_days:float
 
     def table(self)->pd.Series:
+        "The numbers by their labels, with units"
         return pd.Series({label: factor * getattr(self, name) for name, (label, factor) in LABELS.items()},
                          name="value")
     def written(self)->pd.Series: return self.table().map(lambda value: f"{value:,.2f}" if np.isfinite(value) else "-")
     def __str__(self): return self.written().to_string()
     def _repr_html_(self): return self.written().to_frame().to_html(border=0, header=False)
 
+# %% ../../nbs/30_risk/01_portfolio.ipynb #f47bcbc3
+def _annual_volatility(weights:np.ndarray, covariance:np.ndarray, step:int)->float: # step: ms, 0 where it is not known
+    if not step: return np.nan
+    return float(np.sqrt(portfolio_variance(weights, covariance) * 365 * 86_400_000 / step))
 
+
+def _drawdown_days(state:np.void)->dict[str, float]: # state: DRAWDOWN
+    return {"drawdown": float(state["now"]), "worst_drawdown": float(state["worst"]),
+            "drawdown_days": state["lasting"] / 86_400_000, "longest_drawdown_days": state["longest"] / 86_400_000}
+
+# %% ../../nbs/30_risk/01_portfolio.ipynb #0d3860e1
 class PortfolioRisk:
     "Measures of a portfolio, candle by candle"
 
-    def __init__(self, symbols, instruments:np.ndarray, decay:float=.03, sectors=None): # instruments: INSTRUMENT, (n,)
+    def __init__(self,
+        symbols:Iterable[str],
+        instruments:np.ndarray,             # INSTRUMENT, (n,)
+        decay:float=.03,                    # weight of the newest candle
+        sectors:dict[str, str]|None=None,   # symbol -> sector
+    ):
         self.symbols = tuple(symbols)
         self.instruments = instruments
         self.decay = decay
@@ -264,8 +281,8 @@ class PortfolioRisk:
         self._step = 0
         self._time = 0
 
-    def update(self, time:int, closes:np.ndarray, equity:float):
-        "One close: ms, (n,) quote per base, quote"
+    def update(self, time:int, closes:np.ndarray, equity:float)->None:
+        "Take one close: ms, (n,) quote per base, quote"
         update_covariance(self.covariance, self.last, closes, self.decay)
         follow_drawdown(self._drawdown[0], equity, time)
         elapsed = time - self._time
@@ -273,17 +290,15 @@ class PortfolioRisk:
         self._time = time
 
     def measures(self, equity:float, positions:np.ndarray)->PortfolioMeasures:
-        "Of POSITION, (n,), marked"
+        "Measures of POSITION, (n,), marked"
         weights = positions["quantity"] * positions["mark_price"] / equity
         exposures = Exposures(self.symbols, weights, self.sectors)
         needed = maintenance(positions, self.instruments)
-        state = self._drawdown[0]
+        liquidation = distances(equity, positions, self.instruments, self._alone)
         deviations = np.sqrt(np.diag(self.covariance))
-        return PortfolioMeasures(exposures, exposures.gross, exposures.net, exposures.effective, exposures.gross,
-                                 equity / needed if needed else np.inf, distances(equity, positions, self.instruments,
-            self._alone), self._alone.copy(),
-                                 float(np.sqrt(portfolio_variance(weights, self.covariance) * 365 * 86_400_000
-                                               / self._step)) if self._step else np.nan,
-                                               self.covariance / np.outer(deviations, deviations),
-                                 float(state["now"]), float(state["worst"]), state["lasting"] / 86_400_000,
-                                 state["longest"] / 86_400_000)
+        return PortfolioMeasures(
+            exposures, exposures.gross, exposures.net, exposures.effective, leverage=exposures.gross,
+            margin_ratio=equity / needed if needed else np.inf, liquidation=liquidation,
+            liquidation_alone=self._alone.copy(),
+            volatility=_annual_volatility(weights, self.covariance, self._step),
+            correlations=self.covariance / np.outer(deviations, deviations), **_drawdown_days(self._drawdown[0]))

@@ -13,8 +13,11 @@ from ..compiled import compiled
 
 # %% ../../nbs/30_risk/02_sizing.ipynb #d583885a
 @compiled
-def bounded(size, cap):
-    "A size within its cap; not a number is no position"
+def bounded(
+    size,        # exposure, a multiple of equity
+    cap,         # largest exposure, a multiple of equity
+)->float:
+    "The size within its cap; 0 if it is not a finite number"
     return min(max(size, -cap), cap) if np.isfinite(size) else 0.
 
 
@@ -25,18 +28,18 @@ def fixed_fraction(
     distance,    # of the stop, a fraction of the price
     cap,         # largest exposure, a multiple of equity
 )->float:        # exposure, a multiple of equity
-    "Lose a fixed share of equity at the stop"
+    "The exposure that loses a fixed share of equity at the stop"
     return bounded(np.sign(direction) * risk / distance, cap) if distance > 0. else 0.
 
 # %% ../../nbs/30_risk/02_sizing.ipynb #b074fa2c
 @compiled
 def volatility_target(
     direction,   # in [-1, 1]
-    target,      # wanted volatility of the equity, annual
+    target,      # target volatility of the equity, annual
     forecast,    # expected volatility of the price, annual
     cap,         # largest exposure, a multiple of equity
 )->float:
-    "The exposure that swings as much as is wanted"
+    "The exposure that has the target volatility"
     return bounded(direction * target / forecast, cap) if forecast > 0. else 0.
 
 # %% ../../nbs/30_risk/02_sizing.ipynb #71fdd4f5
@@ -44,7 +47,7 @@ def kelly_binary(
     p:float,    # probability to win
     b:float,    # what is won for one that is staked
 )->float:       # share of the capital to stake; below 0: do not bet
-    "Kelly's share of a bet"
+    "Kelly's share of the capital for a bet"
     if not (0 <= p <= 1 and b > 0):
         raise ValueError(f"a bet has a probability in [0, 1] and odds above 0, was {p} and {b}")
     return p - (1 - p) / b
@@ -57,17 +60,17 @@ def kelly(
     fraction,  # of Kelly's share, such as 0.5
     cap,       # largest exposure, a multiple of equity
 )->float:
-    "A fraction of Kelly's share, for what is not a bet"
+    "A fraction of Kelly's share, for a continuous return"
     return bounded(fraction * mean / variance, cap) if variance > 0. else 0.
 
-
+# %% ../../nbs/30_risk/02_sizing.ipynb #783da19e
 def kelly_portfolio(
     means:np.ndarray,       # (n,), excess returns per candle
     covariance:np.ndarray,  # (n, n), per candle
     fraction:float=.5,
     cap:float=1.,           # largest gross exposure, a multiple of equity
 )->np.ndarray:              # (n,), exposures
-    "Kelly's shares of several things at once, brought under a gross exposure in their proportions"
+    "Kelly's shares of several assets, scaled down in proportion to a gross exposure"
     means = np.asarray(means, float)
     covariance = np.asarray(covariance, float)
     if covariance.shape != (len(means),) * 2:
@@ -100,5 +103,5 @@ def shrunk_kelly(
     fraction,  # of Kelly's share on top of that
     cap,       # largest exposure, a multiple of equity
 )->float:
-    "Fractional Kelly with the estimation error taken into account"
+    "Fractional Kelly's exposure with the estimation error taken into account"
     return kelly(mean, variance, fraction * shrinkage(mean, variance, count), cap)

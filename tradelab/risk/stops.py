@@ -8,6 +8,7 @@ __all__ = ['STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP', 'WIDTHS', '
 
 # %% ../../nbs/30_risk/03_stops.ipynb #b61058c6
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..account import POSITION, age, apply_fill, new_account
 from ..compiled import compiled, inlined
@@ -20,7 +21,7 @@ from ..settings import Reason
 def next_atr(
     atr,      # quote; NaN before the first candle
     high,     # of the candle that closed
-    low,
+    low,      # quote per base
     before,   # the close before it; NaN where there is none
     period,   # candles
 )->float:     # quote
@@ -38,7 +39,7 @@ def level(
     ranges,  # distance in ATRs, replaces the fixed one; 0: none
     atr,     # quote
 )->float:    # quote per base, NaN where there is no such stop
-    "A price at a distance"
+    "The price at a distance from another"
     if ranges > 0.: return price + side * ranges * atr
     return price * (1. + side * fixed) if fixed > 0. else np.nan
 
@@ -48,7 +49,7 @@ def levels(
     position,   # a row of POSITION, not flat, that `enter` has seen
     settings,   # a row with the fields of STOPS
 )->tuple:       # (stop, target, trailing stop), quote per base, NaN where there is none
-    "The levels that stand for the next candle"
+    "The levels that are in force during the next candle"
     side = 1. if position["quantity"] > 0. else -1.
     entry = position["entry_price"]
     atr = position["entry_atr"]
@@ -63,15 +64,19 @@ def levels(
 def enter(
     position,   # a row of POSITION, changed
     atr,        # quote, before the entry
-    width,      # factor of the regime, 1 for none
+    width,      # float64, factor of the regime, 1 for none
 ):
-    "A position is new"
+    "Begin to follow a new position"
     position["best_price"], position["entry_atr"], position["width"] = position["entry_price"], atr, width
 
-
+# %% ../../nbs/30_risk/03_stops.ipynb #8daf7127
 @inlined
-def track(position, high, low):
-    "A candle has passed: the best price since the entry"
+def track(
+    position,   # a row of POSITION, not flat, changed
+    high,       # of the candle that closed
+    low,        # of the candle that closed
+):
+    "Update the best price since the entry with one more candle"
     position["best_price"] = (max(position["best_price"], high) if position["quantity"] > 0.
                               else min(position["best_price"], low))
 
@@ -84,10 +89,10 @@ STOP_LOSS, TAKE_PROFIT, TRAILING_STOP, TIME_STOP = (int(reason) for reason in (R
 def touched(
     position,   # a row of POSITION, not flat, that `enter` has seen; `track` has not seen this candle yet
     high,       # of the candle, quote per base
-    low,
+    low,        # of the candle, quote per base
     settings,   # a row with the fields of STOPS
 )->tuple:       # (code of `Reason`, 0 for none; the level, or the age that is allowed)
-    "Whether this candle closes the position"
+    "Whether a stop closes the position within this candle, and at which level"
     side = 1. if position["quantity"] > 0. else -1.
     stop, target, trailing = levels(position, settings)
     worst, best = (low, high) if side > 0. else (high, low)
@@ -103,8 +108,8 @@ def touched(
 @inlined
 def clearance(
     settings,  # a row with the fields of STOPS
-)->tuple:      # against and for a position, fractions of the entry price; 0 where a stop may stand anywhere
-    "Nearer to the entry than this no stop is touched"
+)->tuple:      # against and for a position, fractions of the entry price; 0 where a stop may be anywhere
+    "How far from the entry a price may be without touching a stop"
     if max(settings["trailing_stop"], settings["stop_atr"], settings["target_atr"], settings["trailing_atr"],
            settings["max_age"]) > 0.:
         return 0., 0.
@@ -117,10 +122,10 @@ def clearance(
 def clear(
     position,  # a row of POSITION, as `touched` takes it
     high,      # of the candle, quote per base
-    low,
-    near,      # `clearance`
+    low,       # of the candle, quote per base
+    near,      # of `clearance`
 )->bool:
-    "Whether it is plain that a candle touches nothing"
+    "Whether a candle certainly touches nothing"
     entry = position["entry_price"]
     long = position["quantity"] > 0.
     against = entry - low if long else high - entry
@@ -132,8 +137,8 @@ def clear(
 def exit_price(
     position,   # a row of POSITION, as `touched` takes it
     opened,     # of the candle, quote per base
-    high,
-    low,
+    high,       # quote per base
+    low,        # quote per base
     settings,   # a row with the fields of STOPS
 )->tuple:       # (code of `Reason`, 0 for none; quote per base before costs, NaN for none)
     "Where conditional orders at the exchange would have filled within the candle"
@@ -146,10 +151,10 @@ WIDTHS = (1., 1., 1.5, .75) # of the stop in bull, bear, volatile, sideways (fea
 
 
 def adapted(
-    probabilities,      # (..., 4), of bull, bear, volatile, sideways
-    widths=WIDTHS,      # factor of each
-)->np.ndarray:          # (...,), factor of the stop's distance, above 0
-    "The width that these probabilities ask for"
+    probabilities:ArrayLike,   # (..., 4), of bull, bear, volatile, sideways
+    widths:ArrayLike=WIDTHS,   # (4,), factor of each
+)->np.ndarray:                 # (...,), factor of the stop's distance, above 0
+    "The width of a stop for these probabilities"
     probabilities = np.asarray(probabilities, float)
     widths = np.asarray(widths, float)
     if probabilities.shape[-1:] != widths.shape:
@@ -184,18 +189,9 @@ def _walk(candles, entries, settings, widths, account, positions, prices, codes,
         atr = next_atr(atr, high, low, before, settings["atr_period"])
         before = candles[t, CLOSE]
 
-
-def simulate(
-    candles:np.ndarray,   # (T, 5)
-    entries:np.ndarray,   # (T,), signed base units that are opened at the open of a candle, where nothing is held
-    settings,             # a row with the fields of STOPS, such as Limits().row()
-    widths=1.,            # factor of the stop's distance for an entry at this candle: a number or (T,), known before it
-)->tuple:                 # (T,) each: exit price (NaN: none), code of `Reason` (0: none), trailing stop (NaN: none)
-    "Exits of one symbol by stops alone"
-    candles = np.ascontiguousarray(candles, float)
-    entries = np.ascontiguousarray(entries, float)
-    widths = np.array(widths, float)
-    if widths.ndim == 0: widths = np.full(len(candles), widths)
+# %% ../../nbs/30_risk/03_stops.ipynb #07434ee0
+def _check_inputs(candles:np.ndarray, entries:np.ndarray, widths:np.ndarray, settings:np.ndarray)->None:
+    "Refuse what would give a stop that is nowhere"
     if not len(candles) == len(entries) == len(widths):
         raise ValueError(f"there are {len(candles)} candles, {len(entries)} entries and {len(widths)} widths: "
                          "one per candle")
@@ -207,6 +203,21 @@ def simulate(
         raise ValueError("candles and entries must be finite numbers: look at the source")
     if entries[:1].any() and any(settings[name] for name in ("stop_atr", "target_atr", "trailing_atr")):
         raise ValueError("an entry at the first candle has no ATR yet, its stop would be nowhere: enter later")
+
+# %% ../../nbs/30_risk/03_stops.ipynb #e3d7a7de
+def simulate(
+    candles:np.ndarray,     # (T, 5)
+    entries:np.ndarray,     # (T,), signed base units opened at the open of a candle if nothing is held
+    settings:np.ndarray,    # a row with the fields of STOPS, such as Limits().row()
+    widths:ArrayLike=1.,    # factor of the stop's distance for an entry at this candle: one or (T,), known before it
+# (T,) each: exit price (NaN: none), code of `Reason` (0: none), trailing stop (NaN: none)
+)->tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Exits of one symbol by stops alone"
+    candles = np.ascontiguousarray(candles, float)
+    entries = np.ascontiguousarray(entries, float)
+    widths = np.array(widths, float)
+    if widths.ndim == 0: widths = np.full(len(candles), widths)
+    _check_inputs(candles, entries, widths, settings)
     prices = np.full(len(candles), np.nan)
     codes = np.zeros(len(candles), np.int64)
     trail = np.full(len(candles), np.nan)
