@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch~=2.13.0
 BIN    := .venv/bin
 READY  := .venv/ready
+DOCS   := .venv/docs-ready
 COVER  := $(BIN)/python -m coverage run -m pytest
 PASSES := .cache/test-passes.jsonl
 # what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange;
@@ -10,7 +11,7 @@ PASSES := .cache/test-passes.jsonl
 APART  := CI=1 TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_RUNS=.cache/test/runs TRADELAB_SESSIONS=.cache/test/sessions \
           TRADELAB_LOGS=.cache/test/logs TRADELAB_DATABASE=sqlite:///.cache/test/tradelab.db
 
-.PHONY: help setup demo test notebooks export readme lab benchmark lock clean
+.PHONY: help setup demo test notebooks export docs readme lab benchmark lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -56,7 +57,15 @@ notebooks: $(READY) ## execute all chapters in place and clean them
 
 export: $(READY) ## notebooks -> tradelab/
 	$(BIN)/nbdev_export
+	$(BIN)/python .ci/assets.py
 	$(BIN)/nbdev_clean
+
+docs: $(DOCS) ## build the site of chapters and API, to be read from its files
+	$(BIN)/python .ci/docs/build.py
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[docs]"
+	@touch $@
 
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/python .ci/readme.py

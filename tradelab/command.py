@@ -58,7 +58,12 @@ def main(context):
               "[default: reports/JOB/JOB-<time>.ipynb]")
 @click.pass_context
 def run(context, job, parameters, output, asked):
-    "Run the notebook nbs/JOB.ipynb (or a path) with checked parameters."
+    """Run the job notebook JOB (a name, or a path) with checked parameters.
+
+    Jobs are the notebooks of nbs/, and those that tradelab was installed with. Reports, runs, sessions, data, logs and
+    the ledger go to the nearest folder, from here upwards, that has a tradelab.toml or a settings.ini; to the current
+    folder where there is none.
+    """
     if asked: click.echo(context.get_help())
     if not job and asked: return
     if not job: raise click.UsageError("Missing argument 'JOB'.", context)
