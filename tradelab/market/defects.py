@@ -56,9 +56,10 @@ def _out_of_order(table, generator):
     order = np.insert(np.delete(np.arange(len(table)), row), row + late, row)
     return table.iloc[order], row, row + late, f"row written {late} rows late"
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #f4a99f41
 def _off_grid(table, generator):
-    row, stamps = _row(table, generator), times(table)
+    row = _row(table, generator)
+    stamps = times(table)
     shift = int(generator.uniform(.02, .98) * (stamps[1] - stamps[0]))
     stamps[row] += shift
     return _stamped(table, stamps), row, row, f"stamped {shift} ms late"
@@ -76,7 +77,8 @@ def _partial(table, row, generator):
 
 def _unfinished(table, generator):
     _row(table, generator)
-    table, step = table.copy(), times(table)[1] - times(table)[0]
+    table = table.copy()
+    step = times(table)[1] - times(table)[0]
     candle, done = _partial(table, -1, generator)
     table.iloc[-1, :5] = candle[:5]
     # when the table was fetched: before the last candle closed
@@ -112,7 +114,8 @@ def _invalid_value(table, generator):
 
 
 def _ohlc(table, generator):
-    row, high = _row(table, generator), generator.random() < .5
+    row = _row(table, generator)
+    high = generator.random() < .5
     inside = table.iloc[row, [OPEN, CLOSE]]
     share = 1 + generator.uniform(.0005, .02)
     return (_changed(table, row, HIGH if high else LOW, inside.min() / share if high else inside.max() * share), row,
@@ -124,7 +127,7 @@ def _zero_volume(table, generator):
     count = int(generator.integers(1, 7))
     return _changed(table, slice(row, row + count), VOLUME, 0.), row, row + count - 1, f"{count} candles without volume"
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #6b3238aa
 def _frozen(table, generator):
     row = _row(table, generator)
     count = int(generator.integers(6, 25))
@@ -204,7 +207,8 @@ def _funding_missing(rates, generator):
 
 
 def _funding_before_price(rates, generator):
-    count, stamps = int(generator.integers(1, 6)), times(rates)
+    count = int(generator.integers(1, 6))
+    stamps = times(rates)
     early = stamps[0] + (stamps[1] - stamps[0]) * np.arange(-count, 0)
     return (_stamped(pd.concat([rates[:count], rates]), np.concatenate([early, stamps])), -count, -1,
             f"{count} rates before the first price")
@@ -225,7 +229,7 @@ def _copied(table, generator):
     return (_changed(table, every, slice(0, 4), table.iloc[every - 1, :4].to_numpy()), row, rows.stop - 1,
             "prices repeated at every fifth or tenth candle")
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #b6434031
 def _interpolated(table, generator):
     row = _row(table, generator)
     count = int(generator.integers(12, 73))
@@ -251,11 +255,12 @@ def _digits(table, generator):
     return (_changed(table, slice(row, row + count), slice(0, 4), changed), row, row + count - 1,
             f"prices of {count} candles {'scaled' if finer else 'rounded'}")
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #194135d9
 def _misplaced(table, generator):
     moves = (np.abs(np.log(table.close / table.open)) / np.log(table.high / table.low).rolling(24,
         min_periods=1).median())
-    length, tries = int(generator.choice([1, 24])), 0
+    length = int(generator.choice([1, 24]))
+    tries = 0
     row = _row(table, generator, 200, 130)
     apart = int(generator.integers(1, 4)) * length if length == 24 else int(generator.integers(2, 9))
     while (length == 1 and tries < 99 and (moves.iloc[[row, row + apart]].min() < 1
@@ -289,12 +294,13 @@ DEFECTS = {"gap": _gap, "duplicate": _duplicate, "out_of_order": _out_of_order, 
            "copied": _copied, "interpolated": _interpolated, "digits": _digits, "misplaced": _misplaced,
            "extreme": _extreme}
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #383fdf57
 def with_defect(
-    frame,           # candles; a Series of rates for the two kinds of funding; the table itself is not changed
-    kind:str,        # one of DEFECTS
-    seed:int=0,      # draws place and size
-)->tuple:            # the table with the defect, and the Defect
+    # candles; a Series of rates for the two kinds of funding; the table itself is not changed
+    frame: pd.DataFrame | pd.Series,
+    kind: str,                                 # one of DEFECTS
+    seed: int = 0,                             # decides place and size
+) -> tuple[pd.DataFrame | pd.Series, Defect]:  # the table with the defect, and the Defect
     "A good table with one thing wrong in it"
     if kind not in DEFECTS: raise ValueError(f"unknown defect {kind!r}: use one of {', '.join(DEFECTS)}")
     if kind.startswith("funding") != isinstance(frame, pd.Series):

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['KEPT', 'STRAYS', 'DOUBLE', 'SINGLE', 'ENOUGH', 'COARSE', 'TOO_COARSE', 'STEP_WORTH', 'FINE_STEP', 'LEAST_ORDER',
            'LARGEST_ORDER', 'FIRST', 'OURS', 'on_grid', 'coarsest', 'derived_tick', 'derived_step', 'derived',
-           'listed_instrument', 'coarse_tick', 'check_tick', 'listed_with', 'keep_instrument', 'with_settings',
-           'instruments_for', 'describe_instruments']
+           'listed_instrument', 'coarse_tick', 'check_tick', 'keep_instrument', 'instruments_for',
+           'describe_instruments']
 
 # %% ../../nbs/10_market/11_filters.ipynb #fe0ae6b0
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..instruments import BITCOIN, Instrument, decimal_text, grid
-from .candles import UNNAMED
+from .candles import UNNAMED, CandlesLike
 
 # %% ../../nbs/10_market/11_filters.ipynb #b6184747
 KEPT = .999
@@ -111,16 +113,16 @@ def derived_step(
 
 # %% ../../nbs/10_market/11_filters.ipynb #b841f60d
 def derived(
-    candles:pd.DataFrame,   # of one symbol
-    symbol:str,
-)->Instrument:
-    """An instrument as the candles show it; what they cannot show is usual: orders from 5 in quote, up to what a
-    hundred millions buy"""
+    candles: pd.DataFrame,  # of one symbol
+    symbol: str,
+) -> Instrument:
+    """An instrument as the candles show it; what they cannot show is as usual: orders from 5 to a hundred million in
+    quote"""
     prices = candles[["open", "high", "low", "close"]].to_numpy("float64")
     volumes = candles["volume"].to_numpy("float64")
     tick = derived_tick(prices)
     step = derived_step(volumes, float(np.median(prices[:FIRST, 3])))
-    # whole numbers end there
+    # float64 holds all whole numbers up to 9e15
     largest = min(float(Decimal(1).scaleb(_power(LARGEST_ORDER / float(prices[:FIRST].min())) + 1)), 9e15)
     return Instrument(symbol, tick, step, step, max(largest, step), LEAST_ORDER, origin="derived")
 
@@ -141,7 +143,7 @@ def _binance(market, exchange):
 def _size(number, mode): return 10. ** -number if mode == 2 else float(number)
 def _coins(contracts, contract): return float(Decimal(repr(float(contracts))) * Decimal(repr(float(contract))))
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #1bf45462
 def _unified(market, exchange, mode):
     precision = market["precision"]
     limits = market["limits"]
@@ -156,26 +158,27 @@ def _unified(market, exchange, mode):
                       else step, _coins(most, contract) if most else 9e15, float(notional or LEAST_ORDER),
                       origin=exchange)
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #da84e843
 def listed_instrument(
-    market:dict,            # ccxt's market; `info` holds the exchange's own words
-    exchange:str="binance", # what `origin` says
-    mode:int=4,             # ccxt's precisionMode: 4 are tick sizes, 2 decimals
-)->Instrument|None: # None if the exchange does not say tick and step; its brackets are not in the list of markets
-    "What the exchange takes of a symbol"
+    market: dict[str, Any],     # ccxt's market; `info` holds the exchange's own words
+    exchange: str = "binance",  # what `origin` says
+    mode: int = 4,              # ccxt's precisionMode: 4 are tick sizes, 2 decimals
+# None if the exchange does not say tick and step; its brackets are not in the list of markets
+) -> Instrument | None:
+    "The instrument as the exchange lists it"
     info = market.get("info")
     return (_binance(market, exchange) if isinstance(info, dict) and isinstance(info.get("filters"), list)
             and len(info["filters"]) else _unified(market, exchange, mode))
 
 # %% ../../nbs/10_market/11_filters.ipynb #a6b16496
-OURS = ("given", "derived", "built in", "settings") # origins that are no exchange
+OURS = ("given", "derived", "built in", "settings") # origins other than an exchange
 
 
 def coarse_tick(
-    instrument:Instrument,
-    lowest:float,           # close
-)->str:                     # a sentence, or ""
-    "What is to be said of a tick that is coarse beside the price; ValueError if it is absurd and no exchange lists it"
+    instrument: Instrument,
+    lowest: float,  # the lowest close
+) -> str:           # a sentence; "" if the tick is fine
+    "The warning about a tick that is coarse for the price; ValueError if it is absurd and no exchange lists it"
     share = instrument.price_tick / lowest
     if not share > COARSE: return ""
     words = (f"{instrument.symbol} ({instrument.origin}): the tick {decimal_text(instrument.price_tick)} is "
@@ -185,17 +188,17 @@ def coarse_tick(
                          "instrument at all, then it is looked up or derived")
     return f"{words}: a taker pays up to that much more than the spread"
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #053c5953
 def check_tick(
-    instrument:Instrument,
-    candles:pd.DataFrame,   # of its symbol
-):
-    "Warn of a tick that is coarse beside the price; ValueError if it is absurd and no exchange lists it"
+    instrument: Instrument,
+    candles: pd.DataFrame,  # of its symbol
+) -> None:
+    "Warn of a tick that is coarse for the price; ValueError if it is absurd and no exchange lists it"
     if words := coarse_tick(instrument, float(candles["close"].min())): warnings.warn(words, stacklevel=3)
 
 # %% ../../nbs/10_market/11_filters.ipynb #8d1ed440
 def _is_bitcoin(candles, symbol):
-    """Whether bitcoin's own instrument is theirs: by name, and at its prices; candles that say no name must keep its
+    """Whether bitcoin's own instrument fits the candles: by name and by price; candles that give no name must keep its
     tick, too"""
     if symbol != BITCOIN.symbol or BITCOIN.price_tick > COARSE * float(candles["close"].min()): return False
     if candles.attrs.get("symbol") == symbol: return True
@@ -203,34 +206,27 @@ def _is_bitcoin(candles, symbol):
                         BITCOIN.price_tick).mean() >= KEPT)
 
 
-def listed_with(
-    candles:pd.DataFrame,   # perhaps with `attrs["instrument"]`, as a history has it
-    symbol:str,
-)->Instrument:
-    """What was listed, or derived from more of them, when the candles were given; bitcoin's own for bitcoin, if the
-    candles are its; else derived"""
+def _listed_with(candles, symbol):
+    """The instrument in the attrs of the candles, as a history has it; else bitcoin's own if it fits, else the derived
+    one"""
     told = candles.attrs.get("instrument")
     if told and (told["origin"] not in OURS or told["price_tick"] <= TOO_COARSE * float(candles["close"].min())):
         return Instrument(**{**told, "symbol": symbol})
     return BITCOIN if _is_bitcoin(candles, symbol) else derived(candles, symbol)
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #d0b2cd9e
 def keep_instrument(
-    candles:pd.DataFrame,   # of a history
-    symbol:str,
-)->pd.DataFrame:            # the same frame
-    """Write into `attrs` what the whole history shows, where no exchange has said it: a part of it, or one that is
-    changed, keeps that"""
+    candles: pd.DataFrame,  # of a history
+    symbol: str,
+) -> pd.DataFrame:          # the same frame
+    "Keep in `attrs` what the whole history shows, unless an exchange listed it; a part or a changed copy keeps that"
     if "instrument" not in candles.attrs and not _is_bitcoin(candles, symbol):
         candles.attrs["instrument"] = asdict(derived(candles, symbol))
     return candles
 
-
-def with_settings(
-    instrument:Instrument,
-    settings:dict,    # values by field, and tables of them by symbol
-)->Instrument:
-    "The instrument with what a person set"
+# %% ../../nbs/10_market/11_filters.ipynb #5254f5df
+def _with_settings(instrument, settings):
+    "The instrument with values from settings: by field, and by symbol in tables of fields"
     known = [each.name for each in fields(Instrument) if each.name not in ("symbol", "origin")]
     for table in (settings, *(each for each in settings.values() if isinstance(each, dict))):
         unknown = [name for name, value in table.items() if name not in known and not isinstance(value, dict)]
@@ -252,27 +248,27 @@ def _by_name(given, frames):
     raise ValueError(f"instruments of {', '.join(names)} for candles of {', '.join(frames)}: give one of the same "
                      "name for each")
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #6ceb5b13
 def instruments_for(
-    candles,        # a frame, or a dict of frames by symbol
+    candles: CandlesLike,
     # `Instrument`s that the caller insists on: one, several, or a dict of them; a symbol without one is looked up
-    given=(),
-    known=(),       # `Instrument`s of a run: taken if the symbol is among them
-    settings=None,  # [instrument]
-)->tuple:           # an Instrument for each symbol, in the order of the candles
+    given: Instrument | Sequence[Instrument] | dict[str, Instrument] | None = (),
+    known: Iterable[Instrument] | None = (),  # `Instrument`s of a run: taken if the symbol is among them
+    settings: dict[str, Any] | None = None,   # [instrument]
+) -> tuple[Instrument, ...]:                  # an Instrument for each symbol, in the order of the candles
     "The instrument of each symbol; warns of a coarse tick, ValueError if one is absurd"
     frames = dict(candles) if isinstance(candles, dict) else {candles.attrs.get("symbol", UNNAMED): candles}
     ours = _by_name(given or (), frames)
     theirs = {each.symbol: each for each in known or ()}
-    found = tuple(ours.get(symbol) or with_settings(theirs.get(symbol) or listed_with(frames[symbol], symbol),
+    found = tuple(ours.get(symbol) or _with_settings(theirs.get(symbol) or _listed_with(frames[symbol], symbol),
                                                     settings or {}) for symbol in frames)
     for instrument in found: check_tick(instrument, frames[instrument.symbol])
     return found
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #f6fccdbf
 def describe_instruments(
-    instruments,   # `Instrument` each
-)->str:            # one line
+    instruments: Sequence[Instrument],
+) -> str:  # one line
     "Where tick and step are from, for the first line of whoever trades on them"
     return ("; ".join(map(str, instruments)) if len(instruments) < 4 else f"{len(instruments)} instruments: "
             + ", ".join(f"{each.symbol} ({each.origin})" for each in instruments))

@@ -8,16 +8,20 @@ __all__ = ['TIME_COLUMNS', 'times_found', 'as_found', 'witness', 'score', 'Quali
 
 # %% ../../nbs/10_market/08_quality.ipynb #qualitimp
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..errors import CandleError
 from ..events import COLUMNS
 from ..figures import dates
 from .candles import OPTIONAL, check_columns, frame, optional_faults, times
 from .compare import check_clock, check_funding, check_sum, compare_downloads, compare_sources
+from .defects import Defect
 from tradelab.market.judge import (
     EVIDENCE,
     KINDS,
@@ -27,6 +31,7 @@ from tradelab.market.judge import (
     PRICE_UNITS,
     REFUSED,
     STATE,
+    Finding,
     arrival,
     doubled,
     finding,
@@ -38,17 +43,20 @@ from tradelab.market.judge import (
 )
 from .stretches import stretch_findings
 from ..texts import figure_text, html_text
-from ..times import ANCHORS, format_time, milliseconds, opening, to_ms
+from ..times import ANCHORS, TimeLike, format_time, milliseconds, opening, to_ms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/10_market/08_quality.ipynb #bfad9350
 TIME_COLUMNS = ("open_time", "timestamp", "time", "date", "datetime")
 
 
 def times_found(
-    candles:pd.DataFrame,    # dates or whole numbers in the index, or a column of times
-    name:str="candles",      # what messages call them
-)->np.ndarray:               # (T,) int64: ms, or whatever unit the numbers have
-    "The times of a table, wherever they stand"
+    candles: pd.DataFrame,  # dates or whole numbers in the index, or a column of times
+    name: str = "candles",  # what messages call them
+) -> np.ndarray:            # (T,) int64: ms, or whatever unit the numbers have
+    "The times of a table, from its index or from a column"
     index = candles.index
     column = next((each for each in TIME_COLUMNS if each in candles), None)
     inside = (isinstance(index, pd.DatetimeIndex) or (column is None and not isinstance(index, pd.RangeIndex)
@@ -66,10 +74,10 @@ def times_found(
 
 # %% ../../nbs/10_market/08_quality.ipynb #e5a1f00e
 def as_found(
-    candles:pd.DataFrame,    # a UTC index, or a column of times
-    symbol:str="",           # whose candles
-)->tuple:                    # open times (T,) int64 ms, numbers (T, 5), findings
-    "A table of candles in numbers, whatever is wrong with it"
+    candles: pd.DataFrame,                          # a UTC index, or a column of times
+    symbol: str = "",                               # whose candles
+) -> tuple[np.ndarray, np.ndarray, list[Finding]]:  # open times (T,) int64 ms, numbers (T, 5), findings
+    "The numbers of a table, whatever is wrong with it"
     name = symbol or "candles"
     check_columns(candles, name)
     if len(candles) == 0: raise CandleError(f"{name}: no rows: ask for another span or another source")
@@ -85,18 +93,21 @@ def as_found(
                      "milliseconds", len(scaled), -np.log10(scale))])
 
 
-def witness(table, name)->pd.DataFrame:
-    "Another table of candles, read in the same way"
+def witness(
+    table: pd.DataFrame,  # candles
+    name: str,            # what messages call them
+) -> pd.DataFrame:
+    "Candles to compare with, read in the same way"
     stamps, numbers, _ = as_found(table, name)
     return frame(stamps, numbers)
 
 # %% ../../nbs/10_market/08_quality.ipynb #6b514173
 def score(
-    findings,      # of any kind
-    name:str,      # completeness, consistency or accuracy
-    rows:int,      # candles that there should be
-)->float:          # in [0, 1]
-    "The share of candles without an alarm of this sort"
+    findings: Iterable[Finding],  # of any kind
+    name: str,                    # completeness, consistency or accuracy
+    rows: int,                    # candles that there should be
+) -> float:                       # in [0, 1]
+    "The share of candles without an alarm that counts against this score"
     return max(0., 1. - sum(each.count for each in findings if KINDS[each.kind][0] == name and each.severity != "info")
                / rows)
 
@@ -145,11 +156,14 @@ def _html(report, shown=20):
 @dataclass(frozen=True, repr=False)
 class QualityReport:
     "What is wrong with a table of candles"
-    symbol:str
-    timeframe:str
-    source:str                                # what the table says about itself
-    candles:pd.DataFrame = field(compare=False) # in order, each time once, as they were judged
-    findings:tuple                            # of Finding, in order of time
+    symbol: str
+    timeframe: str
+    source: str                                  # what the table says about itself
+    candles: pd.DataFrame = field(compare=False) # in order, each time once, as they were judged
+    findings: tuple[Finding, ...]                # in order of time
+    completeness: float = field(init=False, compare=False)  # share of candles without such an alarm
+    consistency: float = field(init=False, compare=False)
+    accuracy: float = field(init=False, compare=False)
 
     def __post_init__(self):
         step = milliseconds(self.timeframe)
@@ -159,22 +173,22 @@ class QualityReport:
             object.__setattr__(self, name, score(self.findings, name, expected))
 
     @property
-    def alarms(self)->tuple: return tuple(each for each in self.findings if each.severity != "info")
+    def alarms(self) -> tuple[Finding, ...]: return tuple(each for each in self.findings if each.severity != "info")
 
-    def of(self, *kinds)->tuple: return tuple(each for each in self.findings if each.kind in kinds)
+    def of(self, *kinds: str) -> tuple[Finding, ...]: return tuple(each for each in self.findings if each.kind in kinds)
 
-    def found(self, defect)->bool:
-        "Whether a finding of the same kind touches the span of a `Defect`"
+    def found(self, defect: Defect) -> bool:
+        "Whether a finding of its kind overlaps the span of a defect"
         return any(each.start_time <= defect.end_time and each.end_time >= defect.start_time
                    for each in self.of(defect.kind))
 
-    def table(self)->pd.DataFrame: return _table(self)
+    def table(self) -> pd.DataFrame: return _table(self)
 
-    def plot(self): return _plot(self)
+    def plot(self) -> "Figure": return _plot(self)
 
     def __repr__(self):
-        return (_headline(self) + "".join(f"\n  {each.severity:8}{each.kind:17}{format_time(each.start_time)}  "
-                                          f"{each.evidence}" for each in self.findings[:20]))
+        return "\n  ".join([_headline(self), *(f"{each.severity:8}{each.kind:17}{format_time(each.start_time)}  "
+                                              f"{each.evidence}" for each in self.findings[:20])])
 
     def _repr_html_(self): return _html(self)
 
@@ -188,12 +202,12 @@ def _quote_findings(symbol, candles, quoted):
                     last - first + 1, column="quote_volume")
             for first, last in runs(outside)]
 
-
+# %% ../../nbs/10_market/08_quality.ipynb #37a35cda
 def optional_findings(
-    symbol:str,               # whose candles
-    candles:pd.DataFrame,     # as judged
-    optional:pd.DataFrame,    # some of quote_volume trades taker_buy_volume, as found, on the same rows
-)->list:
+    symbol: str,             # whose candles
+    candles: pd.DataFrame,   # as judged
+    optional: pd.DataFrame,  # some of quote_volume trades taker_buy_volume, as found, on the same rows
+) -> list[Finding]:
     "Findings about the optional columns"
     stamps = times(candles)
     read = optional.apply(pd.to_numeric, errors="coerce").set_axis(candles.index)
@@ -217,20 +231,40 @@ def _unexplained(stretches, others, step):
     reasons = {"open": ("spike", "wrong_units", "swapped_columns", "frozen"), "close": ("frozen",)}
     return [each for each in stretches if each.column not in reasons or not within(each, *reasons[each.column])]
 
+# %% ../../nbs/10_market/08_quality.ipynb #863ccc55
+def _unfinished(symbol, last, step, as_of):
+    "The finding about a last candle that was not closed when the table was fetched, in a list"
+    if as_of is None or last + step <= to_ms(as_of): return []
+    early = last + step - to_ms(as_of)
+    return [finding("unfinished", symbol, last, last, f"the last candle closes {early} ms after the table was fetched",
+                    1, early)]
+
+
+def _compared(symbol, timeframe, judged, coarse, reference, earlier, funding, interval):
+    "Findings from whatever else is at hand"
+    found = []
+    for name, table in (coarse if coarse is not None else {}).items():
+        found += check_sum(judged, timeframe, witness(table, f"coarse {name}"), name, symbol)
+    if reference is not None: found += compare_sources(judged, witness(reference, "reference"), timeframe, symbol)
+    if earlier is not None: found += compare_downloads(witness(earlier, "earlier"), judged, symbol)
+    if funding is not None: found += check_funding(funding, judged, interval, symbol)
+    return found
+
 # %% ../../nbs/10_market/08_quality.ipynb #693ddf19
 def check_quality(
-    candles:pd.DataFrame,           # as they were found; not changed
-    timeframe:str,                  # such as "1h"
-    symbol:str="",                  # whose candles
+    candles: pd.DataFrame,                  # as they were found; not changed
+    timeframe: str,                         # such as "1h"
+    symbol: str = "",                       # whose candles
     *,
-    as_of=None,                     # when they were fetched, ms UTC or a date; a candle that closes later is unfinished
-    coarse=None,                    # dict of longer candles of the same market by timeframe, such as {"1d": daily}
-    reference:pd.DataFrame=None,    # candles of another source
-    earlier:pd.DataFrame=None,      # an earlier download of this source
-    funding:pd.Series=None,         # rates of the perpetual
-    interval:str="8h",              # between two fundings
-)->QualityReport:
-    "Everything that can be said against a table of candles"
+    as_of: TimeLike | None = None,          # when they were fetched; a candle that closes later is unfinished
+    # longer candles of the same market by timeframe, such as {"1d": daily}
+    coarse: dict[str, pd.DataFrame] | None = None,
+    reference: pd.DataFrame | None = None,  # candles of another source
+    earlier: pd.DataFrame | None = None,    # an earlier download of this source
+    funding: pd.Series | None = None,       # rates of the perpetual
+    interval: str = "8h",                   # between two fundings
+) -> QualityReport:
+    "The report on a table of candles: everything that is wrong with it"
     step = milliseconds(timeframe)
     symbol = symbol or getattr(candles, "attrs", {}).get("symbol", "")
     stamps, numbers, found = as_found(candles, symbol)
@@ -239,28 +273,19 @@ def check_quality(
         numbers[order], step)))
     found += _unexplained(stretch_findings(symbol, stamps[order], numbers[order], step), found, step)
     judged = frame(stamps[order], numbers[order])
-    as_of = candles.attrs.get("as_of") if as_of is None else as_of
-    as_of = None if as_of is None else to_ms(as_of)
-    if as_of is not None and stamps.max() + step > as_of:
-        found.append(finding("unfinished", symbol, stamps.max(), stamps.max(), "the last candle closes "
-                             f"{stamps.max() + step - as_of} ms after the table was fetched", 1,
-                             stamps.max() + step - as_of))
+    found += _unfinished(symbol, stamps.max(), step, candles.attrs.get("as_of") if as_of is None else as_of)
     if "received_time" in candles: found += check_clock(stamps + step, candles.received_time.to_numpy(), symbol)
     found += optional_findings(symbol, judged, candles[[name for name in OPTIONAL if name in candles]].iloc[order])
-    for name, table in (coarse if coarse is not None else {}).items():
-        found += check_sum(judged, timeframe, witness(table, f"coarse {name}"), name, symbol)
-    if reference is not None: found += compare_sources(judged, witness(reference, "reference"), timeframe, symbol)
-    if earlier is not None: found += compare_downloads(witness(earlier, "earlier"), judged, symbol)
-    if funding is not None: found += check_funding(funding, judged, interval, symbol)
+    found += _compared(symbol, timeframe, judged, coarse, reference, earlier, funding, interval)
     return QualityReport(symbol, timeframe, candles.attrs.get("source", ""), judged,
                          tuple(sorted(found, key=lambda each: each.start_time)))
 
 # %% ../../nbs/10_market/08_quality.ipynb #7decc53b
 def _untimely(symbol, step, latest, recent, time, candle, code):
-    "Why a candle does not come in its turn"
+    "The finding about a candle that does not come in its turn"
     past = time - opening(time, step)
     if code == OFF_GRID:
-        return finding("off_grid", symbol, time - past, time, f"stands {past} ms past {format_time(time - past)}", 1,
+        return finding("off_grid", symbol, time - past, time, f"is {past} ms past {format_time(time - past)}", 1,
                        past)
     known = next((old for at, old, *_ in recent if at == time), None)
     if known is not None: return doubled(symbol, time, known, candle)
@@ -275,7 +300,7 @@ def _early(symbol, time, step, received_time, patience):
 
 
 def _news(symbol, recent):
-    "The findings of the newest candle, about as many of the recent ones as they concern"
+    "The findings that the newest candle gives rise to, some of them about candles before it"
     opened, candles, bits, evidence = (np.array(column) for column in zip(*recent))
     bits[:-1] &= bits[-1] & (OHLC | PRICE_UNITS)
     return [each for each in value_findings(symbol, opened, candles, bits, evidence) if each.end_time == opened[-1]
@@ -284,46 +309,53 @@ def _news(symbol, recent):
 # %% ../../nbs/10_market/08_quality.ipynb #fe8f3c5d
 @dataclass(frozen=True)
 class Verdict:
-    "What became of one candle"
-    status:str               # accepted, flagged or refused
-    findings:tuple = ()      # of Finding; some are about candles before
+    "The verdict on one candle"
+    status: str                         # accepted, flagged or refused
+    findings: tuple[Finding, ...] = ()  # some are about candles before it
 
     @property
-    def reason(self)->str: return "; ".join(f"{each.kind}: {each.evidence}" for each in self.findings)
+    def reason(self) -> str: return "; ".join(f"{each.kind}: {each.evidence}" for each in self.findings)
+
+# %% ../../nbs/10_market/08_quality.ipynb #00acfada
+def _read_candle(open_time, candle):
+    "The time as an int and the candle as an array (5,)"
+    try: time, numbers = int(open_time), np.ascontiguousarray(candle, "float64")
+    except (TypeError, ValueError):
+        raise ValueError("a candle is a time in ms and five numbers (open high low close volume), was "
+                         f"{open_time!r} and {candle!r}") from None
+    if numbers.shape != (5,):
+        raise ValueError("a candle is five numbers (open high low close volume), was an array of shape "
+                         f"{numbers.shape}")
+    return time, numbers
 
 # %% ../../nbs/10_market/08_quality.ipynb #12ee9eac
 class QualityStream:
     "Judges candles one by one, as they close"
 
     def __init__(self,
-        timeframe:str,         # such as "1h"
-        symbol:str="",         # whose candles
-        patience:int=60_000,   # ms that a candle may seem to come before its close: a clock; beyond it is not over yet
-    ):
+        timeframe: str,    # such as "1h"
+        symbol: str = "",  # whose candles
+        # ms that a candle may come before its close, by a wrong clock; any earlier and it is not over yet
+        patience: int = 60_000,
+    ) -> None:
         self.step = milliseconds(timeframe)
         self.symbol = symbol
         self.patience = patience
         self.state = np.zeros(1, STATE)
         self.out = np.zeros(EVIDENCE)
         self.latest = -1
-        self.recent = deque(maxlen=LONG)     # (open time, candle, bits, evidence)
+        self.recent: deque = deque(maxlen=LONG)     # (open time, candle, bits, evidence)
 
     def accept(self,
-        open_time:int,               # ms UTC
-        candle,                      # (5,) open high low close volume
-        received_time:int=None,      # ms UTC by our clock, where known
-    )->Verdict:
+        open_time: int,                    # ms UTC
+        candle: ArrayLike,                 # (5,) open high low close volume
+        received_time: int | None = None,  # ms UTC by our clock, where known
+    ) -> Verdict:
         "The verdict on the next candle"
-        try: open_time, candle = int(open_time), np.ascontiguousarray(candle, "float64")
-        except (TypeError, ValueError):
-            raise ValueError("a candle is a time in ms and five numbers (open high low close volume), was "
-                             f"{open_time!r} and {candle!r}") from None
-        if candle.shape != (5,):
-            raise ValueError("a candle is five numbers (open high low close volume), was an array of shape "
-                             f"{candle.shape}")
+        open_time, numbers = _read_candle(open_time, candle)
         missing = arrival(self.latest, open_time, self.step, ANCHORS.get(self.step, 0))
         if missing < 0:
-            return Verdict("refused", (_untimely(self.symbol, self.step, self.latest, self.recent, open_time, candle,
+            return Verdict("refused", (_untimely(self.symbol, self.step, self.latest, self.recent, open_time, numbers,
                                                  missing),))
         found = _early(self.symbol, open_time, self.step, received_time, self.patience)
         if found and found[0].kind == "unfinished": return Verdict("refused", tuple(found))
@@ -332,7 +364,7 @@ class QualityStream:
                                  f"{missing} candle{'s' * int(missing > 1)} missing before {format_time(open_time)}",
                                  missing, missing))
         self.latest = open_time
-        bits = judge(self.state, open_time, candle, self.step, self.out)
-        self.recent.append((open_time, candle, bits, self.out.copy()))
+        bits = judge(self.state, open_time, numbers, self.step, self.out)
+        self.recent.append((open_time, numbers, bits, self.out.copy()))
         if bits: found += _news(self.symbol, self.recent)
         return Verdict("refused" if bits & REFUSED else "flagged" if found else "accepted", tuple(found))

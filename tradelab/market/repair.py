@@ -6,11 +6,14 @@
 __all__ = ['REPAIRS', 'repair']
 
 # %% ../../nbs/10_market/09_repair.ipynb #repairimp
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
 from ..events import CLOSE, COLUMNS, OPEN
 from .candles import frame, times
+from .judge import Finding
 from .quality import as_found
 from ..times import format_time, milliseconds, opening
 
@@ -37,7 +40,8 @@ def _drop_unfinished(table, each, step):
 
 # %% ../../nbs/10_market/09_repair.ipynb #3bb388de
 def _reorder(table, each, step):
-    rows, table = _span(table, each), table.copy()
+    rows = _span(table, each)
+    table = table.copy()
     names = each.column.split() or ["close", "high", "low", "open"]
     table.loc[rows, names] = table.loc[rows, list(COLUMNS[:4])].to_numpy()
     return table, f"read open high low close as {' '.join(names)}"
@@ -45,13 +49,15 @@ def _reorder(table, each, step):
 
 def _scale_back(table, each, step):
     if not each.measure: return table, "nothing: the true unit of the volume is not known"
-    rows, table = _span(table, each), table.copy()
+    rows = _span(table, each)
+    table = table.copy()
     table.loc[rows, list(COLUMNS[:4])] /= 10. ** each.measure
     return table, f"prices divided by 10^{each.measure:.0f}"
 
 # %% ../../nbs/10_market/09_repair.ipynb #1b55ee25
 def _clip(table, each, step):
-    table, stamps = table.copy(), times(table)
+    table = table.copy()
+    stamps = times(table)
     for row in np.flatnonzero(_span(table, each)):
         before = table.close.iloc[max(row - 1, 0)]
         after = table.open.iloc[min(row + 1, len(table) - 1)]
@@ -81,10 +87,10 @@ REPAIRS = {"out_of_order": _sort, "duplicate": _keep_last, "revised": _keep_last
 
 
 def repair(
-    candles:pd.DataFrame,    # as they were found; not changed
-    findings,                # those to be acted upon: of a report, or some of them
-    timeframe:str,           # such as "1h"
-)->tuple:                    # a new frame, in order; what was done (DataFrame: time, kind, done)
+    candles: pd.DataFrame,               # as they were found; not changed
+    findings: Iterable[Finding],         # those to be acted upon: of a report, or some of them
+    timeframe: str,                      # such as "1h"
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # a new frame, in order; what was done: time, kind, candles, done
     "The frame with these findings put right, and the log of it"
     stamps, numbers, _ = as_found(candles)
     table = frame(stamps, numbers)

@@ -12,48 +12,51 @@ import fcntl
 import io
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 from ..errors import CandleError
 from ..events import COLUMNS
 from ..files import StorageError, replace_files
 from ..log import get_logger
 from .candles import OPTIONAL, check, frame, times
-from ..times import format_time, milliseconds, next_opening, opening, to_ms
+from ..times import TimeLike, format_time, milliseconds, next_opening, opening, to_ms
 
 # %% ../../nbs/10_market/10_store.ipynb #e6c3deb5
 logger = get_logger("market.store")
 
 # %% ../../nbs/10_market/10_store.ipynb #cc7ef495
 def safe(
-    name:str,   # a source or a symbol
-)->str:         # without "/", ":" or dots
-    "A name that can be a folder"
+    name: str,  # a source or a symbol
+) -> str:       # without "/", ":" or dots
+    "The name of a folder for it"
     if not name: raise ValueError("a source or symbol must have a name, was ''")
     return quote(name, safe="/:").replace("_", "%5F").replace(".", "%2E").replace("/", "_").replace(":", "__")
 
 # %% ../../nbs/10_market/10_store.ipynb #d3b1970d
 def unsafe(
-    name:str,   # a folder
-)->str:
+    name: str,  # a folder
+) -> str:
     "The name behind a folder"
     return unquote(name.replace("__", ":").replace("_", "/"))
 
 # %% ../../nbs/10_market/10_store.ipynb #1744ef73
 @contextmanager
 def only_writer(
-    folder:Path,   # of one series
-):
-    "Hold the series for writing; clear away what a killed writer left"
+    folder: Path,  # of one series
+) -> Iterator[None]:
+    "Hold the series for writing, after clearing away what a killed writer left"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
@@ -66,15 +69,15 @@ def only_writer(
         yield
 
 # %% ../../nbs/10_market/10_store.ipynb #9d3c1db7
-SEEN = "seen_time" # ms: the exchange's time when it gave this row; 0 where nobody said, which is taken as final
+SEEN = "seen_time" # ms: the exchange's time when it gave this row; 0 if not known, which is taken as final
 PROOF = b"tradelab.sha256"
 KEPT = (*COLUMNS, *OPTIONAL, SEEN)
 
 
 def proof(
-    candles:pd.DataFrame,   # one month
-)->bytes:
-    "The sha256 of times, names and values, whatever a file makes of them"
+    candles: pd.DataFrame,  # one month
+) -> bytes:
+    "The sha256 of times, names and values, in hexadecimal digits"
     digest = sha256(times(candles).tobytes())
     for name in KEPT:
         if name not in candles: continue
@@ -84,8 +87,8 @@ def proof(
 
 # %% ../../nbs/10_market/10_store.ipynb #82e70446
 def to_bytes(
-    candles:pd.DataFrame,   # one month
-)->bytes:
+    candles: pd.DataFrame,  # one month
+) -> bytes:
     "The parquet file of a month: open_time in milliseconds UTC, float64 columns, zstd, and its proof"
     buffer = io.BytesIO()
     table = pa.table({"open_time": pa.array(candles.index), **{name: pa.array(column.to_numpy()) for name,
@@ -108,12 +111,12 @@ def _parsed(content):
 
 
 def from_file(
-    path:Path,
-)->pd.DataFrame:
-    "The candles of a month; `DamagedMonthError` where they are not what was written"
+    path: Path,
+) -> pd.DataFrame:
+    "The candles of a month; `DamagedMonthError` if they are not what was written"
     content = path.read_bytes()
     try: candles, kept = _parsed(content)
-    # flipped bits make any error
+    # flipped bits raise any error
     except Exception as error: raise DamagedMonthError(f"{path}: not a whole parquet file ({error})") from error
     if kept not in (None, proof(candles)):
         raise DamagedMonthError(f"{path}: its candles are not the ones that were written: the file was "
@@ -125,22 +128,23 @@ def _seen(candles): return candles[SEEN].to_numpy() if SEEN in candles else np.z
 
 
 def verdicts(
-    held:pd.DataFrame,   # candles
-    new:pd.DataFrame,    # candles that come in
-)->pd.Series:            # by open time: "same", "revised" (the new row wins) or "outdated" (the held one does)
-    "What becomes of each candle that is in both"
+    held: pd.DataFrame,  # candles
+    new: pd.DataFrame,   # candles that come in
+) -> pd.Series:          # by open time: "same", "revised" (the new row wins) or "outdated" (the held one does)
+    "Which row wins, for each candle that is in both"
     both = held.index.intersection(new.index)
-    held, new = held.loc[both], new.loc[both]
+    held = held.loc[both]
+    new = new.loc[both]
     differ = (held[list(COLUMNS)].to_numpy() != new[list(COLUMNS)].to_numpy()).any(axis=1)
     outdated = (_seen(new) > 0) & (_seen(held) > _seen(new))
     return pd.Series(np.select([~differ, outdated], ["same", "outdated"], "revised"), index=both, name="verdict")
 
 # %% ../../nbs/10_market/10_store.ipynb #7026d2cd
 def merge(
-    held:pd.DataFrame,   # candles
-    new:pd.DataFrame,    # candles that come in
-)->pd.DataFrame:
-    "Both, sorted, one row for each open time, by the verdicts"
+    held: pd.DataFrame,  # candles
+    new: pd.DataFrame,   # candles that come in
+) -> pd.DataFrame:
+    "Both in order, one row for each open time, chosen by the verdicts"
     verdict = verdicts(held, new)
     known = verdict.index[(verdict == "same") & ((_seen(held.loc[verdict.index]) == 0)
                                                  | (_seen(held.loc[verdict.index]) > _seen(new.loc[verdict.index])))]
@@ -155,9 +159,9 @@ def merge(
 
 # %% ../../nbs/10_market/10_store.ipynb #f977567d
 def spans(
-    opens,       # int64 ms, sorted open times
-    step:int,    # ms
-)->list:         # (start, end) in ms, the end exclusive
+    opens: ArrayLike,        # int64 ms, sorted open times
+    step: int,               # ms
+) -> list[tuple[int, int]]:  # (start, end) in ms, the end exclusive
     "The times as spans without holes"
     opens = np.asarray(opens, "int64")
     breaks = np.flatnonzero(np.diff(opens) != step) + 1
@@ -168,13 +172,13 @@ REVISABLE = 600_000 # ms after its close
 
 
 def wanted(
-    held:pd.DataFrame,         # candles of a span, perhaps with seen_time
-    start:int,                 # ms
-    end:int,                   # ms, exclusive
-    step:int,                  # ms
-    now:int|None=None,         # the exchange's time; None where nothing is revised any more
-    revisable:int=REVISABLE,   # ms after its close for which a candle may be revised
-)->np.ndarray:                 # int64 ms, open times on the grid
+    held: pd.DataFrame,          # candles of a span, perhaps with seen_time
+    start: int,                  # ms
+    end: int,                    # ms, exclusive
+    step: int,                   # ms
+    now: int | None = None,      # the exchange's time; None if nothing is revised any more
+    revisable: int = REVISABLE,  # ms after its close for which a candle may be revised
+) -> np.ndarray:                 # int64 ms, open times on the grid
     "The closed candles of a span that are not held, or were given before they were final"
     opens = np.arange(next_opening(start, step), end if now is None else min(end, opening(now, step)), step)
     seen = _seen(held)
@@ -187,10 +191,11 @@ def wanted(
 
 # %% ../../nbs/10_market/10_store.ipynb #5027bd13
 def holes(
-    answer:pd.DataFrame,   # candles that came in one answer
-    step:int,              # ms
-    span=None,             # (start, end) in ms that the answer speaks for, beyond its own first and last candle
-)->list:                   # (start, end) in ms
+    answer: pd.DataFrame,    # candles that came in one answer
+    step: int,               # ms
+    # (start, end) in ms that the answer covers, beyond its own first and last candle
+    span: tuple[int, int] | None = None,
+) -> list[tuple[int, int]]:  # (start, end) in ms
     "The spans within an answer that its source has nothing for"
     opens = times(answer)
     if span and len(opens): opens = np.unique(np.r_[span[0] - step, opens, span[1]])
@@ -198,10 +203,10 @@ def holes(
 
 # %% ../../nbs/10_market/10_store.ipynb #58896a07
 def months(
-    folder:Path,   # of one series
-    start=None,    # ms; from the first where not given
-    end=None,      # ms, exclusive; to the last where not given
-)->list:
+    folder: Path,              # of one series
+    start: int | None = None,  # ms; None for the first
+    end: int | None = None,    # ms, exclusive; None for the last
+) -> list[Path]:
     "The files of a series that a span touches, oldest first"
     first = "" if start is None else format_time(start)[:7]
     last = "9999" if end is None else format_time(end - 1)[:7]
@@ -209,8 +214,8 @@ def months(
 
 # %% ../../nbs/10_market/10_store.ipynb #daabf9bd
 def footer(
-    path:Path,
-)->tuple:   # first open time in ms, last open time in ms, candles, bytes
+    path: Path,
+) -> tuple[int, int, int, int]:  # first open time in ms, last open time in ms, candles, bytes
     "What a month holds"
     try:
         data = pq.read_metadata(path)
@@ -222,9 +227,9 @@ def footer(
 
 # %% ../../nbs/10_market/10_store.ipynb #0d526398
 def put_aside(
-    path:Path,   # of a month; the series is held for writing
-    read,        # what found it damaged
-)->None:
+    path: Path,                   # of a month; the series is held for writing
+    read: Callable[[Path], Any],  # the function that found it damaged
+) -> None:
     "Give a damaged month another name, under which it is never read, and say so"
     try: read(path)
     except DamagedMonthError as error: reason = str(error)
@@ -238,12 +243,12 @@ def put_aside(
     logger.warning("a damaged month was put aside, its candles will be asked for again", reason=reason,
                    kept_as=aside.name)
 
-
+# %% ../../nbs/10_market/10_store.ipynb #81bd93b0
 def whole_months(
-    paths,   # of months, oldest first
-    read,    # `from_file` or `footer`
-)->list:     # what it gives for each that is whole
-    "Read months; those that are damaged are put aside"
+    paths: Iterable[Path],        # of months, oldest first
+    read: Callable[[Path], Any],  # `from_file` or `footer`
+) -> list[Any]:                   # what it returns for each that is whole
+    "What the months hold; those that are damaged are put aside"
     found = []
     for path in paths:
         try: found.append(read(path))
@@ -255,8 +260,8 @@ def whole_months(
 
 # %% ../../nbs/10_market/10_store.ipynb #ba6f7fbc
 def absent(
-    folder:Path,   # of one series
-)->list:           # (start, end) in ms
+    folder: Path,            # of one series
+) -> list[tuple[int, int]]:  # (start, end) in ms
     "The spans that the source has nothing for"
     try: return [tuple(span) for span in json.loads((folder / "absent.json").read_bytes())]
     except FileNotFoundError: return []
@@ -268,16 +273,20 @@ def absent(
 @dataclass(frozen=True)
 class Written:
     "What a write did"
-    files:tuple             # months that it touched
-    added:int               # candles that were not held
-    same:int                # candles that were held with the same numbers
-    conflicts:pd.DataFrame  # candles that were held with other numbers: verdict, and both rows
+    files: tuple[Path, ...]  # of the months that it touched
+    added: int               # candles that were not held
+    same: int                # candles that were held with the same numbers
+    conflicts: pd.DataFrame  # candles that were held with other numbers: verdict, and both rows
 
     @property
-    def revised(self): return int((self.conflicts["verdict"] == "revised").sum())
+    def revised(self) -> int: return int((self.conflicts["verdict"] == "revised").sum())
 
 
-def conflicts(held, new, verdict)->pd.DataFrame:
+def conflicts(
+    held: pd.DataFrame,  # candles
+    new: pd.DataFrame,   # candles that come in
+    verdict: pd.Series,  # of `verdicts`
+) -> pd.DataFrame:
     "The candles with two different rows, both rows beside each other"
     verdict = verdict[verdict != "same"]
     rows = [each[list(COLUMNS)].loc[verdict.index].add_suffix(suffix) for each,
@@ -301,10 +310,11 @@ def _merged(folder, candles):
     found = pd.concat(differing)
     return contents, Written(tuple(contents), len(candles) - same - len(found), same, found)
 
-
+# %% ../../nbs/10_market/10_store.ipynb #b80e39df
 def _described(folder):
     "One series as a row of `held`"
-    footers, (source, symbol, timeframe) = whole_months(months(folder), footer), folder.parts[-3:]
+    footers = whole_months(months(folder), footer)
+    source, symbol, timeframe = folder.parts[-3:]
     if not footers: return None
     first = footers[0][0]
     last = footers[-1][1]
@@ -317,13 +327,13 @@ def _described(folder):
 @dataclass(frozen=True)
 class Filled:
     "A span after its missing candles were asked for"
-    candles:pd.DataFrame  # what is held of it now
-    asked:tuple           # spans that the source was asked for, (start, end) in ms
-    missing:tuple         # spans that it did not answer; holes that it proved are not among them
+    candles: pd.DataFrame                # what is held of it now
+    asked: tuple[tuple[int, int], ...]   # spans that the source was asked for, (start, end) in ms
+    missing: tuple[tuple[int, int], ...] # spans without an answer; holes that it proved are not among them
 
 
 def _closed(candles, step, now, name):
-    "The candles with the time that they were given; refuse one that was not closed then"
+    "The candles with the time at which they were given; one that was not closed then is refused"
     if now is None: return candles
     if len(candles) and times(candles)[-1] + step > now:
         raise CandleError(f"{name}: the candle of {format_time(times(candles)[-1])} was not closed at "
@@ -332,78 +342,106 @@ def _closed(candles, step, now, name):
 
 
 def _log(name, written):
-    "One line where the exchange has corrected itself"
+    "Log one line if the exchange has corrected itself"
     if written.conflicts.empty: return
     opens = times(written.conflicts)
     logger.warning("candles came with other numbers", series=name, revised=written.revised,
                    outdated=len(opens) - written.revised, first=format_time(opens.min()), last=format_time(opens.max()))
 
+# %% ../../nbs/10_market/10_store.ipynb #e29e211d
+def _kept(folder, candles, step, now, span, revisable):
+    "Keep candles of a series and the holes that they prove; what the write did"
+    with only_writer(folder):
+        contents, written = _merged(folder, candles)
+        found = [hole for hole in holes(candles, step, span) if now is None or hole[1] + revisable <= now]
+        if found: contents[folder / "absent.json"] = json.dumps(sorted({*absent(folder), *found})).encode()
+        replace_files(contents)
+    return written
+
+
+def _rows(folder, start, end):
+    "The held candles of a series with start <= open time < end, with the time at which they were seen"
+    start, end = (None if bound is None else to_ms(bound) for bound in (start, end))
+    whole = whole_months(months(folder, start, end), from_file)
+    held = pd.concat(whole) if whole else frame([], [])
+    opens = times(held)
+    held = held[slice(*(None if bound is None else int(np.searchsorted(opens, bound)) for bound in (start, end)))]
+    return held.assign(**{SEEN: held[SEEN].fillna(0).astype("int64")}) if SEEN in held else held
+
+# %% ../../nbs/10_market/10_store.ipynb #20bdace0
+def _missing(folder, start, end, step, now, revisable):
+    "The spans of a series to ask for"
+    opens = wanted(_rows(folder, start, end), start, end, step, now, revisable)
+    for hole in absent(folder): opens = opens[(opens < hole[0]) | (opens >= hole[1])]
+    return spans(opens, step)
+
+
+def _listed(folder):
+    "The instrument that was kept of a series, or None"
+    try: return json.loads((folder / "instrument.json").read_bytes())
+    except (FileNotFoundError, ValueError): return None
+
+
+def _held(folder):
+    "One row for each series"
+    rows = [_described(series) for series in sorted(folder.glob("*/*/*/")) if months(series)]
+    return pd.DataFrame([row for row in rows if row], columns=["source", "symbol", "timeframe", "first", "last",
+        "candles", "months", "missing", "bytes"])
+
 # %% ../../nbs/10_market/10_store.ipynb #37e78b95
 @dataclass(frozen=True)
 class Store:
     "Candles on disk, by source, symbol, timeframe and month"
-    folder:Path                # made at the first write
-    revisable:int = REVISABLE  # ms after its close for which a candle may be revised
+    folder: Path | str         # made at the first write
+    revisable: int = REVISABLE # ms after its close for which a candle may be revised
 
-    def series(self, source, symbol, timeframe):
+    def series(self, source: str, symbol: str, timeframe: str) -> Path:
+        "The folder of a series"
         return Path(self.folder) / safe(source) / safe(symbol) / timeframe
 
-    def write(self, source, symbol, timeframe, candles, now=None, gaps=False, span=None)->Written:
+    def write(self, source: str, symbol: str, timeframe: str, candles: pd.DataFrame, now: int | None = None,
+              gaps: bool = False, span: tuple[int, int] | None = None) -> Written:
         """Check and keep candles; `now` is the exchange's time when it gave them; with `gaps` the holes between them,
         and towards the ends of `span`, are kept as proven"""
         name = f"{source} {symbol}"
         step = milliseconds(timeframe)
-        folder = self.series(source, symbol, timeframe)
         candles = _closed(check(candles, timeframe, name, gaps), step, now, name)
-        with only_writer(folder):
-            contents, written = _merged(folder, candles)
-            found = [hole for hole in holes(candles, step, span) if now is None or hole[1] + self.revisable <= now]
-            if found: contents[folder / "absent.json"] = json.dumps(sorted({*absent(folder), *found})).encode()
-            replace_files(contents)
+        written = _kept(self.series(source, symbol, timeframe), candles, step, now, span, self.revisable)
         _log(name, written)
         return written
 
-    def rows(self, source, symbol, timeframe, start=None, end=None):
-        "The held candles with start <= open time < end and, where it was said, when they were seen"
-        start, end = (None if bound is None else to_ms(bound) for bound in (start, end))
-        files = months(self.series(source, symbol, timeframe), start, end)
-        whole = whole_months(files, from_file)
-        held = pd.concat(whole) if whole else frame([], [])
-        opens = times(held)
-        held = held[slice(*(None if bound is None else int(np.searchsorted(opens, bound)) for bound in (start, end)))]
-        return held.assign(**{SEEN: held[SEEN].fillna(0).astype("int64")}) if SEEN in held else held
+    def rows(self, source: str, symbol: str, timeframe: str, start: TimeLike | None = None,
+             end: TimeLike | None = None) -> pd.DataFrame:
+        "The held candles with start <= open time < end and, if known, the time at which they were seen"
+        return _rows(self.series(source, symbol, timeframe), start, end)
 
-    def read(self, source, symbol, timeframe, start=None, end=None):
+    def read(self, source: str, symbol: str, timeframe: str, start: TimeLike | None = None,
+             end: TimeLike | None = None) -> pd.DataFrame:
         "The held candles with start <= open time < end; possibly none, possibly with gaps"
         held = self.rows(source, symbol, timeframe, start, end).drop(columns=SEEN, errors="ignore")
         listed = self.instrument(source, symbol, timeframe)
         held.attrs = {"source": source, "symbol": symbol} | ({"instrument": listed} if listed else {})
         return held
 
-    def keep_instrument(self, source, symbol, timeframe, instrument:dict):
-        "Note what the source lists of the symbol, beside its candles"
+    def keep_instrument(self, source: str, symbol: str, timeframe: str, instrument: dict[str, Any]) -> None:
+        "Keep what the source lists of the symbol, beside its candles"
         if instrument == self.instrument(source, symbol, timeframe): return
         folder = self.series(source, symbol, timeframe)
         with only_writer(folder): replace_files({folder / "instrument.json": json.dumps(instrument).encode()})
 
-    def instrument(self, source, symbol, timeframe)->dict|None:
-        "What was noted; None if nothing was"
-        try: return json.loads((self.series(source, symbol, timeframe) / "instrument.json").read_bytes())
-        except (FileNotFoundError, ValueError): return None
+    def instrument(self, source: str, symbol: str, timeframe: str) -> dict[str, Any] | None:
+        "What was kept of the symbol; None if nothing was"
+        return _listed(self.series(source, symbol, timeframe))
 
-    def missing(self, source, symbol, timeframe, start, end, now=None)->list:
+    def missing(self, source: str, symbol: str, timeframe: str, start: TimeLike, end: TimeLike,
+                now: int | None = None) -> list[tuple[int, int]]:
         "The spans to ask for, (start, end) in ms: not held, or given before they were final"
-        start = to_ms(start)
-        end = to_ms(end)
-        step = milliseconds(timeframe)
-        opens = wanted(self.rows(source, symbol, timeframe, start, end), start, end, step, now, self.revisable)
-        for hole in absent(self.series(source, symbol, timeframe)):
-            opens = opens[(opens < hole[0]) | (opens >= hole[1])]
-        return spans(opens, step)
+        return _missing(self.series(source, symbol, timeframe), to_ms(start), to_ms(end), milliseconds(timeframe), now,
+                        self.revisable)
 
-    def fill(self, source, symbol, timeframe, start, end, ask, now=None)->Filled:
-        """Ask for what is missing of a span, `ask(start, end) -> candles`, and keep it; then all that is held of the
-        span"""
+    def fill(self, source: str, symbol: str, timeframe: str, start: TimeLike, end: TimeLike,
+             ask: Callable[[int, int], pd.DataFrame], now: int | None = None) -> Filled:
+        "All that is held of a span, after `ask(start, end)` was asked for what is missing of it"
         asked = self.missing(source, symbol, timeframe, start, end, now)
         for first, last in asked:
             answer = ask(first, last)
@@ -413,8 +451,6 @@ class Store:
         return Filled(self.read(source, symbol, timeframe, start, end), tuple(asked),
                       tuple(self.missing(source, symbol, timeframe, start, end, now)))
 
-    def held(self):
-        "What is there: one row a series, from the footers of its files"
-        rows = [_described(folder) for folder in sorted(Path(self.folder).glob("*/*/*/")) if months(folder)]
-        return pd.DataFrame([row for row in rows if row], columns=["source", "symbol", "timeframe", "first", "last",
-            "candles", "months", "missing", "bytes"])
+    def held(self) -> pd.DataFrame:
+        "One row for each series, from the footers of its files"
+        return _held(Path(self.folder))

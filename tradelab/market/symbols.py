@@ -7,6 +7,7 @@ __all__ = ['QUOTES', 'MEANT', 'ALIASES', 'perpetual', 'symbols_of', 'taken_as', 
 
 # %% ../../nbs/10_market/02_symbols.ipynb #f3ad550c
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import SymbolNotSupportedError
@@ -20,9 +21,9 @@ _EXPIRES = re.compile(r".*[-_]\d{6}(-.*)?")
 
 
 def perpetual(
-    word:str,   # such as "BTC/USDT:USDT", "BTC/USDT", "BTCUSDT", "btc-usdt"
-)->str:         # ccxt's unified name of the perpetual
-    "The perpetual that is meant; ValueError where none is"
+    word: str,  # such as "BTC/USDT:USDT", "BTC/USDT", "BTCUSDT", "btc-usdt"
+) -> str:       # ccxt's unified name of the perpetual
+    "The perpetual that a name means; ValueError if it means none"
     name = word.strip().upper()
     if _EXPIRES.fullmatch(name):
         raise SymbolNotSupportedError(f"{word} is a delivery contract, which expires; only perpetuals are traded, such "
@@ -37,9 +38,9 @@ def perpetual(
 
 # %% ../../nbs/10_market/02_symbols.ipynb #0e8ad862
 def symbols_of(
-    names,      # text with names, separated by commas or spaces; or a list of names
-)->tuple:       # ccxt's unified names
-    "The perpetuals that are meant; empty where nothing is said, ValueError where a name is none or comes twice"
+    names: str | Iterable[str],  # text with names, separated by commas or spaces; or a list of names
+) -> tuple[str, ...]:            # ccxt's unified names
+    "The perpetuals in the order of their names; ValueError if a name is not a symbol or two mean the same one"
     words = [word for word in re.split(r"[,;\s]+", names) if word] if isinstance(names, str) else list(names)
     found = tuple(map(perpetual, words))
     twice = next((name for name in found if found.count(name) > 1), None)
@@ -49,11 +50,11 @@ def symbols_of(
                                       "name each symbol once")
     return found
 
-
+# %% ../../nbs/10_market/02_symbols.ipynb #f74bcff5
 def taken_as(
-    names,      # as `symbols_of` takes them
-)->str:         # "" where all of them are written in full
-    "What a name was taken as, for a first line"
+    names: str | Iterable[str],  # as `symbols_of` takes them
+) -> str:                        # "" where all of them are written in full
+    "A sentence that says which names were taken as perpetuals"
     words = re.split(r"[,;\s]+", names) if isinstance(names, str) else list(names)
     other = [f"{word} is taken as the perpetual {perpetual(word)}" for word in words if word
              and word != perpetual(word)]
@@ -64,30 +65,32 @@ _IN_NAME = re.compile(r"(?<![A-Za-z0-9])([A-Z0-9]{1,14}?)[-_]?(USDT|USDC|FDUSD|B
 ALIASES = {"XBT": "BTC", "XDG": "DOGE"}   # Kraken's
 
 
-def coin_of(symbol:str)->str: return ALIASES.get(symbol.partition("/")[0], symbol.partition("/")[0])
+def coin_of(symbol: str) -> str:
+    "The coin of a unified name, by its usual ticker"
+    return ALIASES.get(symbol.partition("/")[0], symbol.partition("/")[0])
 
-
+# %% ../../nbs/10_market/02_symbols.ipynb #72995820
 def coin_in(
-    name:str,    # of a file, or what stands in its column `symbol`
-)->str:          # "" where it does not say
-    "The coin that a name speaks of"
+    name: str,  # of a file, or the text in its column `symbol`
+) -> str:       # "" if it names none
+    "The coin that a name mentions"
     found = _IN_NAME.search(Path(name).name.replace("/", "-"))
     return ALIASES.get(found[1], found[1]) if found else ""
 
-
+# %% ../../nbs/10_market/02_symbols.ipynb #64990864
 def symbol_in(
-    name:str,    # of a file
-)->str:          # ccxt's unified name; "" where it does not say
-    "The perpetual that the name of a file speaks of"
+    name: str,  # of a file
+) -> str:       # ccxt's unified name; "" if it names none
+    "The perpetual that the name of a file mentions"
     found = _IN_NAME.search(Path(name).name)
     return f"{ALIASES.get(found[1], found[1])}/{found[2]}:{found[2]}" if found and found[2] != "PERP" else ""
 
-
+# %% ../../nbs/10_market/02_symbols.ipynb #6424f235
 def other_in(
-    name:str,    # of a file
-    symbol:str,  # that is asked for
-)->str:          # "" where nothing speaks against it
-    "What is wrong where a file says in its name that it holds another symbol"
+    name: str,    # of a file
+    symbol: str,  # that is asked for
+) -> str:         # "" if it does not
+    "A sentence that says that a file holds another symbol by its name"
     held = coin_in(name)
-    return (f"{Path(name).name} holds {held} by its name, asked for is {symbol}: give symbol the name that the file "
-            "holds, or rename the file" if held and held != coin_of(symbol) else "")
+    return (f"{Path(name).name} holds {held} by its name, but {symbol} was asked for: give symbol the name that the "
+            "file holds, or rename the file" if held and held != coin_of(symbol) else "")

@@ -9,24 +9,28 @@ __all__ = ['LEVEL', 'TICK', 'BAND', 'STATES', 'EVENTS', 'ar1_returns', 'first_in
            'trade_times', 'candles_of_trades', 'traded', 'funding']
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #syntheimp
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from ..instruments import grid
 from .candles import frame, times
-from ..times import milliseconds, opening, to_ms
+from ..times import TimeLike, milliseconds, opening, to_ms
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #5dffa9b1
 def ar1_returns(
-    length:int,         # T
-    rho:float,          # autocorrelation, in (-1, 1)
-    volatility:float,   # standard deviation of one return, a fraction
-    generator,          # numpy Generator
-)->np.ndarray:          # (T,) log returns
+    length: int,        # T
+    rho: float,         # autocorrelation, in (-1, 1)
+    volatility: float,  # standard deviation of one return, a fraction
+    generator: np.random.Generator,
+) -> np.ndarray:        # (T,) log returns
     "A stationary first-order autoregression"
     shocks = generator.normal(0., volatility, length)
     shocks[1:] *= np.sqrt(1 - rho ** 2)
-    returns, last = np.empty(length), 0.
+    returns = np.empty(length)
+    last = 0.
     for t, shock in enumerate(shocks.tolist()): returns[t] = last = rho * last + shock
     return returns
 
@@ -37,10 +41,11 @@ BAND = (200., 100_000.) # quote per base
 
 
 def first_in_band(
-    draw,               # from a generator to (log returns (T,), whatever is true about them)
-    seed:int,           # any whole number >= 0
-    what:str,           # what the message calls the candles
-):                      # log returns (T,), the truth, generator
+    # from a generator to (log returns (T,), whatever is true about them)
+    draw: Callable[[np.random.Generator], tuple[np.ndarray, Any]],
+    seed: int,                                     # any whole number >= 0
+    what: str,                                     # what the message calls the candles
+) -> tuple[np.ndarray, Any, np.random.Generator]:  # log returns (T,), the truth, generator
     "The first path of this seed that stays in the band, and the generator behind it for what follows"
     low, high = np.log(np.array(BAND) / LEVEL)
     for attempt in range(200):
@@ -50,13 +55,13 @@ def first_in_band(
         if low < path.min() and path.max() < high: return returns, truth, generator
     raise ValueError(f"{what} wander out of prices {BAND[0]:g} to {BAND[1]:g}: lower the volatility or the length")
 
-
+# %% ../../nbs/10_market/03_synthetic.ipynb #bf4b35a8
 def ar1_path(
-    length:int,         # T
-    rho:float,          # autocorrelation
-    volatility:float,   # of one return, a fraction
-    seed:int,           # any whole number >= 0
-):                      # log returns (T,), generator
+    length: int,                              # T
+    rho: float,                               # autocorrelation
+    volatility: float,                        # of one return, a fraction
+    seed: int,                                # any whole number >= 0
+) -> tuple[np.ndarray, np.random.Generator]:  # log returns (T,), generator
     "The first autoregression of this seed that stays in the band"
     returns, _, generator = first_in_band(lambda generator: (ar1_returns(length, rho, volatility, generator), None),
                                           seed, f"{length} candles with volatility {volatility}")
@@ -64,11 +69,11 @@ def ar1_path(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #2d5121a8
 def intrabar(
-    returns,           # log returns, (T,)
-    volatility,        # of one return; a number, or (T,)
-    generator,         # numpy Generator
-    steps:int=12,      # points of the path inside one candle
-)->np.ndarray:         # (T, 4) open high low close, on the tick
+    returns: np.ndarray,             # log returns, (T,)
+    volatility: float | np.ndarray,  # of one return; a number, or (T,)
+    generator: np.random.Generator,
+    steps: int = 12,                 # points of the path inside one candle
+) -> np.ndarray:                     # (T, 4) open high low close, on the tick
     "Prices of the candles around given returns"
     closes = np.log(LEVEL) + np.cumsum(returns)
     opens = np.concatenate([[np.log(LEVEL)], closes[:-1]])
@@ -82,11 +87,11 @@ def intrabar(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #21aa3270
 def volumes(
-    returns,            # log returns, (T,)
-    volatility,         # of one return; a number, or (T,)
-    level:float,        # median of a quiet candle, base units
-    generator,          # numpy Generator
-)->np.ndarray:          # (T,) base units, on a step of 0.001, above 0
+    returns: np.ndarray,             # log returns, (T,)
+    volatility: float | np.ndarray,  # of one return; a number, or (T,)
+    level: float,                    # median of a quiet candle, base units
+    generator: np.random.Generator,
+) -> np.ndarray:                     # (T,) base units, on a step of 0.001, above 0
     "Traded quantities that fit the returns"
     mood = ar1_returns(len(returns), .9, .5, generator)
     traded = level * np.exp(mood + .5 * np.abs(returns) / volatility)
@@ -94,28 +99,29 @@ def volumes(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #48f9bd2d
 def market_of(
-    returns,         # log returns, (T,)
-    volatility,      # of one return; a number, or (T,)
-    generator,       # numpy Generator
-    span:tuple,      # (timeframe, open time of the first candle)
-    source:str,      # what the frame says about itself
-)->pd.DataFrame:
+    returns: np.ndarray,             # log returns, (T,)
+    volatility: float | np.ndarray,  # of one return; a number, or (T,)
+    generator: np.random.Generator,
+    span: tuple[str, TimeLike],      # timeframe and open time of the first candle
+    source: str,                     # what the frame says about itself
+) -> pd.DataFrame:
     "Candles with these returns"
-    step, first = milliseconds(span[0]), to_ms(span[1])
+    step = milliseconds(span[0])
+    first = to_ms(span[1])
     prices = intrabar(returns, volatility, generator)
     traded = volumes(returns, volatility, 1000. * step / 3_600_000, generator)
     candles = frame(first + step * np.arange(len(returns)), np.column_stack([prices, traded]))
     candles.attrs["source"] = f"synthetic {source}"
     return candles
 
-
+# %% ../../nbs/10_market/03_synthetic.ipynb #b58dbdcf
 def check_arguments(
-    length:int,        # T candles
-    volatility:float,  # of one return
-    timeframe:str,     # length of a candle
-    start,             # open time of the first candle
-):
-    "Refuse what no market can be made of"
+    length: int,        # T candles
+    volatility: float,  # of one return
+    timeframe: str,     # length of a candle
+    start: TimeLike,    # open time of the first candle
+) -> None:
+    "Refuse a length, volatility or start that no market can have"
     if length < 2: raise ValueError(f"length must be at least 2 candles, was {length}")
     if not 1e-5 <= volatility < 1:
         raise ValueError(f"volatility must be at least 0.00001 (below it the tick of {TICK} drowns the returns) and "
@@ -125,13 +131,14 @@ def check_arguments(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #9e1c93c1
 def ar1(
-    length:int,                # T candles
-    rho:float=.3,              # autocorrelation of log returns; the best forecast of the next one is rho times the last
-    volatility:float=.01,      # standard deviation of one log return
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-)->pd.DataFrame:
+    length: int,                     # T candles
+    # autocorrelation of log returns; the best forecast of the next one is rho times the last
+    rho: float = .3,
+    volatility: float = .01,         # standard deviation of one log return
+    seed: int = 0,                   # the same seed gives the same bits
+    timeframe: str = "1h",           # length of a candle
+    start: TimeLike = "2024-01-01",  # open time of the first candle
+) -> pd.DataFrame:
     "Candles whose log returns are a first-order autoregression"
     check_arguments(length, volatility, timeframe, start)
     if not -1 < rho < 1: raise ValueError(f"rho must be between -1 and 1, was {rho}")
@@ -140,12 +147,12 @@ def ar1(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #25c996f7
 def random_walk(
-    length:int,             # T candles
-    volatility:float=.01,   # standard deviation of one log return
-    seed:int=0,             # the same seed gives the same bits
-    timeframe:str="1h",     # length of a candle
-    start="2024-01-01",     # open time of the first candle
-)->pd.DataFrame:
+    length: int,                     # T candles
+    volatility: float = .01,         # standard deviation of one log return
+    seed: int = 0,                   # the same seed gives the same bits
+    timeframe: str = "1h",           # length of a candle
+    start: TimeLike = "2024-01-01",  # open time of the first candle
+) -> pd.DataFrame:
     "Candles whose next return cannot be known"
     candles = ar1(length, 0., volatility, seed, timeframe, start)
     candles.attrs["source"] = f"synthetic random_walk(seed={seed})"
@@ -153,14 +160,14 @@ def random_walk(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #63202111
 def stochastic_volatility(
-    length:int,                # T candles
-    volatility:float=.01,      # median standard deviation of one log return
-    persistence:float=.98,     # autocorrelation of the log volatility, in [0, 1)
-    roughness:float=.5,        # standard deviation of the log volatility
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-)->tuple:                      # candles, the true volatility of each return (Series)
+    length: int,                      # T candles
+    volatility: float = .01,          # median standard deviation of one log return
+    persistence: float = .98,         # autocorrelation of the log volatility, in [0, 1)
+    roughness: float = .5,            # standard deviation of the log volatility
+    seed: int = 0,                    # the same seed gives the same bits
+    timeframe: str = "1h",            # length of a candle
+    start: TimeLike = "2024-01-01",   # open time of the first candle
+) -> tuple[pd.DataFrame, pd.Series]:  # candles, the true volatility of each return (Series)
     "Candles whose volatility comes in clusters"
     check_arguments(length, volatility, timeframe, start)
     if not 0 <= persistence < 1: raise ValueError(f"persistence must be at least 0 and below 1, was {persistence}")
@@ -173,14 +180,14 @@ def stochastic_volatility(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #b226a99d
 def jumps(
-    length:int,                # T candles
-    volatility:float=.01,      # standard deviation of one log return without jumps
-    intensity:float=.005,      # share of candles with a jump
-    size:float=.06,            # standard deviation of one jump in log price
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-)->tuple:                      # candles, the jump inside each (Series, 0 where none)
+    length: int,                      # T candles
+    volatility: float = .01,          # standard deviation of one log return without jumps
+    intensity: float = .005,          # share of candles with a jump
+    size: float = .06,                # standard deviation of one jump in log price
+    seed: int = 0,                    # the same seed gives the same bits
+    timeframe: str = "1h",            # length of a candle
+    start: TimeLike = "2024-01-01",   # open time of the first candle
+) -> tuple[pd.DataFrame, pd.Series]:  # candles, the jump inside each (Series, 0 where none)
     "Candles with leaps"
     check_arguments(length, volatility, timeframe, start)
     if not 0 <= intensity <= 1: raise ValueError(f"intensity is a share of candles from 0 to 1, was {intensity}")
@@ -197,11 +204,11 @@ STATES = ((3e-4, .004), (-6e-4, .012), (0., .006)) # drift and volatility of one
 
 
 def markov_states(
-    length:int,    # T
-    stay:float,    # probability to be in the same state one candle later
-    count:int,     # states
-    generator,     # numpy Generator
-)->np.ndarray:     # (T,) int, 0 ... count - 1
+    length: int,  # T
+    stay: float,  # probability to be in the same state one candle later
+    count: int,   # states
+    generator: np.random.Generator,
+) -> np.ndarray:  # (T,) int, 0 ... count - 1
     "A chain that leaves for each other state with equal probability"
     leaves = generator.random(length) >= stay
     leaves[0] = False
@@ -210,13 +217,13 @@ def markov_states(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #0ad99ac1
 def regimes(
-    length:int,                # T candles
-    states=STATES,             # (drift, volatility) of each state, per candle
-    stay:float=.995,           # probability to be in the same state one candle later
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-)->tuple:                      # candles, the true state of each (Series of int)
+    length: int,                                     # T candles
+    states: Sequence[tuple[float, float]] = STATES,  # (drift, volatility) of each state, per candle
+    stay: float = .995,                              # probability to be in the same state one candle later
+    seed: int = 0,                                   # the same seed gives the same bits
+    timeframe: str = "1h",                           # length of a candle
+    start: TimeLike = "2024-01-01",                  # open time of the first candle
+) -> tuple[pd.DataFrame, pd.Series]:                 # candles, the true state of each (Series of int)
     "Candles of a market that switches between states"
     check_arguments(length, min(volatility for _, volatility in states), timeframe, start)
     if not 0 < stay < 1: raise ValueError(f"stay is a probability between 0 and 1, was {stay}")
@@ -230,13 +237,13 @@ def regimes(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #be1e4baa
 def mean_reverting(
-    length:int,                # T candles
-    speed:float=.02,           # k: share of the distance to the level of 20,000 that is made good in one candle
-    volatility:float=.01,      # standard deviation of one shock
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-)->pd.DataFrame:
+    length: int,                     # T candles
+    speed: float = .02,              # k: share of the distance to the level of 20,000 made up in one candle
+    volatility: float = .01,         # standard deviation of one shock
+    seed: int = 0,                   # the same seed gives the same bits
+    timeframe: str = "1h",           # length of a candle
+    start: TimeLike = "2024-01-01",  # open time of the first candle
+) -> pd.DataFrame:
     "Candles whose log price is an Ornstein-Uhlenbeck process seen on the grid"
     check_arguments(length, volatility, timeframe, start)
     if not 0 < speed < 1: raise ValueError(f"speed must be between 0 and 1, was {speed}")
@@ -248,16 +255,15 @@ def mean_reverting(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #e42f3968
 def garleanu_pedersen(
-    length:int,                # T candles
-    strength:float=.1,         # correlation of the signal with the next return, in (-1, 1)
-    decay:float=.05,           # share of the signal lost in one candle
-    volatility:float=.01,      # standard deviation of one log return
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-# candles, the signal at the close of each (Series): the best forecast of the next return is strength * volatility *
-# signal
-)->tuple:
+    length: int,                     # T candles
+    strength: float = .1,            # correlation of the signal with the next return, in (-1, 1)
+    decay: float = .05,              # share of the signal lost in one candle
+    volatility: float = .01,         # standard deviation of one log return
+    seed: int = 0,                   # the same seed gives the same bits
+    timeframe: str = "1h",           # length of a candle
+    start: TimeLike = "2024-01-01",  # open time of the first candle
+# candles, the signal at the close of each: the best forecast of the next return is strength * volatility * signal
+) -> tuple[pd.DataFrame, pd.Series]:
     "Candles that a decaying signal predicts"
     check_arguments(length, volatility, timeframe, start)
     if not -1 < strength < 1: raise ValueError(f"strength is a correlation between -1 and 1, was {strength}")
@@ -273,14 +279,14 @@ def garleanu_pedersen(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #1db35b95
 def correlated(
-    length:int,                                       # T candles
-    symbols=("BTC/USDT:USDT", "ETH/USDT:USDT"),       # one frame for each
-    correlation:float=.7,                             # of the log returns of every pair, in [0, 1)
-    volatility:float=.01,                             # standard deviation of one log return
-    seed:int=0,                                       # the same seed gives the same bits
-    timeframe:str="1h",                               # length of a candle
-    start="2024-01-01",                               # open time of the first candle
-)->dict:                                              # frames by symbol
+    length: int,                                                  # T candles
+    symbols: Sequence[str] = ("BTC/USDT:USDT", "ETH/USDT:USDT"),  # one frame for each
+    correlation: float = .7,                                      # of the log returns of every pair, in [0, 1)
+    volatility: float = .01,                                      # standard deviation of one log return
+    seed: int = 0,                                                # the same seed gives the same bits
+    timeframe: str = "1h",                                        # length of a candle
+    start: TimeLike = "2024-01-01",                               # open time of the first candle
+) -> dict[str, pd.DataFrame]:                                     # frames by symbol
     "Random walks with a common factor, aligned"
     check_arguments(length, volatility, timeframe, start)
     if not 0 <= correlation < 1: raise ValueError(f"correlation must be at least 0 and below 1, was {correlation}")
@@ -297,14 +303,14 @@ def correlated(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #f35cdf56
 def realistic(
-    length:int,                # T candles
-    volatility:float=.005,     # median standard deviation of one log return
-    seed:int=0,                # the same seed gives the same bits
-    timeframe:str="1h",        # length of a candle
-    start="2024-01-01",        # open time of the first candle
-    freedom:float=4.,          # degrees of freedom of the Student shocks
-    leverage:float=.03,        # fall in log volatility with a shock of one deviation up
-)->pd.DataFrame:
+    length: int,                     # T candles
+    volatility: float = .005,        # median standard deviation of one log return
+    seed: int = 0,                   # the same seed gives the same bits
+    timeframe: str = "1h",           # length of a candle
+    start: TimeLike = "2024-01-01",  # open time of the first candle
+    freedom: float = 4.,             # degrees of freedom of the Student shocks
+    leverage: float = .03,           # fall in log volatility with a shock of one deviation up
+) -> pd.DataFrame:
     "Candles with the stylised facts of a real market; the next return still cannot be known"
     check_arguments(length, volatility, timeframe, start)
     if freedom <= 2: raise ValueError(f"freedom must be above 2 (below it there is no variance), was {freedom}")
@@ -320,8 +326,8 @@ def realistic(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #5844d3ff
 def stylised_facts(
-    candles:pd.DataFrame,   # at least a few thousand
-)->pd.Series:
+    candles: pd.DataFrame,  # at least a few thousand
+) -> pd.Series:
     "Cont's (2001) facts of close-to-close log returns, measured"
     returns = np.log(candles.close).diff().dropna().to_numpy()
     size = np.abs(returns)
@@ -351,10 +357,10 @@ EVENTS = {  # seen from its first candle: drift per candle; multiples of volatil
 
 
 def course(
-    length:int,    # T
-    event:str,     # one of EVENTS, or ""
-    generator,     # numpy Generator
-)->np.ndarray:     # (3, T): drift, multiple of the volatility, multiple of the activity
+    length: int,  # T
+    event: str,   # one of EVENTS, or ""
+    generator: np.random.Generator,
+) -> np.ndarray:  # (3, T): drift, multiple of the volatility, multiple of the activity
     "What an event does to each candle; it begins in the second quarter, a listing at once"
     result = np.outer([0., 1., 1.], np.ones(length))
     begin = 0 if event == "listing" else int(generator.integers(length // 4, length // 2))
@@ -363,23 +369,23 @@ def course(
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #7a000005
 def trade_times(
-    expected,      # trades in each candle, (T,)
-    generator,     # numpy Generator
-    most:int=400,  # in one candle: beyond it the trades get larger, not more
-)->tuple:          # time of each trade in candles (its whole part is the row), how many times larger
+    expected: np.ndarray,            # trades in each candle, (T,)
+    generator: np.random.Generator,
+    most: int = 400,                 # in one candle: beyond it the trades get larger, not more
+) -> tuple[np.ndarray, np.ndarray]:  # time of each trade in candles (its whole part is the row), how many times larger
     "When trades happened, in order"
     count = np.minimum(generator.poisson(np.minimum(expected, most)), most)
     row = np.repeat(np.arange(len(expected)), count)
     return np.sort(row + generator.random(len(row))), np.maximum(expected / most, 1.)[row]
 
-
+# %% ../../nbs/10_market/03_synthetic.ipynb #ff2e8005
 def candles_of_trades(
-    row,          # of each trade, in order
-    price,        # of each
-    quantity,     # of each
-    length:int,   # T
-)->np.ndarray:    # (T, 5)
-    "Candles, flat and without volume where nobody traded; all begins with a trade"
+    row: np.ndarray,       # of each trade, in order
+    price: np.ndarray,     # of each
+    quantity: np.ndarray,  # of each
+    length: int,           # T
+) -> np.ndarray:           # (T, 5)
+    "Candles, flat and without volume where nobody traded; the first trade comes first"
     rows, first = np.unique(row, return_index=True)
     last = np.append(first[1:], len(row)) - 1
     before = np.searchsorted(rows, np.arange(length), side="right") - 1
@@ -390,55 +396,67 @@ def candles_of_trades(
     result[:rows[0], :4] = price[0]
     return result
 
+# %% ../../nbs/10_market/03_synthetic.ipynb #16799813
+def _activity(length, trades, volatility, event, step, generator):
+    "Drift, standard deviation of the return and expected trades of each candle"
+    drift, wild, busy = course(length, event, generator)
+    mood = ar1_returns(length, .95, .4, generator) + ar1_returns(length, .995, .35, generator)
+    shock = np.minimum(.35 + .9 * np.abs(generator.standard_t(4, length)), 8)
+    scale = volatility * wild * np.exp(mood) * np.sqrt(.5) * shock
+    day = 1 + .5 * np.sin(2 * np.pi * np.arange(length) * step / milliseconds("1d"))
+    bursts = np.exp(.8 * mood + ar1_returns(length, .9, .4, generator))
+    return drift, scale, np.maximum(trades * busy * day * shock.clip(.3, 5) * bursts, np.arange(length) == 0)
+
+
+def _path_of_trades(when, drift, scale, pull, generator):
+    "Log of the price at each trade, relative to where the market begins"
+    rows = np.arange(len(scale) + 1)
+    clock = np.interp(when, rows, np.append(0., np.cumsum(scale ** 2)))
+    steps = generator.normal(0., 1., len(when)) * np.sqrt(np.diff(clock, prepend=0.))
+    for t in range(1, len(when) if pull else 0): steps[t] += steps[t - 1] * np.exp(-pull * (when[t] - when[t - 1]))
+    return (steps if pull else np.cumsum(steps)) + np.interp(when, rows, np.append(0., np.cumsum(drift)))
+
 # %% ../../nbs/10_market/03_synthetic.ipynb #7a000007
 def traded(
-    length:int,              # T candles
-    trades:float=5.,         # in an hour like others
-    price:float=.34,         # where it begins
-    tick:float=1e-4,         # the smallest step of the price
-    volatility:float=.012,   # typical standard deviation of one log return
-    spread:float=.002,       # half of it, a fraction; never below half a tick
-    pull:float=0., # share of the distance to the first price that is made good in a candle, as of a stable pair
-    event:str="",            # one of EVENTS
-    seed:int=0,              # the same seed gives the same bits
-    timeframe:str="1h",      # length of a candle
-    start="2024-01-01",      # open time of the first candle
-)->pd.DataFrame:
-    "Candles of a market as thin, coarse or wild as one likes"
+    length: int,                     # T candles
+    trades: float = 5.,              # in a usual hour
+    price: float = .34,              # where it begins
+    tick: float = 1e-4,              # the smallest step of the price
+    volatility: float = .012,        # typical standard deviation of one log return
+    spread: float = .002,            # half of it, a fraction; never below half a tick
+    # share of the distance to the first price that is made up in a candle, for a stable pair
+    pull: float = 0.,
+    event: str = "",                 # one of EVENTS
+    seed: int = 0,                   # the same seed gives the same bits
+    timeframe: str = "1h",           # length of a candle
+    start: TimeLike = "2024-01-01",  # open time of the first candle
+) -> pd.DataFrame:
+    "Candles of a market as thin, coarse or wild as you like"
     check_arguments(length, volatility, timeframe, start)
     if event and event not in EVENTS: raise ValueError(f"unknown event {event!r}: use one of {', '.join(EVENTS)}")
     if not trades > 0 or not price > tick > 0:
         raise ValueError(f"trades must be above 0 and the price above its tick, were {trades}, {price} and {tick}")
     generator = np.random.default_rng([seed, 9])
-    drift, wild, busy = course(length, event, generator)
-    mood = ar1_returns(length, .95, .4, generator) + ar1_returns(length, .995, .35, generator)
-    shock = np.minimum(.35 + .9 * np.abs(generator.standard_t(4, length)), 8)
-    scale = volatility * wild * np.exp(mood) * np.sqrt(.5) * shock
-    day = 1 + .5 * np.sin(2 * np.pi * np.arange(length) * milliseconds(timeframe) / milliseconds("1d"))
-    when, larger = trade_times(np.maximum(trades * busy * day * shock.clip(.3,
-        5) * np.exp(.8 * mood + ar1_returns(length, .9, .4, generator)), np.arange(length) == 0), generator)
+    drift, scale, expected = _activity(length, trades, volatility, event, milliseconds(timeframe), generator)
+    when, larger = trade_times(expected, generator)
     when = np.append(when[:1] % 1, when)                     # the first candle begins with a trade
-    row = when.astype(int)
-    clock = np.interp(when, np.arange(length + 1), np.append(0., np.cumsum(scale ** 2)))
-    steps = generator.normal(0., 1., len(when)) * np.sqrt(np.diff(clock, prepend=0.))
-    for t in range(1, len(when) if pull else 0): steps[t] += steps[t - 1] * np.exp(-pull * (when[t] - when[t - 1]))
-    path = ((steps if pull else np.cumsum(steps)) + np.interp(when, np.arange(length + 1),
-                                                              np.append(0., np.cumsum(drift))))
+    path = _path_of_trades(when, drift, scale, pull, generator)
     side = generator.choice([-1, 1], len(when))
     paid = np.round(np.maximum(np.floor(price * np.exp(path) * (1 + spread * side) / tick) + (side > 0), 1.) * tick, 12)
     quantity = np.maximum(np.rint(generator.lognormal(np.log(1000.), 1.2, len(when)) * np.append(1., larger)), 1.)
     candles = frame(to_ms(start) + milliseconds(timeframe) * np.arange(length),
-                    candles_of_trades(row, paid, quantity, length))
+                    candles_of_trades(when.astype(int), paid, quantity, length))
     candles.attrs["source"] = f"synthetic traded({f'event={event}, ' if event else ''}trades={trades:g}, seed={seed})"
     return candles
 
 # %% ../../nbs/10_market/03_synthetic.ipynb #5ec7253e
 def funding(
-    frame:pd.DataFrame,   # candles; rates from their first open to their last close
-    seed:int=0,           # the same seed gives the same bits
-)->pd.Series:             # rates, fractions per 8 hours, longs pay where above 0; index UTC named funding_time
+    frame: pd.DataFrame,  # candles; rates from their first open to their last close
+    seed: int = 0,        # the same seed gives the same bits
+) -> pd.Series:           # rates, fractions per 8 hours, longs pay where above 0; index UTC named funding_time
     "Funding rates that a perpetual with such candles could have had"
-    opens, step = times(frame), milliseconds("8h")
+    opens = times(frame)
+    step = milliseconds("8h")
     last = opens[-1] + np.diff(opens).min()
     due = np.arange(-(-opens[0] // step) * step, last + 1, step)
     premium = ar1_returns(len(due), .9, 7e-4, np.random.default_rng([seed, 8]))

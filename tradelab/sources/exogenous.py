@@ -8,14 +8,16 @@ __all__ = ['DAY', 'HOUR', 'publication_times', 'newest', 'check_exogenous', 'Exo
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #3ac42c6a
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..errors import CandleError
 from ..events import SERIES
-from ..market.candles import timed, timeframe_of, times
+from ..market.candles import CandlesLike, timed, timeframe_of, times
 from ..settings import SeriesDefinition
 from .tables import foreign, read_table, time_index
 from ..times import duration, format_time, milliseconds
@@ -25,11 +27,11 @@ DAY = 86_400_000
 
 
 def publication_times(
-    table:pd.DataFrame,
-    column:str,     # of the publication
-    name:str,       # what messages call it
-)->np.ndarray:      # int64 ms
-    "When each figure was known, a bare date from its end"
+    table: pd.DataFrame,
+    column: str,  # of the publication
+    name: str,    # what messages call it
+) -> np.ndarray:  # int64 ms
+    "When each figure was known; a bare date counts from the end of the day"
     said = time_index(table, name, (column,)).as_unit("ms").asi8
     words = table[column].astype(str).str.strip()
     vague = words.str.fullmatch(r"\d{4}(-\d\d)?").to_numpy()
@@ -41,16 +43,16 @@ def publication_times(
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #bb23de74
 def newest(
-    reference_time,    # int64 ms, (n,), in order of publication
-)->np.ndarray:         # bool, (n,)
+    reference_time,  # int64 ms, (n,), in order of publication
+) -> np.ndarray:  # bool, (n,)
     "Which publications became the newest known figure"
     return reference_time >= np.maximum.accumulate(reference_time)
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #21005e6d
 def check_exogenous(
-    table:pd.DataFrame,   # reference_time and publication_time in ms, value
-    name:str,             # what messages call it
-)->pd.DataFrame:          # in order of publication
+    table: pd.DataFrame,  # reference_time and publication_time in ms, value
+    name: str,            # what messages call it
+) -> pd.DataFrame:  # in order of publication
     "A proven table, or `CandleError`"
     if table.empty: raise CandleError(f"{name}: no rows: fetch it again")
     values = pd.to_numeric(table["value"], errors="coerce").to_numpy("float64")
@@ -80,7 +82,7 @@ class Exogenous:
     source:str = ""       # where it came from
     definition:SeriesDefinition = SeriesDefinition() # what the settings say
 
-    def seen(self, moments)->tuple:
+    def seen(self, moments: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The figure that was known at each moment (ms), NaN before the first publication, and how old it was (ms since
         it was published)"""
         known = self.table[newest(self.table["reference_time"].to_numpy())]
@@ -89,18 +91,18 @@ class Exogenous:
         return (np.where(rows >= 0, known["value"].to_numpy()[np.maximum(rows, 0)], np.nan),
                 moments - known["publication_time"].to_numpy()[np.maximum(rows, 0)])
 
-    def at(self, moments, stale_after=None)->np.ndarray:
+    def at(self, moments: Sequence[int] | np.ndarray, stale_after: int | None = None) -> np.ndarray:
         """What was known at each moment (ms): NaN before the first publication and where it is older than `stale_after`
         ms"""
         values, age = self.seen(moments)
         return values if stale_after is None else np.where(age > stale_after, np.nan, values)
 
-    def on(self, candles, timeframe=None, stale_after=None)->pd.Series:
+    def on(self, candles: pd.DataFrame, timeframe: str | None = None, stale_after: int | None = None) -> pd.Series:
         "What was known at the close of each candle"
         step = milliseconds(timeframe or timeframe_of(candles))
         return pd.Series(self.at(times(candles) + step, stale_after), candles.index, name=self.name)
 
-    def vintage(self, moment)->pd.Series:
+    def vintage(self, moment: int) -> pd.Series:
         "The series as it was known at a moment (ms), by what each figure is about"
         seen = self.table[self.table["publication_time"] <= moment].drop_duplicates("reference_time",
             keep="last").sort_values("reference_time")
@@ -108,7 +110,7 @@ class Exogenous:
                          pd.DatetimeIndex(seen["reference_time"].to_numpy().astype("datetime64[ms]"), tz="UTC",
                                           name="reference_time"), name=self.name)
 
-    def revised(self)->pd.DataFrame:
+    def revised(self) -> pd.DataFrame:
         "First and last figure of what was corrected"
         groups = self.table.groupby("reference_time")["value"]
         both = pd.DataFrame({"first": groups.first(), "last": groups.last(), "versions": groups.size()})
@@ -116,14 +118,15 @@ class Exogenous:
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #96175368
 def read_exogenous(
-    path,                                   # CSV, JSON, parquet; or an address that begins with http
-    value:str="value",                      # column of the figure
-    reference:str="reference_time",         # column of the time that it is about
-    publication:str="publication_time",     # column of the time that it was published
-    lag:str|None=None, # such as "15D", after the reference time, where publication times are not known
-)->Exogenous:
-    "A series of a file or a server"
-    table, name = read_table(path), str(path).rpartition("/")[2]
+    path: str | Path,  # CSV, JSON, parquet; or an address that begins with http
+    value: str = "value",  # column of the figure
+    reference: str = "reference_time",  # column of the time that it is about
+    publication: str = "publication_time",  # column of the time that it was published
+    lag: str|None = None,  # such as "15D", after the reference time, where publication times are not known
+) -> Exogenous:
+    "A series from a file or a server"
+    table = read_table(path)
+    name = str(path).rpartition("/")[2]
     missing = [column for column in (value, reference) if column not in table]
     if missing:
         raise CandleError(f"{name}: no column {missing[0]!r} among {', '.join(map(str, table.columns))}: name it, such "
@@ -143,11 +146,11 @@ def read_exogenous(
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #2f8d3c78
 def published(
-    values:pd.Series,   # index of UTC times
+    values: pd.Series,  # index of UTC times
     # ms from the index to when it is known: 0 for funding, a candle's length for what is stamped with its open time
-    lag:int=0,
-)->Exogenous:
-    "A series of the market as one that is known `lag` after its time"
+    lag: int = 0,
+) -> Exogenous:
+    "A series of the market that is known `lag` after its time"
     about = times(values)
     return Exogenous(str(values.name),
                      check_exogenous(pd.DataFrame({"reference_time": about, "publication_time": about + lag,
@@ -156,9 +159,9 @@ def published(
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #558b762a
 def load_series(
-    names,              # as features name them: "mood", "mood.count"
-    definitions:dict,   # SeriesDefinition by name, of the settings
-)->dict:                # Exogenous by the same names
+    names: Iterable[str],                         # as features name them: "mood", "mood.count"
+    definitions: Mapping[str, SeriesDefinition],  # SeriesDefinition by name, of the settings
+) -> dict[str, Exogenous]:  # Exogenous by the same names
     "The series that features read"
     found = {}
     for name in names:
@@ -182,15 +185,16 @@ HOUR = 3_600_000 # ms
 
 
 def series_frame(
-    series:Exogenous,
-    candles:pd.DataFrame,   # with the index that it is wanted on
+    series: Exogenous,
+    candles: pd.DataFrame,  # with the index that it is wanted on
 # in the form of candles: funding_rate is the figure, index_price its age in hours, quote_volume 1 where the policy has
 # to be flat
-)->pd.DataFrame:
+) -> pd.DataFrame:
     """What was known at the close of each candle, as a row that features read; CandleError before the first
     publication, and where a stale figure is refused"""
     closes = times(candles) + milliseconds(timeframe_of(candles))
-    (values, age), definition = series.seen(closes), series.definition
+    values, age = series.seen(closes)
+    definition = series.definition
     unknown = np.isnan(values)
     if unknown.any():
         first = int(series.table["publication_time"].iloc[0])
@@ -207,13 +211,13 @@ def series_frame(
     return pd.DataFrame({"open": one, "high": one, "low": one, "close": one, "volume": 0. * one,
                          "quote_volume": flat * 1., "funding_rate": values, "index_price": age / HOUR}, candles.index)
 
-
+# %% ../../nbs/15_sources/03_exogenous.ipynb #abb5bf29
 def with_series(
-    extra,      # dict of frames by symbol, or None
-    series,     # Exogenous by name, or None
-    candles,    # a frame, or a dict of frames by symbol
-):              # frames by symbol, and by `series:name`
-    "What features look at, the series among it"
+    extra: Mapping[str, pd.DataFrame] | None,  # dict of frames by symbol, or None
+    series: Mapping[str, Exogenous] | None,    # Exogenous by name, or None
+    candles: CandlesLike,                      # a frame, or a dict of frames by symbol
+) -> Mapping[str, pd.DataFrame] | None:  # frames by symbol, and by `series:name`
+    "The frames that features read, with one more for each series"
     if not series: return extra
     wrong = [name for name, each in series.items() if not isinstance(each, Exogenous)]
     if wrong:
@@ -225,10 +229,10 @@ def with_series(
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #bc6d09ff
 def series_record(
-    series:dict,    # Exogenous by name
-    until:int,      # ms
-)->dict:            # as a run keeps it
-    "What the series were that something was made with; the file may move"
+    series: Mapping[str, Exogenous],  # Exogenous by name
+    until: int,                       # ms
+) -> dict[str, dict]:  # as a run keeps it
+    "What the series were when a run was made, without the path of the file, which may move"
     kept = {}
     for name, each in series.items():
         rows = each.table[each.table["publication_time"] <= until]
@@ -240,12 +244,12 @@ def series_record(
                          "sha256": digest}
     return kept
 
-
+# %% ../../nbs/15_sources/03_exogenous.ipynb #85a6959b
 def check_series(
-    kept,           # of a run's config
-    series:dict,    # Exogenous by name
-):
-    "Refuse a series that is not what a run was trained with"
+    kept: Mapping[str, Mapping] | None,  # of a run's config
+    series: Mapping[str, Exogenous],     # Exogenous by name
+) -> None:
+    "Refuse series that differ from those that a run was trained with"
     for name, then in (kept or {}).items():
         if name not in series:
             raise CandleError(f"the run was trained with the series {name}, which is not given: "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'BUSY', 'PATIENCE', 'TRIES', 'UNPACKED', 'ROWS', 'LINE', 'WIDE', 'FILES', 'MAGIC', 'REFUSED', 'NUMBER',
-           'GROUPED', 'PROOF', 'DOUBT', 'KLINE', 'CLOCK', 'PAIR', 'PARSERS', 'TIMES', 'SPELLINGS', 'NAMED',
+           'GROUPED', 'PROOF', 'DOUBT', 'KLINE', 'CLOCK', 'PAIR', 'PARSERS', 'TIMES', 'SPELLINGS', 'Table', 'NAMED',
            'NoCandlesError', 'UnreachableError', 'NotFoundError', 'retry_after', 'bounded', 'ask', 'refuse_page',
            'foreign', 'unpacked', 'content_of', 'as_text', 'refuse_long', 'layout', 'parse_csv', 'parse_json',
            'distance', 'proven_order', 'to_milliseconds', 'klines', 'kline_frame', 'joined', 'name_columns', 'coins_of',
@@ -22,9 +22,12 @@ import re
 import socket
 import time
 import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import IO, Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -46,7 +49,7 @@ from ..times import TIMEFRAMES, format_time, milliseconds
 # %% ../../nbs/15_sources/01_tables.ipynb #2ba60306
 class NoCandlesError(TradelabError, RuntimeError):
     "A source has no such candles; the message says why"
-    def __init__(self, message=""): super().__init__(printable(message))
+    def __init__(self, message: str = "") -> None: super().__init__(printable(message))
 
 
 class UnreachableError(NoCandlesError, VenueConnectionError):
@@ -58,8 +61,8 @@ class NotFoundError(NoCandlesError):
 
 # %% ../../nbs/15_sources/01_tables.ipynb #ff761c97
 def retry_after(
-    headers,   # of an answer
-)->float|None: # seconds; None where the server did not say
+    headers: Mapping[str, str] | Message,  # of an answer
+) -> float|None:  # seconds; None where the server did not say
     "How long a server asks to be left alone"
     said = headers.get("Retry-After")
     if said is None: return None
@@ -69,34 +72,36 @@ def retry_after(
 
 # %% ../../nbs/15_sources/01_tables.ipynb #289293b1
 logger = get_logger("sources.tables")
-BUSY = (418, 429, 500, 502, 503, 504)
-PATIENCE = 120.
-TRIES = 4 # statuses that pass; seconds that a server may ask us to wait; questions in all
-UNPACKED = 1 << 30
+BUSY = (418, 429, 500, 502, 503, 504) # statuses after which the request is repeated
+PATIENCE = 120.   # seconds that a server may ask us to wait
+TRIES = 4         # requests in all
+# the most that a foreign file may have
+UNPACKED = 1 << 30 # bytes once unpacked
 ROWS = 20_000_000
-LINE = 1 << 20
-WIDE = 1_000 # of a foreign file: bytes once unpacked, rows, bytes of a line, columns
+LINE = 1 << 20    # bytes of a line
+WIDE = 1_000      # columns
 
 
 def bounded(
-    answer,         # anything with `read`
-    limit:int=None, # bytes
-)->bytes:
-    "All of it, or `CandleError` where it is more than any table of candles"
+    answer: io.BufferedIOBase | IO[bytes],  # anything with `read`
+    limit: int | None = None,               # bytes
+) -> bytes:
+    "Everything in it; `CandleError` if that is more than any table of candles"
     limit = UNPACKED if limit is None else limit
     content = answer.read(limit + 1)
     if len(content) > limit: raise CandleError(f"it is larger than {limit:,} bytes once unpacked: split it by years")
     return content
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #70486c09
 def ask(
-    url:str,                  # http or https
-    take=bounded,             # (answer) -> what is wanted of it
-    patience:float=PATIENCE,  # seconds to wait at most where the server asks for it
-    method:str="GET",
-):
-    "What a server answers, or `UnreachableError`, `NotFoundError`, `NoCandlesError`"
-    host, failure = urlsplit(url).netloc, None
+    url: str,                                                   # http or https
+    take: Callable[[http.client.HTTPResponse], Any] = bounded,  # (answer) -> what is wanted of it
+    patience: float = PATIENCE,                                 # seconds to wait at most where the server asks for it
+    method: str = "GET",
+) -> Any:
+    "What a server answers; else `UnreachableError`, `NotFoundError` or `NoCandlesError`"
+    host = urlsplit(url).netloc
+    failure = ""
     for attempt in range(TRIES):
         wait = float(attempt + 1)
         try:
@@ -133,23 +138,23 @@ REFUSED = {b"\xd0\xcf\x11\xe0": "an old Excel workbook: save it as .xlsx or .csv
            **{bytes([128, n]): "a pickle, which can run code when it is opened: write .parquet or .csv"
               for n in range(2, 6)}}
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #32d93638
 def refuse_page(
-    content:bytes,
-    name:str,   # what messages call it
-):
+    content: bytes,
+    name: str,  # what messages call it
+) -> None:
     "Refuse a web page that came instead of data"
     if content.lstrip()[:1] != b"<" or re.match(rb"\s*<\w+>[\t,;]<\w+>", content): return
     raise CandleError(f"{name}: a web page came instead of data "
                       f"({' '.join(content[:2000].decode(errors='replace').split())[:60]}): look at it in a browser, "
                       "the address or the login is wrong")
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #7ef38bca
 @contextmanager
 def foreign(
-    name:str,    # what messages call the file
-    what="table that can be read",
-):
+    name: str,  # what messages call the file
+    what: str = "table that can be read",
+) -> Iterator[None]:
     "Whatever a parser raises about bytes that others wrote, as `CandleError`"
     try: yield
     except (NoCandlesError, FileNotFoundError): raise
@@ -162,9 +167,9 @@ def foreign(
 
 # %% ../../nbs/15_sources/01_tables.ipynb #611b8333
 def unpacked(
-    content:bytes,
-    name:str,   # what messages call it
-)->bytes:
+    content: bytes,
+    name: str,  # what messages call it
+) -> bytes:
     "The bytes of a file without its packing: gzip, or a zip with one file"
     if content[:2] == b"\x1f\x8b":
         with gzip.open(io.BytesIO(content)) as packed: content = bounded(packed)
@@ -183,10 +188,10 @@ def unpacked(
     if refused: raise CandleError(f"{name}: it is {refused}")
     return content
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #b6e2e438
 def content_of(
-    path,   # a path, or an address that begins with http
-)->tuple:   # bytes, unpacked; kind of file; name for messages
+    path: str | Path,  # a path, or an address that begins with http
+) -> tuple[bytes, str, str]:  # bytes, unpacked; kind of file; name for messages
     "The bytes of a file"
     online = str(path).startswith("http")
     name = Path(urlsplit(str(path)).path).name if online else Path(path).name
@@ -213,28 +218,28 @@ GROUPED = r"-?\d{1,3}(\.\d{3})+(,\d+)?|-?\d+(,\d+)?" # 1.234,5
 
 
 def as_text(
-    content:bytes,
-)->bytes:   # UTF-8
-    "Text without the mark of its encoding"
+    content: bytes,
+) -> bytes:  # UTF-8
+    "The text as UTF-8, without its byte order mark"
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"): content = content.decode("utf-16").encode()
     if b"\0" in content[:4096]: raise ValueError("it is not text")
     return content.removeprefix(b"\xef\xbb\xbf")
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #0c1b6553
 def refuse_long(
-    content:bytes,
-):
+    content: bytes,
+) -> None:
     "Refuse text with too many lines, or lines longer than any candle"
     ends = np.flatnonzero(np.frombuffer(content, np.uint8) == 10)
     longest = np.diff(ends, prepend=-1, append=len(content)).max()
     if len(ends) > ROWS:
         raise CandleError(f"it is a table of {len(ends):,} rows, more than {ROWS:,}: split it by years")
-    if longest > LINE: raise CandleError(f"it is no table: a line has {longest:,} bytes, more than {LINE:,}")
+    if longest > LINE: raise CandleError(f"it is not a table: a line has {longest:,} bytes, more than {LINE:,}")
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #704370fb
 def layout(
-    content:bytes,
-)->tuple:   # what separates, lines before the header or the first row, whether there is no header
+    content: bytes,
+) -> tuple[str, int, bool]:  # what separates, lines before the header or the first row, whether there is no header
     "How a CSV is written"
     lines = [line.decode(errors="replace") for line in content[:2 * LINE].splitlines()[:30]]
     separator = next((each for each in "\t;|," if each in lines[-1]), ",") if lines else ","
@@ -244,7 +249,7 @@ def layout(
         skipped += 1
     rows = [row for row in csv.reader(lines[skipped:], delimiter=separator) if row]
     header = rows[0] if rows else []
-    if len(header) > WIDE: raise CandleError(f"it is no table of candles: it has {len(header):,} columns")
+    if len(header) > WIDE: raise CandleError(f"it is not a table of candles: it has {len(header):,} columns")
     if rows[1:] and len(rows[1]) > len(header) and any(rows[1][len(header):]):
         raise CandleError(f"it is a table whose header names {len(header)} columns where its rows have {len(rows[1])}: "
                           "name all of them")
@@ -252,10 +257,10 @@ def layout(
     numbered = header == [str(n) for n in range(len(header))]        # pandas names nameless columns so
     return separator, skipped + numbered, bare
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #629419dd
 def parse_csv(
-    content:bytes,
-)->pd.DataFrame:   # columns are numbers where the file has no names
+    content: bytes,
+) -> pd.DataFrame:  # columns are numbers where the file has no names
     "A CSV with or without a header or a first line of comment"
     content = as_text(content)
     refuse_long(content)
@@ -273,10 +278,10 @@ def parse_csv(
         table[name] = table[name].str.replace(".", "", regex=False).str.replace(",", ".", regex=False).astype("float64")
     return table
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #eeec4fb5
 def parse_json(
-    content:bytes,
-)->pd.DataFrame:   # columns are numbers where the file has no names
+    content: bytes,
+) -> pd.DataFrame:  # columns are numbers where the file has no names
     "A JSON of objects, of columns, of columns and data, or of bare rows; or one of its rows on each line"
     content = as_text(content)
     try: rows = json.loads(content)
@@ -290,20 +295,21 @@ def parse_json(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/15_sources/01_tables.ipynb #d395d1da
-PROOF, DOUBT = 24, .5 # rows needed; how far the next best order may come near
+PROOF = 24 # rows needed
+DOUBT = .5 # the mean distance must be below this share of that with open and close exchanged
 
 
-def distance(prices, order):
+def distance(prices: np.ndarray, order: Sequence[int]) -> float:
     "How far each open is from the close before, for an order of columns; infinite where it makes impossible candles"
     opened, high, low, closed = (prices[:, column] for column in order)
     if (high < np.maximum(opened, closed)).any() or (low > np.minimum(opened, closed)).any(): return np.inf
     return float(np.abs(np.log(opened[1:] / closed[:-1])).mean())
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #4d1703a2
 def proven_order(
-    prices,        # float64, (n, 4)
-)->tuple|None:     # columns of open, high, low, close; None where the numbers leave a doubt
-    "Which column is which, from the numbers"
+    prices: np.ndarray,  # float64, (n, 4)
+) -> tuple[int, ...] | None:  # columns of open, high, low, close; None where the numbers leave a doubt
+    "Which columns are open, high, low and close, proven by the numbers"
     if len(prices) < PROOF or not (np.isfinite(prices).all() and (prices > 0).all()): return None
     best = true_order(prices) or (0, 1, 2, 3)
     opened, high, low, closed = best
@@ -317,17 +323,17 @@ KLINE = ("open_time", "open", "high", "low", "close", "volume", "close_time", "q
 
 
 def to_milliseconds(
-    values,       # whole numbers: seconds, milliseconds or microseconds since the epoch
-)->pd.Series:     # int64, ms
+    values: pd.Series | Sequence[int],  # whole numbers: seconds, milliseconds or microseconds since the epoch
+) -> pd.Series:  # int64, ms
     "Times in milliseconds, each by its size"
     values = pd.Series(values).astype("int64")
     return values.where(values < 100_000_000_000_000, values // 1000).where(values >= 100_000_000_000, values * 1000)
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #e6c0bf8f
 def klines(
-    table:pd.DataFrame,   # with the names of KLINE
-    name:str,             # what messages call it
-)->pd.DataFrame:
+    table: pd.DataFrame,  # with the names of KLINE
+    name: str,            # what messages call it
+) -> pd.DataFrame:
     "Binance's klines, proven by their closing times"
     opened, closed = (pd.to_numeric(table[column], errors="coerce") for column in ("open_time", "close_time"))
     wrong = ~(opened > 0) | ~(closed > 0)
@@ -340,9 +346,9 @@ def klines(
 
 # %% ../../nbs/15_sources/01_tables.ipynb #b6ed43f9
 def kline_frame(
-    table:pd.DataFrame,    # of `klines`
-    inverse:bool=False,    # a contract margined in the coin
-)->pd.DataFrame:
+    table: pd.DataFrame,    # of `klines`
+    inverse: bool = False,  # a contract margined in the coin
+) -> pd.DataFrame:
     "Candles of klines, with the optional columns that say something"
     numbers = table[[*COLUMNS, *OPTIONAL]].apply(pd.to_numeric, errors="coerce")
     if inverse: numbers = numbers.assign(volume=numbers["quote_volume"], quote_volume=np.nan, taker_buy_volume=np.nan)
@@ -355,10 +361,10 @@ CLOCK = r"\d{1,2}:\d\d(:\d\d)?"
 
 
 def joined(
-    table:pd.DataFrame,
-    date,     # name of the column of days
-    clock,    # name of the column of times of day
-)->pd.DataFrame:
+    table: pd.DataFrame,
+    date: object,   # name of the column of days
+    clock: object,  # name of the column of times of day
+) -> pd.DataFrame:
     "The table with date and time of day in one column, where they are two"
     if (date not in table or clock not in table or not len(table)
         or not re.fullmatch(CLOCK, str(table[clock].iloc[0]).strip())):
@@ -366,11 +372,11 @@ def joined(
     return table.assign(**{str(date): table[date].astype(str).str.strip() + " " + table[clock].astype(str)}).drop(
         columns=clock)
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #bf2a5d43
 def name_columns(
-    table:pd.DataFrame,   # columns are numbers
-    name:str,             # what messages call it
-)->pd.DataFrame:
+    table: pd.DataFrame,  # columns are numbers
+    name: str,            # what messages call it
+) -> pd.DataFrame:
     "Names for rows that have none, where format or numbers prove them"
     if table.shape[1] == 12: return klines(table.set_axis(KLINE, axis=1), name)
     table = joined(table.set_axis(map(str, table), axis=1), "0", "1")
@@ -391,9 +397,9 @@ PAIR = re.compile(r"[A-Z0-9]{2,10}-(USD|EUR|GBP|JPY|BTC|ETH)\b") # how Yahoo wri
 
 
 def coins_of(
-    table:pd.DataFrame,   # candles whose volume is in quote units
-)->pd.DataFrame:
-    "The same with the volume in base units, estimated"
+    table: pd.DataFrame,  # candles whose volume is in quote units
+) -> pd.DataFrame:
+    "The same candles with the volume in base units, estimated"
     quoted = table.assign(quote_volume=table["volume"],
                           volume=table["volume"] / table[["high", "low", "close"]].mean(axis=1))
     quoted.attrs["volume"] = "estimated: quote volume over the mean of high, low and close"
@@ -423,10 +429,10 @@ def _cryptodatadownload(table, name):
 
 # %% ../../nbs/15_sources/01_tables.ipynb #d86bd225
 def renamed(
-    table:pd.DataFrame,   # with names
-    name:str,             # of the file
-)->pd.DataFrame:
-    "Our names for the columns of a known exporter"
+    table: pd.DataFrame,  # with names
+    name: str,            # of the file
+) -> pd.DataFrame:
+    "The table with our names for the columns, if its exporter is known"
     columns = {str(column).lower() for column in table}
     if {"adj close", "open", "volume", "date"} <= columns: return _yahoo(table, name)
     if {"symbol", "open", "high"} <= columns and sum(str(column).startswith("Volume ") for column in table) == 2:
@@ -449,10 +455,10 @@ PARSERS = {".parquet": _parquet, ".feather": lambda content: pd.read_feather(io.
            ".jsonl": parse_json, ".ndjson": parse_json,
            ".xlsx": lambda content: pd.read_excel(io.BytesIO(content), engine="openpyxl")}
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #52f3d04b
 def parsed(
-    path,      # as `read_table` takes it
-)->tuple:      # the table with its own names, numbers where it has none; name for messages
+    path: str | Path,  # as `read_table` takes it
+) -> tuple[pd.DataFrame, str]:  # the table with its own names, numbers where it has none; name for messages
     "The table of a file as it was written"
     content, kind, name = content_of(path)
     with foreign(name, f"whole {kind} file"): table = PARSERS.get(kind, parse_csv)(content)
@@ -462,13 +468,15 @@ def parsed(
     table.attrs = {}
     return table, name
 
+# %% ../../nbs/15_sources/01_tables.ipynb #e20f3198
+def is_bare(
+    table: pd.DataFrame,
+) -> bool: return len(table.columns) > 0 and all(isinstance(column, int) for column in table.columns)
 
-def is_bare(table)->bool: return len(table.columns) > 0 and all(isinstance(column, int) for column in table.columns)
-
-
+# %% ../../nbs/15_sources/01_tables.ipynb #7fb52c56
 def read_table(
-    path,   # of one of FILES, also packed as .gz or .zip; an address that begins with http
-)->pd.DataFrame:
+    path: str | Path,  # of one of FILES, also packed as .gz or .zip; an address that begins with http
+) -> pd.DataFrame:
     "The table of a file with our names for its columns; `attrs` say what had to be found out"
     table, name = parsed(path)
     with foreign(name): return name_columns(table, name) if is_bare(table) else renamed(table, name)
@@ -478,10 +486,10 @@ TIMES = ("open_time", "timestamp", "date", "datetime", "time")
 
 
 def refuse_zone(
-    values:pd.Series,   # text or Timestamps
-    name:str,           # what messages call it
-    column:str,
-):
+    values: pd.Series,  # text or Timestamps
+    name: str,          # what messages call it
+    column: str,
+) -> None:
     "Refuse times that are not in UTC"
     zone = getattr(values.dtype, "tz", None)
     if zone is not None and str(zone) not in ("UTC", "utc", "UTC+00:00"):
@@ -495,12 +503,12 @@ def refuse_zone(
         raise CandleError(f"{name}: {column} {values.iloc[foreign[0]]} is not in UTC ({zones[ends.iloc[foreign[0]]]}): "
                           "convert it before it is written")
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #bc944d2d
 def year_first(
-    words:pd.Series,   # text
-    name:str,          # what messages call it
-    column:str,
-)->pd.Series:
+    words: pd.Series,  # text
+    name: str,         # what messages call it
+    column: str,
+) -> pd.Series:
     "Dates as text that begins with the year"
     if words.str.endswith(("UTC", "GMT")).any(): words = words.str.replace(r"\s*(UTC|GMT)$", "+00:00", regex=True)
     for pattern, plain in ((r"^(\d{4})[./](\d\d)[./](\d\d)", r"\1-\2-\3"), (r"^(\d\d)\.(\d\d)\.(\d{4})", r"\3-\2-\1")):
@@ -517,14 +525,15 @@ def year_first(
     return (parts[2] + "-" + parts[1 if day_first else 0].str.zfill(2) + "-" + parts[0 if day_first else 1].str.zfill(2)
             + parts[3])
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #cd52e1c0
 def time_index(
-    table:pd.DataFrame,   # as read
-    name:str,             # what messages call it
-    columns=TIMES,        # which columns may hold the time, the first one found is taken
-)->pd.DatetimeIndex:      # UTC, ms
+    table: pd.DataFrame,             # as read
+    name: str,                       # what messages call it
+    columns: Sequence[str] = TIMES,  # which columns may hold the time, the first one found is taken
+) -> pd.DatetimeIndex:  # UTC, ms
     "When each row was"
     found = next((column for column in columns if column in table), None)
+    what = found or "the index"
     if found is None and not isinstance(table.index, pd.DatetimeIndex):
         raise CandleError(f"{name}: no column of times among {', '.join(map(str, table.columns)) or 'none'}: call it "
                           f"{' or '.join(columns[:2])}")
@@ -534,15 +543,15 @@ def time_index(
     if not pd.api.types.is_datetime64_any_dtype(values) and len(values):
         numbers = pd.to_numeric(values, errors="coerce")
         if numbers.notna().all():
-            return pd.DatetimeIndex(since_epoch(numbers.to_numpy(), name, found).astype("datetime64[ms]"), tz="UTC")
-    refuse_zone(values, name, found or "the index")
+            return pd.DatetimeIndex(since_epoch(numbers.to_numpy(), name, what).astype("datetime64[ms]"), tz="UTC")
+    refuse_zone(values, name, what)
     written = (values if pd.api.types.is_datetime64_any_dtype(values) else year_first(values.astype(str).str.strip(),
-        name, found))
+        name, what))
     try:
         return pd.DatetimeIndex(pd.to_datetime(written, utc=True, format=None if written is values
                                                else "ISO8601")).as_unit("ms")
     except (ValueError, TypeError) as error:
-        raise CandleError(f"{name}: {found} is not a time ({str(error).splitlines()[0][:100]}): write milliseconds or "
+        raise CandleError(f"{name}: {what} is not a time ({str(error).splitlines()[0][:100]}): write milliseconds or "
                           "2022-01-01T00:00:00Z") from error
 
 # %% ../../nbs/15_sources/01_tables.ipynb #983ba812
@@ -554,12 +563,12 @@ SPELLINGS = {"open": ("o", "price_open", "open_price"), "high": ("h", "price_hig
 
 
 def spelled(
-    column,   # as the file has it
-)->str:
+    column: object,  # as the file has it
+) -> str:
     "A name in small letters without brackets: `<OPEN>` is open, `Gmt time` is gmt_time"
     return re.sub(r"\W+", "_", str(column).strip().lower()).strip("_")
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #391833d1
 def _metatrader(table, name):
     "The volume of a MetaTrader export, which has two"
     plain = {spelled(column): column for column in table}
@@ -572,15 +581,16 @@ def _metatrader(table, name):
     table.attrs = told
     return table.rename(columns={plain["tickvol"]: "volume"})
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #71dd587b
 def candle_names(
-    table:pd.DataFrame,   # of `read_table`
-    name:str,             # what messages call it
-)->pd.DataFrame:
-    "The same with our names, where its columns are only spelled in another way"
+    table: pd.DataFrame,  # of `read_table`
+    name: str,            # what messages call it
+) -> pd.DataFrame:
+    "The table with our names for columns that are only spelled differently"
     table = _metatrader(joined(table, *(next((each for each in table if spelled(each) == word), "")
                                         for word in ("date", "time"))), name)
-    attrs, renamed = table.attrs, {}
+    attrs = table.attrs
+    renamed: dict = {}
     for ours, others in SPELLINGS.items():
         if (ours in table
             or (ours == "timestamp" and (any(each in table for each in TIMES)
@@ -598,12 +608,12 @@ def candle_names(
 
 # %% ../../nbs/15_sources/01_tables.ipynb #21aa1b76
 def refuse_bad(
-    candles:pd.DataFrame,   # checked
-    timeframe:str,
-    name:str,               # what messages call them
-)->pd.DataFrame:
-    "The same candles, or `CandleError` about the first error of their quality; what is only doubtful is logged"
-    doubts = {}
+    candles: pd.DataFrame,  # checked
+    timeframe: str,
+    name: str,              # what messages call them
+) -> pd.DataFrame:
+    "The same candles; `CandleError` about the first error of their quality. What is only doubtful is logged"
+    doubts: dict[str, list] = {}
     for each in check_quality(candles, timeframe).alarms if len(candles) else ():
         guess = each.kind in ("wrong_units", "swapped_columns") and not each.measure and not each.column
         if each.severity == "error" and not guess:
@@ -617,53 +627,58 @@ def refuse_bad(
     return candles
 
 # %% ../../nbs/15_sources/01_tables.ipynb #7028f00f
-def format_bound(moment)->str: return "the beginning or end" if moment is None else format_time(moment)
+def format_bound(moment: int | None) -> str: return "the beginning or end" if moment is None else format_time(moment)
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #8c5bdcfe
 def note_span(
-    candles:pd.DataFrame,   # not empty
-    timeframe:str,
-    start,                  # ms or None
-    end,                    # ms or None
-)->pd.DataFrame:
-    "Log where a source covers less than what was asked"
-    opens, step = times(candles), milliseconds(timeframe)
+    candles: pd.DataFrame,  # not empty
+    timeframe: str,
+    start: int | None,      # ms or None
+    end: int | None,        # ms or None
+) -> pd.DataFrame:
+    "The same candles; logs if a source covers less than the request"
+    opens = times(candles)
+    step = milliseconds(timeframe)
     if (start is not None and opens[0] >= start + step) or (end is not None and opens[-1] + step < end):
         logger.warning("span is shorter than asked", source=candles.attrs["source"], asked=f"{format_bound(start)} to "
                        f"{format_bound(end)}", first=format_time(opens[0]), last=format_time(opens[-1]))
     return candles
 
 # %% ../../nbs/15_sources/01_tables.ipynb #9af9dcd2
+Table = TypeVar("Table", pd.DataFrame, pd.Series)
+
+
 def oldest_first(
-    table,   # with an index of times
-):
-    "The same turned round where it is written newest first"
+    table: Table,  # with an index of times
+) -> Table:
+    "The same table, reversed if it is written newest first"
     return table[::-1] if len(table) > 1 and table.index.is_monotonic_decreasing and table.index.is_unique else table
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #e3580478
 NAMED = ("symbol", "ticker", "pair", "tic", "instrument") # columns that say whose row it is
 
 
 def names_of(
-    table:pd.DataFrame,   # as read
-)->pd.Series|None:        # what each row says; None where they say nothing
-    "Whose rows these are"
+    table: pd.DataFrame,  # as read
+) -> pd.Series|None:  # symbols as the file writes them; None if it has no such column
+    "The symbol of each row"
     column = next((column for column in table if str(column).strip().lower() in NAMED), None)
     return None if column is None else table[column].astype(str)
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #bddeb7f4
 def rows_of(
-    table:pd.DataFrame,   # as read
-    symbol:str,           # ccxt's unified name; "" takes all
-    name:str,             # what messages call the file
-)->pd.DataFrame:
-    "The rows of one symbol, where the file says whose they are; `CandleError` where they are another's"
+    table: pd.DataFrame,  # as read
+    symbol: str,          # ccxt's unified name; "" takes all
+    name: str,            # what messages call the file
+) -> pd.DataFrame:
+    "The rows of one symbol, if the file says whose they are; `CandleError` if they are another's"
     names = names_of(table)
     if symbol and names is None and (other := other_in(name, symbol)): raise CandleError(other)
     if not symbol or names is None or table.empty: return table
     held = list(dict.fromkeys(names))
     bare = lambda word: re.sub(r"[^A-Z0-9]", "", ALIASES.get(word.upper(), word.upper()))
-    coin, pair = coin_of(symbol), bare(symbol.partition(":")[0])
+    coin = coin_of(symbol)
+    pair = bare(symbol.partition(":")[0])
     own = ([each for each in held if bare(each) in (pair, bare(symbol), coin)]
            or [each for each in held if len(held) == 1 and coin_in(each.upper().replace("/", "-")) in ("", coin)])
     if not own:
@@ -673,13 +688,13 @@ def rows_of(
 
 
 def from_file(
-    path,             # one of FILES, perhaps packed; an address that begins with http
-    timeframe:str,    # such as "1h"
-    start=None,       # ms; from its beginning where not given
-    end=None,         # ms, exclusive; to its end where not given
-    gaps:bool=False,  # whether holes are allowed, for whoever deals with them
-    symbol:str="",    # ccxt's unified name; where given, a file that says that it holds others is refused
-)->pd.DataFrame:
+    path: str | Path,          # one of FILES, perhaps packed; an address that begins with http
+    timeframe: str,            # such as "1h"
+    start: int | None = None,  # ms; from its beginning where not given
+    end: int | None = None,    # ms, exclusive; to its end where not given
+    gaps: bool = False,        # whether holes are allowed, for whoever deals with them
+    symbol: str = "",          # ccxt's unified name; where given, a file that says that it holds others is refused
+) -> pd.DataFrame:
     "Checked and judged candles of a file"
     milliseconds(timeframe)
     name = Path(path).name

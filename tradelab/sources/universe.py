@@ -8,7 +8,10 @@ __all__ = ['FOREVER', 'logger', 'NEVER', 'QUOTES', 'check_lives', 'life', 'Unive
 
 # %% ../../nbs/15_sources/04_universe.ipynb #ca5ef6fc
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,9 +19,13 @@ import pandas as pd
 from ..errors import CandleError
 from ..log import get_logger
 from ..market.candles import times
+from ..market.store import Store
 from .archive import LISTING, listed_files
 from .tables import read_table, time_index
-from ..times import format_time, milliseconds, to_ms
+from ..times import TimeLike, format_time, milliseconds, to_ms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/15_sources/04_universe.ipynb #37af6c4f
 FOREVER = 1 << 53 # ms
@@ -26,10 +33,10 @@ logger = get_logger("sources.universe")
 
 
 def check_lives(
-    lives:pd.DataFrame,   # index symbol; listed and delisted, int64 ms
-    name:str,             # what messages call it
-)->pd.DataFrame:          # in order of the listing
-    "Proven lives, or `ValueError`"
+    lives: pd.DataFrame,  # index symbol; listed and delisted, int64 ms
+    name: str,            # what messages call it
+) -> pd.DataFrame:  # in order of the listing
+    "The lives, checked; `ValueError` says what is wrong"
     if lives.empty: raise ValueError(f"{name}: no symbols: give at least one")
     twice = lives.index[lives.index.duplicated()]
     if len(twice):
@@ -41,13 +48,13 @@ def check_lives(
     return lives[["listed", "delisted"]].astype("int64").rename_axis("symbol").sort_values("listed", kind="stable")
 
 # %% ../../nbs/15_sources/04_universe.ipynb #972942f3
-def life(lives, symbol)->str:
+def life(lives: pd.DataFrame, symbol: str) -> str:
     "The dates of a symbol, for messages"
     row = lives.loc[symbol]
     return (f"listed {format_time(row.listed)}" + ("" if row.delisted >= FOREVER
                                                    else f", delisted {format_time(row.delisted)}"))
 
-
+# %% ../../nbs/15_sources/04_universe.ipynb #b6beae47
 @dataclass(frozen=True)
 class Universe:
     "Symbols with the times of their listing and delisting"
@@ -55,40 +62,51 @@ class Universe:
     source:str = ""
     complete:bool = True  # whether it knows the symbols that are gone
 
-    def at(self, time)->tuple:
-        "Who could be traded at a moment"
+    def at(self, time: TimeLike) -> tuple[str, ...]:
+        "The symbols that could be traded at a moment"
         alive = (self.lives["listed"] <= to_ms(time)) & (to_ms(time) < self.lives["delisted"])
         return tuple(self.lives.index[alive])
 
-    def between(self, start, end)->tuple:
-        "Who lived at any time of a span: the candidates of a study, survivors or not"
+    def between(self, start: TimeLike, end: TimeLike) -> tuple[str, ...]:
+        "The symbols listed at any time of a span: the candidates of a study, survivors or not"
         return tuple(self.lives.index[(self.lives["listed"] < to_ms(end)) & (self.lives["delisted"] > to_ms(start))])
 
-    def mask(self, opens, timeframe, symbols=None)->np.ndarray:
+    def mask(
+        self,
+        opens: Sequence[int] | np.ndarray,
+        timeframe: str,
+        symbols: Iterable[str] | None = None,
+    ) -> np.ndarray:
         "(T, N): whether each candle lies within the life of its symbol, opening and close"
         rows = self.lives.loc[list(symbols or self.lives.index)]
         opens = np.asarray(opens, "int64")[:, None]
         step = milliseconds(timeframe)
         return (opens >= rows["listed"].to_numpy()) & (opens + step <= rows["delisted"].to_numpy())
 
-    def require(self, symbols, start, end):
+    def require(self, symbols: Iterable[str], start: TimeLike, end: TimeLike) -> None:
         "Refuse symbols that did not live through the whole span"
-        start, end = to_ms(start), to_ms(end)
-        for symbol in symbols:
-            if symbol not in self.lives.index:
-                raise ValueError(f"{symbol!r} is not in the universe "
-                                 f"({self.source or 'of ' + str(len(self.lives)) + ' symbols'}): add its listing, or "
-                                 "leave it out")
-            if start < self.lives.listed[symbol] or end > self.lives.delisted[symbol]:
-                raise ValueError(f"{symbol} could not be traded from {format_time(start)} to {format_time(end)} "
-                                 f"({life(self.lives, symbol)}): shorten the span, or take those of universe.at(start)")
+        for symbol in symbols: _require(self, symbol, to_ms(start), to_ms(end))
 
-    def cut(self, frames, timeframe)->dict:
+    def cut(self, frames: Mapping[str, pd.DataFrame], timeframe: str) -> dict[str, pd.DataFrame]:
         "Each frame within the life of its symbol; symbols without a candle there are left out"
         within = {symbol: frame[self.mask(times(frame), timeframe, [symbol])[:, 0]] for symbol, frame in frames.items()}
         return {symbol: frame for symbol, frame in within.items() if len(frame)}
 
-    def plot(self): return _plot(self)
+    def plot(self) -> "Figure":
+        "A line for each symbol from its listing to its delisting"
+        return _plot(self)
+
+
+def _require(universe, symbol, start, end):
+    "Refuse a symbol that was not listed through the whole span, in ms"
+    lives = universe.lives
+    if symbol not in lives.index:
+        raise ValueError(f"{symbol!r} is not in the universe "
+                         f"({universe.source or 'of ' + str(len(lives)) + ' symbols'}): add its listing, or "
+                         "leave it out")
+    if start < lives.listed[symbol] or end > lives.delisted[symbol]:
+        raise ValueError(f"{symbol} could not be traded from {format_time(start)} to {format_time(end)} "
+                         f"({life(lives, symbol)}): shorten the span, or take those of universe.at(start)")
 
 
 def _plot(universe):
@@ -104,10 +122,11 @@ def _plot(universe):
 
 # %% ../../nbs/15_sources/04_universe.ipynb #81b59902
 def read_universe(
-    path,   # a table with symbol, listed and delisted; or an address that begins with http
-)->Universe:
-    "The universe of a file"
-    table, name = read_table(path), str(path).rpartition("/")[2]
+    path: str | Path,  # a table with symbol, listed and delisted; or an address that begins with http
+) -> Universe:
+    "The universe in a file"
+    table = read_table(path)
+    name = str(path).rpartition("/")[2]
     missing = [column for column in ("symbol", "listed", "delisted") if column not in table]
     if missing:
         raise CandleError(f"{name}: no column {missing[0]!r} among {', '.join(map(str, table.columns))}: a universe "
@@ -123,9 +142,9 @@ NEVER = 4_100_000_000_000 # ms: deliveries after 2099 are how exchanges write "n
 
 
 def universe_of_markets(
-    markets:dict,    # of ccxt, by symbol
-    source:str="",   # of which exchange
-)->Universe:
+    markets: Mapping[str, dict],  # of ccxt, by symbol
+    source: str = "",             # of which exchange
+) -> Universe:
     "The universe that an exchange lists today"
     rows = {}
     for symbol, market in markets.items():
@@ -139,10 +158,10 @@ def universe_of_markets(
 
 # %% ../../nbs/15_sources/04_universe.ipynb #455eede8
 def universe_of_store(
-    store,           # Store
-    source:str,      # such as "archive"
-    timeframe:str,
-)->Universe:
+    store: Store,  # Store
+    source: str,   # such as "archive"
+    timeframe: str,
+) -> Universe:
     "The universe of what is held: a life lasts from the first candle to the close of the last"
     held = store.held()
     held = held[(held["source"] == source) & (held["timeframe"] == timeframe)]
@@ -155,9 +174,9 @@ QUOTES = ("USDT", "USDC", "BUSD", "FDUSD", "TUSD", "USD", "BTC", "ETH", "BNB", "
 
 
 def unified(
-    folder:str,   # spot, futures/um or futures/cm
-    name:str,     # Binance's own
-)->str|None:      # ccxt's name; None where the quote is not known
+    folder: str,  # spot, futures/um or futures/cm
+    name: str,    # Binance's own
+) -> str|None:  # ccxt's name; None where the quote is not known
     "The symbol behind a folder of the archive"
     pair, _, expiry = name.partition("_")
     found = next((quote for quote in QUOTES if pair.endswith(quote) and len(pair) > len(quote)), None)
@@ -166,14 +185,15 @@ def unified(
     settle = {"spot": "", "futures/um": f":{found}", "futures/cm": f":{coin}"}[folder]
     return f"{coin}/{found}{settle}{f'-{expiry}' if expiry.isdigit() else ''}"
 
-
+# %% ../../nbs/15_sources/04_universe.ipynb #5dabfed5
 def universe_of_archive(
-    folder:str="futures/um",   # spot, futures/um or futures/cm
-    url:str=LISTING,
-)->Universe:
-    "Everyone who ever traded there, to the month"
+    folder: str = "futures/um",  # spot, futures/um or futures/cm
+    url: str = LISTING,
+) -> Universe:
+    "Every symbol that ever traded there, to the month"
     from tqdm import tqdm
-    rows, prefix = {}, f"data/{folder}/monthly/klines/"
+    rows = {}
+    prefix = f"data/{folder}/monthly/klines/"
     for each in tqdm([name for name in listed_files(prefix, url) if name.endswith("/")], desc=f"listing of {folder}",
                      unit="symbols"):
         months = sorted(set(re.findall(r"-1d-(\d{4}-\d\d)\.zip", " ".join(listed_files(f"{each}1d/", url)))))

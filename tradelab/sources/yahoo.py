@@ -8,6 +8,7 @@ __all__ = ['SLOTS', 'yahoo_name', 'from_yahoo', 'FromYahoo']
 # %% ../../nbs/15_sources/07_yahoo.ipynb #yahooimp
 import time
 import warnings
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import cache
 from urllib.parse import urlsplit
@@ -15,14 +16,16 @@ from urllib.parse import urlsplit
 import pandas as pd
 
 from ..market.candles import check
+from ..market.store import Store
+from .stream import Closed
 from .tables import PAIR, NoCandlesError, UnreachableError, coins_of, format_bound, note_span
 from ..times import format_time, milliseconds
 
 # %% ../../nbs/15_sources/07_yahoo.ipynb #01d2a0be
 def yahoo_name(
-    symbol:str,   # "BTC/USD", or Yahoo's own
-)->str:
-    "What Yahoo calls it"
+    symbol: str,  # "BTC/USD", or Yahoo's own
+) -> str:
+    "Yahoo's name of a symbol"
     pair, _, settle = symbol.partition(":")
     name = pair.replace("/", "-")
     if settle and settle != pair.partition("/")[2] or name.endswith(("USDT", "USDC")):
@@ -41,34 +44,25 @@ def _redirected_session(base_url):
             return super().request(method, f"{base_url}{urlsplit(url).path}", *arguments, **options)
     return Session()
 
-# %% ../../nbs/15_sources/07_yahoo.ipynb #0909532a
+# %% ../../nbs/15_sources/07_yahoo.ipynb #a9ac3ccf
 SLOTS = {"1m": "1m", "5m": "5m", "15m": "15m", "30m": "30m", "1h": "60m", "1d": "1d"} # what Yahoo calls a timeframe
 
 
-def from_yahoo(
-    symbol:str,
-    timeframe:str,
-    start:int,       # ms
-    end=None,        # ms, exclusive
-    base_url=None,   # where another server speaks its protocol
-    gaps:bool=False, # whether holes are allowed, for whoever deals with them
-)->pd.DataFrame:
-    "Checked candles of Yahoo Finance"
+def _table(name, timeframe, start, end, base_url):
+    "What Yahoo answers, or one of our errors"
     try:
         import yfinance
     except ImportError as error:
         raise NoCandlesError("yahoo needs the package yfinance, which is not installed: pip install -e '.[yahoo]' in "
                              "the folder of tradelab") from error
-    if timeframe not in SLOTS: raise NoCandlesError(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
-    name = yahoo_name(symbol)
     until = None if end is None else pd.Timestamp(end, unit="ms", tz="UTC")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yfinance.config.debug.hide_exceptions = False
-            table = yfinance.Ticker(name, session=_redirected_session(base_url) if base_url
-                                    else None).history(start=pd.Timestamp(start, unit="ms", tz="UTC"), end=until,
-                                                       interval=SLOTS[timeframe], auto_adjust=False, actions=False)
+            ticker = yfinance.Ticker(name, session=_redirected_session(base_url) if base_url else None)
+            return ticker.history(start=pd.Timestamp(start, unit="ms", tz="UTC"), end=until, interval=SLOTS[timeframe],
+                                  auto_adjust=False, actions=False)
     except yfinance.exceptions.YFException as error:
         raise NoCandlesError(f"yahoo refused {name} ({' '.join(str(error).split())[:160]})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -77,6 +71,20 @@ def from_yahoo(
     except Exception as error:
         raise UnreachableError(
             f"yahoo cannot be reached ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from error
+
+# %% ../../nbs/15_sources/07_yahoo.ipynb #0909532a
+def from_yahoo(
+    symbol: str,
+    timeframe: str,
+    start: int,                   # ms
+    end: int | None = None,       # ms, exclusive
+    base_url: str | None = None,  # where another server speaks its protocol
+    gaps: bool = False,           # whether holes are allowed, for whoever deals with them
+) -> pd.DataFrame:
+    "Checked candles of Yahoo Finance"
+    if timeframe not in SLOTS: raise NoCandlesError(f"yahoo has no candles of {timeframe}: it has {', '.join(SLOTS)}")
+    name = yahoo_name(symbol)
+    table = _table(name, timeframe, start, end, base_url)
     if table.empty:
         raise NoCandlesError(f"yahoo has no candles of {name} from {format_time(start)} to {format_bound(end)}: ask "
                              "for another span")
@@ -95,7 +103,18 @@ class FromYahoo:
     url:str|None = None
     id = "yahoo"
 
-    def history(self, symbol, timeframe, start, end, store=None, gaps=False):
+    def history(
+        self,
+        symbol: str,
+        timeframe: str,
+        start: int,
+        end: int | None,
+        store: Store | None = None,
+        gaps: bool = False,
+    ) -> pd.DataFrame:
+        "Checked candles"
         return from_yahoo(symbol, timeframe, start, end, self.url, gaps)
 
-    def stream(self, symbol, timeframe): raise NoCandlesError("yahoo has no stream of candles: take an exchange")
+    def stream(self, symbol: str, timeframe: str) -> AsyncIterator[Closed]:
+        "Nothing: Yahoo has no stream, `NoCandlesError`"
+        raise NoCandlesError("yahoo has no stream of candles: take an exchange")
