@@ -21,9 +21,9 @@ import tradelab
 from tradelab.account import POSITION, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.intervals import intervals
-from tradelab.evaluation.metrics import drawdowns, metrics, round_trips
+from tradelab.evaluation.metrics import drawdowns, journal_round_trips, metrics
 from tradelab.evaluation.value_at_risk import tail_history
-from tradelab.evaluation.var_backtest import judge
+from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.events import KNOWN, Fill, TradingState
 from tradelab.features.observation import Observation, feature_columns
 from tradelab.instruments import Instrument
@@ -220,7 +220,7 @@ def result(found, whole=True):
     out |= {"equity.value": found.equity.to_numpy(), "equity.index": column(found.equity.index)}
     out |= record("summary", found.summary())
     if not whole: return out
-    out |= table("trips", found.trips) | table("journal trips", round_trips(found.journal))
+    out |= table("trips", found.round_trips) | table("journal trips", journal_round_trips(found.journal))
     out |= table("drawdowns", drawdowns(found.equity)) | record("equity alone", metrics(found.equity))
     if len(found.fill_rows): out |= table("execution", found.execution)
     if found.observations is not None: out["seen.observations"] = found.observations
@@ -412,7 +412,7 @@ def run_risk(run, market):
             "covariance.shrunk": ledoit_wolf(returns)[0]}
     index = pd.RangeIndex(len(returns))
     held = pd.Series((weights[:-1] * returns).sum(axis=1), index)
-    judged = judge(held, *(pd.Series(tails[:-1, 4, 1, which], index) for which in (0, 1)))
+    judged = var_backtest(held, *(pd.Series(tails[:-1, 4, 1, which], index) for which in (0, 1)))
     out |= {"judged.kupiec": np.array(judged.kupiec), "judged.exceptions": np.array([judged.exceptions]),
             "judged.christoffersen": np.array([number for each in judged.christoffersen.values() for number in each]),
             "judged.depth": np.array(judged.depth)}

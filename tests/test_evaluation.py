@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tradelab.evaluation.difference import first_difference
 from tradelab.evaluation.intervals import intervals
-from tradelab.evaluation.metrics import LABELS, drawdowns, metrics, round_trips
+from tradelab.evaluation.metrics import LABELS, drawdowns, journal_round_trips, metrics
 from tradelab.evaluation.tearsheet import TearSheet, costs, months, rolling_sharpe, thinned
 from tradelab.journal import JOURNAL
 
@@ -86,7 +86,7 @@ def test_metrics_against_the_textbook_written_another_way():
     gross = [abs(row.position * row.close) / row.equity for row in journal.itertuples()]
     assert found.gross_exposure == pytest.approx(sum(gross) / len(gross))
     assert found.annual_turnover == pytest.approx(found.turnover * 8760 / 199)
-    profits = round_trips(journal)["profit"].tolist()
+    profits = journal_round_trips(journal)["profit"].tolist()
     won = sum(value for value in profits if value > 0)
     lost = -sum(value for value in profits if value < 0)
     spread = (sum((value - sum(profits) / len(profits)) ** 2 for value in profits) / (len(profits) - 1)) ** .5
@@ -211,7 +211,7 @@ def test_round_trips_by_walking_fill_by_fill():
         else:
             cash -= remaining * row.fill_price + row.fee
             held += remaining
-    trips = round_trips(journal)
+    trips = journal_round_trips(journal)
     assert len(profits) > 50
     assert np.allclose(trips["profit"], profits)
     assert (trips["entry_time"] < trips["exit_time"]).all()
@@ -221,8 +221,8 @@ def test_trips_of_two_symbols_are_those_of_each():
     one = random_journal(3)
     two = random_journal(4, symbol="ETH/USDT:USDT")
     both = pd.concat([one, two]).sort_index(kind="stable")
-    assert round_trips(both)["profit"].sum() == pytest.approx(round_trips(one)["profit"].sum()
-                                                              + round_trips(two)["profit"].sum())
+    assert journal_round_trips(both)["profit"].sum() == pytest.approx(journal_round_trips(one)["profit"].sum()
+                                                              + journal_round_trips(two)["profit"].sum())
     found = metrics(one["equity"], both)
     assert found.gross_exposure == pytest.approx(((one["position"].abs() * one["close"] + two["position"].abs()
                                                    * two["close"]) / one["equity"]).mean())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, maintenance_margin, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
-from tradelab.evaluation.metrics import round_trips
+from tradelab.evaluation.metrics import journal_round_trips
 from tradelab.instruments import BITCOIN, BITCOIN_BRACKETS, bracket_amounts
 from tradelab.journal import JOURNAL
 from tradelab.market.synthetic import ar1, funding
@@ -415,7 +415,7 @@ def test_round_trips_within_a_candle_count():
                     stops=Stops(stop_loss=.01, take_profit=0.))
     target = pd.Series(np.where(np.arange(3_000) % 5 == 0, 1., 0.), candles.index)
     result = backtest(target, candles, limits=limits, execution=Execution(protect=True), baselines=())
-    ours, theirs = round_trips(result.journal), result.trips
+    ours, theirs = journal_round_trips(result.journal), result.round_trips
     assert (theirs["entry_time"] == theirs["exit_time"]).sum() > 200
     assert len(ours) == len(theirs) > 300
     np.testing.assert_allclose(ours["profit"], theirs["profit"], atol=1e-6)
@@ -449,7 +449,7 @@ def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
             if held == 0.:
                 profits.append(cash)
                 cash = 0.
-    summary, trips = result.summary(), result.trips
+    summary, trips = result.summary(), result.round_trips
     assert summary.round_trips == len(trips) == len(profits)
     np.testing.assert_allclose(sorted(trips["profit"]), sorted(profits), atol=1e-6)
     if not profits: return

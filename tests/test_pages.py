@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tradelab.evaluation.round_trips import trips_summary, written_trips
+from tradelab.evaluation.round_trips import round_trips_summary, written_round_trips
 from tradelab.evaluation.tearsheet import TearSheet, rolling_sharpe, while_traded
 from tradelab.jobs import write_page
 from tradelab.market.synthetic import ar1
@@ -197,8 +197,8 @@ def test_a_page_ends_with_its_parameters_and_wraps_its_cells(tmp_path):
 
 
 def test_written_trades_are_the_last_ones(results):
-    trips = results[300, 20].trips
-    shown = written_trips(trips, 5)
+    trips = results[300, 20].round_trips
+    shown = written_round_trips(trips, 5)
     assert len(shown) == 5
     assert shown.attrs["of"] == len(trips)
     assert shown["Profit [quote]"].tolist() == [f"{value:,.2f}" for value in trips["profit"].tail(5)]
@@ -244,13 +244,14 @@ def test_a_trade_that_a_rule_closed_says_which():
     result = backtest(buy_and_hold(), candles, limits=Limits(max_position=.9, max_leverage=1., max_drawdown=.99),
                       baselines=())
     decided = {reason.name.lower().replace("_", " ") for reason in STOPS_DECIDED}
-    by_rule = result.trips[result.trips["left_by"].isin(decided)]
+    by_rule = result.round_trips[result.round_trips["left_by"].isin(decided)]
     rows = result.journal[(result.journal["order"] != 0) & (result.journal["reason"] != Reason.STOPPED_OUT)]
     assert len(by_rule)
-    assert "market" not in set(result.trips["left_by"]) # who holds for ever leaves by a rule only
+    assert "market" not in set(result.round_trips["left_by"]) # who holds for ever leaves by a rule only
     for trip in by_rule.itertuples():
         assert rows[rows.index < trip.exit_time]["reason"].iloc[-1] == Reason[trip.left_by.upper().replace(" ", "_")]
-    assert trips_summary(result.trips).partition("left by ")[2].split()[0] in {word.split()[0] for word in decided}
+    named = round_trips_summary(result.round_trips).partition("left by ")[2].split()[0]
+    assert named in {word.split()[0] for word in decided}
 
 
 def test_a_rolling_ratio_ends_where_trading_was_halted():

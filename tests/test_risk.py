@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.evaluation.risk_report import RiskView
+from tradelab.evaluation.risk_report import RiskReport
 from tradelab.evaluation.value_at_risk import METHODS, TailRisk, historical, tail, tail_history
-from tradelab.evaluation.var_backtest import judge
+from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.events import TradingState
 from tradelab.market.synthetic import ar1, realistic
 from tradelab.risk.breakers import CLOSED, DEFAULTS, Breakers
@@ -84,7 +84,7 @@ def test_filtered_history_holds_on_real_days(name):
     values = tail_history(close.to_numpy()[:, None], np.ones(1), "1d")
     returns = close.pct_change()[1:]
     def found(method, level):
-        return judge(returns, *(returns * 0 + values[:-1, METHODS.index(method), (.95, .99).index(level), k]
+        return var_backtest(returns, *(returns * 0 + values[:-1, METHODS.index(method), (.95, .99).index(level), k]
                                 for k in (0, 1)), level)
     assert found("filtered", .95).kupiec[1] > .01
     assert found("gaussian", .99).exceptions > found("filtered", .99).exceptions
@@ -183,7 +183,7 @@ def test_the_risk_of_a_run_is_shown_on_every_timeframe(timeframe):
     index, close = candles.index, candles["close"].to_numpy()
     journal = pd.DataFrame(dict(close=close, equity=10_000 * close / close[0], position=10_000 / close[0],
                                 fill_quantity=0., reason=0, value=0., limit=0., symbol="BTC/USDT:USDT"), index)
-    view = RiskView("held", journal, journal["equity"])
+    view = RiskReport("held", journal, journal["equity"])
     page = view._repr_html_()
     assert view.lookback == max(30, 100 * step / 86_400_000)
     assert "not shown" not in page
@@ -191,4 +191,4 @@ def test_the_risk_of_a_run_is_shown_on_every_timeframe(timeframe):
     known = view.value_at_risk()["var"].notna()
     assert known.any() == (30 * 86_400_000 <= 150 * step)
     assert ("which this run does not have" in page) != known.any()
-    assert "not shown" in RiskView("one", journal[:1], journal["equity"][:1])._repr_html_()
+    assert "not shown" in RiskReport("one", journal[:1], journal["equity"][:1])._repr_html_()

@@ -20,10 +20,10 @@ from matplotlib.cbook import is_math_text
 import tradelab
 from tradelab.account import POSITION
 from tradelab.errors import CandleError
-from tradelab.evaluation.risk_report import RiskView
+from tradelab.evaluation.risk_report import RiskReport
 from tradelab.evaluation.tearsheet import TearSheet
 from tradelab.evaluation.value_at_risk import TailMeasures
-from tradelab.evaluation.var_backtest import judge
+from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.export import TABLES, export
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.live.broker import BrokerError, Notice, error_text
@@ -80,11 +80,11 @@ def shown(run):
     return {"evaluation.metrics.Metrics": run.summary(),
             "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL),
             "evaluation.result.Result": run,
-            "evaluation.risk_report.RiskView": RiskView(EVIL, run.journal, run.equity,
+            "evaluation.risk_report.RiskReport": RiskReport(EVIL, run.journal, run.equity,
                                                         (BreakerEvent(0, EVIL, EVIL, EVIL, EVIL, "open", EVIL),),
                                                         machine, {symbol: EVIL for symbol in run.symbols}),
                                                         "risk.trading_state.StateMachine": machine,
-            "evaluation.var_backtest.Judgement": judge(returns, returns * 0 + .02, returns * 0 + .03),
+            "evaluation.var_backtest.VarBacktest": var_backtest(returns, returns * 0 + .02, returns * 0 + .03),
             "evaluation.value_at_risk.TailMeasures": TailMeasures(np.zeros((5, 2, 2)), 10.),
             "risk.portfolio.PortfolioMeasures": PortfolioRisk(run.symbols, np.array([BITCOIN.row()] * 2)).measures(1e4,
         np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL),
@@ -112,7 +112,7 @@ def test_what_a_notebook_shows_is_text(shown, name):
         assert not FORBIDDEN.search(html)
         if name not in ("evaluation.metrics.Metrics", "evaluation.value_at_risk.TailMeasures",
                         "risk.portfolio.PortfolioMeasures", "live.session.Statistics",
-                        "evaluation.var_backtest.Judgement"):
+                        "evaluation.var_backtest.VarBacktest"):
             assert "&lt;script&gt;" in html
 
 

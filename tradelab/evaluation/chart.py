@@ -6,6 +6,8 @@
 __all__ = ['MOST', 'MARKS', 'MOST_TRADED', 'coarser', 'chart', 'parts_of', 'draw_price', 'price_figure']
 
 # %% ../../nbs/40_evaluation/08_chart.ipynb #f7e5f9f9
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pandas as pd
 
@@ -13,15 +15,19 @@ from .round_trips import cut_at_zero
 from ..figures import INK, LONG, SHORT, dates, finished
 from ..texts import chart_text, figure_text
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # imported when something is drawn
+    from matplotlib.figure import Figure
+
 # %% ../../nbs/40_evaluation/08_chart.ipynb #ec6f6ab7
 MOST = 4_000 # candles that are drawn
 
 
 def coarser(
     candles:pd.DataFrame,
-    most:int=MOST,
-)->tuple:             # the candles in steps, and how many are in one
-    "Several candles in one, where there are too many"
+    most:int=MOST,        # candles that are left
+)->tuple[pd.DataFrame, int]: # the candles in steps, and how many are in one
+    "Candles merged into longer ones if there are too many"
     step = -(-len(candles) // most)
     if step <= 1: return candles, 1
     groups = np.arange(len(candles)) // step
@@ -35,7 +41,7 @@ MARKS = {"stop": "x", "trailing": "x", "take profit": "star", "liquidation": "he
 
 
 def _fills(figure, fills):
-    "Buys and sells, a colour each, a sign for each kind of order"
+    "Draw buys and sells, a colour for each side and a symbol for each kind of order"
     import plotly.graph_objects as plot
     for buys, color, word in ((True, LONG, "buy"), (False, SHORT, "sell")):
         rows = fills[(fills["quantity"] > 0) == buys]
@@ -51,10 +57,10 @@ def _fills(figure, fills):
 # %% ../../nbs/40_evaluation/08_chart.ipynb #d9233ad0
 def chart(
     candles:pd.DataFrame,            # of one symbol
-    fills:pd.DataFrame|None=None,    # as a result keeps them; those of the span are shown
+    fills:pd.DataFrame|None=None,    # as a result keeps them; those within the span are shown
     equity:pd.Series|None=None,      # below the candles
     title:str="",
-):                                   # plotly Figure
+)->Any:                              # plotly's Figure
     "Candles, fills and equity to zoom into"
     import plotly.graph_objects as plot
     from plotly.subplots import make_subplots
@@ -84,7 +90,7 @@ MOST_TRADED = 4 # symbols that a picture has room for
 
 def parts_of(
     fills:pd.DataFrame, # of one symbol, as a result keeps them
-# price, entry (True where it enlarges the position), long (True where the position is or was long); index as the fills
+# price, entry (True if it enlarges the position), long (True if the position is or was long); index as the fills
 )->pd.DataFrame:
     "Fills as entries and exits"
     source, part, after = cut_at_zero(fills["quantity"].to_numpy(float))
@@ -95,12 +101,13 @@ def parts_of(
 
 # %% ../../nbs/40_evaluation/08_chart.ipynb #9e9c5fd8
 def draw_price(
-    axis,                # matplotlib axis
+    axis:"Axes",
     candles:pd.DataFrame,# of one symbol
-    fills:pd.DataFrame,  # of it
-):
-    "Closes, entries and exits"
-    shown, parts = coarser(candles, 2_000)[0], parts_of(fills)
+    fills:pd.DataFrame,  # of the same symbol
+)->None:
+    "Draw closes, entries and exits"
+    shown, _ = coarser(candles, 2_000)
+    parts = parts_of(fills)
     size = float(np.clip(4_000 / max(len(parts), 1), 6, 40))
     axis.plot(shown.index, shown["close"], color="#8c96a8", lw=.8, zorder=1)
     marks = (("entered long", parts["entry"] & parts["long"], "^", LONG),
@@ -113,12 +120,12 @@ def draw_price(
 
 # %% ../../nbs/40_evaluation/08_chart.ipynb #33bbb94b
 def price_figure(
-    candles:dict,        # frames by symbol
-    fills:pd.DataFrame,  # of all of them
+    candles:dict[str, pd.DataFrame], # by symbol
+    fills:pd.DataFrame,              # of all of them
     title:str="",
-    most:int=MOST_TRADED,
-):                       # matplotlib Figure
-    "Prices with entries and exits, the symbols that were traded most"
+    most:int=MOST_TRADED,            # symbols
+)->"Figure":
+    "Prices with entries and exits, of the symbols that were traded most"
     import matplotlib.pyplot as plt
     if not candles:
         raise ValueError("no candles were kept with this result: run the backtest again, a session keeps none")

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['YEAR', 'UNKNOWN', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL', 'step_range', 'check_equity', 'periods_per_year',
            'until_ruin', 'drawdown', 'spells', 'drawdowns', 'drawdown_duration', 'mean_square_fall', 'drawdown_metrics',
-           'ReturnSums', 'powers', 'tails', 'ratios', 'curve_metrics', 'traded_cash', 'round_trips', 'rows_of',
-           'check_journal', 'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics', 'trips_of']
+           'ReturnSums', 'powers', 'tails', 'ratios', 'curve_metrics', 'traded_cash', 'journal_round_trips', 'rows_of',
+           'check_journal', 'trade_ratios', 'held', 'activity', 'written', 'Metrics', 'metrics', 'RunResult',
+           'round_trips_of']
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
 from math import nan
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from ..times import milliseconds
 def step_range(
     times,  # int64 (T,)
 ):          # (least, most); (1, 1) where there is none
-    "The shortest and the longest step"
+    "The shortest and the longest step, in the unit of the times"
     if len(times) < 2: return 1, 1
     least = most = times[1] - times[0]
     for i in range(2, len(times)):
@@ -36,7 +37,7 @@ def step_range(
 def check_equity(
     equity:pd.Series, # quote, at each close; UTC index of open times
 )->pd.Series:         # float64
-    "Refuse equity that no metric could be computed from (`ValueError`)"
+    "The equity as float64, or `ValueError` if no metric can be computed from it"
     if not isinstance(equity, pd.Series):
         raise ValueError(f"equity must be a pandas Series, was {type(equity).__name__}")
     if not (isinstance(equity.index, pd.DatetimeIndex) and str(equity.index.tz) == "UTC"):
@@ -87,14 +88,14 @@ def until_ruin(
 def drawdown(
     equity:pd.Series, # quote
 )->pd.Series:         # fraction of the highest equity so far, >= 0
-    "How far below its peak the equity stands, at each close"
+    "How far equity is below its peak, at each close"
     values = equity.to_numpy(np.float64)
     return pd.Series(1. - values / np.maximum.accumulate(values), equity.index, name=equity.name)
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #ecdbebb3
 @compiled
 def spells(
-    values,  # (T,), equity
+    values,  # (T,) float64, equity
 ):           # int64 (n, 3): rows of the peak, the bottom, and the recovery; T where there was none
     "Every stretch below an earlier peak, in order of time"
     found = np.empty((len(values) // 2 + 1, 3), np.int64)
@@ -140,8 +141,8 @@ def _longest(times, found):
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #bfc49353
 @compiled
 def mean_square_fall(
-    values,  # (T,), equity
-):
+    values,  # (T,) float64, equity
+)->float:
     "Mean of the squared drawdown"
     peak, total = values[0], 0.
     for value in values:
@@ -152,7 +153,7 @@ def mean_square_fall(
 
 def drawdown_metrics(
     equity:pd.Series, # quote, checked
-)->dict:              # fractions, and a Timedelta
+)->dict[str, Any]:    # fractions, and a Timedelta
     "Largest and average drawdown, the longest, and the ulcer index"
     values = equity.to_numpy()
     found = spells(values)
@@ -163,7 +164,7 @@ def drawdown_metrics(
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #d9dce071
 class ReturnSums(NamedTuple):
-    "What `powers` sums up"
+    "The sums that the ratios are made of"
     second:float    # central moments of the population
     third:float
     fourth:float
@@ -176,10 +177,10 @@ class ReturnSums(NamedTuple):
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #a92aeaab
 @compiled
 def powers(
-    returns, # (T,)
-    mean,    # of them
+    returns, # (T,) float64
+    mean,    # float64, of them
 ):           # ReturnSums
-    "The sums that the ratios are made of"
+    "The sums of powers of returns, taken in one pass"
     second = 0.
     third = 0.
     fourth = 0.
@@ -215,7 +216,7 @@ def _lowest(values, share):
 
 def tails(
     returns:np.ndarray, # simple, per candle, at least two
-)->dict:                # fractions of one candle, losses above zero
+)->dict[str, float]:    # fractions of one candle, losses above zero
     "Tail ratio, value at risk and expected shortfall at 95 %, from history alone"
     values = returns.copy()
     low, lowest = _lowest(values, .05)
@@ -234,7 +235,7 @@ UNKNOWN = dict.fromkeys(("annual_volatility", "sharpe", "sortino", "omega", "tai
 def ratios(
     returns:np.ndarray, # simple, per candle
     periods:float,      # candles in a year
-)->dict:                # `nan` where fewer than two returns or no risk
+)->dict[str, float]:    # `nan` where fewer than two returns or no risk
     "Annual volatility, Sharpe, Sortino, omega, the shape of the distribution, and its tails"
     if len(returns) < 2: return dict(UNKNOWN)
     mean = float(returns.mean())
@@ -253,8 +254,8 @@ def ratios(
 def curve_metrics(
     equity:pd.Series,        # quote
     timeframe:str|None=None, # "1h"; inferred where not given
-)->dict:                     # named as the attributes of `Metrics`
-    "What the equity alone says"
+)->dict[str, Any]:           # named as the attributes of `Metrics`
+    "The metrics of the equity alone"
     equity = until_ruin(check_equity(equity))
     values, fallen = equity.to_numpy(), drawdown_metrics(equity)
     gained = float(values[-1] / values[0] - 1)
@@ -271,9 +272,8 @@ def curve_metrics(
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #06443aa6
 def traded_cash(
     journal:pd.DataFrame, # columns of `journal.JOURNAL`
-)->tuple:                 # quote: notional traded, and cash that came in, in each row
-    """What a step traded: several fills of one candle are summed in columns of their own, which older journals do not
-    have"""
+)->tuple[pd.Series, pd.Series]: # quote: notional traded, and cash received, in each row
+    "What each step traded; several fills of one candle are summed in their own columns, which older journals lack"
     notional = (journal["fill_quantity"] * journal["fill_price"]).fillna(0.)
     if "traded" not in journal: return notional.abs(), -notional
     several = journal["traded"].fillna(0.) > 0.
@@ -281,7 +281,7 @@ def traded_cash(
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #43b6002b
 def _symbol_trips(rows):
-    "The finished round trips of one symbol"
+    "The finished round trips of one symbol, from its rows of a journal"
     before, quantity, price, fee, funding = (np.nan_to_num(rows[name].to_numpy(np.float64))
                                              for name in ("position", "fill_quantity", "fill_price", "fee", "funding"))
     last = before[-1] + quantity[-1]
@@ -303,10 +303,10 @@ def _symbol_trips(rows):
                              exit_time=rows.index[ends], profit=profit[:finished]))
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #02a436a4
-def round_trips(
+def journal_round_trips(
     journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
 )->pd.DataFrame:          # symbol, side, entry_time, exit_time, profit [quote]; in order of exit
-    "The finished round trips; times are those of the candles whose close decided"
+    "The finished round trips that a journal shows; times are those of the candles whose close decided"
     if not len(journal): return pd.DataFrame(columns=["symbol", "side", "entry_time", "exit_time", "profit"])
     return pd.concat([_symbol_trips(rows) for _, rows in journal.groupby("symbol", sort=False)]).sort_values(
         "exit_time", kind="stable", ignore_index=True)
@@ -315,7 +315,10 @@ def round_trips(
 JOURNAL_COLUMNS = ("close", "position", "fill_quantity", "fill_price", "fee", "funding", "symbol")
 
 
-def rows_of(journal, equity):
+def rows_of(
+    journal:pd.DataFrame, # index open_time
+    equity:pd.Series,     # index open_time
+)->np.ndarray:            # int64, as many as the journal has rows
     "The row of the equity, in order of time, at or after each row of the journal"
     return np.searchsorted(equity.index.as_unit("ns").asi8, journal.index.as_unit("ns").asi8)
 
@@ -324,7 +327,7 @@ def check_journal(
     journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # of the same run and span
 )->pd.DataFrame:
-    "Refuse a journal that does not belong to the equity (`ValueError`)"
+    "The journal, or `ValueError` if it does not belong to the equity"
     missing = [name for name in JOURNAL_COLUMNS if name not in journal.columns]
     if missing:
         raise ValueError(f"journal lacks {', '.join(missing)}: it needs the columns of journal.JOURNAL and symbol")
@@ -340,7 +343,7 @@ def check_journal(
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #aaf60798
 def trade_ratios(
     profits:np.ndarray, # quote, of each finished round trip, net
-)->dict:                # `nan` where there are none, or none that lost
+)->dict[str, float]:    # `nan` where there are none, or none that lost
     "Hit rate, profit factor, expectancy and system quality number"
     if not len(profits): return dict(hit_rate=nan, profit_factor=nan, expectancy=nan, sqn=nan)
     deviation = profits.std(ddof=1) if len(profits) > 1 else 0.
@@ -353,7 +356,7 @@ def held(
     # columns of `journal.JOURNAL` and `symbol`; index open_time, each of them in that of the equity
     journal:pd.DataFrame,
     equity:pd.Series,     # quote
-)->dict:
+)->dict[str, float]:      # time_in_market, a fraction; gross_exposure, a multiple of equity
     "How much of the time something was held, and how much"
     rows = rows_of(journal, equity)
     notional = np.nan_to_num(np.abs(journal["position"].to_numpy(float) * journal["close"].to_numpy(float)))
@@ -368,15 +371,15 @@ def held(
 def activity(
     journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # quote, of the same run and span
-    # the finished round trips with their `profit`, where the fills are known; else those of the journal
-    trips:pd.DataFrame|None=None,
-)->dict:                  # named as the attributes of `Metrics`
-    "What was done and what it cost"
+    # the finished round trips with their `profit`, if the fills are known; else those of the journal
+    round_trips:pd.DataFrame|None=None,
+)->dict[str, Any]:        # named as the attributes of `Metrics`
+    "What was traded and what it cost"
     check_journal(journal, equity)
-    trips = round_trips(journal) if trips is None else trips
+    if round_trips is None: round_trips = journal_round_trips(journal)
     traded = traded_cash(journal)[0]
     alive = until_ruin(equity)
-    profits = trips["profit"].to_numpy(float)
+    profits = round_trips["profit"].to_numpy(float)
     living = traded[journal.index <= alive.index[-1]]
     turnover = float(living.sum() / alive[alive > 0].mean())
     years = (alive.index[-1] - alive.index[0]) / YEAR
@@ -409,7 +412,7 @@ def written(
     value:float,  # in the unit of its label
     decimals:int,
 )->str:
-    "A number for people: thousands apart, a dash for what is not defined, powers of ten for the absurd"
+    "A number for people: thousands separated, a dash for an undefined one, powers of ten for an absurd one"
     if np.isnan(value): return "-"
     return f"{round(value, decimals) + 0.:,.{decimals}f}" if abs(value) < 1e7 else f"{value:.1e}"
 
@@ -420,7 +423,7 @@ ANNUAL = ("annual_return", "sharpe", "sortino", "calmar", "annual_turnover")
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #01b08ab6
 @dataclass(frozen=True)
 class Metrics:
-    "What an equity curve and its journal say; `nan` where a number is not defined or no journal was given"
+    "The metrics of an equity curve and its journal; `nan` where one is not defined or no journal was given"
     start:pd.Timestamp             # open time of the first and the last close
     end:pd.Timestamp
     steps:int                      # closes
@@ -464,7 +467,7 @@ class Metrics:
                          dtype=np.float64, name="value")
 
     def written(self)->pd.Series:
-        "The same as text; annual figures of less than `SHORTEST` are left out"
+        "The table as text; annual figures of less than `SHORTEST` are left out"
         short = self.end - self.start < SHORTEST
         texts = ["-" if short and name in ANNUAL else written(value, decimals) for value,
                  (name, (_, _, decimals)) in zip(self.table(), LABELS.items())]
@@ -478,16 +481,24 @@ def metrics(
     equity:pd.Series,                # quote, at each close; UTC index of open times
     journal:pd.DataFrame|None=None,  # of the same run and span; without it what was done is not known
     timeframe:str|None=None,         # "1h"; inferred from the equity where not given
-    trips:pd.DataFrame|None=None,    # its finished round trips, where the fills are known
+    round_trips:pd.DataFrame|None=None, # its finished ones, if the fills are known
 )->Metrics:
-    "Measure a run; `ValueError` for equity or a journal that cannot be measured"
+    "The metrics of a run; `ValueError` for equity or a journal that cannot be measured"
     if journal is None: return Metrics(**curve_metrics(equity, timeframe))
-    return Metrics(**curve_metrics(equity, timeframe), **activity(journal, equity, trips))
+    return Metrics(**curve_metrics(equity, timeframe), **activity(journal, equity, round_trips))
+
+# %% ../../nbs/40_evaluation/01_metrics.ipynb #03bed1d8
+class RunResult(Protocol):
+    "A run that can be measured"
+    @property
+    def equity(self)->pd.Series: ...       # quote, at each close; UTC index of open times
+    @property
+    def journal(self)->pd.DataFrame: ...   # columns of JOURNAL and `symbol`, index open_time
 
 
-def trips_of(
-    result,         # .journal; and .trips, where it knows its fills
-)->pd.DataFrame:    # symbol, side, entry_time, exit_time, profit [quote] and more
+def round_trips_of(
+    result:RunResult,   # with `.round_trips`, if it knows its fills
+)->pd.DataFrame:        # symbol, side, entry_time, exit_time, profit [quote] and more
     "The finished round trips of a result: its own, or those that its journal shows"
-    known = getattr(result, "trips", None)
-    return round_trips(result.journal) if known is None else known
+    known = getattr(result, "round_trips", None)
+    return journal_round_trips(result.journal) if known is None else known

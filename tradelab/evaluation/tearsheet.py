@@ -10,10 +10,12 @@ __all__ = ['SHOWN', 'WINDOWS', 'MONTHS', 'HELD', 'WARNINGS', 'SECTIONS', 'exposu
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #cbc21202
 import base64
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from string import Template
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,13 +23,14 @@ import pandas as pd
 from tradelab.evaluation.metrics import (
     LABELS,
     Metrics,
+    RunResult,
     check_equity,
     check_journal,
     drawdown,
     drawdowns,
     metrics,
     periods_per_year,
-    trips_of,
+    round_trips_of,
     until_ruin,
     written,
 )
@@ -52,6 +55,10 @@ from ..risk.answers import answered_text, halts
 from ..sections import section_html
 from ..texts import figure_text, html_text, printable
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # imported when something is drawn
+    from matplotlib.figure import Figure
+
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #26c030fd
 def exposure(
     journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
@@ -62,9 +69,9 @@ def exposure(
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #b21176d6
 def check_results(
-    results:dict, # name -> result with .equity and .journal
-)->dict:
-    "Refuse results that cannot be compared (`ValueError`)"
+    results:Mapping[str, RunResult], # by name, the subject first
+)->Mapping[str, RunResult]:
+    "The results, or `ValueError` if they cannot be compared"
     if not isinstance(results, dict) or not results:
         raise ValueError(f"a tear sheet needs results as name: result, the subject first, was {results!r:.60}")
     for name, result in results.items():
@@ -88,32 +95,43 @@ def thinned(
     series:pd.Series,   # any length
     columns:int=2_000,  # stretches that are kept
 )->pd.Series:           # at most two values a stretch, in order, and the last
-    "As few values as a picture can show"
+    "The series reduced to as many values as a picture can show"
     if len(series) <= 4 * columns: return series
-    values, width = series.to_numpy(), -(-len(series) // columns)
+    values = series.to_numpy()
+    width = -(-len(series) // columns)
     starts = np.arange(0, len(series), width)
     parts = [values[start:start + width] for start in starts]
     rows = np.unique(np.concatenate([[start + side(np.nan_to_num(part)) for start, part in zip(starts, parts)]
                                      for side in (np.argmin, np.argmax)] + [[0, len(series) - 1]]))
     return series.iloc[rows]
 
-# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #bd520968
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #c86f0290
+def _style(number, subject_width, other_width):
+    "How the curve of a result is drawn; number 0 is the subject"
+    if number: return dict(color=BEHIND[(number - 1) % len(BEHIND)], lw=other_width)
+    return dict(color=INK, lw=subject_width)
+
+
+def _halted_label(name, halted):
+    return figure_text(name) + (f", halted {halted[0]:%Y-%m-%d}" if len(halted) else "")
+
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #445b4ae6
 def draw_curves(
-    axes,        # matplotlib axes: equity, drawdown
-    results:dict,
-):
-    "Equity as a multiple of its start, and drawdown; the subject in colour, a cross where trading was halted"
+    axes:"Sequence[Axes]",             # equity, drawdown
+    results:Mapping[str, RunResult],   # by name, the subject first
+)->None:
+    "Draw equity as a multiple of its start, and drawdown; the subject in colour, a cross where trading was halted"
     curves = {name: check_equity(result.equity) for name, result in results.items()}
     for i, (name, equity) in reversed(list(enumerate(curves.items()))):
-        style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.6)
-        multiple = thinned(equity / equity.iloc[0])
+        style = _style(i, 1.6, .9)
+        whole = equity / equity.iloc[0]
+        multiple = thinned(whole)
         depth = thinned(-100 * drawdown(equity))
         halted = halts(results[name].journal)["from"]
-        axes[0].plot(naive_times(multiple), multiple.to_numpy(),
-                     label=figure_text(name) + (f", halted {halted[0]:%Y-%m-%d}" if len(halted) else ""), **style)
+        axes[0].plot(naive_times(multiple), multiple.to_numpy(), label=_halted_label(name, halted), **style)
         if len(halted):
-            axes[0].plot(naive_times(equity[halted]), (equity / equity.iloc[0])[halted].to_numpy(), "X",
-                         color=style["color"], ms=7, mec="white", mew=.6)
+            axes[0].plot(naive_times(equity[halted]), whole[halted].to_numpy(), "X", color=style["color"], ms=7,
+                         mec="white", mew=.6)
         axes[1].plot(naive_times(depth), depth.to_numpy(), **style | dict(lw=.8))
         if not i: axes[1].fill_between(naive_times(depth), depth.to_numpy(), color=INK, alpha=.25, lw=0)
     multiples = np.concatenate([equity / equity.iloc[0] for equity in curves.values()])
@@ -130,17 +148,17 @@ SHOWN = 6 # symbols that have a line of their own
 
 
 def _long_and_short(share):
-    "Of many symbols what is held on each side together"
+    "The sums of the long and the short side of many symbols, and the net"
     sides = {f"long, {len(share.columns)} symbols": share.clip(lower=0).sum(axis=1),
              f"short, {len(share.columns)} symbols": share.clip(upper=0).sum(axis=1)}
     return pd.DataFrame(sides | {"net": share.sum(axis=1)})
 
 
 def draw_exposure(
-    axis,                  # matplotlib axis
-    journal:pd.DataFrame,
-):
-    "The exposure of the subject: long and short in their colours, or a line for each of several symbols"
+    axis:"Axes",
+    journal:pd.DataFrame,  # columns of `journal.JOURNAL` and `symbol`; index open_time
+)->None:
+    "Draw the exposure of the subject: long and short in their colours, or a line for each of several symbols"
     share = exposure(journal)
     if len(share.columns) > SHOWN: share = _long_and_short(share)
     for symbol in share:
@@ -176,40 +194,45 @@ def rolling_sharpe(
     return ratio.where(equity.index - equity.index[0] >= pd.Timedelta(days=days)).rename("sharpe")
 
 
-def window_of(equity)->int:
-    "Days of the window, 0 where the span is too short for any"
+def window_of(
+    equity:pd.Series,        # index open_time
+)->int:
+    "The window of the rolling Sharpe ratio in days, 0 if the span is too short for any"
     return next((days for days in WINDOWS if equity.index[-1] - equity.index[0] >= 2 * pd.Timedelta(days=days)), 0)
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #09606d12
 def while_traded(
-    series:pd.Series,  # index open_time
-    halted,            # as `risk.answers.halts` makes it
+    series:pd.Series,     # index open_time
+    halted:pd.DataFrame,  # as `risk.answers.halts` makes it
 )->pd.Series:
-    "The same, NaN behind the beginning of each halt: who does not trade earns no ratio"
+    "The series, NaN after the beginning of each halt: without trading there is no ratio"
     kept = series.copy()
     for row in halted.itertuples():
         kept[(kept.index > row[1]) & ((kept.index < row.until) if pd.notna(row.until) else True)] = np.nan
     return kept
 
-# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #ec644d76
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #1a46b420
+def _nothing(axis, why):
+    axis.set(xticks=[], yticks=[])
+    axis.text(.5, .5, why, transform=axis.transAxes, ha="center", va="center", color="#888888")
+
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #e58d378f
 def draw_rolling_sharpe(
-    axis,         # matplotlib axis
-    results:dict,
-):
-    "The rolling Sharpe ratio of each result, the subject in colour; a line ends with a cross where trading was halted"
+    axis:"Axes",
+    results:Mapping[str, RunResult],   # by name, the subject first
+)->None:
+    "Draw the rolling Sharpe ratio of each result, the subject in colour; a line ends with a cross at a halt"
     days = window_of(next(iter(results.values())).equity)
     axis.set_ylabel(f"Sharpe, {days} days [annual]" if days else "Sharpe [annual]")
     if not days: return _nothing(axis, f"a rolling Sharpe ratio needs {2 * WINDOWS[-1]} days")
     for i, (name, result) in reversed(list(enumerate(results.items()))):
         halted = halts(result.journal) if hasattr(result, "journal") else pd.DataFrame(columns=["from", "until"])
         whole = while_traded(rolling_sharpe(result.equity, days), halted)
-        style = dict(color=BEHIND[(i - 1) % len(BEHIND)], lw=.9) if i else dict(color=INK, lw=1.4)
+        style = _style(i, 1.4, .9)
         ratio = thinned(whole)
         ends = whole.reindex(halted["from"]).dropna()
         if ratio.notna().any():
-            axis.plot(naive_times(ratio), ratio.to_numpy(),
-                      label=figure_text(name) + (f", halted {halted['from'][0]:%Y-%m-%d}" if len(halted) else ""),
-                      **style)
+            axis.plot(naive_times(ratio), ratio.to_numpy(), label=_halted_label(name, halted["from"]), **style)
         if len(ends):
             axis.plot(naive_times(ends), ends.to_numpy(), "X", color=style["color"], ms=7, mec="white", mew=.6)
     axis.axhline(0, color="#999999", lw=.6)
@@ -218,17 +241,12 @@ def draw_rolling_sharpe(
     axis.margins(y=.15)
     dates(axis)
 
-# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #012c2b10
-def _nothing(axis, why):
-    axis.set(xticks=[], yticks=[])
-    axis.text(.5, .5, why, transform=axis.transAxes, ha="center", va="center", color="#888888")
-
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #c400cd46
 def draw_returns(
-    axis,              # matplotlib axis
-    equity:pd.Series,
-):
-    "How many candles returned how much"
+    axis:"Axes",
+    equity:pd.Series,  # quote, at each close
+)->None:
+    "Draw how many candles returned how much"
     equity = until_ruin(check_equity(equity))
     returns = 100 * equity.pct_change().to_numpy()[1:]
     returns = returns[returns != 0]
@@ -241,16 +259,16 @@ def draw_returns(
     normal = (len(returns) * width * np.exp(-.5 * ((at - returns.mean()) / returns.std()) ** 2)
               / (returns.std() * np.sqrt(2 * np.pi)))
     axis.plot(at, normal, color=BEHIND[1], lw=1.2, label="normal")
-    axis.set_ylim(.5, 2 * max(counts.max(), normal.max()))
+    axis.set_ylim(.5, 2 * max(np.max(counts), normal.max()))
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #cc2fe035
 def draw_trades(
-    axis,      # matplotlib axis
-    result,    # .journal; and .trips, where it knows its fills
-):
-    "How many round trips earned how much, net"
-    profits = trips_of(result)["profit"].to_numpy(float)
+    axis:"Axes",
+    result:RunResult,
+)->None:
+    "Draw how many round trips earned how much, net"
+    profits = round_trips_of(result)["profit"].to_numpy(float)
     axis.set(xlabel="Profit of a round trip [quote]", ylabel="Round trips [count]")
     if not len(profits): return _nothing(axis, "no finished round trip")
     width = max(np.ptp(np.append(profits, 0.)) / 40, 1e-9)
@@ -263,21 +281,23 @@ def draw_trades(
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #511563db
 def costs(
-    result,       # .journal; and .fills, a table with `spread` and `impact` [quote], where it has one
-)->pd.Series:     # quote, above zero is paid
+    result:RunResult, # with .fills, a table with `spread` and `impact` [quote], if it has one
+)->pd.Series:         # quote, above zero is paid
     "What trading cost, by kind"
     fills = getattr(result, "fills", None)
-    known = [] if fills is None or not len(fills) else [name for name in ("spread", "impact") if name in fills]
-    return pd.Series(dict(fees=result.journal["fee"].sum(), funding=-result.journal["funding"].sum())
-                     | {name: fills[name].sum() for name in known}, dtype=float)
+    paid = {"fees": result.journal["fee"].sum(), "funding": -result.journal["funding"].sum()}
+    if fills is not None and len(fills):
+        paid |= {name: fills[name].sum() for name in ("spread", "impact") if name in fills}
+    return pd.Series(paid, dtype=float)
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #0a229f70
 def draw_costs(
-    axis,      # matplotlib axis
-    result,
-):
-    "From the profit before costs to what was left, one step a cost, each with its amount"
-    paid, equity = costs(result), result.equity
+    axis:"Axes",
+    result:RunResult,
+)->None:
+    "Draw the way from the profit before costs to the net one, a step per cost, each with its amount"
+    paid = costs(result)
+    equity = result.equity
     left = equity.iloc[-1] - equity.iloc[0]
     levels = left + paid.sum() - np.append(0., np.cumsum(paid))
     axis.barh(0, levels[0], color=BEHIND[0], height=.7)
@@ -332,7 +352,7 @@ def months_html(
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #4d19f4cb
 def spells_html(
     equity:pd.Series, # quote, at each close
-    n:int=5,
+    n:int=5,          # at most so many
 )->str:
     "The deepest drawdowns as a table for people"
     worst = drawdowns(equity, n)
@@ -418,10 +438,10 @@ def market_return(
 
 
 def answer_of(
-    results:dict, # name -> result, the subject first
-    caption:str,  # in or out of sample
+    results:Mapping[str, RunResult], # by name, the subject first
+    caption:str,                     # in or out of sample
 )->str:
-    "What came of it, in a sentence"
+    "The outcome, in a sentence"
     subject = next(iter(results.values()))
     equity = check_equity(subject.equity)
     gained = until_ruin(equity).iloc[-1] / equity.iloc[0] - 1
@@ -461,8 +481,8 @@ def _marked(text):
 
 
 def halts_table(
-    results:dict, # name -> result
-)->pd.DataFrame:  # a row per halt of each
+    results:Mapping[str, RunResult], # by name
+)->pd.DataFrame:                     # a row per halt of each
     "When and why trading was halted, for all of them, in words"
     found = {name: halts(result.journal) for name, result in results.items()}
     rows = [(name, f"{row[1]:%Y-%m-%d %H:%M}", "the end" if pd.isna(row.until) else f"{row.until:%Y-%m-%d %H:%M}",
@@ -498,7 +518,7 @@ SECTIONS = {
 def sections_html(
     written:pd.DataFrame, # as `TearSheet.written` makes it
 )->str:
-    "The table of metrics, broken into its questions"
+    "The table of metrics, divided into its questions"
     return "\n".join(f"<section><h3>{title}</h3>"
                      f"{written.loc[[LABELS[name][0] for name in names]].to_html(border=0)}</section>" for title,
                      names in SECTIONS.items())
@@ -524,9 +544,9 @@ def _page(sheet):
 @dataclass(frozen=True)
 class TearSheet:
     "One result beside its baselines"
-    results:dict       # name -> result with .equity and .journal; the first is the subject
+    results:Mapping[str, RunResult]  # by name; the first is the subject
     caption:str = ""   # "out of sample", "in sample: trained on 2020-01 to 2022-06" ...
-    source:str = ""    # where the prices came from; the subject's own `equity.attrs["source"]` where not given
+    source:str = ""    # where the prices came from; the subject's own `equity.attrs["source"]` if not given
     net:str = "net of costs" # which costs are in it
 
     def __post_init__(self): check_results(self.results)
@@ -536,12 +556,12 @@ class TearSheet:
 
     @property
     def metrics(self)->dict[str, Metrics]:
-        return {name: metrics(result.equity, result.journal, trips=trips_of(result)) for name,
-                result in self.results.items()}
+        return {name: metrics(result.equity, result.journal, round_trips=round_trips_of(result))
+                for name, result in self.results.items()}
 
     @property
     def answer(self)->str:
-        "What came of it, in a sentence"
+        "The outcome, in a sentence"
         return answer_of(self.results, self.caption)
 
     @property
@@ -558,15 +578,15 @@ class TearSheet:
         return pd.DataFrame({name: measured.table() for name, measured in self.metrics.items()})
 
     def written(self)->pd.DataFrame:
-        "The same as text"
+        "The table as text"
         return pd.DataFrame({name: measured.written() for name, measured in self.metrics.items()})
 
-    def plot(self):
-        "Equity, drawdown and the subject's exposure, as a matplotlib Figure"
+    def plot(self)->"Figure":
+        "Equity, drawdown and the subject's exposure"
         return _figure(self)
 
-    def details(self):
-        "Rolling Sharpe ratio, distributions and costs, as a matplotlib Figure"
+    def details(self)->"Figure":
+        "Rolling Sharpe ratio, distributions and costs"
         return _details(self)
 
     def months(self)->pd.DataFrame:

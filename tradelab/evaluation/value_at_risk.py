@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'METHODS', 'Z', 'FAR', 'historical', 'density', 'below', 'gaussian', 'bent', 'crossing', 'tail_part',
-           'sublevel', 'cornish_fisher', 'standardised', 'tail', 'remember', 'as_held', 'window_of', 'TailMeasures',
-           'TailRisk', 'tail_history']
+           'sublevel', 'cornish_fisher', 'standardised', 'tail', 'remember', 'as_held', 'lookback_candles',
+           'TailMeasures', 'TailRisk', 'tail_history']
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #f4151977
 import math
@@ -24,10 +24,10 @@ METHODS = ("historical", "gaussian", "cornish_fisher", "ewma", "filtered")
 
 @compiled
 def historical(
-    returns,  # (window,), fractions
-    level,    # such as 0.99
+    returns,  # (window,) float64, fractions
+    level,    # float64, such as 0.99
 )->tuple:     # (VaR, ES), fractions, above 0 is a loss
-    "Quantile and tail mean of what has happened"
+    "Value at risk and shortfall of a history: its quantile and the mean beyond it"
     place = (len(returns) - 1) * (1. - level)
     last = int(place + 1e-9)
     worst = np.sort(np.partition(returns, last + 1)[:last + 2]) if len(returns) > last + 1 else np.sort(returns)
@@ -40,11 +40,13 @@ Z = tuple(-z for z in (1.6448536269514722, 2.3263478740408408)) # quantiles of t
 
 
 @compiled
-def density(z): return math.exp(-.5 * z * z) / math.sqrt(2. * math.pi)
+def density(z): # of the standard normal distribution
+    return math.exp(-.5 * z * z) / math.sqrt(2. * math.pi)
 
 
 @compiled
-def below(z): return .5 * math.erfc(-z / math.sqrt(2.))
+def below(z): # probability, of the standard normal distribution
+    return .5 * math.erfc(-z / math.sqrt(2.))
 
 
 @compiled
@@ -53,20 +55,30 @@ def gaussian(
     deviation,  # of the returns
     z,          # quantile of the normal distribution, below 0
 )->tuple:       # (VaR, ES)
-    "As if returns were normal"
+    "Value at risk and shortfall of normal returns"
     return -(mean + z * deviation), -mean + deviation * density(z) / below(z)
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #a1814964
 @compiled
-def bent(z, skewness, kurtosis):
-    "Cornish and Fisher's polynomial"
+def bent(
+    z,          # quantile of the normal distribution
+    skewness,
+    kurtosis,   # excess
+)->float:
+    "Cornish and Fisher's polynomial at z"
     return (z + (z * z - 1.) * skewness / 6. + (z ** 3 - 3. * z) * kurtosis / 24. - (2. * z ** 3 - 5. * z)
             * skewness ** 2 / 36.)
 
 
 @compiled
-def crossing(x, low, high, skewness, kurtosis):
-    "Where the polynomial passes x between two places on which it is monotone"
+def crossing(
+    x,          # value of the polynomial
+    low,        # it is monotone from here
+    high,       # to here
+    skewness,
+    kurtosis,   # excess
+)->float:
+    "Where the polynomial passes x"
     rising = bent(high, skewness, kurtosis) > bent(low, skewness, kurtosis)
     for _ in range(60):
         middle = .5 * (low + high)
@@ -76,7 +88,12 @@ def crossing(x, low, high, skewness, kurtosis):
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #db156745
 @compiled
-def tail_part(low, high, skewness, kurtosis):
+def tail_part(
+    low,        # of the interval of Z
+    high,
+    skewness,
+    kurtosis,   # excess
+)->tuple:
     "Probability of an interval of Z, and the integral of the polynomial over it"
     p = below(high) - below(low)
     a = density(low)
@@ -92,9 +109,12 @@ FAR = 12. # deviations; nothing normal is beyond
 
 
 @compiled
-def sublevel(x, one, two, skewness, kurtosis):
-    "Probability that the polynomial is below x, and its integral there; it turns at `one` and `two`"
-    p, total = 0., 0.
+def sublevel(
+    x,          # value of the polynomial
+    one, two,   # where it turns; equal where it does not
+    skewness, kurtosis,
+)->tuple:
+    "Probability that the polynomial is below x, and its integral there"
     if one == two: return tail_part(-FAR, crossing(x, -FAR, FAR, skewness, kurtosis), skewness, kurtosis)
     top = bent(one, skewness, kurtosis)
     bottom = bent(two, skewness, kurtosis)
@@ -137,11 +157,11 @@ def cornish_fisher(
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #8941e2bf
 @compiled
 def standardised(
-    returns,  # (window,), oldest first
+    returns,  # (window,) float64, oldest first
     decay,    # weight of the newest return
-    out,      # (window,), written: each return over the volatility that was expected for it
+    out,      # (window,) float64, written: each return over the volatility that was expected for it
 )->float:     # the volatility that is expected for the next one
-    "Returns without their changing volatility"
+    "Write the returns divided by their changing volatility; what is expected next"
     variance = (returns ** 2).mean()
     for t in range(len(returns)):
         out[t] = returns[t] / math.sqrt(variance) if variance > 0. else 0.
@@ -151,15 +171,16 @@ def standardised(
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #e04c7cdc
 @compiled
 def tail(
-    returns,  # (window,), of what is held, fractions, oldest first
+    returns,  # (window,) float64, of what is held, fractions, oldest first
     decay,    # weight of the newest return
-    out,      # (5, 2, 2), written: METHODS x LEVELS x (VaR, ES); NaN where a return is not a number
+    out,      # (5, 2, 2) float64, written: METHODS x LEVELS x (VaR, ES); NaN where a return is not a number
 ):
-    "Value at risk and expected shortfall of the next candle"
+    "Write value at risk and expected shortfall of the next candle"
     out[:] = np.nan
     mean = returns.mean()
     if not np.isfinite(mean): return
-    shocks, centred = np.empty(len(returns)), returns - mean
+    shocks = np.empty(len(returns))
+    centred = returns - mean
     variance = (centred ** 2).mean()
     volatility = standardised(returns, decay, shocks)
     deviation = math.sqrt(variance)
@@ -175,29 +196,40 @@ def tail(
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #db246966
 @compiled
-def remember(ring, count, last, closes):
-    "One more close of each symbol; returns how many returns have been seen"
+def remember(
+    ring,     # (window, n) float64, changed
+    count,    # int, returns that have been seen; -1 before the first close
+    last,     # (n,) float64, the closes before, changed
+    closes,   # (n,) float64, quote per base
+)->int:
+    "How many returns have been seen after one more close of each symbol"
     if count >= 0:
         for n in range(len(last)): ring[count % len(ring), n] = closes[n] / last[n] - 1.
     last[:] = closes
     return count + 1
 
-
+# %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #6e1ff391
 @compiled
-def as_held(ring, count, weights, out):
-    "The past of what is held now, oldest first"
+def as_held(
+    ring,     # (window, n) float64
+    count,    # int, returns that have been seen
+    weights,  # (n,) float64, multiples of equity, signed
+    out,      # (window,) float64, written, oldest first
+):
+    "Write the past returns of what is held now"
     for t in range(len(ring)):
-        row, total = (count + t) % len(ring), 0.
+        row = (count + t) % len(ring)
+        total = 0.
         for n in range(len(weights)):
             if weights[n] != 0.: total += weights[n] * ring[row, n]
         out[t] = total
 
-
-def window_of(
+# %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #fe592510
+def lookback_candles(
     timeframe:str,   # such as "1h"
     days:float=252,
 )->int:              # candles; crypto trades around the clock
-    "A lookback in the timeframe's own candles"
+    "The lookback in candles of the timeframe"
     return max(int(round(days * milliseconds("1d") / milliseconds(timeframe))), 1)
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #d9764a45
@@ -207,13 +239,13 @@ class TailMeasures:
     values:np.ndarray  # (5, 2, 2): METHODS x LEVELS x (VaR, ES), fractions of equity, above 0 is a loss
     equity:float = 1.  # quote
 
-    def var(self, method="filtered", level=.99):
+    def var(self, method:str="filtered", level:float=.99)->float:
         return float(self.values[METHODS.index(method), LEVELS.index(level), 0])
-    def shortfall(self, method="filtered", level=.99):
+    def shortfall(self, method:str="filtered", level:float=.99)->float:
         return float(self.values[METHODS.index(method), LEVELS.index(level), 1])
 
     def table(self)->pd.DataFrame:
-        "In percent of equity, and in quote where the equity is known"
+        "Percent of equity, and quote if the equity is known"
         columns = [f"{name} {level:.0%} [%]" for level in LEVELS for name in ("VaR", "ES")]
         frame = pd.DataFrame(100 * self.values.reshape(len(METHODS), -1), [name.replace("_", "-") for name in METHODS],
                              columns)
@@ -235,11 +267,11 @@ class TailRisk:
         decay:float=.06,     # weight of the newest return in the volatility
     ):
         if not 0 < decay < 1: raise ValueError(f"decay must lie between 0 and 1, was {decay}: RiskMetrics takes 0.06")
-        if window_of(timeframe, days) < 100:
-            raise ValueError(f"{days} days are {window_of(timeframe, days)} candles of {timeframe}, one loss in a "
-                             "hundred cannot be seen in them: take at least "
+        if lookback_candles(timeframe, days) < 100:
+            raise ValueError(f"{days} days are {lookback_candles(timeframe, days)} candles of {timeframe}, one loss in "
+                             "a hundred cannot be seen in them: take at least "
                              f"{100 * milliseconds(timeframe) / 86_400_000:g} days")
-        self.ring = np.full((window_of(timeframe, days), n), np.nan)
+        self.ring = np.full((lookback_candles(timeframe, days), n), np.nan)
         self.last = np.full(n, np.nan)
         self.count = -1
         self.decay = decay
@@ -251,12 +283,12 @@ class TailRisk:
         "Closes that the first number needs"
         return len(self.ring) + 1
 
-    def update(self, closes:np.ndarray):
-        "The closes of one candle, (n,), quote per base"
+    def update(self, closes:np.ndarray)->None:
+        "Take the closes of one candle, (n,), quote per base"
         self.count = remember(self.ring, self.count, self.last, closes)
 
     def measures(self, weights:np.ndarray, equity:float=1.)->TailMeasures:
-        "Of notionals as multiples of equity, signed, (n,); NaN until enough is known"
+        "Tail measures of notionals as multiples of equity, signed, (n,); NaN until enough is known"
         as_held(self.ring, self.count, np.ascontiguousarray(weights, float), self._past)
         tail(self._past, self.decay, self._out)
         return TailMeasures(self._out.copy(), equity)
@@ -264,7 +296,8 @@ class TailRisk:
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #6046fe90
 @compiled
 def _history(closes, weights, ring, last, decay, out):
-    past, count = np.empty(len(ring)), -1
+    past = np.empty(len(ring))
+    count = -1
     for t in range(len(closes)):
         count = remember(ring, count, last, closes[t])
         if count < len(ring): out[t] = np.nan
@@ -276,9 +309,9 @@ def _history(closes, weights, ring, last, decay, out):
 def tail_history(
     closes:np.ndarray,   # (T, n), quote per base
     weights:np.ndarray,  # (T, n) or (n,), notionals as multiples of equity, signed: what is held over the next candle
-    timeframe:str,
-    days:float=252,
-    decay:float=.06,
+    timeframe:str,       # of the candles, such as "1h"
+    days:float=252,      # lookback
+    decay:float=.06,     # weight of the newest return in the volatility
 )->np.ndarray:           # (T, 5, 2, 2): the forecast made at each close, NaN until enough is known
     "Tail risk over a history"
     closes = np.ascontiguousarray(np.asarray(closes, float).reshape(len(closes), -1))

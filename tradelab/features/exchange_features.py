@@ -61,14 +61,16 @@ DAY = 86_400_000. # ms
 def _time_of_day(state, parameters, candle, out):
     "Time of day (UTC, of the candle's open) on a circle: sine, and cosine, 1 at midnight"
     angle = 2. * np.pi * (candle[OPEN_TIME] % DAY / DAY)
-    out[0], out[1] = np.sin(angle), np.cos(angle)
+    out[0] = np.sin(angle)
+    out[1] = np.cos(angle)
 
 
 @inlined
 def _time_of_week(state, parameters, candle, out):
     "Time of week (UTC, of the candle's open) on a circle: sine, and cosine, 1 at the beginning of Monday"
     angle = 2. * np.pi * ((candle[OPEN_TIME] + 3. * DAY) % (7. * DAY) / (7. * DAY)) # the epoch was a Thursday
-    out[0], out[1] = np.sin(angle), np.cos(angle)
+    out[0] = np.sin(angle)
+    out[1] = np.cos(angle)
 
 
 time_of_day = Indicator("time_of_day", _time_of_day, {}, ("sin", "cos"), lambda: 0, lambda: 1, (OPEN_TIME,))

@@ -25,7 +25,8 @@ from ..trust import NotTrustedError, UnnamedError, bring
 @inlined
 def _series(state, parameters, candle, out):
     "A figure of news or the economy, as of its publication; age: hours since then"
-    out[0], out[1] = candle[FUNDING_RATE], candle[INDEX_PRICE]
+    out[0] = candle[FUNDING_RATE]
+    out[1] = candle[INDEX_PRICE]
 
 
 series = Indicator("series", _series, {}, ("value", "age"), lambda: 0, lambda: 1)
@@ -80,7 +81,8 @@ def find(
 _FEATURE = re.compile(r"((?:[\w.]+:)?[A-Za-z_]\w*)(?:\(([^()]*)\))?(?:\.(\w+))?(?:@(\w*))?((?:\[[^\[\]]*\])*)",
                       re.ASCII)
 _SYMBOL = re.compile(r"\w+/\w+(:\w+)?", re.ASCII)
-LONGEST_FEATURE, LARGEST_NUMBER = 300, 1_000_000 # characters; a window or a lag in candles
+LONGEST_FEATURE = 300     # characters
+LARGEST_NUMBER = 1_000_000 # a window or a lag in candles
 
 
 def _number(word, text):

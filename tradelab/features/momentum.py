@@ -119,7 +119,8 @@ def _ppo(state, parameters, candle, out):
     slow = smooth(state, candle[CLOSE], first_weight(2. / (parameters[1] + 1.), begins), 2)
     value = 100. * (fast - slow) / slow
     signal = smooth(state, value, first_weight(2. / (parameters[2] + 1.), begins), 3)
-    state[0], state[4] = count + 1., candle[CLOSE]
+    state[0] = count + 1.
+    state[4] = candle[CLOSE]
     if state[0] >= settled: out[0] = value
     if state[0] < settled + parameters[2] - 1.: return
     out[1] = signal
@@ -142,7 +143,8 @@ def _mean_of_last(state, value, window, at, strip):
 @inlined
 def _stochastic(state, parameters, candle, out):
     "Place of the close in the range of the window, 0 to 100; d is its mean over `smooth`"
-    days, clock = parameters[1], tick(state, parameters[0])
+    days = parameters[1]
+    clock = tick(state, parameters[0])
     high = window_high(state, candle[HIGH], clock, 2, 6)
     low = window_low(state, candle[LOW], clock, 3, 6 + clock[1])
     if not complete(state): return

@@ -148,11 +148,13 @@ def put(
     place,   # in the window
 )->bool:     # whether all of them are numbers
     "Write one scaled row of features into both halves of the strip, so that the window is always one piece of it"
-    window, whole = len(strip) // 2, True
+    window = len(strip) // 2
+    whole = True
     for n in range(which.shape[0]):
         for f in range(which.shape[1]):
             value = scaled(values[which[n, f]], scaling[0, f], scaling[1, f], scaling[2, f])
-            strip[place, n, f], strip[place + window, n, f] = value, value
+            strip[place, n, f] = value
+            strip[place + window, n, f] = value
             whole &= not np.isnan(value)
     return whole
 
@@ -252,7 +254,7 @@ def training_candles(
     if not gaps: refuse_hole(times, period_of(times), "candles to fit on")
     return times, known
 
-
+# %% ../../nbs/20_features/12_observation.ipynb #3307317a
 def fit_observation(
     observation:"Observation",
     candles:CandlesLike|np.ndarray,  # the training span only: frames, or (T, rows, 5 or 11)

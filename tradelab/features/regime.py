@@ -52,9 +52,12 @@ def prepare(
     for k in range(4):
         stay = np.exp(-1. / parameters[6 + k])
         share = parameters[10 + k] / shares
-        law[k], law[4 + k], law[8 + k] = stay, (1. - stay) / (1. - share), share
+        law[k] = stay
+        law[4 + k] = (1. - stay) / (1. - share)
+        law[8 + k] = share
         law[12 + k] = parameters[0] if k == BULL else -parameters[1] if k == BEAR else 0.
-        law[16 + k], law[20 + k] = parameters[2 + k], np.log(parameters[2 + k])
+        law[16 + k] = parameters[2 + k]
+        law[20 + k] = np.log(parameters[2 + k])
     law[24] = parameters[14]
 
 # %% ../../nbs/20_features/13_regime.ipynb #cf18f865
@@ -89,7 +92,8 @@ OUTPUTS = ("number", "confidence", *REGIMES)
 def _regime(state, parameters, candle, out):
     """Regime of the market by Hamilton's filter: its number (0 bull, 1 bear, 2 volatile, 3 sideways), confidence and
     probabilities"""
-    before, state[0] = state[0], candle[CLOSE]
+    before = state[0]
+    state[0] = candle[CLOSE]
     if before == 0.:
         prepare(parameters, state[9:])
         for k in range(4): state[1 + k] = .25
@@ -99,7 +103,8 @@ def _regime(state, parameters, candle, out):
     for k in range(4):
         out[2 + k] = state[1 + k]
         if state[1 + k] > state[1 + number]: number = k
-    out[0], out[1] = number, state[1 + number]
+    out[0] = number
+    out[1] = state[1 + number]
 
 # %% ../../nbs/20_features/13_regime.ipynb #9603ab31
 regime = Indicator("tradelab.features.regime:regime", _regime, PARAMETERS, OUTPUTS, lambda *parameters: 9 + LAW,
@@ -164,7 +169,8 @@ def expectation(
     last = len(returns) - 1
     likelihood = 0.
     prepare(parameters, law)
-    smoothed, ratio = np.full(4, .25), np.zeros(4)
+    smoothed = np.full(4, .25)
+    ratio = np.zeros(4)
     for t in range(len(returns)):
         likelihood += advance(smoothed, predicted[t], law, returns[t])
         filtered[t] = smoothed
@@ -280,7 +286,7 @@ def begun(
     for k in present: start[6 + k], start[10 + k] = 100., 1.
     return start
 
-
+# %% ../../nbs/20_features/13_regime.ipynb #19baf795
 def best_climb(
     returns:np.ndarray,        # (T,)
     present:tuple[int, ...],   # numbers of the regimes that this market may have

@@ -57,7 +57,8 @@ def gather(
         whole[HIGH], whole[LOW], whole[CLOSE] = (max(whole[HIGH], candle[HIGH]), min(whole[LOW], candle[LOW]),
                                                  candle[CLOSE])
         for i in range(VOLUME, TAKER_BUY_VOLUME + 1): whole[i] = decimal8(whole[i] + candle[i])
-        whole[FUNDING_RATE], whole[INDEX_PRICE] = candle[FUNDING_RATE], candle[INDEX_PRICE]
+        whole[FUNDING_RATE] = candle[FUNDING_RATE]
+        whole[INDEX_PRICE] = candle[INDEX_PRICE]
     return bar[0] == length / step
 
 # %% ../../nbs/20_features/03_stream.ipynb #c7fb8aef
@@ -100,7 +101,8 @@ def longer_candles(
     if len(columns) < len(KNOWN):
         raise ValueError(f"candles have no open times, and {timeframe} cannot be made without: take them from "
                          "matrix(frame, KNOWN)")
-    length, times = milliseconds(timeframe), columns[OPEN_TIME]
+    length = milliseconds(timeframe)
+    times = columns[OPEN_TIME]
     step = float(np.diff(times).min()) if len(times) > 1 else float(length)
     if length % step or not step:
         raise ValueError(f"{timeframe} is not a multiple of the candles' own {step / 60_000:g} minutes: features can "
@@ -122,7 +124,8 @@ def laid_out(
     clocks:list[int],               # for each, the number of its clock
 )->tuple[np.ndarray, np.ndarray]:   # SLOT (features,); float64, the memory that they point into
     "The table of a set of features: state, delay and parameters of each, one after another"
-    slots, memory = np.zeros(len(features), SLOT), [np.zeros(0)]
+    slots = np.zeros(len(features), SLOT)
+    memory = [np.zeros(0)]
     for slot, feature, clock in zip(slots, features, clocks):
         indicator = feature.indicator
         parameters = np.array(feature.parameters, float)
@@ -152,7 +155,8 @@ def delayed(
 )->float:       # NaN while it fills
     "The value from as many calls ago as the ring is long"
     place = 1 + int(ring[0])
-    before, ring[place] = ring[place], value
+    before = ring[place]
+    ring[place] = value
     ring[0] = ring[0] + 1. if place + 1 < len(ring) else 0.
     return before
 
@@ -182,7 +186,8 @@ def look(
         if clock["closed"]: clock["newest"] = bar[1 + OPEN_TIME]
         elif clock["newest"] != due(candle[OPEN_TIME], step, clock["length"]): clock["newest"] = -1.
     for f in range(len(slots)):
-        slot, clock = slots[f], clocks[slots[f]["clock"]]
+        slot = slots[f]
+        clock = clocks[slots[f]["clock"]]
         if clock["newest"] < 0.: values[f] = np.nan
         if not clock["closed"] or slot["loop"] < 0: continue
         run(slot["loop"], memory[slot["state"]:slot["state"] + slot["cells"]],
@@ -237,7 +242,8 @@ class FeatureStream:
             raise ValueError(f"a candle is {len(COLUMNS)} numbers, {' '.join(COLUMNS)}, or {len(KNOWN)}, "
                              f"{' '.join(KNOWN)}, for each of {len(self._candles)} symbols; was an array of shape "
                              f"{candles.shape}")
-        self._candles[:, :candles.shape[1]], self._candles[:, candles.shape[1]:] = candles, np.nan
+        self._candles[:, :candles.shape[1]] = candles
+        self._candles[:, candles.shape[1]:] = np.nan
         return self._candles
 
     def _refuse(self, bad, candles):

@@ -111,13 +111,15 @@ def _way(
     ring,       # where the ring begins
 )->float:
     "Put a change into the window; the sum over it"
-    left, rounded = push(state, change, clock, ring), state[at]
+    left = push(state, change, clock, ring)
+    rounded = state[at]
     result = state[at + 1] - left + change
     if rounded == 0. and result <= .25 * close:
         state[at + 1] = result
         return result
     result, rest, last, _ = sum_anew(state, clock, ring)
-    state[at], state[at + 1] = 0. if rest == 0. and result <= .25 * close else 1., result
+    state[at] = 0. if rest == 0. and result <= .25 * close else 1.
+    state[at + 1] = result
     return result + (rest + last)
 
 # %% ../../nbs/20_features/05_trend.ipynb #5cfaffcb
@@ -128,7 +130,8 @@ def _kama(state, parameters, candle, out):
     clock = tick(state, parameters[0])
     fast = 2. / (parameters[1] + 1.)
     slow = 2. / (parameters[2] + 1.)
-    before, average = state[2], state[3]
+    before = state[2]
+    average = state[3]
     resting = rests(state, close == before, min(fast, slow), 6)
     past = push(state, close, clock, 7 + clock[1])
     way = _way(state, abs(close - before), close, clock, 4, 7)
@@ -157,7 +160,8 @@ def _macd(state, parameters, candle, out):
     fast = smooth(state, candle[CLOSE], first_weight(2. / (parameters[0] + 1.), begins), 1)
     slow = smooth(state, candle[CLOSE], first_weight(2. / (parameters[1] + 1.), begins), 2)
     signal = smooth(state, fast - slow, first_weight(2. / (parameters[2] + 1.), begins), 3)
-    state[0], state[4] = count + 1., candle[CLOSE]
+    state[0] = count + 1.
+    state[4] = candle[CLOSE]
     if state[0] >= settled: out[0] = fast - slow
     if state[0] < settled + parameters[2] - 1.: return
     out[1] = signal
@@ -198,7 +202,9 @@ def _adx(state, parameters, candle, out):
     close = state[2]
     count = state[3]
     settled = state[4]
-    state[0], state[1], state[2] = candle[HIGH], candle[LOW], candle[CLOSE]
+    state[0] = candle[HIGH]
+    state[1] = candle[LOW]
+    state[2] = candle[CLOSE]
     if close == 0.: return
     longest = STILL * window
     state[9] = (state[9] + 1. if (candle[HIGH] == high) & (candle[LOW] == low) & (candle[CLOSE] == close) else 0.
@@ -250,7 +256,9 @@ def _vortex(state, parameters, candle, out):
     low = state[3]
     close = state[4]
     size = as_index(parameters[0])
-    state[2], state[3], state[4] = candle[HIGH], candle[LOW], candle[CLOSE]
+    state[2] = candle[HIGH]
+    state[3] = candle[LOW]
+    state[4] = candle[CLOSE]
     if close == 0.: return
     clock = tick(state, size)
     up = window_sum(state, abs(candle[HIGH] - low), clock, 5, 14)
@@ -294,19 +302,23 @@ def _psar(state, parameters, candle, out):
     low = state[5]
     still = (candle[HIGH] == high) & (candle[LOW] == low)
     begins = rests(state, still, step * STILL / 5., 6) | (state[0] == 0.)
-    state[4], state[5] = candle[HIGH], candle[LOW]
+    state[4] = candle[HIGH]
+    state[5] = candle[LOW]
     if high == 0.: return
     if begins:
         state[0] = -1. if above(low - candle[LOW], max(candle[HIGH] - high, 0.), high) else 1.
         state[1], state[2], state[3] = (low, candle[HIGH], step) if state[0] > 0. else (-high, -candle[LOW], step)
-        high, low = candle[HIGH], candle[LOW]
+        high = candle[HIGH]
+        low = candle[LOW]
     side = state[0]
     top, bottom, before = (candle[HIGH], candle[LOW], low) if side > 0. else (-candle[LOW], -candle[HIGH], -high)
     stop = _follow(state, step, limit, top, bottom, before, still)
     if np.isnan(stop):
         past = low if side < 0. else -high  # the other side, turned over
         stop = min(-state[2], past, -top)
-        state[0], state[2], state[3] = -side, -bottom, step
+        state[0] = -side
+        state[2] = -bottom
+        state[3] = step
         state[1] = min(stop + step * (state[2] - stop), past, -top)
     out[0] = stop * state[0]
     out[1] = candle[CLOSE] / out[0] - 1.

@@ -40,7 +40,8 @@ def _range_average(state, candle, alpha, slowest, still):
     longest = STILL / slowest
     state[4] = state[4] + 1. if (width == last) & still else 0. if before > 0. else longest
     begins = state[4] >= longest
-    state[0], state[3] = close, width
+    state[0] = close
+    state[3] = width
     state[1] += 1.
     state[2] = average_range(state[2], width, alpha, begins)
     return state[2], begins
@@ -131,7 +132,8 @@ ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 
 @inlined
 def _keltner(state, parameters, candle, out):
     "Place in the Keltner channel, 0 to 1, its relative width, and its lines in quote"
-    alpha, beta = 2. / (parameters[0] + 1.), 1. / parameters[1]
+    alpha = 2. / (parameters[0] + 1.)
+    beta = 1. / parameters[1]
     half, begins = _range_average(state, candle, beta, min(alpha, beta), candle[CLOSE] == state[0])
     middle = smooth(state, candle[CLOSE], first_weight(alpha, begins), 5)
     half *= parameters[2]

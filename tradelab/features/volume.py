@@ -123,7 +123,9 @@ def _force_index(state, parameters, candle, out):
     force = smooth(state, push, first_weight(alpha, (count == 0.) | rests(state, push == pushed, alpha, 7)), 3)
     volume = smooth(state, candle[VOLUME],
                     first_weight(alpha, (count == 0.) | rests(state, candle[VOLUME] == traded, alpha, 8)), 4)
-    state[2], state[5], state[6] = count + 1., push, candle[VOLUME]
+    state[2] = count + 1.
+    state[5] = push
+    state[6] = candle[VOLUME]
     if state[2] < parameters[0]: return
     out[0] = force
     out[1] = force / volume / candle[CLOSE] if volume > 0. else 0.

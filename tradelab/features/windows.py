@@ -31,7 +31,8 @@ def previous(
 )->float:       # NaN at the first call
     "The value kept at the candle before; this one is kept until the next"
     before = state[at + 1] if state[at] > 0. else np.nan
-    state[at], state[at + 1] = 1., value
+    state[at] = 1.
+    state[at + 1] = value
     return before
 
 # %% ../../nbs/20_features/01_windows.ipynb #5d3eec45
@@ -140,15 +141,19 @@ def window_sum(
     left = push(state, value, clock, ring)
     anchor = state[at + 2]
     size = 4. * clock[1] * abs(value)
-    enters, leaves = anchor + value, anchor + left
+    enters = anchor + value
+    leaves = anchor + left
     upper = state[at] + (enters - leaves)
     rest = state[at + 1] + ((value - (enters - anchor)) - (left - (leaves - anchor)))
     result = upper + rest
     if (size > anchor) | ((size < anchor * narrowest(clock[1])) & (size > 0.)):
         most, more, last, anchor = sum_anew(state, clock, ring)
         upper = anchor + most - anchor
-        rest, result = most - upper + more, most + (more + last)
-    state[at], state[at + 1], state[at + 2] = upper, rest, anchor
+        rest = most - upper + more
+        result = most + (more + last)
+    state[at] = upper
+    state[at + 1] = rest
+    state[at + 2] = anchor
     return result
 
 # %% ../../nbs/20_features/01_windows.ipynb #a1a59851
@@ -160,7 +165,8 @@ def append(
     strip,      # where the strip begins
 )->int:         # where the values of the window begin, oldest first
     "Where the window begins, after a value has taken the place of the oldest in the strip"
-    place, size = clock[0], clock[1]
+    place = clock[0]
+    size = clock[1]
     state[strip + place] = state[strip + place + size] = value
     return strip + place + 1
 
@@ -172,7 +178,8 @@ def mean(
     size,       # how many
 )->float:
     "Mean over a short window; equal values have exactly that value as their mean"
-    oldest, result = state[start], 0.
+    oldest = state[start]
+    result = 0.
     for i in range(1, size): result += state[start + as_index(i)] - oldest
     return oldest + result / size
 
@@ -215,13 +222,16 @@ def moments(
     "Mean and standard deviation, divided by n (as Bollinger's bands and TA-Lib have it)"
     part, newest, b, bb, (single, end) = 1. / size, broadcast4(value), 0., 0., split_window(size)
     d = pack4(1. if size > 3 else 0., 1. if size > 2 else 0., 1. if size > 1 else 0., 1.) * (newest - load4(state, at))
-    a, aa = d, d * d
+    a = d
+    aa = d * d
     for k in range(single):
         e = value - state[start + as_index(k)]
-        b, bb = b + e, bb + e * e
+        b = b + e
+        bb = bb + e * e
     for k in range(single, end, 4):
         d = newest - load4(state, start + k)
-        a, aa = a + d, aa + d * d
+        a = a + d
+        aa = aa + d * d
     shift = (sum4(a) + b) * part
     return value - shift, np.sqrt(max((sum4(aa) + bb) * part - shift * shift, 0.))
 
@@ -234,7 +244,8 @@ def _highest(state, value, ring, size):
     d = value
     end = ring + size
     while ring + 4 <= end:
-        i, ring = as_index(ring), ring + 4
+        i = as_index(ring)
+        ring = ring + 4
         a = max(a, state[i])
         b = max(b, state[i + 1])
         c = max(c, state[i + 2])
@@ -251,7 +262,8 @@ def _lowest(state, value, ring, size):
     d = value
     end = ring + size
     while ring + 4 <= end:
-        i, ring = as_index(ring), ring + 4
+        i = as_index(ring)
+        ring = ring + 4
         a = min(a, state[i])
         b = min(b, state[i + 1])
         c = min(c, state[i + 2])
@@ -275,7 +287,8 @@ def window_high(
     ring,       # where the ring begins
 )->float:       # over what is there while it fills
     "The largest value of the window after one has entered it"
-    high, left = state[at], push(state, value, clock, ring)
+    high = state[at]
+    left = push(state, value, clock, ring)
     if clock[2]: high = _fill(state, value, ring, clock[1])
     elif value >= high: high = value
     elif left == high: high = _highest(state, value, ring, clock[1])
@@ -292,7 +305,8 @@ def window_low(
     ring,       # where the ring begins
 )->float:       # over what is there while it fills
     "The smallest value of the window after one has entered it"
-    low, left = state[at], push(state, value, clock, ring)
+    low = state[at]
+    left = push(state, value, clock, ring)
     if clock[2]: low = _fill(state, value, ring, clock[1])
     elif value <= low: low = value
     elif left == low: low = _lowest(state, value, ring, clock[1])

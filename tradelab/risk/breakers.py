@@ -126,6 +126,12 @@ def _check_order(key:tuple[str, str, str], time:int, last:int)->None:
                          "measurements come in order")
 
 
+def _saved(breakers:dict[str, Breaker], states:dict[tuple[str, str, str], list])->dict:
+    "Breakers and their states as JSON"
+    kept = [asdict(each) | {"requires": int(each.requires)} for each in breakers.values()]
+    return {"version": VERSION, "breakers": kept, "states": [[*key, *row] for key, row in states.items()]}
+
+
 def _check_version(saved:dict)->None:
     if saved.get("version") != VERSION:
         raise ValueError(f"the breakers were saved as version {saved.get('version')}, this is version {VERSION}: "
@@ -193,11 +199,7 @@ class Breakers:
                     if state[0] != CLOSED and where in ("", venue) and which in ("", symbol)),
                    default=TradingState.NORMAL)
 
-    def save(self)->dict:
-        "All of it as JSON"
-        kept = [asdict(each) | {"requires": int(each.requires)} for each in self.breakers.values()]
-        return {"version": VERSION, "breakers": kept, "states": [[*key, *row] for key, row in self._states.items()]}
-
+    def save(self)->dict: return _saved(self.breakers, self._states)
     @classmethod
     def load(cls, saved:dict)->"Breakers":
         "The breakers that `save` wrote; another version is refused"

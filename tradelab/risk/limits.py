@@ -13,11 +13,14 @@ __all__ = ['AS_ASKED', 'TOO_SMALL', 'LEVERAGE', 'BALANCE', 'MAX_QUANTITY', 'HALT
            'risk_terms', 'share_within', 'resend', 'balance_sides', 'pace', 'gate', 'propose', 'stand_by', 'Gate']
 
 # %% ../../nbs/30_risk/05_limits.ipynb #5c4416ca
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..account import decimal8, maintenance_margin, round_quantity
 from ..compiled import compiled, inlined, outlined
 from ..events import CLOSE, HIGH, LOW, VOLUME
+from ..instruments import Instrument
 from ..orders import ORDER_REQUEST
 from .portfolio import covariance_warm_up, update_covariance
 from .stops import clear, clearance, enter, next_atr, touched, track
@@ -729,19 +732,20 @@ class Gate:
 
     def __init__(self,
         limits:Limits,
-        instruments,      # Instrument each, in the order of the candles' rows
+        instruments:Sequence[Instrument], # in the order of the candles' rows
     ):
-        self.limits, self.warm_up = limits, warm_up(limits)
+        self.limits = limits
+        self.warm_up = warm_up(limits)
         self.market, self.covariance = new_market(len(instruments))
         self.proposals = np.zeros(len(instruments), ORDER_REQUEST)
         self._limits = limits.row()
         self._instruments = instrument_rows(instruments, limits)
 
-    def watch(self, open_time:int, candle:np.ndarray):
+    def watch(self, open_time:int, candle:np.ndarray)->None:
         "A candle has closed, (n, 5 or more)"
         if self.warm_up: update_market(self.market, self.covariance, open_time, candle, self._limits)
 
-    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray, account:np.ndarray, positions:np.ndarray,
+    def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray|None, account:np.ndarray, positions:np.ndarray,
                marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
         """ORDER_REQUEST, (n,): what is ordered and why; `marks`: mark prices where they are known; `working`: where an
         order works that may open the symbol; answer None: nobody was asked. ValueError where a target is none"""
