@@ -10,8 +10,10 @@ __all__ = ['AGENTS', 'POINTS', 'EPISODE', 'Agent', 'choose', 'compiled_policy', 
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,21 +25,24 @@ except ModuleNotFoundError as error:
                               "'.[learn]' in the folder of tradelab") from error
 
 from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
 from ..config import nearest, settings
 from ..features.observation import Observation
+from ..instruments import Instrument
 from .env import MarketVecEnv, longest_episode
-from ..market.candles import check, data_hash, frames_of, matrix
+from ..market.candles import CandlesLike, RatesLike, check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
 from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
 from ..runs.registry import reserved, runs_folder, save
 from ..runs.run import Run
+from ..settings import CostModel, Limits
 from ..sim.prepared import prepare
-from ..sources.exogenous import series_record, with_series
+from ..sources.exogenous import Exogenous, series_record, with_series
 from ..times import format_time, milliseconds, to_ms
 
 # %% ../../nbs/80_learn/03_agents.ipynb #bf4eb52d
@@ -84,7 +89,7 @@ def choose(
 # %% ../../nbs/80_learn/03_agents.ipynb #e4152d6d
 def compiled_policy(
     agent:Agent,
-    model,                     # of stable-baselines3
+    model:BaseAlgorithm,
     observation:Observation,   # what it was trained on
 )->Policy:
     "The deterministic actor as a compiled policy"
@@ -107,7 +112,7 @@ class LearningCurveCallback(BaseCallback):
     ):
         super().__init__()
         self.env = env
-        self.points = []
+        self.points:list[tuple[int, float]] = []
         self._sum = 0.
         self._count = 0
         self._every = max(steps // POINTS, 1)
@@ -115,20 +120,22 @@ class LearningCurveCallback(BaseCallback):
 
     def _on_step(self):
         rewards = self.env.population.rewards
-        self._sum, self._count = self._sum + float(rewards.sum()), self._count + len(rewards)
+        self._sum += float(rewards.sum())
+        self._count += len(rewards)
         if self._count >= self._every:
             self.points.append((self.num_timesteps, self._sum / self._count))
-            self._sum, self._count = 0., 0
+            self._sum = 0.
+            self._count = 0
             self._bar.set_postfix_str(f"reward {1e4 * np.mean([reward for _, reward in self.points[-10:]]):+.2f} "
                                       "bp a candle", refresh=False)
         self._bar.update(self.num_timesteps - self._bar.n)
         return True
 
-    def close(self): self._bar.close()
+    def close(self)->None: self._bar.close()
 
 # %% ../../nbs/80_learn/03_agents.ipynb #e01bc9e1
 def learn(
-    model,           # of stable-baselines3
+    model:BaseAlgorithm,
     watch:LearningCurveCallback,
     steps:int,
 )->bool:             # whether it was interrupted
@@ -145,7 +152,7 @@ def learn(
 
 # %% ../../nbs/80_learn/03_agents.ipynb #8e3ede96
 def timeframe_of(
-    candles,          # a frame, or a dict of frames by symbol
+    candles:CandlesLike,
     gaps:bool=False,  # whether holes are allowed
 )->str:               # such as "1h"
     "The timeframe that the candles show; CandleError where they do not keep it"
@@ -156,8 +163,8 @@ def timeframe_of(
 
 # %% ../../nbs/80_learn/03_agents.ipynb #ea8fc6a2
 def provenance(
-    candles,   # a frame, or a dict of frames by symbol
-)->dict:
+    candles:CandlesLike,
+)->dict[str, Any]:
     "Where the training came from, and when it began"
     times = matrix(candles)[0]
     first = next(iter(candles.values())) if isinstance(candles, dict) else candles
@@ -166,9 +173,9 @@ def provenance(
 
 # %% ../../nbs/80_learn/03_agents.ipynb #31483ad1
 def kept(
-    model,         # of stable-baselines3
+    model:BaseAlgorithm,
     watch:LearningCurveCallback,
-)->dict:           # bytes by file name
+)->dict[str, bytes]: # by file name
     "What a run keeps beside its policy: the model for more training, and how it learnt"
     archive = io.BytesIO()
     model.save(archive)
@@ -180,7 +187,7 @@ def untrained(
     agent:Agent,
     env:MarketVecEnv,
     config:dict,       # steps, batch_size, learning_rate, gamma, seed, net
-):
+)->BaseAlgorithm:
     "The model before its first step"
     return agent.build(VecNormalize(env, norm_obs=False, gamma=config["gamma"]), config["steps"],
                        batch_size=config["batch_size"], learning_rate=config["learning_rate"],
@@ -193,30 +200,31 @@ EPISODE = 256 # candles: short, so that a halted account does not sit out the re
 
 def train(
     agent:str,                # "SAC" or "PPO"
-    candles,                  # the training span: a frame, or a dict of frames by symbol
+    candles:CandlesLike,      # the training span
     observation:Observation,  # fitted on these candles where it has no scaler yet
     *,
     steps:int,                # candles lived through, over all environments
     seed:int=0,
-    funding=None,             # Series of rates by UTC time, or a dict of them by symbol
-    extra=None,               # frames by symbol that features look at and nobody trades
-    series=None,              # Exogenous by the name that features read, of `sources.exogenous.load_series`
+    funding:RatesLike|None=None,
+    extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades
+    series:dict[str, Exogenous]|None=None,   # by the name that features read, of `sources.exogenous.load_series`
     scaler:str="standard",    # or "robust"
-    costs=None,               # CostModel; default: of the settings
-    limits=None,              # Limits; default: of the settings
-    instruments=None,         # one per symbol
-    learning_rate:float=None, # default: the agent's, as for the next three
-    batch_size:int=None,
-    n_envs:int=None,
-    net:tuple=(64, 64),       # widths of the hidden layers
+    costs:CostModel|None=None, # default: of the settings
+    limits:Limits|None=None,   # default: of the settings
+    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None, # default: looked up
+    learning_rate:float|None=None, # default: the agent's, as for the next three
+    batch_size:int|None=None,
+    n_envs:int|None=None,
+    net:tuple[int, ...]=(64, 64),       # widths of the hidden layers
     gamma:float=.9,           # how much the next candle counts against this one; 0.9 looks about ten candles ahead
-    episode:int=None,         # candles; default 256, or as many as there are
+    episode:int|None=None,         # candles; default 256, or as many as there are
     gaps:bool=False,          # carry holes in the candles through; otherwise the first one is refused
-    folder=None,              # of all runs; default: of the settings
+    folder:Path|None=None,    # of all runs; default: of the settings
     progress:bool=True,       # draw a progress bar
 )->Run:
     "Train an agent and keep it as a run"
-    how, here = choose(agent), settings()
+    how = choose(agent)
+    here = settings()
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
     torch.set_num_threads(1)
     runs = runs_folder(folder)

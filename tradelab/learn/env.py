@@ -7,8 +7,10 @@ __all__ = ['RUIN', 'MEMORY', 'SHARED', 'POPULATION', 'TRUNCATED', 'TERMINATED', 
            'paid', 'step_many', 'DomainRandomisation', 'spaces', 'BatchedEnv', 'MarketEnv', 'MarketVecEnv']
 
 # %% ../../nbs/80_learn/01_env.ipynb #10f6d0c4
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -134,7 +136,7 @@ def _step_many(address):
 
 
 @cache
-def step_many():
+def step_many()->Any:
     """A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where environment
     b could not be stepped: where its action is none, nothing was done at all"""
     return c_function(types.int64(types.int64), **UNCOUNTED)(_step_many)
@@ -143,18 +145,18 @@ def step_many():
 @dataclass(frozen=True)
 class DomainRandomisation:
     "Factors of an episode's costs, (least, largest) each"
-    fees:tuple = (1., 1.)
-    spread:tuple = (1., 1.)
-    impact:tuple = (1., 1.)
+    fees:tuple[float, float] = (1., 1.)
+    spread:tuple[float, float] = (1., 1.)
+    impact:tuple[float, float] = (1., 1.)
 
     def __post_init__(self):
         for name in ("fees", "spread", "impact"):
             low, high = getattr(self, name)
             if not 0 < low <= high < np.inf:
-                raise ValueError(f"Domain.{name} needs two factors above 0, the smaller first, was "
+                raise ValueError(f"DomainRandomisation.{name} needs two factors above 0, the smaller first, was "
                                  f"{getattr(self, name)}")
 
-    def draw(self, costs, random:np.random.Generator):
+    def draw(self, costs:np.void, random:np.random.Generator)->np.void:
         "A row of COSTS for one episode"
         row = costs.copy()
         for names, bounds in ((("taker_fee", "maker_fee"), self.fees), (("spread_scale",), self.spread),
@@ -167,23 +169,64 @@ class DomainRandomisation:
 def spaces(
     n_symbols:int,
     width:int,      # numbers that are seen of each symbol
-)->tuple:
+)->tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
     "Observation and action space"
     return (gymnasium.spaces.Box(-np.inf, np.inf, (n_symbols * width,), np.float32),
             gymnasium.spaces.Box(-1., 1., (n_symbols,), np.float32))
 
 # %% ../../nbs/80_learn/01_env.ipynb #9e5f0f48
+def _length(length, market):
+    "The candles of an episode; ValueError where there are not so many"
+    longest = longest_episode(market)
+    if length is not None and not 1 <= length <= longest:
+        raise ValueError(f"an episode has between 1 and {longest} steps on these candles, was {length}")
+    return length or longest
+
+
+def _population(env):
+    "POPULATION, (1,): the sizes and the addresses of the arrays of a BatchedEnv"
+    row = np.zeros(1, POPULATION)
+    count, symbols, width = env.observations.shape
+    for name in SHARED: row[name] = getattr(env, name).ctypes.data
+    sizes = dict(count=count, symbols=symbols, length=len(env.features), kinds=env.features.shape[2],
+                 window=env.market.observation.window, width=width, weight=env.reward.differential_sharpe,
+                 penalty=env.reward.drawdown, ruin=RUIN * env.market.settings.deposit)
+    for name, value in sizes.items(): row[name] = value
+    return row
+
+# %% ../../nbs/80_learn/01_env.ipynb #01_env101
+def _refused(env, b):
+    "The error of environment b, which could not be stepped"
+    action = env.actions[b].tolist()
+    valid = (np.abs(env.actions[b]) <= 1.).all()
+    why = FAULTS[env.worlds["code"][b]] if valid else "an action is a number in [-1, 1] per symbol"
+    return ValueError(f"environment {b} was given the action {action} at the candle of "
+                      f"{format_time(env.market.tape.times[env.at[b]])}: {why}")
+
+
+def _begin(env, b, row, random):
+    "Begin a new episode of environment b at this row, with an account that has not traded"
+    market = env.market
+    env.at[b] = row
+    env.end[b] = row + env.length
+    for array in (env.accounts, env.positions, env.rows, env.orders, env.books, env.memory):
+        array[b] = np.zeros_like(array[b])
+    for name in ("deposit", "equity", "peak"): env.accounts[name][b] = market.settings.deposit
+    env.worlds["costs"][b] = env.domain.draw(market.rules.costs, random)
+    env.memory["equity"][b] = market.settings.deposit
+    mark(env.accounts[b], env.positions[b], market.tape.candles[row, :, CLOSE].copy())
+    assemble(market.features[row - market.observation.window + 1:row + 1], env.accounts[b], env.positions[b],
+             env.observations[b])
+
+# %% ../../nbs/80_learn/01_env.ipynb #01_env102
 class BatchedEnv:
     "State of n environments over one market"
 
     def __init__(self, market:PreparedMarket, n:int, length:int|None=None, reward:Reward=Reward(),
                  domain:DomainRandomisation=DomainRandomisation()):
         symbols = market.tape.candles.shape[1]
-        longest = longest_episode(market)
-        if length is not None and not 1 <= length <= longest:
-            raise ValueError(f"an episode has between 1 and {longest} steps on these candles, was {length}")
         self.market = market
-        self.length = length or longest
+        self.length = _length(length, market)
         self.reward = reward
         self.domain = domain
         self.accounts = np.zeros((n, 1), ACCOUNT)
@@ -204,47 +247,23 @@ class BatchedEnv:
         for b in range(n):
             point(self.worlds[b], market.tape, State(self.accounts[b], self.positions[b], self.orders[b], self.books[b],
                                                      empty.fills, empty.count), market.rules, proposals)
-        self.row = np.zeros(1, POPULATION)
-        for name in SHARED: self.row[name] = getattr(self, name).ctypes.data
-        for name, value in zip(POPULATION.names[len(SHARED):],
-                               (n, symbols, len(market.features), market.features.shape[2], market.observation.window,
-                                market.observation.width, reward.differential_sharpe, reward.drawdown,
-                                RUIN * market.settings.deposit)):
-            self.row[name] = value
-        self._step, self._address = step_many().ctypes, self.row.ctypes.data
+        self.row = _population(self)
+        self._step = step_many().ctypes
+        self._address = self.row.ctypes.data
 
-    def reset(self, which, random:np.random.Generator):
+    def reset(self, which:Iterable[int], random:np.random.Generator)->None:
         "Begin new episodes, at random places where they are shorter than the data"
-        market = self.market
-        begins = episode_starts(market, self.length)
-        for b in which:
-            self.at[b] = begins[random.integers(len(begins))]
-            self.end[b] = self.at[b] + self.length
-            for array in (self.accounts, self.positions, self.rows, self.orders, self.books, self.memory):
-                array[b] = np.zeros_like(array[b])
-            for name in ("deposit", "equity", "peak"): self.accounts[name][b] = market.settings.deposit
-            self.worlds["costs"][b], self.memory["equity"][b] = (self.domain.draw(market.rules.costs, random),
-                market.settings.deposit)
-            mark(self.accounts[b], self.positions[b], market.tape.candles[self.at[b], :, CLOSE].copy())
-            assemble(market.features[self.at[b] - market.observation.window + 1:self.at[b] + 1], self.accounts[b],
-                     self.positions[b], self.observations[b])
+        begins = episode_starts(self.market, self.length)
+        for b in which: _begin(self, b, begins[random.integers(len(begins))], random)
 
-    def step(self, actions)->int:
-        "Live through one candle everywhere; how many `ended` with it"
+    def step(self, actions:np.ndarray)->int: # (n, n_symbols)
+        "Step through one candle in every environment; how many `ended` with it"
         self.actions[...] = actions
         if len(self.market.stale):
             self.actions[self.market.stale[self.at] & (np.abs(self.actions) <= 1.).all(axis=1)] = 0.
         count = self._step(self._address)
-        if count < 0: self._refuse(-1 - count)
+        if count < 0: raise _refused(self, -1 - count)
         return count
-
-    def _refuse(self, b):
-        action = self.actions[b].tolist()
-        code = self.worlds["code"][b]
-        why = ("an action is a number in [-1, 1] per symbol" if not (np.abs(self.actions[b]) <= 1.).all()
-               else FAULTS[code])
-        raise ValueError(f"environment {b} was given the action {action} at the candle of "
-                         f"{format_time(self.market.tape.times[self.at[b]])}: {why}")
 
 # %% ../../nbs/80_learn/01_env.ipynb #e42a745b
 class MarketEnv(gymnasium.Env):
@@ -255,14 +274,15 @@ class MarketEnv(gymnasium.Env):
                  domain:DomainRandomisation=DomainRandomisation()):
         self.population = BatchedEnv(market, 1, length, reward, domain)
         self.observation_space, self.action_space = spaces(*self.population.observations.shape[1:])
-        self._seen, self._rows = self.population.observations.reshape(-1), self.population.rows[0]
+        self._seen = self.population.observations.reshape(-1)
+        self._rows = self.population.rows[0]
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed:int|None=None, options:dict[str, Any]|None=None)->tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.population.reset([0], self.np_random)
         return self._seen.copy(), {}
 
-    def step(self, action):
+    def step(self, action:np.ndarray)->tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         population = self.population
         ended = population.ended.item(0) if population.step(action) else 0
         rows = np.frombuffer(self._rows.tobytes(), JOURNAL)
@@ -289,20 +309,20 @@ class MarketVecEnv(_OneMarket):
         self._random = np.random.default_rng(seed)
         super().__init__(n, *spaces(*self.population.observations.shape[1:]))
 
-    def reset(self):
+    def reset(self)->np.ndarray:
         self.population.reset(range(self.num_envs), self._random)
         return self._seen()
 
     def _seen(self): return self.population.observations.reshape(self.num_envs, -1).copy()
 
-    def step_async(self, actions): self._actions = actions
+    def step_async(self, actions:np.ndarray)->None: self._actions = actions
 
-    def step_wait(self):
+    def step_wait(self)->tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         count = self.population.step(self._actions)
         ended = self.population.ended
         rewards = self.population.rewards.astype(np.float32)
         done = ended > 0
-        infos = [{} for _ in range(self.num_envs)]
+        infos:list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if count:
             last = self._seen()
             for b in np.flatnonzero(done):
@@ -310,6 +330,6 @@ class MarketVecEnv(_OneMarket):
             self.population.reset(np.flatnonzero(done), self._random)
         return self._seen(), rewards, done, infos
 
-    def seed(self, seed=None):
+    def seed(self, seed:int|None=None)->list[int|None]:
         self._random = np.random.default_rng(seed)
         return [seed] * self.num_envs

@@ -6,16 +6,21 @@
 __all__ = ['plot_learning']
 
 # %% ../../nbs/80_learn/02_learning_curve.ipynb #09_learn002
+from typing import TYPE_CHECKING
+
 import pandas as pd
 
 from ..figures import caption, finished, prices_of
 from ..runs.run import Run
 from ..texts import figure_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported when something is drawn
+
 # %% ../../nbs/80_learn/02_learning_curve.ipynb #09_learn004
 def plot_learning(
     run:Run,   # with a learning_curve.csv in its folder: step, reward
-):             # matplotlib Figure
+)->"Figure":
     "The mean reward of the training over its steps, as a figure"
     import matplotlib.pyplot as plt
     file = run.folder and run.folder / "learning_curve.csv"

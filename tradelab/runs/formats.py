@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import safetensors.numpy
@@ -51,13 +52,14 @@ def file_bytes(
 
 
 def check_bounded(
-    value,             # of YAML or JSON
+    value:object,      # of YAML or JSON
     name:str,          # of the file
     most:int=100_000,  # values in all
-    depth:int=20,
-):
+    depth:int=20,      # of lists and dicts within each other
+)->None:
     "Refuse what has more values, or is nested deeper, than any run"
-    waiting, seen = [(value, 0)], 0
+    waiting = [(value, 0)]
+    seen = 0
     while waiting:
         each, deep = waiting.pop()
         seen += 1
@@ -71,7 +73,7 @@ def check_bounded(
 @dataclass(frozen=True)
 class PolicyFormat:
     "How the parameters of one kind of policy are kept, and how they are proven when they are read"
-    function:Callable   # of the policies that it keeps, as in `Policy.function`
+    function:Callable   # that its policies call, as in `Policy.function`
     facts:Callable      # parameters -> texts by name, for the header
     widths:Callable     # parameters -> (inputs, outputs); ValueError if they are not of this kind
 
@@ -141,7 +143,7 @@ def read_policy(
 
 # %% ../../nbs/45_runs/02_formats.ipynb #0791d29c
 def seal(
-    files:dict,   # bytes by name
+    files:dict[str, bytes],   # by name
 )->bytes:
     "The manifest of these files"
     return json.dumps({name: sha256(content).hexdigest() for name, content in sorted(files.items())}, indent=1).encode()
@@ -149,7 +151,7 @@ def seal(
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma019
 def verify(
     folder:Path,   # of one run
-):
+)->None:
     "Refuse a run with a file that was changed, is missing, or was not there"
     try: sealed = {str(name): str(value) for name, value in json.loads(file_bytes(folder / MANIFEST)).items()}
     except (ValueError, AttributeError, RecursionError):
@@ -195,7 +197,7 @@ def configuration(run:Run)->dict:
 
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma025
 def written_by(
-    config,   # what stands in config_metadata.yaml, or elsewhere beside a number
+    config:object,   # what config_metadata.yaml holds, or what else carries a format number
 )->str:       # "tradelab 0.2.0"
     "Which version wrote a run, in words"
     said = config.get("versions") if isinstance(config, dict) else None
@@ -204,9 +206,9 @@ def written_by(
 
 
 def check_format(
-    config,     # what stands in config_metadata.yaml
-    name:str,   # of the file
-)->str:         # "" or, of a run without a number, who wrote it
+    config:object,  # what config_metadata.yaml holds
+    name:str,       # of the file
+)->str:             # "" or, of a run without a number, who wrote it
     "Refuse a run of another format"
     found = config.get("format") if isinstance(config, dict) else None
     if found is None: return f" (it was written by {written_by(config)}, before runs carried a format number)"
@@ -232,7 +234,7 @@ def _is_kind(value, kind):
 
 
 def _yaml(path):
-    "What stands in a file of YAML, bounded"
+    "The values in a YAML file, bounded"
     try: config = yaml.safe_load(file_bytes(path).decode())
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise DamagedRunError(f"{path.name} is not YAML ({error}): restore it, or train again") from None
@@ -275,12 +277,13 @@ def _fits(value, default):
 
 
 def read_record(
-    kind:type,     # Limits, CostModel, Instrument
+    kind:type[Any], # Limits, CostModel, Instrument
     values:dict,   # as `asdict` made it
-):                 # one of this kind
+)->Any:            # one of this kind
     "A settings record from its keys; DamagedRunError if they do not fit this version"
     try:
-        usual = {each.name: each.type() if each.default is MISSING else each.default for each in fields(kind)}
+        usual = {each.name: cast(type, each.type)() if each.default is MISSING else each.default
+                 for each in fields(kind)}
         wrong = [name for name in usual if name in values and not _fits(values[name], usual[name])]
         if wrong: raise TypeError(", ".join(f"{name} is {str(values[name])[:80]!r}" for name in wrong))
         inner = {name: type(usual[name]) for name in usual if is_dataclass(usual[name])}
@@ -293,7 +296,7 @@ def read_record(
 
 def read_scaler(
     path:Path,       # scaler_train.json
-    features:list,   # of the run
+    features:list[str],   # of the run
 )->Scaler|None:
     "The scaler of a run"
     values = json.loads(file_bytes(path))

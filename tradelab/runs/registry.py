@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -78,16 +79,17 @@ def train_ids(
 )->list[str]:
     "All runs kept here, in the order of the times in their names"
     found = [path.name for path in folder.iterdir() if path.is_dir() and _is_id(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda name: (_TRAIN_ID.fullmatch(name)[1], name))
+    return sorted(found, key=lambda name: (name[-len("20240301_000000"):], name))
 
 # %% ../../nbs/45_runs/04_registry.ipynb #44b1a6cf
 @contextmanager
 def reserved(
     config:dict,   # as `train_id` takes it
     runs:Path,     # the folder of all runs
-):                 # yields the train id
+)->Iterator[str]:  # yields the train id
     "A train id that nobody else gets while it is open: two trainings that begin in one second get two"
-    number, name = 1, train_id(config)
+    number = 1
+    name = train_id(config)
     while True:
         place = runs / f".{name}.reserved"
         try: place.mkdir()
@@ -101,7 +103,7 @@ def reserved(
 
 # %% ../../nbs/45_runs/04_registry.ipynb #04_regis013
 def runs_folder(
-    folder:Path=None,   # default: the `runs` of the settings
+    folder:Path|None=None,   # default: the `runs` of the settings
 )->Path:
     "The folder of all runs, there and writable; OSError where it cannot be"
     runs = Path(folder or settings().runs)
@@ -120,7 +122,7 @@ def record_trial(
     runs:Path,       # the folder of all runs
     run:Run,
     manifest:bytes,  # of its folder
-):
+)->None:
     "Add a line to the log of all runs that were made here"
     line = {"run": run.id, "manifest": sha256(manifest).hexdigest(), "symbols": list(run.symbols),
             "timeframe": run.timeframe, "features": list(run.policy.features), "window": run.policy.window,
@@ -132,8 +134,8 @@ def record_trial(
 
 
 def trials(
-    folder:Path=None,   # of all runs; default: the `runs` of the settings
-)->list[dict]:          # run, manifest (its sha256), symbols, timeframe, features, window, and what the trainer said
+    folder:Path|None=None,   # of all runs; default: the `runs` of the settings
+)->list[dict]: # run, manifest (its sha256), symbols, timeframe, features, window, and what the trainer said
     "Every run that was ever made here, oldest first, deleted ones too"
     try: lines = (Path(folder or settings().runs) / TRIALS).read_bytes().splitlines()
     except OSError: return []
@@ -147,11 +149,12 @@ def trials(
 # %% ../../nbs/45_runs/04_registry.ipynb #04_regis020
 def write(
     run:Run,             # its id is the name of the folder
-    files:dict=None,     # more to keep, bytes by name: model.zip, learning_curve.csv
-    folder:Path=None,    # of all runs; default: the `runs` of the settings
+    files:dict[str, bytes]|None=None, # more to keep, by name: model.zip, learning_curve.csv
+    folder:Path|None=None, # of all runs; default: the `runs` of the settings
 )->Path:                 # the run's folder
     "Write down a trained run. FileExistsError where one of this name is there; OSError where the disk refuses"
-    runs, _ = runs_folder(folder), check_id(run.id, "run")
+    runs = runs_folder(folder)
+    check_id(run.id, "run")
     if (runs / run.id).exists():
         raise FileExistsError(f"run {run.id} is there already: runs never change, "
                               f"train again or choose another folder than {runs}")
@@ -214,8 +217,8 @@ def read(
 # %% ../../nbs/45_runs/04_registry.ipynb #9543030c
 def save(
     run:Run,             # its id is the name of the folder
-    files:dict=None,     # more to keep, bytes by name
-    folder:Path=None,    # of all runs; default: the `runs` of the settings
+    files:dict[str, bytes]|None=None, # more to keep, by name
+    folder:Path|None=None, # of all runs; default: the `runs` of the settings
 )->Run:
     "Keep a trained run, and give it back as `load` gives it"
     return read(write(run, files, folder))
@@ -242,7 +245,7 @@ def latest(
 
 def load(
     name:str,           # a train id, "latest", or "tradelab.strategies.example:Momentum"
-    folder:Path=None,   # of all runs; default: the `runs` of the settings
+    folder:Path|None=None, # of all runs; default: the `runs` of the settings
 )->Run:
     """The run of this name; UnknownRunError if there is none, DamagedRunError if it changed, NotTrustedError if its
     code must not run"""

@@ -10,6 +10,7 @@ import ast
 import inspect
 import pkgutil
 import re
+from typing import Any
 
 from ..config import nearest, settings
 from ..errors import RunError
@@ -36,7 +37,7 @@ def _modules(package):
 def find_rule(
     module:str,     # import name
     attribute:str,  # function, class or policy in it
-):
+)->object:
     "What a trusted module declares under this name, or which one was meant"
     try: return bring(module, attribute, Policy)
     except UnnamedError as error:
@@ -46,20 +47,21 @@ def find_rule(
                      else "it defines no rule")
             raise UnknownRunError(f"{error}: {meant}") from None
         packages = dict.fromkeys((module.rpartition(".")[0], STRATEGIES))
-        known = [name for package in packages if package for name in _modules(package)]
-        meant = f"did you mean {nearest(module, known)}? " if known else ""
+        others = [name for package in packages if package for name in _modules(package)]
+        meant = f"did you mean {nearest(module, others)}? " if others else ""
         raise UnknownRunError(
             f"{error}: {meant}A rule of your own is importable once its notebook is exported") from None
 
 # %% ../../nbs/45_runs/03_rules.ipynb #03_rules007
 def arguments(
-    text:str,   # "(20, threshold=0.02)", or empty
-)->tuple:       # (positional, named)
+    text:str|None, # "(20, threshold=0.02)", or empty
+)->tuple[list[Any], dict[str, Any]]: # positional, named
     "Literal arguments, read and never run"
     try:
         call = ast.parse(f"rule{text or '()'}", mode="eval").body
-        if not isinstance(call.func, ast.Name): raise ValueError
-        named = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name): raise ValueError
+        if any(each.arg is None for each in call.keywords): raise ValueError # **{...} has no name
+        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
         return [ast.literal_eval(value) for value in call.args], named
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise UnknownRunError(
@@ -70,8 +72,13 @@ def load_rule(
     name:str,   # "tradelab.strategies.example:Momentum(20, 0.02)"
 )->Run:
     "A rule as a run, with the costs and limits of the settings"
-    module, attribute, text = RULE.fullmatch(name).groups()
-    target, (positional, named) = find_rule(module, attribute), arguments(text)
+    found = RULE.fullmatch(name)
+    if found is None:
+        raise UnknownRunError(f"{name[:100]!r} is not the name of a rule, such as "
+                              f"{STRATEGIES}.example:Momentum(20, 0.02)")
+    module, attribute, text = found.groups()
+    target = find_rule(module, attribute)
+    positional, named = arguments(text)
     if callable(target):
         try: inspect.signature(target).bind(*positional, **named)
         except TypeError as error:

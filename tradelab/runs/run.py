@@ -15,6 +15,7 @@ from pathlib import Path
 from ..compiled import source_hash
 from ..features.observation import Observation
 from ..figures import prices_of
+from ..instruments import Instrument
 from ..policies import Policy
 from ..risk.limits import Gate
 from ..risk.limits import warm_up as limits_warm_up
@@ -28,7 +29,7 @@ from ..trust import locate
 def make_trader(
     policy:Policy,
     limits:Limits=Limits(),
-    instruments:tuple=(),              # Instrument each, one per symbol
+    instruments:tuple[Instrument, ...]=(), # one per symbol
     deposit:float=10_000.,             # quote
     timeframe:str="",                  # of the candles; needed where a feature stands on another
 )->Trader:
@@ -63,13 +64,13 @@ class Run:
     policy:Policy
     limits:Limits = Limits()
     costs:CostModel = CostModel()
-    instruments:tuple = ()     # one per symbol; empty: any market
+    instruments:tuple[Instrument, ...] = () # one per symbol; empty: any market
     timeframe:str = ""         # such as "1h"; empty: any
     config:dict = field(default_factory=dict, repr=False) # as config_metadata.yaml keeps it
     folder:Path|None = field(default=None, repr=False)    # where it is kept
 
     @property
-    def symbols(self)->tuple: return tuple(instrument.symbol for instrument in self.instruments)
+    def symbols(self)->tuple[str, ...]: return tuple(instrument.symbol for instrument in self.instruments)
 
     @property
     def warm_up(self)->int:
@@ -88,7 +89,8 @@ class Run:
 
     def trader(self,
         deposit:float=10_000., # quote
-        instruments:tuple=(),  # what the exchange says now; default: as in training, and a rule has none
+        # what the exchange says now; default: as in training, and a rule has none
+        instruments:tuple[Instrument, ...]=(),
         limits:Limits|None=None, # default: as in training
     )->Trader:
         "A trader that decides as this run does"

@@ -13,7 +13,9 @@ __all__ = ['POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', '
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #b29d0000
 from collections import namedtuple
+from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -32,13 +34,23 @@ from tradelab.account import (
 from ..compiled import c_function, fetch_ahead, inlined, outlined
 from ..errors import InvalidOrderError
 from ..events import CLOSE, COLUMNS
-from ..instruments import INSTRUMENT
+from ..instruments import INSTRUMENT, Instrument
 from ..journal import JOURNAL
 from ..native import NUMBER, UNCOUNTED, WHOLE, address_of, array_at, call_at
 from ..orders import FILL, ORDER_REQUEST, WORKING
 from ..risk.limits import MARKET as MARKET_ROW
 from ..risk.limits import capital, gate, market_history, propose, stand_by
-from ..settings import COSTS, EXECUTION, LIMITS, STYLES, Reason, instrument_rows
+from tradelab.settings import (
+    COSTS,
+    EXECUTION,
+    LIMITS,
+    STYLES,
+    CostModel,
+    Execution,
+    Limits,
+    Reason,
+    instrument_rows,
+)
 from .costs import BOOK, CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
 from tradelab.sim.matching import (
@@ -481,7 +493,7 @@ def _steps_of(
 
 
 @cache
-def machine(single:bool):
+def machine(single:bool)->Any:
     "The steps as a C function, compiled or read when it is first wanted"
     return c_function(types.int64(*[types.int64] * 8), **UNCOUNTED)(_steps_of(single))
 
@@ -517,27 +529,29 @@ def tape_of(
     candles:np.ndarray,  # (T, n, 5)
     # (T, n), funding due at each close, or (T, n, dues) where several payments may fall due before the next
     rates:np.ndarray,
-    costs,               # CostModel
-    limits,              # Limits
-    waits=None,          # (T,) int64, 1 where nobody can be asked, of `features.observation.waiting`; default: nowhere
+    costs:CostModel,
+    limits:Limits,
+    # (T,) int64, 1 where nobody can be asked, of `features.observation.waiting`; default: nowhere
+    waits:np.ndarray|None=None,
 )->Tape:
     "A history with what limits and costs know of it"
     waits = np.zeros(1, np.int64) if waits is None else waits
-    return Tape(times, candles, np.atleast_3d(rates), *market_history(times, candles, limits),
-                conditions(times, candles, costs), waits)
+    market, covariances = market_history(times, candles, limits)
+    return Tape(times, candles, np.atleast_3d(rates), market, covariances, conditions(times, candles, costs), waits)
 
 
-def rules_of(costs, limits, instruments, execution, orders:int=0)->Rules:
+def rules_of(costs:CostModel, limits:Limits, instruments:Iterable[Instrument], execution:Execution,
+             orders:int=0)->Rules:
     "Settings for compiled code"
     return Rules(costs.row()[()], limits.row(), instrument_rows(instruments, limits), execution.row(orders)[()])
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #8a828f8d
-def check_piece(name, array, dtype, shape):
+def check_piece(name:str, array:np.ndarray, dtype:np.dtype, shape:tuple[int, ...])->None:
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         raise ValueError(f"{name} must be one piece of {shape} {dtype}, was {array.shape} {array.dtype}")
 
 
-def point(row, tape, state, rules, proposals):
+def point(row:np.void, tape:Tape, state:State, rules:Rules, proposals:np.ndarray)->None:
     """Write a row of WORLD; ValueError where an array is another than it says. The arrays must live as long as it is
     used"""
     arrays = {**tape._asdict(), **state._asdict(), "instruments": rules.instruments, "proposals": proposals}
@@ -563,14 +577,14 @@ class World:
         self.row = np.zeros(1, WORLD)
         self.keep(len(state.fills))
 
-    def keep(self, capacity:int):
+    def keep(self, capacity:int)->None:
         "Make room for so many fills"
         fills = np.zeros(capacity, FILL)
         fills[:self.state.count[0]] = self.state.fills[:self.state.count[0]]
         self.state = self.state._replace(fills=fills)
         point(self.row[0], self.tape, self.state, self.rules, self.proposals)
 
-    def step(self, t:int, answer:np.ndarray, journal:np.ndarray, market:bool=True):
+    def step(self, t:int, answer:np.ndarray, journal:np.ndarray, market:bool=True)->None:
         """`step`, for Python; without the market only the decision. ValueError where the answer is none, and then
         nothing has changed"""
         if not 0 <= t < len(self.tape.times) - 1:

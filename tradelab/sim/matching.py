@@ -35,10 +35,10 @@ EACH = 8   # fills that a candle may bring of a symbol, beyond one for each plac
 
 
 def new_state(
-    account,           # ACCOUNT, (1,)
-    positions,         # POSITION, (n,)
-    execution,         # a row of EXECUTION
-    capacity:int=0,    # fills that are kept; 0: those of one candle
+    account:np.ndarray,    # ACCOUNT, (1,)
+    positions:np.ndarray,  # POSITION, (n,)
+    execution:np.void,     # a row of EXECUTION
+    capacity:int=0,        # fills that are kept; 0: those of one candle
 )->State:
     "Nothing works yet, nothing was filled"
     n = len(positions)

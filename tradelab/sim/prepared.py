@@ -7,22 +7,34 @@ __all__ = ['funding_rates', 'MarketData', 'market_data', 'observed_candles', 'Si
            'prepare']
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa002
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 
 from ..account import POSITION, mark, new_account
 from ..events import CLOSE, COLUMNS, KNOWN, SERIES
 from ..features.observation import Observation, waiting
-from ..market.candles import frames_of, holes_in, matrix, period_of, rates_by_symbol, timeframe_at
+from ..instruments import Instrument
+from tradelab.market.candles import (
+    CandlesLike,
+    RatesLike,
+    frames_of,
+    holes_in,
+    matrix,
+    period_of,
+    rates_by_symbol,
+    timeframe_at,
+)
 from ..market.filters import instruments_for
 from ..risk.limits import warm_up
 from ..settings import CostModel, Execution, Limits
 from .kernel import Tape, World, rules_of, tape_of
 from .matching import Rules, new_state
-from ..sources.exogenous import with_series
-from ..times import format_time, to_ms
+from ..sources.exogenous import Exogenous, with_series
+from ..times import TimeLike, format_time, to_ms
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #2da4d317
 @dataclass(frozen=True)
@@ -35,12 +47,13 @@ class _Payments:
 
 
 def funding_rates(
-    funding,       # Series of rates by UTC time, or dict of them by symbol, or None
-    times,         # (T,), open times
-    symbols,       # names, in the order of the columns
+    funding:RatesLike|None,
+    times:np.ndarray,       # (T,), open times, ms
+    symbols:Sequence[str],  # in the order of the columns
 )->np.ndarray:     # (T, n_symbols, dues), fractions
     "Rates due at the close of each candle, or after it and before the next one; each is a payment of its own"
-    last, found = times[-1] + period_of(times), []
+    last = times[-1] + period_of(times)
+    found = []
     for symbol, series in rates_by_symbol(funding, symbols).items():
         due = series.index.as_unit("ms").asi8 // 60_000 * 60_000  # exchanges stamp it up to a second late
         rows = np.searchsorted(times, due) - 1 # the last candle open before: who held at its close pays, also in a hole
@@ -59,9 +72,9 @@ def funding_rates(
 @dataclass(frozen=True, eq=False)
 class MarketData:
     "Candles of traded and extra symbols with their funding, as arrays; made by `market_data`"
-    frames:dict         # by symbol: traded symbols first, then extra ones, then series
-    symbols:tuple       # traded, n of them
-    instruments:tuple   # Instrument each, in the order of symbols
+    frames:dict[str, pd.DataFrame] # by symbol: traded symbols first, then extra ones, then series
+    symbols:tuple[str, ...] # traded, n of them
+    instruments:tuple[Instrument, ...] # in the order of symbols
     times:np.ndarray    # int64 (T,), open times, ms
     known:np.ndarray    # float64 (T, len(frames), KNOWN): all that a feature may read
     candles:np.ndarray  # float64 (T, n, 5): open high low close volume of the traded symbols, in one piece
@@ -76,13 +89,15 @@ class MarketData:
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa009
 def market_data(
-    candles,               # a frame, or a dict of frames by symbol
+    candles:CandlesLike,
     *,
-    extra=None,            # frames by symbol that features look at and nobody trades
-    series=None,           # Exogenous by the name that features read
-    funding=None,          # Series of rates by UTC time, or a dict of them by symbol
-    instruments=None,      # one per symbol, those that the caller insists on; others are looked up
-    known_instruments=(),  # of a run: taken where the caller names none
+    extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades
+    series:dict[str, Exogenous]|None=None,   # by the name that features read
+    funding:RatesLike|None=None,
+    # those that the caller insists on; others are looked up
+    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None,
+    # of a run: taken where the caller names none
+    known_instruments:Iterable[Instrument]=(),
     gaps:bool=False,       # carry holes in the candles through; otherwise the first one is refused
 )->MarketData:
     "Everything about a market that no policy changes. CandleError where the candles do not fit together"
@@ -97,7 +112,7 @@ def market_data(
 def observed_candles(
     observation:Observation,  # over traded symbols
     known:np.ndarray,         # (T, names, KNOWN)
-    names:tuple,              # traded symbols first
+    names:tuple[str, ...],    # traded symbols first
 )->np.ndarray:                # (T, observation.rows, KNOWN)
     "The candles that an observation is given, in its order"
     missing = [symbol for symbol in observation.rows if symbol not in names]
@@ -127,7 +142,7 @@ class SimulationSettings:
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa018
 def first_row(
     times:np.ndarray,  # (T,), ms
-    start,             # a time, the first candle to decide on; None: right after the warm-up
+    start:TimeLike|None, # the first candle to decide on; None: right after the warm-up
     warm_up:int,       # candles
 )->int:
     "The row of the first decision; ValueError where nothing is left to decide on, or too little before it"
@@ -158,7 +173,7 @@ class PreparedMarket:
 
     @classmethod
     def from_data(cls, data:MarketData, observation:Observation, settings:SimulationSettings=SimulationSettings(),
-                  order_slots:int=0):
+                  order_slots:int=0)->"PreparedMarket":
         "The market of a policy; `order_slots`: orders per symbol that it answers with, 0 where it answers with targets"
         observation = observation.for_symbols(data.symbols, data.timeframe)
         seen = observed_candles(observation, data.known, tuple(data.frames))
@@ -192,20 +207,20 @@ class PreparedMarket:
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa022
 def prepare(
-    candles,                   # a frame, or a dict of frames by symbol
+    candles:CandlesLike,
     observation:Observation,
     *,
     costs:CostModel=CostModel(),
     limits:Limits=Limits(),
-    instruments=None,          # one per symbol; default: looked up
+    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None, # default: looked up
     execution:Execution=Execution(),
-    funding=None,              # Series of rates by UTC time, or a dict of them by symbol
-    extra=None,                # frames by symbol that features look at and nobody trades
-    series=None,               # Exogenous by the name that features read
+    funding:RatesLike|None=None,
+    extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades
+    series:dict[str, Exogenous]|None=None,   # by the name that features read
     deposit:float=10_000.,     # quote
     gaps:bool=False,           # carry holes in the candles through; otherwise the first one is refused
 )->PreparedMarket:
-    "A market to live in, with at least two candles after the warm-up"
+    "A market ready to be traded, with at least two candles after the warm-up"
     data = market_data(candles, extra=extra, series=series, funding=funding, instruments=instruments, gaps=gaps)
     market = PreparedMarket.from_data(data, observation, SimulationSettings(costs, limits, execution, deposit))
     if len(data.times) >= market.first_row + 2: return market

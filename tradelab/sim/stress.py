@@ -9,17 +9,23 @@ __all__ = ['GAP', 'AWAY', 'EVERY', 'FUNDING_CAP', 'SCENARIOS', 'Scene', 'wide_sp
 # %% ../../nbs/50_sim/08_stress.ipynb #8b08f3b6
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ..evaluation.result import Result
 from ..figures import INK, caption, finished
-from ..market.candles import period_of, rates_by_symbol, times
+from ..market.candles import CandlesLike, RatesLike, period_of, rates_by_symbol, times
 from ..risk.answers import halted_text, halts
 from ..settings import CostModel
-from .backtest import backtest, sources_of
+from .backtest import PolicyLike, backtest, sources_of
 from .prepared import market_data
 from ..texts import figure_text, html_text
+from ..times import TimeLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported when something is drawn
 
 # %% ../../nbs/50_sim/08_stress.ipynb #323ae6a9
 GAP = .15                # the price jumps so far against the largest position
@@ -30,8 +36,8 @@ FUNDING_CAP = .0075      # per payment: Binance's for most symbols
 @dataclass(frozen=True)
 class Scene:
     "What a backtest is given"
-    candles:dict           # frames by symbol
-    funding:dict           # Series of rates by symbol
+    candles:dict[str, pd.DataFrame] # by symbol
+    funding:dict[str, pd.Series]    # rates by symbol
     costs:CostModel
 
 
@@ -43,10 +49,12 @@ def _prices(frame, factor, where=slice(None)):
     return other
 
 # %% ../../nbs/50_sim/08_stress.ipynb #10b97540
-def wide_spread(scene, result): return replace(scene, costs=replace(scene.costs, slippage=5 * scene.costs.slippage))
+def wide_spread(scene:Scene, result:Result)->Scene:
+    "Five times the slippage"
+    return replace(scene, costs=replace(scene.costs, slippage=5 * scene.costs.slippage))
 
 
-def thin_market(scene, result):
+def thin_market(scene:Scene, result:Result)->Scene:
     "A tenth is traded, and nobody gets more than a tenth of that"
     return replace(scene, candles={symbol: frame.assign(volume=frame["volume"] / 10) for symbol,
                                    frame in scene.candles.items()},
@@ -54,7 +62,7 @@ def thin_market(scene, result):
                                                  impact=scene.costs.impact or 1.))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #8cf304e1
-def dear_funding(scene, result):
+def dear_funding(scene:Scene, result:Result)->Scene:
     "Whoever holds pays the cap, three times a day"
     held = result.journal.groupby(["symbol", "open_time"])["position"].last()
     rates = {}
@@ -68,7 +76,7 @@ def dear_funding(scene, result):
     return replace(scene, funding=rates, costs=replace(scene.costs, funding=True))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #d44ab087
-def gap(scene, result):
+def gap(scene:Scene, result:Result)->Scene:
     "Every price jumps against the largest position, in the night before its next open"
     rows = result.journal.assign(size=lambda journal: journal["position"] * journal["close"] / journal["equity"])
     worst = rows["size"].abs().to_numpy().argmax()
@@ -79,7 +87,7 @@ def gap(scene, result):
         None)) for symbol, frame in scene.candles.items()})
 
 # %% ../../nbs/50_sim/08_stress.ipynb #199469eb
-def away(scene, result):
+def away(scene:Scene, result:Result)->Scene:
     "No trade for hours, once a week; prices go on"
     def silent(frame):
         volume = frame["volume"].to_numpy(copy=True)
@@ -90,7 +98,9 @@ def away(scene, result):
                    costs=replace(scene.costs, participation=scene.costs.participation or 1.))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #fc9ecc14
-def late(scene, result): return replace(scene, costs=replace(scene.costs, latency=scene.costs.latency + 2))
+def late(scene:Scene, result:Result)->Scene:
+    "Orders arrive two candles later"
+    return replace(scene, costs=replace(scene.costs, latency=scene.costs.latency + 2))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #da634da8
 SCENARIOS = {"spread x 5": wide_spread, "volume / 10": thin_market,
@@ -102,7 +112,7 @@ SCENARIOS = {"spread x 5": wide_spread, "volume / 10": thin_market,
 @dataclass(frozen=True)
 class Stress:
     "A policy in worse markets"
-    results:dict = field(repr=False) # name of the scenario -> Result; the first is the market as it was
+    results:dict[str, Result] = field(repr=False) # name of the scenario -> Result; the first is the market as it was
     caption:str
 
     def table(self)->pd.DataFrame:
@@ -123,7 +133,7 @@ class Stress:
         return "\n".join(f"{name}: {halted_text(result.journal)}" for name, result in self.results.items()
                          if len(halts(result.journal)))
 
-    def plot(self):
+    def plot(self)->"Figure":
         "Equity in each scenario, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -137,30 +147,30 @@ class Stress:
         axis.legend(frameon=False, fontsize=8)
         return finished(figure)
 
-    def __str__(self):
+    def __str__(self)->str:
         return (f"{self.caption}\n" + (f"{self.halted()}\n" if self.halted() else "")
                 + self.table().to_string(float_format="{:,.2f}".format))
-    def _repr_html_(self):
+    def _repr_html_(self)->str:
         return (f"<p>{html_text(self.caption)}<br>"
                 f"{html_text(self.halted() or 'Nobody was halted.').replace(chr(10), '<br>')}</p>"
                 + self.table().to_html(border=0, float_format="{:,.2f}".format))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #9f31dd89
 def stress(
-    policy,                     # as `backtest` takes it
-    candles,                    # a frame, or a dict of frames by symbol
-    start=None,
+    policy:PolicyLike,
+    candles:CandlesLike,
+    start:TimeLike|None=None,   # the first candle to decide on; default: right after the warm-up
     *,
     costs:CostModel|None=None,
-    funding=None,               # Series of rates by UTC time, or a dict of them by symbol
+    funding:RatesLike|None=None,
     scenarios:dict[str, Callable]=SCENARIOS, # name -> (Scene, Result) -> Scene
     gaps:bool=False,            # carry holes in the candles through
-    **settings,                 # of `backtest`
+    **settings:Any,             # of `backtest`
 )->Stress:
     "Run a policy in the market as it was and in each scenario"
     data = market_data(candles, funding=funding, instruments=settings.get("instruments"),
                        known_instruments=getattr(policy, "instruments", ()), gaps=gaps)
-    costs = costs or getattr(policy, "costs", CostModel())
+    costs = costs or getattr(policy, "costs", None) or CostModel()
     settings["instruments"] = data.instruments # of the market as it was: a price that jumps changes no tick
     run = lambda scene: backtest(policy, scene.candles, start, costs=scene.costs, funding=scene.funding or None,
                                  baselines=(), gaps=gaps, **settings)

@@ -6,8 +6,10 @@
 __all__ = ['SUMS', 'SPAN', 'SUM', 'SWEEP', 'PLAIN', 'IDEAL', 'add', 'rebalance', 'Sweep', 'sweep']
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #589156a1
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -21,13 +23,16 @@ from ..events import CLOSE, OPEN
 from ..features.observation import Observation
 from ..figures import caption, finished
 from ..instruments import Instrument
-from ..market.candles import by_time, period_of
+from ..market.candles import CandlesLike, RatesLike, by_time, period_of
 from ..settings import NO_STOPS, CostModel, Execution, Limits
 from .backtest import WORLDS
 from .kernel import DONE, FAULTS, TARGET, opened, steps
 from .prepared import PreparedMarket, SimulationSettings, first_row, market_data
 from ..texts import figure_text, html_text
-from ..times import format_time
+from ..times import TimeLike, format_time
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported when something is drawn
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #a1d43afd
 # keeps: what the worst drawdown left of the peak, a fraction
@@ -153,7 +158,7 @@ class Sweep:
         "The luckiest; how lucky, `learn.selection` says"
         return self.table.sort_values(by, ascending=False).head(n)
 
-    def plot(self, by:str="sharpe"):
+    def plot(self, by:str="sharpe")->"Figure":
         "A map over two parameters, or a line over one, as a matplotlib Figure"
         import matplotlib.pyplot as plt
         names = self.table.index.names
@@ -177,8 +182,8 @@ class Sweep:
         caption(axis, self.caption)
         return finished(figure)
 
-    def __str__(self): return f"{self.caption}\n{self.best().to_string()}"
-    def _repr_html_(self): return f"<p>{html_text(self.caption)}</p>" + self.best().to_html(border=0)
+    def __str__(self)->str: return f"{self.caption}\n{self.best().to_string()}"
+    def _repr_html_(self)->str: return f"<p>{html_text(self.caption)}</p>" + self.best().to_html(border=0)
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #fafcf9aa
 def _table(sums, parameters, step_ms, span_ms, deposit):
@@ -195,19 +200,64 @@ def _table(sums, parameters, step_ms, span_ms, deposit):
     return pd.DataFrame(values, pd.MultiIndex.from_frame(parameters) if len(parameters.columns) > 1
                         else pd.Index(parameters.iloc[:, 0]))
 
+# %% ../../nbs/50_sim/07_sweep.ipynb #07_sweep101
+def _shared(columns, data):
+    "The columns of a rule, (T, m), that all runs read and none may write; ValueError where a candle has no row"
+    if len(columns) != len(data.times) or not columns.index.equals(data.frames[data.symbols[0]].index):
+        raise ValueError(f"columns need a row for each of the {len(data.times)} candles, with the same index; "
+                         f"there were {len(columns)}")
+    values = np.asfortranarray(columns.to_numpy(float)).view()          # a rule walks along columns
+    values.flags.writeable = False
+    return values
 
+
+def _targets(answer, parameters, i, length):
+    "The answer of the rule in run i as targets, (length, 1)"
+    if answer is None:
+        raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} returned nothing: a sweep's rule returns "
+                         "its targets, one for each candle")
+    targets = np.ascontiguousarray(answer, np.float64).reshape(-1, 1)
+    if len(targets) == length: return targets
+    raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for "
+                     f"{length} candles: one for each")
+
+
+def _not_followed(targets, times, parameters, i, code):
+    "The error of a run that stopped: the first invalid target, and what the kernel said"
+    wrong = ~(np.abs(targets) <= 1.)
+    where = f" at the candle of {format_time(times[int(np.argmax(wrong))])}" if wrong.any() else ""
+    return ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed{where}: {FAULTS[code]}"
+                      + ("; give a start behind the warm-up" if wrong.any() else ""))
+
+# %% ../../nbs/50_sim/07_sweep.ipynb #07_sweep102
+def _on_all_cores(work, count, progress):
+    "Call `work` with each number below `count`, under a progress bar"
+    from tqdm import tqdm
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(work, range(count)), total=count, disable=not progress, leave=False, desc="sweep"):
+            pass
+
+
+def _caption(runs, times, costs, candles):
+    "What was run, over which span, net of what"
+    source = str(getattr(candles, "attrs", {}).get("source", ""))
+    return (f"{runs:,} runs, {format_time(times[0])} to {format_time(times[-1])}, "
+            + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs")
+            + (", SYNTHETIC prices" if "synthetic" in source.lower() else ""))
+
+# %% ../../nbs/50_sim/07_sweep.ipynb #07_sweep103
 def sweep(
-    rule, # (parameters (k,), columns (T, m)) -> targets (T,) in [-1, 1], of each candle's close; numpy, or compiled
-    columns,                     # DataFrame, a row per candle: what the rule reads
+    rule:Callable, # (parameters (k,), columns (T, m)) -> targets (T,) in [-1, 1] at each close; numpy, or compiled
+    columns:pd.DataFrame,        # a row per candle: what the rule reads
     parameters:pd.DataFrame,     # a row per run: the numbers that the rule is given
-    candles,                     # a frame of one symbol
-    start=None,                  # a time, the first candle to decide on. Default: right after the warm-up
+    candles:CandlesLike,         # of one symbol
+    start:TimeLike|None=None,    # the first candle to decide on. Default: right after the warm-up
     *,
     costs:CostModel=CostModel(),
     limits:Limits=Limits(),
     instrument:Instrument|None=None, # default: `market.filters.instruments_for` looks it up
     execution:Execution=Execution(),
-    funding=None,                # Series of rates by UTC time
+    funding:RatesLike|None=None,
     deposit:float=10_000.,       # quote
     exact:bool=False,            # the kernel's step on the ideal setting, too
     gaps:bool=False,             # carry holes in the candles through; otherwise the first one is refused
@@ -217,16 +267,11 @@ def sweep(
     data = market_data(candles, funding=funding, instruments=instrument, gaps=gaps)
     if len(data.symbols) != 1:
         raise ValueError(f"a sweep runs one symbol, there were {', '.join(data.symbols)}: call it for each")
-    times, index = data.times, data.frames[data.symbols[0]].index
-    columns = by_time(columns, candles, index)
-    if len(columns) != len(times) or not columns.index.equals(index):
-        raise ValueError(f"columns need a row for each of the {len(times)} candles, with the same index; "
-                         f"there were {len(columns)}")
+    times = data.times
     settings = SimulationSettings(costs, limits, execution, deposit)
     market = PreparedMarket.from_data(data, Observation(()), settings)
     row = first_row(times, start, settings.warm_up)
-    values = np.asfortranarray(columns.to_numpy(float)).view()          # a rule walks along columns
-    values.flags.writeable = False                                      # which all runs share
+    values = _shared(by_time(columns, candles, data.frames[data.symbols[0]].index), data)
     table = np.ascontiguousarray(parameters.to_numpy(float))
     sums = np.zeros(len(table), SUMS)
     plain = costs == CostModel.ideal() and limits == PLAIN and not exact
@@ -236,30 +281,12 @@ def sweep(
     capacity = SPAN * len(still.state.fills)
 
     def one(i):
-        answer = rule(table[i], values)
-        if answer is None:
-            raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} returned nothing: a sweep's rule returns "
-                             "its targets, one for each candle")
-        targets = np.ascontiguousarray(answer, np.float64).reshape(-1, 1)
-        if len(targets) != len(times):
-            raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for "
-                             f"{len(times)} candles: one for each")
+        targets = _targets(rule(table[i], values), parameters, i, len(times))
         world = still if plain else market.world(row, capacity)
         code = (_without(targets, row, world.row, sums[i]) if plain else _with_costs(targets, row, world.row,
             np.empty(SPAN), sums[i]))
-        if code == DONE: return
-        wrong = ~(np.abs(targets[row:, 0]) <= 1.)
-        where = f" at the candle of {format_time(times[row + int(np.argmax(wrong))])}" if wrong.any() else ""
-        raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} could not be followed{where}: {FAULTS[code]}"
-                         + ("; give a start behind the warm-up" if wrong.any() else ""))
+        if code != DONE: raise _not_followed(targets[row:, 0], times[row:], parameters, i, code)
 
-    from tqdm import tqdm
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(one, range(len(table))), total=len(table), disable=not progress, leave=False,
-                      desc="sweep"):
-            pass
-    said = (f"{len(table):,} runs, {format_time(times[row])} to {format_time(times[-1])}, "
-            + ("without costs: an upper bound, not a result" if costs == CostModel.ideal() else "net of costs"))
+    _on_all_cores(one, len(table), progress)
     return Sweep(_table(sums, parameters, period_of(times), times[-1] - times[row], deposit),
-                 said + (", SYNTHETIC prices"
-                         if "synthetic" in str(getattr(candles, "attrs", {}).get("source", "")).lower() else ""))
+                 _caption(len(table), times[row:], costs, candles))
