@@ -167,7 +167,7 @@ def policy_of(run, market):
                                     asked.get("confident", False))
         case "python": return Policy("python", _python, asked["numbers"], features, window)
         case "orders": return Policy("orders", _orders, asked["numbers"], features, window,
-                                     orders=int(asked["numbers"][0]))
+                                     order_slots=int(asked["numbers"][0]))
     random, frames = np.random.default_rng(asked["seed"]), list(market.frames.values())
     steps = np.arange(len(frames[0])) // asked["every"]
     table = random.uniform(-1, 1, (steps[-1] + 1, count)) * (random.random((steps[-1] + 1, count)) > asked["idle"])

@@ -172,7 +172,7 @@ def test_both_forms_agree_to_the_bit_and_nobody_is_asked_until_the_window_is_who
 def test_both_forms_agree_for_a_policy_of_orders():
     for seed in range(3):
         candles = holed(ar1(600, volatility=.01, seed=seed), seed, count=7, begin=100)
-        policy = Policy("bids", bids, [0.], ("return(1)",), 3, orders=2)
+        policy = Policy("bids", bids, [0.], ("return(1)",), 3, order_slots=2)
         one, two = (backtest(policy, candles, limits=OPEN_END, gaps=True, engine=engine, baselines=())
                     for engine in ("vectorised", "event"))
         assert first_difference(one.journal, two.journal) is None

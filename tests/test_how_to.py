@@ -21,7 +21,8 @@ TOUCHED = {"add_an_indicator": {"20_features/06_momentum"},
            "add_an_order_type": {"00_ground/09_orders", "50_sim/02_matching"},
            "add_a_venue": {"00_ground/12_config"}, "add_a_job": set()}
 BESIDES = {"add_a_limit": {"tradelab.toml.example", "nbs/index.ipynb", "README.md"},
-           "add_a_venue": {"tradelab.toml.example"}, "add_a_job": {"nbs/stress.ipynb"}}
+           "add_an_order_type": {"tests/test_kernel.py"}, "add_a_venue": {"tradelab.toml.example"},
+           "add_a_job": {"nbs/stress.ipynb"}}
 
 
 FILES = ("settings.ini", "setup.py", "README.md", "tradelab.toml.example")

@@ -87,7 +87,7 @@ def test_money_is_conserved_with_any_orders(seed, symbols, costs, execution):
     limits = (WIDE if not execution.protect
               else Limits(**{**{name: getattr(WIDE, name) for name in WIDE.__dataclass_fields__},
                              "stops": Stops(stop_loss=.01, take_profit=.02, trailing_stop=.015)}))
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, funding=payments,
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), order_slots=4), frames, funding=payments,
                       costs=costs, limits=limits, execution=execution, baselines=())
     assert len(result.fills) > 20
     assert np.isclose(result.equity.iloc[-1], identity(result), rtol=1e-9,
@@ -107,7 +107,7 @@ def test_every_fill_was_possible(seed, costs):
     """Where the market was; no limit order worse than its price; makers at theirs; never more than the share of the
     volume; on the tick and the step"""
     frames, _ = market(seed, 2)
-    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), orders=4), frames, costs=costs,
+    result = backtest(Policy("any", any_orders, [float(seed)], ("return(1)",), order_slots=4), frames, costs=costs,
                       limits=WIDE, instruments=[replace(BITCOIN, symbol=symbol) for symbol in frames], baselines=())
     for symbol, fills in result.fills.groupby("symbol"):
         whole = result.candles[symbol]
@@ -161,7 +161,7 @@ def test_both_forms_agree_on_orders_of_the_policy(costs):
     frames, payments = market(7, 2, 700)
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.9, max_orders=None,
                     stops=Stops(stop_loss=.03, take_profit=.05))
-    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), orders=3), frames, funding=payments,
+    one, two = (backtest(Policy("any", any_orders, [7.], ("return(1)",), order_slots=3), frames, funding=payments,
                          costs=costs, limits=limits, engine=engine, baselines=(), keep_observations=True)
                          for engine in ("vectorised", "event"))
     assert first_difference(one, two) is None
@@ -428,7 +428,7 @@ def test_round_trips_within_a_candle_count():
 def test_summary_trips_and_fills_walked_one_by_one_agree(seed, places, paying):
     "Orders of every kind, several trips in a candle: one source of truth, beside a second bookkeeping"
     candles = ar1(300, rho=0, volatility=.02, seed=seed)
-    policy = Policy("any", any_orders, [float(seed % 1000)], ("return(1)",), orders=places)
+    policy = Policy("any", any_orders, [float(seed % 1000)], ("return(1)",), order_slots=places)
     result = backtest(policy, candles, limits=WIDE, costs=CostModel(), funding=funding(candles, seed=seed) if paying
                       else None, baselines=())
     paid = result.journal["funding"]

@@ -42,7 +42,7 @@ def _turning(parameters, observation, targets):
         for n in range(count): targets[count + n] = abs(np.cos(200. * observation[n, 0]))
 
 
-def turning(confident=False): return Policy("turning", _turning, np.zeros(0), ("return(1)",), confident=confident)
+def turning(confident=False): return Policy("turning", _turning, np.zeros(0), ("return(1)",), has_confidence=confident)
 
 
 @st.composite
@@ -244,7 +244,7 @@ def _noise(parameters, observation, answer):
             if kind == 5.: answer[first + 4] = .003 + .01 * v
 
 
-def noise(number, orders=0): return Policy("noise", _noise, np.array([number]), ("return(1)",), orders=orders)
+def noise(number, orders=0): return Policy("noise", _noise, np.array([number]), ("return(1)",), order_slots=orders)
 
 
 def most_held(result):

@@ -77,9 +77,9 @@ class Policy:
     features: tuple[str, ...] = ()      # such as "rsi(14)", in the order of the observation's columns
     window: int = 1                     # candles in the observation, oldest first
     scaler: Scaler | None = None        # None: features as they are
-    confident: bool = False             # whether it answers with confidences, in [0, 1], behind the targets
-    # slots for orders of its own per symbol: it answers with eight numbers for each (sim.kernel), not with targets
-    orders: int = 0
+    has_confidence: bool = False        # whether it answers with confidences, in [0, 1], behind the targets
+    # orders per symbol that it may have open at once: it answers with eight numbers for each (sim.kernel), not targets
+    order_slots: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
@@ -87,12 +87,12 @@ class Policy:
 
     def answers(self, n_symbols: int) -> int:
         "The number of numbers that it answers with"
-        return n_symbols * (8 * self.orders if self.orders else 1 + self.confident)
+        return n_symbols * (8 * self.order_slots if self.order_slots else 1 + self.has_confidence)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2
         n_symbols,) with confidences; NaN where none was written"""
-        targets = np.full(self.answers(len(observation)), 0. if self.orders else np.nan)
+        targets = np.full(self.answers(len(observation)), 0. if self.order_slots else np.nan)
         refuse_returned(self.function(self.parameters, observation, targets))
         return targets
 

@@ -33,7 +33,7 @@ def make_trader(
     timeframe:str="",                  # of the candles; needed where a feature stands on another
 )->Trader:
     "A trader for this policy, with the observation it wants and the gate that everyone passes"
-    if policy.orders:
+    if policy.order_slots:
         raise ValueError(f"{policy.name} answers with orders, which only a backtest can trade yet: "
                          "answer with targets, and choose an execution style")
     return Trader(policy, Observation.from_policy(policy, timeframe), Gate, limits, instruments, deposit)

@@ -98,7 +98,7 @@ def _events(policy, market, row, world, journal, observations):
     settings = market.settings
     times = market.data.times
     known = market.seen
-    gate = (lambda limits, _: KernelGate(world, warm_up(limits))) if policy.orders else Gate
+    gate = (lambda limits, _: KernelGate(world, warm_up(limits))) if policy.order_slots else Gate
     observation = Observation.from_policy(policy, market.data.timeframe)
     instruments = market.data.instruments
     trader = Trader(policy, observation, gate, settings.limits, instruments, settings.deposit)
@@ -214,8 +214,8 @@ def _run(policy, data:MarketData, settings:SimulationSettings, row:int, engine:s
     "One policy in one market from a row on; `told`: what else its result says of itself"
     if engine not in ("vectorised", "event"):
         raise ValueError(f"engine must be 'vectorised' or 'event', was {engine!r}")
-    market = PreparedMarket.from_data(data, Observation.from_policy(policy), settings, policy.orders)
-    if policy.orders and market.stale.any():
+    market = PreparedMarket.from_data(data, Observation.from_policy(policy), settings, policy.order_slots)
+    if policy.order_slots and market.stale.any():
         raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: "
                          "answer with targets, or set when_stale to hold or refuse")
     world = market.world(row)
