@@ -7,7 +7,16 @@ __all__ = ['INK', 'LONG', 'SHORT', 'QUIET', 'BEHIND', 'naive_times', 'dates', 'l
            'prices_of']
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure02
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from .texts import figure_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure05
 INK = "#123f63"
@@ -18,17 +27,17 @@ BEHIND = "#9a9a9a", "#c9962f", "#4f9d94", "#a06cad", "#c2766b", "#7d8fb3"
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure08
 def naive_times(
-    frame,      # or a series; index UTC
-):              # datetime64, as matplotlib converts them quickly
-    "The times of its rows"
+    frame: "pd.DataFrame | pd.Series",  # index UTC
+) -> np.ndarray:                        # datetime64, which matplotlib converts quickly
+    "The times of the rows"
     return frame.index.tz_localize(None).to_numpy()
 
-
+# %% ../nbs/00_ground/20_figures.ipynb #feac0b14
 def dates(
-    axis,               # matplotlib axis
-    most:int|None=None, # labels at most
-):
-    "Short dates that do not run into each other"
+    axis: "Axes",
+    most: int | None = None,  # labels at most
+) -> None:
+    "Label the x axis with short dates that do not run into each other"
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     locator = AutoDateLocator(maxticks=most)
     axis.xaxis.set_major_locator(locator)
@@ -36,9 +45,9 @@ def dates(
 
 
 def logarithmic(
-    axis,       # matplotlib axis
-):
-    "A logarithmic scale whose labels are plain numbers"
+    axis: "Axes",
+) -> None:
+    "Make the y axis logarithmic, labelled with plain numbers"
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -47,9 +56,9 @@ def logarithmic(
 
 
 def plain(
-    axis,       # matplotlib axis
-):
-    "No box, faint lines across, numbers written out: no `+1` or `1e-5` in the corner, where the caption is"
+    axis: "Axes",
+) -> None:
+    "Remove the box, draw faint lines across, write numbers out: no `+1` or `1e-5` in the corner, where the caption is"
     from matplotlib.ticker import ScalarFormatter
     numbers = axis.yaxis.get_major_formatter()
     if isinstance(numbers, ScalarFormatter):
@@ -61,25 +70,25 @@ def plain(
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure10
 def caption(
-    axis,               # matplotlib axis, the topmost
-    text:str,           # may come from a user or a file
-    most:int=160,       # characters
-):
-    "Small words above an axis, from its left edge"
+    axis: "Axes",      # the topmost
+    text: str,         # may come from a user or a file
+    most: int = 160,   # characters
+) -> None:
+    "Write a caption above an axis, from its left edge"
     axis.set_title(figure_text(text, most), loc="left", fontsize=7.5, color=QUIET)
 
 
 def finished(
-    figure,     # matplotlib Figure
-):              # the same
-    "A figure that is shown once, by whoever returns it"
+    figure: "Figure",
+) -> "Figure":
+    "The figure, closed, so that it is shown only once, by the cell that returns it"
     import matplotlib.pyplot as plt
     plt.close(figure)
     return figure
 
 # %% ../nbs/00_ground/20_figures.ipynb #figure45b
 def prices_of(
-    source:str,     # of the candles; empty: nobody said
-)->str:             # "SYNTHETIC prices: synthetic walk(seed=1)"
-    "Where prices are from, in the words of a caption"
+    source: str,  # of the candles; empty: not known
+) -> str:         # "SYNTHETIC prices: synthetic walk(seed=1)"
+    "Where the prices are from, for a caption"
     return f"SYNTHETIC prices: {source}" if "synthetic" in source.lower() else f"Prices: {source or 'source not said'}"

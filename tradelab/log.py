@@ -15,23 +15,25 @@ import sys
 import warnings
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any, Literal, TextIO
 from urllib.parse import quote
 
 import structlog
 from pydantic import SecretStr
+from structlog.typing import EventDict, Processor
 
 from .config import Settings, settings
 from .texts import printable
 
 # %% ../nbs/00_ground/13_log.ipynb #5e574d60
 HIDDEN = "[redacted]"
-_registered = {} # pattern by secret value
+_registered: dict[str, re.Pattern[str]] = {} # by secret value
 
 
 def register_secret(
-    value:str|SecretStr|None, # None and the empty string are nobody's secret
-):
-    "From now on this value appears in no log line"
+    value: str | SecretStr | None,  # None and the empty string are no secrets
+) -> None:
+    "Hide this value in every log line from now on"
     value = value.get_secret_value() if isinstance(value, SecretStr) else value
     if not value: return
     spellings = sorted({value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value, safe="")}, key=len,
@@ -51,9 +53,9 @@ _secret_key = re.compile(rf"(?i)^(?:{_NAME}|(?:.*[_-])?key)$")
 
 
 def redact(
-    text:str, # a log line, a traceback, a cell's output
-)->str:
-    "The same text without secrets"
+    text: str,  # a log line, a traceback, a cell's output
+) -> str:
+    "The text without secrets"
     for pattern in _registered.values(): text = pattern.sub(HIDDEN, text)
     for pattern in _named:
         text = pattern.sub(lambda match: match[1] + (match[2][0] + HIDDEN + match[2][0] if match[2][0] in "\"'"
@@ -67,23 +69,31 @@ def _hide(name, value):
     return [_hide("", inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def hide_secret_names(logger, method, event):
-    "A structlog processor: values of names such as `key` or `secret` are hidden"
+def hide_secret_names(
+    logger: Any,       # structlog's, not used
+    method: str,       # such as "info", not used
+    event: EventDict,  # values by name
+) -> EventDict:
+    "A structlog processor: the event, with the values of names such as `key` or `secret` hidden"
     return {name: _hide(name, value) for name, value in event.items()}
 
 # %% ../nbs/00_ground/13_log.ipynb #740da77f
-def without_commands(logger, method, event):
-    "A structlog processor: what others wrote does not command a terminal"
+def without_commands(
+    logger: Any,       # structlog's, not used
+    method: str,       # such as "info", not used
+    event: EventDict,  # values by name
+) -> EventDict:
+    "A structlog processor: the event, without text that would command a terminal"
     return {name: printable(value) if isinstance(value, str) else value for name, value in event.items()}
 
 
-_before = [structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name, structlog.processors.TimeStamper("iso",
-    utc=True), hide_secret_names, without_commands]
+_before: list[Processor] = [structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name,
+                            structlog.processors.TimeStamper("iso", utc=True), hide_secret_names, without_commands]
 
 
 class RedactingFormatter(structlog.stdlib.ProcessorFormatter):
     "Renders an event and removes the secrets from the result"
-    def format(self, record): return redact(super().format(record))
+    def format(self, record: logging.LogRecord) -> str: return redact(super().format(record))
 
 # %% ../nbs/00_ground/13_log.ipynb #5d998a35
 def _traceback(stream, failure):
@@ -93,20 +103,20 @@ def _traceback(stream, failure):
 
 
 def formatter(
-    readable:bool,      # for people; otherwise JSON
-    colors:bool=False,
-)->logging.Formatter:
-    "How an event becomes text"
-    last = (structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_traceback) if readable
-            else structlog.processors.JSONRenderer(default=str))
-    steps = [structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+    readable: bool,        # for people; otherwise JSON
+    colors: bool = False,
+) -> logging.Formatter:
+    "What turns an event into text"
+    last: Processor = (structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_traceback) if readable
+                       else structlog.processors.JSONRenderer(default=str))
+    steps: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta,
              *([] if readable else [structlog.processors.format_exc_info]), last]
     return RedactingFormatter(processors=steps, foreign_pre_chain=_before)
 
 # %% ../nbs/00_ground/13_log.ipynb #85be8d99
 def get_logger(
-    name:str, # of the module: "live.session"
-):
+    name: str,  # of the module: "live.session"
+) -> structlog.stdlib.BoundLogger:
     "A logger: `get_logger('live.session').info('filled', price=20_000.1)`"
     return structlog.wrap_logger(logging.getLogger(f"tradelab.{name.removeprefix('tradelab.')}"),
                                  wrapper_class=structlog.stdlib.BoundLogger, cache_logger_on_first_use=False,
@@ -114,14 +124,14 @@ def get_logger(
                                              structlog.stdlib.ProcessorFormatter.wrap_for_formatter])
 
 # %% ../nbs/00_ground/13_log.ipynb #29f3f2a5
-_handlers = []
+_handlers: list[logging.Handler] = []
 
 
 def _ours_or_warning(record): return record.name.split(".")[0] == "tradelab" or record.levelno >= logging.WARNING
 
 
 def _install(handlers):
-    "Put these in the place of those of the call before"
+    "Put these handlers in the place of those of the call before"
     root = logging.getLogger()
     while _handlers:
         root.removeHandler(old := _handlers.pop())
@@ -134,11 +144,11 @@ def _install(handlers):
 
 # %% ../nbs/00_ground/13_log.ipynb #528a9a4a
 def configure(
-    here:Settings|None=None,       # by default the settings that hold here
-    console=None,                  # a stream, False for none; by default stderr
-    max_bytes:int=10_000_000,      # the file is rotated beyond this size
-    backups:int=5,                 # rotated files that stay
-)->Path:                           # the file
+    here: Settings | None = None,                  # by default the settings that are in force now
+    console: TextIO | Literal[False] | None = None,  # a stream, False for none; by default stderr
+    max_bytes: int = 10_000_000,                   # the file is rotated beyond this size
+    backups: int = 5,                              # rotated files that are kept
+) -> Path:                                         # the file
     "Send events to `logs/tradelab.jsonl` and to the console"
     here = here or settings()
     for _, value in here:
@@ -146,24 +156,28 @@ def configure(
     here.logs.mkdir(parents=True, exist_ok=True)
     file = here.logs / "tradelab.jsonl"
     stream = sys.stderr if console is None else console
-    handlers = [(RotatingFileHandler(file, maxBytes=max_bytes, backupCount=backups, encoding="utf-8", delay=True),
-                 formatter(readable=False))]
+    lines = RotatingFileHandler(file, maxBytes=max_bytes, backupCount=backups, encoding="utf-8", delay=True)
+    handlers: list[tuple[logging.Handler, logging.Formatter]] = [(lines, formatter(readable=False))]
     if stream: handlers.append((logging.StreamHandler(stream), formatter(readable=True, colors=stream.isatty())))
     _install(handlers)
     logging.getLogger("tradelab").setLevel(here.log_level)
     return file
 
 # %% ../nbs/00_ground/13_log.ipynb #9b5667e1
-def in_a_sentence(logger, method, event):
+def in_a_sentence(
+    logger: Any,       # structlog's, not used
+    method: str,       # such as "warning", not used
+    event: EventDict,  # values by name
+) -> str:
     "A structlog renderer: what happened, and in brackets what goes with it"
     details = [f"{name.replace('_', ' ')} {value}" for name, value in event.items() if name not in ("event", "level",
         "logger", "timestamp", "exception", "exc_info", "stack_info") and value not in (None, "")]
-    return (f"{str(event.get('level', 'warning')).capitalize()}: {event['event']}" + (f" ({', '.join(details)})"
-        if details else ""))
+    return (f"{str(event.get('level', 'warning')).capitalize()}: {event['event']}"
+            + (f" ({', '.join(details)})" if details else ""))
 
-
+# %% ../nbs/00_ground/13_log.ipynb #3e787d17
 class _Unconfigured(logging.Handler):
-    "Says warnings where nobody else would"
+    "Prints warnings where nothing else would"
     def emit(self, record):
         if logging.getLogger().handlers: return
         try: print(self.format(record), file=sys.stderr)
@@ -181,13 +195,13 @@ def _say_unconfigured():
 
 _say_unconfigured()
 
-
-def warnings_as_sentences():
-    "From now on a UserWarning is one line"
+# %% ../nbs/00_ground/13_log.ipynb #55953342
+def warnings_as_sentences() -> None:
+    "Print each UserWarning as one line from now on"
     usual = warnings.formatwarning
     if getattr(usual, "plain", False): return
-    def said(message, category, *place):
+    def said(message, category, filename, lineno, line=None):
         return (f"Warning: {redact(printable(str(message)))}\n" if issubclass(category, UserWarning)
-                else usual(message, category, *place))
-    said.plain = True
+                else usual(message, category, filename, lineno, line))
+    setattr(said, "plain", True)
     warnings.formatwarning = said

@@ -10,6 +10,7 @@ __all__ = ['POLICY', 'WRITES', 'ACTIVATIONS', 'MOST_LAYERS', 'WIDEST', 'Scaler',
 # %% ../nbs/00_ground/15_policies.ipynb #d068cbb3
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -20,11 +21,11 @@ from .compiled import compiled
 @dataclass(frozen=True)
 class Scaler:
     "Subtract the centre, divide by the scale: one number per feature"
-    centre:tuple # of float
-    scale:tuple  # of float, above 0
-    kind:str = "standard" # or "robust"
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]  # above 0
+    kind: str = "standard"    # or "robust"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.centre) != len(self.scale):
             raise ValueError(f"Scaler has {len(self.centre)} centres and {len(self.scale)} scales: one per feature")
         if not all(np.isfinite(c) and np.isfinite(s) and s > 0 for c, s in zip(self.centre, self.scale)):
@@ -33,28 +34,34 @@ class Scaler:
 
 # %% ../nbs/00_ground/15_policies.ipynb #8edae0ed
 POLICY = types.void(types.float64[::1], types.float32[:, ::1], types.float64[::1]) # parameters, observation, targets
-_CHECKS = {} # what refuses parameters that a function cannot run, by function
+# refuses parameters that a function cannot run, by function
+_CHECKS: dict[Callable, Callable[[np.ndarray], object]] = {}
 
 # %% ../nbs/00_ground/15_policies.ipynb #c42aa193
 WRITES = "nobody reads that: a rule writes its targets, targets[:] = ..., and returns nothing"
 
 
 def refuse_returned(
-    answer,   # of the call of a rule
-):
+    answer: object,  # what the call of a rule returned
+) -> None:
     "Refuse a rule that returned its target instead of writing it"
     if answer is not None: raise ValueError(f"the rule returned {answer!r}, and {WRITES}")
 
 
-def ask_rule(function, parameters, observation, targets):
-    "Call a rule in plain Python; ValueError where it returns something"
+def ask_rule(
+    function: Callable,       # a rule in plain Python
+    parameters: np.ndarray,   # float64
+    observation: np.ndarray,  # float32, (n_symbols, width)
+    targets: np.ndarray,      # float64, (n_symbols,), written
+) -> None:
+    "Call a rule; ValueError where it returns something"
     refuse_returned(function(parameters, observation, targets))
 
-
+# %% ../nbs/00_ground/15_policies.ipynb #3c019ae2
 def refuse_returning(
-    function,   # compiled
-    name:str,   # of the policy
-):
+    function: Any,  # compiled: numba's dispatcher
+    name: str,      # of the policy
+) -> None:
     "Refuse a compiled rule that returns its target instead of writing it"
     function.compile(POLICY.args)
     kind = function.overloads[POLICY.args].signature.return_type
@@ -64,25 +71,25 @@ def refuse_returning(
 @dataclass(frozen=True)
 class Policy:
     "A compiled decision with all that it needs to be made again: its numbers, and what it wants to see"
-    name:str
-    function:Callable # compiled: (parameters, observation (n_symbols, width), targets (n_symbols,)) -> None
-    parameters:np.ndarray = field(default_factory=lambda: np.zeros(0)) # float64
-    features:tuple = ()                 # texts such as "rsi(14)", in the order of the observation's columns
-    window:int = 1                      # candles in the observation, oldest first
-    scaler:Scaler|None = None           # None: features as they are
-    has_confidence:bool = False         # answers with its confidences, in [0, 1], behind the targets
+    name: str
+    function: Callable  # compiled: (parameters, observation (n_symbols, width), targets (n_symbols,)) -> None
+    parameters: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64
+    features: tuple[str, ...] = ()      # such as "rsi(14)", in the order of the observation's columns
+    window: int = 1                     # candles in the observation, oldest first
+    scaler: Scaler | None = None        # None: features as they are
+    has_confidence: bool = False        # whether it answers with confidences, in [0, 1], behind the targets
     # orders per symbol that it may have open at once: it answers with eight numbers for each (sim.kernel), not targets
-    order_slots:int = 0
+    order_slots: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
         if check := _CHECKS.get(self.function): check(self.parameters)
 
-    def answers(self, n_symbols:int)->int:
-        "How many numbers it answers with"
+    def answers(self, n_symbols: int) -> int:
+        "The number of numbers that it answers with"
         return n_symbols * (8 * self.order_slots if self.order_slots else 1 + self.has_confidence)
 
-    def act(self, observation:np.ndarray)->np.ndarray:
+    def act(self, observation: np.ndarray) -> np.ndarray:
         """Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2
         n_symbols,) with confidences; NaN where none was written"""
         targets = np.full(self.answers(len(observation)), 0. if self.order_slots else np.nan)
@@ -94,8 +101,8 @@ class Policy:
 def _flat(parameters, observation, targets): targets[:] = 0.
 
 
-def flat()->Policy:
-    "Never holds anything"
+def flat() -> Policy:
+    "A policy that never holds anything"
     return Policy("flat", _flat)
 
 # %% ../nbs/00_ground/15_policies.ipynb #7d775f16
@@ -103,8 +110,8 @@ def flat()->Policy:
 def _hold(parameters, observation, targets): targets[:] = 1.
 
 
-def buy_and_hold()->Policy:
-    "Holds all that the limits allow, always"
+def buy_and_hold() -> Policy:
+    "A policy that always holds all that the limits allow"
     return Policy("buy and hold", _hold)
 
 # %% ../nbs/00_ground/15_policies.ipynb #1d15d3cf
@@ -118,8 +125,8 @@ def _spend(parameters, observation, targets):
     for i in range(n): targets[i] = min(targets[i] + spare / n, 1.)
 
 
-def fully_invested()->Policy:
-    "Buys the market with all of the equity, in equal parts, and keeps it; needs limits that allow it"
+def fully_invested() -> Policy:
+    "A policy that buys the market with all of the equity, in equal parts, and keeps it; the limits must allow it"
     return Policy("buy and hold", _spend)
 
 # %% ../nbs/00_ground/15_policies.ipynb #4b8efb8b
@@ -128,8 +135,8 @@ ACTIVATIONS = ("identity", "tanh", "relu", "clip")
 
 @compiled
 def activate(
-    values,  # (n,), changed in place
-    code,    # index into ACTIVATIONS
+    values,  # float64, (n,), changed in place
+    code,    # int, index into ACTIVATIONS
 ):
     "Apply an activation in place"
     for i in range(len(values)):
@@ -139,16 +146,17 @@ def activate(
         elif code == 3: values[i] = min(max(value, -1.), 1.)
 
 # %% ../nbs/00_ground/15_policies.ipynb #e4082816
-MOST_LAYERS, WIDEST = 32, 65_536 # of a network that is run here
+MOST_LAYERS = 32 # of a network that is run here
+WIDEST = 65_536
 
 
 @compiled
 def network_fits(
-    parameters,  # as `pack` lays them out
-    inputs,      # numbers in the observation
-    outputs,     # numbers wanted
+    parameters,  # float64, (n,), as `pack` lays them out
+    inputs,      # int, numbers in the observation
+    outputs,     # int, numbers that are wanted
 )->bool:
-    "Whether a network takes so many numbers and gives enough of them, and all its weights are there"
+    "Whether the network takes that many inputs and gives enough outputs, and all of its weights are there"
     if len(parameters) < 5 or not 1. <= parameters[0] <= MOST_LAYERS or parameters[0] != np.floor(parameters[0]):
         return False
     for i in range(1, 3):
@@ -164,11 +172,11 @@ def network_fits(
 # %% ../nbs/00_ground/15_policies.ipynb #d19227bd
 @compiled
 def mlp(
-    parameters,  # as `pack` lays them out
-    observation, # float32 (n_symbols, width), flattened row by row
-    targets,     # (n_symbols,)
+    parameters,  # float64, (n,), as `pack` lays them out
+    observation, # float32, (n_symbols, width), flattened row by row
+    targets,     # float64, (n_symbols,), written
 ):
-    "Multilayer perceptron from an observation to targets; NaN where the network does not fit them"
+    "Run a multilayer perceptron from an observation to targets; NaN where the network does not fit them"
     if not network_fits(parameters, observation.size, len(targets)):
         targets[:] = np.nan
         return
@@ -191,9 +199,9 @@ def mlp(
 
 # %% ../nbs/00_ground/15_policies.ipynb #c9171df3
 def check_network(
-    parameters:np.ndarray, # float64
-)->list:                   # its widths, inputs first
-    "Refuse numbers that are no network for `mlp`"
+    parameters: np.ndarray,  # float64, (n,)
+) -> list[int]:              # its widths, inputs first
+    "Refuse numbers that are not a network for `mlp`"
     if not np.isfinite(parameters).all():
         raise ValueError("the network holds a weight that is not a finite number: train again")
     layers = int(parameters[0]) if len(parameters) and 1 <= parameters[0] <= MOST_LAYERS else 0
@@ -211,11 +219,11 @@ _CHECKS[mlp] = check_network
 
 # %% ../nbs/00_ground/15_policies.ipynb #4b54a26e
 def pack(
-    layers:list,      # of (weights (outputs, inputs), biases (outputs,)), as torch keeps them
-    hidden:str,       # activation between layers
-    last:str,         # activation of the result
-)->np.ndarray:        # float64, the parameters of `mlp`
-    "One array that `mlp` can run"
+    layers: list[tuple[np.ndarray, np.ndarray]],  # (weights (outputs, inputs), biases (outputs,)), as torch keeps them
+    hidden: str,      # activation between layers
+    last: str,        # activation of the result
+) -> np.ndarray:      # float64, (n,), the parameters of `mlp`
+    "The layers of a network as the one array that `mlp` runs"
     widths = [layers[0][0].shape[1], *(len(bias) for _, bias in layers)]
     head = [len(layers), ACTIVATIONS.index(hidden), ACTIVATIONS.index(last), *widths]
     return np.concatenate([np.array(head, float),

@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import tradelab
 from .config import project_root, settings
@@ -29,9 +30,9 @@ _ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,120}", re.ASCII)
 
 
 def check_id(
-    name:str,
-    what:str="session", # what it names, for the sentence
-)->str:                 # the same name
+    name: str,
+    what: str = "session",  # what it names, for the message
+) -> str:                   # the same name
     "The name, if a folder may have it; InvalidNameError otherwise"
     if isinstance(name, str) and _ID.fullmatch(name): return name
     raise InvalidNameError(f"{str(name)[:200]!r} cannot be the name of a {what}: it must be 1 to 120 letters, digits, "
@@ -52,8 +53,8 @@ def _inside(folders, name):
 
 
 def locate(
-    module:str,        # import name
-)->Path|None:          # None where there is no such module, or it has no Python source
+    module: str,      # import name
+) -> Path | None:     # None where there is no such module, or it has no Python source
     "The source file of a module, found without importing anything"
     if not _MODULE.fullmatch(module): return None
     if module in sys.modules: file = getattr(sys.modules[module], "__file__", None)
@@ -66,9 +67,9 @@ def locate(
         for name in others: file, folders = _inside(folders, name)
     return Path(file) if file and Path(file).suffix == ".py" and Path(file).is_file() else None
 
-# %% ../nbs/00_ground/19_trust.ipynb #266026f3
+# %% ../nbs/00_ground/19_trust.ipynb #8096b332
 class NotTrustedError(TradelabError, ValueError):
-    "A name whose code must not run here; says what would make it trusted"
+    "A name whose code must not run here; the message says what would make it trusted"
 
 
 # a folder with one of these was made by a program
@@ -89,11 +90,11 @@ def _own(file, root, here):
         if any(path.resolve().is_relative_to(folder) for folder in [*kept, *_LIBRARIES]): return False
     return True
 
-
+# %% ../nbs/00_ground/19_trust.ipynb #266026f3
 def check_trusted(
-    module:str,   # import name
-    file:Path,    # its source
-):
+    module: str,  # import name
+    file: Path,   # its source
+) -> None:
     "Refuse a module that nobody vouched for"
     if (module.partition(".")[0] == "tradelab"
         and file.resolve().is_relative_to(Path(tradelab.__file__).resolve().parent)):
@@ -110,14 +111,17 @@ SOURCE_LIMIT = 4_000_000 # bytes of a module that are looked at
 
 
 def parse_source(
-    file:Path,
-)->ast.Module:
-    "The syntax of a source file; NotTrustedError where it cannot be read"
+    file: Path,
+) -> ast.Module:
+    "The syntax tree of a source file; NotTrustedError where it cannot be read"
     try:
         if file.stat().st_size > SOURCE_LIMIT: raise ValueError(f"it is larger than {SOURCE_LIMIT:,} bytes")
         return ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotTrustedError(f"{file} cannot be looked at ({error}): nothing of it is run") from None
+
+# %% ../nbs/00_ground/19_trust.ipynb #82a9221b
+_Bound: TypeAlias = ast.stmt | tuple[ast.ImportFrom, ast.alias] # what gives a name something
 
 
 def _statements(body):
@@ -129,10 +133,10 @@ def _statements(body):
 
 
 def bindings(
-    tree:ast.Module,
-)->dict:               # name -> the statement, or the (ImportFrom, alias), that binds it last
-    "The names that a module gives something"
-    bound = {}
+    tree: ast.Module,
+) -> dict[str, _Bound]:  # the statement, or the (ImportFrom, alias), that binds a name last, by name
+    "The names that a module binds"
+    bound: dict[str, _Bound] = {}
     for node in _statements(tree.body):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): bound[node.name] = node
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): bound[node.target.id] = node
@@ -151,33 +155,34 @@ def _last_word(node):
 
 def _says(node, kind, bound):
     "Whether these words mean the class `kind`"
-    word, found = _last_word(node), bound.get(_last_word(node))
+    word = _last_word(node)
+    found = bound.get(word)
     return word == kind or isinstance(found, tuple) and found[1].name == kind
 
 
 def declares(
-    module:str,        # import name, trusted
-    file:Path,         # its source
-    name:str,          # in it
-    kind:str,          # "Policy" or "Indicator"
-    depth:int=0,
-)->bool:
-    """Whether a source says that this name is one of its kind, or makes one; what it imports is followed into other
-    trusted modules"""
+    module: str,     # import name, trusted
+    file: Path,      # its source
+    name: str,       # in it
+    kind: str,       # "Policy" or "Indicator"
+    depth: int = 0,  # of imports and bases that were followed
+) -> bool:
+    """Whether a source says that this name is one of the kind, or makes one; imports are followed into other trusted
+    modules"""
     bound = bindings(parse_source(file))
     node = bound.get(name)
     if node is None or depth > 5: return False
     if isinstance(node, tuple): return _imported(module, file, node, kind, depth)
     if isinstance(node, ast.FunctionDef): return node.returns is not None and _says(node.returns, kind, bound)
-    if isinstance(node, ast.ClassDef): words = node.bases
-    elif isinstance(node, ast.AnnAssign): return _says(node.annotation, kind, bound)
-    else: words = [node.value.func] if isinstance(node.value, ast.Call) else []
+    if isinstance(node, ast.AnnAssign): return _says(node.annotation, kind, bound)
+    words = node.bases if isinstance(node, ast.ClassDef) else []
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call): words = [node.value.func]
     return any(_says(word, kind, bound) or isinstance(word, ast.Name) and word.id != name
                and declares(module, file, word.id, kind, depth + 1) for word in words)
 
 
 def _imported(module, file, node, kind, depth):
-    "Whether what another module lends is one of its kind"
+    "Whether what is imported from another module is one of the kind"
     statement, alias = node
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     parts = package.split(".")[:len(package.split(".")) - statement.level + 1] if statement.level else []
@@ -187,41 +192,50 @@ def _imported(module, file, node, kind, depth):
     check_trusted(source, found)
     return declares(source, found, alias.name, kind, depth + 1)
 
-# %% ../nbs/00_ground/19_trust.ipynb #c217c063
+# %% ../nbs/00_ground/19_trust.ipynb #96fd79fd
 class UnnamedError(TradelabError, LookupError, ValueError):
     "There is nothing of this name"
 
-    def __init__(self, sentence:str, known:tuple=()):
+    def __init__(self, sentence: str, known: tuple[str, ...] = ()) -> None:
         super().__init__(sentence)
         self.known = known # what could have been meant
 
+# %% ../nbs/00_ground/19_trust.ipynb #6ed0b87e
+def _check_declared(module, file, attribute, word):
+    "Refuse a name whose source does not say that it makes a `word`"
+    if declares(module, file, attribute, word): return
+    bound = bindings(parse_source(file))
+    known = tuple(name for name, node in bound.items() if not name.startswith("_")
+                  and not isinstance(node, tuple) and declares(module, file, name, word))
+    if attribute not in bound: raise UnnamedError(f"{module} has no {attribute[:200]!r}", known)
+    raise NotTrustedError(f"{module}:{attribute} does not say that it makes a{'n' * (word[0] in 'AEIOU')} {word}, so "
+                          f"it is not run: write def {attribute}(...)->{word}, or {attribute}:{word} = ...")
 
+
+def _import_from(module, file):
+    "The module, imported; refused where Python took it from another file"
+    if str(project_root()) not in sys.path: sys.path.append(str(project_root()))
+    running = import_module(module)
+    if running.__file__ is None or not Path(running.__file__).samefile(file):
+        raise NotTrustedError(f"{module} was imported from {running.__file__}, not from {file}: nothing of it is run")
+    return running
+
+# %% ../nbs/00_ground/19_trust.ipynb #c217c063
 def bring(
-    module:str,      # import name
-    attribute:str,   # in it
-    kind:type,       # Policy or Indicator
-):                   # an instance of `kind`, or a function or class that makes one
+    module: str,      # import name
+    attribute: str,   # in it
+    kind: type,       # Policy or Indicator
+) -> Any:             # an instance of `kind`, or a function or class that makes one
     """What a name stands for, imported only when it is trusted and says what it is; UnnamedError or NotTrustedError
     otherwise"""
-    running = (sys.modules["__main__"] if module == "__main__" and not hasattr(sys.modules["__main__"], "__file__")
-               else None)
-    file, word = locate(module), kind.__name__
-    if running is None and file is None: raise UnnamedError(f"there is no module {module[:200]!r}")
-    if running is None:
+    word = kind.__name__
+    if module == "__main__" and not hasattr(sys.modules["__main__"], "__file__"): running = sys.modules["__main__"]
+    else:
+        file = locate(module)
+        if file is None: raise UnnamedError(f"there is no module {module[:200]!r}")
         check_trusted(module, file)
-        bound = bindings(parse_source(file))
-        if not declares(module, file, attribute, word):
-            known = tuple(name for name, node in bound.items() if not name.startswith("_")
-                          and not isinstance(node, tuple) and declares(module, file, name, word))
-            if attribute not in bound: raise UnnamedError(f"{module} has no {attribute[:200]!r}", known)
-            raise NotTrustedError(f"{module}:{attribute} does not say that it makes a{'n' * (word[0] in 'AEIOU')} "
-                                  f"{word}, so it is not run: write def {attribute}(...)->{word}, or "
-                                  f"{attribute}:{word} = ...")
-        if str(project_root()) not in sys.path: sys.path.append(str(project_root()))
-        running = import_module(module)
-        if running.__file__ is None or not Path(running.__file__).samefile(file):
-            raise NotTrustedError(f"{module} was imported from {running.__file__}, not from {file}: nothing "
-                                  "of it is run")
+        _check_declared(module, file, attribute, word)
+        running = _import_from(module, file)
     target = getattr(running, attribute, None)
     if isinstance(target, kind) or inspect.isfunction(target) or inspect.isclass(target): return target
     raise NotTrustedError(f"{module}:{attribute} is {type(target).__name__}, not a{'n' * (word[0] in 'AEIOU')} {word}")

@@ -22,10 +22,10 @@ def _momentum(parameters, observation, targets):
 
 
 def Momentum(
-    lookback:int=20,       # candles
-    threshold:float=0.02,  # fraction of the price
-)->Policy:
-    "Long above the threshold, short below its negative, flat between"
+    lookback: int = 20,       # candles
+    threshold: float = 0.02,  # fraction of the price
+) -> Policy:
+    "A rule that is long above the threshold, short below its negative, and flat between"
     if not threshold > 0:
         raise ValueError(f"Momentum threshold must be above 0, a fraction such as 0.02, was {threshold}")
     return Policy(f"momentum({lookback},{threshold:g})", _momentum, np.array([threshold]), (f"return({lookback})",))
@@ -37,10 +37,10 @@ def _sma_cross(parameters, observation, targets):
 
 
 def SmaCross(
-    fast:int=20,  # candles
-    slow:int=50,  # candles
-)->Policy:
-    "Long while the fast simple moving average is above the slow one"
+    fast: int = 20,  # candles
+    slow: int = 50,  # candles
+) -> Policy:
+    "A rule that is long while the fast simple moving average is above the slow one"
     if not 0 < fast < slow: raise ValueError(f"SmaCross needs 0 < fast < slow, was fast={fast}, slow={slow}")
     return Policy(f"sma cross({fast},{slow})", _sma_cross, np.zeros(0),
                   (f"sma({fast}).relative", f"sma({slow}).relative"))
@@ -59,6 +59,6 @@ def _fade(parameters, observation, targets):
     for n in range(len(targets)): targets[n] = -np.sign(observation[n, 0])
 
 
-def FadeGap()->Policy:
-    "Against the gap between two candles"
+def FadeGap() -> Policy:
+    "A rule that trades against the gap between two candles"
     return Policy("fade the gap", _fade, np.zeros(0), ("tradelab.strategies.example:gap",))
