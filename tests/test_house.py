@@ -100,6 +100,29 @@ def test_errors_have_one_root_and_end_in_error():
     assert not [name for name in errors if "TradelabError" not in ancestors(name)]
 
 
+COMPILED = re.compile(r"compiled|inlined|outlined|njit|c_function")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def public_functions(tree):
+    "Functions and methods that others call and that numba does not compile"
+    for node in tree.body:
+        members = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+        for each in members:
+            if (isinstance(each, FUNCTIONS) and not each.name.startswith("_")
+                and not any(COMPILED.search(ast.unparse(decorator)) for decorator in each.decorator_list)):
+                yield each
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "tradelab").as_posix())
+def test_what_others_call_is_annotated(path):
+    bare = [f"{each.name}({argument.arg})" for each in public_functions(ast.parse(path.read_text()))
+            for argument in (*each.args.posonlyargs, *each.args.args, *each.args.kwonlyargs)
+            if argument.annotation is None and argument.arg not in ("self", "cls")]
+    assert bare == []
+    assert [each.name for each in public_functions(ast.parse(path.read_text())) if each.returns is None] == []
+
+
 def test_only_config_reads_the_environment():
     names = {"environ", "getenv", "environb"}
     readers = {path.stem for path in MODULES for node in ast.walk(ast.parse(path.read_text()))

@@ -8,6 +8,7 @@ __all__ = ['PACKAGE', 'names_in', 'check_rule', 'check_policy', 'check_file', 'c
 # %% ../nbs/99_top/02_checks.ipynb #f75500b7
 import ast
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rapidfuzz import process
@@ -41,7 +42,7 @@ def names_in(
 def check_rule(
     module:str,     # import name
     attribute:str,
-):
+)->None:
     "Refuse a rule of ours that is not there; LookupError"
     if not module.startswith("tradelab."): return
     file = PACKAGE.parent / f"{module.replace('.', '/')}.py"
@@ -60,7 +61,7 @@ def check_rule(
 def check_policy(
     policy:str,     # a train id, latest, or an import name
     runs:Path,      # the folder of all runs
-):
+)->None:
     "Refuse a policy that is not there; LookupError"
     if rule := _RULE.fullmatch(policy): return check_rule(rule[1], rule[2])
     known = sorted(path.name for path in runs.glob("train_*") if path.is_dir()) if runs.is_dir() else []
@@ -73,8 +74,8 @@ def check_policy(
 # %% ../nbs/99_top/02_checks.ipynb #bfca233b
 def check_file(
     source:str,     # as a job takes it
-    symbols=(),     # ccxt's unified names, where they are known
-):
+    symbols:Sequence[str]=(),     # ccxt's unified names, where they are known
+)->None:
     "Refuse a path at which there is no file; an exchange, a word and an address are asked later"
     if source.startswith("http") or not ("/" in source or "." in source): return
     if "{symbol}" in source and not symbols: return
@@ -87,7 +88,7 @@ def check_file(
 def check_session(
     session:str,      # its id, or latest
     sessions:Path,    # the folder of all sessions
-):
+)->None:
     "Refuse a session that is not recorded here; FileNotFoundError"
     known = [path.parent.name for path in sorted(sessions.glob("*/recording*"), key=lambda path: path.stat().st_mtime,
                                                  reverse=True)]
@@ -110,7 +111,7 @@ def check_job(*,
     venue:str="",
     session:str="",
     resume:str="",
-):
+)->None:
     "Refuse parameters that cannot be right; ValueError, LookupError or OSError with one sentence"
     warnings_as_sentences()
     here = job_settings(settings, **({"venue": venue} if venue else {}))

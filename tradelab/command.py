@@ -13,17 +13,22 @@ __all__ = ['LOCK', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'main
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
 from .texts import printable
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # %% ../nbs/99_top/07_command.ipynb #a054d84f
 @contextmanager
-def one_sentence():
+def one_sentence()->Iterator[None]:
     "Show an error of ours as one sentence"
     try: yield
     except (ValueError, RuntimeError, OSError, LookupError) as error:
@@ -31,7 +36,7 @@ def one_sentence():
         raise click.ClickException(printable(str(error))) from None
 
 # %% ../nbs/99_top/07_command.ipynb #f6a9e38c
-def say_unheard():
+def say_unheard()->None:
     "Say which names of other systems are set and have no effect here"
     from tradelab.migrate import unheard
     try: names = unheard()
@@ -44,7 +49,7 @@ def say_unheard():
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tradelab")
 @click.pass_context
-def main(context):
+def main(context:click.Context)->None:
     "From a trading idea in a notebook to a running trader."
     if context.invoked_subcommand != "config": say_unheard()
 
@@ -57,7 +62,7 @@ def main(context):
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where the executed notebook goes  "
               "[default: reports/JOB/JOB-<time>.ipynb]")
 @click.pass_context
-def run(context, job, parameters, output, asked):
+def run(context:click.Context, job:str, parameters:tuple[tuple[str, str], ...], output:str|None, asked:bool)->None:
     """Run the job notebook JOB (a name, or a path) with checked parameters.
 
     Jobs are the notebooks of nbs/, and those that tradelab was installed with. Reports, runs, sessions, data, logs and
@@ -71,7 +76,7 @@ def run(context, job, parameters, output, asked):
     if asked:
         click.echo(f"\n{jobs.help_of(jobs.find(job))}")
         return
-    with one_sentence(): made = jobs.run(job, dict(parameters), output, text=True)
+    with one_sentence(): made = jobs.run(job, dict(parameters), Path(output) if output else None, text=True)
     click.echo(f"{job} is done: {os.path.relpath(made.with_suffix('.html'))}")
 
 # %% ../nbs/99_top/07_command.ipynb #67c3101c
@@ -95,15 +100,15 @@ def session_of(
 class JobCommand(click.Command):
     "A command whose help shows what its job takes"
 
-    def format_epilog(self, context, formatter):
+    def format_epilog(self, context:click.Context, formatter:click.HelpFormatter)->None:
         from tradelab import jobs
-        with suppress(click.ClickException): formatter.write(f"\n{jobs.help_of(jobs.find(self.name))}\n")
+        with suppress(click.ClickException): formatter.write(f"\n{jobs.help_of(jobs.find(self.name or ''))}\n")
 
 
 def add_job(
     name:str,          # of the notebook
     words:str,         # for the help
-):
+)->None:
     "Make a command of a job"
     @main.command(name, JobCommand, help=words)
     @click.option("--train-id", metavar="ID", help="The trained run, or latest: the same as -p policy ID."
@@ -146,7 +151,7 @@ def running_sessions(
 # %% ../nbs/99_top/07_command.ipynb #e736ce9c
 @main.command()
 @click.argument("session", required=False)
-def stop(session):
+def stop(session:str)->None:
     "Close a running session in order: no new candles, open intents settle, everything is written."
     from tradelab.config import nearest, settings
     from tradelab.lock import holder, interrupt
@@ -171,9 +176,9 @@ def stop(session):
 
 # %% ../nbs/99_top/07_command.ipynb #2c43bbae
 def serve(
-    server,        # something with a thread of its own
+    server:Any,        # something with a thread of its own
     sentence:str,  # what to say first
-):
+)->None:
     "Keep the process until SIGINT or SIGTERM, or until the server has ended by itself"
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -194,7 +199,8 @@ def serve(
 @click.option("--lockstep/--no-lockstep", default=True, show_default=True, help="Wait for every session before the "
               "next candle.")
 @click.option("--port", type=int, default=None, help="[default: localnet_port of the settings]")
-def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, lockstep, port):
+def localnet(candles:str, symbol:str, timeframe:str, start:str|None, funding:str, deposit:float, interval_ms:int,
+             lockstep:bool, port:int|None)->None:
     "Serve an exchange on this machine that replays candles, until Ctrl-C."
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet
@@ -204,8 +210,8 @@ def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, l
     with one_sentence():
         here = settings(venue="localnet")
         venue = venue_for(here)
-        frame = history(symbol, timeframe, *(("2024-01-01", "2024-07-01") if candles == "synthetic" else ()),
-                        source=candles, gaps=here.gaps)
+        start_time, end_time = ("2024-01-01", "2024-07-01") if candles == "synthetic" else (None, None)
+        frame = history(symbol, timeframe, start_time, end_time, source=candles, gaps=here.gaps)
         rates = {symbol: funding_history(symbol, source=funding)}
         first = frame.index[min(500, len(frame) // 2)] if start is None else frame.index[frame.index >= start][0]
         server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument),
@@ -219,7 +225,7 @@ def localnet(candles, symbol, timeframe, start, funding, deposit, interval_ms, l
 
 # %% ../nbs/99_top/07_command.ipynb #bdf7c2bb
 @main.group()
-def config():
+def config()->None:
     "Settings: tradelab.toml and .env."
 
 
@@ -227,7 +233,7 @@ def config():
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace what is set already and differs.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
-def import_settings(files, force, dry_run):
+def import_settings(files:tuple[str, ...], force:bool, dry_run:bool)->None:
     "Write the settings of another system (.env, .env.sh, config.json, secrets.json, YAML) under the names of tradelab."
     from tradelab.migrate import read_foreign, translate, write
     with one_sentence():
@@ -239,10 +245,10 @@ def import_settings(files, force, dry_run):
 
 # %% ../nbs/99_top/07_command.ipynb #a4a05279
 def show_table(
-    table,         # pandas DataFrame
+    table:"pd.DataFrame",         # pandas DataFrame
     nothing:str,   # said where it has no row
-    index=False,
-):
+    index:bool=False,
+)->None:
     "Print a table, all columns of it"
     click.echo(table.to_string(index=index) if len(table) else nothing)
 
@@ -250,23 +256,23 @@ def show_table(
 def ask_first(
     what:str,
     yes:bool,
-):
+)->None:
     "Go on only where a person agrees"
     if not yes: click.confirm(f"delete {what}? It cannot be brought back", abort=True)
 
 
-def names_running():
+def names_running()->set[str]:
     "The sessions that run, as a set"
     from tradelab.config import settings
     return set(running_sessions(settings().sessions))
 
 
 def show_comparison(
-    names,
-    metrics,     # a column each
-    settings,    # likewise, only what differs
-    said="",
-):
+    names:Sequence[str],
+    metrics:"pd.DataFrame",     # a column each
+    settings:"pd.DataFrame",    # likewise, only what differs
+    said:str="",
+)->None:
     "Print two things beside each other"
     for letter, name in zip("AB", names): click.echo(f"{letter}  {name}")
     click.echo(f"\n{metrics.to_string()}\n{said}\n\nsettings that differ")
@@ -279,13 +285,13 @@ ONLY = click.option("--tag", "only", default="", help="Only those that have this
 
 # %% ../nbs/99_top/07_command.ipynb #8d32ae24
 @main.group()
-def runs():
+def runs()->None:
     "Trained runs: list, show, compare, tag, delete."
 
 
 @runs.command("list")
 @ONLY
-def list_runs(only):
+def list_runs(only:str)->None:
     "All runs, newest last."
     from tradelab.inventory import runs_table
     with one_sentence(): show_table(runs_table(only), "there is no run yet: tradelab run train makes one")
@@ -293,7 +299,7 @@ def list_runs(only):
 
 @runs.command("show")
 @click.argument("run")
-def show_one_run(run):
+def show_one_run(run:str)->None:
     "The facts of RUN (an id, or latest), proved whole."
     from tradelab.inventory import show_run
     with one_sentence(): click.echo(show_run(run))
@@ -306,7 +312,7 @@ def show_one_run(run):
               "synthetic, where both were trained on such]")
 @click.option("--span", default="", metavar="FROM/TO", help="[default: half a year after both trainings]")
 @click.option("--funding", default="none", show_default=True, help="Funding rates: a file, an exchange, archive.")
-def compare_two_runs(a, b, source, span, funding):
+def compare_two_runs(a:str, b:str, source:str, span:str, funding:str)->None:
     "Metrics of the runs A and B on the same candles, and the settings that differ."
     from tradelab.inventory import compare_runs
     with one_sentence(): show_comparison((a, b), *compare_runs(a, b, source, span, funding))
@@ -316,7 +322,7 @@ def compare_two_runs(a, b, source, span, funding):
 @click.argument("run")
 @click.argument("tags", nargs=-1)
 @REMOVE
-def tag_run(run, tags, remove):
+def tag_run(run:str, tags:tuple[str, ...], remove:tuple[str, ...])->None:
     "Give TAGS to a run; without any, show them."
     from tradelab.config import settings
     from tradelab.inventory import known, runs_here, tag
@@ -327,7 +333,7 @@ def tag_run(run, tags, remove):
 @runs.command("delete")
 @click.argument("run")
 @YES
-def delete_one_run(run, yes):
+def delete_one_run(run:str, yes:bool)->None:
     "Delete a run; its line in the log of trials stays."
     from tradelab.inventory import delete_run, known, runs_here, traded_by
     with one_sentence():
@@ -337,13 +343,13 @@ def delete_one_run(run, yes):
 
 # %% ../nbs/99_top/07_command.ipynb #ec81e012
 @main.group()
-def sessions():
+def sessions()->None:
     "Live sessions: list, show, compare, tag, delete."
 
 
 @sessions.command("list")
 @ONLY
-def list_sessions(only):
+def list_sessions(only:str)->None:
     "All sessions, newest last; one that calls itself running and is not was killed."
     from tradelab.inventory import sessions_table
     with one_sentence():
@@ -352,7 +358,7 @@ def list_sessions(only):
 
 @sessions.command("show")
 @click.argument("session")
-def show_one_session(session):
+def show_one_session(session:str)->None:
     "The facts of a session, its numbers and its last events."
     from tradelab.inventory import show_session
     with one_sentence(): click.echo(show_session(session, names_running()))
@@ -361,7 +367,7 @@ def show_one_session(session):
 @sessions.command("compare")
 @click.argument("a")
 @click.argument("b")
-def compare_two_sessions(a, b):
+def compare_two_sessions(a:str, b:str)->None:
     "Metrics of the sessions A and B, and the settings that differ."
     from tradelab.inventory import compare_sessions
     with one_sentence(): show_comparison((a, b), *compare_sessions(a, b))
@@ -371,7 +377,7 @@ def compare_two_sessions(a, b):
 @click.argument("session")
 @click.argument("tags", nargs=-1)
 @REMOVE
-def tag_session(session, tags, remove):
+def tag_session(session:str, tags:tuple[str, ...], remove:tuple[str, ...])->None:
     "Give TAGS to a session; without any, show them."
     from tradelab.config import settings
     from tradelab.inventory import known, sessions_here, tag
@@ -384,7 +390,7 @@ def tag_session(session, tags, remove):
 @click.argument("session")
 @YES
 @click.option("--force", is_flag=True, help="Also one that ended with a position.")
-def delete_one_session(session, yes, force):
+def delete_one_session(session:str, yes:bool, force:bool)->None:
     "Delete journal and recording of a session; what it ordered and paid stays in the ledger."
     from tradelab.inventory import delete_session, known, sessions_here
     with one_sentence():
@@ -394,12 +400,12 @@ def delete_one_session(session, yes, force):
 
 # %% ../nbs/99_top/07_command.ipynb #38eb3d0a
 @main.group()
-def data():
+def data()->None:
     "Candles that are kept: download, list, check, delete."
 
 
 @data.command("list")
-def list_data():
+def list_data()->None:
     "What the store holds."
     from tradelab.inventory import data_table
     with one_sentence(): show_table(data_table(), "the store is empty: tradelab data download fills it")
@@ -412,7 +418,7 @@ def list_data():
               "end, until now.")
 @click.option("--source", default="", help="An exchange, archive or yahoo  [default: exchanges of the settings, in "
               "their order]")
-def download_data(symbol, timeframe, span, source):
+def download_data(symbol:str, timeframe:str, span:str, source:str)->None:
     "Fetch candles of SYMBOL into the store; what is there already is not asked for."
     from tradelab.inventory import download
     with one_sentence(): click.echo(download(symbol, timeframe, span, source))
@@ -425,7 +431,7 @@ def download_data(symbol, timeframe, span, source):
 @click.option("--timeframe", default="", help="Only series of this timeframe; of a file, where it is not what "
               "most steps are.")
 @click.pass_context
-def check_kept(context, files, source, symbol, timeframe):
+def check_kept(context:click.Context, files:tuple[str, ...], source:str, symbol:str, timeframe:str)->None:
     "Judge FILES, or the series of the store; exit code 1 where one has errors."
     from tradelab.inventory import check_data
     with one_sentence(): reports = check_data(files, source, symbol, timeframe)
@@ -438,7 +444,7 @@ def check_kept(context, files, source, symbol, timeframe):
 @click.argument("symbol")
 @click.argument("timeframe")
 @YES
-def delete_data(source, symbol, timeframe, yes):
+def delete_data(source:str, symbol:str, timeframe:str, yes:bool)->None:
     "Delete one series of the store."
     from tradelab.inventory import delete_series, series_of
     with one_sentence():

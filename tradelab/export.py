@@ -43,7 +43,7 @@ def _face(result):
 
 def save(
     result:Result,
-    path,            # a file, such as reports/btc.result
+    path:str|Path,            # a file, such as reports/btc.result
 )->Path:
     "Keep a result with its baselines; whole or not at all"
     path, names = Path(path), list(result.baselines)
@@ -92,7 +92,7 @@ def _result(stored, head):
                                                  face in enumerate(head["baselines"])})
 
 
-def load(path)->Result:
+def load(path:str|Path)->Result:
     "A result as it was kept; ValueError where the file is none, or is damaged"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no result {path}")
@@ -126,7 +126,7 @@ def _plain(table):
 
 def export(
     result:Result,
-    path,               # ends with .csv, .parquet, .xlsx or .json
+    path:str|Path,               # ends with .csv, .parquet, .xlsx or .json
     table:str="fills",  # for CSV and Parquet: journal, fills, equity or metrics
 )->Path:
     "Write tables for other programs"

@@ -6,24 +6,27 @@
 __all__ = ['held_by', 'meant', 'refuse_count', 'together', 'Inputs', 'symbols_and_timeframe', 'inputs', 'gathered']
 
 # %% ../nbs/99_top/03_inputs.ipynb #272643a9
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import Settings, overridden, settings
 from .errors import CandleError
+from .features.observation import Observation
 from .market.candles import times
 from .market.filters import describe_instruments, instruments_for
 from .market.store import Store
 from .market.symbols import symbol_in, symbols_of, taken_as
+from .runs.run import Run
 from .sources.funding import fundings
+from .sources.history import SourceLike, histories, is_file, read_table
 from .sources.history import before as preceding
-from .sources.history import histories, is_file, read_table
 from .sources.tables import names_of
 from .times import format_time, parse_span
 
 # %% ../nbs/99_top/03_inputs.ipynb #ef1ee8bb
 def held_by(
-    source,   # as a job takes it
+    source:SourceLike,   # as a job takes it
 )->tuple:     # ccxt's unified names; empty where it does not say
     "The symbols that a file says it holds, in a column or by its name"
     if not is_file(source) or "{symbol}" in str(source): return ()
@@ -34,8 +37,8 @@ def held_by(
 
 def meant(
     symbol:str,      # of a job: names, or ""
-    known=(),        # symbols of the run
-    source="",       # of the job
+    known:Sequence[str]=(),        # symbols of the run
+    source:SourceLike="",       # of the job
 )->tuple:            # symbols, and a sentence about how they came, or ""
     "The symbols of a job"
     if said := symbols_of(symbol): return said, taken_as(symbol)
@@ -45,12 +48,12 @@ def meant(
 
 
 def refuse_count(
-    run,        # with `symbols`
-    symbols,
-):
+    run:Run|Observation,  # with `symbols`
+    symbols:Sequence[str],
+)->None:
     "Refuse another number of symbols than a run was trained on: its network sees all of them at once"
     if run.symbols and len(run.symbols) != len(symbols):
-        raise ValueError(f"{run.id} was trained on {len(run.symbols)} symbols ({', '.join(run.symbols)}), asked for "
+        raise ValueError(f"{getattr(run, 'id', 'this observation')} was trained on {len(run.symbols)} symbols ({', '.join(run.symbols)}), asked for "
                          f"are {len(symbols)} ({', '.join(symbols)}): leave symbol empty, or train on these")
 
 # %% ../nbs/99_top/03_inputs.ipynb #5811d4b3
@@ -107,10 +110,10 @@ class Inputs:
 
 
 def symbols_and_timeframe(
-    run,              # of the registry, or an Observation: what wants to see candles
+    run:Run|Observation,              # of the registry, or an Observation: what wants to see candles
     symbol:str,       # of the job; "" is the run's
     timeframe:str,    # likewise
-    source="",
+    source:SourceLike="",
 )->tuple:             # symbols, timeframe, sentence
     "What a job is about, before any candle is fetched"
     symbols, note = meant(symbol, run.symbols, source)
@@ -119,14 +122,14 @@ def symbols_and_timeframe(
 
 
 def inputs(
-    run,              # of the registry
+    run:Run,              # of the registry
     symbol:str,       # as a job takes it
     timeframe:str,
     span:str,
     here:Settings,    # the job's
     *,
-    source="synthetic",
-    funding="none",
+    source:SourceLike="synthetic",
+    funding:SourceLike="none",
     warm_up:int=0,    # candles that others need; the run's own are added where it needs more
     before:int=0,     # candles more before the span
 )->Inputs:
@@ -138,7 +141,19 @@ def inputs(
                     run.observation.series)
 
 
-def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, extra, notes=(), reads=())->Inputs:
+def gathered(
+    run:Run|None,
+    symbols:Sequence[str],
+    timeframe:str,
+    span:tuple[int|None, int|None],  # ms
+    here:Settings,                   # the job's
+    source:SourceLike,
+    funding:SourceLike,
+    warm_up:int,                     # candles before the span
+    extra:Sequence[str],             # symbols that features look at and nobody trades
+    notes:Sequence[str]=(),          # sentences
+    reads:Sequence[str]=(),          # names of the series that features read
+)->Inputs:
     "The same for symbols that are known; without a run, what `train` learns on"
     start, end = span
     begin = preceding(start, warm_up, timeframe, here.gaps)
@@ -147,4 +162,4 @@ def gathered(run, symbols, timeframe, span, here, source, funding, warm_up, extr
     traded = {symbol: frames[symbol] for symbol in symbols}
     instruments = instruments_for(traded, known=run.instruments if run else (), settings=here.instrument)
     return Inputs(run, timeframe, traded, {symbol: frames[symbol] for symbol in extra}, rates, start, end, warm_up,
-                  tuple(filter(None, (*notes, cut))), instruments, reads)
+                  tuple(filter(None, (*notes, cut))), instruments, tuple(reads))

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,8 +21,10 @@ import numpy as np
 import pandas as pd
 
 from .config import nearest, settings
+from .evaluation.result import Result
 from .files import replace_files
 from .inputs import inputs
+from .live.ledger import Ledger
 from .market.candles import times
 from .market.quality import check_quality
 from .market.store import Store
@@ -54,8 +57,8 @@ def tags_of(
 def tag(
     folder:Path,     # runs/ or sessions/
     name:str,        # id
-    add=(),          # words
-    remove=(),
+    add:Iterable[str]=(),          # words
+    remove:Iterable[str]=(),
 )->list[str]:        # all tags it has now
     "Give tags to a run or session, and take them away"
     wrong = [word for word in (*add, *remove) if not re.fullmatch(r"[\w.-]{1,40}", word)]
@@ -122,7 +125,7 @@ def measured(
     source:str,      # as in `history`
     span:str,        # from/to
     funding:str="none",
-):
+)->Result:
     "The backtest of a run on its own symbols"
     given = inputs(run, "", "", span, settings(), source=source, funding=funding)
     return backtest(given.run, given.candles, given.start, funding=given.funding, extra=given.extra,
@@ -140,11 +143,11 @@ def learnt(
 
 # %% ../nbs/99_top/05_inventory.ipynb #ddc8e5f1
 def flat_settings(
-    table,           # nested dictionaries
-    prefix="",
+    table:dict,           # nested dictionaries
+    prefix:str="",
 )->dict:
     "Dotted keys, as `tradelab.toml` would write them"
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in table.items():
         flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
@@ -153,7 +156,7 @@ def flat_settings(
 def differing_settings(
     a:dict,
     b:dict,
-    names,           # of the two
+    names:Sequence[str],           # of the two
 )->pd.DataFrame:     # a row a key
     "What is not the same in both"
     one, two = flat_settings(a), flat_settings(b)
@@ -193,7 +196,7 @@ def compare_runs(
         said = (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
                 f"{one_line(results[0].source)}; "
                 f"{'; '.join(f'{name}: {one_line(result.caption)}' for name, result in zip(names, results))}")
-    return table, differing_settings(*(run.config for run in runs), names), said
+    return table, differing_settings(runs[0].config, runs[1].config, names), said
 
 # %% ../nbs/99_top/05_inventory.ipynb #27798bdd
 def _remove(folder):
@@ -207,7 +210,7 @@ def _remove(folder):
 def delete_run(
     name:str,             # an id
     traded:tuple=(),      # ids of runs that a running session trades
-):
+)->None:
     "Delete a run; ValueError where a running session trades it"
     folder = settings().runs
     known(train_ids(folder), name, "run")
@@ -240,8 +243,8 @@ def session_status(
 
 def session_facts(
     name:str,
-    ledger,
-    running=(),      # ids of sessions whose lock is held
+    ledger:Ledger,
+    running:Collection[str]=(),      # ids of sessions whose lock is held
 )->dict:
     "One session as a row"
     said = session_status(name)
@@ -260,7 +263,7 @@ def session_facts(
 
 
 def sessions_table(
-    running=(),      # ids of sessions whose lock is held
+    running:Collection[str]=(),      # ids of sessions whose lock is held
     only:str="",     # a tag
 )->pd.DataFrame:
     "One row a session, newest last"
@@ -274,7 +277,7 @@ def sessions_table(
 
 def show_session(
     name:str,
-    running=(),
+    running:Collection[str]=(),
 )->str:
     "The facts of a session, its numbers and its last events"
     known(sessions_here(), name, "session")
@@ -292,7 +295,7 @@ def show_session(
 
 # %% ../nbs/99_top/05_inventory.ipynb #c60957a8
 def traded_by(
-    running,      # ids of sessions
+    running:Collection[str],      # ids of sessions
 )->tuple:         # ids of runs, or import names of rules
     "What running sessions trade"
     if not running: return ()
@@ -315,7 +318,7 @@ def compare_sessions(
                             session in zip(names, (a, b))})
     then = [{**ledger.session(session)["settings"]} for session in (a, b)]
     ledger.close()
-    return metrics, differing_settings(*then, names)
+    return metrics, differing_settings(then[0], then[1], names)
 
 
 def held_by(
@@ -332,9 +335,9 @@ def held_by(
 
 def delete_session(
     name:str,
-    running=(),
+    running:Collection[str]=(),
     force:bool=False,    # also one that ended with a position
-):
+)->None:
     "Delete the folder of a session: journal and recording. What it ordered and paid stays in the ledger"
     folder = settings().sessions
     known(sessions_here(), name, "session")
@@ -390,7 +393,7 @@ def series_of(
 
 
 def usual_step(
-    table,      # indexed by time
+    table:pd.DataFrame,      # indexed by time
 )->str:         # such as "1h"
     "The timeframe that most steps of a table have, whatever else is wrong with it"
     steps = pd.Series(np.diff(np.unique(times(table))))
@@ -400,7 +403,7 @@ def usual_step(
 
 
 def table_of(
-    path,
+    path:str|Path,
 )->pd.DataFrame:    # indexed by time, its columns named, nothing judged
     "The candles of a file as they are found"
     name = Path(path).name
@@ -411,7 +414,7 @@ def table_of(
 
 
 def check_data(
-    files=(),             # paths; none: the series of the store that fit the rest
+    files:Sequence[str|Path]=(),             # paths; none: the series of the store that fit the rest
     source:str="",
     symbol:str="",
     timeframe:str="",
@@ -430,7 +433,7 @@ def delete_series(
     source:str,
     symbol:str,
     timeframe:str,
-):
+)->None:
     "Delete one series of the store"
     series_of(source, symbol, timeframe)
     milliseconds(timeframe)

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import tokenize
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from functools import partial
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import click
 from pydantic import SecretStr
@@ -34,7 +36,7 @@ from .log import redact, register_secret
 from .texts import printable
 
 # %% ../nbs/99_top/01_jobs.ipynb #5e78badd
-sys.modules.setdefault("rfc3987_syntax", None)
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # None is how an import is kept from trying
 import nbformat  # noqa: E402
 
 if sys.modules["rfc3987_syntax"] is None: del sys.modules["rfc3987_syntax"]
@@ -73,7 +75,7 @@ _UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, 
 
 
 def tagged(
-    notebook,      # NotebookNode
+    notebook:nbformat.NotebookNode,      # NotebookNode
     tag:str,       # "parameters" or "injected-parameters"
 )->list[tuple]:    # (name, annotation or None, value) of each assignment
     "The assignments in the cell with this tag"
@@ -105,7 +107,7 @@ def _comments(notebook):
 
 
 def parameters_of(
-    notebook,                  # NotebookNode
+    notebook:nbformat.NotebookNode,                  # NotebookNode
 )->dict[str, Parameter]:
     "What this notebook takes"
     taken, comments = {}, _comments(notebook)
@@ -121,7 +123,7 @@ def parameters_of(
 def read(
     parameter:Parameter,
     text:str,             # from a command line
-):                        # a value of a type that the parameter takes, or the text itself
+)->Any:                        # a value of a type that the parameter takes, or the text itself
     "Text as the type that a parameter takes"
     if "str" in parameter.kinds and text != "None": return text
     if text.lower() in ("true", "false"): return text.lower() == "true"
@@ -131,7 +133,7 @@ def read(
 # %% ../nbs/99_top/01_jobs.ipynb #6625d94c
 def fits(
     parameter:Parameter,
-    value,
+    value:Any,
 )->bool:
     "Whether a parameter takes this value; a whole number is a float too, but True is not a number"
     kind = {type(None): "None", tuple: "list"}.get(type(value), type(value).__name__)
@@ -149,8 +151,8 @@ def _instead(name, taken):
 
 
 def read_notebook(
-    path,
-):               # NotebookNode
+    path:str|Path,
+)->nbformat.NotebookNode:               # NotebookNode
     "The notebook of a file; raises `ParameterError`"
     try: return nbformat.read(path, as_version=4)
     # nbformat has no error of its own that covers all
@@ -160,7 +162,7 @@ def read_notebook(
 
 
 def check_parameters(
-    notebook,          # NotebookNode, or a path
+    notebook:nbformat.NotebookNode|str|Path,          # NotebookNode, or a path
     given:dict,        # name: value
     text:bool=False,   # the values come from a command line
 )->dict:               # name: value of a type that the notebook takes
@@ -181,11 +183,11 @@ def check_parameters(
 # %% ../nbs/99_top/01_jobs.ipynb #c73fc4de
 @contextmanager
 def signals_to(
-    interrupt,     # called at the first and the second signal
+    interrupt:Callable[[], bool],     # called at the first and the second signal
     grace:float,   # seconds from the first signal until KeyboardInterrupt
-):
+)->Iterator[list]:
     "Hand SIGINT and SIGTERM on instead of dying of them, and say which came; only the main thread can"
-    seen = []
+    seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
         return
@@ -201,8 +203,8 @@ def signals_to(
 
 # %% ../nbs/99_top/01_jobs.ipynb #8b4040cb
 def clean(
-    content,  # of a message from the kernel
-):
+    content:Any,  # of a message from the kernel
+)->Any:
     "Text without secrets, at any depth; pictures stay as they are"
     if isinstance(content, dict):
         return {key: value if str(key).startswith("image/") else clean(value) for key, value in content.items()}
@@ -211,10 +213,10 @@ def clean(
 
 # %% ../nbs/99_top/01_jobs.ipynb #91334b77
 def hear(
-    process_message,   # of papermill's client
-    log_output,        # papermill shows the output itself
-    message, cell, cell_index,
-):
+    process_message:Callable,   # of papermill's client
+    log_output:bool,        # papermill shows the output itself
+    message:dict, cell:nbformat.NotebookNode, cell_index:int,
+)->Any:
     "Clean a message of the kernel and show what it prints, before papermill's client puts it into the notebook"
     if message["msg_type"] in ("stream", "error", "display_data", "update_display_data", "execute_result"):
         message["content"] = clean(message["content"])
@@ -227,8 +229,8 @@ def hear(
 
 # %% ../nbs/99_top/01_jobs.ipynb #322e8a09
 def failure(
-    error,            # PapermillExecutionError
-    path=None,        # of the executed notebook
+    error:Any,            # PapermillExecutionError
+    path:str|Path|None=None, # of the executed notebook
 )->str:
     "What went wrong in a job, in one sentence"
     if error.ename == "KeyboardInterrupt": what = error.evalue or "it was stopped before it could close"
@@ -280,14 +282,22 @@ class SignalEngine:
     "papermill's engine for tradelab: checked parameters, orderly stops, one sentence for a failure"
 
     @staticmethod
-    def nb_kernel_name(nb, name=None): return name or nb.metadata.get("kernelspec", {}).get("name", "python3")
+    def nb_kernel_name(nb:nbformat.NotebookNode, name:str|None=None)->str:
+        return name or nb.metadata.get("kernelspec", {}).get("name", "python3")
 
     @staticmethod
-    def nb_language(nb, language=None): return language or "python"
+    def nb_language(nb:nbformat.NotebookNode, language:str|None=None)->str: return language or "python"
 
     @staticmethod
-    def execute_notebook(nb, kernel_name, output_path=None, progress_bar=True, log_output=False, autosave_cell_every=30,
-                         **options):
+    def execute_notebook(
+        nb:nbformat.NotebookNode,
+        kernel_name:str,
+        output_path:str|Path|None=None,
+        progress_bar:bool=True,
+        log_output:bool=False,
+        autosave_cell_every:int=30,  # seconds
+        **options:Any,        # papermill's own
+    )->nbformat.NotebookNode:
         from papermill.engines import NotebookExecutionManager
         from papermill.exceptions import PapermillExecutionError
         from papermill.execute import raise_for_execution_errors
@@ -322,10 +332,10 @@ def help_of(
 
 # %% ../nbs/99_top/01_jobs.ipynb #5cdf015e
 def check_first(
-    notebook,       # NotebookNode
+    notebook:nbformat.NotebookNode,       # NotebookNode
     values:dict,    # of the parameters, name: value
-    folder=None,    # where the job runs; default: here
-):
+    folder:str|Path|None=None,    # where the job runs; default: here
+)->None:
     "Run the cells tagged `check` before there is a kernel; raises `ParameterError`"
     names = {name: value for name, _, value in tagged(notebook, "parameters")} | values
     with chdir(folder) if folder else nullcontext(), one_section():

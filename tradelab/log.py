@@ -203,5 +203,5 @@ def warnings_as_sentences() -> None:
     def said(message, category, filename, lineno, line=None):
         return (f"Warning: {redact(printable(str(message)))}\n" if issubclass(category, UserWarning)
                 else usual(message, category, filename, lineno, line))
-    setattr(said, "plain", True)
+    said.plain = True  # type: ignore[attr-defined]
     warnings.formatwarning = said

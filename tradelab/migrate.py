@@ -14,6 +14,7 @@ import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -90,7 +91,7 @@ def _parsed(path, text):
 
 
 def read_foreign(
-    path:Path,      # .json, .yaml, .yml, or lines NAME=value
+    path:str|Path,      # .json, .yaml, .yml, or lines NAME=value
 )->list[tuple]:     # (path of names, value)
     "What a file of another system says; `ConfigurationError` where it cannot be read"
     path = Path(path)
@@ -106,18 +107,18 @@ def read_foreign(
         what = ("it is not YAML"
                 f"{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}")
     except json.JSONDecodeError as error: what = f"it is not JSON at line {error.lineno}"
-    except OSError as error: what = error.strerror
+    except OSError as error: what = str(error.strerror)
     except ValueError as error: what = str(error)
     raise ConfigurationError(f"{path} cannot be read: {what}")
 
 # %% ../nbs/99_top/04_migrate.ipynb #b57fa3cb
-def truth(value)->bool|None:
+def truth(value:Any)->bool|None:
     "Yes, no, or neither"
     word = str(value).strip().lower()
     return False if word in FALSE else True if word in ("1", "true", "yes", "on") else None
 
 
-def number(value)->float:
+def number(value:Any)->float:
     "A finite number above 0; ValueError saying why it is none"
     if isinstance(value, bool): raise ValueError("is no number")
     try: found = float(str(value).strip().replace("_", "").removesuffix("%"))
@@ -128,7 +129,7 @@ def number(value)->float:
 
 def share(
     name:str,
-    value,
+    value:Any,
 )->float:        # a fraction
     "A percentage or a fraction, as a fraction; ValueError where it can be both"
     found = number(value)
@@ -152,7 +153,7 @@ PLACEHOLDER = re.compile(r"(?i)(your|my|change|replace|insert|todo|example|place
                          r".*|\S*_here")
 
 
-def one_of(words, value):
+def one_of(words:dict[str, str], value:Any)->str:
     "The word of ours; ValueError naming all"
     found = (words.get(str(value).strip()) or words.get(str(value).strip().upper())
              or words.get(str(value).strip().lower()))
@@ -160,7 +161,7 @@ def one_of(words, value):
     return found
 
 
-def symbols(value)->str:
+def symbols(value:Any)->str:
     "Names of markets with commas; the job that trades them judges them"
     names = value if isinstance(value, (list, tuple)) else str(value).strip("[] ").split(",")
     names = [str(name).strip(" '\"") for name in names]
@@ -169,7 +170,7 @@ def symbols(value)->str:
     return ",".join(names)
 
 
-def timeframe(value)->str:
+def timeframe(value:Any)->str:
     "A timeframe as we write it; ValueError where there is none of this name"
     from tradelab.times import milliseconds
     word = str(value).strip()
@@ -178,7 +179,7 @@ def timeframe(value)->str:
     return word
 
 
-def exchanges(value)->list:
+def exchanges(value:Any)->list:
     "Where history is asked for, this exchange first"
     word = str(value).strip().lower()
     if not re.fullmatch(r"[a-z0-9_-]+", word): raise ValueError("is not the name of an exchange")
@@ -186,7 +187,7 @@ def exchanges(value)->list:
     return [first, *(each for each in ("binanceusdm", "okx", "bybit") if each != first)]
 
 
-def secret(value)->str:
+def secret(value:Any)->str:
     "A key; ValueError where it cannot be one"
     word = str(value).strip()
     if not word or PLACEHOLDER.fullmatch(word): raise ValueError("is empty or a placeholder")
@@ -203,7 +204,7 @@ class Taken:
     note:str = ""             # how it was read
 
     @property
-    def place(self): return DOTENV if self.key.endswith(("_key", "_secret")) else TOML
+    def place(self)->str: return DOTENV if self.key.endswith(("_key", "_secret")) else TOML
 
     def __str__(self):
         shown = "" if self.place == DOTENV else f" = {_toml(self.value)}"
@@ -268,7 +269,7 @@ def translate(
     found:list,         # (path of names, value), of all files
 )->tuple[list, list]:   # `Taken`s, `Left`s
     "Their settings under our names, and what is left"
-    said = {}
+    said: dict = {}
     taken = []
     left = []
     for path, value in found:
@@ -307,7 +308,7 @@ def _region(lines, table):
 def with_key(
     text:str,     # of tradelab.toml
     key:str,      # risk.max_drawdown
-    value,
+    value:Any,
 )->str:
     "The text with this key set"
     table, _, name = key.rpartition(".")
@@ -387,7 +388,7 @@ def write(
     taken:list,          # of `Taken`
     force:bool=False,    # replace values that differ
     dry:bool=False,      # only check
-):
+)->None:
     """Secrets to `.env`, the rest to `tradelab.toml`; `ConfigurationError` where one cannot be set, or differs from
     what is"""
     if (found := differing(taken)) and not force:

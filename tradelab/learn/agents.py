@@ -10,7 +10,7 @@ __all__ = ['AGENTS', 'POINTS', 'EPISODE', 'Agent', 'choose', 'compiled_policy', 
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ def compiled_policy(
     "The deterministic actor as a compiled policy"
     layers = [(module.weight.detach().numpy(), module.bias.detach().numpy()) for module in agent.layers(model)
               if isinstance(module, torch.nn.Linear)]
-    return Policy(agent.name, mlp, pack(layers, agent.hidden, agent.last).astype(np.float64), observation.features,
-                  observation.window, observation.scaler)
+    return Policy(agent.name, mlp, pack(layers, agent.hidden, agent.last).astype(np.float64),
+                  tuple(observation.features),                  observation.window, observation.scaler)
 
 # %% ../../nbs/80_learn/03_agents.ipynb #9b94850d
 POINTS = 200 # of the learning curve
@@ -211,7 +211,7 @@ def train(
     scaler:str="standard",    # or "robust"
     costs:CostModel|None=None, # default: of the settings
     limits:Limits|None=None,   # default: of the settings
-    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None, # default: looked up
+    instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None, # default: looked up
     learning_rate:float|None=None, # default: the agent's, as for the next three
     batch_size:int|None=None,
     n_envs:int|None=None,

@@ -305,7 +305,7 @@ def backtest(
     costs:CostModel|None=None,
     limits:Limits|None=None,
     # one per symbol; default: the run's, else `market.filters.instruments_for` looks them up
-    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None,
+    instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None,
     execution:Execution=Execution(), # how targets become orders
     funding:RatesLike|None=None,
     extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades

@@ -95,7 +95,7 @@ def market_data(
     series:dict[str, Exogenous]|None=None,   # by the name that features read
     funding:RatesLike|None=None,
     # those that the caller insists on; others are looked up
-    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None,
+    instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None,
     # of a run: taken where the caller names none
     known_instruments:Iterable[Instrument]=(),
     gaps:bool=False,       # carry holes in the candles through; otherwise the first one is refused
@@ -212,7 +212,7 @@ def prepare(
     *,
     costs:CostModel=CostModel(),
     limits:Limits=Limits(),
-    instruments:Instrument|Iterable[Instrument]|dict[str, Instrument]|None=None, # default: looked up
+    instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None, # default: looked up
     execution:Execution=Execution(),
     funding:RatesLike|None=None,
     extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades

@@ -43,7 +43,7 @@ def publication_times(
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #bb23de74
 def newest(
-    reference_time,  # int64 ms, (n,), in order of publication
+    reference_time:np.ndarray,  # int64 ms, (n,), in order of publication
 ) -> np.ndarray:  # bool, (n,)
     "Which publications became the newest known figure"
     return reference_time >= np.maximum.accumulate(reference_time)
@@ -213,10 +213,10 @@ def series_frame(
 
 # %% ../../nbs/15_sources/03_exogenous.ipynb #abb5bf29
 def with_series(
-    extra: Mapping[str, pd.DataFrame] | None,  # dict of frames by symbol, or None
+    extra: dict[str, pd.DataFrame] | None,     # dict of frames by symbol, or None
     series: Mapping[str, Exogenous] | None,    # Exogenous by name, or None
     candles: CandlesLike,                      # a frame, or a dict of frames by symbol
-) -> Mapping[str, pd.DataFrame] | None:  # frames by symbol, and by `series:name`
+) -> dict[str, pd.DataFrame] | None:  # frames by symbol, and by `series:name`
     "The frames that features read, with one more for each series"
     if not series: return extra
     wrong = [name for name, each in series.items() if not isinstance(each, Exogenous)]
