@@ -53,8 +53,9 @@ def refuse_count(
 )->None:
     "Refuse another number of symbols than a run was trained on: its network sees all of them at once"
     if run.symbols and len(run.symbols) != len(symbols):
-        raise ValueError(f"{getattr(run, 'id', 'this observation')} was trained on {len(run.symbols)} symbols ({', '.join(run.symbols)}), asked for "
-                         f"are {len(symbols)} ({', '.join(symbols)}): leave symbol empty, or train on these")
+        raise ValueError(f"{getattr(run, 'id', 'this observation')} was trained on {len(run.symbols)} symbols "
+                         f"({', '.join(run.symbols)}), asked for are {len(symbols)} ({', '.join(symbols)}): leave "
+                         "symbol empty, or train on these")
 
 # %% ../nbs/99_top/03_inputs.ipynb #5811d4b3
 def together(
