@@ -131,6 +131,67 @@ def test_only_config_reads_the_environment():
     assert readers == {"config"}
 
 
+PARSERS = {"json.load", "yaml.safe_load", "yaml.load", "tomllib.load", "np.load", "pd.read_csv", "pd.read_json",
+           "pd.read_parquet", "pd.read_excel", "pd.read_pickle", "pq.read_table", "pq.ParquetFile", "ZipFile",
+           "zipfile.ZipFile", "gzip.open", "pickle.load", "pickle.loads", "torch.load"}
+READERS = {  # who reads files in another way, and why
+    "tradelab/compiled.py": "sources of the package, before there is a door",
+    "tradelab/live/recorder.py": "frame by frame, each of bounded size and proven",
+    "tradelab/runs/registry.py": "the last byte of a log that it appends to",
+    "tradelab/localnet/server.py": "the answer of a localnet on this machine"}
+
+
+def read_past_the_door(path):
+    "Calls that read a file by its name, other than those of `tradelab.files`"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call): continue
+        name = ast.unparse(node.func)
+        first = ast.unparse(node.args[0]) if node.args else ""
+        mode = [each.value for each in (*node.args[1:2], *(word.value for word in node.keywords if word.arg == "mode"))
+                if isinstance(each, ast.Constant)]
+        if name == "open" and (not mode or set("r+") & set(mode[0])): yield f"{node.lineno}: {name}({first})"
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "read_bytes") and not node.args:
+            yield f"{node.lineno}: {name}()"
+        if name in PARSERS and not re.match(r"(io\.)?BytesIO\(|content$|pa\.BufferReader\(", first):
+            yield f"{node.lineno}: {name}({first})"
+
+
+def test_files_are_read_through_one_door():
+    "Plain files of bounded size and depth only: `tradelab.files` opens them, parsers are given their bytes"
+    found = {path.relative_to(ROOT).as_posix(): list(read_past_the_door(path)) for path in MODULES}
+    found.pop("tradelab/files.py")
+    assert {name for name, calls in found.items() if calls} == set(READERS), found
+
+
+HTML = re.compile(r"</?(p|b|br|td|th|tr|table|div|span|section|h[1-6]|small|title|style|body|img|svg)\b[^<]*>")
+
+
+def unescaped(path):
+    "What stands in f-strings of HTML without a function of `tradelab.texts`, or one of ours that makes HTML, around it"
+    tree = ast.parse(path.read_text())
+    made = {target.id for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets
+            if isinstance(target, ast.Name)
+            and isinstance(node.value, (ast.Call, ast.JoinedStr, ast.IfExp, ast.Constant))}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr): continue
+        if not HTML.search("".join(each.value for each in node.values if isinstance(each, ast.Constant))): continue
+        for each in (each for each in node.values if isinstance(each, ast.FormattedValue)):
+            spec = "".join(str(each.value) for each in each.format_spec.values if isinstance(each, ast.Constant)
+                           ) if each.format_spec else ""
+            value = each.value
+            safe = (isinstance(value, ast.Call) or spec[-1:] in tuple("dfg%e,") or isinstance(value, ast.Name)
+                    and (value.id in made or value.id.isupper()) or isinstance(value, ast.IfExp))
+            if not safe: yield f"{node.lineno}: {ast.unparse(value)}"
+
+
+def test_foreign_text_goes_through_one_door():
+    "Only `tradelab.texts` escapes for HTML and cleans for a terminal; a page takes nothing that did not pass it"
+    escape = re.compile(r"from html import|import html\b|unicodedata")
+    escapers = {path.stem for path in MODULES if escape.search(path.read_text())}
+    assert escapers == {"texts"}
+    assert {path.name: bad for path in MODULES if path.stem != "texts" and (bad := list(unescaped(path)))} == {}
+
+
 def test_only_account_changes_a_position():
     change = re.compile(r"(positions?(\[\w+\])?\[\"(quantity|entry_price)\"\])(\[\w+\])?\s*[-+*/]?=(?!=)")
     assert {path.stem for path in MODULES if change.search(path.read_text())} <= {"account"}

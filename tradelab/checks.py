@@ -17,6 +17,7 @@ from .config import job_settings, nearest, venue_for
 from .log import warnings_as_sentences
 from .market.symbols import symbols_of
 from .settings import AGENT_NAMES
+from .trust import parse_source
 
 # %% ../nbs/99_top/02_checks.ipynb #57101a93
 _RULE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(\(.*\))?", re.S)
@@ -28,7 +29,7 @@ def names_in(
 )->list|None:     # None where a star may bring any
     "The names that a module has"
     found = []
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for node in parse_source(file).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             found += [each.id for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
@@ -38,7 +39,7 @@ def names_in(
         elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For)): return None
     return None if "*" in found else found
 
-
+# %% ../nbs/99_top/02_checks.ipynb #42c32d89
 def check_rule(
     module:str,     # import name
     attribute:str,
@@ -57,7 +58,7 @@ def check_rule(
     raise LookupError(f"{module} has no {attribute!r}" + (f": did you mean {nearest(attribute, public)}?" if public
                                                           else ""))
 
-
+# %% ../nbs/99_top/02_checks.ipynb #670a5900
 def check_policy(
     policy:str,     # a train id, latest, or an import name
     runs:Path,      # the folder of all runs
@@ -97,7 +98,7 @@ def check_session(
                             + (f"its newest are {', '.join(dict.fromkeys(known[:3]))}" if known else "there is none "
                                "yet, run one first"))
 
-
+# %% ../nbs/99_top/02_checks.ipynb #f4f38531
 def check_job(*,
     settings:str="",        # a section of tradelab.toml
     policy:str="",

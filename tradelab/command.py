@@ -62,7 +62,8 @@ def main(context:click.Context)->None:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where the executed notebook goes  "
               "[default: reports/JOB/JOB-<time>.ipynb]")
 @click.pass_context
-def run(context:click.Context, job:str, parameters:tuple[tuple[str, str], ...], output:str|None, asked:bool)->None:
+def run(context:click.Context, job:str|None, parameters:tuple[tuple[str, str], ...], output:Path|None,
+        asked:bool)->None:
     """Run the job notebook JOB (a name, or a path) with checked parameters.
 
     Jobs are the notebooks of nbs/, and those that tradelab was installed with. Reports, runs, sessions, data, logs and
@@ -76,7 +77,7 @@ def run(context:click.Context, job:str, parameters:tuple[tuple[str, str], ...], 
     if asked:
         click.echo(f"\n{jobs.help_of(jobs.find(job))}")
         return
-    with one_sentence(): made = jobs.run(job, dict(parameters), Path(output) if output else None, text=True)
+    with one_sentence(): made = jobs.run(job, dict(parameters), output, text=True)
     click.echo(f"{job} is done: {os.path.relpath(made.with_suffix('.html'))}")
 
 # %% ../nbs/99_top/07_command.ipynb #67c3101c
@@ -96,7 +97,7 @@ def session_of(
                                    f"{train_id}`")
     return found[0]
 
-
+# %% ../nbs/99_top/07_command.ipynb #f5f0f18b
 class JobCommand(click.Command):
     "A command whose help shows what its job takes"
 
@@ -151,7 +152,7 @@ def running_sessions(
 # %% ../nbs/99_top/07_command.ipynb #e736ce9c
 @main.command()
 @click.argument("session", required=False)
-def stop(session:str)->None:
+def stop(session:str|None)->None:
     "Close a running session in order: no new candles, open intents settle, everything is written."
     from tradelab.config import nearest, settings
     from tradelab.lock import holder, interrupt
@@ -233,7 +234,7 @@ def config()->None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace what is set already and differs.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
-def import_settings(files:tuple[str, ...], force:bool, dry_run:bool)->None:
+def import_settings(files:tuple[Path, ...], force:bool, dry_run:bool)->None:
     "Write the settings of another system (.env, .env.sh, config.json, secrets.json, YAML) under the names of tradelab."
     from tradelab.migrate import read_foreign, translate, write
     with one_sentence():
@@ -260,7 +261,7 @@ def ask_first(
     "Go on only where a person agrees"
     if not yes: click.confirm(f"delete {what}? It cannot be brought back", abort=True)
 
-
+# %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
     "The sessions that run, as a set"
     from tradelab.config import settings
@@ -304,7 +305,7 @@ def show_one_run(run:str)->None:
     from tradelab.inventory import show_run
     with one_sentence(): click.echo(show_run(run))
 
-
+# %% ../nbs/99_top/07_command.ipynb #04c605fb
 @runs.command("compare")
 @click.argument("a")
 @click.argument("b")
@@ -363,7 +364,7 @@ def show_one_session(session:str)->None:
     from tradelab.inventory import show_session
     with one_sentence(): click.echo(show_session(session, names_running()))
 
-
+# %% ../nbs/99_top/07_command.ipynb #cee0a6c0
 @sessions.command("compare")
 @click.argument("a")
 @click.argument("b")
@@ -423,7 +424,7 @@ def download_data(symbol:str, timeframe:str, span:str, source:str)->None:
     from tradelab.inventory import download
     with one_sentence(): click.echo(download(symbol, timeframe, span, source))
 
-
+# %% ../nbs/99_top/07_command.ipynb #0073f628
 @data.command("check")
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.option("--source", default="", help="Only series of this source.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML',
-           'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'FORMAT', 'FORBIDDING', 'NOT_YET', 'FALSE',
+           'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'FORBIDDING', 'NOT_YET', 'FALSE',
            'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places',
            'settings', 'job_settings', 'one_section', 'overridden', 'Venue', 'foreign_variables', 'forbidding',
            'venue_for']
@@ -29,6 +29,7 @@ from rapidfuzz import process
 
 from . import __version__
 from .errors import ConfigurationError
+from .files import UnreadableFileError, check_bounded, read_text
 from .instruments import Instrument
 from .settings import CostModel, Execution, Limits, SeriesDefinition, Stops, Training
 
@@ -227,9 +228,15 @@ SECTIONS = "settings"
 _SERIES = re.compile(rf"series\.[A-Za-z_]\w*\.({'|'.join(each.name for each in fields(SeriesDefinition))})", re.ASCII)
 
 
+RENAMED: dict[str, str] = {} # old key: new key
+
+
 def _refuse_unknown(where, keys):
     written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
     for key in keys:
+        if key in RENAMED:
+            raise ConfigurationError(f"{written(key)} in {where} is called {written(RENAMED[key])} now: "
+                                     "rename it there")
         if (key not in known_keys() and not key.startswith("risk.sectors.") and not _of_instrument(key)
             and not _SERIES.fullmatch(key)):
             raise ConfigurationError(f"{written(key)} in {where} is not a setting: did you mean "
@@ -271,10 +278,9 @@ logging.getLogger("dotenv.main").setLevel(logging.ERROR) # it warns of every lin
 
 def _text_of(path):
     "The text of a file; empty where there is no file"
-    try: return path.read_text(encoding="utf-8-sig") if path.exists() else ""
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{path.name} cannot be read: it is not text in UTF-8, save it as such") from None
-    except OSError as error: raise ConfigurationError(f"{path.name} cannot be read: {error.strerror}") from None
+    try: return read_text(path)
+    except FileNotFoundError: return ""
+    except UnreadableFileError as error: raise ConfigurationError(str(error)) from None
 
 
 def read_table(
@@ -283,12 +289,13 @@ def read_table(
     "The table in this file; empty where there is no file"
     try:
         table = tomllib.loads(_text_of(path))
-        _flat(table)
+        check_bounded(table, path.name)
         return table
     except RecursionError: raise ConfigurationError(f"{path.name} cannot be read: it nests too deeply") from None
     except ValueError as error:
-        raise error if isinstance(error, ConfigurationError) else ConfigurationError(f"{path.name} cannot be "
-            f"read: {error}") from None
+        if isinstance(error, ConfigurationError): raise
+        said = str(error) if isinstance(error, UnreadableFileError) else f"{path.name} cannot be read: {error}"
+        raise ConfigurationError(said) from None
 
 # %% ../nbs/00_ground/12_config.ipynb #7fbe562c
 def read_variables(

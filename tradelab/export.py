@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation.result import Result
-from .files import replace_files
+from .files import read_bytes, replace_files
 from .journal import JOURNAL
 from .market.candles import times
 from .orders import FILL
@@ -40,7 +40,7 @@ def _face(result):
     return {"name": result.name, "symbols": list(result.symbols), "final": list(result.final), "source": result.source,
             "note": result.caption, "net": result.net}
 
-
+# %% ../nbs/99_top/06_export.ipynb #c9cb01db
 def save(
     result:Result,
     path:str|Path,            # a file, such as reports/btc.result
@@ -91,15 +91,16 @@ def _result(stored, head):
     return replace(one(head["face"]), baselines={face["name"]: one(face, f"baseline{n}.") for n,
                                                  face in enumerate(head["baselines"])})
 
-
+# %% ../nbs/99_top/06_export.ipynb #157cc805
 def load(path:str|Path)->Result:
     "A result as it was kept; ValueError where the file is none, or is damaged"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no result {path}")
     try:
-        with ZipFile(path) as packed: size = sum(each.file_size for each in packed.infolist())
+        content = io.BytesIO(read_bytes(path, LARGEST))
+        with ZipFile(content) as packed: size = sum(each.file_size for each in packed.infolist())
         if size > LARGEST: raise _OtherVersion(f"it holds {size:,} bytes, more than the {LARGEST:,} that are read")
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(content, allow_pickle=False) as stored:
             head = json.loads(bytes(stored["head"]))
             if head["format"] != FORMAT:
                 raise _OtherVersion(f"it is {head['format']!r}, this version reads {FORMAT!r}: run the backtest again")
@@ -123,7 +124,7 @@ def _plain(table):
     return table.assign(**{name: table[name].astype(str) for name in table if isinstance(table[name].dtype,
         pd.DatetimeTZDtype)})
 
-
+# %% ../nbs/99_top/06_export.ipynb #0acaab35
 def export(
     result:Result,
     path:str|Path,               # ends with .csv, .parquet, .xlsx or .json

@@ -86,7 +86,7 @@ def read_text(
     most: int = MOST_BYTES,  # bytes
 ) -> str:                    # without the mark that some editors begin it with
     "Text of a plain file in UTF-8; errors as in `read_bytes`"
-    try: return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n")
+    try: return read_bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         raise UnreadableFileError(f"{path} cannot be read: it is not text in UTF-8, save it as such") from None
 
@@ -110,7 +110,7 @@ def check_bounded(
         elif isinstance(each, (list, tuple, set)): waiting += [(inner, deep + 1) for inner in each]
 
 
-def _parsed(text, path, parse, kind):
+def _parsed(text, path, parse, kind, values=100_000):
     "What a text says, bounded"
     try: value = parse(text)
     except RecursionError: raise UnreadableFileError(f"{path} cannot be read: it nests too deeply") from None
@@ -119,16 +119,17 @@ def _parsed(text, path, parse, kind):
         line = mark.line + 1 if mark else getattr(error, "lineno", None)
         where = f" at line {line}" if line else f" ({error})"
         raise UnreadableFileError(f"{path} cannot be read: it is not {kind}{where}") from None
-    check_bounded(value, path)
+    check_bounded(value, path, values)
     return value
 
 # %% ../nbs/00_ground/06_files.ipynb #a2_files07
 def read_json(
     path: str | Path,
     most: int = MOST_BYTES,  # bytes
+    values: int = 100_000,   # in all
 ) -> Any:
     "What a file of JSON says; errors as in `read_bytes`, and UnreadableFileError if it is not JSON or unbounded"
-    return _parsed(read_text(path, most), path, json.loads, "JSON")
+    return _parsed(read_text(path, most), path, json.loads, "JSON", values)
 
 
 def read_yaml(

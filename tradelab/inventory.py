@@ -9,6 +9,7 @@ __all__ = ['TAGS', 'tags_of', 'tag', 'known', 'runs_here', 'runs_table', 'show_r
            'download', 'series_of', 'usual_step', 'table_of', 'check_data', 'delete_series']
 
 # %% ../nbs/99_top/05_inventory.ipynb #b657f49b
+import io
 import json
 import os
 import re
@@ -16,15 +17,15 @@ import shutil
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from .config import nearest, settings
 from .evaluation.result import Result
-from .files import replace_files
+from .files import UnreadableFileError, read_bytes, read_json, replace_files
 from .inputs import inputs
-from .live.ledger import Ledger
 from .market.candles import times
 from .market.quality import check_quality
 from .market.store import Store
@@ -37,6 +38,9 @@ from .sources.tables import candle_names, foreign, oldest_first, read_table, tim
 from .texts import one_line, printable
 from .times import TIMEFRAMES, milliseconds, parse_span
 
+if TYPE_CHECKING:
+    from tradelab.live.ledger import Ledger
+
 # %% ../nbs/99_top/05_inventory.ipynb #c15e21ee
 TAGS = "tags.json"
 
@@ -46,8 +50,9 @@ def tags_of(
 )->dict[str, list]:        # tags by id
     "All tags; ValueError where the file is none of ours"
     path = Path(folder) / TAGS
-    try: found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError, RecursionError): found = None
+    try: found = read_json(path)
+    except FileNotFoundError: found = {}
+    except UnreadableFileError: found = None
     if (not isinstance(found, dict) or not all(isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)
                                                for tags in found.values())):
         raise ValueError(f"{path} holds no tags: restore it, or remove it and lose them")
@@ -131,14 +136,14 @@ def measured(
     return backtest(given.run, given.candles, given.start, funding=given.funding, extra=given.extra,
                     gaps=settings().gaps)
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #ae9d1af3
 def learnt(
     run:Run,
 )->float:    # basis points a candle; nan where nothing was recorded
     "The mean reward of the last tenth of a training"
     path = run.folder and run.folder / "learning_curve.csv"
     if not path or not path.exists(): return float("nan")
-    rewards = pd.read_csv(path).reward
+    rewards = pd.read_csv(io.BytesIO(read_bytes(path))).reward
     return 1e4 * float(rewards[-max(len(rewards) // 10, 1):].mean())
 
 # %% ../nbs/99_top/05_inventory.ipynb #ddc8e5f1
@@ -152,7 +157,7 @@ def flat_settings(
         flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #f3391f6c
 def differing_settings(
     a:dict,
     b:dict,
@@ -164,14 +169,14 @@ def differing_settings(
             if one.get(key) != two.get(key) and key != "created_time"}
     return pd.DataFrame(rows, index=list(names)).T
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #108717b8
 def _own_span(runs):
     "Half a year that neither of two runs on synthetic candles was fitted on; None where one is not such a run"
     if not all(str(run.config.get("source", "")).startswith("synthetic") for run in runs): return None
     begin = pd.Timestamp(max(run.fitted_until for run in runs), unit="ms").normalize() + pd.Timedelta(days=1)
     return f"{begin:%Y-%m-%d}/{begin + pd.Timedelta(days=182):%Y-%m-%d}"
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #72a226b8
 def compare_runs(
     a:str,           # run, or the import name of a rule
     b:str,
@@ -235,15 +240,15 @@ def session_status(
     name:str,
 )->dict:
     "What a session wrote last; nothing where that cannot be read"
-    try: found = json.loads((settings().sessions / name / "session.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): found = {}
+    try: found = read_json(settings().sessions / name / "session.json")
+    except (FileNotFoundError, UnreadableFileError): found = {}
     found = found if isinstance(found, dict) else {}
     return found | {"statistics": found["statistics"] if isinstance(found.get("statistics"), dict) else {}}
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #382b3bb6
 def session_facts(
     name:str,
-    ledger:Ledger,
+    ledger:"Ledger",
     running:Collection[str]=(),      # ids of sessions whose lock is held
 )->dict:
     "One session as a row"
@@ -261,7 +266,7 @@ def session_facts(
              "started [UTC]": started}
     return {key: one_line(value, 130) for key, value in facts.items()}
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #3b58524b
 def sessions_table(
     running:Collection[str]=(),      # ids of sessions whose lock is held
     only:str="",     # a tag
@@ -274,7 +279,7 @@ def sessions_table(
     return pd.DataFrame(rows, columns=["session", "policy", "venue", "symbols", "timeframe", "state", "candles",
                                        "equity [quote]", "tags", "started [UTC]"])
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #868c57a0
 def show_session(
     name:str,
     running:Collection[str]=(),
@@ -310,7 +315,6 @@ def compare_sessions(
     b:str,
 )->tuple:        # metrics and differing settings, a column a session
     "Two sessions beside each other"
-    from tradelab.evaluation.result import Result
     ledger, names = _ledger(), ["A", "B"]
     for each in (a, b): known(sessions_here(), each, "session")
     if a == b: raise ValueError(f"{a} is compared with itself: name two sessions")
@@ -320,7 +324,7 @@ def compare_sessions(
     ledger.close()
     return metrics, differing_settings(then[0], then[1], names)
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #9978d204
 def held_by(
     name:str,
 )->dict:          # signed base units by symbol, where there are any
@@ -401,7 +405,7 @@ def usual_step(
     if found is None: raise ValueError("no timeframe is as long as most steps between its times: say --timeframe")
     return found
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #8f8d853d
 def table_of(
     path:str|Path,
 )->pd.DataFrame:    # indexed by time, its columns named, nothing judged

@@ -73,7 +73,7 @@ def _literal(node):
 # what Python raises at a text that is no literal
 _UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError)
 
-
+# %% ../nbs/99_top/01_jobs.ipynb #a3f38e81
 def tagged(
     notebook:nbformat.NotebookNode,      # NotebookNode
     tag:str,       # "parameters" or "injected-parameters"
@@ -149,7 +149,7 @@ def _instead(name, taken):
                 "as settings")
     return f"did you mean {nearest(name, taken)}? The notebook takes {', '.join(taken)}"
 
-
+# %% ../nbs/99_top/01_jobs.ipynb #f77c303b
 def read_notebook(
     path:str|Path,
 )->nbformat.NotebookNode:               # NotebookNode

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tradelab.config import (
     DOTENV,
     FALSE,
@@ -34,7 +32,7 @@ from tradelab.config import (
     settings,
 )
 from .errors import ConfigurationError
-from .files import replace_files
+from .files import UnreadableFileError, read_bytes, read_json, read_text, read_yaml, replace_files
 
 # %% ../nbs/99_top/04_migrate.ipynb #d55a6847
 KEYS = {"BINANCE_TESTNET_API_KEY": "testnet_key", "BINANCE_TESTNET_API_SECRET": "testnet_secret",
@@ -83,33 +81,25 @@ def _leaves(node, path, found):
     return found
 
 
-def _parsed(path, text):
+def _parsed(path):
     "The table that a file holds"
-    if path.suffix == ".json": return json.loads(text)
-    if path.suffix in (".yaml", ".yml"): return yaml.safe_load(text)
+    if path.suffix == ".json": return read_json(path, LARGEST)
+    if path.suffix in (".yaml", ".yml"): return read_yaml(path, LARGEST)
+    read_bytes(path, LARGEST)
     return read_variables(path)
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #dd5e860c
 def read_foreign(
     path:str|Path,      # .json, .yaml, .yml, or lines NAME=value
 )->list[tuple]:     # (path of names, value)
     "What a file of another system says; `ConfigurationError` where it cannot be read"
     path = Path(path)
-    try:
-        if path.stat().st_size > LARGEST: raise ValueError(f"it has more than {LARGEST:,} bytes")
-        table = _parsed(path, path.read_text(encoding="utf-8-sig"))
-        if not isinstance(table, dict): raise ValueError(f"it holds no names with values, but {type(table).__name__}")
-        return _leaves(table, (), [])
-    except ConfigurationError: raise
-    except UnicodeDecodeError: what = "it is not text in UTF-8"
-    except RecursionError: what = "it nests too deeply"
-    except yaml.YAMLError as error:
-        what = ("it is not YAML"
-                f"{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}")
-    except json.JSONDecodeError as error: what = f"it is not JSON at line {error.lineno}"
-    except OSError as error: what = str(error.strerror)
-    except ValueError as error: what = str(error)
-    raise ConfigurationError(f"{path} cannot be read: {what}")
+    try: table = _parsed(path)
+    except FileNotFoundError: raise ConfigurationError(f"{path} cannot be read: there is no such file") from None
+    except UnreadableFileError as error: raise ConfigurationError(str(error)) from None
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"{path} cannot be read: it holds no names with values, but {type(table).__name__}")
+    return _leaves(table, (), [])
 
 # %% ../nbs/99_top/04_migrate.ipynb #b57fa3cb
 def truth(value:Any)->bool|None:
@@ -126,7 +116,7 @@ def number(value:Any)->float:
     if not 0 < found < float("inf"): raise ValueError("is no number above 0")
     return found
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #8924a928
 def share(
     name:str,
     value:Any,
@@ -304,7 +294,7 @@ def _region(lines, table):
             return n + 1, next((m for m in starts if m > n), len(lines))
     return None
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #8248af9c
 def with_key(
     text:str,     # of tradelab.toml
     key:str,      # risk.max_drawdown
@@ -342,7 +332,7 @@ def _same(a, b):
     return (a == b or _toml(a) == _toml(b) or str(a) == str(b) or isinstance(a, list)
             and str(b).replace(" ", "") == ",".join(a))
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #73a6104d
 def differing(
     taken:list,      # of `Taken`
 )->list[str]:
@@ -357,8 +347,7 @@ def differing(
 
 def _written(root, taken):
     "The new texts of both files, proved to say what is wanted and nothing else"
-    texts = {name: (root / name).read_text(encoding="utf-8-sig") if (root / name).exists() else ""
-             for name in (TOML, DOTENV)}
+    texts = {name: read_text(root / name) if (root / name).exists() else "" for name in (TOML, DOTENV)}
     wanted = [(DOTENV, each.name, "true") for each in taken if each.key == "venue"]
     for each in taken:
         if each.place == TOML: texts[TOML] = with_key(texts[TOML], each.key, each.value)

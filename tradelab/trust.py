@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import tradelab
 from .config import project_root, settings
 from .errors import TradelabError
+from .files import read_bytes
 
 # %% ../nbs/00_ground/19_trust.ipynb #1b0f1ded
 class InvalidNameError(TradelabError, ValueError):
@@ -115,8 +116,7 @@ def parse_source(
 ) -> ast.Module:
     "The syntax tree of a source file; NotTrustedError where it cannot be read"
     try:
-        if file.stat().st_size > SOURCE_LIMIT: raise ValueError(f"it is larger than {SOURCE_LIMIT:,} bytes")
-        return ast.parse(file.read_bytes())
+        return ast.parse(read_bytes(file, SOURCE_LIMIT))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotTrustedError(f"{file} cannot be looked at ({error}): nothing of it is run") from None
 
@@ -159,7 +159,7 @@ def _says(node, kind, bound):
     found = bound.get(word)
     return word == kind or isinstance(found, tuple) and found[1].name == kind
 
-
+# %% ../nbs/00_ground/19_trust.ipynb #ff772942
 def declares(
     module: str,     # import name, trusted
     file: Path,      # its source

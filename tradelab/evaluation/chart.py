@@ -45,7 +45,7 @@ def _fills(figure, fills):
     import plotly.graph_objects as plot
     for buys, color, word in ((True, LONG, "buy"), (False, SHORT, "sell")):
         rows = fills[(fills["quantity"] > 0) == buys]
-        texts = [f"{word} {abs(row.quantity):g} at "
+        texts = [f"{chart_text(word)} {abs(row.quantity):g} at "
                  f"{row.price:,.8g}<br>{chart_text(row.kind)}{', maker' if row.maker else ''}<br>fee {row.fee:,.4f}"
                  for row in rows.itertuples()]
         signs = [MARKS.get(kind, "triangle-up" if buys else "triangle-down") for kind in rows["kind"]]

@@ -346,7 +346,7 @@ def months_html(
     full = np.nanmax(np.abs(table[list(MONTHS)].to_numpy()))
     rows = [f"<tr><th>{year}</th>{''.join(_month(value, full) for value in row)}</tr>" for year,
             row in zip(table.index, table.to_numpy())]
-    return (f'<table class="months"><tr><th>[%]</th>{"".join(f"<th>{name}</th>" for name in table)}</tr>'
+    return (f'<table class="months"><tr><th>[%]</th>{"".join(f"<th>{html_text(name)}</th>" for name in table)}</tr>'
             f'\n{chr(10).join(rows)}</table>')
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #4d19f4cb
@@ -519,7 +519,7 @@ def sections_html(
     written:pd.DataFrame, # as `TearSheet.written` makes it
 )->str:
     "The table of metrics, divided into its questions"
-    return "\n".join(f"<section><h3>{title}</h3>"
+    return "\n".join(f"<section><h3>{html_text(title)}</h3>"
                      f"{written.loc[[LABELS[name][0] for name in names]].to_html(border=0)}</section>" for title,
                      names in SECTIONS.items())
 
@@ -535,7 +535,7 @@ def _page(sheet):
              "A closer look": lambda: _picture(sheet.details(), f"{what} of {sheet.subject}", 140),
              "Numbers": lambda:
              f'<div class="numbers" style="columns:{columns}">{sections_html(sheet.written())}</div>'}
-    body = "\n".join(f"<h2>{title}</h2>\n{section_html(make)}" for title, make in parts.items())
+    body = "\n".join(f"<h2>{html_text(title)}</h2>\n{section_html(make)}" for title, make in parts.items())
     page = Template(asset("evaluation/tearsheet.html"))
     return page.substitute(subject=subject, answer=_marked(sheet.answer), caption=_marked(sheet.full_caption),
                            body=body)

@@ -134,7 +134,7 @@ def _step_many(address):
         goes_on += ended[b] == 0
     return count - goes_on
 
-
+# %% ../../nbs/80_learn/01_env.ipynb #f265d328
 @cache
 def step_many()->Any:
     """A C function: one step of every environment of a POPULATION; how many ended with it, or -1 - b where environment

@@ -6,11 +6,13 @@
 __all__ = ['plot_learning']
 
 # %% ../../nbs/80_learn/02_learning_curve.ipynb #09_learn002
+import io
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ..figures import caption, finished, prices_of
+from ..files import read_bytes
 from ..runs.run import Run
 from ..texts import figure_text
 
@@ -25,7 +27,7 @@ def plot_learning(
     import matplotlib.pyplot as plt
     file = run.folder and run.folder / "learning_curve.csv"
     if not file or not file.exists(): raise ValueError(f"{run.id} has no learning curve: only a trained run has one")
-    curve = pd.read_csv(file)
+    curve = pd.read_csv(io.BytesIO(read_bytes(file)))
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
     axes.plot(curve.step, 1e4 * curve.reward, color="C0", alpha=.35, label="since the point before")
     smooth = curve.reward.rolling(10, min_periods=1).mean()

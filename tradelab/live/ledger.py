@@ -94,7 +94,7 @@ def _number(engine):
             connection.execute(FORMATS.insert().values(format=FORMAT, version=__version__))
     except sql.exc.IntegrityError: pass # another process was faster
 
-
+# %% ../../nbs/70_live/03_ledger.ipynb #53da1782
 def open_database(
     url:str,            # SQLAlchemy URL, such as sqlite:///tradelab.db
 )->sql.Engine:

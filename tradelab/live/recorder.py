@@ -130,7 +130,7 @@ def _refuse_another_format(line):
         raise RecordingError(f"it is of the format {str(found)[:80]!r}, written by {by}: "
                            f"this version reads {FORMAT!r}, replay it with the version that wrote it")
 
-
+# %% ../../nbs/70_live/04_recorder.ipynb #f78d8c1e
 @dataclass
 class Recording:
     """The lines of a recording, one dict each, as far as they are proven; what was found is known when all have been
@@ -397,7 +397,7 @@ def _follow(line, trader, again, recorded, recomputed):
         case "funding": again.on_funding(_entry(Funding, line))
     return again
 
-
+# %% ../../nbs/70_live/04_recorder.ipynb #790b839c
 def replay(
     recording:Path,   # recording.zst, or any iterable of its lines, such as a Recording
     trader:Trader,    # as the session was given it; only its settings are used

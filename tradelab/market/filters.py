@@ -97,7 +97,7 @@ def _power(number): return Decimal(repr(float(number))).adjusted()
 
 def _many(values): return len(np.unique(values[:1_000])) >= ENOUGH or len(np.unique(values)) >= ENOUGH
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #641440b5
 def derived_tick(
     prices:np.ndarray,   # open, high, low and close, (T, 4)
 )->float:                # quote per base

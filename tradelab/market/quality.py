@@ -148,8 +148,8 @@ def _table(report):
 
 
 def _html(report, shown=20):
-    rest = (f"<p>and {len(report.findings) - shown} more: see <code>.table()</code></p>" if len(report.findings) > shown
-            else "")
+    more = len(report.findings) - shown
+    rest = f"<p>and {more:,} more: see <code>.table()</code></p>" if more > 0 else ""
     return f"<p><b>Quality</b> of {html_text(_headline(report))}</p>{_table(report)[:shown].to_html(index=False)}{rest}"
 
 # %% ../../nbs/10_market/08_quality.ipynb #9330749b

@@ -154,11 +154,11 @@ def held_table(
 )->str:                                   # HTML
     "The causes behind a trading state"
     rows = "".join(f"<tr><td>{html_text(cause)}</td><td>{html_text(scope or 'all')}</td><td>"
-                   f"{TradingState(row[0]).name}</td><td>{format_time(row[1])}</td><td>"
+                   f"{html_text(TradingState(row[0]).name)}</td><td>{format_time(row[1])}</td><td>"
                    f"{'gone since ' + format_time(row[2]) if row[2] is not None else 'active'}</td><td>"
                    f"{html_text(row[3])}</td></tr>" for (cause, scope), row in active.items())
-    return (f"<b>{state.name}</b><table><tr><th>cause</th><th>for</th><th>requires</th><th>since</th><th></th><th>"
-            f"evidence</th></tr>{rows}</table>")
+    return (f"<b>{html_text(state.name)}</b><table><tr><th>cause</th><th>for</th><th>requires</th><th>since</th>"
+            f"<th></th><th>evidence</th></tr>{rows}</table>")
 
 # %% ../../nbs/30_risk/04_trading_state.ipynb #692f0f7a
 def plot_moves(

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..compiled import source_hash
 from ..features.observation import Observation
 from ..figures import prices_of
+from ..files import read_bytes
 from ..instruments import Instrument
 from ..policies import Policy
 from ..risk.limits import Gate
@@ -54,7 +55,7 @@ def source_sha256(
 )->str:           # empty where there is no file, as in a notebook
     "The hash of the file behind a module, which is not imported for it"
     file = locate(module)
-    return sha256(file.read_bytes()).hexdigest() if file else ""
+    return sha256(read_bytes(file)).hexdigest() if file else ""
 
 # %% ../../nbs/45_runs/01_run.ipynb #17b7c7b7
 @dataclass(frozen=True, eq=False)

@@ -179,7 +179,7 @@ def _least_squares(target, regressor):
     solved, residual, rank, _ = np.linalg.lstsq(columns, target, rcond=None)
     return solved, float(((target - columns @ solved) ** 2).sum()), columns
 
-
+# %% ../../nbs/50_sim/01_costs.ipynb #2684df47
 def calibrate(
     quantity:np.ndarray,   # (m,), signed base units, in order of time
     met:np.ndarray,        # (m,), what the market showed, quote per base

@@ -491,7 +491,7 @@ def _steps_of(
         return DONE
     return of_world
 
-
+# %% ../../nbs/50_sim/04_kernel.ipynb #93d667f5
 @cache
 def machine(single:bool)->Any:
     "The steps as a C function, compiled or read when it is first wanted"

@@ -45,7 +45,7 @@ class _Payments:
     places:np.ndarray   # 0, 1 ... among the payments of one candle
     rates:np.ndarray
 
-
+# %% ../../nbs/50_sim/05_prepared.ipynb #938a48ad
 def funding_rates(
     funding:RatesLike|None,
     times:np.ndarray,       # (T,), open times, ms

@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from ..errors import CandleError, SymbolNotSupportedError
+from ..files import read_bytes
 from ..log import get_logger
 from ..market.candles import check
 from ..market.store import Store
@@ -155,7 +156,7 @@ def unpack(
     path: Path,  # a zip with one CSV
 ) -> pd.DataFrame:
     "The table of a file, with our names"
-    packed = path.read_bytes()
+    packed = read_bytes(path, UNPACKED)
     if not packed.startswith(b"PK"):
         raise CandleError(f"{path.name}: not a whole archive (File is not a zip file): fetch it again")
     with foreign(path.name, "whole archive"): content = unpacked(packed, path.name)

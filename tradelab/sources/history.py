@@ -244,7 +244,7 @@ def _in_order(source):
     if isinstance(source, str) and source == "auto": return (*settings().exchanges, "synthetic")
     return source if isinstance(source, (tuple, list)) else [source]
 
-
+# %% ../../nbs/15_sources/08_history.ipynb #9688fa0f
 def history(
     symbol: str,                    # ccxt's unified name, such as "BTC/USDT:USDT"
     timeframe: str,                 # such as "1h"

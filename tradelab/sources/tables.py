@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 
 from ..errors import CandleError, TradelabError, VenueConnectionError
 from ..events import COLUMNS
+from ..files import read_bytes
 from ..log import get_logger
 from ..market.candles import OPTIONAL, check, frame, since_epoch, times
 from ..market.judge import true_order
@@ -204,7 +205,7 @@ def content_of(
     if not online and Path(path).stat().st_size > UNPACKED:
         raise CandleError(f"{name}: it is larger than {UNPACKED:,} bytes: split it by years")
     with foreign(name, f"whole {kind or 'packed'} file"):
-        content = unpacked(ask(str(path)) if online else Path(path).read_bytes(), name)
+        content = unpacked(ask(str(path)) if online else read_bytes(path, UNPACKED), name)
     kind = next((suffix for start, suffix in MAGIC.items() if content.startswith(start)),
                 ".xlsx" if content.startswith(b"PK") else kind)
     if kind is None and online: kind = ".json" if content.lstrip()[:1] in (b"[", b"{") else ".csv"
