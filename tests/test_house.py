@@ -192,6 +192,15 @@ def test_foreign_text_goes_through_one_door():
     assert {path.name: bad for path in MODULES if path.stem != "texts" and (bad := list(unescaped(path)))} == {}
 
 
+def test_what_a_session_tells_has_a_kind_and_a_level():
+    from tradelab.notices import NOTICES
+    told = {node.args[0].value for path in (ROOT / "tradelab/live").glob("*.py")
+            for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and node.args
+            and ast.unparse(node.func).rpartition(".")[2] in ("Notice", "note", "_note")
+            and isinstance(node.args[0], ast.Constant)}
+    assert told == set(NOTICES)
+
+
 def test_only_account_changes_a_position():
     change = re.compile(r"(positions?(\[\w+\])?\[\"(quantity|entry_price)\"\])(\[\w+\])?\s*[-+*/]?=(?!=)")
     assert {path.stem for path in MODULES if change.search(path.read_text())} <= {"account"}
