@@ -75,7 +75,7 @@ def test_a_file_that_is_wrong(place, file, sentence):
 
 def test_a_run_with_a_changed_file(tmp_path):
     assert tradelab(tmp_path, "run", "train", "-p", "steps", "100").returncode == 0
-    run = next((tmp_path / "runs").iterdir())
+    run = next((tmp_path / "runs").glob("train_*"))
     (run / "scaler_train.json").write_text((run / "scaler_train.json").read_text().replace("1", "2", 1))
     assert "scaler_train.json" in refused(tmp_path, "run", "backtest", "-p", "policy", "latest")
 

@@ -74,6 +74,7 @@ def read_bytes(
                 raise UnreadableFileError(f"{path} cannot be read: it is not a plain file")
             content = file.read(most + 1) if found.st_size <= most else b""
     except FileNotFoundError: raise
+    except IsADirectoryError: raise UnreadableFileError(f"{path} cannot be read: it is not a plain file") from None
     except OSError as error: raise UnreadableFileError(f"{path} cannot be read: {error.strerror}") from None
     if max(len(content), found.st_size) > most:
         raise UnreadableFileError(f"{path} cannot be read: it has {found.st_size:,} bytes, at most {most:,} are "
