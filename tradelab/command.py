@@ -105,7 +105,7 @@ class JobCommand(click.Command):
         from tradelab import jobs
         with suppress(click.ClickException): formatter.write(f"\n{jobs.help_of(jobs.find(self.name or ''))}\n")
 
-
+# %% ../nbs/99_top/07_command.ipynb #16b6a193
 def add_job(
     name:str,          # of the notebook
     words:str,         # for the help
@@ -330,7 +330,7 @@ def tag_run(run:str, tags:tuple[str, ...], remove:tuple[str, ...])->None:
     with one_sentence():
         click.echo(" ".join(tag(settings().runs, known(runs_here(), run, "run"), tags, remove)) or "no tags")
 
-
+# %% ../nbs/99_top/07_command.ipynb #3c2596b5
 @runs.command("delete")
 @click.argument("run")
 @YES
@@ -386,7 +386,7 @@ def tag_session(session:str, tags:tuple[str, ...], remove:tuple[str, ...])->None
         click.echo(" ".join(tag(settings().sessions, known(sessions_here(), session, "session"), tags, remove))
                    or "no tags")
 
-
+# %% ../nbs/99_top/07_command.ipynb #0455e855
 @sessions.command("delete")
 @click.argument("session")
 @YES
@@ -439,7 +439,7 @@ def check_kept(context:click.Context, files:tuple[str, ...], source:str, symbol:
     click.echo("\n".join(map(repr, reports)))
     if any(each.severity == "error" for report in reports for each in report.findings): context.exit(1)
 
-
+# %% ../nbs/99_top/07_command.ipynb #49e0e64f
 @data.command("delete")
 @click.argument("source")
 @click.argument("symbol")

@@ -54,7 +54,7 @@ def logarithmic(
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
-
+# %% ../nbs/00_ground/20_figures.ipynb #bf0dd483
 def plain(
     axis: "Axes",
 ) -> None:

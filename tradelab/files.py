@@ -81,7 +81,7 @@ def read_bytes(
                                   "expected")
     return content
 
-
+# %% ../nbs/00_ground/06_files.ipynb #22fda58c
 def read_text(
     path: str | Path,
     most: int = MOST_BYTES,  # bytes
@@ -110,7 +110,7 @@ def check_bounded(
         if isinstance(each, dict): waiting += [(inner, deep + 1) for pair in each.items() for inner in pair]
         elif isinstance(each, (list, tuple, set)): waiting += [(inner, deep + 1) for inner in each]
 
-
+# %% ../nbs/00_ground/06_files.ipynb #867b8411
 def _parsed(text, path, parse, kind, values=100_000):
     "What a text says, bounded"
     try: value = parse(text)

@@ -48,7 +48,7 @@ def bracket_amounts(
         amounts.append(amounts[-1] + floor * (rate - before))
     return tuple(amounts)
 
-
+# %% ../nbs/00_ground/07_instruments.ipynb #d8e566bc
 def check_brackets(
     record: str,         # whose brackets they are, for the message
     brackets: Brackets,

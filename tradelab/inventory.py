@@ -74,7 +74,7 @@ def tag(
                                                    sort_keys=True).encode()})
     return tags[name]
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #8ca4dafe
 def known(
     names:list,
     name:str,
@@ -113,7 +113,7 @@ def runs_table(
     return pd.DataFrame(rows, columns=["run", "agent", "symbols", "timeframe", "span", "steps", "tags",
                                        "created [UTC]"])
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #c3ac0905
 def show_run(
     name:str,    # or latest
 )->str:
@@ -432,7 +432,7 @@ def check_data(
     return [check_quality(table, timeframe or usual_step(table), symbol or Path(path).name) for path,
             table in tables.items()]
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #f0c106a5
 def delete_series(
     source:str,
     symbol:str,

@@ -160,7 +160,7 @@ def read_notebook(
         raise ParameterError(
             f"{path} cannot be read as a notebook: {str(error)[:200] or type(error).__name__}") from None
 
-
+# %% ../nbs/99_top/01_jobs.ipynb #5a1e24e8
 def check_parameters(
     notebook:nbformat.NotebookNode|str|Path,          # NotebookNode, or a path
     given:dict,        # name: value
@@ -258,7 +258,7 @@ def _interrupt(client):
     if client.kc is not None: client.kc.kernel_info()
     return True
 
-
+# %% ../nbs/99_top/01_jobs.ipynb #c489d668
 def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=None, input_path=None, **options):
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.log import logger

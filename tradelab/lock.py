@@ -70,7 +70,7 @@ def holder(
 class InUseError(TradelabError, RuntimeError):
     "Another process holds the lock, or this one holds the file already"
 
-
+# %% ../nbs/00_ground/17_lock.ipynb #5436ae64
 class Lock:
     """A lock that is held until `close`, or until the process ends, however it ends; `InUseError` where it is held
     already"""

@@ -150,7 +150,7 @@ def one_of(words:dict[str, str], value:Any)->str:
     if found is None: raise ValueError(f"is not one of {', '.join(dict.fromkeys(words.values()))}")
     return found
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #08a7fa9e
 def symbols(value:Any)->str:
     "Names of markets with commas; the job that trades them judges them"
     names = value if isinstance(value, (list, tuple)) else str(value).strip("[] ").split(",")
@@ -168,7 +168,7 @@ def timeframe(value:Any)->str:
     milliseconds(word)
     return word
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #fb333e41
 def exchanges(value:Any)->list:
     "Where history is asked for, this exchange first"
     word = str(value).strip().lower()
@@ -233,7 +233,7 @@ def _venue(name, value, said):
     if truth(said.get("DRY_RUN", "")): raise ValueError("gives way to DRY_RUN, which is stricter")
     return "testnet"
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #02c1d7a9
 def _taken(name, value, said):
     "One name under ours; ValueError saying why not"
     key = KEYS[name]
@@ -355,7 +355,7 @@ def _written(root, taken):
     for where, name, value in wanted: texts[where] = with_variable(texts[where], name, value)
     return texts, {name: value for _, name, value in wanted}
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #8bf1f5dd
 def _prove(root, texts, taken, variables):
     "Read both texts back; `ConfigurationError` where one says something else"
     with tempfile.TemporaryDirectory() as folder:
@@ -372,7 +372,7 @@ def _prove(root, texts, taken, variables):
             raise ConfigurationError(f"{DOTENV} is written in a way that cannot be added to safely: write "
                                      f"{', '.join(variables)} by hand")
 
-
+# %% ../nbs/99_top/04_migrate.ipynb #f8465f73
 def write(
     taken:list,          # of `Taken`
     force:bool=False,    # replace values that differ

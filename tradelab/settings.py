@@ -300,8 +300,7 @@ class SeriesDefinition:
         columns = self.columns.split(",") if isinstance(self.columns, str) else self.columns
         object.__setattr__(self, "columns", tuple(str(column).strip() for column in columns))
         if not all(self.columns) or not self.columns:
-            raise ConfigurationError("SeriesDefinition.columns must name the columns of the figures, was "
-                                     f"{list(self.columns)}")
+            raise ConfigurationError(f"SeriesDefinition.columns must name the columns, was {list(self.columns)}")
         if self.when_stale not in WHEN_STALE:
             raise ConfigurationError(f"SeriesDefinition.when_stale must be one of {', '.join(WHEN_STALE)}, was "
                                      f"{self.when_stale!r}")

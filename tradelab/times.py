@@ -38,7 +38,7 @@ def next_opening(
     "The first open time at or after a time"
     return opening(time + step - 1, step)
 
-
+# %% ../nbs/00_ground/05_times.ipynb #f5c3876c
 def milliseconds(
     timeframe: str,  # such as "1h"
 ) -> int:            # ms

@@ -180,7 +180,7 @@ def declares(
     return any(_says(word, kind, bound) or isinstance(word, ast.Name) and word.id != name
                and declares(module, file, word.id, kind, depth + 1) for word in words)
 
-
+# %% ../nbs/00_ground/19_trust.ipynb #f629b6c4
 def _imported(module, file, node, kind, depth):
     "Whether what is imported from another module is one of the kind"
     statement, alias = node

@@ -66,7 +66,7 @@ class Reward:
         if not 0 <= self.drawdown < np.inf:
             raise ValueError(f"Reward.drawdown must be a finite number, 0 or more, was {self.drawdown}")
 
-
+# %% ../../nbs/80_learn/01_env.ipynb #dde0d401
 @inlined
 def paid(
     money,    # a row of ACCOUNT, marked

@@ -44,7 +44,7 @@ def on_grid(
     np.abs(off, out=off)
     return off <= noise * values
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #442dfd36
 def _sizes(finest, highest):
     "Ticks, the coarsest first"
     for exponent in range(Decimal(repr(highest)).adjusted(), Decimal(repr(finest)).adjusted() - 1, -1):

@@ -109,19 +109,18 @@ def read_policy(
     name = facts.get("name", "")
     if known is None or parameters.dtype != np.float64 or parameters.ndim != 1 or not 0 < len(name) <= 200:
         raise DamagedRunError(f"{path.name} holds no network that this version runs, its header says "
-                              f"{str(facts)[:500]}: "
-                         "train again with this version")
+                              f"{str(facts)[:500]}: train again with this version")
     try: made = known.widths(parameters)
     except ValueError as error: raise DamagedRunError(f"{path.name}: {error}") from None
     found = known.facts(parameters)
     if wrong := [key for key in found if facts.get(key) != found[key]]:
         raise DamagedRunError(f"{path.name} holds a network of {', '.join(f'{key} {found[key]}' for key in wrong)}, "
-                              "its header "
-                         f"says {', '.join(str(facts.get(key))[:200] for key in wrong)}: restore it, or train again")
+                              f"its header says {', '.join(str(facts.get(key))[:200] for key in wrong)}: restore it, "
+                              "or train again")
     if made != (inputs, outputs):
         raise DamagedRunError(f"{path.name} maps {made[0]} numbers to {made[1]}, but the features, window and "
-                              "symbols of the "
-                         f"run make {inputs} and {outputs}: they do not belong together, train again")
+                              f"symbols of the run make {inputs} and {outputs}: they do not belong together, train "
+                              "again")
     return replace(seen, name=name, function=known.function, parameters=parameters)
 
 # %% ../../nbs/45_runs/02_formats.ipynb #0791d29c
@@ -269,7 +268,7 @@ def read_record(
     except MISFIT as error:
         raise DamagedRunError(f"{CONFIG}: {kind.__name__} does not fit this version ({error}): train again") from None
 
-
+# %% ../../nbs/45_runs/02_formats.ipynb #1772d65d
 def read_scaler(
     path:Path,       # scaler_train.json
     features:list[str],   # of the run

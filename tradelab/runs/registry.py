@@ -135,7 +135,7 @@ def record_trial(
 
 MOST_TRIALS = 500_000_000 # bytes
 
-
+# %% ../../nbs/45_runs/04_registry.ipynb #c31c36fc
 def trials(
     folder:Path|None=None,   # of all runs; default: the `runs` of the settings
 )->list[dict]: # run, manifest (its sha256), symbols, timeframe, features, window, and what the trainer said
@@ -245,7 +245,7 @@ def latest(
                          "restore it, or name the run that you mean")
     return made["run"]
 
-
+# %% ../../nbs/45_runs/04_registry.ipynb #f1f3f42c
 def load(
     name:str,           # a train id, "latest", or "tradelab.strategies.example:Momentum"
     folder:Path|None=None, # of all runs; default: the `runs` of the settings

@@ -33,7 +33,7 @@ def _modules(package):
     if not file or file.name != "__init__.py": return []
     return [f"{package}.{each.name}" for each in pkgutil.iter_modules([str(file.parent)])]
 
-
+# %% ../../nbs/45_runs/03_rules.ipynb #2ca2f9d9
 def find_rule(
     module:str,     # import name
     attribute:str,  # function, class or policy in it

@@ -141,7 +141,7 @@ class PrecomputedTargets(Policy):
     "Targets as a table, a row per candle"
     targets:np.ndarray = field(default_factory=lambda: np.zeros((0, 1)), repr=False) # (T, n_symbols), whole history
 
-
+# %% ../../nbs/50_sim/06_backtest.ipynb #c08df80d
 def precomputed_targets(
     targets:pd.Series|pd.DataFrame, # a column per symbol; index open_time, values in [-1, 1]
     times:np.ndarray,               # (T,), ms, of the candles
@@ -189,7 +189,7 @@ def _named(error, policy, time):
     "The same error, saying where"
     return type(error)(f"{policy.name} at the candle of {format_time(time)}: {error}")
 
-
+# %% ../../nbs/50_sim/06_backtest.ipynb #0d7c6ced
 def _vectorised(policy, market, row, world, journal, observations):
     t = row
     symbols = journal.shape[1]
@@ -212,7 +212,7 @@ def _vectorised(policy, market, row, world, journal, observations):
         if t == len(times) - 1: return
         world.keep(2 * len(world.state.fills))
 
-
+# %% ../../nbs/50_sim/06_backtest.ipynb #0e835250
 def _run(policy, data:MarketData, settings:SimulationSettings, row:int, engine:str="vectorised", keep:bool=False,
          **told)->Result:
     "One policy in one market from a row on; `told`: what else its result says of itself"

@@ -34,7 +34,7 @@ def worst_of(held, prices):
     "The extreme of a candle that hurts"
     return prices[LOW] if held > 0. else prices[HIGH]
 
-
+# %% ../../nbs/50_sim/03_margin.ipynb #322dead2
 @inlined
 def cushion(
     state,   # State
@@ -53,7 +53,7 @@ def cushion(
             rules.instruments[n]))
     return left
 
-
+# %% ../../nbs/50_sim/03_margin.ipynb #b90c6f18
 @outlined
 def liquidation_share(state, rules, prices):
     "The share of the way to the worst at which the exchange takes over: 0 at the open, 2 where it does not"

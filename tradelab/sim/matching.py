@@ -180,7 +180,7 @@ def meets_open(state, rules, row, n, order, candle):
     if limit and (order["in_force"] == IOC or order["in_force"] == FOK): order["kind"] = NONE
     order["rests"] = 1
 
-
+# %% ../../nbs/50_sim/02_matching.ipynb #b292112e
 @inlined
 def at_open(state, rules, row, n, candle):
     "The orders of a symbol at the first price of a candle"
@@ -207,7 +207,7 @@ def lies_at(
     if beyond < 0. or (beyond == 0. and order["kind"] == LIMIT): return np.nan
     return level if direction * (level - start) >= 0. else start
 
-
+# %% ../../nbs/50_sim/02_matching.ipynb #6ab452b8
 @inlined
 def urgency(kind): return 0 if kind == STOP or kind == TRAILING else 1 if kind == LIMIT else 2
 
@@ -251,7 +251,7 @@ def trail(orders, price, instrument):
         level = round_price(price * (1. + side * order["callback"]), -side, instrument)
         if side * (level - order["trigger"]) < 0. or order["trigger"] == 0.: order["trigger"] = level
 
-
+# %% ../../nbs/50_sim/02_matching.ipynb #ff62a6bc
 @outlined
 def leg(state, rules, row, n, start, end, candle):
     "Everything that happens between two prices"
