@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @compiled
-def _turning(parameters, observation, targets):
+def _turning(parameters, memory, observation, prices, targets):
     "Targets from the last return, and a confidence behind them"
     count = len(observation)
     for n in range(count): targets[n] = np.sin(300. * observation[n, 0])
@@ -224,7 +224,7 @@ STYLES = (Execution(), Execution("post_only", patience=2), Execution("slices", s
 
 
 @compiled
-def _noise(parameters, observation, answer):
+def _noise(parameters, memory, observation, prices, answer):
     "Random targets, or random orders of every kind, from the last returns"
     count = len(observation)
     places = len(answer) // (8 * len(observation))
@@ -281,7 +281,7 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
     while not done:
         *_, ended, truncated, info = environment.step(random.choice([-1., -.4, 0., 0., .7, 1.], 6))
         done = ended or truncated
-        assert (environment.population.positions[0]["quantity"] != 0).sum() <= most
+        assert (environment.batch.positions[0]["quantity"] != 0).sum() <= most
 
 
 @settings(max_examples=15)
@@ -294,16 +294,16 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.95, max_participation=None, stops=NO_STOPS)
     environment = MarketEnv(prepare(candles, Observation(["return(1)"]), limits=limits))
     environment.reset(seed=0)
-    population = environment.population
-    times = environment.population.market.tape.times
-    account = population.accounts[0]
-    positions = population.positions[0]
+    batch = environment.batch
+    times = environment.batch.market.tape.times
+    account = batch.accounts[0]
+    positions = batch.positions[0]
     trader = make_trader(turning(), limits, tuple(replace(BITCOIN, symbol=name) for name in NAMES[:2]))
     values = matrix(candles, KNOWN)[1]
-    trader.warm(times[:population.at[0]], values[:population.at[0]])
+    trader.warm(times[:batch.at[0]], values[:batch.at[0]])
     column = PORTFOLIO.index("risk_state") - len(PORTFOLIO)
     for state in states:
-        t, held = int(population.at[0]), positions["quantity"].copy()
+        t, held = int(batch.at[0]), positions["quantity"].copy()
         for each in (account, trader.account): require_state(each, state)
         again = make_trader(turning(), limits, trader.instruments)
         again.restore(json.loads(json.dumps(trader.snapshot())))

@@ -199,7 +199,7 @@ def test_latest_is_what_was_made_here(tmp_path):
     change(first.folder, seed=8) # another run under the name of one that was made here
     with pytest.raises(DamagedRunError, match="is not the one that was made here"): load("latest", tmp_path)
     (tmp_path / TRIALS).unlink()
-    with pytest.raises(UnknownRunError, match="none of the runs in .* was made here"): load("latest", tmp_path)
+    with pytest.raises(UnknownRunError, match="the runs in .* were not made here"): load("latest", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "", "x" * 121, "a\0b", "a b", "train\n"])
@@ -256,7 +256,7 @@ def test_a_network_cannot_leave_its_arrays(head, widths, right, more, seen, outp
         size + (0 if right and more > 0 else more)))], float)
     observation = np.random.default_rng(seed).normal(size=(1, seen)).astype(np.float32)
     around = np.full(outputs + 8, 7.)
-    mlp(parameters, observation, around[4:4 + outputs])
+    mlp(parameters, np.zeros(0), observation, np.zeros(0), around[4:4 + outputs])
     expected = truth(parameters, observation, outputs)
     assert (around[:4] == 7).all()
     assert (around[4 + outputs:] == 7).all()
