@@ -41,7 +41,7 @@ from ..log import get_logger
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
 from ..settings import Limits, Reason
-from ..sources.history import before as preceding
+from ..sources.history import warm_up_start as preceding
 from ..texts import html_rows
 from ..times import format_time, milliseconds
 from ..trader import Trader
