@@ -32,9 +32,9 @@ def make_trader(
     limits:Limits=Limits(),
     instruments:tuple[Instrument, ...]=(), # one per symbol
     deposit:float=10_000.,             # quote
-    timeframe:str="",                  # of the candles; needed where a feature stands on another
+    timeframe:str="",                  # of the candles; needed if a feature uses another timeframe
 )->Trader:
-    "A trader for this policy, with the observation it wants and the gate that everyone passes"
+    "A trader for this policy, with the observation that it asks for and the gate that every order passes"
     if policy.order_slots:
         raise ValueError(f"{policy.name} answers with orders, which only a backtest can trade yet: "
                          "answer with targets, and choose an execution style")
@@ -42,7 +42,7 @@ def make_trader(
 
 # %% ../../nbs/45_runs/01_run.ipynb #d6da8b50
 def versions()->dict:
-    "Versions of what computes; a package that is not installed is left out"
+    "Versions of Python, the sources and the packages that compute; a package that is not installed is left out"
     found = {"python": platform.python_version(), "sources": source_hash()}
     for package in ("tradelab", "numpy", "numba", "torch", "stable-baselines3", "gymnasium"):
         try: found[package] = version(package)
@@ -52,15 +52,15 @@ def versions()->dict:
 # %% ../../nbs/45_runs/01_run.ipynb #ee351173
 def source_sha256(
     module:str,   # import name
-)->str:           # empty where there is no file, as in a notebook
-    "The hash of the file behind a module, which is not imported for it"
+)->str:           # empty if there is no file, as in a notebook
+    "The sha256 of a module's file; the module is not imported"
     file = locate(module)
     return sha256(read_bytes(file)).hexdigest() if file else ""
 
 # %% ../../nbs/45_runs/01_run.ipynb #17b7c7b7
 @dataclass(frozen=True, eq=False)
 class Run:
-    "A policy with everything that it was made for"
+    "A policy with its limits, costs and market"
     id:str                     # train id, or the import name of a rule
     policy:Policy
     limits:Limits = Limits()
@@ -68,7 +68,7 @@ class Run:
     instruments:tuple[Instrument, ...] = () # one per symbol; empty: any market
     timeframe:str = ""         # such as "1h"; empty: any
     config:dict = field(default_factory=dict, repr=False) # as config_metadata.yaml keeps it
-    folder:Path|None = field(default=None, repr=False)    # where it is kept
+    folder:Path|None = field(default=None, repr=False)    # where it is stored
 
     @property
     def symbols(self)->tuple[str, ...]: return tuple(instrument.symbol for instrument in self.instruments)
@@ -90,7 +90,7 @@ class Run:
 
     def trader(self,
         deposit:float=10_000., # quote
-        # what the exchange says now; default: as in training, and a rule has none
+        # as the exchange lists them now; default: as in training, none for a rule
         instruments:tuple[Instrument, ...]=(),
         limits:Limits|None=None, # default: as in training
     )->Trader:
@@ -104,7 +104,7 @@ class Run:
 
 # %% ../../nbs/45_runs/01_run.ipynb #7405d759
 def _trained(config):
-    "On what and for how long a run was trained"
+    "The span, the number of steps and the source of a training, in words"
     start, end = config["span"]
     interrupted = ", interrupted" if config["interrupted"] else ""
     return f"{start} to {end}, {config['steps']:,} steps{interrupted}. {prices_of(config['source'] or '')}"
@@ -112,7 +112,7 @@ def _trained(config):
 
 def describe(
     run:Run,
-)->dict:      # texts by what they tell
+)->dict:      # texts by label
     "The facts of a run, in words"
     costs = run.costs
     limits = run.limits
