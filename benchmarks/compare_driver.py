@@ -109,7 +109,7 @@ def _noise(seen, number):
 
 
 @compiled
-def _noisy(parameters, observation, answer):
+def _noisy(parameters, memory, observation, prices, answer):
     for n in range(len(answer)):
         seen = observation[n % len(observation), 0]
         u = _noise(seen, n)
@@ -117,7 +117,7 @@ def _noisy(parameters, observation, answer):
 
 
 @compiled
-def _orders(parameters, observation, answer):
+def _orders(parameters, memory, observation, prices, answer):
     places = int(parameters[0])
     for n in range(len(observation)):
         for k in range(places):
@@ -136,7 +136,7 @@ def _orders(parameters, observation, answer):
             answer[first + REDUCE_ONLY] = 1. if _noise(seen, 11 * k + n + 8) > .7 else 0.
 
 
-def _python(parameters, observation, targets):
+def _python(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = 1. if observation[n, 0] > parameters[0] else -.5
 
 

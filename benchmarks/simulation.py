@@ -78,11 +78,12 @@ def kernel(length, symbols, costs):
 
 
 @compiled
-def crossed(parameters, observation, targets):
+def crossed(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = 1. if observation[n, 0] > observation[n, 1] else -1.
 
 
-def in_python(parameters, observation, targets): targets[0] = 1. if observation[0, 0] > observation[0, 1] else -1.
+def in_python(parameters, memory, observation, prices, targets):
+    targets[0] = 1. if observation[0, 0] > observation[0, 1] else -1.
 
 
 def frame_of(length): return frame(np.arange(length) * HOUR + 1_500_000_000_000 // HOUR * HOUR, walk(length)[:, 0])

@@ -92,7 +92,7 @@ def test_random_actions_score_what_the_ledger_says(seed, symbols, execution):
 
 
 @compiled
-def wave(parameters, observation, targets):
+def wave(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = np.sin(300. * observation[n, 0])
 
 

@@ -73,10 +73,10 @@ def test_a_run_before_the_numbers_that_does_not_fit_names_its_version(tmp_path, 
 def test_a_ledger_of_another_format_is_left_as_it_is(tmp_path):
     url = f"sqlite:///{tmp_path}/tradelab.db"
     with open_database(url).begin() as connection:
-        connection.execute(FORMATS.update().values(format=2, version="7.8.9"))
+        connection.execute(FORMATS.update().values(format=3, version="7.8.9"))
         connection.exec_driver_sql("DROP TABLE events")
-    with pytest.raises(ValueError, match="^the ledger sqlite:////.*tradelab.db is of format 2, written by tradelab "
-                       "7.8.9: this version reads format 1"):
+    with pytest.raises(ValueError, match="^the ledger sqlite:////.*tradelab.db is of format 3, written by tradelab "
+                       "7.8.9: this version reads format 2"):
         Ledger(url)
     import sqlalchemy as sql
     assert not sql.inspect(sql.create_engine(url)).has_table("events")
@@ -89,7 +89,7 @@ def test_a_ledger_before_the_numbers_gets_one(tmp_path):
     with open_database(url).begin() as connection: connection.exec_driver_sql("DROP TABLE formats")
     assert Ledger(url).sessions() == ["before"]
     with open_database(url).connect() as connection:
-        assert list(connection.execute(FORMATS.select())) == [(1, __version__)]
+        assert list(connection.execute(FORMATS.select())) == [(2, __version__)]
 
 
 def test_a_recording_of_another_format_is_named_and_not_called_damaged(tmp_path):

@@ -46,12 +46,12 @@ OPEN_END = Limits(max_position=1., max_leverage=1., min_trade=0., max_drawdown=1
 
 
 @compiled
-def waver(parameters, observation, targets):
+def waver(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = np.sin(parameters[0] * observation[n, 0])
 
 
 @compiled
-def bids(parameters, observation, answer):
+def bids(parameters, memory, observation, prices, answer):
     "A limit order below, and one above that only reduces, wherever a number of the observation is odd"
     answer[:] = 0.
     if observation[0, 0] * 1e4 % 2. < 1.: answer[0], answer[1], answer[2], answer[6] = .5, 2., .995, 5.
@@ -231,8 +231,7 @@ def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
     seen, _ = env.reset(seed=0)
     while not done:
         assert np.isfinite(seen).all()
-        targets = np.zeros(1)
-        policy.function(policy.parameters, seen.reshape(1, -1), targets)
+        targets = policy.act(seen.reshape(1, -1))
         seen, reward, ended, stopped, _ = env.step(targets)
         rewards = rewards + reward
         asked = asked + 1

@@ -31,7 +31,7 @@ ALL = CostModel.realistic(slippage=.0005, impact=2., participation=.3)
 
 
 @compiled
-def any_orders(parameters, observation, answer):
+def any_orders(parameters, memory, observation, prices, answer):
     "Orders of every kind from what is seen: a hash, not a thought"
     seed = np.int64(abs(observation.sum()) * 1e7) + np.int64(parameters[0])
     for i in range(len(answer) // 8):
@@ -56,7 +56,7 @@ def any_orders(parameters, observation, answer):
 
 
 @compiled
-def waver(parameters, observation, targets):
+def waver(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = np.sin(parameters[0] * observation[n, 0])
 
 
@@ -287,7 +287,7 @@ def test_more_than_the_bracket_allows_is_shrunk():
                            r"number in \[-1, 1\]"), ((np.nan,), "waver answered .nan. at the candle")])
 def test_what_is_no_target_is_named_with_its_bar(wrong, message):
     @compiled
-    def bad(parameters, observation, targets): targets[0] = parameters[0]
+    def bad(parameters, memory, observation, prices, targets): targets[0] = parameters[0]
     candles = ar1(50, seed=1)
     with pytest.raises(ValueError, match=message):
         backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles)
@@ -382,7 +382,7 @@ def test_an_order_in_slices_begins_anew_after_a_pause():
 
 
 def test_a_policy_that_raises_is_named_with_its_bar():
-    def broken(parameters, observation, targets): raise ZeroDivisionError("thought too hard")
+    def broken(parameters, memory, observation, prices, targets): raise ZeroDivisionError("thought too hard")
     candles = ar1(50, seed=1)
     with pytest.raises(ZeroDivisionError, match=r"broken at the candle of .*: thought too hard"):
         backtest(Policy("broken", broken, (), ("return(1)",)), candles, baselines=())

@@ -26,7 +26,7 @@ TRAINING = 16_000 # candles; the rest is out of sample
 
 
 @compiled
-def proportional(parameters, observation, targets):
+def proportional(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = min(max(parameters[0] * np.log1p(observation[n, 0]), -1.), 1.)
 
 

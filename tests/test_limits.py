@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @compiled
-def _turning(parameters, observation, targets):
+def _turning(parameters, memory, observation, prices, targets):
     "Targets from the last return, and a confidence behind them"
     count = len(observation)
     for n in range(count): targets[n] = np.sin(300. * observation[n, 0])
@@ -224,7 +224,7 @@ STYLES = (Execution(), Execution("post_only", patience=2), Execution("slices", s
 
 
 @compiled
-def _noise(parameters, observation, answer):
+def _noise(parameters, memory, observation, prices, answer):
     "Random targets, or random orders of every kind, from the last returns"
     count = len(observation)
     places = len(answer) // (8 * len(observation))

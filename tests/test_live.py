@@ -161,7 +161,7 @@ def test_a_session_that_was_stopped_and_resumed_is_the_session_that_was_not(whol
 
 
 @compiled
-def _follow(parameters, observation, targets):
+def _follow(parameters, memory, observation, prices, targets):
     for n in range(len(targets)):
         change = observation[n, 0]
         targets[n] = 0. if abs(change) < .002 else min(max(60. * change, -1.), 1.)

@@ -168,9 +168,11 @@ def test_the_journal_has_the_fields_of_the_environment():
     assert isinstance(backtest(Momentum(), candles).journal.index, pd.DatetimeIndex)
 
 
-@pytest.mark.parametrize("rule, message", [(lambda parameters, seen, targets: 1., "nobody reads that"),
-                                           (lambda parameters, seen, targets: np.ones(1), "nobody reads that"),
-                                           (lambda parameters, seen, targets: None, "nan is one that was not written")])
+@pytest.mark.parametrize("rule, message", [(lambda parameters, memory, seen, prices, targets: 1., "nobody reads that"),
+                                           (lambda parameters, memory, seen, prices, targets: np.ones(1),
+                                            "nobody reads that"),
+                                           (lambda parameters, memory, seen, prices, targets: None,
+                                            "nan is one that was not written")])
 @pytest.mark.parametrize("compile", [compiled, lambda rule: rule], ids=["compiled", "python"])
 def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, compile):
     "The trader as a live session drives it, and the compiled loop"

@@ -256,7 +256,7 @@ def test_a_network_cannot_leave_its_arrays(head, widths, right, more, seen, outp
         size + (0 if right and more > 0 else more)))], float)
     observation = np.random.default_rng(seed).normal(size=(1, seen)).astype(np.float32)
     around = np.full(outputs + 8, 7.)
-    mlp(parameters, observation, around[4:4 + outputs])
+    mlp(parameters, np.zeros(0), observation, np.zeros(0), around[4:4 + outputs])
     expected = truth(parameters, observation, outputs)
     assert (around[:4] == 7).all()
     assert (around[4 + outputs:] == 7).all()

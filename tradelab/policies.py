@@ -33,7 +33,9 @@ class Scaler:
                              "feature was constant or not a number")
 
 # %% ../nbs/00_ground/15_policies.ipynb #8edae0ed
-POLICY = types.void(types.float64[::1], types.float32[:, ::1], types.float64[::1]) # parameters, observation, targets
+# parameters, memory, observation, prices, targets
+POLICY = types.void(types.float64[::1], types.float64[::1], types.float32[:, ::1], types.float64[::1],
+                    types.float64[::1])
 # refuses parameters that a function cannot run, by function
 _CHECKS: dict[Callable, Callable[[np.ndarray], object]] = {}
 
@@ -49,13 +51,11 @@ def refuse_returned(
 
 
 def ask_rule(
-    function: Callable,       # a rule in plain Python
-    parameters: np.ndarray,   # float64
-    observation: np.ndarray,  # float32, (n_symbols, width)
-    targets: np.ndarray,      # float64, (n_symbols,), written
+    function: Callable,  # a rule in plain Python
+    *arguments: Any,     # parameters, memory, observation, prices, answer, as `Policy.function` takes them
 ) -> None:
     "Call a rule; ValueError where it returns something"
-    refuse_returned(function(parameters, observation, targets))
+    refuse_returned(function(*arguments))
 
 # %% ../nbs/00_ground/15_policies.ipynb #3c019ae2
 def refuse_returning(
@@ -72,7 +72,8 @@ def refuse_returning(
 class Policy:
     "A compiled decision with all that it needs to be made again: its numbers, and what it wants to see"
     name: str
-    function: Callable  # compiled: (parameters, observation (n_symbols, width), targets (n_symbols,)) -> None
+    # compiled: (parameters, memory, observation (n_symbols, width), prices (n_symbols,), answer) -> None
+    function: Callable
     parameters: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64
     features: tuple[str, ...] = ()      # such as "rsi(14)", in the order of the observation's columns
     window: int = 1                     # candles in the observation, oldest first
@@ -80,6 +81,7 @@ class Policy:
     has_confidence: bool = False        # whether it answers with confidences, in [0, 1], behind the targets
     # orders per symbol that it may have open at once: it answers with eight numbers for each (sim.kernel), not targets
     order_slots: int = 0
+    memory: int = 0                     # numbers that it remembers from one decision to the next
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
@@ -89,16 +91,23 @@ class Policy:
         "The number of numbers that it answers with"
         return n_symbols * (8 * self.order_slots if self.order_slots else 1 + self.has_confidence)
 
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """Target exposures of shape (n_symbols,) for one observation, float32 of shape (n_symbols, width); (2
-        n_symbols,) with confidences; NaN where none was written"""
-        targets = np.full(self.answers(len(observation)), 0. if self.order_slots else np.nan)
-        refuse_returned(self.function(self.parameters, observation, targets))
+    def act(self,
+        observation: np.ndarray,           # float32, (n_symbols, width)
+        memory: np.ndarray | None = None,  # float64, changed; default: as at the first decision
+        prices: np.ndarray | None = None,  # float64, (n_symbols,), closes; default: unknown
+    ) -> np.ndarray:
+        """Target exposures of shape (n_symbols,) for one observation; (2 n_symbols,) with confidences; NaN where none
+        was written"""
+        count = len(observation)
+        targets = np.full(self.answers(count), 0. if self.order_slots else np.nan)
+        memory = np.zeros(self.memory) if memory is None else memory
+        prices = np.full(count, np.nan) if prices is None else prices
+        refuse_returned(self.function(self.parameters, memory, observation, prices, targets))
         return targets
 
 # %% ../nbs/00_ground/15_policies.ipynb #ac43705e
 @compiled
-def _flat(parameters, observation, targets): targets[:] = 0.
+def _flat(parameters, memory, observation, prices, targets): targets[:] = 0.
 
 
 def flat() -> Policy:
@@ -107,7 +116,7 @@ def flat() -> Policy:
 
 # %% ../nbs/00_ground/15_policies.ipynb #7d775f16
 @compiled
-def _hold(parameters, observation, targets): targets[:] = 1.
+def _hold(parameters, memory, observation, prices, targets): targets[:] = 1.
 
 
 def buy_and_hold() -> Policy:
@@ -116,7 +125,7 @@ def buy_and_hold() -> Policy:
 
 # %% ../nbs/00_ground/15_policies.ipynb #1d15d3cf
 @compiled
-def _spend(parameters, observation, targets):
+def _spend(parameters, memory, observation, prices, targets):
     gross, n = 0., len(targets)
     for i in range(n):
         targets[i] = observation[i, 0] if observation[i, 0] > 0. else 0.
@@ -173,7 +182,9 @@ def network_fits(
 @compiled
 def mlp(
     parameters,  # float64, (n,), as `pack` lays them out
+    memory,      # float64, (0,), not used
     observation, # float32, (n_symbols, width), flattened row by row
+    prices,      # float64, (n_symbols,), not used
     targets,     # float64, (n_symbols,), written
 ):
     "Run a multilayer perceptron from an observation to targets; NaN where the network does not fit them"

@@ -93,8 +93,10 @@ def unpacked_state(
     snapshot: dict[str, Any],  # as `Holdings.snapshot` made it
     n_symbols: int,            # that it must be of
 ) -> dict[str, np.ndarray]:
-    "The account, positions and rows of a snapshot; ValueError where they do not belong together"
-    dtypes = {"account": ACCOUNT, "positions": POSITION, "rows": JOURNAL}
+    "The account, positions, rows and memory of a snapshot; ValueError where they do not belong together"
+    dtypes = {"account": ACCOUNT, "positions": POSITION, "rows": JOURNAL, "memory": np.dtype(float)}
+    if missing := [name for name in dtypes if name not in snapshot]:
+        raise ValueError(f"state of another version: it has no {missing[0]}; start a new session")
     state = {name: unpacked(snapshot[name], dtype) for name, dtype in dtypes.items()}
     if len(state["account"]) != 1 or len(state["rows"]) != len(state["positions"]):
         raise ValueError("the snapshot is not of one account with a row for each symbol: it was not made by a trader")
@@ -104,16 +106,18 @@ def unpacked_state(
 
 # %% ../nbs/00_ground/16_trader.ipynb #fc54bd42
 class Holdings:
-    "Account, positions and the present rows of the journal: what fills and funding payments change"
+    "Account, positions, the present rows of the journal, and what the policy remembers"
 
     def __init__(self,
         symbols: tuple[str, ...],
         deposit: float,            # quote
+        memory: int = 0,           # numbers that the policy remembers
     ) -> None:
         self.symbols = symbols
         self.account = new_account(deposit)
         self.positions = np.zeros(len(symbols), POSITION)
         self.rows = np.zeros(len(symbols), JOURNAL)
+        self.memory = np.zeros(memory)
 
     def on_fill(self, fill: Fill) -> None:
         "Write down a fill"
@@ -129,8 +133,8 @@ class Holdings:
         row["funding"] = decimal8(row["funding"] + funding.amount)
 
     def snapshot(self) -> dict[str, Any]:
-        "Account, positions and rows as JSON"
-        return {name: packed(getattr(self, name)) for name in ("account", "positions", "rows")}
+        "Account, positions, rows and memory as JSON"
+        return {name: packed(getattr(self, name)) for name in ("account", "positions", "rows", "memory")}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         "Continue from a snapshot; ValueError where it is not one of these symbols"
@@ -178,7 +182,7 @@ class Trader(Holdings):
         if not len(instruments):
             raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as "
                              "market.filters.instruments_for(candles)")
-        super().__init__(tuple(instrument.symbol for instrument in instruments), deposit)
+        super().__init__(tuple(instrument.symbol for instrument in instruments), deposit, policy.memory)
         self.policy = policy
         self.observation = observation.for_symbols(self.symbols)
         self.gate = gate
@@ -215,10 +219,11 @@ class Trader(Holdings):
         "Decide at the close of a candle"
         self._see(open_time, candle)
         traded = self.view.traded
-        mark(self.account, self.positions, traded[:, CLOSE].copy())
+        prices = traded[:, CLOSE].copy()
+        mark(self.account, self.positions, prices)
         age(self.positions)
         observation = self.view.stream.observe(self.account, self.positions)
-        answer = None if self.view.stream.waits else self.policy.act(observation)
+        answer = None if self.view.stream.waits else self.policy.act(observation, self.memory, prices)
         if answer is not None and self.view.stale: answer[:len(self.symbols)] = 0.
         answered = self.rules.decide(open_time, traded, answer, self.account, self.positions, marks, working)
         record(self.rows, open_time, traded, answered, self.account, self.positions)

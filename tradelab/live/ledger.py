@@ -10,7 +10,7 @@ __all__ = ['TABLES', 'FORMAT', 'SESSIONS', 'ORDERS', 'FILLS', 'FUNDINGS', 'STEPS
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import groupby
 
 import numpy as np
@@ -21,11 +21,11 @@ from .. import __version__
 from ..events import Fill, Funding
 from ..journal import JOURNAL
 from .orders import Intent, State, move
-from ..orders import Order
+from ..orders import Kind, Order, TimeInForce
 
 # %% ../../nbs/70_live/03_ledger.ipynb #1306bef2
 TABLES = sql.MetaData()
-FORMAT = 1 # of these tables; counts up when an older version could misread what this one writes
+FORMAT = 2 # of these tables; counts up when an older version could misread what this one writes
 
 
 _FIELDS = JOURNAL.names or ()
@@ -39,10 +39,11 @@ def _columns(kind, *names): return [sql.Column(name, kind) for name in names]
 
 SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column("settings", sql.Text),
                   sql.Column("state", sql.String(20)))
-ORDERS = _table("orders", _key("order_id", sql.String(36)), *_columns(sql.String(40), "symbol", "state", "exchange_id"),
-                *_columns(sql.Double, "quantity", "price", "executed"),
-                sql.Column("reduce_only", sql.Boolean), *_columns(sql.BigInteger, "open_time", "sent_time"),
-                sql.Column("message", sql.Text))
+_KINDS = {str: sql.String(40), float: sql.Double, bool: sql.Boolean}
+ORDERS = _table("orders", *[sql.Column(field.name, _KINDS.get(field.type, sql.BigInteger),
+                                       primary_key=field.name == "order_id") for field in fields(Order)],
+                *_columns(sql.String(40), "state", "exchange_id"), sql.Column("executed", sql.Double),
+                sql.Column("sent_time", sql.BigInteger), sql.Column("message", sql.Text))
 FILLS = _table("fills", _key("symbol", sql.String(40)), _key("trade_id", sql.String(40)),
                sql.Column("sequence", sql.BigInteger), *_columns(sql.Double, "quantity", "price", "fee"),
                sql.Column("fill_time", sql.BigInteger), sql.Column("order_id", sql.String(40)),
@@ -196,6 +197,7 @@ class OrderLedger(SessionLedger):
     def intents(self, session:str)->list[Intent]:
         "All orders of a session, oldest first"
         rows = self._of(ORDERS, session, ORDERS.c.open_time, ORDERS.c.order_id)
+        for row in rows: row |= {"kind": Kind(row["kind"]), "in_force": TimeInForce(row["in_force"])}
         return [Intent(_record(Order, row, Order.__dataclass_fields__), State(row["state"]), row["exchange_id"],
                        row["executed"], row["sent_time"], row["message"]) for row in rows]
 

@@ -15,7 +15,7 @@ from ..policies import Policy
 
 # %% ../../nbs/95_strategies/01_example.ipynb #4d018d6b
 @compiled
-def _momentum(parameters, observation, targets):
+def _momentum(parameters, memory, observation, prices, targets):
     for n in range(len(targets)):
         change = observation[n, 0]
         targets[n] = 1. if change > parameters[0] else -1. if change < -parameters[0] else 0.
@@ -32,7 +32,7 @@ def Momentum(
 
 # %% ../../nbs/95_strategies/01_example.ipynb #059dc692
 @compiled
-def _sma_cross(parameters, observation, targets):
+def _sma_cross(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = 1. if observation[n, 0] < observation[n, 1] else 0.
 
 
@@ -55,7 +55,7 @@ gap = Indicator("tradelab.strategies.example:gap", _gap, {}, ("value",), lambda:
 
 # %% ../../nbs/95_strategies/01_example.ipynb #de5a3d88
 @compiled
-def _fade(parameters, observation, targets):
+def _fade(parameters, memory, observation, prices, targets):
     for n in range(len(targets)): targets[n] = -np.sign(observation[n, 0])
 
 
