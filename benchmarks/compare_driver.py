@@ -367,7 +367,7 @@ def run_environment(run, market):
     out = {"environment.seen": np.array(seen), "environment.rewards": np.array(rewards),
            "environment.ended": np.array(ended),
            "environment.last": np.array(last)}
-    population = many.population
+    population = many.batch if hasattr(many, "batch") else many.population # its former name
     return out | structured("accounts", population.accounts.ravel()) | structured("positions",
             population.positions.ravel())
 

@@ -236,9 +236,9 @@ def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
         rewards = rewards + reward
         asked = asked + 1
         done = ended or stopped
-    first = candles.index[env.population.market.first_row]
+    first = candles.index[env.batch.market.first_row]
     result = backtest(policy, candles, first, limits=OPEN_END, gaps=True, baselines=())
-    assert result.equity.iloc[-1] == env.population.accounts["equity"][0, 0]
+    assert result.equity.iloc[-1] == env.batch.accounts["equity"][0, 0]
     assert rewards == pytest.approx(np.log(result.equity.iloc[-1] / 10_000))
     assert asked == (result.rows["reason"] != Reason.NO_DECISION).sum()
 

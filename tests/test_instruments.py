@@ -106,11 +106,11 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
     environment, ended = MarketEnv(market), False
     environment.reset(seed=0)
     while not ended:
-        *_, terminated, truncated, info = environment.step(np.array([given[environment.population.at[0]]]))
+        *_, terminated, truncated, info = environment.step(np.array([given[environment.batch.at[0]]]))
         row = np.array(info["journal"], JOURNAL)[0]
         ended = terminated or truncated
         if row["fill_quantity"]:
-            met = market.tape.candles[environment.population.at[0], 0, 0]
+            met = market.tape.candles[environment.batch.at[0], 0, 0]
             check_taker(row["fill_price"], met, np.sign(row["fill_quantity"]), alone.instruments[0])
 
 

@@ -41,7 +41,7 @@ from ..log import get_logger
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
 from ..settings import Limits, Reason
-from ..sources.history import before as preceding
+from ..sources.history import warm_up_start as preceding
 from ..texts import html_rows
 from ..times import format_time, milliseconds
 from ..trader import Trader
@@ -300,7 +300,7 @@ def symbol_line(row:np.void)->str:
     order = (f" order {row['order']:+g} filled {row['fill_quantity']:+g} at {row['fill_price']:g}" if row["order"]
              else "")
     reason = Reason(int(row["reason"]))
-    return (f"  {row['close']:g} {row['position']:+g}{order}" + ("" if reason in (Reason.AS_ASKED, Reason.TOO_SMALL,
+    return (f"  {row['close']:g} {row['position']:+g}{order}" + ("" if reason in (Reason.ACCEPTED, Reason.TOO_SMALL,
         Reason.STOPPED_OUT) else f" ({reason.sentence(row['value'], row['limit'])})"))
 
 
