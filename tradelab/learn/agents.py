@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGENTS', 'POINTS', 'EPISODE', 'Agent', 'choose', 'compiled_policy', 'LearningCurveCallback', 'learn', 'timeframe_of',
-           'provenance', 'kept', 'untrained', 'train']
+           'provenance', 'training_files', 'untrained', 'train']
 
 # %% ../../nbs/80_learn/02_agents.ipynb #033903d5
 import io
@@ -48,7 +48,7 @@ from ..times import format_time, milliseconds, to_ms
 # %% ../../nbs/80_learn/02_agents.ipynb #bf4eb52d
 @dataclass(frozen=True)
 class Agent:
-    "An algorithm, and the settings that learn here; `train` can be told others"
+    "An algorithm with its default settings; `train` takes others"
     name:str
     build:Callable        # (env, steps, keywords that both share) -> model
     learning_rate:float
@@ -103,7 +103,7 @@ POINTS = 200 # of the learning curve
 
 
 class LearningCurveCallback(BaseCallback):
-    "A progress bar, and the points of the learning curve: (step, mean reward since the point before)"
+    "A progress bar, and the points of the learning curve: (step, mean reward since the previous point)"
 
     def __init__(self,
         env:MarketVecEnv,
@@ -119,7 +119,7 @@ class LearningCurveCallback(BaseCallback):
         self._bar = tqdm(total=steps, unit="step", disable=not progress, mininterval=.2 if sys.stderr.isatty() else 5.)
 
     def _on_step(self):
-        rewards = self.env.population.rewards
+        rewards = self.env.batch.rewards
         self._sum += float(rewards.sum())
         self._count += len(rewards)
         if self._count >= self._every:
@@ -136,18 +136,18 @@ class LearningCurveCallback(BaseCallback):
 # %% ../../nbs/80_learn/02_agents.ipynb #e01bc9e1
 def learn(
     model:BaseAlgorithm,
-    watch:LearningCurveCallback,
+    callback:LearningCurveCallback,
     steps:int,
 )->bool:             # whether it was interrupted
-    "Learn for so many steps, or until Ctrl-C"
-    try: model.learn(steps, callback=watch)
+    "Learn for that many steps, or until Ctrl-C"
+    try: model.learn(steps, callback=callback)
     except KeyboardInterrupt:
         if model._n_updates == 0:
             raise KeyboardInterrupt(f"interrupted after {model.num_timesteps:,} steps, before anything was learnt: no "
                                     "run is kept") from None
         print(f"interrupted after {model.num_timesteps:,} steps: what was learnt until then is kept", file=sys.stderr)
         return True
-    finally: watch.close()
+    finally: callback.close()
     return False
 
 # %% ../../nbs/80_learn/02_agents.ipynb #8e3ede96
@@ -155,7 +155,7 @@ def timeframe_of(
     candles:CandlesLike,
     gaps:bool=False,  # whether holes are allowed
 )->str:               # such as "1h"
-    "The timeframe that the candles show; CandleError where they do not keep it"
+    "The timeframe of the candles; CandleError if they do not keep to it"
     frames = candles if isinstance(candles, dict) else {"candles": candles}
     timeframe = candles_timeframe(next(iter(frames.values())))
     for name, frame in frames.items(): check(frame, timeframe, name, gaps)
@@ -165,21 +165,21 @@ def timeframe_of(
 def provenance(
     candles:CandlesLike,
 )->dict[str, Any]:
-    "Where the training came from, and when it began"
+    "The source, the span and the hash of the candles, and the time at which the training began"
     times = matrix(candles)[0]
     first = next(iter(candles.values())) if isinstance(candles, dict) else candles
     return {"source": str(first.attrs.get("source", "")), "span": [format_time(times[0]), format_time(times[-1])],
             "data_hash": data_hash(candles), "created_time": int(time.time() * 1000)}
 
 # %% ../../nbs/80_learn/02_agents.ipynb #31483ad1
-def kept(
+def training_files(
     model:BaseAlgorithm,
-    watch:LearningCurveCallback,
+    callback:LearningCurveCallback,
 )->dict[str, bytes]: # by file name
-    "What a run keeps beside its policy: the model for more training, and how it learnt"
+    "The files that a run keeps next to its policy: the model for more training, and the learning curve"
     archive = io.BytesIO()
     model.save(archive)
-    curve = pd.DataFrame(watch.points, columns=["step", "reward"])
+    curve = pd.DataFrame(callback.points, columns=["step", "reward"])
     return {"model.zip": archive.getvalue(), "learning_curve.csv": curve.to_csv(index=False).encode()}
 
 # %% ../../nbs/80_learn/02_agents.ipynb #64c5e60c
@@ -201,12 +201,12 @@ EPISODE = 256 # candles: short, so that a halted account does not sit out the re
 def train(
     agent:str,                # "SAC" or "PPO"
     candles:CandlesLike,      # the training span
-    observation:Observation,  # fitted on these candles where it has no scaler yet
+    observation:Observation,  # fitted on these candles if it has no scaler yet
     *,
-    steps:int,                # candles lived through, over all environments
+    steps:int,                # candles stepped through, in all environments together
     seed:int=0,
     funding:RatesLike|None=None,
-    extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades
+    extra:dict[str, pd.DataFrame]|None=None, # by symbol: candles that features read and nobody trades
     series:dict[str, Exogenous]|None=None,   # by the name that features read, of `sources.exogenous.load_series`
     scaler:str="standard",    # or "robust"
     costs:CostModel|None=None, # default: of the settings
@@ -217,15 +217,15 @@ def train(
     n_envs:int|None=None,
     net:tuple[int, ...]=(64, 64),       # widths of the hidden layers
     gamma:float=.9,           # how much the next candle counts against this one; 0.9 looks about ten candles ahead
-    episode:int|None=None,         # candles; default 256, or as many as there are
+    episode:int|None=None,         # candles; default: 256, or all if there are fewer
     gaps:bool=False,          # carry holes in the candles through; otherwise the first one is refused
     folder:Path|None=None,    # of all runs; default: of the settings
     progress:bool=True,       # draw a progress bar
 )->Run:
     "Train an agent and keep it as a run"
-    how = choose(agent)
-    here = settings()
-    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
+    chosen = choose(agent)
+    defaults = settings()
+    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     torch.set_num_threads(1)
     runs = runs_folder(folder)
     extra = with_series(extra, series, candles)
@@ -233,11 +233,11 @@ def train(
     timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
     observation = observation.for_symbols(symbols, timeframe)
     if observation.scaler is None: observation = observation.fit(frames, scaler, gaps)
-    costs = costs or here.costs
-    limits = limits or here.risk
+    costs = costs or defaults.costs
+    limits = limits or defaults.risk
     instruments = instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments)
-    config = {"agent": how.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate
-              or how.learning_rate, "batch_size": batch_size or how.batch_size, "n_envs": n_envs or how.n_envs,
+    config = {"agent": chosen.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate
+              or chosen.learning_rate, "batch_size": batch_size or chosen.batch_size, "n_envs": n_envs or chosen.n_envs,
               "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols),
               "window": observation.window, **provenance(frames if extra or gaps else candles)}
     if series:
@@ -247,9 +247,10 @@ def train(
                      extra=extra, gaps=gaps)
     config["episode"] = episode or min(EPISODE, longest_episode(market))
     env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
-    model = untrained(how, env, config)
-    watch = LearningCurveCallback(env, steps, progress)
+    model = untrained(chosen, env, config)
+    callback = LearningCurveCallback(env, steps, progress)
     with reserved(config, runs) as name:
-        config |= {"interrupted": learn(model, watch, steps), "steps": model.num_timesteps}
-        return save(Run(name, compiled_policy(how, model, observation), limits, costs, instruments, timeframe, config),
-                    kept(model, watch), runs)
+        config |= {"interrupted": learn(model, callback, steps), "steps": model.num_timesteps}
+        policy = compiled_policy(chosen, model, observation)
+        return save(Run(name, policy, limits, costs, instruments, timeframe, config), training_files(model, callback),
+                    runs)

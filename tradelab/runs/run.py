@@ -39,9 +39,9 @@ def make_trader(
     limits:Limits=Limits(),
     instruments:tuple[Instrument, ...]=(), # one per symbol
     deposit:float=10_000.,             # quote
-    timeframe:str="",                  # of the candles; needed where a feature stands on another
+    timeframe:str="",                  # of the candles; needed if a feature uses another timeframe
 )->Trader:
-    "A trader for this policy, with the observation it wants and the gate that everyone passes"
+    "A trader for this policy, with the observation that it asks for and the gate that every order passes"
     if policy.order_slots:
         raise ValueError(f"{policy.name} answers with orders, which only a backtest can trade yet: "
                          "answer with targets, and choose an execution style")
@@ -49,7 +49,7 @@ def make_trader(
 
 # %% ../../nbs/45_runs/01_run.ipynb #d6da8b50
 def versions()->dict:
-    "Versions of what computes; a package that is not installed is left out"
+    "Versions of Python, the sources and the packages that compute; a package that is not installed is left out"
     found = {"python": platform.python_version(), "sources": source_hash()}
     for package in ("tradelab", "numpy", "numba", "torch", "stable-baselines3", "gymnasium"):
         try: found[package] = version(package)
@@ -59,15 +59,15 @@ def versions()->dict:
 # %% ../../nbs/45_runs/01_run.ipynb #ee351173
 def source_sha256(
     module:str,   # import name
-)->str:           # empty where there is no file, as in a notebook
-    "The hash of the file behind a module, which is not imported for it"
+)->str:           # empty if there is no file, as in a notebook
+    "The sha256 of a module's file; the module is not imported"
     file = locate(module)
     return sha256(read_bytes(file)).hexdigest() if file else ""
 
 # %% ../../nbs/45_runs/01_run.ipynb #17b7c7b7
 @dataclass(frozen=True, eq=False)
 class Run:
-    "A policy with everything that it was made for"
+    "A policy with its limits, costs and market"
     id:str                     # train id, or the import name of a rule
     policy:Policy
     limits:Limits = Limits()
@@ -75,7 +75,7 @@ class Run:
     instruments:tuple[Instrument, ...] = () # one per symbol; empty: any market
     timeframe:str = ""         # such as "1h"; empty: any
     config:dict = field(default_factory=dict, repr=False) # as config_metadata.yaml keeps it
-    folder:Path|None = field(default=None, repr=False)    # where it is kept
+    folder:Path|None = field(default=None, repr=False)    # where it is stored
 
     @property
     def symbols(self)->tuple[str, ...]: return tuple(instrument.symbol for instrument in self.instruments)
@@ -97,7 +97,7 @@ class Run:
 
     def trader(self,
         deposit:float=10_000., # quote
-        # what the exchange says now; default: as in training, and a rule has none
+        # as the exchange lists them now; default: as in training, none for a rule
         instruments:tuple[Instrument, ...]=(),
         limits:Limits|None=None, # default: as in training
     )->Trader:
@@ -119,7 +119,7 @@ class Run:
 def learning_curve(
     run:Run,  # with a learning_curve.csv in its folder: step, reward
 )->pd.DataFrame:
-    "How a run learnt: the step, and the mean reward since the point before"
+    "The learning curve: the step, and the mean reward since the previous point"
     file = run.folder and run.folder / "learning_curve.csv"
     if not file or not file.exists(): raise ValueError(f"{run.id} has no learning curve: only a trained run has one")
     return pd.read_csv(io.BytesIO(read_bytes(file)))
@@ -128,24 +128,24 @@ def learning_curve(
 def plot_learning(
     run:Run,
 )->"Figure":
-    "The mean reward of the training over its steps, as a figure"
+    "A figure of the mean reward over the steps of the training"
     import matplotlib.pyplot as plt
     curve = learning_curve(run)
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    axes.plot(curve.step, 1e4 * curve.reward, color="C0", alpha=.35, label="since the point before")
+    axes.plot(curve.step, 1e4 * curve.reward, color="C0", alpha=.35, label="since the previous point")
     smooth = curve.reward.rolling(10, min_periods=1).mean()
     axes.plot(curve.step, 1e4 * smooth, color="C0", label="mean of 10 points")
     axes.axhline(0, color="black", lw=.8)
     axes.set(xlabel="training step [candles]", ylabel="mean reward [basis points a candle]")
     figure.suptitle(figure_text(f"Learning of {run.policy.name}", 90))
     source = prices_of(run.config.get("source") or "")
-    caption(axes, f"{source}. In sample, net of costs: whether it is any good is for a backtest to say.")
+    caption(axes, f"{source}. In sample, net of costs: only a backtest can tell whether it is any good.")
     axes.legend()
     return finished(figure)
 
 # %% ../../nbs/45_runs/01_run.ipynb #7405d759
 def _trained(config):
-    "On what and for how long a run was trained"
+    "The span, the number of steps and the source of a training, in words"
     start, end = config["span"]
     interrupted = ", interrupted" if config["interrupted"] else ""
     return f"{start} to {end}, {config['steps']:,} steps{interrupted}. {prices_of(config['source'] or '')}"
@@ -153,7 +153,7 @@ def _trained(config):
 
 def describe(
     run:Run,
-)->dict:      # texts by what they tell
+)->dict:      # texts by label
     "The facts of a run, in words"
     costs = run.costs
     limits = run.limits
