@@ -506,24 +506,24 @@ def run_session(run, market):
     "A live session on localnet, stopped and resumed, and its replay"
     from pydantic import SecretStr
 
-    from tradelab.config import Venue
-    from tradelab.live.broker import Broker
+    from tradelab.config import VenueSettings
     from tradelab.live.ledger import Ledger
     from tradelab.live.recorder import read, replay, unpacked
     from tradelab.live.session import Session
     from tradelab.localnet.server import Localnet
     from tradelab.runs.run import Run
+    from tradelab.venues.binance import BinanceVenue
     frames, watch, funding = market.traded(run)
     instruments, start = instruments_of(run), next(iter(frames.values())).index[run["start"]].value // 10**6
     made = Run("compare", policy_of(run, market), limits_of(run), timeframe=run["timeframe"])
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
         async def session(url, count, first):
-            venue = Venue("localnet", "a comparison", url, url.replace("http", "ws"), SecretStr("key"),
+            venue = VenueSettings("localnet", "a comparison", url, url.replace("http", "ws"), SecretStr("key"),
                           SecretStr("secret"))
             which = {"id": "compare"} if first else {"resume": "compare"}
             trader = made.trader(instruments=instruments)
-            return await Session(trader, Broker(venue), ledger, Path(folder), timeframe=run["timeframe"],
+            return await Session(trader, BinanceVenue(venue), ledger, Path(folder), timeframe=run["timeframe"],
                                  origin="compare", say=lambda _: None, **which).run(count)
         with Localnet({**frames, **(watch or {})}, funding or {}, instruments, costs_of(run), start=start,
                       api_key="key", api_secret="secret") as exchange:

@@ -127,7 +127,7 @@ def test_a_session_before_the_numbers_and_before_some_limits_is_resumed(tmp_path
     from types import SimpleNamespace
     trader = make_trader(buy_and_hold(), instruments=(BITCOIN,))
     ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
-    session = Session(trader, SimpleNamespace(venue=SimpleNamespace(name="localnet")), ledger, tmp_path,
+    session = Session(trader, SimpleNamespace(name="localnet"), ledger, tmp_path,
                       resume="before")
     told = session._settings() | {"reserve": 5.}
     assert told.pop("format") == SESSION

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tradelab.compiled import compiled
-from tradelab.config import Venue, one_section
+from tradelab.config import VenueSettings, one_section
 from tradelab.errors import CandleError, FeedError
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.live.broker import Broker
 from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import packed, read, replay, unpacked
 from tradelab.live.session import Session
@@ -39,6 +38,7 @@ from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.times import TIMEFRAMES, format_time, milliseconds, next_opening, to_ms
 from tradelab.trader import Trader
+from tradelab.venues.binance import BinanceVenue
 
 HOUR, BTC = 3_600_000, "BTC/USDT:USDT"
 OPEN_END = Limits(max_position=1., max_leverage=1., min_trade=0., max_drawdown=1., max_daily_loss=None,
@@ -368,9 +368,9 @@ def live(folder, policy, candles, payments, start, parts, watched=None, gaps=Tru
     run = Run("holes", policy, timeframe=timeframe)
     ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, name):
-        venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"),
+        venue = VenueSettings("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"),
                       SecretStr("secret"))
-        return await Session(run.trader(instruments=(BITCOIN,)), Broker(venue), ledger, folder, origin="holes",
+        return await Session(run.trader(instruments=(BITCOIN,)), BinanceVenue(venue), ledger, folder, origin="holes",
                              gaps=gaps, say=lambda line: None, **name).run(count)
     with Localnet({BTC: candles} | (watched or {}), {BTC: payments}, start=start, gaps=True, instruments=(BITCOIN,
                   ) if not watched else (), api_key="key", api_secret="secret") as exchange:

@@ -15,7 +15,7 @@ NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb
 JOBS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.stem != "index"]
 MODULES = [path for path in sorted((ROOT / "tradelab").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
 OWNERS = {  # a library lives in one named place
-    "ccxt": {"tradelab.sources.exchange", "tradelab.live.broker"}, "yfinance": {"tradelab.sources.yahoo"},
+    "ccxt": {"tradelab.sources.exchange", "tradelab.venues.binance"}, "yfinance": {"tradelab.sources.yahoo"},
     "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
     "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {"tradelab.localnet.server"}, "papermill": {"tradelab.jobs"},
@@ -194,7 +194,7 @@ def test_foreign_text_goes_through_one_door():
 
 def test_what_a_session_tells_has_a_kind_and_a_level():
     from tradelab.notices import NOTICES
-    told = {node.args[0].value for path in (ROOT / "tradelab/live").glob("*.py")
+    told = {node.args[0].value for room in ("live", "venues") for path in (ROOT / "tradelab" / room).glob("*.py")
             for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and node.args
             and ast.unparse(node.func).rpartition(".")[2] in ("Notice", "note", "_note")
             and isinstance(node.args[0], ast.Constant)}

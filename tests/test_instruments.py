@@ -16,7 +16,6 @@ from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN, Instrument, grid
 from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
-from tradelab.live.broker import instrument_of, quantity_text
 from tradelab.live.session import Preparation, StartRefusedError
 from tradelab.localnet.exchange import Exchange
 from tradelab.localnet.market import Market
@@ -30,6 +29,7 @@ from tradelab.sim.prepared import prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.sources.history import history
+from tradelab.venues.binance import format_quantity, instrument_of
 
 HOUR, COSTS = 3_600_000, CostModel()
 NAMES = ("XRP/USDT:USDT", "1000PEPE/USDT:USDT", "BTC/USDT:USDT", "BTC/USDC:USDC", "1000000MOG/USDC:USDC", UNNAMED)
@@ -121,7 +121,7 @@ def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(mark
     if symbol == UNNAMED: symbol = "XRP/USDT:USDT"
     exchange = quiet(Exchange, Market({symbol: candles}, start=int(candles.index[10].value // 1_000_000)))
     (instrument,), opened = exchange.instruments, exchange.market.price(0)
-    sent = quantity_text(notional / opened, instrument.quantity_step) # the live session's rounding
+    sent = format_quantity(notional / opened, instrument.quantity_step) # the live session's rounding
     assert float(sent) <= notional / opened * (1 + 1e-9)
     assert notional / opened - float(sent) <= instrument.quantity_step * (1 + 1e-6)
     for side in ("BUY", "SELL"):

@@ -16,17 +16,16 @@ import pytest
 from pydantic import SecretStr
 
 from tradelab.compiled import compiled
-from tradelab.config import Venue
+from tradelab.config import VenueSettings
 from tradelab.errors import FeedError, InsufficientBalanceError
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.instruments import Instrument
-from tradelab.live.broker import Answer, Broker, BrokerError
 from tradelab.live.ledger import Ledger
-from tradelab.live.orders import Outcome
 from tradelab.live.recorder import Recording, RecordingError, find_session, read, recorded_settings, replay, unproven
 from tradelab.live.session import Session, StartRefusedError
+from tradelab.live.venue import Answer, Outcome, VenueError
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
@@ -36,6 +35,7 @@ from tradelab.risk.limits import Gate
 from tradelab.settings import NO_STOPS, CostModel, Limits, Reason
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
+from tradelab.venues.binance import BinanceVenue
 
 pytestmark = pytest.mark.integration
 
@@ -51,7 +51,7 @@ def localnet(symbols=(BITCOIN,), **options):
 
 
 def venue(exchange, key="localnet-key", secret="localnet-secret"):
-    return Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr(key),
+    return VenueSettings("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr(key),
                  SecretStr(secret))
 
 
@@ -61,7 +61,7 @@ def trader(symbols=(BITCOIN,), limits=Limits()):
                   tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
 
 
-def session(exchange, folder, broker=Broker, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
+def session(exchange, folder, broker=BinanceVenue, symbols=(BITCOIN,), limits=Limits(), keys=(), **options):
     ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
     return Session(trader(symbols, limits), broker(venue(exchange, *keys)), ledger, folder / "sessions",
                    **({"id": "momentum_test"} | options))
@@ -171,7 +171,7 @@ def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
     make = lambda: Trader(policy, Observation.from_policy(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
     with localnet() as exchange:
-        live = Session(make(), Broker(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"),
+        live = Session(make(), BinanceVenue(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"),
                        tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)
         held = {order["clientOrderId"]: order["origQty"] for order in exchange.exchange.orders}
@@ -189,14 +189,14 @@ KILLED = """
 import asyncio, os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_live import Broker, SecretStr, Session, Venue, Ledger, trader, BITCOIN
+from test_live import BinanceVenue, SecretStr, Session, VenueSettings, Ledger, trader, BITCOIN
 
-class Killed(Broker):
+class Killed(BinanceVenue):
     sent = 0
-    async def submit(self, order):
+    async def place(self, order):
         Killed.sent += 1
         if {moment!r} == "before" and Killed.sent == {nth}: os.kill(os.getpid(), signal.SIGKILL)
-        answer = await super().submit(order)
+        answer = await super().place(order)
         if {moment!r} == "after" and Killed.sent == {nth}: os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
@@ -213,7 +213,7 @@ if {moment!r} == "intent":
     Ledger.intend = killed
 
 folder = Path({folder!r})
-venue = Venue("localnet", "a test", {url!r}, {url!r}.replace("http", "ws"),
+venue = VenueSettings("localnet", "a test", {url!r}, {url!r}.replace("http", "ws"),
               SecretStr("localnet-key"), SecretStr("localnet-secret"))
 ledger = Ledger(f"sqlite:///{{folder}}/tradelab.db")
 session = Session(trader(), Killed(venue), ledger, folder / "sessions", id="momentum_test")
@@ -251,13 +251,13 @@ WITH_ITS_EXCHANGE = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_live import Broker, localnet, run, session
+from test_live import BinanceVenue, localnet, run, session
 
-class Killed(Broker):
+class Killed(BinanceVenue):
     sent = 0
-    async def submit(self, order):
+    async def place(self, order):
         Killed.sent += 1
-        answer = await super().submit(order)
+        answer = await super().place(order)
         if Killed.sent == 5: os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
@@ -301,11 +301,11 @@ def test_a_signal_ends_a_session_in_order(whole, tmp_path, number):
     assert len(replay(recording(tmp_path), trader())[0]) == len(steps)
 
 
-class Slow(Broker):
+class Slow(BinanceVenue):
     "Waits 100 ms before everything it says"
-    async def submit(self, order):
+    async def place(self, order):
         await asyncio.sleep(.1)
-        return await super().submit(order)
+        return await super().place(order)
     async def account(self):
         await asyncio.sleep(.1)
         return await super().account()
@@ -316,7 +316,7 @@ def test_a_slow_client_does_the_same(whole, tmp_path):
     assert first_difference(whole["journal"].iloc[:40], journal(tmp_path)) is None
 
 
-class Deaf(Broker):
+class Deaf(BinanceVenue):
     "Loses a socket again and again"
     calls, route = 0, ""
 
@@ -351,12 +351,13 @@ def test_two_symbols(tmp_path):
     assert first_difference(*replay(recording(tmp_path), trader(symbols))) is None
 
 
-class Mute(Broker):
+class Mute(BinanceVenue):
     "Loses every order of Bitcoin, and never tells what became of it"
-    async def submit(self, order):
-        return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().submit(order)
-    async def query(self, order):
-        return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().query(order)
+    async def place(self, order):
+        return Answer(Outcome.UNKNOWN, text="no answer") if order.symbol == BITCOIN else await super().place(order)
+    async def query(self, order, sent_time=None):
+        lost = order.symbol == BITCOIN
+        return Answer(Outcome.UNKNOWN, text="no answer") if lost else await super().query(order, sent_time)
 
 
 def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path):
@@ -404,10 +405,10 @@ def refused(error, match, live, folder):
 
 def test_wrong_keys_are_one_sentence_without_the_key(tmp_path):
     with localnet() as exchange:
-        said = refused(BrokerError, "localnet refuses these keys .*: check localnet_key and localnet_secret",
+        said = refused(VenueError, "localnet refuses these keys .*: check localnet_key and localnet_secret",
                        session(exchange, tmp_path, keys=("somebody", "localnet-secret")), tmp_path)
         assert "somebody" not in said
-        said = refused(BrokerError, "localnet refuses these keys .-1022",
+        said = refused(VenueError, "localnet refuses these keys .-1022",
                        session(exchange, tmp_path, keys=("localnet-key", "guessed-secret")), tmp_path)
         assert "guessed" not in said
         assert "localnet-key" not in said
@@ -416,18 +417,18 @@ def test_wrong_keys_are_one_sentence_without_the_key(tmp_path):
 
 def test_a_symbol_that_the_exchange_does_not_list(tmp_path):
     with localnet() as exchange:
-        refused(BrokerError, "localnet does not list 'BTC/USDC:USDC': did you mean BTC/USDT:USDT",
+        refused(VenueError, "localnet does not list 'BTC/USDC:USDC': did you mean BTC/USDT:USDT",
                 session(exchange, tmp_path, symbols=("BTC/USDC:USDC",)), tmp_path)
 
 
 def test_a_position_that_the_ledger_does_not_explain(tmp_path):
     async def buy(broker):
         await broker.connect([BITCOIN], 5)
-        await broker.submit(Order("by-hand", BITCOIN, .1, False, 0, 20_000.))
+        await broker.place(Order("by-hand", BITCOIN, .1, False, 0, 20_000.))
         await broker.close()
 
     with localnet() as exchange:
-        asyncio.run(buy(Broker(venue(exchange))))
+        asyncio.run(buy(BinanceVenue(venue(exchange))))
         refused(StartRefusedError, "the exchange holds 0.1 BTC/USDT:USDT, the ledger explains 0.0: close the "
                 "difference by hand", session(exchange, tmp_path), tmp_path)
 
@@ -435,7 +436,7 @@ def test_a_position_that_the_ledger_does_not_explain(tmp_path):
 def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path):
     async def sell(broker):
         await broker.connect([BITCOIN], 5)
-        await broker.submit(Order("by-hand", BITCOIN, -.05, False, 0, 20_000.))
+        await broker.place(Order("by-hand", BITCOIN, -.05, False, 0, 20_000.))
         await broker.close()
 
     with localnet() as exchange:
@@ -445,7 +446,7 @@ def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path)
             live = session(exchange, tmp_path, id="", resume="momentum_test")
             run(live, 1)
         before = journal(tmp_path)
-        asyncio.run(sell(Broker(venue(exchange))))
+        asyncio.run(sell(BinanceVenue(venue(exchange))))
         resumed = session(exchange, tmp_path, id="", resume="momentum_test")
         run(resumed, 1)
     events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
@@ -487,7 +488,7 @@ def test_too_little_history(tmp_path):
 
 def test_a_timeframe_that_the_exchange_does_not_have(tmp_path):
     with localnet() as exchange:
-        with pytest.raises((BrokerError, StartRefusedError, FeedError)):
+        with pytest.raises((VenueError, StartRefusedError, FeedError)):
             run(session(exchange, tmp_path, timeframe="4h", patience=3.), 5)
 
 

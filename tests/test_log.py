@@ -14,7 +14,7 @@ from tradelab.log import configure, get_logger, register_secret
 configure()
 SECRET = Path("secret").read_text()
 register_secret(SECRET)
-log = get_logger("live.broker")
+log = get_logger("live.venue")
 log.info("a message with " + SECRET)
 log.info("in a dictionary", request={{"headers": {{"X-MBX-APIKEY": "{SIGNATURE}"}}, "deep": [SECRET]}},
          api_key="{SIGNATURE}")

@@ -6,11 +6,10 @@ import pytest
 from pydantic import SecretStr
 from test_sentence import network
 
-from tradelab.config import Venue
+from tradelab.config import VenueSettings
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.live.broker import Broker
 from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import read, replay, unpacked
 from tradelab.live.session import Session
@@ -20,6 +19,7 @@ from tradelab.market.synthetic import ar1, funding
 from tradelab.runs.run import Run
 from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
+from tradelab.venues.binance import BinanceVenue
 
 pytestmark = pytest.mark.integration
 HISTORY, LIVE = 1_000, 240
@@ -48,10 +48,10 @@ def trade(folder, policy, candles, payments, watched, parts=(100, LIVE - 100)):
     run = Run("parity", policy, timeframe="1h")
     ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
     async def session(exchange, count, first):
-        venue = Venue("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"),
+        venue = VenueSettings("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("key"),
                       SecretStr("secret"))
         name = {"id": "parity"} if first else {"resume": "parity"}
-        return await Session(run.trader(instruments=(BITCOIN,)), Broker(venue), ledger, folder, origin="parity",
+        return await Session(run.trader(instruments=(BITCOIN,)), BinanceVenue(venue), ledger, folder, origin="parity",
                              say=lambda line: None, **name).run(count)
     start = candles.index[HISTORY].value // 10**6
     with Localnet({BTC: candles, ETH: watched}, {BTC: payments}, start=start, api_key="key",

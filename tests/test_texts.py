@@ -26,11 +26,12 @@ from tradelab.evaluation.value_at_risk import TailMeasures
 from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.export import TABLES, export
 from tradelab.instruments import BITCOIN, Instrument
-from tradelab.live.broker import BrokerError, Notice, error_text
 from tradelab.live.session import Statistics
+from tradelab.live.venue import VenueError
 from tradelab.log import formatter
 from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
+from tradelab.notices import Notice
 from tradelab.policies import Policy, buy_and_hold, flat
 from tradelab.risk.breakers import BreakerEvent
 from tradelab.risk.portfolio import PortfolioRisk
@@ -43,6 +44,7 @@ from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
 from tradelab.sources.tables import UnreachableError
 from tradelab.texts import cell_text, figure_text, one_line, printable
+from tradelab.venues.binance import error_text
 
 matplotlib.use("Agg")
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(1)> $x_$ \x1b[2J =1+1'
@@ -190,7 +192,7 @@ def test_a_name_is_never_a_formula_of_matplotlib(text):
 
 def test_an_exchange_commands_no_terminal():
     said = 'binance {"code":-1102,"msg":"\x1b[2J\x1b]0;owned\x07mandatory\x1b[31m parameter"}'
-    errors = (BrokerError(said), UnreachableError(said), CandleError(said), error_text(Exception(said)),
+    errors = (VenueError(said), UnreachableError(said), CandleError(said), error_text(Exception(said)),
               Notice("margin call", said).text)
     assert not [text for text in map(str, errors) if "\x1b" in text or "\x07" in text]
     assert error_text(Exception(said)) == "-1102 mandatory parameter"

@@ -6,7 +6,7 @@
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML',
            'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'FORBIDDING', 'NOT_YET', 'FALSE',
            'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places',
-           'settings', 'job_settings', 'one_section', 'overridden', 'Venue', 'foreign_variables', 'forbidding',
+           'settings', 'job_settings', 'one_section', 'overridden', 'VenueSettings', 'foreign_variables', 'forbidding',
            'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
@@ -414,7 +414,7 @@ def overridden(
 
 # %% ../nbs/00_ground/12_config.ipynb #80919a7b
 @dataclass(frozen=True)
-class Venue:
+class VenueSettings:
     "Where orders go, and why there"
     name: str         # localnet, testnet or mainnet
     why: str          # for the first line of a session
@@ -461,7 +461,7 @@ def _check_mainnet(here):
 # %% ../nbs/00_ground/12_config.ipynb #fabee90a
 def venue_for(
     here: Settings,
-) -> Venue:
+) -> VenueSettings:
     "The venue that these settings choose; raises `ConfigurationError` where it must not be used"
     key = here.testnet_key
     secret = here.testnet_secret
@@ -470,7 +470,8 @@ def venue_for(
                  if has_keys else ("localnet", "no venue is set and no testnet keys are configured"))
     if name == "localnet":
         address = f"{here.localnet_host}:{here.localnet_port}"
-        return Venue(name, why, f"http://{address}", f"ws://{address}", SecretStr("localnet"), SecretStr("localnet"))
+        keys = SecretStr("localnet")
+        return VenueSettings(name, why, f"http://{address}", f"ws://{address}", keys, keys)
     if name == "mainnet": _check_mainnet(here)
     if key is None or secret is None:
         raise ConfigurationError(f'venue is "testnet" but its keys are not configured: set {PREFIX}TESTNET_KEY and '
@@ -478,4 +479,4 @@ def venue_for(
     if {here.testnet_rest, here.testnet_stream} & {here.mainnet_rest, here.mainnet_stream, *REAL}:
         raise ConfigurationError(f"testnet_rest {here.testnet_rest} or testnet_stream {here.testnet_stream} is the "
                                  "address of mainnet, which is real money: set the testnet's own")
-    return Venue(name, why, here.testnet_rest, here.testnet_stream, key, secret)
+    return VenueSettings(name, why, here.testnet_rest, here.testnet_stream, key, secret)

@@ -17,10 +17,10 @@ import numpy as np
 
 from ..errors import FeedError
 from ..events import Fill, Funding
-from .broker import RECEIVE_WINDOW, Broker, BrokerError, Money, OrderUpdate
 from .ledger import Ledger, clock
-from .orders import NO_SUCH_ORDER, Intent, Outcome, State, client_order_id, proves_absence
+from .orders import Intent, State, client_order_id
 from .recorder import Recorder
+from .venue import AccountSnapshot, OrderReport, Outcome, Venue
 from ..orders import Order
 from ..times import format_time
 from ..trader import Trader
@@ -149,7 +149,7 @@ class Books:
 def difference(
     wallet:float,      # quote, ours
     held:dict,         # signed base units by symbol, ours
-    money:Money,       # the exchange's
+    money:AccountSnapshot,       # the exchange's
 )->str:
     "How our books differ from the exchange's; empty where they agree within 1e-6"
     found = [f"wallet {wallet:.8f} here, {money.wallet:.8f} there"] if abs(wallet - money.wallet) > 1e-6 else []
@@ -194,7 +194,7 @@ class OpenOrders:
         opening = {intent.order.symbol for intent in self.open.values() if not intent.order.reduce_only}
         return np.array([symbol in opening for symbol in symbols])
 
-    def heard(self, update:OrderUpdate)->None:
+    def heard(self, update:OrderReport)->None:
         "The exchange said where an order stands"
         intent = self.open.get(update.order_id)
         if intent:
@@ -224,7 +224,7 @@ class Inquiry(OpenOrders):
 
     def __init__(self,
         session:str,
-        broker:Broker,
+        broker:Venue,
         ledger:Ledger,
         note,                 # is told (kind, text)
         patience:float=15.,   # seconds to wait for the outcome of an order; more than the life of a request
@@ -237,17 +237,16 @@ class Inquiry(OpenOrders):
         "Ask about an order until its outcome is proven; True where it never arrived"
         until = monotonic() + self.patience
         while order.order_id in self.open:
-            asked, answer = clock(), await self.broker.query(order)
+            answer = await self.broker.query(order, self.open[order.order_id].sent_time)
             intent = self.open.get(order.order_id)
-            if answer.update:
-                self.heard(answer.update)
+            if answer.report:
+                self.heard(answer.report)
                 return False
-            if (intent and intent.state is not State.ACKNOWLEDGED and proves_absence(answer.code, intent.sent_time,
-                    asked, RECEIVE_WINDOW)):
+            if intent and intent.state is not State.ACKNOWLEDGED and answer.proof:
                 self._advance(intent, State.ABSENT, message="never arrived")
                 return True
             if monotonic() > until:
-                self.note("unanswered", f"{order.order_id}: {answer.text or answer.code}")
+                self.note("unanswered", f"{order.order_id}: {answer.text or answer.outcome}")
                 return False
             await asyncio.sleep(PAUSE)
         return False
@@ -269,10 +268,10 @@ class Sending(Inquiry):
         if self.cautious and await self._is_there(order): return False
         intent = self._advance(Intent(order), State.SENT, sent_time=clock())
         self.sent = self.sent or monotonic()
-        answer = await self.broker.submit(order)
+        answer = await self.broker.place(order)
         self.acknowledged = monotonic()
-        if answer.outcome is Outcome.ACCEPTED and answer.update:
-            self.heard(answer.update)
+        if answer.outcome is Outcome.ACCEPTED and answer.report:
+            self.heard(answer.report)
             return False
         if answer.outcome in (Outcome.REJECTED, Outcome.LATER): return await self._refused(intent, answer)
         if (now := self.open.get(order.order_id)) and now.state is State.SENT:
@@ -283,21 +282,18 @@ class Sending(Inquiry):
     async def _is_there(self, order):
         "Whether the exchange has it, or may have it"
         answer = await self.broker.query(order)
-        if answer.code == NO_SUCH_ORDER: return False
-        if answer.update:
+        if answer.outcome is Outcome.NOT_FOUND: return False
+        if answer.report:
             self.open[order.order_id] = Intent(order)
-            self.heard(answer.update)
+            self.heard(answer.report)
         else: self.note("unanswered", f"{order.order_id}: {answer.text}; not sent")
         return True
 
     async def _refused(self, intent, answer):
         self._advance(intent, State.REJECTED, message=answer.text)
         self.note("rejected", f"{intent.order.symbol} {intent.order.quantity}: {answer.text}")
-        if answer.outcome is not Outcome.LATER: return False
-        if answer.code != -1021: await asyncio.sleep(PAUSE)
-        else:
-            try: await self.broker.synchronise() # our clock is off
-            except BrokerError as error: self.note("unanswered", str(error))
+        if answer.retry is None: return False
+        await asyncio.sleep(min(answer.retry, PAUSE))
         return True
 
 # %% ../../nbs/70_live/05_desk.ipynb #011de9c5

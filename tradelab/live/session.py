@@ -31,11 +31,11 @@ from ..account import wallet
 from ..errors import FeedError
 from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
 from ..journal import JOURNAL
-from .broker import Broker, BrokerError, Candle, Money, OrderUpdate
 from .desk import ATTEMPTS, PAUSE, Books, Desk, Feed, difference
 from .ledger import Ledger
 from .orders import intended
 from .recorder import Recorder
+from .venue import AccountSnapshot, Candle, OrderReport, Venue, VenueError
 from ..lock import Lock
 from ..log import get_logger
 from ..market.filters import coarse_tick, on_grid
@@ -139,7 +139,7 @@ def check_instruments(ours:tuple, theirs:tuple)->None:
                                     f"trader was built for {getattr(mine, wrong[0])}: build it with {listed!r}")
 
 # %% ../../nbs/70_live/06_session.ipynb #19c933ac
-def check_explained(expected:dict, money:Money)->None:
+def check_explained(expected:dict, money:AccountSnapshot)->None:
     "Refuse positions that the ledger does not explain"
     for symbol in sorted({*expected, *money.positions}):
         here = expected.get(symbol, 0.)
@@ -181,7 +181,7 @@ def in_this_format(
 
 # %% ../../nbs/70_live/06_session.ipynb #9ceef209
 def reserve_of(
-    money:Money,    # the exchange's
+    money:AccountSnapshot,    # the exchange's
     own:float,      # quote, the trader's wallet
     quote:str,
 )->float:           # quote, 0 or more
@@ -236,14 +236,14 @@ class Listener:
         self.say(str(notice))
 
     def _take(self, event):
-        "One event of the broker"
+        "One event of the venue"
         match event:
             case Candle() if self.feed is None: self._early.append(event)
             case Candle(symbol, open_time, values):
                 self._arrived[open_time] = monotonic()
                 self.feed.add(symbol, open_time, values)
             case Fill() | Funding(): self.books.add(event)
-            case OrderUpdate(): self.desk.heard(event)
+            case OrderReport(): self.desk.heard(event)
             case Notice("open", name): self._opened[name] += 1
             case Notice(kind, text): self._note(kind, text)
             case None: pass # the session is told to end, and looks up
@@ -281,7 +281,7 @@ class Bookkeeper(Listener):
             for symbol in self.trader.symbols:
                 for fill in await self.broker.fills(symbol, since): self.books.add(self.desk.name(fill))
                 for paid in await self.broker.fundings(symbol, since): self.books.add(paid)
-        except BrokerError as error: self._note("unanswered", str(error))
+        except VenueError as error: self._note("unanswered", str(error))
 
     def _save(self):
         "Keep the present step: recording, ledger, journal"
@@ -347,7 +347,7 @@ class Auditor(Sender):
         "What the exchange says; None where it says nothing"
         for _ in range(ATTEMPTS):
             try: return await self.broker.account()
-            except BrokerError as error: self._note("unanswered", str(error))
+            except VenueError as error: self._note("unanswered", str(error))
             await asyncio.sleep(PAUSE)
 
     async def _agree(self):
@@ -368,7 +368,7 @@ class Auditor(Sender):
 
 # %% ../../nbs/70_live/06_session.ipynb #267b511c
 async def around(
-    broker:Broker,
+    broker:Venue,
     trader:Trader,
     timeframe:str,
     times:np.ndarray,              # (T,), open times
@@ -398,13 +398,13 @@ class Stepper(Auditor):
         "The candles of one close with all that a feature asks for; FeedError where the exchange does not tell it"
         for _ in range(ATTEMPTS * 4):
             try: known = (await around(self.broker, self.trader, self.timeframe, [open_time], candles[None]))[0]
-            except BrokerError as error: self._note("unanswered", str(error))
+            except VenueError as error: self._note("unanswered", str(error))
             else:
                 if all(np.isfinite(known[row, need]) for row, need in self.trader.observation.needs
                        if need < known.shape[1]):
                     return known
             await asyncio.sleep(PAUSE)
-        raise FeedError(f"{format_time(open_time)}: {self.broker.venue.name} does not tell the funding rate or the "
+        raise FeedError(f"{format_time(open_time)}: {self.broker.name} does not tell the funding rate or the "
                         f"index price that {self.trader.policy.name} looks at: the session stops")
 
     async def _step(self, open_time:int, candles:np.ndarray, late:bool):
@@ -437,7 +437,7 @@ class Stepper(Auditor):
         this step"""
         if not self.gaps or self.feed.ready or self.feed.gap: return
         try: self.books.opening = await self.broker.forming(self.trader.symbols[0], self.timeframe)
-        except BrokerError as error: self._note("unanswered", str(error))
+        except VenueError as error: self._note("unanswered", str(error))
 
     def _watch_halt(self):
         halted = bool(self.trader.account["halted"][0])
@@ -449,7 +449,7 @@ class Stepper(Auditor):
 
 # %% ../../nbs/70_live/06_session.ipynb #1bc36da0
 async def history(
-    broker:Broker,
+    broker:Venue,
     symbols:Sequence[str],
     timeframe:str,
     limit:int,              # closed candles
@@ -504,7 +504,7 @@ class Recovery(Stepper):
                                                self.feed.last + self.step, self.gaps)
                 self._feed_in(times, candles)
                 if self.gaps and self.feed.gap and len(times): self._go_on_behind(int(times[0]))
-            except BrokerError as error: self._note("unanswered", str(error))
+            except VenueError as error: self._note("unanswered", str(error))
             if not self.feed.gap: return
             await asyncio.sleep(PAUSE)
         raise FeedError(f"the candle of {format_time(self.feed.last + self.step)} was missed, and the exchange does "
@@ -534,8 +534,8 @@ class Checker(Recovery):
 
     def _settings(self):
         trader = self.trader
-        return dict(format=FORMAT, venue=self.broker.venue.name, symbols=list(trader.symbols), timeframe=self.timeframe,
-                    policy=trader.policy.name, origin=self.origin, source=self.source or self.broker.venue.name,
+        return dict(format=FORMAT, venue=self.broker.name, symbols=list(trader.symbols), timeframe=self.timeframe,
+                    policy=trader.policy.name, origin=self.origin, source=self.source or self.broker.name,
                     version=__version__,
                     deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits),
                     instruments=[asdict(instrument) for instrument in trader.instruments])
@@ -560,8 +560,8 @@ class Checker(Recovery):
         money, broker = await self.broker.account(), self.broker
         check_explained(self.books.expected(), money)
         if not self._resumed: self.reserve = reserve_of(money, wallet(self.trader.account), broker.quote)
-        self._tell(f"session {self.id}{' resumed' if self._resumed else ''}: {broker.venue.name} at "
-                   f"{broker.venue.rest} ({broker.venue.why}), wallet {money.wallet:,.2f} {broker.quote}, "
+        self._tell(f"session {self.id}{' resumed' if self._resumed else ''}: {broker.name} at "
+                   f"{broker.address} ({broker.why}), wallet {money.wallet:,.2f} {broker.quote}, "
                  f"{', '.join(self.trader.symbols)} {self.timeframe}, leverage {self.trader.limits.leverage}, policy "
                  f"{self.trader.policy.name}")
 
@@ -569,7 +569,7 @@ class Checker(Recovery):
         until = monotonic() + self.patience
         while not {"market", "user"} <= set(self._opened):
             if not await self._hear(until - monotonic()):
-                raise StartRefusedError(f"{self.broker.venue.name}: no answer on the "
+                raise StartRefusedError(f"{self.broker.name}: no answer on the "
                                         f"{' and '.join(sorted({'market', 'user'} - set(self._opened)))} stream within "
                                         f"{self.patience:g} s: check its address")
         self._reopened = sum(self._opened.values())
@@ -611,7 +611,7 @@ class Preparation(Checker):
         seen = times <= last if kept else times == times
         times, candles, seen = (part[max(int(seen.sum()) - wanted, 0):] for part in (times, candles, seen))
         if seen.sum() < trader.warm_up:
-            raise StartRefusedError(f"{self.broker.venue.name} has {seen.sum()} closed candles of "
+            raise StartRefusedError(f"{self.broker.name} has {seen.sum()} closed candles of "
                                     f"{', '.join(trader.seen)}, policy {trader.policy.name} needs {trader.warm_up} "
                                     "before its first decision")
         self._say_ticks(candles)
@@ -629,7 +629,7 @@ class Preparation(Checker):
 
     def _status(self, state):
         write_status(self.folder / "session.json", pid=os.getpid(), state=state, session=self.id,
-                     venue=self.broker.venue.name, symbols=list(self.trader.symbols),
+                     venue=self.broker.name, symbols=list(self.trader.symbols),
                      timeframe=self.timeframe, statistics=self.statistics.summary())
 
 # %% ../../nbs/70_live/06_session.ipynb #cf3f1bc4
@@ -640,7 +640,7 @@ class Starter(Preparation):
         "What happened while nobody listened; refused by an exchange that contradicts what is known of our orders"
         try: await self._fetch()
         except ValueError as error:
-            raise StartRefusedError(f"{self.broker.venue.name} at {self.broker.venue.rest} contradicts what session "
+            raise StartRefusedError(f"{self.broker.name} at {self.broker.address} contradicts what session "
                                     f"{self.id} knows of its orders ({error}): it is another account, or an exchange "
                                     "that was begun anew; name the one that the session traded on") from None
 
@@ -691,7 +691,7 @@ class Session(Starter):
 
     def __init__(self,
         trader:Trader,
-        broker:Broker,
+        broker:Venue,
         ledger:Ledger,
         folder:Path,             # all sessions; this one gets a folder of its name
         id:str="",               # of a new session: "<policy or train id>_<start>"

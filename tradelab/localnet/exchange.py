@@ -31,10 +31,10 @@ from tradelab.localnet.protocol import (
     RequestDeniedError,
     assets,
     flag,
+    format_amount,
+    format_number,
+    format_price,
     mandatory,
-    money_text,
-    number_text,
-    price_text,
     whole,
 )
 from ..market.filters import instruments_for
@@ -115,7 +115,7 @@ def side(quantity:float)->str: return "BUY" if quantity > 0 else "SELL"
 
 def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only:bool, now:int)->dict:
     "A market order that has just been accepted"
-    size = number_text(abs(quantity))
+    size = format_number(abs(quantity))
     return {"orderId": number, "symbol": symbol, "pair": symbol, "status": "NEW", "clientOrderId": client_id,
             "price": "0",
             "avgPrice": "0.00", "origQty": size, "executedQty": "0",
@@ -129,9 +129,9 @@ def new_order(number:int, client_id:str, symbol:str, quantity:float, reduce_only
 # %% ../../nbs/60_localnet/03_exchange.ipynb #f97f9d86
 def filled(order:dict, price:float, now:int)->dict:
     "The order after its one trade"
-    size, paid = order["origQty"], number_text(price)
+    size, paid = order["origQty"], format_number(price)
     return (order | {"status": "FILLED", "avgPrice": paid, "executedQty": size,
-                     "cumQuote": money_text(float(size) * price),
+                     "cumQuote": format_amount(float(size) * price),
                     "cumBase": size, "updateTime": now})
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #0c8ab8ef
@@ -150,11 +150,11 @@ def new_trade(number:int, order:dict, quantity:float, price:float, fee:float, re
     "A trade of ours, as userTrades lists it"
     return {"symbol": order["symbol"], "pair": order["symbol"], "id": number, "orderId": order["orderId"],
             "side": side(quantity),
-            "price": number_text(price),
-            "qty": number_text(abs(quantity)), "baseQty": number_text(abs(quantity)),
-            "quoteQty": money_text(abs(quantity) * price),
-            "realizedPnl": money_text(realised),
-            "commission": money_text(fee), "commissionAsset": asset, "marginAsset": asset, "positionSide": "BOTH",
+            "price": format_number(price),
+            "qty": format_number(abs(quantity)), "baseQty": format_number(abs(quantity)),
+            "quoteQty": format_amount(abs(quantity) * price),
+            "realizedPnl": format_amount(realised),
+            "commission": format_amount(fee), "commissionAsset": asset, "marginAsset": asset, "positionSide": "BOTH",
             "buyer": quantity > 0, "maker": False, "time": order["time"]}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #c758e92b
@@ -191,7 +191,7 @@ def trade_lite(order:dict, trade:dict)->dict:
 # %% ../../nbs/60_localnet/03_exchange.ipynb #68e6d34c
 def income_row(number:int, kind:str, amount:float, symbol:str, asset:str, now:int, trade:str="")->dict:
     "A row of GET income"
-    return {"symbol": symbol, "incomeType": kind, "income": money_text(amount), "asset": asset,
+    return {"symbol": symbol, "incomeType": kind, "income": format_amount(amount), "asset": asset,
             "info": kind if not trade else trade, "time": now, "tranId": number, "tradeId": trade}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #f71118bf
@@ -249,7 +249,7 @@ def check_notional(
     instrument:Instrument,
 )->None:
     "Refuse an order that is too small to trade"
-    if notional < instrument.min_notional: raise RequestDeniedError(-4164, number_text(instrument.min_notional))
+    if notional < instrument.min_notional: raise RequestDeniedError(-4164, format_number(instrument.min_notional))
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #eaf7f16f
 def account_event(
@@ -261,22 +261,22 @@ def account_event(
     **told,              # P, the positions; S, the symbol of a funding payment
 )->dict:
     "ACCOUNT_UPDATE"
-    balance = {"a": asset, "wb": money_text(money), "cw": money_text(money), "bc": money_text(change)}
+    balance = {"a": asset, "wb": format_amount(money), "cw": format_amount(money), "bc": format_amount(change)}
     return {"e": "ACCOUNT_UPDATE", "E": time, "T": time, "a": {"m": reason, "B": [balance], "P": []} | told}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #92e06dd8
 def break_even(position:np.void, taker_fee:float)->str:
     "The price at which closing pays for its own fee"
-    return number_text(float(price_text(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee))))
+    return format_number(float(format_price(position["entry_price"] * (1 + np.sign(position["quantity"]) * taker_fee))))
 
 
 def position_event(symbol:str, position:np.void, realised:float, taker_fee:float)->dict:
     "A position as ACCOUNT_UPDATE tells it"
-    return {"s": symbol, "pa": number_text(position["quantity"]), "ep": number_text(position["entry_price"]),
+    return {"s": symbol, "pa": format_number(position["quantity"]), "ep": format_number(position["entry_price"]),
             "bep": break_even(position, taker_fee),
-            "cr": money_text(realised),
-            "up": money_text(position["quantity"] * (position["mark_price"] - position["entry_price"])), "mt": "cross",
-            "iw": "0", "ps": "BOTH"}
+            "cr": format_amount(realised),
+            "up": format_amount(position["quantity"] * (position["mark_price"] - position["entry_price"])),
+            "mt": "cross", "iw": "0", "ps": "BOTH"}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #53dd7ecd
 def _asked(exchange, n, parameters):
@@ -407,28 +407,28 @@ def balance_words(exchange:Exchange)->dict:
     money = wallet(exchange.account)
     initial = sum(row["initial"] for row in rows)
     kept = sum(row["maintenance"] for row in rows)
-    free = money_text(max(equity - initial, 0.))
-    return {"initialMargin": money_text(initial), "maintMargin": money_text(kept), "walletBalance": money_text(money),
-            "unrealizedProfit": money_text(equity - money),
-            "marginBalance": money_text(equity), "positionInitialMargin": money_text(initial),
-            "openOrderInitialMargin": money_text(0.),
-            "crossWalletBalance": money_text(money), "crossUnPnl": money_text(equity - money), "availableBalance": free,
-            "maxWithdrawAmount": free}
+    free = format_amount(max(equity - initial, 0.))
+    return {"initialMargin": format_amount(initial), "maintMargin": format_amount(kept),
+            "walletBalance": format_amount(money), "unrealizedProfit": format_amount(equity - money),
+            "marginBalance": format_amount(equity), "positionInitialMargin": format_amount(initial),
+            "openOrderInitialMargin": format_amount(0.),
+            "crossWalletBalance": format_amount(money), "crossUnPnl": format_amount(equity - money),
+            "availableBalance": free, "maxWithdrawAmount": free}
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #dcb8be6f
 def position_in_account(exchange:Exchange, n:int, version:int)->dict:
     "A position as GET account lists it"
     row, position = exchange.margin(n), exchange.positions[n]
     shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH",
-              "positionAmt": number_text(position["quantity"]),
-              "unrealizedProfit": money_text(row["profit"]),
-              "initialMargin": money_text(row["initial"]), "maintMargin": money_text(row["maintenance"]),
+              "positionAmt": format_number(position["quantity"]),
+              "unrealizedProfit": format_amount(row["profit"]),
+              "initialMargin": format_amount(row["initial"]), "maintMargin": format_amount(row["maintenance"]),
               "updateTime": exchange.changed[n]}
     if version == 3:
-        return shared | {"isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0"}
-    return shared | {"positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0",
+        return shared | {"isolatedMargin": "0", "notional": format_amount(row["notional"]), "isolatedWallet": "0"}
+    return shared | {"positionInitialMargin": format_amount(row["initial"]), "openOrderInitialMargin": "0",
                      "leverage": str(exchange.leverage[n]), "isolated": False,
-                     "entryPrice": number_text(position["entry_price"]),
+                     "entryPrice": format_number(position["entry_price"]),
                      "maxNotional": str(int(exchange.instruments[n].max_notional(exchange.leverage[n]))),
                      "bidNotional": "0", "askNotional": "0"}
 
@@ -463,20 +463,20 @@ def position_risk(exchange:Exchange, n:int, version:int)->dict:
     "One position of GET positionRisk"
     row, position = exchange.margin(n), exchange.positions[n]
     shared = {"symbol": exchange.market.ids[n], "positionSide": "BOTH",
-              "positionAmt": number_text(position["quantity"]),
-              "entryPrice": number_text(position["entry_price"]),
+              "positionAmt": format_number(position["quantity"]),
+              "entryPrice": format_number(position["entry_price"]),
               "breakEvenPrice": break_even(position, exchange.costs.taker_fee),
-              "markPrice": price_text(position["mark_price"]),
-              "unRealizedProfit": money_text(row["profit"]), "liquidationPrice": "0",
-              "isolatedMargin": "0", "notional": money_text(row["notional"]), "isolatedWallet": "0",
+              "markPrice": format_price(position["mark_price"]),
+              "unRealizedProfit": format_amount(row["profit"]), "liquidationPrice": "0",
+              "isolatedMargin": "0", "notional": format_amount(row["notional"]), "isolatedWallet": "0",
               "updateTime": exchange.changed[n]}
     if version == 2:
         return (shared | {"leverage": str(exchange.leverage[n]), "marginType": "cross", "isAutoAddMargin": "false",
                                       "maxNotionalValue":
                                       str(int(exchange.instruments[n].max_notional(exchange.leverage[n])))})
-    return shared | {"marginAsset": exchange.asset, "initialMargin": money_text(row["initial"]),
-                     "maintMargin": money_text(row["maintenance"]), "adl": 1,
-                     "positionInitialMargin": money_text(row["initial"]), "openOrderInitialMargin": "0",
+    return shared | {"marginAsset": exchange.asset, "initialMargin": format_amount(row["initial"]),
+                     "maintMargin": format_amount(row["maintenance"]), "adl": 1,
+                     "positionInitialMargin": format_amount(row["initial"]), "openOrderInitialMargin": "0",
                      "bidNotional": "0",
                      "askNotional": "0"}
 

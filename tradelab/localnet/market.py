@@ -16,10 +16,10 @@ from tradelab.localnet.protocol import (
     RequestDeniedError,
     assets,
     exchange_id,
+    format_amount,
+    format_number,
+    format_price,
     mandatory,
-    money_text,
-    number_text,
-    price_text,
     whole,
 )
 from ..market.candles import check_times, common_candles, matrix, period_of, times
@@ -39,10 +39,10 @@ def symbol_reply(
 )->dict:
     "What exchangeInfo says of one symbol"
     base, quote = assets(instrument.symbol)
-    step = number_text(instrument.quantity_step)
-    tick = number_text(instrument.price_tick)
-    lots = {"stepSize": step, "minQty": number_text(instrument.min_quantity),
-            "maxQty": number_text(instrument.max_quantity)}
+    step = format_number(instrument.quantity_step)
+    tick = format_number(instrument.price_tick)
+    lots = {"stepSize": step, "minQty": format_number(instrument.min_quantity),
+            "maxQty": format_number(instrument.max_quantity)}
     return {
         "symbol": base + quote, "pair": base + quote, "contractType": "PERPETUAL", "deliveryDate": 4133404800000,
         "onboardDate": 1569398400000,
@@ -57,7 +57,7 @@ def symbol_reply(
         "filters": [{"filterType": "PRICE_FILTER", "tickSize": tick, "minPrice": tick, "maxPrice": "10000000"},
                     {"filterType": "LOT_SIZE", **lots}, {"filterType": "MARKET_LOT_SIZE", **lots},
                     {"filterType": "MAX_NUM_ORDERS", "limit": LIMIT_ORDERS},
-                    {"filterType": "MIN_NOTIONAL", "notional": number_text(instrument.min_notional)},
+                    {"filterType": "MIN_NOTIONAL", "notional": format_number(instrument.min_notional)},
                     {"filterType": "PERCENT_PRICE", "multiplierUp": "1.0500", "multiplierDown": "0.9500",
                      "multiplierDecimal": "4"}],
         "orderTypes": ["MARKET"], "timeInForce": ["GTC"]}
@@ -78,8 +78,8 @@ def kline_reply(
     "A candle as REST sends it"
     traded = candle[QUOTE_VOLUME] if candle[QUOTE_VOLUME] >= 0 else candle[VOLUME] * candle[CLOSE]
     trades, bought = np.nan_to_num(candle[[TRADES, TAKER_BUY_VOLUME]])
-    return [int(open_time), *map(number_text, candle[:len(COLUMNS)]), int(open_time + step - 1), number_text(traded),
-            int(trades), number_text(bought), number_text(bought * candle[CLOSE]), "0"]
+    return [int(open_time), *map(format_number, candle[:len(COLUMNS)]), int(open_time + step - 1),
+            format_number(traded), int(trades), format_number(bought), format_number(bought * candle[CLOSE]), "0"]
 
 # %% ../../nbs/60_localnet/02_market.ipynb #24113a59
 def kline_event(
@@ -195,7 +195,7 @@ def index_klines(market:Market, parameters:dict)->list:
     n = market.find({"symbol": mandatory(parameters, "pair")})
     def price(row):
         t = min(int(np.searchsorted(market.times, row[0])), max(market.closed - 1, 0))
-        return price_text(market.known[t, n, INDEX_PRICE]) if np.isfinite(market.known[t, n, INDEX_PRICE]) else row[4]
+        return format_price(market.known[t, n, INDEX_PRICE]) if np.isfinite(market.known[t, n, INDEX_PRICE]) else row[4]
     return [[row[0], *[price(row)] * 4, "0", row[6], "0", 0, "0", "0", "0"]
             for row in klines(market, {**parameters, "symbol": market.ids[n]})]
 
@@ -208,10 +208,10 @@ def premium(market:Market, n:int)->dict:
     due, rates = market.funding[n]
     past = int(np.searchsorted(due, market.now, side="right"))
     following = int(due[past]) if past < len(due) else (market.now // EIGHT_HOURS + 1) * EIGHT_HOURS
-    price = price_text(market.mark_price(n))
+    price = format_price(market.mark_price(n))
     return {"symbol": market.ids[n], "markPrice": price, "indexPrice": price, "estimatedSettlePrice": price,
             "interestRate": "0.00010000",
-            "lastFundingRate": money_text(rates[past - 1] if past else 0.), "nextFundingTime": following,
+            "lastFundingRate": format_amount(rates[past - 1] if past else 0.), "nextFundingTime": following,
             "time": market.now}
 
 # %% ../../nbs/60_localnet/02_market.ipynb #5df81ce6
@@ -234,8 +234,8 @@ def funding_rates(market:Market, parameters:dict)->list:
     begin = whole(parameters, "startTime", 0)
     end = whole(parameters, "endTime", market.now)
     limit = whole(parameters, "limit", 100)
-    rows = [{"symbol": market.ids[n], "fundingTime": time, "fundingRate": money_text(rate),
-             "markPrice": price_text(market.candles[settled(market, time), n, CLOSE]),
+    rows = [{"symbol": market.ids[n], "fundingTime": time, "fundingRate": format_amount(rate),
+             "markPrice": format_price(market.candles[settled(market, time), n, CLOSE]),
              "rateType": "Regular"} for n in market.asked(parameters) for time, rate in market.due(n, begin - 1)
              if time <= end]
     rows.sort(key=lambda row: row["fundingTime"])

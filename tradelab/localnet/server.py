@@ -26,7 +26,7 @@ from urllib.request import urlopen
 
 from aiohttp import WSMsgType, web
 
-from ..config import Venue
+from ..config import VenueSettings
 from ..errors import TradelabError
 from tradelab.localnet.exchange import (
     Exchange,
@@ -58,7 +58,7 @@ from tradelab.localnet.market import (
     symbol_reply,
 )
 from .memory import LostMemoryError, Memory
-from .protocol import RequestDeniedError, check_signature, check_time, number_text, parameters
+from .protocol import RequestDeniedError, check_signature, check_time, format_number, parameters
 from ..settings import CostModel
 
 # %% ../../nbs/60_localnet/05_server.ipynb #7e2a5678
@@ -118,7 +118,7 @@ MARKET_DATA = {
 # %% ../../nbs/60_localnet/05_server.ipynb #5b9b2ce3
 def commission(exchange:Exchange, n:int)->dict:
     "GET commissionRate"
-    rate = number_text(exchange.costs.taker_fee)
+    rate = format_number(exchange.costs.taker_fee)
     return {"symbol": exchange.market.ids[n], "makerCommissionRate": rate, "takerCommissionRate": rate,
             "rpiCommissionRate": rate}
 
@@ -574,7 +574,7 @@ class Localnet:
 
 # %% ../../nbs/60_localnet/05_server.ipynb #61a6eb85
 def state_of(
-    venue:Venue,   # of the settings
+    venue:VenueSettings,   # of the settings
 )->dict:           # as /_sim/state tells it; empty where no localnet answers
     "What a localnet at this address says of itself"
     try:
@@ -583,11 +583,11 @@ def state_of(
     return state if isinstance(state, dict) and "market_time" in state else {}
 
 
-def listens(venue:Venue)->bool: return bool(state_of(venue))
+def listens(venue:VenueSettings)->bool: return bool(state_of(venue))
 
 
 def candles_left(
-    venue:Venue,   # of the settings
+    venue:VenueSettings,   # of the settings
 )->int|None:       # None where it is no localnet: nobody knows
     "How many candles a localnet can still close; the last one only lends its open"
     state = state_of(venue) if venue.name == "localnet" else {}
@@ -596,11 +596,11 @@ def candles_left(
 # %% ../../nbs/60_localnet/05_server.ipynb #3bec6e32
 @contextmanager
 def find_or_start(
-    venue:Venue,        # of the settings
+    venue:VenueSettings,        # of the settings
     candles:dict,       # frames by symbol, for a new one
     continued:bool=False, # a session goes on: a new one must have its memory
     **options,          # of `Localnet`
-)->Iterator[Venue]:     # with the address that answers
+)->Iterator[VenueSettings]:     # with the address that answers
     "The localnet at this address, or a new one"
     if venue.name != "localnet" or listens(venue):
         yield venue
