@@ -327,7 +327,7 @@ def run_sweep(run, market):
                   costs=costs_of(run), execution=execution_of(run), exact=run.get("exact", False),
                   funding=funding and funding[symbol], progress=False,
                   **known)
-    return table("sweep", found.table.reset_index())
+    return table("sweep", (found.table if isinstance(found.table, pd.DataFrame) else found.table()).reset_index())
 
 
 def run_stress(run, market):

@@ -17,11 +17,12 @@ import pandas as pd
 from .value_at_risk import LEVELS, METHODS, tail_history
 from .var_backtest import VarBacktest, var_backtest
 from ..events import TradingState
+from ..figures import finished
 from ..market.candles import timeframe_of
 from ..risk.breakers import BreakerEvent
 from ..risk.portfolio import Exposures
 from ..risk.trading_state import StateChange, StateMachine
-from ..sections import Missing, section, section_html
+from ..sections import Missing, once, section, section_html
 from ..settings import Reason
 from ..texts import figure_text, html_text
 from ..times import format_time, milliseconds
@@ -171,6 +172,13 @@ def _summary(report:"RiskReport")->pd.Series:
                      name="value")
 
 
+@once
+def _forecasts(report:"RiskReport")->np.ndarray:
+    "VaR and ES of every close, method and level, (T, 5, 2, 2)"
+    return tail_history(report.closes.to_numpy(), report.weights.to_numpy(), timeframe_of(report.closes),
+                        report.lookback)
+
+
 def _looks_back(report:"RiskReport")->str:
     missing = report.value_at_risk()["var"].first_valid_index() is None
     return (f"<p>Value at risk over the last {report.lookback:g} days"
@@ -212,7 +220,7 @@ def _plot(report:"RiskReport")->"Figure":
             axes.set_title(figure_text(missing.why, 120), fontsize=8, color="#888888")
     shade(bottom, report.trading_state.history if report.trading_state is not None else (), report.events,
           int(report.journal.index.as_unit("ms").asi8[-1]))
-    return figure
+    return finished(figure)
 
 # %% ../../nbs/40_evaluation/06_risk_report.ipynb #14118312
 @dataclass(frozen=True)
@@ -231,8 +239,10 @@ class RiskReport:
         if self.journal.empty: raise ValueError(f"the journal of {self.name} holds no step: there is nothing to show")
 
     @property
+    @once
     def closes(self)->pd.DataFrame: return wide(self.journal, "close")
     @property
+    @once
     def weights(self)->pd.DataFrame: return held_weights(self.journal)
 
     @property
@@ -247,8 +257,7 @@ class RiskReport:
 
     def value_at_risk(self, method:str="filtered", level:float=.99)->pd.DataFrame:
         "VaR and ES that each close forecast for the next candle, fractions of equity; NaN while the lookback fills"
-        values = tail_history(self.closes.to_numpy(), self.weights.to_numpy(), timeframe_of(self.closes),
-                              self.lookback)[:, METHODS.index(method), LEVELS.index(level)]
+        values = _forecasts(self)[:, METHODS.index(method), LEVELS.index(level)]
         return pd.DataFrame(values, self.closes.index, ["var", "shortfall"])
 
     def var_backtest(self, method:str="filtered", level:float=.99)->VarBacktest|None:
@@ -262,13 +271,16 @@ class RiskReport:
         "The present portfolio after a shock: a move of each symbol (0 where none is named), or one for all; fractions"
         return shocked(self.exposures, shocks, float(self.equity.iloc[-1]), float(self.equity.max()), self.maintenance)
 
+    @once
     def summary(self)->pd.Series:
         "Numbers of the last close, and of the whole run"
         return _summary(self)
+
+    def table(self)->pd.DataFrame: return self.summary().to_frame()
 
     def plot(self)->"Figure":
         "Exposures, returns with the value at risk, answers, trading state"
         return _plot(self)
 
     def __str__(self): return _text(self)
-    def _repr_html_(self): return _html(self)
+    def _repr_html_(self)->str: return _html(self)

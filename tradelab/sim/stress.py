@@ -18,6 +18,7 @@ from ..evaluation.result import Result
 from ..figures import INK, caption, finished
 from ..market.candles import CandlesLike, RatesLike, period_of, rates_by_symbol, times
 from ..risk.answers import halted_text, halts
+from ..sections import once
 from ..settings import CostModel
 from .backtest import PolicyLike, backtest, sources_of
 from .prepared import market_data
@@ -115,6 +116,7 @@ class Stress:
     results:dict[str, Result] = field(repr=False) # name of the scenario -> Result; the first is the market as it was
     caption:str
 
+    @once
     def table(self)->pd.DataFrame:
         "The results in numbers, a row per scenario"
         rows = {}
@@ -128,6 +130,7 @@ class Stress:
                           "Funding [quote]": numbers.funding}
         return pd.DataFrame(rows).T
 
+    @once
     def halted(self)->str:
         "The scenarios in which trading was halted, since when and why; a line each"
         return "\n".join(f"{name}: {halted_text(result.journal)}" for name, result in self.results.items()

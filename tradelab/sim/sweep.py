@@ -151,22 +151,24 @@ def _without(targets, start, world, sums):
 @dataclass(frozen=True)
 class Sweep:
     "The result of each set of parameters"
-    table:pd.DataFrame  # index: the parameters; total_return, annual_return, sharpe, max_drawdown, turnover, fills
+    runs:pd.DataFrame   # index: the parameters; total_return, annual_return, sharpe, max_drawdown, turnover, fills
     caption:str         # span, costs
+
+    def table(self)->pd.DataFrame: return self.runs.copy(deep=False)
 
     def best(self, by:str="sharpe", n:int=10)->pd.DataFrame:
         "The n best sets of parameters, which are also the luckiest: test them on candles that the sweep has not seen"
-        return self.table.sort_values(by, ascending=False).head(n)
+        return self.runs.sort_values(by, ascending=False).head(n)
 
     def plot(self, by:str="sharpe")->"Figure":
         "A map over two parameters, or a line over one, as a matplotlib Figure"
         import matplotlib.pyplot as plt
-        names = self.table.index.names
+        names = self.runs.index.names
         if len(names) > 2:
             raise ValueError(f"a map has two parameters, this sweep has {', '.join(names)}: fix the others, "
-                             "sweep.table.xs(...)")
+                             "sweep.runs.xs(...)")
         figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-        values = self.table[by]
+        values = self.runs[by]
         if len(names) == 1:
             axis.plot([figure_text(each) if isinstance(each, str) else each for each in values.index], values)
         else:

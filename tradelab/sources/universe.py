@@ -17,9 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ..errors import CandleError
+from ..figures import finished
 from ..log import get_logger
 from ..market.candles import times
 from ..market.store import Store
+from ..sections import once
 from .archive import LISTING, listed_files
 from .tables import read_table, time_index
 from ..times import TimeLike, format_time, milliseconds, to_ms
@@ -93,9 +95,17 @@ class Universe:
         within = {symbol: frame[self.mask(times(frame), timeframe, [symbol])[:, 0]] for symbol, frame in frames.items()}
         return {symbol: frame for symbol, frame in within.items() if len(frame)}
 
+    @once
+    def table(self) -> pd.DataFrame:
+        "When each symbol was listed and delisted, UTC; NaT where it still is"
+        return self.lives.astype("float64").where(self.lives < FOREVER).apply(pd.to_datetime, unit="ms", utc=True)
+
     def plot(self) -> "Figure":
         "A line for each symbol from its listing to its delisting"
         return _plot(self)
+
+    def __str__(self) -> str: return self.table().to_string()
+    def _repr_html_(self) -> str: return self.table().to_html(border=0)
 
 
 def _require(universe, symbol, start, end):
@@ -120,7 +130,7 @@ def _plot(universe):
     axes.set(yticks=range(len(universe.listings)), yticklabels=universe.listings.index)
     axes.set_xlabel("listed [UTC]; red: delisted")
     figure.autofmt_xdate()
-    return figure
+    return finished(figure)
 
 # %% ../../nbs/15_sources/04_universe.ipynb #81b59902
 def read_universe(
