@@ -248,7 +248,8 @@ def test_what_the_door_hands_out_says_what_it_takes_returns_and_raises(name):
                                                                            else set())
     assert said["Summary"].endswith(".") and "\n" not in said["Summary"]
     named = re.findall(r"^(\w[^:\n]*?)(?: :|$)", said["Parameters"], re.M)
-    assert sorted(word for line in named for word in re.split(r", ", line)) == sorted(inspect.signature(handed).parameters)
+    words = sorted(word for line in named for word in re.split(r", ", line))
+    assert words == sorted(inspect.signature(handed).parameters)
     assert "None" not in [line.strip() for line in said["Parameters"].splitlines()]
     assert said["Examples"].startswith(">>> ")
     compile("\n".join(line[4:] for line in said["Examples"].splitlines()), name, "exec")
