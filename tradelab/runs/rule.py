@@ -151,7 +151,7 @@ def policy_function(
 )->Callable:                     # (parameters, memory, observation, prices, answer) -> None
     "A rule as the function of a policy, in its one form"
     inputs = inputs_of(function, features, parameters, window)
-    names: dict[str, Any] = {"__name__": "rule of " + function.__name__, "float64": np.float64, "__builtins__": builtins}
+    names: dict[str, Any] = {"__name__": f"rule {function.__name__}", "__builtins__": builtins, "float64": np.float64}
     names |= {"ask": function, "target": plain_target(function.__name__)}
     fast = compiled and not UNCOMPILED
     if fast:
