@@ -9,22 +9,6 @@ __all__ = ['FRONT_DOOR', 'comments_of', 'with_parameters']
 import re
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING: # for editors and type checkers, which read this instead of loading it
-    from tradelab.errors import TradelabError as TradelabError
-    from tradelab.features.observation import Observation as Observation
-    from tradelab.learn.agents import train as train
-    from tradelab.policies import Policy as Policy
-    from tradelab.runs.registry import load as load
-    from tradelab.runs.rule import rule as rule
-    from tradelab.settings import CostModel as CostModel
-    from tradelab.settings import Execution as Execution
-    from tradelab.settings import Limits as Limits
-    from tradelab.sim.backtest import backtest as backtest
-    from tradelab.sim.stress import stress as stress
-    from tradelab.sim.sweep import sweep as sweep
-    from tradelab.sources.history import history as history
 
 # settings.ini has the same, and the export keeps the two equal
 __version__ = "0.1.0"
