@@ -16,7 +16,7 @@ from ..runs.rule import rule
 
 # %% ../../nbs/95_strategies/01_example.ipynb #3dfe6fd7
 @rule(change="return(24)")
-def follow(change, threshold=.01):
+def follow(change: float, threshold: float = .01) -> float:
     "Go with the last day, if it moved by more than the threshold"
     if change > threshold: return 1.
     if change < -threshold: return -1.
