@@ -497,17 +497,19 @@ class Children:
     "Our names for the orders that conditional orders became"
 
     def __init__(self): self._names: dict[str, str] = {}
+    def learn(self, number:str, order_id:str)->None: self._names[number] = order_id
+    def name(self, number:str, order_id:str)->str: return self._names.get(number, order_id)
 
     def named(self, frame:Any, events:list)->list:
         "Events of a frame (`frame_events`), under our names"
         told = frame.get("o") if isinstance(frame, dict) else None
         if not isinstance(told, dict): return events
         if frame["e"] == "ALGO_UPDATE":
-            if told.get("ai"): self._names[str(told["ai"])] = told["caid"]
+            if told.get("ai"): self.learn(str(told["ai"]), told["caid"])
             return events
-        ours = self._names.get(str(told.get("i")))
-        renamed = (Fill, OrderReport)
-        return [replace(event, order_id=ours) if ours and isinstance(event, renamed) else event for event in events]
+        number = str(told.get("i"))
+        return [replace(event, order_id=self.name(number, event.order_id)) if isinstance(event, (Fill, OrderReport))
+                else event for event in events]
 
 # %% ../../nbs/75_venues/01_binance.ipynb #0f038820
 class Streams:
@@ -573,8 +575,9 @@ class BinanceOrders:
     def __init__(self,
         exchange:Any,             # of `exchange_for`, its markets loaded
         settings:VenueSettings,   # addresses and keys
+        children:Children,        # learns what conditional orders became
     ):
-        self._exchange, self._settings = exchange, settings
+        self._exchange, self._settings, self._children = exchange, settings, children
 
     def _about(self, request): return about(self._exchange, self._settings, request)
 
@@ -586,7 +589,9 @@ class BinanceOrders:
         "What a request answers about the order that a conditional one became; before that, the same answer"
         number = answer.report.exchange_id if answer.report else ALGO
         if number.startswith(ALGO): return answer
-        child = await self._about(request(self._named(order) | {"orderId": number}))
+        self._children.learn(number, order.order_id)
+        market = self._exchange.markets[order.symbol]
+        child = await self._about(request({"symbol": market["id"], "orderId": number}))
         return replace(child, report=replace(child.report, order_id=order.order_id)) if child.report else child
 
     async def place(self, order:Order)->Answer:
@@ -669,7 +674,7 @@ class BinanceVenue(BinanceMarket):
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
         self._symbols: dict[str, str] = {}
         self._children = Children()
-        self._orders = BinanceOrders(self._exchange, settings)
+        self._orders = BinanceOrders(self._exchange, settings, self._children)
         self._streams = Streams(self._exchange, self.events, self._hear)
 
     async def connect(self, symbols:Sequence[str], leverage:int, watched:Sequence[str]=())->None:
@@ -702,7 +707,9 @@ class BinanceVenue(BinanceMarket):
     async def query(self, order:Order, sent_time:int|None=None)->Answer:
         return await self._orders.query(order, sent_time)
     async def open_orders(self, symbol:str)->list[OrderReport]:
-        return await open_orders(self._exchange, self.settings, symbol)
+        reports = await open_orders(self._exchange, self.settings, symbol)
+        name = self._children.name
+        return [replace(each, order_id=name(each.exchange_id, each.order_id)) for each in reports]
 
     async def account(self)->AccountSnapshot:
         symbols = {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
