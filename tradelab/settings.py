@@ -40,7 +40,17 @@ COST_WINDOWS = 24, 240 # candles: what is now, and what is usual, for spread and
 # %% ../nbs/00_ground/08_settings.ipynb #0fcd29b4
 @dataclass(frozen=True)
 class CostModel:
-    "The costs of a fill, as fractions of its notional"
+    """The costs of a fill, as fractions of its notional.
+
+    Raises
+    ------
+    ConfigurationError
+        For a number that is out of its range.
+
+    Examples
+    --------
+    >>> CostModel.realistic()
+    """
     taker_fee: float = 0.0005      # paid by an order that takes from the book
     maker_fee: float = 0.0002      # paid by an order that rested in the book
     slippage: float = 0.0001       # the price against the taker: half the spread and the walk through the book
@@ -413,7 +423,17 @@ EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("p
 
 @dataclass(frozen=True)
 class Execution:
-    "How targets become orders"
+    """How targets become orders.
+
+    Raises
+    ------
+    ConfigurationError
+        For a style that nobody knows, or a count below 1.
+
+    Examples
+    --------
+    >>> Execution("post_only", patience=5)
+    """
     # or "post_only": a limit order at the close that only makes, then across the spread; or "slices": in equal parts
     style: str = "market"
     patience: int = 3       # candles that a post-only order is tried before it crosses the spread
