@@ -12,9 +12,10 @@ from tradelab.config import settings
 from tradelab.errors import ConfigurationError
 from tradelab.instruments import BITCOIN
 from tradelab.live.ledger import FORMATS, Ledger, open_database
+from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.recorder import Recorder, RecordingError, chained, framed, read, recorded_settings
 from tradelab.live.session import FORMAT as SESSION
-from tradelab.live.session import Session, StartRefusedError
+from tradelab.live.session import Session
 from tradelab.policies import Policy, buy_and_hold, mlp, pack
 from tradelab.runs.formats import CONFIG, FORMAT, MANIFEST, DamagedRunError, seal
 from tradelab.runs.registry import read as read_run

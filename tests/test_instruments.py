@@ -16,7 +16,8 @@ from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN, Instrument, grid
 from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
-from tradelab.live.session import Preparation, StartRefusedError
+from tradelab.live.reconcile import StartRefusedError
+from tradelab.live.session import Preparation
 from tradelab.localnet.exchange import Exchange
 from tradelab.localnet.market import Market
 from tradelab.localnet.server import Localnet
