@@ -21,8 +21,25 @@ from ..errors import FeedError
 from ..events import CLOSE, Fill, Funding
 from .bookkeeper import Bookkeeper, Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.messages import (
-    Action, Answered, Decided, End, Event, Failed, Fetch, Fetched, Received, Record, Seen, Step, StepDone, Stop, Tell,
-    Unanswered, Wake, Woken, Write,
+    Action,
+    Answered,
+    Decided,
+    End,
+    Event,
+    Failed,
+    Fetch,
+    Fetched,
+    Received,
+    Record,
+    Seen,
+    Step,
+    StepDone,
+    Stop,
+    Tell,
+    Unanswered,
+    Wake,
+    Woken,
+    Write,
 )
 from .order_manager import ATTEMPTS, PAUSE, OrderManager, may_open, under_our_name
 from .order_states import orders_from_decision
@@ -216,18 +233,18 @@ QUIET = 2_000 # ms of silence after which an open order is asked about
 
 
 def settle(core:Core)->Process:
-    "Wait until nothing is open, or patience ends"
+    "Wait until every order has ended or rests, or patience ends"
     manager, until = core.manager, core.now + core.terms.patience
-    while (manager.blotter.open or manager.waiting) and (book(core) or core.now < until):
-        if manager.blotter.open and not (yield from news(core, core.now + QUIET)): yield from catch_up(core)
+    while (manager.blotter.unsettled or manager.waiting) and (book(core) or core.now < until):
+        if manager.blotter.unsettled and not (yield from news(core, core.now + QUIET)): yield from catch_up(core)
     core.do(*(Tell(Notice("unsettled", f"{intent.order.symbol} {intent.order.quantity}: {intent.state}, "
                           f"{intent.executed} executed, {intent.order.order_id}"))
-              for intent in manager.blotter.open.values()))
+              for intent in manager.blotter.unsettled))
 
 
 def carry_out(core:Core, orders:Sequence)->Process:
-    "Write down, send, and wait until each order has ended and is booked"
-    if core.manager.blotter.open: yield from catch_up(core)
+    "Write down, send, and wait until each order has ended and is booked, or rests"
+    if core.manager.blotter.unsettled: yield from catch_up(core)
     core.do(*core.manager.want(orders, core.now))
     while core.manager.pursuits: yield None
     core.manager.cautious = False

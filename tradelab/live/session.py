@@ -33,12 +33,42 @@ from .bookkeeper import Bookkeeper
 from .core import Core, Terms
 from .ledger import Ledger, clock
 from tradelab.live.messages import (
-    Action, Amend, Answered, Ask, Began, Cancel, Decided, End, Entry, Event, Failed, Fetch, Fetched, First, Intents,
-    Moved, Open, Received, Record, Say, Seen, Send, Step, StepDone, Stop, Tell, Unanswered, Wake, Warmed, Woken, Write,
+    Action,
+    Amend,
+    Answered,
+    Ask,
+    Began,
+    Cancel,
+    Decided,
+    End,
+    Entry,
+    Event,
+    Failed,
+    Fetch,
+    Fetched,
+    First,
+    Intents,
+    Moved,
+    Open,
+    Received,
+    Record,
+    Revised,
+    Say,
+    Seen,
+    Send,
+    Step,
+    StepDone,
+    Stop,
+    Tell,
+    Unanswered,
+    Wake,
+    Warmed,
+    Woken,
+    Write,
 )
 from .order_manager import Blotter, OrderManager
-from .recorder import Recorder
 from .reconcile import StartRefusedError
+from .recorder import Recorder
 from .start import FORMAT, check_instruments, check_same, in_this_format, refuse_series, start_and_live
 from .venue import Candle, Venue, VenueError
 from ..lock import Lock
@@ -158,10 +188,11 @@ def status_line(done:StepDone)->str:
             + "".join(map(symbol_line, done.rows)))
 
 # %% ../../nbs/70_live/11_session.ipynb #4e98409c
-def write(ledger:Ledger, session:str, record:Intents|Moved|Entry|Step|First)->None:
+def write(ledger:Ledger, session:str, record:Intents|Revised|Moved|Entry|Step|First)->None:
     "Keep a record in the ledger"
     match record:
         case Intents(orders): ledger.intend(session, list(orders))
+        case Revised(order): ledger.revise(session, order)
         case Moved(before, after):
             ledger.advance(session, before, after.state, executed=after.executed, exchange_id=after.exchange_id,
                            sent_time=after.sent_time, message=after.message)

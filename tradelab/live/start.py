@@ -18,7 +18,17 @@ from ..events import CLOSE
 from ..instruments import Instrument
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.core import (
-    Core, Process, ask_all, ask_until_answered, catch_up, feed_in, history_questions, live, look_ahead, news, take,
+    Core,
+    Process,
+    ask_all,
+    ask_until_answered,
+    catch_up,
+    feed_in,
+    history_questions,
+    live,
+    look_ahead,
+    news,
+    take,
 )
 from .messages import Began, First, Open, Record, Say, Tell, Warmed, Write
 from .reconcile import StartRefusedError, check_explained, reserve_of
