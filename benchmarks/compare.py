@@ -33,7 +33,7 @@ RENAMED = {r"(.*accounts?)\.state": r"\1.required_state"}
 # columns that are only here
 NEW = ("*account.trading_state", "*accounts.trading_state")
 # words in columns of text, there -> here: "take_profit": "take_profit_stop"
-WORDS = {}
+WORDS = {"as_asked": "accepted"}
 # "kind/column" -> why its figures may move; * stands for anything
 MAY_MOVE = {}
 

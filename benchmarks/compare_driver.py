@@ -327,7 +327,7 @@ def run_sweep(run, market):
                   costs=costs_of(run), execution=execution_of(run), exact=run.get("exact", False),
                   funding=funding and funding[symbol], progress=False,
                   **known)
-    return table("sweep", found.table.reset_index())
+    return table("sweep", (found.table if isinstance(found.table, pd.DataFrame) else found.table()).reset_index())
 
 
 def run_stress(run, market):
@@ -367,7 +367,7 @@ def run_environment(run, market):
     out = {"environment.seen": np.array(seen), "environment.rewards": np.array(rewards),
            "environment.ended": np.array(ended),
            "environment.last": np.array(last)}
-    population = many.population
+    population = many.batch if hasattr(many, "batch") else many.population # its former name
     return out | structured("accounts", population.accounts.ravel()) | structured("positions",
             population.positions.ravel())
 

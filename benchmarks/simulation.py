@@ -129,7 +129,7 @@ def environments():
         for action in actions: many.step(action)
     def bare():
         for action in actions:
-            if many.population.step(action): many.population.reset(np.flatnonzero(many.population.ended), random)
+            if many.batch.step(action): many.batch.reset(np.flatnonzero(many.batch.ended), random)
     def single():
         for action in actions[:, 0]:
             *_, truncated, _ = one.step(action)

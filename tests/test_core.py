@@ -17,11 +17,9 @@ from tradelab.live.ledger import Ledger
 from tradelab.live.messages import (
     Answered,
     Ask,
-    Cancel,
     End,
     Fetch,
     Fetched,
-    Intents,
     Open,
     Received,
     Send,

@@ -47,21 +47,21 @@ def ledger(rows, market, first, deposit=10_000.):
 
 def oracle(seen, environment):
     "Knows the next candle"
-    population = environment.population
-    candles = environment.population.market.tape.candles
-    return np.sign(candles[population.at[0] + 1, :, 3] - candles[population.at[0] + 1, :, 0])
+    batch = environment.batch
+    candles = environment.batch.market.tape.candles
+    return np.sign(candles[batch.at[0] + 1, :, 3] - candles[batch.at[0] + 1, :, 0])
 
 
 def loser(seen, environment):
     "Adds to what loses, never to what wins"
-    position = environment.population.positions[0]
+    position = environment.batch.positions[0]
     return np.where(position["quantity"] * (position["mark_price"] - position["entry_price"]) <= 0, 1., .3)
 
 
 HACKS = {"constant": lambda seen, environment: 1., "short": lambda seen, environment: -1., "churning": lambda seen,
-         environment: (-1.) ** environment.population.at[0], "holding the loser": loser, "oracle": oracle,
+         environment: (-1.) ** environment.batch.at[0], "holding the loser": loser, "oracle": oracle,
          "tiny": lambda seen, environment: 1e-9, "boundary": lambda seen, environment: 1.
-         if environment.population.at[0] % 8 == 7 else 0.}
+         if environment.batch.at[0] % 8 == 7 else 0.}
 
 
 @pytest.mark.parametrize("name", HACKS)
@@ -119,7 +119,7 @@ def test_the_checker_and_the_seed():
     def first(seed):
         environment = MarketEnv(market, 50)
         seen, _ = environment.reset(seed=seed)
-        return environment.population.at[0], seen.tolist()
+        return environment.batch.at[0], seen.tolist()
     assert first(3) == first(3)
     assert len({first(seed)[0] for seed in range(20)}) > 10
     one, two = (MarketVecEnv(market, 8, 40, seed=5) for _ in range(2))
@@ -144,7 +144,7 @@ def test_the_end_of_the_data_is_truncated_and_only_ruin_is_terminated():
                      instruments=[replace(BITCOIN, max_quantity=1e9)])
     rewards, rows, environment, terminated = episode(market, lambda seen, environment: 1.)
     assert terminated
-    assert environment.population.accounts[0, 0]["equity"] < RUIN * 10_000
+    assert environment.batch.accounts[0, 0]["equity"] < RUIN * 10_000
     assert rewards[-1] < -3
 
 
@@ -152,23 +152,23 @@ def test_actions_that_are_none_are_refused_and_change_nothing():
     market = prepare(ar1(300, seed=1), Observation(["return(1)"]))
     environment = MarketEnv(market)
     environment.reset(seed=0)
-    before = environment.population.accounts.copy(), int(environment.population.at[0])
+    before = environment.batch.accounts.copy(), int(environment.batch.at[0])
     for action in (1.5, np.nan, -np.inf):
         with pytest.raises(ValueError, match=r"environment 0 was given the action .* at the candle of "
                            r"\d{4}-\d\d-\d\d.*: an action is a number in \[-1, 1\] per symbol"):
             environment.step(np.array([action]))
-    assert np.array_equal(environment.population.accounts, before[0])
-    assert environment.population.at[0] == before[1]
+    assert np.array_equal(environment.batch.accounts, before[0])
+    assert environment.batch.at[0] == before[1]
 
 
 def test_an_episode_has_its_own_costs():
     candles = ar1(900, rho=0, volatility=.005, seed=7)
     market = prepare(candles, Observation(["return(1)"]), limits=LIMITS)
-    population = BatchedEnv(market, 64, 100, domain=DomainRandomisation(fees=(.5, 2.), spread=(.5, 4.)))
-    population.reset(range(64), np.random.default_rng(0))
-    assert len(set(population.worlds["costs"]["taker_fee"])) == 64
-    assert population.worlds["costs"]["spread_scale"].max() > 2
-    assert (population.worlds["costs"]["taker_fee"] / population.worlds["costs"]["maker_fee"]).std() < 1e-12
+    batch = BatchedEnv(market, 64, 100, domain=DomainRandomisation(fees=(.5, 2.), spread=(.5, 4.)))
+    batch.reset(range(64), np.random.default_rng(0))
+    assert len(set(batch.worlds["costs"]["taker_fee"])) == 64
+    assert batch.worlds["costs"]["spread_scale"].max() > 2
+    assert (batch.worlds["costs"]["taker_fee"] / batch.worlds["costs"]["maker_fee"]).std() < 1e-12
     dear, cheap = (episode(market, HACKS["churning"], domain=DomainRandomisation(fees=(factor, factor)),
                            length=200)[1]["fee"].sum() for factor in (2., 1.))
     assert 1.5 < dear / cheap <= 2.001
@@ -181,7 +181,7 @@ def test_rewards_of_other_kinds_lead_to_the_same_account():
                               for reward in (Reward(), Reward(differential_sharpe=.01), Reward(drawdown=1.)))
     assert np.array_equal(plain[1], sharpe[1])
     assert np.array_equal(plain[1], careful[1])
-    drawdowns = np.append(plain[1]["drawdown"][:, 0], plain[2].population.accounts[0, 0]["drawdown"])
+    drawdowns = np.append(plain[1]["drawdown"][:, 0], plain[2].batch.accounts[0, 0]["drawdown"])
     assert np.allclose(plain[0] - careful[0], np.maximum(np.diff(drawdowns), 0))
     assert np.isfinite(sharpe[0]).all()
     assert not np.allclose(sharpe[0], plain[0])

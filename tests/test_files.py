@@ -112,7 +112,7 @@ def test_every_exporter_comes_back(tmp_path, name, timeframe, scale):
     candles = market(timeframe, scale)
     (tmp_path / name).write_bytes(WRITERS[name](candles))
     if name == "american.csv" and candles.index.day.max() <= 12:
-        with pytest.raises(CandleError, match="which is the day and which the month cannot be known"):
+        with pytest.raises(CandleError, match="which is the day and which the month cannot be determined"):
             from_file(tmp_path / name, timeframe)
         return
     read = history(SYMBOL, timeframe, source=tmp_path / name)
@@ -130,7 +130,7 @@ def test_what_a_file_does_not_say_is_said(tmp_path, caplog):
     assert (read.volume == 9).all()
     assert read.attrs["volume"].startswith("counted in changes of the price")
     assert "clock of its server" in read.attrs["time"]
-    assert "a file does not say all" in caplog.text
+    assert "assumptions about a file" in caplog.text
     grouped = table_of(market()).assign(volume=[f"{1234 + n:,}".replace(",", ".") for n in range(60)],
                                         close=[f"{value:,.1f}".translate({44: ".", 46: ","})
                                                for value in market().close])
@@ -141,9 +141,9 @@ def test_what_a_file_does_not_say_is_said(tmp_path, caplog):
 
 @pytest.mark.parametrize("name, content, message", [
     ("two.csv", csv(table_of(market()).assign(Volume=1., VOLUME=2.).drop(columns="volume")),
-     "two.csv: which of Volume, VOLUME is the volume cannot be known: leave one of them"),
+     "two.csv: which of Volume, VOLUME is the volume cannot be determined: leave one of them"),
     ("fewer.csv", b"timestamp,open,high,low,close\n1640995200000,1,1,1,1,1\n1640998800000,1,1,1,1,1\n",
-     "fewer.csv: it is a table whose header names 5 columns where its rows have 6: name all of them"),
+     "fewer.csv: it is a table whose header names 5 columns, but its rows have 6: name all of them"),
     ("serial.xlsx", excel(table_of(market()).assign(timestamp=44_562.)), "serial.xlsx: timestamp 44562 is not in "
      "seconds, milliseconds"), ("two.zip", zipped(b"x", "a").replace(b"PK\x05\x06", b"PK\x05\x07"),
                                 "two.zip: not a whole .csv file"),
@@ -201,7 +201,7 @@ def test_rates_that_cover_less_than_asked_are_said(tmp_path, caplog):
     for span in (("2022-02-01", None), (None, "2022-03-09"), ("2022-04-01", "2022-05-01")):
         caplog.clear()
         funding_history(SYMBOL, *span, tmp_path / "rates.csv")
-        assert "span is shorter than asked" in caplog.text
+        assert "span is shorter than requested" in caplog.text
 
 
 # ---- a table straight from a file
@@ -231,9 +231,9 @@ def test_the_shared_files_and_the_store_are_taken(shared, tmp_path):
 # ---- bounds and fuzz
 
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "UNPACKED", 1 << 20)
-    monkeypatch.setattr(files, "ROWS", 1000)
-    monkeypatch.setattr(files, "LINE", 1 << 16)
+    monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_ROWS", 1000)
+    monkeypatch.setattr(files, "MAX_LINE", 1 << 16)
     zeros = b"0" * (4 << 20)
     written = io.BytesIO()
     pd.DataFrame({"x": np.zeros(2000)}).to_parquet(written)

@@ -236,9 +236,9 @@ def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
         rewards = rewards + reward
         asked = asked + 1
         done = ended or stopped
-    first = candles.index[env.population.market.first_row]
+    first = candles.index[env.batch.market.first_row]
     result = backtest(policy, candles, first, limits=OPEN_END, gaps=True, baselines=())
-    assert result.equity.iloc[-1] == env.population.accounts["equity"][0, 0]
+    assert result.equity.iloc[-1] == env.batch.accounts["equity"][0, 0]
     assert rewards == pytest.approx(np.log(result.equity.iloc[-1] / 10_000))
     assert asked == (result.rows["reason"] != Reason.NO_DECISION).sum()
 
@@ -271,7 +271,7 @@ def test_a_sweep_counts_years_and_not_rows():
     candles = ar1(2_000, seed=2)
     bad = candles.drop(candles.index[1:1_000])                             # the first step is the long one
     table = sweep(lambda p, c: np.full(len(c), p[0]), bad[["close"]], pd.DataFrame({"x": [.5, 1.]}), bad,
-                  limits=OPEN_END, costs=CostModel.ideal(), gaps=True, progress=False).table
+                  limits=OPEN_END, costs=CostModel.ideal(), gaps=True, progress=False).table()
     span = (bad.index[-1] - bad.index[0]) / pd.Timedelta(days=365)
     np.testing.assert_allclose((1 + table["annual_return"]) ** span - 1, table["total_return"], rtol=1e-9)
     for x, row in table.iterrows():

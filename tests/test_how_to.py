@@ -40,7 +40,7 @@ tests = runpy.run_path("tests/test_limits.py") if {names} else dict()
 for name in {names}: tests[name]()
 """
 TESTS = {"add_a_limit": ["test_each_limit_is_said_once_and_the_same_everywhere",
-                         "test_each_limit_that_refuses_has_a_sentence_that_names_it"]}
+                         "test_each_limit_that_denies_has_a_sentence_that_names_it"]}
 
 
 @pytest.fixture

@@ -101,16 +101,16 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
     alone = quiet(backtest, pd.Series(given, candles.index), candles, limits=limits, baselines=())
     swept = quiet(sweep, lambda _, columns: columns[:, 0].copy(), pd.DataFrame({"x": given}, candles.index),
                   pd.DataFrame({"n": [1.]}), candles, limits=limits, progress=False)
-    assert np.isclose(swept.table["total_return"].iloc[0], alone.equity.iloc[-1] / 10_000 - 1, rtol=1e-9, atol=1e-12)
+    assert np.isclose(swept.runs["total_return"].iloc[0], alone.equity.iloc[-1] / 10_000 - 1, rtol=1e-9, atol=1e-12)
     market = quiet(prepare, candles, Observation(["return(1)"]), limits=limits)
     environment, ended = MarketEnv(market), False
     environment.reset(seed=0)
     while not ended:
-        *_, terminated, truncated, info = environment.step(np.array([given[environment.population.at[0]]]))
+        *_, terminated, truncated, info = environment.step(np.array([given[environment.batch.at[0]]]))
         row = np.array(info["journal"], JOURNAL)[0]
         ended = terminated or truncated
         if row["fill_quantity"]:
-            met = market.tape.candles[environment.population.at[0], 0, 0]
+            met = market.tape.candles[environment.batch.at[0], 0, 0]
             check_taker(row["fill_price"], met, np.sign(row["fill_quantity"]), alone.instruments[0])
 
 

@@ -165,7 +165,7 @@ def test_candles_are_downloaded_once(project, monkeypatch):
         asked.append((start, end))
         return store.fill("binanceusdm", symbol, timeframe, start, end, lambda first, last: asked.append("fetched")
                           or candles)
-    monkeypatch.setattr(sources, "first_answer", lambda symbol, timeframe, start, end, named, store,
+    monkeypatch.setattr(sources, "first_available", lambda symbol, timeframe, start, end, named, store,
                         gaps: fetch(symbol, timeframe, start, end, store).candles)
     for _ in range(2): said = tradelab("data", "download", "BTC/USDT:USDT", "--span", "2024-01-02/2024-01-05")
     assert said.exit_code == 0

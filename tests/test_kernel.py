@@ -269,7 +269,7 @@ def test_a_stop_comes_before_a_target_that_the_same_candle_reaches(side, candle)
     assert state.account["equity"][0] < 10_000
 
 
-def test_more_than_the_bracket_allows_is_shrunk():
+def test_more_than_the_bracket_allows_is_reduced():
     limits = Limits(max_position=50., max_leverage=50., leverage=50, min_margin_ratio=0., max_participation=None,
                     max_daily_loss=None, max_drawdown=1., stops=NO_STOPS)
     candles = ar1(60, rho=0, volatility=1e-4, seed=1)

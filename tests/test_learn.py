@@ -13,7 +13,6 @@ from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
-from tradelab.learn.learning_curve import plot_learning
 from tradelab.market.synthetic import ar1
 from tradelab.policies import Policy, mlp, pack
 from tradelab.runs.formats import CONFIG, DamagedRunError, seal
@@ -117,7 +116,7 @@ def test_run_is_complete(run, market):
     assert {"tradelab", "numpy", "numba", "torch", "stable-baselines3", "python"} <= config["versions"].keys()
     assert not {"/", ":"} & set(run.id)
     assert run.id.startswith("train_BTC-USDT-USDT_20240101_")
-    axes = plot_learning(run).axes[0]
+    axes = run.plot().axes[0]
     assert axes.get_xlabel() == "training step [candles]"
     assert axes.get_title("left").startswith("SYNTHETIC prices: synthetic ar1")
 

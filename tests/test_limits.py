@@ -202,16 +202,16 @@ def test_no_more_symbols_are_held_than_allowed(rules, most, seed):
         after = positions["quantity"] + rows["quantity"]
         before = held | working
         opened = (after != 0) & ~before
-        refused = rows["reason"] == Reason.MAX_POSITIONS
+        denied = rows["reason"] == Reason.MAX_POSITIONS
         assert opened.sum() <= max(0, most - before.sum())
         assert ((after != 0) | working).sum() <= max(most, before.sum())
-        assert not (refused & before).any()
-        assert not rows["quantity"][refused].any()
-        if opened.any() and refused.any(): assert np.abs(targets[opened]).min() >= np.abs(targets[refused]).max()
-        for size in np.unique(np.abs(targets[opened | refused])): # of equal targets, the symbol that comes first
-            asked = (opened | refused) & (np.abs(targets) == size)
-            if opened[asked].any() and refused[asked].any():
-                assert np.flatnonzero(asked & opened).max() < np.flatnonzero(asked & refused).min()
+        assert not (denied & before).any()
+        assert not rows["quantity"][denied].any()
+        if opened.any() and denied.any(): assert np.abs(targets[opened]).min() >= np.abs(targets[denied]).max()
+        for size in np.unique(np.abs(targets[opened | denied])): # of equal targets, the symbol that comes first
+            asked = (opened | denied) & (np.abs(targets) == size)
+            if opened[asked].any() and denied[asked].any():
+                assert np.flatnonzero(asked & opened).max() < np.flatnonzero(asked & denied).min()
         reducing = held & (targets == 0)
         assert np.array_equal(rows["quantity"][reducing], free["quantity"][reducing])
         for n in np.flatnonzero(rows["quantity"]): apply_fill(account, positions, n, rows["quantity"][n], prices[n], 0.)
@@ -281,7 +281,7 @@ def test_no_more_symbols_are_held_in_any_driver(most, seed, execution, latency, 
     while not done:
         *_, ended, truncated, info = environment.step(random.choice([-1., -.4, 0., 0., .7, 1.], 6))
         done = ended or truncated
-        assert (environment.population.positions[0]["quantity"] != 0).sum() <= most
+        assert (environment.batch.positions[0]["quantity"] != 0).sum() <= most
 
 
 @settings(max_examples=15)
@@ -294,16 +294,16 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
     limits = Limits(max_position=.4, max_daily_loss=None, max_drawdown=.95, max_participation=None, stops=NO_STOPS)
     environment = MarketEnv(prepare(candles, Observation(["return(1)"]), limits=limits))
     environment.reset(seed=0)
-    population = environment.population
-    times = environment.population.market.tape.times
-    account = population.accounts[0]
-    positions = population.positions[0]
+    batch = environment.batch
+    times = environment.batch.market.tape.times
+    account = batch.accounts[0]
+    positions = batch.positions[0]
     trader = make_trader(turning(), limits, tuple(replace(BITCOIN, symbol=name) for name in NAMES[:2]))
     values = matrix(candles, KNOWN)[1]
-    trader.warm(times[:population.at[0]], values[:population.at[0]])
+    trader.warm(times[:batch.at[0]], values[:batch.at[0]])
     column = PORTFOLIO.index("risk_state") - len(PORTFOLIO)
     for state in states:
-        t, held = int(population.at[0]), positions["quantity"].copy()
+        t, held = int(batch.at[0]), positions["quantity"].copy()
         for each in (account, trader.account): require_state(each, state)
         again = make_trader(turning(), limits, trader.instruments)
         again.restore(json.loads(json.dumps(trader.snapshot())))
@@ -362,7 +362,7 @@ def test_each_limit_is_said_once_and_the_same_everywhere():
     assert not readme
 
 
-def test_each_limit_that_refuses_has_a_sentence_that_names_it():
+def test_each_limit_that_denies_has_a_sentence_that_names_it():
     named = {name for reason in Reason for name in re.findall(r"[a-z_]+", reason.sentence(1., 1.))}
     limits = {field.name for field in fields(Limits) if field.name.startswith(("max_", "min_"))} | {"target_volatility"}
     # what a target of 1 comes to, and one sentence for all that is too small
@@ -429,7 +429,7 @@ def test_stops_close_at_the_close_and_stay_out():
     assert f"{last['limit']:g}" in Reason(int(last["reason"])).sentence(last["value"], last["limit"])
 
 
-def test_a_price_off_the_mark_and_a_mark_that_is_unknown_are_refused():
+def test_a_price_off_the_mark_and_a_mark_that_is_unknown_are_denied():
     gate = Gate(Limits(), [BITCOIN])
     candle = np.array([[100., 100, 100, 100, 1e6]])
     decide = lambda marks: gate.decide(10**12, candle, np.ones(1), new_account(10_000.), np.zeros(1, POSITION),
@@ -453,5 +453,5 @@ def test_the_day_ends_at_midnight():
                              positions)
         reasons.append(Reason(answer["reason"][0]))
     assert reasons[2:24] == [Reason.DAILY_LOSS] * 22
-    assert reasons[1] is Reason.AS_ASKED
+    assert reasons[1] is Reason.ACCEPTED
     assert reasons[24] is not Reason.DAILY_LOSS

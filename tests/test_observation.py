@@ -142,7 +142,7 @@ def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
 
 def test_what_a_feature_looks_at_must_be_there(market):
     policy = network(0, 1, 2, FEATURES)
-    with pytest.raises(ValueError, match=f"a feature looks at {ETH}, whose candles are not there: give them, extra="):
+    with pytest.raises(ValueError, match=f"a feature reads {ETH}, whose candles are missing: pass extra="):
         backtest(policy, market[BTC])
     with pytest.raises(ValueError, match="taker_share.2. needs taker_buy_volume, which candle 0 does not have"):
         backtest(policy, market[BTC].drop(columns="taker_buy_volume"), extra={ETH: market[ETH]})

@@ -164,7 +164,7 @@ def test_a_run_keeps_its_series_and_refuses_another(tmp_path):
     for absent in (None, {}):
         with pytest.raises(CandleError, match="the run was trained with the series mood, which is not given"):
             backtest(again, CANDLES, series=absent, baselines=())
-    with pytest.raises(ValueError, match="a feature reads the series 'mood', which is not there: give it, series="):
+    with pytest.raises(ValueError, match="a feature reads the series 'mood', which is missing: pass series="):
         train("PPO", CANDLES[:500], observation, steps=200, folder=tmp_path, progress=False)
 
 
@@ -190,5 +190,5 @@ def test_the_settings_name_files_columns_and_lag(project):
     assert json.dumps(series["mood"].definition.columns) == '["mood", "count"]'
     with pytest.raises(CandleError, match="has no column 'mod', only mood, count"):
         load_series(["mood.mod"], settings_of().series)
-    with pytest.raises(CandleError, match="a feature reads the series 'news', and the settings define mood"):
+    with pytest.raises(CandleError, match="a feature reads the series 'news', but the settings define mood"):
         load_series(["news"], settings_of().series)

@@ -273,7 +273,7 @@ def test_how_often_the_worst_first_is_wrong_in_real_hours():
         for i in range(0, len(coarse) - 240, 4):
             for side in (1., -1.):
                 k, code, hourly = left(coarse[i:i + 240], side, row)
-                if code == "AS_ASKED": continue
+                if code == "ACCEPTED": continue
                 _, true, exact = left(fine[starts[i]:starts[i + k + 1]], side, row)
                 pairs.append((code, true))
                 results.append((hourly, exact))

@@ -199,7 +199,7 @@ def test_latest_is_what_was_made_here(tmp_path):
     change(first.folder, seed=8) # another run under the name of one that was made here
     with pytest.raises(DamagedRunError, match="is not the one that was made here"): load("latest", tmp_path)
     (tmp_path / TRIALS).unlink()
-    with pytest.raises(UnknownRunError, match="none of the runs in .* was made here"): load("latest", tmp_path)
+    with pytest.raises(UnknownRunError, match="the runs in .* were not made here"): load("latest", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "", "x" * 121, "a\0b", "a b", "train\n"])

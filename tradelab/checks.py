@@ -67,7 +67,7 @@ def check_policy(
     if rule := _RULE.fullmatch(policy): return check_rule(rule[1], rule[2])
     known = sorted(path.name for path in runs.glob("train_*") if path.is_dir()) if runs.is_dir() else []
     how = "train one with `tradelab run train`, or name a rule such as tradelab.strategies.example:Momentum"
-    if policy == "latest" and not known: raise LookupError(f"there is no latest run, {runs} holds none: {how}")
+    if policy == "latest" and not known: raise LookupError(f"there is no latest run, {runs} is empty: {how}")
     if policy != "latest" and policy not in known:
         near = ", ".join(found for found, *_ in process.extract(policy, known, limit=3))
         raise LookupError(f"there is no run {policy!r} in {runs}: {f'nearest are {near}; ' if near else ''}{how}")
@@ -120,7 +120,7 @@ def check_job(*,
     if agent and agent not in AGENT_NAMES:
         raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
                          f"{', '.join(AGENT_NAMES)}")
-    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 are a beginning")
+    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)
     symbols = symbols_of(symbol)
     for each in (source, funding): check_file(each, symbols)

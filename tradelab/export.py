@@ -114,7 +114,7 @@ def load(path:str|Path)->Result:
 # %% ../nbs/99_top/06_export.ipynb #b4c7aa01
 TABLES = {"journal": lambda result: result.journal, "fills": lambda result: result.fills,
           "equity": lambda result: result.equity.to_frame("equity"),
-          "metrics": lambda result: result.summary().table().to_frame()}
+          "metrics": lambda result: result.summary().table()}
 SUFFIXES = (".csv", ".parquet", ".xlsx", ".json")
 
 

@@ -19,9 +19,8 @@ from .market.store import Store
 from .market.symbols import symbol_in, symbols_of, taken_as
 from .runs.run import Run
 from .sources.funding import fundings
-from .sources.history import SourceLike, histories, is_file, read_table
-from .sources.history import before as preceding
-from .sources.tables import names_of
+from .sources.history import SourceLike, histories, is_file, read_table, warm_up_start
+from .sources.tables import row_symbols
 from .times import format_time, parse_span
 
 # %% ../nbs/99_top/03_inputs.ipynb #ef1ee8bb
@@ -30,7 +29,7 @@ def held_by(
 )->tuple:     # ccxt's unified names; empty where it does not say
     "The symbols that a file says it holds, in a column or by its name"
     if not is_file(source) or "{symbol}" in str(source): return ()
-    names = names_of(read_table(source))
+    names = row_symbols(read_table(source))
     if names is not None and len(names): return symbols_of(list(dict.fromkeys(names)))
     return symbols_of(symbol_in(str(source)))
 
@@ -137,7 +136,7 @@ def gathered(
 )->Inputs:
     "The same for symbols that are known; without a run, what `train` learns on"
     start, end = span
-    begin = preceding(start, warm_up, timeframe, here.gaps)
+    begin = warm_up_start(start, warm_up, timeframe, here.gaps)
     frames, cut = together(histories((*symbols, *extra), timeframe, begin, end, source, Store(here.data), here.gaps))
     rates = fundings(symbols, begin and begin - 86_400_000, end, funding)
     traded = {symbol: frames[symbol] for symbol in symbols}

@@ -34,7 +34,7 @@ from .runs.registry import load, train_ids
 from .runs.run import Run
 from .sim.backtest import backtest
 from .sources.history import history, is_file
-from .sources.tables import candle_names, foreign, oldest_first, read_table, time_index
+from .sources.tables import oldest_first, parser_errors, read_table, rename_candle_columns, time_index
 from .texts import one_line, printable
 from .times import TIMEFRAMES, milliseconds, parse_span
 
@@ -411,8 +411,8 @@ def table_of(
 )->pd.DataFrame:    # indexed by time, its columns named, nothing judged
     "The candles of a file as they are found"
     name = Path(path).name
-    with foreign(name):
-        table = candle_names(read_table(path), name)
+    with parser_errors(name):
+        table = rename_candle_columns(read_table(path), name)
         table.index = time_index(table, name)
         return oldest_first(table)
 

@@ -58,8 +58,9 @@ FILL = np.dtype([("open_time", "i8"), ("symbol", "i8"), ("quantity", "f8"), ("pr
                  ("kind", "i8"), ("protects", "i8")])
 
 # %% ../nbs/00_ground/09_orders.ipynb #3c72d9d3
+# value and limit are written one by one and read together; side by side, that would stall
 ORDER_REQUEST = np.dtype([("target", "f8"), ("confidence", "f8"), ("price", "f8"), ("mark", "f8"), ("turnover", "f8"),
-                          ("value", "f8"), ("kept", "f8"), ("growth", "f8"), ("sent", "f8"), ("limit", "f8"),
-                          ("factor", "f8"),
-                     # value and limit are written one by one and read together; side by side, that would stall
-                     ("quantity", "f8"), ("reason", "i8"), ("working", "i8")])
+                          ("value", "f8"), ("base", "f8"), ("increase", "f8"), ("wanted_notional", "f8"),
+                          ("limit", "f8"), ("share", "f8"), ("measured", "f8"), ("opening", "f8"),
+                          ("base_notional", "f8"), ("added_notional", "f8"),
+                          ("quantity", "f8"), ("reason", "i8"), ("working", "i8")])

@@ -12,13 +12,18 @@ __all__ = ['YEAR', 'UNKNOWN', 'JOURNAL_COLUMNS', 'LABELS', 'SHORTEST', 'ANNUAL',
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #0d4e8645
 from dataclasses import dataclass
 from math import nan
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
+from ..figures import measures_figure
+from ..sections import once
 from ..times import milliseconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported when something is drawn
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #ce90009d
 @compiled
@@ -459,22 +464,27 @@ class Metrics:
     fees:float = nan               # quote, above zero is paid
     funding:float = nan            # quote, above zero is received
 
-    def table(self)->pd.Series:
-        "The numbers in the units of their labels"
+    @once
+    def table(self)->pd.DataFrame:
+        "The numbers in the units of their labels; one column, `value`"
         values = ({name: getattr(self, name) for name in LABELS}
                   | dict(drawdown_duration=self.drawdown_duration / pd.Timedelta(days=1)))
         return pd.Series({label: factor * values[name] for name, (label, factor, _) in LABELS.items()},
-                         dtype=np.float64, name="value")
+                         dtype=np.float64, name="value").to_frame()
 
     def written(self)->pd.Series:
         "The table as text; annual figures of less than `SHORTEST` are left out"
         short = self.end - self.start < SHORTEST
         texts = ["-" if short and name in ANNUAL else written(value, decimals) for value,
-                 (name, (_, _, decimals)) in zip(self.table(), LABELS.items())]
+                 (name, (_, _, decimals)) in zip(self.table()["value"], LABELS.items())]
         return pd.Series(texts, self.table().index, name="value")
 
+    def plot(self)->"Figure":
+        "The numbers as bars, a panel for each unit"
+        return measures_figure(self.table(), f"{self.start:%Y-%m-%d} to {self.end:%Y-%m-%d}")
+
     def __str__(self): return self.written().to_string()
-    def _repr_html_(self): return self.written().to_frame().to_html(border=0, header=False)
+    def _repr_html_(self)->str: return self.written().to_frame().to_html(border=0, header=False)
 
 # %% ../../nbs/40_evaluation/01_metrics.ipynb #f9e74c99
 def metrics(

@@ -22,6 +22,7 @@ from .tearsheet import TearSheet, months
 from ..instruments import Instrument
 from ..journal import JOURNAL
 from ..orders import FILL, Kind
+from ..sections import once
 from ..times import TimeLike
 
 if TYPE_CHECKING:
@@ -119,27 +120,34 @@ class Result:
         return cls(name, *journal_rows(journal), **told)
 
     @property
+    @once
     def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
     @property
+    @once
     def equity(self)->pd.Series: return equity_series(self.rows, self.final, self.name) # quote, at each close
     @property
+    @once
     def fills(self)->pd.DataFrame: return fills_frame(self.fill_rows, self.symbols)
 
     @property
+    @once
     def round_trips(self)->pd.DataFrame:
         "A row per finished one, with excursions if the fills are known; a journal cannot separate two of one candle"
         if not len(self.fill_rows): return journal_round_trips(self.journal)
         return round_trips(self.fills, self.candles, self.journal)
 
     @property
+    @once
     def execution(self)->pd.DataFrame: return execution(self.fills, self.candles) # the costs of each fill, in parts
     @property
     def months(self)->pd.DataFrame: return months(self.equity)                    # returns, fractions
     @property
     def told(self)->str: return full_caption(self.caption, self.instruments)
     @property
+    @once
     def risk(self)->RiskReport: return RiskReport(self.name, self.journal, self.equity)
 
+    @once
     def summary(self)->Metrics: return metrics(self.equity, self.journal, round_trips=self.round_trips)
     def intervals(self, level:float=.95, draws:int=1_000, seed:int=0)->pd.DataFrame:
         "Confidence intervals of the metrics"
@@ -158,11 +166,13 @@ class Result:
         return TearSheet(_named(self, others), caption=self.told, source=self.source, net=self.net)
 
     @property
+    @once
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
         name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
         return TearSheet({name: self, **self.baselines}, caption=self.told, source=self.source, net=self.net)
 
+    def table(self)->pd.DataFrame: return self.tearsheet.table() # a row per metric, a column for each baseline, too
     def plot(self)->"Figure": return self.tearsheet.plot()
-    def _repr_html_(self): return self.tearsheet._repr_html_()
+    def _repr_html_(self)->str: return self.tearsheet._repr_html_()
     def __str__(self): return str(self.tearsheet)

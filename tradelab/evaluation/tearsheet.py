@@ -52,7 +52,7 @@ from tradelab.figures import (
 from ..files import asset
 from ..policies import buy_and_hold
 from ..risk.answers import answered_text, halts
-from ..sections import section_html
+from ..sections import once, section_html
 from ..texts import figure_text, html_text, printable
 
 if TYPE_CHECKING:
@@ -491,8 +491,7 @@ def halts_table(
     return pd.DataFrame(rows, columns=["Who", "Halted [UTC]", "Until", "Drawdown [%]", "Of the span [%]", "Why"])
 
 
-def _halts_html(results):
-    table = halts_table(results)
+def _halts_html(table):
     return ("<p>Nobody was halted.</p>" if table.empty else "<p><b>Trading was "
             f"halted</b></p>{table.to_html(index=False, border=0)}")
 
@@ -502,7 +501,7 @@ def _inline(sheet):
     picture = section_html(lambda: _picture(sheet.plot(), f"equity, drawdown and exposure of {sheet.subject}"))
     return (f"<p><b>{html_text(sheet.subject)}</b><br>{_marked(sheet.answer)}<br><small>"
             f"{_marked(sheet.full_caption)}</small></p>"
-            f"\n{picture}\n{section_html(lambda: _halts_html(sheet.results))}"
+            f"\n{picture}\n{section_html(lambda: _halts_html(sheet.halts()))}"
             f"\n{section_html(lambda: sheet.written().to_html(border=0))}")
 
 # %% ../../nbs/40_evaluation/09_tearsheet.ipynb #f2667cd4
@@ -530,7 +529,7 @@ def _page(sheet):
     columns = 2 if len(sheet.results) < 4 else 1
     what = "rolling Sharpe ratio, returns, round trips and costs"
     parts = {"Equity, drawdown, exposure": lambda: _picture(sheet.plot(), "equity, drawdown and exposure of "
-                                                            f"{sheet.subject}", 140) + _halts_html(sheet.results),
+                                                            f"{sheet.subject}", 140) + _halts_html(sheet.halts()),
              "Returns by month": lambda: months_html(months(equity)), "Deepest drawdowns": lambda: spells_html(equity),
              "A closer look": lambda: _picture(sheet.details(), f"{what} of {sheet.subject}", 140),
              "Numbers": lambda:
@@ -555,11 +554,13 @@ class TearSheet:
     def subject(self)->str: return next(iter(self.results))
 
     @property
+    @once
     def metrics(self)->dict[str, Metrics]:
         return {name: metrics(result.equity, result.journal, round_trips=round_trips_of(result))
                 for name, result in self.results.items()}
 
     @property
+    @once
     def answer(self)->str:
         "The outcome, in a sentence"
         return answer_of(self.results, self.caption)
@@ -569,13 +570,15 @@ class TearSheet:
         "What the reader must know: span, costs, in or out of sample, whose prices"
         return _full_caption(self.results[self.subject].equity, self.caption, self.source, self.net)
 
+    @once
     def halts(self)->pd.DataFrame:
         "When and why trading was halted, for each result"
         return halts_table(self.results)
 
+    @once
     def table(self)->pd.DataFrame:
         "A column for each result, in the units of the row labels"
-        return pd.DataFrame({name: measured.table() for name, measured in self.metrics.items()})
+        return pd.DataFrame({name: measured.table()["value"] for name, measured in self.metrics.items()})
 
     def written(self)->pd.DataFrame:
         "The table as text"
@@ -607,4 +610,5 @@ class TearSheet:
                  else "", self.written().to_string()]
         return printable("\n\n".join(part for part in parts if part))
 
-    def _repr_html_(self): return _inline(self)
+    @once
+    def _repr_html_(self)->str: return _inline(self)

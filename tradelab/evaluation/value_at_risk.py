@@ -10,12 +10,18 @@ __all__ = ['LEVELS', 'METHODS', 'Z', 'FAR', 'historical', 'density', 'below', 'g
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #f4151977
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..compiled import compiled
+from ..figures import measures_figure
+from ..sections import once
 from ..times import milliseconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported when something is drawn
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #23562950
 LEVELS = (.95, .99)
@@ -244,6 +250,7 @@ class TailMeasures:
     def shortfall(self, method:str="filtered", level:float=.99)->float:
         return float(self.values[METHODS.index(method), LEVELS.index(level), 1])
 
+    @once
     def table(self)->pd.DataFrame:
         "Percent of equity, and quote if the equity is known"
         columns = [f"{name} {level:.0%} [%]" for level in LEVELS for name in ("VaR", "ES")]
@@ -253,8 +260,12 @@ class TailMeasures:
                 else frame.join(pd.DataFrame(self.equity * self.values.reshape(len(METHODS), -1), frame.index,
                                              [column.replace("%]", "quote]") for column in columns])))
 
+    def plot(self)->"Figure":
+        "A bar for each method, a panel for each unit"
+        return measures_figure(self.table().T, "Of the next candle, above 0 is a loss")
+
     def __str__(self): return self.table().round(3).to_string()
-    def _repr_html_(self): return self.table().round(3).to_html(border=0)
+    def _repr_html_(self)->str: return self.table().round(3).to_html(border=0)
 
 # %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #d3b4e4f7
 class TailRisk:

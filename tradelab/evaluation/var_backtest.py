@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..figures import finished
+from ..sections import once
 from ..texts import html_text
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ def plot_exceptions(
               label=f"{int(hits.sum())} exceptions")
     axes.set(xlabel="open time [UTC]", ylabel="return [%]")
     axes.legend(ncol=3, fontsize=8)
-    return figure
+    return finished(figure)
 
 # %% ../../nbs/40_evaluation/05_var_backtest.ipynb #b483bab1
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class VarBacktest:
     light:str
     depth:tuple[float, float]                # (mean excess over the shortfall, p-value)
 
+    @once
     def table(self)->pd.DataFrame:
         "Each test with its p-value; small ones reject the forecast"
         rows = {f"exceptions: {self.exceptions}, expected {len(self.returns) * (1 - self.level):.1f}": (self.kupiec[0],
@@ -159,7 +162,7 @@ class VarBacktest:
         return (f"{self.level:.0%} VaR over {len(self.returns):,} candles: traffic light "
                 f"{self.light}\n{self.table().round(4).to_string(na_rep='')}")
 
-    def _repr_html_(self):
+    def _repr_html_(self)->str:
         return (f"<b>{self.level:.0%} VaR</b> over {len(self.returns):,} candles: traffic light "
                 f"{html_text(self.light)}{self.table().round(4).to_html(border=0, na_rep='')}")
 

@@ -246,7 +246,7 @@ def training_candles(
     "The rows that an observation is fitted on, or ValueError for a missing series or a hole"
     missing = [name for name in observation.series if SERIES + name not in candles]
     if missing:
-        raise ValueError(f"a feature reads the series {missing[0]!r}, which is not there: give it, "
+        raise ValueError(f"a feature reads the series {missing[0]!r}, which is missing: pass "
                          f"series={{{missing[0]!r}: ...}}")
     if isinstance(candles, dict) and observation.symbols and set(observation.rows) <= set(candles):
         candles = {name: candles[name] for name in observation.rows}

@@ -194,6 +194,12 @@ class OrderLedger(SessionLedger):
                                    message="") for order in orders if order.order_id not in known]
         if rows: self._write(ORDERS.insert().values(rows))
 
+    def revise(self, session:str, order:Order)->None:
+        "Write down that a working order gets another price or quantity, before it is asked for"
+        terms = dict(quantity=order.quantity, price=order.price, trigger=order.trigger)
+        self._write(ORDERS.update().where(ORDERS.c.session == session,
+                                          ORDERS.c.order_id == order.order_id).values(**terms))
+
     def intents(self, session:str)->list[Intent]:
         "All orders of a session, oldest first"
         rows = self._of(ORDERS, session, ORDERS.c.open_time, ORDERS.c.order_id)

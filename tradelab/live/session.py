@@ -178,7 +178,7 @@ def symbol_line(row:np.void)->str:
     order = (f" order {row['order']:+g} filled {row['fill_quantity']:+g} at {row['fill_price']:g}" if row["order"]
              else "")
     reason = Reason(int(row["reason"]))
-    return (f"  {row['close']:g} {row['position']:+g}{order}" + ("" if reason in (Reason.AS_ASKED, Reason.TOO_SMALL,
+    return (f"  {row['close']:g} {row['position']:+g}{order}" + ("" if reason in (Reason.ACCEPTED, Reason.TOO_SMALL,
         Reason.STOPPED_OUT) else f" ({reason.sentence(row['value'], row['limit'])})"))
 
 

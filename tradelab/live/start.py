@@ -35,7 +35,7 @@ from .reconcile import StartRefusedError, check_explained, reserve_of
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
 from ..settings import Limits
-from ..sources.history import before as preceding
+from ..sources.history import warm_up_start
 from ..trader import Trader
 
 # %% ../../nbs/70_live/10_start.ipynb #e0292746
@@ -144,7 +144,7 @@ def ask_history(core:Core, last:int|None)->Process:
     open time of its last one"""
     trader, terms = core.trader, core.terms
     wanted = max(trader.warm_up, 1)
-    since = None if last is None else preceding(last + terms.step, wanted, terms.timeframe, terms.gaps)
+    since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, terms.gaps)
     limit = wanted if last is None else 10**9
     parts = yield from answers_to(core, history_questions(core, limit, since))
     times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps)

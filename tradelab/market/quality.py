@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import CandleError
 from ..events import COLUMNS
-from ..figures import dates
+from ..figures import dates, finished
 from .candles import OPTIONAL, check_columns, frame, optional_faults, times
 from .compare import check_clock, check_funding, check_sum, compare_downloads, compare_sources
 from .defects import Defect
@@ -42,6 +42,7 @@ from tradelab.market.judge import (
     value_findings,
 )
 from .stretches import stretch_findings
+from ..sections import once
 from ..texts import figure_text, html_text
 from ..times import ANCHORS, TimeLike, format_time, milliseconds, opening, to_ms
 
@@ -127,7 +128,7 @@ def _plot(report):
     marks.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(-.7, max(len(kinds), 1) - .3),
               xlabel="open time [UTC]")
     figure.tight_layout()
-    return figure
+    return finished(figure)
 
 # %% ../../nbs/10_market/08_quality.ipynb #0ee14bae
 def _headline(report):
@@ -150,7 +151,7 @@ def _table(report):
 def _html(report, shown=20):
     more = len(report.findings) - shown
     rest = f"<p>and {more:,} more: see <code>.table()</code></p>" if more > 0 else ""
-    return f"<p><b>Quality</b> of {html_text(_headline(report))}</p>{_table(report)[:shown].to_html(index=False)}{rest}"
+    return f"<p><b>Quality</b> of {html_text(_headline(report))}</p>{report.table()[:shown].to_html(index=False)}{rest}"
 
 # %% ../../nbs/10_market/08_quality.ipynb #9330749b
 @dataclass(frozen=True, repr=False)
@@ -182,6 +183,7 @@ class QualityReport:
         return any(each.start_time <= defect.end_time and each.end_time >= defect.start_time
                    for each in self.of(defect.kind))
 
+    @once
     def table(self) -> pd.DataFrame: return _table(self)
 
     def plot(self) -> "Figure": return _plot(self)
@@ -190,7 +192,7 @@ class QualityReport:
         return "\n  ".join([_headline(self), *(f"{each.severity:8}{each.kind:17}{format_time(each.start_time)}  "
                                               f"{each.evidence}" for each in self.findings[:20])])
 
-    def _repr_html_(self): return _html(self)
+    def _repr_html_(self) -> str: return _html(self)
 
 # %% ../../nbs/10_market/08_quality.ipynb #cabe0c2e
 def _quote_findings(symbol, candles, quoted):

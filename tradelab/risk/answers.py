@@ -25,7 +25,7 @@ def sentence(
     limit:float,
 )->str:
     "What a row of the journal says; empty if the policy got what it asked for"
-    if reason == Reason.AS_ASKED or reason not in Reason._value2member_map_: return ""
+    if reason == Reason.ACCEPTED or reason not in Reason._value2member_map_: return ""
     return Reason(reason).sentence(value, limit)
 
 
@@ -67,7 +67,7 @@ def halts(
 # %% ../../nbs/30_risk/07_answers.ipynb #2e3df749
 def _when(row):
     over = "to the end" if pd.isna(row.until) else f"until {row.until:%Y-%m-%d %H:%M} UTC"
-    return f"{row[1]:%Y-%m-%d %H:%M} UTC {over} ({row.why.removeprefix('halted, ').removeprefix('refused: ')})"
+    return f"{row[1]:%Y-%m-%d %H:%M} UTC {over} ({row.why.removeprefix('halted, ').removeprefix('denied: ')})"
 
 
 def halted_text(
@@ -98,12 +98,12 @@ def stops_text(
 
 
 def losing_days(journal:pd.DataFrame)->int:
-    "On how many days (UTC) the daily loss limit refused an entry"
+    "On how many days (UTC) the daily loss limit denied an entry"
     return journal.index[journal["reason"] == Reason.DAILY_LOSS].normalize().nunique() if "reason" in journal else 0
 
 
 def answered_text(journal:pd.DataFrame)->str:
     "What the rules did to a run, as the end of a sentence: halts, days of loss, stops"
     days = losing_days(journal)
-    return "; ".join(part for part in (halted_text(journal), f"the daily loss limit refused entries on {days} "
+    return "; ".join(part for part in (halted_text(journal), f"the daily loss limit denied entries on {days} "
                                        f"day{'s' * (days > 1)}" if days else "", stops_text(journal)) if part)

@@ -10,12 +10,18 @@ __all__ = ['DRAWDOWN', 'LABELS', 'covariance_warm_up', 'update_covariance', 'cor
 # %% ../../nbs/30_risk/01_portfolio.ipynb #b2e9bb83
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..account import bracket, maintenance_margin
 from ..compiled import compiled, inlined
+from ..figures import measures_figure
+from ..sections import once
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported when something is drawn
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #12336021
 def covariance_warm_up(
@@ -242,13 +248,22 @@ class PortfolioMeasures:
     drawdown_days:float
     longest_drawdown_days:float
 
-    def table(self)->pd.Series:
-        "The numbers by their labels, with units"
-        return pd.Series({label: factor * getattr(self, name) for name, (label, factor) in LABELS.items()},
-                         name="value")
-    def written(self)->pd.Series: return self.table().map(lambda value: f"{value:,.2f}" if np.isfinite(value) else "-")
+    @once
+    def table(self)->pd.DataFrame:
+        "The numbers by their labels, with units; one column, `value`"
+        values = {label: factor * getattr(self, name) for name, (label, factor) in LABELS.items()}
+        return pd.DataFrame({"value": values})
+
+    def written(self)->pd.Series:
+        "The table as text"
+        return self.table()["value"].map(lambda value: f"{value:,.2f}" if np.isfinite(value) else "-")
+
+    def plot(self)->"Figure":
+        "The numbers as bars, a panel for each unit"
+        return measures_figure(self.table(), "At one close")
+
     def __str__(self): return self.written().to_string()
-    def _repr_html_(self): return self.written().to_frame().to_html(border=0, header=False)
+    def _repr_html_(self)->str: return self.written().to_frame().to_html(border=0, header=False)
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #f47bcbc3
 def _annual_volatility(weights:np.ndarray, covariance:np.ndarray, step:int)->float: # step: ms, 0 where it is not known

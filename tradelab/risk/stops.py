@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_LOSS', 'TAKE_PROFIT', 'TRAILING_STOP', 'TIME_STOP', 'WIDTHS', 'next_atr', 'level', 'levels', 'enter', 'track',
-           'touched', 'clearance', 'clear', 'exit_price', 'adapted', 'simulate']
+           'touched', 'safe_distance', 'is_untouched', 'exit_price', 'adapted', 'simulate']
 
 # %% ../../nbs/30_risk/03_stops.ipynb #b61058c6
 import numpy as np
@@ -106,7 +106,7 @@ def touched(
 
 # %% ../../nbs/30_risk/03_stops.ipynb #4bb0a37c
 @inlined
-def clearance(
+def safe_distance(
     settings,  # a row with the fields of STOPS
 )->tuple:      # against and for a position, fractions of the entry price; 0 where a stop may be anywhere
     "How far from the entry a price may be without touching a stop"
@@ -119,11 +119,11 @@ def clearance(
 
 
 @inlined
-def clear(
+def is_untouched(
     position,  # a row of POSITION, as `touched` takes it
     high,      # of the candle, quote per base
     low,       # of the candle, quote per base
-    near,      # of `clearance`
+    near,      # of `safe_distance`
 )->bool:
     "Whether a candle certainly touches nothing"
     entry = position["entry_price"]

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..compiled import inlined
 from ..events import TradingState
+from ..figures import finished
 from ..texts import figure_text, html_text
 from ..times import format_time
 
@@ -177,7 +178,7 @@ def plot_moves(
                           xytext=(2, 3), textcoords="offset points")
     axes.set_yticks(range(len(TradingState)), [each.name for each in TradingState])
     axes.set(xlabel="time [UTC]", ylim=(-.3, 4.5))
-    return figure
+    return finished(figure)
 
 # %% ../../nbs/30_risk/04_trading_state.ipynb #1ed66e11
 def _check_time(cause:str, time:int, history:list[StateChange])->None:
@@ -281,5 +282,6 @@ class StateMachine:
         return machine
 
     def __str__(self): return _held_text(self.state(), self.active)
-    def _repr_html_(self): return held_table(self.state(), self.active)
+    def table(self)->pd.DataFrame: return pd.DataFrame(self.history, columns=list(StateChange.__dataclass_fields__))
+    def _repr_html_(self)->str: return held_table(self.state(), self.active)
     def plot(self)->"Figure": return plot_moves(self.history)

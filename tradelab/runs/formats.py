@@ -30,32 +30,32 @@ CONFIG = "config_metadata.yaml"
 SCALER = "scaler_train.json"
 POLICY = "policy.safetensors"
 MANIFEST = "MANIFEST.json"
-# ours have thousandths of it
+# real files have a thousandth of it
 MOST_BYTES = {CONFIG: 4_000_000, SCALER: 4_000_000, POLICY: 500_000_000, MANIFEST: 1_000_000}
 MOST_MODEL = 4_000_000_000 # bytes of any other file
 
 
 class DamagedRunError(RunError):
-    "A run that is not what was trained; says which file, and why"
+    "Raised if a run is not what was trained; says which file, and why"
 
 
 def file_bytes(
     path:Path,   # one of the four files
 )->bytes:
-    "The bytes of a file of a run; DamagedRunError if it cannot be read, or is larger than it can be"
+    "The bytes of a file of a run; DamagedRunError if it cannot be read or is too large"
     try: return read_bytes(path, MOST_BYTES[path.name])
     except (FileNotFoundError, UnreadableFileError) as error: raise _damaged(path, error) from None
 
 
 def _damaged(path, error):
-    "What is said of a file of a run that cannot be read"
+    "The error for a file of a run that cannot be read"
     why = str(error) if isinstance(error, UnreadableFileError) else f"{path} cannot be read: there is no such file"
     return DamagedRunError(f"{why}: restore it, or train again")
 
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma008
 @dataclass(frozen=True)
 class PolicyFormat:
-    "How the parameters of one kind of policy are kept, and how they are proven when they are read"
+    "How the parameters of one kind of policy are stored, and how they are checked when they are read"
     function:Callable   # that its policies call, as in `Policy.function`
     facts:Callable      # parameters -> texts by name, for the header
     widths:Callable     # parameters -> (inputs, outputs); ValueError if they are not of this kind
@@ -103,7 +103,7 @@ def read_policy(
     inputs:int,       # width of the observation, all symbols
     outputs:int,      # symbols
 )->Policy:            # `seen`, with the function, the parameters and the name in the file
-    "The policy of a file, proven to have the shape that it claims; DamagedRunError otherwise"
+    "The policy of a file; DamagedRunError if it does not have the shape that it claims"
     parameters, facts = _tensor(path)
     known = POLICY_FORMATS.get(facts.get("function"))
     name = facts.get("name", "")
@@ -134,7 +134,7 @@ def seal(
 def verify(
     folder:Path,   # of one run
 )->None:
-    "Refuse a run with a file that was changed, is missing, or was not there"
+    "Refuse a run with a file that was changed, is missing, or was added"
     try: sealed = {str(name): str(value) for name, value in read_json(folder / MANIFEST).items()}
     except (FileNotFoundError, ValueError, AttributeError):
         raise DamagedRunError(f"run {folder.name}: {MANIFEST} is missing or cannot be read, nothing proves what "
@@ -150,22 +150,22 @@ def verify(
         if names: raise DamagedRunError(f"run {folder.name}: {', '.join(sorted(names))} {what}")
 
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma022
-FORMAT = "tradelab run 1" # counts up when an older version could misread what this one writes
+FORMAT = "tradelab run 1" # counts up whenever an older version could misread what this one writes
 
 PROVENANCE = ("agent", "steps", "interrupted", "learning_rate", "batch_size", "seed", "threads", "source", "span",
-              "data_hash", "created_time") # the trainer says
+              "data_hash", "created_time") # from the trainer
 DERIVED = ("symbols", "timeframe", "features", "window", "observation_sha256", "sources", "costs", "limits",
-           "instruments", "versions")      # the run says
+           "instruments", "versions")      # derived from the run
 
 
 def _sources(run):
-    "The hashes of the modules that a person's own features are from"
+    "The hashes of the modules of a user's own features"
     names = [feature.indicator.name for feature in run.observation.parsed]
     return {module: source_sha256(module) for module in sorted({name.split(":")[0] for name in names if ":" in name})}
 
 
 def configuration(run:Run)->dict:
-    "The whole of config_metadata.yaml; ValueError if the trainer did not say enough"
+    "The contents of config_metadata.yaml; ValueError if the trainer left something out"
     missing = [key for key in PROVENANCE if key not in run.config]
     if missing:
         raise ValueError(f"the run's config lacks {', '.join(missing)}: without it nobody can repeat the training")
@@ -179,18 +179,18 @@ def configuration(run:Run)->dict:
 
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma025
 def written_by(
-    config:object,   # what config_metadata.yaml holds, or what else carries a format number
+    config:object,   # the contents of config_metadata.yaml, or of another file with a format number
 )->str:       # "tradelab 0.2.0"
-    "Which version wrote a run, in words"
+    "The version that wrote a run, in words"
     said = config.get("versions") if isinstance(config, dict) else None
     name = str(said.get("tradelab", ""))[:40] if isinstance(said, dict) else ""
     return f"tradelab {name}" if name else "a version that did not say its number"
 
 
 def check_format(
-    config:object,  # what config_metadata.yaml holds
+    config:object,  # the contents of config_metadata.yaml
     name:str,       # of the file
-)->str:             # "" or, of a run without a number, who wrote it
+)->str:             # "", or the version that wrote it if the run has no number
     "Refuse a run of another format"
     found = config.get("format") if isinstance(config, dict) else None
     if found is None: return f" (it was written by {written_by(config)}, before runs carried a format number)"
@@ -224,7 +224,7 @@ def _yaml(path):
 def read_configuration(
     path:Path,   # config_metadata.yaml
 )->dict:
-    "The configuration of a run of this format, with every key that is needed, each of its kind"
+    "The configuration of a run; DamagedRunError if a key is missing or its value is of the wrong kind"
     config = _yaml(path)
     older = check_format(config, path.name)
     missing = [key for key in KINDS if not isinstance(config, dict) or key not in config]
@@ -238,14 +238,14 @@ def read_configuration(
     return config
 
 # %% ../../nbs/45_runs/02_formats.ipynb #02_forma030
-# of wrong values
+# raised by wrong values
 MISFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 
 def _fits(value, default):
-    "Whether a value may stand where a record has this default"
+    "Whether a value fits a field with this default"
     if isinstance(value, bool) or isinstance(default, bool): return type(value) is type(default)
-    if isinstance(default, (int, float)): # whether it may be None is for the record to say
+    if isinstance(default, (int, float)): # the record itself checks whether it may be None
         return isinstance(value, (int, float)) and abs(value) <= 1e16 or value is None
     if default is None: return value is None or isinstance(value, (int, float, dict))
     return isinstance(value, {str: str, tuple: list}.get(type(default), dict))
@@ -255,7 +255,7 @@ def read_record(
     kind:type[Any], # Limits, CostModel, Instrument
     values:dict,   # as `asdict` made it
 )->Any:            # one of this kind
-    "A settings record from its keys; DamagedRunError if they do not fit this version"
+    "A settings record from its values by key; DamagedRunError if they do not fit this version"
     try:
         usual = {each.name: cast(type, each.type)() if each.default is MISSING else each.default
                  for each in fields(kind)}
@@ -273,7 +273,7 @@ def read_scaler(
     path:Path,       # scaler_train.json
     features:list[str],   # of the run
 )->Scaler|None:
-    "The scaler of a run"
+    "The scaler of a run; None if it has none"
     try: values = read_json(path, MOST_BYTES[path.name])
     except (FileNotFoundError, UnreadableFileError) as error: raise _damaged(path, error) from None
     if not values: return None

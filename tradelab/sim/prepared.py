@@ -39,9 +39,9 @@ from ..times import TimeLike, format_time, to_ms
 # %% ../../nbs/50_sim/05_prepared.ipynb #2da4d317
 @dataclass(frozen=True)
 class _Payments:
-    "Funding rates of one symbol in the order in which they are due"
+    "The funding rates of one symbol in the order in which they are due"
     column:int          # of its symbol
-    rows:np.ndarray     # of the candles they are due at
+    rows:np.ndarray     # of the candles in which they are due
     places:np.ndarray   # 0, 1 ... among the payments of one candle
     rates:np.ndarray
 
@@ -51,12 +51,12 @@ def funding_rates(
     times:np.ndarray,       # (T,), open times, ms
     symbols:Sequence[str],  # in the order of the columns
 )->np.ndarray:     # (T, n_symbols, dues), fractions
-    "Rates due at the close of each candle, or after it and before the next one; each is a payment of its own"
+    "The rates due at the close of each candle, or after it and before the next one; each is a separate payment"
     last = times[-1] + period_of(times)
     found = []
     for symbol, series in rates_by_symbol(funding, symbols).items():
         due = series.index.as_unit("ms").asi8 // 60_000 * 60_000  # exchanges stamp it up to a second late
-        rows = np.searchsorted(times, due) - 1 # the last candle open before: who held at its close pays, also in a hole
+        rows = np.searchsorted(times, due) - 1 # the last candle open before, whose position pays, even in a hole
         inside = (rows >= 0) & (due <= last)
         order = np.argsort(due[inside], kind="stable")
         rows = rows[inside][order]
@@ -76,7 +76,7 @@ class MarketData:
     symbols:tuple[str, ...] # traded, n of them
     instruments:tuple[Instrument, ...] # in the order of symbols
     times:np.ndarray    # int64 (T,), open times, ms
-    known:np.ndarray    # float64 (T, len(frames), KNOWN): all that a feature may read
+    known:np.ndarray    # float64 (T, len(frames), KNOWN): everything that a feature may read
     candles:np.ndarray  # float64 (T, n, 5): open high low close volume of the traded symbols, in one piece
     rates:np.ndarray    # float64 (T, n, dues): of `funding_rates`
     holes:int           # in the candles
@@ -84,23 +84,23 @@ class MarketData:
 
     @property
     def timeframe(self)->str:
-        "Such as 1h; empty where no timeframe is that long"
+        "The timeframe, such as 1h; empty if the period is not one of the known timeframes"
         return timeframe_at(self.times)
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa009
 def market_data(
     candles:CandlesLike,
     *,
-    extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades
+    extra:dict[str, pd.DataFrame]|None=None, # by symbol: candles that features read and nobody trades
     series:dict[str, Exogenous]|None=None,   # by the name that features read
     funding:RatesLike|None=None,
-    # those that the caller insists on; others are looked up
+    # that override all others; the rest are looked up
     instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None,
-    # of a run: taken where the caller names none
+    # of a run: used if the caller gives none
     known_instruments:Iterable[Instrument]=(),
     gaps:bool=False,       # carry holes in the candles through; otherwise the first one is refused
 )->MarketData:
-    "Everything about a market that no policy changes. CandleError where the candles do not fit together"
+    "The part of a market that does not depend on a policy; CandleError if the candles do not fit together"
     frames, symbols = frames_of(candles, with_series(extra, series, candles), funding, gaps)
     times, known, _ = matrix(frames, KNOWN)
     traded = {symbol: frames[symbol] for symbol in symbols}
@@ -114,21 +114,21 @@ def observed_candles(
     known:np.ndarray,         # (T, names, KNOWN)
     names:tuple[str, ...],    # traded symbols first
 )->np.ndarray:                # (T, observation.rows, KNOWN)
-    "The candles that an observation is given, in its order"
+    "The candles that an observation reads, in its order"
     missing = [symbol for symbol in observation.rows if symbol not in names]
     if missing and missing[0].startswith(SERIES):
         name = missing[0].removeprefix(SERIES)
-        raise ValueError(f"a feature reads the series {name!r}, which is not there: give it, series={{{name!r}: ...}}")
+        raise ValueError(f"a feature reads the series {name!r}, which is missing: pass series={{{name!r}: ...}}")
     if missing:
-        raise ValueError(f"a feature looks at {missing[0]}, whose candles are not there: "
-                         f"give them, extra={{{missing[0]!r}: frame}}")
+        raise ValueError(f"a feature reads {missing[0]}, whose candles are missing: "
+                         f"pass extra={{{missing[0]!r}: frame}}")
     rows = [names.index(symbol) for symbol in observation.rows]
     return known if rows == list(range(len(names))) else known[:, rows]
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa015
 @dataclass(frozen=True)
 class SimulationSettings:
-    "What a simulated account trades under"
+    "The costs, limits, execution and deposit of a simulated account"
     costs:CostModel = CostModel()
     limits:Limits = Limits()
     execution:Execution = Execution()  # how targets become orders
@@ -136,7 +136,7 @@ class SimulationSettings:
 
     @property
     def warm_up(self)->int:
-        "Candles that limits and costs need before the first decision"
+        "The candles that limits and costs need before the first decision"
         return max(warm_up(self.limits), self.costs.warm_up)
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa018
@@ -145,7 +145,7 @@ def first_row(
     start:TimeLike|None, # the first candle to decide on; None: right after the warm-up
     warm_up:int,       # candles
 )->int:
-    "The row of the first decision; ValueError where nothing is left to decide on, or too little before it"
+    "The row of the first decision; ValueError if no candle is left to decide on, or too few to warm up"
     row = warm_up if start is None else int(np.searchsorted(times, to_ms(start)))
     if row >= len(times) - 1:
         raise ValueError(f"no candles to decide on: {len(times)} candles until {format_time(times[-1])}, the "
@@ -161,20 +161,20 @@ def first_row(
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa021
 @dataclass(frozen=True, eq=False)
 class PreparedMarket:
-    "A market as one policy sees and trades it; made by `prepare`"
+    "A market as one policy observes and trades it; made by `prepare`"
     data:MarketData
     settings:SimulationSettings
     observation:Observation  # over the traded symbols and their timeframe
-    seen:np.ndarray          # float64 (T, observation.rows, KNOWN): the candles that the observation is given
+    seen:np.ndarray          # float64 (T, observation.rows, KNOWN): the candles that the observation reads
     features:np.ndarray      # float32 (T, n, n_features), scaled
-    stale:np.ndarray         # bool (T,), where a stale series makes every target flat; empty where there is none
-    tape:Tape                # candles, funding, what limits and costs know of them, and where nobody can be asked
+    stale:np.ndarray         # bool (T,), whether a stale series makes every target flat; empty if no series can
+    tape:Tape                # candles, funding, what limits and costs know of them, and the rows without a decision
     rules:Rules              # costs, limits, instruments and execution as rows
 
     @classmethod
     def from_data(cls, data:MarketData, observation:Observation, settings:SimulationSettings=SimulationSettings(),
                   order_slots:int=0)->"PreparedMarket":
-        "The market of a policy; `order_slots`: orders per symbol that it answers with, 0 where it answers with targets"
+        "The market of a policy; `order_slots`: orders per symbol that it answers with, 0 if it answers with targets"
         observation = observation.for_symbols(data.symbols, data.timeframe)
         seen = observed_candles(observation, data.known, tuple(data.frames))
         features = observation.matrix(seen)
@@ -185,12 +185,12 @@ class PreparedMarket:
 
     @property
     def warm_up(self)->int:
-        "Candles before the first decision"
+        "The candles before the first decision"
         return max(self.observation.warm_up, self.settings.warm_up)
 
     @cached_property
     def first_row(self)->int:
-        "The first row that can be decided on: warm, and not behind a hole"
+        "The first row with a decision: after the warm-up, and not right after a hole"
         row = self.warm_up
         last = len(self.tape.times) - 1
         waits = self.tape.waits
@@ -215,12 +215,12 @@ def prepare(
     instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None, # default: looked up
     execution:Execution=Execution(),
     funding:RatesLike|None=None,
-    extra:dict[str, pd.DataFrame]|None=None, # by symbol: those that features look at and nobody trades
+    extra:dict[str, pd.DataFrame]|None=None, # by symbol: candles that features read and nobody trades
     series:dict[str, Exogenous]|None=None,   # by the name that features read
     deposit:float=10_000.,     # quote
     gaps:bool=False,           # carry holes in the candles through; otherwise the first one is refused
 )->PreparedMarket:
-    "A market ready to be traded, with at least two candles after the warm-up"
+    "A market ready for compiled code, with at least two candles after the warm-up"
     data = market_data(candles, extra=extra, series=series, funding=funding, instruments=instruments, gaps=gaps)
     market = PreparedMarket.from_data(data, observation, SimulationSettings(costs, limits, execution, deposit))
     if len(data.times) >= market.first_row + 2: return market
