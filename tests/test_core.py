@@ -13,7 +13,7 @@ from tradelab.events import Fill
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.live.core import Terms
-from tradelab.live.ledger import Ledger
+from tradelab.live.ledger import MemoryLedger
 from tradelab.live.messages import (
     Answered,
     Ask,
@@ -149,7 +149,7 @@ class Driver:
         kept = self.ledger.snapshot("s")
         again = trader()
         if kept: restore(again, "s", {}, kept)
-        self.core = make_core(again, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept), "a test")
+        self.core = make_core(again, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
         self.waiting = []
         for time, candles in zip(TIMES, CANDLES):
             if time + HOUR > self.now and time + HOUR <= TIMES[-1]:
@@ -204,7 +204,7 @@ class Driver:
 
 
 def session(seed, kills=()):
-    ledger, exchange = Ledger("sqlite://"), Exchange(seed)
+    ledger, exchange = MemoryLedger(), Exchange(seed)
     driver = Driver(exchange, ledger, kills)
     end = driver.run()
     assert end == End("stopped"), end
@@ -248,7 +248,7 @@ def test_an_outage_ends_nothing(monkeypatch):
     "The exchange answers no question for a day and tells nothing, then it is back"
     driver, expected = whole(0)
     fetch = Exchange.fetch
-    again = Driver(Exchange(0), Ledger("sqlite://"))
+    again = Driver(Exchange(0), MemoryLedger())
     dark = int(TIMES[HISTORY + 3]) + HOUR
     do = again.do
 

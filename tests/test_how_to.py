@@ -19,10 +19,10 @@ PAGES = {path.stem: path for path in sorted((ROOT / "nbs/how_to").glob("*.ipynb"
 TOUCHED = {"add_an_indicator": {"20_features/06_momentum"},
            "add_a_limit": {"00_ground/08_settings", "30_risk/05_limits"}, # words on the ground, the rule in the gate
            "add_an_order_type": {"00_ground/09_orders", "50_sim/02_matching"},
-           "add_a_venue": {"00_ground/12_config"}, "add_a_job": set()}
+           "add_a_venue": {"00_ground/12_config", "75_venues/02_dry"},    # its settings, its adapter
+           "add_a_job": set()}
 BESIDES = {"add_a_limit": {"tradelab.toml.example", "nbs/index.ipynb", "README.md"},
-           "add_an_order_type": {"tests/test_kernel.py"}, "add_a_venue": {"tradelab.toml.example"},
-           "add_a_job": {"nbs/stress.ipynb"}}
+           "add_an_order_type": {"tests/test_kernel.py"}, "add_a_job": {"nbs/stress.ipynb"}}
 
 
 FILES = ("settings.ini", "setup.py", "README.md", "tradelab.toml.example")
@@ -62,7 +62,9 @@ def run(command, folder):
 
 def test_every_page_is_here():
     assert set(TOUCHED) == set(PAGES) - {"design"}
-    assert not [path for path in PAGES.values() if "default_exp" in path.read_text()]
+    code = {name: [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+            for name, path in PAGES.items()}
+    assert not [name for name, cells in code.items() if any("default_exp" in "".join(cell["source"]) for cell in cells)]
     assert not PATCH["blocks"](PAGES["design"], "diff")
 
 

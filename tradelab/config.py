@@ -422,6 +422,7 @@ class VenueSettings:
     stream: str       # URL
     key: SecretStr
     secret: SecretStr
+    adapter: str = "tradelab.venues.binance:BinanceVenue" # module and class
 
     def __str__(self) -> str: return self.name
 

@@ -92,14 +92,15 @@ def common_candles(
 
 # %% ../../nbs/70_live/06_bookkeeper.ipynb #a99effb4
 def market_questions(
-    trader:Trader,
+    needs:Iterable[tuple[int, int]],  # row and column of what features look at
+    symbols:Sequence[str],            # of the rows
     timeframe:str,
     times:Sequence[int]|np.ndarray,   # (T,), open times
 )->dict[tuple[int, int], tuple]:      # by row and column of a candle: a method of the venue, and its arguments
     "What to ask so that the candles of these times can be completed; empty where no feature asks"
     questions: dict[tuple[int, int], tuple] = {}
-    for row, need in sorted(trader.observation.needs) if len(times) else ():
-        symbol = trader.seen[row]
+    for row, need in needs if len(times) else ():
+        symbol = symbols[row]
         first = int(times[0])
         if need == FUNDING_RATE: questions[row, need] = ("funding_rates", symbol, first - 86_400_000)
         if need == INDEX_PRICE: questions[row, need] = ("index_prices", symbol, timeframe, len(times) + 3, first)

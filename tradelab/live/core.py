@@ -89,6 +89,7 @@ class Core:
         self.reserve = 0.                       # quote, money of the account that the trader was not given
         self.since = 0                          # ms, what happened before is in the trader's account
         self.candles = 0                        # steps done
+        self.needs = sorted(trader.observation.needs) # row and column of what features look at
         self.halted = bool(trader.account["halted"][0])
         self.stopping = False
         self.now = 0                            # ms, of what was received last
@@ -281,13 +282,13 @@ def agree(core:Core)->Process:
 def known_at_close(core:Core, open_time:int, candles:np.ndarray)->Process:
     "Returns the candles of one close with all that a feature asks for; None if the session is to end before"
     trader, terms = core.trader, core.terms
-    questions = market_questions(trader, terms.timeframe, [open_time])
+    questions = market_questions(core.needs, trader.seen, terms.timeframe, [open_time])
     for _ in range(4 * ATTEMPTS):
         answers = yield from ask_until_answered(core, [*questions.values()])
         if answers is None: return None
         told = dict(zip(questions, answers))
         known = with_funding_and_index(np.array([open_time]), candles[None], terms.step, told)[0]
-        if all(np.isfinite(known[row, need]) for row, need in trader.observation.needs if need < known.shape[1]):
+        if all(np.isfinite(known[row, need]) for row, need in core.needs if need < known.shape[1]):
             return known
         if core.stopping: return None
         yield from sleep(core, PAUSE)

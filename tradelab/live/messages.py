@@ -31,7 +31,8 @@ class Send:
 @dataclass(frozen=True)
 class Amend:
     "Give a working order another price or quantity; its name stays"
-    order:Order
+    order:Order        # its quantity is what is still wanted
+    executed:float     # base units, unsigned: what was known to be filled when it was decided
 
 
 @dataclass(frozen=True)

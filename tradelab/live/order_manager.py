@@ -9,7 +9,7 @@ __all__ = ['ATTEMPTS', 'PAUSE', 'is_one_shot', 'Blotter', 'under_our_name', 'may
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -119,18 +119,20 @@ _SAME = ("kind", "in_force", "reduce_only", "callback") # what no amendment can 
 _TERMS = ("price", "trigger")
 
 
-def _compare_one(wanted, working):
+def _compare_one(wanted, working, amends):
     "keep, amend or replace"
     if any(getattr(wanted, name) != getattr(working.order, name) for name in _SAME): return "replace"
     left = still_wanted(working)
     if wanted.quantity * left <= 0: return "replace"
     moved = any(getattr(wanted, name) != getattr(working.order, name) for name in _TERMS)
-    return "amend" if moved or abs(wanted.quantity - left) > 1e-9 else "keep"
+    if not moved and abs(wanted.quantity - left) < 1e-9: return "keep"
+    return "amend" if wanted.kind in amends else "replace"
 
 
 def compare(
     wanted:Iterable[Order],
     working:Iterable[Intent],   # without a proven end; one that is being cancelled counts
+    amends:Container[Kind]=tuple(Kind), # kinds that the venue can amend; others are cancelled and placed anew
 )->Difference:
     "The difference between what is wanted and what works, slot by slot"
     here = {(intent.order.symbol, intent.order.slot): intent for intent in working if not is_one_shot(intent.order)}
@@ -139,7 +141,7 @@ def compare(
     cancel: list[Order] = []
     for order in wanted:
         intent = None if is_one_shot(order) else here.pop((order.symbol, order.slot), None)
-        verdict = _compare_one(order, intent) if intent else "place"
+        verdict = _compare_one(order, intent, amends) if intent else "place"
         if verdict == "place": place.append(order)
         elif intent and verdict == "amend":
             done = np.sign(order.quantity) * intent.executed
@@ -286,7 +288,7 @@ def revise(blotter:Blotter, orders:Iterable[Order])->list[Action]:
     for order in orders:
         blotter.known[order.order_id] = after = replace(blotter.known[order.order_id], order=order)
         blotter.open[order.order_id] = after
-        actions += [Write(Revised(order)), Amend(order)]
+        actions += [Write(Revised(order)), Amend(replace(order, quantity=still_wanted(after)), after.executed)]
     return actions
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #397ca830
@@ -297,10 +299,12 @@ class OrderManager:
         session:str,          # its id: part of the orders' names
         blotter:Blotter,
         patience:int=15_000,  # ms to wait for the outcome of an order; more than the life of a request
+        amends:Container[Kind]=tuple(Kind), # kinds that the venue can amend
     )->None:
         self.session = session
         self.blotter = blotter
         self.patience = patience
+        self.amends = amends
         self.cautious = False                     # ask before sending: the first step after a restart
         self.pursuits: dict[str, Pursuit] = {}    # by name of the order
         self.waiting: list[Order] = []            # wanted, and not begun yet
@@ -310,7 +314,7 @@ class OrderManager:
 
     def want(self, orders:Sequence[Order], now:int)->list[Action]:
         "Begin with what makes the orders that work the ones that are wanted"
-        difference = compare(orders, self.blotter.open.values())
+        difference = compare(orders, self.blotter.open.values(), self.amends)
         self.waiting = list(difference.place)
         return [*self.blotter.intend(difference.place), *revise(self.blotter, difference.amend),
                 *map(Cancel, difference.cancel), *self.on_time(now)]

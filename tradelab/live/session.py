@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -74,6 +74,7 @@ from .venue import Candle, Venue, VenueError
 from ..lock import Lock
 from ..log import get_logger
 from ..notices import Notice
+from ..orders import Kind
 from ..settings import Reason
 from ..texts import html_rows
 from ..times import format_time
@@ -229,7 +230,7 @@ async def answer_to(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
     "Ask the exchange; its answer as an event"
     match action:
         case Send(order): return Answered(action, await venue.place(order))
-        case Amend(order): return Answered(action, await venue.amend(order))
+        case Amend(order, executed): return Answered(action, await venue.amend(order, executed))
         case Cancel(order): return Answered(action, await venue.cancel(order))
         case Ask(order, sent_time): return Answered(action, await venue.query(order, sent_time))
         case Fetch(number, what, arguments):
@@ -369,12 +370,14 @@ def remember(ledger:Ledger, session:str, given:dict[str, Any], trader:Trader)->K
     return kept
 
 
-def make_core(trader:Trader, ledger:Ledger, terms:Terms, kept:Kept|None, words:str)->Core:
+def make_core(trader:Trader, ledger:Ledger, terms:Terms, kept:Kept|None, words:str="",
+              amends:Container[Kind]=tuple(Kind))->Core:
     "The core of a session, with all that the ledger knows of its orders and entries"
     sequence = kept.step["sequence"] if kept else 0
     booked = ledger.booked(terms.session)
     fills = [entry for number, entry in booked if number <= sequence and isinstance(entry, Fill)]
-    manager = OrderManager(terms.session, Blotter(ledger.intents(terms.session), fills), terms.patience)
+    manager = OrderManager(terms.session, Blotter(ledger.intents(terms.session), fills), terms.patience,
+                           amends)
     process = partial(start_and_live, kept=kept.step if kept else None, words=words)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, booked, sequence), manager, process)
     if kept: core.reserve, core.since = kept.settings["reserve"], kept.step["open_time"]
@@ -445,7 +448,7 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote)
-    return make_core(trader, ledger, terms, kept, f"{venue.name} at {venue.address} ({venue.why})")
+    return make_core(trader, ledger, terms, kept, f"{venue.name} at {venue.address} ({venue.why})", venue.amends)
 
 # %% ../../nbs/70_live/11_session.ipynb #050b72c9
 def open_files(session:"Session", reserve:float)->None:

@@ -161,7 +161,7 @@ def see_history(core:Core, kept:dict|None)->Process:
     trader, terms = core.trader, core.terms
     times, candles, seen = yield from ask_history(core, kept["open_time"] if kept else None)
     core.do(*map(Tell, coarse_ticks(trader.instruments, candles)))
-    questions = market_questions(trader, terms.timeframe, times[seen])
+    questions = market_questions(core.needs, trader.seen, terms.timeframe, times[seen])
     answers = yield from answers_to(core, [*questions.values()])
     known = with_funding_and_index(times[seen], candles[seen], terms.step, dict(zip(questions, answers)))
     core.do(Record(Began(kept["content"] if kept else None)), Record(Warmed(times[seen], known)))

@@ -18,7 +18,7 @@ from ..errors import TradelabError
 from ..events import Fill, Funding
 from ..instruments import Instrument
 from .order_states import State
-from ..orders import Order
+from ..orders import Kind, Order
 from ..texts import one_line
 
 # %% ../../nbs/70_live/02_venue.ipynb #8b285fb4
@@ -99,6 +99,8 @@ class MarketData(Protocol):
 # %% ../../nbs/70_live/02_venue.ipynb #2510c37b
 class Venue(MarketData, Protocol):
     "An exchange account: what a session may do with it"
+    kinds:frozenset[Kind]                       # orders that it takes
+    amends:frozenset[Kind]                      # orders that it can amend; others are cancelled and placed anew
     events:asyncio.Queue                        # what the sockets told, in order
     on_frame:Callable[[str, Any], object]       # is told (socket, frame) of each raw frame, for the recording
 
@@ -110,7 +112,9 @@ class Venue(MarketData, Protocol):
     async def account(self)->AccountSnapshot: "Wallet and positions"
 
     async def place(self, order:Order)->Answer: "Send an order, once"
-    async def amend(self, order:Order)->Answer: "Give a working order another price or quantity; its name stays"
+    async def amend(self, order:Order, executed:float=0.)->Answer:
+        """Give a working order another price or quantity; its name stays, its place in the queue is lost. `executed`
+        (base units, unsigned) is what was known to be filled when it was decided"""
     async def cancel(self, order:Order)->Answer: "Take a working order back"
     async def query(self, order:Order, sent_time:int|None=None)->Answer:
         "What became of an order, by our name; `sent_time` (ms, our clock) is what absence is proven by"
