@@ -26,7 +26,7 @@ layers = [(np.ones((1, len(names) + len(PORTFOLIO))), np.ones(1))]
 for policy in (Policy("all", mlp, pack(layers, "relu", "tanh"), names), Momentum(), SmaCross(), FadeGap()):
     for engine in ("vectorised", "event"): backtest(policy, candles, funding=funding(candles), engine=engine)
 backtest(Momentum(), {name: candles for name in ("BTC/USDT:USDT", "ETH/USDT:USDT")}, baselines=())
-environment = MarketVecEnv(prepare(candles, Observation(["return(1)"])), n=2)
+environment = MarketVecEnv(prepare(candles, Observation(["return(1)"])), n_envs=2)
 environment.reset()
 environment.step(np.zeros((2, 1)))
 """

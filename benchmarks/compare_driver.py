@@ -322,9 +322,10 @@ def run_sweep(run, market):
     rule = {"cross": _cross_rule, "numpy": _numpy_rule}[run["rule"]]
     known = {"limits": limits_of(run)} if "limits" in run else {}
     warm_up = SimulationSettings(costs_of(run), **known).warm_up
-    found = sweep(rule, columns, pd.DataFrame(run["table"], columns=run["parameters"]), frame,
-                  frame.index[max(run["start"], warm_up)],
-                  costs=costs_of(run), execution=execution_of(run), exact=run.get("exact", False),
+    parameters = pd.DataFrame(run["table"], columns=run["parameters"])
+    found = sweep(rule=rule, columns=columns, parameters=parameters, candles=frame,
+                  start=frame.index[max(run["start"], warm_up)], costs=costs_of(run),
+                  execution=execution_of(run), exact=run.get("exact", False),
                   funding=funding and funding[symbol], progress=False,
                   **known)
     return table("sweep", (found.table if isinstance(found.table, pd.DataFrame) else found.table()).reset_index())

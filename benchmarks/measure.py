@@ -109,7 +109,7 @@ def simulating():
     observation = Observation(["return(1)", "rsi(14)", "atr(14).relative", "bollinger(20,2)", "volatility(20)"],
                               window=30).fit(matrix(candles)[1])
     market = prepare(candles, observation)
-    many, one = MarketVecEnv(market, n=64, length=1_000), MarketEnv(market, length=1_000)
+    many, one = MarketVecEnv(market, n_envs=64, episode=1_000), MarketEnv(market, episode=1_000)
     many.reset(), one.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-1, 1, (64, 1))
     fast = 64 * 200 / rate(lambda: [many.step(actions) for _ in range(200)])

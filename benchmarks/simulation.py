@@ -104,7 +104,7 @@ def sweeps(length=100_000, pairs=1_000):
                          columns=["fast", "slow"])
     for name, costs, limits, goal in (("all costs", CostModel.realistic(), OPEN_END, 20),
                                       ("ideal", CostModel.ideal(), PLAIN, 100)):
-        run = lambda n, rows, costs=costs, limits=limits: sweep(cross, columns[:n], table[:rows], candles[:n],
+        run = lambda n, rows, costs=costs, limits=limits: sweep(cross, candles[:n], table[:rows], columns[:n],
                                                                 start=candles.index[300], costs=costs, limits=limits,
                                                                 progress=False)
         run(2_000, 2)

@@ -282,8 +282,8 @@ def test_every_door_takes_the_frame_that_a_file_gives_and_reads_the_same(give):
     targets = pd.Series(np.where(np.arange(300) % 7 < 3, 1., 0.), raw.index)
     assert backtest(targets, raw, baselines=()).equity.tolist() == backtest(targets.set_axis(good.index), good,
         baselines=()).equity.tolist()
-    tables = [sweep(lambda parameters, columns: columns[:, 0] * parameters[0], pd.DataFrame({"x": targets.to_numpy()},
-        each.index), pd.DataFrame({"n": [.5, 1.]}), each, progress=False).table() for each in (raw, good)]
+    tables = [sweep(lambda parameters, columns: columns[:, 0] * parameters[0], each, pd.DataFrame({"n": [.5, 1.]}),
+        pd.DataFrame({"x": targets.to_numpy()}, each.index), progress=False).table() for each in (raw, good)]
     pd.testing.assert_frame_equal(*tables)
     assert stress(buy_and_hold(), raw).table().equals(stress(buy_and_hold(), good).table())
 

@@ -42,6 +42,30 @@ class Row:
     assert [ast.unparse(part) for part in row.body] == ["fee: float = 0.0", "'in quote'", "count: int"]
 
 
+def test_sections_of_a_docstring_are_lists_and_not_headings(build):
+    said = ast.get_docstring(ast.parse(build.described('''
+def cost(quantity, price=1.):
+    """What a fill costs.
+
+    Parameters
+    ----------
+    quantity, price : float
+        Signed base units, [-1, 1];
+        quote.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> cost(1.)
+    """
+''')).body[0])
+    assert said == ("What a fill costs.\n\n**Parameters**\n\n- `quantity`, `price` (float): Signed base units, "
+                    "\\[-1, 1\\]; quote.\n\n**Returns**\n\n- `float`\n\n**Examples**\n\n```python\n>>> cost(1.)\n```")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tradelab").glob("**/*.py")), ids=lambda path: path.stem)
 def test_an_api_page_shows_the_names_and_parameters_of_its_module(build, path):
     def names(source):

@@ -116,7 +116,7 @@ def refusals():
     yield "prepare", lambda: prepare(bad, observation.fit(candles))
     yield "fit", lambda: observation.fit(bad)
     yield "train", lambda: train("PPO", bad, observation, steps=10)
-    yield ("sweep", lambda: sweep(lambda p, c: c[:, 0], bad[["close"]] * 0, pd.DataFrame({"x": [1.]}), bad,
+    yield ("sweep", lambda: sweep(lambda p, c: c[:, 0], bad, pd.DataFrame({"x": [1.]}), bad[["close"]] * 0,
                                   progress=False))
     yield "stress", lambda: stress(wavering(), bad)
     yield "localnet", lambda: LocalMarket({BTC: bad})
@@ -270,7 +270,7 @@ def test_costs_and_limits_know_the_length_of_a_candle_behind_a_hole():
 def test_a_sweep_counts_years_and_not_rows():
     candles = ar1(2_000, seed=2)
     bad = candles.drop(candles.index[1:1_000])                             # the first step is the long one
-    table = sweep(lambda p, c: np.full(len(c), p[0]), bad[["close"]], pd.DataFrame({"x": [.5, 1.]}), bad,
+    table = sweep(lambda p, c: np.full(len(c), p[0]), bad, pd.DataFrame({"x": [.5, 1.]}), bad[["close"]],
                   limits=OPEN_END, costs=CostModel.ideal(), gaps=True, progress=False).table()
     span = (bad.index[-1] - bad.index[0]) / pd.Timedelta(days=365)
     np.testing.assert_allclose((1 + table["annual_return"]) ** span - 1, table["total_return"], rtol=1e-9)

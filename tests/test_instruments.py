@@ -99,8 +99,8 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
     given = np.asarray(turning(candles.index))
     limits = replace(OPEN, max_participation=None, price_band=None)
     alone = quiet(backtest, pd.Series(given, candles.index), candles, limits=limits, baselines=())
-    swept = quiet(sweep, lambda _, columns: columns[:, 0].copy(), pd.DataFrame({"x": given}, candles.index),
-                  pd.DataFrame({"n": [1.]}), candles, limits=limits, progress=False)
+    swept = quiet(sweep, lambda _, columns: columns[:, 0].copy(), candles, pd.DataFrame({"n": [1.]}),
+                  pd.DataFrame({"x": given}, candles.index), limits=limits, progress=False)
     assert np.isclose(swept.runs["total_return"].iloc[0], alone.equity.iloc[-1] / 10_000 - 1, rtol=1e-9, atol=1e-12)
     market = quiet(prepare, candles, Observation(["return(1)"]), limits=limits)
     environment, ended = MarketEnv(market), False
@@ -225,8 +225,9 @@ ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, inst
                                                                 )),
          "localnet": lambda candles, one: Exchange(Market({one.symbol: candles}), (one,)), "stress": lambda candles,
          one: stress(buy_and_hold(), candles, instruments=(one,), limits=OPEN, scenarios={}),
-         "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles[["close"]],
-                                             pd.DataFrame({"n": [1.]}), candles, instrument=one, progress=False),
+         "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles,
+                                             pd.DataFrame({"n": [1.]}), candles[["close"]], instruments=one,
+                                             progress=False),
                                              "live": listed_live}
 
 
@@ -314,8 +315,8 @@ def test_what_is_given_listed_and_set_comes_before_what_is_derived():
                                  lambda candles, mine: Localnet({"XRP/USDT:USDT": candles}, instruments=mine),
                                  lambda candles, mine: stress(buy_and_hold(), candles, instruments=mine),
                                  lambda candles, mine: sweep(lambda parameters, columns: columns[:, 0],
-                                                             candles[["close"]], pd.DataFrame({"n": [1.]}), candles,
-                                                             instrument=mine[0])],
+                                                             candles, pd.DataFrame({"n": [1.]}), candles[["close"]],
+                                                             instruments=mine[0])],
                          ids=["backtest", "environment", "localnet", "stress", "sweep"])
 def test_an_absurd_tick_is_refused_on_every_road(use):
     candles = walk(.227, 3, 300)

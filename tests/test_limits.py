@@ -323,26 +323,28 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
                 trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
 
 
-README = {"none": (None, 0.)}
+UNSET = {"none": (None, 0.)}
 
 
-def defaults_of_readme():
-    "The table of limits in the README: name -> what it may be"
-    table = (ROOT / "README.md").read_text().partition("| in `[risk]` of")[2].partition("\n\n")[0]
+def defaults_of_chapter():
+    "The table of limits at the top of their chapter: name -> what it may be"
+    cells = json.loads((ROOT / "nbs/30_risk/05_limits.ipynb").read_text())["cells"]
+    text = next(text for text in ("".join(cell["source"]) for cell in cells) if "| in `[risk]` of" in text)
+    table = text.partition("| in `[risk]` of")[2].partition("\n\n")[0]
     found = {}
     for line in table.splitlines()[2:]:
         names, values, _ = line.strip("| ").split(" | ")
         for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True):
             number = re.match(r"[\d.]+", value)
-            found[name] = (README[value] if value in README
+            found[name] = (UNSET[value] if value in UNSET
                            else (float(number[0]) / (100 if value[number.end():].startswith(" %") else 1),))
     return found
 
 
 def test_each_limit_is_said_once_and_the_same_everywhere():
-    """The line of a limit in settings, its line in tradelab.toml.example, its place in the README's table, its number
+    """The line of a limit in settings, its line in tradelab.toml.example, its place in the chapter's table, its number
     in the row of compiled code"""
-    readme = defaults_of_readme()
+    table = defaults_of_chapter()
     text = (ROOT / "tradelab.toml.example").read_text().partition("[risk]")[2]
     for kind, section in ((Limits, text.partition("[risk.stops]")[0]),
                           (Stops, text.partition("[risk.stops]")[2].partition("\n[")[0])):
@@ -356,10 +358,10 @@ def test_each_limit_is_said_once_and_the_same_everywhere():
             assert given == (field.default is not None), field.name
             if given: assert float(value) == field.default, field.name
             else: replace(Limits(sectors={"a": "b"}), **{field.name: float(value)})
-            assert field.default in readme.pop(field.name), field.name
+            assert field.default in table.pop(field.name), field.name
             assert field.name in LIMITS.names
             if kind is Limits: assert (field.name in OPTIONAL) == ("None" in str(field.type)), field.name
-    assert not readme
+    assert not table
 
 
 def test_each_limit_that_denies_has_a_sentence_that_names_it():

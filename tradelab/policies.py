@@ -70,8 +70,18 @@ def refuse_returning(
 # %% ../nbs/00_ground/15_policies.ipynb #b971cba5
 @dataclass(frozen=True)
 class Policy:
-    "A compiled decision with all that it needs to be made again: its numbers, and what it wants to see"
-    name: str
+    """A compiled decision with all that it needs to be made again: its numbers, and what it wants to see.
+
+    Raises
+    ------
+    ValueError
+        For parameters that its function cannot run.
+
+    Examples
+    --------
+    >>> Policy("follow", function, np.array([.01]), ("return(24)",))
+    """
+    name: str                           # in tables and pictures
     # compiled: (parameters, memory, observation (n_symbols, width), prices (n_symbols,), answer) -> None
     function: Callable
     parameters: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64
@@ -86,6 +96,9 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
         if check := _CHECKS.get(self.function): check(self.parameters)
+
+    @property
+    def policy(self) -> "Policy": return self # what runs and rules have, too
 
     def answers(self, n_symbols: int) -> int:
         "The number of numbers that it answers with"

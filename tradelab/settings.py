@@ -38,7 +38,17 @@ COST_WINDOWS = 24, 240 # candles: what is now, and what is usual, for spread and
 # %% ../nbs/00_ground/08_settings.ipynb #0fcd29b4
 @dataclass(frozen=True)
 class CostModel:
-    "The costs of a fill, as fractions of its notional"
+    """The costs of a fill, as fractions of its notional.
+
+    Raises
+    ------
+    ConfigurationError
+        For a number that is out of its range.
+
+    Examples
+    --------
+    >>> CostModel.realistic()
+    """
     taker_fee: float = 0.0005      # paid by an order that takes from the book
     maker_fee: float = 0.0002      # paid by an order that rested in the book
     slippage: float = 0.0001       # the price against the taker: half the spread and the walk through the book
@@ -132,7 +142,17 @@ NO_STOPS = Stops(stop_loss=0., take_profit=0.)
 # %% ../nbs/00_ground/08_settings.ipynb #9ccf2ef4
 @dataclass(frozen=True)
 class Limits:
-    "What is allowed, the same in training, backtest and live; exposures are multiples of equity"
+    """What is allowed, the same in training, backtest and live; exposures are multiples of equity.
+
+    Raises
+    ------
+    ConfigurationError
+        For a limit that is out of its range, or that contradicts another.
+
+    Examples
+    --------
+    >>> Limits(max_position=.2, max_daily_loss=None)
+    """
     max_position: float = 0.05         # notional of one symbol: what a target of 1 holds
     max_leverage: float = 1.           # notional of all symbols together
     max_positions: int | None = None   # symbols held at once; the larger target opens first
@@ -156,7 +176,7 @@ class Limits:
     group_correlation: float = 0.7     # from which on two symbols move together
     decay: float = 0.03                # weight of the newest candle in volatility and correlation
     sectors: dict | None = None        # sector of each symbol
-    stops: Stops = Stops()
+    stops: Stops = Stops()             # of each position
 
     def __post_init__(self) -> None:
         if isinstance(self.stops, dict): object.__setattr__(self, "stops", Stops(**self.stops))
@@ -262,7 +282,17 @@ EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("p
 
 @dataclass(frozen=True)
 class Execution:
-    "How targets become orders"
+    """How targets become orders.
+
+    Raises
+    ------
+    ConfigurationError
+        For a style that nobody knows, or a count below 1.
+
+    Examples
+    --------
+    >>> Execution("post_only", patience=5)
+    """
     # or "post_only": a limit order at the close that only makes, then across the spread; or "slices": in equal parts
     style: str = "market"
     patience: int = 3       # candles that a post-only order is tried before it crosses the spread

@@ -159,6 +159,11 @@ def _says(node, kind, bound):
     found = bound.get(word)
     return word == kind or isinstance(found, tuple) and found[1].name == kind
 
+
+def _decorates(node, name, bound):
+    "Whether a decorator, called or not, is the one of this name"
+    return _says(node.func if isinstance(node, ast.Call) else node, name, bound)
+
 # %% ../nbs/00_ground/19_trust.ipynb #ff772942
 def declares(
     module: str,     # import name, trusted
@@ -173,7 +178,10 @@ def declares(
     node = bound.get(name)
     if node is None or depth > 5: return False
     if isinstance(node, tuple): return _imported(module, file, node, kind, depth)
-    if isinstance(node, ast.FunctionDef): return node.returns is not None and _says(node.returns, kind, bound)
+    if isinstance(node, ast.FunctionDef):
+        made = [node.returns] if node.returns is not None else []
+        if kind == "Policy" and any(_decorates(each, "rule", bound) for each in node.decorator_list): return True
+        return any(_says(each, kind, bound) for each in made)
     if isinstance(node, ast.AnnAssign): return _says(node.annotation, kind, bound)
     words = node.bases if isinstance(node, ast.ClassDef) else []
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call): words = [node.value.func]
@@ -238,4 +246,5 @@ def bring(
         running = _import_from(module, file)
     target = getattr(running, attribute, None)
     if isinstance(target, kind) or inspect.isfunction(target) or inspect.isclass(target): return target
+    if isinstance(getattr(target, word.lower(), None), kind): return target # a rule, which has a policy
     raise NotTrustedError(f"{module}:{attribute} is {type(target).__name__}, not a{'n' * (word[0] in 'AEIOU')} {word}")

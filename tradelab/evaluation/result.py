@@ -22,7 +22,7 @@ from .tearsheet import TearSheet, months
 from ..instruments import Instrument
 from ..journal import JOURNAL
 from ..orders import FILL, Kind
-from ..sections import once
+from ..sections import cached, once
 from ..times import TimeLike
 
 if TYPE_CHECKING:
@@ -89,6 +89,16 @@ def _named(subject:"Result", others:"tuple[Result, ...]")->dict[str, RunResult]:
                                       for number, other in enumerate(others, 2)}}
 
 
+def _round_trips(result:"Result")->pd.DataFrame:
+    if not len(result.fill_rows): return journal_round_trips(result.journal)
+    return round_trips(result.fills, result.candles, result.journal)
+
+
+def _tearsheet(result:"Result")->TearSheet:
+    name = f"{result.name} (within its limits)" if result.name in result.baselines else result.name
+    return TearSheet({name: result, **result.baselines}, caption=result.told, source=result.source, net=result.net)
+
+
 def _chart(result:"Result", symbol:str, start:TimeLike|None, end:TimeLike|None)->Any:
     if symbol not in result.candles:
         raise ValueError(f"no candles of {symbol!r} were kept with this result: it has "
@@ -119,32 +129,25 @@ class Result:
         if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
         return cls(name, *journal_rows(journal), **told)
 
-    @property
-    @once
+    @cached
     def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
-    @property
-    @once
+    @cached
     def equity(self)->pd.Series: return equity_series(self.rows, self.final, self.name) # quote, at each close
-    @property
-    @once
+    @cached
     def fills(self)->pd.DataFrame: return fills_frame(self.fill_rows, self.symbols)
 
-    @property
-    @once
+    @cached
     def round_trips(self)->pd.DataFrame:
         "A row per finished one, with excursions if the fills are known; a journal cannot separate two of one candle"
-        if not len(self.fill_rows): return journal_round_trips(self.journal)
-        return round_trips(self.fills, self.candles, self.journal)
+        return _round_trips(self)
 
-    @property
-    @once
+    @cached
     def execution(self)->pd.DataFrame: return execution(self.fills, self.candles) # the costs of each fill, in parts
     @property
     def months(self)->pd.DataFrame: return months(self.equity)                    # returns, fractions
     @property
     def told(self)->str: return full_caption(self.caption, self.instruments)
-    @property
-    @once
+    @cached
     def risk(self)->RiskReport: return RiskReport(self.name, self.journal, self.equity)
 
     @once
@@ -165,12 +168,10 @@ class Result:
         "This result and others in one table and picture"
         return TearSheet(_named(self, others), caption=self.told, source=self.source, net=self.net)
 
-    @property
-    @once
+    @cached
     def tearsheet(self)->TearSheet:
         "This result beside its baselines"
-        name = f"{self.name} (within its limits)" if self.name in self.baselines else self.name
-        return TearSheet({name: self, **self.baselines}, caption=self.told, source=self.source, net=self.net)
+        return _tearsheet(self)
 
     def table(self)->pd.DataFrame: return self.tearsheet.table() # a row per metric, a column for each baseline, too
     def plot(self)->"Figure": return self.tearsheet.plot()

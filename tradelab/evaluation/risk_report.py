@@ -22,7 +22,7 @@ from ..market.candles import timeframe_of
 from ..risk.breakers import BreakerEvent
 from ..risk.portfolio import Exposures
 from ..risk.trading_state import StateChange, StateMachine
-from ..sections import Missing, once, section, section_html
+from ..sections import Missing, cached, once, section, section_html
 from ..settings import Reason
 from ..texts import figure_text, html_text
 from ..times import format_time, milliseconds
@@ -238,11 +238,9 @@ class RiskReport:
     def __post_init__(self):
         if self.journal.empty: raise ValueError(f"the journal of {self.name} holds no step: there is nothing to show")
 
-    @property
-    @once
+    @cached
     def closes(self)->pd.DataFrame: return wide(self.journal, "close")
-    @property
-    @once
+    @cached
     def weights(self)->pd.DataFrame: return held_weights(self.journal)
 
     @property

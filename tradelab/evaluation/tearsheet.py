@@ -52,7 +52,7 @@ from tradelab.figures import (
 from ..files import asset
 from ..policies import buy_and_hold
 from ..risk.answers import answered_text, halts
-from ..sections import once, section_html
+from ..sections import cached, once, section_html
 from ..texts import figure_text, html_text, printable
 
 if TYPE_CHECKING:
@@ -553,14 +553,12 @@ class TearSheet:
     @property
     def subject(self)->str: return next(iter(self.results))
 
-    @property
-    @once
+    @cached
     def metrics(self)->dict[str, Metrics]:
         return {name: metrics(result.equity, result.journal, round_trips=round_trips_of(result))
                 for name, result in self.results.items()}
 
-    @property
-    @once
+    @cached
     def answer(self)->str:
         "The outcome, in a sentence"
         return answer_of(self.results, self.caption)

@@ -291,10 +291,30 @@ def _specification(observation:"Observation")->dict:
             "timeframe": observation.timeframe, "symbols": list(observation.symbols),
             "scaler": observation.scaler and asdict(observation.scaler)}
 
+# %% ../../nbs/20_features/12_observation.ipynb #5658b75e
+def _needs(observation):
+    seen, _ = observation.seen(len(observation.symbols) or 1)
+    return frozenset((row, need) for row, feature in seen for need in feature.indicator.needs)
+
+
+def _stale(observation, candles):
+    rows = list(range(len(observation.rows) - len(observation.series), len(observation.rows)))
+    return np.any(candles[:, rows, QUOTE_VOLUME] > 0, axis=1) if rows else np.zeros(0, bool)
+
 # %% ../../nbs/20_features/12_observation.ipynb #48e80ed7
 @dataclass(frozen=True)
 class Observation:
-    "What a policy wants to see: features by name, a window, and the scaler that was fitted for them"
+    """What a policy wants to see: features by name, a window, and the scaler that was fitted for them.
+
+    Raises
+    ------
+    FeatureError, ValueError
+        For a feature that nobody knows, or a window or scaler that does not fit.
+
+    Examples
+    --------
+    >>> Observation(["return(1)", "rsi(14)@4h"], window=30)
+    """
     features:Sequence[str] # texts such as "rsi(14)", "macd.histogram", "rsi(14)@4h", "return(1)[ETH/USDT:USDT]"
     window:int = 1                # candles, oldest first
     scaler:Scaler|None = None     # None: features as they are
@@ -331,8 +351,7 @@ class Observation:
     @property
     def needs(self)->frozenset[tuple[int, int]]:
         "(row, column) of each number that its features read beyond the first five"
-        seen, _ = self.seen(len(self.symbols) or 1)
-        return frozenset((row, need) for row, feature in seen for need in feature.indicator.needs)
+        return _needs(self)
 
     @property
     def columns(self)->list[str]: return column_names(self.features, self.window)
@@ -351,8 +370,7 @@ class Observation:
 
     def stale(self, candles:np.ndarray)->np.ndarray:
         "When a stale series makes the policy flat, of (T, rows, 11) candles: bool, (T,); empty where it has none"
-        rows = list(range(len(self.rows) - len(self.series), len(self.rows)))
-        return np.any(candles[:, rows, QUOTE_VOLUME] > 0, axis=1) if rows else np.zeros(0, bool)
+        return _stale(self, candles)
 
     def fit(self, candles:CandlesLike|np.ndarray, how:str="standard", gaps:bool=False)->"Observation":
         "The same with a scaler fitted on these candles, the training span only; with `gaps`, on what is known of it"

@@ -194,63 +194,104 @@ def untrained(
                        gamma=config["gamma"], seed=config["seed"], device="cpu",
                        policy_kwargs={"net_arch": list(config["net"])})
 
-# %% ../../nbs/80_learn/02_agents.ipynb #8bfb28cc
+# %% ../../nbs/80_learn/02_agents.ipynb #903ca4a1
 EPISODE = 256 # candles: short, so that a halted account does not sit out the rest of the data
 
 
-def train(
-    agent:str,                # "SAC" or "PPO"
-    candles:CandlesLike,      # the training span
-    observation:Observation,  # fitted on these candles if it has no scaler yet
-    *,
-    steps:int,                # candles stepped through, in all environments together
-    seed:int=0,
-    funding:RatesLike|None=None,
-    extra:dict[str, pd.DataFrame]|None=None, # by symbol: candles that features read and nobody trades
-    series:dict[str, Exogenous]|None=None,   # by the name that features read, of `sources.exogenous.load_series`
-    scaler:str="standard",    # or "robust"
-    costs:CostModel|None=None, # default: of the settings
-    limits:Limits|None=None,   # default: of the settings
-    instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None, # default: looked up
-    learning_rate:float|None=None, # default: the agent's, as for the next three
-    batch_size:int|None=None,
-    n_envs:int|None=None,
-    net:tuple[int, ...]=(64, 64),       # widths of the hidden layers
-    gamma:float=.9,           # how much the next candle counts against this one; 0.9 looks about ten candles ahead
-    episode:int|None=None,         # candles; default: 256, or all if there are fewer
-    gaps:bool=False,          # carry holes in the candles through; otherwise the first one is refused
-    folder:Path|None=None,    # of all runs; default: of the settings
-    progress:bool=True,       # draw a progress bar
-)->Run:
-    "Train an agent and keep it as a run"
-    chosen = choose(agent)
-    defaults = settings()
-    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
+def _fitted(observation, frames, symbols, scaler, gaps):
+    "The observation over these symbols, with a scaler"
+    timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
+    observation = observation.for_symbols(symbols, timeframe)
+    return observation if observation.scaler is not None else observation.fit(frames, scaler, gaps)
+
+
+def _config(agent, market, **told):
+    "What a run says of its training; what was not told is the agent's"
+    own = {name: told[name] or getattr(agent, name) for name in ("learning_rate", "batch_size", "n_envs")}
+    return {"agent": agent.name, "steps": told["steps"], "interrupted": False, **own, "net": told["net"],
+            "gamma": told["gamma"], "seed": told["seed"], "threads": 1, "symbols": list(market.data.symbols),
+            "window": market.observation.window}
+
+
+def _episode(market): return min(EPISODE, longest_episode(market))
+
+
+def _series(series, market, config):
+    "What a run says of the series that its features read"
+    if not series: return {}
+    return {"series": series_record({name: series[name] for name in market.observation.series},
+                                    to_ms(config["span"][1]) + milliseconds(market.data.timeframe))}
+
+
+def _learnt(agent, market, config, runs, progress):
+    "The run of a training, kept"
     torch.set_num_threads(1)
+    env = MarketVecEnv(market, config["n_envs"], config["episode"], config["seed"])
+    model = untrained(agent, env, config)
+    callback = LearningCurveCallback(env, config["steps"], progress)
+    made = market.settings
+    with reserved(config, runs) as name:
+        config |= {"interrupted": learn(model, callback, config["steps"]), "steps": model.num_timesteps}
+        policy = compiled_policy(agent, model, market.observation)
+        run = Run(name, policy, made.limits, made.costs, market.data.instruments, market.data.timeframe, config)
+        return save(run, training_files(model, callback), runs)
+
+# %% ../../nbs/80_learn/02_agents.ipynb #8bfb28cc
+def train(agent:str, candles:CandlesLike, observation:Observation, *, steps:int, seed:int=0,
+          funding:RatesLike|None=None, extra:dict[str, pd.DataFrame]|None=None, series:dict[str, Exogenous]|None=None,
+          scaler:str="standard", costs:CostModel|None=None, limits:Limits|None=None,
+          instruments:Instrument|Sequence[Instrument]|dict[str, Instrument]|None=None, learning_rate:float|None=None,
+          batch_size:int|None=None, n_envs:int|None=None, net:tuple[int, ...]=(64, 64), gamma:float=.9,
+          episode:int|None=None, gaps:bool=False, folder:Path|None=None, progress:bool=True)->Run:
+    """Train an agent and keep it as a run.
+
+    Parameters
+    ----------
+    agent : {"SAC", "PPO"}
+    candles : DataFrame or dict of DataFrames by symbol
+        The training span.
+    observation : Observation
+        What the agent sees; fitted on these candles if it has no scaler yet.
+    steps, seed : int
+        Candles stepped through, in all environments together; the same seed learns the same.
+    funding, extra, series, instruments, gaps
+        As in `backtest`.
+    scaler : {"standard", "robust"}
+    costs, limits : CostModel, Limits, optional
+        Default: of the settings.
+    learning_rate, batch_size, n_envs : optional
+        Default: the agent's.
+    net, gamma : tuple, float
+        Widths of the hidden layers; how much the next candle counts against this one: 0.9 looks ten candles ahead.
+    episode : int, optional
+        Candles. Default: 256, or all if there are fewer.
+    folder, progress : Path, bool
+        Of all runs, default: of the settings; draw a progress bar.
+
+    Returns
+    -------
+    Run
+        Kept in its folder; `.plot()` is its learning curve.
+
+    Raises
+    ------
+    ValueError
+        For an unknown agent, too few candles, or candles that do not fit together.
+
+    Examples
+    --------
+    >>> train("SAC", candles, Observation(["return(1)", "rsi(14)"], window=30), steps=50_000)
+    """
+    chosen = choose(agent)
+    if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     runs = runs_folder(folder)
     extra = with_series(extra, series, candles)
     frames, symbols = frames_of(candles, extra, funding, gaps)
-    timeframe = timeframe_of({symbol: frames[symbol] for symbol in symbols}, gaps)
-    observation = observation.for_symbols(symbols, timeframe)
-    if observation.scaler is None: observation = observation.fit(frames, scaler, gaps)
-    costs = costs or defaults.costs
-    limits = limits or defaults.risk
-    instruments = instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments)
-    config = {"agent": chosen.name, "steps": steps, "interrupted": False, "learning_rate": learning_rate
-              or chosen.learning_rate, "batch_size": batch_size or chosen.batch_size, "n_envs": n_envs or chosen.n_envs,
-              "net": list(net), "gamma": gamma, "seed": seed, "threads": 1, "symbols": list(symbols),
-              "window": observation.window, **provenance(frames if extra or gaps else candles)}
-    if series:
-        config["series"] = series_record({name: series[name] for name in observation.series},
-                                         to_ms(config["span"][1]) + milliseconds(timeframe))
-    market = prepare(candles, observation, costs=costs, limits=limits, instruments=instruments, funding=funding,
-                     extra=extra, gaps=gaps)
-    config["episode"] = episode or min(EPISODE, longest_episode(market))
-    env = MarketVecEnv(market, config["n_envs"], config["episode"], seed)
-    model = untrained(chosen, env, config)
-    callback = LearningCurveCallback(env, steps, progress)
-    with reserved(config, runs) as name:
-        config |= {"interrupted": learn(model, callback, steps), "steps": model.num_timesteps}
-        policy = compiled_policy(chosen, model, observation)
-        return save(Run(name, policy, limits, costs, instruments, timeframe, config), training_files(model, callback),
-                    runs)
+    observation = _fitted(observation, frames, symbols, scaler, gaps)
+    traded = instruments_for({symbol: frames[symbol] for symbol in symbols}, instruments)
+    market = prepare(candles, observation, costs=costs or settings().costs, limits=limits or settings().risk,
+                     instruments=traded, funding=funding, extra=extra, gaps=gaps)
+    config = _config(chosen, market, steps=steps, learning_rate=learning_rate, batch_size=batch_size, n_envs=n_envs,
+                     net=list(net), gamma=gamma, seed=seed)
+    config |= provenance(frames if extra or gaps else candles) | {"episode": episode or _episode(market)}
+    return _learnt(chosen, market, config | _series(series, market, config), runs, progress)

@@ -271,9 +271,9 @@ class MarketEnv(gymnasium.Env):
     "One environment with the interface of gymnasium; the action is a target per symbol"
     metadata = {"render_modes": []}
 
-    def __init__(self, market:PreparedMarket, length:int|None=None, reward:Reward=Reward(),
+    def __init__(self, market:PreparedMarket, episode:int|None=None, reward:Reward=Reward(),
                  domain:DomainRandomisation=DomainRandomisation()):
-        self.batch = BatchedEnv(market, 1, length, reward, domain)
+        self.batch = BatchedEnv(market, 1, episode, reward, domain)
         self.observation_space, self.action_space = spaces(*self.batch.observations.shape[1:])
         self._seen = self.batch.observations.reshape(-1)
         self._rows = self.batch.rows[0]
@@ -304,11 +304,11 @@ class _OneMarket(VecEnv):
 class MarketVecEnv(_OneMarket):
     "n environments in one compiled call, with the interface of stable-baselines3"
 
-    def __init__(self, market:PreparedMarket, n:int=8, length:int|None=None, seed:int=0, reward:Reward=Reward(),
+    def __init__(self, market:PreparedMarket, n_envs:int=8, episode:int|None=None, seed:int=0, reward:Reward=Reward(),
                  domain:DomainRandomisation=DomainRandomisation()):
-        self.batch = BatchedEnv(market, n, length, reward, domain)
+        self.batch = BatchedEnv(market, n_envs, episode, reward, domain)
         self._random = np.random.default_rng(seed)
-        super().__init__(n, *spaces(*self.batch.observations.shape[1:]))
+        super().__init__(n_envs, *spaces(*self.batch.observations.shape[1:]))
 
     def reset(self)->np.ndarray:
         self.batch.reset(range(self.num_envs), self._random)

@@ -17,10 +17,12 @@ import pandas as pd
 from ..evaluation.result import Result
 from ..figures import INK, caption, finished
 from ..market.candles import CandlesLike, RatesLike, period_of, rates_by_symbol, times
+from ..policies import flat
 from ..risk.answers import halted_text, halts
+from ..runs.run import Run, Tradable, as_run
 from ..sections import once
 from ..settings import CostModel
-from .backtest import PolicyLike, backtest, sources_of
+from .backtest import backtest, sources_of
 from .prepared import market_data
 from ..texts import figure_text, html_text
 from ..times import TimeLike
@@ -159,28 +161,45 @@ class Stress:
                 + self.table().to_html(border=0, float_format="{:,.2f}".format))
 
 # %% ../../nbs/50_sim/08_stress.ipynb #9f31dd89
-def stress(
-    policy:PolicyLike,
-    candles:CandlesLike,
-    start:TimeLike|None=None,   # the first candle to decide on; default: right after the warm-up
-    *,
-    costs:CostModel|None=None,
-    funding:RatesLike|None=None,
-    scenarios:dict[str, Callable]=SCENARIOS, # name -> (StressMarket, Result) -> StressMarket
-    gaps:bool=False,            # carry holes in the candles through
-    **settings:Any,             # of `backtest`
-)->Stress:
-    "The results of a policy in the market as it was and in each scenario"
+def stress(policy:Tradable|pd.Series|pd.DataFrame, candles:CandlesLike, start:TimeLike|None=None, *,
+           costs:CostModel|None=None, funding:RatesLike|None=None, scenarios:dict[str, Callable]=SCENARIOS,
+           gaps:bool=False, **settings:Any)->Stress:
+    """Run a policy in the market as it was and in each scenario.
+
+    Parameters
+    ----------
+    policy, candles, start, costs, funding, gaps
+        As in `backtest`.
+    scenarios : dict
+        By name, functions (StressMarket, Result) -> StressMarket.
+    settings
+        What else `backtest` takes.
+
+    Returns
+    -------
+    Stress
+        A row per scenario; `.plot()` draws equity in each.
+
+    Raises
+    ------
+    ValueError
+        Where `backtest` raises it.
+
+    Examples
+    --------
+    >>> stress(follow, candles).table()
+    """
+    run = Run("targets", flat()) if isinstance(policy, (pd.Series, pd.DataFrame)) else as_run(policy)
     data = market_data(candles, funding=funding, instruments=settings.get("instruments"),
-                       known_instruments=getattr(policy, "instruments", ()), gaps=gaps)
-    costs = costs or getattr(policy, "costs", None) or CostModel()
+                       known_instruments=run.instruments, gaps=gaps)
     settings["instruments"] = data.instruments # of the market as it was: a jump of the price does not change the tick
-    run = lambda market: backtest(policy, market.candles, start, costs=market.costs, funding=market.funding or None,
-                                 baselines=(), gaps=gaps, **settings)
+    within = lambda market: backtest(policy, market.candles, start, costs=market.costs, funding=market.funding or None,
+                                     baselines=(), gaps=gaps, **settings)
     frames = {symbol: data.frames[symbol].drop(columns="funding_rate", errors="ignore") for symbol in data.symbols}
-    plain = StressMarket(frames, rates_by_symbol(funding, data.symbols), costs)
-    first = run(plain)
+    plain = StressMarket(frames, rates_by_symbol(funding, data.symbols), costs or run.costs)
+    first = within(plain)
     source = sources_of(candles)
     said = (f"{first.name}, {first.equity.index[0]:%Y-%m-%d} to {first.equity.index[-1]:%Y-%m-%d}, {first.net}"
             + (", SYNTHETIC prices" if "synthetic" in source.lower() else ""))
-    return Stress({"as it was": first, **{name: run(change(plain, first)) for name, change in scenarios.items()}}, said)
+    return Stress({"as it was": first, **{name: within(change(plain, first)) for name, change in scenarios.items()}},
+                  said)

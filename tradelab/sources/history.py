@@ -247,16 +247,45 @@ def _in_order(source):
 
 # %% ../../nbs/15_sources/08_history.ipynb #9688fa0f
 def history(
-    symbol: str,                    # ccxt's unified name, such as "BTC/USDT:USDT"
-    timeframe: str,                 # such as "1h"
-    start: TimeLike | None = None,  # "2022-01-01", a Timestamp or ms; a file needs none
-    end: TimeLike | None = None,    # exclusive; if not given, all closed candles
-    # "auto", "synthetic", "archive", "yahoo", an exchange id, a ccxt exchange, a Source, several in order, or a path
+    symbol: str,
+    timeframe: str,
+    start: TimeLike | None = None,
+    end: TimeLike | None = None,
     source: SourceLike | Sequence[SourceLike] = "auto",
-    store: Store | None = None,     # that keeps what is downloaded
-    gaps: bool = False,             # whether holes are allowed, for a caller that handles them
+    store: Store | None = None,
+    gaps: bool = False,
 ) -> pd.DataFrame:
-    "Checked candles; `attrs` hold `source`, `symbol` and the `instrument`, as listed or derived from the candles"
+    """Checked candles of one symbol, from an exchange, a file or a generator.
+
+    Parameters
+    ----------
+    symbol : str
+        ccxt's unified name, such as "BTC/USDT:USDT".
+    timeframe : str
+        Such as "1h".
+    start, end : time, optional
+        "2022-01-01", a Timestamp or ms; the end is exclusive. A file needs no start; default: all closed candles.
+    source : str, path, Source, ccxt exchange, or several in order
+        "auto", "synthetic", "archive", "yahoo", an exchange's id, a file or an address.
+    store : Store, optional
+        Keeps what is downloaded.
+    gaps : bool
+        Whether holes are allowed, for a caller that handles them.
+
+    Returns
+    -------
+    DataFrame
+        `open high low close volume` by open time, UTC; `attrs` hold `source`, `symbol` and the `instrument`.
+
+    Raises
+    ------
+    CandleError, NoCandlesError
+        If candles are wrong or missing, or no source has them.
+
+    Examples
+    --------
+    >>> history("BTC/USDT:USDT", "1h", "2023-01-01", "2023-07-01", source="synthetic")
+    """
     start, end = grid_span(timeframe, start, end)
     if is_file(source): candles = from_file(source, timeframe, start, end, gaps, symbol)
     elif isinstance(source, str) and source == "synthetic": candles = synthetic_fallback(symbol, timeframe, start, end)

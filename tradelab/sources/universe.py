@@ -98,7 +98,7 @@ class Universe:
     @once
     def table(self) -> pd.DataFrame:
         "When each symbol was listed and delisted, UTC; NaT where it still is"
-        return self.lives.astype("float64").where(self.lives < FOREVER).apply(pd.to_datetime, unit="ms", utc=True)
+        return self.listings.astype("float64").where(self.listings < FOREVER).apply(pd.to_datetime, unit="ms", utc=True)
 
     def plot(self) -> "Figure":
         "A line for each symbol from its listing to its delisting"
@@ -107,7 +107,7 @@ class Universe:
     def __str__(self) -> str: return self.table().to_string()
     def _repr_html_(self) -> str: return self.table().to_html(border=0)
 
-
+# %% ../../nbs/15_sources/04_universe.ipynb #f34d02a5
 def _require(universe, symbol, start, end):
     "Refuse a symbol that was not listed for the whole span, in ms"
     listings = universe.listings
