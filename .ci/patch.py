@@ -1,6 +1,6 @@
 """Do what a how-to page says: `python .ci/patch.py nbs/how_to/add_a_limit.ipynb [folder]`, then `make export`
 
-A patch is a block ```diff in a page. Its first line names a file (`@@ nbs/30_risk/05_limits.ipynb @@`); lines that
+A patch is a block ```diff in a page. Its first line names a file (`@@ nbs/00_ground/08_settings.ipynb @@`); lines that
 begin with a blank or a minus are there before, lines with a blank or a plus after. A notebook is read as its cells,
 each under a line `# %%` or `# %% [markdown]`, so that a new cell is lines too; a file that is not there yet has lines
 with a plus only. What is there before must be found exactly once.

@@ -66,7 +66,7 @@ def gates():
             account = new_account(10_000.)
             positions = np.zeros(symbols, POSITION)
             answers = random.uniform(-1, 1, (count, symbols))
-            rows = (rules.proposals, candles, account, positions, rules.market, rules.covariance, limits.row(),
+            rows = (rules.requests, candles, account, positions, rules.market, rules.covariance, limits.row(),
                     instrument_rows([replace(BITCOIN, symbol=str(n)) for n in range(symbols)], limits))
             many(answers[:2], *rows)
             array = seconds(many, answers, *rows)

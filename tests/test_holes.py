@@ -28,7 +28,7 @@ from tradelab.localnet.server import Localnet
 from tradelab.market.candles import frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.policies import Policy
-from tradelab.risk.limits import market_history
+from tradelab.risk.market_state import market_history
 from tradelab.runs.run import Run
 from tradelab.settings import NO_STOPS, CostModel, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest

@@ -17,7 +17,7 @@ PATCH = runpy.run_path(str(ROOT / ".ci/patch.py"))
 PAGES = {path.stem: path for path in sorted((ROOT / "nbs/how_to").glob("*.ipynb"))}
 # what each touches of the house: chapters, and what else there is
 TOUCHED = {"add_an_indicator": {"20_features/06_momentum"},
-           "add_a_limit": {"00_ground/08_settings", "30_risk/05_limits"}, # words on the ground, the rule in the gate
+           "add_a_limit": {"00_ground/08_settings"}, # the entry, and the rule below it
            "add_an_order_type": {"00_ground/09_orders", "50_sim/02_matching"},
            "add_a_venue": {"00_ground/12_config", "75_venues/02_dry"},    # its settings, its adapter
            "add_a_job": set()}
@@ -39,7 +39,7 @@ for path in {chapters}:
 tests = runpy.run_path("tests/test_limits.py") if {names} else dict()
 for name in {names}: tests[name]()
 """
-TESTS = {"add_a_limit": ["test_each_limit_is_said_once_and_the_same_everywhere",
+TESTS = {"add_a_limit": ["test_each_limit_is_one_entry",
                          "test_each_limit_that_denies_has_a_sentence_that_names_it"]}
 
 

@@ -1,8 +1,8 @@
 """The order gate: no sequence of actions, prices and states makes it let a limit be exceeded, reducing is always
 possible, and the order of the symbols does not matter"""
-import inspect
 import json
 import re
+import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,7 +25,17 @@ from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
 from tradelab.risk.trading_state import allowed, require_state
 from tradelab.runs.run import make_trader
-from tradelab.settings import LIMITS, NO_STOPS, OPTIONAL, CostModel, Execution, Limits, Reason, Stops
+from tradelab.settings import (
+    NO_STOPS,
+    OPTIONAL,
+    CostModel,
+    Execution,
+    Limits,
+    Reason,
+    Stops,
+    example_lines,
+    limits_rows,
+)
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 
@@ -323,45 +333,34 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
                 trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
 
 
-UNSET = {"none": (None, 0.)}
-
-
-def defaults_of_chapter():
-    "The table of limits at the top of their chapter: name -> what it may be"
-    cells = json.loads((ROOT / "nbs/30_risk/05_limits.ipynb").read_text())["cells"]
-    text = next(text for text in ("".join(cell["source"]) for cell in cells) if "| in `[risk]` of" in text)
-    table = text.partition("| in `[risk]` of")[2].partition("\n\n")[0]
-    found = {}
-    for line in table.splitlines()[2:]:
-        names, values, _ = line.strip("| ").split(" | ")
-        for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True):
-            number = re.match(r"[\d.]+", value)
-            found[name] = (UNSET[value] if value in UNSET
-                           else (float(number[0]) / (100 if value[number.end():].startswith(" %") else 1),))
-    return found
-
-
-def test_each_limit_is_said_once_and_the_same_everywhere():
-    """The line of a limit in settings, its line in tradelab.toml.example, its place in the chapter's table, its number
-    in the row of compiled code"""
-    table = defaults_of_chapter()
-    text = (ROOT / "tradelab.toml.example").read_text().partition("[risk]")[2]
-    for kind, section in ((Limits, text.partition("[risk.stops]")[0]),
-                          (Stops, text.partition("[risk.stops]")[2].partition("\n[")[0])):
-        lines = dict(re.findall(r"^    (\w+):[^#\n]+# (.+)$", inspect.getsource(kind), re.M))
-        example = {name: (not off, value, words) for off, name, value,
-                   words in re.findall(r"^(# )?(\w+) = (\S+) *(?:# (.+))?$", section, re.M)}
+def test_each_limit_is_one_entry():
+    """Field, default, number in the row of compiled code, line of tradelab.toml.example and row of the table come from
+    the entry; no limit is without one"""
+    text = (ROOT / "tradelab.toml.example").read_text()
+    for kind, section in ((Limits, "[risk]"), (Stops, "[risk.stops]")):
+        lines = re.search(rf"^{re.escape(section)}.*\n((?:.+\n)+)", text, re.M)[1].splitlines()
+        assert example_lines(kind) == lines
+        assert [row[0] for row in limits_rows(kind)] == [field.name for field in fields(kind) if field.name != "stops"]
         for field in fields(kind):
             if field.name in ("sectors", "stops"): continue
-            given, value, words = example[field.name]
-            assert words == lines.get(field.name, ""), field.name
-            assert given == (field.default is not None), field.name
-            if given: assert float(value) == field.default, field.name
-            else: replace(Limits(sectors={"a": "b"}), **{field.name: float(value)})
-            assert field.default in table.pop(field.name), field.name
-            assert field.name in LIMITS.names
+            example = field.default if field.default is not None else field.metadata["example"]
+            given = {field.name: example} if kind is Limits else {"stops": {field.name: example}}
+            assert Limits(sectors={"a": "b"}, **given).row()[field.name] == example, field.name
             if kind is Limits: assert (field.name in OPTIONAL) == ("None" in str(field.type)), field.name
-    assert not table
+
+
+def test_the_example_file_says_the_defaults():
+    text = (ROOT / "tradelab.toml.example").read_text()
+    assert Limits(**tomllib.loads(text)["risk"]) == Limits()
+
+
+def test_codes_of_reasons_never_change():
+    "Journals store them: a number that is given keeps its meaning, a new reason takes the next"
+    names = """ACCEPTED TOO_SMALL LEVERAGE BALANCE MAX_QUANTITY HALTED STATE DAILY_LOSS CONFIDENCE PRICE_BAND
+        ORDER_SIZE PARTICIPATION SECTOR GROUP NET VALUE_AT_RISK MARGIN_RATIO ORDER_RATE UNKNOWN VOLATILITY DRAWDOWN
+        STOP_LOSS TAKE_PROFIT TRAILING_STOP TIME_STOP STOPPED_OUT BRACKET NO_DECISION MAX_POSITIONS""".split()
+    assert [Reason(code).name for code in range(len(names))] == names
+    assert sorted(Reason) == list(range(len(Reason)))
 
 
 def test_each_limit_that_denies_has_a_sentence_that_names_it():

@@ -13,7 +13,8 @@ from tradelab.features.grammar import parse
 from tradelab.features.loops import columns_of
 from tradelab.instruments import BITCOIN
 from tradelab.market.synthetic import realistic
-from tradelab.risk.limits import Gate, warm_up
+from tradelab.risk.limits import Gate
+from tradelab.risk.market_state import warm_up
 from tradelab.risk.stops import enter, exit_price, levels, next_atr, simulate, touched, track
 from tradelab.settings import NO_STOPS, Limits, Reason, Stops
 

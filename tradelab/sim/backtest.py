@@ -26,7 +26,8 @@ from ..journal import JOURNAL
 from ..market.candles import CandlesLike, RatesLike, by_time, rates_by_symbol
 from ..native import UNCOMPILED
 from ..policies import POLICY, Policy, ask_rule, buy_and_hold, flat, fully_invested, refuse_returning
-from ..risk.limits import Gate, warm_up
+from ..risk.limits import Gate
+from ..risk.market_state import warm_up
 from ..runs.run import Run, Tradable, as_run
 from ..settings import NO_STOPS, CostModel, Execution, Limits
 from .kernel import ASKED, DONE, FAULTS, WORLD, World, opened, see_working, step

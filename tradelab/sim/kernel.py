@@ -38,8 +38,10 @@ from ..instruments import INSTRUMENT, Instrument
 from ..journal import JOURNAL
 from ..native import NUMBER, UNCOUNTED, WHOLE, address_of, array_at, call_at
 from ..orders import FILL, ORDER_REQUEST, WORKING
-from ..risk.limits import MARKET as MARKET_ROW
-from ..risk.limits import capital, gate, market_history, propose, stand_by
+from ..risk.limits import gate, propose, stand_by
+from ..risk.market_state import MARKET as MARKET_ROW
+from ..risk.market_state import market_history
+from ..risk.order_limits import capital
 from tradelab.settings import (
     COSTS,
     EXECUTION,

@@ -29,7 +29,7 @@ from tradelab.market.candles import (
     timeframe_at,
 )
 from ..market.filters import instruments_for
-from ..risk.limits import warm_up
+from ..risk.market_state import warm_up
 from ..settings import CostModel, Execution, Limits
 from .kernel import Tape, World, rules_of, tape_of
 from .matching import Rules, new_state
