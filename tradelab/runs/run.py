@@ -24,7 +24,7 @@ from ..files import read_bytes
 from ..instruments import Instrument
 from ..policies import Policy
 from ..risk.limits import Gate
-from ..risk.limits import warm_up as limits_warm_up
+from ..risk.market_state import warm_up as limits_warm_up
 from ..settings import CostModel, Limits
 from ..texts import figure_text, html_rows
 from ..times import to_ms
