@@ -12,9 +12,10 @@ from tradelab.config import settings
 from tradelab.errors import ConfigurationError
 from tradelab.instruments import BITCOIN
 from tradelab.live.ledger import FORMATS, Ledger, open_database
+from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.recorder import Recorder, RecordingError, chained, framed, read, recorded_settings
-from tradelab.live.session import FORMAT as SESSION
-from tradelab.live.session import Session, StartRefusedError
+from tradelab.live.session import remember, settings_of
+from tradelab.live.start import FORMAT as SESSION
 from tradelab.policies import Policy, buy_and_hold, mlp, pack
 from tradelab.runs.formats import CONFIG, FORMAT, MANIFEST, DamagedRunError, seal
 from tradelab.runs.registry import read as read_run
@@ -120,27 +121,26 @@ def test_a_session_of_another_format_is_not_resumed(tmp_path, change, match):
     ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
     ledger.open_session("other", {"version": "7.8.9", "origin": "x", "limits": asdict(Limits())} | change)
     with pytest.raises(StartRefusedError, match=f"^session other {match}"):
-        Session(trader, None, ledger, tmp_path, resume="other")._remember()
+        remember(ledger, "other", {}, trader)
 
 
 def test_a_session_before_the_numbers_and_before_some_limits_is_resumed(tmp_path):
-    from types import SimpleNamespace
     trader = make_trader(buy_and_hold(), instruments=(BITCOIN,))
     ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
-    session = Session(trader, SimpleNamespace(name="localnet"), ledger, tmp_path,
-                      resume="before")
-    told = session._settings() | {"reserve": 5.}
+    given = settings_of(trader, "localnet", "1h", "an example", "")
+    told = json.loads(json.dumps(given | {"reserve": 5.}))
     assert told.pop("format") == SESSION
     del told["limits"]["max_orders"]
     ledger.open_session("before", told)
     ledger.keep("before", 1_700_000_000_000, trader.snapshot(), 0)
-    assert session._remember()["open_time"] == 1_700_000_000_000
-    assert session.reserve == 5.
+    kept = remember(ledger, "before", given, trader)
+    assert kept.step["open_time"] == 1_700_000_000_000
+    assert kept.settings["reserve"] == 5.
     with pytest.raises(StartRefusedError, match="^session before was written by tradelab .*: state of another version: "
                        "its fields are"):
         torn = json.loads(json.dumps(trader.snapshot()).replace('"deposit"', '"deposits"'))
         ledger.keep("before", 1_700_000_000_000, torn, 0)
-        session._remember()
+        remember(ledger, "before", given, trader)
 
 
 @pytest.mark.parametrize("number", ["0", "2", '"1"', "true", "[1]", "1.5"])

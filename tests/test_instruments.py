@@ -4,7 +4,6 @@ import json
 import warnings
 from dataclasses import asdict, replace
 from decimal import Decimal
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,8 @@ from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN, Instrument, grid
 from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
-from tradelab.live.session import Preparation, StartRefusedError
+from tradelab.live.reconcile import StartRefusedError
+from tradelab.live.start import coarse_ticks
 from tradelab.localnet.exchange import Exchange
 from tradelab.localnet.market import Market
 from tradelab.localnet.server import Localnet
@@ -215,10 +215,8 @@ def test_all_prices_and_volumes_keep_what_is_derived_though_a_finer_grid_came_la
 
 def listed_live(candles, instrument):
     "A session's own look at the candles it warms up on"
-    said = []
-    Preparation._say_ticks(SimpleNamespace(trader=SimpleNamespace(instruments=(instrument,)), _note=lambda kind,
-                                           text: said.append(text)), candles.iloc[:, :5].to_numpy()[:, None])
-    for words in said: warnings.warn(words, stacklevel=1)
+    for notice in coarse_ticks((instrument,), candles.iloc[:, :5].to_numpy()[:, None]):
+        warnings.warn(notice.text, stacklevel=1)
 
 
 ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, instruments=(one,), baselines=(),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tradelab.events import Fill, Funding
 from tradelab.journal import JOURNAL
 from tradelab.live.ledger import FILLS, FUNDINGS, ORDERS, TABLES, Ledger, MemoryLedger, columns_of, record_of
-from tradelab.live.orders import Intent, State
+from tradelab.live.order_states import Intent, State
 from tradelab.orders import Kind, Order, TimeInForce
 
 SERVER = os.environ.get("LEDGER_TEST_URL", "") # such as postgresql+psycopg://user@localhost/empty

@@ -23,8 +23,9 @@ from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.instruments import Instrument
 from tradelab.live.ledger import Ledger
+from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.recorder import Recording, RecordingError, find_session, read, recorded_settings, replay, unproven
-from tradelab.live.session import Session, StartRefusedError
+from tradelab.live.session import Session
 from tradelab.live.venue import Answer, Outcome, VenueError
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times

@@ -17,6 +17,7 @@ from tradelab.events import Fill
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
+from tradelab.live.messages import Step, Write
 from tradelab.live.recorder import (
     SEEN,
     Recorder,
@@ -29,7 +30,7 @@ from tradelab.live.recorder import (
     replay,
     unproven,
 )
-from tradelab.live.session import Bookkeeper
+from tradelab.live.session import Statistics, Stopwatch, carry_out
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.policies import buy_and_hold
@@ -254,12 +255,11 @@ def test_what_the_ledger_will_say_is_on_the_disk_first(tmp_path, monkeypatch):
 
 
 def test_a_session_syncs_its_recording_before_it_keeps_a_step():
-    order, live = [], Bookkeeper()
-    step = SimpleNamespace(rows=np.zeros(1, JOURNAL), open_time=0, symbols=("BTC/USDT:USDT",), snapshot=dict)
-    live.id = "s"
-    live.trader = step
-    live.books = SimpleNamespace(settled=True, sequence=0)
-    live.recorder, live.ledger, live.journal = (SimpleNamespace(**{name: lambda *_, name=name: order.append(name)})
-                                                for name in ("sync", "step", "write"))
-    live._save()
+    order = []
+    def noting(name): return lambda *_: order.append(name)
+    files = SimpleNamespace(recorder=SimpleNamespace(sync=noting("sync")),
+                            journal=SimpleNamespace(write=noting("write")))
+    live = SimpleNamespace(id="s", files=files, ledger=SimpleNamespace(step=noting("step")), statistics=Statistics(),
+                           stopwatch=Stopwatch(Statistics()))
+    carry_out(live, Write(Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0)))
     assert order == ["sync", "step", "write"]

@@ -18,7 +18,8 @@ from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
-from tradelab.live.session import Session, StartRefusedError
+from tradelab.live.reconcile import StartRefusedError
+from tradelab.live.session import Session
 from tradelab.market.synthetic import ar1
 from tradelab.runs.registry import load
 from tradelab.settings import SeriesDefinition

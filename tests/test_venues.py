@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from tradelab.config import VenueSettings
 from tradelab.events import Fill
 from tradelab.instruments import BITCOIN as LISTED
-from tradelab.live.orders import State
+from tradelab.live.order_states import State
 from tradelab.live.venue import MarketData, OrderReport, Outcome, Venue
 from tradelab.localnet.server import Localnet
 from tradelab.market.synthetic import ar1

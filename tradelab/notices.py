@@ -28,6 +28,7 @@ NOTICES = { # kind: (level, when it is told)
     "unknown": ("error", "nobody knows yet what became of an order"),
     "unsettled": ("error", "the session ends with an order whose end is not known"),
     "blocked": ("warning", "a symbol waits for the outcome of an earlier order"),
+    "contradiction": ("error", "what the venue says of an order contradicts what it said before"),
     "foreign": ("error", "a fill of an order that is not ours"),
     "disagreement": ("error", "the venue's account differs from the trader's"),
     "margin call": ("critical", "the venue is about to liquidate"),

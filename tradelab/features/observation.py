@@ -297,6 +297,16 @@ def _needs(observation):
     return frozenset((row, need) for row, feature in seen for need in feature.indicator.needs)
 
 
+def _matrix(observation, candles):
+    seen, which = observation.seen(candles.shape[1] - len(observation.others))
+    return scaled_features(seen, which, scaling_of(observation.scaler, len(observation.features)), candles)
+
+
+def _warm_up(observation):
+    longest = max([feature.history(observation.timeframe) for feature in observation.parsed], default=0)
+    return longest + observation.window - 1
+
+
 def _stale(observation, candles):
     rows = list(range(len(observation.rows) - len(observation.series), len(observation.rows)))
     return np.any(candles[:, rows, QUOTE_VOLUME] > 0, axis=1) if rows else np.zeros(0, bool)
@@ -344,14 +354,12 @@ class Observation:
     @property
     def rows(self)->tuple[str, ...]: return (*self.symbols, *self.others)            # whose candles it is given
 
+    # each (row, feature) to compute, and which of them each symbol sees
     def seen(self, n_symbols:int)->tuple[list[tuple[int, Feature]], np.ndarray]:
-        "Each (row, feature) to compute, and which of them each symbol sees"
         return distinct(self.parsed, n_symbols, self.symbols, self.others)
 
     @property
-    def needs(self)->frozenset[tuple[int, int]]:
-        "(row, column) of each number that its features read beyond the first five"
-        return _needs(self)
+    def needs(self)->frozenset[tuple[int, int]]: return _needs(self) # (row, column) that are read beyond the first five
 
     @property
     def columns(self)->list[str]: return column_names(self.features, self.window)
@@ -361,19 +369,18 @@ class Observation:
     @property
     def warm_up(self)->int:
         "Candles before the first observation whose bits do not depend on where the history began"
-        return max([feature.history(self.timeframe) for feature in self.parsed], default=0) + self.window - 1
+        return _warm_up(self)
 
     def matrix(self, candles:np.ndarray)->np.ndarray:
         "Scaled features of (T, rows, 5 or 11) candles: float32, (T, n_symbols, n_features)"
-        seen, which = self.seen(candles.shape[1] - len(self.others))
-        return scaled_features(seen, which, scaling_of(self.scaler, len(self.features)), candles)
+        return _matrix(self, candles)
 
     def stale(self, candles:np.ndarray)->np.ndarray:
         "When a stale series makes the policy flat, of (T, rows, 11) candles: bool, (T,); empty where it has none"
         return _stale(self, candles)
 
+    # the same with a scaler fitted on these candles, the training span only; with `gaps`, on what is known of it
     def fit(self, candles:CandlesLike|np.ndarray, how:str="standard", gaps:bool=False)->"Observation":
-        "The same with a scaler fitted on these candles, the training span only; with `gaps`, on what is known of it"
         return fit_observation(self, candles, how, gaps)
 
     def specification(self)->dict: return _specification(self)

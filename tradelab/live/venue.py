@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import TradelabError
 from ..events import Fill, Funding
 from ..instruments import Instrument
-from .orders import State
+from .order_states import State
 from ..orders import Kind, Order
 from ..texts import one_line
 

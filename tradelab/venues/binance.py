@@ -28,7 +28,7 @@ import numpy as np
 from ..config import VenueSettings
 from ..events import Fill, Funding
 from ..instruments import TIERS, Instrument
-from ..live.orders import State
+from ..live.order_states import State
 from ..live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, Venue, VenueError
 from ..market.filters import listed_instrument
 from ..notices import Notice

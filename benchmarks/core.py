@@ -1,0 +1,78 @@
+"""What a candle costs in the live core, in memory: milliseconds from the candle to the last action of its step, without
+what the driver does with them. `python benchmarks/core.py`"""
+from statistics import median
+from time import perf_counter_ns
+
+import numpy as np
+
+from tradelab.events import Fill
+from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
+from tradelab.live.bookkeeper import Bookkeeper, Feed
+from tradelab.live.core import Core, Terms, live
+from tradelab.live.messages import Answered, Fetch, Fetched, Received, Send, StepDone
+from tradelab.live.order_manager import Blotter, OrderManager
+from tradelab.live.order_states import State
+from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome
+from tradelab.market.candles import matrix
+from tradelab.market.synthetic import ar1
+from tradelab.risk.limits import Gate
+from tradelab.strategies.example import Momentum
+from tradelab.trader import Trader
+
+HOUR, HISTORY, CANDLES = 3_600_000, 100, 3_000
+
+
+def core_of(times, candles):
+    policy = Momentum(lookback=5, threshold=.005)
+    trader = Trader(policy, Observation.from_policy(policy), Gate, instruments=(BITCOIN,))
+    trader.warm(times[:HISTORY], candles[:HISTORY])
+    core = Core(Terms("benchmark", "1h"), trader, Bookkeeper(trader, HOUR), OrderManager("benchmark", Blotter()), live)
+    core.feed = Feed(trader.seen, HOUR, trader.open_time)
+    return core
+
+
+class Exchange:
+    "Fills everything at once, and says what the trader expects"
+
+    def __init__(self, core): self.core, self.orders = core, 0
+
+    def answers(self, actions, now):
+        for action in actions:
+            if isinstance(action, Send):
+                order, self.orders = action.order, self.orders + 1
+                report = OrderReport(order.order_id, State.FILLED, abs(order.quantity), str(self.orders))
+                yield Fill(order.symbol, order.quantity, order.decision_price, .01, now, order.order_id,
+                           str(self.orders))
+                yield Answered(action, Answer(Outcome.ACCEPTED, report))
+            elif isinstance(action, Fetch):
+                account, positions = self.core.trader.account[0], self.core.trader.positions["quantity"]
+                wallet = account["deposit"] + account["realised"] - account["fees"] + account["funding"]
+                held = {BITCOIN.symbol: float(positions[0])} if positions[0] else {}
+                yield Fetched(action.number, AccountSnapshot(float(wallet), held))
+
+
+def step(core, exchange, open_time, values):
+    "Nanoseconds in the core for one candle, and whether it brought an order"
+    spent, now, before = 0, int(open_time) + HOUR + 20, exchange.orders
+    events = [Candle(BITCOIN.symbol, int(open_time), tuple(float(value) for value in values))]
+    while events:
+        begin = perf_counter_ns()
+        actions = core.on(Received(now, events))
+        spent += perf_counter_ns() - begin
+        now += 1
+        events = list(exchange.answers(actions, now))
+    assert isinstance(actions[-1], StepDone) or isinstance(actions[-2], StepDone)
+    return spent, exchange.orders > before
+
+
+if __name__ == "__main__":
+    times, candles, _ = matrix({BITCOIN.symbol: ar1(HISTORY + CANDLES, volatility=.01, seed=3)})
+    core = core_of(times, candles)
+    exchange = Exchange(core)
+    core.on(Received(int(times[HISTORY])))
+    spent = [step(core, exchange, times[t], candles[t, 0]) for t in range(HISTORY, HISTORY + CANDLES)][100:]
+    for name, chosen in (("without an order", [ns for ns, ordered in spent if not ordered]),
+                         ("with an order", [ns for ns, ordered in spent if ordered])):
+        print(f"candle {name:<17} median {median(chosen) / 1e6:.3f} ms, p99 {np.percentile(chosen, 99) / 1e6:.3f} ms, "
+              f"{len(chosen):,} candles")

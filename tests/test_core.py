@@ -1,0 +1,263 @@
+"The live core against an exchange in memory: killed between any two actions, it neither repeats nor loses an order"
+from dataclasses import replace
+from heapq import heappop, heappush
+from itertools import count
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradelab.events import Fill
+from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
+from tradelab.live.core import Terms
+from tradelab.live.ledger import MemoryLedger
+from tradelab.live.messages import (
+    Answered,
+    Ask,
+    End,
+    Fetch,
+    Fetched,
+    Open,
+    Received,
+    Send,
+    StepDone,
+    Stop,
+    Tell,
+    Unanswered,
+    Wake,
+    Woken,
+    Write,
+)
+from tradelab.live.order_states import State
+from tradelab.live.session import Kept, make_core, restore, write
+from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, VenueError
+from tradelab.market.candles import matrix
+from tradelab.market.synthetic import ar1
+from tradelab.notices import Notice
+from tradelab.risk.limits import Gate
+from tradelab.settings import Limits
+from tradelab.strategies.example import Momentum
+from tradelab.trader import Trader
+
+HOUR, HISTORY, STEPS = 3_600_000, 12, 10
+SYMBOLS = ("BTC/USDT:USDT", "ETH/USDT:USDT")
+TIMES, CANDLES, _ = matrix({symbol: ar1(HISTORY + STEPS + 1, volatility=.01, seed=3 + n)
+                            for n, symbol in enumerate(SYMBOLS)})
+FAULTS = ("none", "none", "answer lost", "never arrived", "later", "rejected", "fill lost", "fill twice", "fill first",
+          "silent")
+
+
+def trader():
+    policy = Momentum(lookback=2, threshold=.001)
+    instruments = tuple(replace(BITCOIN, symbol=symbol) for symbol in SYMBOLS)
+    return Trader(policy, Observation.from_policy(policy), Gate, Limits(), instruments)
+
+
+class Exchange:
+    "Orders, fills and an account in memory; what goes wrong with an order hangs on its name and the seed alone"
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.sent = {}               # what was sent under which name
+        self.reports = {}
+        self.fills = []
+        self.queries = {}
+
+    def fault(self, order):
+        "Of the first attempt at an order; a refusal for good is one for every attempt"
+        name = f"{self.seed} {order.symbol} {order.open_time}"
+        fault = FAULTS[crc32(name.encode()) % len(FAULTS)]
+        return fault if fault == "rejected" or order.order_id.endswith("-0") else "none"
+
+    def place(self, order, now):
+        "Answer and events of the sockets"
+        assert order.order_id not in self.sent, f"{order.order_id} was sent twice"
+        self.sent[order.order_id] = order
+        fault = self.fault(order)
+        if fault == "rejected": return Answer(Outcome.REJECTED, text="refused"), []
+        if fault == "later": return Answer(Outcome.LATER, retry=.2, text="too many requests"), []
+        if fault == "never arrived": return Answer(Outcome.UNKNOWN, text="no answer"), []
+        row, column = int(np.searchsorted(TIMES, order.open_time)), SYMBOLS.index(order.symbol)
+        fill = Fill(order.symbol, order.quantity, float(CANDLES[row, column, 3]), .01, now, order.order_id,
+                    str(len(self.fills)))
+        report = OrderReport(order.order_id, State.FILLED, abs(order.quantity), f"77{len(self.fills)}")
+        self.fills.append((replace(fill, order_id=report.exchange_id), fill))
+        self.reports[order.order_id] = report
+        unproven = fault in ("answer lost", "silent")
+        answer = Answer(Outcome.UNKNOWN, text="no answer") if unproven else Answer(Outcome.ACCEPTED, report)
+        told = {"fill lost": [], "fill twice": [fill, report, fill], "silent": []}.get(fault, [fill, report])
+        return answer, told
+
+    def query(self, order, sent_time, now):
+        asked = self.queries[order.order_id] = self.queries.get(order.order_id, 0) + 1
+        if self.fault(order) == "silent" and asked < 3: return Answer(Outcome.UNKNOWN, text="no answer")
+        if report := self.reports.get(order.order_id): return Answer(Outcome.ACCEPTED, report)
+        return Answer(Outcome.NOT_FOUND, proof=sent_time is not None and now - sent_time > 5_000)
+
+    def fetch(self, what, arguments, now):
+        match what:
+            case "account":
+                held = {symbol: sum(fill.quantity for _, fill in self.fills if fill.symbol == symbol)
+                        for symbol in SYMBOLS}
+                paid = sum(fill.quantity * fill.price + fill.fee for _, fill in self.fills)
+                cost = {symbol: self.cost(symbol) for symbol in SYMBOLS}
+                return AccountSnapshot(10_000. - paid + sum(cost.values()),
+                                       {symbol: quantity for symbol, quantity in held.items() if abs(quantity) > 1e-9})
+            case "fills":
+                symbol, since = arguments
+                return [theirs for theirs, fill in self.fills if fill.symbol == symbol and fill.fill_time >= since]
+            case "fundings": return []
+            case "history":
+                symbol, _, limit, since = arguments
+                closed = (TIMES + HOUR <= now) & (TIMES >= (since or 0))
+                rows = np.flatnonzero(closed)[-min(limit, 1_000):]
+                return TIMES[rows], np.c_[CANDLES[rows, SYMBOLS.index(symbol)], np.zeros((len(rows), 3))]
+
+    def cost(self, symbol):
+        "What the position cost: the wallet holds realised profit only"
+        quantity = value = 0.
+        for _, fill in self.fills:
+            if fill.symbol != symbol: continue
+            if quantity * fill.quantity >= 0: value += fill.quantity * fill.price
+            elif abs(fill.quantity) <= abs(quantity): value *= 1 + fill.quantity / quantity
+            else: value = (quantity + fill.quantity) * fill.price
+            quantity += fill.quantity
+        return value
+
+
+class KilledError(Exception): pass
+
+
+class Driver:
+    "Carries out the actions of a core in virtual time; dies before the actions of these numbers"
+
+    def __init__(self, exchange, ledger, kills=()):
+        self.exchange = exchange
+        self.ledger = ledger
+        self.kills = set(kills)
+        self.now = int(TIMES[HISTORY])
+        self.done = 0                # actions
+        self.notices = []
+        self.steps = 0
+        self.number = count()
+
+    def start(self):
+        "A new process: only ledger and exchange are left of the one before"
+        kept = self.ledger.snapshot("s")
+        again = trader()
+        if kept: restore(again, "s", {}, kept)
+        self.core = make_core(again, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
+        self.waiting = []
+        for time, candles in zip(TIMES, CANDLES):
+            if time + HOUR > self.now and time + HOUR <= TIMES[-1]:
+                for symbol, values in zip(SYMBOLS, candles): self.tell(int(time) + HOUR + 20, Candle(symbol, int(time),
+                    tuple(float(value) for value in (*values, 0., 0., 0.))))
+        self.tell(int(TIMES[-1]) + HOUR, Stop())
+
+    def tell(self, time, event): heappush(self.waiting, (time, next(self.number), event))
+
+    def run(self):
+        self.start()
+        received = Received(self.now)
+        while True:
+            try:
+                for action in self.core.on(received):
+                    self.done += 1
+                    if self.done in self.kills: raise KilledError
+                    if isinstance(action, End): return action
+                    self.do(action)
+            except KilledError:
+                self.start()
+                received = Received(self.now)
+                continue
+            time, _, event = heappop(self.waiting)
+            self.now = max(self.now, time)
+            events = [event]
+            while self.waiting and self.waiting[0][0] <= self.now: events.append(heappop(self.waiting)[2])
+            received = Received(self.now, events)
+
+    def do(self, action):
+        match action:
+            case Write(record):
+                write(self.ledger, "s", record)
+            case Send(order):
+                written = {intent.order.order_id: intent for intent in self.ledger.intents("s")}
+                assert written[order.order_id].state is State.SENT
+                assert written[order.order_id].order == order
+                first = self.exchange.fault(order) == "fill first"
+                answer, told = self.exchange.place(order, self.now)
+                for event in told: self.tell(self.now + 5, event)
+                self.tell(self.now + (9 if first else 3), Answered(action, answer))
+            case Ask(order, sent_time):
+                self.tell(self.now + 4, Answered(action, self.exchange.query(order, sent_time, self.now)))
+            case Fetch(number, what, arguments):
+                content = self.exchange.fetch(what, arguments, self.now)
+                self.tell(self.now + 4, Fetched(number, content))
+            case Open():
+                for stream in ("market", "user"): self.tell(self.now + 2, Notice("open", stream))
+            case Wake(at): self.tell(at, Woken())
+            case Tell(notice): self.notices.append(notice.kind)
+            case StepDone(): self.steps += 1
+
+
+def session(seed, kills=()):
+    ledger, exchange = MemoryLedger(), Exchange(seed)
+    driver = Driver(exchange, ledger, kills)
+    end = driver.run()
+    assert end == End("stopped"), end
+    journal = ledger.journal("s")[["symbol", "position", "target", "order", "fill_quantity"]]
+    ledger.close()
+    return driver, journal
+
+
+WHOLE = {}
+
+
+def whole(seed):
+    if seed not in WHOLE: WHOLE[seed] = session(seed)
+    return WHOLE[seed]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_killed_between_any_two_actions_it_ends_where_it_would_have_ended(data):
+    seed = data.draw(st.integers(0, 9))
+    driver, journal = whole(seed)
+    kills = data.draw(st.lists(st.integers(1, driver.done), min_size=1, max_size=4))
+    again, rows = session(seed, kills)
+    assert len(journal) == len(SYMBOLS) * STEPS
+    assert rows.equals(journal)
+    positions = [{symbol: sum(fill.quantity for _, fill in each.exchange.fills if fill.symbol == symbol)
+                  for symbol in SYMBOLS} for each in (driver, again)]
+    assert positions[0] == pytest.approx(positions[1])
+    assert "disagreement" not in again.notices
+    assert "contradiction" not in again.notices
+
+
+def test_every_kind_of_fault_is_met():
+    met = {driver.exchange.fault(order) for driver, _ in map(whole, range(10))
+           for order in driver.exchange.sent.values()}
+    assert met == set(FAULTS)
+    assert sum(len(driver.exchange.fills) for driver, _ in map(whole, range(10))) > 50
+
+
+def test_an_outage_ends_nothing(monkeypatch):
+    "The exchange answers no question for a day and tells nothing, then it is back"
+    driver, expected = whole(0)
+    fetch = Exchange.fetch
+    again = Driver(Exchange(0), MemoryLedger())
+    dark = int(TIMES[HISTORY + 3]) + HOUR
+    do = again.do
+
+    def in_the_dark(action):
+        if isinstance(action, Fetch) and dark <= again.now < dark + 600_000:
+            return again.tell(again.now + 4, Unanswered(action.number, VenueError("nobody there")))
+        return do(action)
+    again.do = in_the_dark
+    assert again.run() == End("stopped")
+    assert "unanswered" in again.notices
+    assert fetch is Exchange.fetch
+    assert again.ledger.journal("s")["position"].iloc[-1] == expected["position"].iloc[-1]
