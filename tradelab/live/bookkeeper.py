@@ -106,7 +106,7 @@ def market_questions(
         if need == INDEX_PRICE: questions[row, need] = ("index_prices", symbol, timeframe, len(times) + 3, first)
     return questions
 
-
+# %% ../../nbs/70_live/06_bookkeeper.ipynb #5f501cfd
 def with_funding_and_index(
     times:np.ndarray,                 # (T,), open times
     candles:np.ndarray,               # (T, n_seen, 8)

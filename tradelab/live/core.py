@@ -97,7 +97,7 @@ class Core:
         self.answers: dict[int, Any] = {}
         self._asked = 0
         self._actions: list[Action] = []
-        self._alarm: int|None = None
+        self.alarm: int|None = None             # ms, when it goes on without an event
         self._process: Process|None = process(self)
 
     def do(self, *actions:Action)->None:
@@ -124,20 +124,16 @@ class Core:
         actions, self._actions = self._actions, []
         return actions
 
-    def awake(self)->None:
-        "The alarm went off"
-        self._alarm = None
-
     def _end(self, end):
         self._process = None
         self.do(end)
 
     def _set_alarm(self, due):
         times = [time for time in (due, self.manager.due) if time is not None]
-        if times and min(times) != self._alarm: self.do(Wake(min(times)))
-        self._alarm = min(times, default=None)
+        if times and min(times) != self.alarm: self.do(Wake(min(times)))
+        self.alarm = min(times, default=None)
 
-# %% ../../nbs/70_live/09_core.ipynb #cd19eb25
+# %% ../../nbs/70_live/09_core.ipynb #3499759f
 def take(core:Core, event:Event)->None:
     "Take in one event"
     if not isinstance(event, Woken | Answered | Fetched | Unanswered): core.heard += 1
@@ -151,11 +147,11 @@ def take(core:Core, event:Event)->None:
         case Unanswered(number, error): core.answers[number] = error
         case Notice("open", name): core.streams[name] += 1
         case Notice(): core.do(Tell(event))
-        case Woken(): core.awake()
+        case Woken(): core.alarm = None
         case Stop(): core.stopping = True
         case Failed(error): raise error
 
-# %% ../../nbs/70_live/09_core.ipynb #4244fc01
+# %% ../../nbs/70_live/09_core.ipynb #ea80fe0f
 def news(core:Core, until:int)->Process:
     "Wait for the exchange to tell something; returns False if it told nothing until then (ms)"
     before = core.heard
@@ -170,7 +166,7 @@ def sleep(core:Core, duration:int)->Process:
     until = core.now + duration
     while core.now < until and not core.stopping: yield until
 
-# %% ../../nbs/70_live/09_core.ipynb #49001813
+# %% ../../nbs/70_live/09_core.ipynb #8952f3ec
 LONGEST_PAUSE = 30_000 # ms between questions in an outage
 
 
@@ -194,7 +190,7 @@ def ask_until_answered(core:Core, questions:Sequence[tuple])->Process:
         yield from sleep(core, pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
-# %% ../../nbs/70_live/09_core.ipynb #be29c6bc
+# %% ../../nbs/70_live/09_core.ipynb #17f01159
 def book_next(core:Core)->bool:
     "Book the first entry that is due; False if there is none"
     booked = core.books.book_next()
@@ -219,7 +215,7 @@ def keep(core:Core)->None:
     if not core.books.settled or trader.rows["open_time"][0] != trader.open_time: return
     core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence)))
 
-# %% ../../nbs/70_live/09_core.ipynb #2bf0fffd
+# %% ../../nbs/70_live/09_core.ipynb #816c1077
 def catch_up(core:Core)->Process:
     "Ask for what the sockets may have missed"
     core.do(*core.manager.resolve(core.now))
@@ -229,7 +225,7 @@ def catch_up(core:Core)->Process:
         known = core.manager.blotter.known.values()
         core.books.add(under_our_name(entry, known) if isinstance(entry, Fill) else entry)
 
-# %% ../../nbs/70_live/09_core.ipynb #de5e0869
+# %% ../../nbs/70_live/09_core.ipynb #b3f5fb30
 QUIET = 2_000 # ms of silence after which an open order is asked about
 
 
@@ -251,7 +247,7 @@ def carry_out(core:Core, orders:Sequence)->Process:
     core.manager.cautious = False
     yield from settle(core)
 
-# %% ../../nbs/70_live/09_core.ipynb #5cc2ac35
+# %% ../../nbs/70_live/09_core.ipynb #e91defbe
 def differs(core:Core, account:AccountSnapshot)->str:
     "How the trader's account differs from the exchange's; empty if it does not"
     own = wallet(core.trader.account) + core.books.ahead + core.reserve
@@ -278,7 +274,7 @@ def agree(core:Core)->Process:
         yield from catch_up(core)
         asked = True
 
-# %% ../../nbs/70_live/09_core.ipynb #23757372
+# %% ../../nbs/70_live/09_core.ipynb #d3eea3a1
 def known_at_close(core:Core, open_time:int, candles:np.ndarray)->Process:
     "Returns the candles of one close with all that a feature asks for; None if the session is to end before"
     trader, terms = core.trader, core.terms
@@ -303,7 +299,7 @@ def look_ahead(core:Core)->Process:
     opening, = yield from ask_all(core, [("forming", core.trader.symbols[0], core.terms.timeframe)])
     if not isinstance(opening, Exception): core.books.opening = opening
 
-# %% ../../nbs/70_live/09_core.ipynb #36aab444
+# %% ../../nbs/70_live/09_core.ipynb #6040f34e
 def watch_halt(core:Core)->None:
     "Tell of a halt, once"
     account = core.trader.account[0]
@@ -314,7 +310,7 @@ def watch_halt(core:Core)->None:
                             "person resets it")))
     core.halted = halted
 
-# %% ../../nbs/70_live/09_core.ipynb #6040f34e
+# %% ../../nbs/70_live/09_core.ipynb #6f488289
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
     trader = core.trader
@@ -330,7 +326,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     return [] if late else orders_from_decision(decision, list(trader.symbols), held, candles[:, CLOSE],
                                                 core.terms.session)
 
-
+# %% ../../nbs/70_live/09_core.ipynb #b2e5d7bd
 def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     "Decide at one close, carry it out, compare, keep"
     known = yield from known_at_close(core, open_time, candles)
@@ -344,7 +340,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     account = core.trader.account[0]
     core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"])))
 
-# %% ../../nbs/70_live/09_core.ipynb #b2e5d7bd
+# %% ../../nbs/70_live/09_core.ipynb #7fa83be7
 def feed_in(core:Core, times:np.ndarray, candles:np.ndarray)->None:
     "Take in candles of all symbols"
     if core.feed is None: return
@@ -361,7 +357,7 @@ def go_on_behind(core:Core, feed:Feed, open_time:int)->None:
     feed.skip(open_time)
     core.books.opening = open_time
 
-# %% ../../nbs/70_live/09_core.ipynb #306849d9
+# %% ../../nbs/70_live/09_core.ipynb #5ea880dc
 def history_questions(core:Core, limit:int, since:int|None)->list[tuple]:
     "What to ask for the newest closed candles of all symbols, none before `since` (ms)"
     return [("history", symbol, core.terms.timeframe, limit, since) for symbol in core.trader.seen]
@@ -391,7 +387,7 @@ def reconnected(core:Core)->Process:
     yield from fill_gap(core)
     if core.feed and not core.feed.ready: yield from ask_until_answered(core, [("account",)])
 
-# %% ../../nbs/70_live/09_core.ipynb #61a9dc26
+# %% ../../nbs/70_live/09_core.ipynb #3b4831eb
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:

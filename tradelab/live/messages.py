@@ -40,14 +40,14 @@ class Cancel:
     "Take a working order back"
     order:Order
 
-# %% ../../nbs/70_live/03_messages.ipynb #2b3d4cde
+# %% ../../nbs/70_live/03_messages.ipynb #7831410b
 @dataclass(frozen=True)
 class Ask:
     "Ask what became of an order"
     order:Order
     sent_time:int|None = None # ms, when it was sent; absence is proven by it
 
-# %% ../../nbs/70_live/03_messages.ipynb #31c244ee
+# %% ../../nbs/70_live/03_messages.ipynb #a1c53e3c
 @dataclass(frozen=True)
 class Fetch:
     "Ask the exchange for something that is not about one order"
@@ -55,7 +55,7 @@ class Fetch:
     what:str        # account, fills, fundings, history, forming, funding_rates or index_prices
     arguments:tuple = ()
 
-# %% ../../nbs/70_live/03_messages.ipynb #2334f95b
+# %% ../../nbs/70_live/03_messages.ipynb #94890771
 @dataclass(frozen=True)
 class Intents:
     "Orders that will be sent"
@@ -82,7 +82,7 @@ class Entry:
     number:int         # in the order of booking
     known:bool = False # whether the ledger holds it already
 
-# %% ../../nbs/70_live/03_messages.ipynb #2d9eb05d
+# %% ../../nbs/70_live/03_messages.ipynb #c762000b
 @dataclass(frozen=True)
 class Step:
     "A step is complete: its rows of the journal, and the trader's state after it"
@@ -104,7 +104,7 @@ class Write:
     "Keep a record in the ledger"
     record:Intents|Revised|Moved|Entry|Step|First
 
-# %% ../../nbs/70_live/03_messages.ipynb #5655053d
+# %% ../../nbs/70_live/03_messages.ipynb #7cb02778
 @dataclass(frozen=True)
 class Began:
     "A session starts or continues"
@@ -125,7 +125,7 @@ class Seen:
     candles:np.ndarray  # (n_seen, 8 or 10)
     working:np.ndarray  # bool, (n_symbols,): where an order that may open has no proven end
 
-# %% ../../nbs/70_live/03_messages.ipynb #7cb02778
+# %% ../../nbs/70_live/03_messages.ipynb #44341bc9
 @dataclass(frozen=True)
 class Decided:
     "What the trader decided on them"
@@ -138,7 +138,7 @@ class Record:
     "Add to the recording"
     record:Began|Warmed|Seen|Decided|Fill|Funding
 
-# %% ../../nbs/70_live/03_messages.ipynb #27b6000d
+# %% ../../nbs/70_live/03_messages.ipynb #4e38b8bd
 @dataclass(frozen=True)
 class Tell:
     "A person should know of it: it is kept, logged and said"
@@ -156,7 +156,7 @@ class Wake:
     "Say when this time has come; the newest counts"
     at:int              # ms
 
-# %% ../../nbs/70_live/03_messages.ipynb #943725ba
+# %% ../../nbs/70_live/03_messages.ipynb #84286572
 @dataclass(frozen=True)
 class Open:
     "The exchange was found in order: open files and streams"
@@ -179,10 +179,10 @@ class End:
     state:str           # stopped or failed
     error:Exception|None = None
 
-# %% ../../nbs/70_live/03_messages.ipynb #4e38b8bd
+# %% ../../nbs/70_live/03_messages.ipynb #bc0a77bc
 Action = (Send | Amend | Cancel | Ask | Fetch | Write | Record | Tell | Say | Wake | Open | StepDone | End)
 
-# %% ../../nbs/70_live/03_messages.ipynb #132d748d
+# %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
 @dataclass(frozen=True)
 class Answered:
     "What the exchange answered about an order"
@@ -203,7 +203,7 @@ class Unanswered:
     number:int
     error:Exception
 
-# %% ../../nbs/70_live/03_messages.ipynb #0cb24903
+# %% ../../nbs/70_live/03_messages.ipynb #6eaec126
 @dataclass(frozen=True)
 class Woken:
     "The time has come"
@@ -222,7 +222,7 @@ class Failed:
 
 Event = (Candle | Fill | Funding | OrderReport | Notice | Answered | Fetched | Unanswered | Woken | Stop | Failed)
 
-# %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
+# %% ../../nbs/70_live/03_messages.ipynb #04213c83
 @dataclass(frozen=True)
 class Received:
     "Events, and when they were received"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PAUSE', 'is_one_shot', 'Blotter', 'under_our_name', 'may_open', 'still_wanted', 'Difference', 'compare',
            'Stage', 'Pursuit', 'on_sent', 'on_asked', 'send', 'on_checked', 'attempt_at', 'next_attempt', 'Turn',
-           'turn_of', 'blocked', 'given_up', 'revise', 'OrderManager']
+           'turn_of', 'blocked', 'given_up', 'revise', 'announce', 'try_order', 'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
@@ -114,7 +114,7 @@ class Difference:
     amend:tuple[Order, ...] = ()
     cancel:tuple[Order, ...] = ()
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #abbb2683
+# %% ../../nbs/70_live/07_order_manager.ipynb #b4cb617d
 _SAME = ("kind", "in_force", "reduce_only", "callback") # what no amendment can change
 _TERMS = ("price", "trigger")
 
@@ -128,7 +128,7 @@ def _compare_one(wanted, working, amends):
     if not moved and abs(wanted.quantity - left) < 1e-9: return "keep"
     return "amend" if wanted.kind in amends else "replace"
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #64d4a531
 def compare(
     wanted:Iterable[Order],
     working:Iterable[Intent],   # without a proven end; one that is being cancelled counts
@@ -150,7 +150,7 @@ def compare(
         elif intent and verdict == "replace": cancel.append(intent.order)
     return Difference(tuple(place), tuple(amend), (*cancel, *(intent.order for intent in here.values())))
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #fda91fbf
+# %% ../../nbs/70_live/07_order_manager.ipynb #70866c7a
 ATTEMPTS, PAUSE = 3, 500 # sendings of one order; ms between questions
 
 
@@ -172,7 +172,7 @@ class Pursuit:
     until:int = 0          # ms, end of patience
     due:int|None = None    # ms, when to go on; None: when there is an answer
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #70866c7a
+# %% ../../nbs/70_live/07_order_manager.ipynb #d6bf22be
 def on_sent(
     pursuit:Pursuit,
     answer:Answer,
@@ -197,7 +197,7 @@ def on_sent(
             Tell(Notice("unknown", f"{what}; asking about {order.order_id}")),
             Ask(order, blotter.known[order.order_id].sent_time)]
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #d6bf22be
+# %% ../../nbs/70_live/07_order_manager.ipynb #3de80cdd
 def on_asked(
     pursuit:Pursuit,
     answer:Answer,
@@ -218,7 +218,7 @@ def on_asked(
     pursuit.stage, pursuit.due = Stage.ASKING, now + PAUSE
     return []
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #3de80cdd
+# %% ../../nbs/70_live/07_order_manager.ipynb #a0107a6c
 def send(pursuit:Pursuit, blotter:Blotter, now:int)->list[Action]:
     "Write down that an order is sent, and send it"
     pursuit.stage = Stage.SENT
@@ -237,7 +237,7 @@ def on_checked(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[A
     blotter.open[order.order_id] = blotter.known[order.order_id]
     return blotter.on_update(answer.report)
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #a0107a6c
+# %% ../../nbs/70_live/07_order_manager.ipynb #76e7cd53
 def attempt_at(session:str, order:Order, attempt:int)->Order:
     "The order under the name of this attempt"
     name = client_order_id(session, order.symbol, order.open_time, order.slot, attempt)
@@ -253,7 +253,7 @@ def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
         attempt += 1
     return attempt
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #76e7cd53
+# %% ../../nbs/70_live/07_order_manager.ipynb #ed39f20e
 class Turn(StrEnum):
     "Whether an order may be sent"
     NOW = "now"
@@ -270,7 +270,7 @@ def turn_of(order:Order, blotter:Blotter, pursuits:Iterable[Pursuit])->Turn:
     if (others or order.symbol in blotter.contradictions) and not order.reduce_only: return Turn.BLOCKED
     return Turn.NOW
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #6d587285
+# %% ../../nbs/70_live/07_order_manager.ipynb #397ca830
 def blocked(order:Order)->Tell:
     "A person should know that an order was not sent"
     return Tell(Notice("blocked", f"{order.symbol}: no new order while an earlier one has no proven outcome"))
@@ -291,7 +291,28 @@ def revise(blotter:Blotter, orders:Iterable[Order])->list[Action]:
         actions += [Write(Revised(order)), Amend(replace(order, quantity=still_wanted(after)), after.executed)]
     return actions
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #397ca830
+# %% ../../nbs/70_live/07_order_manager.ipynb #b275c310
+def announce(manager:"OrderManager", pursuit:Pursuit)->list[Action]:
+    "Write down the attempt that follows a refusal, before the refusal"
+    follows = (pursuit.attempt or 0) + 1
+    if follows >= ATTEMPTS: return []
+    return manager.blotter.intend([attempt_at(manager.session, pursuit.order, follows)])
+
+
+def try_order(manager:"OrderManager", order:Order, attempt:int, now:int)->list[Action]:
+    "Send an order under the name of this attempt, or of the first after it that may still be sent"
+    blotter = manager.blotter
+    attempt = next_attempt(manager.session, order, attempt, blotter)
+    if attempt >= ATTEMPTS: return [given_up(order)]
+    order = attempt_at(manager.session, order, attempt)
+    actions = blotter.intend([order])
+    intent = blotter.known[order.order_id]
+    if intent.state is not State.INTENT: return actions
+    pursuit = Pursuit(intent.order, Stage.CHECKING, attempt, now + manager.patience)
+    manager.pursuits[order.order_id] = pursuit
+    return actions + ([Ask(intent.order)] if manager.cautious else send(pursuit, blotter, now))
+
+# %% ../../nbs/70_live/07_order_manager.ipynb #a9fddcdf
 class OrderManager:
     "Brings the orders of a decision to the exchange, each at most once; answers with actions and never waits"
 
@@ -331,7 +352,7 @@ class OrderManager:
         pursuit, answer = self.pursuits.get(answered.action.order.order_id), answered.answer
         actions: list[Action] = []
         if pursuit and isinstance(answered.action, Send):
-            if answer.outcome is Outcome.LATER: actions += self._announce(pursuit)
+            if answer.outcome is Outcome.LATER: actions += announce(self, pursuit)
             actions += on_sent(pursuit, answer, self.blotter, now, self.patience)
         elif pursuit and pursuit.stage is Stage.CHECKING: actions += on_checked(pursuit, answer, self.blotter, now)
         elif pursuit: actions += on_asked(pursuit, answer, self.blotter, now)
@@ -347,31 +368,16 @@ class OrderManager:
         for order in list(self.waiting): actions += self._begin(order, now)
         return actions
 
-    def _announce(self, pursuit):
-        follows = (pursuit.attempt or 0) + 1
-        return self.blotter.intend([attempt_at(self.session, pursuit.order, follows)]) if follows < ATTEMPTS else []
-
     def _go_on(self, name, pursuit, now):
         pursuit.due = None
         intent = self.blotter.open.get(name)
         if pursuit.stage is Stage.CHECKING: return [Ask(pursuit.order)]
         if pursuit.stage is Stage.ASKING and intent: return [Ask(pursuit.order, intent.sent_time)]
         self.pursuits.pop(name)
-        return self._attempt(pursuit.order, pursuit.attempt + 1, now) if pursuit.stage is Stage.PAUSED else []
+        return try_order(self, pursuit.order, pursuit.attempt + 1, now) if pursuit.stage is Stage.PAUSED else []
 
     def _begin(self, order, now):
         turn = turn_of(order, self.blotter, self.pursuits.values())
         if turn is Turn.WAITS: return []
         self.waiting.remove(order)
-        return [blocked(order)] if turn is Turn.BLOCKED else self._attempt(order, 0, now)
-
-    def _attempt(self, order, attempt, now):
-        attempt = next_attempt(self.session, order, attempt, self.blotter)
-        if attempt >= ATTEMPTS: return [given_up(order)]
-        order = attempt_at(self.session, order, attempt)
-        actions = self.blotter.intend([order])
-        intent = self.blotter.known[order.order_id]
-        if intent.state is not State.INTENT: return actions
-        pursuit = self.pursuits[order.order_id] = Pursuit(intent.order, Stage.CHECKING, attempt,
-                                                            now + self.patience)
-        return actions + ([Ask(intent.order)] if self.cautious else send(pursuit, self.blotter, now))
+        return [blocked(order)] if turn is Turn.BLOCKED else try_order(self, order, 0, now)

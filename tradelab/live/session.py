@@ -6,7 +6,7 @@
 __all__ = ['logger', 'QUIET', 'Journal', 'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line',
            'write', 'Files', 'answer_to', 'event_of', 'opened', 'Signals', 'run_to_completion', 'Driver', 'settings_of',
            'restore', 'Kept', 'remember', 'make_core', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'prepare',
-           'open_files', 'finish', 'show_step', 'keep_step', 'carry_out', 'Session']
+           'open_files', 'finish', 'show_step', 'keep_step', 'carry_out', 'one_name', 'drive', 'Session']
 
 # %% ../../nbs/70_live/11_session.ipynb #98432f23
 import asyncio
@@ -429,7 +429,7 @@ def save_status(session:"Session", state:str)->None:
                  venue=session.venue.name, symbols=list(session.trader.symbols), timeframe=session.timeframe,
                  statistics=session.statistics.summary())
 
-# %% ../../nbs/70_live/11_session.ipynb #74c00989
+# %% ../../nbs/70_live/11_session.ipynb #050b72c9
 def hold(session:"Session")->None:
     "Only one process runs a session, and the lock tells which"
     session.folder.mkdir(parents=True, exist_ok=True)
@@ -450,7 +450,7 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
                   venue.quote)
     return make_core(trader, ledger, terms, kept, f"{venue.name} at {venue.address} ({venue.why})", venue.amends)
 
-# %% ../../nbs/70_live/11_session.ipynb #050b72c9
+# %% ../../nbs/70_live/11_session.ipynb #5f25e3f8
 def open_files(session:"Session", reserve:float)->None:
     "The exchange was found in order: from here on the session leaves something"
     session.reserve = reserve
@@ -476,7 +476,7 @@ async def finish(session:"Session", state:str)->None:
             say(session, f"session {session.id} {state}: " + ", ".join(f"{name} {value}" for name, value in
                                                                       session.statistics.summary().items()))
 
-# %% ../../nbs/70_live/11_session.ipynb #c0212b22
+# %% ../../nbs/70_live/11_session.ipynb #d81a3d0c
 def show_step(session:"Session", done:StepDone)->None:
     "Say what a step did, if anything happened or nothing was said for a minute"
     if done.rows["order"].any() or monotonic() > session._said + QUIET:
@@ -505,7 +505,24 @@ def carry_out(session:"Session", action:Action)->None:
         case Open(reserve): open_files(session, reserve)
         case StepDone(): show_step(session, action)
 
-# %% ../../nbs/70_live/11_session.ipynb #d81a3d0c
+# %% ../../nbs/70_live/11_session.ipynb #dfb6ca62
+def one_name(id:str, resume:str)->str:
+    "The id of a session, which is new or resumed"
+    if bool(id) == bool(resume):
+        raise ValueError(f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
+    return check_id(id or resume)
+
+
+async def drive(session:"Session", max_candles:int|None)->str:
+    "From the connection to the end; returns the state in which the session ended"
+    core = await prepare(session, max_candles)
+    if session._stopping: session.stop()
+    driver = Driver(core, session.venue, partial(carry_out, session), session.stopwatch.heard)
+    end = await run_to_completion(driver.run(), session.stop)
+    if end.error: raise end.error
+    return end.state
+
+# %% ../../nbs/70_live/11_session.ipynb #a3639c69
 class Session:
     "A trader on an exchange; `await session.run()` until it is stopped"
 
@@ -525,9 +542,6 @@ class Session:
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
         refuse_series(trader)
-        if bool(id) == bool(resume):
-            raise ValueError(
-                f"give a new session an id, or name the one to resume, was id={id!r} and resume={resume!r}")
         self.trader = trader
         self.venue = venue
         self.ledger = ledger
@@ -536,7 +550,7 @@ class Session:
         self.gaps = gaps
         self.say = say
         self.progress = progress
-        self.id = check_id(id or resume)
+        self.id = one_name(id, resume)
         self.resumed = bool(resume)
         self.folder = Path(folder) / self.id
         self.origin = origin or trader.policy.name
@@ -562,12 +576,7 @@ class Session:
         self._loop, state = asyncio.get_running_loop(), "failed"
         with Signals(self.stop), self._locks:
             try:
-                core = await prepare(self, max_candles)
-                if self._stopping: self.stop()
-                driver = Driver(core, self.venue, partial(carry_out, self), self.stopwatch.heard)
-                end = await run_to_completion(driver.run(), self.stop)
-                if end.error: raise end.error
-                state = end.state
+                state = await drive(self, max_candles)
             except asyncio.CancelledError:
                 state = "stopped"
                 raise

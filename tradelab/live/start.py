@@ -155,7 +155,7 @@ def ask_history(core:Core, last:int|None)->Process:
                                 f"{trader.policy.name} needs {trader.warm_up} before its first decision")
     return times[first:], candles[first:], seen[first:]
 
-
+# %% ../../nbs/70_live/10_start.ipynb #388bc3a6
 def see_history(core:Core, kept:dict|None)->Process:
     "Warm up; what has closed since the last step waits in the feed"
     trader, terms = core.trader, core.terms
@@ -174,7 +174,7 @@ def see_history(core:Core, kept:dict|None)->Process:
     for candle in core.early: take(core, candle)
     if kept: yield from look_ahead(core)
 
-# %% ../../nbs/70_live/10_start.ipynb #40165ded
+# %% ../../nbs/70_live/10_start.ipynb #78de3d19
 def start(
     core:Core,
     kept:dict|None=None, # what the ledger holds of the session's last step, if it is resumed
