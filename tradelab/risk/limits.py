@@ -112,7 +112,7 @@ def _finish_orders(requests, open_time, money, positions, market, covariance, us
 # %% ../../nbs/30_risk/08_limits.ipynb #2db996c2
 @inlined
 def gate(
-    requests,     # ORDER_REQUEST, (n,), changed: the wishes of `propose` become orders
+    requests,     # ORDER_REQUEST, (n,), changed: the targets of `propose` become orders
     open_time,    # int64, ms, of the candle that closed
     candle,       # float64, (n, 5 or more)
     account,      # ACCOUNT, (1,), marked; what the gate remembers is changed
