@@ -10,6 +10,7 @@ __all__ = ['WORLDS', 'ROWS', 'NUMBERS', 'LOOP', 'SIZED', 'KernelGate', 'Precompu
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -38,7 +39,7 @@ from ..times import TimeLike, format_time
 from ..trader import Trader
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #ed688767
-WORLDS = numba.from_dtype(WORLD)[::1]
+WORLDS: Any = numba.from_dtype(WORLD)[::1] # of numba's types
 ROWS = numba.from_dtype(JOURNAL)[:, ::1]
 NUMBERS = types.float64[::1]
 LOOP = types.int64(types.FunctionType(POLICY), NUMBERS, NUMBERS, types.float32[:, :, ::1], types.int64, types.int64,
