@@ -29,9 +29,13 @@ DRIVER = "benchmarks/compare_driver.py"
 
 # regular expression of a column there -> column here, None where it is gone:
 # r"(.*)journal\.limit": r"\1journal.allowed"
-RENAMED = {r"(.*accounts?)\.state": r"\1.required_state"}
+RENAMED = {r"(.*accounts?)\.state": r"\1.required_state", r"(.*fills)\.met": r"\1.market_price",
+           r"(.*(?:fills|orders))\.decision": r"\1.decision_price", r"(.*orders)\.rests": r"\1.resting",
+           r"(.*orders)\.left": r"\1.expires_in", r"(.*)books\.pressure": r"\1execution_state.impact_state",
+           r"(.*)books\.taken": r"\1execution_state.filled_volume", r"(.*)books\.piece": r"\1execution_state.slice",
+           r"(.*)books\.(.*)": r"\1execution_state.\2"}
 # columns that are only here
-NEW = ("*account.trading_state", "*accounts.trading_state")
+NEW = ("*account.trading_state", "*accounts.trading_state", "*orders.exposure", "*orders.placed", "*orders.revision")
 # words in columns of text, there -> here: "take_profit": "take_profit_stop"
 WORDS = {"as_asked": "accepted"}
 # "kind/column" -> why its figures may move; * stands for anything

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from tradelab.features.observation import Observation, feature_columns
 from tradelab.instruments import Instrument
 from tradelab.journal import JOURNAL
 from tradelab.market.candles import frames_of, holes_in, matrix, resample
-from tradelab.orders import Kind
+from tradelab.orders import ORDER, Kind, working_orders
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
 from tradelab.risk.portfolio import PortfolioRisk, covariance_history, ledoit_wolf
@@ -40,7 +41,7 @@ from tradelab.runs.run import make_trader
 from tradelab.settings import CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
 from tradelab.sim.costs import calibrate
-from tradelab.sim.kernel import World, rules_of, tape_of
+from tradelab.sim.kernel import Simulation, market_arrays, trading_rules
 from tradelab.sim.matching import new_state
 from tradelab.sim.prepared import SimulationSettings, funding_rates, prepare
 from tradelab.sim.stress import stress
@@ -50,7 +51,6 @@ from tradelab.strategies.example import FadeGap, Momentum, SmaCross
 # settings of the scenarios that are called otherwise here: name there -> name here, of costs, limits, stops, execution
 NAMES = {}
 ENGINES = {"array": "vectorised", "event": "event"}
-EXPOSURE, KIND, PRICE, TRIGGER, CALLBACK, IN_FORCE, VALID, REDUCE_ONLY = range(8)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -118,22 +118,25 @@ def _noisy(parameters, memory, observation, prices, answer):
 
 @compiled
 def _orders(parameters, memory, observation, prices, answer):
-    places = int(parameters[0])
     for n in range(len(observation)):
-        for k in range(places):
-            first, seen = (n * places + k) * 8, observation[n, 0]
+        for k in range(answer.shape[1]):
+            seen = observation[n, 0]
             u = _noise(seen, 11 * k + n)
             if u < parameters[1]: continue
-            kind = -1. if u > .93 else np.floor(1. + 5. * _noise(seen, 11 * k + n + 1))
+            row = answer[n, k]
+            kind = 0 if u > .93 else int(np.floor(1. + 5. * _noise(seen, 11 * k + n + 1)))
             side = 1. if _noise(seen, 11 * k + n + 2) > .5 else -1.
-            answer[first + EXPOSURE], answer[first + KIND] = side * _noise(seen, 11 * k + n + 3), kind
+            row["exposure"] = side * _noise(seen, 11 * k + n + 3)
+            row["kind"] = kind
+            row["price"] = row["trigger"] = row["callback"] = 0.
             away = .02 * _noise(seen, 11 * k + n + 4)
-            if kind == 2. or (kind > 2. and _noise(seen, 11 * k + n + 5) > .6): answer[first + PRICE] = 1. - side * away
-            if kind == 3. or kind == 4.: answer[first + TRIGGER] = 1. + (side if kind == 3. else -side) * .5 * away
-            if kind == 5.: answer[first + CALLBACK] = .003 + away
-            answer[first + IN_FORCE] = np.floor(4. * _noise(seen, 11 * k + n + 6))
-            answer[first + VALID] = np.floor(6. * _noise(seen, 11 * k + n + 7))
-            answer[first + REDUCE_ONLY] = 1. if _noise(seen, 11 * k + n + 8) > .7 else 0.
+            if kind == 2 or (kind > 2 and _noise(seen, 11 * k + n + 5) > .6):
+                row["price"] = prices[n] * (1. - side * away)
+            if kind == 3 or kind == 4: row["trigger"] = prices[n] * (1. + (side if kind == 3 else -side) * .5 * away)
+            if kind == 5: row["callback"] = .003 + away
+            row["in_force"] = int(np.floor(4. * _noise(seen, 11 * k + n + 6)))
+            row["expires_in"] = np.floor(6. * _noise(seen, 11 * k + n + 7))
+            row["reduce_only"] = 1 if _noise(seen, 11 * k + n + 8) > .7 else 0
 
 
 def _python(parameters, memory, observation, prices, targets):
@@ -246,14 +249,19 @@ def run_backtest(run, market):
 
 
 def _each_step(world, start, answers):
-    "Account, positions, orders at work and books after every step of the kernel"
+    "Account, positions, orders at work and what styles remember after every step; answers, or what writes orders"
     kept, state = {}, world.state
     journal = np.zeros((len(answers), len(world.proposals)), JOURNAL)
     for t, answer in enumerate(answers):
-        if t == 0: mark(state.account, state.positions, world.tape.candles[start, :, 3].copy())
+        if t == 0: mark(state.account, state.positions, world.arrays.candles[start, :, 3].copy())
+        if callable(answer):
+            write = answer
+            answer = np.zeros((len(world.proposals), state.orders.shape[1] - 1), ORDER)
+            working_orders(state.orders, answer)
+            write(world.arrays.candles[start + t, :, 3].copy(), answer)
         world.step(start + t, np.ascontiguousarray(answer), journal[t])
-        for name in ("account", "positions", "orders", "books"): kept.setdefault(name,
-                []).append(getattr(world.state, name).copy())
+        for name in ("account", "positions", "orders", "execution_state"): kept.setdefault(name, []).append(
+                getattr(world.state, name).copy())
     out = structured("journal", journal.ravel()) | structured("fills", world.state.fills[:world.state.count[0]])
     for name, rows in kept.items(): out |= structured(name, np.array(rows).ravel())
     return out
@@ -265,20 +273,19 @@ def run_kernel(run, market):
     costs, limits, execution = costs_of(run), limits_of(run), execution_of(run)
     times, values, names = matrix(frames_of(frames, None, funding)[0])
     instruments, orders, random = instruments_of(run), run.get("orders", 0), np.random.default_rng(run["seed"])
-    rules = rules_of(costs, limits, instruments, execution, orders)
-    tape = tape_of(times, np.ascontiguousarray(values), funding_rates(funding, times, list(names)), costs, limits)
+    rules = trading_rules(costs, limits, instruments, execution, orders)
+    tape = market_arrays(times, np.ascontiguousarray(values), funding_rates(funding, times, list(names)), costs, limits)
     state = new_state(new_account(run.get("deposit", 10_000.)), np.zeros(len(names), POSITION), rules.execution, 20_000)
     count, start, length = len(names), run["start"], len(times) - 1 - run["start"]
     if orders:
-        answers = np.zeros((length, count * orders * 8))
         seen = np.abs(random.normal(0, .01, (length, count, 1))).astype(np.float32)
-        for answer, row in zip(answers, seen): _orders(np.array([orders, .5]), row, answer)
+        answers = [partial(_orders, np.array([orders, .5]), np.zeros(0), row) for row in seen]
     else:
         steps = np.arange(length) // run["every"]
         drawn = random.uniform(-1, 1, (steps[-1] + 1, count)) * (random.random((steps[-1] + 1, count)) > .2)
         answers = drawn[steps]
         if run.get("confident"): answers = np.hstack([answers, random.random((length, count))])
-    return _each_step(World(tape, state, rules), start, answers)
+    return _each_step(Simulation(tape, state, rules), start, answers)
 
 
 def run_trader(run, market):

@@ -16,7 +16,7 @@ from tradelab.live.order_states import State
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
-from tradelab.risk.limits import Gate
+from tradelab.risk.execution import OrderGate
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 
@@ -25,7 +25,7 @@ HOUR, HISTORY, CANDLES = 3_600_000, 100, 3_000
 
 def core_of(times, candles):
     policy = Momentum(lookback=5, threshold=.005)
-    trader = Trader(policy, Observation.from_policy(policy), Gate, instruments=(BITCOIN,))
+    trader = Trader(policy, Observation.from_policy(policy), OrderGate, instruments=(BITCOIN,))
     trader.warm(times[:HISTORY], candles[:HISTORY])
     core = Core(Terms("benchmark", "1h"), trader, Bookkeeper(trader, HOUR), OrderManager("benchmark", Blotter()), live)
     core.feed = Feed(trader.seen, HOUR, trader.open_time)

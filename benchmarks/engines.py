@@ -39,18 +39,19 @@ def with_tradelab(ticks, held, fee):
     from tradelab.account import POSITION, new_account
     from tradelab.instruments import BITCOIN
     from tradelab.journal import JOURNAL
+    from tradelab.risk.execution import place_target
     from tradelab.settings import CostModel, Execution, Limits
-    from tradelab.sim.kernel import World, rules_of, tape_of
+    from tradelab.sim.kernel import Simulation, market_arrays, trading_rules
     from tradelab.sim.matching import new_state
     candles = np.concatenate([ticks / 10, np.full((len(ticks), 1), 1e9)], axis=1)[:, None, :]
     asked = orders(held).astype(float)
     costs, limits = CostModel(taker_fee=fee, slippage=0.), Limits()
-    tape = tape_of(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits)
-    rules = rules_of(costs, limits, [replace(BITCOIN, quantity_step=1., min_quantity=1.)], Execution())
+    tape = market_arrays(np.arange(len(ticks)) * 3_600_000, candles, np.zeros((len(ticks), 1)), costs, limits)
+    rules = trading_rules(costs, limits, [replace(BITCOIN, quantity_step=1., min_quantity=1.)], Execution())
     state = new_state(new_account(1e6), np.zeros(1, POSITION), rules.execution, 10_000)
-    world, equity = World(tape, state, rules), np.full(len(ticks), 1e6)
+    world, equity = Simulation(tape, state, rules), np.full(len(ticks), 1e6)
     for t in range(len(ticks) - 1):
-        world.proposals["quantity"] = asked[t]
+        place_target(world.state, world.rules, 0, asked[t], 0, 1.)
         world.step(t, np.zeros(0), np.zeros(1, JOURNAL))
         equity[t + 1] = state.account[0]["equity"]
     state = world.state

@@ -19,7 +19,7 @@ from tradelab.market.candles import frame
 from tradelab.policies import Policy
 from tradelab.settings import CostModel, Execution, Limits
 from tradelab.sim.backtest import WORLDS, backtest
-from tradelab.sim.kernel import DONE, World, rules_of, steps, tape_of
+from tradelab.sim.kernel import DONE, Simulation, market_arrays, steps, trading_rules
 from tradelab.sim.matching import new_state
 from tradelab.sim.prepared import prepare
 from tradelab.sim.sweep import PLAIN, sweep
@@ -62,11 +62,12 @@ def kernel(length, symbols, costs):
     targets = np.ascontiguousarray(np.nan_to_num(np.sign(average(candles[:, :, 3], 20) - average(candles[:, :, 3],
         50))))
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones((1, symbols))
-    tape = tape_of(np.arange(length) * HOUR, candles, rates, costs, OPEN_END)
-    rules = rules_of(costs, OPEN_END, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], Execution())
+    tape = market_arrays(np.arange(length) * HOUR, candles, rates, costs, OPEN_END)
+    rules = trading_rules(costs, OPEN_END, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], Execution())
     filled = []
     def prepare():
-        world = World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000), rules)
+        state = new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 200_000)
+        world = Simulation(tape, state, rules)
         equity = np.ones(length)
         world.state.fills["price"] = 1.
         mark(world.state.account, world.state.positions, candles[300, :, 3].copy())

@@ -37,7 +37,7 @@ from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Ou
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
 from tradelab.notices import Notice
-from tradelab.risk.limits import Gate
+from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
@@ -53,7 +53,7 @@ FAULTS = ("none", "none", "answer lost", "never arrived", "later", "rejected", "
 def trader():
     policy = Momentum(lookback=2, threshold=.001)
     instruments = tuple(replace(BITCOIN, symbol=symbol) for symbol in SYMBOLS)
-    return Trader(policy, Observation.from_policy(policy), Gate, Limits(), instruments)
+    return Trader(policy, Observation.from_policy(policy), OrderGate, Limits(), instruments)
 
 
 class Exchange:

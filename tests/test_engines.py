@@ -15,10 +15,11 @@ from tradelab.instruments import BITCOIN, Instrument
 from tradelab.journal import JOURNAL
 from tradelab.orders import Kind
 from tradelab.policies import buy_and_hold, flat
+from tradelab.risk.execution import place_target
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Reason
 from tradelab.sim.backtest import SIZED, backtest
 from tradelab.sim.costs import calibrate
-from tradelab.sim.kernel import World, rules_of, tape_of
+from tradelab.sim.kernel import Simulation, market_arrays, trading_rules
 from tradelab.sim.matching import new_state
 from tradelab.sources.funding import funding_history
 from tradelab.sources.history import history
@@ -52,14 +53,14 @@ def test_the_cap_on_the_volume_is_ziplines():
     another law.)"""
     candles = np.array([[3., 3.15, 2.85, 3., volume] for volume in (200., 200., 80., 0., 400.)])[:, None, :]
     costs = CostModel(taker_fee=0., slippage=0., participation=.25)
-    tape = tape_of(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits())
-    rules = rules_of(costs, Limits(), [replace(BITCOIN, price_tick=.01, quantity_step=1., min_quantity=1.)],
+    tape = market_arrays(np.arange(5) * 60_000, candles, np.zeros((5, 1)), costs, Limits())
+    rules = trading_rules(costs, Limits(), [replace(BITCOIN, price_tick=.01, quantity_step=1., min_quantity=1.)],
                      Execution())
-    world = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
+    world = Simulation(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     filled = []
     for t in range(4):
         before = world.state.positions["quantity"][0]
-        world.proposals["quantity"] = 100. - before
+        place_target(world.state, world.rules, 0, 100. - before, 0, 3.)
         world.step(t, np.zeros(0), np.zeros(1, JOURNAL))
         filled.append(float(world.state.positions["quantity"][0] - before))
     assert filled == [50., 20., 0., 30.]

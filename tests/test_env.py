@@ -39,7 +39,7 @@ def episode(market, act, reward=Reward(), domain=DomainRandomisation(), length=N
 
 def ledger(rows, market, first, deposit=10_000.):
     "Log equity growth from the cash flows of the journal alone"
-    last = market.tape.candles[first + len(rows), :, 3]
+    last = market.arrays.candles[first + len(rows), :, 3]
     held = rows["position"][-1] + rows["fill_quantity"][-1]
     cash = deposit + rows["cash"].sum() - rows["fee"].sum() + rows["funding"].sum()
     return np.log((cash + (held * last).sum()) / deposit)
@@ -48,7 +48,7 @@ def ledger(rows, market, first, deposit=10_000.):
 def oracle(seen, environment):
     "Knows the next candle"
     batch = environment.batch
-    candles = environment.batch.market.tape.candles
+    candles = environment.batch.market.arrays.candles
     return np.sign(candles[batch.at[0] + 1, :, 3] - candles[batch.at[0] + 1, :, 0])
 
 
@@ -166,9 +166,9 @@ def test_an_episode_has_its_own_costs():
     market = prepare(candles, Observation(["return(1)"]), limits=LIMITS)
     batch = BatchedEnv(market, 64, 100, domain=DomainRandomisation(fees=(.5, 2.), spread=(.5, 4.)))
     batch.reset(range(64), np.random.default_rng(0))
-    assert len(set(batch.worlds["costs"]["taker_fee"])) == 64
-    assert batch.worlds["costs"]["spread_scale"].max() > 2
-    assert (batch.worlds["costs"]["taker_fee"] / batch.worlds["costs"]["maker_fee"]).std() < 1e-12
+    assert len(set(batch.simulations["costs"]["taker_fee"])) == 64
+    assert batch.simulations["costs"]["spread_scale"].max() > 2
+    assert (batch.simulations["costs"]["taker_fee"] / batch.worlds["costs"]["maker_fee"]).std() < 1e-12
     dear, cheap = (episode(market, HACKS["churning"], domain=DomainRandomisation(fees=(factor, factor)),
                            length=200)[1]["fee"].sum() for factor in (2., 1.))
     assert 1.5 < dear / cheap <= 2.001

@@ -27,6 +27,7 @@ from tradelab.localnet.market import Market as LocalMarket
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
+from tradelab.orders import LIMIT
 from tradelab.policies import Policy
 from tradelab.risk.market_state import market_history
 from tradelab.runs.run import Run
@@ -53,9 +54,17 @@ def waver(parameters, memory, observation, prices, targets):
 @compiled
 def bids(parameters, memory, observation, prices, answer):
     "A limit order below, and one above that only reduces, wherever a number of the observation is odd"
-    answer[:] = 0.
-    if observation[0, 0] * 1e4 % 2. < 1.: answer[0], answer[1], answer[2], answer[6] = .5, 2., .995, 5.
-    answer[8], answer[9], answer[10], answer[15] = -1., 2., 1.01, 1.
+    low = answer[0, 0]
+    high = answer[0, 1]
+    if observation[0, 0] * 1e4 % 2. < 1.:
+        low["kind"] = LIMIT
+        low["exposure"] = .5
+        low["price"] = .995 * prices[0]
+        low["expires_in"] = 5.
+    high["kind"] = LIMIT
+    high["exposure"] = -1.
+    high["price"] = 1.01 * prices[0]
+    high["reduce_only"] = 1
 
 
 def holed(candles, seed, count=4, most=9, begin=20):

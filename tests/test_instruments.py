@@ -88,7 +88,7 @@ def test_a_backtest_fills_where_the_market_is(market, engine):
     (instrument,), fills = result.instruments, result.fills
     assert instrument.symbol == symbol
     assert len(fills) >= (10 if engine == "vectorised" else 1)
-    for quantity, price, met in fills[["quantity", "price", "met"]].to_numpy(float):
+    for quantity, price, met in fills[["quantity", "price", "market_price"]].to_numpy(float):
         check_taker(price, met, np.sign(quantity), instrument)
 
 
@@ -110,7 +110,7 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
         row = np.array(info["journal"], JOURNAL)[0]
         ended = terminated or truncated
         if row["fill_quantity"]:
-            met = market.tape.candles[environment.batch.at[0], 0, 0]
+            met = market.arrays.candles[environment.batch.at[0], 0, 0]
             check_taker(row["fill_price"], met, np.sign(row["fill_quantity"]), alone.instruments[0])
 
 
@@ -275,8 +275,8 @@ def test_the_tick_and_step_of_real_perpetuals_are_those_that_binance_listed(shar
     result = quiet(backtest, turning(candles.index[:300]), candles[:300], limits=OPEN, baselines=())
     assert len(result.fills) > 200
     assert (result.instruments[0] is BITCOIN if coin == "BTC" else result.instruments[0].price_tick == found.price_tick)
-    assert ((result.fills["price"] / result.fills["met"] - 1).abs() <= COSTS.slippage + result.instruments[0].price_tick
-            / result.fills["met"] + 1e-12).all()
+    away = (result.fills["price"] / result.fills["market_price"] - 1).abs()
+    assert (away <= COSTS.slippage + result.instruments[0].price_tick / result.fills["market_price"] + 1e-12).all()
 
 
 def test_a_portfolio_of_five_trades_each_symbol(shared):

@@ -16,11 +16,11 @@ from tradelab.evaluation.metrics import journal_round_trips
 from tradelab.instruments import BITCOIN, BITCOIN_BRACKETS, bracket_amounts
 from tradelab.journal import JOURNAL
 from tradelab.market.synthetic import ar1, funding
-from tradelab.orders import Kind
+from tradelab.orders import LIMIT, ORDER, STOP, TAKE_PROFIT, Kind
 from tradelab.policies import Policy
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
-from tradelab.sim.kernel import DONE, TARGET, World, rules_of, steps, tape_of
+from tradelab.sim.kernel import DONE, TARGET, Simulation, market_arrays, steps, trading_rules
 from tradelab.sim.margin import liquidation_share
 from tradelab.sim.matching import new_state
 
@@ -34,25 +34,26 @@ ALL = CostModel.realistic(slippage=.0005, impact=2., participation=.3)
 def any_orders(parameters, memory, observation, prices, answer):
     "Orders of every kind from what is seen: a hash, not a thought"
     seed = np.int64(abs(observation.sum()) * 1e7) + np.int64(parameters[0])
-    for i in range(len(answer) // 8):
-        numbers = np.empty(8)
-        for j in range(8):
-            seed = (seed * 1103515245 + 12345) % 2147483648
-            numbers[j] = seed / 2147483648.
-        at = i * 8
-        answer[at:at + 8] = 0.
-        if numbers[0] < .5: continue
-        answer[at + 1] = -1. if numbers[1] < .1 else 1. + np.floor(5. * numbers[1] * .999)
-        answer[at] = 2. * numbers[2] - 1.
-        side = 1. if answer[at] > 0. else -1.
-        if answer[at + 1] == 2.: answer[at + 2] = 1. - side * .01 * (numbers[3] - .2)
-        if answer[at + 1] == 3.: answer[at + 3] = 1. + side * .01 * numbers[3]
-        if answer[at + 1] == 4.: answer[at + 3] = 1. - side * .01 * numbers[3]
-        if answer[at + 1] == 3. and numbers[4] < .3: answer[at + 2] = answer[at + 3] + side * .002
-        answer[at + 4] = .002 + .01 * numbers[4]
-        answer[at + 5] = np.floor(4. * numbers[5] * .999)
-        answer[at + 6] = np.floor(5. * numbers[6])
-        answer[at + 7] = 1. if numbers[7] < .3 else 0.
+    for n in range(answer.shape[0]):
+        for k in range(answer.shape[1]):
+            numbers = np.empty(8)
+            for j in range(8):
+                seed = (seed * 1103515245 + 12345) % 2147483648
+                numbers[j] = seed / 2147483648.
+            if numbers[0] < .5: continue
+            row = answer[n, k]
+            row["kind"] = 0 if numbers[1] < .1 else 1 + int(5. * numbers[1] * .999)
+            row["exposure"] = 2. * numbers[2] - 1.
+            side = 1. if row["exposure"] > 0. else -1.
+            row["price"] = row["trigger"] = 0.
+            if row["kind"] == LIMIT: row["price"] = prices[n] * (1. - side * .01 * (numbers[3] - .2))
+            if row["kind"] == STOP: row["trigger"] = prices[n] * (1. + side * .01 * numbers[3])
+            if row["kind"] == TAKE_PROFIT: row["trigger"] = prices[n] * (1. - side * .01 * numbers[3])
+            if row["kind"] == STOP and numbers[4] < .3: row["price"] = row["trigger"] + side * .002 * prices[n]
+            row["callback"] = .002 + .01 * numbers[4]
+            row["in_force"] = int(4. * numbers[5] * .999)
+            row["expires_in"] = np.floor(5. * numbers[6])
+            row["reduce_only"] = 1 if numbers[7] < .3 else 0
 
 
 @compiled
@@ -116,8 +117,8 @@ def test_every_fill_was_possible(seed, costs):
         low = np.fmin(candles["low"], before)
         # who stood in the book when the open fell through is served at his own price
         high = np.fmax(candles["high"], before)
-        inside = ((fills["met"] <= np.where(fills["maker"], high, candles["high"]) + .1)
-                  & (fills["met"] >= np.where(fills["maker"], low, candles["low"]) - .1))
+        inside = ((fills["market_price"] <= np.where(fills["maker"], high, candles["high"]) + .1)
+                  & (fills["market_price"] >= np.where(fills["maker"], low, candles["low"]) - .1))
         # the rest of an order that did not find enough volume stands where it stood
         assert inside.all() or costs.participation and inside[~fills["maker"]].all()
         assert np.allclose(fills["price"] * 10, np.round(fills["price"] * 10))
@@ -127,9 +128,9 @@ def test_every_fill_was_possible(seed, costs):
         # a touch serves nobody who stands in the book
         assert (through | (candles["open"] == fills["price"]) | ~fills["maker"]).all() or costs.participation
         takers = ~fills["maker"]
-        assert (np.sign(fills["quantity"]) * (fills["price"] - fills["met"]) * (1 if costs.impact == 0 else 0)
+        assert (np.sign(fills["quantity"]) * (fills["price"] - fills["market_price"]) * (1 if costs.impact == 0 else 0)
                 >= -1e-9)[takers].all()
-        assert (fills["price"] == fills["met"])[~takers].all()
+        assert (fills["price"] == fills["market_price"])[~takers].all()
         if costs.participation:
             assert (fills["quantity"].abs().groupby(level=0).sum() <= costs.participation
                     * result.candles[symbol]["volume"].loc[fills.index.unique()] + 1e-9).all()
@@ -205,7 +206,7 @@ def test_liquidation_is_where_binance_says(deposit, leverage, side, entry):
     account = new_account(deposit)
     positions = np.zeros(1, POSITION)
     positions["quantity"], positions["entry_price"] = quantity, entry
-    rules = rules_of(CostModel(), Limits(), [instrument], Execution())
+    rules = trading_rules(CostModel(), Limits(), [instrument], Execution())
     if deposit <= maintenance_margin(abs(quantity) * entry, row): return
     expected = entry
     for _ in range(100):
@@ -226,9 +227,9 @@ def levered(candles, target, leverage, costs=CostModel(slippage=0., taker_fee=0.
     candles = np.asarray(candles, float)[:, None, :]
     account = new_account(deposit)
     positions = np.zeros(1, POSITION)
-    tape = tape_of(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits)
-    rules = rules_of(costs, limits, [BITCOIN], execution)
-    world = World(tape, new_state(account, positions, rules.execution, 50), rules)
+    tape = market_arrays(np.arange(len(candles)) * HOUR, candles, np.zeros((len(candles), 1)), costs, limits)
+    rules = trading_rules(costs, limits, [BITCOIN], execution)
+    world = Simulation(tape, new_state(account, positions, rules.execution, 50), rules)
     rows = np.zeros((len(candles) - 1, 1), JOURNAL)
     mark(account, positions, candles[0, :, 3].copy())
     for t in range(len(candles) - 1): world.step(t, np.array([target]), rows[t])
@@ -296,33 +297,41 @@ def test_what_is_no_target_is_named_with_its_bar(wrong, message):
         backtest(Policy("waver", bad, np.array(wrong), ("return(1)",)), candles, engine="event")
 
 
-@pytest.mark.parametrize("places, answer, message", [(0, [2.], "a target is a number in .-1, 1."),
-                                                     (0, [np.nan], "a target is a number in"),
-                                                     (0, [1., 1., 1.], "an answer is a target per symbol"),
-                                                     (1, [1.] * 7, "eight numbers for each place"),
-    (1, [.5, 2., 0., 0., 0., 0., 0., 0.], "a limit order needs a price"),
-    (1, [.5, 3., 0., 0., 0., 0., 0., 0.], "a conditional order needs a trigger"),
-    (1, [.5, 5., 0., 0., 1., 0., 0., 0.], "the callback of a trailing stop is a fraction"),
-    (1, [2., 1., 0., 0., 0., 0., 0., 0.], "its exposure in .-1, 1."), (1, [np.inf, 1., 0., 0., 0., 0., 0., 0.],
-    "the numbers of an order are finite")])
-def test_a_wrong_answer_changes_nothing(places, answer, message):
+def wanted(**fields):
+    "An answer of one order"
+    answer = np.zeros((1, 1), ORDER)
+    for name, value in ({"kind": LIMIT, "exposure": .5, "price": 99.} | fields).items(): answer[name] = value
+    return answer
+
+
+@pytest.mark.parametrize("slots, answer, message", [
+    (0, np.array([2.]), "a target is a number in .-1, 1."), (0, np.array([np.nan]), "a target is a number in"),
+    (0, np.ones(3), "an answer is a target per symbol"), (1, np.ones(7), "answer must be one piece of .1, 1."),
+    (1, wanted(price=0.), "slot 0: a limit order needs a price; was kind 2, .*price 0.0"),
+    (1, wanted(kind=STOP), "a conditional order needs a trigger"),
+    (1, wanted(kind=Kind.TRAILING, callback=1.), "the callback of a trailing stop is a fraction"),
+    (1, wanted(exposure=2.), "its exposure in .-1, 1."),
+    (1, wanted(exposure=np.inf), "the numbers of an order are finite"),
+    (1, wanted(kind=7), "the kind of an order is one of 0 to 5"), (1, wanted(in_force=4), "its time in force one of 0"),
+    (1, wanted(expires_in=-1.), "its expiry is not below 0")])
+def test_a_wrong_answer_changes_nothing(slots, answer, message):
     candles = np.full((3, 1, 5), 100.)
-    rules = rules_of(CostModel(), Limits(), [BITCOIN], Execution(), places)
-    world = World(tape_of(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()),
+    rules = trading_rules(CostModel(), Limits(), [BITCOIN], Execution(), slots)
+    world = Simulation(market_arrays(np.arange(3) * HOUR, candles, np.zeros((3, 1)), CostModel(), Limits()),
                   new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     row = np.zeros(1, JOURNAL)
     kept = lambda: b"".join(array.tobytes() for array in (*world.state, row, world.proposals))
     before = kept()
-    with pytest.raises(ValueError, match=message): world.step(0, np.array(answer), row)
+    with pytest.raises(ValueError, match=message): world.step(0, answer, row)
     assert kept() == before
     for other in (candles.astype(np.float32), np.ones((3, 1, 11)), np.ones((3, 2, 5))[:, :1]):
         with pytest.raises(ValueError, match=r"candles must be one piece of .3, 1, 5. float64, was "):
-            World(world.tape._replace(candles=other), world.state, rules)
+            Simulation(world.arrays._replace(candles=other), world.state, rules)
     with pytest.raises(ValueError, match="a step goes from candle 0 to 1 of these 3 to the next, was 2"):
         world.step(2, np.zeros(0), row)
     with pytest.raises(ValueError, match="journal must be one piece of .1,. "):
         world.step(0, np.zeros(0), np.zeros(2, JOURNAL))
-    with pytest.raises(ValueError, match="answer must be one piece of .1,. float64, was .1,. float32"):
+    with pytest.raises(ValueError, match="answer must be one piece of .* was .1,. float32"):
         world.step(0, np.ones(1, np.float32), row)
 
 
@@ -336,9 +345,9 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
     targets = (np.repeat(random.uniform(-1, 1, (length // 8, symbols)), 8, axis=0)
                * (random.random((length, symbols)) < .9))
     rates = np.where(np.arange(length) % 8 == 7, 1e-4, 0.)[:, None] * np.ones(symbols)
-    tape = tape_of(np.arange(length) * HOUR, candles, rates, ALL, WIDE)
-    rules = rules_of(ALL, WIDE, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], execution)
-    worlds = [World(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules)
+    tape = market_arrays(np.arange(length) * HOUR, candles, rates, ALL, WIDE)
+    rules = trading_rules(ALL, WIDE, [replace(BITCOIN, symbol=str(n)) for n in range(symbols)], execution)
+    worlds = [Simulation(tape, new_state(new_account(1e5), np.zeros(symbols, POSITION), rules.execution, 9_000), rules)
               for _ in range(2)]
     curve = np.zeros(length - 300)
     single = np.zeros(length - 300)
@@ -356,9 +365,9 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(symbols, execution):
 
 def test_the_steps_before_a_wrong_answer_are_made():
     candles = np.full((9, 1, 5), 100.)
-    rules = rules_of(CostModel(), Limits(), [BITCOIN], Execution())
+    rules = trading_rules(CostModel(), Limits(), [BITCOIN], Execution())
     targets = np.full((8, 1), .5)
-    world = World(tape_of(np.arange(9) * HOUR, candles, np.zeros((9, 1)), CostModel(), Limits()),
+    world = Simulation(market_arrays(np.arange(9) * HOUR, candles, np.zeros((9, 1)), CostModel(), Limits()),
                   new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     equity = np.zeros(8)
     mark(world.state.account, world.state.positions, candles[0, :, 3].copy())
@@ -373,9 +382,9 @@ def test_an_order_in_slices_begins_anew_after_a_pause():
     candles = np.tile([100., 100., 100., 100., 1e6], (4, 1))[:, None, :]
     limits = replace(WIDE, max_position=.4)
     execution = Execution("slices", slices=4)
-    tape = tape_of(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits)
-    rules = rules_of(CostModel.ideal(), limits, [BITCOIN], execution)
-    world = World(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
+    tape = market_arrays(np.arange(4) * HOUR, candles, np.zeros((4, 1)), CostModel.ideal(), limits)
+    rules = trading_rules(CostModel.ideal(), limits, [BITCOIN], execution)
+    world = Simulation(tape, new_state(new_account(1e4), np.zeros(1, POSITION), rules.execution, 50), rules)
     for t, target in enumerate((1., .25, 1.)): world.step(t, np.array([target]), np.zeros(0, JOURNAL))
     # a quarter of 40; nothing to do; a quarter of the 30 that are missing
     assert world.state.fills[:world.state.count[0]]["quantity"].tolist() == [10., 7.5]

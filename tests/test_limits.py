@@ -21,6 +21,7 @@ from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, realistic
+from tradelab.orders import LIMIT, STOP, TAKE_PROFIT
 from tradelab.policies import Policy
 from tradelab.risk.limits import Gate
 from tradelab.risk.trading_state import allowed, require_state
@@ -235,26 +236,38 @@ STYLES = (Execution(), Execution("post_only", patience=2), Execution("slices", s
 
 @compiled
 def _noise(parameters, memory, observation, prices, answer):
-    "Random targets, or random orders of every kind, from the last returns"
-    count = len(observation)
-    places = len(answer) // (8 * len(observation))
-    for i in range(len(answer) if places == 0 else count * places):
-        seed = abs(observation[i % count, 0]) * 9973.37 * (i + 1.) + parameters[0]
-        u = seed - np.floor(seed)
+    "Random targets from the last returns"
+    for i in range(len(answer)):
+        seed = abs(observation[i % len(observation), 0]) * 9973.37 * (i + 1.) + parameters[0]
         v = 7919. * seed - np.floor(7919. * seed)
-        w = 104729. * seed - np.floor(104729. * seed)
-        if places == 0: answer[i] = 0. if u < .35 else 2. * v - 1.
-        elif u > .5:
-            first = 8 * i
-            kind = -1. if w > .9 else np.floor(1. + 5. * v)
+        answer[i] = 0. if seed - np.floor(seed) < .35 else 2. * v - 1.
+
+
+@compiled
+def _noisy_orders(parameters, memory, observation, prices, answer):
+    "Random orders of every kind from the last returns"
+    for n in range(answer.shape[0]):
+        for k in range(answer.shape[1]):
+            seed = abs(observation[n, 0]) * 9973.37 * (n * answer.shape[1] + k + 1.) + parameters[0]
+            u = seed - np.floor(seed)
+            v = 7919. * seed - np.floor(7919. * seed)
+            w = 104729. * seed - np.floor(104729. * seed)
+            if u <= .5: continue
+            row = answer[n, k]
             side = 1. if w * 10. % 1. > .5 else -1.
-            answer[first], answer[first + 1], answer[first + 7] = side * (.2 + .8 * w), kind, np.floor(5. * v)
-            if kind == 2.: answer[first + 2] = 1. - side * .01 * v
-            if kind == 3. or kind == 4.: answer[first + 3] = 1. + (side if kind == 3. else -side) * .01 * v
-            if kind == 5.: answer[first + 4] = .003 + .01 * v
+            row["kind"] = 0 if w > .9 else int(1. + 5. * v)
+            row["exposure"] = side * (.2 + .8 * w)
+            row["reduce_only"] = 0
+            row["expires_in"] = np.floor(5. * v)
+            row["price"] = prices[n] * (1. - side * .01 * v) if row["kind"] == LIMIT else 0.
+            row["trigger"] = 0.
+            if row["kind"] == STOP: row["trigger"] = prices[n] * (1. + side * .01 * v)
+            if row["kind"] == TAKE_PROFIT: row["trigger"] = prices[n] * (1. - side * .01 * v)
+            row["callback"] = .003 + .01 * v
 
 
-def noise(number, orders=0): return Policy("noise", _noise, np.array([number]), ("return(1)",), order_slots=orders)
+def noise(number, orders=0):
+    return Policy("noise", _noisy_orders if orders else _noise, np.array([number]), ("return(1)",), order_slots=orders)
 
 
 def most_held(result):
@@ -305,7 +318,7 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
     environment = MarketEnv(prepare(candles, Observation(["return(1)"]), limits=limits))
     environment.reset(seed=0)
     batch = environment.batch
-    times = environment.batch.market.tape.times
+    times = environment.batch.market.arrays.times
     account = batch.accounts[0]
     positions = batch.positions[0]
     trader = make_trader(turning(), limits, tuple(replace(BITCOIN, symbol=name) for name in NAMES[:2]))

@@ -32,7 +32,7 @@ from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import Order
 from tradelab.policies import Policy
-from tradelab.risk.limits import Gate
+from tradelab.risk.execution import OrderGate
 from tradelab.settings import NO_STOPS, CostModel, Limits, Reason
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
@@ -58,7 +58,7 @@ def venue(exchange, key="localnet-key", secret="localnet-secret"):
 
 def trader(symbols=(BITCOIN,), limits=Limits()):
     policy = Momentum(lookback=5, threshold=.005)
-    return Trader(policy, Observation.from_policy(policy), Gate, limits,
+    return Trader(policy, Observation.from_policy(policy), OrderGate, limits,
                   tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
 
 
@@ -170,7 +170,8 @@ def _follow(parameters, memory, observation, prices, targets):
 
 def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
     policy = Policy("follow", _follow, np.zeros(0), ("return(1)",))
-    make = lambda: Trader(policy, Observation.from_policy(policy), Gate, Limits(), (replace(LISTED, symbol=BITCOIN),))
+    make = lambda: Trader(policy, Observation.from_policy(policy), OrderGate, Limits(),
+                          (replace(LISTED, symbol=BITCOIN),))
     with localnet() as exchange:
         live = Session(make(), BinanceVenue(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"),
                        tmp_path / "sessions", id="momentum_test")

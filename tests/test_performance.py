@@ -12,6 +12,7 @@ from tradelab.market.quality import QualityStream
 from tradelab.market.store import Store
 from tradelab.market.synthetic import realistic
 from tradelab.policies import Policy, mlp, pack
+from tradelab.risk.execution import OrderGate
 from tradelab.risk.limits import Gate
 from tradelab.settings import Limits
 from tradelab.sources.tables import from_file
@@ -61,7 +62,7 @@ def risk(market, _):
 def decisions(market, _):
     "A closed candle through features, window, network and gate to its orders"
     policy = network(Observation(FEATURES, 30, timeframe="1h").width)
-    trader = Trader(policy, Observation.from_policy(policy, "1h"), Gate, instruments=(BITCOIN,))
+    trader = Trader(policy, Observation.from_policy(policy, "1h"), OrderGate, instruments=(BITCOIN,))
     stamps = times(market)
     candles = market.to_numpy()[:, None, :5]
     begin = trader.warm_up + 1

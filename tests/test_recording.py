@@ -34,14 +34,14 @@ from tradelab.live.session import Statistics, Stopwatch, carry_out
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.policies import buy_and_hold
-from tradelab.risk.limits import Gate
+from tradelab.risk.execution import OrderGate
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h",
                 version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
 
 
-def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), Gate, instruments=(BITCOIN,))
+def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), OrderGate, instruments=(BITCOIN,))
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@
 __all__ = ['JOURNAL', 'Decision']
 
 # %% ../nbs/00_ground/11_journal.ipynb #96_journ002
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from .orders import ORDER
 
 # %% ../nbs/00_ground/11_journal.ipynb #3b99fe3a
 JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"),
@@ -23,5 +25,7 @@ class Decision:
     open_time: int           # ms, of the candle that closed
     observation: np.ndarray  # float32, (n_symbols, width)
     targets: np.ndarray      # float64, (n_symbols,), in [-1, 1]
-    quantities: np.ndarray   # float64, (n_symbols,), signed base units to order
+    quantities: np.ndarray   # float64, (n_symbols,), signed base units that the gate allows
     reasons: np.ndarray      # int64, (n_symbols,), values of `Reason`
+    # ORDER, (n_symbols, slots), that should be working now; of a recorded decision it is not known
+    orders: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), ORDER))

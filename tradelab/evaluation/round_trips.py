@@ -188,12 +188,13 @@ def execution(
 )->pd.DataFrame:
     "The implementation shortfall of each fill, in parts"
     quantity = fills["quantity"]
-    parts = pd.DataFrame({"symbol": fills["symbol"], "delay": (fills["met"] - fills["decision"]) * quantity,
+    delay = (fills["market_price"] - fills["decision_price"]) * quantity
+    parts = pd.DataFrame({"symbol": fills["symbol"], "delay": delay,
                           "spread": fills["spread"], "impact": fills["impact"]}, fills.index)
-    parts["rounding"] = (fills["price"] - fills["met"]) * quantity - fills["spread"] - fills["impact"]
+    parts["rounding"] = (fills["price"] - fills["market_price"]) * quantity - fills["spread"] - fills["impact"]
     parts["fee"] = fills["fee"]
-    parts["shortfall"] = (fills["price"] - fills["decision"]) * quantity + fills["fee"]
-    parts["notional"] = (quantity * fills["decision"]).abs()
+    parts["shortfall"] = (fills["price"] - fills["decision_price"]) * quantity + fills["fee"]
+    parts["notional"] = (quantity * fills["decision_price"]).abs()
     parts["maker"] = fills["maker"]
     volume = np.array([candles[symbol]["volume"].get(time, np.nan) for symbol,
                        time in zip(fills["symbol"], fills.index)], float)

@@ -24,9 +24,8 @@ from ..events import CLOSE
 from ..features.observation import assemble
 from ..journal import JOURNAL
 from ..native import NUMBER, SINGLE, UNCOUNTED, WHOLE, array_at
-from ..orders import ORDER_REQUEST
-from ..sim.costs import BOOK
-from ..sim.kernel import DONE, FAULTS, WORLD, opened, point, step
+from ..orders import EXECUTION_STATE, ORDER_REQUEST
+from ..sim.kernel import DONE, FAULTS, SIMULATION, arrays_of, point, step
 from ..sim.matching import State, new_state
 from ..sim.prepared import PreparedMarket
 from ..times import format_time
@@ -39,7 +38,7 @@ def longest_episode(
     market:PreparedMarket,
 )->int:                     # candles
     "The number of steps that the candles after the warm-up allow"
-    return len(market.tape.times) - 1 - market.first_row
+    return len(market.arrays.times) - 1 - market.first_row
 
 
 def episode_starts(
@@ -48,7 +47,7 @@ def episode_starts(
 )->np.ndarray:              # rows
     "The rows at which an episode of this length may begin: those at which the policy can decide"
     possible = market.first_row + np.arange(longest_episode(market) - length + 1)
-    return possible if len(market.tape.waits) == 1 else possible[market.tape.waits[possible] == 0]
+    return possible if len(market.arrays.waits) == 1 else possible[market.arrays.waits[possible] == 0]
 
 # %% ../../nbs/80_learn/01_env.ipynb #552b12b8
 REWARD_STATE = np.dtype([("equity", "f8"), ("drawdown", "f8"), ("mean", "f8"), ("square", "f8")])
@@ -90,8 +89,8 @@ def step_reward(
     return reward
 
 # %% ../../nbs/80_learn/01_env.ipynb #6a01d2a3
-BATCH_ARRAYS = dict(actions=NUMBER, at=WHOLE, end=WHOLE, ended=WHOLE, worlds=WORLD, rows=JOURNAL, features=SINGLE,
-              observations=SINGLE, reward_state=REWARD_STATE, rewards=NUMBER)
+BATCH_ARRAYS = dict(actions=NUMBER, at=WHOLE, end=WHOLE, ended=WHOLE, simulations=SIMULATION, rows=JOURNAL,
+                    features=SINGLE, observations=SINGLE, reward_state=REWARD_STATE, rewards=NUMBER)
 BATCH = np.dtype([(name, WHOLE) for name in (*BATCH_ARRAYS, "count", "symbols", "length", "kinds", "window", "width")]
                       + [("weight", NUMBER), ("penalty", NUMBER), ("ruin", NUMBER)])
 TRUNCATED, TERMINATED = 1, 2
@@ -103,7 +102,7 @@ def _step_many(address):
     n = p["symbols"]
     running = 0
     actions = array_at(p["actions"], (count, n), NUMBER)
-    worlds = array_at(p["worlds"], (count,), WORLD)
+    simulations = array_at(p["simulations"], (count,), SIMULATION)
     rows = array_at(p["rows"], (count, n), JOURNAL)
     rewards = array_at(p["rewards"], (count,), NUMBER)
     at = array_at(p["at"], (count,), WHOLE)
@@ -116,18 +115,19 @@ def _step_many(address):
         for i in range(n):
             if not abs(actions[b, i]) <= 1.: return -1 - b
     for b in range(count):
-        arrays = opened(worlds[b], n, worlds[b]["places"])
-        tape, state = arrays.tape, arrays.state
+        views = arrays_of(simulations[b], n, simulations[b]["slots"])
+        arrays = views.arrays
+        state = views.state
         rewards[b], asked = 0., False
         while not asked: # after a hole there is no decision until the window is complete again
             state.count[0] = 0
-            if step(at[b], worlds[b:b + 1], actions[b], rows[b]) != DONE: return -1 - b
+            if step(at[b], simulations[b:b + 1], actions[b], rows[b]) != DONE: return -1 - b
             at[b] += 1
             rewards[b] += step_reward(state.account[0], reward_state[b], p["weight"], p["penalty"])
-            asked = (tape.waits[min(at[b], len(tape.waits) - 1)] == 0 or state.account[0]["equity"] < p["ruin"]
-                     or at[b] >= len(tape.times) - 1)
+            asked = (arrays.waits[min(at[b], len(arrays.waits) - 1)] == 0 or state.account[0]["equity"] < p["ruin"]
+                     or at[b] >= len(arrays.times) - 1)
         assemble(features[at[b] - p["window"] + 1:at[b] + 1], state.account, state.positions, observations[b])
-        if tape.waits[min(at[b], len(tape.waits) - 1)] != 0:
+        if arrays.waits[min(at[b], len(arrays.waits) - 1)] != 0:
             for i in range(n):
                 for j in range(p["width"]):
                     if np.isnan(observations[b, i, j]): observations[b, i, j] = 0.
@@ -200,9 +200,9 @@ def _step_error(env, b):
     "The error of environment b, which could not be stepped"
     action = env.actions[b].tolist()
     valid = (np.abs(env.actions[b]) <= 1.).all()
-    why = FAULTS[env.worlds["code"][b]] if valid else "an action is a number in [-1, 1] per symbol"
+    why = FAULTS[env.simulations["code"][b]] if valid else "an action is a number in [-1, 1] per symbol"
     return ValueError(f"environment {b} was given the action {action} at the candle of "
-                      f"{format_time(env.market.tape.times[env.at[b]])}: {why}")
+                      f"{format_time(env.market.arrays.times[env.at[b]])}: {why}")
 
 
 def _begin(env, b, row, random):
@@ -210,12 +210,12 @@ def _begin(env, b, row, random):
     market = env.market
     env.at[b] = row
     env.end[b] = row + env.length
-    for array in (env.accounts, env.positions, env.rows, env.orders, env.books, env.reward_state):
+    for array in (env.accounts, env.positions, env.rows, env.orders, env.execution_state, env.reward_state):
         array[b] = np.zeros_like(array[b])
     for name in ("deposit", "equity", "peak"): env.accounts[name][b] = market.settings.deposit
-    env.worlds["costs"][b] = env.domain.draw(market.rules.costs, random)
+    env.simulations["costs"][b] = env.domain.draw(market.rules.costs, random)
     env.reward_state["equity"][b] = market.settings.deposit
-    mark(env.accounts[b], env.positions[b], market.tape.candles[row, :, CLOSE].copy())
+    mark(env.accounts[b], env.positions[b], market.arrays.candles[row, :, CLOSE].copy())
     assemble(market.features[row - market.observation.window + 1:row + 1], env.accounts[b], env.positions[b],
              env.observations[b])
 
@@ -225,7 +225,7 @@ class BatchedEnv:
 
     def __init__(self, market:PreparedMarket, n:int, length:int|None=None, reward:Reward=Reward(),
                  domain:DomainRandomisation=DomainRandomisation()):
-        symbols = market.tape.candles.shape[1]
+        symbols = market.arrays.candles.shape[1]
         self.market = market
         self.length = _length(length, market)
         self.reward = reward
@@ -236,8 +236,8 @@ class BatchedEnv:
         empty = new_state(self.accounts[0], self.positions[0], market.rules.execution)
         proposals = np.zeros(symbols, ORDER_REQUEST)
         self.orders = np.zeros((n, *empty.orders.shape), empty.orders.dtype)
-        self.books = np.zeros((n, symbols), BOOK)
-        self.worlds = np.zeros(n, WORLD)
+        self.execution_state = np.zeros((n, symbols), EXECUTION_STATE)
+        self.simulations = np.zeros(n, SIMULATION)
         self.reward_state = np.zeros(n, REWARD_STATE)
         self.features = market.features
         self._kept_alive = (empty, proposals)
@@ -246,8 +246,9 @@ class BatchedEnv:
         self.actions = np.zeros((n, symbols))
         self.observations = np.zeros((n, symbols, market.observation.width), np.float32)
         for b in range(n):
-            point(self.worlds[b], market.tape, State(self.accounts[b], self.positions[b], self.orders[b], self.books[b],
-                                                     empty.fills, empty.count), market.rules, proposals)
+            state = State(self.accounts[b], self.positions[b], self.orders[b], self.execution_state[b], empty.fills,
+                          empty.count)
+            point(self.simulations[b], market.arrays, state, market.rules, proposals)
         self.row = _batch_row(self)
         self._step = step_many().ctypes
         self._address = self.row.ctypes.data

@@ -38,8 +38,9 @@ from tradelab.localnet.protocol import (
     whole,
 )
 from ..market.filters import instruments_for
+from ..orders import EXECUTION_STATE
 from ..settings import CostModel
-from ..sim.costs import BOOK, conditions, fade, market_fill
+from ..sim.costs import conditions, fade, market_fill
 
 # %% ../../nbs/60_localnet/03_exchange.ipynb #3626a31c
 def leverage_brackets(instrument:Instrument)->list[dict]:
@@ -312,7 +313,7 @@ class Exchange:
         self.instruments = instruments_for(market.frames, instruments)
         self.instrument_rows = np.array([instrument.row() for instrument in self.instruments], INSTRUMENT)
         self.conditions = conditions(market.times, market.candles, costs)
-        self.books = np.zeros(size, BOOK)
+        self.execution_state = np.zeros(size, EXECUTION_STATE)
         self.asset = assets(market.symbols[0])[1]
         self.leverage = [20] * size
         self.account = new_account(deposit)
@@ -333,8 +334,8 @@ class Exchange:
     def meets(self, n:int, quantity:float)->tuple:
         "Price and fee of a market order now"
         known = self.conditions[min(max(self.market.closed - 1, 0), len(self.conditions) - 1), n]
-        return market_fill(quantity, self.market.price(n), self.books[n]["pressure"], known, self.cost_row,
-                           self.instrument_rows[n])
+        return market_fill(quantity, self.market.price(n), self.execution_state[n]["impact_state"], known,
+                           self.cost_row, self.instrument_rows[n])
 
     def free(self, n:int)->float:
         return (float(self.account[0]["equity"]) - sum(self.margin(k)["initial"] for k in range(len(self.positions))
@@ -346,7 +347,7 @@ class Exchange:
         "Let one candle close; funding due up to its close is booked, on the positions held, at its closing price"
         before = self.market.now
         self.market.closed = self.market.closed + 1
-        for n in range(len(self.books)): fade(self.books[n], self.cost_row)
+        for n in range(len(self.execution_state)): fade(self.execution_state[n], self.cost_row)
         for time, n, rate in sorted((time, k, rate) for k in range(len(self.positions)) for time,
                                     rate in self.market.due(k, before)):
             self.fund(n, rate, time)
@@ -374,7 +375,7 @@ class Exchange:
         before = float(self.account[0]["realised"])
         now = order["updateTime"]
         apply_fill(self.account, self.positions, n, quantity, price, fee)
-        if self.costs.impact: self.books[n]["pressure"] += quantity
+        if self.costs.impact: self.execution_state[n]["impact_state"] += quantity
         realised = float(self.account[0]["realised"]) - before
         self.realised[n], self.changed[n] = self.realised[n] + realised, now
         self.value()
@@ -395,7 +396,7 @@ def compile_fills(exchange:Exchange)->None:
     "Compile what an order and a funding payment will call, on a scratch account"
     account, positions = new_account(1.), np.zeros(1, POSITION)
     price, fee = exchange.meets(0, 1.)
-    fade(np.zeros(1, BOOK)[0], exchange.cost_row)
+    fade(np.zeros(1, EXECUTION_STATE)[0], exchange.cost_row)
     apply_fill(account, positions, 0, 1., price, fee)
     apply_funding(account, float(funding_amount(positions[0]["quantity"], price, 0.)))
 

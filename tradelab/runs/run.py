@@ -23,7 +23,7 @@ from ..figures import caption, finished, prices_of
 from ..files import read_bytes
 from ..instruments import Instrument
 from ..policies import Policy
-from ..risk.limits import Gate
+from ..risk.execution import OrderGate
 from ..risk.market_state import warm_up as limits_warm_up
 from ..settings import CostModel, Limits
 from ..texts import figure_text, html_rows
@@ -46,7 +46,7 @@ def make_trader(
     if policy.order_slots:
         raise ValueError(f"{policy.name} answers with orders, which only a backtest can trade yet: "
                          "answer with targets, and choose an execution style")
-    return Trader(policy, Observation.from_policy(policy, timeframe), Gate, limits, instruments, deposit)
+    return Trader(policy, Observation.from_policy(policy, timeframe), OrderGate, limits, instruments, deposit)
 
 # %% ../../nbs/45_runs/01_run.ipynb #d6da8b50
 def versions()->dict:

@@ -9,7 +9,8 @@ __all__ = ['threatened', 'worst_of', 'cushion', 'liquidation_share', 'liquidate'
 from ..account import apply_fill, decimal8, maintenance_margin, wallet
 from ..compiled import inlined, outlined
 from ..events import HIGH, LOW, OPEN
-from .matching import LIQUIDATION, NONE, STOP, TRAILING, side_of, write_fill
+from ..orders import LIQUIDATION, NONE, STOP, TRAILING
+from .matching import side_of, write_fill
 from ..trader import record_fill
 
 # %% ../../nbs/50_sim/03_margin.ipynb #bd7055cd

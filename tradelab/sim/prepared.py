@@ -29,10 +29,11 @@ from tradelab.market.candles import (
     timeframe_at,
 )
 from ..market.filters import instruments_for
+from ..risk.execution import TradingRules
 from ..risk.market_state import warm_up
 from ..settings import CostModel, Execution, Limits
-from .kernel import Tape, World, rules_of, tape_of
-from .matching import Rules, new_state
+from .kernel import MarketArrays, Simulation, market_arrays, trading_rules
+from .matching import new_state
 from ..sources.exogenous import Exogenous, with_series
 from ..times import TimeLike, format_time, to_ms
 
@@ -168,8 +169,8 @@ class PreparedMarket:
     seen:np.ndarray          # float64 (T, observation.rows, KNOWN): the candles that the observation reads
     features:np.ndarray      # float32 (T, n, n_features), scaled
     stale:np.ndarray         # bool (T,), whether a stale series makes every target flat; empty if no series can
-    tape:Tape                # candles, funding, what limits and costs know of them, and the rows without a decision
-    rules:Rules              # costs, limits, instruments and execution as rows
+    arrays:MarketArrays      # candles, funding, what limits and costs know of them, and the rows without a decision
+    rules:TradingRules       # costs, limits, instruments and execution as rows
 
     @classmethod
     def from_data(cls, data:MarketData, observation:Observation, settings:SimulationSettings=SimulationSettings(),
@@ -179,9 +180,9 @@ class PreparedMarket:
         seen = observed_candles(observation, data.known, tuple(data.frames))
         features = observation.matrix(seen)
         waits = waiting(data.times, features, observation.window)
-        tape = tape_of(data.times, data.candles, data.rates, settings.costs, settings.limits, waits)
-        rules = rules_of(settings.costs, settings.limits, data.instruments, settings.execution, order_slots)
-        return cls(data, settings, observation, seen, features, observation.stale(seen), tape, rules)
+        arrays = market_arrays(data.times, data.candles, data.rates, settings.costs, settings.limits, waits)
+        rules = trading_rules(settings.costs, settings.limits, data.instruments, settings.execution, order_slots)
+        return cls(data, settings, observation, seen, features, observation.stale(seen), arrays, rules)
 
     @property
     def warm_up(self)->int:
@@ -192,18 +193,18 @@ class PreparedMarket:
     def first_row(self)->int:
         "The first row with a decision: after the warm-up, and not right after a hole"
         row = self.warm_up
-        last = len(self.tape.times) - 1
-        waits = self.tape.waits
+        last = len(self.arrays.times) - 1
+        waits = self.arrays.waits
         if len(waits) == 1 or row >= last: return row
         asked = np.flatnonzero(waits[row:last] == 0)
         return row + int(asked[0]) if len(asked) else last
 
-    def world(self, row:int, capacity:int=1_000)->World:
+    def simulation(self, row:int, capacity:int=1_000)->Simulation:
         "A new account at the close of a row; `capacity`: fills it has room for"
         positions = np.zeros(len(self.data.symbols), POSITION)
         state = new_state(new_account(self.settings.deposit), positions, self.rules.execution, capacity)
-        mark(state.account, state.positions, self.tape.candles[row, :, CLOSE].copy())
-        return World(self.tape, state, self.rules)
+        mark(state.account, state.positions, self.arrays.candles[row, :, CLOSE].copy())
+        return Simulation(self.arrays, state, self.rules)
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa022
 def prepare(

@@ -29,8 +29,8 @@ from ..market.candles import CandlesLike, RatesLike, by_time, period_of
 from ..policies import POLICY
 from ..runs.rule import Rule
 from ..settings import NO_STOPS, CostModel, Execution, Limits
-from .backtest import WORLDS, compiled_function
-from .kernel import DONE, FAULTS, TARGET, opened, steps
+from .backtest import SIMULATIONS, compiled_function
+from .kernel import DONE, FAULTS, TARGET, arrays_of, steps
 from .prepared import PreparedMarket, SimulationSettings, first_row, market_data
 from ..sources.exogenous import Exogenous
 from ..texts import figure_text, html_text
@@ -59,17 +59,18 @@ def add(sums, equity):
 # %% ../../nbs/50_sim/07_sweep.ipynb #16851c91
 SPAN = 64      # candles per call, then added to the sums
 SUM = numba.from_dtype(SUMS)
-SWEEP = types.int64(types.float64[:, ::1], types.int64, WORLDS, types.float64[::1], SUM)
+SWEEP = types.int64(types.float64[:, ::1], types.int64, SIMULATIONS, types.float64[::1], SUM)
 
 
 @outlined(SWEEP, nogil=True)
-def _with_costs(targets, start, world, equity, sums):
-    arrays = opened(world[0], 1, world[0]["places"])
+def _with_costs(targets, start, simulation, equity, sums):
+    views = arrays_of(simulation[0], 1, simulation[0]["slots"])
     span = len(equity)
-    tape, state = arrays.tape, arrays.state
-    for t in range(start, len(tape.times) - 1, span):
-        answers, state.count[0] = targets[t:min(t + span, len(tape.times) - 1)], 0
-        code = steps(t, world, answers, equity)
+    arrays = views.arrays
+    state = views.state
+    for t in range(start, len(arrays.times) - 1, span):
+        answers, state.count[0] = targets[t:min(t + span, len(arrays.times) - 1)], 0
+        code = steps(t, simulation, answers, equity)
         if code != DONE: return code
         for i in range(len(answers)): add(sums, equity[i])
         sums["fills"] += state.count[0]
@@ -106,18 +107,18 @@ def rebalance(
     return quantity if enough else closing
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #612e01b9
-IDEAL = types.int64(types.float64[:, ::1], types.int64, WORLDS, SUM)
+IDEAL = types.int64(types.float64[:, ::1], types.int64, SIMULATIONS, SUM)
 
 
 @outlined(IDEAL, nogil=True)
-def _without(targets, start, world, sums):
-    arrays = opened(world[0], 1, world[0]["places"])
-    limits = world[0]["limits"]
-    tape = arrays.tape
-    state = arrays.state
-    instruments = arrays.instruments
+def _without(targets, start, simulation, sums):
+    views = arrays_of(simulation[0], 1, simulation[0]["slots"])
+    limits = simulation[0]["limits"]
+    arrays = views.arrays
+    state = views.state
+    instruments = views.instruments
     deposit = state.account[0]["deposit"]
-    candles = tape.candles
+    candles = arrays.candles
     instrument = instruments[0]
     cash = deposit
     held = 0.
@@ -229,12 +230,12 @@ def rule_targets(
     values:np.ndarray,       # of its parameters, in their order
 )->np.ndarray:               # (T,)
     "The targets of a rule over a history, as a backtest has them"
-    times = market.tape.times
-    waits = np.broadcast_to(market.tape.waits != 0, times.shape)
+    times = market.arrays.times
+    waits = np.broadcast_to(market.arrays.waits != 0, times.shape)
     if len(market.stale): waits = waits | market.stale
     targets = np.zeros(len(times))
     _ask(compiled_function(rule.policy), np.ascontiguousarray(values, float), market.features[:, 0].copy(), rule.window,
-         row, waits.copy(), market.tape.candles[:, 0, CLOSE].copy(),
+         row, waits.copy(), market.arrays.candles[:, 0, CLOSE].copy(),
          np.zeros((1, market.observation.width), np.float32), np.zeros(0), targets)
     return targets
 
@@ -324,13 +325,13 @@ def _run_all(answers, runs, market, row, plain, progress):
     sums["last"] = sums["peak"] = market.settings.deposit
     sums["remaining"] = 1.
     times = market.data.times
-    still = market.world(row, 0)                                        # the ideal loop only reads it
+    still = market.simulation(row, 0)                                   # the ideal loop only reads it
     capacity = SPAN * len(still.state.fills)
 
     def one(i):
         targets = _targets(answers(i), runs, i, len(times))
-        world = still if plain else market.world(row, capacity)
-        code = (_without(targets, row, world.row, sums[i]) if plain else _with_costs(targets, row, world.row,
+        simulation = still if plain else market.simulation(row, capacity)
+        code = (_without(targets, row, simulation.row, sums[i]) if plain else _with_costs(targets, row, simulation.row,
             np.empty(SPAN), sums[i]))
         if code != DONE: raise _not_followed(targets[row:, 0], times[row:], runs, i, code)
 
