@@ -457,7 +457,7 @@ def renamed(columns):
 
 def in_our_words(values):
     if values.dtype.kind != "U" or not WORDS: return values
-    return np.array([WORDS.get(word, word) for word in values.ravel().tolist()]).reshape(values.shape)
+    return np.array([WORDS.get(word, word) for word in values.ravel().tolist()], str).reshape(values.shape)
 
 
 def same(there, here):

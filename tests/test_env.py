@@ -168,7 +168,7 @@ def test_an_episode_has_its_own_costs():
     batch.reset(range(64), np.random.default_rng(0))
     assert len(set(batch.simulations["costs"]["taker_fee"])) == 64
     assert batch.simulations["costs"]["spread_scale"].max() > 2
-    assert (batch.simulations["costs"]["taker_fee"] / batch.worlds["costs"]["maker_fee"]).std() < 1e-12
+    assert (batch.simulations["costs"]["taker_fee"] / batch.simulations["costs"]["maker_fee"]).std() < 1e-12
     dear, cheap = (episode(market, HACKS["churning"], domain=DomainRandomisation(fees=(factor, factor)),
                            length=200)[1]["fee"].sum() for factor in (2., 1.))
     assert 1.5 < dear / cheap <= 2.001

@@ -512,8 +512,8 @@ def test_a_real_funding_history_in_percent_from_its_middle_on_is_refused(shared,
         return (values.rename("funding_rate").rename_axis("timestamp").reset_index().to_csv(tmp_path / "rates.csv",
             index=False) or tmp_path / "rates.csv")
     assert len(funding_history(f"{symbol}/USDT:USDT", source=file(rates))) == 2000
-    with pytest.raises(CandleError, match=r"funding_rate is in percent for \d+ payments from 202\d.* UTC on, half of "
-                       r"them above [\d.]+: divide those by 100 at their source"):
+    with pytest.raises(CandleError, match=r"funding_rate is in percent for \d+ payments from 202\d.* UTC on, with "
+                       r"a median size of [\d.]+: divide those by 100 at their source"):
         funding_history(f"{symbol}/USDT:USDT", source=file(rates.where(np.arange(2000) < 1000, rates * 100)))
 
 

@@ -43,6 +43,7 @@ from tradelab.sim.backtest import backtest
 from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
 from tradelab.sources.tables import UnreachableError
+from tradelab.sources.universe import Universe, check_listings
 from tradelab.texts import cell_text, figure_text, one_line, printable
 from tradelab.venues.binance import error_text
 
@@ -57,7 +58,8 @@ def classes():
     for module in pkgutil.walk_packages(tradelab.__path__, "tradelab."):
         if module.name.endswith("_modidx"): continue
         for each in vars(importlib.import_module(module.name)).values():
-            if isinstance(each, type) and each.__module__ == module.name and "_repr_html_" in vars(each):
+            if (isinstance(each, type) and each.__module__ == module.name and "_repr_html_" in vars(each)
+                    and not getattr(each, "_is_protocol", False)):
                 found[f"{module.name.removeprefix('tradelab.')}.{each.__name__}"] = each
     return found
 
@@ -71,8 +73,10 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def shown(run):
+def shown(run, tmp_path_factory):
     "An object of each of these classes, with evil in every text that somebody else may have written"
+    learnt = tmp_path_factory.mktemp("run")
+    (learnt / "learning_curve.csv").write_text("step,reward\n1,0.0\n2,0.001\n")
     machine = StateMachine()
     machine.trip("person", 0, EVIL, symbol=EVIL, who=EVIL)
     returns = pd.Series(np.random.default_rng(0).normal(0, .01, 300), pd.date_range("2024", periods=300, freq="1h",
@@ -92,8 +96,11 @@ def shown(run):
         np.zeros(2, POSITION)), "sim.stress.Stress": Stress({EVIL: run}, EVIL),
         "sim.sweep.Sweep": Sweep(pd.DataFrame({"sharpe": [1., 2.]}, pd.Index([EVIL, "b"], name=EVIL)), EVIL),
             "runs.run.Run": Run(EVIL, Policy(EVIL, flat().function, features=(EVIL,)),
-                                instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL),
-                                "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL),
+                                instruments=(Instrument(EVIL, .1, .001),), timeframe=EVIL,
+                                folder=learnt),
+            "sources.universe.Universe": Universe(check_listings(pd.DataFrame({"listed": [0], "delisted": [10**12]},
+                                                                              [EVIL]), EVIL), EVIL),
+            "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL),
                                 "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 
 

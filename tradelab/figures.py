@@ -100,7 +100,7 @@ def unit_of(
     "The unit that a label names"
     return label.rpartition("[")[2].rstrip("]").partition(":")[0] if label.endswith("]") else "number"
 
-
+# %% ../nbs/00_ground/20_figures.ipynb #0123932b
 def measures_figure(
     table: "pd.DataFrame",  # a row per measure, its label with the unit as index; a column per subject
     title: str = "",        # may come from a user

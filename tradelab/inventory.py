@@ -58,7 +58,7 @@ def tags_of(
         raise ValueError(f"{path} holds no tags: restore it, or remove it and lose them")
     return found
 
-
+# %% ../nbs/99_top/05_inventory.ipynb #c6a6e1f8
 def tag(
     folder:Path,     # runs/ or sessions/
     name:str,        # id

@@ -483,10 +483,10 @@ class SeriesDefinition:
             except ValueError as error:
                 raise ConfigurationError(f"SeriesDefinition.{name} must be a duration: {error}") from None
 
-# %% ../nbs/00_ground/08_settings.ipynb #4f8a0360
+# %% ../nbs/00_ground/08_settings.ipynb #c605af5a
 AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, known here without torch
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #4f8a0360
 @dataclass(frozen=True)
 class Training:
     "How an agent is trained; None: as the agent itself chooses"
@@ -508,8 +508,7 @@ class Training:
         if not 0 <= self.gamma < 1:
             raise ConfigurationError(f"Training.gamma must be at least 0 and below 1, was {self.gamma}")
         if not all(isinstance(width, int) and 1 <= width <= 4096 for width in self.net):
-            raise ConfigurationError("Training.net must be widths of layers, whole numbers from 1 to 4096, was "
-                                     f"{list(self.net)}")
+            raise ConfigurationError(f"Training.net must be whole numbers from 1 to 4096, was {list(self.net)}")
 
     @property
     def options(self) -> dict[str, Any]:

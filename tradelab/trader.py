@@ -34,12 +34,11 @@ def record(
     "Write what was seen and wanted at one close"
     for n in range(len(row)):
         entry = row[n]
-        money = account[0]
         proposal = proposals[n]
         entry["open_time"] = open_time
         entry["close"] = candle[n, CLOSE]
-        entry["equity"] = money["equity"]
-        entry["drawdown"] = money["drawdown"]
+        entry["equity"] = account[0]["equity"]
+        entry["drawdown"] = account[0]["drawdown"]
         entry["position"] = positions[n]["quantity"]
         entry["target"] = proposal["target"]
         entry["reason"] = proposal["reason"]
@@ -189,17 +188,16 @@ class Trader(Holdings):
     def __init__(self,
         policy: Policy,
         observation: Any,        # features.observation.Observation of this policy
-        gate: Callable[..., Any],  # makes the rules with their memory: risk.execution.OrderGate
+        gate: Callable[..., Any], # makes the rules with their memory: risk.execution.OrderGate
         limits: Limits = Limits(),
         instruments: Sequence[Instrument] = (),  # one per symbol, in the order of the candles' rows
         deposit: float = 10_000.,                # quote
         execution: Execution = Execution(),      # how targets become orders
     ) -> None:
-        if not len(instruments):
-            raise ValueError(f"{policy.name} has nothing to trade: give its instruments, one per symbol, such as "
-                             "market.filters.instruments_for(candles)")
-        super().__init__(tuple(instrument.symbol for instrument in instruments), deposit, policy.memory,
-                         policy.order_slots)
+        symbols = tuple(instrument.symbol for instrument in instruments)
+        if not symbols:
+            raise ValueError(f"{policy.name} has nothing to trade: give market.filters.instruments_for(candles)")
+        super().__init__(symbols, deposit, policy.memory, policy.order_slots)
         self.policy = policy
         self.observation = observation.for_symbols(self.symbols)
         self.gate = gate

@@ -36,6 +36,8 @@ from ..instruments import Instrument
 from .env import MarketVecEnv, longest_episode
 from ..market.candles import CandlesLike, RatesLike, check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
+
+# %% ../../nbs/80_learn/02_agents.ipynb #d932dd91
 from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
 from ..runs.registry import reserved, runs_folder, save
@@ -101,7 +103,7 @@ def compiled_policy(
 # %% ../../nbs/80_learn/02_agents.ipynb #9b94850d
 POINTS = 200 # of the learning curve
 
-
+# %% ../../nbs/80_learn/02_agents.ipynb #195516da
 class LearningCurveCallback(BaseCallback):
     "A progress bar, and the points of the learning curve: (step, mean reward since the previous point)"
 
@@ -222,7 +224,7 @@ def _series(series, market, config):
     return {"series": series_record({name: series[name] for name in market.observation.series},
                                     to_ms(config["span"][1]) + milliseconds(market.data.timeframe))}
 
-
+# %% ../../nbs/80_learn/02_agents.ipynb #c40872fc
 def _learnt(agent, market, config, runs, progress):
     "The run of a training, kept"
     torch.set_num_threads(1)

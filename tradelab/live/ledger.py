@@ -101,7 +101,7 @@ def _refuse_another_format(engine, where):
                          f"reads format {FORMAT}, use the version that wrote it, or set another database in "
                          "tradelab.toml")
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #e4489406
 def _number(engine):
     "Write down the format of a ledger that has no number yet"
     with engine.connect() as connection:
@@ -167,7 +167,7 @@ def _refuse_known(session, known):
 def _unknown(session, known):
     return KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(known[:3]) or 'none'}")
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #ea89a9db
 class SessionLedger(Database):
     "Which sessions there are, and what a person should know of them"
 
@@ -261,7 +261,7 @@ def _frame(rows):
     times = frame.pop("open_time").astype("int64").astype("datetime64[ms]")
     return frame.set_index(pd.DatetimeIndex(times, tz="UTC", name="open_time"))
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #c84cf162
 class Ledger(MoneyLedger):
     "The memory of all sessions"
 

@@ -63,7 +63,7 @@ def chained(
     text = json.dumps({"n": number} | content)
     return f'{text[:-1]}, "link": "{sha256((link + text).encode()).hexdigest()[:32]}"}}\n'.encode()
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #1db686b0
 def unchained(
     line:bytes,     # without its end
     number:int,     # that it must have
@@ -96,7 +96,7 @@ def framed(
     mine = sha256(seal + struct.pack("<Q", len(packed)) + packed).digest()
     return _HEAD.pack(_MAGIC, 40, len(packed), mine) + packed, mine
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #6c7a7df2
 def unframed(
     file:BinaryIO,           # binary, at the beginning of a frame
     seal:bytes,     # of the frame before
@@ -170,7 +170,7 @@ class Recording:
                                f"{behind:,} bytes behind them are not ({error})")
                 self.ended = False
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #b18a628b
 def read(
     path:Path,   # recording.zst
 )->Iterator[dict]:
@@ -371,15 +371,14 @@ def _time(line):
 
 
 def _working(line, symbols):
-    "Where an order that may open a symbol had no proven end; None: nowhere"
-    working = line.get("working")
-    if working is None: return None
+    "Where an order that may open a symbol had no proven end"
+    working = line.get("working", [False] * len(symbols))
     if (not isinstance(working, list) or len(working) != len(symbols)
         or not all(isinstance(each, bool) for each in working)):
         raise TypeError(f"working is {working!r}")
     return np.array(working)
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #93ab31a6
 def _follow(line, trader, again, recorded, recomputed):
     "Take one line; returns the trader that goes on"
     names = trader.symbols, trader.observation.columns

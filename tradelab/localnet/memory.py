@@ -36,7 +36,7 @@ def checked_line(
 
 MOST_MEMORY = 2_000_000_000 # bytes
 
-
+# %% ../../nbs/60_localnet/04_memory.ipynb #42b4eb97
 def checked_lines(
     path:Path,
 )->tuple:           # (contents, bytes of the whole lines, the hash of the last)

@@ -387,10 +387,10 @@ class Service:
                 "session": self.streams.session.is_set(), "orders": len(self.exchange.orders),
                 "finished": self.finished.is_set()}
 
-# %% ../../nbs/60_localnet/05_server.ipynb #4c39faae
+# %% ../../nbs/60_localnet/05_server.ipynb #2584c813
 BARRIER = (("GET", "v3/account"), ("GET", "v2/account"))
 
-
+# %% ../../nbs/60_localnet/05_server.ipynb #4c39faae
 def answer(
     service:Service,
     method:str,

@@ -62,7 +62,7 @@ def _coarsest(values, finest, noise):
         if on.mean() >= KEPT: return size, values[~on]
     return None, values
 
-
+# %% ../../nbs/10_market/11_filters.ipynb #78de9398
 def coarsest(
     values:np.ndarray,   # above 0
     finest:float,        # the least size that is looked for

@@ -9,6 +9,7 @@ __all__ = ['STRETCHES', 'WIDTH', 'GRAM', 'DOZEN', 'SIDE', 'ONE_IN', 'SEAM', 'PEE
 
 # %% ../../nbs/10_market/07_stretches.ipynb #stretcimp
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -330,11 +331,10 @@ def exchanged_rows(
         ring = next(((two, three) for two in near if joins(two, one) for three in near if three > two
                      and joins(one, three) and joins(three, two)), None)
         if ring: found.append((int(one), int(ring[1]) - 1))
-        for end in near:
-            for two in near:
-                if (two > end and two + end - one in near and joins(two, one) and joins(one, two)
+        for end, two in product(near, near):
+            if (two > end and two + end - one in near and joins(two, one) and joins(one, two)
                     and joins(end, two + end - one) and joins(two + end - one, end)):
-                    found.append((int(one), int(two + end - one) - 1))
+                found.append((int(one), int(two + end - one) - 1))
     return found
 
 # %% ../../nbs/10_market/07_stretches.ipynb #c0b98388

@@ -99,7 +99,7 @@ def _size_orders(requests, candle, money, positions, market, covariance, state, 
             has_increases = has_increases or row["increase"] != 0.
     return gross, has_orders, has_increases
 
-
+# %% ../../nbs/30_risk/08_limits.ipynb #1e96f1d0
 @inlined
 def _finish_orders(requests, open_time, money, positions, market, covariance, usable_equity, limits, instruments):
     "From increases to quantities, and what is asked of the quantities"

@@ -40,6 +40,15 @@ def _refuse_signature(name, arguments, features):
                              f"feature, @rule({each.name}=\"rsi(14)\"), or give it a default")
 
 
+def _check_parameter(rule, name, value, default):
+    "Refuse what is not a number of the kind of the default"
+    if not isinstance(value, (int, float, np.integer, np.floating)) or not isfinite(value):
+        raise ValueError(f"rule {rule}: parameter {name!r} is a finite number, was {value!r}")
+    if isinstance(default, int) and value != int(value):
+        raise ValueError(f"rule {rule}: parameter {name!r} is a whole number, as its default {default!r} is, was "
+                         f"{value!r}")
+
+# %% ../../nbs/45_runs/02_rule.ipynb #1a004c18
 def parameters_of(
     function:Callable,              # as the user wrote it
     features:Mapping[str, str],     # by argument
@@ -50,15 +59,6 @@ def parameters_of(
     found = {name: each.default for name, each in arguments.items() if name not in features}
     for name, default in found.items(): _check_parameter(function.__name__, name, default, default)
     return found
-
-
-def _check_parameter(rule, name, value, default):
-    "Refuse what is not a number of the kind of the default"
-    if not isinstance(value, (int, float, np.integer, np.floating)) or not isfinite(value):
-        raise ValueError(f"rule {rule}: parameter {name!r} is a finite number, was {value!r}")
-    if isinstance(default, int) and value != int(value):
-        raise ValueError(f"rule {rule}: parameter {name!r} is a whole number, as its default {default!r} is, was "
-                         f"{value!r}")
 
 # %% ../../nbs/45_runs/02_rule.ipynb #e8390b36
 def check_features(
@@ -122,7 +122,7 @@ def _first_reason(error):
     told = [line for line in lines if line and not line.startswith(("Failed in", "During:", "File ", ">>>"))]
     return (told or [type(error).__name__])[0]
 
-
+# %% ../../nbs/45_runs/02_rule.ipynb #034f0998
 def compiled_rule(
     function:Callable,           # as the user wrote it
     arguments:tuple,             # numba's types

@@ -74,8 +74,7 @@ def load_rule(
     "A rule as a run, with the costs and limits of the settings"
     found = RULE.fullmatch(name)
     if found is None:
-        raise UnknownRunError(f"{name[:100]!r} is not the name of a rule, such as "
-                              f"{STRATEGIES}.example:Momentum(20, 0.02)")
+        raise UnknownRunError(f"{name[:100]!r} names no rule, such as {STRATEGIES}.example:Momentum(20, 0.02)")
     module, attribute, text = found.groups()
     target = find_rule(module, attribute)
     positional, named = arguments(text)

@@ -61,7 +61,7 @@ def _signature(policy, answer):
                        SIMULATIONS, NUMBERS, answer, types.float64[:, ::1], ROWS, types.float32[:, :, ::1],
                        types.boolean[::1])
 
-
+# %% ../../nbs/50_sim/06_backtest.ipynb #f029639d
 @outlined(_signature(POLICY, NUMBERS))
 def _loop(policy, parameters, memory, features, start, first, simulation, prices, answer, targets, journal,
           observations, stale):
@@ -84,7 +84,7 @@ def _loop(policy, parameters, memory, features, start, first, simulation, prices
         if step(t, simulation, answer if len(targets) == 0 else targets[t], journal[t - start]) != DONE: return t
     return len(arrays.times) - 1
 
-
+# %% ../../nbs/50_sim/06_backtest.ipynb #00a1d58b
 @outlined(_signature(ORDER_POLICY, ORDERS))
 def _loop_of_orders(policy, parameters, memory, features, start, first, simulation, prices, answer, targets, journal,
                     observations, stale):
@@ -126,7 +126,7 @@ def _updates(trader, state, time):
             trader.symbols[n], int(k), Kind(order["kind"]), float(order["quantity"]), time, float(order["price"]),
             float(order["trigger"]), float(order["expires_in"]), bool(order["resting"])))
 
-
+# %% ../../nbs/50_sim/06_backtest.ipynb #c4b6d6c8
 def _events(policy, market, row, simulation, journal, observations):
     settings = market.settings
     times = market.data.times
@@ -225,13 +225,12 @@ def _vectorised(policy, market, row, simulation, journal, observations):
     t = row
     symbols = journal.shape[1]
     times = market.data.times
-    observation = market.observation
     targets = policy.targets if isinstance(policy, PrecomputedTargets) else np.zeros((0, symbols))
     answer = policy.unanswered(symbols)
     loop = _loop_of_orders if policy.order_slots else _loop
     memory = np.zeros(policy.memory)
     prices = np.zeros(symbols)
-    head = np.full((observation.window - 1, *market.features.shape[1:]), np.nan, np.float32)
+    head = np.full((market.observation.window - 1, *market.features.shape[1:]), np.nan, np.float32)
     features = np.concatenate([head, market.features])
     while True:
         try:

@@ -74,7 +74,7 @@ def is_active(execution_state):
     for n in range(len(execution_state)): count += execution_state[n]["active"]
     return count > 0
 
-
+# %% ../../nbs/50_sim/04_kernel.ipynb #d1df03d8
 @outlined
 def adopt(
     state,            # State, changed
@@ -196,7 +196,7 @@ def match_open(
         progress["active"] = 1 if still or progress["slice"] != 0. else 0
     return met, working
 
-
+# %% ../../nbs/50_sim/04_kernel.ipynb #7f581dee
 @inlined
 def advance(
     state,   # State, changed
@@ -239,7 +239,7 @@ SIMULATION = np.dtype([(name, WHOLE) for name in (*ARRAYS, *SIZES, "step", "code
 # MarketArrays, State, INSTRUMENT (n,), ORDER_REQUEST (n,)
 SimulationArrays = namedtuple("SimulationArrays", "arrays state instruments proposals")
 
-
+# %% ../../nbs/50_sim/04_kernel.ipynb #29636daf
 @inlined
 def arrays_of(
     row,     # of SIMULATION
@@ -381,7 +381,7 @@ def point(row:np.void, arrays:MarketArrays, state:State, rules:TradingRules, pro
     row["step"], row["costs"], row["limits"], row["execution"] = (step_function(state.orders.shape == (1, 1)).address,
         rules.costs, rules.limits, rules.execution)
 
-
+# %% ../../nbs/50_sim/04_kernel.ipynb #7f6f909a
 class Simulation:
     "One account in one market: the arrays, and in `row` their addresses"
 

@@ -109,7 +109,7 @@ def rebalance(
 # %% ../../nbs/50_sim/07_sweep.ipynb #612e01b9
 IDEAL = types.int64(types.float64[:, ::1], types.int64, SIMULATIONS, SUM)
 
-
+# %% ../../nbs/50_sim/07_sweep.ipynb #17de47dd
 @outlined(IDEAL, nogil=True)
 def _without(targets, start, simulation, sums):
     views = arrays_of(simulation[0], 1, simulation[0]["slots"])
@@ -239,7 +239,7 @@ def rule_targets(
          np.zeros((1, market.observation.width), np.float32), np.zeros(0), targets)
     return targets
 
-
+# %% ../../nbs/50_sim/07_sweep.ipynb #50e79559
 def combinations(
     rule:Rule,
     parameters:pd.DataFrame|Mapping[str, Sequence[float]], # a row per run, or values by name
@@ -279,7 +279,7 @@ def _targets(answer, parameters, i, length):
     raise ValueError(f"the rule with {parameters.iloc[i].to_dict()} answered with {len(targets)} targets for "
                      f"{length} candles: return one for each")
 
-
+# %% ../../nbs/50_sim/07_sweep.ipynb #6d2710ea
 def _not_followed(targets, times, parameters, i, code):
     "The error of a run that stopped, with its first invalid target and the kernel's reason"
     wrong = ~(np.abs(targets) <= 1.)
@@ -318,7 +318,7 @@ def _by_arrays(function, parameters, columns, candles, data):
     read = _shared(_given(columns, candles, data), data)
     return runs, lambda i: function(table[i], read)
 
-
+# %% ../../nbs/50_sim/07_sweep.ipynb #65fa9f69
 def _run_all(answers, runs, market, row, plain, progress):
     "SUMS of each run; `plain`: nothing costs and nothing limits, so the ideal loop does"
     sums = np.zeros(len(runs), SUMS)

@@ -131,14 +131,13 @@ def read_exogenous(
     if missing:
         raise CandleError(f"{name}: no column {missing[0]!r} among {', '.join(map(str, table.columns))}: name it, such "
                           "as read_exogenous(path, value=..., reference=...)")
-    with parser_errors(name):
-        about = time_index(table, name, (reference,)).as_unit("ms").asi8
-        if publication in table: known = publication_times(table, publication, name)
-    if publication in table: pass
-    elif lag is None:
+    if publication not in table and lag is None:
         raise CandleError(f"{name}: no column {publication!r} among {', '.join(map(str, table.columns))}, so it is "
                           "unknown when a figure was published: name the column, or state a lag such as lag='15D'")
-    else: known = about + pd.Timedelta(lag) // pd.Timedelta(milliseconds=1)
+    with parser_errors(name):
+        about = time_index(table, name, (reference,)).as_unit("ms").asi8
+        known = (publication_times(table, publication, name) if publication in table
+                 else about + pd.Timedelta(lag) // pd.Timedelta(milliseconds=1))
     return Exogenous(value,
                      check_exogenous(pd.DataFrame({"reference_time": about, "publication_time": known,
                                                    "value": table[value].to_numpy()}), name),

@@ -24,6 +24,7 @@ from ..market.store import Store
 from ..sections import once
 from .archive import LISTING, listed_files
 from .tables import read_table, time_index
+from ..texts import figure_text, printable
 from ..times import TimeLike, format_time, milliseconds, to_ms
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Universe:
         "A line for each symbol from its listing to its delisting"
         return _plot(self)
 
-    def __str__(self) -> str: return self.table().to_string()
+    def __str__(self) -> str: return printable(self.table().to_string())
     def _repr_html_(self) -> str: return self.table().to_html(border=0)
 
 # %% ../../nbs/15_sources/04_universe.ipynb #f34d02a5
@@ -127,7 +128,7 @@ def _plot(universe):
     for row, (listed, delisted) in enumerate(universe.listings.to_numpy()):
         ends = pd.to_datetime([listed, min(delisted, now)], unit="ms", utc=True)
         axes.plot(ends, [row, row], "|-", linewidth=4, color="tab:blue" if delisted >= FOREVER else "tab:red")
-    axes.set(yticks=range(len(universe.listings)), yticklabels=universe.listings.index)
+    axes.set_yticks(range(len(universe.listings)), [figure_text(name, 40) for name in universe.listings.index])
     axes.set_xlabel("listed [UTC]; red: delisted")
     figure.autofmt_xdate()
     return finished(figure)
