@@ -176,6 +176,27 @@ def test_both_forms_agree_on_orders_of_the_policy(costs):
     assert (stopped["order"] == -stopped["position"]).all() # what a stop sends stands in the journal
 
 
+@compiled
+def once(parameters, memory, observation, prices, answer):
+    "A limit order at the first close, left alone from then on"
+    if memory[0] == 0.:
+        memory[0] = 1.
+        answer[0, 0]["kind"] = LIMIT
+        answer[0, 0]["exposure"] = .5
+        answer[0, 0]["price"] = .98 * prices[0]
+
+
+@pytest.mark.parametrize("engine", ["vectorised", "event"])
+def test_an_order_that_is_left_alone_goes_on_working(engine):
+    candles = ar1(300, rho=0, volatility=.01, seed=3)
+    policy = Policy("once", once, (), ("return(1)",), order_slots=1, memory=1)
+    result = backtest(policy, candles, limits=WIDE, engine=engine, baselines=())
+    fills = result.fills
+    assert fills["maker"].tolist() == [True]
+    assert fills["price"].iloc[0] == pytest.approx(.98 * result.rows["close"][0, 0], rel=1e-4)
+    assert fills.index[0] > result.journal.index[1] # closes went by at which it was left alone
+
+
 def brackets(shared, symbol):
     rows = json.loads((shared / "fixtures/binance/brackets/leverage_brackets.json").read_text())[symbol]
     return rows, tuple((float(row["notionalCap"]), row["initialLeverage"], row["maintMarginRatio"]) for row in rows)
