@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def covariance_warm_up(
     decay:float,    # weight of the newest candle
 )->int:             # candles
-    "How much history it takes until the average has forgotten where it began"
+    "Candles until the average has forgotten where it began"
     return int(np.ceil(50. / decay))
 
 
@@ -154,7 +154,7 @@ class Exposures:
 
     @property
     def concentration(self)->float:
-        "Herfindahl index of the shares, 1/n to 1; 0 where nothing is held"
+        "Herfindahl index of the shares, 1/n to 1; 0 without positions"
         return float(((self.weights / self.gross) ** 2).sum()) if self.gross else 0.
 
     @property
