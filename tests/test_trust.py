@@ -115,8 +115,8 @@ def test_ones_own_rules_and_features(path, tmp_path_factory):
     (path / "deep").mkdir()
     (path / "deep" / "rules.py").write_text("from mine import One\nfrom tradelab.features.indicator import "
                                             "Indicator\nfrom tradelab.strategies.example import _gap\n"
-                                            "gap = Indicator('deep.rules:gap', _gap, {}, ('value',), lambda: 1, "
-                                            "lambda: 2)\n")
+                                            "gap = Indicator(name='deep.rules:gap', update=_gap, state=lambda: "
+                                            "{'close': 1}, warm_up=lambda: 2)\n")
     for name in ("mine:One", "mine:One(3)", "mine:Two", "mine:three", "mine:five", "mine:Quick(5, 0.01)",
                  "deep.rules:One"):
         assert isinstance(load(name).policy, Policy)
