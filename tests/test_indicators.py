@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 from tradelab.compiled import compiled
 from tradelab.events import COLUMNS
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import Feature, Indicator, IndicatorError
+from tradelab.features.indicator import Feature, Indicator, IndicatorError, trial_candles
 from tradelab.features.ta_wrapper import TA_ALIASES, library
 from tradelab.features.trend import _way
 from tradelab.features.windows import (
@@ -340,7 +340,7 @@ def test_an_update_that_reaches_beyond_its_state_is_refused(indicator):
         return {**dict(parts), last: cells - 1}
     feature = replace(indicator, state=short)()
     cells = indicator.cells(feature.parameters)
-    for use in (lambda: feature.array(WALK[:30]), feature.stream):
+    for use in (lambda: feature.array(trial_candles(30).T), feature.stream):
         with pytest.raises(IndicatorError, match=rf"^{indicator.name}\(.*\) (writes cell {cells - 1}, |reaches beyond "
                            rf"its arrays .*; )its state has {cells - 1} \(.*\): declare the cell, or correct the"):
             use()

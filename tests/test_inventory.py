@@ -34,7 +34,7 @@ def runs(project):
     for seed, name in enumerate(NAMES, 1):
         random = np.random.default_rng(seed)
         policy = Policy("random", mlp,
-                        pack([(random.normal(size=(4, 7)), random.normal(size=4)),
+                        pack([(random.normal(size=(4, 5)), random.normal(size=4)),
                               (random.normal(size=(1, 4)), random.normal(size=1))], "relu", "tanh"), ("return(1)",))
         config = dict(agent="SAC", steps=1_000 * seed, interrupted=False, learning_rate=3e-4, batch_size=64, seed=seed,
                       threads=1, source="synthetic ar1", span=["2024-01-01", "2024-02-01"], data_hash="",

@@ -71,17 +71,18 @@ def clipped(
 # %% ../../nbs/20_features/12_observation.ipynb #a9fd7823
 @inlined
 def _put_portfolio(
-    row,       # (len(PORTFOLIO),), float32, written
+    row,       # (width,), float32, written
+    at,        # where in it the portfolio begins
     position,  # a row of POSITION, marked
     allowed,   # quote, what a target of 1 holds
     state,     # int64, of TradingState
 ):
     quantity = position["quantity"]
     earned = np.sign(quantity) * (position["mark_price"] - position["entry_price"]) if quantity != 0. else 0.
-    row[0] = clipped(quantity * position["mark_price"], allowed)
-    row[1] = clipped(earned, np.sqrt(position["variation"])) if position["variation"] > 0. else 0.
-    row[2] = np.log1p(min(position["age"], OLD)) / np.log1p(OLD)
-    row[3] = state / HALT
+    row[at] = clipped(quantity * position["mark_price"], allowed)
+    row[at + 1] = clipped(earned, np.sqrt(position["variation"])) if position["variation"] > 0. else 0.
+    row[at + 2] = np.log1p(min(position["age"], OLD)) / np.log1p(OLD)
+    row[at + 3] = state / HALT
 
 
 @inlined
@@ -105,7 +106,7 @@ def assemble(
         else:
             for k in range(length):
                 for f in range(count): row[k * count + f] = seen[(k * symbols + n) * count + f]
-        _put_portfolio(row[at:], positions[n], allowed, money["trading_state"])
+        _put_portfolio(row, at, positions[n], allowed, money["trading_state"])
 
 # %% ../../nbs/20_features/12_observation.ipynb #610a02ec
 def feature_columns(
