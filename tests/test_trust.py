@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tradelab.features.grammar import FeatureError, parse
+from tradelab.features.observation import PORTFOLIO
 from tradelab.instruments import BITCOIN
 from tradelab.policies import Policy, Scaler, mlp, network_fits, pack
 from tradelab.runs.formats import CONFIG, MANIFEST, POLICY, SCALER, DamagedRunError, seal
@@ -34,7 +35,7 @@ def network(inputs, outputs, seed=0):
 
 
 def make_run(folder, name=ID, features=("return(1)",)):
-    policy = Policy("random", mlp, network(6 + len(features), 1), features, scaler=Scaler((0.,) * len(features), (1.,
+    policy = Policy("random", mlp, network(len(PORTFOLIO) + len(features), 1), features, scaler=Scaler((0.,) * len(features), (1.,
         ) * len(features)))
     return save(Run(name, policy, instruments=(BITCOIN,), timeframe="1h", config=CONFIGURATION), folder=folder)
 
@@ -269,7 +270,7 @@ def test_a_network_cannot_leave_its_arrays(head, widths, right, more, seen, outp
         assert network_fits(policy.parameters, int(policy.parameters[3]), 1) # a true network, for another observation
 
 
-@pytest.mark.parametrize("widths", [[11, 50, -2, 60, 1], [7, 0, 1], [7, 1e9, 1], [7, 8.5, 1], [7, float("nan"), 1],
+@pytest.mark.parametrize("widths", [[11, 50, -2, 60, 1], [5, 0, 1], [5, 1e9, 1], [5, 8.5, 1], [5, float("nan"), 1],
                                     [8, 8, 1]])
 def test_a_model_file_with_impossible_widths(tmp_path, widths):
     import safetensors.numpy
