@@ -35,8 +35,9 @@ def network(inputs, outputs, seed=0):
 
 
 def make_run(folder, name=ID, features=("return(1)",)):
-    policy = Policy("random", mlp, network(len(PORTFOLIO) + len(features), 1), features, scaler=Scaler((0.,) * len(features), (1.,
-        ) * len(features)))
+    count = len(features)
+    policy = Policy("random", mlp, network(count + len(PORTFOLIO), 1), features,
+                    scaler=Scaler((0.,) * count, (1.,) * count))
     return save(Run(name, policy, instruments=(BITCOIN,), timeframe="1h", config=CONFIGURATION), folder=folder)
 
 
