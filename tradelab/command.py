@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LOCK', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'main', 'run', 'session_of', 'JobCommand', 'add_job',
            'running_sessions', 'stop', 'serve', 'localnet', 'config', 'import_settings', 'show_table', 'ask_first',
-           'names_running', 'show_comparison', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
-           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
-           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
+           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
+           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
+           'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,18 +268,6 @@ def names_running()->set[str]:
     return set(running_sessions(settings().sessions))
 
 
-def show_comparison(
-    names:Sequence[str],
-    metrics:"pd.DataFrame",     # a column each
-    settings:"pd.DataFrame",    # likewise, only what differs
-    said:str="",
-)->None:
-    "Print two things beside each other"
-    for letter, name in zip("AB", names): click.echo(f"{letter}  {name}")
-    click.echo(f"\n{metrics.to_string()}\n{said}\n\nsettings that differ")
-    show_table(settings, "none", index=True)
-
-
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
 REMOVE = click.option("--remove", "-r", multiple=True, metavar="TAG", help="Take this tag away; may be repeated.")
 ONLY = click.option("--tag", "only", default="", help="Only those that have this tag.")
@@ -316,7 +304,7 @@ def show_one_run(run:str)->None:
 def compare_two_runs(a:str, b:str, source:str, span:str, funding:str)->None:
     "Metrics of the runs A and B on the same candles, and the settings that differ."
     from tradelab.inventory import compare_runs
-    with one_sentence(): show_comparison((a, b), *compare_runs(a, b, source, span, funding))
+    with one_sentence(): click.echo(compare_runs(a, b, source, span, funding))
 
 
 @runs.command("tag")
@@ -371,7 +359,7 @@ def show_one_session(session:str)->None:
 def compare_two_sessions(a:str, b:str)->None:
     "Metrics of the sessions A and B, and the settings that differ."
     from tradelab.inventory import compare_sessions
-    with one_sentence(): show_comparison((a, b), *compare_sessions(a, b))
+    with one_sentence(): click.echo(compare_sessions(a, b))
 
 
 @sessions.command("tag")

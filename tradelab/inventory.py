@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'tags_of', 'tag', 'known', 'runs_here', 'runs_table', 'show_run', 'measured', 'learnt', 'flat_settings',
-           'differing_settings', 'compare_runs', 'delete_run', 'sessions_here', 'session_status', 'session_facts',
-           'sessions_table', 'show_session', 'traded_by', 'compare_sessions', 'held_by', 'delete_session', 'data_table',
-           'download', 'series_of', 'usual_step', 'table_of', 'check_data', 'delete_series']
+           'differing_settings', 'Comparison', 'compare_runs', 'delete_run', 'sessions_here', 'session_status',
+           'session_facts', 'sessions_table', 'show_session', 'traded_by', 'compare_sessions', 'held_by',
+           'delete_session', 'data_table', 'download', 'series_of', 'usual_step', 'table_of', 'check_data',
+           'delete_series']
 
 # %% ../nbs/99_top/05_inventory.ipynb #b657f49b
 import io
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ import pandas as pd
 
 from .config import nearest, settings
 from .evaluation.result import Result
+from .figures import caption, finished
 from .files import UnreadableFileError, read_bytes, read_json, replace_files
 from .inputs import inputs
 from .market.candles import times
@@ -35,10 +38,12 @@ from .runs.run import Run
 from .sim.backtest import backtest
 from .sources.history import history, is_file
 from .sources.tables import oldest_first, parser_errors, read_table, rename_candle_columns, time_index
-from .texts import one_line, printable
+from .texts import html_text, one_line, printable
 from .times import TIMEFRAMES, milliseconds, parse_span
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tradelab.live.ledger import Ledger
 
 # %% ../nbs/99_top/05_inventory.ipynb #c15e21ee
@@ -176,6 +181,38 @@ def _own_span(runs):
     begin = pd.Timestamp(max(run.fitted_until for run in runs), unit="ms").normalize() + pd.Timedelta(days=1)
     return f"{begin:%Y-%m-%d}/{begin + pd.Timedelta(days=182):%Y-%m-%d}"
 
+# %% ../nbs/99_top/05_inventory.ipynb #917c17a7
+@dataclass(frozen=True)
+class Comparison:
+    "Two runs or sessions side by side, as A and B"
+    names:tuple[str, str]
+    metrics:pd.DataFrame = field(repr=False)         # columns A and B, written with units
+    settings:pd.DataFrame = field(repr=False)        # columns A and B, only what differs
+    equity:dict[str, pd.Series] = field(repr=False)  # quote, by A and B; empty without a backtest
+    caption:str = ""                                 # where the metrics are from
+
+    def table(self)->pd.DataFrame: return self.metrics.copy(deep=False)
+
+    def plot(self)->"Figure":
+        "A matplotlib Figure of the equity of both"
+        import matplotlib.pyplot as plt
+        figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
+        for letter, equity in self.equity.items(): axis.plot(equity.index, equity / equity.iloc[0], lw=1, label=letter)
+        axis.set(xlabel="Time [UTC]", ylabel="Equity [x start]")
+        caption(axis, self.caption)
+        if self.equity: axis.legend(frameon=False)
+        return finished(figure)
+
+    def __str__(self)->str:
+        settings = self.settings.to_string() if len(self.settings) else "none"
+        return (f"A  {self.names[0]}\nB  {self.names[1]}\n\n{self.metrics.to_string()}\n{self.caption}\n\n"
+                f"settings that differ\n{settings}")
+
+    def _repr_html_(self)->str:
+        names = "<br>".join(f"{letter}: {html_text(name)}" for letter, name in zip("AB", self.names))
+        return (f"<p>{names}<br>{html_text(self.caption)}</p>{self.metrics.to_html(border=0)}"
+                f"<p>Settings that differ</p>{self.settings.to_html(border=0)}")
+
 # %% ../nbs/99_top/05_inventory.ipynb #72a226b8
 def compare_runs(
     a:str,           # run, or the import name of a rule
@@ -183,25 +220,26 @@ def compare_runs(
     source:str="",   # of candles to test both on; empty: synthetic, where both were trained on such
     span:str="",
     funding:str="none",
-)->tuple:            # metrics and differing settings, a column a run, and a sentence on where the metrics are from
-    "Two runs beside each other"
-    runs = load(a), load(b)
-    names = [one_line(run.id) for run in runs]
+)->Comparison:
+    "Two runs side by side; a backtest of both if their candles are known"
+    runs = dict(A=load(a), B=load(b))
+    names = one_line(runs["A"].id), one_line(runs["B"].id)
     if names[0] == names[1]: raise ValueError(f"{names[0]} is compared with itself: name two runs")
-    names = ["A", "B"]
-    table = pd.DataFrame({name: {"Mean reward, last tenth of training [bp a candle]": f"{learnt(run):.3f}"} for name,
-                          run in zip(names, runs)})
+    table = pd.DataFrame({letter: {"Mean reward, last tenth of training [bp a candle]": f"{learnt(run):.3f}"}
+                          for letter, run in runs.items()})
+    equity = {}
     said = "no backtest: say on which candles, with --source and --span"
-    own = _own_span(runs)
+    own = _own_span(runs.values())
     if source or span or own:
         source, span = source or "synthetic", span or own or ""
-        results = [measured(run, source, span, funding) for run in runs]
-        table = pd.concat([table,
-                           pd.DataFrame({name: result.summary().written() for name, result in zip(names, results)})])
+        results = {letter: measured(run, source, span, funding) for letter, run in runs.items()}
+        written = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})
+        table = pd.concat([table, written])
+        equity = {letter: result.equity for letter, result in results.items()}
         said = (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
-                f"{one_line(results[0].source)}; "
-                f"{'; '.join(f'{name}: {one_line(result.caption)}' for name, result in zip(names, results))}")
-    return table, differing_settings(runs[0].config, runs[1].config, names), said
+                f"{one_line(results['A'].source)}; "
+                f"{'; '.join(f'{letter}: {one_line(result.caption)}' for letter, result in results.items())}")
+    return Comparison(names, table, differing_settings(runs["A"].config, runs["B"].config, ["A", "B"]), equity, said)
 
 # %% ../nbs/99_top/05_inventory.ipynb #27798bdd
 def _remove(folder):
@@ -313,16 +351,18 @@ def traded_by(
 def compare_sessions(
     a:str,
     b:str,
-)->tuple:        # metrics and differing settings, a column a session
-    "Two sessions beside each other"
-    ledger, names = _ledger(), ["A", "B"]
+)->Comparison:
+    "Two sessions side by side"
+    ledger = _ledger()
     for each in (a, b): known(sessions_here(), each, "session")
     if a == b: raise ValueError(f"{a} is compared with itself: name two sessions")
-    metrics = pd.DataFrame({name: Result.from_journal(ledger.journal(session), session).summary().written() for name,
-                            session in zip(names, (a, b))})
-    then = [{**ledger.session(session)["settings"]} for session in (a, b)]
+    sessions = dict(A=a, B=b)
+    results = {letter: Result.from_journal(ledger.journal(name), name) for letter, name in sessions.items()}
+    given = [ledger.session(session)["settings"] for session in (a, b)]
     ledger.close()
-    return metrics, differing_settings(then[0], then[1], names)
+    metrics = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})
+    equity = {letter: result.equity for letter, result in results.items()}
+    return Comparison((a, b), metrics, differing_settings(given[0], given[1], ["A", "B"]), equity)
 
 # %% ../nbs/99_top/05_inventory.ipynb #9978d204
 def held_by(
