@@ -246,9 +246,7 @@ def run_backtest(run, market):
                      keep_observations=not isinstance(policy, pd.DataFrame) and len(frames) < 4,
                      gaps=run.get("gaps", False), **({} if run.get("beside") else {"baselines": ()}))
     out = result(found)
-    if run.get("intervals"):
-        sure = intervals(found.equity, draws=100, seed=1)
-        out |= table("intervals", sure if isinstance(sure, pd.DataFrame) else sure.table()) # once a plain table
+    if run.get("intervals"): out |= table("intervals", intervals(found.equity, draws=100, seed=1).table())
     return out
 
 
