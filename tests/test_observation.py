@@ -166,7 +166,8 @@ number = st.floats(allow_nan=False, allow_infinity=False, width=32)
 def test_the_portfolio_is_bounded_for_any_account(holdings, variation, candles, state, limits):
     account, positions = new_account(1.), np.zeros(1, POSITION)
     account["equity"], positions["quantity"], positions["mark_price"], positions["entry_price"] = holdings
-    positions["age"], positions["variation"], account["trading_state"] = candles, variation, state
+    positions["age"], positions["variation"] = candles, variation
+    require_state(account, state)
     stream = Observation(()).stream(1)
     stream.push(np.ones((1, 5)))
     seen = stream.observe(account, positions, limits.row())[0]
