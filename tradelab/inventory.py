@@ -197,10 +197,10 @@ class Comparison:
         "A matplotlib Figure of the equity of both"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
-        for letter, equity in self.equity.items(): axis.plot(equity.index, equity / equity.iloc[0], lw=1, label=letter)
+        for equity in self.equity.values(): axis.plot(equity.index, equity / equity.iloc[0], lw=1)
+        axis.legend(list(self.equity), frameon=False)
         axis.set(xlabel="Time [UTC]", ylabel="Equity [x start]")
         caption(axis, self.caption)
-        if self.equity: axis.legend(frameon=False)
         return finished(figure)
 
     def __str__(self)->str:
