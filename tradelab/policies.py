@@ -59,7 +59,7 @@ def ask_rule(
     function: Callable,  # a rule in plain Python
     *arguments: Any,     # parameters, memory, observation, prices, answer, as `Policy.function` takes them
 ) -> None:
-    "Call a rule; ValueError where it returns something, or reaches beyond an array that it is given"
+    "Call a rule; ValueError if it returns something, or reaches beyond an array that it is given"
     try: refuse_returned(function(*arguments))
     except IndexError as error:
         sizes = ", ".join(f"{name} {array.shape}" for name, array in zip(GIVEN, arguments))
@@ -136,7 +136,7 @@ class Policy:
     def policy(self) -> "Policy": return self # what runs and rules have, too
 
     def unanswered(self, n_symbols: int) -> np.ndarray:
-        "An answer that it can write: NaN targets and confidences, or ORDER (n_symbols, order_slots), empty"
+        "An empty answer for the policy to fill: NaN targets and confidences, or ORDER (n_symbols, order_slots)"
         if self.order_slots: return np.zeros((n_symbols, self.order_slots), ORDER)
         return np.full(n_symbols * (1 + self.has_confidence), np.nan)
 
@@ -266,7 +266,7 @@ def network_fits(
     inputs,      # int, numbers in the observation
     outputs,     # int, numbers that are wanted
 )->bool:
-    "Whether the network takes that many inputs and gives enough outputs, and all of its weights are there"
+    "Whether a network has all of its weights, and the right numbers of inputs and outputs"
     if len(parameters) < 5 or not 1. <= parameters[0] <= MOST_LAYERS or parameters[0] != np.floor(parameters[0]):
         return False
     for i in range(1, 3):
@@ -288,7 +288,7 @@ def mlp(
     prices,      # float64, (n_symbols,), not used
     targets,     # float64, (n_symbols,), written
 ):
-    "Run a multilayer perceptron from an observation to targets; NaN where the network does not fit them"
+    "Run a multilayer perceptron from an observation to targets; NaN if the network does not fit them"
     if not network_fits(parameters, observation.size, len(targets)):
         targets[:] = np.nan
         return
