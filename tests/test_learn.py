@@ -174,7 +174,7 @@ def kept(tmp_path):
     "A run that nobody trained: random weights, one feature of the user's own"
     random = np.random.default_rng(0)
     policy = Policy("random", mlp,
-                    pack([(random.normal(size=(8, 7)), random.normal(size=8)),
+                    pack([(random.normal(size=(8, 5)), random.normal(size=8)),
                           (random.normal(size=(1, 8)), random.normal(size=1))], "relu", "tanh"),
                           ("tradelab.strategies.example:gap",))
     config = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4, batch_size=256, seed=7, threads=1,

@@ -26,7 +26,7 @@ PAID = Funding(BITCOIN, -.5, 28_800_000)
 def emptied(url):
     "A ledger at a server, without what an earlier test left"
     ledger = Ledger(url)
-    TABLES.drop_all(ledger._engine)
+    TABLES.drop_all(ledger._database.engine)
     ledger.close()
     return Ledger(url)
 

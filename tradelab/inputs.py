@@ -29,7 +29,7 @@ from .times import format_time, parse_span
 def held_by(
     source:SourceLike,   # as a job takes it
 )->tuple:     # ccxt's unified names; empty where it does not say
-    "The symbols that a file says it holds, in a column or by its name"
+    "The symbols of a file, from a column or its name"
     if not is_file(source) or "{symbol}" in str(source): return ()
     names = row_symbols(read_table(source))
     if names is not None and len(names): return symbols_of(list(dict.fromkeys(names)))
@@ -52,7 +52,7 @@ def refuse_count(
     run:Run|Observation,  # with `symbols`
     symbols:Sequence[str],
 )->None:
-    "Refuse another number of symbols than a run was trained on: its network sees all of them at once"
+    "Refuse a number of symbols other than a run's: its network sees all of them at once"
     if run.symbols and len(run.symbols) != len(symbols):
         raise ValueError(f"{getattr(run, 'id', 'this observation')} was trained on {len(run.symbols)} symbols "
                          f"({', '.join(run.symbols)}), asked for are {len(symbols)} ({', '.join(symbols)}): leave "
@@ -62,7 +62,7 @@ def refuse_count(
 def together(
     frames:dict,   # candles by symbol
 )->tuple:          # the same over their common span, and a sentence where anything was cut
-    "Candles of several symbols over the span that all of them have"
+    "Candles of several symbols, cut to the span that all of them have"
     first = max(frame.index[0] for frame in frames.values())
     last = min(frame.index[-1] for frame in frames.values())
     if first > last:
@@ -136,7 +136,7 @@ def gathered(
     notes:Sequence[str]=(),          # sentences
     reads:Sequence[str]=(),          # names of the series that features read
 )->Inputs:
-    "The same for symbols that are known; without a run, what `train` learns on"
+    "Candles and funding rates of these symbols; without a run, those that `train` learns on"
     start, end = span
     begin = warm_up_start(start, warm_up, timeframe, here.gaps)
     frames, cut = together(histories((*symbols, *extra), timeframe, begin, end, source, Store(here.data), here.gaps))
