@@ -53,7 +53,7 @@ TAGS = "tags.json"
 def tags_of(
     folder:Path,           # runs/ or sessions/
 )->dict[str, list]:        # tags by id
-    "All tags; ValueError where the file is none of ours"
+    "All tags; ValueError if the file has another format"
     path = Path(folder) / TAGS
     try: found = read_json(path)
     except FileNotFoundError: found = {}
@@ -70,7 +70,7 @@ def tag(
     add:Iterable[str]=(),          # words
     remove:Iterable[str]=(),
 )->list[str]:        # all tags it has now
-    "Give tags to a run or session, and take them away"
+    "Add tags to a run or session, and remove others"
     wrong = [word for word in (*add, *remove) if not re.fullmatch(r"[\w.-]{1,40}", word)]
     if wrong: raise ValueError(f"a tag has letters, digits and ._- and at most 40 of them, was {wrong[0]!r}")
     tags = tags_of(folder)
@@ -85,7 +85,7 @@ def known(
     name:str,
     what:str,        # run or session
 )->str:
-    "The name, where it is one of these; ValueError naming the nearest"
+    "The name, if it is one of these; otherwise ValueError with the nearest"
     if name in names: return name
     raise ValueError(f"there is no {what} {one_line(name, 130)!r}" + (f": did you mean {nearest(name, names)}?" if names
         else f": there is no {what} yet"))
@@ -111,7 +111,7 @@ def _run_row(folder, tags):
 def runs_table(
     only:str="",      # a tag
 )->pd.DataFrame:
-    "One row a run, newest last"
+    "A row per run, newest last"
     folder = settings().runs
     tags = tags_of(folder)
     rows = [_run_row(folder / name, tags) for name in train_ids(folder) if not only or only in tags.get(name, [])]
@@ -122,7 +122,7 @@ def runs_table(
 def show_run(
     name:str,    # or latest
 )->str:
-    "The facts of a run, proved whole"
+    "The facts of a run, after checking its files"
     run = load(name)
     kept = {"tags": " ".join(tags_of(settings().runs).get(run.id, [])) or "none", "folder": run.folder
             or "none, it is a rule", "files": ", ".join(sorted(path.name for path in run.folder.iterdir()))
@@ -168,7 +168,7 @@ def differing_settings(
     b:dict,
     names:Sequence[str],           # of the two
 )->pd.DataFrame:     # a row a key
-    "What is not the same in both"
+    "The settings that differ"
     one, two = flat_settings(a), flat_settings(b)
     rows = {key: [one_line(one.get(key, "-"), 60), one_line(two.get(key, "-"), 60)] for key in {**one, **two}
             if one.get(key) != two.get(key) and key != "created_time"}
@@ -176,12 +176,18 @@ def differing_settings(
 
 # %% ../nbs/99_top/05_inventory.ipynb #108717b8
 def _own_span(runs):
-    "Half a year that neither of two runs on synthetic candles was fitted on; None where one is not such a run"
+    "Half a year after both trainings, if both runs are on synthetic candles; otherwise None"
     if not all(str(run.config.get("source", "")).startswith("synthetic") for run in runs): return None
     begin = pd.Timestamp(max(run.fitted_until for run in runs), unit="ms").normalize() + pd.Timedelta(days=1)
     return f"{begin:%Y-%m-%d}/{begin + pd.Timedelta(days=182):%Y-%m-%d}"
 
 # %% ../nbs/99_top/05_inventory.ipynb #917c17a7
+def _comparison_html(found):
+    names = "<br>".join(f"{letter}: {html_text(name)}" for letter, name in zip("AB", found.names))
+    return (f"<p>{names}<br>{html_text(found.caption)}</p>{found.metrics.to_html(border=0)}"
+            f"<p>Settings that differ</p>{found.settings.to_html(border=0)}")
+
+# %% ../nbs/99_top/05_inventory.ipynb #64d3413e
 @dataclass(frozen=True)
 class Comparison:
     "Two runs or sessions side by side, as A and B"
@@ -197,10 +203,10 @@ class Comparison:
         "A matplotlib Figure of the equity of both"
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
-        for letter, equity in self.equity.items(): axis.plot(equity.index, equity / equity.iloc[0], lw=1, label=letter)
+        for equity in self.equity.values(): axis.plot(equity.index, equity / equity.iloc[0], lw=1)
+        axis.legend(list(self.equity), frameon=False)
         axis.set(xlabel="Time [UTC]", ylabel="Equity [x start]")
         caption(axis, self.caption)
-        if self.equity: axis.legend(frameon=False)
         return finished(figure)
 
     def __str__(self)->str:
@@ -208,12 +214,16 @@ class Comparison:
         return (f"A  {self.names[0]}\nB  {self.names[1]}\n\n{self.metrics.to_string()}\n{self.caption}\n\n"
                 f"settings that differ\n{settings}")
 
-    def _repr_html_(self)->str:
-        names = "<br>".join(f"{letter}: {html_text(name)}" for letter, name in zip("AB", self.names))
-        return (f"<p>{names}<br>{html_text(self.caption)}</p>{self.metrics.to_html(border=0)}"
-                f"<p>Settings that differ</p>{self.settings.to_html(border=0)}")
+    def _repr_html_(self)->str: return _comparison_html(self)
 
 # %% ../nbs/99_top/05_inventory.ipynb #72a226b8
+def _caption_of(results, funding):
+    "Where the metrics of a comparison are from"
+    captions = "; ".join(f"{letter}: {one_line(result.caption)}" for letter, result in results.items())
+    return (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
+            f"{one_line(results['A'].source)}; {captions}")
+
+# %% ../nbs/99_top/05_inventory.ipynb #f8b27016
 def compare_runs(
     a:str,           # run, or the import name of a rule
     b:str,
@@ -236,14 +246,12 @@ def compare_runs(
         written = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})
         table = pd.concat([table, written])
         equity = {letter: result.equity for letter, result in results.items()}
-        said = (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
-                f"{one_line(results['A'].source)}; "
-                f"{'; '.join(f'{letter}: {one_line(result.caption)}' for letter, result in results.items())}")
+        said = _caption_of(results, funding)
     return Comparison(names, table, differing_settings(runs["A"].config, runs["B"].config, ["A", "B"]), equity, said)
 
 # %% ../nbs/99_top/05_inventory.ipynb #27798bdd
 def _remove(folder):
-    "Delete a folder, out of sight at once"
+    "Rename a folder so that nobody finds it, then delete it"
     hidden = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -254,7 +262,7 @@ def delete_run(
     name:str,             # an id
     traded:tuple=(),      # ids of runs that a running session trades
 )->None:
-    "Delete a run; ValueError where a running session trades it"
+    "Delete a run; ValueError if a running session trades it"
     folder = settings().runs
     known(train_ids(folder), name, "run")
     if name in traded: raise ValueError(f"{name} is traded by a running session: stop it first")
@@ -277,7 +285,7 @@ def sessions_here()->list[str]:
 def session_status(
     name:str,
 )->dict:
-    "What a session wrote last; nothing where that cannot be read"
+    "The last status that a session wrote; empty if it cannot be read"
     try: found = read_json(settings().sessions / name / "session.json")
     except (FileNotFoundError, UnreadableFileError): found = {}
     found = found if isinstance(found, dict) else {}
@@ -289,7 +297,7 @@ def session_facts(
     ledger:"Ledger",
     running:Collection[str]=(),      # ids of sessions whose lock is held
 )->dict:
-    "One session as a row"
+    "A session as a row of the table"
     said = session_status(name)
     try: known_there = ledger.session(name)
     except KeyError: known_there = {"settings": {}, "state": "not in the ledger", "started": None}
@@ -309,7 +317,7 @@ def sessions_table(
     running:Collection[str]=(),      # ids of sessions whose lock is held
     only:str="",     # a tag
 )->pd.DataFrame:
-    "One row a session, newest last"
+    "A row per session, newest last"
     tags, ledger = tags_of(settings().sessions), _ledger()
     rows = [session_facts(name, ledger, running) | {"tags": " ".join(tags.get(name, []))} for name in sessions_here()
             if not only or only in tags.get(name, [])]
@@ -340,7 +348,7 @@ def show_session(
 def traded_by(
     running:Collection[str],      # ids of sessions
 )->tuple:         # ids of runs, or import names of rules
-    "What running sessions trade"
+    "The runs and rules that running sessions trade"
     if not running: return ()
     ledger = _ledger()
     found = tuple(ledger.session(name)["settings"].get("origin", "") for name in running if name in ledger.sessions())
@@ -368,7 +376,7 @@ def compare_sessions(
 def held_by(
     name:str,
 )->dict:          # signed base units by symbol, where there are any
-    "The positions with which a session ended, by its own journal"
+    "The positions at the end of a session, from its journal"
     ledger = _ledger()
     journal = ledger.journal(name)
     ledger.close()
@@ -395,7 +403,7 @@ def delete_session(
 
 # %% ../nbs/99_top/05_inventory.ipynb #8cac6b85
 def data_table()->pd.DataFrame:
-    "One row a series that the store holds"
+    "A row per series in the store"
     held = Store(settings().data).held()
     held["MB"] = (held.pop("bytes") / 1e6).round(2)
     return held.assign(**{name: held[name].dt.strftime("%Y-%m-%d %H:%M") for name in ("first", "last") if len(held)})
@@ -407,7 +415,7 @@ def download(
     span:str,             # from/to; an open end means until now
     source:str="",        # an exchange, archive or yahoo; empty: the exchanges of the settings, in their order
 )->str:
-    "Fetch candles into the store; says what is there now"
+    "Fetch candles into the store; returns a sentence about what it holds now"
     here, (start, end) = settings(), parse_span(span)
     if source in ("synthetic", "auto") or is_file(source) and source:
         raise ValueError(f"{source} has nothing to download: name an exchange such as binanceusdm, or archive")
@@ -426,7 +434,7 @@ def series_of(
     symbol:str="",
     timeframe:str="",
 )->list[tuple]:           # source, symbol, timeframe
-    "The series in the store that fit; ValueError where none does"
+    "The matching series in the store; ValueError if there is none"
     held = Store(settings().data).held()
     found = [key for key in zip(held.source, held.symbol, held.timeframe) if all(not asked or asked == has for asked,
         has in zip((source, symbol, timeframe), key))]
@@ -439,7 +447,7 @@ def series_of(
 def usual_step(
     table:pd.DataFrame,      # indexed by time
 )->str:         # such as "1h"
-    "The timeframe that most steps of a table have, whatever else is wrong with it"
+    "The most frequent step of a table, as a timeframe"
     steps = pd.Series(np.diff(np.unique(times(table))))
     found = {length: name for name, length in TIMEFRAMES.items()}.get(int(steps.mode()[0]) if len(steps) else 0)
     if found is None: raise ValueError("no timeframe is as long as most steps between its times: say --timeframe")
@@ -449,7 +457,7 @@ def usual_step(
 def table_of(
     path:str|Path,
 )->pd.DataFrame:    # indexed by time, its columns named, nothing judged
-    "The candles of a file as they are found"
+    "The candles of a file, unchecked"
     name = Path(path).name
     with parser_errors(name):
         table = rename_candle_columns(read_table(path), name)
@@ -463,7 +471,7 @@ def check_data(
     symbol:str="",
     timeframe:str="",
 )->list:                  # of QualityReport
-    "Judge candles of files or of the store"
+    "Check candles of files or of the store"
     if not files:
         store = Store(settings().data)
         return [check_quality(store.read(*key), key[2], f"{key[1]} of {key[0]}") for key in series_of(source, symbol,

@@ -238,7 +238,7 @@ class Trader(Holdings):
         prices = traded[:, CLOSE].copy()
         mark(self.account, self.positions, prices)
         age(self.positions)
-        observation = self.view.stream.observe(self.account, self.positions)
+        observation = self.view.stream.observe(self.account, self.positions, self.limits)
         if working is not None: self.orders["kind"] = NONE
         answer = None if self.view.stream.waits else self.policy.act(observation, self.memory, prices, self.orders)
         if answer is not None and self.view.stale: answer[:len(self.symbols)] = 0.

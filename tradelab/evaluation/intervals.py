@@ -104,6 +104,17 @@ class Intervals:
     def _repr_html_(self)->str: return self.rows.to_html(border=0)
 
 # %% ../../nbs/40_evaluation/07_intervals.ipynb #3e3be6fb
+def _histories(returns, measures, periods, draws, seed):
+    "Measures (draws, m) of the histories that the bootstrap draws, and the mean length of a block"
+    from arch.bootstrap import StationaryBootstrap, optimal_block_length
+    best = np.nan_to_num(optimal_block_length(returns)["stationary"].iloc[0], nan=1.)
+    length = float(best.clip(1., len(returns) / 10))
+    bootstrap: Any = StationaryBootstrap # whose annotation allows only whole lengths
+    drawn = bootstrap(length, returns, seed=seed).apply(
+        lambda sample: np.array([measure(sample, periods) for measure in measures.values()]), draws)
+    return drawn, length
+
+# %% ../../nbs/40_evaluation/07_intervals.ipynb #31e31471
 def intervals(
     equity:pd.Series,      # quote, at each close; UTC index
     level:float=.95,       # of confidence
@@ -121,12 +132,7 @@ def intervals(
     named = {"level": level, "unit": {name: UNITS.get(name, "") for name in measures}}
     if not returns.any():
         return Intervals(pd.DataFrame({"estimate": estimate, "low": estimate, "high": estimate} | named), 0, 1.)
-    from arch.bootstrap import StationaryBootstrap, optimal_block_length
-    best = np.nan_to_num(optimal_block_length(returns)["stationary"].iloc[0], nan=1.)
-    length = float(best.clip(1., len(returns) / 10))
-    bootstrap: Any = StationaryBootstrap # whose annotation allows only whole lengths
-    drawn = bootstrap(length, returns, seed=seed).apply(
-        lambda sample: np.array([measure(sample, periods) for measure in measures.values()]), draws)
+    drawn, length = _histories(returns, measures, periods, draws, seed)
     found = {name: centred(name, estimate[name], column, level) for name, column in zip(measures, drawn.T)}
     rows = pd.DataFrame({"estimate": estimate, "low": {name: low for name, (low, _) in found.items()},
                          "high": {name: high for name, (_, high) in found.items()}} | named)

@@ -138,7 +138,7 @@ class Result:
 
     @cached
     def round_trips(self)->pd.DataFrame:
-        "A row per finished one, with excursions if the fills are known; a journal cannot separate two of one candle"
+        "A row per finished round trip; with excursions if there are fills (a journal merges those of one candle)"
         return _round_trips(self)
 
     @cached
