@@ -325,10 +325,9 @@ def decided(
     if decision.observation.shape[1] != len(columns):
         raise ValueError(f"the recording holds observations of {decision.observation.shape[1]} numbers, the trader's "
                          f"have {len(columns)} ({', '.join(columns)}): replay it with the run that was recorded")
-    names = [f"observed {name}" if name in SEEN else name for name in columns]
     return [{"open_time": int(decision.open_time), "symbol": symbol} | {name: rows[name][n] for name in SEEN}
             | {"quantity": decision.quantities[n]}
-            | dict(zip(names, decision.observation[n])) for n, symbol in enumerate(symbols)]
+            | dict(zip(columns, decision.observation[n])) for n, symbol in enumerate(symbols)]
 
 # %% ../../nbs/70_live/05_recorder.ipynb #b0b2c528
 def _table(steps):
