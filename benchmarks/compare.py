@@ -41,7 +41,9 @@ NEW = ("*account.trading_state", "*accounts.trading_state", "*orders.exposure", 
 WORDS = {"as_asked": "accepted"}
 # "kind/column" -> why its figures may move; * stands for anything
 MAY_MOVE = {f"*/{column}": "the portfolio part of an observation" for column in
-            ("seen.observations", "decisions.observation", "environment.seen", "environment.last")}
+            ("seen.observations", "decisions.observation", "environment.seen", "environment.last",
+             *(f"re*ed.{name}" for name in ("exposure", "unrealised", "time_in_trade", "observed equity",
+                                            "observed drawdown")))}
 
 HOUR, START = 3_600_000, 1_672_531_200_000  # 2023-01-01
 COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "taker_buy_volume", "index_price")

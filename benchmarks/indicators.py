@@ -120,7 +120,7 @@ def measure(names):
 SEEN = ("return(1)", "return(24)", "log_return(3)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative",
         "bollinger(20,2)", "volatility(24)", "ema(20).relative", "sma(50).relative", "adx(14)",
         "donchian(20)", "mfi(14)", "volume_ratio(20)", "time_of_day.sin")
-LIMITS = Limits().row()
+LIMITS = Limits()
 FRESH = ("import time; begin = time.time(); import numpy as np; from tradelab.features.grammar import parse; "
          "parse('rsi(14)').array(np.ones((100, 5))); print(time.time() - begin)")
 

@@ -190,7 +190,7 @@ def test_an_account_that_has_lost_everything_sees_numbers(quantity, entry, price
     apply_fill(account, positions, 0, quantity, entry, fee)
     mark(account, positions, np.array([price]))
     stream.push(np.ones((1, 5)))
-    seen = stream.observe(account, positions, Limits().row())
+    seen = stream.observe(account, positions, Limits())
     assert np.isfinite(seen).all()
     assert seen.shape == (1, len(PORTFOLIO))
     # a long position is long, also of an account that owes

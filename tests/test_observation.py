@@ -84,7 +84,7 @@ def test_robust_is_the_median_and_the_quartiles(market):
         Observation(["return(1)"]).fit(market[BTC], "minmax")
 
 
-LIMITS = Limits(max_position=.5).row()
+LIMITS = Limits(max_position=.5)
 
 
 def test_the_portfolio_as_the_agent_sees_it():
@@ -170,7 +170,7 @@ def test_the_portfolio_is_bounded_for_any_account(holdings, variation, candles, 
     require_state(account, state)
     stream = Observation(()).stream(1)
     stream.push(np.ones((1, 5)))
-    seen = stream.observe(account, positions, limits.row())[0]
+    seen = stream.observe(account, positions, limits)[0]
     assert (np.abs(seen[:2]) <= 10).all()
     assert (seen[2:] >= 0).all()
     assert (seen[2:] <= 1).all()

@@ -153,7 +153,7 @@ def mark(
     row["peak"] = max(row["peak"], row["equity"])
     row["drawdown"] = 1. - row["equity"] / row["peak"] if row["peak"] > 0. else 1.
 
-
+# %% ../nbs/00_ground/14_account.ipynb #f4395c72
 @inlined
 def age(
     positions,  # POSITION, (n_symbols,)

@@ -98,6 +98,18 @@ def check_session(
                             + (f"its newest are {', '.join(dict.fromkeys(known[:3]))}" if known else "there is none "
                                "yet, run one first"))
 
+# %% ../nbs/99_top/02_checks.ipynb #ce80f08f
+def _check_agent(agent):
+    if agent and agent not in AGENT_NAMES:
+        raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
+                         f"{', '.join(AGENT_NAMES)}")
+
+
+def _check_times(timeframe, span):
+    from tradelab.times import milliseconds, parse_span
+    if timeframe: milliseconds(timeframe)
+    parse_span(span)
+
 # %% ../nbs/99_top/02_checks.ipynb #f4f38531
 def check_job(*,
     settings:str="",        # a section of tradelab.toml
@@ -117,18 +129,10 @@ def check_job(*,
     warnings_as_sentences()
     here = job_settings(settings, **({"venue": venue} if venue else {}))
     if venue: venue_for(here)
-    if agent and agent not in AGENT_NAMES:
-        raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
-                         f"{', '.join(AGENT_NAMES)}")
+    _check_agent(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)
     symbols = symbols_of(symbol)
     for each in (source, funding): check_file(each, symbols)
     for each in filter(None, (session, resume)): check_session(each, here.sessions)
     if timeframe or span: _check_times(timeframe, span)
-
-
-def _check_times(timeframe, span):
-    from tradelab.times import milliseconds, parse_span
-    if timeframe: milliseconds(timeframe)
-    parse_span(span)

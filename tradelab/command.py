@@ -105,6 +105,12 @@ class JobCommand(click.Command):
         from tradelab import jobs
         with suppress(click.ClickException): formatter.write(f"\n{jobs.help_of(jobs.find(self.name or ''))}\n")
 
+# %% ../nbs/99_top/07_command.ipynb #f6f1699c
+_JOBS = {"backtest": "What a policy would have done, beside doing nothing and holding.",
+         "live": "Trade: localnet, the testnet; the notebook is the record.",
+         "replay": "Decide a recorded session again: the same bits.",
+         "report": "A policy beside simple rules, and a live session beside what was expected."}
+
 # %% ../nbs/99_top/07_command.ipynb #16b6a193
 def add_job(
     name:str,          # of the notebook
@@ -130,11 +136,7 @@ def add_job(
                                        "mainnet, with all that it asks for."))
 
 
-for _name, _words in (("backtest", "What a policy would have done, beside doing nothing and holding."),
-                      ("live", "Trade: localnet, the testnet; the notebook is the record."),
-                      ("replay", "Decide a recorded session again: the same bits."),
-                      ("report", "A policy beside simple rules, and a live session beside what was expected.")):
-    add_job(_name, _words)
+for _name, _words in _JOBS.items(): add_job(_name, _words)
 
 # %% ../nbs/99_top/07_command.ipynb #765203b5
 LOCK = "lock" # in the folder of a session

@@ -75,6 +75,18 @@ def together(
     return (cut, f"all symbols have candles from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC only: "
             f"{', '.join(shorter)} {'are' if len(shorter) > 1 else 'is'} cut to that" if shorter else "")
 
+# %% ../nbs/99_top/03_inputs.ipynb #05d4b31d
+def _inputs_text(given):
+    "What a job trades on, in lines for a person"
+    frame = next(iter(given.candles.values()))
+    reads = f"; series that are read: {', '.join(given.reads)}" if given.reads else ""
+    rates = " and ".join(f"{len(rates):,}" for rates in given.funding.values())
+    warming = f", of them {given.warm_up} to warm up" if given.run and given.start is not None else ""
+    candles = (f"{len(frame):,} candles of {', '.join(given.candles)} {given.timeframe} from "
+               f"{frame.index[0]:%Y-%m-%d %H:%M} to {frame.index[-1]:%Y-%m-%d %H:%M} UTC{warming}; funding rates: "
+               f"{rates}; extra symbols: {', '.join(given.extra) or 'none'}{reads}. Source: {given.source}")
+    return "\n".join([*given.notes, candles, *filter(None, [describe_instruments(given.instruments)])])
+
 # %% ../nbs/99_top/03_inputs.ipynb #8bf81bf7
 @dataclass(frozen=True)
 class Inputs:
@@ -100,15 +112,7 @@ class Inputs:
         "Where the candles are from"
         return ", ".join(dict.fromkeys(str(frame.attrs.get("source", "")) for frame in self.candles.values()))
 
-    def __str__(self):
-        frame = next(iter(self.candles.values()))
-        reads = f"; series that are read: {', '.join(self.reads)}" if self.reads else ""
-        rates = " and ".join(f"{len(rates):,}" for rates in self.funding.values())
-        return "\n".join([*self.notes, f"{len(frame):,} candles of {', '.join(self.candles)} {self.timeframe} from "
-                          f"{frame.index[0]:%Y-%m-%d %H:%M} to {frame.index[-1]:%Y-%m-%d %H:%M} UTC"
-                          f"{f', of them {self.warm_up} to warm up' if self.run and self.start is not None else ''}; "
-                          f"funding rates: {rates}; extra symbols: {', '.join(self.extra) or 'none'}{reads}. Source: "
-                          f"{self.source}", *filter(None, [describe_instruments(self.instruments)])])
+    def __str__(self)->str: return _inputs_text(self)
 
 # %% ../nbs/99_top/03_inputs.ipynb #58a9da19
 def symbols_and_timeframe(

@@ -182,6 +182,12 @@ def _own_span(runs):
     return f"{begin:%Y-%m-%d}/{begin + pd.Timedelta(days=182):%Y-%m-%d}"
 
 # %% ../nbs/99_top/05_inventory.ipynb #917c17a7
+def _comparison_html(found):
+    names = "<br>".join(f"{letter}: {html_text(name)}" for letter, name in zip("AB", found.names))
+    return (f"<p>{names}<br>{html_text(found.caption)}</p>{found.metrics.to_html(border=0)}"
+            f"<p>Settings that differ</p>{found.settings.to_html(border=0)}")
+
+# %% ../nbs/99_top/05_inventory.ipynb #64d3413e
 @dataclass(frozen=True)
 class Comparison:
     "Two runs or sessions side by side, as A and B"
@@ -208,12 +214,16 @@ class Comparison:
         return (f"A  {self.names[0]}\nB  {self.names[1]}\n\n{self.metrics.to_string()}\n{self.caption}\n\n"
                 f"settings that differ\n{settings}")
 
-    def _repr_html_(self)->str:
-        names = "<br>".join(f"{letter}: {html_text(name)}" for letter, name in zip("AB", self.names))
-        return (f"<p>{names}<br>{html_text(self.caption)}</p>{self.metrics.to_html(border=0)}"
-                f"<p>Settings that differ</p>{self.settings.to_html(border=0)}")
+    def _repr_html_(self)->str: return _comparison_html(self)
 
 # %% ../nbs/99_top/05_inventory.ipynb #72a226b8
+def _caption_of(results, funding):
+    "Where the metrics of a comparison are from"
+    captions = "; ".join(f"{letter}: {one_line(result.caption)}" for letter, result in results.items())
+    return (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
+            f"{one_line(results['A'].source)}; {captions}")
+
+# %% ../nbs/99_top/05_inventory.ipynb #f8b27016
 def compare_runs(
     a:str,           # run, or the import name of a rule
     b:str,
@@ -236,9 +246,7 @@ def compare_runs(
         written = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})
         table = pd.concat([table, written])
         equity = {letter: result.equity for letter, result in results.items()}
-        said = (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
-                f"{one_line(results['A'].source)}; "
-                f"{'; '.join(f'{letter}: {one_line(result.caption)}' for letter, result in results.items())}")
+        said = _caption_of(results, funding)
     return Comparison(names, table, differing_settings(runs["A"].config, runs["B"].config, ["A", "B"]), equity, said)
 
 # %% ../nbs/99_top/05_inventory.ipynb #27798bdd

@@ -398,6 +398,16 @@ def write_page(
     replace_files({page: body})
     return page
 
+# %% ../nbs/99_top/01_jobs.ipynb #b0bbada9
+def _record_path(output, notebook):
+    "Where the executed notebook goes, by default a dated name in the folder of reports"
+    try: reports = settings().reports
+    except ConfigurationError as error: raise ParameterError(str(error)) from None
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")[:-5] + "Z"
+    path = Path(output or reports / notebook.stem / f"{notebook.stem}-{now}.ipynb").absolute()
+    if path.suffix != ".ipynb": raise ParameterError(f"the output must be a file .ipynb, was {path}")
+    return path
+
 # %% ../nbs/99_top/01_jobs.ipynb #39f9c23b
 def run(
     job:str,                  # "train", or a path to a notebook
@@ -409,12 +419,8 @@ def run(
     failure is"""
     notebook = find(job)
     parameters = check_parameters(notebook, parameters or {}, text)
-    try: reports = settings().reports
-    except ConfigurationError as error: raise ParameterError(str(error)) from None
+    output = _record_path(output, notebook)
     check_first(nbformat.read(notebook, as_version=4), parameters, project_root())
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")[:-5] + "Z"
-    output = Path(output or reports / notebook.stem / f"{notebook.stem}-{now}.ipynb").absolute()
-    if output.suffix != ".ipynb": raise ParameterError(f"the output must be a file .ipynb, was {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_suffix(RUNNING)
     from papermill.execute import execute_notebook

@@ -416,11 +416,11 @@ def reduce_to_limits(
     value = notional / row["turnover"] if row["turnover"] > 0. else np.inf
     reduce_increase(row, share, PARTICIPATION if known else UNKNOWN, value, limits["max_participation"])
 
-# %% ../nbs/00_ground/08_settings.ipynb #dbf93927
+# %% ../nbs/00_ground/08_settings.ipynb #532f7ea4
 STYLES = ("market", "post_only", "slices")
 EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("protect", "i8"), ("orders", "i8")])
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #dbf93927
 @dataclass(frozen=True)
 class Execution:
     """How targets become orders.

@@ -202,7 +202,6 @@ class Trader(Holdings):
         self.observation = observation.for_symbols(self.symbols)
         self.gate = gate
         self.limits = limits
-        self._limits = limits.row()
         self.instruments = tuple(instruments)
         self.open_time = -1
         self.rules = gate(limits, self.instruments, execution, policy.order_slots)
@@ -239,7 +238,7 @@ class Trader(Holdings):
         prices = traded[:, CLOSE].copy()
         mark(self.account, self.positions, prices)
         age(self.positions)
-        observation = self.view.stream.observe(self.account, self.positions, self._limits)
+        observation = self.view.stream.observe(self.account, self.positions, self.limits)
         if working is not None: self.orders["kind"] = NONE
         answer = None if self.view.stream.waits else self.policy.act(observation, self.memory, prices, self.orders)
         if answer is not None and self.view.stale: answer[:len(self.symbols)] = 0.

@@ -25,6 +25,7 @@ from .stream import FeatureStream, longer_candles
 from ..market.candles import CandlesLike, matrix, period_of, refuse_hole, timeframe_at
 from ..native import SINGLE, address_of, array_at
 from ..policies import Policy, Scaler
+from ..settings import Limits
 from ..times import milliseconds
 
 # %% ../../nbs/20_features/12_observation.ipynb #a292ef93
@@ -87,16 +88,17 @@ def _put_portfolio(
 
 @inlined
 def assemble(
-    window,     # (window, n_symbols, n_features), float32, oldest first, in one piece
-    account,    # ACCOUNT, (1,), marked
-    positions,  # POSITION, (n_symbols,)
-    limits,     # a row of LIMITS
-    out,        # (n_symbols, width), float32, written
+    window,        # (window, n_symbols, n_features), float32, oldest first, in one piece
+    account,       # ACCOUNT, (1,), marked
+    positions,     # POSITION, (n_symbols,)
+    max_position,  # of the limits; a number is handed over sooner than a record
+    capital,       # of the limits, quote
+    out,           # (n_symbols, width), float32, written
 ):
     "Write one observation: the window of each symbol, then its portfolio state"
     length, symbols, count = window.shape
     money = account[0]
-    allowed = limits["max_position"] * min(money["equity"], limits["capital"])
+    allowed = max_position * min(money["equity"], capital)
     at = length * count
     seen = array_at(address_of(window), (window.size,), SINGLE)
     for n in range(symbols):
@@ -451,15 +453,16 @@ class ObservationStream:
         "Whether no decision can be asked for now: after a hole the window is not whole yet"
         return self._holed and self._whole < self._length
 
-    def observe(self, account:np.ndarray, positions:np.ndarray, limits:np.void)->np.ndarray:
-        """The observation now, float32 of shape (n_symbols, width), of ACCOUNT (1,), POSITION (n_symbols,) and a row of
-        LIMITS; ValueError while a feature is still warming up"""
+    def observe(self, account:np.ndarray, positions:np.ndarray, limits:Limits)->np.ndarray:
+        """The observation now, float32 of shape (n_symbols, width), of ACCOUNT (1,), POSITION (n_symbols,) and what is
+        allowed; ValueError while a feature is still warming up"""
         if self._whole < self._length and not self._holed:
             names = [name for f, name in enumerate(self._observation.features) if np.isnan(self.window[:, :, f]).any()]
             raise ValueError(f"{', '.join(names)} is not a number yet: give the trader its warm-up candles before the "
                              "first decision")
         out = np.empty(self._shape, np.float32)
-        assemble(self._views[self._place], account, positions, limits, out)
+        capital = np.inf if limits.capital is None else float(limits.capital)
+        assemble(self._views[self._place], account, positions, float(limits.max_position), capital, out)
         return out
 
 # %% ../../nbs/20_features/12_observation.ipynb #4e0a4c9c

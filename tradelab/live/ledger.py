@@ -62,7 +62,8 @@ SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column(
                   sql.Column("state", sql.String(20)))
 ORDERS = _table("orders", *columns_of(Order, ("order_id",)),
                 *_columns(sql.String(40), "state", "exchange_id"), sql.Column("executed", sql.Double),
-                sql.Column("sent_time", sql.BigInteger), sql.Column("message", sql.Text))
+                sql.Column("sent_time", sql.BigInteger), sql.Column("message", sql.Text),
+                sql.Column("amending", sql.Boolean))
 FILLS = _table("fills", *columns_of(Fill, ("symbol", "trade_id")), sql.Column("sequence", sql.BigInteger))
 FUNDINGS = _table("fundings", *columns_of(Funding, ("symbol", "funding_time")), sql.Column("sequence", sql.BigInteger))
 STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)),
@@ -205,7 +206,8 @@ def _add_orders(database, session, orders):
     known = sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session,
                                                 ORDERS.c.order_id.in_([order.order_id for order in orders]))
     names = {row["order_id"] for row in database.read(known)}
-    first = dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0, message="")
+    first = dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0, message="",
+                 amending=False)
     rows = [vars(order) | first for order in orders if order.order_id not in names]
     if rows: database.write(ORDERS.insert().values(rows))
 
@@ -217,7 +219,7 @@ def _update_order(database, session, order_id, facts):
 def _intents(database, session):
     "Oldest first"
     return [Intent(record_of(Order, row), State(row["state"]), row["exchange_id"], row["executed"],
-                   row["sent_time"], row["message"])
+                   row["sent_time"], row["message"], bool(row["amending"]))
             for row in database.rows_of(ORDERS, session, ORDERS.c.open_time, ORDERS.c.order_id)]
 
 # %% ../../nbs/70_live/04_ledger.ipynb #28e255ef
@@ -303,7 +305,8 @@ class Ledger:
 
     def revise(self, session:str, order:Order)->None:
         "Write down that a working order gets another price or quantity, before it is asked for"
-        terms = dict(quantity=order.quantity, price=order.price, trigger=order.trigger)
+        names = "quantity", "price", "trigger", "expires_in", "decision_price", "revision"
+        terms = {name: getattr(order, name) for name in names} | {"amending": True}
         _update_order(self._database, session, order.order_id, terms)
 
     def intents(self, session:str)->list[Intent]:
@@ -413,7 +416,7 @@ class MemoryLedger:
 
     def revise(self, session:str, order:Order)->None:
         known = self._kept[session].orders
-        known[order.order_id] = replace(known[order.order_id], order=order)
+        known[order.order_id] = replace(known[order.order_id], order=order, amending=True)
 
     def intents(self, session:str)->list[Intent]:
         known = self._kept[session].orders.values()

@@ -121,8 +121,7 @@ class Venue(MarketData, Protocol):
 
     async def place(self, order:Order)->Answer: "Send an order, once"
     async def amend(self, order:Order, executed:float=0.)->Answer:
-        """Give a working order another price or quantity; its name stays, its place in the queue is lost. `executed`
-        (base units, unsigned) is what was known to be filled when it was decided"""
+        "Give a working order other terms; its name stays. `executed` (base units, unsigned): what was known filled"
     async def cancel(self, order:Order)->Answer: "Take a working order back"
     async def query(self, order:Order, sent_time:int|None=None)->Answer:
         "What became of an order, by our name; `sent_time` (ms, our clock) is what absence is proven by"

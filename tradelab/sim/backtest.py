@@ -72,11 +72,13 @@ def _loop(policy, parameters, memory, features, start, first, simulation, prices
     keep = len(observations) > 1
     window = features.shape[0] - len(arrays.times) + 1
     room = state.orders.size + FILLS_PER_SYMBOL * len(state.positions)
+    share = simulation[0]["limits"]["max_position"]
+    capital = simulation[0]["limits"]["capital"]
     for t in range(first, len(arrays.times) - 1):
         if state.count[0] + room > len(state.fills): return t
         if len(targets) == 0:
             seen = observations[t - start if keep else 0]
-            assemble(features[t:t + window], state.account, state.positions, simulation[0]["limits"], seen)
+            assemble(features[t:t + window], state.account, state.positions, share, capital, seen)
             asked = arrays.waits[min(t, len(arrays.waits) - 1)] == 0
             answer[:] = np.nan if asked else 0. # a target that no rule writes is invalid
             for n in range(len(prices)): prices[n] = arrays.candles[t, n, CLOSE]
@@ -95,10 +97,12 @@ def _loop_of_orders(policy, parameters, memory, features, start, first, simulati
     keep = len(observations) > 1
     window = features.shape[0] - len(arrays.times) + 1
     room = state.orders.size + FILLS_PER_SYMBOL * len(state.positions)
+    share = simulation[0]["limits"]["max_position"]
+    capital = simulation[0]["limits"]["capital"]
     for t in range(first, len(arrays.times) - 1):
         if state.count[0] + room > len(state.fills): return t
         seen = observations[t - start if keep else 0]
-        assemble(features[t:t + window], state.account, state.positions, simulation[0]["limits"], seen)
+        assemble(features[t:t + window], state.account, state.positions, share, capital, seen)
         working_orders(state.orders, answer)
         for n in range(len(prices)): prices[n] = arrays.candles[t, n, CLOSE]
         if arrays.waits[min(t, len(arrays.waits) - 1)] == 0: policy(parameters, memory, seen, prices, answer)

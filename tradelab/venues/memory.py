@@ -148,6 +148,7 @@ class MemoryOrders:
     def amend(self, order:Order, executed:float)->Answer:
         held = self.held.get(order.order_id)
         if held is None or held.report.state.ended: return self.query(order)
+        held.order = order
         held.before = held.report.executed
         held.asked = float(decimal8(abs(order.quantity) + executed - held.before))
         if held.asked <= 0.: return self.cancel(order)
