@@ -1,5 +1,5 @@
-"""What a candle costs in the live core, in memory: milliseconds of the processor from the candle to the last action of its step, without
-what the driver does with them. `python benchmarks/core.py`"""
+"""What a candle costs in the live core, in memory: milliseconds of the processor from the candle to the last action of
+its step, without what the driver does with them. `python benchmarks/core.py`"""
 from statistics import median
 from time import process_time_ns
 
