@@ -18,7 +18,7 @@ import numpy as np
 
 from ..account import wallet
 from ..errors import FeedError
-from ..events import CLOSE, Fill, Funding
+from ..events import CLOSE, Candles, Fill, Funding
 from .bookkeeper import Bookkeeper, Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.messages import (
     Action,
@@ -317,7 +317,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     held = trader.positions["quantity"].copy()
     working = may_open(trader.symbols, core.manager.blotter)
     core.do(Record(Seen(open_time, candles, working)))
-    decision = trader.on_candle(open_time, candles, working=working)
+    decision = trader.on(Candles(open_time, candles, working=working))
     core.do(Record(Decided(decision, trader.rows.copy())))
     watch_halt(core)
     if late and decision.quantities.any():

@@ -144,10 +144,10 @@ def gate(
 
 # %% ../../nbs/30_risk/08_limits.ipynb #10da3a0d
 @inlined
-def _set_prices(row, close, volume):
-    "The prices that an order is judged by; the mark price is the close unless a driver knows better"
+def _set_prices(row, close, mark, volume):
+    "The prices that an order is judged by"
     row["price"] = close
-    row["mark"] = close
+    row["mark"] = mark
     row["turnover"] = close * volume
 
 
@@ -156,17 +156,15 @@ def propose(
     requests,  # ORDER_REQUEST, (n,), written
     answer,    # float64, of the policy: (n,) targets, or (2 n,) targets and then confidences
     candle,    # float64, (n, 5 or more), that closed
+    marks,     # float64, (n,), mark prices: the closes, unless a driver knows better
 ):
     "Write what a policy answered, and the prices that it is judged by"
     count = len(requests)
-    if len(answer) != count and len(answer) != 2 * count:
-        raise ValueError(
-            "a policy must answer with one target per symbol, or with targets and then as many confidences")
     for n in range(count):
         row = requests[n]
         row["target"] = answer[n]
         row["confidence"] = answer[count + n] if len(answer) > count else 1.
-        _set_prices(row, candle[n, CLOSE], candle[n, VOLUME])
+        _set_prices(row, candle[n, CLOSE], marks[n], candle[n, VOLUME])
 
 # %% ../../nbs/30_risk/08_limits.ipynb #c3ace861
 @inlined
@@ -206,15 +204,19 @@ def stand_by(
     for n in range(len(requests)):
         row = requests[n]
         row["confidence"] = 1.
-        _set_prices(row, candle[n, CLOSE], candle[n, VOLUME])
+        _set_prices(row, candle[n, CLOSE], candle[n, CLOSE], candle[n, VOLUME])
         _hold_or_close(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], near, money, state, limits,
                        instruments[n])
     if limits["max_orders"] < np.inf:
         rate_limit(requests, positions, money, open_time, money["equity"], limits, instruments)
 
 # %% ../../nbs/30_risk/08_limits.ipynb #b77f44ec
-def _check_targets(targets):
+def _check_answer(answer, symbols):
     "Refuse what is no target"
+    if len(answer) not in (symbols, 2 * symbols):
+        raise ValueError("a policy must answer with one target per symbol, or with targets and then as many "
+                         "confidences")
+    targets = answer[:symbols]
     if not (np.abs(targets) <= 1.).all():
         raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a "
                          "share of what the limits allow; nan is one that was not written, or not known")
@@ -247,9 +249,8 @@ class Gate:
             stand_by(self.requests, open_time, candle, account, positions, self.market, self._limits,
                      self._instruments)
             return self.requests
-        _check_targets(answer[:len(self.requests)])
-        propose(self.requests, answer, candle)
-        if marks is not None: self.requests["mark"] = marks
+        _check_answer(answer, len(self.requests))
+        propose(self.requests, answer, candle, candle[:, CLOSE] if marks is None else marks)
         if self.limits.max_positions is not None: self.requests["working"] = 0 if working is None else working
         gate(self.requests, open_time, candle, account, positions, self.market, self.covariance, self._limits,
              self._instruments)
