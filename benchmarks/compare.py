@@ -35,11 +35,15 @@ RENAMED = {r"(.*accounts?)\.state": r"\1.required_state", r"(.*fills)\.met": r"\
            r"(.*)books\.taken": r"\1execution_state.filled_volume", r"(.*)books\.piece": r"\1execution_state.slice",
            r"(.*)books\.(.*)": r"\1execution_state.\2"}
 # columns that are only here
-NEW = ("*account.trading_state", "*accounts.trading_state", "*orders.exposure", "*orders.placed", "*orders.revision")
+NEW = ("*account.trading_state", "*accounts.trading_state", "*orders.exposure", "*orders.placed", "*orders.revision",
+       "*positions.variation")
 # words in columns of text, there -> here: "take_profit": "take_profit_stop"
 WORDS = {"as_asked": "accepted"}
 # "kind/column" -> why its figures may move; * stands for anything
-MAY_MOVE = {}
+MAY_MOVE = {f"*/{column}": "the portfolio part of an observation" for column in
+            ("seen.observations", "decisions.observation", "environment.seen", "environment.last",
+             *(f"re*ed.{name}" for name in ("exposure", "unrealised", "time_in_trade", "observed equity",
+                                            "observed drawdown")))}
 
 HOUR, START = 3_600_000, 1_672_531_200_000  # 2023-01-01
 COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "taker_buy_volume", "index_price")

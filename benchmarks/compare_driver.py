@@ -144,9 +144,11 @@ def _python(parameters, memory, observation, prices, targets):
 
 
 def network(seed, symbols, features, window, scaler):
-    "An actor with random weights"
-    random, own = np.random.default_rng(seed), Observation(features, window).width
-    layers = [(random.normal(size=(8, symbols * own)) / 4, random.normal(size=8)),
+    "An actor with random weights for what it sees of the market, and none for its portfolio, which may change"
+    random, market = np.random.default_rng(seed), window * len(features)
+    weights = np.zeros((8, symbols, Observation(features, window).width))
+    weights[:, :, :market] = random.normal(size=(8, symbols, market)) / 4
+    layers = [(weights.reshape(8, -1), random.normal(size=8)),
               (random.normal(size=(symbols, 8)), random.normal(size=symbols))]
     return Policy("network", mlp, pack(layers, "relu", "tanh"), tuple(features), window, scaler)
 
@@ -244,7 +246,7 @@ def run_backtest(run, market):
                      keep_observations=not isinstance(policy, pd.DataFrame) and len(frames) < 4,
                      gaps=run.get("gaps", False), **({} if run.get("beside") else {"baselines": ()}))
     out = result(found)
-    if run.get("intervals"): out |= table("intervals", intervals(found.equity, draws=100, seed=1))
+    if run.get("intervals"): out |= table("intervals", intervals(found.equity, draws=100, seed=1).table())
     return out
 
 

@@ -29,6 +29,7 @@ from tradelab.features.observation import Observation
 from tradelab.features.stream import FeatureStream
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
+from tradelab.settings import Limits
 
 LENGTH, SHORT = 1_000_000, 10_000
 SLOW = {"wma", "kama", "adx", "aroon", "psar", "cci", "atr", "ulcer", "mfi"} # Python loops in ta
@@ -119,13 +120,14 @@ def measure(names):
 SEEN = ("return(1)", "return(24)", "log_return(3)", "rsi(14)", "macd(12,26,9).histogram", "atr(14).relative",
         "bollinger(20,2)", "volatility(24)", "ema(20).relative", "sma(50).relative", "adx(14)",
         "donchian(20)", "mfi(14)", "volume_ratio(20)", "time_of_day.sin")
+LIMITS = Limits()
 FRESH = ("import time; begin = time.time(); import numpy as np; from tradelab.features.grammar import parse; "
          "parse('rsi(14)').array(np.ones((100, 5))); print(time.time() - begin)")
 
 
 def see(stream, account, positions, candle):
     stream.push(candle)
-    return stream.observe(account, positions)
+    return stream.observe(account, positions, LIMITS)
 
 
 def next_candle():

@@ -421,7 +421,7 @@ def test_an_interval_holds_its_estimate_and_stays_where_the_measure_can_be(seed,
     if seed % 3 == 0: returns[150] = -.3
     equity = pd.Series(1e4 * np.cumprod(np.append(1., 1 + np.maximum(returns, -.9))),
                        pd.date_range("2023-01-01", periods=301, freq="1h", tz="UTC"))
-    table = intervals(equity, level, 100, seed)
+    table = intervals(equity, level, 100, seed).table()
     assert (table["low"] <= table["estimate"]).all()
     assert (table["estimate"] <= table["high"]).all()
     assert (table["level"] == level).all()
@@ -434,7 +434,7 @@ def test_an_interval_holds_its_estimate_and_stays_where_the_measure_can_be(seed,
 def test_a_ruined_run_has_intervals_until_its_ruin():
     equity = pd.Series(np.r_[np.linspace(1e4, 100., 200), -50., -50., -50.], pd.date_range("2023-01-01", periods=203,
         freq="1h", tz="UTC"))
-    table = intervals(equity, draws=50)
+    table = intervals(equity, draws=50).table()
     assert (table["low"] <= table["estimate"]).all()
     assert (table["estimate"] <= table["high"]).all()
     assert np.isfinite(table["estimate"]).all()

@@ -267,7 +267,7 @@ def test_a_stream_goes_on_from_a_copy_of_its_state(feature):
 def test_a_frozen_price_after_wild_ones_is_not_a_nan(feature):
     candles = np.vstack([SYNTHETIC["walk"][:200], np.tile([100.1, 100.1, 100.1, 100.1, 0., 0., 0., 0., 1e-4, 100., 0.],
                                                           (100, 1))])
-    assert np.isfinite(feature.array(candles)[feature.indicator.state_size(*feature.parameters) + 60:]).all()
+    assert np.isfinite(feature.array(candles)[feature.indicator.cells(feature.parameters) + 60:]).all()
 
 
 @pytest.mark.parametrize("name", ["volatility(20)", "bollinger(20,2).width"])

@@ -1,5 +1,4 @@
-"""What is kept carries the number of its format: another one is refused in one sentence that names the version, and
-what is older than the numbers is read"""
+"""What is kept carries the number of its format: another one is refused in one sentence that names the version"""
 import json
 from dataclasses import asdict
 
@@ -31,7 +30,7 @@ CONFIGURATION = dict(agent="SAC", steps=1, interrupted=False, learning_rate=3e-4
 
 def changed_run(folder, change):
     "The folder of a run whose configuration was changed and sealed again"
-    policy = Policy("p", mlp, pack([(np.ones((1, 7)), np.zeros(1))], "relu", "tanh"), ("return(1)",))
+    policy = Policy("p", mlp, pack([(np.ones((1, 5)), np.zeros(1))], "relu", "tanh"), ("return(1)",))
     kept = save(Run(ID, policy, instruments=(BITCOIN,), config=CONFIGURATION), folder=folder).folder
     config = yaml.safe_load((kept / CONFIG).read_text())
     change(config)
@@ -41,20 +40,23 @@ def changed_run(folder, change):
     return kept
 
 
-def test_a_run_before_the_numbers_is_read(tmp_path):
-    run = read_run(changed_run(tmp_path, lambda config: config.pop("format")))
-    again = save(Run(ID + "9", run.policy, instruments=run.instruments, config=run.config), folder=tmp_path)
-    assert run.id == ID
-    assert again.config["format"] == FORMAT
+def test_a_run_says_its_format(tmp_path):
+    assert read_run(changed_run(tmp_path, lambda config: None)).config["format"] == FORMAT
 
 
-@pytest.mark.parametrize("number", ["tradelab run 0", "tradelab run 2", 2, "", False, [1], {"a": 1}])
+def test_a_run_before_the_numbers_saw_another_portfolio_and_is_refused(tmp_path):
+    with pytest.raises(DamagedRunError, match=f"has no format number, written by tradelab {__version__}: this version "
+                       "reads 'tradelab run 2', load it with the version that wrote it, or train again"):
+        read_run(changed_run(tmp_path, lambda config: config.pop("format")))
+
+
+@pytest.mark.parametrize("number", ["tradelab run 1", "tradelab run 3", 2, "", False, [1], {"a": 1}])
 def test_a_run_of_another_format_is_refused_before_its_keys(tmp_path, number):
     def other(config):
         for key in ("seed", "limits"): del config[key]
         config |= {"format": number, "invented": 1, "versions": {"tradelab": "7.8.9"}}
     with pytest.raises(DamagedRunError, match=r"^run train_.* is of the format .*, written by tradelab 7.8.9: this "
-                       r"version reads 'tradelab run 1'"):
+                       r"version reads 'tradelab run 2'"):
         read_run(changed_run(tmp_path, other))
 
 
@@ -62,13 +64,8 @@ def test_a_run_of_another_format_is_refused_before_its_keys(tmp_path, number):
                          [lambda config: config.pop("seed"), lambda config: config["limits"].update(max_hope=1.),
                           lambda config: config.update(steps="many"),
                                     lambda config: config["instruments"][0].pop("symbol")])
-def test_a_run_before_the_numbers_that_does_not_fit_names_its_version(tmp_path, change):
-    def older(config):
-        del config["format"]
-        change(config)
-    with pytest.raises(DamagedRunError,
-                       match=f"written by tradelab {__version__}, before runs carried a format number"):
-        read_run(changed_run(tmp_path, older))
+def test_a_run_that_does_not_fit_its_format_is_refused(tmp_path, change):
+    with pytest.raises(DamagedRunError, match="train again"): read_run(changed_run(tmp_path, change))
 
 
 def test_a_ledger_of_another_format_is_left_as_it_is(tmp_path):

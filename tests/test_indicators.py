@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 from tradelab.compiled import compiled
 from tradelab.events import COLUMNS
 from tradelab.features.grammar import INDICATORS, find, parse
-from tradelab.features.indicator import Feature, Indicator
+from tradelab.features.indicator import Feature, Indicator, IndicatorError, trial_candles
 from tradelab.features.ta_wrapper import TA_ALIASES, library
 from tradelab.features.trend import _way
 from tradelab.features.windows import (
@@ -324,8 +324,30 @@ def test_an_update_of_the_user_may_allocate_nothing_else_is_asked_of_it():
     def update(state, parameters, candle, out):
         state[0] += 1.
         out[0] = state[0] * parameters[0]
-    count = Indicator("count", update, {"step": 2}, ("value",), lambda step: 1, lambda step: 1)
+    count = Indicator(name="count", update=update, parameters={"step": 2},
+                      state=lambda step: {"count": 1}, warm_up=lambda step: 1)
     assert count(3).array(WALK[:4]).tolist() == [3, 6, 9, 12]
+
+
+REMEMBER = [indicator for indicator in INDICATORS.values() if indicator.state(*indicator.parameters.values())]
+
+
+@pytest.mark.parametrize("indicator", REMEMBER, ids=lambda indicator: indicator.name)
+def test_an_update_that_reaches_beyond_its_state_is_refused(indicator):
+    "Every indicator, with a cell less than it needs, as an array and as a stream"
+    def short(*parameters):
+        *parts, (last, cells) = indicator.state(*parameters).items()
+        return {**dict(parts), last: cells - 1}
+    feature = replace(indicator, state=short)()
+    cells = indicator.cells(feature.parameters)
+    for use in (lambda: feature.array(trial_candles(30).T), feature.stream):
+        with pytest.raises(IndicatorError, match=rf"^{indicator.name}\(.*\) (writes cell {cells - 1}, |reaches beyond "
+                           rf"its arrays .*; )its state has {cells - 1} \(.*\): declare the cell, or correct the"):
+            use()
+
+
+def test_an_indicator_is_written_by_keyword():
+    with pytest.raises(TypeError, match="positional"): Indicator("count", None)
 
 
 @pytest.mark.parametrize("text, message", {"kama(10)": "kama takes 3 parameters", "psar(0,1)": "step must be a "

@@ -34,7 +34,7 @@ def runs(project):
     for seed, name in enumerate(NAMES, 1):
         random = np.random.default_rng(seed)
         policy = Policy("random", mlp,
-                        pack([(random.normal(size=(4, 7)), random.normal(size=4)),
+                        pack([(random.normal(size=(4, 5)), random.normal(size=4)),
                               (random.normal(size=(1, 4)), random.normal(size=1))], "relu", "tanh"), ("return(1)",))
         config = dict(agent="SAC", steps=1_000 * seed, interrupted=False, learning_rate=3e-4, batch_size=64, seed=seed,
                       threads=1, source="synthetic ar1", span=["2024-01-01", "2024-02-01"], data_hash="",
@@ -177,6 +177,6 @@ def test_a_job_that_names_no_symbol_takes_that_of_the_settings(project):
     from tradelab.inputs import meant, symbols_and_timeframe
     assert meant("")[0] == ("BTC/USDT:USDT",)
     (project / "tradelab.toml").write_text('symbol = "ETH/USDT,XRPUSDT"\ntimeframe = "4h"\n')
-    rule = Run("rule", Policy("random", mlp, pack([(np.ones((1, 7)), np.ones(1))], "relu", "tanh"), ("return(1)",)))
+    rule = Run("rule", Policy("random", mlp, pack([(np.ones((1, 5)), np.ones(1))], "relu", "tanh"), ("return(1)",)))
     assert symbols_and_timeframe(rule, "", "")[:2] == (("ETH/USDT:USDT", "XRP/USDT:USDT"), "4h")
     assert symbols_and_timeframe(rule, "BTCUSDT", "1h")[:2] == (("BTC/USDT:USDT",), "1h")

@@ -17,7 +17,7 @@ from tradelab.orders import Kind, Order, TimeInForce
 
 SERVER = os.environ.get("LEDGER_TEST_URL", "") # such as postgresql+psycopg://user@localhost/empty
 BITCOIN, ETHER = "BTC/USDT:USDT", "ETH/USDT:USDT"
-STOP = Order("tl-2", ETHER, .1 + .2, True, 3_600_000, 1 / 3, 1, Kind.STOP, 19.5, 20.25, .015, TimeInForce.FOK, 24.)
+STOP = Order("tl-2", ETHER, .1 + .2, True, 3_600_000, 1 / 3, 1, Kind.STOP, 19.5, 20.25, .015, TimeInForce.FOK, 24., 3)
 ORDER = Order("tl-1", BITCOIN, -.003, False, 0, 16_529.6)
 FILL = Fill(BITCOIN, -.1 - .2, 1 / 3, .07, 5, "tl-1", "9", True)
 PAID = Funding(BITCOIN, -.5, 28_800_000)
@@ -26,7 +26,7 @@ PAID = Funding(BITCOIN, -.5, 28_800_000)
 def emptied(url):
     "A ledger at a server, without what an earlier test left"
     ledger = Ledger(url)
-    TABLES.drop_all(ledger._engine)
+    TABLES.drop_all(ledger._database.engine)
     ledger.close()
     return Ledger(url)
 
@@ -111,6 +111,17 @@ def test_what_is_not_told_stays(ledger):
     ledger.advance("one", Intent(ORDER), State.SENT, sent_time=7)
     ledger.advance("one", Intent(ORDER), State.ACKNOWLEDGED, exchange_id="77")
     assert ledger.intents("one") == [Intent(ORDER, State.ACKNOWLEDGED, "77", 0., 7)]
+
+
+def test_other_terms_are_written_before_they_are_asked_for_and_wait_for_their_proof(ledger):
+    ledger.intend("one", [STOP])
+    moved = replace(STOP, quantity=.2, price=19., trigger=20., expires_in=3., decision_price=.5, revision=4)
+    ledger.revise("one", moved)
+    written, = ledger.intents("one")
+    assert written == Intent(moved, amending=True)
+    sent = ledger.advance("one", written, State.SENT)
+    ledger.advance("one", sent, State.ACKNOWLEDGED, amending=False)
+    assert ledger.intents("one") == [Intent(moved, State.ACKNOWLEDGED)]
 
 
 def test_a_fill_and_a_payment_are_booked_once(ledger):

@@ -13,6 +13,7 @@ from tradelab.features.grammar import INDICATORS, parse
 from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.features.regime import regime
 from tradelab.features.ta_wrapper import library
+from tradelab.settings import Limits
 
 KINDS = ("frozen", "halted", "the same candle", "illiquid", "bursty", "a burst, then nothing", "tiny prices",
          "tiny sizes")
@@ -189,7 +190,7 @@ def test_an_account_that_has_lost_everything_sees_numbers(quantity, entry, price
     apply_fill(account, positions, 0, quantity, entry, fee)
     mark(account, positions, np.array([price]))
     stream.push(np.ones((1, 5)))
-    seen = stream.observe(account, positions)
+    seen = stream.observe(account, positions, Limits())
     assert np.isfinite(seen).all()
     assert seen.shape == (1, len(PORTFOLIO))
     # a long position is long, also of an account that owes

@@ -13,6 +13,7 @@ from test_features import filled
 from test_sentence import network
 
 from tradelab.account import POSITION, age, apply_fill, mark, new_account
+from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import KNOWN, TradingState
 from tradelab.features.observation import PORTFOLIO, Observation, robust, standard
@@ -20,9 +21,11 @@ from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import correlated, funding
+from tradelab.policies import Policy
 from tradelab.risk.trading_state import require_state
 from tradelab.runs.formats import CONFIG, DamagedRunError, seal
 from tradelab.runs.registry import load
+from tradelab.settings import NO_STOPS, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
 
@@ -81,13 +84,16 @@ def test_robust_is_the_median_and_the_quartiles(market):
         Observation(["return(1)"]).fit(market[BTC], "minmax")
 
 
+LIMITS = Limits(max_position=.5)
+
+
 def test_the_portfolio_as_the_agent_sees_it():
     account = new_account(1_000.)
     positions = np.zeros(1, POSITION)
     observation = Observation(())
     stream = observation.stream(1)
     stream.push(np.ones((1, 5)))
-    def seen(): return dict(zip(PORTFOLIO, stream.observe(account, positions)[0].tolist()))
+    def seen(): return dict(zip(PORTFOLIO, stream.observe(account, positions, LIMITS)[0].tolist()))
     def close(price):
         mark(account, positions, np.array([price]))
         age(positions)
@@ -96,21 +102,100 @@ def test_the_portfolio_as_the_agent_sees_it():
     apply_fill(account, positions, 0, 4., 100., 0.)
     for price in (100., 110., 105.): close(price)
     now = seen()
-    assert now["exposure"] == pytest.approx(420 / 1_020)
-    assert now["unrealised"] == pytest.approx(20 / 1_020)
-    assert now["time_in_trade"] == pytest.approx(np.log(4))
-    assert now["equity"] == pytest.approx(np.log(1.02))
-    assert now["drawdown"] == pytest.approx(20 / 1_040)
+    assert now["exposure"] == pytest.approx(420 / (.5 * 1_020))
+    assert now["unrealised"] == pytest.approx(5 / np.sqrt(0 ** 2 + 10 ** 2 + 5 ** 2))
+    assert now["time_in_trade"] == pytest.approx(np.log(4) / np.log(101))
     assert now["risk_state"] == 0
     apply_fill(account, positions, 0, 1., 105., 0.)                       # adding keeps the age, turning starts anew
     close(105.)
-    assert seen()["time_in_trade"] == pytest.approx(np.log(5))
+    assert seen()["time_in_trade"] == pytest.approx(np.log(5) / np.log(101))
     apply_fill(account, positions, 0, -9., 105., 0.)
     close(105.)
-    assert seen()["time_in_trade"] == pytest.approx(np.log(2))
+    assert seen()["time_in_trade"] == pytest.approx(np.log(2) / np.log(101))
     assert seen()["exposure"] < 0
+    assert seen()["unrealised"] == 0                                      # a new position with a life of its own
+    close(100.)
+    assert seen()["unrealised"] == 1                                      # short, and the price has fallen
     require_state(account, TradingState.HALT)
     assert seen()["risk_state"] == 1
+
+
+PRICES = st.lists(st.floats(.5, 2.), min_size=1, max_size=30)
+
+
+def lived(deposit, trades, unit=1., size=1., past=(0., 0.)):
+    "What an account sees after each close: trades are (quantity, ratio of the price to the one before)"
+    account, positions = new_account(deposit * size * unit), np.zeros(1, POSITION)
+    account["realised"], account["fees"] = np.array(past) * size * unit
+    stream = Observation(()).stream(1)
+    stream.push(np.ones((1, 5)))
+    price, seen = 100., []
+    for quantity, ratio in trades:
+        if quantity: apply_fill(account, positions, 0, quantity * size, price * unit, 0.)
+        price *= ratio
+        mark(account, positions, np.array([price * unit]))
+        age(positions)
+        seen.append(stream.observe(account, positions, LIMITS)[0])
+    return np.array(seen)
+
+
+# powers of two, so that the money and the prices of the two accounts differ in no bit but their exponent
+@given(st.lists(st.tuples(st.sampled_from([0., 0., .5, -.5, 2., -3.]), st.floats(.8, 1.25)), min_size=1, max_size=30),
+       st.sampled_from([2. ** -6, 2., 2. ** 6]), st.sampled_from([2. ** -3, 2., 2. ** 5]))
+def test_neither_the_unit_of_money_nor_the_size_of_the_account_is_seen(trades, unit, size):
+    seen = lived(10_000., trades)
+    assert_array_equal(lived(10_000., trades, unit=unit), seen)
+    assert_array_equal(lived(10_000., trades, size=size), seen)
+    assert (np.abs(seen) <= 10).all()
+
+
+@given(st.lists(st.tuples(st.sampled_from([0., 0., .5, -.5]), st.floats(.8, 1.25)), min_size=1, max_size=30),
+       st.floats(-.9, 50.))
+def test_what_an_account_has_been_through_is_not_seen(trades, grown):
+    "The tenth candle of a run and the hundred-thousandth: another wallet, another peak, the same position of it"
+    young = lived(10_000., trades)
+    old = lived(2_500., trades, past=(10_000. * (1 + grown), 10_000. * grown + 2_500.)) # 10,000 in all, another way
+    np.testing.assert_allclose(old, young, rtol=1e-5, atol=1e-5)
+
+
+number = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@given(st.tuples(number, number, number, number), st.floats(0, 1e30), st.floats(0, 1e9), st.sampled_from(TradingState),
+       st.sampled_from([Limits(), Limits(capital=1.), Limits(max_position=.5)]))
+def test_the_portfolio_is_bounded_for_any_account(holdings, variation, candles, state, limits):
+    account, positions = new_account(1.), np.zeros(1, POSITION)
+    account["equity"], positions["quantity"], positions["mark_price"], positions["entry_price"] = holdings
+    positions["age"], positions["variation"] = candles, variation
+    require_state(account, state)
+    stream = Observation(()).stream(1)
+    stream.push(np.ones((1, 5)))
+    seen = stream.observe(account, positions, limits)[0]
+    assert (np.abs(seen[:2]) <= 10).all()
+    assert (seen[2:] >= 0).all()
+    assert (seen[2:] <= 1).all()
+
+
+@compiled
+def half_weeks(parameters, memory, observation, prices, targets): targets[:] = 1. if observation[0, 0] > 0. else 0.
+
+
+UNHURT = Limits(min_trade=.04, max_drawdown=1., max_daily_loss=None, stops=NO_STOPS)
+
+
+@pytest.mark.parametrize("engine", ["vectorised", "event"])
+def test_the_portfolio_is_the_same_however_long_a_run_already_is(market, engine):
+    "A run that begins at a candle sees what a run sees there that has lasted for hundreds, once both hold the same"
+    policy = Policy("half weeks", half_weeks, features=("time_of_week.sin",))
+    whole, late = (backtest(policy, market[BTC], start=start, engine=engine, keep_observations=True, baselines=(),
+                            limits=UNHURT) for start in (None, market[BTC].index[400]))
+    assert whole.rows["equity"][-1] != late.rows["equity"][-1]
+    seen = late.observations[:, 0, 1:]
+    before = whole.observations[-len(seen):, 0, 1:]
+    begins = np.flatnonzero((seen[:, 0] == 0) & (before[:, 0] == 0))[5]  # neither holds anything of before
+    assert (seen[begins:, 0] > 0).sum() > 50
+    assert_array_equal(before[begins:, 1:], seen[begins:, 1:])
+    np.testing.assert_allclose(before[begins:, 0], seen[begins:, 0], rtol=.01) # quantities are on the exchange's step
 
 
 FEATURES = ("return(1)", "sma(5).relative@4h", f"return(1)[{ETH}]", "funding_rate", "basis", "taker_share(2)",

@@ -14,6 +14,7 @@ from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1, funding
+from tradelab.native import UNCOMPILED
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.limits import Gate
 from tradelab.runs.run import make_trader
@@ -181,3 +182,51 @@ def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, comp
     with pytest.raises(ValueError, match=message):
         make_trader(policy, instruments=(BITCOIN,)).on(Candles(0, np.array([[1., 1., 1., 1., 1.]])))
     with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), baselines=())
+
+
+@compiled
+def a_target_too_many(parameters, memory, observation, prices, targets):
+    for n in range(len(targets) + 1): targets[n] = 0.
+
+
+@compiled
+def a_memory_too_many(parameters, memory, observation, prices, targets):
+    memory[len(memory)] = 1.
+    targets[:] = 0.
+
+
+@compiled
+def an_order_too_many(parameters, memory, observation, prices, orders):
+    for n in range(len(orders)):
+        for k in range(orders.shape[1] + 1): orders[n, k]["exposure"] = .5
+
+
+@compiled
+def rarely(parameters, memory, observation, prices, targets):
+    targets[:] = 0.
+    if 1e6 < prices[0] < 1e9: targets[len(targets)] = 0. # never at the prices that a policy is tried on
+
+
+PLAIN = "reaches beyond what it is given .index [0-9] is out of bounds"
+OUTSIDE = ((a_target_too_many, {}, r"wild writes targets\[1\], and there are 1 targets"),
+           (a_memory_too_many, {"memory": 2}, r"wild writes memory\[2\], and its memory has 2 numbers: ask for more"),
+           (an_order_too_many, {"order_slots": 1}, "wild writes row 1 of its orders, and they are 1, 1 for each of 1"))
+
+
+@pytest.mark.parametrize("engine", ["vectorised", "event"])
+@pytest.mark.parametrize("plain", [False, True], ids=["compiled", "plain"])
+@pytest.mark.parametrize("function, how, sentence", OUTSIDE)
+def test_a_policy_that_writes_outside_its_slots_is_refused(function, how, sentence, plain, engine):
+    message = f"wild at the candle of .* the rule {PLAIN}" if plain or UNCOMPILED else sentence
+    policy = Policy("wild", getattr(function, "py_func", function) if plain else function, **how)
+    with pytest.raises(ValueError, match=message): backtest(policy, ar1(60, seed=1), engine=engine, baselines=())
+
+
+@pytest.mark.skipif(UNCOMPILED, reason="numpy refuses the index itself")
+def test_what_a_policy_writes_outside_rarely_is_found_when_the_loop_ends():
+    policy = Policy("wild", rarely)
+    backtest(policy, ar1(60, seed=1), baselines=())
+    candles = ar1(60, seed=1)
+    candles[["open", "high", "low", "close"]] *= 1e7 / candles["close"].iloc[0]
+    with pytest.raises(ValueError, match=r"wild writes targets\[1\], and there are 1 targets, one per symbol"):
+        backtest(policy, candles, baselines=())

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tradelab.features.grammar import FeatureError, parse
+from tradelab.features.observation import PORTFOLIO
 from tradelab.instruments import BITCOIN
 from tradelab.policies import Policy, Scaler, mlp, network_fits, pack
 from tradelab.runs.formats import CONFIG, MANIFEST, POLICY, SCALER, DamagedRunError, seal
@@ -34,8 +35,9 @@ def network(inputs, outputs, seed=0):
 
 
 def make_run(folder, name=ID, features=("return(1)",)):
-    policy = Policy("random", mlp, network(6 + len(features), 1), features, scaler=Scaler((0.,) * len(features), (1.,
-        ) * len(features)))
+    count = len(features)
+    policy = Policy("random", mlp, network(count + len(PORTFOLIO), 1), features,
+                    scaler=Scaler((0.,) * count, (1.,) * count))
     return save(Run(name, policy, instruments=(BITCOIN,), timeframe="1h", config=CONFIGURATION), folder=folder)
 
 
@@ -115,8 +117,8 @@ def test_ones_own_rules_and_features(path, tmp_path_factory):
     (path / "deep").mkdir()
     (path / "deep" / "rules.py").write_text("from mine import One\nfrom tradelab.features.indicator import "
                                             "Indicator\nfrom tradelab.strategies.example import _gap\n"
-                                            "gap = Indicator('deep.rules:gap', _gap, {}, ('value',), lambda: 1, "
-                                            "lambda: 2)\n")
+                                            "gap = Indicator(name='deep.rules:gap', update=_gap, state=lambda: "
+                                            "{'close': 1}, warm_up=lambda: 2)\n")
     for name in ("mine:One", "mine:One(3)", "mine:Two", "mine:three", "mine:five", "mine:Quick(5, 0.01)",
                  "deep.rules:One"):
         assert isinstance(load(name).policy, Policy)
@@ -269,7 +271,7 @@ def test_a_network_cannot_leave_its_arrays(head, widths, right, more, seen, outp
         assert network_fits(policy.parameters, int(policy.parameters[3]), 1) # a true network, for another observation
 
 
-@pytest.mark.parametrize("widths", [[11, 50, -2, 60, 1], [7, 0, 1], [7, 1e9, 1], [7, 8.5, 1], [7, float("nan"), 1],
+@pytest.mark.parametrize("widths", [[11, 50, -2, 60, 1], [5, 0, 1], [5, 1e9, 1], [5, 8.5, 1], [5, float("nan"), 1],
                                     [8, 8, 1]])
 def test_a_model_file_with_impossible_widths(tmp_path, widths):
     import safetensors.numpy

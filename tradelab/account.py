@@ -20,8 +20,10 @@ ACCOUNT = np.dtype([("deposit", "f8"), ("realised", "f8"), ("fees", "f8"), ("fun
                     # what the gate remembers
                     ("day", "i8"), ("day_equity", "f8"), ("last_equity", "f8"), ("day_stopped", "i8"), ("minute", "i8"),
                     ("orders", "i8"), ("required_state", "i8")])
-# age: candles that have closed since the position was opened
+# age: candles that have closed since the position was opened; variation: the squared moves of the mark price in that
+# time, summed, quote^2
 POSITION = np.dtype([("quantity", "f8"), ("entry_price", "f8"), ("mark_price", "f8"), ("age", "f8"),
+                     ("variation", "f8"),
                      # what the stops remember
                      ("best_price", "f8"), ("entry_atr", "f8"), ("width", "f8"), ("stopped", "f8")])
 
@@ -78,7 +80,7 @@ def apply_fill(
         money["realised"] += -closed * (price - entry)
         if abs(quantity) > abs(held): position["entry_price"] = price
     if after == 0.: position["entry_price"] = 0.
-    if after * held <= 0.: position["age"] = position["best_price"] = 0.
+    if after * held <= 0.: position["age"] = position["variation"] = position["best_price"] = 0.
     position["quantity"] = after
 
 # %% ../nbs/00_ground/14_account.ipynb #3e998d40
@@ -141,6 +143,9 @@ def mark(
     unrealised = 0.
     for n in range(len(positions)):
         position = positions[n]
+        if position["quantity"] != 0.:
+            before = position["mark_price"] if position["age"] > 0. else position["entry_price"]
+            position["variation"] += (prices[n] - before) ** 2
         position["mark_price"] = prices[n]
         unrealised += position["quantity"] * (prices[n] - position["entry_price"])
     row = account[0]
@@ -148,7 +153,7 @@ def mark(
     row["peak"] = max(row["peak"], row["equity"])
     row["drawdown"] = 1. - row["equity"] / row["peak"] if row["peak"] > 0. else 1.
 
-
+# %% ../nbs/00_ground/14_account.ipynb #f4395c72
 @inlined
 def age(
     positions,  # POSITION, (n_symbols,)

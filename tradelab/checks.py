@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parent if "__file__" in globals() else Path("../../trad
 def names_in(
     file:Path,    # Python source
 )->list|None:     # None where a star may bring any
-    "The names that a module has"
+    "The names that a module defines"
     found = []
     for node in parse_source(file).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found.append(node.name)
@@ -44,7 +44,7 @@ def check_rule(
     module:str,     # import name
     attribute:str,
 )->None:
-    "Refuse a rule of ours that is not there; LookupError"
+    "Check that a rule of this package exists; LookupError if not"
     if not module.startswith("tradelab."): return
     file = PACKAGE.parent / f"{module.replace('.', '/')}.py"
     if not file.is_file():
@@ -63,7 +63,7 @@ def check_policy(
     policy:str,     # a train id, latest, or an import name
     runs:Path,      # the folder of all runs
 )->None:
-    "Refuse a policy that is not there; LookupError"
+    "Check that a policy exists; LookupError if not"
     if rule := _RULE.fullmatch(policy): return check_rule(rule[1], rule[2])
     known = sorted(path.name for path in runs.glob("train_*") if path.is_dir()) if runs.is_dir() else []
     how = "train one with `tradelab run train`, or name a rule such as tradelab.strategies.example:Momentum"
@@ -77,7 +77,7 @@ def check_file(
     source:str,     # as a job takes it
     symbols:Sequence[str]=(),     # ccxt's unified names, where they are known
 )->None:
-    "Refuse a path at which there is no file; an exchange, a word and an address are asked later"
+    "Check that a path leads to a file; an exchange, a word or an address is tried later"
     if source.startswith("http") or not ("/" in source or "." in source): return
     if "{symbol}" in source and not symbols: return
     for symbol in symbols or [""]:
@@ -90,13 +90,25 @@ def check_session(
     session:str,      # its id, or latest
     sessions:Path,    # the folder of all sessions
 )->None:
-    "Refuse a session that is not recorded here; FileNotFoundError"
+    "Check that a session is recorded here; FileNotFoundError if not"
     known = [path.parent.name for path in sorted(sessions.glob("*/recording*"), key=lambda path: path.stat().st_mtime,
                                                  reverse=True)]
     if session in known or session == "latest" and known: return
     raise FileNotFoundError(f"no session {session!r} in {sessions}: "
                             + (f"its newest are {', '.join(dict.fromkeys(known[:3]))}" if known else "there is none "
                                "yet, run one first"))
+
+# %% ../nbs/99_top/02_checks.ipynb #ce80f08f
+def _check_agent(agent):
+    if agent and agent not in AGENT_NAMES:
+        raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
+                         f"{', '.join(AGENT_NAMES)}")
+
+
+def _check_times(timeframe, span):
+    from tradelab.times import milliseconds, parse_span
+    if timeframe: milliseconds(timeframe)
+    parse_span(span)
 
 # %% ../nbs/99_top/02_checks.ipynb #f4f38531
 def check_job(*,
@@ -113,22 +125,14 @@ def check_job(*,
     session:str="",
     resume:str="",
 )->None:
-    "Refuse parameters that cannot be right; ValueError, LookupError or OSError with one sentence"
+    "Check the parameters of a job; ValueError, LookupError or OSError in one sentence"
     warnings_as_sentences()
     here = job_settings(settings, **({"venue": venue} if venue else {}))
     if venue: venue_for(here)
-    if agent and agent not in AGENT_NAMES:
-        raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
-                         f"{', '.join(AGENT_NAMES)}")
+    _check_agent(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)
     symbols = symbols_of(symbol)
     for each in (source, funding): check_file(each, symbols)
     for each in filter(None, (session, resume)): check_session(each, here.sessions)
     if timeframe or span: _check_times(timeframe, span)
-
-
-def _check_times(timeframe, span):
-    from tradelab.times import milliseconds, parse_span
-    if timeframe: milliseconds(timeframe)
-    parse_span(span)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LOCK', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'main', 'run', 'session_of', 'JobCommand', 'add_job',
            'running_sessions', 'stop', 'serve', 'localnet', 'config', 'import_settings', 'show_table', 'ask_first',
-           'names_running', 'show_comparison', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
-           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
-           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
+           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
+           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
+           'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # %% ../nbs/99_top/07_command.ipynb #a054d84f
 @contextmanager
 def one_sentence()->Iterator[None]:
-    "Show an error of ours as one sentence"
+    "Show an error of tradelab as one sentence"
     try: yield
     except (ValueError, RuntimeError, OSError, LookupError) as error:
         if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit, KeyError, IndexError)): raise
@@ -37,7 +37,7 @@ def one_sentence()->Iterator[None]:
 
 # %% ../nbs/99_top/07_command.ipynb #f6a9e38c
 def say_unheard()->None:
-    "Say which names of other systems are set and have no effect here"
+    "Print which variables of other systems are set and have no effect here"
     from tradelab.migrate import unheard
     try: names = unheard()
     except ValueError: return # settings that cannot be read are said by the command that needs them
@@ -84,7 +84,7 @@ def run(context:click.Context, job:str|None, parameters:tuple[tuple[str, str], .
 def session_of(
     train_id:str,   # or latest
 )->str:
-    "The newest session that traded this run; `ClickException` where there is none"
+    "The newest session that traded this run; `ClickException` if there is none"
     from tradelab.config import settings
     from tradelab.live.ledger import Ledger
     with one_sentence():
@@ -104,6 +104,12 @@ class JobCommand(click.Command):
     def format_epilog(self, context:click.Context, formatter:click.HelpFormatter)->None:
         from tradelab import jobs
         with suppress(click.ClickException): formatter.write(f"\n{jobs.help_of(jobs.find(self.name or ''))}\n")
+
+# %% ../nbs/99_top/07_command.ipynb #f6f1699c
+_JOBS = {"backtest": "What a policy would have done, beside doing nothing and holding.",
+         "live": "Trade: localnet, the testnet; the notebook is the record.",
+         "replay": "Decide a recorded session again: the same bits.",
+         "report": "A policy beside simple rules, and a live session beside what was expected."}
 
 # %% ../nbs/99_top/07_command.ipynb #16b6a193
 def add_job(
@@ -130,11 +136,7 @@ def add_job(
                                        "mainnet, with all that it asks for."))
 
 
-for _name, _words in (("backtest", "What a policy would have done, beside doing nothing and holding."),
-                      ("live", "Trade: localnet, the testnet; the notebook is the record."),
-                      ("replay", "Decide a recorded session again: the same bits."),
-                      ("report", "A policy beside simple rules, and a live session beside what was expected.")):
-    add_job(_name, _words)
+for _name, _words in _JOBS.items(): add_job(_name, _words)
 
 # %% ../nbs/99_top/07_command.ipynb #765203b5
 LOCK = "lock" # in the folder of a session
@@ -258,7 +260,7 @@ def ask_first(
     what:str,
     yes:bool,
 )->None:
-    "Go on only where a person agrees"
+    "Ask for confirmation, and stop without it"
     if not yes: click.confirm(f"delete {what}? It cannot be brought back", abort=True)
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
@@ -266,18 +268,6 @@ def names_running()->set[str]:
     "The sessions that run, as a set"
     from tradelab.config import settings
     return set(running_sessions(settings().sessions))
-
-
-def show_comparison(
-    names:Sequence[str],
-    metrics:"pd.DataFrame",     # a column each
-    settings:"pd.DataFrame",    # likewise, only what differs
-    said:str="",
-)->None:
-    "Print two things beside each other"
-    for letter, name in zip("AB", names): click.echo(f"{letter}  {name}")
-    click.echo(f"\n{metrics.to_string()}\n{said}\n\nsettings that differ")
-    show_table(settings, "none", index=True)
 
 
 YES = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -301,7 +291,7 @@ def list_runs(only:str)->None:
 @runs.command("show")
 @click.argument("run")
 def show_one_run(run:str)->None:
-    "The facts of RUN (an id, or latest), proved whole."
+    "The facts of RUN (an id, or latest), after checking its files."
     from tradelab.inventory import show_run
     with one_sentence(): click.echo(show_run(run))
 
@@ -316,7 +306,7 @@ def show_one_run(run:str)->None:
 def compare_two_runs(a:str, b:str, source:str, span:str, funding:str)->None:
     "Metrics of the runs A and B on the same candles, and the settings that differ."
     from tradelab.inventory import compare_runs
-    with one_sentence(): show_comparison((a, b), *compare_runs(a, b, source, span, funding))
+    with one_sentence(): click.echo(compare_runs(a, b, source, span, funding))
 
 
 @runs.command("tag")
@@ -351,7 +341,7 @@ def sessions()->None:
 @sessions.command("list")
 @ONLY
 def list_sessions(only:str)->None:
-    "All sessions, newest last; one that calls itself running and is not was killed."
+    "All sessions, newest last; one in the state running without a process was killed."
     from tradelab.inventory import sessions_table
     with one_sentence():
         show_table(sessions_table(names_running(), only), "there is no session yet: tradelab live makes one")
@@ -371,7 +361,7 @@ def show_one_session(session:str)->None:
 def compare_two_sessions(a:str, b:str)->None:
     "Metrics of the sessions A and B, and the settings that differ."
     from tradelab.inventory import compare_sessions
-    with one_sentence(): show_comparison((a, b), *compare_sessions(a, b))
+    with one_sentence(): click.echo(compare_sessions(a, b))
 
 
 @sessions.command("tag")
@@ -402,12 +392,12 @@ def delete_one_session(session:str, yes:bool, force:bool)->None:
 # %% ../nbs/99_top/07_command.ipynb #38eb3d0a
 @main.group()
 def data()->None:
-    "Candles that are kept: download, list, check, delete."
+    "Stored candles: download, list, check, delete."
 
 
 @data.command("list")
 def list_data()->None:
-    "What the store holds."
+    "The series in the store."
     from tradelab.inventory import data_table
     with one_sentence(): show_table(data_table(), "the store is empty: tradelab data download fills it")
 
@@ -420,7 +410,7 @@ def list_data()->None:
 @click.option("--source", default="", help="An exchange, archive or yahoo  [default: exchanges of the settings, in "
               "their order]")
 def download_data(symbol:str, timeframe:str, span:str, source:str)->None:
-    "Fetch candles of SYMBOL into the store; what is there already is not asked for."
+    "Fetch candles of SYMBOL into the store; only what is missing is downloaded."
     from tradelab.inventory import download
     with one_sentence(): click.echo(download(symbol, timeframe, span, source))
 
@@ -433,7 +423,7 @@ def download_data(symbol:str, timeframe:str, span:str, source:str)->None:
               "most steps are.")
 @click.pass_context
 def check_kept(context:click.Context, files:tuple[str, ...], source:str, symbol:str, timeframe:str)->None:
-    "Judge FILES, or the series of the store; exit code 1 where one has errors."
+    "Check FILES, or the series in the store; the exit code is 1 if one has errors."
     from tradelab.inventory import check_data
     with one_sentence(): reports = check_data(files, source, symbol, timeframe)
     click.echo("\n".join(map(repr, reports)))

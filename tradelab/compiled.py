@@ -36,7 +36,7 @@ def cache_folder(
     root: Path = Path(user_cache_dir("tradelab")) / "compiled",  # of the folders of all versions
     keep: int = 5,                                               # versions that are kept
 ) -> Path:
-    "The folder of machine code of these sources; it is made where it is missing, and the oldest versions are removed"
+    "The folder for the machine code of these sources, created if needed; the oldest versions are removed"
     folder = root / source_hash()
     folder.mkdir(parents=True, exist_ok=True)
     versions = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -85,5 +85,5 @@ LINE = 64     # bytes that memory sends at once
 def fetch_ahead(
     piece,   # of an array that is read piece by piece, any shape and dtype, contiguous
 ):
-    "Ask for the memory that will be read some pieces later; harmless beyond the end of the array"
+    "Prefetch the memory that is read a few rows later; harmless beyond the end of the array"
     for offset in range(0, piece.size * piece.itemsize, LINE): prefetch(address_of(piece) + AHEAD + offset)

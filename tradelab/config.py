@@ -102,13 +102,13 @@ REAL = ("https://fapi.binance.com", "wss://fstream.binance.com") # where orders 
 
 @dataclass(frozen=True)
 class Trust:
-    "Whose code a name may stand for"
+    "Which modules' code may be imported by name"
     # beside tradelab's own and those in the project's folder
     modules: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
 
 # %% ../nbs/00_ground/12_config.ipynb #85769e7f
 class Settings(BaseSettings):
-    "Everything that a person can set"
+    "All settings"
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     environment: Environment = "development"              # chooses the table of the same name in tradelab.toml
@@ -213,7 +213,7 @@ def _nested(keys):
 
 
 def _variables(variables):
-    "Environment variables that are ours, as dotted keys; an empty one counts as not set"
+    "The environment variables of tradelab, as dotted keys; an empty one counts as not set"
     return {name[len(PREFIX):].lower().replace("__", "."): value for name, value in variables.items()
             if name.upper().startswith(PREFIX) and value}
 
@@ -277,7 +277,7 @@ logging.getLogger("dotenv.main").setLevel(logging.ERROR) # it warns of every lin
 
 
 def _text_of(path):
-    "The text of a file; empty where there is no file"
+    "The text of a file; empty if there is none"
     try: return read_text(path)
     except FileNotFoundError: return ""
     except UnreadableFileError as error: raise ConfigurationError(str(error)) from None
@@ -286,7 +286,7 @@ def _text_of(path):
 def read_table(
     path: Path,  # of a TOML file
 ) -> dict[str, Any]:
-    "The table in this file; empty where there is no file"
+    "The table in a file; empty if there is none"
     try:
         table = tomllib.loads(_text_of(path))
         check_bounded(table, path.name)
@@ -331,7 +331,7 @@ def _check_format(found):
 def read_places(
     environment: str | None = None,           # from the parameters, if they name one
 ) -> list[tuple[str, dict[str, Any]]]:        # (where, values by dotted key), a later one wins
-    "What is set where, before any check of the values"
+    "The places of settings and what they set, before any check of the values"
     root = project_root()
     table = read_table(root / TOML)
     _check_format(table.pop("format", FORMAT))
@@ -404,7 +404,7 @@ def overridden(
     record: _Record,  # of a trained run
     table: str,       # where such a record is set: "risk", "costs"
 ) -> _Record:
-    "The record, changed where the job's section says so"
+    "The record with the values of the job's section"
     said = dict(read_places()).get(f"{TOML} [{SECTIONS}.{_named[0]}]", {})
     if not any(key.startswith(f"{table}.") for key in said): return record
     kept = {key: value for key, value in _flat({table: record}).items()
@@ -415,7 +415,7 @@ def overridden(
 # %% ../nbs/00_ground/12_config.ipynb #80919a7b
 @dataclass(frozen=True)
 class VenueSettings:
-    "Where orders go, and why there"
+    "Where orders go, and why"
     name: str         # localnet, testnet or mainnet
     why: str          # for the first line of a session
     rest: str         # URL
@@ -435,7 +435,7 @@ FALSE = ("", "0", "false", "no", "off")
 
 
 def foreign_variables() -> list[tuple[str, str, str]]: # (name in capitals, value, where it is set)
-    "What `.env` and the environment set under names that are not ours"
+    "Variables of other systems in `.env` and the environment"
     places = ((DOTENV, read_variables(project_root() / DOTENV)), (ENVIRONMENT, os.environ))
     return [(name.upper(), value, where) for where, variables in places for name, value in variables.items()
             if not name.upper().startswith(PREFIX)]
@@ -448,7 +448,7 @@ def forbidding() -> list[str]:
 
 # %% ../nbs/00_ground/12_config.ipynb #c65cd320
 def _check_mainnet(here):
-    "Refuse real money, with everything that keeps a session from it; for now there is always something"
+    "Refuse real money, naming every reason; for now there is always one"
     key = here.mainnet_key
     secret = here.mainnet_secret
     lacks = [f"{' and '.join(found)} forbids it"] if (found := forbidding()) else []
@@ -463,7 +463,7 @@ def _check_mainnet(here):
 def venue_for(
     here: Settings,
 ) -> VenueSettings:
-    "The venue that these settings choose; raises `ConfigurationError` where it must not be used"
+    "The venue of these settings; ConfigurationError if it must not be used"
     key = here.testnet_key
     secret = here.testnet_secret
     has_keys = key is not None and secret is not None

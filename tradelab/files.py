@@ -21,11 +21,11 @@ from .errors import TradelabError
 
 # %% ../nbs/00_ground/06_files.ipynb #b7ea9f75
 class StorageError(TradelabError, OSError):
-    "The disk refused; nothing was changed"
+    "A file could not be written; nothing was changed"
 
 
 def _write_to_disk(path, content, mode):
-    "Write a file down to the disk"
+    "Write a file and flush it to the disk"
     def opener(name, flags): return os.open(name, flags, 0o666 if mode is None else mode)
     with open(path, "wb", opener=opener) as file:
         if mode is not None: os.fchmod(file.fileno(), mode)
@@ -38,7 +38,7 @@ def replace_files(
     contents: Mapping[Path, bytes | str] | Mapping[str, bytes | str],  # by path, all in one existing folder
     mode: int | None = None,  # permissions such as 0o600; None: what the system gives a new file
 ) -> None:
-    "Write several files, each whole or not at all; `StorageError` where the disk refuses"
+    "Write several files, each of them completely or not at all; StorageError if the disk fails"
     waiting = {Path(path).resolve(): content if isinstance(content, bytes) else content.encode()
                for path, content in contents.items()}
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in waiting}

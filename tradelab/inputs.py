@@ -29,7 +29,7 @@ from .times import format_time, parse_span
 def held_by(
     source:SourceLike,   # as a job takes it
 )->tuple:     # ccxt's unified names; empty where it does not say
-    "The symbols that a file says it holds, in a column or by its name"
+    "The symbols of a file, from a column or its name"
     if not is_file(source) or "{symbol}" in str(source): return ()
     names = row_symbols(read_table(source))
     if names is not None and len(names): return symbols_of(list(dict.fromkeys(names)))
@@ -52,7 +52,7 @@ def refuse_count(
     run:Run|Observation,  # with `symbols`
     symbols:Sequence[str],
 )->None:
-    "Refuse another number of symbols than a run was trained on: its network sees all of them at once"
+    "Refuse a number of symbols other than a run's: its network sees all of them at once"
     if run.symbols and len(run.symbols) != len(symbols):
         raise ValueError(f"{getattr(run, 'id', 'this observation')} was trained on {len(run.symbols)} symbols "
                          f"({', '.join(run.symbols)}), asked for are {len(symbols)} ({', '.join(symbols)}): leave "
@@ -62,7 +62,7 @@ def refuse_count(
 def together(
     frames:dict,   # candles by symbol
 )->tuple:          # the same over their common span, and a sentence where anything was cut
-    "Candles of several symbols over the span that all of them have"
+    "Candles of several symbols, cut to the span that all of them have"
     first = max(frame.index[0] for frame in frames.values())
     last = min(frame.index[-1] for frame in frames.values())
     if first > last:
@@ -74,6 +74,18 @@ def together(
     for symbol, frame in cut.items(): frame.attrs = frames[symbol].attrs
     return (cut, f"all symbols have candles from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC only: "
             f"{', '.join(shorter)} {'are' if len(shorter) > 1 else 'is'} cut to that" if shorter else "")
+
+# %% ../nbs/99_top/03_inputs.ipynb #05d4b31d
+def _inputs_text(given):
+    "What a job trades on, in lines for a person"
+    frame = next(iter(given.candles.values()))
+    reads = f"; series that are read: {', '.join(given.reads)}" if given.reads else ""
+    rates = " and ".join(f"{len(rates):,}" for rates in given.funding.values())
+    warming = f", of them {given.warm_up} to warm up" if given.run and given.start is not None else ""
+    candles = (f"{len(frame):,} candles of {', '.join(given.candles)} {given.timeframe} from "
+               f"{frame.index[0]:%Y-%m-%d %H:%M} to {frame.index[-1]:%Y-%m-%d %H:%M} UTC{warming}; funding rates: "
+               f"{rates}; extra symbols: {', '.join(given.extra) or 'none'}{reads}. Source: {given.source}")
+    return "\n".join([*given.notes, candles, *filter(None, [describe_instruments(given.instruments)])])
 
 # %% ../nbs/99_top/03_inputs.ipynb #8bf81bf7
 @dataclass(frozen=True)
@@ -100,15 +112,7 @@ class Inputs:
         "Where the candles are from"
         return ", ".join(dict.fromkeys(str(frame.attrs.get("source", "")) for frame in self.candles.values()))
 
-    def __str__(self):
-        frame = next(iter(self.candles.values()))
-        reads = f"; series that are read: {', '.join(self.reads)}" if self.reads else ""
-        rates = " and ".join(f"{len(rates):,}" for rates in self.funding.values())
-        return "\n".join([*self.notes, f"{len(frame):,} candles of {', '.join(self.candles)} {self.timeframe} from "
-                          f"{frame.index[0]:%Y-%m-%d %H:%M} to {frame.index[-1]:%Y-%m-%d %H:%M} UTC"
-                          f"{f', of them {self.warm_up} to warm up' if self.run and self.start is not None else ''}; "
-                          f"funding rates: {rates}; extra symbols: {', '.join(self.extra) or 'none'}{reads}. Source: "
-                          f"{self.source}", *filter(None, [describe_instruments(self.instruments)])])
+    def __str__(self)->str: return _inputs_text(self)
 
 # %% ../nbs/99_top/03_inputs.ipynb #58a9da19
 def symbols_and_timeframe(
@@ -136,7 +140,7 @@ def gathered(
     notes:Sequence[str]=(),          # sentences
     reads:Sequence[str]=(),          # names of the series that features read
 )->Inputs:
-    "The same for symbols that are known; without a run, what `train` learns on"
+    "Candles and funding rates of these symbols; without a run, those that `train` learns on"
     start, end = span
     begin = warm_up_start(start, warm_up, timeframe, here.gaps)
     frames, cut = together(histories((*symbols, *extra), timeframe, begin, end, source, Store(here.data), here.gaps))

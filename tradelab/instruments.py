@@ -53,7 +53,7 @@ def check_brackets(
     record: str,         # whose brackets they are, for the message
     brackets: Brackets,
 ) -> None:
-    "Refuse margin brackets that do not rise"
+    "Refuse margin brackets that are not in rising order"
     if not 1 <= len(brackets) <= TIERS:
         raise ValueError(
             f"{record}.brackets needs 1 to {TIERS} rows of (notional, leverage, rate), had {len(brackets)}")
@@ -110,7 +110,7 @@ class Instrument:
         check_brackets(type(self).__name__, self.brackets)
 
     def max_notional(self, leverage: float) -> float:
-        "The largest position that a leverage allows, in quote; 0 where the leverage itself is too high"
+        "The largest position that a leverage allows, in quote; 0 if the leverage itself is too high"
         return max((cap for cap, most, _ in self.brackets if most >= leverage), default=0.)
 
     def row(self, leverage: float = 1., sector: int = -1) -> np.ndarray:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'tags_of', 'tag', 'known', 'runs_here', 'runs_table', 'show_run', 'measured', 'learnt', 'flat_settings',
-           'differing_settings', 'compare_runs', 'delete_run', 'sessions_here', 'session_status', 'session_facts',
-           'sessions_table', 'show_session', 'traded_by', 'compare_sessions', 'held_by', 'delete_session', 'data_table',
-           'download', 'series_of', 'usual_step', 'table_of', 'check_data', 'delete_series']
+           'differing_settings', 'Comparison', 'compare_runs', 'delete_run', 'sessions_here', 'session_status',
+           'session_facts', 'sessions_table', 'show_session', 'traded_by', 'compare_sessions', 'held_by',
+           'delete_session', 'data_table', 'download', 'series_of', 'usual_step', 'table_of', 'check_data',
+           'delete_series']
 
 # %% ../nbs/99_top/05_inventory.ipynb #b657f49b
 import io
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ import pandas as pd
 
 from .config import nearest, settings
 from .evaluation.result import Result
+from .figures import caption, finished
 from .files import UnreadableFileError, read_bytes, read_json, replace_files
 from .inputs import inputs
 from .market.candles import times
@@ -35,10 +38,12 @@ from .runs.run import Run
 from .sim.backtest import backtest
 from .sources.history import history, is_file
 from .sources.tables import oldest_first, parser_errors, read_table, rename_candle_columns, time_index
-from .texts import one_line, printable
+from .texts import html_text, one_line, printable
 from .times import TIMEFRAMES, milliseconds, parse_span
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tradelab.live.ledger import Ledger
 
 # %% ../nbs/99_top/05_inventory.ipynb #c15e21ee
@@ -48,7 +53,7 @@ TAGS = "tags.json"
 def tags_of(
     folder:Path,           # runs/ or sessions/
 )->dict[str, list]:        # tags by id
-    "All tags; ValueError where the file is none of ours"
+    "All tags; ValueError if the file has another format"
     path = Path(folder) / TAGS
     try: found = read_json(path)
     except FileNotFoundError: found = {}
@@ -65,7 +70,7 @@ def tag(
     add:Iterable[str]=(),          # words
     remove:Iterable[str]=(),
 )->list[str]:        # all tags it has now
-    "Give tags to a run or session, and take them away"
+    "Add tags to a run or session, and remove others"
     wrong = [word for word in (*add, *remove) if not re.fullmatch(r"[\w.-]{1,40}", word)]
     if wrong: raise ValueError(f"a tag has letters, digits and ._- and at most 40 of them, was {wrong[0]!r}")
     tags = tags_of(folder)
@@ -80,7 +85,7 @@ def known(
     name:str,
     what:str,        # run or session
 )->str:
-    "The name, where it is one of these; ValueError naming the nearest"
+    "The name, if it is one of these; otherwise ValueError with the nearest"
     if name in names: return name
     raise ValueError(f"there is no {what} {one_line(name, 130)!r}" + (f": did you mean {nearest(name, names)}?" if names
         else f": there is no {what} yet"))
@@ -106,7 +111,7 @@ def _run_row(folder, tags):
 def runs_table(
     only:str="",      # a tag
 )->pd.DataFrame:
-    "One row a run, newest last"
+    "A row per run, newest last"
     folder = settings().runs
     tags = tags_of(folder)
     rows = [_run_row(folder / name, tags) for name in train_ids(folder) if not only or only in tags.get(name, [])]
@@ -117,7 +122,7 @@ def runs_table(
 def show_run(
     name:str,    # or latest
 )->str:
-    "The facts of a run, proved whole"
+    "The facts of a run, after checking its files"
     run = load(name)
     kept = {"tags": " ".join(tags_of(settings().runs).get(run.id, [])) or "none", "folder": run.folder
             or "none, it is a rule", "files": ", ".join(sorted(path.name for path in run.folder.iterdir()))
@@ -163,7 +168,7 @@ def differing_settings(
     b:dict,
     names:Sequence[str],           # of the two
 )->pd.DataFrame:     # a row a key
-    "What is not the same in both"
+    "The settings that differ"
     one, two = flat_settings(a), flat_settings(b)
     rows = {key: [one_line(one.get(key, "-"), 60), one_line(two.get(key, "-"), 60)] for key in {**one, **two}
             if one.get(key) != two.get(key) and key != "created_time"}
@@ -171,41 +176,82 @@ def differing_settings(
 
 # %% ../nbs/99_top/05_inventory.ipynb #108717b8
 def _own_span(runs):
-    "Half a year that neither of two runs on synthetic candles was fitted on; None where one is not such a run"
+    "Half a year after both trainings, if both runs are on synthetic candles; otherwise None"
     if not all(str(run.config.get("source", "")).startswith("synthetic") for run in runs): return None
     begin = pd.Timestamp(max(run.fitted_until for run in runs), unit="ms").normalize() + pd.Timedelta(days=1)
     return f"{begin:%Y-%m-%d}/{begin + pd.Timedelta(days=182):%Y-%m-%d}"
 
+# %% ../nbs/99_top/05_inventory.ipynb #917c17a7
+def _comparison_html(found):
+    names = "<br>".join(f"{letter}: {html_text(name)}" for letter, name in zip("AB", found.names))
+    return (f"<p>{names}<br>{html_text(found.caption)}</p>{found.metrics.to_html(border=0)}"
+            f"<p>Settings that differ</p>{found.settings.to_html(border=0)}")
+
+# %% ../nbs/99_top/05_inventory.ipynb #64d3413e
+@dataclass(frozen=True)
+class Comparison:
+    "Two runs or sessions side by side, as A and B"
+    names:tuple[str, str]
+    metrics:pd.DataFrame = field(repr=False)         # columns A and B, written with units
+    settings:pd.DataFrame = field(repr=False)        # columns A and B, only what differs
+    equity:dict[str, pd.Series] = field(repr=False)  # quote, by A and B; empty without a backtest
+    caption:str = ""                                 # where the metrics are from
+
+    def table(self)->pd.DataFrame: return self.metrics.copy(deep=False)
+
+    def plot(self)->"Figure":
+        "A matplotlib Figure of the equity of both"
+        import matplotlib.pyplot as plt
+        figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
+        for equity in self.equity.values(): axis.plot(equity.index, equity / equity.iloc[0], lw=1)
+        axis.legend(list(self.equity), frameon=False)
+        axis.set(xlabel="Time [UTC]", ylabel="Equity [x start]")
+        caption(axis, self.caption)
+        return finished(figure)
+
+    def __str__(self)->str:
+        settings = self.settings.to_string() if len(self.settings) else "none"
+        return (f"A  {self.names[0]}\nB  {self.names[1]}\n\n{self.metrics.to_string()}\n{self.caption}\n\n"
+                f"settings that differ\n{settings}")
+
+    def _repr_html_(self)->str: return _comparison_html(self)
+
 # %% ../nbs/99_top/05_inventory.ipynb #72a226b8
+def _caption_of(results, funding):
+    "Where the metrics of a comparison are from"
+    captions = "; ".join(f"{letter}: {one_line(result.caption)}" for letter, result in results.items())
+    return (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
+            f"{one_line(results['A'].source)}; {captions}")
+
+# %% ../nbs/99_top/05_inventory.ipynb #f8b27016
 def compare_runs(
     a:str,           # run, or the import name of a rule
     b:str,
     source:str="",   # of candles to test both on; empty: synthetic, where both were trained on such
     span:str="",
     funding:str="none",
-)->tuple:            # metrics and differing settings, a column a run, and a sentence on where the metrics are from
-    "Two runs beside each other"
-    runs = load(a), load(b)
-    names = [one_line(run.id) for run in runs]
+)->Comparison:
+    "Two runs side by side; a backtest of both if their candles are known"
+    runs = dict(A=load(a), B=load(b))
+    names = one_line(runs["A"].id), one_line(runs["B"].id)
     if names[0] == names[1]: raise ValueError(f"{names[0]} is compared with itself: name two runs")
-    names = ["A", "B"]
-    table = pd.DataFrame({name: {"Mean reward, last tenth of training [bp a candle]": f"{learnt(run):.3f}"} for name,
-                          run in zip(names, runs)})
+    table = pd.DataFrame({letter: {"Mean reward, last tenth of training [bp a candle]": f"{learnt(run):.3f}"}
+                          for letter, run in runs.items()})
+    equity = {}
     said = "no backtest: say on which candles, with --source and --span"
-    own = _own_span(runs)
+    own = _own_span(runs.values())
     if source or span or own:
         source, span = source or "synthetic", span or own or ""
-        results = [measured(run, source, span, funding) for run in runs]
-        table = pd.concat([table,
-                           pd.DataFrame({name: result.summary().written() for name, result in zip(names, results)})])
-        said = (f"backtest of both, net of costs{'' if funding != 'none' else ', without funding'}. Source: "
-                f"{one_line(results[0].source)}; "
-                f"{'; '.join(f'{name}: {one_line(result.caption)}' for name, result in zip(names, results))}")
-    return table, differing_settings(runs[0].config, runs[1].config, names), said
+        results = {letter: measured(run, source, span, funding) for letter, run in runs.items()}
+        written = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})
+        table = pd.concat([table, written])
+        equity = {letter: result.equity for letter, result in results.items()}
+        said = _caption_of(results, funding)
+    return Comparison(names, table, differing_settings(runs["A"].config, runs["B"].config, ["A", "B"]), equity, said)
 
 # %% ../nbs/99_top/05_inventory.ipynb #27798bdd
 def _remove(folder):
-    "Delete a folder, out of sight at once"
+    "Rename a folder so that nobody finds it, then delete it"
     hidden = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -216,7 +262,7 @@ def delete_run(
     name:str,             # an id
     traded:tuple=(),      # ids of runs that a running session trades
 )->None:
-    "Delete a run; ValueError where a running session trades it"
+    "Delete a run; ValueError if a running session trades it"
     folder = settings().runs
     known(train_ids(folder), name, "run")
     if name in traded: raise ValueError(f"{name} is traded by a running session: stop it first")
@@ -239,7 +285,7 @@ def sessions_here()->list[str]:
 def session_status(
     name:str,
 )->dict:
-    "What a session wrote last; nothing where that cannot be read"
+    "The last status that a session wrote; empty if it cannot be read"
     try: found = read_json(settings().sessions / name / "session.json")
     except (FileNotFoundError, UnreadableFileError): found = {}
     found = found if isinstance(found, dict) else {}
@@ -251,7 +297,7 @@ def session_facts(
     ledger:"Ledger",
     running:Collection[str]=(),      # ids of sessions whose lock is held
 )->dict:
-    "One session as a row"
+    "A session as a row of the table"
     said = session_status(name)
     try: known_there = ledger.session(name)
     except KeyError: known_there = {"settings": {}, "state": "not in the ledger", "started": None}
@@ -271,7 +317,7 @@ def sessions_table(
     running:Collection[str]=(),      # ids of sessions whose lock is held
     only:str="",     # a tag
 )->pd.DataFrame:
-    "One row a session, newest last"
+    "A row per session, newest last"
     tags, ledger = tags_of(settings().sessions), _ledger()
     rows = [session_facts(name, ledger, running) | {"tags": " ".join(tags.get(name, []))} for name in sessions_here()
             if not only or only in tags.get(name, [])]
@@ -302,7 +348,7 @@ def show_session(
 def traded_by(
     running:Collection[str],      # ids of sessions
 )->tuple:         # ids of runs, or import names of rules
-    "What running sessions trade"
+    "The runs and rules that running sessions trade"
     if not running: return ()
     ledger = _ledger()
     found = tuple(ledger.session(name)["settings"].get("origin", "") for name in running if name in ledger.sessions())
@@ -313,22 +359,24 @@ def traded_by(
 def compare_sessions(
     a:str,
     b:str,
-)->tuple:        # metrics and differing settings, a column a session
-    "Two sessions beside each other"
-    ledger, names = _ledger(), ["A", "B"]
+)->Comparison:
+    "Two sessions side by side"
+    ledger = _ledger()
     for each in (a, b): known(sessions_here(), each, "session")
     if a == b: raise ValueError(f"{a} is compared with itself: name two sessions")
-    metrics = pd.DataFrame({name: Result.from_journal(ledger.journal(session), session).summary().written() for name,
-                            session in zip(names, (a, b))})
-    then = [{**ledger.session(session)["settings"]} for session in (a, b)]
+    sessions = dict(A=a, B=b)
+    results = {letter: Result.from_journal(ledger.journal(name), name) for letter, name in sessions.items()}
+    given = [ledger.session(session)["settings"] for session in (a, b)]
     ledger.close()
-    return metrics, differing_settings(then[0], then[1], names)
+    metrics = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})
+    equity = {letter: result.equity for letter, result in results.items()}
+    return Comparison((a, b), metrics, differing_settings(given[0], given[1], ["A", "B"]), equity)
 
 # %% ../nbs/99_top/05_inventory.ipynb #9978d204
 def held_by(
     name:str,
 )->dict:          # signed base units by symbol, where there are any
-    "The positions with which a session ended, by its own journal"
+    "The positions at the end of a session, from its journal"
     ledger = _ledger()
     journal = ledger.journal(name)
     ledger.close()
@@ -355,7 +403,7 @@ def delete_session(
 
 # %% ../nbs/99_top/05_inventory.ipynb #8cac6b85
 def data_table()->pd.DataFrame:
-    "One row a series that the store holds"
+    "A row per series in the store"
     held = Store(settings().data).held()
     held["MB"] = (held.pop("bytes") / 1e6).round(2)
     return held.assign(**{name: held[name].dt.strftime("%Y-%m-%d %H:%M") for name in ("first", "last") if len(held)})
@@ -367,7 +415,7 @@ def download(
     span:str,             # from/to; an open end means until now
     source:str="",        # an exchange, archive or yahoo; empty: the exchanges of the settings, in their order
 )->str:
-    "Fetch candles into the store; says what is there now"
+    "Fetch candles into the store; returns a sentence about what it holds now"
     here, (start, end) = settings(), parse_span(span)
     if source in ("synthetic", "auto") or is_file(source) and source:
         raise ValueError(f"{source} has nothing to download: name an exchange such as binanceusdm, or archive")
@@ -386,7 +434,7 @@ def series_of(
     symbol:str="",
     timeframe:str="",
 )->list[tuple]:           # source, symbol, timeframe
-    "The series in the store that fit; ValueError where none does"
+    "The matching series in the store; ValueError if there is none"
     held = Store(settings().data).held()
     found = [key for key in zip(held.source, held.symbol, held.timeframe) if all(not asked or asked == has for asked,
         has in zip((source, symbol, timeframe), key))]
@@ -399,7 +447,7 @@ def series_of(
 def usual_step(
     table:pd.DataFrame,      # indexed by time
 )->str:         # such as "1h"
-    "The timeframe that most steps of a table have, whatever else is wrong with it"
+    "The most frequent step of a table, as a timeframe"
     steps = pd.Series(np.diff(np.unique(times(table))))
     found = {length: name for name, length in TIMEFRAMES.items()}.get(int(steps.mode()[0]) if len(steps) else 0)
     if found is None: raise ValueError("no timeframe is as long as most steps between its times: say --timeframe")
@@ -409,7 +457,7 @@ def usual_step(
 def table_of(
     path:str|Path,
 )->pd.DataFrame:    # indexed by time, its columns named, nothing judged
-    "The candles of a file as they are found"
+    "The candles of a file, unchecked"
     name = Path(path).name
     with parser_errors(name):
         table = rename_candle_columns(read_table(path), name)
@@ -423,7 +471,7 @@ def check_data(
     symbol:str="",
     timeframe:str="",
 )->list:                  # of QualityReport
-    "Judge candles of files or of the store"
+    "Check candles of files or of the store"
     if not files:
         store = Store(settings().data)
         return [check_quality(store.read(*key), key[2], f"{key[1]} of {key[0]}") for key in series_of(source, symbol,

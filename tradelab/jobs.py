@@ -95,7 +95,7 @@ def tagged(
 
 # %% ../nbs/99_top/01_jobs.ipynb #6c01f17d
 def _comments(notebook):
-    "What stands behind each line of the parameters cell, by the name that the line begins with"
+    "The comment behind each parameter, by name"
     cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
     lines, found = cell.source.splitlines() if cell else [], {}
     try:
@@ -109,7 +109,7 @@ def _comments(notebook):
 def parameters_of(
     notebook:nbformat.NotebookNode,                  # NotebookNode
 )->dict[str, Parameter]:
-    "What this notebook takes"
+    "The parameters of a notebook"
     taken, comments = {}, _comments(notebook)
     for name, annotation, default in tagged(notebook, "parameters"):
         kinds = [kind.split("[")[0].strip() for kind in (annotation or type(default).__name__).split("|")]
@@ -124,7 +124,7 @@ def read(
     parameter:Parameter,
     text:str,             # from a command line
 )->Any:                        # a value of a type that the parameter takes, or the text itself
-    "Text as the type that a parameter takes"
+    "A text as a value of the parameter's type"
     if "str" in parameter.kinds and text != "None": return text
     if text.lower() in ("true", "false"): return text.lower() == "true"
     try: return _literal(ast.parse(text.strip(), mode="eval").body)
@@ -141,7 +141,7 @@ def fits(
 
 # %% ../nbs/99_top/01_jobs.ipynb #ce8f5ec9
 def _instead(name, taken):
-    "What was meant by a parameter that is not there"
+    "A suggestion for an unknown parameter"
     leaf = name.rpartition(".")[2]
     keys = [key for key in known_keys() if f"_{key.rpartition('.')[2]}".endswith(f"_{leaf}")]
     if keys and "settings" in taken:
@@ -166,7 +166,7 @@ def check_parameters(
     given:dict,        # name: value
     text:bool=False,   # the values come from a command line
 )->dict:               # name: value of a type that the notebook takes
-    "Refuse what the notebook does not take; raises `ParameterError`"
+    "Check parameters against a notebook; raises `ParameterError`"
     notebook = read_notebook(notebook) if isinstance(notebook, (str, Path)) else notebook
     taken, checked = parameters_of(notebook), {}
     if given and not taken:
@@ -186,7 +186,7 @@ def signals_to(
     interrupt:Callable[[], bool],     # called at the first and the second signal
     grace:float,   # seconds from the first signal until KeyboardInterrupt
 )->Iterator[list]:
-    "Hand SIGINT and SIGTERM on instead of dying of them, and say which came; only the main thread can"
+    "Pass SIGINT and SIGTERM on to a function instead of ending; only in the main thread"
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -205,7 +205,7 @@ def signals_to(
 def clean(
     content:Any,  # of a message from the kernel
 )->Any:
-    "Text without secrets, at any depth; pictures stay as they are"
+    "Values with secrets removed from all texts in them; pictures are left alone"
     if isinstance(content, dict):
         return {key: value if str(key).startswith("image/") else clean(value) for key, value in content.items()}
     if isinstance(content, list): return [clean(value) for value in content]
@@ -250,7 +250,7 @@ def _prepare():
 
 
 def _interrupt(client):
-    "Interrupt the kernel; false where there is none yet"
+    "Interrupt the kernel; False if there is none yet"
     pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
     if pid is None: return False
     os.kill(pid, signal.SIGINT)
@@ -320,7 +320,7 @@ class SignalEngine:
 def help_of(
     notebook:Path,
 )->str:             # lines for a terminal
-    "What a job is, and its parameters with their types, defaults and what they mean"
+    "The help of a job: its sentence, and its parameters with types, defaults and comments"
     node = nbformat.read(notebook, as_version=4)
     words = next((cell.source for cell in node.cells if cell.cell_type == "markdown"), "").replace("#", "").strip()
     rows = [(each.name, "|".join(sorted(each.kinds)) or "anything", repr(each.default), each.comment)
@@ -398,6 +398,16 @@ def write_page(
     replace_files({page: body})
     return page
 
+# %% ../nbs/99_top/01_jobs.ipynb #b0bbada9
+def _record_path(output, notebook):
+    "Where the executed notebook goes, by default a dated name in the folder of reports"
+    try: reports = settings().reports
+    except ConfigurationError as error: raise ParameterError(str(error)) from None
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")[:-5] + "Z"
+    path = Path(output or reports / notebook.stem / f"{notebook.stem}-{now}.ipynb").absolute()
+    if path.suffix != ".ipynb": raise ParameterError(f"the output must be a file .ipynb, was {path}")
+    return path
+
 # %% ../nbs/99_top/01_jobs.ipynb #39f9c23b
 def run(
     job:str,                  # "train", or a path to a notebook
@@ -409,12 +419,8 @@ def run(
     failure is"""
     notebook = find(job)
     parameters = check_parameters(notebook, parameters or {}, text)
-    try: reports = settings().reports
-    except ConfigurationError as error: raise ParameterError(str(error)) from None
+    output = _record_path(output, notebook)
     check_first(nbformat.read(notebook, as_version=4), parameters, project_root())
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")[:-5] + "Z"
-    output = Path(output or reports / notebook.stem / f"{notebook.stem}-{now}.ipynb").absolute()
-    if output.suffix != ".ipynb": raise ParameterError(f"the output must be a file .ipynb, was {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_suffix(RUNNING)
     from papermill.execute import execute_notebook

@@ -25,7 +25,7 @@ _FLOCK = "qqihh" if _MACOS else "hhqqi4x" # struct flock of macOS and of 64-bit 
 def place_of(
     name: str,
 ) -> int:       # a byte of the file, far beyond its end
-    "The place of the lock of this name"
+    "The position of a lock's byte, from its name"
     return int.from_bytes(sha256(name.encode()).digest()[:8]) >> 2
 
 # %% ../nbs/00_ground/17_lock.ipynb #a4bd7478
@@ -47,7 +47,7 @@ def _inode(file):
 
 
 def _held_here(path):
-    "The name under which this process holds the file; None where it does not"
+    "The name under which this process holds the file; None if it does not"
     name, process = _HELD.get(_inode(path), (None, 0)) if path.exists() else (None, 0)
     return name if process == os.getpid() else None
 
@@ -102,7 +102,7 @@ class Lock:
 
 # %% ../nbs/00_ground/17_lock.ipynb #4d299110
 def _handle(process):
-    "A handle of a process; None where the system has none"
+    "A handle of a process; None if the system has no such handles"
     try: return os.pidfd_open(process)
     except (AttributeError, PermissionError): return None
     except OSError as error:

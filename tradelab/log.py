@@ -131,7 +131,7 @@ def _ours_or_warning(record): return record.name.split(".")[0] == "tradelab" or 
 
 
 def _install(handlers):
-    "Put these handlers in the place of those of the call before"
+    "Replace the handlers of the previous call"
     root = logging.getLogger()
     while _handlers:
         root.removeHandler(old := _handlers.pop())
@@ -177,7 +177,7 @@ def in_a_sentence(
 
 # %% ../nbs/00_ground/13_log.ipynb #3e787d17
 class _Unconfigured(logging.Handler):
-    "Prints warnings where nothing else would"
+    "Prints warnings if nothing else is configured"
     def emit(self, record):
         if logging.getLogger().handlers: return
         try: print(self.format(record), file=sys.stderr)

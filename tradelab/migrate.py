@@ -60,7 +60,7 @@ def words_of(
 def known_name(
     path:tuple,       # of names, from the outermost in
 )->str|None:
-    "Their name that this path ends with, the longest that there is"
+    "The longest known name at the end of a path"
     parts = [words_of(str(part)) for part in path]
     ends = ["_".join(parts[n:]) for n in range(len(parts))]
     return next((ALIASES.get(end, end) for end in ends if ALIASES.get(end, end) in KEYS), None)
@@ -72,7 +72,7 @@ DEEPEST = 20 # bytes, values, levels
 
 
 def _leaves(node, path, found):
-    "Paths and values below a node; a name that is known is not looked into"
+    "Paths and values below a node; a known name is not searched any deeper"
     if len(path) > DEEPEST or len(found) >= MOST: raise ValueError(f"more than {DEEPEST} levels or {MOST:,} values")
     if (isinstance(node, dict)
         and not (path and (known_name(path) in ("SYMBOLS",) or LATER.fullmatch(words_of(str(path[-1])))))):
@@ -82,7 +82,7 @@ def _leaves(node, path, found):
 
 
 def _parsed(path):
-    "The table that a file holds"
+    "The table in a file"
     if path.suffix == ".json": return read_json(path, LARGEST)
     if path.suffix in (".yaml", ".yml"): return read_yaml(path, LARGEST)
     read_bytes(path, LARGEST)
@@ -92,7 +92,7 @@ def _parsed(path):
 def read_foreign(
     path:str|Path,      # .json, .yaml, .yml, or lines NAME=value
 )->list[tuple]:     # (path of names, value)
-    "What a file of another system says; `ConfigurationError` where it cannot be read"
+    "The settings in a file of another system; ConfigurationError if it cannot be read"
     path = Path(path)
     try: table = _parsed(path)
     except FileNotFoundError: raise ConfigurationError(f"{path} cannot be read: there is no such file") from None
@@ -103,13 +103,13 @@ def read_foreign(
 
 # %% ../nbs/99_top/04_migrate.ipynb #b57fa3cb
 def truth(value:Any)->bool|None:
-    "Yes, no, or neither"
+    "True, False, or None for anything else"
     word = str(value).strip().lower()
     return False if word in FALSE else True if word in ("1", "true", "yes", "on") else None
 
 
 def number(value:Any)->float:
-    "A finite number above 0; ValueError saying why it is none"
+    "A finite number above 0; ValueError if it is not"
     if isinstance(value, bool): raise ValueError("is no number")
     try: found = float(str(value).strip().replace("_", "").removesuffix("%"))
     except (ValueError, OverflowError): raise ValueError("is no number") from None
@@ -121,7 +121,7 @@ def share(
     name:str,
     value:Any,
 )->float:        # a fraction
-    "A percentage or a fraction, as a fraction; ValueError where it can be both"
+    "A percentage or a fraction, as a fraction; ValueError if it could be either"
     found = number(value)
     if str(value).strip().endswith("%"): return round(found / 100, 12)
     key = KEYS[name]
@@ -144,7 +144,7 @@ PLACEHOLDER = re.compile(r"(?i)(your|my|change|replace|insert|todo|example|place
 
 
 def one_of(words:dict[str, str], value:Any)->str:
-    "The word of ours; ValueError naming all"
+    "Tradelab's word for a value; ValueError with all words if there is none"
     found = (words.get(str(value).strip()) or words.get(str(value).strip().upper())
              or words.get(str(value).strip().lower()))
     if found is None: raise ValueError(f"is not one of {', '.join(dict.fromkeys(words.values()))}")
@@ -152,7 +152,7 @@ def one_of(words:dict[str, str], value:Any)->str:
 
 # %% ../nbs/99_top/04_migrate.ipynb #08a7fa9e
 def symbols(value:Any)->str:
-    "Names of markets with commas; the job that trades them judges them"
+    "Names of markets, separated by commas; the job that trades them checks them"
     names = value if isinstance(value, (list, tuple)) else str(value).strip("[] ").split(",")
     names = [str(name).strip(" '\"") for name in names]
     if not all(re.fullmatch(r"[A-Za-z0-9]+([/:_-][A-Za-z0-9]+){0,2}", name) for name in names):
@@ -161,7 +161,7 @@ def symbols(value:Any)->str:
 
 
 def timeframe(value:Any)->str:
-    "A timeframe as we write it; ValueError where there is none of this name"
+    "A timeframe as tradelab writes it; ValueError if there is none of this name"
     from tradelab.times import milliseconds
     word = str(value).strip()
     word = word if word.endswith("M") else word.lower()
@@ -170,7 +170,7 @@ def timeframe(value:Any)->str:
 
 # %% ../nbs/99_top/04_migrate.ipynb #fb333e41
 def exchanges(value:Any)->list:
-    "Where history is asked for, this exchange first"
+    "The sources of history, this exchange first"
     word = str(value).strip().lower()
     if not re.fullmatch(r"[a-z0-9_-]+", word): raise ValueError("is not the name of an exchange")
     first = "binanceusdm" if word in BINANCE else word
@@ -178,7 +178,7 @@ def exchanges(value:Any)->list:
 
 
 def secret(value:Any)->str:
-    "A key; ValueError where it cannot be one"
+    "A key; ValueError if it cannot be one"
     word = str(value).strip()
     if not word or PLACEHOLDER.fullmatch(word): raise ValueError("is empty or a placeholder")
     if not re.fullmatch(r"[!-~]{8,512}", word): raise ValueError("is not a key of 8 to 512 letters without spaces")
@@ -187,7 +187,7 @@ def secret(value:Any)->str:
 # %% ../nbs/99_top/04_migrate.ipynb #cb0b3ef0
 @dataclass(frozen=True)
 class Taken:
-    "A value under our name"
+    "A value under tradelab's name"
     name:str                  # theirs
     key:str                   # ours
     value:object = field(repr=False)
@@ -214,7 +214,7 @@ def _toml(value): return json.dumps(value, ensure_ascii=False).replace("\x7f", "
 
 # %% ../nbs/99_top/04_migrate.ipynb #d45bb684
 def _account(said):
-    "The account that keys of the exchange are for; ValueError where it is not said"
+    "The account that keys are for; ValueError if the settings do not say"
     if str(said.get("EXCHANGE", "binance")).strip().lower() not in BINANCE:
         raise ValueError(f"is for {said['EXCHANGE']}, and orders go to Binance USD-M futures only")
     switches = [truth(said[name]) for name in ("SANDBOX", "BINANCE_TESTNET") if name in said]
@@ -224,7 +224,7 @@ def _account(said):
 
 
 def _venue(name, value, said):
-    "What a switch chooses, which is never real money; ValueError where it chooses nothing"
+    "The venue that a switch chooses, never real money; ValueError if it chooses none"
     answer = truth(value)
     if answer is None: raise ValueError("is neither true nor false")
     if not answer:
@@ -235,7 +235,7 @@ def _venue(name, value, said):
 
 # %% ../nbs/99_top/04_migrate.ipynb #02c1d7a9
 def _taken(name, value, said):
-    "One name under ours; ValueError saying why not"
+    "A setting under tradelab's name; ValueError if it cannot be taken"
     key = KEYS[name]
     if key == "venue":
         return Taken(name, key, _venue(name, value, said), f"and {name}=true in {DOTENV}, where it forbids real money")
@@ -258,7 +258,7 @@ def _taken(name, value, said):
 def translate(
     found:list,         # (path of names, value), of all files
 )->tuple[list, list]:   # `Taken`s, `Left`s
-    "Their settings under our names, and what is left"
+    "The settings of another system under tradelab's names, and those that were not taken"
     said: dict = {}
     taken = []
     left = []
@@ -286,7 +286,7 @@ def _lines(text):
 
 
 def _region(lines, table):
-    "First and last line of a table, after its header; None where there is no such table"
+    "First and last line of a table, after its header; None if there is no such table"
     starts = [n for n, line in enumerate(lines) if re.match(r"\s*\[", line)]
     if not table: return 0, starts[0] if starts else len(lines)
     for n in starts:
@@ -336,7 +336,7 @@ def _same(a, b):
 def differing(
     taken:list,      # of `Taken`
 )->list[str]:
-    "What is set already and differs, each with its place"
+    "Settings that exist already with another value, each with its place"
     places = [(where, keys) for where, keys in read_places() if where in (TOML, DOTENV)]
     found = [(each, where, keys[each.key]) for each in taken for where, keys in places if each.key in keys
              and not _same(each.value, keys[each.key])]
@@ -346,7 +346,7 @@ def differing(
 
 
 def _written(root, taken):
-    "The new texts of both files, proved to say what is wanted and nothing else"
+    "The new texts of both files, checked to set what is wanted and nothing else"
     texts = {name: read_text(root / name) if (root / name).exists() else "" for name in (TOML, DOTENV)}
     wanted = [(DOTENV, each.name, "true") for each in taken if each.key == "venue"]
     for each in taken:
@@ -357,7 +357,7 @@ def _written(root, taken):
 
 # %% ../nbs/99_top/04_migrate.ipynb #8bf1f5dd
 def _prove(root, texts, taken, variables):
-    "Read both texts back; `ConfigurationError` where one says something else"
+    "Read both texts back; ConfigurationError if one sets something else"
     with tempfile.TemporaryDirectory() as folder:
         new = Path(folder)
         for name, text in texts.items(): replace_files({new / name: text}, 0o600)
@@ -395,7 +395,7 @@ def write(
 
 # %% ../nbs/99_top/04_migrate.ipynb #8c6a0906
 def unheard()->list[str]:
-    "Each name of theirs that is set and has no effect here, with its place"
+    "Each variable of another system that is set and has no effect here, with its place"
     ours = {key for _, keys in read_places() for key in keys}
     found = [(name, where) for name, value, where in foreign_variables() if name in KEYS and value
              and KEYS[name] not in ours and not (name in FORBIDDING and truth(value) is False)]

@@ -59,7 +59,7 @@ _Machine = tuple[Signature, Callable[..., Any]] # what the definition of an intr
 
 
 def _intrinsic(plain):
-    "A decorator of definitions; where nothing is compiled, `plain` takes the place of the definition"
+    "A decorator for compiler definitions; if nothing is compiled, `plain` is used instead"
     return (lambda definition: plain) if UNCOMPILED else intrinsic
 
 # %% ../nbs/00_ground/01_native.ipynb #native007

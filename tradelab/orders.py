@@ -51,6 +51,7 @@ class Order:
     callback: float = 0.                # distance of a trailing stop, a fraction of the price
     in_force: TimeInForce = TimeInForce.GTC
     expires_in: float = inf             # candles
+    revision: int = 0                   # counts what was written into the slot
 
 # %% ../nbs/00_ground/09_orders.ipynb #b59b7640
 ORDER = np.dtype([("kind", "i8"), ("in_force", "i8"), ("quantity", "f8"), ("price", "f8"), ("trigger", "f8"),

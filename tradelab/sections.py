@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # %% ../nbs/00_ground/18_sections.ipynb #ede85153
 @dataclass(frozen=True)
 class Missing:
-    "A section that could not be made"
+    "A section that failed, with the reason"
     why: str
 
     def __str__(self) -> str: return self.why
@@ -30,7 +30,7 @@ class Missing:
 def section(
     make: Callable[[], Any],
 ) -> Any:
-    "What `make` returns, or `Missing` where it fails"
+    "What `make` returns, or `Missing` if it fails"
     try: return make()
     except Exception as error:
         return Missing(f"not shown: {error}" if isinstance(error, ValueError)

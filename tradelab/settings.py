@@ -123,7 +123,7 @@ STOPS = [("stop_loss", "f8"), ("take_profit", "f8"), ("trailing_stop", "f8"), ("
 # %% ../nbs/00_ground/08_settings.ipynb #1364cf47
 @dataclass(frozen=True)
 class Stops:
-    "When a position is closed whatever the policy says; 0: no such stop."
+    "Rules that close a position, whatever the policy says; 0 means no such rule."
     stop_loss: float = limit(.02, "against the position, a fraction of the entry price",
                              STOP_LOSS=(21, "closed: the price {value:g} is beyond the stop at {limit:g}"))
     take_profit: float = limit(.04, "in favour of the position",
@@ -416,11 +416,11 @@ def reduce_to_limits(
     value = notional / row["turnover"] if row["turnover"] > 0. else np.inf
     reduce_increase(row, share, PARTICIPATION if known else UNKNOWN, value, limits["max_participation"])
 
-# %% ../nbs/00_ground/08_settings.ipynb #dbf93927
+# %% ../nbs/00_ground/08_settings.ipynb #532f7ea4
 STYLES = ("market", "post_only", "slices")
 EXECUTION = np.dtype([("style", "i8"), ("patience", "f8"), ("slices", "f8"), ("protect", "i8"), ("orders", "i8")])
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #dbf93927
 @dataclass(frozen=True)
 class Execution:
     """How targets become orders.
@@ -458,7 +458,7 @@ WHEN_STALE = ("hold", "flat", "refuse")
 # %% ../nbs/00_ground/08_settings.ipynb #f1736a71
 @dataclass(frozen=True)
 class SeriesDefinition:
-    "Where figures come from, when they are known, and what happens when they are old"
+    "Where a series comes from, when its values are known, and what happens when they are stale"
     file: str = ""                         # CSV, JSON, parquet; or an address that begins with http
     columns: tuple = ("value",)            # names of the figures, str; a series without a column's name is the first
     reference: str = "reference_time"      # column of the time that a figure is about
@@ -489,7 +489,7 @@ AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, known here without torch
 # %% ../nbs/00_ground/08_settings.ipynb #4f8a0360
 @dataclass(frozen=True)
 class Training:
-    "How an agent is trained; None: as the agent itself chooses"
+    "How an agent is trained; None means the agent's own default"
     window: int = 1              # candles in an observation
     scaler: str = "standard"     # or "robust"
     learning_rate: float | None = None

@@ -260,7 +260,7 @@ class Trader(Holdings):
         self._see(closed.open_time, closed.values)
         traded = self.view.traded
         value_at_close(self.account, self.positions, traded, self._prices)
-        observation = self.view.stream.observe(self.account, self.positions)
+        observation = self.view.stream.observe(self.account, self.positions, self.limits)
         if closed.working is not None: self.orders["kind"] = NONE
         answer = (None if self.view.stream.waits
                   else self.policy.act(observation, self.memory, self._prices, self.orders))

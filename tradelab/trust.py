@@ -96,7 +96,7 @@ def check_trusted(
     module: str,  # import name
     file: Path,   # its source
 ) -> None:
-    "Refuse a module that nobody vouched for"
+    "Refuse a module that is not trusted"
     if (module.partition(".")[0] == "tradelab"
         and file.resolve().is_relative_to(Path(tradelab.__file__).resolve().parent)):
         return
@@ -114,7 +114,7 @@ SOURCE_LIMIT = 4_000_000 # bytes of a module that are looked at
 def parse_source(
     file: Path,
 ) -> ast.Module:
-    "The syntax tree of a source file; NotTrustedError where it cannot be read"
+    "The syntax tree of a source file; NotTrustedError if it cannot be read"
     try:
         return ast.parse(read_bytes(file, SOURCE_LIMIT))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -202,7 +202,7 @@ def _imported(module, file, node, kind, depth):
 
 # %% ../nbs/00_ground/19_trust.ipynb #96fd79fd
 class UnnamedError(TradelabError, LookupError, ValueError):
-    "There is nothing of this name"
+    "No object has this name"
 
     def __init__(self, sentence: str, known: tuple[str, ...] = ()) -> None:
         super().__init__(sentence)
@@ -221,7 +221,7 @@ def _check_declared(module, file, attribute, word):
 
 
 def _import_from(module, file):
-    "The module, imported; refused where Python took it from another file"
+    "The imported module; refused if Python found it in another file"
     if str(project_root()) not in sys.path: sys.path.append(str(project_root()))
     running = import_module(module)
     if running.__file__ is None or not Path(running.__file__).samefile(file):

@@ -119,6 +119,16 @@ def draw_price(
     axis.set_ylabel("Price [quote]")
 
 # %% ../../nbs/40_evaluation/08_chart.ipynb #33bbb94b
+def _draw_symbol(axis, symbol, candles, fills):
+    "Draw the price of one symbol in the style of the figure"
+    draw_price(axis, candles, fills[fills["symbol"] == symbol])
+    axis.set_title(figure_text(symbol), loc="left", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xmargin(0.01)
+    if axis.collections:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+
+# %% ../../nbs/40_evaluation/08_chart.ipynb #48e208f7
 def price_figure(
     candles:dict[str, pd.DataFrame], # by symbol
     fills:pd.DataFrame,              # of all of them
@@ -133,13 +143,7 @@ def price_figure(
     symbols = sorted(candles, key=lambda symbol: -counts.get(symbol, 0))[:most]
     figure, axes = plt.subplots(len(symbols), 1, figsize=(9, 1. + 2.4 * len(symbols)), sharex=True, squeeze=False,
                                 layout="constrained")
-    for axis, symbol in zip(axes[:, 0], symbols):
-        draw_price(axis, candles[symbol], fills[fills["symbol"] == symbol])
-        axis.set_title(figure_text(symbol), loc="left", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xmargin(0.01)
-        if axis.collections:
-            axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    for axis, symbol in zip(axes[:, 0], symbols): _draw_symbol(axis, symbol, candles[symbol], fills)
     left = len(candles) - len(symbols)
     figure.suptitle(figure_text(title, 110) + (f"; {left} symbols that were traded less are not shown" if left else ""),
                     fontsize=10, x=.01, ha="left")

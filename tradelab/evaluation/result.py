@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .chart import MOST_TRADED, chart, price_figure
-from .intervals import intervals
+from .intervals import Intervals, intervals
 from .metrics import Metrics, RunResult, journal_round_trips, metrics
 from .risk_report import RiskReport
 from .round_trips import execution, round_trips
@@ -138,7 +138,7 @@ class Result:
 
     @cached
     def round_trips(self)->pd.DataFrame:
-        "A row per finished one, with excursions if the fills are known; a journal cannot separate two of one candle"
+        "A row per finished round trip; with excursions if there are fills (a journal merges those of one candle)"
         return _round_trips(self)
 
     @cached
@@ -152,7 +152,7 @@ class Result:
 
     @once
     def summary(self)->Metrics: return metrics(self.equity, self.journal, round_trips=self.round_trips)
-    def intervals(self, level:float=.95, draws:int=1_000, seed:int=0)->pd.DataFrame:
+    def intervals(self, level:float=.95, draws:int=1_000, seed:int=0)->Intervals:
         "Confidence intervals of the metrics"
         return intervals(self.equity, level, draws, seed)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def denials(
     journal:pd.DataFrame,   # columns of JOURNAL and symbol, index open_time
 )->pd.DataFrame:            # a row per reason: how often, for whom, when last, and the sentence of that time
-    "What the rules denied or reduced, and why"
+    "What the limits denied or reduced, and why"
     told = journal[journal["reason"] != Reason.ACCEPTED]
     rows = []
     for code, group in told.groupby("reason"):

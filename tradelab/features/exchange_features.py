@@ -26,8 +26,9 @@ def _basis(state, parameters, candle, out):
     out[0] = candle[CLOSE] / candle[INDEX_PRICE] - 1.
 
 
-funding_rate = Indicator("funding_rate", _funding_rate, {}, ("value",), lambda: 0, lambda: 1, (FUNDING_RATE,))
-basis = Indicator("basis", _basis, {}, ("value",), lambda: 0, lambda: 1, (INDEX_PRICE,))
+funding_rate = Indicator(name="funding_rate", update=_funding_rate,
+                         state=lambda: {}, warm_up=lambda: 1, needs=(FUNDING_RATE,))
+basis = Indicator(name="basis", update=_basis, state=lambda: {}, warm_up=lambda: 1, needs=(INDEX_PRICE,))
 
 # %% ../../nbs/20_features/09_exchange_features.ipynb #9185621b
 @inlined
@@ -48,10 +49,14 @@ def _taker_share(state, parameters, candle, out):
     if complete(state): out[0] = max(min(bought / volume, 1.), 0.) if volume > 0. else .5
 
 
-quote_volume = Indicator("quote_volume", _quote_volume, {"window": 20}, ("relative", "mean"), lambda window: window + 5,
-                         lambda window: window, (QUOTE_VOLUME,))
-taker_share = Indicator("taker_share", _taker_share, {"window": 1}, ("value",), lambda window: 2 * window + 8,
-                        lambda window: window, (TAKER_BUY_VOLUME,))
+quote_volume = Indicator(name="quote_volume", update=_quote_volume, parameters={"window": 20},
+                         outputs=("relative", "mean"),
+                         state=lambda window: {"clock": 2, "sum": 3, "ring": window},
+                         warm_up=lambda window: window, needs=(QUOTE_VOLUME,))
+taker_share = Indicator(name="taker_share", update=_taker_share, parameters={"window": 1},
+                        state=lambda window: {"clock": 2, "bought": 3, "volume": 3, "buys": window,
+                                              "volumes": window},
+                        warm_up=lambda window: window, needs=(TAKER_BUY_VOLUME,))
 
 # %% ../../nbs/20_features/09_exchange_features.ipynb #b317e99f
 DAY = 86_400_000. # ms
@@ -73,5 +78,7 @@ def _time_of_week(state, parameters, candle, out):
     out[1] = np.cos(angle)
 
 
-time_of_day = Indicator("time_of_day", _time_of_day, {}, ("sin", "cos"), lambda: 0, lambda: 1, (OPEN_TIME,))
-time_of_week = Indicator("time_of_week", _time_of_week, {}, ("sin", "cos"), lambda: 0, lambda: 1, (OPEN_TIME,))
+time_of_day = Indicator(name="time_of_day", update=_time_of_day, outputs=("sin", "cos"),
+                        state=lambda: {}, warm_up=lambda: 1, needs=(OPEN_TIME,))
+time_of_week = Indicator(name="time_of_week", update=_time_of_week, outputs=("sin", "cos"),
+                         state=lambda: {}, warm_up=lambda: 1, needs=(OPEN_TIME,))

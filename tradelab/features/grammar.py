@@ -29,7 +29,7 @@ def _series(state, parameters, candle, out):
     out[1] = candle[INDEX_PRICE]
 
 
-series = Indicator("series", _series, {}, ("value", "age"), lambda: 0, lambda: 1)
+series = Indicator(name="series", update=_series, outputs=("value", "age"), state=lambda: {}, warm_up=lambda: 1)
 _NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)?", re.ASCII)
 
 # %% ../../nbs/20_features/11_grammar.ipynb #b9efc54e

@@ -38,7 +38,8 @@ def _return(state, parameters, candle, out):
     if before > 0.: out[0] = candle[CLOSE] / before - 1.
 
 
-return_ = Indicator("return", _return, {"window": 1}, ("value",), lambda window: window + 2, lambda window: window + 1)
+return_ = Indicator(name="return", update=_return, parameters={"window": 1},
+                    state=lambda window: {"clock": 2, "ring": window}, warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #2eee5b7a
 @inlined
@@ -55,9 +56,10 @@ def _roc(state, parameters, candle, out):
     if before > 0.: out[0] = 100. * (candle[CLOSE] - before) / before
 
 
-log_return = Indicator("log_return", _log_return, {"window": 1}, ("value",), lambda window: window + 2,
-                       lambda window: window + 1)
-roc = Indicator("roc", _roc, {"window": 12}, ("value",), lambda window: window + 2, lambda window: window + 1)
+log_return = Indicator(name="log_return", update=_log_return, parameters={"window": 1},
+                       state=lambda window: {"clock": 2, "ring": window}, warm_up=lambda window: window + 1)
+roc = Indicator(name="roc", update=_roc, parameters={"window": 12},
+                state=lambda window: {"clock": 2, "ring": window}, warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #3ca7f5ce
 @inlined
@@ -81,7 +83,9 @@ def _rsi(state, parameters, candle, out):
     out[0] = _strength(state, parameters[0], candle[CLOSE])
 
 
-rsi = Indicator("rsi", _rsi, {"window": 14}, ("value",), lambda window: 6, lambda window: forgetting(1 / window) + 1)
+rsi = Indicator(name="rsi", update=_rsi, parameters={"window": 14},
+                state=lambda window: {"close": 2, "count": 1, "gain": 1, "loss": 1, "rest": 1},
+                warm_up=lambda window: forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #786ccdb8
 @inlined
@@ -103,8 +107,9 @@ def _tsi(state, parameters, candle, out):
     if state[2] >= settled: out[0] = 100. * max(min(net / way, 1.), -1.) if way > 0. else 0.
 
 
-tsi = Indicator("tsi", _tsi, {"slow": 25, "fast": 13}, ("value",), lambda slow, fast: 8,
-                lambda slow, fast: forgetting(2 / (slow + 1)) + forgetting(2 / (fast + 1)) + 1)
+tsi = Indicator(name="tsi", update=_tsi, parameters={"slow": 25, "fast": 13},
+                state=lambda slow, fast: {"close": 2, "count": 1, "change": 2, "size": 2, "rest": 1},
+                warm_up=lambda slow, fast: forgetting(2 / (slow + 1)) + forgetting(2 / (fast + 1)) + 1)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #7c2860f2
 @inlined
@@ -127,9 +132,11 @@ def _ppo(state, parameters, candle, out):
     out[2] = value - signal
 
 
-ppo = Indicator("ppo", _ppo, {"fast": 12, "slow": 26, "signal": 9}, ("ppo", "signal", "histogram"), lambda fast, slow,
-                signal: 6,
-                lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
+ppo = Indicator(name="ppo", update=_ppo, parameters={"fast": 12, "slow": 26, "signal": 9},
+                outputs=("ppo", "signal", "histogram"),
+                state=lambda fast, slow, signal: {"count": 1, "fast": 1, "slow": 1, "signal": 1, "close": 1,
+                                                  "rest": 1},
+                warm_up=lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
 
 # %% ../../nbs/20_features/06_momentum.ipynb #f31ded74
 @inlined
@@ -152,8 +159,11 @@ def _stochastic(state, parameters, candle, out):
     out[1] = _mean_of_last(state, out[0], days, 4, 6 + 2 * clock[1])
 
 
-stochastic = Indicator("stochastic", _stochastic, {"window": 14, "smooth": 3}, ("k", "d"),
-                       lambda window, smooth: 2 * window + 2 * smooth + 6, lambda window, smooth: window + smooth - 1)
+stochastic = Indicator(name="stochastic", update=_stochastic, parameters={"window": 14, "smooth": 3},
+                       outputs=("k", "d"),
+                       state=lambda window, smooth: {"clock": 2, "high": 1, "low": 1, "d clock": 2, "highs": window,
+                                                     "lows": window, "d strip": 2 * smooth},
+                       warm_up=lambda window, smooth: window + smooth - 1)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #754029a0
 @inlined
@@ -173,10 +183,14 @@ def _stochastic_rsi(state, parameters, candle, out):
     if not np.isnan(out[1]): out[2] = _mean_of_last(state, out[1], second, 12, 14 + 2 * (window + first))
 
 
-stochastic_rsi = Indicator("stochastic_rsi", _stochastic_rsi, {"window": 14, "smooth": 3, "signal": 3},
-                           ("value", "k", "d"),
-                           lambda window, smooth, signal: 2 * (window + smooth + signal) + 14,
-                           lambda window, smooth, signal: forgetting(1 / window) + window + smooth + signal - 2)
+stochastic_rsi = Indicator(name="stochastic_rsi", update=_stochastic_rsi, 
+                           parameters={"window": 14, "smooth": 3, "signal": 3},
+                           outputs=("value", "k", "d"),
+                           state=lambda window, smooth, signal: {"rsi": 6, "clock": 2, "high": 1, "low": 1,
+                                                                 "k clock": 2, "d clock": 2, "highs": window,
+                                                                 "lows": window, "k strip": 2 * smooth,
+                                                                 "d strip": 2 * signal},
+                           warm_up=lambda window, smooth, signal: forgetting(1 / window) + window + smooth + signal - 2)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #a83727b5
 @inlined
@@ -188,8 +202,9 @@ def _williams_r(state, parameters, candle, out):
     if complete(state): out[0] = -100. * ((high - candle[CLOSE]) / (high - low)) if high > low else -50.
 
 
-williams_r = Indicator("williams_r", _williams_r, {"window": 14}, ("value",), lambda window: 2 * window + 4,
-                       lambda window: window)
+williams_r = Indicator(name="williams_r", update=_williams_r, parameters={"window": 14},
+                       state=lambda window: {"clock": 2, "high": 1, "low": 1, "highs": window, "lows": window},
+                       warm_up=lambda window: window)
 
 # %% ../../nbs/20_features/06_momentum.ipynb #9007ab7b
 @inlined
@@ -207,4 +222,5 @@ def _cci(state, parameters, candle, out):
               else 0.)
 
 
-cci = Indicator("cci", _cci, {"window": 20}, ("value",), lambda window: 2 * window + 6, lambda window: window)
+cci = Indicator(name="cci", update=_cci, parameters={"window": 20},
+                state=lambda window: {"clock": 2, "newest": 4, "strip": 2 * window}, warm_up=lambda window: window)

@@ -107,8 +107,9 @@ def _regime(state, parameters, candle, out):
     out[1] = state[1 + number]
 
 # %% ../../nbs/20_features/13_regime.ipynb #9603ab31
-regime = Indicator("tradelab.features.regime:regime", _regime, PARAMETERS, OUTPUTS, lambda *parameters: 9 + LAW,
-                   lambda *parameters: 2 + math.ceil(12 * max(parameters[6:10])))
+regime = Indicator(name="tradelab.features.regime:regime", update=_regime, parameters=PARAMETERS, outputs=OUTPUTS,
+                   state=lambda *parameters: {"close": 1, "probabilities": 4, "predicted": 4, "law": LAW},
+                   warm_up=lambda *parameters: 2 + math.ceil(12 * max(parameters[6:10])))
 
 # %% ../../nbs/20_features/13_regime.ipynb #36c60bdb
 @inlined

@@ -131,9 +131,9 @@ def laid_out(
         parameters = np.array(feature.parameters, float)
         loop = -1
         cells = 0
-        if indicator.update is not None and indicator.state_size is not None:
+        if indicator.update is not None:
             loop = address(indicator.update, len(indicator.outputs), feature.column)
-            cells = indicator.state_size(*feature.parameters)
+            cells = indicator.cells(feature.parameters, feature.column)
         state = np.zeros(cells)
         ring = np.r_[0., np.full(feature.lag, np.nan)]
         starts = np.cumsum([sum(map(len, memory)), len(state), len(ring)])

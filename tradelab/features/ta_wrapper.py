@@ -72,7 +72,7 @@ def beyond(
 REST = 100 # candles, at least
 
 # %% ../../nbs/20_features/10_ta_wrapper.ipynb #6acd3a91
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LibraryIndicator(Indicator):
     "An indicator of ta; there is no compiled update"
     path:str="" # module and function of ta
@@ -145,8 +145,8 @@ _LIBRARY: dict[str, tuple[Mapping[str, float], Callable[..., int], float, str]] 
 @cache
 def library()->dict[str, LibraryIndicator]: # by name
     "Every indicator of ta that has no update of its own here"
-    return {path.split(".")[1]: LibraryIndicator(path.split(".")[1], None, parameters, ("value",), None, warm_up, (),
-                                                 path, neutral, change)
+    return {path.split(".")[1]: LibraryIndicator(name=path.split(".")[1], parameters=parameters, warm_up=warm_up,
+                                                 path=path, neutral=neutral, change=change)
             for path, (parameters, warm_up, neutral, change) in _LIBRARY.items()}
 
 # %% ../../nbs/20_features/10_ta_wrapper.ipynb #b357f03a

@@ -48,7 +48,8 @@ def _sma(state, parameters, candle, out):
     out[1] = candle[CLOSE] / out[0] - 1.
 
 
-sma = Indicator("sma", _sma, {"window": 20}, ("value", "relative"), lambda window: window + 5, lambda window: window)
+sma = Indicator(name="sma", update=_sma, parameters={"window": 20}, outputs=("value", "relative"),
+                state=lambda window: {"clock": 2, "sum": 3, "ring": window}, warm_up=lambda window: window)
 
 # %% ../../nbs/20_features/05_trend.ipynb #ceb01463
 @inlined
@@ -65,8 +66,9 @@ def _ema(state, parameters, candle, out):
     out[1] = close / average - 1.
 
 
-ema = Indicator("ema", _ema, {"window": 20}, ("value", "relative"), lambda window: 4,
-                lambda window: forgetting(2 / (window + 1)))
+ema = Indicator(name="ema", update=_ema, parameters={"window": 20}, outputs=("value", "relative"),
+                state=lambda window: {"count": 1, "average": 1, "close": 1, "rest": 1},
+                warm_up=lambda window: forgetting(2 / (window + 1)))
 
 # %% ../../nbs/20_features/05_trend.ipynb #571e416b
 @inlined
@@ -98,7 +100,8 @@ def _wma(state, parameters, candle, out):
     out[1] = close / out[0] - 1.
 
 # %% ../../nbs/20_features/05_trend.ipynb #8efb004a
-wma = Indicator("wma", _wma, {"window": 9}, ("value", "relative"), lambda window: 2 * window + 6, lambda window: window)
+wma = Indicator(name="wma", update=_wma, parameters={"window": 9}, outputs=("value", "relative"),
+                state=lambda window: {"clock": 2, "newest": 4, "strip": 2 * window}, warm_up=lambda window: window)
 
 # %% ../../nbs/20_features/05_trend.ipynb #c0bf751d
 @inlined
@@ -144,9 +147,11 @@ def _kama(state, parameters, candle, out):
     out[1] = close / average - 1.
 
 
-kama = Indicator("kama", _kama, {"window": 10, "fast": 2, "slow": 30}, ("value", "relative"), lambda window, fast,
-                 slow: 2 * window + 7,
-                 lambda window, fast, slow: window + forgetting((2 / (max(fast, slow) + 1)) ** 2) // 6)
+kama = Indicator(name="kama", update=_kama, parameters={"window": 10, "fast": 2, "slow": 30},
+                 outputs=("value", "relative"),
+                 state=lambda window, fast, slow: {"clock": 2, "close": 1, "average": 1, "way": 2, "rest": 1,
+                                                   "changes": window, "closes": window},
+                 warm_up=lambda window, fast, slow: window + forgetting((2 / (max(fast, slow) + 1)) ** 2) // 6)
 
 # %% ../../nbs/20_features/05_trend.ipynb #eb58f8fd
 @inlined
@@ -169,9 +174,12 @@ def _macd(state, parameters, candle, out):
     out[3] = out[2] / candle[CLOSE]
 
 
-macd = Indicator("macd", _macd, {"fast": 12, "slow": 26, "signal": 9}, ("macd", "signal", "histogram", "relative"),
-                 lambda fast, slow, signal: 6,
-                 lambda fast, slow, signal: forgetting(2 / (max(fast, slow) + 1)) + forgetting(2 / (signal + 1)))
+macd = Indicator(name="macd", update=_macd, parameters={"fast": 12, "slow": 26, "signal": 9},
+                 outputs=("macd", "signal", "histogram", "relative"),
+                 state=lambda fast, slow, signal: {"count": 1, "fast": 1, "slow": 1, "signal": 1, "close": 1,
+                                                   "rest": 1},
+                 warm_up=lambda fast, slow, signal: (forgetting(2 / (max(fast, slow) + 1))
+                                                    + forgetting(2 / (signal + 1))))
 
 # %% ../../nbs/20_features/05_trend.ipynb #bcb3162c
 @inlined
@@ -189,8 +197,9 @@ def _trix(state, parameters, candle, out):
     if state[0] > parameters[0]: out[0] = 100. * (value / before - 1.)
 
 
-trix = Indicator("trix", _trix, {"window": 15}, ("value",), lambda window: 6,
-                 lambda window: 3 * forgetting(2 / (window + 1)) + 1)
+trix = Indicator(name="trix", update=_trix, parameters={"window": 15},
+                 state=lambda window: {"count": 1, "first": 1, "second": 1, "third": 1, "close": 1, "rest": 1},
+                 warm_up=lambda window: 3 * forgetting(2 / (window + 1)) + 1)
 
 # %% ../../nbs/20_features/05_trend.ipynb #cfe08255
 @inlined
@@ -227,8 +236,10 @@ def _adx(state, parameters, candle, out):
     if state[4] >= window: out[0] = index
 
 # %% ../../nbs/20_features/05_trend.ipynb #ca242d23
-adx = Indicator("adx", _adx, {"window": 14}, ("adx", "plus", "minus"), lambda window: 10,
-                lambda window: 2 * forgetting(1 / window) + 1)
+adx = Indicator(name="adx", update=_adx, parameters={"window": 14}, outputs=("adx", "plus", "minus"),
+                state=lambda window: {"high": 1, "low": 1, "close": 1, "count": 1, "settled": 1, "plus": 1,
+                                      "minus": 1, "range": 1, "index": 1, "rest": 1},
+                warm_up=lambda window: 2 * forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/05_trend.ipynb #32ddd67f
 @inlined
@@ -245,8 +256,9 @@ def _aroon(state, parameters, candle, out):
     out[0] = out[1] - out[2]
 
 
-aroon = Indicator("aroon", _aroon, {"window": 25}, ("oscillator", "up", "down"), lambda window: 2 * window + 8,
-                  lambda window: window + 1)
+aroon = Indicator(name="aroon", update=_aroon, parameters={"window": 25}, outputs=("oscillator", "up", "down"),
+                  state=lambda window: {"clock": 2, "high": 2, "low": 2, "highs": window + 1, "lows": window + 1},
+                  warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/05_trend.ipynb #4a862430
 @inlined
@@ -270,8 +282,10 @@ def _vortex(state, parameters, candle, out):
     out[0] = out[1] - out[2]
 
 
-vortex = Indicator("vortex", _vortex, {"window": 14}, ("difference", "plus", "minus"), lambda window: 3 * window + 14,
-                   lambda window: window + 1)
+vortex = Indicator(name="vortex", update=_vortex, parameters={"window": 14}, outputs=("difference", "plus", "minus"),
+                   state=lambda window: {"clock": 2, "high": 1, "low": 1, "close": 1, "up": 3, "down": 3, "range": 3,
+                                         "ups": window, "downs": window, "ranges": window},
+                   warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/05_trend.ipynb #31b8ba34
 @inlined
@@ -325,8 +339,11 @@ def _psar(state, parameters, candle, out):
     out[2] = state[0]
 
 # %% ../../nbs/20_features/05_trend.ipynb #3ee5f44b
-psar = Indicator("psar", _psar, {"step": .02, "maximum": .2}, ("value", "relative", "trend"), lambda step, maximum: 7,
-                 lambda step, maximum: 50 + int(np.ceil(10 / step)))
+psar = Indicator(name="psar", update=_psar, parameters={"step": .02, "maximum": .2},
+                 outputs=("value", "relative", "trend"),
+                 state=lambda step, maximum: {"side": 1, "stop": 1, "extreme": 1, "acceleration": 1, "high": 1,
+                                              "low": 1, "rest": 1},
+                 warm_up=lambda step, maximum: 50 + int(np.ceil(10 / step)))
 
 # %% ../../nbs/20_features/05_trend.ipynb #acba4d31
 @inlined
@@ -348,7 +365,9 @@ def _ichimoku(state, parameters, candle, out):
     out[3] = _middle(state, parameters[2], candle, 8, 12 + 2 * (first + second))
 
 
-ichimoku = Indicator("ichimoku", _ichimoku, {"conversion": 9, "base": 26, "span": 52},
-                     ("conversion", "base", "span_a", "span_b"),
-                     lambda conversion, base, span: 2 * (conversion + base + span) + 12, lambda conversion, base,
-                     span: max(conversion, base, span))
+ichimoku = Indicator(name="ichimoku", update=_ichimoku, parameters={"conversion": 9, "base": 26, "span": 52},
+                     outputs=("conversion", "base", "span_a", "span_b"),
+                     state=lambda conversion, base, span: {"conversion": 4, "base": 4, "span": 4,
+                                                           "conversion rings": 2 * conversion, "base rings": 2 * base,
+                                                           "span rings": 2 * span},
+                     warm_up=lambda conversion, base, span: max(conversion, base, span))

@@ -57,8 +57,9 @@ def _atr(state, parameters, candle, out):
     out[1] = average / candle[CLOSE]
 
 
-atr = Indicator("atr", _atr, {"window": 14}, ("value", "relative"), lambda window: 5,
-                lambda window: forgetting(1 / window) + 1)
+atr = Indicator(name="atr", update=_atr, parameters={"window": 14}, outputs=("value", "relative"),
+                state=lambda window: {"close": 1, "count": 1, "average": 1, "range": 1, "rest": 1},
+                warm_up=lambda window: forgetting(1 / window) + 1)
 
 # %% ../../nbs/20_features/07_volatility.ipynb #04e84211
 @inlined
@@ -79,9 +80,10 @@ def _bollinger(state, parameters, candle, out):
     out[4] = middle
 
 
-bollinger = Indicator("bollinger", _bollinger, {"window": 20, "deviations": 2.},
-                      ("percent", "width", "upper", "lower", "middle"),
-                      lambda window, deviations: 2 * window + 6, lambda window, deviations: window)
+bollinger = Indicator(name="bollinger", update=_bollinger, parameters={"window": 20, "deviations": 2.},
+                      outputs=("percent", "width", "upper", "lower", "middle"),
+                      state=lambda window, deviations: {"clock": 2, "newest": 4, "strip": 2 * window},
+                      warm_up=lambda window, deviations: window)
 
 # %% ../../nbs/20_features/07_volatility.ipynb #078debad
 @inlined
@@ -96,8 +98,9 @@ def _volatility(state, parameters, candle, out):
     if complete(state, 2): out[0] = moments(state, change, 4, start, clock[1])[1]
 
 
-volatility = Indicator("volatility", _volatility, {"window": 20}, ("value",), lambda window: 2 * window + 8,
-                       lambda window: window + 1)
+volatility = Indicator(name="volatility", update=_volatility, parameters={"window": 20},
+                       state=lambda window: {"close": 2, "clock": 2, "newest": 4, "strip": 2 * window},
+                       warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/07_volatility.ipynb #5eec9aa8
 @inlined
@@ -110,8 +113,9 @@ def _realised_volatility(state, parameters, candle, out):
     if full: out[0] = np.sqrt(summed)
 
 
-realised_volatility = Indicator("realised_volatility", _realised_volatility, {"window": 24}, ("value",),
-                                lambda window: window + 7, lambda window: window + 1)
+realised_volatility = Indicator(name="realised_volatility", update=_realised_volatility, parameters={"window": 24},
+                                state=lambda window: {"close": 2, "clock": 2, "sum": 3, "ring": window},
+                                warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/07_volatility.ipynb #f5497c0a
 @inlined
@@ -125,8 +129,10 @@ def _ulcer(state, parameters, candle, out):
     if complete(state, 3): out[0] = np.sqrt(summed / parameters[0])
 
 
-ulcer = Indicator("ulcer", _ulcer, {"window": 14}, ("value",), lambda window: 2 * window + 8,
-                  lambda window: 2 * window - 1)
+ulcer = Indicator(name="ulcer", update=_ulcer, parameters={"window": 14},
+                  state=lambda window: {"clock": 2, "high": 1, "drawdown clock": 2, "sum": 3, "highs": window,
+                                        "drawdowns": window},
+                  warm_up=lambda window: 2 * window - 1)
 
 # %% ../../nbs/20_features/07_volatility.ipynb #3bda5e0c
 @inlined
@@ -145,10 +151,11 @@ def _keltner(state, parameters, candle, out):
     out[4] = middle
 
 
-keltner = Indicator("keltner", _keltner, {"window": 20, "atr": 10, "multiplier": 2.},
-                    ("percent", "width", "upper", "lower", "middle"),
-                    lambda window, atr, multiplier: 6, lambda window, atr, multiplier: max(forgetting(2 / (window + 1)),
-    forgetting(1 / atr) + 1))
+keltner = Indicator(name="keltner", update=_keltner, parameters={"window": 20, "atr": 10, "multiplier": 2.},
+                    outputs=("percent", "width", "upper", "lower", "middle"),
+                    state=lambda window, atr, multiplier: {"close": 1, "count": 1, "average range": 1, "range": 1,
+                                                           "rest": 1, "middle": 1},
+                    warm_up=lambda window, atr, multiplier: max(forgetting(2 / (window + 1)), forgetting(1 / atr) + 1))
 
 # %% ../../nbs/20_features/07_volatility.ipynb #07768cf2
 @inlined
@@ -163,5 +170,7 @@ def _donchian(state, parameters, candle, out):
     out[2] = lower
 
 
-donchian = Indicator("donchian", _donchian, {"window": 20}, ("position", "upper", "lower"),
-                     lambda window: 2 * window + 4, lambda window: window)
+donchian = Indicator(name="donchian", update=_donchian, parameters={"window": 20},
+                     outputs=("position", "upper", "lower"),
+                     state=lambda window: {"clock": 2, "high": 1, "low": 1, "highs": window, "lows": window},
+                     warm_up=lambda window: window)

@@ -38,7 +38,10 @@ def _mfi(state, parameters, candle, out):
     if full: out[0] = 100. * (rise / (rise + fall)) if rise + fall > 0. else 50.
 
 
-mfi = Indicator("mfi", _mfi, {"window": 14}, ("value",), lambda window: 2 * window + 10, lambda window: window + 1)
+mfi = Indicator(name="mfi", update=_mfi, parameters={"window": 14},
+                state=lambda window: {"typical": 2, "clock": 2, "rise": 3, "fall": 3, "rises": window,
+                                      "falls": window},
+                warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/08_volume.ipynb #302bc5d2
 @inlined
@@ -59,7 +62,9 @@ def _cmf(state, parameters, candle, out):
     if complete(state): out[0] = max(min(flow / volume, 1.), -1.) if volume > 0. else 0.
 
 
-cmf = Indicator("cmf", _cmf, {"window": 20}, ("value",), lambda window: 2 * window + 8, lambda window: window)
+cmf = Indicator(name="cmf", update=_cmf, parameters={"window": 20},
+                state=lambda window: {"clock": 2, "flow": 3, "volume": 3, "flows": window, "volumes": window},
+                warm_up=lambda window: window)
 
 # %% ../../nbs/20_features/08_volume.ipynb #b9c46cd1
 @inlined
@@ -69,8 +74,8 @@ def _ad_change(state, parameters, candle, out):
     if complete(state): out[0] = flow
 
 
-ad_change = Indicator("ad_change", _ad_change, {"window": 20}, ("value",), lambda window: window + 5,
-                      lambda window: window)
+ad_change = Indicator(name="ad_change", update=_ad_change, parameters={"window": 20},
+                      state=lambda window: {"clock": 2, "sum": 3, "ring": window}, warm_up=lambda window: window)
 
 # %% ../../nbs/20_features/08_volume.ipynb #e16d36f6
 @inlined
@@ -87,8 +92,11 @@ def _obv_change(state, parameters, candle, out):
     out[1] = max(min(flow / volume, 1.), -1.) if volume > 0. else 0.
 
 
-obv_change = Indicator("obv_change", _obv_change, {"window": 20}, ("value", "relative"), lambda window: 2 * window + 10,
-                       lambda window: window + 1)
+obv_change = Indicator(name="obv_change", update=_obv_change, parameters={"window": 20},
+                       outputs=("value", "relative"),
+                       state=lambda window: {"close": 2, "clock": 2, "flow": 3, "volume": 3, "flows": window,
+                                             "volumes": window},
+                       warm_up=lambda window: window + 1)
 
 # %% ../../nbs/20_features/08_volume.ipynb #31592a9a
 NOTHING = 1e-280 # volume
@@ -106,8 +114,9 @@ def _vwap(state, parameters, candle, out):
     out[1] = candle[CLOSE] / out[0] - 1.
 
 
-vwap = Indicator("vwap", _vwap, {"window": 14}, ("value", "relative"), lambda window: 2 * window + 8,
-                 lambda window: window)
+vwap = Indicator(name="vwap", update=_vwap, parameters={"window": 14}, outputs=("value", "relative"),
+                 state=lambda window: {"clock": 2, "money": 3, "volume": 3, "moneys": window, "volumes": window},
+                 warm_up=lambda window: window)
 
 # %% ../../nbs/20_features/08_volume.ipynb #6046638a
 @inlined
@@ -131,8 +140,11 @@ def _force_index(state, parameters, candle, out):
     out[1] = force / volume / candle[CLOSE] if volume > 0. else 0.
 
 
-force_index = Indicator("force_index", _force_index, {"window": 13}, ("value", "relative"), lambda window: 9,
-                        lambda window: 2 * forgetting(2 / (window + 1)) + 1)
+force_index = Indicator(name="force_index", update=_force_index, parameters={"window": 13},
+                        outputs=("value", "relative"),
+                        state=lambda window: {"close": 2, "count": 1, "force": 1, "volume": 1, "pushed": 1,
+                                              "traded": 1, "force rest": 1, "volume rest": 1},
+                        warm_up=lambda window: 2 * forgetting(2 / (window + 1)) + 1)
 
 # %% ../../nbs/20_features/08_volume.ipynb #75927b77
 @inlined
@@ -142,5 +154,5 @@ def _volume_ratio(state, parameters, candle, out):
     if complete(state): out[0] = parameters[0] * (candle[VOLUME] / volume) if volume > 0. else 1.
 
 
-volume_ratio = Indicator("volume_ratio", _volume_ratio, {"window": 20}, ("value",), lambda window: window + 5,
-                         lambda window: window)
+volume_ratio = Indicator(name="volume_ratio", update=_volume_ratio, parameters={"window": 20},
+                         state=lambda window: {"clock": 2, "sum": 3, "ring": window}, warm_up=lambda window: window)

@@ -50,7 +50,7 @@ from ..times import format_time, milliseconds, to_ms
 # %% ../../nbs/80_learn/02_agents.ipynb #bf4eb52d
 @dataclass(frozen=True)
 class Agent:
-    "An algorithm with its default settings; `train` takes others"
+    "An algorithm with its default settings, which `train` can override"
     name:str
     build:Callable        # (env, steps, keywords that both share) -> model
     learning_rate:float
@@ -141,7 +141,7 @@ def learn(
     callback:LearningCurveCallback,
     steps:int,
 )->bool:             # whether it was interrupted
-    "Learn for that many steps, or until Ctrl-C"
+    "Train for a number of steps, or until Ctrl-C"
     try: model.learn(steps, callback=callback)
     except KeyboardInterrupt:
         if model._n_updates == 0:
@@ -208,7 +208,7 @@ def _fitted(observation, frames, symbols, scaler, gaps):
 
 
 def _config(agent, market, **told):
-    "What a run says of its training; what was not told is the agent's"
+    "The settings of a training for its run; defaults come from the agent"
     own = {name: told[name] or getattr(agent, name) for name in ("learning_rate", "batch_size", "n_envs")}
     return {"agent": agent.name, "steps": told["steps"], "interrupted": False, **own, "net": told["net"],
             "gamma": told["gamma"], "seed": told["seed"], "threads": 1, "symbols": list(market.data.symbols),
@@ -219,7 +219,7 @@ def _episode(market): return min(EPISODE, longest_episode(market))
 
 
 def _series(series, market, config):
-    "What a run says of the series that its features read"
+    "The series of a training, for its run"
     if not series: return {}
     return {"series": series_record({name: series[name] for name in market.observation.series},
                                     to_ms(config["span"][1]) + milliseconds(market.data.timeframe))}

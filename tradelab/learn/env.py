@@ -127,7 +127,8 @@ def _step_many(address):
             rewards[b] += step_reward(state.account[0], reward_state[b], p["weight"], p["penalty"])
             asked = (arrays.waits[min(at[b], len(arrays.waits) - 1)] == 0 or state.account[0]["equity"] < p["ruin"]
                      or at[b] >= len(arrays.times) - 1)
-        assemble(features[at[b] - p["window"] + 1:at[b] + 1], state.account, state.positions, observations[b])
+        assemble(features[at[b] - p["window"] + 1:at[b] + 1], state.account, state.positions,
+                 simulations[b]["limits"]["max_position"], simulations[b]["limits"]["capital"], observations[b])
         if arrays.waits[min(at[b], len(arrays.waits) - 1)] != 0:
             for i in range(n):
                 for j in range(p["width"]):
@@ -218,7 +219,7 @@ def _begin(env, b, row, random):
     env.reward_state["equity"][b] = market.settings.deposit
     mark(env.accounts[b], env.positions[b], market.arrays.candles[row, :, CLOSE].copy())
     assemble(market.features[row - market.observation.window + 1:row + 1], env.accounts[b], env.positions[b],
-             env.observations[b])
+             *env.simulations[b]["limits"][["max_position", "capital"]], env.observations[b])
 
 # %% ../../nbs/80_learn/01_env.ipynb #01_env102
 class BatchedEnv:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'Terms', 'Core', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered',
-           'book_next', 'book', 'keep', 'catch_up', 'settle', 'carry_out', 'differs', 'ask_account', 'agree',
-           'known_at_close', 'look_ahead', 'watch_halt', 'decide', 'step', 'feed_in', 'go_on_behind',
-           'history_questions', 'fill_gap', 'reconnected', 'live']
+           'row_of', 'hear', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'catch_up', 'settle',
+           'carry_out', 'differs', 'ask_account', 'agree', 'known_at_close', 'look_ahead', 'watch_halt', 'drop',
+           'decide', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions', 'fill_gap', 'reconnected', 'live']
 
 # %% ../../nbs/70_live/09_core.ipynb #3207a853
 from collections import Counter
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..account import wallet
 from ..errors import FeedError
-from ..events import CLOSE, Candles, Fill, Funding
+from ..events import Candles, Fill, Funding, OrderUpdate
 from .bookkeeper import Bookkeeper, Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.messages import (
     Action,
@@ -41,11 +41,12 @@ from tradelab.live.messages import (
     Woken,
     Write,
 )
-from .order_manager import ATTEMPTS, PAUSE, OrderManager, may_open, under_our_name
-from .order_states import orders_from_decision
+from .order_manager import ATTEMPTS, PAUSE, OrderManager, ended, may_open, under_our_name, update_of
+from .order_states import State, orders_from_decision
 from .reconcile import compare_accounts, difference, missed
 from .venue import AccountSnapshot, Candle, OrderReport
 from ..notices import Notice
+from ..orders import NONE, Kind, Order
 from ..times import format_time, milliseconds
 from ..trader import Trader
 
@@ -190,6 +191,42 @@ def ask_until_answered(core:Core, questions:Sequence[tuple])->Process:
         yield from sleep(core, pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
+# %% ../../nbs/70_live/09_core.ipynb #cb9cce5e
+def row_of(core:Core, order:Order)->np.void:
+    "What the trader believes of a slot"
+    return core.trader.orders[core.trader.symbols.index(order.symbol), order.slot]
+
+
+def hear(core:Core, update:OrderUpdate)->None:
+    "Tell the trader what has become of an order"
+    core.do(Record(update))
+    core.trader.on(update)
+
+
+def tell_of_orders(core:Core)->None:
+    """Tell the trader what is new of its orders; one that answers with targets is told nothing of single orders. What
+    it has cancelled is no news as long as it works"""
+    manager, blotter = core.manager, core.manager.blotter
+    for name, report in blotter.news.items() if manager.beside else ():
+        intent = blotter.known[name]
+        if blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
+        row = row_of(core, intent.order)
+        update = update_of(intent, row, report, core.now)
+        if update and (row["kind"] != NONE or update.kind is Kind.NONE): hear(core, update)
+    for order in manager.dropped if manager.beside else ():
+        row = row_of(core, order)
+        if row["revision"] == order.revision: hear(core, ended(order, row, core.now))
+    blotter.news.clear()
+    manager.dropped.clear()
+
+# %% ../../nbs/70_live/09_core.ipynb #817b9adc
+def tell_of_cancelled(core:Core)->None:
+    "At its next decision the trader is shown what it has cancelled and what still works: its end is not known"
+    for intent in core.manager.blotter.open.values() if core.manager.beside else ():
+        row = row_of(core, intent.order)
+        update = update_of(intent, row, None, core.now) if intent.works and row["kind"] == NONE else None
+        if update: hear(core, update)
+
 # %% ../../nbs/70_live/09_core.ipynb #17f01159
 def book_next(core:Core)->bool:
     "Book the first entry that is due; False if there is none"
@@ -203,6 +240,7 @@ def book_next(core:Core)->bool:
 
 def book(core:Core)->bool:
     "Book all that is due; True if there was anything"
+    tell_of_orders(core)
     found = False
     while book_next(core): found = True
     if found: core.do(*core.manager.on_time(core.now))
@@ -232,16 +270,17 @@ QUIET = 2_000 # ms of silence after which an open order is asked about
 def settle(core:Core)->Process:
     "Wait until every order has ended or rests, or patience ends"
     manager, until = core.manager, core.now + core.terms.patience
-    while (manager.blotter.unsettled or manager.waiting) and (book(core) or core.now < until):
-        if manager.blotter.unsettled and not (yield from news(core, core.now + QUIET)): yield from catch_up(core)
+    while (manager.awaited or manager.waiting) and (book(core) or core.now < until):
+        if not (manager.awaited or manager.waiting): break
+        if not (yield from news(core, core.now + QUIET)): yield from catch_up(core)
     core.do(*(Tell(Notice("unsettled", f"{intent.order.symbol} {intent.order.quantity}: {intent.state}, "
                           f"{intent.executed} executed, {intent.order.order_id}"))
-              for intent in manager.blotter.unsettled))
+              for intent in manager.awaited))
 
 
 def carry_out(core:Core, orders:Sequence)->Process:
     "Write down, send, and wait until each order has ended and is booked, or rests"
-    if core.manager.blotter.unsettled: yield from catch_up(core)
+    if core.manager.awaited: yield from catch_up(core)
     core.do(*core.manager.want(orders, core.now))
     while core.manager.pursuits: yield None
     core.manager.cautious = False
@@ -310,21 +349,36 @@ def watch_halt(core:Core)->None:
                             "person resets it")))
     core.halted = halted
 
+# %% ../../nbs/70_live/09_core.ipynb #90bf190f
+def drop(core:Core, orders:Sequence[Order])->None:
+    "Of these orders, those that are not at the exchange yet are not sent any more"
+    blotter = core.manager.blotter
+    for order in orders:
+        intent = blotter.last(order.symbol, order.slot) if core.manager.beside else None
+        sent = intent is not None and intent.order.revision == order.revision and intent.state is not State.INTENT
+        if not sent: core.manager.dropped.append(order)
+    if core.manager.dropped:
+        core.do(Tell(Notice("late", f"{format_time(core.trader.open_time)}: a newer candle has closed already, its "
+                            "orders are dropped")))
+
 # %% ../../nbs/70_live/09_core.ipynb #6f488289
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
     trader = core.trader
     held = trader.positions["quantity"].copy()
-    working = may_open(trader.symbols, core.manager.blotter)
+    beside = core.manager.beside
+    tell_of_orders(core)
+    tell_of_cancelled(core)
+    working = np.zeros(len(held), bool) if beside else may_open(trader.symbols, core.manager.blotter)
     core.do(Record(Seen(open_time, candles, working)))
-    decision = trader.on(Candles(open_time, candles, working=working))
+    decision = trader.on(Candles(open_time, candles, working=None if beside else working))
     core.do(Record(Decided(decision, trader.rows.copy())))
     watch_halt(core)
-    if late and decision.quantities.any():
-        core.do(Tell(Notice("late", f"{format_time(open_time)}: a newer candle has closed already, its orders are "
-                            "dropped")))
-    return [] if late else orders_from_decision(decision, list(trader.symbols), held, candles[:, CLOSE],
-                                                core.terms.session)
+    orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session,
+                                  None if beside else held)
+    if not late: return orders
+    drop(core, orders)
+    return []
 
 # %% ../../nbs/70_live/09_core.ipynb #b2e5d7bd
 def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
@@ -332,6 +386,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     known = yield from known_at_close(core, open_time, candles)
     if known is None: return
     orders = decide(core, open_time, known, late)
+    if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
     if not late: yield from agree(core)
@@ -339,6 +394,23 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     core.candles += 1
     account = core.trader.account[0]
     core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"])))
+
+# %% ../../nbs/70_live/09_core.ipynb #b9af2efa
+def go_on(core:Core)->Process:
+    "After a restart, with orders that rest: what the last decision wanted is wanted still, unless a candle has closed"
+    trader, manager = core.trader, core.manager
+    book(core)
+    wanted = orders_from_decision(trader.orders, trader.symbols, trader.open_time, core.terms.session)
+    for order in wanted:
+        intent = manager.blotter.last(order.symbol, order.slot)
+        if intent is None or intent.order.revision != order.revision: continue
+        if intent.state.ended and intent.state is not State.ABSENT:
+            hear(core, ended(order, row_of(core, order), core.now))
+    wanted = [order for order in wanted if row_of(core, order)["kind"]]
+    if core.feed and core.feed.ready: drop(core, wanted)
+    else: yield from carry_out(core, wanted)
+    book(core)
+    keep(core)
 
 # %% ../../nbs/70_live/09_core.ipynb #7fa83be7
 def feed_in(core:Core, times:np.ndarray, candles:np.ndarray)->None:

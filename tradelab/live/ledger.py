@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'FORMAT', 'SESSIONS', 'ORDERS', 'FILLS', 'FUNDINGS', 'STEPS', 'FORMATS', 'EVENTS', 'SNAPSHOTS', 'columns_of',
-           'record_of', 'open_database', 'clock', 'Database', 'SessionLedger', 'OrderLedger', 'MoneyLedger', 'Ledger',
-           'MemoryLedger']
+           'record_of', 'open_database', 'clock', 'Database', 'Ledger', 'MemoryLedger']
 
 # %% ../../nbs/70_live/04_ledger.ipynb #0c12659c
 import json
@@ -63,7 +62,8 @@ SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column(
                   sql.Column("state", sql.String(20)))
 ORDERS = _table("orders", *columns_of(Order, ("order_id",)),
                 *_columns(sql.String(40), "state", "exchange_id"), sql.Column("executed", sql.Double),
-                sql.Column("sent_time", sql.BigInteger), sql.Column("message", sql.Text))
+                sql.Column("sent_time", sql.BigInteger), sql.Column("message", sql.Text),
+                sql.Column("amending", sql.Boolean))
 FILLS = _table("fills", *columns_of(Fill, ("symbol", "trade_id")), sql.Column("sequence", sql.BigInteger))
 FUNDINGS = _table("fundings", *columns_of(Funding, ("symbol", "funding_time")), sql.Column("sequence", sql.BigInteger))
 STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)),
@@ -142,18 +142,21 @@ def clock()->int:
 class Database:
     "The tables at one URL"
 
-    def __init__(self, url:str="sqlite:///tradelab.db"): self._engine = open_database(url)
-    def close(self)->None: self._engine.dispose()
+    def __init__(self, url:str="sqlite:///tradelab.db"): self.engine = open_database(url)
+    def close(self)->None: self.engine.dispose()
 
-    def _write(self, *statements):
-        with self._engine.begin() as connection: return [connection.execute(statement) for statement in statements]
+    def write(self, *statements:sql.Executable)->None:
+        "Carry out statements in one transaction: all of them or none"
+        with self.engine.begin() as connection:
+            for statement in statements: connection.execute(statement)
 
-    def _read(self, statement):
-        with self._engine.connect() as connection:
+    def read(self, statement:sql.Executable)->list[dict]:
+        with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
 
-    def _of(self, table, session, *order):
-        return self._read(table.select().where(table.c.session == session).order_by(*order))
+    def rows_of(self, table:sql.Table, session:str, *order:sql.Column)->list[dict]:
+        "The rows of a session in a table, in the order of these columns"
+        return self.read(table.select().where(table.c.session == session).order_by(*order))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #13a6a477
 _EVENT = ["number", "time", "kind", "text"]
@@ -168,91 +171,71 @@ def _unknown(session, known):
     return KeyError(f"the ledger knows no session {session!r}: its newest are {', '.join(known[:3]) or 'none'}")
 
 # %% ../../nbs/70_live/04_ledger.ipynb #ea89a9db
-class SessionLedger(Database):
-    "Which sessions there are, and what a person should know of them"
+def _add_session(database, session, settings):
+    kept = dict(session=session, started=clock(), settings=json.dumps(settings), state="running")
+    database.write(SESSIONS.insert().values(kept))
 
-    def open_session(self, session:str, settings:dict)->None:
-        "Write down a new session; ValueError where its id is taken"
-        self.check_new(session)
-        self._write(SESSIONS.insert().values(session=session, started=clock(), settings=json.dumps(settings),
-                                             state="running"))
 
-    def check_new(self, session:str)->None: _refuse_known(session, self.sessions())
+def _session_ids(database):
+    "Newest first"
+    return [row["session"] for row in database.read(SESSIONS.select().order_by(SESSIONS.c.started.desc()))]
 
-    def sessions(self)->list:
-        "Ids of all sessions, newest first"
-        return [row["session"]
-                for row in self._read(sql.select(SESSIONS.c.session).order_by(SESSIONS.c.started.desc()))]
 
-    def session(self, session:str)->dict:
-        "Settings and state of a session; KeyError naming the newest where there is none"
-        row = next(iter(self._of(SESSIONS, session)), None)
-        if row is None: raise _unknown(session, self.sessions())
-        return row | {"settings": json.loads(row["settings"])}
+def _session_row(database, session):
+    row = next(iter(database.rows_of(SESSIONS, session)), None)
+    if row is None: raise _unknown(session, _session_ids(database))
+    return row | {"settings": json.loads(row["settings"])}
 
-    def set_state(self, session:str, state:str)->None:
-        self._write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))
 
-    def event(self, session:str, kind:str, text:str)->None:
-        "Write down something that happened"
-        number = sql.select(sql.func.coalesce(sql.func.max(EVENTS.c.number), 0) + 1).where(EVENTS.c.session
-            == session).scalar_subquery()
-        self._write(EVENTS.insert().values(session=session, number=number, time=clock(), kind=kind, text=text))
+def _set_state(database, session, state):
+    database.write(SESSIONS.update().where(SESSIONS.c.session == session).values(state=state))
 
-    def events(self, session:str)->pd.DataFrame:
-        return pd.DataFrame(self._of(EVENTS, session, EVENTS.c.number), columns=_EVENT)
+# %% ../../nbs/70_live/04_ledger.ipynb #34d10efb
+def _add_event(database, session, kind, text):
+    newest = sql.func.coalesce(sql.func.max(EVENTS.c.number), 0)
+    number = sql.select(newest + 1).where(EVENTS.c.session == session).scalar_subquery()
+    database.write(EVENTS.insert().values(session=session, number=number, time=clock(), kind=kind, text=text))
+
+
+def _event_table(database, session):
+    return pd.DataFrame(database.rows_of(EVENTS, session, EVENTS.c.number), columns=_EVENT)
 
 # %% ../../nbs/70_live/04_ledger.ipynb #6f30a433
-class OrderLedger(SessionLedger):
-    "What was intended and sent"
+def _add_orders(database, session, orders):
+    "What is written already stays as it is"
+    known = sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session,
+                                                ORDERS.c.order_id.in_([order.order_id for order in orders]))
+    names = {row["order_id"] for row in database.read(known)}
+    first = dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0, message="",
+                 amending=False)
+    rows = [vars(order) | first for order in orders if order.order_id not in names]
+    if rows: database.write(ORDERS.insert().values(rows))
 
-    def intend(self, session:str, orders:list)->None:
-        "Write down orders before they are sent; what is written already stays as it is"
-        names = [order.order_id for order in orders]
-        known = {row["order_id"] for row in self._read(sql.select(ORDERS.c.order_id).where(ORDERS.c.session == session,
-            ORDERS.c.order_id.in_(names)))}
-        rows = [vars(order) | dict(session=session, state=State.INTENT, exchange_id="", executed=0., sent_time=0,
-                                   message="") for order in orders if order.order_id not in known]
-        if rows: self._write(ORDERS.insert().values(rows))
 
-    def revise(self, session:str, order:Order)->None:
-        "Write down that a working order gets another price or quantity, before it is asked for"
-        terms = dict(quantity=order.quantity, price=order.price, trigger=order.trigger)
-        self._write(ORDERS.update().where(ORDERS.c.session == session,
-                                          ORDERS.c.order_id == order.order_id).values(**terms))
+def _update_order(database, session, order_id, facts):
+    database.write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == order_id).values(facts))
 
-    def intents(self, session:str)->list[Intent]:
-        "All orders of a session, oldest first"
-        rows = self._of(ORDERS, session, ORDERS.c.open_time, ORDERS.c.order_id)
-        return [Intent(record_of(Order, row), State(row["state"]), row["exchange_id"], row["executed"],
-                       row["sent_time"], row["message"]) for row in rows]
 
-    def advance(self, session:str, intent:Intent, state:State, **facts)->Intent:
-        "Write down what became of an order, and return it as it is now"
-        facts["state"] = transition(intent.state, state)
-        after = replace(intent, **facts)
-        if after != intent:
-            self._write(ORDERS.update().where(ORDERS.c.session == session,
-                                              ORDERS.c.order_id == intent.order.order_id).values(**facts))
-        return after
+def _intents(database, session):
+    "Oldest first"
+    return [Intent(record_of(Order, row), State(row["state"]), row["exchange_id"], row["executed"],
+                   row["sent_time"], row["message"], bool(row["amending"]))
+            for row in database.rows_of(ORDERS, session, ORDERS.c.open_time, ORDERS.c.order_id)]
 
 # %% ../../nbs/70_live/04_ledger.ipynb #28e255ef
-class MoneyLedger(OrderLedger):
-    "What was filled and paid"
+def _add_entry(database, session, entry, sequence):
+    "False if it is known already"
+    table = FILLS if isinstance(entry, Fill) else FUNDINGS
+    try: database.write(table.insert().values(session=session, sequence=sequence, **vars(entry)))
+    except sql.exc.IntegrityError: return False
+    return True
 
-    def book(self, session:str, entry:Fill|Funding, sequence:int)->bool:
-        "Write down a fill or a funding payment; False where it is known already"
-        table = FILLS if isinstance(entry, Fill) else FUNDINGS
-        try: self._write(table.insert().values(session=session, sequence=sequence, **vars(entry)))
-        except sql.exc.IntegrityError: return False
-        return True
 
-    def booked(self, session:str, after:int=-1)->list:
-        """Fills and funding payments in the order they were booked, from beyond a sequence number: pairs of number and
-        entry"""
-        rows = [(row["sequence"], record_of(record, row))
-                for table, record in ((FILLS, Fill), (FUNDINGS, Funding)) for row in self._of(table, session)]
-        return sorted(((number, entry) for number, entry in rows if number > after), key=lambda pair: pair[0])
+def _entries(database, session, after):
+    "Pairs of sequence number and entry, as they were booked"
+    rows = [(row["sequence"], record_of(record, row))
+            for table, record in ((FILLS, Fill), (FUNDINGS, Funding)) for row in database.rows_of(table, session)]
+    return sorted((pair for pair in rows if pair[0] > after), key=lambda pair: pair[0])
 
 # %% ../../nbs/70_live/04_ledger.ipynb #24424fe6
 def _frame(rows):
@@ -262,41 +245,109 @@ def _frame(rows):
     return frame.set_index(pd.DatetimeIndex(times, tz="UTC", name="open_time"))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #c84cf162
-class Ledger(MoneyLedger):
-    "The memory of all sessions"
+def _keep_snapshot(session, open_time, snapshot, sequence):
+    "The statements that replace the trader's state"
+    kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
+    return SNAPSHOTS.delete().where(SNAPSHOTS.c.session == session), SNAPSHOTS.insert().values(kept)
+
+
+def _keep_step(session, symbols, rows):
+    "The statements that write the journal of one step, in the place of what was written for it before"
+    values = [dict(zip(_FIELDS, row.tolist())) | {"session": session, "symbol": symbol, "place": n}
+              for n, (symbol, row) in enumerate(zip(symbols, rows))]
+    again = STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == int(rows["open_time"][0]))
+    return again, STEPS.insert().values(values)
+
+# %% ../../nbs/70_live/04_ledger.ipynb #55730849
+def _snapshot(database, session):
+    row = next(iter(database.rows_of(SNAPSHOTS, session)), None)
+    return row and row | {"content": json.loads(row["content"])}
+
+
+def _step_rows(database, session): return database.rows_of(STEPS, session, STEPS.c.open_time, STEPS.c.place)
+
+
+def _steps(database, session):
+    "Symbols and JOURNAL rows of each step, oldest first"
+    steps = [list(rows) for _, rows in groupby(_step_rows(database, session), key=lambda row: row["open_time"])]
+    return [([row["symbol"] for row in rows],
+             np.array([tuple(row[name] for name in _FIELDS) for row in rows], JOURNAL)) for rows in steps]
+
+# %% ../../nbs/70_live/04_ledger.ipynb #59b794fa
+class Ledger:
+    "The memory of all sessions, in a database"
+
+    def __init__(self, url:str="sqlite:///tradelab.db"): self._database = Database(url)
+    def close(self)->None: self._database.close()
+
+    def open_session(self, session:str, settings:dict)->None:
+        "Write down a new session; ValueError if its id is taken"
+        self.check_new(session)
+        _add_session(self._database, session, settings)
+
+    def check_new(self, session:str)->None: _refuse_known(session, self.sessions())
+
+    def sessions(self)->list[str]:
+        "Ids of all sessions, newest first"
+        return _session_ids(self._database)
+
+    def session(self, session:str)->dict:
+        "Settings and state of a session; KeyError that names the newest if there is none of this id"
+        return _session_row(self._database, session)
+
+    def set_state(self, session:str, state:str)->None: _set_state(self._database, session, state)
+    def event(self, session:str, kind:str, text:str)->None: _add_event(self._database, session, kind, text)
+    def events(self, session:str)->pd.DataFrame: return _event_table(self._database, session)
+
+    def intend(self, session:str, orders:list)->None:
+        "Write down orders before they are sent; what is written already stays as it is"
+        _add_orders(self._database, session, orders)
+
+    def revise(self, session:str, order:Order)->None:
+        "Write down that a working order gets another price or quantity, before it is asked for"
+        names = "quantity", "price", "trigger", "expires_in", "decision_price", "revision"
+        terms = {name: getattr(order, name) for name in names} | {"amending": True}
+        _update_order(self._database, session, order.order_id, terms)
+
+    def intents(self, session:str)->list[Intent]:
+        "All orders of a session, oldest first"
+        return _intents(self._database, session)
+
+    def advance(self, session:str, intent:Intent, state:State, **facts:Any)->Intent:
+        "Write down what became of an order, and return it as it is now"
+        facts["state"] = transition(intent.state, state)
+        after = replace(intent, **facts)
+        if after != intent: _update_order(self._database, session, intent.order.order_id, facts)
+        return after
+
+    def book(self, session:str, entry:Fill|Funding, sequence:int)->bool:
+        "Write down a fill or a funding payment; False if it is known already"
+        return _add_entry(self._database, session, entry, sequence)
+
+    def booked(self, session:str, after:int=-1)->list:
+        "Pairs of sequence number and fill or payment, in the order they were booked, from beyond a number"
+        return _entries(self._database, session, after)
 
     def step(self, session:str, symbols:Sequence[str], rows:np.ndarray, snapshot:dict, sequence:int)->None:
-        """Write down one step: a journal row per symbol, and the trader's state after it, which holds what was booked
-        up to `sequence`"""
-        open_time = int(rows["open_time"][0])
-        values = [dict(zip(_FIELDS, row.tolist())) | {"session": session, "symbol": symbol, "place": n} for n,
-                  (symbol, row) in enumerate(zip(symbols, rows))]
-        self._write(STEPS.delete().where(STEPS.c.session == session, STEPS.c.open_time == open_time),
-                    STEPS.insert().values(values), *self._keep(session, open_time, snapshot, sequence))
-
-    def _keep(self, session, open_time, snapshot, sequence):
-        kept = dict(session=session, open_time=open_time, sequence=sequence, content=json.dumps(snapshot))
-        return SNAPSHOTS.delete().where(SNAPSHOTS.c.session == session), SNAPSHOTS.insert().values(kept)
+        "Write down a step: a JOURNAL row per symbol, the trader's state, the last entry in it"
+        state = _keep_snapshot(session, int(rows["open_time"][0]), snapshot, sequence)
+        self._database.write(*_keep_step(session, symbols, rows), *state)
 
     def keep(self, session:str, open_time:int, snapshot:dict, sequence:int)->None:
         "Write down the trader's state before its first step"
-        self._write(*self._keep(session, open_time, snapshot, sequence))
+        self._database.write(*_keep_snapshot(session, open_time, snapshot, sequence))
 
     def snapshot(self, session:str)->dict|None:
         "The trader's state after the last step: open_time, sequence, content; None before the first"
-        row = next(iter(self._of(SNAPSHOTS, session)), None)
-        return row and row | {"content": json.loads(row["content"])}
+        return _snapshot(self._database, session)
 
     def rows(self, session:str)->list:
         "The journal as it was given: symbols and JOURNAL rows of each step, oldest first"
-        steps = [list(rows) for _, rows in groupby(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place),
-                                                   key=lambda row: row["open_time"])]
-        return [([row["symbol"] for row in rows], np.array([tuple(row[name] for name in _FIELDS) for row in rows],
-                                                           JOURNAL)) for rows in steps]
+        return _steps(self._database, session)
 
     def journal(self, session:str)->pd.DataFrame:
         "The journal of a session: a row per step and symbol, the symbol and the columns of JOURNAL, index open_time"
-        return _frame(self._of(STEPS, session, STEPS.c.open_time, STEPS.c.place))
+        return _frame(_step_rows(self._database, session))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #f73c6bfe
 @dataclass
@@ -365,7 +416,7 @@ class MemoryLedger:
 
     def revise(self, session:str, order:Order)->None:
         known = self._kept[session].orders
-        known[order.order_id] = replace(known[order.order_id], order=order)
+        known[order.order_id] = replace(known[order.order_id], order=order, amending=True)
 
     def intents(self, session:str)->list[Intent]:
         known = self._kept[session].orders.values()

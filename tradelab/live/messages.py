@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..events import Fill, Funding
+from ..events import Fill, Funding, OrderUpdate
 from ..journal import Decision
 from .order_states import Intent
 from .venue import Answer, Candle, OrderReport
@@ -136,7 +136,7 @@ class Decided:
 @dataclass(frozen=True)
 class Record:
     "Add to the recording"
-    record:Began|Warmed|Seen|Decided|Fill|Funding
+    record:Began|Warmed|Seen|Decided|Fill|Funding|OrderUpdate
 
 # %% ../../nbs/70_live/03_messages.ipynb #4e38b8bd
 @dataclass(frozen=True)

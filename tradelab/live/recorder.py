@@ -17,6 +17,7 @@ import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,9 +28,10 @@ import zstandard
 from .. import __version__
 from ..errors import TradelabError
 from ..evaluation.difference import first_difference
-from ..events import KNOWN, Candles, Fill, Funding
+from ..events import KNOWN, Candles, Fill, Funding, OrderUpdate
 from ..instruments import Instrument
 from ..journal import JOURNAL, Decision
+from ..orders import Kind
 from ..settings import Limits
 from ..times import format_time as date
 from ..trader import Trader
@@ -242,6 +244,8 @@ class Recorder:
                   **({"working": working.tolist()} if working is not None and working.any() else {}))
 
     def booked(self, entry:Fill|Funding)->None: self.line(type(entry).__name__.lower(), **vars(entry))
+    def order(self, update:OrderUpdate)->None:
+        self.line("order", **{"order_kind" if name == "kind" else name: value for name, value in vars(update).items()})
 
     def decision(self, decision:Decision, rows:np.ndarray)->None:
         "What was decided, and the left half of the journal's rows with it"
@@ -321,10 +325,9 @@ def decided(
     if decision.observation.shape[1] != len(columns):
         raise ValueError(f"the recording holds observations of {decision.observation.shape[1]} numbers, the trader's "
                          f"have {len(columns)} ({', '.join(columns)}): replay it with the run that was recorded")
-    names = [f"observed {name}" if name in SEEN else name for name in columns]
     return [{"open_time": int(decision.open_time), "symbol": symbol} | {name: rows[name][n] for name in SEEN}
             | {"quantity": decision.quantities[n]}
-            | dict(zip(names, decision.observation[n])) for n, symbol in enumerate(symbols)]
+            | dict(zip(columns, decision.observation[n])) for n, symbol in enumerate(symbols)]
 
 # %% ../../nbs/70_live/05_recorder.ipynb #b0b2c528
 def _table(steps):
@@ -352,11 +355,13 @@ _MISREAD = (KeyError, TypeError, ValueError, AttributeError, IndexError, Arithme
 
 def _entry(kind, line):
     "A fill or a payment, each number a finite one"
-    kinds = {str: str, int: int, float: (int, float), bool: (bool, int)}
+    kinds = {str: str, int: int, float: (int, float), bool: (bool, int), Kind: int}
     wrong = [each.name for each in fields(kind) if not isinstance(line[each.name], kinds[each.type])
-             or each.type in (int, float) and not abs(line[each.name]) < 2**62]
+             or each.type in (int, float) and not abs(line[each.name]) < 2**62
+             and not (each.name == "expires_in" and line[each.name] == inf)]
     if wrong: raise TypeError(f"{wrong[0]} is {line[wrong[0]]!r}")
-    return kind(**{each.name: line[each.name] for each in fields(kind)})
+    return kind(**{each.name: each.type(line[each.name]) if each.type is Kind else line[each.name]
+                   for each in fields(kind)})
 
 
 def _array(text, dtype):
@@ -369,9 +374,11 @@ def _time(line):
     if type(line["open_time"]) is int and 0 <= line["open_time"] < 2**53: return line["open_time"]
     raise TypeError(f"open_time is {line['open_time']!r}")
 
-
-def _working(line, symbols):
-    "Where an order that may open a symbol had no proven end"
+# %% ../../nbs/70_live/05_recorder.ipynb #9ae9e115
+def _working(line, trader):
+    "Where an order that may open a symbol had no proven end; None: the trader knows its orders itself"
+    if trader.policy.order_slots: return None
+    symbols = trader.symbols
     working = line.get("working", [False] * len(symbols))
     if (not isinstance(working, list) or len(working) != len(symbols)
         or not all(isinstance(each, bool) for each in working)):
@@ -389,10 +396,11 @@ def _follow(line, trader, again, recorded, recomputed):
         case "warm": again.warm(_array(line["times"], np.int64), _array(line["candles"], np.float64))
         case "candle":
             recomputed[_time(line)] = decided(again.on(Candles(
-                line["open_time"], np.array(line["candle"], float), working=_working(line, trader.symbols))),
+                line["open_time"], np.array(line["candle"], float), working=_working(line, trader))),
                 again.rows, *names)
         case "decision": recorded[_time(line)] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)
         case "fill": again.on(_entry(Fill, line))
+        case "order": again.on(_entry(OrderUpdate, line | {"kind": line["order_kind"]}))
         case "funding": again.on(_entry(Funding, line))
     return again
 

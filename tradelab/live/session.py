@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..events import Fill, Funding
+from ..events import Fill, Funding, OrderUpdate
 from ..files import replace_files
 from ..journal import JOURNAL
 from .bookkeeper import Bookkeeper
@@ -66,7 +66,7 @@ from tradelab.live.messages import (
     Woken,
     Write,
 )
-from .order_manager import Blotter, OrderManager
+from .order_manager import Blotter, Offer, OrderManager
 from .reconcile import StartRefusedError
 from .recorder import Recorder
 from .start import FORMAT, check_instruments, check_same, in_this_format, refuse_series, start_and_live
@@ -74,7 +74,6 @@ from .venue import Candle, Venue, VenueError
 from ..lock import Lock
 from ..log import get_logger
 from ..notices import Notice
-from ..orders import Kind
 from ..settings import Reason
 from ..texts import html_rows
 from ..times import format_time
@@ -196,7 +195,7 @@ def write(ledger:Ledger, session:str, record:Intents|Revised|Moved|Entry|Step|Fi
         case Revised(order): ledger.revise(session, order)
         case Moved(before, after):
             ledger.advance(session, before, after.state, executed=after.executed, exchange_id=after.exchange_id,
-                           sent_time=after.sent_time, message=after.message)
+                           sent_time=after.sent_time, message=after.message, amending=after.amending)
         case Entry(entry, number): ledger.book(session, entry, number)
         case Step(symbols, rows, snapshot, sequence): ledger.step(session, symbols, rows, snapshot, sequence)
         case First(open_time, snapshot): ledger.keep(session, open_time, snapshot, 0)
@@ -210,7 +209,7 @@ class Files:
         self.recorder = Recorder(folder / "recording.zst")
         self.journal = Journal(folder / "journal.csv", steps)
 
-    def record(self, record:Began|Warmed|Seen|Decided|Fill|Funding)->None:
+    def record(self, record:Began|Warmed|Seen|Decided|Fill|Funding|OrderUpdate)->None:
         "Add to the recording"
         match record:
             case Began(snapshot): self.recorder.start(self.settings, snapshot)
@@ -220,6 +219,7 @@ class Files:
                 self.recorder.decision(decision, rows)
                 self.recorder.flush()
             case Fill() | Funding(): self.recorder.booked(record)
+            case OrderUpdate(): self.recorder.order(record)
 
     def close(self)->None:
         self.recorder.close()
@@ -371,13 +371,13 @@ def remember(ledger:Ledger, session:str, given:dict[str, Any], trader:Trader)->K
 
 
 def make_core(trader:Trader, ledger:Ledger, terms:Terms, kept:Kept|None, words:str="",
-              amends:Container[Kind]=tuple(Kind))->Core:
+              offer:Offer=Offer())->Core:
     "The core of a session, with all that the ledger knows of its orders and entries"
     sequence = kept.step["sequence"] if kept else 0
     booked = ledger.booked(terms.session)
     fills = [entry for number, entry in booked if number <= sequence and isinstance(entry, Fill)]
     manager = OrderManager(terms.session, Blotter(ledger.intents(terms.session), fills), terms.patience,
-                           amends)
+                           offer, beside=trader.policy.order_slots > 0)
     process = partial(start_and_live, kept=kept.step if kept else None, words=words)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, booked, sequence), manager, process)
     if kept: core.reserve, core.since = kept.settings["reserve"], kept.step["open_time"]
@@ -448,7 +448,8 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote)
-    return make_core(trader, ledger, terms, kept, f"{venue.name} at {venue.address} ({venue.why})", venue.amends)
+    return make_core(trader, ledger, terms, kept, f"{venue.name} at {venue.address} ({venue.why})",
+                     Offer(venue.kinds, venue.amends, venue.expires))
 
 # %% ../../nbs/70_live/11_session.ipynb #5f25e3f8
 def open_files(session:"Session", reserve:float)->None:

@@ -24,6 +24,7 @@ from tradelab.live.core import (
     ask_until_answered,
     catch_up,
     feed_in,
+    go_on,
     history_questions,
     live,
     look_ahead,
@@ -192,6 +193,7 @@ def start(
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
+    if kept and core.manager.beside: yield from go_on(core)
     if core.feed and not (core.feed.ready or core.feed.gap): yield from ask_until_answered(core, [("account",)])
 
 

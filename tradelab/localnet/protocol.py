@@ -20,28 +20,28 @@ from ..instruments import check_perpetual
 def format_number(
     value:float,
 )->str:
-    "The shortest decimal text with the same bits, without an exponent"
+    "The shortest decimal that parses back to the same float, without an exponent"
     return np.format_float_positional(float(value) + 0., trim="-")
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #f094314e
 def format_amount(
     amount:float,   # quote
 )->str:
-    "An amount with 8 decimals, as exchanges book it"
+    "An amount with 8 decimals"
     return f"{round(float(amount), 8) + 0.:.8f}"
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #e5aaa1ff
 def format_price(
     price:float,   # quote per base
 )->str:
-    "A computed price with 8 decimals, more where it is below 1"
+    "A computed price with 8 decimals, and more below 1"
     return f"{float(price) + 0.:.{max(8, 8 - int(np.floor(np.log10(price)))) if price > 0 else 8}f}"
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #022f82b4
 def assets(
     symbol:str,          # ccxt's unified name, such as BTC/USDT:USDT
 )->tuple[str, str]:      # base, quote
-    "What is traded, and in what it is paid and settled"
+    "Base and quote of a linear perpetual; SymbolNotSupportedError for anything else"
     check_perpetual(symbol)
     base, _, rest = symbol.partition("/")
     quote, _, settled = rest.partition(":")
@@ -79,7 +79,7 @@ STATUS = {-2014: 401, -2015: 401, -5000: 404}
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #c75eed9d
 class RequestDeniedError(TradelabError):
-    "An answer that is an error: a code, its sentence, and the HTTP status that carries them"
+    "A request that the exchange refuses: code, sentence and HTTP status"
     def __init__(self, code:int, *values):
         super().__init__(REFUSALS[code].format(*values))
         self.code, self.status = code, STATUS.get(code, 400)
@@ -92,25 +92,25 @@ def parameters(
     query:str,     # raw, as received
     body:str="",   # raw, urlencoded
 )->dict[str, str]:
-    "The parameters of a request, wherever they were sent"
+    "The parameters of a request, from query and body"
     return dict(parse_qsl(query, keep_blank_values=True) + parse_qsl(body, keep_blank_values=True))
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #80d40539
 def mandatory(parameters:dict, name:str)->str:
-    "A parameter that must be there"
+    "The value of a parameter; RequestDeniedError if it is missing or empty"
     if parameters.get(name): return parameters[name]
     raise RequestDeniedError(-1102, name)
 
 
 def whole(parameters:dict, name:str, default:int|None=None)->int:
-    "A parameter that is a whole number; mandatory where it has no default"
+    "A parameter as an integer; it is mandatory if it has no default"
     text = mandatory(parameters, name) if default is None else parameters.get(name) or str(default)
     try: return int(text)
     except ValueError: raise RequestDeniedError(-1102, name) from None
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #7fe62031
 def flag(parameters:dict, name:str)->bool:
-    "A parameter that is true or false, in any case; false where it is absent"
+    "A parameter that is true or false, in upper or lower case; False if it was not sent"
     text = parameters.get(name, "false").lower()
     if text in ("true", "false"): return text == "true"
     raise RequestDeniedError(-1102, name)
@@ -121,14 +121,14 @@ def signature(
     query:str,     # raw
     body:str="",   # raw
 )->str:            # 64 hexadecimal digits
-    "What a request must carry as its signature; an old signature in query or body is left out"
+    "The signature of a request; a signature that is already in query or body is left out"
     signed = "".join("&".join(part for part in text.split("&") if not part.startswith("signature="))
                      for text in (query, body))
     return hmac.new(secret.encode(), signed.encode(), hashlib.sha256).hexdigest()
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #e92e5f52
 def check_signature(secret:str, query:str, body:str="")->None:
-    "Refuse a request that was not signed with the secret"
+    "Refuse a request that was not signed with this secret"
     given = mandatory(parameters(query, body), "signature")
     if not hmac.compare_digest(given.lower().encode(), signature(secret, query, body).encode()):
         raise RequestDeniedError(-1022)
@@ -138,7 +138,7 @@ def check_time(
     parameters:dict,
     now:int,          # ms, the server's own clock
 )->None:
-    "Refuse a request that is older than its recvWindow, or more than a second from the future"
+    "Refuse a request that is older than its recvWindow, or more than a second ahead of this clock"
     sent = whole(parameters, "timestamp")
     window = min(whole(parameters, "recvWindow", 5000), 60_000)
     if sent > now + 1000: raise RequestDeniedError(-1021, "was 1000ms ahead of the server's time.")

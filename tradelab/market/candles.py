@@ -234,6 +234,12 @@ def exact_sum(
         open_rows = open_rows[~exact]
     return result
 
+# %% ../../nbs/10_market/01_candles.ipynb #6fb11f15
+def _merged_prices(frame, starts, ends):
+    "Open, high, low and close of the bars from rows `starts` to `ends`, exclusive"
+    return {"open": frame["open"].to_numpy()[starts], "high": np.maximum.reduceat(frame["high"].to_numpy(), starts),
+            "low": np.minimum.reduceat(frame["low"].to_numpy(), starts), "close": frame["close"].to_numpy()[ends - 1]}
+
 # %% ../../nbs/10_market/01_candles.ipynb #6617b51e
 def resample(
     frame: pd.DataFrame,    # candles, possibly with holes
@@ -251,9 +257,7 @@ def resample(
     ends = np.cumsum(np.bincount(bar)) # each bar is the rows from starts to ends
     starts = np.r_[0, ends[:-1]]
     share = np.bincount(bar) / count
-    longer = {"open": frame["open"].to_numpy()[starts], "high": np.maximum.reduceat(frame["high"].to_numpy(), starts),
-              "low": np.minimum.reduceat(frame["low"].to_numpy(), starts),
-              "close": frame["close"].to_numpy()[ends - 1]}
+    longer = _merged_prices(frame, starts, ends)
     for column in frame.columns.intersection(AROUND): longer[column] = frame[column].to_numpy()[ends - 1]
     for column in frame.columns[4:].difference(AROUND, sort=False):
         grid = np.zeros((len(bars), count))

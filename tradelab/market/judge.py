@@ -286,14 +286,14 @@ def crossing(
     now["crossed"] = min(max(now["crossed"] + vote, 0), 2 * needed)
     return now["crossed"] if now["crossed"] >= needed else 0
 
-# %% ../../nbs/10_market/05_judge.ipynb #85d8727b
+# %% ../../nbs/10_market/05_judge.ipynb #f35f9ab7
 EVIDENCE = 3 # numbers for each row: measure of the spike, rows back to its candle, run length or power of ten
 JUMP = 2.8
 RARE = .03
 BEYOND = 4.
 FLOOR = .005 # log of a price: nobody could lose by a smaller print, however still the minutes around it
 
-
+# %% ../../nbs/10_market/05_judge.ipynb #85d8727b
 @compiled
 def spikes(
     now,      # STATE, changed

@@ -23,7 +23,7 @@ HALF_OPEN = "half-open"
 
 @dataclass(frozen=True)
 class Breaker:
-    "What is measured, and the threshold above which it is too much"
+    "A measured quantity, and the threshold above which the breaker opens"
     kind:str
     threshold:float                               # in `unit`
     unit:str = ""
@@ -51,7 +51,7 @@ DEFAULTS = (Breaker("latency", 500., "ms"),
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #5d85e33e
 class RateWindow:
-    "Share of failures within a span"
+    "The share of failures in the last span of time"
 
     def __init__(self,
         span:int,            # ms
@@ -71,7 +71,7 @@ class RateWindow:
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #4621fc5c
 class RangeWindow:
-    "Range and drawdown of a value within a span"
+    "Range and drawdown of a value in the last span of time"
 
     def __init__(self,
         span:int,   # ms

@@ -26,7 +26,7 @@ def _uses_atr(limits:Limits)->bool:
 def warm_up(
     limits:Limits,
 )->int:         # candles
-    "The history that the limits need"
+    "Candles of history that the limits need"
     covariance = covariance_warm_up(limits.decay) if _uses_covariance(limits) else 0
     return max(covariance, 40 * limits.stops.atr_period if _uses_atr(limits) else 0)
 
@@ -40,7 +40,7 @@ MARKET = np.dtype([("close", "f8"), ("atr", "f8"), ("atr_before", "f8"), ("width
 def new_market(
     n:int,                                # symbols
 )->tuple[np.ndarray, np.ndarray]:         # MARKET (n,), covariance (n, n)
-    "What is known before the first candle: nothing"
+    "The market state before the first candle"
     market = np.zeros(n, MARKET)
     for name in ("close", "atr", "atr_before"): market[name] = np.nan
     market["width"] = 1.
@@ -55,7 +55,7 @@ def update_market(
     candle,      # float64, (n, 5 or more)
     limits,      # a row of LIMITS
 ):
-    "Learn from one more candle"
+    "Update the market state with one more candle"
     for n in range(len(market)):
         row = market[n]
         row["atr_before"] = row["atr"]
@@ -89,7 +89,7 @@ def market_history(
     candles:np.ndarray,             # float64, (T, n, 5 or more)
     limits:Limits,
 )->tuple[np.ndarray, np.ndarray]:   # MARKET (T, n), covariances (T, n, n); of length 1 where no limit asks
-    "What the limits know of the market at each close of a history"
+    "The market state at each close of a history"
     market, covariance = new_market(candles.shape[1])
     length = len(times) if warm_up(limits) else 0
     states = np.zeros((max(length, 1), len(market)), MARKET)

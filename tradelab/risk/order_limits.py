@@ -60,7 +60,7 @@ def volatility_scale(
     limits,    # a row of LIMITS
 # (share of the limits in [0, 1], 0 where a limit is set and the volatility is not known; annual volatility)
 )->tuple:
-    "What the volatility of a symbol leaves of its limits"
+    "The share of the limits that the volatility of a symbol leaves"
     if limits["target_volatility"] == np.inf: return 1., np.nan
     annual = np.sqrt(variance * YEAR / step)
     return (min(1., limits["target_volatility"] / annual) if annual >= 0. else 0.), annual
@@ -76,7 +76,7 @@ def target_after_stops(
     near,      # of `safe_distance`: within it no stop is touched
     limits,    # a row of LIMITS
 )->float:      # in [-1, 1]
-    "The target, 0 where a stop closes the position or keeps it closed"
+    "The target; 0 if a stop closes the position or keeps it closed"
     set_reason(row, ACCEPTED, 0., 0.)
     target = row["target"]
     held = position["quantity"]
@@ -103,7 +103,7 @@ def set_closing_reason(
     state,   # int64, of TradingState, FLATTEN or HALT
     limits,  # a row of LIMITS
 ):
-    "Write that everything is closed, by the drawdown halt or by the trading state"
+    "Write the reason why everything is closed: the drawdown halt or the trading state"
     if money["halted"] != 0: set_reason(row, HALTED, money["drawdown"], limits["max_drawdown"])
     else: set_reason(row, STATE, state, NO_ENTRY)
 
@@ -120,7 +120,7 @@ def target_after_state(
     scale,       # float64, of `drawdown_scale`
     limits,      # a row of LIMITS
 )->float:        # in [-1, 1]
-    "What the trading state and the volatility leave of a target"
+    "The target that the trading state and the volatility allow"
     if state >= FLATTEN:
         set_closing_reason(row, money, state, limits)
         return 0.
@@ -144,7 +144,7 @@ def _close_or_flip(row, wanted, held, largest):
 
 @inlined
 def _cut(row, wanted, held, smallest, equity, limits, instrument):
-    "Part of a position goes, where that is worth its fee"
+    "Reduce a position, if the change is worth its fee"
     largest = instrument["max_quantity"]
     cut = round_quantity(abs(held) - abs(wanted), instrument)
     if cut > largest:
@@ -165,7 +165,7 @@ def split_order(
     limits,      # a row of LIMITS
     instrument,  # a row of INSTRUMENT
 )->bool:
-    "Part what is wanted into what reduces and what adds; whether there is anything to do"
+    "Split the wanted position into a reduction and an increase; returns whether there is anything to do"
     smallest = limits["min_trade"] * equity
     change = abs(notional - held * row["price"])
     row["base"] = held
@@ -193,7 +193,7 @@ def finish_order(
     limits,      # a row of LIMITS
     instrument,  # a row of INSTRUMENT
 ):
-    "Put the two parts together into the quantity of one order"
+    "Combine reduction and increase into the quantity of one order"
     closing = decimal8(row["base"] - held) if row["base"] != held else 0.
     row["quantity"] = closing
     if row["increase"] == 0.: return
@@ -216,7 +216,7 @@ def added_quantity(
     row,   # of ORDER_REQUEST
     held,  # float64, signed base units
 )->float:  # signed base units
-    "What an order adds beyond the base"
+    "The quantity by which an order increases the position"
     return decimal8(held + row["quantity"] - row["base"])
 
 # %% ../../nbs/30_risk/06_order_limits.ipynb #625080c7
@@ -228,7 +228,7 @@ def deny_increase(
     atr,     # float64, of the symbol, quote; NaN where it is not known
     limits,  # a row of LIMITS
 ):
-    "Set the increase to zero where nothing may be added"
+    "Set the increase to zero if nothing may be added"
     if row["increase"] == 0.: return
     if state >= REDUCE_ONLY or (state == NO_ENTRY and row["base"] == 0.):
         if money["day_stopped"] != 0 and money["required_state"] < REDUCE_ONLY:
@@ -247,7 +247,7 @@ def limit_order(
     limits,         # a row of LIMITS
     instrument,     # a row of INSTRUMENT
 ):
-    "Reduce the increase to what the exchange's brackets and the limits of one order allow"
+    "Reduce the increase to what the leverage brackets and the limits of one order allow"
     if row["increase"] == 0.: return
     notional = abs(row["increase"]) * row["price"]
     base = abs(row["base"]) * row["price"]
@@ -268,7 +268,7 @@ def size_order(
     limits,         # a row of LIMITS
     instrument,     # a row of INSTRUMENT
 )->bool:
-    "What is wanted of one symbol, as if there were no other; whether there is anything to do"
+    "Size the order of one symbol, as if there were no other; returns whether there is anything to do"
     if not split_order(row, notional, held, money["equity"], limits, instrument): return False
     deny_increase(row, money, state, atr, limits)
     limit_order(row, usable_equity, limits, instrument)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def covariance_warm_up(
     decay:float,    # weight of the newest candle
 )->int:             # candles
-    "How much history it takes until the average has forgotten where it began"
+    "Candles until the average has forgotten where it began"
     return int(np.ceil(50. / decay))
 
 
@@ -140,6 +140,16 @@ def ledoit_wolf(
     return (1 - share) * sample + share * target * np.eye(symbols), share
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #66d4ffb4
+def _by_sector(exposures):
+    table = exposures.sectors or {}
+    missing = [symbol for symbol in exposures.symbols if symbol not in table]
+    if missing and table:
+        raise ValueError(f"no sector is given for {missing[0]}, only for {', '.join(table)}: add it")
+    frame = pd.DataFrame({"sector": [table.get(symbol, "all") for symbol in exposures.symbols],
+                          "gross": np.abs(exposures.weights), "net": exposures.weights})
+    return frame.groupby("sector").sum()
+
+# %% ../../nbs/30_risk/01_portfolio.ipynb #aa0131bc
 @dataclass(frozen=True)
 class Exposures:
     "Notionals as multiples of equity"
@@ -154,7 +164,7 @@ class Exposures:
 
     @property
     def concentration(self)->float:
-        "Herfindahl index of the shares, 1/n to 1; 0 where nothing is held"
+        "Herfindahl index of the shares, 1/n to 1; 0 without positions"
         return float(((self.weights / self.gross) ** 2).sum()) if self.gross else 0.
 
     @property
@@ -164,13 +174,7 @@ class Exposures:
 
     def by_sector(self)->pd.DataFrame:
         "Gross and net of each sector"
-        table = self.sectors or {}
-        missing = [symbol for symbol in self.symbols if symbol not in table]
-        if missing and table:
-            raise ValueError(f"no sector is given for {missing[0]}, only for {', '.join(table)}: add it")
-        frame = pd.DataFrame({"sector": [table.get(symbol, "all") for symbol in self.symbols],
-                              "gross": np.abs(self.weights), "net": self.weights})
-        return frame.groupby("sector").sum()
+        return _by_sector(self)
 
 # %% ../../nbs/30_risk/01_portfolio.ipynb #60462ada
 @compiled

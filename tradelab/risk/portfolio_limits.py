@@ -31,7 +31,7 @@ Z99 = 2.3263478740408408 # of the normal distribution: one day in a hundred is w
 # %% ../../nbs/30_risk/07_portfolio_limits.ipynb #03c7ef62
 @inlined
 def _openings_before(requests, n):
-    "How many symbols are opened before symbol n: the larger ones, and of equal ones those that come first"
+    "How many symbols are opened before symbol n: the larger targets, and of equal ones the first"
     size = requests[n]["opening"]
     count = 0
     for m in range(len(requests)):
@@ -46,7 +46,7 @@ def limit_positions(
     positions,  # POSITION, (n,)
     limits,     # a row of LIMITS
 )->float:       # quote: what is still wanted, longs and shorts
-    "Open no more symbols than may be held at once"
+    "Deny openings beyond the number of symbols that may be held at once"
     held = 0
     wanted = 0.
     for n in range(len(requests)):
@@ -162,7 +162,7 @@ def correlation_sign(
     m,           # int64, the other
     threshold,   # float64, correlation from which on they move together
 )->float:
-    "1 or -1 where two symbols move together or against each other, 0 where neither, 2 where that is not known"
+    "1 if two symbols move together, -1 if against each other, 0 if neither, 2 if that is not known"
     if n == m: return 1.
     shared = covariance[n, m]
     bound = threshold * threshold * covariance[n, n] * covariance[m, m]
@@ -230,7 +230,7 @@ def net_exposure(
     requests,   # ORDER_REQUEST, (n,)
     positions,  # POSITION, (n,)
 )->tuple:       # quote: longs less shorts after the orders; what the orders add to the longs; what to the shorts
-    "What the orders come to"
+    "The net exposure after the orders"
     net = 0.
     longer = 0.
     shorter = 0.
@@ -278,7 +278,7 @@ def share_within_variance(
     increase,  # float64, of `variance_terms`
     allowed,   # float64, quote squared
 )->float:      # in [0, 1]
-    "The largest share of the increase whose variance is allowed; 0 where the base is beyond it already"
+    "The largest share of the increase whose variance is allowed; 0 if the base exceeds it already"
     if not base <= allowed or not increase > 0.: return 0.
     root = np.sqrt(max(both * both - increase * (base - allowed), 0.))
     return min(max((-both + root) / increase, 0.), 1.)
@@ -297,7 +297,7 @@ def reduce_orders(
     limits,       # a row of LIMITS
     instruments,  # INSTRUMENT, (n,)
 )->bool:
-    "Send a share of what is added; False where there was nothing to reduce"
+    "Scale the increases by a share; returns False if there was nothing to reduce"
     changed = False
     for n in range(len(requests)):
         row = requests[n]
@@ -313,7 +313,7 @@ def reduce_orders(
 # %% ../../nbs/30_risk/07_portfolio_limits.ipynb #d4e24716
 @inlined
 def _reduce_net(requests, positions, usable_equity, equity, limits, instruments):
-    "Reduce the heavier side where longs less shorts are too much; whether that changed anything"
+    "Reduce the heavier side if longs minus shorts exceed the limit; returns whether anything changed"
     allowed = limits["max_net"] * usable_equity
     net, longer, shorter = net_exposure(requests, positions)
     added = longer if net > 0. else shorter
@@ -325,7 +325,7 @@ def _reduce_net(requests, positions, usable_equity, equity, limits, instruments)
 
 @inlined
 def _reduce_risk(requests, positions, step, covariance, usable_equity, equity, limits, instruments):
-    "Reduce all orders where the value at risk is too much; whether that changed anything"
+    "Reduce all orders if the value at risk exceeds the limit; returns whether anything changed"
     allowed = limits["max_var"] * usable_equity
     if allowed == np.inf: return False
     base, both, increase = variance_terms(requests, covariance, positions)
@@ -347,7 +347,7 @@ def limit_net_and_risk(
     limits,         # a row of LIMITS
     instruments,    # INSTRUMENT, (n,)
 ):
-    "Reduce orders until longs less shorts and the value at risk hold; add nothing where they cannot"
+    "Reduce orders until net exposure and value at risk are within limits; deny all increases if that fails"
     if usable_equity <= 0.: return
     step = market[0]["step"]
     for _ in range(2 * len(requests) + 8):

@@ -89,7 +89,7 @@ def shrinkage(
     variance,  # per candle
     count,     # candles that it was estimated from
 )->float:      # in [0, 1)
-    "The part of Kelly's share that an uncertain mean deserves"
+    "The factor on Kelly's share for an uncertain mean"
     if not variance > 0. or not np.isfinite(mean): return 0.
     signal = mean * mean * count / variance
     return signal / (1. + signal)

@@ -191,7 +191,7 @@ def _walk(candles, entries, settings, widths, account, positions, prices, codes,
 
 # %% ../../nbs/30_risk/03_stops.ipynb #07434ee0
 def _check_inputs(candles:np.ndarray, entries:np.ndarray, widths:np.ndarray, settings:np.ndarray)->None:
-    "Refuse what would give a stop that is nowhere"
+    "Check the inputs of a simulation of stops"
     if not len(candles) == len(entries) == len(widths):
         raise ValueError(f"there are {len(candles)} candles, {len(entries)} entries and {len(widths)} widths: "
                          "one per candle")

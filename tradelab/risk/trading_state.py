@@ -50,7 +50,7 @@ DAY = 86_400_000 # ms
 def _write_state(
     money,      # a row of ACCOUNT, changed
 )->int:         # of TradingState
-    "Write the most severe of all reasons into the one field that everybody reads; the state"
+    "Write the most severe state that any reason requires into the account, and return it"
     state = max(money["required_state"], REDUCE_ONLY if money["day_stopped"] != 0 else NORMAL)
     money["trading_state"] = HALT if money["halted"] != 0 else state
     return money["trading_state"]
@@ -62,7 +62,7 @@ def update_trading_state(
     open_time,  # int, ms, of the candle that closed
     limits,     # a row of LIMITS
 )->int:         # of TradingState
-    "What is allowed from this close on; called once a close, by the gate"
+    "Update the trading state at a close; called once per close, by the gate"
     if not np.isfinite(money["equity"]):
         raise ValueError("equity is not a finite number: nothing can be decided on it, look at the last fill and the "
                          "last candle")
@@ -79,7 +79,7 @@ def require_state(
     account:np.ndarray,  # ACCOUNT, (1,), changed
     state:TradingState,  # what breakers or a person require
 )->None:
-    "Set what is required from outside the gate, from now on; NORMAL takes it back"
+    "Require a state from outside the gate; NORMAL withdraws it"
     account["required_state"] = TradingState(state)
     _write_state(account[0])
 
@@ -238,7 +238,7 @@ class StateMachine:
 
     def trip(self, cause:str, time:int, evidence:str, symbol:str="", requires:TradingState|None=None,
              who:str="")->StateChange:
-        "A cause has come, or is still there; a person may require any state"
+        "Report that a cause is present; a person may require any state"
         _check_time(cause, time, self.history)
         required = _required(cause, requires, who, evidence)
         before = self.active.get((cause, symbol))
@@ -247,7 +247,7 @@ class StateMachine:
         return self._tell(time, symbol, cause, "tripped", evidence, who)
 
     def clear(self, cause:str, time:int, symbol:str="")->None:
-        "A cause is gone; its cool-down begins"
+        "Report that a cause is gone; its cool-down begins"
         _check_time(cause, time, self.history)
         row = self.active.get((cause, symbol))
         if row and row[2] is None:
@@ -256,14 +256,14 @@ class StateMachine:
         self.step(time)
 
     def step(self, time:int)->list[StateChange]:
-        "Time has passed: causes that may restart by themselves do"
+        "Let time pass, so that causes with a cool-down end"
         over = [key for key, row in self.active.items() if CAUSES[key[0]].restarts and row[2] is not None
                 and time >= row[2] + CAUSES[key[0]].cool_down]
         rows = {key: self.active.pop(key) for key in over}
         return [self._tell(time, scope, cause, "restarted", rows[cause, scope][3]) for cause, scope in sorted(over)]
 
     def reset(self, cause:str, who:str, why:str, time:int, symbol:str="")->StateChange:
-        "A person lifts a cause"
+        "Lift a cause, as a person"
         _check_time(cause, time, self.history)
         _check_reset(cause, symbol, who, why, self.active)
         del self.active[cause, symbol]

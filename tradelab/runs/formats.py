@@ -150,7 +150,7 @@ def verify(
         if names: raise DamagedRunError(f"run {folder.name}: {', '.join(sorted(names))} {what}")
 
 # %% ../../nbs/45_runs/03_formats.ipynb #02_forma022
-FORMAT = "tradelab run 1" # counts up whenever an older version could misread what this one writes
+FORMAT = "tradelab run 2" # counts up whenever an older version could misread what this one writes
 
 PROVENANCE = ("agent", "steps", "interrupted", "learning_rate", "batch_size", "seed", "threads", "source", "span",
               "data_hash", "created_time") # from the trainer
@@ -190,14 +190,13 @@ def written_by(
 def check_format(
     config:object,  # the contents of config_metadata.yaml
     name:str,       # of the file
-)->str:             # "", or the version that wrote it if the run has no number
+)->None:
     "Refuse a run of another format"
     found = config.get("format") if isinstance(config, dict) else None
-    if found is None: return f" (it was written by {written_by(config)}, before runs carried a format number)"
-    if found == FORMAT: return ""
-    raise DamagedRunError(f"{name} is of the format {str(found)[:80]!r}, written by {written_by(config)}: this "
-                          "version reads "
-                     f"{FORMAT!r}, load it with the version that wrote it, or train again")
+    if found == FORMAT: return
+    what = "has no format number" if found is None else f"is of the format {str(found)[:80]!r}"
+    raise DamagedRunError(f"{name} {what}, written by {written_by(config)}: this version reads {FORMAT!r}, load it "
+                          "with the version that wrote it, or train again")
 
 # %% ../../nbs/45_runs/03_formats.ipynb #02_forma027
 _TEXTS, _NUMBER = (list, str), (int, float)
@@ -226,15 +225,15 @@ def read_configuration(
 )->dict:
     "The configuration of a run; DamagedRunError if a key is missing or its value is of the wrong kind"
     config = _yaml(path)
-    older = check_format(config, path.name)
+    check_format(config, path.name)
     missing = [key for key in KINDS if not isinstance(config, dict) or key not in config]
-    if missing: raise DamagedRunError(f"{path.name} lacks {', '.join(missing)}{older}: restore it, or train again")
+    if missing: raise DamagedRunError(f"{path.name} lacks {', '.join(missing)}: restore it, or train again")
     wrong = [f"{key} ({str(config[key])[:80]!r})" for key, kind in KINDS.items() if not _is_kind(config[key], kind)]
     if not wrong and not 0 <= config["created_time"] < _YEAR_10000:
         wrong = [f"created_time ({config['created_time']!r})"]
     if wrong:
-        raise DamagedRunError(f"{path.name} holds values that a run does not have, {', '.join(wrong)}{older}: "
-                         "restore it, or train again")
+        raise DamagedRunError(f"{path.name} holds values that a run does not have, {', '.join(wrong)}: restore it, or "
+                              "train again")
     return config
 
 # %% ../../nbs/45_runs/03_formats.ipynb #02_forma030

@@ -24,7 +24,7 @@ import yaml
 from rapidfuzz import process
 
 from ..config import settings
-from ..features.observation import Observation
+from ..features.observation import PORTFOLIO, Observation
 from ..files import UnreadableFileError, read_bytes, replace_files
 from ..instruments import Instrument
 from ..policies import flat
@@ -36,7 +36,6 @@ from tradelab.runs.formats import (
     PROVENANCE,
     SCALER,
     DamagedRunError,
-    check_format,
     configuration,
     file_bytes,
     policy_bytes,
@@ -187,7 +186,7 @@ def _run(folder, config):
               instruments, config["timeframe"], config, folder)
     if run.observation.sha256 != config["observation_sha256"]:
         raise DamagedRunError(f"it was trained on another observation than this version makes of {CONFIG} "
-                         f"({', '.join(run.observation.columns[-6:])} after the features): train again")
+                         f"({', '.join(PORTFOLIO)} after the features): train again")
     if list(run.symbols) != config["symbols"] or run.fitted_until is None:
         raise DamagedRunError(f"{CONFIG} names the symbols {config['symbols']}, its instruments are "
                               f"{list(run.symbols)}: train again")
@@ -205,12 +204,8 @@ def read(
 )->Run:
     "A run from its folder; DamagedRunError if it is not what was trained"
     verify(folder)
-    older = ""
-    try:
-        config = read_configuration(folder / CONFIG)
-        older = check_format(config, CONFIG)
-        run = _run(folder, config)
-    except MISFIT as error: raise DamagedRunError(f"run {folder.name}: {_reason(error)}{older}") from None
+    try: run = _run(folder, read_configuration(folder / CONFIG))
+    except MISFIT as error: raise DamagedRunError(f"run {folder.name}: {_reason(error)}") from None
     for module, expected in run.config["sources"].items():
         if source_sha256(str(module)) != expected:
             warnings.warn(f"run {folder.name} was trained with another version of {module}: "

@@ -43,9 +43,6 @@ def make_trader(
     timeframe:str="",                  # of the candles; needed if a feature uses another timeframe
 )->Trader:
     "A trader for this policy, with the observation that it asks for and the gate that every order passes"
-    if policy.order_slots:
-        raise ValueError(f"{policy.name} answers with orders, which only a backtest can trade yet: "
-                         "answer with targets, and choose an execution style")
     return Trader(policy, Observation.from_policy(policy, timeframe), OrderGate, limits, instruments, deposit)
 
 # %% ../../nbs/45_runs/01_run.ipynb #d6da8b50

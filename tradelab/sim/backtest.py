@@ -33,6 +33,7 @@ from tradelab.policies import (
     ORDER_POLICY,
     ORDERS,
     POLICY,
+    FencedArrays,
     Policy,
     ask_rule,
     buy_and_hold,
@@ -71,11 +72,13 @@ def _loop(policy, parameters, memory, features, start, first, simulation, prices
     keep = len(observations) > 1
     window = features.shape[0] - len(arrays.times) + 1
     room = state.orders.size + FILLS_PER_SYMBOL * len(state.positions)
+    share = simulation[0]["limits"]["max_position"]
+    capital = simulation[0]["limits"]["capital"]
     for t in range(first, len(arrays.times) - 1):
         if state.count[0] + room > len(state.fills): return t
         if len(targets) == 0:
             seen = observations[t - start if keep else 0]
-            assemble(features[t:t + window], state.account, state.positions, seen)
+            assemble(features[t:t + window], state.account, state.positions, share, capital, seen)
             asked = arrays.waits[min(t, len(arrays.waits) - 1)] == 0
             answer[:] = np.nan if asked else 0. # a target that no rule writes is invalid
             for n in range(len(prices)): prices[n] = arrays.candles[t, n, CLOSE]
@@ -94,10 +97,12 @@ def _loop_of_orders(policy, parameters, memory, features, start, first, simulati
     keep = len(observations) > 1
     window = features.shape[0] - len(arrays.times) + 1
     room = state.orders.size + FILLS_PER_SYMBOL * len(state.positions)
+    share = simulation[0]["limits"]["max_position"]
+    capital = simulation[0]["limits"]["capital"]
     for t in range(first, len(arrays.times) - 1):
         if state.count[0] + room > len(state.fills): return t
         seen = observations[t - start if keep else 0]
-        assemble(features[t:t + window], state.account, state.positions, seen)
+        assemble(features[t:t + window], state.account, state.positions, share, capital, seen)
         working_orders(state.orders, answer)
         for n in range(len(prices)): prices[n] = arrays.candles[t, n, CLOSE]
         if arrays.waits[min(t, len(arrays.waits) - 1)] == 0: policy(parameters, memory, seen, prices, answer)
@@ -244,24 +249,25 @@ def _vectorised(policy, market, row, simulation, journal, observations):
     symbols = journal.shape[1]
     times = market.data.times
     targets = policy.targets if isinstance(policy, PrecomputedTargets) else np.zeros((0, symbols))
-    answer = policy.unanswered(symbols)
+    written = FencedArrays(policy, symbols)
+    policy.check(symbols, market.observation.width)
     loop = _loop_of_orders if policy.order_slots else _loop
-    memory = np.zeros(policy.memory)
     prices = np.zeros(symbols)
     head = np.full((market.observation.window - 1, *market.features.shape[1:]), np.nan, np.float32)
     features = np.concatenate([head, market.features])
     while True:
         try:
-            t = loop(compiled_function(policy), policy.parameters, memory, features, row, t, simulation.row, prices,
-                     answer, targets, journal, observations, market.stale)
+            t = loop(compiled_function(policy), policy.parameters, written.memory, features, row, t, simulation.row,
+                     prices, written.answer, targets, journal, observations, market.stale)
         except Exception as error:
             raise _named(error, policy, times[row + (journal["open_time"][:, 0] > 0).sum()]) from error
+        written.check()
         code = simulation.row["code"][0]
         if code != DONE:
             where = f"at the candle of {format_time(times[t])}"
-            if fault := told_fault(answer, market.data.symbols) if policy.order_slots else "":
+            if fault := told_fault(written.answer, market.data.symbols) if policy.order_slots else "":
                 raise InvalidOrderError(f"{policy.name} {where}: {fault}")
-            raise InvalidOrderError(f"{policy.name} answered {answer.tolist()} {where}: {FAULTS[code]}")
+            raise InvalidOrderError(f"{policy.name} answered {written.answer.tolist()} {where}: {FAULTS[code]}")
         if t == len(times) - 1: return
         simulation.keep(2 * len(simulation.state.fills))
 

@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['FAST', 'SLOW', 'NARROWEST', 'WIDEST', 'CONDITION', 'MAX_IMPACT', 'NEGLIGIBLE', 'fee', 'window_means', 'conditions',
-           'potential', 'displacement', 'fade', 'paid', 'market_fill', 'Calibration', 'calibrate']
+           'potential', 'displacement', 'fade', 'paid', 'market_fill', 'plot_cost_of_size', 'Calibration', 'calibrate']
 
 # %% ../../nbs/50_sim/01_costs.ipynb #35c5978d
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from ..account import decimal8, round_price
 from ..compiled import compiled, inlined
 from ..events import CLOSE, VOLUME
+from ..figures import INK, finished
 from ..settings import COST_WINDOWS, CostModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/50_sim/01_costs.ipynb #9bbd8b48
 @inlined
@@ -153,13 +159,40 @@ def _regressor(quantity, candle, volatility, volume, half_life):
         pressure += quantity[i]
     return result
 
+# %% ../../nbs/50_sim/01_costs.ipynb #335a0fe7
+def _coefficients(found):
+    "The coefficients of a calibration as a table: estimate and standard error"
+    known = {"Slippage [bps]": (1e4 * found.slippage, 1e4 * found.slippage_error),
+             "Impact coefficient": (found.impact, found.impact_error),
+             "Half-life of the impact [candles]": (found.impact_half_life, np.nan),
+             "Explained variance [%]": (100 * found.explained, np.nan)}
+    return pd.DataFrame(known, ["estimate", "standard error"]).T
+
+
+def plot_cost_of_size(
+    found:"Calibration",
+    volatility:float=.01,  # of a candle
+)->"Figure":
+    "A matplotlib Figure of what an order costs against its share of a candle's volume, with one standard error"
+    import matplotlib.pyplot as plt
+    share = np.linspace(0, .2, 101)
+    root = volatility * np.sqrt(share)
+    cost = found.slippage + found.impact * root
+    error = np.hypot(found.slippage_error, found.impact_error * root)
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.plot(100 * share, 1e4 * cost, color=INK)
+    axis.fill_between(100 * share, 1e4 * (cost - error), 1e4 * (cost + error), color=INK, alpha=.2, lw=0)
+    axis.set(xlabel="Size of the order [% of the candle's volume]", ylabel="Cost [bps]",
+             title=f"Spread and impact at a volatility of {volatility:.1%} per candle")
+    return finished(figure)
+
 # %% ../../nbs/50_sim/01_costs.ipynb #6b95e008
 @dataclass(frozen=True)
 class Calibration:
     "Coefficients from fills, each with its standard error"
-    slippage:float
+    slippage:float         # a fraction of the price
     slippage_error:float
-    impact:float
+    impact:float           # of the square-root law, without unit
     impact_error:float
     impact_half_life:float # candles
     explained:float        # R squared
@@ -170,6 +203,11 @@ class Calibration:
                             "slippage": max(self.slippage, 0.), "impact": max(self.impact, 0.),
                             "impact_half_life": self.impact_half_life})
 
+    def table(self)->pd.DataFrame: return _coefficients(self)
+    def plot(self)->"Figure": return plot_cost_of_size(self)
+    def __str__(self)->str: return self.table().to_string()
+    def _repr_html_(self)->str: return self.table().to_html(border=0)
+
 # %% ../../nbs/50_sim/01_costs.ipynb #853ef329
 def _least_squares(target, regressor):
     columns = np.column_stack([np.ones(len(target)), regressor])
@@ -179,21 +217,22 @@ def _least_squares(target, regressor):
 # %% ../../nbs/50_sim/01_costs.ipynb #2684df47
 def calibrate(
     quantity:np.ndarray,   # (m,), signed base units, in order of time
-    met:np.ndarray,        # (m,), the market price, quote per base
+    market_price:np.ndarray, # (m,), quote per base
     price:np.ndarray,      # (m,), the price paid, quote per base
     candle:np.ndarray,     # (m,), number of the candle
     volatility:np.ndarray, # (m,), of a candle, a fraction
     volume:np.ndarray,     # (m,), base units traded in a candle
 )->Calibration:
     "Spread, impact and its half-life from takers' fills; ValueError if there are fewer than 30"
-    quantity, met, price, candle, volatility, volume = (np.ascontiguousarray(each, float) for each in (quantity, met,
-        price, candle, volatility, volume))
+    given = (quantity, market_price, price, candle, volatility, volume)
+    quantity, market_price, price, candle, volatility, volume = (np.ascontiguousarray(each, float) for each in given)
     if len(quantity) < 30: raise ValueError(f"{len(quantity)} fills are too few to calibrate on: at least 30")
-    good = np.isfinite(quantity * met * price * volatility * volume) & (quantity != 0) & (met > 0) & (volume > 0)
+    good = np.isfinite(quantity * market_price * price * volatility * volume) & (quantity != 0)
+    good &= (market_price > 0) & (volume > 0)
     if not good.all():
         raise ValueError(f"fill {int(np.argmin(good))} has a quantity, price, volatility or volume that is 0 or not a "
                          "number: leave it out")
-    target = np.sign(quantity) * (price / met - 1.)
+    target = np.sign(quantity) * (price / market_price - 1.)
     trial = lambda half_life: _least_squares(target, _regressor(quantity, candle, volatility, volume, half_life))
     lives = np.geomspace(1 / 3, 100., 200)
     life = float(lives[int(np.argmin([trial(each)[1] for each in lives]))])

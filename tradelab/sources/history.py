@@ -57,6 +57,15 @@ def synthetic_market(
                next_opening(to_ms("2020-01-01"), step))
 
 # %% ../../nbs/15_sources/08_history.ipynb #819faf49
+def _warn_of_synthetic(candles, symbol):
+    "Log and print that there are no real candles"
+    source = candles.attrs["source"]
+    logger.warning("SYNTHETIC CANDLES: no exchange could be reached", symbol=symbol, source=source,
+                   reason=candles.attrs["because"])
+    print(f"*** NO EXCHANGE COULD BE REACHED. The {len(candles)} candles of {symbol} are SYNTHETIC ({source}), not a "
+          "market. For real candles give source=<a file>, or connect to the internet. ***")
+
+# %% ../../nbs/15_sources/08_history.ipynb #82c51459
 def synthetic_fallback(
     symbol: str,
     timeframe: str,
@@ -78,11 +87,7 @@ def synthetic_fallback(
     candles.attrs |= market.attrs
     if because:
         candles.attrs["because"] = "; ".join(map(str, because))
-        logger.warning("SYNTHETIC CANDLES: no exchange could be reached", symbol=symbol, source=candles.attrs["source"],
-                       reason=candles.attrs["because"])
-        print(f"*** NO EXCHANGE COULD BE REACHED. The {len(candles)} candles of {symbol} are SYNTHETIC "
-              f"({candles.attrs['source']}), not a market. For real candles give source=<a file>, or connect to the "
-              "internet. ***")
+        _warn_of_synthetic(candles, symbol)
     return candles
 
 # %% ../../nbs/15_sources/08_history.ipynb #histor07

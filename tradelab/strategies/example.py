@@ -60,7 +60,7 @@ def _gap(state, parameters, candle, out):
     if state[0] > 0.: out[0] = candle[OPEN] / state[0] - 1.
     state[0] = candle[CLOSE]
 
-gap = Indicator("tradelab.strategies.example:gap", _gap, {}, ("value",), lambda: 1, lambda: 2)
+gap = Indicator(name="tradelab.strategies.example:gap", update=_gap, state=lambda: {"close": 1}, warm_up=lambda: 2)
 
 # %% ../../nbs/95_strategies/01_example.ipynb #de5a3d88
 @compiled

@@ -667,6 +667,7 @@ async def set_up(
 class BinanceVenue(BinanceMarket):
     "An account at Binance USD-M futures: a `live.venue.Venue`"
     kinds, amends = frozenset({Kind.MARKET, Kind.LIMIT, *CONDITIONAL}), AMENDED
+    expires = False
 
     def __init__(self, settings:VenueSettings, paced:bool|None=None, timeout:float=10.):
         super().__init__(settings, paced, timeout)
