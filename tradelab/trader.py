@@ -15,7 +15,7 @@ import numpy as np
 
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import inlined, outlined
-from .events import CLOSE, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Candles, Fill, Funding, OrderUpdate
+from .events import CLOSE, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Candles, Fill, Funding, OrderUpdate, StateChange
 from .instruments import Instrument
 from .journal import JOURNAL, Decision
 from .orders import EXECUTION_STATE, NONE, ORDER
@@ -250,10 +250,12 @@ class Trader(Holdings):
         self.rules.watch(open_time, self.view.traded)
         self.open_time = open_time
 
-    def on(self, event: Candles | Fill | Funding | OrderUpdate) -> Decision | None:
+    def on(self, event: Candles | Fill | Funding | OrderUpdate | StateChange) -> Decision | None:
         "Take in an event; at the close of candles, what is decided"
-        if isinstance(event, Candles): return self._decide(event)
-        super().on(event)
+        match event:
+            case Candles(): return self._decide(event)
+            case StateChange(): self.rules.require(self.account, event.state)
+            case _: super().on(event)
         return None
 
     def _decide(self, closed):

@@ -7,8 +7,8 @@ __all__ = ['Working', 'TradingRules', 'POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_
            'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'BAD_ORDER', 'NO_PRICE', 'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY',
            'FAULTS', 'CHECKED', 'new_order', 'is_urgent', 'slice_of', 'place_target', 'working_quantity',
            'is_unchanged', 'allowed_part', 'target_of_order', 'close_symbol', 'quantity_of_order', 'see_working',
-           'apply_orders', 'is_active', 'apply_targets', 'apply_urgent', 'fault_of_order', 'fault_of_targets',
-           'fault_of_orders', 'told_fault', 'see_active', 'decide_orders', 'OrderGate']
+           'apply_orders', 'protect_position', 'is_active', 'apply_targets', 'apply_urgent', 'fault_of_order',
+           'fault_of_targets', 'fault_of_orders', 'told_fault', 'see_active', 'decide_orders', 'OrderGate']
 
 # %% ../../nbs/30_risk/09_execution.ipynb #c48089c6
 from collections import namedtuple
@@ -37,6 +37,7 @@ from tradelab.orders import (
 )
 from .limits import Gate, gate, propose, stand_by
 from .order_limits import capital
+from .stops import enter, levels
 from ..settings import COSTS, STYLES, Execution, Limits, Reason
 from ..trader import record
 
@@ -284,6 +285,32 @@ def apply_orders(
              rules.instruments)
         if k == 0: record(row, open_time, candle, proposals, state.account, state.positions)
         _write_slot(k, answer, state, rules, proposals, unit, row)
+
+# %% ../../nbs/30_risk/09_execution.ipynb #e3b85a26
+@outlined
+def protect_position(
+    state,   # Working or the kernel's State, changed: the last three slots of a symbol are its stop, target and trailing
+    rules,   # TradingRules
+    n,       # which symbol
+    market,  # a row of MARKET
+):
+    "Write stop, target and trailing stop of a position as orders"
+    position = state.positions[n]
+    orders = state.orders[n]
+    first = len(orders) - 3
+    held = position["quantity"]
+    if held == 0.:
+        for k in range(first, len(orders)): orders[k]["kind"] = NONE
+        return
+    if position["best_price"] == 0.: enter(position, market["atr"], market["width"])
+    stop, target, trailing = levels(position, rules.limits)
+    for k, kind, level in ((first, STOP, stop), (first + 1, TAKE_PROFIT, target), (first + 2, STOP, trailing)):
+        order = orders[k]
+        if np.isnan(level): order["kind"] = NONE
+        else:
+            new_order(order, kind, -held, 0., level, GTC, 1, level, rules)
+            order["delay"] = 0
+            order["resting"] = order["protects"] = 1
 
 # %% ../../nbs/30_risk/09_execution.ipynb #868c64e7
 @inlined

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..compiled import inlined, outlined
-from ..events import CLOSE, HIGH, LOW, VOLUME
+from ..events import CLOSE, HIGH, LOW, VOLUME, TradingState
 from ..instruments import Instrument
 from ..orders import ORDER_REQUEST
 from .market_state import new_market, update_market, warm_up
@@ -34,7 +34,7 @@ from tradelab.risk.portfolio_limits import (
     scale_to_leverage,
 )
 from .stops import safe_distance
-from .trading_state import FLATTEN, update_trading_state
+from .trading_state import FLATTEN, require_state, update_trading_state
 from ..settings import Limits, Reason, instrument_rows, set_reason
 
 # %% ../../nbs/30_risk/08_limits.ipynb #a12ae8b6
@@ -239,6 +239,10 @@ class Gate:
     def watch(self, open_time:int, candle:np.ndarray)->None:
         "Learn from a candle that closed, (n, 5 or more)"
         if self.warm_up: update_market(self.market, self.covariance, open_time, candle, self._limits)
+
+    def require(self, account:np.ndarray, state:TradingState)->None:
+        "Take over a trading state from outside, for an ACCOUNT (1,)"
+        require_state(account, state)
 
     def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray|None, account:np.ndarray, positions:np.ndarray,
                marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:

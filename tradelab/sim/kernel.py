@@ -35,6 +35,7 @@ from tradelab.risk.execution import (
     fault_of_orders,
     fault_of_targets,
     is_active,
+    protect_position,
     told_fault,
 )
 from ..risk.market_state import MARKET as MARKET_ROW
@@ -42,7 +43,7 @@ from ..risk.market_state import market_history
 from ..settings import COSTS, EXECUTION, LIMITS, CostModel, Execution, Limits, instrument_rows
 from .costs import CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
-from .matching import Candle, State, match_at_open, protect_position, traverse_candle
+from .matching import Candle, State, match_at_open, traverse_candle
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #d369bf30
 # (T,), (T, n, 5), (T, n, dues), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of
@@ -136,10 +137,10 @@ def match_open(
     for n in range(len(state.execution_state)): fade(state.execution_state[n], rules.costs)
     if rules.execution["protect"] == 0 and not is_active(state.execution_state): return met, working
     for n in range(len(state.execution_state)):
-        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle)
+        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
         elif state.execution_state[n]["active"] == 0: continue
         match_at_open(state, rules, row, n, candle)
-        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle)
+        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
         met = True
         still = has_orders(state, n)
         working = working or still
