@@ -15,7 +15,18 @@ import numpy as np
 
 from .account import ACCOUNT, POSITION, age, apply_fill, apply_funding, decimal8, mark, new_account
 from .compiled import inlined, outlined
-from .events import CLOSE, KNOWN, OPEN_TIME, QUOTE_VOLUME, SERIES, Candles, Fill, Funding, OrderUpdate, StateChange
+from tradelab.events import (
+    CLOSE,
+    KNOWN,
+    OPEN_TIME,
+    QUOTE_VOLUME,
+    SERIES,
+    Candles,
+    Fill,
+    Funding,
+    OrderUpdate,
+    StateChange,
+)
 from .instruments import Instrument
 from .journal import JOURNAL, Decision
 from .orders import EXECUTION_STATE, NONE, ORDER

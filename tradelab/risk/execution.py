@@ -289,7 +289,7 @@ def apply_orders(
 # %% ../../nbs/30_risk/09_execution.ipynb #e3b85a26
 @outlined
 def protect_position(
-    state,   # Working or the kernel's State, changed: the last three slots of a symbol are its stop, target and trailing
+    state,   # Working or the kernel's State, changed; the last three slots are stop, target and trailing stop
     rules,   # TradingRules
     n,       # which symbol
     market,  # a row of MARKET
