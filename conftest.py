@@ -1,6 +1,10 @@
 "For tests and notebooks alike: the bridge from nbdev to nbval, and a summary that names what was skipped and why"
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +19,61 @@ PASSES = Path(__file__).parent / ".cache" / "test-passes.jsonl"  # one line for 
 # a property does not fail because the machine is slow
 hypothesis.settings.register_profile("tradelab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tradelab")
+
+
+# Each notebook has a kernel of its own. It is forked from a process that has imported what most of them import, though
+# nothing of tradelab: to start a kernel from nothing and to import took most of the CPU time of most notebooks.
+WARM = """
+import json, os, signal, sys
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline" # as ipykernel sets it before matplotlib comes
+import ccxt.pro, hypothesis, matplotlib.pyplot, numba, pandas, pydantic_settings, sqlalchemy.orm, structlog
+from ipykernel.kernelapp import launch_new_instance
+numba.njit("f8(f8)")(lambda x: x)                # numba reads its tables of types when it first compiles
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)    # nobody waits for a kernel that has ended
+for line in sys.stdin:
+    asked = json.loads(line)
+    if not os.fork(): break
+else: sys.exit()
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+os.setsid()
+print(os.getpid(), flush=True)
+os.chdir(asked["cwd"])
+os.environ.clear()
+os.environ.update(asked["env"])
+for stream in range(3): os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+launch_new_instance(argv=[*asked["arguments"], f"--IPKernelApp.parent_handle={os.getppid()}"])
+"""
+
+
+class ForkedKernel:
+    "What jupyter_client asks of a kernel's process"
+    stdin = stdout = stderr = warm = None
+
+    def __init__(self, command, cwd, env, **_):
+        if ForkedKernel.warm is None:
+            ForkedKernel.warm = subprocess.Popen([sys.executable, "-c", WARM], stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, text=True)
+        asked = {"arguments": command[command.index("-f"):], "cwd": cwd, "env": dict(env)}
+        print(json.dumps(asked), file=ForkedKernel.warm.stdin, flush=True)
+        self.pid = int(ForkedKernel.warm.stdout.readline())
+
+    def poll(self):
+        try: os.kill(self.pid, 0)
+        except ProcessLookupError: return 0
+
+    def wait(self): return self.poll()
+
+    def send_signal(self, number): os.kill(self.pid, number)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+    def terminate(self): self.send_signal(signal.SIGTERM)
+
+
+def pytest_configure(config):
+    if not config.getoption("nbval_lax", False): return
+    from jupyter_client.provisioning import local_provisioner
+    local_provisioner.launch_kernel = ForkedKernel
 
 
 def pytest_collection_modifyitems(items):

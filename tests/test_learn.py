@@ -37,12 +37,11 @@ def earned(policy, candles, start=None):
                         / 10_000))
 
 
-def optimum(candles):
-    "Position proportional to the forecast 0.3 * r, its scale the best on the training span, earned out of sample"
+def best_rule(candles):
+    "Position proportional to the forecast 0.3 * r, its scale the best on the training span"
     rules = [Policy("proportional", proportional, np.array([.3 * scale]), ("return(1)",)) for scale in np.geomspace(10,
         30_000, 25)]
-    best = max(rules, key=lambda rule: earned(rule, candles[:TRAINING]))
-    return earned(best, candles, candles.index[TRAINING])
+    return max(rules, key=lambda rule: earned(rule, candles[:TRAINING]))
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +60,22 @@ def run(request, market, tmp_path_factory):
 def test_agent_learns_the_forecast(run, market):
     "At least 80 % of the optimal reward, out of sample, with the default costs"
     agent = earned(run, market, market.index[TRAINING])
-    best = optimum(market)
+    best = earned(best_rule(market), market, market.index[TRAINING])
     print(f"{run.policy.name}: {agent:.3f} of {best:.3f}, {agent / best:.0%}")
     assert best > .4
     assert agent >= .8 * best
+
+
+@pytest.mark.integration
+def test_agent_earns_as_much_late_in_a_long_run(run, market):
+    "What it sees of itself after 100,000 candles and a growth of e^7 is what it saw in episodes of 256 candles"
+    long = ar1(120_000, rho=.3, seed=100)
+    agent, best = (np.log(backtest(each, long, costs=CostModel(), limits=Limits(), baselines=()).equity.to_numpy())
+                   for each in (run, best_rule(market)))
+    late = (agent[-1] - agent[-20_001]) / (best[-1] - best[-20_001])
+    print(f"{run.policy.name}: {late:.0%} of the optimum in the last 20,000 of {len(agent):,} candles")
+    assert best[-1] - best[0] > 7
+    assert late >= .75
 
 
 @pytest.mark.integration

@@ -362,9 +362,12 @@ class Mute(BinanceVenue):
         return Answer(Outcome.UNKNOWN, text="no answer") if lost else await super().query(order, sent_time)
 
 
-def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path):
+def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path, monkeypatch):
     """With `max_positions` of 1, nothing else is opened while nobody knows what became of it; the replay decides the
     same"""
+    # it is asked about at each of 25 candles, in vain: three seconds each, unless the questions come sooner
+    monkeypatch.setattr("tradelab.live.core.QUIET", 100)
+    monkeypatch.setattr("tradelab.live.order_manager.PAUSE", 50)
     symbols, limits = (BITCOIN, ETHER), Limits(max_positions=1)
     with localnet(symbols) as exchange: run(session(exchange, tmp_path, Mute, symbols, limits, patience=.2), 25)
     steps = journal(tmp_path)

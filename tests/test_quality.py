@@ -2,6 +2,7 @@
 clean candles must be left alone"""
 import gzip
 import json
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -41,8 +42,10 @@ PERPETUAL = ("BTC", "ETH", "BNB", "XRP")
 def raw(shared, name): return pd.read_parquet(shared / "data" / f"{name}.parquet")
 
 
-def report_on(shared, name, timeframe="1h", **witnesses):
-    return check_quality(raw(shared, name), timeframe, name, **witnesses)
+@cache
+def report_on(shared, name, timeframe="1h"):
+    "Several tests look at the same report"
+    return check_quality(raw(shared, name), timeframe, name)
 
 
 def spans(findings): return {(format_time(each.start_time)[:-4], format_time(each.end_time)[:-4]) for each in findings}
@@ -117,7 +120,7 @@ def test_flat_start_and_standstill(shared):
 
 def test_bitfinex_outages_and_columns(shared):
     table = raw(shared, "BTCUSD-bitfinex-1m-2019")
-    report = check_quality(table, "1m")
+    report = report_on(shared, "BTCUSD-bitfinex-1m-2019", "1m")
     assert len(report.of("gap")) == 9955
     assert sum(each.count for each in report.of("gap")) == 12_873
     for start, end in (("01-07 10:01", "01-07 13:17"), ("01-07 13:19", "01-07 13:58"), ("01-07 15:40", "01-07 17:28"),
@@ -194,8 +197,8 @@ def test_the_recorder_whose_clock_was_behind(shared):
 
 @pytest.mark.parametrize("symbol", ("BTC", "ETH", "XRP", "SOL"))
 def test_daily_candles_are_the_sum_of_hours(shared, symbol):
-    assert not report_on(shared, f"{symbol}USDT-1h",
-                         coarse={"1d": daily_of(raw(shared, f"{symbol}USDT-1d"))}).of("not_the_sum")
+    daily = daily_of(raw(shared, f"{symbol}USDT-1d"))
+    assert not check_quality(raw(shared, f"{symbol}USDT-1h"), "1h", coarse={"1d": daily}).of("not_the_sum")
 
 
 def daily_of(table): return frame(table.timestamp, table[list(COLUMNS)])
@@ -306,7 +309,8 @@ def witnesses(market):
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_injected_into_a_synthetic_market(kind):
     market = realistic(2500, seed=21)
-    found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed)
+    beside = witnesses(market)
+    found = [report.found(truth) for report, truth in (check_with_witness(market, *beside, kind, seed)
                                                        for seed in range(1000, 1020))]
     assert np.mean(found) >= .95
 
@@ -315,7 +319,8 @@ def test_injected_into_a_synthetic_market(kind):
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_injected_into_real_candles(shared, symbol, kind):
     market = daily_of(raw(shared, f"{symbol}USDT-perp-1h"))["2021-11":"2022-06"]
-    found = [report.found(truth) for report, truth in (check_with_witness(market, *witnesses(market), kind, seed)
+    beside = witnesses(market)
+    found = [report.found(truth) for report, truth in (check_with_witness(market, *beside, kind, seed)
                                                        for seed in range(2000, 2020))]
     # some are rounded to the tick that they have, or too near the end to tell from a new tick
     assert np.mean(found) >= (.7 if kind == "digits" else .95)
@@ -427,8 +432,9 @@ def test_stretches_that_no_single_candle_shows(shared, name, timeframe, day, kin
 @pytest.mark.parametrize("name", ("liquid", "tiny price", "listing"))
 def test_injected_into_a_difficult_market(name):
     market = MARKETS[name](2500, 7_100)
+    beside = witnesses(market)
     missed = [(kind, truth.note) for kind in DEFECTS if kind not in STRETCHES for report,
-              truth in (check_with_witness(market, *witnesses(market), kind, seed) for seed in range(7_000, 7_010))
+              truth in (check_with_witness(market, *beside, kind, seed) for seed in range(7_000, 7_010))
               if not report.found(truth)]
     assert len(missed) <= .05 * 10 * len(DEFECTS), missed
 
@@ -485,9 +491,8 @@ def test_volume_in_quote_units_is_found_at_any_price(price):
 
 
 def test_minutes_are_not_alarmed_by_nothing_and_a_crash_is_listed(shared):
+    assert len(report_on(shared, "BTCUSD-bitfinex-1m-2019", "1m").of("spike")) < 10
     minutes = raw(shared, "BTCUSD-bitfinex-1m-2019")
-    before_after = check_quality(minutes, "1m")
-    assert len(before_after.of("spike")) < 10
     minutes = minutes[:100_000].copy()
     minutes.loc[60_000, "low"] = minutes.loc[60_000, ["open", "close"]].min() * .89
     found = check_quality(minutes, "1m")
