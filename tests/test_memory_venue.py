@@ -1,5 +1,6 @@
 "A live session on a venue in memory is the backtest: the same decisions, orders, fills and equity, bit for bit"
 import asyncio
+import re
 from functools import cache
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.errors import InvalidOrderError
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import CLOSE, Candles, Fill
 from tradelab.journal import JOURNAL
@@ -27,13 +29,13 @@ from tradelab.live.messages import (
     Tell,
     Write,
 )
-from tradelab.live.order_manager import Blotter, OrderManager, update_of
+from tradelab.live.order_manager import Blotter, Offer, OrderManager, update_of
 from tradelab.live.order_states import State, orders_from_decision
 from tradelab.live.recorder import read, replay
 from tradelab.live.session import Kept, Session, answer_to, make_core, restore, write
 from tradelab.live.venue import OrderReport
 from tradelab.market.synthetic import ar1, funding
-from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, STOP, TAKE_PROFIT, TRAILING, working_orders
+from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
 from tradelab.policies import Policy
 from tradelab.runs.run import Run, make_trader
 from tradelab.settings import NO_STOPS, CostModel, Limits
@@ -123,9 +125,9 @@ class KilledError(Exception): pass
 class Driver:
     "Carries out the actions of a core in the venue's time; dies before the actions of these numbers"
 
-    def __init__(self, seed, scarce, kills=(), lethal=()):
+    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None):
         data = market_data(FRAMES, funding=RATES)
-        self.seed = seed
+        self.policy = policy or policy_of(seed)
         self.kills = set(kills)
         self.lethal = dict(lethal)   # by kind of action: whether it dies after it, or before
         self.survived = set()
@@ -139,10 +141,11 @@ class Driver:
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
-        trader = make_trader(policy_of(self.seed), LIMITS, self.instruments, timeframe="1h")
+        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h")
         if kept: restore(trader, "s", {}, kept)
-        self.core = make_core(trader, self.ledger, Terms("s", "1h"),
-                              kept and Kept({"reserve": 0.}, kept))
+        venue = self.venue
+        self.core = make_core(trader, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
+                              offer=Offer(venue.kinds, venue.amends, venue.expires))
         asyncio.run(self.venue.close())
 
     def heard(self):
@@ -235,6 +238,7 @@ def test_killed_between_any_two_actions_it_is_the_same_still(data):
     kills = data.draw(st.lists(st.integers(1, done), min_size=1, max_size=4))
     LOG.clear()
     driver = Driver(seed, scarce, kills)
+    if data.draw(st.booleans()): driver.venue.amends = frozenset() # every amendment is an order taken back, and another
     end = driver.run()
     assert end == End("stopped"), end
     compare(driver, seed, scarce)
@@ -273,6 +277,7 @@ def change(name, factor):
     return act
 
 
+def lasting(row): row["expires_in"] = 3.
 def market(row, price): row["kind"], row["exposure"] = MARKET, .25
 def at_once(row, price): row["kind"], row["exposure"], row["price"], row["in_force"] = LIMIT, .25, price * .8, IOC
 def nothing(row, price): pass
@@ -369,3 +374,34 @@ def test_a_session_of_orders_is_resumed_and_replayed(tmp_path):
     assert first_difference(journal[:rows], ledger.journal("orders")[:rows]) is None
     again = make_trader(policy_of(1), LIMITS, data.instruments, timeframe="1h")
     assert first_difference(*replay(list(read(tmp_path / "orders/recording.zst")), again)) is None
+
+
+@pytest.mark.parametrize("act, offered, message", [
+    (stopped, dict(kinds=frozenset({Kind.MARKET, Kind.LIMIT})),
+     "slot 1, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
+    (lambda row, price: (limit(row, price), lasting(row)), dict(expires=False),
+     "slot 1, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
+def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing(act, offered, message):
+    def wanting(parameters, memory, observation, prices, answer):
+        market(answer[0, 1], prices[0])
+        answer[0, 0]["exposure"] = .25
+        act(answer[0, 0], prices[0])
+    driver = Driver(0, False, policy=Policy("wanting", wanting, order_slots=SLOTS))
+    for name, value in offered.items(): setattr(driver.venue, name, value)
+    end = driver.run()
+    assert end.state == "failed"
+    assert isinstance(end.error, InvalidOrderError)
+    assert re.search(message, str(end.error)), end.error
+    assert not {Send, Amend, Cancel} & set(driver.kinds)
+    assert not driver.venue.held.held
+
+
+@pytest.mark.parametrize("kind, missing", [(LIMIT, "a limit order needs a price"), (STOP, "needs a trigger"),
+                                           (TRAILING, "the callback of a trailing stop is a fraction")])
+def test_an_order_that_lacks_what_its_kind_needs_is_never_sent(kind, missing):
+    def wanting(parameters, memory, observation, prices, answer):
+        answer[0, 0]["kind"], answer[0, 0]["exposure"] = kind, .25
+    driver = Driver(0, False, policy=Policy("wanting", wanting, order_slots=SLOTS))
+    end = driver.run()
+    assert re.search(f"BTC/USDT:USDT, slot 0: .*{missing}; was kind {kind}", str(end.error)), end.error
+    assert not driver.venue.held.held

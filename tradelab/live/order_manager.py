@@ -326,14 +326,15 @@ def on_cancelled(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list
 def attempt_at(session:str, order:Order, attempt:int)->Order:
     "The order under the name of this attempt"
     name = client_order_id(session, order.symbol, order.open_time, order.slot, attempt)
-    return replace(order, order_id=name)
+    return order if name == order.order_id else replace(order, order_id=name)
 
 
 def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
     "The first attempt from this one on that was neither proven absent nor followed by another"
     while attempt < ATTEMPTS:
-        known = blotter.known.get(attempt_at(session, order, attempt).order_id)
-        follows = attempt_at(session, order, attempt + 1).order_id in blotter.known
+        names = [client_order_id(session, order.symbol, order.open_time, order.slot, attempt + n) for n in (0, 1)]
+        known = blotter.known.get(names[0])
+        follows = names[1] in blotter.known
         if not follows and not (known and known.state is State.ABSENT): break
         attempt += 1
     return attempt

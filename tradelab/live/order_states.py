@@ -10,6 +10,7 @@ __all__ = ['DIGITS', 'TRANSITIONS', 'client_order_id', 'order_of', 'orders_from_
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -30,6 +31,10 @@ def _letters(number):
     return text or "0"
 
 # %% ../../nbs/70_live/01_order_states.ipynb #1cbf3128
+@cache
+def _digest(session, symbol): return blake2b(f"{session}\0{symbol}".encode(), digest_size=7).hexdigest()
+
+
 def client_order_id(
     session:str,   # the id of the session
     symbol:str,    # ccxt's unified name
@@ -38,8 +43,7 @@ def client_order_id(
     attempt:int=0, # above zero: sent again after the exchange refused the one before for sure
 )->str:            # at most 36 characters
     "The name of an order: the same arguments always give the same name"
-    digest = blake2b(f"{session}\0{symbol}".encode(), digest_size=7).hexdigest()
-    return f"tl-{digest}-{_letters(open_time)}-{slot}-{attempt}"
+    return f"tl-{_digest(session, symbol)}-{_letters(open_time)}-{slot}-{attempt}"
 
 # %% ../../nbs/70_live/01_order_states.ipynb #a6d2f541
 _NAMED = ("quantity", "decision_price", "price", "trigger", "callback", "expires_in", "revision")
