@@ -9,7 +9,7 @@ __all__ = ['KEPT', 'record', 'record_fill', 'packed', 'unpacked', 'unpacked_stat
 # %% ../nbs/00_ground/16_trader.ipynb #cd8d78b4
 import base64
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -261,6 +261,10 @@ class Trader(Holdings):
         self.rules.watch(open_time, self.view.traded)
         self.open_time = open_time
 
+    @overload
+    def on(self, event: Candles) -> Decision: ...
+    @overload
+    def on(self, event: Fill | Funding | OrderUpdate | StateChange) -> None: ...
     def on(self, event: Candles | Fill | Funding | OrderUpdate | StateChange) -> Decision | None:
         "Take in an event; at the close of candles, what is decided"
         match event:

@@ -19,7 +19,6 @@ from tradelab.orders import (
     EXECUTION_STATE,
     FILL,
     FOK,
-    GTC,
     GTX,
     IOC,
     LIMIT,
