@@ -295,6 +295,11 @@ def run_trader(run, market):
     frames, _, _ = market.traded(run)
     times, values, names = matrix(frames_of(frames)[0], KNOWN)
     trader = make_trader(policy_of(run, market), limits_of(run), instruments_of(run), timeframe=run["timeframe"])
+    if hasattr(trader, "on"):
+        from tradelab.events import Candles
+        on_candle = lambda *parts: trader.on(Candles(*parts))
+        told = trader.on
+    else: on_candle, told = trader.on_candle, trader.on_fill
     first = max(trader.warm_up, run["start"])
     trader.warm(times[:first], values[:first])
     kept = {name: [] for name in ("account", "positions", "rows")}
@@ -303,10 +308,10 @@ def run_trader(run, market):
     for t in range(first, len(times) - 1):
         require_state(trader.account, states[(t - first) // run["every"] % len(states)])
         marks = values[t, :, 3] * (1 + run["off"] * random.normal(size=len(names))) if run.get("off") else None
-        decision = trader.on_candle(int(times[t]), values[t], *(() if marks is None else (marks,)))
+        decision = on_candle(int(times[t]), values[t], *(() if marks is None else (marks,)))
         decisions.append(decision)
         for name, quantity, price in zip(names, decision.quantities.tolist(), values[t + 1, :, 0].tolist()):
-            if quantity: trader.on_fill(Fill(name, quantity, price, abs(quantity) * price * .0005, int(times[t + 1])))
+            if quantity: told(Fill(name, quantity, price, abs(quantity) * price * .0005, int(times[t + 1])))
         for name, rows in kept.items(): rows.append(getattr(trader, name).copy())
     out = {"decisions.observation": np.array([each.observation for each in decisions]),
            "decisions.quantity": np.array([each.quantities for each in decisions])}

@@ -26,7 +26,8 @@ def many(answers, proposals, candles, account, positions, market, covariance, li
     "The array form: one gate after another, as the kernel calls it"
     sent = 0
     for t in range(len(answers)):
-        propose(proposals, answers[t], candles[t % len(candles)])
+        candle = candles[t % len(candles)]
+        propose(proposals, answers[t], candle, candle[:, 3])
         gate(proposals, t * 3_600_000, candles[t % len(candles)], account, positions, market, covariance, limits,
              instruments)
         sent += proposals[0]["quantity"] != 0.

@@ -17,9 +17,10 @@ from tradelab.instruments import BITCOIN
 from tradelab.learn.env import MarketEnv, MarketVecEnv
 from tradelab.market.candles import frame
 from tradelab.policies import Policy
+from tradelab.risk.execution import DONE
 from tradelab.settings import CostModel, Execution, Limits
 from tradelab.sim.backtest import WORLDS, backtest
-from tradelab.sim.kernel import DONE, Simulation, market_arrays, steps, trading_rules
+from tradelab.sim.kernel import Simulation, market_arrays, steps, trading_rules
 from tradelab.sim.matching import new_state
 from tradelab.sim.prepared import prepare
 from tradelab.sim.sweep import PLAIN, sweep

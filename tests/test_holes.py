@@ -17,7 +17,7 @@ from tradelab.compiled import compiled
 from tradelab.config import VenueSettings, one_section
 from tradelab.errors import CandleError, FeedError
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import KNOWN
+from tradelab.events import KNOWN, Candles
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.live.ledger import Ledger
@@ -214,7 +214,7 @@ def test_replay_decides_what_the_backtest_decided():
                                                    "candles": packed(known[:first])}]
     decisions = []
     for t in range(first, first + 150):
-        decision = again.on_candle(int(opens[t]), known[t])
+        decision = again.on(Candles(int(opens[t]), known[t]))
         decisions.append(decision)
         lines += [{"kind": "candle", "open_time": int(opens[t]), "candle": known[t].tolist()},
                   {"kind": "decision", "open_time": int(opens[t]), "rows": packed(again.rows),

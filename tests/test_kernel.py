@@ -18,9 +18,10 @@ from tradelab.journal import JOURNAL
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import LIMIT, ORDER, STOP, TAKE_PROFIT, Kind
 from tradelab.policies import Policy
+from tradelab.risk.execution import DONE, TARGET
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits, Reason, Stops
 from tradelab.sim.backtest import backtest
-from tradelab.sim.kernel import DONE, TARGET, Simulation, market_arrays, steps, trading_rules
+from tradelab.sim.kernel import Simulation, market_arrays, steps, trading_rules
 from tradelab.sim.margin import liquidation_share
 from tradelab.sim.matching import new_state
 

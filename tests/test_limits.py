@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, apply_fill, mark, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import KNOWN, Fill, TradingState
+from tradelab.events import KNOWN, Candles, Fill, TradingState
 from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
@@ -332,7 +332,7 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
         again.restore(json.loads(json.dumps(trader.snapshot())))
         assert again.account["trading_state"] == account["trading_state"] == state
         had = trader.positions["quantity"].copy()
-        decision = trader.on_candle(int(times[t]), values[t])
+        decision = trader.on(Candles(int(times[t]), values[t]))
         assert (decision.observation[:, column] == np.float32(state / TradingState.HALT)).all()
         environment.step(random.uniform(-1, 1, 2))
         for before, after in ((held, positions["quantity"]), (had, had + decision.quantities)):
@@ -343,7 +343,7 @@ def test_the_state_that_is_required_is_the_state_of_every_driver(states, seed):
             assert state < TradingState.FLATTEN or not after.any()
         for n, quantity in enumerate(decision.quantities):
             if quantity:
-                trader.on_fill(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
+                trader.on(Fill(NAMES[n], float(quantity), float(values[t + 1, n, 0]), 0., int(times[t + 1])))
 
 
 def test_each_limit_is_one_entry():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tradelab.errors import InvalidOrderError
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import CLOSE, Fill
+from tradelab.events import CLOSE, Candles, Fill
 from tradelab.journal import JOURNAL
 from tradelab.live.core import Terms
 from tradelab.live.ledger import Ledger, MemoryLedger
@@ -309,7 +309,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
 
     def decide(t, act):
         "One decision in the trader, carried out by the manager, and the same in the kernel"
-        decision = trader.on_candle(int(data.times[t]), data.known[t, :, :8])
+        decision = trader.on(Candles(int(data.times[t]), data.known[t, :, :8]))
         wanted = orders_from_decision(decision.orders, trader.symbols, decision.open_time, "table")
         actions = manager.want(wanted, t)
         while actions:
@@ -329,10 +329,10 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
     before = decide(START, first)
     kernel.step(START, np.zeros(0), np.zeros(1, JOURNAL))
     for event in venue.held.meet(START, data.times):
-        if isinstance(event, Fill): trader.on_fill(event)
+        if isinstance(event, Fill): trader.on(event)
         if isinstance(event, OrderReport): manager.blotter.on_update(event)
     for name, report in manager.blotter.news.items():
-        trader.on_order_update(update_of(manager.blotter.known[name], trader.orders[0, 1], report, START))
+        trader.on(update_of(manager.blotter.known[name], trader.orders[0, 1], report, START))
     assert asked == [Send]
     after = decide(START + 1, then)
     expected = {"kept": ([], 0), "cancelled": ([Cancel], 0), "amended": ([Amend], 1), "replaced": ([Cancel, Send], 1),

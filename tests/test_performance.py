@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tradelab.account import POSITION, new_account
+from tradelab.events import Candles
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.market.candles import times
@@ -68,7 +69,7 @@ def decisions(market, _):
     begin = trader.warm_up + 1
     candles = np.concatenate([candles, np.zeros((*candles.shape[:2], 3))], axis=2)
     trader.warm(stamps[:begin], candles[:begin])
-    return calls(lambda n: trader.on_candle(int(stamps[begin + n]), candles[begin + n]), 2_000)
+    return calls(lambda n: trader.on(Candles(int(stamps[begin + n]), candles[begin + n])), 2_000)
 
 
 def files(market, folder):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import Fill
+from tradelab.events import Candles, Fill
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
@@ -58,7 +58,7 @@ def session(tmp_path_factory):
     for t in range(10, 50):
         recorder.frame("market", {"e": "kline", "k": {"t": int(times[t]), "c": str(candles[t, 0, 3])}})
         recorder.candle(int(times[t]), candles[t])
-        decision = live.on_candle(int(times[t]), candles[t])
+        decision = live.on(Candles(int(times[t]), candles[t]))
         recorder.decision(decision, live.rows)
         recorder.flush()
         rows.append({"open_time": pd.Timestamp(times[t], unit="ms", tz="UTC"), "symbol": symbols[0]}
@@ -67,7 +67,7 @@ def session(tmp_path_factory):
             fill = Fill(symbols[0], float(decision.quantities[0]), float(candles[t + 1, 0, 0]), 1.25, int(times[t + 1]),
                         "tl-1", str(t))
             recorder.booked(fill)
-            live.on_fill(fill)
+            live.on(fill)
     recorder.close()
     journal = pd.DataFrame(rows).set_index("open_time")
     journal.index = pd.DatetimeIndex(journal.index.astype("datetime64[ms, UTC]"), name="open_time")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tradelab.account import POSITION, new_account
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
+from tradelab.events import Candles
 from tradelab.features.observation import PORTFOLIO
 from tradelab.instruments import BITCOIN
 from tradelab.journal import JOURNAL
@@ -179,7 +180,7 @@ def test_a_rule_that_writes_no_target_is_never_silently_flat(rule, message, comp
     "The trader as a live session drives it, and the compiled loop"
     policy = Policy("mine", compile(rule))
     with pytest.raises(ValueError, match=message):
-        make_trader(policy, instruments=(BITCOIN,)).on_candle(0, np.array([[1., 1., 1., 1., 1.]]))
+        make_trader(policy, instruments=(BITCOIN,)).on(Candles(0, np.array([[1., 1., 1., 1., 1.]])))
     with pytest.raises(ValueError, match=message): backtest(policy, ar1(10), baselines=())
 
 

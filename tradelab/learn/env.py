@@ -25,7 +25,8 @@ from ..features.observation import assemble
 from ..journal import JOURNAL
 from ..native import NUMBER, SINGLE, UNCOUNTED, WHOLE, array_at
 from ..orders import EXECUTION_STATE, ORDER_REQUEST
-from ..sim.kernel import DONE, FAULTS, SIMULATION, arrays_of, point, step
+from ..risk.execution import DONE, FAULTS
+from ..sim.kernel import SIMULATION, arrays_of, point, step
 from ..sim.matching import State, new_state
 from ..sim.prepared import PreparedMarket
 from ..times import format_time

@@ -175,7 +175,7 @@ class Bookkeeper:
         if place is None: return None
         _, _, number, entry = self._waiting.pop(place)
         if number is None: self.sequence += 1
-        (self.trader.on_fill if isinstance(entry, Fill) else self.trader.on_funding)(entry)
+        self.trader.on(entry)
         return Entry(entry, self.sequence if number is None else number, number is not None)
 
     @property

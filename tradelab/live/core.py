@@ -18,7 +18,7 @@ import numpy as np
 
 from ..account import wallet
 from ..errors import FeedError
-from ..events import Fill, Funding, OrderUpdate
+from ..events import Candles, Fill, Funding, OrderUpdate
 from .bookkeeper import Bookkeeper, Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.messages import (
     Action,
@@ -200,7 +200,7 @@ def row_of(core:Core, order:Order)->np.void:
 def hear(core:Core, update:OrderUpdate)->None:
     "Tell the trader what has become of an order"
     core.do(Record(update))
-    core.trader.on_order_update(update)
+    core.trader.on(update)
 
 
 def tell_of_orders(core:Core)->None:
@@ -371,7 +371,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     tell_of_cancelled(core)
     working = np.zeros(len(held), bool) if beside else may_open(trader.symbols, core.manager.blotter)
     core.do(Record(Seen(open_time, candles, working)))
-    decision = trader.on_candle(open_time, candles, working=None if beside else working)
+    decision = trader.on(Candles(open_time, candles, working=None if beside else working))
     core.do(Record(Decided(decision, trader.rows.copy())))
     watch_halt(core)
     orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session,

@@ -28,7 +28,7 @@ import zstandard
 from .. import __version__
 from ..errors import TradelabError
 from ..evaluation.difference import first_difference
-from ..events import KNOWN, Fill, Funding, OrderUpdate
+from ..events import KNOWN, Candles, Fill, Funding, OrderUpdate
 from ..instruments import Instrument
 from ..journal import JOURNAL, Decision
 from ..orders import Kind
@@ -395,13 +395,13 @@ def _follow(line, trader, again, recorded, recomputed):
             if line["snapshot"]: again.restore(line["snapshot"])
         case "warm": again.warm(_array(line["times"], np.int64), _array(line["candles"], np.float64))
         case "candle":
-            recomputed[_time(line)] = decided(again.on_candle(line["open_time"], np.array(line["candle"], float),
-                                                              working=_working(line, trader)), again.rows,
-                                                              *names)
+            recomputed[_time(line)] = decided(again.on(Candles(
+                line["open_time"], np.array(line["candle"], float), working=_working(line, trader))),
+                again.rows, *names)
         case "decision": recorded[_time(line)] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)
-        case "fill": again.on_fill(_entry(Fill, line))
-        case "order": again.on_order_update(_entry(OrderUpdate, line | {"kind": line["order_kind"]}))
-        case "funding": again.on_funding(_entry(Funding, line))
+        case "fill": again.on(_entry(Fill, line))
+        case "order": again.on(_entry(OrderUpdate, line | {"kind": line["order_kind"]}))
+        case "funding": again.on(_entry(Funding, line))
     return again
 
 # %% ../../nbs/70_live/05_recorder.ipynb #790b839c

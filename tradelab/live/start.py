@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..account import wallet
-from ..events import CLOSE
+from ..events import CLOSE, Candles
 from ..instruments import Instrument
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.core import (
@@ -110,7 +110,7 @@ def precompile(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->N
     if not len(times): return
     understudy = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
     understudy.warm(times, candles)
-    understudy.on_candle(int(times[-1]) + step, candles[-1])
+    understudy.on(Candles(int(times[-1]) + step, candles[-1]))
 
 # %% ../../nbs/70_live/10_start.ipynb #baec9f10
 def answers_to(core:Core, questions:Sequence[tuple])->Process:

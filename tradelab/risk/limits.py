@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..compiled import inlined, outlined
-from ..events import CLOSE, HIGH, LOW, VOLUME
+from ..events import CLOSE, HIGH, LOW, VOLUME, TradingState
 from ..instruments import Instrument
 from ..orders import ORDER_REQUEST
 from .market_state import new_market, update_market, warm_up
@@ -34,7 +34,7 @@ from tradelab.risk.portfolio_limits import (
     scale_to_leverage,
 )
 from .stops import safe_distance
-from .trading_state import FLATTEN, update_trading_state
+from .trading_state import FLATTEN, require_state, update_trading_state
 from ..settings import Limits, Reason, instrument_rows, set_reason
 
 # %% ../../nbs/30_risk/08_limits.ipynb #a12ae8b6
@@ -144,10 +144,10 @@ def gate(
 
 # %% ../../nbs/30_risk/08_limits.ipynb #10da3a0d
 @inlined
-def _set_prices(row, close, volume):
-    "The prices that an order is judged by; the mark price is the close unless a driver knows better"
+def _set_prices(row, close, mark, volume):
+    "The prices that an order is judged by"
     row["price"] = close
-    row["mark"] = close
+    row["mark"] = mark
     row["turnover"] = close * volume
 
 
@@ -156,17 +156,15 @@ def propose(
     requests,  # ORDER_REQUEST, (n,), written
     answer,    # float64, of the policy: (n,) targets, or (2 n,) targets and then confidences
     candle,    # float64, (n, 5 or more), that closed
+    marks,     # float64, (n,), mark prices: the closes, unless a driver knows better
 ):
     "Write what a policy answered, and the prices that it is judged by"
     count = len(requests)
-    if len(answer) != count and len(answer) != 2 * count:
-        raise ValueError(
-            "a policy must answer with one target per symbol, or with targets and then as many confidences")
     for n in range(count):
         row = requests[n]
         row["target"] = answer[n]
         row["confidence"] = answer[count + n] if len(answer) > count else 1.
-        _set_prices(row, candle[n, CLOSE], candle[n, VOLUME])
+        _set_prices(row, candle[n, CLOSE], marks[n], candle[n, VOLUME])
 
 # %% ../../nbs/30_risk/08_limits.ipynb #c3ace861
 @inlined
@@ -206,15 +204,19 @@ def stand_by(
     for n in range(len(requests)):
         row = requests[n]
         row["confidence"] = 1.
-        _set_prices(row, candle[n, CLOSE], candle[n, VOLUME])
+        _set_prices(row, candle[n, CLOSE], candle[n, CLOSE], candle[n, VOLUME])
         _hold_or_close(row, positions[n], market[n], candle[n, HIGH], candle[n, LOW], near, money, state, limits,
                        instruments[n])
     if limits["max_orders"] < np.inf:
         rate_limit(requests, positions, money, open_time, money["equity"], limits, instruments)
 
 # %% ../../nbs/30_risk/08_limits.ipynb #b77f44ec
-def _check_targets(targets):
+def _check_answer(answer, symbols):
     "Refuse what is no target"
+    if len(answer) not in (symbols, 2 * symbols):
+        raise ValueError("a policy must answer with one target per symbol, or with targets and then as many "
+                         "confidences")
+    targets = answer[:symbols]
     if not (np.abs(targets) <= 1.).all():
         raise ValueError(f"a policy answered with the targets {targets.tolist()}: a target is a number in [-1, 1], a "
                          "share of what the limits allow; nan is one that was not written, or not known")
@@ -238,6 +240,10 @@ class Gate:
         "Learn from a candle that closed, (n, 5 or more)"
         if self.warm_up: update_market(self.market, self.covariance, open_time, candle, self._limits)
 
+    def require(self, account:np.ndarray, state:TradingState)->None:
+        "Take over a trading state from outside, for an ACCOUNT (1,)"
+        require_state(account, state)
+
     def decide(self, open_time:int, candle:np.ndarray, answer:np.ndarray|None, account:np.ndarray, positions:np.ndarray,
                marks:np.ndarray|None=None, working:np.ndarray|None=None)->np.ndarray:
         """ORDER_REQUEST, (n,): what is ordered and why. `answer`: of the policy, None where nobody was asked; `marks`:
@@ -247,9 +253,8 @@ class Gate:
             stand_by(self.requests, open_time, candle, account, positions, self.market, self._limits,
                      self._instruments)
             return self.requests
-        _check_targets(answer[:len(self.requests)])
-        propose(self.requests, answer, candle)
-        if marks is not None: self.requests["mark"] = marks
+        _check_answer(answer, len(self.requests))
+        propose(self.requests, answer, candle, candle[:, CLOSE] if marks is None else marks)
         if self.limits.max_positions is not None: self.requests["working"] = 0 if working is None else working
         gate(self.requests, open_time, candle, account, positions, self.market, self.covariance, self._limits,
              self._instruments)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['State', 'Candle', 'FILLS_PER_SYMBOL', 'new_state', 'side_of', 'is_triggered', 'trigger_order', 'fillable',
            'write_fill', 'cancel_reduce_only', 'fill', 'match_one_at_open', 'match_at_open', 'touch_price', 'priority',
-           'next_order', 'match', 'trail_stops', 'price_leg', 'protect_position', 'high_comes_first', 'traverse_candle']
+           'next_order', 'match', 'trail_stops', 'price_leg', 'high_comes_first', 'traverse_candle']
 
 # %% ../../nbs/50_sim/02_matching.ipynb #f7c3e6be
 from collections import namedtuple
@@ -19,7 +19,6 @@ from tradelab.orders import (
     EXECUTION_STATE,
     FILL,
     FOK,
-    GTC,
     GTX,
     IOC,
     LIMIT,
@@ -30,8 +29,7 @@ from tradelab.orders import (
     TAKE_PROFIT,
     TRAILING,
 )
-from ..risk.execution import new_order
-from ..risk.stops import enter, levels
+from ..risk.execution import protect_position
 from .costs import fee, paid
 from ..trader import record_fill
 
@@ -273,26 +271,8 @@ def price_leg(state, rules, row, n, start, end, candle):
         if k < 0: break
         done, start = done | 1 << k, price
         match(state, rules, row, n, orders[k], price, candle)
-        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle)
+        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
     trail_stops(orders, end, rules.instruments[n])
-
-# %% ../../nbs/50_sim/02_matching.ipynb #1d9e6f22
-@outlined
-def protect_position(state, rules, n, candle):
-    "Write stop, target and trailing stop of a position as orders"
-    position, orders = state.positions[n], state.orders[n]
-    first, held = len(orders) - 3, position["quantity"]
-    if held == 0.:
-        for k in range(first, len(orders)): orders[k]["kind"] = NONE
-        return
-    if position["best_price"] == 0.: enter(position, candle.market[n]["atr"], candle.market[n]["width"])
-    stop, target, trailing = levels(position, rules.limits)
-    for k, kind, level in ((first, STOP, stop), (first + 1, TAKE_PROFIT, target), (first + 2, STOP, trailing)):
-        order = orders[k]
-        if np.isnan(level): order["kind"] = NONE
-        else:
-            new_order(order, kind, -held, 0., level, GTC, 1, level, rules)
-            order["delay"], order["resting"], order["protects"] = 0, 1, 1
 
 # %% ../../nbs/50_sim/02_matching.ipynb #8a89a9c5
 @inlined

@@ -27,10 +27,11 @@ from ..figures import caption, finished
 from ..instruments import Instrument
 from ..market.candles import CandlesLike, RatesLike, by_time, period_of
 from ..policies import POLICY
+from ..risk.execution import DONE, FAULTS, TARGET
 from ..runs.rule import Rule
 from ..settings import NO_STOPS, CostModel, Execution, Limits
 from .backtest import SIMULATIONS, compiled_function
-from .kernel import DONE, FAULTS, TARGET, arrays_of, steps
+from .kernel import arrays_of, steps
 from .prepared import PreparedMarket, SimulationSettings, first_row, market_data
 from ..sources.exogenous import Exogenous
 from ..texts import figure_text, html_text
