@@ -217,6 +217,20 @@ class MarketView:
         try: self.stream.push(self._known)
         except ValueError as error: raise type(error)(f"at {open_time}: {error}") from None
 
+# %% ../nbs/00_ground/16_trader.ipynb #dff0c7b0
+def _symbols_of(policy, instruments):
+    if not instruments:
+        raise ValueError(f"{policy.name} has nothing to trade: give market.filters.instruments_for(candles)")
+    return tuple(instrument.symbol for instrument in instruments)
+
+
+def _ask(trader, observation):
+    "Ask the policy; None where the window of its features has a hole"
+    if trader.view.stream.waits: return None
+    answer = trader.policy.act(observation, trader.memory, trader.prices, trader.orders)
+    if trader.view.stale: answer[:len(trader.symbols)] = 0.
+    return answer
+
 # %% ../nbs/00_ground/16_trader.ipynb #a79bb7db
 class Trader(Holdings):
     "The sentence as an object: told what happens, it answers a close with the orders that it wants to be working"
@@ -230,17 +244,14 @@ class Trader(Holdings):
         deposit: float = 10_000.,                # quote
         execution: Execution = Execution(),      # how targets become orders
     ) -> None:
-        symbols = tuple(instrument.symbol for instrument in instruments)
-        if not symbols:
-            raise ValueError(f"{policy.name} has nothing to trade: give market.filters.instruments_for(candles)")
-        super().__init__(symbols, deposit, policy.memory, policy.order_slots)
+        super().__init__(_symbols_of(policy, instruments), deposit, policy.memory, policy.order_slots)
         self.policy = policy
         self.observation = observation.for_symbols(self.symbols)
         self.gate = gate
         self.limits = limits
         self.instruments = tuple(instruments)
         self.open_time = -1
-        self._prices = np.full(len(symbols), np.nan)
+        self.prices = np.full(len(self.symbols), np.nan) # closes of the last candle
         self.rules = gate(limits, self.instruments, execution, policy.order_slots)
         self.view = MarketView(self.observation, len(self.symbols))
         self.seen = self.view.names
@@ -276,12 +287,10 @@ class Trader(Holdings):
     def _decide(self, closed):
         self._see(closed.open_time, closed.values)
         traded = self.view.traded
-        value_at_close(self.account, self.positions, traded, self._prices)
+        value_at_close(self.account, self.positions, traded, self.prices)
         observation = self.view.stream.observe(self.account, self.positions, self.limits)
         if closed.working is not None: self.orders["kind"] = NONE
-        answer = (None if self.view.stream.waits
-                  else self.policy.act(observation, self.memory, self._prices, self.orders))
-        if answer is not None and self.view.stale: answer[:len(self.symbols)] = 0.
+        answer = _ask(self, observation)
         self.rules.order(closed.open_time, traded, answer, self, closed.marks, closed.working)
         rows = kept(self.rows)
         return Decision(closed.open_time, observation, rows["target"], rows["order"], rows["reason"], kept(self.orders))
