@@ -1,8 +1,10 @@
 "A recording that was changed in any way is never taken for what a session wrote"
 import io
+import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +14,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import Candles, Fill
+from tradelab.events import Candles, Depth, Fill, Quote, Timer, Trade
 from tradelab.features.observation import Observation
-from tradelab.instruments import BITCOIN
+from tradelab.instruments import BITCOIN, Instrument
 from tradelab.journal import JOURNAL
 from tradelab.live.messages import Step, Write
 from tradelab.live.recorder import (
@@ -33,8 +36,11 @@ from tradelab.live.recorder import (
 from tradelab.live.session import Statistics, Stopwatch, carry_out
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
-from tradelab.policies import buy_and_hold
+from tradelab.orders import LIMIT
+from tradelab.policies import Policy, buy_and_hold
 from tradelab.risk.execution import OrderGate
+from tradelab.settings import Limits
+from tradelab.sim.backtest import backtest
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h",
@@ -263,3 +269,86 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
                            stopwatch=Stopwatch(Statistics()))
     carry_out(live, Write(Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0)))
     assert order == ["sync", "step", "write"]
+
+
+@compiled
+def _around_the_middle(parameters, memory, observation, prices, orders):
+    "A bid and an ask at a distance from the middle, moved when it has moved by half of that"
+    for n in range(len(prices)):
+        if abs(prices[n] / memory[n] - 1.) < .5 * parameters[0]: continue
+        memory[n] = prices[n]
+        for k, side in ((0, 1.), (1, -1.)):
+            orders[n, k]["kind"] = LIMIT
+            orders[n, k]["exposure"] = .5 * side
+            orders[n, k]["price"] = prices[n] * (1. - side * parameters[0])
+            orders[n, k]["expires_in"] = np.inf
+
+
+def quotes_of(shared):
+    "Best bids and asks of four perpetuals as Binance sent them on 22 July 2021"
+    lines = (shared / "fixtures/binance/cryptofeed_real_2021-07/ws.jsonl").read_text().splitlines()
+    for data in (json.loads(line)["data"] for line in lines if "@bookTicker" in line):
+        yield Quote(f"{data['s'].removesuffix('USDT')}/USDT:USDT", float(data["b"]), float(data["a"]), float(data["B"]),
+                    float(data["A"]), data["T"])
+
+
+def quoting(symbols, edge=.0005):
+    policy = Policy("quotes", _around_the_middle, np.array([edge]), order_slots=2, memory=len(symbols), clock="book")
+    return Trader(policy, Observation(()), OrderGate, Limits(max_position=.1),
+                  tuple(Instrument(symbol, 1e-5, 1.) for symbol in symbols))
+
+
+def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared, tmp_path):
+    heard = sorted(quotes_of(shared), key=lambda quote: quote.quote_time)
+    symbols = tuple(sorted({quote.symbol for quote in heard}))
+    first = {symbol: next(quote.bid for quote in heard if quote.symbol == symbol) for symbol in symbols}
+    closed = np.array([[first[symbol]] * 4 + [1e6] for symbol in symbols])
+    live = quoting(symbols)
+    recorder = Recorder(tmp_path / "recording.zst")
+    recorder.start(SETTINGS)
+    recorder.candle(heard[0].quote_time - 60_000, closed)
+    assert live.on(Candles(heard[0].quote_time - 60_000, closed)) is None
+    for quote in heard:
+        recorder.market(quote)
+        decision = live.on(quote)
+        recorder.decision(decision, live.rows)
+        for n, symbol in enumerate(symbols):
+            bid, ask = decision.orders[n, 1], decision.orders[n, 2]
+            middle = live.view.middles[n] if np.isfinite(live.view.middles[n]) else first[symbol]
+            assert bid["price"] < middle < ask["price"]
+            assert abs(.5 * (bid["price"] + ask["price"]) / middle - 1) < .0005 # never further from it than it moves
+            assert bid["quantity"] == -ask["quantity"] > 0
+    recorder.market(Depth(symbols[0], ((1., 2.),), ((1.1, 2.),), quote.quote_time))
+    recorder.market(Trade(symbols[0], -1., 1., quote.quote_time))
+    recorder.close()
+    recorded, recomputed = replay(tmp_path / "recording.zst", quoting(symbols))
+    last = recorded.index < recorded.index[-1] # the book that was added moved the middle at the last time
+    assert len(recorded.index.unique()) > 400
+    assert first_difference(recorded[last], recomputed[last]) is None
+    _, other = replay(tmp_path / "recording.zst", quoting(symbols, edge=.01))
+    assert first_difference(recorded[last], other[last]) is not None
+    revisions = decision.orders["revision"][:, 1]
+    assert (revisions < len(heard) / 4).all() # left alone where the middle stayed
+    assert (revisions > 1).any()
+
+
+def test_a_market_event_out_of_order_is_refused():
+    live = quoting(("BTC/USDT:USDT",))
+    live.on(Candles(0, np.array([[100., 100., 100., 100., 5.]])))
+    live.on(Quote("BTC/USDT:USDT", 99., 101., 1., 1., 60_000))
+    before = live.snapshot()
+    for wrong, message in ((Timer(59_999), "Timer.timer_time=59999. does not follow 60000"),
+                           (Quote("BTC/USDT:USDT", 102., 101., 1., 1., 60_001), "its bid must be below its ask"),
+                           (Quote("BTC/USDT:USDT", np.nan, 101., 1., 1., 60_001), "its bid must be below its ask")):
+        with pytest.raises(ValueError, match=message): live.on(wrong)
+    assert live.snapshot() == before
+
+
+def test_candles_do_not_decide_for_another_clock():
+    policy = replace(buy_and_hold(), clock=250)
+    with pytest.raises(ValueError, match="buy and hold decides by the clock 250, and candles show their closes alone"):
+        backtest(policy, random_walk(50, seed=1))
+    live = Trader(policy, Observation(()), OrderGate, instruments=(BITCOIN,))
+    assert live.on(Candles(0, np.array([[100., 100., 100., 100., 5.]]))) is None
+    assert live.on(Quote("BTC/USDT:USDT", 99., 101., 1., 1., 60_000)) is None
+    assert live.on(Timer(60_250)).open_time == 60_250

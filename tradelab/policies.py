@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'NUMBERS', 'POLICY', 'ORDERS', 'ORDER_POLICY', 'WRITES', 'FENCE', 'MARK', 'ASKED', 'ACTIVATIONS',
-           'MOST_LAYERS', 'WIDEST', 'Scaler', 'refuse_returned', 'ask_rule', 'refuse_returning', 'fenced',
-           'written_outside', 'Policy', 'FencedArrays', 'ask_between_fences', 'flat', 'buy_and_hold', 'fully_invested',
-           'activate', 'network_fits', 'mlp', 'check_network', 'pack']
+           'MOST_LAYERS', 'WIDEST', 'Scaler', 'refuse_returned', 'ask_rule', 'check_clock', 'strikes',
+           'refuse_returning', 'fenced', 'written_outside', 'Policy', 'FencedArrays', 'ask_between_fences', 'flat',
+           'buy_and_hold', 'fully_invested', 'activate', 'network_fits', 'mlp', 'check_network', 'pack']
 
 # %% ../nbs/00_ground/15_policies.ipynb #d068cbb3
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from .compiled import compiled
+from .events import Candles, Depth, Quote, Timer
 from .orders import ORDER, working_orders
 
 # %% ../nbs/00_ground/15_policies.ipynb #5974a48e
@@ -64,6 +65,23 @@ def ask_rule(
     except IndexError as error:
         sizes = ", ".join(f"{name} {array.shape}" for name, array in zip(GIVEN, arguments))
         raise ValueError(f"the rule reaches beyond what it is given ({error}): {sizes}") from error
+
+# %% ../nbs/00_ground/15_policies.ipynb #0fa05edc
+def check_clock(
+    clock: str | int,  # of a policy
+) -> None:
+    "ValueError for a clock that does not exist"
+    if clock in ("close", "book") or type(clock) is int and clock > 0: return
+    raise ValueError(f"clock must be 'close', 'book' or a number of milliseconds above 0, was {clock!r}")
+
+
+def strikes(
+    clock: str | int,  # of a policy
+    event: Any,        # of the market
+) -> bool:
+    "Whether an event is one at which a policy with this clock decides"
+    if clock == "close": return isinstance(event, Candles)
+    return isinstance(event, Quote | Depth if clock == "book" else Timer)
 
 # %% ../nbs/00_ground/15_policies.ipynb #3c019ae2
 def refuse_returning(
@@ -127,8 +145,11 @@ class Policy:
     has_confidence: bool = False        # whether it answers with confidences, in [0, 1], behind the targets
     order_slots: int = 0                # orders per symbol that it may have working at once; 0: it answers with targets
     memory: int = 0                     # numbers that it remembers from one decision to the next
+    # when it decides: at the "close" of candles, at each change of the "book", or every so many milliseconds
+    clock: str | int = "close"
 
     def __post_init__(self) -> None:
+        check_clock(self.clock)
         object.__setattr__(self, "parameters", np.ascontiguousarray(self.parameters, np.float64).ravel())
         if check := _CHECKS.get(self.function): check(self.parameters)
 

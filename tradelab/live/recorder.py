@@ -16,6 +16,7 @@ import shutil
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from hashlib import sha256
 from math import inf
 from pathlib import Path
@@ -28,7 +29,7 @@ import zstandard
 from .. import __version__
 from ..errors import TradelabError
 from ..evaluation.difference import first_difference
-from ..events import KNOWN, Candles, Fill, Funding, OrderUpdate
+from ..events import KNOWN, Candles, Depth, Fill, Funding, OrderUpdate, Quote, Timer, Trade
 from ..instruments import Instrument
 from ..journal import JOURNAL, Decision
 from ..orders import Kind
@@ -244,6 +245,7 @@ class Recorder:
                   **({"working": working.tolist()} if working is not None and working.any() else {}))
 
     def booked(self, entry:Fill|Funding)->None: self.line(type(entry).__name__.lower(), **vars(entry))
+    def market(self, event:Quote|Depth|Trade|Timer)->None: self.line(type(event).__name__.lower(), **vars(event))
     def order(self, update:OrderUpdate)->None:
         self.line("order", **{"order_kind" if name == "kind" else name: value for name, value in vars(update).items()})
 
@@ -364,6 +366,17 @@ def _entry(kind, line):
                    for each in fields(kind)})
 
 
+def _depth(line):
+    "An order book, each number a finite one"
+    sides = [[(float(price), float(quantity)) for price, quantity in line[side]] for side in ("bids", "asks")]
+    if not all(sides) or not np.isfinite(sides[0] + sides[1]).all(): raise TypeError(f"a book is {sides!r}")
+    return Depth(line["symbol"], *map(tuple, sides), int(line["depth_time"]))
+
+
+# what the market says between two closes, by the kind of its line
+_MARKET = {each.__name__.lower(): partial(_entry, each) for each in (Quote, Trade, Timer)} | {"depth": _depth}
+
+
 def _array(text, dtype):
     array = unpacked(text)
     if array.dtype != dtype: raise TypeError(f"an array of {array.dtype}, not of {np.dtype(dtype)}")
@@ -402,6 +415,9 @@ def _follow(line, trader, again, recorded, recomputed):
         case "fill": again.on(_entry(Fill, line))
         case "order": again.on(_entry(OrderUpdate, line | {"kind": line["order_kind"]}))
         case "funding": again.on(_entry(Funding, line))
+        case kind if kind in _MARKET:
+            decision = again.on(_MARKET[kind](line))
+            if decision: recomputed[decision.open_time] = decided(decision, again.rows, *names)
     return again
 
 # %% ../../nbs/70_live/05_recorder.ipynb #790b839c

@@ -373,6 +373,9 @@ def remember(ledger:Ledger, session:str, given:dict[str, Any], trader:Trader)->K
 def make_core(trader:Trader, ledger:Ledger, terms:Terms, kept:Kept|None, words:str="",
               offer:Offer=Offer())->Core:
     "The core of a session, with all that the ledger knows of its orders and entries"
+    if trader.policy.clock != "close":
+        raise StartRefusedError(f"{trader.policy.name} decides by the clock {trader.policy.clock!r}: a session decides "
+                                "at the close of candles")
     sequence = kept.step["sequence"] if kept else 0
     booked = ledger.booked(terms.session)
     fills = [entry for number, entry in booked if number <= sequence and isinstance(entry, Fill)]

@@ -277,6 +277,9 @@ def _run(policy, data:MarketData, settings:SimulationSettings, row:int, engine:s
     "One policy in one market from a row on; `told`: what else its result says of itself"
     if engine not in ("vectorised", "event"):
         raise ValueError(f"engine must be 'vectorised' or 'event', was {engine!r}")
+    if policy.clock != "close":
+        raise ValueError(f"{policy.name} decides by the clock {policy.clock!r}, and candles show their closes alone: "
+                         "give its events to a Trader")
     market = PreparedMarket.from_data(data, Observation.from_policy(policy), settings, policy.order_slots)
     if policy.order_slots and market.stale.any():
         raise ValueError(f"{policy.name} answers with orders, and a stale series asks it to be flat: "
