@@ -268,6 +268,32 @@ def _decide(trader, time, candle, marks=None, working=None):
     rows = kept(trader.rows)
     return Decision(time, observation, rows["target"], rows["order"], rows["reason"], kept(trader.orders))
 
+# %% ../nbs/00_ground/16_trader.ipynb #c5830c4d
+def _see(trader, open_time, candle):
+    "Learn from a candle"
+    if open_time <= trader.open_time:
+        raise ValueError(f"candle {open_time} does not follow candle {trader.open_time}: candles come in order, once")
+    trader.view.see(open_time, candle)
+    trader.rules.watch(open_time, trader.view.traded)
+    trader.open_time = open_time
+
+
+def _close(trader, closed):
+    "Candles closed: learn, value, and decide if the clock says so"
+    _see(trader, closed.open_time, closed.values)
+    value(trader.account, trader.positions, trader.view.traded, trader.prices, True)
+    if not strikes(trader.policy.clock, closed): return None
+    return _decide(trader, closed.open_time, trader.view.traded, closed.marks, closed.working)
+
+
+def _hear(trader, event):
+    "Something happened between two closes: value and decide if the clock says so"
+    trader.view.hear(event)
+    if not strikes(trader.policy.clock, event): return None
+    candle = trader.view.between()
+    value(trader.account, trader.positions, candle, trader.prices, False)
+    return _decide(trader, trader.view.time, candle)
+
 # %% ../nbs/00_ground/16_trader.ipynb #a79bb7db
 class Trader(Holdings):
     "The sentence as an object: told what happens, it answers with the orders that it wants to be working"
@@ -300,14 +326,7 @@ class Trader(Holdings):
 
     def warm(self, times: Iterable[int], candles: Iterable[np.ndarray]) -> None:
         "See history without deciding: open times, (T,), and the values of `Candles`, (T, n_seen, 5 or 11)"
-        for open_time, candle in zip(times, candles): self._see(int(open_time), candle)
-
-    def _see(self, open_time, candle):
-        if open_time <= self.open_time:
-            raise ValueError(f"candle {open_time} does not follow candle {self.open_time}: candles come in order, once")
-        self.view.see(open_time, candle)
-        self.rules.watch(open_time, self.view.traded)
-        self.open_time = open_time
+        for open_time, candle in zip(times, candles): _see(self, int(open_time), candle)
 
     @overload
     def on(self, event: Candles) -> Decision: ...
@@ -318,24 +337,11 @@ class Trader(Holdings):
     def on(self, event: Any) -> Decision | None:
         "Take in an event; what is decided, at those that the policy's clock names"
         match event:
-            case Candles(): return self._close(event)
-            case Quote() | Depth() | Trade() | Timer(): return self._hear(event)
+            case Candles(): return _close(self, event)
+            case Quote() | Depth() | Trade() | Timer(): return _hear(self, event)
             case StateChange(): self.rules.require(self.account, event.state)
             case _: super().on(event)
         return None
-
-    def _close(self, closed):
-        self._see(closed.open_time, closed.values)
-        value(self.account, self.positions, self.view.traded, self.prices, True)
-        if not strikes(self.policy.clock, closed): return None
-        return _decide(self, closed.open_time, self.view.traded, closed.marks, closed.working)
-
-    def _hear(self, event):
-        self.view.hear(event)
-        if not strikes(self.policy.clock, event): return None
-        candle = self.view.between()
-        value(self.account, self.positions, candle, self.prices, False)
-        return _decide(self, self.view.time, candle)
 
     def snapshot(self) -> dict[str, Any]:
         "The holdings and the time of the last candle, as JSON; after `restore`, give the candles up to it to `warm`"
