@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'FILL', 'EXECUTION_STATE', 'NONE', 'MARKET', 'LIMIT', 'STOP', 'TAKE_PROFIT', 'TRAILING', 'LIQUIDATION', 'GTC',
-           'IOC', 'FOK', 'GTX', 'ORDER_REQUEST', 'Kind', 'TimeInForce', 'Order', 'exposure_left', 'working_orders']
+           'IOC', 'FOK', 'GTX', 'ORDER_REQUEST', 'Kind', 'TimeInForce', 'Order', 'exposure_left', 'clear',
+           'working_orders']
 
 # %% ../nbs/00_ground/09_orders.ipynb #94_order002
 from dataclasses import dataclass
@@ -79,15 +80,27 @@ def exposure_left(
 
 
 @inlined
+def clear(
+    order,  # a row of ORDER, changed
+):
+    "Make a row empty"
+    order["kind"] = order["in_force"] = order["reduce_only"] = 0
+    order["delay"] = order["resting"] = order["protects"] = order["revision"] = 0
+    order["quantity"] = order["price"] = order["trigger"] = order["callback"] = 0.
+    order["expires_in"] = order["decision_price"] = order["exposure"] = order["placed"] = 0.
+
+
+@inlined
 def working_orders(
     orders,  # ORDER, (n, slots)
     answer,  # ORDER, (n, slots of the policy), written
 ):
-    "What works now, as a policy is shown it"
+    "What works now, as a policy is shown it; of an order that has ended nothing is left"
     for n in range(answer.shape[0]):
         for k in range(answer.shape[1]):
             answer[n, k] = orders[n, k + 1]
             answer[n, k]["exposure"] = exposure_left(orders[n, k + 1])
+            if orders[n, k + 1]["kind"] == NONE: clear(answer[n, k])
 
 # %% ../nbs/00_ground/09_orders.ipynb #3c72d9d3
 # value and limit are written one by one and read together; side by side, that would stall
