@@ -275,7 +275,7 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
 def _around_the_middle(parameters, memory, observation, prices, orders):
     "A bid and an ask at a distance from the middle, moved when it has moved by half of that"
     for n in range(len(prices)):
-        if abs(prices[n] / memory[n] - 1.) < .5 * parameters[0]: continue
+        if abs(prices[n] - memory[n]) < .5 * parameters[0] * memory[n]: continue
         memory[n] = prices[n]
         for k, side in ((0, 1.), (1, -1.)):
             orders[n, k]["kind"] = LIMIT
@@ -317,7 +317,7 @@ def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared, tmp_path)
             middle = live.view.middles[n] if np.isfinite(live.view.middles[n]) else first[symbol]
             assert bid["price"] < middle < ask["price"]
             assert abs(.5 * (bid["price"] + ask["price"]) / middle - 1) < .0005 # never further from it than it moves
-            assert bid["quantity"] == -ask["quantity"] > 0
+            assert bid["quantity"] > 0 > ask["quantity"]
     recorder.market(Depth(symbols[0], ((1., 2.),), ((1.1, 2.),), quote.quote_time))
     recorder.market(Trade(symbols[0], -1., 1., quote.quote_time))
     recorder.close()
