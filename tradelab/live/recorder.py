@@ -14,9 +14,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from hashlib import sha256
 from math import inf
 from pathlib import Path
@@ -356,7 +355,7 @@ _MISREAD = (KeyError, TypeError, ValueError, AttributeError, IndexError, Arithme
 
 
 def _entry(kind, line):
-    "A fill or a payment, each number a finite one"
+    "An event of numbers and names, each number a finite one"
     kinds = {str: str, int: int, float: (int, float), bool: (bool, int), Kind: int}
     wrong = [each.name for each in fields(kind) if not isinstance(line[each.name], kinds[each.type])
              or each.type in (int, float) and not abs(line[each.name]) < 2**62
@@ -373,8 +372,6 @@ def _depth(line):
     return Depth(line["symbol"], *map(tuple, sides), int(line["depth_time"]))
 
 
-# what the market says between two closes, by the kind of its line
-_MARKET = {each.__name__.lower(): partial(_entry, each) for each in (Quote, Trade, Timer)} | {"depth": _depth}
 
 
 def _array(text, dtype):
@@ -398,6 +395,17 @@ def _working(line, trader):
         raise TypeError(f"working is {working!r}")
     return np.array(working)
 
+
+# what a trader is told, by the kind of its line
+_EVENTS: dict[str, Callable[[dict, Trader], Any]] = {
+    "candle": lambda line, trader: Candles(_time(line), np.array(line["candle"], float),
+                                           working=_working(line, trader)),
+    "order": lambda line, _: _entry(OrderUpdate, line | {"kind": line["order_kind"]}),
+    "depth": lambda line, _: _depth(line),
+    "fill": lambda line, _: _entry(Fill, line), "funding": lambda line, _: _entry(Funding, line),
+    "quote": lambda line, _: _entry(Quote, line), "trade": lambda line, _: _entry(Trade, line),
+    "timer": lambda line, _: _entry(Timer, line)}
+
 # %% ../../nbs/70_live/05_recorder.ipynb #93ab31a6
 def _follow(line, trader, again, recorded, recomputed):
     "Take one line; returns the trader that goes on"
@@ -407,16 +415,9 @@ def _follow(line, trader, again, recorded, recomputed):
             again = _afresh(trader)
             if line["snapshot"]: again.restore(line["snapshot"])
         case "warm": again.warm(_array(line["times"], np.int64), _array(line["candles"], np.float64))
-        case "candle":
-            recomputed[_time(line)] = decided(again.on(Candles(
-                line["open_time"], np.array(line["candle"], float), working=_working(line, trader))),
-                again.rows, *names)
         case "decision": recorded[_time(line)] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)
-        case "fill": again.on(_entry(Fill, line))
-        case "order": again.on(_entry(OrderUpdate, line | {"kind": line["order_kind"]}))
-        case "funding": again.on(_entry(Funding, line))
-        case kind if kind in _MARKET:
-            decision = again.on(_MARKET[kind](line))
+        case kind if kind in _EVENTS:
+            decision = again.on(_EVENTS[kind](line, trader))
             if decision: recomputed[decision.open_time] = decided(decision, again.rows, *names)
     return again
 
