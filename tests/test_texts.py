@@ -20,12 +20,15 @@ from matplotlib.cbook import is_math_text
 import tradelab
 from tradelab.account import POSITION
 from tradelab.errors import CandleError
+from tradelab.evaluation.difference import LookAhead
+from tradelab.evaluation.intervals import Intervals
 from tradelab.evaluation.risk_report import RiskReport
 from tradelab.evaluation.tearsheet import TearSheet
 from tradelab.evaluation.value_at_risk import TailMeasures
 from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.export import TABLES, export
 from tradelab.instruments import BITCOIN, Instrument
+from tradelab.inventory import Comparison
 from tradelab.live.session import Statistics
 from tradelab.live.venue import VenueError
 from tradelab.log import formatter
@@ -40,6 +43,7 @@ from tradelab.runs.run import Run
 from tradelab.sections import Missing
 from tradelab.settings import Limits
 from tradelab.sim.backtest import backtest
+from tradelab.sim.costs import Calibration
 from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
 from tradelab.sources.tables import UnreachableError
@@ -83,7 +87,14 @@ def shown(run, tmp_path_factory):
         tz="UTC"))
     candles = ar1(200, seed=1)
     candles.iloc[100, 1] = candles.iloc[100, 0] / 2
+    evil = pd.DataFrame({"A": [EVIL], "B": [EVIL]}, [EVIL])
     return {"evaluation.metrics.Metrics": run.summary(),
+            "evaluation.difference.LookAhead": LookAhead(pd.DataFrame({
+                "rerun": [EVIL], "cut": [returns.index[9]], "difference": [EVIL]})),
+            "evaluation.intervals.Intervals": Intervals(pd.DataFrame({
+                "estimate": [1.], "low": [0.], "high": [2.], "level": [.95], "unit": [EVIL]}, [EVIL]), 10, 2.),
+            "inventory.Comparison": Comparison((EVIL, EVIL), evil, evil, {"A": run.equity}, EVIL),
+            "sim.costs.Calibration": Calibration(.1, .01, .5, .1, 3., .9),
             "evaluation.tearsheet.TearSheet": TearSheet({EVIL: run, f"{EVIL} 2": run}, EVIL, EVIL),
             "evaluation.result.Result": run,
             "evaluation.risk_report.RiskReport": RiskReport(EVIL, run.journal, run.equity,
@@ -120,7 +131,7 @@ def test_what_a_notebook_shows_is_text(shown, name):
         html = thing._repr_html_()
         assert not FORBIDDEN.search(html)
         if name not in ("evaluation.metrics.Metrics", "evaluation.value_at_risk.TailMeasures",
-                        "risk.portfolio.PortfolioMeasures", "live.session.Statistics",
+                        "risk.portfolio.PortfolioMeasures", "live.session.Statistics", "sim.costs.Calibration",
                         "evaluation.var_backtest.VarBacktest"):
             assert "&lt;script&gt;" in html
 

@@ -17,6 +17,7 @@ from ..events import COLUMNS
 from ..figures import LONG, SHORT, finished
 from ..market.candles import UNNAMED, CandlesLike
 from ..market.filters import keep_instrument
+from ..texts import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -211,7 +212,7 @@ class LookAhead:
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 1.8), layout="constrained")
         for rerun, cut, difference in self.rows.itertuples(index=False):
-            axis.plot(cut, rerun, "o" if difference is None else "x", color=LONG if difference is None else SHORT)
+            axis.plot(cut, figure_text(rerun), "o" if difference is None else "x", color=LONG if difference is None else SHORT)
         axis.set(xlabel="Cut [UTC]", title="o no decision before the cut changed, x one did")
         axis.margins(y=.5)
         return finished(figure)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from .metrics import check_equity, periods_per_year, until_ruin
 from ..figures import INK, finished
+from ..texts import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ class Intervals:
         for axis, (name, row) in zip(axes[0], self.rows.iterrows()):
             axis.plot([0, 0], [row["low"], row["high"]], color=INK, lw=2.)
             axis.plot(0, row["estimate"], "o", color=INK)
-            axis.set(title=f"{name} [{row['unit']}]", xticks=[])
+            axis.set(title=figure_text(f"{name} [{row['unit']}]"), xticks=[])
             axis.title.set_fontsize(7)
         return finished(figure)
 
