@@ -212,7 +212,8 @@ class LookAhead:
         import matplotlib.pyplot as plt
         figure, axis = plt.subplots(figsize=(9, 1.8), layout="constrained")
         for rerun, cut, difference in self.rows.itertuples(index=False):
-            axis.plot(cut, figure_text(rerun), "o" if difference is None else "x", color=LONG if difference is None else SHORT)
+            shape, color = ("o", LONG) if difference is None else ("x", SHORT)
+            axis.plot(cut, figure_text(rerun), shape, color=color)
         axis.set(xlabel="Cut [UTC]", title="o no decision before the cut changed, x one did")
         axis.margins(y=.5)
         return finished(figure)
