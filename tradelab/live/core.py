@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'Terms', 'Core', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered',
            'row_of', 'hear', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'catch_up', 'settle',
-           'carry_out', 'differs', 'ask_account', 'agree', 'known_at_close', 'look_ahead', 'watch_halt', 'drop',
-           'decide', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions', 'fill_gap', 'reconnected', 'live']
+           'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree', 'known_at_close', 'look_ahead', 'watch_halt',
+           'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions', 'fill_gap', 'reconnected',
+           'live']
 
 # %% ../../nbs/70_live/09_core.ipynb #3207a853
 from collections import Counter
@@ -287,9 +288,13 @@ def carry_out(core:Core, orders:Sequence)->Process:
     yield from settle(core)
 
 # %% ../../nbs/70_live/09_core.ipynb #e91defbe
-def differs(core:Core, account:AccountSnapshot)->str:
+def own_wallet(core:Core)->float:
+    "What the exchange should say of the wallet, quote: with what it has booked already and the trader has not"
+    return float(wallet(core.trader.account) + core.books.ahead + core.reserve)
+
+
+def differs(core:Core, account:AccountSnapshot, own:float)->str:
     "How the trader's account differs from the exchange's; empty if it does not"
-    own = wallet(core.trader.account) + core.books.ahead + core.reserve
     held = dict(zip(core.trader.symbols, core.trader.positions["quantity"].tolist()))
     return difference(compare_accounts(own, held, account))
 
@@ -305,9 +310,10 @@ def ask_account(core:Core)->Process:
 
 def agree(core:Core)->Process:
     "Compare with the exchange until both say the same"
+    before = own_wallet(core) # what comes after the question may be in the answer, or not
     account = yield from ask_account(core)
     until, asked = core.now + core.terms.patience // 3, False
-    while account and (found := differs(core, account)):
+    while account and differs(core, account, before) and (found := differs(core, account, own_wallet(core))):
         if book_next(core) or (yield from news(core, until)): continue
         if asked: return core.do(Tell(Notice("disagreement", found)))
         yield from catch_up(core)
