@@ -54,6 +54,7 @@ class Fill:
     order_id: str = ""      # our client order id
     trade_id: str = ""      # the venue's, unique per symbol
     protects: bool = False  # whether the order was a stop or target that rested at the venue
+    late: bool = False      # whether the candle in which it happened had been decided on when it was told
 
 # %% ../nbs/00_ground/10_events.ipynb #5923abef
 @dataclass(frozen=True)

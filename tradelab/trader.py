@@ -64,7 +64,7 @@ def record(
         entry["limit"] = proposal["limit"]
         entry["order"] = proposal["quantity"]
         entry["fill_quantity"] = entry["fill_price"] = entry["traded"] = entry["cash"] = 0.
-        entry["fee"] = entry["funding"] = 0.
+        entry["fee"] = entry["funding"] = entry["late"] = 0.
 
 # %% ../nbs/00_ground/16_trader.ipynb #5ed66d7f
 @inlined
@@ -178,6 +178,7 @@ class Holdings:
         if fill.protects: self.positions[n]["stopped"] = -np.sign(fill.quantity)
         apply_fill(self.account, self.positions, n, fill.quantity, fill.price, fill.fee)
         record_fill(self.rows, n, fill.quantity, fill.price, fill.fee)
+        if fill.late: self.rows[n]["late"] = decimal8(self.rows[n]["late"] + abs(fill.quantity))
         self.execution_state[n]["filled_volume"] += abs(fill.quantity)
 
     def _pay(self, funding):

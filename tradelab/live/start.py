@@ -76,7 +76,7 @@ def check_same(session:str, known:Mapping[str, Any], given:Mapping[str, Any])->N
                                     "it was, or start a new one")
 
 # %% ../../nbs/70_live/10_start.ipynb #ses45c02
-FORMAT = "tradelab session 1" # counts up when an older version could misread what this one writes
+FORMAT = "tradelab session 2" # counts up when one version could misread what the other writes
 
 
 def in_this_format(
@@ -85,7 +85,7 @@ def in_this_format(
 )->dict:          # the same, with every limit that there is today
     "Refuse a session of another format; one without a number is from before there were numbers, and is format 1"
     by = f"tradelab {known.get('version', 'of an unknown version')}"
-    found = known.get("format", FORMAT)
+    found = known.get("format", "tradelab session 1")
     advice = "resume it with the version that wrote it, or start a new one"
     if found != FORMAT:
         raise StartRefusedError(f"session {session} is of the format {found!r}, written by {by}: "
