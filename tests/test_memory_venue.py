@@ -35,7 +35,7 @@ from tradelab.live.recorder import read, replay
 from tradelab.live.session import Kept, Session, answer_to, make_core, restore, write
 from tradelab.live.venue import OrderReport
 from tradelab.market.synthetic import ar1, funding
-from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
+from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, OWN, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
 from tradelab.policies import Policy
 from tradelab.runs.run import Run, make_trader
 from tradelab.settings import NO_STOPS, CostModel, Limits
@@ -304,7 +304,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
     trader = make_trader(Policy("scripted", scripted, order_slots=1), LIMITS, data.instruments, timeframe="1h")
     manager = OrderManager("table", Blotter(), beside=True)
     kernel = simulation_of(data, SimulationSettings(CostModel(), LIMITS), 1, START)
-    row, answer = kernel.state.orders[0, 1], np.zeros((1, 1), ORDER)
+    row, answer = kernel.state.orders[0, OWN], np.zeros((1, 1), ORDER)
     asked = []
 
     def decide(t, act):
@@ -320,8 +320,8 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
         working_orders(kernel.state.orders, answer)
         act(answer[0, 0], data.candles[t, 0, CLOSE] * .8)
         kernel.step(t, answer.copy(), np.zeros(1, JOURNAL), market=False)
-        theirs = decision.orders[0, 1]
-        live = venue.held.simulation.state.orders[0, 1]
+        theirs = decision.orders[0, OWN]
+        live = venue.held.simulation.state.orders[0, OWN]
         for name in ("kind", "resting") if row["kind"] == NONE else ("kind", "quantity", "price", "trigger", "resting"):
             assert theirs[name] == row[name] == live[name], name
         return int(row["revision"])
@@ -332,7 +332,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
         if isinstance(event, Fill): trader.on(event)
         if isinstance(event, OrderReport): manager.blotter.on_update(event)
     for name, report in manager.blotter.news.items():
-        trader.on(update_of(manager.blotter.known[name], trader.orders[0, 1], report, START))
+        trader.on(update_of(manager.blotter.known[name], trader.orders[0, OWN], report, START))
     assert asked == [Send]
     after = decide(START + 1, then)
     expected = {"kept": ([], 0), "cancelled": ([Cancel], 0), "amended": ([Amend], 1), "replaced": ([Cancel, Send], 1),
@@ -378,9 +378,9 @@ def test_a_session_of_orders_is_resumed_and_replayed(tmp_path):
 
 @pytest.mark.parametrize("act, offered, message", [
     (stopped, dict(kinds=frozenset({Kind.MARKET, Kind.LIMIT})),
-     "slot 1, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
+     "slot 2, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
     (lambda row, price: (limit(row, price), lasting(row)), dict(expires=False),
-     "slot 1, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
+     "slot 2, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
 def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing(act, offered, message):
     def wanting(parameters, memory, observation, prices, answer):
         market(answer[0, 1], prices[0])
