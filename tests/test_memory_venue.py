@@ -38,7 +38,7 @@ from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, OWN, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
 from tradelab.policies import Policy
 from tradelab.runs.run import Run, make_trader
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import SimulationSettings, market_data
 from tradelab.strategies.example import Momentum
@@ -125,23 +125,26 @@ class KilledError(Exception): pass
 class Driver:
     "Carries out the actions of a core in the venue's time; dies before the actions of these numbers"
 
-    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None):
+    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None, execution=Execution()):
         data = market_data(FRAMES, funding=RATES)
         self.policy = policy or policy_of(seed)
+        self.execution = execution
         self.kills = set(kills)
         self.lethal = dict(lethal)   # by kind of action: whether it dies after it, or before
         self.survived = set()
-        self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), SLOTS, start=int(data.times[START]))
+        self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), self.policy.order_slots,
+                                 start=int(data.times[START]))
         self.ledger = MemoryLedger()
         self.instruments = data.instruments
         self.done = 0
+        self.silence = 0
         self.kinds = []
         self.notices = []
 
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
-        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h")
+        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h", execution=self.execution)
         if kept: restore(trader, "s", {}, kept)
         venue = self.venue
         self.core = make_core(trader, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
@@ -152,8 +155,10 @@ class Driver:
         "What the core is told next"
         events = self.venue.events
         while events.empty():
-            if not self.venue.go_on(): events.put_nowait(Stop())
-        return Received(self.venue.now, [events.get_nowait() for _ in range(events.qsize())])
+            if self.venue.go_on(): continue
+            events.put_nowait(Stop())
+            self.silence += 60_000 # the last orders meet no candle: patience ends
+        return Received(self.venue.now + self.silence, [events.get_nowait() for _ in range(events.qsize())])
 
     def run(self):
         self.start()
@@ -262,6 +267,38 @@ def test_the_wild_policy_does_everything():
     assert min(kinds.count(kind) for kind in (Send, Amend, Cancel)) > 50
     fills = np.concatenate([expected(seed, True)[1] for seed in range(6)])
     assert {LIMIT, MARKET, STOP, TAKE_PROFIT, TRAILING} <= set(fills["kind"].tolist())
+
+
+def turning(parameters, memory, observation, prices, targets):
+    "Holds, flips, closes and opens, as a seed and the number of the decision say"
+    memory[0] += 1.
+    random = np.random.default_rng([int(parameters[0]), int(memory[0])])
+    for n in range(len(prices)):
+        if random.random() < .6: memory[1 + n] = random.choice([-1., -.4, 0., .4, 1.])
+        targets[n] = memory[1 + n]
+
+
+STYLES = {"market": Execution(), "post_only": Execution("post_only", patience=2),
+          "slices": Execution("slices", slices=3)}
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_targets_in_any_style_are_the_same_in_array_form_event_form_and_live(data):
+    "And a flip is two orders in all of them, whenever the process is killed"
+    policy = Policy("turning", turning, np.array([float(data.draw(st.integers(0, 1_000)))]), memory=1 + len(SYMBOLS))
+    style = data.draw(st.sampled_from(list(STYLES)))
+    scarce = style == "post_only" and data.draw(st.booleans())
+    array, event = (backtest(policy, FRAMES, FRAMES[SYMBOLS[0]].index[START], costs=costs(scarce), limits=LIMITS,
+                             funding=RATES, engine=engine, baselines=(), execution=STYLES[style])
+                    for engine in ("vectorised", "event"))
+    assert first_difference(array.journal, event.journal) is None
+    driver = Driver(0, scarce, data.draw(st.lists(st.integers(1, 400), max_size=3)), policy=policy,
+                    execution=STYLES[style])
+    assert driver.run() == End("stopped")
+    assert first_difference(array.journal, driver.ledger.journal("s")[:len(array.journal)]) is None
+    ours = driver.venue.held.simulation.state
+    assert np.array_equal(array.fill_rows, ours.fills[:ours.count[0]])
 
 
 def limit(row, price):
