@@ -44,7 +44,7 @@ from tradelab.sim.backtest import backtest
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h",
-                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
+                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, execution={}, deposit=10_000.)
 
 
 def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), OrderGate, instruments=(BITCOIN,))
