@@ -112,8 +112,8 @@ def test_a_recording_says_which_version_wrote_it(tmp_path):
                          [({"format": "tradelab session 3"}, "is of the format 'tradelab session 3', written by "
                            "tradelab 7.8.9: this version reads 'tradelab session 2'"),
                           ({}, "is of the format 'tradelab session 1', written by tradelab 7.8.9"), # no number
-                          ({"format": SESSION, "limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its limits are not "
-                           "this version's")])
+                          ({"format": SESSION, "limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its "
+                           "limits are not this version's")])
 def test_a_session_of_another_format_is_not_resumed(tmp_path, change, match):
     trader = make_trader(buy_and_hold(), instruments=(BITCOIN,))
     ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
