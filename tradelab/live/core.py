@@ -99,7 +99,7 @@ class Core:
         self._actions: list[Action] = []
         self.alarm: int|None = None             # ms, when it goes on without an event
         self.end: End|None = None               # what it ended with
-        self._process: Process|None = process(self)
+        self._process: Process = process(self)
 
     def do(self, *actions:Action)->None:
         "Answer with these"
@@ -113,7 +113,7 @@ class Core:
 
     def on(self, received:Received)->list[Action]:
         "What to do about these events"
-        if self._process is None: return []
+        if self.end: return []
         self.now = received.time
         try:
             for event in received.events: take(self, event)
@@ -126,7 +126,6 @@ class Core:
         return actions
 
     def _end(self, end):
-        self._process = None
         self.end = end
         self.do(end)
 

@@ -474,7 +474,6 @@ def open_files(session:"Session", reserve:float)->None:
         session.ledger.open_session(session.id, session.settings | dict(reserve=reserve))
     session.ledger.set_state(session.id, "running")
     session.files = Files(session.folder, session.ledger.rows(session.id))
-    session.journal = session.files.journal
     session.files.recorder.start(session.settings, encode(session.inputs))
     for received in session.early: session.files.recorder.received(received)
     session.venue.on_frame = session.files.recorder.frame
@@ -587,7 +586,6 @@ class Session:
         self.stopwatch = Stopwatch(self.statistics)
         self.reserve = 0.
         self.files: Files|None = None
-        self.journal: Journal|None = None
         self.settings: dict[str, Any] = {}
         self.inputs: CoreInputs|None = None
         self.early: list[Received] = [] # received before there was a file to record it in
