@@ -60,7 +60,7 @@ from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Ou
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
 from tradelab.notices import NOTICES, Notice
-from tradelab.orders import LIMIT, Order
+from tradelab.orders import LIMIT, OWN, Order
 from tradelab.policies import Policy, buy_and_hold
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
@@ -68,7 +68,7 @@ from tradelab.sim.backtest import backtest
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h",
-                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
+                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, execution={}, deposit=10_000.)
 
 
 def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), OrderGate, instruments=(BITCOIN,))
@@ -456,7 +456,7 @@ def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared):
         decided, = [action for action in exchange.tell(quote.quote_time, [quote]) if isinstance(action, Decided)]
         decision = decided.decision
         for n, symbol in enumerate(symbols):
-            bid, ask = decision.orders[n, 1], decision.orders[n, 2]
+            bid, ask = decision.orders[n, OWN], decision.orders[n, OWN + 1]
             middle = live.view.middles[n] if np.isfinite(live.view.middles[n]) else first[symbol]
             assert bid["price"] < middle < ask["price"]
             assert abs(.5 * (bid["price"] + ask["price"]) / middle - 1) < .0005 # never further from it than it moves
@@ -469,7 +469,7 @@ def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared):
     assert first_difference(recorded, recomputed) is None
     _, other = replay(exchange.recorder.lines, quoting(symbols, edge=.01))
     assert first_difference(recorded, other) is not None
-    revisions = decision.orders["revision"][:, 1]
+    revisions = decision.orders["revision"][:, OWN]
     assert (revisions < len(heard) / 4).all() # left alone where the middle stayed
     assert (revisions > 1).any()
 

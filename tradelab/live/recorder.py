@@ -32,8 +32,8 @@ from ..errors import TradelabError
 from ..instruments import Instrument
 from ..journal import Decision
 from .messages import Action, Amend, Cancel, Decided, Received, Send, Tell, Write
-from .venue import VenueError
-from ..settings import Limits
+from .venue import VenueError, VenueLimitError, VenueUnknownError
+from ..settings import Execution, Limits
 from ..trust import check_id
 
 # %% ../../nbs/70_live/05_recorder.ipynb #23960081
@@ -72,6 +72,9 @@ def encode(value:Any)->Any:
 # %% ../../nbs/70_live/05_recorder.ipynb #80528e77
 # what a line of another version, or of no session, raises while it is read
 MISREAD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
+
+
+_RAISED = {kind.__name__: kind for kind in (VenueError, VenueLimitError, VenueUnknownError)} # by a venue
 
 
 def _wrong(value, name): return TypeError(f"{name} is {str(value)[:80]!r}")
@@ -141,7 +144,7 @@ def decode(
     if kind is np.ndarray: return _array(text, name)
     if kind is Exception:
         said, words = decode(text["type"], str, name), decode(text["text"], str, name)
-        return VenueError(words) if said == "VenueError" else RuntimeError(f"{said}: {words}")
+        return _RAISED[said](words) if said in _RAISED else RuntimeError(f"{said}: {words}")
     return _plain(text, kind, name)
 
 # %% ../../nbs/70_live/05_recorder.ipynb #58ad2da8
@@ -389,7 +392,8 @@ class MemoryRecorder(Recorder):
 
 # %% ../../nbs/70_live/05_recorder.ipynb #5c41c8a8
 _SETTINGS: dict[str, type | tuple] = {"policy": str, "origin": str, "venue": str, "timeframe": str, "version": str,
-                                      "symbols": list, "instruments": list, "limits": dict, "deposit": (int, float)}
+                                      "symbols": list, "instruments": list, "limits": dict, "execution": dict,
+                                      "deposit": (int, float)}
 
 
 def recorded_settings(path:Path)->dict:
@@ -404,7 +408,10 @@ def recorded_settings(path:Path)->dict:
     if wrong:
         raise RecordingError(f"{path} says nothing that can be read of {', '.join(wrong)}: it was not written by a "
                              "session of this version")
-    try: [Instrument(**each) for each in then["instruments"]], Limits(**then["limits"])
+    try:
+        [Instrument(**each) for each in then["instruments"]]
+        Limits(**then["limits"])
+        Execution(**then["execution"])
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise RecordingError(f"{path} holds limits or instruments of another version ({error}): replay it with the "
                              "version that wrote it") from None

@@ -26,16 +26,10 @@ from ..times import format_time as date
 from ..trader import Trader
 
 # %% ../../nbs/70_live/12_replay.ipynb #b62df00a
-def _afresh(trader):
-    "A trader like this one, before its first candle"
-    return Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments,
-                  float(trader.account[0]["deposit"]))
-
-
 def _began(line, trader):
     "The core of a part of the session, as it was made then"
     inputs = decode(line["core"], CoreInputs, "core")
-    again = _afresh(trader)
+    again = trader.afresh()
     if inputs.step: again.restore(inputs.step["content"])
     return make_core(again, inputs)
 

@@ -66,7 +66,15 @@ from .order_manager import Blotter, Offer, OrderManager
 from .order_states import Intent
 from .reconcile import StartRefusedError
 from .recorder import Recorder, encode
-from .start import FORMAT, check_instruments, check_same, in_this_format, refuse_series, start_and_live
+from tradelab.live.start import (
+    FORMAT,
+    check_instruments,
+    check_same,
+    in_this_format,
+    refuse_series,
+    refuse_style,
+    start_and_live,
+)
 from .venue import Candle, Venue, VenueError
 from ..lock import Lock
 from ..log import get_logger
@@ -330,6 +338,7 @@ def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)
     "What is kept of a session, so that it can be resumed as it was"
     return dict(format=FORMAT, venue=venue, symbols=list(trader.symbols), timeframe=timeframe,
                 policy=trader.policy.name, origin=origin, source=source or venue, version=__version__,
+                execution=asdict(trader.execution),
                 deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits),
                 instruments=[asdict(instrument) for instrument in trader.instruments])
 
@@ -382,7 +391,7 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     sequence = step["sequence"] if step else 0
     fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
     manager = OrderManager(terms.session, Blotter(inputs.intents, fills), terms.patience, inputs.offer,
-                           beside=trader.policy.order_slots > 0)
+                           beside=trader.told_of_orders)
     process = partial(start_and_live, kept=step, words=inputs.words)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process)
     if step: core.reserve, core.since = inputs.reserve, step["open_time"]
@@ -451,6 +460,7 @@ def hold(session:"Session")->None:
 async def prepare(session:"Session", max_candles:int|None)->Core:
     "Connect, and make the core; nothing is written"
     refuse_clock(session.trader)
+    refuse_style(session.trader, session.venue.kinds)
     ledger, venue, trader = session.ledger, session.venue, session.trader
     ledger.session(session.id) if session.resumed else ledger.check_new(session.id)
     if session.resumed: hold(session)
