@@ -1,12 +1,11 @@
 "What a person gets wrong: one clear sentence, an exit code that is not zero, and nothing half-written"
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import forked
 
 from tradelab.localnet.server import Localnet
 from tradelab.market.synthetic import ar1
@@ -35,8 +34,7 @@ def tradelab(place, *words, **variables):
     environment |= {"TRADELAB_DATABASE": f"sqlite:///{place}/tradelab.db", "TRADELAB_LOCALNET_PORT": "0"} | variables
     # what is measured here is measured elsewhere, and slows every start
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADELAB_", "COVERAGE_"))}
-    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment,
-                          capture_output=True, text=True)
+    return forked("tradelab", *words, cwd=ROOT, env=clean | environment)
 
 
 def refused(place, *words, **variables):
@@ -116,9 +114,10 @@ def test_a_planted_difference_stops_the_replay(place):
     assert tradelab(place, "run", "live", "-p", "candles", "20").returncode == 0
     recording = next((place / "sessions").glob("*/recording.zst"))
     lines = list(lines_of(recording))
-    candle = [line for line in lines if line["kind"] == "candle"][7]
-    close = candle["candle"][0][3]
-    candle["candle"][0][3] = float(np.nextafter(close, 0))
+    candle = [event for line in lines if line["kind"] == "received" for event in line["events"]
+              if event["type"] == "Candle" and event["values"][3] > event["values"][2]][7]
+    close = candle["values"][3]
+    candle["values"][3] = float(np.nextafter(close, 0))
     recording.unlink()
     again = Recorder(recording)
     for line in lines:
@@ -128,7 +127,7 @@ def test_a_planted_difference_stops_the_replay(place):
     assert "does not replay" in said
     assert "column 'close'" in said
     assert str(close) in said
-    assert str(candle["candle"][0][3]) in said
+    assert str(candle["values"][3]) in said
 
 
 def test_a_damaged_result_is_no_other_result(tmp_path):

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.events import Fill
+from tradelab.account import wallet
+from tradelab.evaluation.difference import first_difference
+from tradelab.events import Fill, Funding
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
+from tradelab.live.bookkeeper import Bookkeeper
 from tradelab.live.core import Terms
 from tradelab.live.ledger import MemoryLedger
 from tradelab.live.messages import (
@@ -32,7 +35,9 @@ from tradelab.live.messages import (
     Write,
 )
 from tradelab.live.order_states import State
-from tradelab.live.session import Kept, make_core, restore, write
+from tradelab.live.recorder import MemoryRecorder, encode
+from tradelab.live.replay import replay
+from tradelab.live.session import Kept, core_inputs, make_core, restore, write
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, VenueError
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
@@ -143,13 +148,16 @@ class Driver:
         self.notices = []
         self.steps = 0
         self.number = count()
+        self.recorder = MemoryRecorder()
 
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
         again = trader()
         if kept: restore(again, "s", {}, kept)
-        self.core = make_core(again, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
+        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
+        self.core = make_core(again, inputs)
+        self.recorder.start({}, encode(inputs))
         self.waiting = []
         for time, candles in zip(TIMES, CANDLES):
             if time + HOUR > self.now and time + HOUR <= TIMES[-1]:
@@ -164,7 +172,10 @@ class Driver:
         received = Received(self.now)
         while True:
             try:
-                for action in self.core.on(received):
+                self.recorder.received(received)
+                actions = self.core.on(received)
+                self.recorder.answered(actions)
+                for action in actions:
                     self.done += 1
                     if self.done in self.kills: raise KilledError
                     if isinstance(action, End): return action
@@ -208,6 +219,7 @@ def session(seed, kills=()):
     driver = Driver(exchange, ledger, kills)
     end = driver.run()
     assert end == End("stopped"), end
+    assert first_difference(*replay(driver.recorder.lines, trader())) is None
     journal = ledger.journal("s")[["symbol", "position", "target", "order", "fill_quantity"]]
     ledger.close()
     return driver, journal
@@ -261,3 +273,40 @@ def test_an_outage_ends_nothing(monkeypatch):
     assert "unanswered" in again.notices
     assert fetch is Exchange.fetch
     assert again.ledger.journal("s")["position"].iloc[-1] == expected["position"].iloc[-1]
+
+
+AMOUNTS = st.integers(-9, 9).filter(bool)
+TOLD = st.lists(st.tuples(st.integers(0, 4), AMOUNTS, st.sampled_from(SYMBOLS)), min_size=1, max_size=8)
+
+
+def booked_in(batches):
+    "Account, positions and journal of a step of which so much is told, and booked, at a time"
+    one = trader()
+    one.open_time = 0
+    books = Bookkeeper(one, HOUR)
+    for batch in batches:
+        for entry in batch: books.add(entry)
+        while books.book_next(): pass
+    return one
+
+
+@settings(max_examples=60, deadline=None)
+@given(TOLD, st.randoms(), st.integers(0, 8))
+def test_the_order_of_arrival_within_a_step_changes_nothing(told, random, cut):
+    """What arrives together is booked by the venue's time, to the last bit; what arrives in parts ends with the same
+    positions and money, and only `late` would say when it came"""
+    entries = [Fill(symbol, amount / 8, 100. + number, .01, HOUR + time, "", str(number))
+               for number, (time, amount, symbol) in enumerate(told)]
+    entries += [Funding(symbol, amount / 7, HOUR + time) for time, amount, symbol in
+                {(time, symbol): (time, amount, symbol) for time, amount, symbol in told}.values()]
+    mixed = random.sample(entries, len(entries))
+    one, same, parts = booked_in([entries]), booked_in([mixed]), booked_in([mixed[:cut], mixed[cut:]])
+    for name in ("account", "positions", "rows"): assert getattr(one, name).tobytes() == getattr(same, name).tobytes()
+    assert not one.rows["late"].any()
+    assert not parts.rows["late"].any()
+    assert (parts.positions["quantity"] == one.positions["quantity"]).all()
+    for name in ("fill_quantity", "traded", "cash", "fee", "funding"):
+        assert parts.rows[name] == pytest.approx(one.rows[name], abs=1e-7)
+    worth = [wallet(each.account) + (each.positions["quantity"] * (105. - each.positions["entry_price"])).sum()
+             for each in (one, parts)]
+    assert worth[0] == pytest.approx(worth[1])

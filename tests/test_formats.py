@@ -93,12 +93,12 @@ def test_a_ledger_before_the_numbers_gets_one(tmp_path):
 def test_a_recording_of_another_format_is_named_and_not_called_damaged(tmp_path):
     "Its chain begins with its own format, so ours cannot prove even its first line"
     for name, said, by in (("tradelab recording 1", {}, "a version that did not say its number"),
-                           ("tradelab recording 3", {"version": "7.8.9"}, "tradelab 7.8.9")):
+                           ("tradelab recording 2", {"version": "7.8.9"}, "tradelab 7.8.9")):
         file = tmp_path / f"{by}.zst"
         file.write_bytes(framed(chained({"kind": "recording", "format": name} | said, 0, name), b"")[0])
         for reader in (recorded_settings, lambda path: list(read(path))):
             with pytest.raises(RecordingError, match=f"is of the format '{name}', written by {by}: this version reads "
-                               "'tradelab recording 2'"):
+                               "'tradelab recording 3'"):
                 reader(file)
 
 
@@ -111,11 +111,9 @@ def test_a_recording_says_which_version_wrote_it(tmp_path):
 @pytest.mark.parametrize("change, match",
                          [({"format": "tradelab session 3"}, "is of the format 'tradelab session 3', written by "
                            "tradelab 7.8.9: this version reads 'tradelab session 2'"),
-                          ({"format": "tradelab session 1"}, "is of the format 'tradelab session 1', written by "
-                           "tradelab 7.8.9: this version reads 'tradelab session 2'"),
-                          ({}, "is of the format 'tradelab session 1'"), # from before there were numbers
-                          ({"format": SESSION, "limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its limits "
-                           "are not this version's")])
+                          ({}, "is of the format 'tradelab session 1', written by tradelab 7.8.9"), # no number
+                          ({"format": SESSION, "limits": {"max_hope": 1.}}, "was written by tradelab 7.8.9, its "
+                           "limits are not this version's")])
 def test_a_session_of_another_format_is_not_resumed(tmp_path, change, match):
     trader = make_trader(buy_and_hold(), instruments=(BITCOIN,))
     ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
@@ -129,7 +127,6 @@ def test_a_session_before_some_limits_is_resumed(tmp_path):
     ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
     given = settings_of(trader, "localnet", "1h", "an example", "")
     told = json.loads(json.dumps(given | {"reserve": 5.}))
-    assert told["format"] == SESSION
     del told["limits"]["max_orders"]
     ledger.open_session("before", told)
     ledger.keep("before", 1_700_000_000_000, trader.snapshot(), 0)

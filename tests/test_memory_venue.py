@@ -21,27 +21,29 @@ from tradelab.live.messages import (
     Amend,
     Ask,
     Cancel,
+    Decided,
     End,
     Fetch,
     Open,
     Received,
-    Record,
     Send,
     StepDone,
     Stop,
     Tell,
+    Warmed,
     Write,
 )
 from tradelab.live.order_manager import Blotter, Offer, OrderManager, update_of
 from tradelab.live.order_states import State, orders_from_decision
-from tradelab.live.recorder import read, replay
-from tradelab.live.session import Kept, Session, answer_to, make_core, restore, write
+from tradelab.live.recorder import MemoryRecorder, RecordingError, encode, read
+from tradelab.live.replay import replay
+from tradelab.live.session import Kept, Session, answer_to, core_inputs, make_core, restore, write
 from tradelab.live.venue import OrderReport
 from tradelab.market.synthetic import ar1, funding
-from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
+from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, OWN, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
 from tradelab.policies import Policy
 from tradelab.runs.run import Run, make_trader
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import SimulationSettings, market_data
 from tradelab.strategies.example import Momentum
@@ -128,42 +130,56 @@ class KilledError(Exception): pass
 class Driver:
     "Carries out the actions of a core in the venue's time; dies before the actions of these numbers"
 
-    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None):
+    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None, execution=Execution()):
         data = market_data(FRAMES, funding=RATES)
         self.policy = policy or policy_of(seed)
+        self.execution = execution
         self.kills = set(kills)
         self.lethal = dict(lethal)   # by kind of action: whether it dies after it, or before
         self.survived = set()
-        self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), SLOTS, start=int(data.times[START]))
+        self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), self.policy.order_slots,
+                                 start=int(data.times[START]))
         self.ledger = MemoryLedger()
+        self.recorder = MemoryRecorder()
         self.instruments = data.instruments
         self.done = 0
+        self.silence = 0
         self.kinds = []
         self.notices = []
+
+    def trader(self):
+        return make_trader(self.policy, LIMITS, self.instruments, timeframe="1h", execution=self.execution)
 
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
-        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h")
+        trader = self.trader()
         if kept: restore(trader, "s", {}, kept)
         venue = self.venue
-        self.core = make_core(trader, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
-                              offer=Offer(venue.kinds, venue.amends, venue.expires))
+        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
+                             Offer(venue.kinds, venue.amends, venue.expires))
+        self.core = make_core(trader, inputs)
+        self.recorder.start({}, encode(inputs))
         asyncio.run(self.venue.close())
 
     def heard(self):
         "What the core is told next"
         events = self.venue.events
         while events.empty():
-            if not self.venue.go_on(): events.put_nowait(Stop())
-        return Received(self.venue.now, [events.get_nowait() for _ in range(events.qsize())])
+            if self.venue.go_on(): continue
+            events.put_nowait(Stop())
+            self.silence += 60_000 # the last orders meet no candle: patience ends
+        return Received(self.venue.now + self.silence, [events.get_nowait() for _ in range(events.qsize())])
 
     def run(self):
         self.start()
         received = Received(self.venue.now)
         while True:
             try:
-                for action in self.core.on(received):
+                self.recorder.received(received)
+                actions = self.core.on(received)
+                self.recorder.answered(actions)
+                for action in actions:
                     self.done += 1
                     if self.done in self.kills: raise KilledError
                     if isinstance(action, End): return action
@@ -196,7 +212,7 @@ class Driver:
                 self.venue.events.put_nowait(answered(answer_to(self.venue, action)))
             case Open(): answered(self.venue.stream(SYMBOLS, "1h"))
             case Tell(notice): self.notices.append(notice)
-            case StepDone() | Record(): pass
+            case StepDone() | Decided() | Warmed(): pass
 
 
 def answered(coroutine):
@@ -214,6 +230,10 @@ def compare(driver, seed, scarce):
     assert np.array_equal(fills, ours.fills[:ours.count[0]])
     assert seen == shown()[:len(seen)]
     assert {notice.kind for notice in driver.notices} <= {"unanswered"}, driver.notices
+    recorded, recomputed = replay(driver.recorder.lines, driver.trader())
+    assert set(rows.index) <= set(recorded.index)
+    assert first_difference(recorded, recomputed) is None
+    LOG.clear()
 
 
 @cache
@@ -260,11 +280,84 @@ def test_killed_at_everything_that_is_asked_for_it_is_the_same_still(action, aft
     assert len(driver.survived) >= 5
 
 
+def retold(lines, change):
+    "The lines with other events: `change` returns what is told instead of one"
+    return [line | {"events": [each for event in line["events"] for each in change(event)]}
+            if line["kind"] == "received" else line for line in lines]
+
+
+def test_an_answer_that_the_exchange_did_not_give_is_a_difference():
+    driver = Driver(3, True)
+    driver.run()
+    lines = driver.recorder.lines
+    fills = [event for line in lines for event in line.get("events", ()) if event["type"] == "Fill"]
+
+    def dearer(fill): return lambda event: [event | {"price": event["price"] * 1.001} if event == fill else event]
+
+    def refused(name):
+        def change(event):
+            if event["type"] == "Answered" and event["action"]["order"]["order_id"] == name:
+                return [event | {"answer": event["answer"] | {"outcome": "rejected", "report": None}}]
+            return [] if event.get("order_id") == name else [event]
+        return change
+
+    assert len(fills) > 30
+    for fill in fills[:-2:5]: # what is told last has no consequence
+        for change in (dearer(fill), refused(fill["order_id"])):
+            assert first_difference(*replay(retold(lines, change), driver.trader())) is not None
+    LOG.clear()
+
+
+def test_a_request_that_was_not_recorded_is_a_difference():
+    driver = Driver(3, True)
+    driver.run()
+    lines = driver.recorder.lines
+    requests = [number for number, line in enumerate(lines) if line["kind"] == "request"]
+    for number in requests[::20]:
+        found = first_difference(*replay(lines[:number] + lines[number + 1:], driver.trader()))
+        assert found.column == "requests"
+    with pytest.raises(RecordingError, match="the session had ended before it: stopped"):
+        replay([*lines, lines[2]], driver.trader())
+    LOG.clear()
+
+
 def test_the_wild_policy_does_everything():
     kinds = [kind for seed in range(6) for scarce in (False, True) for kind in actions_of(seed, scarce)[1]]
     assert min(kinds.count(kind) for kind in (Send, Amend, Cancel)) > 50
     fills = np.concatenate([expected(seed, True)[1] for seed in range(6)])
     assert {LIMIT, MARKET, STOP, TAKE_PROFIT, TRAILING} <= set(fills["kind"].tolist())
+
+
+def turning(parameters, memory, observation, prices, targets):
+    "Holds, flips, closes and opens, as a seed and the number of the decision say"
+    memory[0] += 1.
+    random = np.random.default_rng([int(parameters[0]), int(memory[0])])
+    for n in range(len(prices)):
+        if random.random() < .6: memory[1 + n] = random.choice([-1., -.4, 0., .4, 1.])
+        targets[n] = memory[1 + n]
+
+
+STYLES = {"market": Execution(), "post_only": Execution("post_only", patience=2),
+          "slices": Execution("slices", slices=3)}
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_targets_in_any_style_are_the_same_in_array_form_event_form_and_live(data):
+    "And a flip is two orders in all of them, whenever the process is killed"
+    policy = Policy("turning", turning, np.array([float(data.draw(st.integers(0, 1_000)))]), memory=1 + len(SYMBOLS))
+    style = data.draw(st.sampled_from(list(STYLES)))
+    scarce = style == "post_only" and data.draw(st.booleans())
+    array, event = (backtest(policy, FRAMES, FRAMES[SYMBOLS[0]].index[START], costs=costs(scarce), limits=LIMITS,
+                             funding=RATES, engine=engine, baselines=(), execution=STYLES[style])
+                    for engine in ("vectorised", "event"))
+    assert first_difference(array.journal, event.journal) is None
+    driver = Driver(0, scarce, data.draw(st.lists(st.integers(1, 400), max_size=3)), policy=policy,
+                    execution=STYLES[style])
+    assert driver.run() == End("stopped")
+    assert first_difference(array.journal, driver.ledger.journal("s")[:len(array.journal)]) is None
+    ours = driver.venue.held.simulation.state
+    assert np.array_equal(array.fill_rows, ours.fills[:ours.count[0]])
 
 
 def limit(row, price):
@@ -307,7 +400,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
     trader = make_trader(Policy("scripted", scripted, order_slots=1), LIMITS, data.instruments, timeframe="1h")
     manager = OrderManager("table", Blotter(), beside=True)
     kernel = simulation_of(data, SimulationSettings(CostModel(), LIMITS), 1, START)
-    row, answer = kernel.state.orders[0, 1], np.zeros((1, 1), ORDER)
+    row, answer = kernel.state.orders[0, OWN], np.zeros((1, 1), ORDER)
     asked = []
 
     def decide(t, act):
@@ -323,8 +416,8 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
         working_orders(kernel.state.orders, answer)
         act(answer[0, 0], data.candles[t, 0, CLOSE] * .8)
         kernel.step(t, answer.copy(), np.zeros(1, JOURNAL), market=False)
-        theirs = decision.orders[0, 1]
-        live = venue.held.simulation.state.orders[0, 1]
+        theirs = decision.orders[0, OWN]
+        live = venue.held.simulation.state.orders[0, OWN]
         for name in ("kind", "resting") if row["kind"] == NONE else ("kind", "quantity", "price", "trigger", "resting"):
             assert theirs[name] == row[name] == live[name], name
         return int(row["revision"])
@@ -335,7 +428,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
         if isinstance(event, Fill): trader.on(event)
         if isinstance(event, OrderReport): manager.blotter.on_update(event)
     for name, report in manager.blotter.news.items():
-        trader.on(update_of(manager.blotter.known[name], trader.orders[0, 1], report, START))
+        trader.on(update_of(manager.blotter.known[name], trader.orders[0, OWN], report, START))
     assert asked == [Send]
     after = decide(START + 1, then)
     expected = {"kept": ([], 0), "cancelled": ([Cancel], 0), "amended": ([Amend], 1), "replaced": ([Cancel, Send], 1),
@@ -402,6 +495,11 @@ class ForgetfulVenue(MemoryVenue):
         hidden = {each.trade_id for each in self.withheld}
         return [each for each in await super().fills(symbol, since) if each.trade_id not in hidden]
 
+    async def close(self):
+        "Whoever comes back finds it by asking"
+        self.withheld = []
+        await super().close()
+
 
 def opens_once_in_a_while(parameters, memory, observation, prices, answer):
     "A little more of each symbol, sometimes: nothing is closed that may not be there yet"
@@ -455,9 +553,9 @@ def test_no_fill_of_a_backtest_is_late():
 
 @pytest.mark.parametrize("act, offered, message", [
     (stopped, dict(kinds=frozenset({Kind.MARKET, Kind.LIMIT})),
-     "slot 1, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
+     "slot 2, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
     (lambda row, price: (limit(row, price), lasting(row)), dict(expires=False),
-     "slot 1, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
+     "slot 2, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
 def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing(act, offered, message):
     def wanting(parameters, memory, observation, prices, answer):
         market(answer[0, 1], prices[0])
