@@ -28,7 +28,7 @@ import zstandard
 from .. import __version__
 from ..errors import TradelabError
 from ..evaluation.difference import first_difference
-from ..events import KNOWN, Candles, Depth, Fill, Funding, OrderUpdate, Quote, Timer, Trade
+from ..events import KNOWN, Candles, Depth, Fill, Funding, OrderUpdate, Quote, Series, Timer, Trade
 from ..instruments import Instrument
 from ..journal import JOURNAL, Decision
 from ..orders import Kind
@@ -244,7 +244,8 @@ class Recorder:
                   **({"working": working.tolist()} if working is not None and working.any() else {}))
 
     def booked(self, entry:Fill|Funding)->None: self.line(type(entry).__name__.lower(), **vars(entry))
-    def market(self, event:Quote|Depth|Trade|Timer)->None: self.line(type(event).__name__.lower(), **vars(event))
+    def market(self, event:Quote|Depth|Trade|Timer|Series)->None:
+        self.line(type(event).__name__.lower(), **vars(event))
     def order(self, update:OrderUpdate)->None:
         self.line("order", **{"order_kind" if name == "kind" else name: value for name, value in vars(update).items()})
 
@@ -347,7 +348,7 @@ def _heard(line):
 def _afresh(trader):
     "A trader like this one, before its first candle"
     return Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments,
-                  float(trader.account[0]["deposit"]))
+                  float(trader.account[0]["deposit"]), series=trader.view.figures.definitions)
 
 # %% ../../nbs/70_live/05_recorder.ipynb #af5936d2
 # what a line of another version raises somewhere below
@@ -404,7 +405,7 @@ _EVENTS: dict[str, Callable[[dict, Trader], Any]] = {
     "depth": lambda line, _: _depth(line),
     "fill": lambda line, _: _entry(Fill, line), "funding": lambda line, _: _entry(Funding, line),
     "quote": lambda line, _: _entry(Quote, line), "trade": lambda line, _: _entry(Trade, line),
-    "timer": lambda line, _: _entry(Timer, line)}
+    "timer": lambda line, _: _entry(Timer, line), "series": lambda line, _: _entry(Series, line)}
 
 # %% ../../nbs/70_live/05_recorder.ipynb #93ab31a6
 def _follow(line, trader, again, recorded, recomputed):
