@@ -12,6 +12,9 @@ PASSES := .cache/test-passes.jsonl
 APART  := CI=1 TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_RUNS=.cache/test/runs TRADELAB_SESSIONS=.cache/test/sessions \
           TRADELAB_LOGS=.cache/test/logs TRADELAB_DATABASE=sqlite:///.cache/test/tradelab.db
 
+# dozens of processes read the modules that the first of them has compiled
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test notebooks export docs readme lab benchmark lock clean
 .DEFAULT_GOAL := help
 

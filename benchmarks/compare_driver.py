@@ -30,7 +30,7 @@ from tradelab.features.observation import Observation, feature_columns
 from tradelab.instruments import Instrument
 from tradelab.journal import JOURNAL
 from tradelab.market.candles import frames_of, holes_in, matrix, resample
-from tradelab.orders import ORDER, Kind, working_orders
+from tradelab.orders import CLOSING, NONE, OPENING, ORDER, OWN, Kind, working_orders
 from tradelab.policies import Policy, mlp, pack
 from tradelab.risk.breakers import Breaker, Breakers, RangeWindow, RateWindow
 from tradelab.risk.portfolio import PortfolioRisk, covariance_history, ledoit_wolf
@@ -250,6 +250,12 @@ def run_backtest(run, market):
     return out
 
 
+def _one_of_a_target(orders):
+    "Slots as they were when a target was one order: what opens, or else what closes"
+    opens = orders[:, OPENING, None]["kind"] != NONE
+    return np.hstack([np.where(opens, orders[:, OPENING, None], orders[:, CLOSING, None]), orders[:, OWN:]])
+
+
 def _each_step(world, start, answers):
     "Account, positions, orders at work and what styles remember after every step; answers, or what writes orders"
     kept, state = {}, world.state
@@ -258,12 +264,13 @@ def _each_step(world, start, answers):
         if t == 0: mark(state.account, state.positions, world.arrays.candles[start, :, 3].copy())
         if callable(answer):
             write = answer
-            answer = np.zeros((len(world.proposals), state.orders.shape[1] - 1), ORDER)
+            answer = np.zeros((len(world.proposals), state.orders.shape[1] - OWN), ORDER)
             working_orders(state.orders, answer)
             write(world.arrays.candles[start + t, :, 3].copy(), answer)
         world.step(start + t, np.ascontiguousarray(answer), journal[t])
-        for name in ("account", "positions", "orders", "execution_state"): kept.setdefault(name, []).append(
-                getattr(world.state, name).copy())
+        for name in ("account", "positions", "execution_state"):
+            kept.setdefault(name, []).append(getattr(world.state, name).copy())
+        kept.setdefault("orders", []).append(_one_of_a_target(world.state.orders))
     out = structured("journal", journal.ravel()) | structured("fills", world.state.fills[:world.state.count[0]])
     for name, rows in kept.items(): out |= structured(name, np.array(rows).ravel())
     return out

@@ -19,7 +19,7 @@ from tradelab.market.candles import frame
 from tradelab.policies import Policy
 from tradelab.risk.execution import DONE
 from tradelab.settings import CostModel, Execution, Limits
-from tradelab.sim.backtest import WORLDS, backtest
+from tradelab.sim.backtest import SIMULATIONS, backtest
 from tradelab.sim.kernel import Simulation, market_arrays, steps, trading_rules
 from tradelab.sim.matching import new_state
 from tradelab.sim.prepared import prepare
@@ -29,7 +29,8 @@ HOUR = 3_600_000
 OPEN_END = Limits(max_daily_loss=None, max_drawdown=1.) # nothing ends the run early; every other default limit binds
 
 
-@compiled(numba.int64(numba.float64[:, ::1], WORLDS, numba.float64[::1], numba.int64), error_model="numpy", _nrt=False)
+@compiled(numba.int64(numba.float64[:, ::1], SIMULATIONS, numba.float64[::1], numba.int64), error_model="numpy",
+          _nrt=False)
 def curve(targets, world, equity, first):
     "Equity and fills of given targets, every step of the kernel"
     last = world[0]["length"] - 1

@@ -170,7 +170,7 @@ def assert_agrees(feature, candles, other):
 
 def test_agrees_on_real_candles(real):
     "On the newest of them: some of the other libraries take a millisecond a candle"
-    candles = real.iloc[-9_000:]
+    candles = real.iloc[-3_000:]
     expected, ours = others(candles), known(candles)
     assert {feature.text for feature in ALL} - {"return(1)"} <= set(expected), "an indicator without an outside truth"
     for name, truths in expected.items():

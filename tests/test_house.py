@@ -1,6 +1,7 @@
 "The never-rules: who may import what, who owns what, and what a job must not do"
 import ast
 import builtins
+import importlib
 import json
 import re
 import subprocess
@@ -311,3 +312,16 @@ def test_nobody_is_told_to_install_a_stranger():
              ROOT / "setup.py", ROOT / "Makefile"]
     assert not [path for path in texts if re.search(r"pip install [^.\n]*\btradelab\b(?! *in the folder)",
                                                     path.read_text().replace("\\", "").replace("'.[", ".["))]
+
+
+def test_what_the_benchmarks_import_is_there():
+    "Nobody runs them with every change, so a renamed word would be missed until somebody measures"
+    missing = []
+    for file in sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / ".ci").rglob("*.py")]):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "tradelab": continue
+            module = importlib.import_module(node.module)
+            rooms = [each.stem for each in (ROOT / node.module.replace(".", "/")).glob("*.py")]
+            missing += [f"{file.name}: {node.module}.{each.name}" for each in node.names
+                        if not hasattr(module, each.name) and each.name not in rooms]
+    assert not missing

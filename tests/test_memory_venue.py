@@ -35,10 +35,10 @@ from tradelab.live.recorder import read, replay
 from tradelab.live.session import Kept, Session, answer_to, make_core, restore, write
 from tradelab.live.venue import OrderReport
 from tradelab.market.synthetic import ar1, funding
-from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
+from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, OWN, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
 from tradelab.policies import Policy
 from tradelab.runs.run import Run, make_trader
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import SimulationSettings, market_data
 from tradelab.strategies.example import Momentum
@@ -125,23 +125,26 @@ class KilledError(Exception): pass
 class Driver:
     "Carries out the actions of a core in the venue's time; dies before the actions of these numbers"
 
-    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None):
+    def __init__(self, seed, scarce, kills=(), lethal=(), policy=None, execution=Execution()):
         data = market_data(FRAMES, funding=RATES)
         self.policy = policy or policy_of(seed)
+        self.execution = execution
         self.kills = set(kills)
         self.lethal = dict(lethal)   # by kind of action: whether it dies after it, or before
         self.survived = set()
-        self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), SLOTS, start=int(data.times[START]))
+        self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), self.policy.order_slots,
+                                 start=int(data.times[START]))
         self.ledger = MemoryLedger()
         self.instruments = data.instruments
         self.done = 0
+        self.silence = 0
         self.kinds = []
         self.notices = []
 
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
-        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h")
+        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h", execution=self.execution)
         if kept: restore(trader, "s", {}, kept)
         venue = self.venue
         self.core = make_core(trader, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
@@ -152,8 +155,10 @@ class Driver:
         "What the core is told next"
         events = self.venue.events
         while events.empty():
-            if not self.venue.go_on(): events.put_nowait(Stop())
-        return Received(self.venue.now, [events.get_nowait() for _ in range(events.qsize())])
+            if self.venue.go_on(): continue
+            events.put_nowait(Stop())
+            self.silence += 60_000 # the last orders meet no candle: patience ends
+        return Received(self.venue.now + self.silence, [events.get_nowait() for _ in range(events.qsize())])
 
     def run(self):
         self.start()
@@ -264,6 +269,38 @@ def test_the_wild_policy_does_everything():
     assert {LIMIT, MARKET, STOP, TAKE_PROFIT, TRAILING} <= set(fills["kind"].tolist())
 
 
+def turning(parameters, memory, observation, prices, targets):
+    "Holds, flips, closes and opens, as a seed and the number of the decision say"
+    memory[0] += 1.
+    random = np.random.default_rng([int(parameters[0]), int(memory[0])])
+    for n in range(len(prices)):
+        if random.random() < .6: memory[1 + n] = random.choice([-1., -.4, 0., .4, 1.])
+        targets[n] = memory[1 + n]
+
+
+STYLES = {"market": Execution(), "post_only": Execution("post_only", patience=2),
+          "slices": Execution("slices", slices=3)}
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_targets_in_any_style_are_the_same_in_array_form_event_form_and_live(data):
+    "And a flip is two orders in all of them, whenever the process is killed"
+    policy = Policy("turning", turning, np.array([float(data.draw(st.integers(0, 1_000)))]), memory=1 + len(SYMBOLS))
+    style = data.draw(st.sampled_from(list(STYLES)))
+    scarce = style == "post_only" and data.draw(st.booleans())
+    array, event = (backtest(policy, FRAMES, FRAMES[SYMBOLS[0]].index[START], costs=costs(scarce), limits=LIMITS,
+                             funding=RATES, engine=engine, baselines=(), execution=STYLES[style])
+                    for engine in ("vectorised", "event"))
+    assert first_difference(array.journal, event.journal) is None
+    driver = Driver(0, scarce, data.draw(st.lists(st.integers(1, 400), max_size=3)), policy=policy,
+                    execution=STYLES[style])
+    assert driver.run() == End("stopped")
+    assert first_difference(array.journal, driver.ledger.journal("s")[:len(array.journal)]) is None
+    ours = driver.venue.held.simulation.state
+    assert np.array_equal(array.fill_rows, ours.fills[:ours.count[0]])
+
+
 def limit(row, price):
     row["kind"], row["exposure"], row["price"] = LIMIT, .25, price
 
@@ -304,7 +341,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
     trader = make_trader(Policy("scripted", scripted, order_slots=1), LIMITS, data.instruments, timeframe="1h")
     manager = OrderManager("table", Blotter(), beside=True)
     kernel = simulation_of(data, SimulationSettings(CostModel(), LIMITS), 1, START)
-    row, answer = kernel.state.orders[0, 1], np.zeros((1, 1), ORDER)
+    row, answer = kernel.state.orders[0, OWN], np.zeros((1, 1), ORDER)
     asked = []
 
     def decide(t, act):
@@ -320,8 +357,8 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
         working_orders(kernel.state.orders, answer)
         act(answer[0, 0], data.candles[t, 0, CLOSE] * .8)
         kernel.step(t, answer.copy(), np.zeros(1, JOURNAL), market=False)
-        theirs = decision.orders[0, 1]
-        live = venue.held.simulation.state.orders[0, 1]
+        theirs = decision.orders[0, OWN]
+        live = venue.held.simulation.state.orders[0, OWN]
         for name in ("kind", "resting") if row["kind"] == NONE else ("kind", "quantity", "price", "trigger", "resting"):
             assert theirs[name] == row[name] == live[name], name
         return int(row["revision"])
@@ -332,7 +369,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
         if isinstance(event, Fill): trader.on(event)
         if isinstance(event, OrderReport): manager.blotter.on_update(event)
     for name, report in manager.blotter.news.items():
-        trader.on(update_of(manager.blotter.known[name], trader.orders[0, 1], report, START))
+        trader.on(update_of(manager.blotter.known[name], trader.orders[0, OWN], report, START))
     assert asked == [Send]
     after = decide(START + 1, then)
     expected = {"kept": ([], 0), "cancelled": ([Cancel], 0), "amended": ([Amend], 1), "replaced": ([Cancel, Send], 1),
@@ -378,9 +415,9 @@ def test_a_session_of_orders_is_resumed_and_replayed(tmp_path):
 
 @pytest.mark.parametrize("act, offered, message", [
     (stopped, dict(kinds=frozenset({Kind.MARKET, Kind.LIMIT})),
-     "slot 1, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
+     "slot 2, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
     (lambda row, price: (limit(row, price), lasting(row)), dict(expires=False),
-     "slot 1, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
+     "slot 2, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
 def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing(act, offered, message):
     def wanting(parameters, memory, observation, prices, answer):
         market(answer[0, 1], prices[0])

@@ -39,7 +39,11 @@ SPOT = ("BTC", "ETH", "BNB", "XRP", "ADA", "LTC", "SOL", "DOGE")
 PERPETUAL = ("BTC", "ETH", "BNB", "XRP")
 
 
-def raw(shared, name): return pd.read_parquet(shared / "data" / f"{name}.parquet")
+@cache
+def table_of(path): return pd.read_parquet(path)
+
+
+def raw(shared, name): return table_of(shared / "data" / f"{name}.parquet").copy()
 
 
 @cache
@@ -315,13 +319,14 @@ def test_injected_into_a_synthetic_market(kind):
     assert np.mean(found) >= .95
 
 
-@pytest.mark.parametrize("symbol", ("BTC", "XRP"))
 @pytest.mark.parametrize("kind", DEFECTS)
-def test_injected_into_real_candles(shared, symbol, kind):
-    market = daily_of(raw(shared, f"{symbol}USDT-perp-1h"))["2021-11":"2022-06"]
-    beside = witnesses(market)
-    found = [report.found(truth) for report, truth in (check_with_witness(market, *beside, kind, seed)
-                                                       for seed in range(2000, 2020))]
+def test_injected_into_real_candles(shared, kind):
+    found = []
+    for symbol, seeds in (("BTC", range(2000, 2010)), ("XRP", range(2010, 2020))):
+        market = daily_of(raw(shared, f"{symbol}USDT-perp-1h"))["2022-03":"2022-06"]
+        beside = witnesses(market)
+        found += [report.found(truth) for report, truth in (check_with_witness(market, *beside, kind, seed)
+                                                            for seed in seeds)]
     # some are rounded to the tick that they have, or too near the end to tell from a new tick
     assert np.mean(found) >= (.7 if kind == "digits" else .95)
 
@@ -434,9 +439,9 @@ def test_injected_into_a_difficult_market(name):
     market = MARKETS[name](2500, 7_100)
     beside = witnesses(market)
     missed = [(kind, truth.note) for kind in DEFECTS if kind not in STRETCHES for report,
-              truth in (check_with_witness(market, *beside, kind, seed) for seed in range(7_000, 7_010))
+              truth in (check_with_witness(market, *beside, kind, seed) for seed in range(7_000, 7_005))
               if not report.found(truth)]
-    assert len(missed) <= .05 * 10 * len(DEFECTS), missed
+    assert len(missed) <= .05 * 5 * len(DEFECTS), missed
 
 
 def slip(row, column, factor):

@@ -36,7 +36,7 @@ from tradelab.live.recorder import (
 from tradelab.live.session import Statistics, Stopwatch, carry_out
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
-from tradelab.orders import LIMIT
+from tradelab.orders import LIMIT, OWN
 from tradelab.policies import Policy, buy_and_hold
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
@@ -44,7 +44,7 @@ from tradelab.sim.backtest import backtest
 from tradelab.trader import Trader
 
 SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", venue="localnet", timeframe="1h",
-                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, deposit=10_000.)
+                version="0.1.0", symbols=["BTC/USDT:USDT"], instruments=[], limits={}, execution={}, deposit=10_000.)
 
 
 def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), OrderGate, instruments=(BITCOIN,))
@@ -313,7 +313,7 @@ def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared, tmp_path)
         decision = live.on(quote)
         recorder.decision(decision, live.rows)
         for n, symbol in enumerate(symbols):
-            bid, ask = decision.orders[n, 1], decision.orders[n, 2]
+            bid, ask = decision.orders[n, OWN], decision.orders[n, OWN + 1]
             middle = live.view.middles[n] if np.isfinite(live.view.middles[n]) else first[symbol]
             assert bid["price"] < middle < ask["price"]
             assert abs(.5 * (bid["price"] + ask["price"]) / middle - 1) < .0005 # never further from it than it moves
@@ -327,7 +327,7 @@ def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared, tmp_path)
     assert first_difference(recorded[last], recomputed[last]) is None
     _, other = replay(tmp_path / "recording.zst", quoting(symbols, edge=.01))
     assert first_difference(recorded[last], other[last]) is not None
-    revisions = decision.orders["revision"][:, 1]
+    revisions = decision.orders["revision"][:, OWN]
     assert (revisions < len(heard) / 4).all() # left alone where the middle stayed
     assert (revisions > 1).any()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TradelabError', 'ConfigurationError', 'SymbolNotSupportedError', 'InvalidOrderError', 'CandleError', 'FeedError',
-           'RunError', 'VenueConnectionError', 'InsufficientBalanceError', 'check_positive', 'check_not_negative',
-           'check_below_1', 'check_share', 'check_order']
+           'RunError', 'VenueConnectionError', 'InsufficientBalanceError', 'LimitExceededError', 'UnknownOutcomeError',
+           'BreakerOpenError', 'check_positive', 'check_not_negative', 'check_below_1', 'check_share', 'check_order']
 
 # %% ../nbs/00_ground/04_errors.ipynb #90_error002
 import numpy as np
@@ -48,6 +48,18 @@ class VenueConnectionError(TradelabError, RuntimeError):
 
 class InsufficientBalanceError(TradelabError, RuntimeError):
     "An account holds less than a trader was given"
+
+
+class LimitExceededError(TradelabError, RuntimeError):
+    "A venue was asked more often than it allows: wait"
+
+
+class UnknownOutcomeError(TradelabError, RuntimeError):
+    "Nothing proves whether a request has taken effect: look before it is made again"
+
+
+class BreakerOpenError(TradelabError, RuntimeError):
+    "What forbids trading is still there, and ends by itself when it is over"
 
 # %% ../nbs/00_ground/04_errors.ipynb #0ecdf3b1
 def check_positive(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'FILL', 'EXECUTION_STATE', 'NONE', 'MARKET', 'LIMIT', 'STOP', 'TAKE_PROFIT', 'TRAILING', 'LIQUIDATION', 'GTC',
-           'IOC', 'FOK', 'GTX', 'ORDER_REQUEST', 'Kind', 'TimeInForce', 'Order', 'exposure_left', 'clear',
-           'working_orders']
+           'IOC', 'FOK', 'GTX', 'CLOSING', 'OPENING', 'OWN', 'ORDER_REQUEST', 'Kind', 'TimeInForce', 'Order',
+           'exposure_left', 'clear', 'working_orders']
 
 # %% ../nbs/00_ground/09_orders.ipynb #94_order002
 from dataclasses import dataclass
@@ -68,6 +68,8 @@ EXECUTION_STATE = np.dtype([("impact_state", "f8"), ("filled_volume", "f8"), ("w
                             ("active", "i8")])
 NONE, MARKET, LIMIT, STOP, TAKE_PROFIT, TRAILING, LIQUIDATION = (int(kind) for kind in Kind)
 GTC, IOC, FOK, GTX = (int(each) for each in TimeInForce)
+# slots of a symbol: the order that brings a target's position nearer to zero, the one that opens; then the policy's own
+CLOSING, OPENING, OWN = range(3)
 
 # %% ../nbs/00_ground/09_orders.ipynb #3bd376c5
 @inlined
@@ -98,9 +100,9 @@ def working_orders(
     "What works now, as a policy is shown it; of an order that has ended nothing is left"
     for n in range(answer.shape[0]):
         for k in range(answer.shape[1]):
-            answer[n, k] = orders[n, k + 1]
-            answer[n, k]["exposure"] = exposure_left(orders[n, k + 1])
-            if orders[n, k + 1]["kind"] == NONE: clear(answer[n, k])
+            answer[n, k] = orders[n, OWN + k]
+            answer[n, k]["exposure"] = exposure_left(orders[n, OWN + k])
+            if orders[n, OWN + k]["kind"] == NONE: clear(answer[n, k])
 
 # %% ../nbs/00_ground/09_orders.ipynb #3c72d9d3
 # value and limit are written one by one and read together; side by side, that would stall

@@ -174,7 +174,7 @@ class Policy:
         observation: np.ndarray,           # float32, (n_symbols, width)
         memory: np.ndarray | None = None,  # float64, changed; default: as at the first decision
         prices: np.ndarray | None = None,  # float64, (n_symbols,), closes; default: unknown
-        orders: np.ndarray | None = None,  # ORDER, (n_symbols, 1 + order_slots), that work; default: none
+        orders: np.ndarray | None = None,  # ORDER, (n_symbols, OWN + order_slots), that work; default: none
     ) -> np.ndarray:
         """Target exposures of shape (n_symbols,) for one observation; (2 n_symbols,) with confidences; NaN where none
         was written. Or ORDER, (n_symbols, order_slots)"""

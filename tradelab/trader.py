@@ -40,7 +40,7 @@ from tradelab.events import (
 )
 from .instruments import Instrument
 from .journal import JOURNAL, Decision
-from .orders import EXECUTION_STATE, NONE, ORDER
+from .orders import EXECUTION_STATE, NONE, ORDER, OWN
 from .policies import Policy, strikes
 from .settings import Execution, Limits, SeriesDefinition
 from .times import milliseconds
@@ -168,7 +168,7 @@ class Holdings:
         self.positions = np.zeros(len(symbols), POSITION)
         self.rows = np.zeros(len(symbols), JOURNAL)
         self.memory = np.zeros(memory)
-        self.orders = np.zeros((len(symbols), 1 + slots), ORDER)
+        self.orders = np.zeros((len(symbols), OWN + slots), ORDER)
         self.execution_state = np.zeros(len(symbols), EXECUTION_STATE)
 
     def on(self, event: Fill | Funding | OrderUpdate) -> None:
@@ -426,12 +426,24 @@ class Trader(Holdings):
         self.observation = observation.for_symbols(self.symbols)
         self.gate = gate
         self.limits = limits
+        self.execution = execution
         self.instruments = tuple(instruments)
         self.open_time = -1
         self.prices = np.full(len(self.symbols), np.nan) # closes of the last candle
         self.rules = gate(limits, self.instruments, execution, policy.order_slots)
         self.view = MarketView(self.observation, len(self.symbols), series)
         self.seen = self.view.names
+
+    def afresh(self) -> "Trader":
+        "A trader like this one, before its first candle"
+        return Trader(self.policy, self.observation, self.gate, self.limits, self.instruments,
+                      float(self.account["deposit"][0]), self.execution, self.view.figures.definitions)
+
+    @property
+    def told_of_orders(self) -> bool:
+        """Whether it knows its orders from `OrderUpdate`, because they may rest; otherwise each of its orders ends
+        before the next close, and `Candles.working` tells of one that has not"""
+        return self.policy.order_slots > 0 or self.execution.style == "post_only"
 
     @property
     def warm_up(self) -> int:

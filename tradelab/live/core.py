@@ -371,17 +371,15 @@ def drop(core:Core, orders:Sequence[Order])->None:
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
     trader = core.trader
-    held = trader.positions["quantity"].copy()
     beside = core.manager.beside
     tell_of_orders(core)
     tell_of_cancelled(core)
-    working = np.zeros(len(held), bool) if beside else may_open(trader.symbols, core.manager.blotter)
+    working = np.zeros(len(trader.symbols), bool) if beside else may_open(trader.symbols, core.manager.blotter)
     core.do(Record(Seen(open_time, candles, working)))
     decision = trader.on(Candles(open_time, candles, working=None if beside else working))
     core.do(Record(Decided(decision, trader.rows.copy())))
     watch_halt(core)
-    orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session,
-                                  None if beside else held)
+    orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session)
     if not late: return orders
     drop(core, orders)
     return []

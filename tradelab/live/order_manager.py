@@ -343,20 +343,25 @@ def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
 class Turn(StrEnum):
     "Whether an order may be sent"
     NOW = "now"
-    WAITS = "waits"     # another of its decision has to end before
+    WAITS = "waits"     # another of its decision has to arrive before
     BLOCKED = "blocked"
+
+
+def _others(order, intents):
+    "Other orders of its symbol"
+    return [intent.order for intent in intents
+            if intent.order.symbol == order.symbol and intent.order.order_id != order.order_id]
 
 
 def turn_of(order:Order, blotter:Blotter, pursuits:Iterable[Pursuit], beside:bool=False)->Turn:
     "Whether an order may be sent; `beside`: where others of its symbol may work, and only their arrival is awaited"
-    awaited = blotter.unproven if beside else blotter.unsettled
-    others = [intent for intent in awaited
-              if intent.order.symbol == order.symbol and intent.order.order_id != order.order_id]
     if any(pursuit.order.symbol == order.symbol for pursuit in pursuits): return Turn.WAITS
-    if any(intent.order.open_time == order.open_time for intent in others): return Turn.WAITS
+    if any(other.open_time == order.open_time for other in _others(order, blotter.unproven)): return Turn.WAITS
     if beside and any(intent.works and intent.order.symbol == order.symbol and intent.order.slot == order.slot
                       for intent in blotter.open.values()): return Turn.WAITS
-    if (others or order.symbol in blotter.contradictions) and not order.reduce_only: return Turn.BLOCKED
+    awaited = blotter.unproven if beside else blotter.unsettled
+    earlier = any(other.open_time != order.open_time for other in _others(order, awaited))
+    if (earlier or order.symbol in blotter.contradictions) and not order.reduce_only: return Turn.BLOCKED
     return Turn.NOW
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #397ca830

@@ -15,7 +15,6 @@ from hashlib import blake2b
 
 import numpy as np
 
-from ..account import reduces
 from ..orders import NONE, ORDER, Kind, Order, TimeInForce
 
 # %% ../../nbs/70_live/01_order_states.ipynb #2dbd808e
@@ -56,14 +55,12 @@ def order_of(
     slot:int,
     open_time:int,   # ms, of the candle whose close decided it
     session:str,     # the id of the session
-    held:float|None, # signed base units: an order that only brings them nearer to zero is reduce-only; None: as it says
 )->Order:
     "A row as a record, named"
     fields = {name: row[_PLACES[name]] for name in _NAMED}
-    closing = bool(row[_PLACES["reduce_only"]]) or held is not None and bool(reduces(fields["quantity"], held))
-    return Order(order_id=client_order_id(session, symbol, open_time, slot), symbol=symbol, reduce_only=closing,
-                 open_time=open_time, slot=slot, kind=Kind(row[_PLACES["kind"]]),
-                 in_force=TimeInForce(row[_PLACES["in_force"]]), **fields)
+    return Order(order_id=client_order_id(session, symbol, open_time, slot), symbol=symbol,
+                 reduce_only=bool(row[_PLACES["reduce_only"]]), open_time=open_time, slot=slot,
+                 kind=Kind(row[_PLACES["kind"]]), in_force=TimeInForce(row[_PLACES["in_force"]]), **fields)
 
 # %% ../../nbs/70_live/01_order_states.ipynb #4997a7eb
 def orders_from_decision(
@@ -71,10 +68,9 @@ def orders_from_decision(
     symbols:Sequence[str],  # in the order of the rows
     open_time:int,          # ms, of the candle whose close decided it
     session:str,            # the id of the session
-    held:np.ndarray|None=None, # (n_symbols,), signed base units held now; see `order_of`
 )->list[Order]:
     "The orders of one decision, named"
-    return [order_of(row, symbol, slot, open_time, session, None if held is None else held[n])
+    return [order_of(row, symbol, slot, open_time, session)
             for n, symbol in enumerate(symbols) for slot, row in enumerate(orders[n].tolist()) if row[0] != NONE]
 
 # %% ../../nbs/70_live/01_order_states.ipynb #0e5773ac

@@ -32,7 +32,7 @@ from ..events import KNOWN, Candles, Depth, Fill, Funding, OrderUpdate, Quote, S
 from ..instruments import Instrument
 from ..journal import JOURNAL, Decision
 from ..orders import Kind
-from ..settings import Limits
+from ..settings import Execution, Limits
 from ..times import format_time as date
 from ..trader import Trader
 from ..trust import check_id
@@ -276,7 +276,8 @@ class Recorder:
 
 # %% ../../nbs/70_live/05_recorder.ipynb #5c41c8a8
 _SETTINGS: dict[str, type | tuple] = {"policy": str, "origin": str, "venue": str, "timeframe": str, "version": str,
-                                      "symbols": list, "instruments": list, "limits": dict, "deposit": (int, float)}
+                                      "symbols": list, "instruments": list, "limits": dict, "execution": dict,
+                                      "deposit": (int, float)}
 
 
 def recorded_settings(path:Path)->dict:
@@ -291,7 +292,10 @@ def recorded_settings(path:Path)->dict:
     if wrong:
         raise RecordingError(f"{path} says nothing that can be read of {', '.join(wrong)}: it was not written by a "
                              "session of this version")
-    try: [Instrument(**each) for each in then["instruments"]], Limits(**then["limits"])
+    try:
+        [Instrument(**each) for each in then["instruments"]]
+        Limits(**then["limits"])
+        Execution(**then["execution"])
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise RecordingError(f"{path} holds limits or instruments of another version ({error}): replay it with the "
                              "version that wrote it") from None
@@ -343,12 +347,6 @@ def _heard(line):
     "The decision of a line, as it was recorded"
     return Decision(line["open_time"],
                     *(unpacked(line[name]) for name in ("observation", "targets", "quantities", "reasons")))
-
-
-def _afresh(trader):
-    "A trader like this one, before its first candle"
-    return Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments,
-                  float(trader.account[0]["deposit"]), series=trader.view.figures.definitions)
 
 # %% ../../nbs/70_live/05_recorder.ipynb #af5936d2
 # what a line of another version raises somewhere below
@@ -413,7 +411,7 @@ def _follow(line, trader, again, recorded, recomputed):
     names = trader.symbols, trader.observation.columns
     match line["kind"]:
         case "start":
-            again = _afresh(trader)
+            again = trader.afresh()
             if line["snapshot"]: again.restore(line["snapshot"])
         case "warm": again.warm(_array(line["times"], np.int64), _array(line["candles"], np.float64))
         case "decision": recorded[_time(line)] = decided(_heard(line), unpacked(line["rows"]).view(JOURNAL), *names)

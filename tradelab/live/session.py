@@ -69,7 +69,15 @@ from tradelab.live.messages import (
 from .order_manager import Blotter, Offer, OrderManager
 from .reconcile import StartRefusedError
 from .recorder import Recorder
-from .start import FORMAT, check_instruments, check_same, in_this_format, refuse_series, start_and_live
+from tradelab.live.start import (
+    FORMAT,
+    check_instruments,
+    check_same,
+    in_this_format,
+    refuse_series,
+    refuse_style,
+    start_and_live,
+)
 from .venue import Candle, Venue, VenueError
 from ..lock import Lock
 from ..log import get_logger
@@ -342,6 +350,7 @@ def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)
     "What is kept of a session, so that it can be resumed as it was"
     return dict(format=FORMAT, venue=venue, symbols=list(trader.symbols), timeframe=timeframe,
                 policy=trader.policy.name, origin=origin, source=source or venue, version=__version__,
+                execution=asdict(trader.execution),
                 deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits),
                 instruments=[asdict(instrument) for instrument in trader.instruments])
 
@@ -376,11 +385,12 @@ def make_core(trader:Trader, ledger:Ledger, terms:Terms, kept:Kept|None, words:s
     if trader.policy.clock != "close":
         raise StartRefusedError(f"{trader.policy.name} decides by the clock {trader.policy.clock!r}: a session decides "
                                 "at the close of candles")
+    refuse_style(trader, offer.kinds)
     sequence = kept.step["sequence"] if kept else 0
     booked = ledger.booked(terms.session)
     fills = [entry for number, entry in booked if number <= sequence and isinstance(entry, Fill)]
     manager = OrderManager(terms.session, Blotter(ledger.intents(terms.session), fills), terms.patience,
-                           offer, beside=trader.policy.order_slots > 0)
+                           offer, beside=trader.told_of_orders)
     process = partial(start_and_live, kept=kept.step if kept else None, words=words)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, booked, sequence), manager, process)
     if kept: core.reserve, core.since = kept.settings["reserve"], kept.step["open_time"]

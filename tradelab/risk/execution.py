@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Working', 'TradingRules', 'POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_STOP', 'HALTED', 'STATE', 'KEEP', 'FORCES',
            'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'BAD_ORDER', 'NO_PRICE', 'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY',
-           'FAULTS', 'CHECKED', 'new_order', 'is_urgent', 'slice_of', 'place_target', 'working_quantity',
+           'FAULTS', 'CHECKED', 'new_order', 'is_urgent', 'slice_of', 'write_parts', 'place_target', 'working_quantity',
            'is_unchanged', 'allowed_part', 'target_of_order', 'close_symbol', 'quantity_of_order', 'see_working',
            'apply_orders', 'protect_position', 'is_active', 'apply_targets', 'apply_urgent', 'fault_of_order',
            'fault_of_targets', 'fault_of_orders', 'told_fault', 'see_active', 'decide_orders', 'OrderGate']
@@ -23,12 +23,15 @@ from ..errors import InvalidOrderError
 from ..events import CLOSE, VOLUME
 from ..instruments import Instrument
 from tradelab.orders import (
+    CLOSING,
     GTC,
     GTX,
     LIMIT,
     MARKET,
     NONE,
+    OPENING,
     ORDER,
+    OWN,
     STOP,
     TAKE_PROFIT,
     TRAILING,
@@ -92,23 +95,44 @@ def slice_of(
         return quantity
     return part
 
+# %% ../../nbs/30_risk/09_execution.ipynb #68e3f01e
+@inlined
+def write_parts(
+    state,     # Working or the kernel's State, changed
+    rules,     # TradingRules
+    n,         # which symbol
+    quantity,  # signed base units
+    kind,
+    price,     # limit, quote per base; 0: none
+    in_force,
+    close,     # quote per base: the decision price
+):
+    "Write what reduces a position as a reduce-only order, and what opens one as another"
+    orders = state.orders[n]
+    held = state.positions[n]["quantity"]
+    closing = 0. if quantity * held >= 0. else quantity if abs(quantity) <= abs(held) else -held
+    if closing != 0.: new_order(orders[CLOSING], kind, closing, price, 0., in_force, 1, close, rules)
+    if closing == quantity: return
+    opening = decimal8(quantity - closing)
+    instrument = rules.instruments[n]
+    if closing != 0. and abs(opening) < max(instrument["min_notional"] / close, instrument["min_quantity"]): return
+    new_order(orders[OPENING], kind, opening, price, 0., in_force, 0, close, rules)
+
 # %% ../../nbs/30_risk/09_execution.ipynb #5c83daa3
 @outlined
 def _write_target(state, rules, n, quantity, reason, close):
-    "Write the order of a target in the style of the settings"
-    order = state.orders[n, 0]
+    "Write the orders of a target in the style of the settings"
     progress = state.execution_state[n]
     execution = rules.execution
     progress["active"] = 1
     style = 0 if is_urgent(reason) else execution["style"]
     if style == POST_ONLY and progress["waited"] < execution["patience"]:
-        price = round_price(close, -quantity, rules.instruments[n])
-        new_order(order, LIMIT, quantity, price, 0., GTX, 0, close, rules)
+        write_parts(state, rules, n, quantity, LIMIT, round_price(close, -quantity, rules.instruments[n]), GTX, close)
         progress["slice"] = quantity
         progress["waited"] += 1.
         return
     sent = slice_of(quantity, close, progress, execution, rules.instruments[n]) if style == SLICES else quantity
-    new_order(order, MARKET, sent, 0., 0., GTC, 0, close, rules)
+    write_parts(state, rules, n, sent, MARKET, 0., GTC, close)
     if sent == quantity: progress["waited"] = progress["slice"] = 0.
     else: progress["waited"] += 1.
 
@@ -122,15 +146,17 @@ def place_target(
     reason,    # of the gate
     close,     # quote per base: the decision price
 ):
-    "Replace the order of the last target by that of this one"
-    order = state.orders[n, 0]
+    "Replace the orders of the last target by those of this one"
+    closing = state.orders[n, CLOSING]
+    opening = state.orders[n, OPENING]
     progress = state.execution_state[n]
     if quantity == 0. and progress["active"] == 0: return
-    if order["kind"] != NONE and order["resting"] == 0: return
-    style = rules.execution["style"]
-    served = order["kind"] == NONE and progress["filled_volume"] > 0. and style == POST_ONLY
+    for k in (CLOSING, OPENING):
+        if state.orders[n, k]["kind"] != NONE and state.orders[n, k]["resting"] == 0: return
+    none = closing["kind"] == NONE and opening["kind"] == NONE
+    served = none and progress["filled_volume"] > 0. and rules.execution["style"] == POST_ONLY
     if not quantity * progress["slice"] > 0. or served: progress["waited"] = progress["slice"] = 0.
-    order["kind"] = NONE
+    closing["kind"] = opening["kind"] = NONE
     if quantity != 0.: _write_target(state, rules, n, quantity, reason, close)
 
 # %% ../../nbs/30_risk/09_execution.ipynb #2c8b5a1c
@@ -138,7 +164,7 @@ def place_target(
 def working_quantity(orders, side):
     "What works on one side and would add to a position, signed base units"
     total = 0.
-    for k in range(1, len(orders)):
+    for k in range(OWN, len(orders)):
         if orders[k]["kind"] != NONE and orders[k]["reduce_only"] == 0 and orders[k]["quantity"] * side > 0.:
             total += orders[k]["quantity"]
     return total
@@ -203,7 +229,7 @@ def target_of_order(
     unit,      # quote: notional of an exposure of 1
 ):
     "The target that an order would make if all that works on its side were filled"
-    order = state.orders[n, k + 1]
+    order = state.orders[n, OWN + k]
     close = candle[CLOSE]
     if is_unchanged(order, wanted, rules.instruments[n]): wanted["kind"] = KEEP
     else: order["kind"] = NONE
@@ -245,7 +271,7 @@ def _write_slot(k, answer, state, rules, proposals, unit, row):
         if k == 0 and len(row) > 0: row[n]["order"] = 0.
         if wanted["kind"] <= NONE or wanted["exposure"] == 0.: continue
         quantity = quantity_of_order(wanted, n, state, rules, proposals[n], unit)
-        if quantity != 0.: _write_order(state, rules, n, k + 1, wanted, quantity, proposals[n]["price"])
+        if quantity != 0.: _write_order(state, rules, n, OWN + k, wanted, quantity, proposals[n]["price"])
         if len(row) > 0 and wanted["reduce_only"] == 0: row[n]["order"] = decimal8(row[n]["order"] + quantity)
 
 # %% ../../nbs/30_risk/09_execution.ipynb #5fd13a40

@@ -46,10 +46,13 @@ MINUTE = 60_000 # ms
 
 
 @inlined
-def _count_orders(requests):
-    "How many symbols have something to send"
+def _count_orders(requests, positions):
+    "How many orders there are to send: a flip is two"
     count = 0
-    for n in range(len(requests)): count += requests[n]["quantity"] != 0.
+    for n in range(len(requests)):
+        quantity = requests[n]["quantity"]
+        held = positions[n]["quantity"]
+        count += 2 if quantity * held < 0. and abs(quantity) > abs(held) else quantity != 0.
     return count
 
 # %% ../../nbs/30_risk/08_limits.ipynb #d18fe2a0
@@ -64,7 +67,7 @@ def rate_limit(
     instruments,  # INSTRUMENT, (n,)
 ):
     "Count the orders of a minute; where there are too many, send only what reduces"
-    count = _count_orders(requests)
+    count = _count_orders(requests, positions)
     if count == 0: return
     if not money["minute"] * MINUTE <= open_time < (money["minute"] + 1) * MINUTE:
         money["minute"] = open_time // MINUTE
@@ -72,7 +75,7 @@ def rate_limit(
     if money["orders"] + count > limits["max_orders"]:
         reduce_orders(requests, 0., 0., ORDER_RATE, money["orders"] + count, limits["max_orders"], positions, equity,
                       limits, instruments)
-        count = _count_orders(requests)
+        count = _count_orders(requests, positions)
     money["orders"] += count
 
 # %% ../../nbs/30_risk/08_limits.ipynb #8496f7e3

@@ -193,20 +193,19 @@ def finish_order(
     limits,      # a row of LIMITS
     instrument,  # a row of INSTRUMENT
 ):
-    "Combine reduction and increase into the quantity of one order"
+    "Combine reduction and increase, each of which becomes an order"
     closing = decimal8(row["base"] - held) if row["base"] != held else 0.
     row["quantity"] = closing
     if row["increase"] == 0.: return
-    quantity = round_quantity(row["base"] - held + row["increase"], instrument)
+    opening = round_quantity(row["increase"], instrument)
     largest = instrument["max_quantity"]
-    if abs(quantity) > largest:
-        set_reason(row, MAX_QUANTITY, abs(quantity), largest)
-        quantity = np.sign(quantity) * largest
-    added = abs(quantity - closing) * row["price"]
-    whole = abs(quantity) * row["price"]
-    if (added >= limits["min_trade"] * equity and abs(quantity) >= instrument["min_quantity"]
-        and whole >= instrument["min_notional"]):
-        row["quantity"] = quantity
+    if abs(opening) > largest:
+        set_reason(row, MAX_QUANTITY, abs(opening), largest)
+        opening = np.sign(opening) * largest
+    added = abs(opening) * row["price"]
+    if (added >= limits["min_trade"] * equity and abs(opening) >= instrument["min_quantity"]
+        and added >= instrument["min_notional"]):
+        row["quantity"] = decimal8(closing + opening)
     elif row["reason"] == ACCEPTED or row["reason"] == MAX_QUANTITY:
         set_reason(row, TOO_SMALL, added / equity, max(limits["min_trade"], instrument["min_notional"] / equity))
 

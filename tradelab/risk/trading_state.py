@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..compiled import inlined
+from ..errors import BreakerOpenError
 from ..events import TradingState
 from ..figures import finished
 from ..texts import figure_text, html_text
@@ -204,7 +205,8 @@ def _check_reset(cause:str, symbol:str, who:str, why:str, active:dict[tuple[str,
         raise ValueError(f"{cause} is not active{f' for {symbol}' if symbol else ''}: "
                          f"{', '.join(name for name, _ in active) or 'nothing'} is")
     if CAUSES[cause].restarts and active[cause, symbol][2] is None:
-        raise ValueError(f"{cause} is still active ({active[cause, symbol][3]}): it ends by itself when that is over")
+        raise BreakerOpenError(f"{cause} is still active ({active[cause, symbol][3]}): it ends by itself when that is "
+                               "over")
 
 # %% ../../nbs/30_risk/04_trading_state.ipynb #d3e3377d
 def _saved(machine:"StateMachine")->dict:

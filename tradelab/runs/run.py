@@ -25,7 +25,7 @@ from ..instruments import Instrument
 from ..policies import Policy
 from ..risk.execution import OrderGate
 from ..risk.market_state import warm_up as limits_warm_up
-from ..settings import CostModel, Limits
+from ..settings import CostModel, Execution, Limits
 from ..texts import figure_text, html_rows
 from ..times import to_ms
 from ..trader import Trader
@@ -41,9 +41,11 @@ def make_trader(
     instruments:tuple[Instrument, ...]=(), # one per symbol
     deposit:float=10_000.,             # quote
     timeframe:str="",                  # of the candles; needed if a feature uses another timeframe
+    execution:Execution=Execution(),   # how targets become orders
 )->Trader:
     "A trader for this policy, with the observation that it asks for and the gate that every order passes"
-    return Trader(policy, Observation.from_policy(policy, timeframe), OrderGate, limits, instruments, deposit)
+    return Trader(policy, Observation.from_policy(policy, timeframe), OrderGate, limits, instruments, deposit,
+                  execution)
 
 # %% ../../nbs/45_runs/01_run.ipynb #d6da8b50
 def versions()->dict:
@@ -101,10 +103,11 @@ class Run:
         # as the exchange lists them now; default: as in training, none for a rule
         instruments:tuple[Instrument, ...]=(),
         limits:Limits|None=None, # default: as in training
+        execution:Execution=Execution(), # how targets become orders
     )->Trader:
         "A trader that decides as this run does"
         traded = tuple(instruments) or self.instruments
-        return make_trader(self.policy, limits or self.limits, traded, deposit, self.timeframe)
+        return make_trader(self.policy, limits or self.limits, traded, deposit, self.timeframe, execution)
 
     def table(self)->pd.DataFrame: return pd.DataFrame({"value": describe(self)})
 

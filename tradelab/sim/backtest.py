@@ -8,6 +8,7 @@ __all__ = ['SIMULATIONS', 'ROWS', 'SIZED', 'told_before', 'PrecomputedTargets', 
 
 # %% ../../nbs/50_sim/06_backtest.ipynb #87dd629d
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -271,6 +272,35 @@ def _named(error, policy, time):
     "The same error, saying where"
     return type(error)(f"{policy.name} at the candle of {format_time(time)}: {error}")
 
+# %% ../../nbs/50_sim/06_backtest.ipynb #4d3c323e
+_ASKED: list[tuple] = [] # of the loops that run now: a rule in plain Python, parameters, memory, prices, answer
+
+
+def _ask_again(observation):
+    function, parameters, memory, prices, answer = _ASKED[-1]
+    ask_rule(function, parameters, memory, observation, prices, answer)
+
+
+@lru_cache
+def _asks_again(signature):
+    "A compiled function that asks the rule in `_ASKED`"
+    @numba.njit(signature)
+    def ask(parameters, memory, observation, prices, answer):
+        with numba.objmode(): _ask_again(observation)
+    return ask
+
+
+@contextmanager
+def _function_of(policy, memory, prices, answer):
+    """What the loop can call. Of a rule in plain Python only the observation is handed over each time: five arrays
+    would take longer than the rule"""
+    if UNCOMPILED or hasattr(policy.function, "py_func"):
+        yield compiled_function(policy)
+        return
+    _ASKED.append((policy.function, policy.parameters, memory, prices, answer))
+    try: yield _asks_again(ORDER_POLICY if policy.order_slots else POLICY)
+    finally: _ASKED.pop()
+
 # %% ../../nbs/50_sim/06_backtest.ipynb #0d7c6ced
 def _vectorised(policy, market, row, simulation, journal, observations):
     t = row
@@ -285,8 +315,9 @@ def _vectorised(policy, market, row, simulation, journal, observations):
     features = np.concatenate([head, market.features])
     while True:
         try:
-            t = loop(compiled_function(policy), policy.parameters, written.memory, features, row, t, simulation.row,
-                     prices, written.answer, targets, journal, observations, market.stale)
+            with _function_of(policy, written.memory, prices, written.answer) as function:
+                t = loop(function, policy.parameters, written.memory, features, row, t, simulation.row, prices,
+                         written.answer, targets, journal, observations, market.stale)
         except Exception as error:
             raise _named(error, policy, times[row + (journal["open_time"][:, 0] > 0).sum()]) from error
         written.check()

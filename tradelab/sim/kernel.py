@@ -23,7 +23,7 @@ from ..events import CLOSE, COLUMNS
 from ..instruments import INSTRUMENT, Instrument
 from ..journal import JOURNAL
 from ..native import NUMBER, UNCOUNTED, WHOLE, address_of, array_at, call_at
-from ..orders import EXECUTION_STATE, FILL, NONE, ORDER, ORDER_REQUEST
+from ..orders import EXECUTION_STATE, FILL, NONE, ORDER, ORDER_REQUEST, OWN
 from tradelab.risk.execution import (
     DONE,
     FAULTS,
@@ -217,12 +217,12 @@ def arrays_of(
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #091afb08
 def _steps_of(
-    single:bool,   # one symbol with one slot for orders: known to the compiler, its loops are none
+    single:bool,   # one symbol with the slots of a target: known to the compiler, its loops are none
 ):
     "The steps of a simulation, for the simulation at an address"
     def of_simulation(first, count, address, answers, length, journal, market, curve):
         simulation = array_at(address, (1,), SIMULATION)[0]
-        n, slots = (1, 1) if single else (simulation["symbols"], simulation["slots"])
+        n, slots = (1, OWN) if single else (simulation["symbols"], simulation["slots"])
         views = arrays_of(simulation, n, slots)
         arrays = views.arrays
         state = views.state
@@ -305,7 +305,7 @@ def point(row:np.void, arrays:MarketArrays, state:State, rules:TradingRules, pro
                     tuple(sizes[word] if word in sizes else int(word) for word in shape.split()))
         row[name] = pieces[name].ctypes.data
     for name, size in sizes.items(): row[name] = size
-    row["step"], row["costs"], row["limits"], row["execution"] = (step_function(state.orders.shape == (1, 1)).address,
+    row["step"], row["costs"], row["limits"], row["execution"] = (step_function(state.orders.shape == (1, OWN)).address,
         rules.costs, rules.limits, rules.execution)
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #7f6f909a
@@ -337,7 +337,7 @@ class Simulation:
         if len(answer) and slots: check_piece("answer", answer, ORDER, (len(self.proposals), slots))
         else: check_piece("answer", answer, NUMBER, (len(answer),))
         check_piece("journal", journal, JOURNAL, self.proposals.shape if len(journal) else (0,))
-        code = step_function(self.state.orders.shape == (1, 1)).ctypes(t, 1, self.row.ctypes.data, answer.ctypes.data,
+        code = step_function(self.state.orders.shape == (1, OWN)).ctypes(t, 1, self.row.ctypes.data, answer.ctypes.data,
             len(answer), journal.ctypes.data if len(journal) else 0, market, 0)
         if code == DONE: return
         fault = told_fault(answer, [f"symbol {n}" for n in range(len(answer))]) if len(answer) and slots else ""

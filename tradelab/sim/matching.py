@@ -25,6 +25,7 @@ from tradelab.orders import (
     MARKET,
     NONE,
     ORDER,
+    OWN,
     STOP,
     TAKE_PROFIT,
     TRAILING,
@@ -50,7 +51,7 @@ def new_state(
 )->State:
     "The state of an account without working orders or fills"
     n = len(positions)
-    slots = 1 + int(execution["orders"]) + 3 * int(execution["protect"])
+    slots = OWN + int(execution["orders"]) + 3 * int(execution["protect"])
     return State(account, positions, np.zeros((n, slots), ORDER), np.zeros(n, EXECUTION_STATE),
                  np.zeros(max(capacity, n * (slots + FILLS_PER_SYMBOL)), FILL), np.zeros(1, np.int64))
 

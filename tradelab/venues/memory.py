@@ -41,7 +41,7 @@ from ..times import TimeLike, milliseconds
 def simulation_of(
     data:MarketData,
     settings:SimulationSettings,
-    slots:int,           # orders per symbol that a policy may have working, beside that of a target
+    slots:int,           # orders per symbol that a policy may have working, beside those of a target
     row:int,             # the account begins at its close
 )->Simulation:
     "A new account in a market, without a policy"
