@@ -530,7 +530,8 @@ def run_session(run, market):
 
     from tradelab.config import VenueSettings
     from tradelab.live.ledger import Ledger
-    from tradelab.live.recorder import read, replay, unpacked
+    from tradelab.live.recorder import read, unpacked
+    from tradelab.live.replay import replay
     from tradelab.live.session import Session
     from tradelab.localnet.server import Localnet
     from tradelab.runs.run import Run

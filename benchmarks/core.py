@@ -1,6 +1,9 @@
 """What a candle costs in the live core, in memory: milliseconds of the processor from the candle to the last action of
-its step, without what the driver does with them. `python benchmarks/core.py`"""
+its step, without what the driver does with them; and what its recording costs, with the bytes that it leaves.
+`python benchmarks/core.py`"""
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import process_time_ns
 
 import numpy as np
@@ -13,6 +16,7 @@ from tradelab.live.core import Core, Terms, live
 from tradelab.live.messages import Answered, Fetch, Fetched, Received, Send, StepDone
 from tradelab.live.order_manager import Blotter, OrderManager
 from tradelab.live.order_states import State
+from tradelab.live.recorder import Recorder
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
@@ -52,18 +56,24 @@ class Exchange:
                 yield Fetched(action.number, AccountSnapshot(float(wallet), held))
 
 
-def step(core, exchange, open_time, values):
-    "Nanoseconds in the core for one candle, and whether it brought an order"
-    spent, now, before = 0, int(open_time) + HOUR + 20, exchange.orders
+def step(core, exchange, recorder, open_time, values):
+    "Nanoseconds in the core and in the recorder for one candle, and whether it brought an order"
+    spent, recording, now, before = 0, 0, int(open_time) + HOUR + 20, exchange.orders
     events = [Candle(BITCOIN.symbol, int(open_time), tuple(float(value) for value in values))]
     while events:
+        received = Received(now, events)
         begin = process_time_ns()
-        actions = core.on(Received(now, events))
-        spent += process_time_ns() - begin
+        recorder.received(received)
+        told = process_time_ns()
+        actions = core.on(received)
+        answered = process_time_ns()
+        recorder.answered(actions)
+        spent += answered - told
+        recording += told - begin + process_time_ns() - answered
         now += 1
         events = list(exchange.answers(actions, now))
     assert isinstance(actions[-1], StepDone) or isinstance(actions[-2], StepDone)
-    return spent, exchange.orders > before
+    return spent, recording, exchange.orders > before
 
 
 if __name__ == "__main__":
@@ -71,8 +81,15 @@ if __name__ == "__main__":
     core = core_of(times, candles)
     exchange = Exchange(core)
     core.on(Received(int(times[HISTORY])))
-    spent = [step(core, exchange, times[t], candles[t, 0]) for t in range(HISTORY, HISTORY + CANDLES)][100:]
-    for name, chosen in (("without an order", [ns for ns, ordered in spent if not ordered]),
-                         ("with an order", [ns for ns, ordered in spent if ordered])):
-        print(f"candle {name:<17} median {median(chosen) / 1e6:.3f} ms, p99 {np.percentile(chosen, 99) / 1e6:.3f} ms, "
-              f"{len(chosen):,} candles")
+    with TemporaryDirectory() as folder:
+        recorder = Recorder(Path(folder) / "recording.zst")
+        spent = [step(core, exchange, recorder, times[t], candles[t, 0])
+                 for t in range(HISTORY, HISTORY + CANDLES)][100:]
+        recorder.close()
+        size = (Path(folder) / "recording.zst").stat().st_size
+    for name, ordered in (("without an order", False), ("with an order", True)):
+        for what, column in (("core", 0), ("recording", 1)):
+            chosen = [row[column] for row in spent if row[2] is ordered]
+            print(f"{what:<9} of a candle {name:<17} median {median(chosen) / 1e6:.3f} ms, p99 "
+                  f"{np.percentile(chosen, 99) / 1e6:.3f} ms, {len(chosen):,} candles")
+    print(f"{size / CANDLES:,.0f} bytes a candle, without the frames of the sockets")

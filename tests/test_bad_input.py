@@ -114,9 +114,10 @@ def test_a_planted_difference_stops_the_replay(place):
     assert tradelab(place, "run", "live", "-p", "candles", "20").returncode == 0
     recording = next((place / "sessions").glob("*/recording.zst"))
     lines = list(lines_of(recording))
-    candle = [line for line in lines if line["kind"] == "candle"][7]
-    close = candle["candle"][0][3]
-    candle["candle"][0][3] = float(np.nextafter(close, 0))
+    candle = [event for line in lines if line["kind"] == "received" for event in line["events"]
+              if event["type"] == "Candle" and event["values"][3] > event["values"][2]][7]
+    close = candle["values"][3]
+    candle["values"][3] = float(np.nextafter(close, 0))
     recording.unlink()
     again = Recorder(recording)
     for line in lines:
@@ -126,7 +127,7 @@ def test_a_planted_difference_stops_the_replay(place):
     assert "does not replay" in said
     assert "column 'close'" in said
     assert str(close) in said
-    assert str(candle["candle"][0][3]) in said
+    assert str(candle["values"][3]) in said
 
 
 def test_a_damaged_result_is_no_other_result(tmp_path):

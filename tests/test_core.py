@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.evaluation.difference import first_difference
 from tradelab.events import Fill
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
@@ -32,7 +33,9 @@ from tradelab.live.messages import (
     Write,
 )
 from tradelab.live.order_states import State
-from tradelab.live.session import Kept, make_core, restore, write
+from tradelab.live.recorder import MemoryRecorder, encode
+from tradelab.live.replay import replay
+from tradelab.live.session import Kept, core_inputs, make_core, restore, write
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, VenueError
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
@@ -143,13 +146,16 @@ class Driver:
         self.notices = []
         self.steps = 0
         self.number = count()
+        self.recorder = MemoryRecorder()
 
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
         again = trader()
         if kept: restore(again, "s", {}, kept)
-        self.core = make_core(again, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
+        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
+        self.core = make_core(again, inputs)
+        self.recorder.start({}, encode(inputs))
         self.waiting = []
         for time, candles in zip(TIMES, CANDLES):
             if time + HOUR > self.now and time + HOUR <= TIMES[-1]:
@@ -164,7 +170,10 @@ class Driver:
         received = Received(self.now)
         while True:
             try:
-                for action in self.core.on(received):
+                self.recorder.received(received)
+                actions = self.core.on(received)
+                self.recorder.answered(actions)
+                for action in actions:
                     self.done += 1
                     if self.done in self.kills: raise KilledError
                     if isinstance(action, End): return action
@@ -208,6 +217,7 @@ def session(seed, kills=()):
     driver = Driver(exchange, ledger, kills)
     end = driver.run()
     assert end == End("stopped"), end
+    assert first_difference(*replay(driver.recorder.lines, trader())) is None
     journal = ledger.journal("s")[["symbol", "position", "target", "order", "fill_quantity"]]
     ledger.close()
     return driver, journal

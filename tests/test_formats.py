@@ -93,12 +93,12 @@ def test_a_ledger_before_the_numbers_gets_one(tmp_path):
 def test_a_recording_of_another_format_is_named_and_not_called_damaged(tmp_path):
     "Its chain begins with its own format, so ours cannot prove even its first line"
     for name, said, by in (("tradelab recording 1", {}, "a version that did not say its number"),
-                           ("tradelab recording 3", {"version": "7.8.9"}, "tradelab 7.8.9")):
+                           ("tradelab recording 2", {"version": "7.8.9"}, "tradelab 7.8.9")):
         file = tmp_path / f"{by}.zst"
         file.write_bytes(framed(chained({"kind": "recording", "format": name} | said, 0, name), b"")[0])
         for reader in (recorded_settings, lambda path: list(read(path))):
             with pytest.raises(RecordingError, match=f"is of the format '{name}', written by {by}: this version reads "
-                               "'tradelab recording 2'"):
+                               "'tradelab recording 3'"):
                 reader(file)
 
 

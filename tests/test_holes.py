@@ -12,16 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
+from test_recording import ByHand
 
 from tradelab.compiled import compiled
 from tradelab.config import VenueSettings, one_section
 from tradelab.errors import CandleError, FeedError
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import KNOWN, Candles
+from tradelab.events import KNOWN
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
+from tradelab.live.core import Terms
 from tradelab.live.ledger import Ledger
-from tradelab.live.recorder import packed, read, replay, unpacked
+from tradelab.live.recorder import read, unpacked
+from tradelab.live.replay import replay
 from tradelab.live.session import Session
 from tradelab.localnet.market import Market as LocalMarket
 from tradelab.localnet.server import Localnet
@@ -38,7 +41,6 @@ from tradelab.sim.prepared import funding_rates, prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.times import TIMEFRAMES, format_time, milliseconds, next_opening, to_ms
-from tradelab.trader import Trader
 from tradelab.venues.binance import BinanceVenue
 
 HOUR, BTC = 3_600_000, "BTC/USDT:USDT"
@@ -201,30 +203,22 @@ def test_two_symbols_have_the_candles_that_both_have():
 
 
 def test_replay_decides_what_the_backtest_decided():
-    "The lines of a recording whose candles have a hole"
+    "A session told by hand, whose candles have a hole"
     candles = holed(ar1(500, volatility=.01, seed=4), 4, begin=200)
     policy = wavering(FEATURES, 2)
     opens, known, _ = matrix(candles, KNOWN)
     result = backtest(policy, candles, gaps=True, engine="event", baselines=(), keep_observations=True)
     first = int(np.searchsorted(opens, result.rows["open_time"][0, 0]))
-    trader = Run("holes", policy, timeframe="1h").trader(instruments=result.instruments)
-    again = Trader(trader.policy, trader.observation, trader.gate, trader.limits, trader.instruments)
-    again.warm(opens[:first], known[:first])
-    lines = [{"kind": "start", "snapshot": None}, {"kind": "warm", "times": packed(opens[:first]),
-                                                   "candles": packed(known[:first])}]
-    decisions = []
-    for t in range(first, first + 150):
-        decision = again.on(Candles(int(opens[t]), known[t]))
-        decisions.append(decision)
-        lines += [{"kind": "candle", "open_time": int(opens[t]), "candle": known[t].tolist()},
-                  {"kind": "decision", "open_time": int(opens[t]), "rows": packed(again.rows),
-                   **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities",
-            "reasons")}}]
-    recorded, recomputed = replay(lines, trader)
+    def trader(): return Run("holes", policy, timeframe="1h").trader(instruments=result.instruments)
+    exchange = ByHand(opens, known)
+    exchange.trade(trader(), Terms("holes", "1h", gaps=True), range(first, first + 150))
+    recorded, recomputed = replay(exchange.recorder.lines, trader())
     assert first_difference(recorded, recomputed) is None
     assert (recorded["reason"] == Reason.NO_DECISION).any()
-    seen = np.array([decision.observation for decision in decisions])[:, :, :2 * len(FEATURES)]
-    assert np.array_equal(seen, result.observations[:150, :, :2 * len(FEATURES)], equal_nan=True)
+    seen = np.array([unpacked(line["observation"]) for line in exchange.recorder.lines if line["kind"] == "decision"])
+    assert len(seen) == 150
+    assert np.array_equal(seen[:, :, :2 * len(FEATURES)], result.observations[:150, :, :2 * len(FEATURES)],
+                          equal_nan=True)
 
 
 def test_an_environment_lives_through_a_hole_and_is_not_asked_in_it():
@@ -388,6 +382,13 @@ def live(folder, policy, candles, payments, start, parts, watched=None, gaps=Tru
     return ledger, list(read(folder / "holes/recording.zst"))
 
 
+def entries(events):
+    "What was told of entries, asked for or not"
+    for event in events:
+        if event["type"] != "Fetched": yield event
+        elif isinstance(event["content"], list): yield from (each for each in event["content"] if "type" in each)
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("features, window, timeframe", [(("return(1)",), 1, "1h"), (FEATURES, 3, "1h"),
                                                          (("return(1)",), 1, "12h"), (("return(1)",), 1, "1d")])
@@ -420,7 +421,9 @@ def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, 
     assert (journal["order"] != 0).sum() > 20
     paid = (journal["funding"] != 0).sum()
     assert paid > 5
-    assert sum(line["kind"] == "funding" for line in lines) >= paid + (window == 1) # two of them fall due in one hole
+    told = {(event["symbol"], event["funding_time"]) for line in lines if line["kind"] == "received"
+            for event in entries(line["events"]) if event["type"] == "Funding"}
+    assert len(told) >= paid + (window == 1) # two of them fall due in one hole
 
 
 @pytest.mark.integration

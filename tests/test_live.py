@@ -24,7 +24,8 @@ from tradelab.instruments import BITCOIN as LISTED
 from tradelab.instruments import Instrument
 from tradelab.live.ledger import Ledger
 from tradelab.live.reconcile import StartRefusedError
-from tradelab.live.recorder import Recording, RecordingError, find_session, read, recorded_settings, replay, unproven
+from tradelab.live.recorder import Recording, find_session, read, recorded_settings
+from tradelab.live.replay import replay, unproven
 from tradelab.live.session import Session
 from tradelab.live.venue import Answer, Outcome, VenueError
 from tradelab.localnet.server import Localnet
@@ -71,6 +72,8 @@ def session(exchange, folder, broker=BinanceVenue, symbols=(BITCOIN,), limits=Li
 def run(session, candles=None): return asyncio.run(session.run(candles))
 def journal(folder, name="momentum_test"): return Ledger(f"sqlite:///{folder}/tradelab.db").journal(name)
 def recording(folder, name="momentum_test"): return folder / "sessions" / name / "recording.zst"
+def told(lines, kind): return [event for line in lines if line["kind"] == "received" for event in line["events"]
+                               if event["type"] == kind]
 def orders_at(exchange): return Counter(order["clientOrderId"] for order in exchange.exchange.orders)
 
 
@@ -113,9 +116,10 @@ def test_what_a_session_leaves(whole):
     assert status["pid"] == os.getpid()
     assert status["statistics"]["candles"] == 80
     kinds = Counter(line["kind"] for line in read(folder / "recording.zst"))
-    assert kinds["candle"] == kinds["decision"] == 80
+    assert kinds["decision"] == 80
     assert kinds["frame"] > 160
-    assert kinds["fill"] == whole["statistics"].fills
+    assert kinds["request"] == whole["statistics"].orders
+    assert len([event for event in told(read(folder / "recording.zst"), "Fill")]) == whole["statistics"].fills
     assert Ledger(f"sqlite:///{whole['folder']}/tradelab.db").session("momentum_test")["state"] == "stopped"
     then = recorded_settings(find_session(whole["folder"] / "sessions", "latest") / "recording.zst")
     assert then["policy"] == then["origin"] == "momentum(5,0.005)"
@@ -124,7 +128,7 @@ def test_what_a_session_leaves(whole):
     assert then["deposit"] == 10_000
     assert [Instrument(**each) for each in then["instruments"]] == [replace(LISTED, symbol=BITCOIN)]
     proven = Recording(folder / "recording.zst")
-    assert {line["kind"] for line in proven} >= {"recording", "start", "warm", "end"}
+    assert {line["kind"] for line in proven} >= {"recording", "start", "received", "end"}
     assert proven.ended
     assert proven.decisions == 80
     assert unproven(proven, replay(proven, trader())[0], whole["journal"]) == ""
@@ -140,8 +144,8 @@ def test_replay_finds_no_difference_and_finds_a_planted_one(whole):
     assert len(recorded) == 80
     assert first_difference(recorded, recomputed) is None
     lines = list(read(recording(whole["folder"])))
-    candle = [line for line in lines if line["kind"] == "candle"][50]
-    candle["candle"][0][3] = float(np.nextafter(candle["candle"][0][3], np.inf))
+    candle = [event for event in told(lines, "Candle") if event["values"][1] > event["values"][3]][30]
+    candle["values"][3] = float(np.nextafter(candle["values"][3], np.inf))
     found = first_difference(*replay(lines, trader()))
     assert found.bar == pd.Timestamp(candle["open_time"], unit="ms", tz="UTC")
     assert found.column == "close"
@@ -379,15 +383,10 @@ def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path, monk
     after = steps.index > first
     assert (steps["reason"][after & (steps["symbol"] == ETHER)] == Reason.MAX_POSITIONS).any()
     assert not (ether["order"][ether["position"] == 0][first:].iloc[1:] != 0).any()
-    assert {tuple(line["working"]) for line in lines if line["kind"] == "candle" and "working" in line} == {(True,
-        False)}
     make = lambda: trader(symbols, limits)
     assert first_difference(*replay(lines, make())) is None
-    assert first_difference(*replay([{name: value for name, value in line.items() if name != "working"}
-                                     for line in lines], make())) is not None
-    for wrong in ([True], [1, 0], "yes"):
-        with pytest.raises(RecordingError, match="working is"):
-            replay([line | {"working": wrong} if line["kind"] == "candle" else line for line in lines], make())
+    for event in told(lines, "Answered"): event["answer"] |= {"outcome": "rejected"}
+    assert first_difference(*replay(lines, make())) is not None
 
 
 def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):

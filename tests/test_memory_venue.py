@@ -18,21 +18,23 @@ from tradelab.live.messages import (
     Amend,
     Ask,
     Cancel,
+    Decided,
     End,
     Fetch,
     Open,
     Received,
-    Record,
     Send,
     StepDone,
     Stop,
     Tell,
+    Warmed,
     Write,
 )
 from tradelab.live.order_manager import Blotter, Offer, OrderManager, update_of
 from tradelab.live.order_states import State, orders_from_decision
-from tradelab.live.recorder import read, replay
-from tradelab.live.session import Kept, Session, answer_to, make_core, restore, write
+from tradelab.live.recorder import MemoryRecorder, RecordingError, encode, read
+from tradelab.live.replay import replay
+from tradelab.live.session import Kept, Session, answer_to, core_inputs, make_core, restore, write
 from tradelab.live.venue import OrderReport
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, OWN, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
@@ -135,20 +137,26 @@ class Driver:
         self.venue = MemoryVenue(data, SimulationSettings(costs(scarce), LIMITS), self.policy.order_slots,
                                  start=int(data.times[START]))
         self.ledger = MemoryLedger()
+        self.recorder = MemoryRecorder()
         self.instruments = data.instruments
         self.done = 0
         self.silence = 0
         self.kinds = []
         self.notices = []
 
+    def trader(self):
+        return make_trader(self.policy, LIMITS, self.instruments, timeframe="1h", execution=self.execution)
+
     def start(self):
         "A new process: only ledger and exchange are left of the one before"
         kept = self.ledger.snapshot("s")
-        trader = make_trader(self.policy, LIMITS, self.instruments, timeframe="1h", execution=self.execution)
+        trader = self.trader()
         if kept: restore(trader, "s", {}, kept)
         venue = self.venue
-        self.core = make_core(trader, self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
-                              offer=Offer(venue.kinds, venue.amends, venue.expires))
+        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
+                             Offer(venue.kinds, venue.amends, venue.expires))
+        self.core = make_core(trader, inputs)
+        self.recorder.start({}, encode(inputs))
         asyncio.run(self.venue.close())
 
     def heard(self):
@@ -165,7 +173,10 @@ class Driver:
         received = Received(self.venue.now)
         while True:
             try:
-                for action in self.core.on(received):
+                self.recorder.received(received)
+                actions = self.core.on(received)
+                self.recorder.answered(actions)
+                for action in actions:
                     self.done += 1
                     if self.done in self.kills: raise KilledError
                     if isinstance(action, End): return action
@@ -198,7 +209,7 @@ class Driver:
                 self.venue.events.put_nowait(answered(answer_to(self.venue, action)))
             case Open(): answered(self.venue.stream(SYMBOLS, "1h"))
             case Tell(notice): self.notices.append(notice)
-            case StepDone() | Record(): pass
+            case StepDone() | Decided() | Warmed(): pass
 
 
 def answered(coroutine):
@@ -216,6 +227,10 @@ def compare(driver, seed, scarce):
     assert np.array_equal(fills, ours.fills[:ours.count[0]])
     assert seen == shown()[:len(seen)]
     assert {notice.kind for notice in driver.notices} <= {"unanswered"}, driver.notices
+    recorded, recomputed = replay(driver.recorder.lines, driver.trader())
+    assert set(rows.index) <= set(recorded.index)
+    assert first_difference(recorded, recomputed) is None
+    LOG.clear()
 
 
 @cache
@@ -260,6 +275,47 @@ def test_killed_at_everything_that_is_asked_for_it_is_the_same_still(action, aft
     assert end == End("stopped"), end
     compare(driver, 3, True)
     assert len(driver.survived) >= 5
+
+
+def retold(lines, change):
+    "The lines with other events: `change` returns what is told instead of one"
+    return [line | {"events": [each for event in line["events"] for each in change(event)]}
+            if line["kind"] == "received" else line for line in lines]
+
+
+def test_an_answer_that_the_exchange_did_not_give_is_a_difference():
+    driver = Driver(3, True)
+    driver.run()
+    lines = driver.recorder.lines
+    fills = [event for line in lines for event in line.get("events", ()) if event["type"] == "Fill"]
+
+    def dearer(fill): return lambda event: [event | {"price": event["price"] * 1.001} if event == fill else event]
+
+    def refused(name):
+        def change(event):
+            if event["type"] == "Answered" and event["action"]["order"]["order_id"] == name:
+                return [event | {"answer": event["answer"] | {"outcome": "rejected", "report": None}}]
+            return [] if event.get("order_id") == name else [event]
+        return change
+
+    assert len(fills) > 30
+    for fill in fills[:-2:5]: # what is told last has no consequence
+        for change in (dearer(fill), refused(fill["order_id"])):
+            assert first_difference(*replay(retold(lines, change), driver.trader())) is not None
+    LOG.clear()
+
+
+def test_a_request_that_was_not_recorded_is_a_difference():
+    driver = Driver(3, True)
+    driver.run()
+    lines = driver.recorder.lines
+    requests = [number for number, line in enumerate(lines) if line["kind"] == "request"]
+    for number in requests[::20]:
+        found = first_difference(*replay(lines[:number] + lines[number + 1:], driver.trader()))
+        assert found.column == "requests"
+    with pytest.raises(RecordingError, match="the session had ended before it: stopped"):
+        replay([*lines, lines[2]], driver.trader())
+    LOG.clear()
 
 
 def test_the_wild_policy_does_everything():

@@ -1,5 +1,6 @@
 "What was researched is what trades: a live session over real sockets, and its backtest, bit for bit"
 import asyncio
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.live.ledger import Ledger
-from tradelab.live.recorder import read, replay, unpacked
+from tradelab.live.recorder import read, unpacked
+from tradelab.live.replay import replay
 from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import with_funding
@@ -92,16 +94,15 @@ def test_replay_finds_nothing_and_finds_what_was_planted(session):
     policy, folder, _, lines = session
     assert first_difference(*replay(lines, Run("parity", policy, timeframe="1h").trader(instruments=(BITCOIN,
         )))) is None
-    number = [i for i, line in enumerate(lines) if line["kind"] == "candle"][150]
-    altered = [dict(line) for line in lines]
-    values = np.array(altered[number]["candle"])
-    values[0, 3] = np.nextafter(values[0, 3], np.inf)
-    altered[number]["candle"] = values.tolist()
+    altered = json.loads(json.dumps(lines))
+    candle = [event for line in altered if line["kind"] == "received" for event in line["events"]
+              if event["type"] == "Candle" and event["symbol"] == BTC and event["values"][1] > event["values"][3]][150]
+    candle["values"][3] = float(np.nextafter(candle["values"][3], np.inf))
     difference = first_difference(*replay(altered, Run("parity", policy, timeframe="1h").trader(instruments=(BITCOIN,
         ))))
-    assert difference.bar.value // 10**6 == altered[number]["open_time"]
+    assert difference.bar.value // 10**6 == candle["open_time"]
     assert difference.column == "close"
-    assert difference.b == values[0, 3]
+    assert difference.b == candle["values"][3]
 
 
 def test_one_altered_bit_breaks_parity(session, market, tmp_path):

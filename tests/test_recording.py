@@ -4,8 +4,9 @@ import json
 import os
 import random
 import shutil
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace, UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -14,29 +15,52 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tradelab.account import wallet
 from tradelab.compiled import compiled
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import Candles, Depth, Fill, Quote, Timer, Trade
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.journal import JOURNAL
-from tradelab.live.messages import Step, Write
+from tradelab.live.core import Terms
+from tradelab.live.messages import (
+    Amend,
+    Answered,
+    Cancel,
+    Decided,
+    Event,
+    Fetch,
+    Fetched,
+    Intents,
+    Open,
+    Received,
+    Send,
+    Step,
+    Stop,
+    Wake,
+    Write,
+)
+from tradelab.live.order_states import State
 from tradelab.live.recorder import (
-    SEEN,
+    FORMAT,
+    MemoryRecorder,
     Recorder,
     Recording,
     RecordingError,
     chained,
+    decode,
+    encode,
     framed,
     read,
     recorded_settings,
-    replay,
-    unproven,
 )
-from tradelab.live.session import Statistics, Stopwatch, carry_out
+from tradelab.live.replay import SEEN, replay, unproven
+from tradelab.live.session import CoreInputs, Statistics, Stopwatch, carry_out, make_core
+from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, VenueError
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
-from tradelab.orders import LIMIT, OWN
+from tradelab.notices import NOTICES, Notice
+from tradelab.orders import LIMIT, OWN, Order
 from tradelab.policies import Policy, buy_and_hold
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
@@ -50,30 +74,85 @@ SETTINGS = dict(policy="buy and hold", origin="tradelab.policies:buy_and_hold", 
 def trader(): return Trader(buy_and_hold(), Observation(("return(1)",)), OrderGate, instruments=(BITCOIN,))
 
 
+class ByHand:
+    "An exchange that fills every order at once, and says of the account what the trader expects"
+
+    def __init__(self, times, candles, step=3_600_000, recorder=None):
+        self.times, self.candles, self.step = times, candles, step
+        self.recorder = recorder or MemoryRecorder()
+        self.fills = 0
+
+    def candle(self, t, n): return [*self.candles[t, n, :8].tolist(), *[0.] * (8 - self.candles.shape[2])]
+
+    def fetched(self, what, arguments, now):
+        match what:
+            case "account":
+                held = dict(zip(self.core.trader.symbols, self.core.trader.positions["quantity"].tolist()))
+                return AccountSnapshot(float(wallet(self.core.trader.account)), {s: q for s, q in held.items() if q})
+            case "history":
+                symbol, _, limit, since = arguments
+                rows = np.flatnonzero((self.times + self.step <= now) & (self.times >= (since or 0)))[-limit:]
+                n = self.core.trader.seen.index(symbol)
+                return self.times[rows], np.array([self.candle(t, n) for t in rows])
+            case "forming": return int(self.times[np.searchsorted(self.times + self.step, now, "right")])
+        return []
+
+    def told(self, action, now):
+        "What the exchange tells about it"
+        match action:
+            case Open(): return [Notice("open", "market"), Notice("open", "user")]
+            case Fetch(number, what, arguments): return [Fetched(number, self.fetched(what, arguments, now))]
+            case Send(order):
+                self.fills += 1
+                report = OrderReport(order.order_id, State.FILLED, abs(order.quantity), str(self.fills))
+                return [Fill(order.symbol, order.quantity, order.decision_price, 1.25, now, order.order_id,
+                             str(self.fills)), Answered(action, Answer(Outcome.ACCEPTED, report))]
+        return []
+
+    def tell(self, now, events):
+        "Tell the core, and all that follows; returns its actions"
+        done = []
+        while True:
+            received = Received(int(now), events)
+            self.recorder.received(received)
+            actions = self.core.on(received)
+            self.recorder.answered(actions)
+            done += actions
+            events = [event for action in actions for event in self.told(action, int(now))]
+            if not events: return done
+
+    def start(self, trader, terms, now, events=()):
+        inputs = CoreInputs(terms)
+        self.core = make_core(trader, inputs)
+        self.recorder.start(SETTINGS, encode(inputs))
+        self.tell(now, list(events))
+
+    def close(self, t):
+        "The candles of one close"
+        return self.tell(self.times[t] + self.step, [Candle(symbol, int(self.times[t]), tuple(self.candle(t, n)))
+                                                     for n, symbol in enumerate(self.core.trader.seen)])
+
+    def trade(self, trader, terms, rows):
+        "A session of these candles"
+        self.start(trader, terms, self.times[rows[0]])
+        for t in rows: self.close(t)
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     "A recording of forty decisions, and what the ledger would hold of them"
     times, candles, symbols = matrix({"BTC/USDT:USDT": random_walk(52, seed=1)})
     path = tmp_path_factory.mktemp("session") / "recording.zst"
-    live = trader()
     recorder = Recorder(path)
+    exchange = ByHand(times, candles, recorder=recorder)
+    exchange.start(trader(), Terms("demo", "1h"), times[10])
     rows = []
-    recorder.start(SETTINGS)
-    recorder.warm(times[:10], candles[:10])
-    live.warm(times[:10], candles[:10])
     for t in range(10, 50):
         recorder.frame("market", {"e": "kline", "k": {"t": int(times[t]), "c": str(candles[t, 0, 3])}})
-        recorder.candle(int(times[t]), candles[t])
-        decision = live.on(Candles(int(times[t]), candles[t]))
-        recorder.decision(decision, live.rows)
+        decided, = [action for action in exchange.close(t) if isinstance(action, Decided)]
         recorder.flush()
         rows.append({"open_time": pd.Timestamp(times[t], unit="ms", tz="UTC"), "symbol": symbols[0]}
-                    | {name: live.rows[name][0] for name in SEEN})
-        if decision.quantities[0]:
-            fill = Fill(symbols[0], float(decision.quantities[0]), float(candles[t + 1, 0, 0]), 1.25, int(times[t + 1]),
-                        "tl-1", str(t))
-            recorder.booked(fill)
-            live.on(fill)
+                    | {name: decided.rows[name][0] for name in SEEN})
     recorder.close()
     journal = pd.DataFrame(rows).set_index("open_time")
     journal.index = pd.DatetimeIndex(journal.index.astype("datetime64[ms, UTC]"), name="open_time")
@@ -94,7 +173,7 @@ def test_what_was_written_is_proven(session):
     path, journal = session
     recording = Recording(path)
     kinds = [line["kind"] for line in recording]
-    assert kinds[:3] == ["recording", "start", "warm"]
+    assert kinds[:3] == ["recording", "start", "received"]
     assert kinds[-1] == "end"
     assert recording.ended
     assert recording.decisions == 40
@@ -153,7 +232,8 @@ def test_a_recording_that_ends_early_is_counted_by_the_ledger(session, tmp_path)
     path, journal = session
     recorder = Recorder(tmp_path / "recording.zst")
     for line in list(read(path))[:-1]:
-        if line["kind"] == "candle" and line["open_time"] == int(journal.index[12].timestamp() * 1000): break
+        if any(event.get("open_time") == int(journal.index[12].timestamp() * 1000) for event in line.get("events", ())):
+            break
         if line["kind"] != "recording": recorder.line(**line)
     recorder.close()
     assert verdict(tmp_path / "recording.zst", journal, trader()).startswith("28 of 40 decisions of the ledger cannot "
@@ -192,7 +272,7 @@ def test_damage_in_the_middle_is_counted_and_put_aside(session, tmp_path):
 @settings(max_examples=300, suppress_health_check=list(HealthCheck))
 def test_any_bytes_are_refused_in_our_words(tmp_path_factory, content, head, link):
     file = tmp_path_factory.getbasetemp() / "any.zst"
-    if link: content = chained({"kind": "recording", "format": content.hex()}, 0, "tradelab recording 2")
+    if link: content = chained({"kind": "recording", "format": content.hex()}, 0, FORMAT)
     file.write_bytes(framed(content, b"")[0] if head else content)
     if not file.stat().st_size: return
     with pytest.raises(RecordingError): list(read(file))
@@ -212,14 +292,62 @@ def test_any_line_that_is_proven_is_replayed_or_refused(session, data):
     "A chain can be true and its lines those of another program"
     lines = list(read(session[0]))[:30]
     number = data.draw(st.integers(1, len(lines) - 1))
-    line = dict(lines[number])
-    key = data.draw(st.sampled_from(sorted(set(line) - {"kind"})))
-    if isinstance(line[key], dict) and data.draw(st.booleans()):
-        line[key] = line[key] | {data.draw(st.sampled_from(sorted(line[key]))): data.draw(VALUES)}
-    else: line[key] = data.draw(VALUES)
-    lines[number] = line
+    lines[number] = here = json.loads(json.dumps(lines[number]))
+    key = data.draw(st.sampled_from(sorted(set(here) - {"kind"})))
+    while isinstance(here[key], dict | list) and here[key] and data.draw(st.booleans()):
+        here = here[key]
+        key = data.draw(st.sampled_from(sorted(here) if isinstance(here, dict) else range(len(here))))
+    here[key] = data.draw(VALUES)
     try: replay(lines, trader())
     except ValueError as error: assert str(error)
+
+
+def values_of(kind):
+    "Values of a declared type, by the declaration alone"
+    inner = get_args(kind)
+    if kind is Notice: return st.builds(Notice, st.sampled_from(sorted(NOTICES)), st.text())
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        return st.builds(kind, **{each.name: values_of(types[each.name]) for each in fields(kind)})
+    if kind is np.ndarray: return st.lists(st.floats(), max_size=3).map(np.array)
+    if kind is Exception: return st.builds(VenueError, st.text())
+    if kind is float: return st.floats(allow_nan=False, allow_infinity=False)
+    if kind is int: return st.integers(1 - 2**62, 2**62 - 1)
+    if get_origin(kind) in (Union, UnionType): return st.one_of(*map(values_of, inner))
+    if get_origin(kind) is list: return st.lists(values_of(inner[0]), max_size=3)
+    if get_origin(kind) is dict: return st.dictionaries(values_of(inner[0]), values_of(inner[1]), max_size=3)
+    if inner and inner[-1] is ...: return st.lists(values_of(inner[0]), max_size=3).map(tuple)
+    if inner: return st.tuples(*map(values_of, inner))
+    return st.from_type(kind)
+
+
+@pytest.mark.parametrize("kind", get_args(Event))
+@settings(max_examples=30)
+@given(data=st.data())
+def test_every_event_comes_back_as_it_was(kind, data):
+    event = data.draw(values_of(kind))
+    assert repr(decode(json.loads(json.dumps(encode(event))), Event)) == repr(event)
+
+
+@pytest.mark.parametrize("place, value, message", [
+    ((), 7, "events is '7'"), ((), {"type": "Record"}, r"events is .\{'type': 'Record'\}"),
+    (("price",), "20000", "Fill.price is '20000'"), (("price",), float("nan"), "Fill.price is 'nan'"),
+    (("fill_time",), 7., "Fill.fill_time is '7.0'"), (("fill_time",), True, "Fill.fill_time is 'True'"),
+    (("fill_time",), 2**70, "Fill.fill_time is '1180591620717411303424'"),
+    (("protects",), 0, "Fill.protects is '0'"), (("price",), None, "Fill.price is 'None'"),
+    (("more",), 1, "Fill has .*protects, more, not symbol, quantity, price, fee, fill_time, .*protects$")])
+def test_a_wrong_event_is_named_by_its_line_and_field(place, value, message):
+    inputs = encode(CoreInputs(Terms("demo", "1h")))
+    event = encode(Fill("BTC/USDT:USDT", .5, 20_000., 4., 7))
+    event = event | {place[0]: value} if place else value
+    lines = [{"kind": "start", "core": inputs}, {"kind": "received", "time": 7, "events": [event]}]
+    with pytest.raises(RecordingError, match=f"line 1 of the recording, 'received', cannot be replayed: .*{message}"):
+        replay(lines, trader())
+    lines[1] = {"kind": "received", "time": "now", "events": []}
+    with pytest.raises(RecordingError, match="line 1 .*: TypeError time is 'now'"): replay(lines, trader())
+    lines[0]["core"]["terms"]["patience"] = "long"
+    with pytest.raises(RecordingError, match="line 0 of the recording, 'start', cannot be replayed: TypeError "
+                                             "CoreInputs.Terms.patience is 'long'"): replay(lines, trader())
 
 
 def test_a_bomb_is_not_unpacked(tmp_path):
@@ -260,6 +388,23 @@ def test_what_the_ledger_will_say_is_on_the_disk_first(tmp_path, monkeypatch):
     assert synced[-1] == (tmp_path / "recording.zst").stat().st_size
 
 
+def test_what_was_told_and_answered_is_in_the_file_before_anything_is_done(tmp_path):
+    path = tmp_path / "recording.zst"
+    recorder = Recorder(path)
+    order = Order("tl-1", "BTC/USDT:USDT", .5, False, 0, 20_000.)
+    def kinds(): return [line["kind"] for line in read(path)] if path.stat().st_size else []
+    recorder.received(Received(7, (Stop(),)))
+    recorder.answered([Wake(9), Fetch(1, "account")])
+    assert kinds() == []                                                # a question changes nothing
+    for action in (Send(order), Amend(order, 0.), Cancel(order)):
+        recorder.received(Received(8, ()))
+        recorder.answered([action])
+        assert kinds()[-2:] == ["received", "request"]
+    recorder.received(Received(9, ()))
+    recorder.answered([Write(Intents((order,)))])
+    assert kinds()[-1] == "received"
+
+
 def test_a_session_syncs_its_recording_before_it_keeps_a_step():
     order = []
     def noting(name): return lambda *_: order.append(name)
@@ -298,35 +443,32 @@ def quoting(symbols, edge=.0005):
                   tuple(Instrument(symbol, 1e-5, 1.) for symbol in symbols))
 
 
-def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared, tmp_path):
+def test_a_policy_that_quotes_decides_again_on_recorded_quotes(shared):
     heard = sorted(quotes_of(shared), key=lambda quote: quote.quote_time)
     symbols = tuple(sorted({quote.symbol for quote in heard}))
     first = {symbol: next(quote.bid for quote in heard if quote.symbol == symbol) for symbol in symbols}
     closed = np.array([[first[symbol]] * 4 + [1e6] for symbol in symbols])
     live = quoting(symbols)
-    recorder = Recorder(tmp_path / "recording.zst")
-    recorder.start(SETTINGS)
-    recorder.candle(heard[0].quote_time - 60_000, closed)
-    assert live.on(Candles(heard[0].quote_time - 60_000, closed)) is None
+    opened = heard[0].quote_time // 60_000 * 60_000 - 60_000 * np.arange(live.warm_up + 1, 0, -1)
+    exchange = ByHand(opened, np.array([closed] * len(opened)), 60_000)
+    exchange.start(live, Terms("quotes", "1m"), heard[0].quote_time)
     for quote in heard:
-        recorder.market(quote)
-        decision = live.on(quote)
-        recorder.decision(decision, live.rows)
+        decided, = [action for action in exchange.tell(quote.quote_time, [quote]) if isinstance(action, Decided)]
+        decision = decided.decision
         for n, symbol in enumerate(symbols):
             bid, ask = decision.orders[n, OWN], decision.orders[n, OWN + 1]
             middle = live.view.middles[n] if np.isfinite(live.view.middles[n]) else first[symbol]
             assert bid["price"] < middle < ask["price"]
             assert abs(.5 * (bid["price"] + ask["price"]) / middle - 1) < .0005 # never further from it than it moves
             assert bid["quantity"] > 0 > ask["quantity"]
-    recorder.market(Depth(symbols[0], ((1., 2.),), ((1.1, 2.),), quote.quote_time))
-    recorder.market(Trade(symbols[0], -1., 1., quote.quote_time))
-    recorder.close()
-    recorded, recomputed = replay(tmp_path / "recording.zst", quoting(symbols))
-    last = recorded.index < recorded.index[-1] # the book that was added moved the middle at the last time
+    assert exchange.fills == 0 # what is decided between two closes is not sent yet
+    exchange.tell(quote.quote_time, [Depth(symbols[0], ((1., 2.),), ((1.1, 2.),), quote.quote_time),
+                                     Trade(symbols[0], -1., 1., quote.quote_time), Timer(quote.quote_time)])
+    recorded, recomputed = replay(exchange.recorder.lines, quoting(symbols))
     assert len(recorded.index.unique()) > 400
-    assert first_difference(recorded[last], recomputed[last]) is None
-    _, other = replay(tmp_path / "recording.zst", quoting(symbols, edge=.01))
-    assert first_difference(recorded[last], other[last]) is not None
+    assert first_difference(recorded, recomputed) is None
+    _, other = replay(exchange.recorder.lines, quoting(symbols, edge=.01))
+    assert first_difference(recorded, other) is not None
     revisions = decision.orders["revision"][:, OWN]
     assert (revisions < len(heard) / 4).all() # left alone where the middle stayed
     assert (revisions > 1).any()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
+from test_recording import ByHand
 from test_sentence import network
 
 from tradelab.config import settings as settings_of
@@ -20,8 +21,9 @@ from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
+from tradelab.live.core import Terms
 from tradelab.live.reconcile import StartRefusedError
-from tradelab.live.recorder import Recorder, replay
+from tradelab.live.replay import replay
 from tradelab.live.session import Session
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
@@ -180,25 +182,20 @@ def test_a_trader_says_which_figures_it_lacks():
         backtest(policy, CANDLES, extra=frame, engine="event", baselines=())
 
 
-def test_a_recording_holds_the_figures_and_replay_hears_them(tmp_path):
+def test_a_recording_holds_the_figures_and_replay_hears_them():
     policy = network(1, 1, 1, ("series(mood)", "series(mood).age"))
     series = {"mood": figures(definition=SeriesDefinition(stale="12h", when_stale="flat"))}
-    live = reader(policy, series)
-    recorder = Recorder(tmp_path / "recording.zst")
-    recorder.start({})
     times, rows, _ = matrix(CANDLES[:30])
     told = publications(series)
-    for time, row in zip(times.tolist(), rows):
-        while told[0].publication_time <= time + HOUR:
-            recorder.market(told[0])
-            live.on(told.pop(0))
-        recorder.candle(time, row)
-        recorder.decision(live.on(Candles(time, row)), live.rows)
-    recorder.close()
-    recorded, recomputed = replay(tmp_path / "recording.zst", live)
-    assert len(recorded) == 30
+    exchange = ByHand(times, rows)
+    exchange.start(reader(policy, series), Terms("mood", "1h"), times[10], [told.pop(0), told.pop(0)])
+    for t in range(10, 30):
+        while told[0].publication_time <= times[t] + HOUR: exchange.tell(told[0].publication_time, [told.pop(0)])
+        exchange.close(t)
+    recorded, recomputed = replay(exchange.recorder.lines, reader(policy, series))
+    assert len(recorded) == 20
     assert recorded["series(mood)"].nunique() == 2
-    assert (recorded["target"] == 0.).sum() == 10 + 8 # older than twelve hours at these closes
+    assert (recorded["target"] == 0.).sum() == 8 # older than twelve hours at these closes
     assert first_difference(recorded, recomputed) is None
 
 

@@ -10,7 +10,7 @@ __all__ = ['ATTEMPTS', 'PAUSE', 'is_one_shot', 'foreign', 'Blotter', 'under_our_
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -459,8 +459,8 @@ def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
 @dataclass(frozen=True)
 class Offer:
     "What a venue takes of orders"
-    kinds:Collection[Kind] = frozenset(Kind)
-    amends:Container[Kind] = frozenset(Kind) # others are cancelled and placed anew
+    kinds:frozenset[Kind] = frozenset(Kind)
+    amends:frozenset[Kind] = frozenset(Kind) # others are cancelled and placed anew
     expires:bool = True                      # whether it ends an order by itself after so many candles
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #2debcb78

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'QUIET', 'Journal', 'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line',
            'write', 'Files', 'answer_to', 'event_of', 'opened', 'Signals', 'run_to_completion', 'Driver', 'settings_of',
-           'restore', 'Kept', 'remember', 'make_core', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'prepare',
-           'open_files', 'finish', 'show_step', 'keep_step', 'carry_out', 'one_name', 'drive', 'Session']
+           'restore', 'Kept', 'remember', 'CoreInputs', 'core_inputs', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
+           'say', 'save_status', 'hold', 'prepare', 'open_files', 'finish', 'show_step', 'hear', 'note', 'keep_step',
+           'carry_out', 'one_name', 'drive', 'Session']
 
 # %% ../../nbs/70_live/11_session.ipynb #98432f23
 import asyncio
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..events import Fill, Funding, OrderUpdate
+from ..events import Fill, Funding
 from ..files import replace_files
 from ..journal import JOURNAL
 from .bookkeeper import Bookkeeper
@@ -37,9 +38,7 @@ from tradelab.live.messages import (
     Amend,
     Answered,
     Ask,
-    Began,
     Cancel,
-    Decided,
     End,
     Entry,
     Event,
@@ -51,10 +50,8 @@ from tradelab.live.messages import (
     Moved,
     Open,
     Received,
-    Record,
     Revised,
     Say,
-    Seen,
     Send,
     Step,
     StepDone,
@@ -62,13 +59,13 @@ from tradelab.live.messages import (
     Tell,
     Unanswered,
     Wake,
-    Warmed,
     Woken,
     Write,
 )
 from .order_manager import Blotter, Offer, OrderManager
+from .order_states import Intent
 from .reconcile import StartRefusedError
-from .recorder import Recorder
+from .recorder import Recorder, encode
 from tradelab.live.start import (
     FORMAT,
     check_instruments,
@@ -166,10 +163,10 @@ def count(statistics:Statistics, action:Action)->None:
     "Add what an action says to the statistics"
     match action:
         case Send(): statistics.orders += 1
-        case Record(Fill(fee=fee)):
+        case Write(Entry(Fill(fee=fee))):
             statistics.fills += 1
             statistics.fees += fee
-        case Record(Funding() as paid): statistics.funding += paid.amount
+        case Write(Entry(Funding() as paid)): statistics.funding += paid.amount
         case Tell(Notice("rejected")): statistics.rejected += 1
         case Tell(Notice("disagreement")): statistics.disagreements += 1
         case StepDone(_, late, _, equity, drawdown):
@@ -212,22 +209,9 @@ def write(ledger:Ledger, session:str, record:Intents|Revised|Moved|Entry|Step|Fi
 class Files:
     "The recording and the journal of a session"
 
-    def __init__(self, folder:Path, settings:dict[str, Any], steps:Iterable[tuple[Sequence[str], np.ndarray]]=())->None:
-        self.settings = settings
+    def __init__(self, folder:Path, steps:Iterable[tuple[Sequence[str], np.ndarray]]=())->None:
         self.recorder = Recorder(folder / "recording.zst")
         self.journal = Journal(folder / "journal.csv", steps)
-
-    def record(self, record:Began|Warmed|Seen|Decided|Fill|Funding|OrderUpdate)->None:
-        "Add to the recording"
-        match record:
-            case Began(snapshot): self.recorder.start(self.settings, snapshot)
-            case Warmed(times, candles): self.recorder.warm(times, candles)
-            case Seen(open_time, candles, working): self.recorder.candle(open_time, candles, working)
-            case Decided(decision, rows):
-                self.recorder.decision(decision, rows)
-                self.recorder.flush()
-            case Fill() | Funding(): self.recorder.booked(record)
-            case OrderUpdate(): self.recorder.order(record)
 
     def close(self)->None:
         self.recorder.close()
@@ -296,13 +280,15 @@ class Driver:
     def __init__(self,
         core:Core,
         venue:Venue,
-        carry_out:Callable[[Action], object],                         # is told each action
-        heard:Callable[[Sequence[Event]], object]=lambda events: None, # is told what was received
+        carry_out:Callable[[Action], object],                           # is told each action
+        heard:Callable[[Received], object]=lambda received: None,       # is told what was received, before the core
+        answered:Callable[[list[Action]], object]=lambda actions: None, # is told all actions, before the first of them
     )->None:
         self.core = core
         self.venue = venue
         self.carry_out = carry_out
         self.heard = heard
+        self.answered = answered
         self._inbox = venue.events
         self._tasks: set[asyncio.Task] = set()
         self._alarm: asyncio.TimerHandle|None = None
@@ -312,7 +298,10 @@ class Driver:
         received = Received(clock())
         try:
             while True:
-                for action in self.core.on(received):
+                self.heard(received)
+                actions = self.core.on(received)
+                self.answered(actions)
+                for action in actions:
                     if isinstance(action, End): return action
                     self._do(action)
                 received = await self._receive()
@@ -342,7 +331,6 @@ class Driver:
     async def _receive(self):
         events = [await self._inbox.get()]
         while not self._inbox.empty(): events.append(self._inbox.get_nowait())
-        self.heard(events)
         return Received(clock(), events)
 
 # %% ../../nbs/70_live/11_session.ipynb #5ed05397
@@ -378,23 +366,43 @@ def remember(ledger:Ledger, session:str, given:dict[str, Any], trader:Trader)->K
     restore(trader, session, known, kept.step)
     return kept
 
+# %% ../../nbs/70_live/11_session.ipynb #f0a1b44b
+@dataclass(frozen=True)
+class CoreInputs:
+    "What a core is made from, besides its trader"
+    terms:Terms
+    offer:Offer = Offer()
+    words:str = ""                  # of the venue, for the first line
+    reserve:float = 0.              # of a session that is resumed: quote, money that the trader was not given
+    step:dict[str, Any]|None = None # its last: open_time, content, sequence
+    intents:tuple[Intent, ...] = ()
+    booked:tuple[tuple[int, Fill|Funding], ...] = () # number and entry
 
-def make_core(trader:Trader, ledger:Ledger, terms:Terms, kept:Kept|None, words:str="",
-              offer:Offer=Offer())->Core:
-    "The core of a session, with all that the ledger knows of its orders and entries"
+
+def core_inputs(ledger:Ledger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(), words:str="")->CoreInputs:
+    "The same with all that the ledger knows of the orders and entries of a session"
+    return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
+                      tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)))
+
+
+def make_core(trader:Trader, inputs:CoreInputs)->Core:
+    "The core of a session; the trader of one that is resumed is restored already"
+    terms, step = inputs.terms, inputs.step
+    sequence = step["sequence"] if step else 0
+    fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
+    manager = OrderManager(terms.session, Blotter(inputs.intents, fills), terms.patience, inputs.offer,
+                           beside=trader.told_of_orders)
+    process = partial(start_and_live, kept=step, words=inputs.words)
+    core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process)
+    if step: core.reserve, core.since = inputs.reserve, step["open_time"]
+    return core
+
+# %% ../../nbs/70_live/11_session.ipynb #1d34b627
+def refuse_clock(trader:Trader)->None:
+    "Refuse a policy that decides at other events than the closes of candles"
     if trader.policy.clock != "close":
         raise StartRefusedError(f"{trader.policy.name} decides by the clock {trader.policy.clock!r}: a session decides "
                                 "at the close of candles")
-    refuse_style(trader, offer.kinds)
-    sequence = kept.step["sequence"] if kept else 0
-    booked = ledger.booked(terms.session)
-    fills = [entry for number, entry in booked if number <= sequence and isinstance(entry, Fill)]
-    manager = OrderManager(terms.session, Blotter(ledger.intents(terms.session), fills), terms.patience,
-                           offer, beside=trader.told_of_orders)
-    process = partial(start_and_live, kept=kept.step if kept else None, words=words)
-    core = Core(terms, trader, Bookkeeper(trader, terms.step, booked, sequence), manager, process)
-    if kept: core.reserve, core.since = kept.settings["reserve"], kept.step["open_time"]
-    return core
 
 # %% ../../nbs/70_live/11_session.ipynb #281d7bca
 class Stopwatch:
@@ -451,6 +459,8 @@ def hold(session:"Session")->None:
 
 async def prepare(session:"Session", max_candles:int|None)->Core:
     "Connect, and make the core; nothing is written"
+    refuse_clock(session.trader)
+    refuse_style(session.trader, session.venue.kinds)
     ledger, venue, trader = session.ledger, session.venue, session.trader
     ledger.session(session.id) if session.resumed else ledger.check_new(session.id)
     if session.resumed: hold(session)
@@ -461,8 +471,9 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote)
-    return make_core(trader, ledger, terms, kept, f"{venue.name} at {venue.address} ({venue.why})",
-                     Offer(venue.kinds, venue.amends, venue.expires))
+    session.inputs = core_inputs(ledger, terms, kept, Offer(venue.kinds, venue.amends, venue.expires),
+                                 f"{venue.name} at {venue.address} ({venue.why})")
+    return make_core(trader, session.inputs)
 
 # %% ../../nbs/70_live/11_session.ipynb #5f25e3f8
 def open_files(session:"Session", reserve:float)->None:
@@ -472,8 +483,9 @@ def open_files(session:"Session", reserve:float)->None:
         hold(session)
         session.ledger.open_session(session.id, session.settings | dict(reserve=reserve))
     session.ledger.set_state(session.id, "running")
-    session.files = Files(session.folder, session.settings, session.ledger.rows(session.id))
-    session.journal = session.files.journal
+    session.files = Files(session.folder, session.ledger.rows(session.id))
+    session.files.recorder.start(session.settings, encode(session.inputs))
+    for received in session.early: session.files.recorder.received(received)
     session.venue.on_frame = session.files.recorder.frame
     if session.files.recorder.mended: tell(session, Notice("recording", session.files.recorder.mended))
     save_status(session, "running")
@@ -499,6 +511,18 @@ def show_step(session:"Session", done:StepDone)->None:
     session.progress(session.statistics)
 
 
+def hear(session:"Session", received:Received)->None:
+    "Record what the core is about to be told; what comes before there is a file waits for it"
+    session.stopwatch.heard(received.events)
+    if session.files: session.files.recorder.received(received)
+    else: session.early.append(received)
+
+
+def note(session:"Session", actions:Sequence[Action])->None:
+    "Record what the core decided and what it will send, before anything of it is carried out"
+    if session.files: session.files.recorder.answered(actions)
+
+
 def keep_step(session:"Session", files:Files, record:Step)->None:
     "On the disk first, then in the ledger, then in the table for people"
     files.recorder.sync()
@@ -513,7 +537,6 @@ def carry_out(session:"Session", action:Action)->None:
     match action:
         case Write(Step() as record) if session.files: keep_step(session, session.files, record)
         case Write(record): write(session.ledger, session.id, record)
-        case Record(record) if session.files: session.files.record(record)
         case Tell(notice): tell(session, notice)
         case Say(line): say(session, line)
         case Open(reserve): open_files(session, reserve)
@@ -531,7 +554,7 @@ async def drive(session:"Session", max_candles:int|None)->str:
     "From the connection to the end; returns the state in which the session ended"
     core = await prepare(session, max_candles)
     if session._stopping: session.stop()
-    driver = Driver(core, session.venue, partial(carry_out, session), session.stopwatch.heard)
+    driver = Driver(core, session.venue, partial(carry_out, session), partial(hear, session), partial(note, session))
     end = await run_to_completion(driver.run(), session.stop)
     if end.error: raise end.error
     return end.state
@@ -573,8 +596,9 @@ class Session:
         self.stopwatch = Stopwatch(self.statistics)
         self.reserve = 0.
         self.files: Files|None = None
-        self.journal: Journal|None = None
         self.settings: dict[str, Any] = {}
+        self.inputs: CoreInputs|None = None
+        self.early: list[Received] = [] # received before there was a file to record it in
         self._loop: asyncio.AbstractEventLoop|None = None
         self._stopping = False
         self._said = 0.

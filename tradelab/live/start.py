@@ -32,7 +32,7 @@ from tradelab.live.core import (
     news,
     take,
 )
-from .messages import Began, First, Open, Record, Say, Tell, Warmed, Write
+from .messages import First, Open, Say, Tell, Warmed, Write
 from .reconcile import StartRefusedError, check_explained, reserve_of
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
@@ -181,7 +181,7 @@ def see_history(core:Core, kept:dict|None)->Process:
     questions = market_questions(core.needs, trader.seen, terms.timeframe, times[seen])
     answers = yield from answers_to(core, [*questions.values()])
     known = with_funding_and_index(times[seen], candles[seen], terms.step, dict(zip(questions, answers)))
-    core.do(Record(Began(kept["content"] if kept else None)), Record(Warmed(times[seen], known)))
+    core.do(Warmed(times[seen], known))
     trader.warm(times[seen], known)
     if not kept: core.do(Write(First(trader.open_time, trader.snapshot())))
     precompile(trader, times[seen], known, terms.step)

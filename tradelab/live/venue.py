@@ -31,7 +31,7 @@ class Candle:
     open_time:int       # ms
     # open, high, low, close, volume, quote volume, trades, taker's buy volume: the floats of the exchange's decimal
     # strings
-    values:tuple
+    values:tuple[float, ...]
 
 # %% ../../nbs/70_live/02_venue.ipynb #3d8242b3
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class OrderReport:
 class AccountSnapshot:
     "What the exchange says of the account"
     wallet:float       # quote, without unrealised profit
-    positions:dict     # signed base units for each symbol that has any
+    positions:dict[str, float] # signed base units for each symbol that has any
 
 # %% ../../nbs/70_live/02_venue.ipynb #319d1db9
 class Outcome(StrEnum):
