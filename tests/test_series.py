@@ -188,14 +188,14 @@ def test_a_recording_holds_the_figures_and_replay_hears_them():
     times, rows, _ = matrix(CANDLES[:30])
     told = publications(series)
     exchange = ByHand(times, rows)
-    exchange.start(reader(policy, series), Terms("mood", "1h"), times[10], [told.pop(0), told.pop(0)])
-    for t in range(10, 30):
+    exchange.start(reader(policy, series), Terms("mood", "1h"), times[5], [told.pop(0), told.pop(0)])
+    for t in range(5, 30):
         while told[0].publication_time <= times[t] + HOUR: exchange.tell(told[0].publication_time, [told.pop(0)])
         exchange.close(t)
     recorded, recomputed = replay(exchange.recorder.lines, reader(policy, series))
-    assert len(recorded) == 20
+    assert len(recorded) == 25
     assert recorded["series(mood)"].nunique() == 2
-    assert (recorded["target"] == 0.).sum() == 8 # older than twelve hours at these closes
+    assert (recorded["target"] == 0.).sum() == 5 + 8 # older than twelve hours at these closes
     assert first_difference(recorded, recomputed) is None
 
 
