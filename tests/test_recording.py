@@ -121,11 +121,11 @@ class ByHand:
             events = [event for action in actions for event in self.told(action, int(now))]
             if not events: return done
 
-    def start(self, trader, terms, now):
+    def start(self, trader, terms, now, events=()):
         inputs = CoreInputs(terms)
         self.core = make_core(trader, inputs)
         self.recorder.start(SETTINGS, encode(inputs))
-        self.tell(now, [])
+        self.tell(now, list(events))
 
     def close(self, t):
         "The candles of one close"
