@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tradelab.account import wallet
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import Fill, Funding
+from tradelab.events import Candles, Fill, Funding, Quote
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.live.bookkeeper import Bookkeeper
@@ -310,3 +310,24 @@ def test_the_order_of_arrival_within_a_step_changes_nothing(told, random, cut):
     worth = [wallet(each.account) + (each.positions["quantity"] * (105. - each.positions["entry_price"])).sum()
              for each in (one, parts)]
     assert worth[0] == pytest.approx(worth[1])
+
+
+def test_a_policy_that_decides_between_the_closes_has_a_row_of_equity_for_each_close():
+    one = trader()
+    one.policy = replace(one.policy, clock="book")
+    one.warm(TIMES[:HISTORY], CANDLES[:HISTORY])
+    worth = []
+    for time, candles in zip(TIMES[HISTORY:], CANDLES[HISTORY:]):
+        assert one.on(Candles(int(time), candles)) is None
+        worth.append(one.closed[0].item())
+        for n in range(3):
+            quote = Quote(SYMBOLS[0], candles[0, 3] + n, candles[0, 3] + n + 1, 1., 1., int(time) + HOUR + n)
+            decided = one.on(quote)
+            assert decided.open_time == quote.quote_time
+            assert one.closed[0].item() == worth[-1]
+        one.on(Fill(SYMBOLS[0], .01, 100., 1., int(time) + HOUR + 9))
+    assert [row[0] for row in worth] == TIMES[HISTORY:].tolist()
+    assert len({row[1] for row in worth}) == len(worth)
+    again = trader()
+    again.restore(one.snapshot())
+    assert again.closed.tobytes() == one.closed.tobytes()

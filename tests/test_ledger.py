@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.events import Fill, Funding
-from tradelab.journal import JOURNAL
-from tradelab.live.ledger import FILLS, FUNDINGS, ORDERS, TABLES, Ledger, MemoryLedger, columns_of, record_of
+from tradelab.journal import EQUITY, JOURNAL
+from tradelab.live.ledger import CLOSES, FILLS, FUNDINGS, ORDERS, TABLES, Ledger, MemoryLedger, columns_of, record_of
 from tradelab.live.order_states import Intent, State
 from tradelab.orders import Kind, Order, TimeInForce
 
@@ -46,6 +46,9 @@ def rows(open_time, equity=1e4 / 3):
     for n, name in enumerate(JOURNAL.names): made[name] = n + 1 / 7 if JOURNAL[name].kind == "f" else n
     made["open_time"], made["equity"], made["close"] = open_time, equity, [1 / 7, np.nan]
     return made
+
+
+def worth(open_time, equity=1e4 / 3): return np.array([(open_time, equity, 1 / 7)], EQUITY)
 
 
 def test_the_columns_are_the_fields_of_the_records():
@@ -138,7 +141,8 @@ def test_a_fill_and_a_payment_are_booked_once(ledger):
 
 def test_the_last_step_is_replaced_and_every_bit_comes_back(ledger):
     for open_time, equity in ((3_600_000, 1.), (0, 2.), (3_600_000, 3.)):
-        ledger.step("one", [ETHER, BITCOIN], rows(open_time, equity), {"equity": equity}, sequence=int(equity))
+        ledger.step("one", [ETHER, BITCOIN], rows(open_time, equity), {"equity": equity}, int(equity),
+                    worth(open_time, equity))
     first, second = ledger.rows("one")
     assert first[0] == second[0] == [ETHER, BITCOIN]
     assert first[1].tobytes() == rows(0, 2.).tobytes()
@@ -156,18 +160,42 @@ def test_a_state_without_a_step(ledger):
 
 
 def test_the_journal_is_the_same_table_everywhere(ledger):
-    for open_time in (3_600_000, 0): ledger.step("one", [ETHER, BITCOIN], rows(open_time), {}, 1)
+    for open_time in (3_600_000, 0): ledger.step("one", [ETHER, BITCOIN], rows(open_time), {}, 1, worth(open_time))
     memory = MemoryLedger()
-    for open_time in (0, 3_600_000): memory.step("one", [ETHER, BITCOIN], rows(open_time), {}, 1)
+    for open_time in (0, 3_600_000): memory.step("one", [ETHER, BITCOIN], rows(open_time), {}, 1, worth(open_time))
     pd.testing.assert_frame_equal(ledger.journal("one"), memory.journal("one"), check_exact=True)
     assert list(ledger.journal("one")["symbol"]) == [ETHER, BITCOIN] * 2
     pd.testing.assert_frame_equal(ledger.journal("two"), memory.journal("two"), check_index_type=False)
+    pd.testing.assert_frame_equal(ledger.equity("one"), memory.equity("one"), check_exact=True)
+    pd.testing.assert_frame_equal(ledger.equity("two"), memory.equity("two"), check_index_type=False)
+
+
+def test_each_close_has_one_row_whatever_was_decided(ledger):
+    "A close without a decision of its own, and one that is written twice"
+    for closed, equity in ((0, 1.), (3_600_000, 2.), (3_600_000, 3.)):
+        ledger.step("one", [ETHER, BITCOIN], rows(0), {}, 1, worth(closed, equity))
+    assert ledger.closes("one").tolist() == [(0, 1., 1 / 7), (3_600_000, 3., 1 / 7)]
+    assert list(ledger.equity("one")["equity"]) == [1., 3.]
+    assert len(ledger.journal("one")) == 2
+    assert len(ledger.closes("two")) == 0
+
+
+def test_the_closes_of_an_older_ledger_are_those_of_its_steps(tmp_path):
+    url = f"sqlite:///{tmp_path}/tradelab.db"
+    older = Ledger(url)
+    older.step("one", [ETHER, BITCOIN], rows(0), {}, 1, worth(0))
+    expected = older.rows("one")[0][1]
+    CLOSES.drop(older._database.engine)
+    older.close()
+    newer = Ledger(url)
+    assert newer.closes("one").tolist() == [(0, expected["equity"][0], expected["drawdown"][0])]
+    newer.close()
 
 
 def test_what_was_given_may_change_afterwards(ledger):
     "Arrays and dicts of a caller are its own"
     given, snapshot = rows(0), {"account": [1.]}
-    ledger.step("one", [ETHER, BITCOIN], given, snapshot, 1)
+    ledger.step("one", [ETHER, BITCOIN], given, snapshot, 1, worth(0))
     given["close"], snapshot["account"][0] = 5., 9.
     assert ledger.rows("one")[0][1].tobytes() == rows(0).tobytes()
     assert ledger.snapshot("one")["content"] == {"account": [1.]}

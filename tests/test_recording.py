@@ -21,7 +21,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.events import Candles, Depth, Fill, Quote, Timer, Trade
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN, Instrument
-from tradelab.journal import JOURNAL
+from tradelab.journal import EQUITY, JOURNAL
 from tradelab.live.core import Terms
 from tradelab.live.messages import (
     Amend,
@@ -412,7 +412,7 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
                             journal=SimpleNamespace(write=noting("write")))
     live = SimpleNamespace(id="s", files=files, ledger=SimpleNamespace(step=noting("step")), statistics=Statistics(),
                            stopwatch=Stopwatch(Statistics()))
-    carry_out(live, Write(Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0)))
+    carry_out(live, Write(Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0, np.zeros(1, EQUITY))))
     assert order == ["sync", "step", "write"]
 
 

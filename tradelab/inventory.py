@@ -365,7 +365,8 @@ def compare_sessions(
     for each in (a, b): known(sessions_here(), each, "session")
     if a == b: raise ValueError(f"{a} is compared with itself: name two sessions")
     sessions = dict(A=a, B=b)
-    results = {letter: Result.from_journal(ledger.journal(name), name) for letter, name in sessions.items()}
+    results = {letter: Result.from_journal(ledger.journal(name), ledger.equity(name), name)
+               for letter, name in sessions.items()}
     given = [ledger.session(session)["settings"] for session in (a, b)]
     ledger.close()
     metrics = pd.DataFrame({letter: result.summary().written() for letter, result in results.items()})

@@ -122,17 +122,23 @@ class Result:
     candles:dict[str, pd.DataFrame] = field(default_factory=dict, repr=False) # by symbol, from the first decision on
     net:str = "net of costs"                            # which costs are in it
     instruments:tuple[Instrument, ...] = field(default=(), repr=False) # the tick and step that each was filled on
+    closes:pd.Series|None = field(default=None, repr=False) # equity at each close; None: every close was decided on
 
     @classmethod
-    def from_journal(cls, journal:pd.DataFrame, name:str, **told:Any)->"Result":
-        "The result of a journal as a session keeps it: columns of JOURNAL and `symbol`, index open_time"
+    def from_journal(cls, journal:pd.DataFrame, closes:pd.DataFrame, name:str, **told:Any)->"Result":
+        """The result of a journal and of an equity as a session keeps them: columns of JOURNAL and `symbol`, and of
+        EQUITY, index open_time"""
         if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
-        return cls(name, *journal_rows(journal), **told)
+        return cls(name, *journal_rows(journal), closes=closes["equity"], **told)
 
     @cached
     def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
     @cached
-    def equity(self)->pd.Series: return equity_series(self.rows, self.final, self.name) # quote, at each close
+    def equity(self)->pd.Series:
+        "Quote, at each close"
+        if self.closes is None: return equity_series(self.rows, self.final, self.name)
+        return self.closes.rename(self.name)
+
     @cached
     def fills(self)->pd.DataFrame: return fills_frame(self.fill_rows, self.symbols)
 

@@ -253,7 +253,8 @@ def keep(core:Core)->None:
     "Keep the present step, unless something in it is open that the ledger knows already"
     trader = core.trader
     if not core.books.settled or trader.rows["open_time"][0] != trader.open_time: return
-    core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence)))
+    core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence,
+                       trader.closed.copy())))
 
 # %% ../../nbs/70_live/09_core.ipynb #816c1077
 def catch_up(core:Core)->Process:

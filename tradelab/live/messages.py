@@ -89,6 +89,7 @@ class Step:
     rows:np.ndarray     # JOURNAL, (n_symbols,)
     snapshot:dict
     sequence:int        # number of the last entry that the state holds
+    closed:np.ndarray   # EQUITY, (1,), of its close
 
 
 @dataclass(frozen=True)
