@@ -43,7 +43,9 @@ WORDS = {"as_asked": "accepted"}
 MAY_MOVE = {f"*/{column}": "the portfolio part of an observation" for column in
             ("seen.observations", "decisions.observation", "environment.seen", "environment.last",
              *(f"re*ed.{name}" for name in ("exposure", "unrealised", "time_in_trade", "observed equity",
-                                            "observed drawdown")))}
+                                            "observed drawdown")))} | {
+    f"kernel/orders.{name}": "a target has two slots; what has ended leaves its numbers in the row" for name in
+    ("decision_price", "placed", "revision", "resting", "expires_in", "quantity", "in_force", "price")}
 
 HOUR, START = 3_600_000, 1_672_531_200_000  # 2023-01-01
 COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "taker_buy_volume", "index_price")

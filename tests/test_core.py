@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.account import wallet
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import Fill
+from tradelab.events import Fill, Funding
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
+from tradelab.live.bookkeeper import Bookkeeper
 from tradelab.live.core import Terms
 from tradelab.live.ledger import MemoryLedger
 from tradelab.live.messages import (
@@ -271,3 +273,40 @@ def test_an_outage_ends_nothing(monkeypatch):
     assert "unanswered" in again.notices
     assert fetch is Exchange.fetch
     assert again.ledger.journal("s")["position"].iloc[-1] == expected["position"].iloc[-1]
+
+
+AMOUNTS = st.integers(-9, 9).filter(bool)
+TOLD = st.lists(st.tuples(st.integers(0, 4), AMOUNTS, st.sampled_from(SYMBOLS)), min_size=1, max_size=8)
+
+
+def booked_in(batches):
+    "Account, positions and journal of a step of which so much is told, and booked, at a time"
+    one = trader()
+    one.open_time = 0
+    books = Bookkeeper(one, HOUR)
+    for batch in batches:
+        for entry in batch: books.add(entry)
+        while books.book_next(): pass
+    return one
+
+
+@settings(max_examples=60, deadline=None)
+@given(TOLD, st.randoms(), st.integers(0, 8))
+def test_the_order_of_arrival_within_a_step_changes_nothing(told, random, cut):
+    """What arrives together is booked by the venue's time, to the last bit; what arrives in parts ends with the same
+    positions and money, and only `late` would say when it came"""
+    entries = [Fill(symbol, amount / 8, 100. + number, .01, HOUR + time, "", str(number))
+               for number, (time, amount, symbol) in enumerate(told)]
+    entries += [Funding(symbol, amount / 7, HOUR + time) for time, amount, symbol in
+                {(time, symbol): (time, amount, symbol) for time, amount, symbol in told}.values()]
+    mixed = random.sample(entries, len(entries))
+    one, same, parts = booked_in([entries]), booked_in([mixed]), booked_in([mixed[:cut], mixed[cut:]])
+    for name in ("account", "positions", "rows"): assert getattr(one, name).tobytes() == getattr(same, name).tobytes()
+    assert not one.rows["late"].any()
+    assert not parts.rows["late"].any()
+    assert (parts.positions["quantity"] == one.positions["quantity"]).all()
+    for name in ("fill_quantity", "traded", "cash", "fee", "funding"):
+        assert parts.rows[name] == pytest.approx(one.rows[name], abs=1e-7)
+    worth = [wallet(each.account) + (each.positions["quantity"] * (105. - each.positions["entry_price"])).sum()
+             for each in (one, parts)]
+    assert worth[0] == pytest.approx(worth[1])

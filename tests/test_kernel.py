@@ -139,6 +139,26 @@ def test_every_fill_was_possible(seed, costs):
     assert {"market", "limit", "stop", "take profit", "trailing"} <= kinds, kinds
 
 
+@settings(max_examples=15)
+@given(st.integers(0, 1_000), st.sampled_from([Execution(), Execution("post_only", patience=2),
+                                               Execution("slices", slices=3), Execution(protect=True)]),
+       st.sampled_from([CostModel(), ALL, CostModel(latency=1)]))
+def test_no_fill_of_a_target_goes_from_long_to_short(seed, execution, costs):
+    "A flip is two orders: what closes fills before what opens, and each is what an exchange takes"
+    frames, payments = market(seed, 1, 300)
+    result = backtest(wavering(seed), frames, funding=payments, costs=costs, execution=execution, baselines=(),
+                      limits=replace(WIDE, stops=Stops(stop_loss=.01, take_profit=.02)), instruments=(BITCOIN,))
+    held = 0.
+    for quantity, price in result.fills[["quantity", "price"]].to_numpy():
+        after = round(held + quantity, 8)
+        assert held * after >= 0.
+        if held == 0. and costs.participation is None: assert abs(quantity) * price >= .9 * BITCOIN.min_notional
+        held = after
+    turned = result.journal["position"].to_numpy()
+    flips = (turned[1:] * turned[:-1] < 0.).sum()
+    assert flips > 3 or execution.style != "market"
+
+
 @pytest.mark.parametrize("execution", [Execution(), Execution("post_only", patience=2), Execution("slices", slices=3),
                                        Execution(protect=True)],
                                        ids=lambda each: each.style + " protected" * each.protect)

@@ -19,7 +19,7 @@ SERVER = os.environ.get("LEDGER_TEST_URL", "") # such as postgresql+psycopg://us
 BITCOIN, ETHER = "BTC/USDT:USDT", "ETH/USDT:USDT"
 STOP = Order("tl-2", ETHER, .1 + .2, True, 3_600_000, 1 / 3, 1, Kind.STOP, 19.5, 20.25, .015, TimeInForce.FOK, 24., 3)
 ORDER = Order("tl-1", BITCOIN, -.003, False, 0, 16_529.6)
-FILL = Fill(BITCOIN, -.1 - .2, 1 / 3, .07, 5, "tl-1", "9", True)
+FILL = Fill(BITCOIN, -.1 - .2, 1 / 3, .07, 5, "tl-1", "9", True, True)
 PAID = Funding(BITCOIN, -.5, 28_800_000)
 
 
@@ -177,7 +177,8 @@ NUMBERS = st.floats(allow_nan=False)
 SYMBOLS, NAMES, FEW = st.sampled_from([BITCOIN, ETHER]), st.text("abc-0", min_size=1, max_size=4), st.integers(0, 3)
 ANY_ORDER = st.builds(Order, NAMES, SYMBOLS, NUMBERS, st.booleans(), FEW, NUMBERS, FEW, st.sampled_from(Kind), NUMBERS,
                       NUMBERS, NUMBERS, st.sampled_from(TimeInForce), NUMBERS)
-ANY_FILL = st.builds(Fill, SYMBOLS, NUMBERS, NUMBERS, NUMBERS, FEW, NAMES, st.text("12", max_size=1), st.booleans())
+ANY_FILL = st.builds(Fill, SYMBOLS, NUMBERS, NUMBERS, NUMBERS, FEW, NAMES, st.text("12", max_size=1), st.booleans(),
+                     st.booleans())
 ANY_ENTRY = ANY_FILL | st.builds(Funding, st.just(BITCOIN), NUMBERS, FEW)
 THINGS = {"intend": ANY_ORDER, "book": ANY_ENTRY, "advance": st.sampled_from(State), "event": st.text("ab")}
 DONE = st.lists(st.one_of([st.tuples(st.just(what), thing) for what, thing in THINGS.items()]), max_size=12)

@@ -1,9 +1,11 @@
 "A live session on a venue in memory is the backtest: the same decisions, orders, fills and equity, bit for bit"
 import asyncio
 import re
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from tradelab.errors import InvalidOrderError
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import CLOSE, Candles, Fill
 from tradelab.journal import JOURNAL
+from tradelab.live import start
 from tradelab.live.core import Terms
 from tradelab.live.ledger import Ledger, MemoryLedger
 from tradelab.live.messages import (
@@ -467,6 +470,85 @@ def test_a_session_of_orders_is_resumed_and_replayed(tmp_path):
     assert first_difference(journal[:rows], ledger.journal("orders")[:rows]) is None
     again = make_trader(policy_of(1), LIMITS, data.instruments, timeframe="1h")
     assert first_difference(*replay(list(read(tmp_path / "orders/recording.zst")), again)) is None
+
+
+class ForgetfulVenue(MemoryVenue):
+    "Tells of every third fill, on its stream and when it is asked, only after the next candle"
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.withheld = []
+        self.belated = {} # by id, all that were withheld
+
+    def go_on(self):
+        before = self.events.qsize()
+        there = super().go_on()
+        events = [self.events.get_nowait() for _ in range(before, self.events.qsize())] if not before else []
+        now = [each for each in events if isinstance(each, Fill) and int(each.trade_id) % 3 == 0]
+        told = self.withheld if self._met else []
+        if self._met: self.withheld = now
+        self.belated |= {each.trade_id: each for each in now}
+        for each in [*told, *(each for each in events if each not in now)]: self.events.put_nowait(each)
+        return there
+
+    async def fills(self, symbol, since):
+        hidden = {each.trade_id for each in self.withheld}
+        return [each for each in await super().fills(symbol, since) if each.trade_id not in hidden]
+
+    async def close(self):
+        "Whoever comes back finds it by asking"
+        self.withheld = []
+        await super().close()
+
+
+def opens_once_in_a_while(parameters, memory, observation, prices, answer):
+    "A little more of each symbol, sometimes: nothing is closed that may not be there yet"
+    memory[0] += 1.
+    answer[:] = min(np.ceil(memory[0] / 3) * .1, 1.)
+
+
+def patiently(process):
+    "The same, with time to wait, for a session that waits for no order"
+    def patient(core):
+        terms, core.terms = core.terms, replace(core.terms, patience=15_000)
+        yield from process(core)
+        core.terms = terms
+    return patient
+
+
+@pytest.mark.parametrize("stops", [(), (7, 14)])
+def test_a_fill_that_is_told_a_candle_late_is_applied_then_and_says_so(tmp_path, monkeypatch, stops):
+    monkeypatch.setattr(start, "hear_both", patiently(start.hear_both))
+    data = market_data(FRAMES, funding=RATES)
+    policy = Policy("builder", opens_once_in_a_while, memory=1)
+    venue = ForgetfulVenue(data, SimulationSettings(costs(False), LIMITS), start=int(data.times[START]))
+    ledger = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
+    candles = np.diff([0, *stops, STEPS])
+    for number, count in enumerate(candles):
+        trader = make_trader(policy, LIMITS, data.instruments, timeframe="1h")
+        session = Session(trader, venue, ledger, tmp_path, say=lambda line: None, patience=0.,
+                          **{"resume" if number else "id": "late"})
+        asyncio.run(session.run(int(count)))
+    rows, fills = ledger.journal("late"), {(each.symbol, each.trade_id): each for _, each in ledger.booked("late")
+                                           if isinstance(each, Fill)}
+    belated = [each for each in venue.belated.values() if (each.symbol, each.trade_id) in fills]
+    assert len(belated) > 3
+    assert {each.trade_id for each in fills.values() if each.late} == {each.trade_id for each in belated}
+    for each in belated:
+        told = rows[(rows["symbol"] == each.symbol) & (rows["late"] != 0)]
+        happened = (each.fill_time - data.times[0]) // venue.step
+        assert int(data.times[happened]) in told.index.as_unit("ms").asi8, "the row of the candle after its own step"
+    assert rows["late"].sum() == pytest.approx(sum(abs(each.quantity) for each in belated))
+    assert rows["fill_quantity"].sum() == pytest.approx(sum(each.quantity for each in fills.values()))
+    again = make_trader(policy, LIMITS, data.instruments, timeframe="1h")
+    assert first_difference(*replay(list(read(tmp_path / "late/recording.zst")), again)) is None
+    file = pd.read_csv(tmp_path / "late/journal.csv")
+    assert (file["late"].to_numpy() == rows["late"].to_numpy()).all()
+
+
+def test_no_fill_of_a_backtest_is_late():
+    assert (expected(1, True)[0]["fill_quantity"] != 0).any()
+    assert (expected(1, True)[0]["late"] == 0).all()
 
 
 @pytest.mark.parametrize("act, offered, message", [

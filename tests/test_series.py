@@ -9,23 +9,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
+from test_recording import ByHand
 from test_sentence import network
 
 from tradelab.config import settings as settings_of
 from tradelab.errors import CandleError
 from tradelab.evaluation.difference import first_difference, look_ahead
+from tradelab.events import Candles, Series
 from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
 from tradelab.learn.agents import train
 from tradelab.learn.env import MarketEnv
+from tradelab.live.core import Terms
 from tradelab.live.reconcile import StartRefusedError
+from tradelab.live.replay import replay
 from tradelab.live.session import Session
+from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
+from tradelab.risk.execution import OrderGate
 from tradelab.runs.registry import load
 from tradelab.settings import SeriesDefinition
 from tradelab.sim.backtest import backtest
 from tradelab.sim.prepared import prepare
-from tradelab.sources.exogenous import Exogenous, check_exogenous, load_series, with_series
+from tradelab.sources.exogenous import Exogenous, check_exogenous, load_series, publications, with_series
+from tradelab.trader import Trader
 
 HOUR, DAY = 3_600_000, 86_400_000
 CANDLES = ar1(700, volatility=.01, seed=3)
@@ -74,6 +82,121 @@ def test_array_event_and_environment_are_the_same(seed, definition, window):
         assert_array_equal(seen.reshape(1, -1), array.observations[t])
         seen, *_, info = env.step(np.clip(policy.act(seen.reshape(1, -1)), -1, 1))
         assert np.array_equal(np.array(info["journal"]), array.rows[t])
+
+
+@st.composite
+def published(draw, name, rows):
+    """Figures published at random: several between two closes, at the very close, a moment behind it, two at the same
+    time, corrections of old ones, or none but the first"""
+    times = draw(st.lists(st.builds(lambda hour, more: START + hour * HOUR + more, st.integers(-5, rows + 2),
+                                    st.sampled_from([-1, 0, 0, 1, 1_200_000, 2_400_000])), max_size=25))
+    delays = draw(st.lists(st.sampled_from([0, HOUR, DAY]), min_size=len(times), max_size=len(times)))
+    table = pd.DataFrame({"publication_time": [START - DAY, *times], "delay": [0, *delays]}).drop_duplicates()
+    table["reference_time"] = table["publication_time"] - table.pop("delay")
+    table["value"] = np.random.default_rng(draw(st.integers(0, 99))).normal(size=len(table))
+    what, age = draw(st.sampled_from(["hold", "flat"])), draw(st.sampled_from(["1h", "4h", "9d"]))
+    return Exogenous(name, check_exogenous(table, name), definition=SeriesDefinition(stale=age, when_stale=what))
+
+
+TWO = ("return(1)", "series(mood)", "series(mood).age", "series(fear)@2h", "series(fear).age")
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(published("mood", 60), published("fear", 60), st.integers(0, 2))
+def test_figures_told_as_they_are_published_give_the_bits_of_the_array_form(mood, fear, seed):
+    policy = network(seed, 1, 1, TWO)
+    array, event = (backtest(policy, CANDLES[:60], series={"mood": mood, "fear": fear}, engine=engine,
+                             keep_observations=True, baselines=()) for engine in ("vectorised", "event"))
+    assert first_difference(array, event) is None
+    assert first_difference(array.observations, event.observations) is None
+
+
+def reader(policy, series):
+    return Trader(policy, Observation.from_policy(policy, "1h"), OrderGate, instruments=(BITCOIN,),
+                  series={name: each.definition for name, each in series.items()})
+
+
+def decided(trader, times, rows, told, ahead=0):
+    "The decisions of a trader that is told each figure right before its close, or so many ms earlier"
+    decisions = []
+    for time, row in zip(times, rows):
+        while told and told[0].publication_time <= time + HOUR + ahead: trader.on(told.pop(0))
+        decisions.append(trader.on(Candles(time, row)))
+    return decisions
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(published("mood", 40), published("fear", 40), st.integers(5, 39), st.sampled_from([0, 1, 7 * HOUR]))
+def test_a_figure_told_early_waits_and_a_restart_forgets_none(mood, fear, stop, ahead):
+    series = {"mood": mood, "fear": fear}
+    policy, told = network(1, 1, 1, TWO), publications(series)
+    times, rows, _ = matrix(CANDLES[:40])
+    start = 3                                     # a feature looks at candles of two hours
+    before = [each for each in told if each.publication_time <= times[start - 1] + HOUR]
+    whole, broken = reader(policy, series), reader(policy, series)
+    for trader in (whole, broken): trader.warm(times[:start], rows[:start], before)
+    truth = decided(whole, times[start:].tolist(), rows[start:], told[len(before):])
+    waiting = told[len(before):]
+    heard = decided(broken, times[start:stop].tolist(), rows[start:stop], waiting, ahead)
+    again = reader(policy, series)
+    again.restore(json.loads(json.dumps(broken.snapshot())))
+    known = [each for each in told if each.publication_time <= times[stop - 1] + HOUR]
+    again.warm(times[:stop], rows[:stop], known[:-1]) # the source may not have the newest yet; the snapshot has it
+    heard += decided(again, times[stop:].tolist(), rows[stop:], waiting, ahead)
+    for one, other in zip(truth, heard, strict=True):
+        assert_array_equal(one.observation, other.observation)
+        assert_array_equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (Series("mod", 1.5, START), "series 'mod' with the value 1.5: no feature reads it, only mood"),
+    (Series("mood", float("inf"), START + 9 * HOUR), "series mood: the value inf published at .* is not a finite"),
+    (Series("mood", "1.5", START + 9 * HOUR), "series mood: the value '1.5' published at .* is not a finite"),
+    (Series("mood", 1.5, START + 9.5 * HOUR), "series mood: the value 1.5 has the publication_time 17.*: give ms"),
+    (Series("mood", 1.5, START + 2 * HOUR - 1), "series mood: the value 1.5 published at .* comes behind one of"),
+    (Series("mood", 1.5, START + 3 * HOUR), "series mood: the value 1.5 published at .* comes behind the close at")])
+def test_a_figure_that_cannot_be_taken_in_changes_nothing(wrong, message):
+    trader = reader(network(1, 1, 1, ("series(mood)",)), {"mood": figures()})
+    trader.on(Series("mood", .5, START + 2 * HOUR))
+    trader.on(Candles(START + 2 * HOUR, np.full((1, 5), 100.)))
+    before = json.dumps(trader.snapshot())
+    with pytest.raises(ValueError, match=message): trader.on(wrong)
+    assert json.dumps(trader.snapshot()) == before
+    trader.on(Series("mood", 1.5, START + 3 * HOUR + 1))
+
+
+def test_a_trader_says_which_figures_it_lacks():
+    policy = network(1, 1, 1, ("series(mood)",))
+    trader = reader(policy, {"mood": figures()})
+    trader.on(Series("mood", .5, START + 2 * HOUR))
+    with pytest.raises(ValueError, match=f"series mood: nothing was published until the close at {START + HOUR}"):
+        trader.on(Candles(START, np.full((1, 5), 100.)))
+    assert trader.open_time == -1
+    other = reader(network(1, 1, 1, ("return(1)",)), {})
+    with pytest.raises(ValueError, match="series 'mood' with the value 0.5: no feature reads it, only candles"):
+        other.on(Series("mood", .5, START))
+    with pytest.raises(ValueError, match="series 'mood' with the value 0.5: no feature reads it, only candles"):
+        other.restore(trader.snapshot())
+    frame = with_series(None, {"mood": figures()}, CANDLES)
+    with pytest.raises(ValueError, match="the series 'mood' was given as candles, but a trader is told figures one by"):
+        backtest(policy, CANDLES, extra=frame, engine="event", baselines=())
+
+
+def test_a_recording_holds_the_figures_and_replay_hears_them():
+    policy = network(1, 1, 1, ("series(mood)", "series(mood).age"))
+    series = {"mood": figures(definition=SeriesDefinition(stale="12h", when_stale="flat"))}
+    times, rows, _ = matrix(CANDLES[:30])
+    told = publications(series)
+    exchange = ByHand(times, rows)
+    exchange.start(reader(policy, series), Terms("mood", "1h"), times[5], [told.pop(0), told.pop(0)])
+    for t in range(5, 30):
+        while told[0].publication_time <= times[t] + HOUR: exchange.tell(told[0].publication_time, [told.pop(0)])
+        exchange.close(t)
+    recorded, recomputed = replay(exchange.recorder.lines, reader(policy, series))
+    assert len(recorded) == 25
+    assert recorded["series(mood)"].nunique() == 2
+    assert (recorded["target"] == 0.).sum() == 5 + 8 # older than twelve hours at these closes
+    assert first_difference(recorded, recomputed) is None
 
 
 def test_a_stale_figure_is_held_or_empties_the_position_or_is_refused():

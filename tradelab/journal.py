@@ -16,7 +16,7 @@ from .orders import ORDER
 JOURNAL = np.dtype([("open_time", "i8"), ("close", "f8"), ("equity", "f8"), ("drawdown", "f8"), ("position", "f8"),
                     ("target", "f8"), ("reason", "i8"), ("value", "f8"), ("limit", "f8"),
                     ("order", "f8"), ("fill_quantity", "f8"), ("fill_price", "f8"), ("traded", "f8"), ("cash", "f8"),
-                    ("fee", "f8"), ("funding", "f8")])
+                    ("fee", "f8"), ("funding", "f8"), ("late", "f8")])
 
 # %% ../nbs/00_ground/11_journal.ipynb #634f3c99
 @dataclass(frozen=True)

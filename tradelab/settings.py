@@ -12,6 +12,8 @@ __all__ = ['COSTS', 'FEES', 'COST_WINDOWS', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LI
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from enum import EnumType, IntEnum, unique
+from functools import cached_property
+from math import inf
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -482,6 +484,11 @@ class SeriesDefinition:
             try: duration(getattr(self, name) or "1d")
             except ValueError as error:
                 raise ConfigurationError(f"SeriesDefinition.{name} must be a duration: {error}") from None
+
+    @cached_property
+    def stale_after(self) -> float:
+        "The age (ms since its publication) beyond which a figure is stale; inf: never"
+        return duration(self.stale) if self.stale else inf
 
 # %% ../nbs/00_ground/08_settings.ipynb #c605af5a
 AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, known here without torch

@@ -9,6 +9,7 @@ __all__ = ['check_candle', 'Feed', 'common_candles', 'market_questions', 'with_f
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -127,6 +128,13 @@ def with_funding_and_index(
 def _time(entry): return entry.fill_time if isinstance(entry, Fill) else entry.funding_time
 def _key(entry): return entry.symbol, entry.trade_id if isinstance(entry, Fill) else entry.funding_time
 
+
+def _order(waiting):
+    "Of an entry that waits and its number: the venue's time, then payments, symbols, and trades as they are numbered"
+    entry, _ = waiting
+    trade = entry.trade_id if isinstance(entry, Fill) else ""
+    return _time(entry), isinstance(entry, Fill), entry.symbol, len(trade), trade
+
 # %% ../../nbs/70_live/06_bookkeeper.ipynb #8e95d45d
 class Bookkeeper:
     "The trader's fills and payments, in their order"
@@ -141,7 +149,7 @@ class Bookkeeper:
         self.step = step
         self.sequence = sequence
         self.opening = 0 # ms: of the candle that follows the present step, where it is known to come behind a hole
-        self._waiting: list[tuple] = []
+        self._waiting: list[tuple[Fill|Funding, int|None]] = [] # with the numbers of the ledger
         self._seen: set[tuple] = set()
         for number, entry in booked:
             if number > sequence: self.add(entry, number)
@@ -152,10 +160,10 @@ class Bookkeeper:
         "Take in a fill or a payment, once; `number`: of one that the ledger holds already"
         if entry.symbol not in self.trader.symbols or _key(entry) in self._seen: return
         self._seen.add(_key(entry))
-        insort(self._waiting, (_time(entry), len(self._seen), number, entry))
+        insort(self._waiting, (entry, number), key=_order)
 
     @property
-    def settled(self)->bool: return all(number is None for _, _, number, _ in self._waiting)
+    def settled(self)->bool: return all(number is None for _, number in self._waiting)
 
     def _is_due(self, entry):
         "Whether an entry belongs to the present step or to one before it"
@@ -166,14 +174,20 @@ class Bookkeeper:
     @property
     def ahead(self)->float:
         "Payments that the exchange has made and that belong to a later step, quote"
-        return sum(entry.amount for *_, entry in self._waiting if isinstance(entry, Funding)
+        return sum(entry.amount for entry, _ in self._waiting if isinstance(entry, Funding)
                    and not self._is_due(entry))
+
+    def _marked(self, entry):
+        "A fill says whether it belongs to a step before the present one"
+        if not isinstance(entry, Fill): return entry
+        return replace(entry, late=entry.fill_time < self.trader.open_time + self.step)
 
     def book_next(self)->Entry|None:
         "Give the trader the first entry that is due; None if there is none"
-        place = next((place for place, (*_, entry) in enumerate(self._waiting) if self._is_due(entry)), None)
+        place = next((place for place, (entry, _) in enumerate(self._waiting) if self._is_due(entry)), None)
         if place is None: return None
-        _, _, number, entry = self._waiting.pop(place)
+        entry, number = self._waiting.pop(place)
+        entry = self._marked(entry)
         if number is None: self.sequence += 1
         self.trader.on(entry)
         return Entry(entry, self.sequence if number is None else number, number is not None)
@@ -182,6 +196,6 @@ class Bookkeeper:
     def positions(self)->dict[str, float]:
         "Signed base units by symbol when everything that waits is booked"
         held = dict(zip(self.trader.symbols, self.trader.positions["quantity"].tolist()))
-        for _, _, _, entry in self._waiting:
+        for entry, _ in self._waiting:
             if isinstance(entry, Fill): held[entry.symbol] += entry.quantity
         return held

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..account import wallet
 from ..errors import FeedError
-from ..events import Candles, Depth, Fill, Funding, Quote, Timer, Trade
+from ..events import Candles, Depth, Fill, Funding, Quote, Series, Timer, Trade
 from .bookkeeper import Bookkeeper, Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.messages import (
     Action,
@@ -89,7 +89,8 @@ class Core:
         self.reserve = 0.                       # quote, money of the account that the trader was not given
         self.since = 0                          # ms, what happened before is in the trader's account
         self.candles = 0                        # steps done
-        self.needs = sorted(trader.observation.needs) # row and column of what features look at
+        # row and column of what features look at in candles
+        self.needs = sorted(need for need in trader.observation.needs if need[0] < len(trader.seen))
         self.halted = bool(trader.account["halted"][0])
         self.stopping = False
         self.now = 0                            # ms, of what was received last
@@ -148,6 +149,7 @@ def take(core:Core, event:Event)->None:
         case Candle(symbol, open_time, values) if core.feed: core.feed.add(symbol, open_time, values)
         case Candle(): core.early.append(event)
         case Quote() | Depth() | Trade() | Timer(): hear_market(core, event)
+        case Series(): core.trader.on(event)
         case Fill() | Funding(): core.books.add(event)
         case OrderReport(): core.do(*core.manager.blotter.on_update(event))
         case Answered(): core.do(*core.manager.on_answer(event, core.now))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..events import Depth, Fill, Funding, Quote, Timer, Trade
+from ..events import Depth, Fill, Funding, Quote, Series, Timer, Trade
 from ..journal import Decision
 from .order_states import Intent
 from .venue import AccountSnapshot, Answer, Candle, OrderReport
@@ -204,7 +204,7 @@ class Failed:
 
 
 Event = (Candle | Fill | Funding | OrderReport | Notice | Answered | Fetched | Unanswered | Woken | Stop | Failed
-         | Quote | Depth | Trade | Timer)
+         | Quote | Depth | Trade | Timer | Series)
 
 # %% ../../nbs/70_live/03_messages.ipynb #04213c83
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class Statistics:
     late:int = 0              # seen, but too late to order
     orders:int = 0
     fills:int = 0
+    late_fills:int = 0        # told after the candle in which they happened was decided on
     rejected:int = 0
     disagreements:int = 0     # with the exchange's account
     fees:float = 0.           # quote, paid
@@ -144,7 +145,7 @@ class Statistics:
 
     def summary(self)->dict[str, Any]:
         "As it is printed"
-        counts = {name: getattr(self, name) for name in ("candles", "late", "orders", "fills", "rejected",
+        counts = {name: getattr(self, name) for name in ("candles", "late", "orders", "fills", "late_fills", "rejected",
                                                          "disagreements")}
         amounts = {f"{name} [quote]": round(getattr(self, name), 2) for name in ("fees", "funding", "equity")}
         times = {f"{label} {share} [ms]": value for label, values in (("close to order", self.to_order),
@@ -163,8 +164,9 @@ def count(statistics:Statistics, action:Action)->None:
     "Add what an action says to the statistics"
     match action:
         case Send(): statistics.orders += 1
-        case Write(Entry(Fill(fee=fee))):
+        case Write(Entry(Fill(fee=fee, late=late))):
             statistics.fills += 1
+            statistics.late_fills += late
             statistics.fees += fee
         case Write(Entry(Funding() as paid)): statistics.funding += paid.amount
         case Tell(Notice("rejected")): statistics.rejected += 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..account import wallet
-from ..events import CLOSE, Candles
+from ..events import CLOSE, Candles, Series
 from ..instruments import Instrument
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from tradelab.live.core import (
@@ -125,7 +125,9 @@ def precompile(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->N
     "Let a trader like this one decide once, so that everything is compiled"
     if not len(times): return
     understudy = trader.afresh()
-    understudy.warm(times, candles)
+    figures = [Series(name, 0., int(time) + step) for time in (*times, times[-1] + step)
+               for name in trader.observation.series]
+    understudy.warm(times, candles, figures)
     understudy.on(Candles(int(times[-1]) + step, candles[-1]))
 
 # %% ../../nbs/70_live/10_start.ipynb #baec9f10

@@ -8,7 +8,7 @@ __all__ = ['funding_rates', 'MarketData', 'market_data', 'observed_candles', 'Si
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #08_prepa002
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -82,6 +82,7 @@ class MarketData:
     rates:np.ndarray    # float64 (T, n, dues): of `funding_rates`
     holes:int           # in the candles
     missing:int         # candles in these holes
+    series:dict[str, Exogenous] = field(default_factory=dict) # by the name that features read; a trader is told them
 
     @property
     def timeframe(self)->str:
@@ -107,7 +108,7 @@ def market_data(
     traded = {symbol: frames[symbol] for symbol in symbols}
     return MarketData(frames, symbols, instruments_for(traded, instruments, known_instruments), times, known,
                       np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)]),
-                      funding_rates(funding, times, symbols), *holes_in(times))
+                      funding_rates(funding, times, symbols), *holes_in(times), dict(series or {}))
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #4474d68c
 def observed_candles(
