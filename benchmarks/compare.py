@@ -36,7 +36,7 @@ RENAMED = {r"(.*accounts?)\.state": r"\1.required_state", r"(.*fills)\.met": r"\
            r"(.*)books\.(.*)": r"\1execution_state.\2"}
 # columns that are only here
 NEW = ("*account.trading_state", "*accounts.trading_state", "*orders.exposure", "*orders.placed", "*orders.revision",
-       "*positions.variation", "re*ed.requests", "*journal.late")
+       "*positions.variation", "re*ed.requests", "*journal.late", "booked.late")
 # words in columns of text, there -> here: "take_profit": "take_profit_stop"
 WORDS = {"as_asked": "accepted"}
 # "kind/column" -> why its figures may move; * stands for anything

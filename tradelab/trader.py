@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'BETWEEN', 'record', 'record_fill', 'packed', 'unpacked', 'unpacked_state', 'kept', 'value', 'Holdings',
-           'Figures', 'with_history', 'unpacked_figures', 'MarketView', 'Trader']
+           'Figures', 'with_history', 'packed_figures', 'unpacked_figures', 'MarketView', 'Trader']
 
 # %% ../nbs/00_ground/16_trader.ipynb #cd8d78b4
 import base64
@@ -299,13 +299,21 @@ def with_history(
     return published
 
 
+def packed_figures(
+    figures: Figures,
+) -> dict[str, Any]:
+    "Those known and those that wait, as a snapshot holds them; empty if no feature reads any"
+    told = {name: [[each.value, each.publication_time] for each in those] for name, those in figures.published.items()}
+    return {"series": told} if told else {}
+
+
 def unpacked_figures(
-    figures: Figures,             # that they are for
-    kept: dict[str, list],        # of a snapshot: value and publication time by name
+    figures: Figures,              # that they are for
+    snapshot: dict[str, Any],      # with what `packed_figures` made
 ) -> dict[str, deque[Series]]:
     "The figures of a snapshot; ValueError if they are of other series"
     published: dict[str, deque[Series]] = {name: deque() for name in figures.published}
-    for name, pairs in kept.items():
+    for name, pairs in snapshot.get("series", {}).items():
         for value, time in pairs: _take_in(Series(name, value, time), published, -1)
     return published
 
@@ -401,6 +409,19 @@ def _see(trader, open_time, candle):
     trader.open_time = open_time
 
 
+def _warm(trader, times, candles, series):
+    "See history with the figures that were published in it, or before"
+    trader.view.figures.published = with_history(trader.view.figures, series)
+    for open_time, candle in zip(times, candles): _see(trader, int(open_time), candle)
+
+
+def _restore(trader, snapshot):
+    "Continue with holdings and figures, or with neither"
+    published = unpacked_figures(trader.view.figures, snapshot)
+    Holdings.restore(trader, snapshot)
+    trader.view.figures.published = published
+
+
 def _close(trader, closed):
     "Candles closed: learn, value, and decide if the clock says so"
     _see(trader, closed.open_time, closed.values)
@@ -418,7 +439,7 @@ def _hear(trader, event):
     value(trader.account, trader.positions, candle, trader.prices, trader.view.time, BETWEEN)
     return _decide(trader, trader.view.time, candle)
 
-# %% ../nbs/00_ground/16_trader.ipynb #a79bb7db
+# %% ../nbs/00_ground/16_trader.ipynb #e1c09929
 class Trader(Holdings):
     "The sentence as an object: told what happens, it answers with the orders that it wants to be working"
 
@@ -452,8 +473,7 @@ class Trader(Holdings):
 
     @property
     def told_of_orders(self) -> bool:
-        """Whether it knows its orders from `OrderUpdate`, because they may rest; otherwise each of its orders ends
-        before the next close, and `Candles.working` tells of one that has not"""
+        "Whether it knows its orders from `OrderUpdate`, as they may rest; if not, `Candles.working` tells of them"
         return self.policy.order_slots > 0 or self.execution.style == "post_only"
 
     @property
@@ -462,10 +482,8 @@ class Trader(Holdings):
         return max(self.observation.warm_up, self.rules.warm_up)
 
     def warm(self, times: Iterable[int], candles: Iterable[np.ndarray], series: Iterable[Series] = ()) -> None:
-        """See history without deciding: open times, (T,), and the values of `Candles`, (T, n_seen, 5 or 11); and the
-        figures that were published in it, or before"""
-        self.view.figures.published = with_history(self.view.figures, series)
-        for open_time, candle in zip(times, candles): _see(self, int(open_time), candle)
+        "See history without deciding: open times, (T,), `Candles.values`, (T, n_seen, 5 or 11), figures until then"
+        _warm(self, times, candles, series)
 
     @overload
     def on(self, event: Candles) -> Decision: ...
@@ -484,14 +502,9 @@ class Trader(Holdings):
         return None
 
     def snapshot(self) -> dict[str, Any]:
-        """The holdings, the last figures and the time of the last candle, as JSON; after `restore`, give the candles up
-        to it to `warm`"""
-        figures = {name: [[each.value, each.publication_time] for each in told]
-                   for name, told in self.view.figures.published.items()}
-        return {"open_time": self.open_time, **({"series": figures} if figures else {}), **super().snapshot()}
+        "Holdings, figures and the time of the last candle, as JSON; after `restore`, give `warm` the candles up to it"
+        return {"open_time": self.open_time, **packed_figures(self.view.figures), **super().snapshot()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         "Continue from a snapshot; ValueError where it is not one of these symbols and series"
-        published = unpacked_figures(self.view.figures, snapshot.get("series", {}))
-        super().restore(snapshot)
-        self.view.figures.published = published
+        _restore(self, snapshot)
