@@ -107,7 +107,7 @@ def test_orders_flow_and_the_books_agree_with_the_exchange_at_every_candle(whole
 
 def test_what_a_session_leaves(whole):
     folder = whole["folder"] / "sessions" / "momentum_test"
-    worth = pd.read_csv(folder / "equity.csv", float_precision="round_trip")
+    worth = pd.read_csv(folder / "equity.csv")
     assert list(worth["open_time"]) == list(whole["journal"].index.as_unit("ms").asi8)
     for name in ("equity", "drawdown"): # this policy decides at every close
         assert (worth[name].to_numpy() == whole["journal"][name].to_numpy()).all()

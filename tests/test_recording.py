@@ -409,7 +409,8 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
     order = []
     def noting(name): return lambda *_: order.append(name)
     files = SimpleNamespace(recorder=SimpleNamespace(sync=noting("sync")),
-                            journal=SimpleNamespace(write=noting("write")), equity=SimpleNamespace(write=noting("equity")))
+                            journal=SimpleNamespace(write=noting("write")),
+                            equity=SimpleNamespace(write=noting("equity")))
     live = SimpleNamespace(id="s", files=files, ledger=SimpleNamespace(step=noting("step")), statistics=Statistics(),
                            stopwatch=Stopwatch(Statistics()))
     carry_out(live, Write(Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0, np.zeros(1, EQUITY))))
