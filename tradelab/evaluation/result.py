@@ -42,8 +42,10 @@ def journal_frame(
 
 def journal_rows(
     journal:pd.DataFrame,   # as `journal_frame` makes it
+    name:str,               # for the message
 )->tuple[np.ndarray, tuple[str, ...]]: # rows of JOURNAL (T, n_symbols), symbols
-    "The rows of JOURNAL that a table shows"
+    "The rows of JOURNAL that a table shows; ValueError if it shows none"
+    if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
     symbols = tuple(dict.fromkeys(journal["symbol"]))
     table = journal.assign(open_time=journal.index.as_unit("ms").asi8)[list(JOURNAL.names or ())]
     return np.array(list(table.itertuples(index=False, name=None)), JOURNAL).reshape(-1, len(symbols)), symbols
@@ -65,8 +67,10 @@ def equity_series(
     rows:np.ndarray,               # JOURNAL, (T, n_symbols)
     final:tuple[int, float]|tuple[()], # (open time in ms, equity) of the last candle, or nothing
     name:str,
+    closes:pd.Series|None=None,    # equity at each close, where not every close was decided on
 )->pd.Series:                      # quote, index open_time
     "Equity at the close of each candle"
+    if closes is not None: return closes.rename(name)
     times = [*rows["open_time"][:, 0], *final[:1]]
     values = [*rows["equity"][:, 0], *final[1:]]
     return pd.Series(values, pd.DatetimeIndex(np.array(times, "datetime64[ms]"), tz="UTC", name="open_time"), name=name)
@@ -126,22 +130,15 @@ class Result:
 
     @classmethod
     def from_journal(cls, journal:pd.DataFrame, closes:pd.DataFrame, name:str, **told:Any)->"Result":
-        """The result of a journal and of an equity as a session keeps them: columns of JOURNAL and `symbol`, and of
-        EQUITY, index open_time"""
-        if journal.empty: raise ValueError(f"the journal of {name} holds no step: there is nothing to show")
-        return cls(name, *journal_rows(journal), closes=closes["equity"], **told)
+        "Of a session's journal (columns of JOURNAL and `symbol`) and equity (columns of EQUITY), index open_time"
+        return cls(name, *journal_rows(journal, name), closes=closes["equity"], **told)
 
     @cached
     def journal(self)->pd.DataFrame: return journal_frame(self.rows, self.symbols)
     @cached
-    def equity(self)->pd.Series:
-        "Quote, at each close"
-        if self.closes is None: return equity_series(self.rows, self.final, self.name)
-        return self.closes.rename(self.name)
-
+    def equity(self)->pd.Series: return equity_series(self.rows, self.final, self.name, self.closes)
     @cached
     def fills(self)->pd.DataFrame: return fills_frame(self.fill_rows, self.symbols)
-
     @cached
     def round_trips(self)->pd.DataFrame:
         "A row per finished round trip; with excursions if there are fills (a journal merges those of one candle)"

@@ -222,6 +222,12 @@ def _add_orders(database, session, orders):
     if rows: database.write(ORDERS.insert().values(rows))
 
 
+def _terms(order):
+    "What of an order is written again if it is amended"
+    names = "quantity", "price", "trigger", "expires_in", "decision_price", "revision"
+    return {name: getattr(order, name) for name in names} | {"amending": True}
+
+
 def _update_order(database, session, order_id, facts):
     database.write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == order_id).values(facts))
 
@@ -323,9 +329,7 @@ class Ledger:
 
     def revise(self, session:str, order:Order)->None:
         "Write down that a working order gets another price or quantity, before it is asked for"
-        names = "quantity", "price", "trigger", "expires_in", "decision_price", "revision"
-        terms = {name: getattr(order, name) for name in names} | {"amending": True}
-        _update_order(self._database, session, order.order_id, terms)
+        _update_order(self._database, session, order.order_id, _terms(order))
 
     def intents(self, session:str)->list[Intent]:
         "All orders of a session, oldest first"
@@ -349,8 +353,8 @@ class Ledger:
     def step(self, session:str, symbols:Sequence[str], rows:np.ndarray, snapshot:dict, sequence:int,
              closed:np.ndarray)->None:
         "Write down a step: a JOURNAL row per symbol, the trader's state, the last entry in it, EQUITY of its close"
-        state = _keep_snapshot(session, int(rows["open_time"][0]), snapshot, sequence)
-        self._database.write(*_keep_step(session, symbols, rows, closed), *state)
+        self._database.write(*_keep_step(session, symbols, rows, closed),
+                             *_keep_snapshot(session, int(rows["open_time"][0]), snapshot, sequence))
 
     def keep(self, session:str, open_time:int, snapshot:dict, sequence:int)->None:
         "Write down the trader's state before its first step"
@@ -368,10 +372,7 @@ class Ledger:
         "The journal of a session: a row per step and symbol, the symbol and the columns of JOURNAL, index open_time"
         return _frame(_step_rows(self._database, session))
 
-    def closes(self, session:str)->np.ndarray:
-        "Rows of EQUITY, one for each close, oldest first"
-        return _closes(self._database, session)
-
+    def closes(self, session:str)->np.ndarray: return _closes(self._database, session) # EQUITY, oldest first
     def equity(self, session:str)->pd.DataFrame:
         "Equity and drawdown at each close, index open_time"
         return _frame(self.closes(session), (EQUITY.names or ())[1:])
