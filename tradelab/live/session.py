@@ -377,9 +377,12 @@ def remember(ledger:Ledger, session:str, given:dict[str, Any], trader:Trader)->K
     "Bring a trader to where its session was; StartRefusedError if it is not that session any more"
     known = in_this_format(session, ledger.session(session)["settings"])
     check_same(session, known, given)
-    kept = Kept(known, ledger.snapshot(session) or {})
-    restore(trader, session, known, kept.step)
-    return kept
+    step = ledger.snapshot(session)
+    if step is None:
+        raise StartRefusedError(f"session {session} ended before it had seen the market, and has ordered nothing: "
+                                "start a new one")
+    restore(trader, session, known, step)
+    return Kept(known, step)
 
 # %% ../../nbs/70_live/11_session.ipynb #f0a1b44b
 @dataclass(frozen=True)
