@@ -51,12 +51,13 @@ def with_tradelab(ticks, held, fee):
     state = new_state(new_account(1e6), np.zeros(1, POSITION), rules.execution, 10_000)
     world, equity = Simulation(tape, state, rules), np.full(len(ticks), 1e6)
     for t in range(len(ticks) - 1):
-        place_target(world.state, world.rules, 0, asked[t], 0, 1.)
+        place_target(world.state, world.rules, 0, asked[t], 0, candles[t, 0, 3])
         world.step(t, np.zeros(0), np.zeros(1, JOURNAL))
         equity[t + 1] = state.account[0]["equity"]
     state = world.state
     fills = state.fills[:state.count[0]]
-    return len(fills), float((fills["price"] * fills["quantity"]).sum()), equity
+    count = len(np.unique(fills["open_time"])) # from long to short is one order there, and here two of one candle
+    return count, float((fills["price"] * fills["quantity"]).sum()), equity
 
 
 def with_vectorbt(ticks, held, fee):
