@@ -4,8 +4,8 @@ TORCH  ?= torch~=2.13.0
 BIN    := .venv/bin
 READY  := .venv/ready
 DOCS   := .venv/docs-ready
-# four on two cores: much of what a live test takes is waiting, for sockets, signals and other processes
-PYTEST := $(BIN)/python -m pytest -q -n 4
+# three on two cores: much of what a live test takes is waiting, for sockets, signals and other processes
+PYTEST := $(BIN)/python -m pytest -q -n 3
 PASSES := .cache/test-passes.jsonl
 # what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange;
 # CI: hypothesis has no deadlines in a chapter, and the same examples each time

@@ -26,8 +26,7 @@ hypothesis.settings.load_profile("tradelab")
 WARM = """
 import json, os, signal, sys
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline" # as ipykernel sets it before matplotlib comes
-import ccxt.pro, hypothesis, matplotlib.pyplot, numba, pandas, pydantic_settings, pytest, scipy.stats, sqlalchemy.orm
-import pyarrow.parquet, structlog
+import ccxt.pro, hypothesis, matplotlib.pyplot, numba, pandas, pydantic_settings, sqlalchemy.orm, structlog
 from ipykernel.kernelapp import launch_new_instance
 numba.njit("f8(f8)")(lambda x: x)                # numba reads its tables of types when it first compiles
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)    # nobody waits for a kernel that has ended

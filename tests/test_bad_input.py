@@ -1,11 +1,12 @@
 "What a person gets wrong: one clear sentence, an exit code that is not zero, and nothing half-written"
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import forked
 
 from tradelab.localnet.server import Localnet
 from tradelab.market.synthetic import ar1
@@ -34,7 +35,8 @@ def tradelab(place, *words, **variables):
     environment |= {"TRADELAB_DATABASE": f"sqlite:///{place}/tradelab.db", "TRADELAB_LOCALNET_PORT": "0"} | variables
     # what is measured here is measured elsewhere, and slows every start
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADELAB_", "COVERAGE_"))}
-    return forked("tradelab", *words, cwd=ROOT, env=clean | environment)
+    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment,
+                          capture_output=True, text=True)
 
 
 def refused(place, *words, **variables):

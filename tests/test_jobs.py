@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from forked import forked
 
 from tradelab import jobs
 
@@ -51,7 +50,8 @@ def write(path, *cells, parameters="policy:str = 'latest'\nsteps:int = 10\nshare
     return path
 
 
-def papermill(*arguments, **options): return forked("papermill", *PAPERMILL[3:], *arguments, **options)
+def papermill(*arguments, **options):
+    return subprocess.run([*PAPERMILL, *map(str, arguments)], capture_output=True, text=True, **options)
 
 
 def test_a_job_begins_without_a_grammar_that_it_does_not_need():

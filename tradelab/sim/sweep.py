@@ -102,10 +102,10 @@ def rebalance(
         return -np.sign(held) * cut if cut >= instrument["min_quantity"] and cut * close >= smallest else 0.
     more, closing = wanted - held, 0. if same else -held
     if wanted == 0. or abs(more - closing) * close < smallest: return closing
-    quantity = round_quantity(more, instrument)
-    enough = (abs(quantity - closing) * close >= smallest and abs(quantity) >= instrument["min_quantity"]
-              and abs(quantity) * close >= instrument["min_notional"])
-    return quantity if enough else closing
+    opening = round_quantity(more - closing, instrument)
+    enough = (abs(opening) * close >= smallest and abs(opening) >= instrument["min_quantity"]
+              and abs(opening) * close >= instrument["min_notional"])
+    return decimal8(closing + opening) if enough else closing
 
 # %% ../../nbs/50_sim/07_sweep.ipynb #612e01b9
 IDEAL = types.int64(types.float64[:, ::1], types.int64, SIMULATIONS, SUM)
@@ -141,8 +141,9 @@ def _without(targets, start, simulation, sums):
         if quantity != 0.:
             price = round_price(candles[t + 1, 0, OPEN], quantity, instrument)
             cash = cash - quantity * price
+            fills += 2. if quantity * held < 0. and abs(quantity) > abs(held) else 1. # a flip is two orders
             held = decimal8(held + quantity)
-            fills, traded = fills + 1., traded + abs(quantity) * price
+            traded += abs(quantity) * price
         equity = cash + held * candles[t + 1, 0, CLOSE]
         moved = equity / last - 1.
         last = equity
