@@ -229,7 +229,9 @@ def compare(driver, seed, scarce):
     ours = driver.venue.held.simulation.state
     assert np.array_equal(fills, ours.fills[:ours.count[0]])
     assert seen == shown()[:len(seen)]
-    assert {notice.kind for notice in driver.notices} <= {"unanswered"}, driver.notices
+    assert {notice.kind for notice in driver.notices} <= {"unanswered", "resting"}, driver.notices
+    works = sum(order["kind"] != NONE for order in driver.venue.held.simulation.state.orders.ravel())
+    assert sum(notice.kind == "resting" for notice in driver.notices) == works
     recorded, recomputed = replay(driver.recorder.lines, driver.trader())
     assert set(rows.index) <= set(recorded.index)
     assert first_difference(recorded, recomputed) is None

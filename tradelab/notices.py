@@ -27,6 +27,7 @@ NOTICES = { # kind: (level, when it is told)
     "unanswered": ("error", "the venue did not answer a question"),
     "unknown": ("error", "nobody knows yet what became of an order"),
     "unsettled": ("error", "the session ends with an order whose end is not known"),
+    "resting": ("warning", "the session ends, and an order of it still works at the venue"),
     "blocked": ("warning", "a symbol waits for the outcome of an earlier order"),
     "contradiction": ("error", "what the venue says of an order contradicts what it said before"),
     "foreign": ("error", "a fill of an order that is not ours"),

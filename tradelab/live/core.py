@@ -7,7 +7,7 @@ __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'Terms', 'Core', 'hear_market', 
            'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep',
            'catch_up', 'settle', 'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree', 'known_at_close',
            'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
-           'history_questions', 'fill_gap', 'reconnected', 'live']
+           'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'live']
 
 # %% ../../nbs/70_live/09_core.ipynb #3207a853
 from collections import Counter
@@ -40,7 +40,7 @@ from tradelab.live.messages import (
     Woken,
     Write,
 )
-from .order_manager import ATTEMPTS, PAUSE, OrderManager, ended, may_open, under_our_name, update_of
+from .order_manager import ATTEMPTS, PAUSE, OrderManager, ended, may_open, still_wanted, under_our_name, update_of
 from .order_states import State, orders_from_decision
 from .reconcile import compare_accounts, difference, missed
 from .venue import AccountSnapshot, Candle, OrderReport
@@ -466,6 +466,13 @@ def reconnected(core:Core)->Process:
     if core.feed and not core.feed.ready: yield from ask_until_answered(core, [("account",)])
 
 # %% ../../nbs/70_live/09_core.ipynb #3b4831eb
+def tell_of_resting(core:Core)->None:
+    "A person should know which orders go on working when nobody watches them"
+    core.do(*(Tell(Notice("resting", f"{intent.order.symbol} {intent.order.kind.name} {still_wanted(intent)} stays at "
+                          f"{core.terms.venue} ({intent.order.order_id}): resume the session, or cancel it there"))
+              for intent in core.manager.blotter.open.values() if intent.state is State.ACKNOWLEDGED))
+
+
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:
@@ -475,3 +482,4 @@ def live(core:Core)->Process:
         if ready: yield from step(core, *ready)
         elif core.feed and core.feed.gap: yield from fill_gap(core)
         elif not (yield from news(core, core.now + 2 * core.terms.step + 60_000)): yield from fill_gap(core)
+    tell_of_resting(core)
