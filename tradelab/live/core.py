@@ -40,7 +40,16 @@ from tradelab.live.messages import (
     Woken,
     Write,
 )
-from .order_manager import ATTEMPTS, PAUSE, OrderManager, ended, may_open, still_wanted, under_our_name, update_of
+from tradelab.live.order_manager import (
+    ATTEMPTS,
+    PAUSE,
+    OrderManager,
+    ended,
+    may_open,
+    still_wanted,
+    under_our_name,
+    update_of,
+)
 from .order_states import State, orders_from_decision
 from .reconcile import compare_accounts, difference, missed
 from .venue import AccountSnapshot, Candle, OrderReport
