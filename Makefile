@@ -7,6 +7,7 @@ DOCS   := .venv/docs-ready
 # three on two cores: much of what a live test takes is waiting, for sockets, signals and other processes
 PYTEST := $(BIN)/python -m pytest -q -n 3
 PASSES := .cache/test-passes.jsonl
+BESIDE := .cache/test-beside.log
 # what the job notebooks write under test does not mix with what a person has made, and nothing goes to an exchange;
 # CI: hypothesis has no deadlines in a chapter, and the same examples each time
 APART  := CI=1 TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_RUNS=.cache/test/runs TRADELAB_SESSIONS=.cache/test/sessions \
@@ -15,7 +16,7 @@ APART  := CI=1 TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_R
 # dozens of processes read the modules that the first of them has compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test notebooks export docs readme lab benchmark lock clean
+.PHONY: help setup demo test compiled beside notebooks export docs readme lab benchmark lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -42,19 +43,30 @@ demo: $(READY) ## train an agent, test it, trade it live on localnet, replay, re
 test: $(READY) ## style, types, tests, all notebooks, coverage; ends with what was skipped
 	@mkdir -p .cache && : > $(PASSES)
 	$(BIN)/ruff check -q nbs tradelab tests conftest.py .ci benchmarks
-	@echo "--- types, and meanwhile compilation, once for all"
-	$(BIN)/mypy & types=$$!; $(BIN)/python benchmarks/cold_compile.py && wait $$types
+	@$(MAKE) --no-print-directory beside > $(BESIDE) 2>&1 & beside=$$!; \
+	  trap "kill $$beside 2>/dev/null" INT TERM; \
+	  $(MAKE) --no-print-directory compiled; compiled=$$?; \
+	  wait $$beside; beside=$$?; cat $(BESIDE); exit $$((compiled + beside))
+	@$(BIN)/python .ci/summary.py $(PASSES) && rm $(PASSES)
+
+# one pass waits for sockets and signals, the other computes: together they use both cores
+compiled:
+	@echo "--- compilation, once for all; types and uncompiled chapters beside it, in $(BESIDE)"
+	$(BIN)/python benchmarks/cold_compile.py
 	@echo "--- tests"
 	$(PYTEST) --dist loadfile --no-loadscope-reorder tests
-	@echo "--- the chapters against the package, uncompiled, for coverage"
-	@$(BIN)/python -m coverage erase
-	NUMBA_DISABLE_JIT=1 $(BIN)/python -m coverage run -m pytest -q -n 2 -m uncompiled tests
-	@$(BIN)/python -m coverage combine -q
-	$(BIN)/python -m coverage report --skip-covered --fail-under=90
 	@echo "--- all notebooks, cell by cell"
 	@rm -rf .cache/test; mkdir -p .cache/test
 	$(APART) $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 1800 --dist loadfile nbs
-	@$(BIN)/python .ci/summary.py $(PASSES) && rm $(PASSES)
+
+beside:
+	@echo "--- types"
+	$(BIN)/mypy
+	@echo "--- the chapters against the package, uncompiled, for coverage"
+	@$(BIN)/python -m coverage erase
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m coverage run -m pytest -q -m uncompiled tests
+	@$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --fail-under=90
 
 notebooks: $(READY) ## execute all chapters in place and clean them
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --log-level WARN nbs/*/*.ipynb nbs/index.ipynb
