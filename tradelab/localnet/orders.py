@@ -7,9 +7,9 @@ __all__ = ['OPEN_STATES', 'CONDITIONAL', 'FORCES', 'GRACE', 'LATEST', 'BAND', 'C
            'Amendment', 'ExchangeOrder', 'ExchangeTrade', 'trade_reply', 'apply_trade', 'average_price', 'order_reply',
            'accepted', 'amendment_replies', 'order_event', 'trade_lite', 'read_kind', 'read_force',
            'read_position_side', 'reduces', 'check_quantity', 'check_price', 'check_band', 'check_notional',
-           'check_client_id', 'read_choice', 'read_price_match', 'matched_price', 'read_order']
+           'check_client_id', 'read_price_match', 'matched_price', 'read_order']
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #a74496e7
+# %% ../../nbs/60_localnet/06_orders.ipynb #6f1f7a6d
 import re
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ import numpy as np
 from ..instruments import Instrument
 from tradelab.localnet.protocol import (
     RequestDeniedError,
+    chosen,
     flag,
     format_amount,
     format_number,
@@ -26,7 +27,7 @@ from tradelab.localnet.protocol import (
     whole,
 )
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #7425530e
+# %% ../../nbs/60_localnet/06_orders.ipynb #a2348675
 OPEN_STATES = ("NEW", "PARTIALLY_FILLED")
 
 
@@ -86,7 +87,7 @@ class ExchangeOrder:
     @property
     def is_open(self)->bool: return self.status in OPEN_STATES
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #c609e2cc
+# %% ../../nbs/60_localnet/06_orders.ipynb #350d0be4
 @dataclass(frozen=True)
 class ExchangeTrade:
     "A fill of an order, booked"
@@ -116,7 +117,7 @@ def trade_reply(trade:ExchangeTrade)->dict:
             "commissionAsset": trade.asset, "marginAsset": trade.asset, "positionSide": trade.position_side,
             "buyer": trade.quantity > 0., "maker": trade.maker, "time": trade.time}
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #b26197ff
+# %% ../../nbs/60_localnet/06_orders.ipynb #3dbdb870
 def apply_trade(order:ExchangeOrder, trade:ExchangeTrade)->None:
     "Book a trade in its order"
     order.executed = round(order.executed + abs(trade.quantity), 8)
@@ -124,12 +125,12 @@ def apply_trade(order:ExchangeOrder, trade:ExchangeTrade)->None:
     order.status = "FILLED" if order.left == 0. else "PARTIALLY_FILLED"
     order.update_time = trade.time
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #918251a6
+# %% ../../nbs/60_localnet/06_orders.ipynb #b9b490d5
 def average_price(order:ExchangeOrder)->float:
     "Quote per base; 0 if nothing was executed"
     return float(f"{order.quote / order.executed:.13g}") if order.executed else 0.
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #642a2f6a
+# %% ../../nbs/60_localnet/06_orders.ipynb #19948ac4
 def _shared_fields(order):
     "What all replies have"
     return {"orderId": order.number, "symbol": order.symbol, "status": order.status,
@@ -150,7 +151,7 @@ def _money_fields(order):
 def _trailing_fields(order):
     return {"activatePrice": format_number(order.activate_price), "priceRate": format_number(order.callback)}
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #ac632240
+# %% ../../nbs/60_localnet/06_orders.ipynb #e7ce6f27
 def order_reply(
     order:ExchangeOrder,
     profile:str="2026-07",   # or "classic", as before 15 July 2026
@@ -175,7 +176,7 @@ def accepted(order:ExchangeOrder)->ExchangeOrder:
     "The order as it was when it had just been accepted"
     return replace(order, status="NEW", executed=0., quote=0., expiry_reason=0, update_time=order.time)
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #2d912600
+# %% ../../nbs/60_localnet/06_orders.ipynb #2236dfab
 def amendment_replies(order:ExchangeOrder)->list[dict]:
     "The rows of GET orderAmendment"
     def change(pair): return {"before": format_number(pair[0]), "after": format_number(pair[1])}
@@ -185,7 +186,7 @@ def amendment_replies(order:ExchangeOrder)->list[dict]:
                            "modifyId": each.modify_id}}
             for count, each in enumerate(order.amendments, 1)]
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #434c489c
+# %% ../../nbs/60_localnet/06_orders.ipynb #f2a8fddb
 def _trade_fields(trade):
     "What a trade says in an event; zeros without one"
     if trade is None: return {"l": "0", "L": "0", "t": 0, "m": False, "rp": "0"}
@@ -221,7 +222,7 @@ def trade_lite(order:ExchangeOrder, trade:ExchangeTrade)->dict:
             "L": format_number(trade.price), "l": format_number(abs(trade.quantity)), "t": trade.number,
             "i": order.number}
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #48494f59
+# %% ../../nbs/60_localnet/06_orders.ipynb #6e533304
 CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
 FORCES = ("GTC", "IOC", "FOK", "GTX", "GTD")
 GRACE = 600_000   # ms that a GTD order must be valid
@@ -230,7 +231,7 @@ LATEST = 253_402_300_799_000   # ms, the end of the year 9999
 
 def read_kind(asked:dict)->str:
     "LIMIT or MARKET; RequestDeniedError for an unknown side or type"
-    if mandatory(asked, "side") not in ("BUY", "SELL"): raise RequestDeniedError(-1117)
+    chosen(asked, "side", ("BUY", "SELL"), -1117)
     kind = mandatory(asked, "type")
     if kind in CONDITIONAL: raise RequestDeniedError(-4120)
     if kind not in ("LIMIT", "MARKET"): raise RequestDeniedError(-1116)
@@ -250,7 +251,7 @@ def read_force(asked:dict, kind:str, now:int)->tuple[str, int]:
     if not now + GRACE < until < LATEST: raise RequestDeniedError(-5040)
     return force, until
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #e6cd833e
+# %% ../../nbs/60_localnet/06_orders.ipynb #03add396
 def read_position_side(
     asked:dict,
     dual:bool,   # whether there is a position for each side
@@ -266,7 +267,7 @@ def reduces(asked:dict, position_side:str)->bool:
     "Whether an order may only reduce its position"
     return flag(asked, "reduceOnly") or (position_side, asked["side"]) in (("LONG", "SELL"), ("SHORT", "BUY"))
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #93c64ffb
+# %% ../../nbs/60_localnet/06_orders.ipynb #e70321bf
 def _is_off(value, units, scale):
     "Whether a value is between two points of a grid"
     points = value * scale / units
@@ -292,7 +293,7 @@ def check_price(price:float, instrument:Instrument)->float:
     if _is_off(price, row["price_units"], row["price_scale"]): raise RequestDeniedError(-4014)
     return price
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #b5606216
+# %% ../../nbs/60_localnet/06_orders.ipynb #75d50861
 BAND = .05   # of the mark price, as the filter PERCENT_PRICE of exchangeInfo says
 
 
@@ -306,7 +307,7 @@ def check_band(
     if side == "BUY" and price > highest: raise RequestDeniedError(-4016, format_number(float(f"{highest:.8g}")))
     if side == "SELL" and price < lowest: raise RequestDeniedError(-4024, format_number(float(f"{lowest:.8g}")))
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #71e3f8e7
+# %% ../../nbs/60_localnet/06_orders.ipynb #dee208bf
 def check_notional(
     notional:float,         # quote, of the order, without sign
     instrument:Instrument,
@@ -314,7 +315,7 @@ def check_notional(
     "Refuse an order below the minimum notional"
     if notional < instrument.min_notional: raise RequestDeniedError(-4164, format_number(instrument.min_notional))
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #545dea13
+# %% ../../nbs/60_localnet/06_orders.ipynb #655796b4
 CLIENT_ID = re.compile(r"[\.A-Z\:/a-z0-9_-]{1,36}")
 
 
@@ -327,22 +328,15 @@ def check_client_id(
     if client_id and not CLIENT_ID.fullmatch(client_id): raise RequestDeniedError(-4015)
     return client_id
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #913aaea9
+# %% ../../nbs/60_localnet/06_orders.ipynb #bbf61cfd
 PRICE_MATCHES = ("NONE", "OPPONENT", "OPPONENT_5", "OPPONENT_10", "OPPONENT_20", "QUEUE", "QUEUE_5", "QUEUE_10",
                  "QUEUE_20")
 SELF_TRADES = ("NONE", "EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH")
 
 
-def read_choice(asked:dict, name:str, choices:tuple[str, ...], default:str, refusal:tuple)->str:
-    "A parameter that is one of some words"
-    word = asked.get(name) or default
-    if word not in choices: raise RequestDeniedError(*refusal)
-    return word
-
-
 def read_price_match(asked:dict, kind:str)->str:
     "NONE, or what sets the price of a limit order that has none"
-    match = read_choice(asked, "priceMatch", PRICE_MATCHES, "NONE", (-5037,))
+    match = chosen(asked, "priceMatch", PRICE_MATCHES, -5037, "NONE")
     if match != "NONE" and kind != "LIMIT": raise RequestDeniedError(-5038)
     if match != "NONE" and asked.get("price"): raise RequestDeniedError(-1106, "price")
     return match
@@ -361,7 +355,7 @@ def matched_price(
     if place >= len(levels): raise RequestDeniedError(-5041)
     return float(levels[place][0])
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #d6b4a193
+# %% ../../nbs/60_localnet/06_orders.ipynb #f8c37c20
 def _read_price(asked, kind, match, instrument):
     if kind == "MARKET":
         if asked.get("price"): raise RequestDeniedError(-1106, "price")
@@ -385,8 +379,8 @@ def read_order(
     position_side = read_position_side(asked, dual)
     quantity = check_quantity(number(asked, "quantity"), instrument)
     price = _read_price(asked, kind, match, instrument)
-    self_trade = read_choice(asked, "selfTradePreventionMode", SELF_TRADES, "EXPIRE_MAKER", (-5039,))
-    read_choice(asked, "newOrderRespType", ("ACK", "RESULT"), "ACK", (-1130, "newOrderRespType"))
+    self_trade = chosen(asked, "selfTradePreventionMode", SELF_TRADES, -5039, "EXPIRE_MAKER")
+    chosen(asked, "newOrderRespType", ("ACK", "RESULT"), -1136, "ACK")
     return ExchangeOrder(0, "", n, symbol, check_client_id(asked), asked["side"], quantity, kind, price, force,
                          position_side, reduces(asked, position_side), price_match=match, self_trade=self_trade,
                          good_till=until, time=now)

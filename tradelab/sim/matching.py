@@ -213,9 +213,9 @@ def match_rested(state, rules, row, n, candle):
     "Match the orders of a symbol that rested before the open with it"
     for k in range(state.orders.shape[1]):
         order = state.orders[n, k]
-        if order["kind"] == NONE: continue
         if order["resting"] == MET: order["resting"] = 1
-        elif order["resting"] != 0: match_one_at_open(state, rules, row, n, order, candle)
+        elif order["kind"] != NONE and order["resting"] != 0:
+            match_one_at_open(state, rules, row, n, order, candle)
 
 
 @inlined
