@@ -8,14 +8,14 @@ __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED',
            'finish_candle', 'candle_of', 'part_candle', 'forming', 'write_row', 'row_of', 'works', 'clear_row',
            'reason_of', 'end', 'rest', 'withdraw', 'leave', 'name_fills', 'force', 'anchor', 'tell_kernel', 'begin',
            'live_through', 'close_candle', 'row_fields', 'refuse_lost', 'meet', 'settle', 'submit_to_kernel', 'fill',
-           'allowed', 'fill_maker', 'serve', 'serve_taken', 'serve_passed', 'sweep', 'own_makers', 'take', 'takeable',
-           'work', 'submit_to_book', 'meet_move', 'liquidate', 'check_unique', 'reduced', 'check_value', 'check_order',
-           'check_counterparty', 'submit', 'apply_move', 'expire', 'expire_countdowns', 'Exchange', 'place',
-           'check_only', 'find_order', 'cancel', 'read_amendment', 'check_amended', 'rearrive', 'amend', 'each_of',
-           'read_batch', 'read_cancellations', 'count_down', 'is_kept', 'orders_asked', 'open_orders',
-           'amendments_asked']
+           'allowed', 'fill_maker', 'serve', 'serve_taken', 'serve_passed', 'sweep', 'own_makers', 'hide', 'show',
+           'take', 'takeable', 'work', 'submit_to_book', 'meet_move', 'liquidate', 'check_unique', 'reduced',
+           'check_value', 'check_order', 'check_counterparty', 'submit', 'apply_move', 'expire', 'expire_countdowns',
+           'Exchange', 'place', 'check_only', 'find_order', 'cancel', 'read_amendment', 'check_amended', 'rearrive',
+           'amend', 'each_of', 'read_batch', 'read_cancellations', 'count_down', 'is_kept', 'orders_asked',
+           'open_orders', 'amendments_asked']
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #614cc3a5
+# %% ../../nbs/60_localnet/08_engine.ipynb #9958221e
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -67,7 +67,7 @@ from ..sim.kernel import fade_all, gap, match_open, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #8e299bc3
+# %% ../../nbs/60_localnet/08_engine.ipynb #5475d31c
 @dataclass(frozen=True)
 class Questions:
     "What cannot be settled without a recording of the real exchange"
@@ -75,7 +75,7 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #48671b76
+# %% ../../nbs/60_localnet/08_engine.ipynb #5305921f
 @outlined
 def begin_candle(
     state,   # State, changed
@@ -105,7 +105,7 @@ def finish_candle(state, rules, row, candle):
     met, working = match_open(state, rules, row, candle)
     traverse(state, rules, row, candle, threatened(state, candle.prices), working)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #0a909b36
+# %% ../../nbs/60_localnet/08_engine.ipynb #280ceab0
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
@@ -134,7 +134,7 @@ def forming(exchange:"Exchange")->Candle:
         exchange.candle = candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #52682b22
+# %% ../../nbs/60_localnet/08_engine.ipynb #a759f202
 Place = tuple[int, int]   # row of the account, and slot
 
 
@@ -176,7 +176,7 @@ def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ecb8c61f
+# %% ../../nbs/60_localnet/08_engine.ipynb #614470b7
 SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
 
 
@@ -198,7 +198,7 @@ def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="C
     exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
     for told in exchange.ended: told(account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #b9864f28
+# %% ../../nbs/60_localnet/08_engine.ipynb #a356f37f
 def rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Show an order in the book, at the end of its queue"
     book, side = exchange.market.book(order.n), int(order.sign)
@@ -224,7 +224,7 @@ def leave(exchange:"Exchange", order:ExchangeOrder)->None:
     queue.pop(order.number, None)
     if not queue: queues.pop(order.price, None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #b7d7fb1b
+# %% ../../nbs/60_localnet/08_engine.ipynb #1e29b4f2
 def name_fills(exchange:"Exchange", account:Account, part:Collateral, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
     for fill in fills:
@@ -253,7 +253,7 @@ def anchor(part:Collateral)->ExchangeOrder|None:
     row = int(part.rows[0])
     return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #54d3d842
+# %% ../../nbs/60_localnet/08_engine.ipynb #85f08a11
 def tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
@@ -275,7 +275,7 @@ def tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:in
     exchange.tell_ended(account, account.booked(anchor(part), split, time))
     part.state.count[0] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #382abf2d
+# %% ../../nbs/60_localnet/08_engine.ipynb #878647b4
 def begin(exchange:"Exchange", account:Account)->None:
     "The candle's first moment, once: when the first order arrives, or at its end"
     if account.name in exchange.begun: return
@@ -308,7 +308,7 @@ def close_candle(exchange:"Exchange", move:Close)->None:
     exchange.begun.clear()
     exchange.closed.clear()
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #f06cb375
+# %% ../../nbs/60_localnet/08_engine.ipynb #525c66eb
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
@@ -323,7 +323,7 @@ def refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
     if order.in_force == "GTX": raise RequestDeniedError(-5022)
     if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5453cf0f
+# %% ../../nbs/60_localnet/08_engine.ipynb #ef29c596
 def meet(exchange:"Exchange", account:Account, place:Place)->int:
     "Let a row meet the open; how many fills there were before"
     begin(exchange, account)
@@ -353,7 +353,7 @@ def submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder, 
     exchange.emit(account, order_event(order, "NEW"))
     settle(exchange, account, place, before)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4291c8d0
+# %% ../../nbs/60_localnet/08_engine.ipynb #277d248b
 def fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
     "Book one trade of an order"
     rate = account.costs.maker_fee if maker else account.costs.taker_fee
@@ -380,7 +380,7 @@ def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quanti
     if order.left == 0.: leave(exchange, order)
     elif order.is_open and allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6a557414
+# %% ../../nbs/60_localnet/08_engine.ipynb #dccdd6ca
 def serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
     "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
@@ -405,7 +405,7 @@ def serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
         for account, order in list(exchange.queues[n, side].get(each, {}).values()):
             if order.is_open: fill_maker(exchange, account, order, order.left, True)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4b088edc
+# %% ../../nbs/60_localnet/08_engine.ipynb #b1bbb5cc
 def sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
     "Take from the book what an order may, down to a limit"
     side, book = int(order.sign), exchange.market.book(order.n)
@@ -427,21 +427,40 @@ def own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list[
                and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
     return sorted(against, key=lambda each: order.sign * each.price)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d84f0549
+# %% ../../nbs/60_localnet/08_engine.ipynb #34390826
+def hide(exchange:"Exchange", order:ExchangeOrder)->None:
+    "Take an order out of the book for a moment"
+    exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
+    leave(exchange, order)
+
+
+def show(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+    "Put a hidden order back where it was in its queue"
+    if not order.is_open: return
+    book, side = exchange.market.book(order.n), int(order.sign)
+    queues = exchange.queues[order.n, side]
+    order.ahead = min(order.ahead, book.quantity(side, order.price))
+    book.rest(order.price, side, order.left)
+    queue = queues.get(order.price, {}) | {order.number: (account, order)}
+    queues[order.price] = dict(sorted(queue.items(), key=lambda each: each[1][1].ahead))
+
+
 def take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Take from the book, past orders of the same account"
-    for maker in own_makers(exchange, account, order) if order.self_trade != "NONE" else ():
-        book, side = exchange.market.book(order.n), int(maker.sign)
-        book.rest(maker.price, side, -maker.left)
-        sweep(exchange, account, order, maker.price)
-        book.rest(maker.price, side, maker.left)
-        if allowed(account, order) == 0.: return
-        if order.self_trade != "EXPIRE_TAKER": end(exchange, account, maker, "EXPIRED_IN_MATCH", SELF_TRADE)
-        if order.self_trade == "EXPIRE_MAKER": continue
-        return end(exchange, account, order, "EXPIRED_IN_MATCH", SELF_TRADE)
-    sweep(exchange, account, order, order.price or None)
+    makers = own_makers(exchange, account, order) if order.self_trade != "NONE" else []
+    for maker in makers: hide(exchange, maker)
+    while makers:
+        sweep(exchange, account, order, makers[0].price)
+        if allowed(account, order) == 0.: break
+        if order.self_trade != "EXPIRE_TAKER":
+            end(exchange, account, makers.pop(0), "EXPIRED_IN_MATCH", SELF_TRADE)
+        if order.self_trade != "EXPIRE_MAKER":
+            end(exchange, account, order, "EXPIRED_IN_MATCH", SELF_TRADE)
+            break
+    for maker in makers: show(exchange, account, maker)
+    if order.is_open: sweep(exchange, account, order, order.price or None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #314ee7c5
+# %% ../../nbs/60_localnet/08_engine.ipynb #84aed575
 def takeable(exchange:"Exchange", order:ExchangeOrder)->float:
     "How much of an order could be filled at once, base units"
     side = int(order.sign)
@@ -468,7 +487,7 @@ def submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->N
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
     work(exchange, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #15472e23
+# %% ../../nbs/60_localnet/08_engine.ipynb #7242d6de
 def meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
     "Resting orders meet a move of the market, then accounts are looked at"
     n = move.n
@@ -484,7 +503,7 @@ def meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
         account.warn(move.time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #74001587
+# %% ../../nbs/60_localnet/08_engine.ipynb #92cc4188
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
     "Close the positions of one wallet"
     market = exchange.market
@@ -506,7 +525,7 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
         exchange.tell_ended(account, [])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a95cdf79
+# %% ../../nbs/60_localnet/08_engine.ipynb #de2068b0
 def check_unique(account:Account, client_id:str)->None:
     "Refuse the client's id of another open order"
     if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
@@ -546,7 +565,7 @@ def check_counterparty(market:Market, order:ExchangeOrder)->None:
     best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
     if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #cd03ddae
+# %% ../../nbs/60_localnet/08_engine.ipynb #3843cd6b
 def submit(
     exchange:"Exchange",
     account:Account,
@@ -564,7 +583,7 @@ def submit(
     else: submit_to_book(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #bac4bd7c
+# %% ../../nbs/60_localnet/08_engine.ipynb #e56a6d64
 def apply_move(exchange:"Exchange", move:Any)->None:
     "One move of the market, and what it does to orders and accounts"
     if exchange.profile == "backtest" and isinstance(move, Close): close_candle(exchange, move)
@@ -591,7 +610,7 @@ def expire_countdowns(exchange:"Exchange", now:int)->None:
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #61ff851d
+# %% ../../nbs/60_localnet/08_engine.ipynb #9afa7171
 class Exchange:
     "Several accounts in one market"
 
@@ -657,7 +676,7 @@ class Exchange:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a8600c25
+# %% ../../nbs/60_localnet/08_engine.ipynb #a53ba17f
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
@@ -680,7 +699,7 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     check_order(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #24c1ce5f
+# %% ../../nbs/60_localnet/08_engine.ipynb #2e785896
 def find_order(
     exchange:"Exchange",
     account:Account,
@@ -704,7 +723,7 @@ def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     end(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #3103144e
+# %% ../../nbs/60_localnet/08_engine.ipynb #5ab7bdfa
 def read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
@@ -731,7 +750,7 @@ def check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->No
     try: check_value(exchange, account, order)
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #07f83020
+# %% ../../nbs/60_localnet/08_engine.ipynb #41e19094
 def rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "An amended order arrives in its old place, as a new one would"
     row, slot = order.place
@@ -762,7 +781,7 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     else: work(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d43d43af
+# %% ../../nbs/60_localnet/08_engine.ipynb #04ace667
 MOST_PLACED, MOST_CANCELLED = 5, 10
 
 
@@ -791,7 +810,7 @@ def read_cancellations(asked:dict)->list[dict]:
     if len(names[key]) > MOST_CANCELLED: raise RequestDeniedError(-4032)
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #24ad3795
+# %% ../../nbs/60_localnet/08_engine.ipynb #7c9ed8d1
 def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
@@ -801,7 +820,7 @@ def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     if left: exchange.countdowns[account.name, n] = now + left
     return {"symbol": exchange.market.ids[n], "countdownTime": str(left)}
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #299bd521
+# %% ../../nbs/60_localnet/08_engine.ipynb #c2638e3b
 DAY = 86_400_000
 
 
@@ -832,7 +851,7 @@ def amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[dic
     limit = whole(asked, "limit", 50, least=1, most=100)
     return [row for row in reversed(rows) if begin <= row["time"] <= end][:limit]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9f5f06ed
+# %% ../../nbs/60_localnet/08_engine.ipynb #36db40c8
 def _shown(form, act, **more):
     "An endpoint's answer: the order that a request led to, in a form"
     return lambda exchange, account, asked: order_reply(act(exchange, account, asked, **more), exchange.order_reply,
@@ -857,7 +876,7 @@ def _list(find, form):
     return lambda exchange, account, asked: [order_reply(order, exchange.order_reply, form)
                                              for order in find(exchange, account, asked)]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #8819e433
+# %% ../../nbs/60_localnet/08_engine.ipynb #6b356f23
 _amended, _cancelled = _shown("amend", amend), _shown("cancel", cancel)
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "v1/order"): Endpoint(0, "signed", _placed, orders=1, permission="trade"),
