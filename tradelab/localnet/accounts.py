@@ -364,9 +364,9 @@ def balance_of(account:"Account")->Balance:
     margins = {row: margin_of(account, row) for row in busy_rows(account)}
     cross = [margin for row, margin in margins.items() if row not in account.own]
     def total(name, among=margins.values()): return sum(getattr(margin, name) for margin in among)
-    equity, money, ordered = account.equity(), account.wallet(), total("ordered")
-    left = account.cross.money() + total("profit", cross) - total("initial", cross) - ordered
-    return Balance(money, account.cross.money(), equity - money, total("profit", cross), total("initial"), ordered,
+    money, ordered = account.cross.money(), total("ordered")
+    left = money + total("profit", cross) - total("initial", cross) - ordered
+    return Balance(account.wallet(), money, total("profit"), total("profit", cross), total("initial"), ordered,
                    total("maintenance"), total("maintenance", cross), left)
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #0a07c3ad
