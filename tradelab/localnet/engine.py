@@ -8,7 +8,7 @@ __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED',
            'clear_row', 'reason_of', 'end', 'begin', 'fill_maker', 'liquidate', 'submit', 'Exchange', 'place',
            'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
+# %% ../../nbs/60_localnet/08_engine.ipynb #a3bbcf77
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -60,7 +60,7 @@ from ..sim.kernel import fade_all, gap, match_open, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2c8690f7
+# %% ../../nbs/60_localnet/08_engine.ipynb #16e4871c
 @dataclass(frozen=True)
 class Questions:
     "What cannot be settled without a recording of the real exchange"
@@ -68,7 +68,7 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #fed950ee
+# %% ../../nbs/60_localnet/08_engine.ipynb #e5299059
 @outlined
 def _begin_candle(
     state,   # State, changed
@@ -98,7 +98,7 @@ def _finish_candle(state, rules, row, candle):
     met, working = match_open(state, rules, row, candle)
     traverse(state, rules, row, candle, threatened(state, candle.prices), working)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #99f1b3ad
+# %% ../../nbs/60_localnet/08_engine.ipynb #47453dc5
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
@@ -127,7 +127,7 @@ def _forming(exchange:"Exchange")->Candle:
         exchange.candle = _candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9f53daed
+# %% ../../nbs/60_localnet/08_engine.ipynb #e6c2b55d
 Place = tuple[int, int]   # row of the account, and slot
 
 
@@ -152,7 +152,7 @@ def write_row(
     state.execution_state[k]["active"] = 1
     return row, slot
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #348a9669
+# %% ../../nbs/60_localnet/08_engine.ipynb #4415003b
 def row_of(account:Account, place:Place)->np.void:
     "The kernel's row of an order"
     state, k, _ = account.view(place[0])
@@ -169,7 +169,7 @@ def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #971cb22f
+# %% ../../nbs/60_localnet/08_engine.ipynb #2a2f55f5
 SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
 
 
@@ -191,7 +191,7 @@ def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="C
     exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
     for told in exchange.ended: told(account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #863618c8
+# %% ../../nbs/60_localnet/08_engine.ipynb #94fcfa51
 def _rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Show an order in the book, at the end of its queue"
     book, side = exchange.market.book(order.n), int(order.sign)
@@ -217,7 +217,7 @@ def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
     queue.pop(order.number, None)
     if not queue: queues.pop(order.price, None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
+# %% ../../nbs/60_localnet/08_engine.ipynb #340cd1df
 def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
     for known in fills["decision_price"].astype(int).tolist():
@@ -243,7 +243,7 @@ def _anchor(part:Collateral)->ExchangeOrder|None:
     row = int(part.rows[0])
     return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #0b40e350
+# %% ../../nbs/60_localnet/08_engine.ipynb #74cfa0d7
 def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
@@ -254,7 +254,7 @@ def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:i
     for order in list(orders):
         if order.place is None or not order.is_open or account.part(order.place[0])[0] is not part: continue
         if works(account, order.place, order.number): continue
-        held = account.held(order.n, order.position_side)
+        held = account.held(order.n, order.position_side) if order.in_force in ("IOC", "FOK", "GTX") else 0.
         end(exchange, account, order, "EXPIRED", LIQUIDATED if split < len(fills) else reason_of(order, held))
     if split < len(fills): _tell_liquidation(exchange, account, part, before + split, before + len(fills), time)
     part.state.count[0] = before
@@ -270,7 +270,7 @@ def _tell_liquidation(exchange, account, part, first, last, time):
     part.state.count[0] = last
     exchange.tell_ended(account, account.booked(_anchor(part), first, time))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #674fb9db
+# %% ../../nbs/60_localnet/08_engine.ipynb #d49a4b04
 def begin(exchange:"Exchange", account:Account)->None:
     "The candle's first moment, once: when the first order arrives, or at its end"
     if account.name in exchange.begun: return
@@ -281,7 +281,7 @@ def begin(exchange:"Exchange", account:Account)->None:
         if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
             _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
+# %% ../../nbs/60_localnet/08_engine.ipynb #1959239b
 def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
     for part in account.parts():
@@ -303,7 +303,7 @@ def _close_candle(exchange:"Exchange", move:Close)->None:
     exchange.begun.clear()
     exchange.closed.clear()
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
+# %% ../../nbs/60_localnet/08_engine.ipynb #a6bb4ea1
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
@@ -318,7 +318,7 @@ def _refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
     if order.in_force == "GTX": raise RequestDeniedError(-5022)
     if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d7887413
+# %% ../../nbs/60_localnet/08_engine.ipynb #079ac65e
 def _meet(exchange:"Exchange", account:Account, place:Place)->int:
     "Let a row meet the open; how many fills there were before"
     begin(exchange, account)
@@ -348,7 +348,7 @@ def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder,
     exchange.emit(account, order_event(order, "NEW"))
     _settle(exchange, account, place, before)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1af7b95f
+# %% ../../nbs/60_localnet/08_engine.ipynb #29e077c4
 def _fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
     "Book one trade of an order"
     rate = account.costs.maker_fee if maker else account.costs.taker_fee
@@ -375,7 +375,7 @@ def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quanti
     if order.left == 0.: _leave(exchange, order)
     elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6efe49ef
+# %% ../../nbs/60_localnet/08_engine.ipynb #1fb3fca4
 def _serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
     "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
@@ -400,7 +400,7 @@ def _serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
         for account, order in list(exchange.queues[n, side].get(each, {}).values()):
             if order.is_open: fill_maker(exchange, account, order, order.left, True)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2bf4195d
+# %% ../../nbs/60_localnet/08_engine.ipynb #1af993ed
 def _sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
     "Take from the book what an order may, down to a limit"
     side, book = int(order.sign), exchange.market.book(order.n)
@@ -422,7 +422,7 @@ def _own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list
                and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
     return sorted(against, key=lambda each: order.sign * each.price)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6d97c0e6
+# %% ../../nbs/60_localnet/08_engine.ipynb #c5aaa15b
 def _hide(exchange:"Exchange", order:ExchangeOrder)->None:
     "Take an order out of the book for a moment"
     exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
@@ -455,7 +455,7 @@ def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     for maker in makers: _show(exchange, account, maker)
     if order.is_open: _sweep(exchange, account, order, order.price or None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4941a7c7
+# %% ../../nbs/60_localnet/08_engine.ipynb #433a250c
 def _takeable(exchange:"Exchange", order:ExchangeOrder)->float:
     "How much of an order could be filled at once, base units"
     side = int(order.sign)
@@ -483,12 +483,24 @@ def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
     _work(exchange, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
+# %% ../../nbs/60_localnet/08_engine.ipynb #f620fd95
+def _shorten(exchange:"Exchange", n:int, side:int)->None:
+    "What stood before an order in its queue may have been cancelled"
+    book = exchange.market.book(n)
+    rested = book.rested(side)
+    for price, queue in exchange.queues[n, side].items():
+        before = max(book.quantity(side, price) - rested.get(price, 0.), 0.)
+        for _, order in queue.values():
+            order.ahead = min(order.ahead, before)
+            before += order.left
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #5082f786
 def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
     "Resting orders meet a move of the market, then accounts are looked at"
     n = move.n
     for side in (1, -1):
         if not exchange.queues[n, side]: continue
+        if isinstance(move, Levels): _shorten(exchange, n, side)
         if isinstance(move, Tick):
             _serve_passed(exchange, n, move.price, side)
             if (side > 0) == move.buyer_is_maker: _serve(exchange, n, side, move.price, move.quantity)
@@ -500,7 +512,7 @@ def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
         account.warn(move.time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
+# %% ../../nbs/60_localnet/08_engine.ipynb #2fc15e57
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
     "Close the positions of one wallet"
     market = exchange.market
@@ -522,7 +534,7 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
         exchange.tell_ended(account, [])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
+# %% ../../nbs/60_localnet/08_engine.ipynb #c809ee0c
 def _check_unique(account:Account, client_id:str)->None:
     "Refuse the client's id of another open order"
     if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
@@ -563,7 +575,7 @@ def _check_counterparty(market:Market, order:ExchangeOrder)->None:
     best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
     if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #83bdb66c
+# %% ../../nbs/60_localnet/08_engine.ipynb #ec927b92
 def submit(
     exchange:"Exchange",
     account:Account,
@@ -581,7 +593,7 @@ def submit(
     else: _submit_to_book(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
+# %% ../../nbs/60_localnet/08_engine.ipynb #2a36a032
 def _apply_move(exchange:"Exchange", move:Any)->None:
     "One move of the market, and what it does to orders and accounts"
     if exchange.profile == "backtest" and isinstance(move, Close): _close_candle(exchange, move)
@@ -608,17 +620,17 @@ def _expire_countdowns(exchange:"Exchange", now:int)->None:
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d5718837
+# %% ../../nbs/60_localnet/08_engine.ipynb #ff42553f
 class Exchange:
     "Several accounts in one market"
 
-    def __init__(self, market:Market, accounts:Iterable[Account], costs:CostModel=CostModel(), profile:str="backtest",
-                 questions:Questions=Questions(), order_reply:str="2026-07"):
+    def __init__(self, market:Market, accounts:dict[str, Account]|Iterable[Account], costs:CostModel=CostModel(),
+                 profile:str="backtest", questions:Questions=Questions(), order_reply:str="2026-07"):
         if profile not in ("backtest", "book"):
             raise ValueError(f"profile must be 'backtest' or 'book', was {profile!r}")
         self.market, self.costs, self.profile = market, costs, profile
         self.questions, self.order_reply = questions, order_reply
-        self.accounts = {account.name: account for account in accounts}
+        self.accounts = accounts if isinstance(accounts, dict) else {each.name: each for each in accounts}
         self.clock: Callable[[], int] = lambda: market.now   # ms, of the session
         self.silent: Callable[[], bool] = lambda: False      # whether nothing is heard of the market
         self._numbers, self.amendments, trades = count(1), count(1), count(1)
@@ -677,7 +689,7 @@ class Exchange:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
+# %% ../../nbs/60_localnet/08_engine.ipynb #bf267cd0
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
@@ -700,7 +712,7 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     _check_order(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a578d264
+# %% ../../nbs/60_localnet/08_engine.ipynb #c0a466e3
 def find_order(
     exchange:"Exchange",
     account:Account,
@@ -724,7 +736,7 @@ def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     end(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #17d9144b
+# %% ../../nbs/60_localnet/08_engine.ipynb #4d721bfe
 def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
@@ -745,19 +757,22 @@ def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple
 
 def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse a changed order that the account cannot have; what it ties up already is free for it"
-    if order.reduce_only: return
+    if order.reduce_only:
+        order.quantity = order.executed + _reduced(account, replace(order, quantity=order.left, executed=0.),
+                                                   exchange.questions.reduce_only)
+        return
     before = account.open_of[order.n].pop(order.number)
     account.open.pop(order.number)
     try: _check_value(exchange, account, order)
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #56408bc2
+# %% ../../nbs/60_localnet/08_engine.ipynb #891394dd
 def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
     write_row(account, order.n, order.position_side, order.number, place[1], **_row_fields(order))
     _settle(exchange, account, place, _meet(exchange, account, place))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c45bbb53
+# %% ../../nbs/60_localnet/08_engine.ipynb #bc4cad51
 def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     "PUT order"
     order = find_order(exchange, account, asked, -2013, opened=True)
@@ -767,12 +782,13 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     if quantity <= order.executed:
         end(exchange, account, order)
         return order
-    _check_amended(exchange, account, replace(order, quantity=quantity, price=price))
+    wanted = replace(order, quantity=quantity, price=price)
+    _check_amended(exchange, account, wanted)
     _withdraw(exchange, order)
     change = Amendment(next(exchange.amendments), exchange.market.now, (order.price, price),
-                       (order.quantity, quantity), whole(asked, "modifyId", 0))
+                       (order.quantity, wanted.quantity), whole(asked, "modifyId", 0))
     order.amendments.append(change)
-    order.price, order.quantity, order.update_time = price, quantity, change.time
+    order.price, order.quantity, order.update_time = price, wanted.quantity, change.time
     exchange.emit(account, order_event(order, "AMENDMENT"))
     if order.place is not None: _rearrive(exchange, account, order, order.place)
     elif order.in_force == "GTX" and _takeable(exchange, order) > 0.:
@@ -780,7 +796,7 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     else: _work(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #23f8e544
+# %% ../../nbs/60_localnet/08_engine.ipynb #745775ba
 MOST_PLACED, MOST_CANCELLED = 5, 10
 
 
@@ -809,7 +825,7 @@ def _read_cancellations(asked:dict)->list[dict]:
     if len(names[key]) > MOST_CANCELLED: raise RequestDeniedError(-4032)
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ee7fee7f
+# %% ../../nbs/60_localnet/08_engine.ipynb #b3e06de5
 def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
@@ -819,7 +835,7 @@ def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     if left: exchange.countdowns[account.name, n] = now + left
     return {"symbol": exchange.market.ids[n], "countdownTime": str(left)}
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #7e2685fa
+# %% ../../nbs/60_localnet/08_engine.ipynb #3d9e5aca
 DAY = 86_400_000
 
 
@@ -850,7 +866,7 @@ def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[di
     limit = whole(asked, "limit", 50, least=1, most=100)
     return [row for row in reversed(rows) if begin <= row["time"] <= end][:limit]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #8abdfb82
+# %% ../../nbs/60_localnet/08_engine.ipynb #cc7d06d5
 def _shown(form, act, **more):
     "An endpoint's answer: the order that a request led to, in a form"
     return lambda exchange, account, asked: order_reply(act(exchange, account, asked, **more), exchange.order_reply,
@@ -875,7 +891,7 @@ def _list(find, form):
     return lambda exchange, account, asked: [order_reply(order, exchange.order_reply, form)
                                              for order in find(exchange, account, asked)]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #cf3c5fcc
+# %% ../../nbs/60_localnet/08_engine.ipynb #96b8430c
 _amended, _cancelled = _shown("amend", amend), _shown("cancel", cancel)
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "v1/order"): Endpoint(0, "signed", _placed, orders=1, permission="trade"),
