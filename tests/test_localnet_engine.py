@@ -1,4 +1,5 @@
 "An account of localnet that sends the orders of a policy lives through the kernel's candles, bit for bit"
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -14,7 +15,7 @@ from tradelab.localnet.accounts import MONEY, Account, isolate
 from tradelab.localnet.engine import Exchange, Questions, amend, cancel, place, row_of, works, write_row
 from tradelab.localnet.orders import ExchangeOrder
 from tradelab.localnet.protocol import RequestDeniedError, format_number
-from tradelab.localnet.shown import Close, Levels, Market, Rate, Tick
+from tradelab.localnet.shown import Close, Levels, Market, Prices, Rate, Tick
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import (
     GTC,
@@ -434,3 +435,58 @@ def test_whatever_happens_orders_trades_positions_and_money_agree(seed, dual, ow
         lived(exchange, random, any_candle(exchange, random), .5 * VOLUME_USUAL)
         adds_up(exchange, told)
     assert sum(len(account.trades) for account in accounts) > 20
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["cross", "isolated"])
+def test_in_a_book_a_position_beyond_its_margin_is_closed_where_somebody_buys(own):
+    market = Market({SYMBOLS[0]: FRAMES[SYMBOLS[0]].iloc[:START]}, INSTRUMENTS[:1])
+    account = Account("main", market, deposit=10_000.)
+    if own: isolate(account, 0)
+    account.leverage[0] = 50
+    exchange = Exchange(market, [account], profile="book")
+    middle = round(market.last(0))
+    def around(price): return Levels(market.now + 100, 0, [(price - 1, 3.), (price - 5, 500.)], [(price + 1, 500.)])
+    exchange.step([around(middle)])
+    asked = {"symbol": "BTCUSDT", "side": "BUY", "quantity": "10"}
+    place(exchange, account, asked | {"type": "MARKET"})
+    bid = place(exchange, account, asked | {"type": "LIMIT", "timeInForce": "GTC", "quantity": ".1",
+                                            "price": str(round(middle * .952))})
+    exchange.take_events()
+    low = round(account.liquidation_price(0)) - 10
+    exchange.step([around(low), Prices(market.now + 100, 0, mark=float(low))])
+    assert account.held(0) == 0.
+    assert (bid.status, bid.expiry_reason) == ("EXPIRED", 5)
+    told = [event["o"] for _, event in exchange.take_events() if event["e"] == "ORDER_TRADE_UPDATE"]
+    assert [(each["x"], each["X"]) for each in told] == [("EXPIRED", "EXPIRED"), ("CALCULATED", "NEW"),
+                                                        ("CALCULATED", "PARTIALLY_FILLED"), ("CALCULATED", "FILLED")]
+    assert [float(each["L"]) for each in told[2:]] == [low - 1, low - 5]
+    assert sum(row.amount for row in account.incomes) == pytest.approx(account.wallet())
+    assert account.wallet() >= 0.
+    assert market.book(0).rested(1) == {}
+
+
+def test_an_order_is_found_as_fast_after_twenty_thousand_others():
+    exchange, random = bookish(1)
+    account = exchange.accounts["account-0"]
+    asked = {"symbol": "BTCUSDT", "side": "BUY", "type": "LIMIT", "timeInForce": "GTC", "quantity": "0.1",
+             "price": format_number(round(exchange.market.last(0) * .97))}
+    def batch():
+        "Calls of a profile: time would depend on who else is at work"
+        calls = 0
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += 1
+        sys.setprofile(count)
+        try:
+            for _ in range(10): place(exchange, account, asked)
+            for number in list(account.open): cancel(exchange, account, {"symbol": "BTCUSDT", "orderId": str(number)})
+        finally: sys.setprofile(None)
+        exchange.take_events()
+        return calls
+    batch()
+    first = batch()
+    while len(account.orders) < 20_000:
+        for _ in range(50): place(exchange, account, asked)
+        exchange.cancel_all(account)
+        exchange.take_events()
+    assert batch() == first

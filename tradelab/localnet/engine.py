@@ -8,7 +8,7 @@ __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED',
            'clear_row', 'reason_of', 'end', 'begin', 'fill_maker', 'liquidate', 'submit', 'Exchange', 'place',
            'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a3bbcf77
+# %% ../../nbs/60_localnet/08_engine.ipynb #c93bc9fa
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -51,7 +51,7 @@ from tradelab.localnet.protocol import (
     records,
     whole,
 )
-from .shown import Close, Levels, Market, Prices, Rate, Tick
+from .shown import Close, Levels, Market, Rate, Tick
 from ..orders import FOK, GTC, GTX, IOC, LIMIT, LIQUIDATION, MARKET, NONE
 from ..risk.execution import new_order
 from ..risk.market_state import MARKET as MARKET_ROW
@@ -60,7 +60,7 @@ from ..sim.kernel import fade_all, gap, match_open, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #16e4871c
+# %% ../../nbs/60_localnet/08_engine.ipynb #4253dc37
 @dataclass(frozen=True)
 class Questions:
     "What cannot be settled without a recording of the real exchange"
@@ -68,7 +68,7 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e5299059
+# %% ../../nbs/60_localnet/08_engine.ipynb #52899e12
 @outlined
 def _begin_candle(
     state,   # State, changed
@@ -98,7 +98,7 @@ def _finish_candle(state, rules, row, candle):
     met, working = match_open(state, rules, row, candle)
     traverse(state, rules, row, candle, threatened(state, candle.prices), working)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #47453dc5
+# %% ../../nbs/60_localnet/08_engine.ipynb #d70f30e0
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
@@ -127,7 +127,7 @@ def _forming(exchange:"Exchange")->Candle:
         exchange.candle = _candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e6c2b55d
+# %% ../../nbs/60_localnet/08_engine.ipynb #da238b5e
 Place = tuple[int, int]   # row of the account, and slot
 
 
@@ -152,7 +152,7 @@ def write_row(
     state.execution_state[k]["active"] = 1
     return row, slot
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4415003b
+# %% ../../nbs/60_localnet/08_engine.ipynb #fdbac103
 def row_of(account:Account, place:Place)->np.void:
     "The kernel's row of an order"
     state, k, _ = account.view(place[0])
@@ -169,7 +169,7 @@ def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2a2f55f5
+# %% ../../nbs/60_localnet/08_engine.ipynb #c6f0a6d8
 SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
 
 
@@ -191,7 +191,7 @@ def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="C
     exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
     for told in exchange.ended: told(account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #94fcfa51
+# %% ../../nbs/60_localnet/08_engine.ipynb #410419b4
 def _rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Show an order in the book, at the end of its queue"
     book, side = exchange.market.book(order.n), int(order.sign)
@@ -217,7 +217,7 @@ def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
     queue.pop(order.number, None)
     if not queue: queues.pop(order.price, None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #340cd1df
+# %% ../../nbs/60_localnet/08_engine.ipynb #3a3008ae
 def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
     for known in fills["decision_price"].astype(int).tolist():
@@ -243,7 +243,7 @@ def _anchor(part:Collateral)->ExchangeOrder|None:
     row = int(part.rows[0])
     return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #74cfa0d7
+# %% ../../nbs/60_localnet/08_engine.ipynb #18e2385d
 def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
@@ -270,7 +270,7 @@ def _tell_liquidation(exchange, account, part, first, last, time):
     part.state.count[0] = last
     exchange.tell_ended(account, account.booked(_anchor(part), first, time))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d49a4b04
+# %% ../../nbs/60_localnet/08_engine.ipynb #89748322
 def begin(exchange:"Exchange", account:Account)->None:
     "The candle's first moment, once: when the first order arrives, or at its end"
     if account.name in exchange.begun: return
@@ -281,7 +281,7 @@ def begin(exchange:"Exchange", account:Account)->None:
         if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
             _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1959239b
+# %% ../../nbs/60_localnet/08_engine.ipynb #6da4e6c2
 def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
     for part in account.parts():
@@ -303,7 +303,7 @@ def _close_candle(exchange:"Exchange", move:Close)->None:
     exchange.begun.clear()
     exchange.closed.clear()
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a6bb4ea1
+# %% ../../nbs/60_localnet/08_engine.ipynb #fec549c7
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
@@ -318,7 +318,7 @@ def _refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
     if order.in_force == "GTX": raise RequestDeniedError(-5022)
     if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #079ac65e
+# %% ../../nbs/60_localnet/08_engine.ipynb #6eff8554
 def _meet(exchange:"Exchange", account:Account, place:Place)->int:
     "Let a row meet the open; how many fills there were before"
     begin(exchange, account)
@@ -348,7 +348,7 @@ def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder,
     exchange.emit(account, order_event(order, "NEW"))
     _settle(exchange, account, place, before)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #29e077c4
+# %% ../../nbs/60_localnet/08_engine.ipynb #15b0ab19
 def _fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
     "Book one trade of an order"
     rate = account.costs.maker_fee if maker else account.costs.taker_fee
@@ -375,7 +375,7 @@ def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quanti
     if order.left == 0.: _leave(exchange, order)
     elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1fb3fca4
+# %% ../../nbs/60_localnet/08_engine.ipynb #e1533cf8
 def _serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
     "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
@@ -400,7 +400,7 @@ def _serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
         for account, order in list(exchange.queues[n, side].get(each, {}).values()):
             if order.is_open: fill_maker(exchange, account, order, order.left, True)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1af993ed
+# %% ../../nbs/60_localnet/08_engine.ipynb #1297d6c5
 def _sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
     "Take from the book what an order may, down to a limit"
     side, book = int(order.sign), exchange.market.book(order.n)
@@ -422,7 +422,7 @@ def _own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list
                and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
     return sorted(against, key=lambda each: order.sign * each.price)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c5aaa15b
+# %% ../../nbs/60_localnet/08_engine.ipynb #44143297
 def _hide(exchange:"Exchange", order:ExchangeOrder)->None:
     "Take an order out of the book for a moment"
     exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
@@ -455,7 +455,7 @@ def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     for maker in makers: _show(exchange, account, maker)
     if order.is_open: _sweep(exchange, account, order, order.price or None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #433a250c
+# %% ../../nbs/60_localnet/08_engine.ipynb #99ac7dae
 def _takeable(exchange:"Exchange", order:ExchangeOrder)->float:
     "How much of an order could be filled at once, base units"
     side = int(order.sign)
@@ -483,7 +483,7 @@ def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
     _work(exchange, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #f620fd95
+# %% ../../nbs/60_localnet/08_engine.ipynb #9a3afeb4
 def _shorten(exchange:"Exchange", n:int, side:int)->None:
     "What stood before an order in its queue may have been cancelled"
     book = exchange.market.book(n)
@@ -494,25 +494,27 @@ def _shorten(exchange:"Exchange", n:int, side:int)->None:
             order.ahead = min(order.ahead, before)
             before += order.left
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5082f786
-def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
-    "Resting orders meet a move of the market, then accounts are looked at"
-    n = move.n
+# %% ../../nbs/60_localnet/08_engine.ipynb #e7ecc05c
+def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
+    "Resting orders meet a move of the market"
+    n, book = move.n, exchange.market.book(move.n)
     for side in (1, -1):
         if not exchange.queues[n, side]: continue
         if isinstance(move, Levels): _shorten(exchange, n, side)
-        if isinstance(move, Tick):
+        elif isinstance(move, Tick):
             _serve_passed(exchange, n, move.price, side)
             if (side > 0) == move.buyer_is_maker: _serve(exchange, n, side, move.price, move.quantity)
-        other = exchange.market.book(n).market_best(-side)
-        tick = exchange.market.instruments[n].price_tick
+        other, tick = book.market_best(-side), exchange.market.instruments[n].price_tick
         if other == other: _serve_passed(exchange, n, other - side * tick / 2., side)
+
+
+def _guard(exchange:"Exchange", time:int)->None:
+    "The mark price has moved: warn accounts, and liquidate those whose margin is gone"
     for account in exchange.accounts.values():
-        if not any(account.held(n, side) for side in SIDES): continue
-        account.warn(move.time)
+        account.warn(time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2fc15e57
+# %% ../../nbs/60_localnet/08_engine.ipynb #c83eb419
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
     "Close the positions of one wallet"
     market = exchange.market
@@ -534,7 +536,7 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
         exchange.tell_ended(account, [])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c809ee0c
+# %% ../../nbs/60_localnet/08_engine.ipynb #98bfdb3d
 def _check_unique(account:Account, client_id:str)->None:
     "Refuse the client's id of another open order"
     if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
@@ -575,7 +577,7 @@ def _check_counterparty(market:Market, order:ExchangeOrder)->None:
     best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
     if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ec927b92
+# %% ../../nbs/60_localnet/08_engine.ipynb #c9cf60d2
 def submit(
     exchange:"Exchange",
     account:Account,
@@ -593,7 +595,7 @@ def submit(
     else: _submit_to_book(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2a36a032
+# %% ../../nbs/60_localnet/08_engine.ipynb #1b264c04
 def _apply_move(exchange:"Exchange", move:Any)->None:
     "One move of the market, and what it does to orders and accounts"
     if exchange.profile == "backtest" and isinstance(move, Close): _close_candle(exchange, move)
@@ -603,7 +605,9 @@ def _apply_move(exchange:"Exchange", move:Any)->None:
     if isinstance(move, Rate):
         for account in exchange.accounts.values():
             account.pay_funding(move.n, move.rate, exchange.market.mark(move.n), move.time)
-    elif exchange.profile == "book" and not isinstance(move, Close): _meet_move(exchange, move)
+    elif exchange.profile == "book":
+        if isinstance(move, Tick | Levels): _meet_move(exchange, move)
+        else: _guard(exchange, move.time)
 
 
 def _expire(exchange:"Exchange", now:int)->None:
@@ -620,7 +624,7 @@ def _expire_countdowns(exchange:"Exchange", now:int)->None:
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ff42553f
+# %% ../../nbs/60_localnet/08_engine.ipynb #0595779c
 class Exchange:
     "Several accounts in one market"
 
@@ -689,7 +693,7 @@ class Exchange:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #bf267cd0
+# %% ../../nbs/60_localnet/08_engine.ipynb #5c54cf39
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
@@ -712,7 +716,7 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     _check_order(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c0a466e3
+# %% ../../nbs/60_localnet/08_engine.ipynb #17da4a99
 def find_order(
     exchange:"Exchange",
     account:Account,
@@ -736,7 +740,7 @@ def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     end(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4d721bfe
+# %% ../../nbs/60_localnet/08_engine.ipynb #58c0cf10
 def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
@@ -766,13 +770,13 @@ def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->N
     try: _check_value(exchange, account, order)
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #891394dd
+# %% ../../nbs/60_localnet/08_engine.ipynb #217689e0
 def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
     write_row(account, order.n, order.position_side, order.number, place[1], **_row_fields(order))
     _settle(exchange, account, place, _meet(exchange, account, place))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #bc4cad51
+# %% ../../nbs/60_localnet/08_engine.ipynb #05bdb046
 def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     "PUT order"
     order = find_order(exchange, account, asked, -2013, opened=True)
@@ -796,7 +800,7 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     else: _work(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #745775ba
+# %% ../../nbs/60_localnet/08_engine.ipynb #da8b807d
 MOST_PLACED, MOST_CANCELLED = 5, 10
 
 
@@ -825,7 +829,7 @@ def _read_cancellations(asked:dict)->list[dict]:
     if len(names[key]) > MOST_CANCELLED: raise RequestDeniedError(-4032)
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #b3e06de5
+# %% ../../nbs/60_localnet/08_engine.ipynb #9798da45
 def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
@@ -835,7 +839,7 @@ def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     if left: exchange.countdowns[account.name, n] = now + left
     return {"symbol": exchange.market.ids[n], "countdownTime": str(left)}
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #3d9e5aca
+# %% ../../nbs/60_localnet/08_engine.ipynb #9ad2f091
 DAY = 86_400_000
 
 
@@ -866,7 +870,7 @@ def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[di
     limit = whole(asked, "limit", 50, least=1, most=100)
     return [row for row in reversed(rows) if begin <= row["time"] <= end][:limit]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #cc7d06d5
+# %% ../../nbs/60_localnet/08_engine.ipynb #f2531464
 def _shown(form, act, **more):
     "An endpoint's answer: the order that a request led to, in a form"
     return lambda exchange, account, asked: order_reply(act(exchange, account, asked, **more), exchange.order_reply,
@@ -891,7 +895,7 @@ def _list(find, form):
     return lambda exchange, account, asked: [order_reply(order, exchange.order_reply, form)
                                              for order in find(exchange, account, asked)]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #96b8430c
+# %% ../../nbs/60_localnet/08_engine.ipynb #4fdbb022
 _amended, _cancelled = _shown("amend", amend), _shown("cancel", cancel)
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "v1/order"): Endpoint(0, "signed", _placed, orders=1, permission="trade"),
