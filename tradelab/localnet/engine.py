@@ -8,7 +8,7 @@ __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED',
            'clear_row', 'reason_of', 'end', 'begin', 'fill_maker', 'liquidate', 'submit', 'Exchange', 'place',
            'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c93bc9fa
+# %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ import numpy as np
 from ..account import decimal8
 from ..compiled import outlined
 from ..journal import JOURNAL
-from .accounts import SIDES, SLOTS, Account, Collateral, Filled, check_margin, page
+from .accounts import SIDES, SLOTS, Account, Collateral, Filled, account_event, check_margin, page
 from tradelab.localnet.orders import (
     BAND,
     Amendment,
@@ -60,7 +60,7 @@ from ..sim.kernel import fade_all, gap, match_open, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4253dc37
+# %% ../../nbs/60_localnet/08_engine.ipynb #2c8690f7
 @dataclass(frozen=True)
 class Questions:
     "What cannot be settled without a recording of the real exchange"
@@ -68,7 +68,7 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #52899e12
+# %% ../../nbs/60_localnet/08_engine.ipynb #fed950ee
 @outlined
 def _begin_candle(
     state,   # State, changed
@@ -98,7 +98,7 @@ def _finish_candle(state, rules, row, candle):
     met, working = match_open(state, rules, row, candle)
     traverse(state, rules, row, candle, threatened(state, candle.prices), working)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d70f30e0
+# %% ../../nbs/60_localnet/08_engine.ipynb #99f1b3ad
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
@@ -127,7 +127,7 @@ def _forming(exchange:"Exchange")->Candle:
         exchange.candle = _candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #da238b5e
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f53daed
 Place = tuple[int, int]   # row of the account, and slot
 
 
@@ -152,7 +152,7 @@ def write_row(
     state.execution_state[k]["active"] = 1
     return row, slot
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #fdbac103
+# %% ../../nbs/60_localnet/08_engine.ipynb #348a9669
 def row_of(account:Account, place:Place)->np.void:
     "The kernel's row of an order"
     state, k, _ = account.view(place[0])
@@ -169,7 +169,7 @@ def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c6f0a6d8
+# %% ../../nbs/60_localnet/08_engine.ipynb #971cb22f
 SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
 
 
@@ -191,7 +191,7 @@ def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="C
     exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
     for told in exchange.ended: told(account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #410419b4
+# %% ../../nbs/60_localnet/08_engine.ipynb #863618c8
 def _rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Show an order in the book, at the end of its queue"
     book, side = exchange.market.book(order.n), int(order.sign)
@@ -217,7 +217,7 @@ def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
     queue.pop(order.number, None)
     if not queue: queues.pop(order.price, None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #3a3008ae
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
 def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
     for known in fills["decision_price"].astype(int).tolist():
@@ -243,7 +243,7 @@ def _anchor(part:Collateral)->ExchangeOrder|None:
     row = int(part.rows[0])
     return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #18e2385d
+# %% ../../nbs/60_localnet/08_engine.ipynb #0b40e350
 def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
@@ -270,7 +270,7 @@ def _tell_liquidation(exchange, account, part, first, last, time):
     part.state.count[0] = last
     exchange.tell_ended(account, account.booked(_anchor(part), first, time))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #89748322
+# %% ../../nbs/60_localnet/08_engine.ipynb #674fb9db
 def begin(exchange:"Exchange", account:Account)->None:
     "The candle's first moment, once: when the first order arrives, or at its end"
     if account.name in exchange.begun: return
@@ -281,9 +281,10 @@ def begin(exchange:"Exchange", account:Account)->None:
         if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
             _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6da4e6c2
+# %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
 def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
+    account.lend()
     for part in account.parts():
         before = int(part.state.count[0])
         _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
@@ -303,7 +304,7 @@ def _close_candle(exchange:"Exchange", move:Close)->None:
     exchange.begun.clear()
     exchange.closed.clear()
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #fec549c7
+# %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
@@ -318,7 +319,7 @@ def _refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
     if order.in_force == "GTX": raise RequestDeniedError(-5022)
     if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6eff8554
+# %% ../../nbs/60_localnet/08_engine.ipynb #d7887413
 def _meet(exchange:"Exchange", account:Account, place:Place)->int:
     "Let a row meet the open; how many fills there were before"
     begin(exchange, account)
@@ -348,7 +349,7 @@ def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder,
     exchange.emit(account, order_event(order, "NEW"))
     _settle(exchange, account, place, before)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #15b0ab19
+# %% ../../nbs/60_localnet/08_engine.ipynb #1af7b95f
 def _fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
     "Book one trade of an order"
     rate = account.costs.maker_fee if maker else account.costs.taker_fee
@@ -375,7 +376,7 @@ def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quanti
     if order.left == 0.: _leave(exchange, order)
     elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e1533cf8
+# %% ../../nbs/60_localnet/08_engine.ipynb #6efe49ef
 def _serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
     "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
@@ -400,7 +401,7 @@ def _serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
         for account, order in list(exchange.queues[n, side].get(each, {}).values()):
             if order.is_open: fill_maker(exchange, account, order, order.left, True)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1297d6c5
+# %% ../../nbs/60_localnet/08_engine.ipynb #2bf4195d
 def _sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
     "Take from the book what an order may, down to a limit"
     side, book = int(order.sign), exchange.market.book(order.n)
@@ -422,7 +423,7 @@ def _own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list
                and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
     return sorted(against, key=lambda each: order.sign * each.price)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #44143297
+# %% ../../nbs/60_localnet/08_engine.ipynb #6d97c0e6
 def _hide(exchange:"Exchange", order:ExchangeOrder)->None:
     "Take an order out of the book for a moment"
     exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
@@ -455,7 +456,7 @@ def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     for maker in makers: _show(exchange, account, maker)
     if order.is_open: _sweep(exchange, account, order, order.price or None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #99ac7dae
+# %% ../../nbs/60_localnet/08_engine.ipynb #4941a7c7
 def _takeable(exchange:"Exchange", order:ExchangeOrder)->float:
     "How much of an order could be filled at once, base units"
     side = int(order.sign)
@@ -483,7 +484,7 @@ def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
     _work(exchange, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9a3afeb4
+# %% ../../nbs/60_localnet/08_engine.ipynb #49aa257c
 def _shorten(exchange:"Exchange", n:int, side:int)->None:
     "What stood before an order in its queue may have been cancelled"
     book = exchange.market.book(n)
@@ -494,7 +495,7 @@ def _shorten(exchange:"Exchange", n:int, side:int)->None:
             order.ahead = min(order.ahead, before)
             before += order.left
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e7ecc05c
+# %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
 def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
     "Resting orders meet a move of the market"
     n, book = move.n, exchange.market.book(move.n)
@@ -514,7 +515,7 @@ def _guard(exchange:"Exchange", time:int)->None:
         account.warn(time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c83eb419
+# %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
     "Close the positions of one wallet"
     market = exchange.market
@@ -534,9 +535,12 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             fee = float(decimal8(quantity * price * market.instruments[n].liquidation_fee))
             fee = min(fee, max(account.equity(), 0.))
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
-        exchange.tell_ended(account, [])
+    lost = -account.cross.money()
+    if lost <= 0. or rows[0] in account.own: return
+    account.receive("INSURANCE_CLEAR", lost, None, market.now)
+    exchange.emit(account, account_event(account, "INSURANCE_CLEAR", market.now, lost))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #98bfdb3d
+# %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
 def _check_unique(account:Account, client_id:str)->None:
     "Refuse the client's id of another open order"
     if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
@@ -577,7 +581,7 @@ def _check_counterparty(market:Market, order:ExchangeOrder)->None:
     best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
     if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c9cf60d2
+# %% ../../nbs/60_localnet/08_engine.ipynb #83bdb66c
 def submit(
     exchange:"Exchange",
     account:Account,
@@ -595,7 +599,7 @@ def submit(
     else: _submit_to_book(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1b264c04
+# %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
 def _apply_move(exchange:"Exchange", move:Any)->None:
     "One move of the market, and what it does to orders and accounts"
     if exchange.profile == "backtest" and isinstance(move, Close): _close_candle(exchange, move)
@@ -624,7 +628,7 @@ def _expire_countdowns(exchange:"Exchange", now:int)->None:
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #0595779c
+# %% ../../nbs/60_localnet/08_engine.ipynb #d5718837
 class Exchange:
     "Several accounts in one market"
 
@@ -693,7 +697,7 @@ class Exchange:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5c54cf39
+# %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
@@ -716,7 +720,7 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     _check_order(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #17da4a99
+# %% ../../nbs/60_localnet/08_engine.ipynb #a578d264
 def find_order(
     exchange:"Exchange",
     account:Account,
@@ -740,7 +744,7 @@ def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     end(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #58c0cf10
+# %% ../../nbs/60_localnet/08_engine.ipynb #17d9144b
 def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
@@ -770,13 +774,13 @@ def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->N
     try: _check_value(exchange, account, order)
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #217689e0
+# %% ../../nbs/60_localnet/08_engine.ipynb #56408bc2
 def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
     write_row(account, order.n, order.position_side, order.number, place[1], **_row_fields(order))
     _settle(exchange, account, place, _meet(exchange, account, place))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #05bdb046
+# %% ../../nbs/60_localnet/08_engine.ipynb #c45bbb53
 def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     "PUT order"
     order = find_order(exchange, account, asked, -2013, opened=True)
@@ -800,7 +804,7 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     else: _work(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #da8b807d
+# %% ../../nbs/60_localnet/08_engine.ipynb #23f8e544
 MOST_PLACED, MOST_CANCELLED = 5, 10
 
 
@@ -829,7 +833,7 @@ def _read_cancellations(asked:dict)->list[dict]:
     if len(names[key]) > MOST_CANCELLED: raise RequestDeniedError(-4032)
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9798da45
+# %% ../../nbs/60_localnet/08_engine.ipynb #ee7fee7f
 def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
@@ -839,7 +843,7 @@ def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     if left: exchange.countdowns[account.name, n] = now + left
     return {"symbol": exchange.market.ids[n], "countdownTime": str(left)}
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9ad2f091
+# %% ../../nbs/60_localnet/08_engine.ipynb #7e2685fa
 DAY = 86_400_000
 
 
@@ -870,7 +874,7 @@ def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[di
     limit = whole(asked, "limit", 50, least=1, most=100)
     return [row for row in reversed(rows) if begin <= row["time"] <= end][:limit]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #f2531464
+# %% ../../nbs/60_localnet/08_engine.ipynb #8abdfb82
 def _shown(form, act, **more):
     "An endpoint's answer: the order that a request led to, in a form"
     return lambda exchange, account, asked: order_reply(act(exchange, account, asked, **more), exchange.order_reply,
@@ -895,7 +899,7 @@ def _list(find, form):
     return lambda exchange, account, asked: [order_reply(order, exchange.order_reply, form)
                                              for order in find(exchange, account, asked)]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #4fdbb022
+# %% ../../nbs/60_localnet/08_engine.ipynb #cf3c5fcc
 _amended, _cancelled = _shown("amend", amend), _shown("cancel", cancel)
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "v1/order"): Endpoint(0, "signed", _placed, orders=1, permission="trade"),
