@@ -1,5 +1,6 @@
-"Signatures of localnet against openssl, and against what ccxt signs"
+"Signatures of localnet against openssl and ccxt, and its readers against any text"
 import base64
+import json
 import shutil
 import subprocess
 
@@ -13,14 +14,23 @@ from hypothesis import strategies as st
 
 from tradelab.localnet.protocol import (
     RequestDeniedError,
+    check_browser,
     check_signature,
+    check_time,
     check_ws_signature,
+    chosen,
+    find_key,
+    flag,
     is_signature,
     listed,
+    number,
     parameters,
+    read_json,
     records,
     signature,
     signed_payload,
+    texts,
+    whole,
 )
 
 SECRET = "2b5eb11e18796d12d88f13dc27dbbd02c2cc51ff7059765ed9821957d82bb4d9"
@@ -127,3 +137,24 @@ def test_any_split_into_query_and_body_verifies_and_any_change_does_not(query, b
     ("batchOrders=%7B%22a%22%3A1%7D&batchOrders=%7B%22a%22%3A2%7D", "", {"batchOrders": '{"a":1},{"a":2}'}),
     ("&&=&a", "=b&", {"": "", "a": ""}), ("a=%ff%00", "", {"a": "\ufffd\0"})])
 def test_parameters_of_all_clients(query, body, expected): assert parameters(query, body) == expected
+
+
+ANY = st.text(st.characters(exclude_categories=()), max_size=60) | st.text("[]{},:\"'=&%+-.0123456789eNaIfity\\ ",
+                                                                            max_size=40)
+
+
+@settings(max_examples=1000)
+@given(ANY, ANY)
+def test_any_text_is_read_or_refused(first, second):
+    "Nothing but a refusal leaves the readers, and what they return has a plain form"
+    held = {"a": first, "symbol": second}
+    for read in (lambda: parameters(first, second), lambda: listed(held, "a"), lambda: records(held, "a"),
+                 lambda: whole(held, "a"), lambda: number(held, "a"), lambda: flag(held, "a"), lambda: texts(held),
+                 lambda: chosen(held, "a", ("BUY", "SELL")), lambda: check_time({"timestamp": first}, 0),
+                 lambda: check_signature(SECRET, first, second), lambda: check_signature(PUBLIC_PEM, first, second),
+                 lambda: check_ws_signature(SECRET, held | {"signature": first}), lambda: find_key({}, first),
+                 lambda: check_browser(first, second), lambda: check_browser("127.0.0.1", "http://" + first)):
+        try: json.dumps(read(), allow_nan=False)
+        except RequestDeniedError as refused: assert json.dumps(refused.reply) and 400 <= refused.status < 500
+    try: json.dumps(read_json(first), allow_nan=False)
+    except ValueError: pass
