@@ -64,7 +64,7 @@ def _number(book, changed, ids=None):
     "Note which keys of bids and asks have changed, under the next number or under recorded ones"
     bids, asks = changed
     if not (bids or asks or ids): return
-    first, last = ids[:2] if ids else (0, 0)
+    first, last = (int(ids[0]), int(ids[1])) if ids else (0, 0)
     first = max(first, book.update_id + (1 if ids else SKIPPED))
     last = max(last, first + (0 if ids else len(bids) + len(asks) - 1))
     book.changes.append((first, last, bids, asks))
@@ -174,7 +174,7 @@ class Book:
         return change
 
 # %% ../../nbs/60_localnet/03_book.ipynb #18ee4f9b
-LADDER = np.unique(np.round(np.append(np.arange(100.), np.geomspace(100, 1e6, 926)))) # ticks from the best price
+LADDER = np.unique(np.round(np.append(np.arange(20.), np.geomspace(20, 1e6, 222)))) # ticks from the best price
 EVEN = 20 # levels of a book without impact
 
 
