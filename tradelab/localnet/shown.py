@@ -183,6 +183,21 @@ def _completed(known):
                      np.nan_to_num(known[..., TRADES]), bought, np.round(bought * mean, 10)], -1)
 
 
+def _told(rows, candles, own):
+    "The forming candles, (N, WIDTH), as their source tells them, KNOWN; `own` are trades that it does not know"
+    for n, each in own.items(): rows[n, _SUMS] -= each[_SUMS]
+    told = _completed(candles)
+    same = (rows[:, TRADES] > 0) & np.isclose(rows[:, VOLUME], candles[:, VOLUME])
+    unknown = np.isnan(candles[:, [QUOTE_VOLUME, TRADES, TAKER_BUY_VOLUME, TAKER_BUY_VOLUME]]) & same[:, None]
+    told[:, QUOTE_VOLUME:FIRST][unknown] = rows[:, QUOTE_VOLUME:FIRST][unknown]
+    heard = np.isfinite(candles[:, CLOSE])
+    rows[heard, :FIRST] = told[heard]
+    for n, each in own.items():
+        rows[n, [HIGH, LOW]] = max(rows[n, HIGH], each[HIGH]), min(rows[n, LOW], each[LOW])
+        rows[n, _SUMS] = np.round(rows[n, _SUMS] + each[_SUMS], 10)
+    return rows
+
+
 def _past(known):
     "KNOWN, (T, N, 11), as rows (T, N, WIDTH) of candles that closed before the market began"
     rows = np.empty((*known.shape[:2], WIDTH))
@@ -230,11 +245,7 @@ class Candles:
     def close(self, candles:np.ndarray, next_open:int)->None:
         "Close the forming candles as their source tells them, and begin the next ones"
         if self.count == len(self.times) - 1: self.forget(ROOM // 2)
-        rows, told = np.array(self.forming), np.isfinite(candles[:, CLOSE])
-        rows[told, :FIRST] = _completed(candles[told])
-        for n, own in self.own.items():
-            rows[n, [HIGH, LOW]] = max(rows[n, HIGH], own[HIGH]), min(rows[n, LOW], own[LOW])
-            rows[n, _SUMS] = np.round(rows[n, _SUMS] + own[_SUMS], 10)
+        rows = _told(np.array(self.forming), candles, self.own)
         index = np.where(np.isfinite(candles[:, INDEX_PRICE]), candles[:, INDEX_PRICE], rows[:, CLOSE])
         for column, prices in ((MARK, rows[:, CLOSE]), (INDEX, index)):
             for n in set(range(len(rows))) - self.told[column]: _add_price(rows[n], column, prices[n])
