@@ -126,6 +126,9 @@ class OrderBook:
     @property
     def complete(self) -> bool: return self.last is not None
 
+    @property
+    def wanting(self) -> bool: return not self.complete and len(self._waiting) > 0 # a snapshot is to be asked for
+
     def bids(self, depth: int|None = None) -> np.ndarray: return side_levels(self.sides[0], True, depth)
 
     def asks(self, depth: int|None = None) -> np.ndarray: return side_levels(self.sides[1], False, depth)
@@ -133,6 +136,7 @@ class OrderBook:
     def lose(self) -> None:
         "Forget the book: the connection broke, or changes are missing"
         self.last, self.joined = None, False
+        self._waiting.clear()
 
     def take(self, update: BookUpdate) -> list["BookUpdate|BookGap"]:
         "The updates that now change the book: none, one, or a snapshot and all that waited for it; a gap where it ends"
