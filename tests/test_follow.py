@@ -11,13 +11,14 @@ from aiohttp import web
 from tradelab.errors import SymbolNotSupportedError, VenueConnectionError
 from tradelab.events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
 from tradelab.localnet.server import Localnet
-from tradelab.localnet.shown import Close, Levels, Prices, Tick
-from tradelab.localnet.sources import Follow, Patience, Recorded, kline_candle
+from tradelab.localnet.shown import Close, Levels, Market, Prices, Tick, klines
+from tradelab.localnet.sources import Follow, Patience, Recorded, Replay, kline_candle
 from tradelab.market.candles import times
-from tradelab.market.synthetic import ar1
+from tradelab.market.synthetic import ar1, correlated
 from tradelab.sources.book import BookUpdate, OrderBook, book_diff, book_snapshot, put_levels
 
 pytestmark = pytest.mark.integration
+BTC = "BTC/USDT:USDT"
 SYMBOLS = ("AKRO/USDT:USDT", "CTK/USDT:USDT", "KEEP/USDT:USDT", "SUSHI/USDT:USDT")
 NAMES = [symbol.partition("/")[0] + "USDT" for symbol in SYMBOLS]
 MINUTE = 1_626_992_700_000 # the one in which the capture begins
@@ -54,6 +55,24 @@ def test_a_recorded_book_ends_as_the_exchange_left_it(capture):
     assert books_of(moves, 4) == [truth[name].sides for name in recorded.names]
     clock = [move.time for move in moves]
     assert clock == sorted(clock)
+
+
+def test_the_market_shows_the_candles_of_its_source():
+    "While a candle forms, its trades fold to it: just before the close it is what the close says, to the last digit"
+    frames = correlated(40, seed=4)
+    source = Replay(frames, start=int(times(frames[BTC])[10]))
+    market = Market(source.history(), source.instruments, source.funding, interval=source.interval, now=source.now)
+    def shown(n):
+        rows = klines(market, n, {"interval": "1h", "limit": "40"})
+        return [[float(each) for each in row[:6]] for row in rows]
+    for t, moves in enumerate(source.steps(), 9):
+        for move in moves:
+            if isinstance(move, Close): assert [shown(n)[-1][1:] for n in range(2)] == [
+                each.iloc[t].tolist() for each in frames.values()]
+            market.apply(move)
+    for n, each in enumerate(frames.values()):
+        assert [row[1:] for row in shown(n)[:-1]] == each[:-1].to_numpy().tolist()
+        assert shown(n)[-1][1:] == [each.open.iloc[-1]] * 4 + [0.]
 
 
 def test_recorded_minutes_are_the_exchanges_own_where_they_are_whole(shared):
@@ -281,12 +300,12 @@ def test_an_exchange_that_is_not_there_or_lacks_a_symbol(capture):
 
 def test_one_localnet_follows_another():
     "One that only tells candles and mark prices, and waits for a session: its user stream is connected here"
-    btc, candles = "BTC/USDT:USDT", ar1(40, seed=3)
+    candles = ar1(40, seed=3)
     async def run(venue):
         stream = venue.url.replace("http", "ws")
-        follow = await Follow(venue.url, stream, [btc], interval="1h", patience=QUICK).prepare()
+        follow = await Follow(venue.url, stream, [BTC], interval="1h", patience=QUICK).prepare()
         assert follow.now == times(candles)[6]
-        assert follow.history()[btc][[*COLUMNS]].equals(candles[:6])
+        assert follow.history()[BTC][[*COLUMNS]].equals(candles[:6])
         async with aiohttp.ClientSession(headers={"X-MBX-APIKEY": "localnet-key"}) as session:
             async with session.post(f"{venue.url}/fapi/v1/listenKey") as told: key = (await told.json())["listenKey"]
             async with session.ws_connect(f"{stream}/private/ws?listenKey={key}"), aclosing(follow.steps()) as steps:
@@ -301,5 +320,5 @@ def test_one_localnet_follows_another():
         assert any(isinstance(move, Prices) for move in moves)
         ticks = [move for move in moves if isinstance(move, Tick) and move.time < closes[0].time]
         assert {tick.price for tick in ticks} == set(candles.to_numpy()[6, :4])
-    with Localnet({btc: candles}, start=int(times(candles)[6]), lockstep=False, interval_ms=20) as venue:
+    with Localnet({BTC: candles}, start=int(times(candles)[6]), lockstep=False, interval_ms=20) as venue:
         asyncio.run(run(venue))

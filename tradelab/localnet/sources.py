@@ -8,8 +8,8 @@ __all__ = ['Move', 'PATH', 'BLOCK', 'logger', 'DAY', 'ETHER', 'INVENTED', 'EIGHT
            'first_to_close', 'Replay', 'Fold', 'listed_instruments', 'captured_instruments', 'levels_move',
            'trade_move', 'Opening', 'find_opening', 'Minutes', 'Recorded', 'invented_day', 'invented_trades',
            'minute_candles', 'invented_seconds', 'known_frame', 'WallClock', 'kline_candle', 'Closing', 'kline_ticks',
-           'book_moves', 'Heard', 'Patience', 'streams_of', 'ask', 'Line', 'Requests', 'news', 'Known', 'known_candles',
-           'rate_series', 'learn', 'Listening', 'Follow']
+           'flat', 'book_moves', 'Heard', 'Patience', 'streams_of', 'ask', 'Line', 'Requests', 'news', 'Known',
+           'known_candles', 'rate_series', 'learn', 'Listening', 'Follow']
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #46a04cfb
 import asyncio
@@ -645,6 +645,14 @@ def kline_ticks(
             for price, last, quantity in zip(prices, [float(old[CLOSE]), *prices], traded)]
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #43bec152
+def flat(
+    candle: np.ndarray,  # (KNOWN,), the one before
+    open_time: int,      # ms
+) -> np.ndarray:         # (KNOWN,)
+    "A candle in which nobody traded"
+    return np.array([candle[CLOSE]] * 4 + [0.] * 4 + [np.nan] * 2 + [open_time])
+
+
 def book_moves(
     book: OrderBook,     # changed
     update: BookUpdate,  # a snapshot or a diff
@@ -691,10 +699,12 @@ class Heard:
         self.waiting += book_moves(self.books[n], book_snapshot(self.names[n], reply, self.now), n, self.now)
 
     def closed(self, n: int, rows: Sequence[list]) -> None:
-        "Take a reply of GET klines: the last row is forming, unless its time is over"
-        for candle in map(kline_candle, rows):
-            over = candle[OPEN_TIME] + self.closing.step <= max(self.now, rows[-1][0])
-            if over: self.closing.put(n, candle)
+        "Take a reply of GET klines from the open one on: the last is forming; one that is left out had no trade"
+        known = {int(row[0]): kline_candle(row) for row in rows}
+        newest, last = max([self.now, *known]), self.forming[n]
+        for at in range(self.closing.opened, newest - self.closing.step + 1, self.closing.step):
+            last = known.get(at, flat(last, at))
+            self.closing.put(n, last)
 
     def lose(self) -> None:
         "Forget the books, because diffs are missing"
@@ -929,7 +939,9 @@ class Listening:
     def ask(self) -> None:
         "Ask for what is missing: closes that are late, snapshots of books"
         now, interval, opened = time.monotonic(), self.follow.interval, self.heard.closing.opened
-        if not self.heard.waiting and self.late > 0: self.late = now
+        if not self.heard.waiting:
+            self.follow.fresh = now
+            if self.late > 0: self.late = now
         for n, book in enumerate(self.heard.books):
             if book.wanting: self.requests.ask("depth", n, symbol=book.symbol, limit=1000)
             if now - self.late > self.patience.close:
@@ -959,12 +971,14 @@ class Follow:
         self.market, self.public = (Line(f"{ws_url}/{route}/stream", self.names, kinds, patience)
                                     for route, kinds in streams_of(interval).items())
         self.name = f"{', '.join(symbols)} as {rest_url} trades them now"
+        self.fresh = np.inf   # s, when nothing that was heard had to wait for a close
 
     @property
     def silent(self) -> bool:
-        "Whether a route that is served has said nothing for too long"
+        "Whether a route that is served has said nothing for too long, or a close is not told nor replied"
         served = [line for line in (self.market, self.public) if line.served]
-        return not served or any(line.silent for line in served)
+        stuck = time.monotonic() - self.fresh > self.patience.silence
+        return stuck or not served or any(line.silent for line in served)
 
     @property
     def refused(self) -> set[str]: return self.market.refused | self.public.refused
