@@ -922,7 +922,6 @@ class Listening:
         self.tell: asyncio.Queue = asyncio.Queue(10_000)
         self.requests = Requests(session, follow.rest_url, self.tell, self.patience.pause)
         self.lines = [asyncio.create_task(line.listen(session, self.tell)) for line in (follow.market, follow.public)]
-        self.late = -np.inf   # s, since when moves wait for a close
 
     async def news(self) -> list[tuple]: return await news(self.tell, self.patience.close)
 
@@ -930,7 +929,6 @@ class Listening:
         "The moves of what was told, and those that waited for it"
         self.heard.trades = "aggTrade" not in self.follow.refused
         if what == "heard": return self.heard.hear(told)
-        if told is self.follow.market and what == "opened": self.late = -np.inf
         if told is self.follow.public: self.heard.lose()
         if what == "klines": self.heard.closed(*told)
         if what == "depth": self.heard.snapshot(*told)
@@ -939,14 +937,11 @@ class Listening:
     def ask(self) -> None:
         "Ask for what is missing: closes that are late, snapshots of books"
         now, interval, opened = time.monotonic(), self.follow.interval, self.heard.closing.opened
-        if not self.heard.waiting:
-            self.follow.fresh = now
-            if self.late > 0: self.late = now
+        if not self.heard.waiting: self.follow.fresh = now
         for n, book in enumerate(self.heard.books):
             if book.wanting: self.requests.ask("depth", n, symbol=book.symbol, limit=1000)
-            if now - self.late > self.patience.close:
+            if now - self.follow.fresh > self.patience.close:
                 self.requests.ask("klines", n, symbol=book.symbol, interval=interval, startTime=opened, limit=1000)
-        if now - self.late > self.patience.close: self.late = now
 
     async def end(self) -> None:
         tasks = [*self.lines, *self.requests.running.values()]
@@ -971,7 +966,7 @@ class Follow:
         self.market, self.public = (Line(f"{ws_url}/{route}/stream", self.names, kinds, patience)
                                     for route, kinds in streams_of(interval).items())
         self.name = f"{', '.join(symbols)} as {rest_url} trades them now"
-        self.fresh = np.inf   # s, when nothing that was heard had to wait for a close
+        self.fresh = np.inf   # s, when nothing that was heard waited for a close
 
     @property
     def silent(self) -> bool:
