@@ -10,17 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tradelab.account import POSITION, new_account
+from tradelab.account import age, mark
+from tradelab.events import CLOSE
 from tradelab.instruments import BITCOIN
 from tradelab.localnet import accounts, conditional, engine, shown
 from tradelab.localnet.accounts import SIDES, Account
 from tradelab.localnet.engine import Exchange
+from tradelab.localnet.orders import read_order
 from tradelab.localnet.protocol import RequestDeniedError, format_number
 from tradelab.localnet.shown import Market
 from tradelab.localnet.sources import Replay
 from tradelab.market.candles import frame
 from tradelab.orders import NONE
+from tradelab.risk.execution import new_order
 from tradelab.settings import CostModel
+from tradelab.sim.kernel import advance
 
 HOUR = 3_600_000
 FIRST = 1_640_995_200_000
@@ -345,3 +349,95 @@ def test_the_books_of_any_sequence_agree(profile, actions, costs, wild):
         perform(world, name, asked)
         if asked["what"] == "step": check(world)
     check(world)
+
+
+class Twin:
+    "The kernel's own step, on an account that is fed the same orders at each close"
+
+    def __init__(self, world):
+        account = world.exchange.accounts["main"]
+        self.world, self.market = world, world.market
+        part = account.cross
+        self.part = accounts.collateral(part.rows, part.rules.costs, part.rules.instruments, 10_000.)
+        self.state = self.part.state._replace(fills=np.zeros(4_000, self.part.state.fills.dtype))
+        self.rates = np.zeros((len(part.rows), 4))
+        self.closed = np.zeros((len(part.rows), 5))
+
+    def write(self, place, number, **fields):
+        "An order that the decision at the close has made"
+        row, slot = place
+        orders = self.state.orders[row]
+        if orders[slot]["kind"] != NONE: slot = np.flatnonzero(orders["kind"] == NONE)[0]
+        new_order(orders[slot], fields["kind"], fields["quantity"], fields.get("price", 0.), fields.get("trigger", 0.),
+                  fields["in_force"], fields["reduce_only"], float(number), self.part.rules)
+        orders[slot]["callback"] = fields.get("callback", 0.)
+        self.state.execution_state[row]["active"] = 1
+
+    def clear(self, number):
+        self.state.orders["kind"][self.state.orders["decision_price"] == number] = NONE
+
+    def step(self, moves):
+        "From the close before to the close in these moves"
+        close = next(move for move in moves if isinstance(move, shown.Close))
+        prices = np.ascontiguousarray(close.candles[:, :5])
+        candle = engine.candle_of(close.open_time, prices, self.market.condition_rows)
+        advance(self.state, self.part.rules, engine.NOBODY, self.rates, self.closed, candle)
+        self.closed = candle.prices
+        self.rates[:] = 0.
+        for move in moves:
+            if isinstance(move, shown.Rate):
+                rows = self.rates[3 * move.n:3 * move.n + 3]
+                rows[:, np.flatnonzero(rows[0] == 0.)[0]] = move.rate
+        mark(self.state.account, self.state.positions, candle.prices[:, CLOSE].copy())
+        age(self.state.positions)
+
+
+def feed(world, twin, asked, slots):
+    "Send an order to both; `slots` counts those that are taken"
+    exchange, account = world.exchange, world.exchange.accounts["main"]
+    if asked["what"] == "order":
+        order = read_order(plain(world, account, asked | {"reduce": asked["reduce"]}), asked["n"],
+                           world.market.ids[asked["n"]], INSTRUMENTS[asked["n"]], world.market.now)
+        slots[asked["n"]] += 1
+        exchange.submit(account, order, slots[asked["n"]])
+        twin.write(order.place, order.number, **engine.row_fields(replace(order, executed=0.)))
+        return
+    algo = exchange.conditional.place(account, waiting(world, account, asked | {"activate": False}))
+    twin.write(algo.place, algo.child_number, kind=conditional.KINDS[algo.kind],
+               quantity=algo.sign * (algo.quantity or conditional.ALL), price=algo.price,
+               trigger=float(exchange.row_of(account, algo.place)["trigger"]), callback=algo.callback,
+               in_force=engine.FORCES.get(algo.in_force, 0), reduce_only=int(algo.reduce_only))
+
+
+@given(candles_of=st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=2), st.lists(WAITING, max_size=2),
+                                     st.lists(PLAIN, max_size=4)), min_size=1, max_size=12),
+       costs=st.sampled_from(COSTS), wild=st.booleans())
+@settings(max_examples=150)
+def test_backtest_equals_the_kernel_that_is_fed_the_same(candles_of, costs, wild):
+    world = World("backtest", costs, wild, NAMES[:1])
+    account = world.exchange.accounts["main"]
+    twin, slots = Twin(world), [29, 29]
+    for cancelled, algos, orders in candles_of:
+        for which in cancelled:
+            working = list(account.open.values())
+            if not working: continue
+            order = working[which % len(working)]
+            engine.end(world.exchange, account, order)
+            twin.clear(order.number)
+        for asked in (*algos, *orders):
+            if slots[asked["n"]] >= 59: continue
+            try: feed(world, twin, asked, slots)
+            except RequestDeniedError: continue
+        moves = next(world.steps)
+        twin.step(moves)
+        world.exchange.step(moves)
+        world.listen()
+        for name in ("deposit", "realised", "fees", "funding"):
+            assert account.cross.state.account[0][name] == twin.state.account[0][name], name
+        for name in ("quantity", "entry_price"):
+            assert np.array_equal(account.cross.state.positions[name], twin.state.positions[name]), name
+        mine, theirs = (sorted((int(trade[0]), *map(float, trade[1:])) for trade in trades) for trades in (
+            [(trade.n, trade.quantity, trade.price, trade.fee) for trade in account.trades],
+            [(fill["symbol"] // 3, fill["quantity"], fill["price"], fill["fee"])
+             for fill in twin.state.fills[:twin.state.count[0]]]))
+        assert mine == theirs
