@@ -178,8 +178,7 @@ def page(
 )->list:
     "The oldest `limit` rows from startTime on, if it is given, otherwise the newest ones up to endTime"
     begin, end = whole(asked, "startTime", 0), whole(asked, "endTime", FOREVER)
-    limit = whole(asked, "limit", limit)
-    if not 1 <= limit <= most: raise RequestDeniedError(-1130, "limit")
+    limit = whole(asked, "limit", limit, least=1, most=most)
     if begin > end: raise RequestDeniedError(-1023)
     if days and begin and end == FOREVER: end = begin + days * DAY
     if days and begin and end - begin > days * DAY: raise RequestDeniedError(-4165, days)
@@ -365,9 +364,9 @@ def balance_of(account:"Account")->Balance:
     margins = {row: margin_of(account, row) for row in busy_rows(account)}
     cross = [margin for row, margin in margins.items() if row not in account.own]
     def total(name, among=margins.values()): return sum(getattr(margin, name) for margin in among)
-    equity, money, ordered = account.equity(), account.wallet(), total("ordered")
-    left = account.cross.money() + total("profit", cross) - total("initial", cross) - ordered
-    return Balance(money, account.cross.money(), equity - money, total("profit", cross), total("initial"), ordered,
+    money, ordered = account.cross.money(), total("ordered")
+    left = money + total("profit", cross) - total("initial", cross) - ordered
+    return Balance(account.wallet(), money, total("profit"), total("profit", cross), total("initial"), ordered,
                    total("maintenance"), total("maintenance", cross), left)
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #0a07c3ad
@@ -457,7 +456,7 @@ class Filled:
     liquidation:bool = False
 
 
-def settle_isolated(account:"Account", part:Collateral, target:float)->None:
+def settle_isolated(account:"Account", part:Collateral, target:float, time:int)->None:
     "Move what an isolated position does not need to the cross wallet, or take from there what it needs"
     cross, money = account.cross, part.money()
     if part.told.positions[0]["quantity"] != 0.:
@@ -467,7 +466,7 @@ def settle_isolated(account:"Account", part:Collateral, target:float)->None:
     for name in MONEY:
         cross.move(name, part.told.account[0][name])
         part.told.account[0][name] = 0.
-    if money < 0.: account.receive("INSURANCE_CLEAR", -money, int(part.rows[0]) // 3, account.market.now)
+    if money < 0.: account.receive("INSURANCE_CLEAR", -money, int(part.rows[0]) // 3, time)
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #39947b3b
 def tell_fill(account:"Account", part:Collateral, k:int, order:ExchangeOrder, fill:Filled, time:int)->ExchangeTrade:
@@ -477,7 +476,8 @@ def tell_fill(account:"Account", part:Collateral, k:int, order:ExchangeOrder, fi
     apply_fill(told.account, told.positions, k, fill.quantity, fill.price, fill.fee)
     realised = float(told.account[0]["realised"]) - before
     if row in account.own:
-        settle_isolated(account, part, isolated_wallet(money, held, fill.quantity, fill.price, account.leverage[n]))
+        needed = isolated_wallet(money, held, fill.quantity, fill.price, account.leverage[n])
+        settle_isolated(account, part, needed, time)
     trade = ExchangeTrade(next(account.numbers), order.number, n, fill.quantity, fill.price, fill.fee, realised,
                           fill.maker, time, order.position_side, order.symbol, account.asset)
     account.realised[row] += realised
