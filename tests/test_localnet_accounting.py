@@ -24,7 +24,7 @@ from tradelab.market.candles import frame
 from tradelab.orders import NONE
 from tradelab.risk.execution import new_order
 from tradelab.settings import CostModel
-from tradelab.sim.kernel import advance
+from tradelab.sim.kernel import advance, pay_funding
 
 HOUR = 3_600_000
 FIRST = 1_640_995_200_000
@@ -150,7 +150,7 @@ def waiting(world, account, asked):
         sent |= {"callbackRate": texts(.1 * asked["lots"]), "activatePrice": price() if asked["activate"] else None}
     if asked["close"] and asked["type"].endswith("T_MARKET") or asked["close"] and asked["type"] == "STOP_MARKET":
         sent |= {"closePosition": "true", "quantity": None, "reduceOnly": None}
-    return sent
+    return {key: text for key, text in sent.items() if text}
 
 
 def change(world, name, asked):
@@ -360,8 +360,6 @@ class Twin:
         part = account.cross
         self.part = accounts.collateral(part.rows, part.rules.costs, part.rules.instruments, 10_000.)
         self.state = self.part.state._replace(fills=np.zeros(4_000, self.part.state.fills.dtype))
-        self.rates = np.zeros((len(part.rows), 4))
-        self.closed = np.zeros((len(part.rows), 5))
 
     def write(self, place, number, **fields):
         "An order that the decision at the close has made"
@@ -381,13 +379,12 @@ class Twin:
         close = next(move for move in moves if isinstance(move, shown.Close))
         prices = np.ascontiguousarray(close.candles[:, :5])
         candle = engine.candle_of(close.open_time, prices, self.market.condition_rows)
-        advance(self.state, self.part.rules, engine.NOBODY, self.rates, self.closed, candle)
-        self.closed = candle.prices
-        self.rates[:] = 0.
-        for move in moves:
+        advance(self.state, self.part.rules, engine.NOBODY, np.zeros((len(self.part.rows), 1)), candle.prices, candle)
+        for move in moves:   # due at this close; the kernel's next step would begin with it
             if isinstance(move, shown.Rate):
-                rows = self.rates[3 * move.n:3 * move.n + 3]
-                rows[:, np.flatnonzero(rows[0] == 0.)[0]] = move.rate
+                rates = np.zeros((len(self.part.rows), 1))
+                rates[3 * move.n:3 * move.n + 3] = move.rate
+                pay_funding(self.state, self.part.rules, engine.NOBODY, rates, candle.prices)
         mark(self.state.account, self.state.positions, candle.prices[:, CLOSE].copy())
         age(self.state.positions)
 
@@ -405,7 +402,7 @@ def feed(world, twin, asked, slots):
     algo = exchange.conditional.place(account, waiting(world, account, asked | {"activate": False}))
     twin.write(algo.place, algo.child_number, kind=conditional.KINDS[algo.kind],
                quantity=algo.sign * (algo.quantity or conditional.ALL), price=algo.price,
-               trigger=float(exchange.row_of(account, algo.place)["trigger"]), callback=algo.callback,
+               trigger=float(engine.row_of(account, algo.place)["trigger"]), callback=algo.callback,
                in_force=engine.FORCES.get(algo.in_force, 0), reduce_only=int(algo.reduce_only))
 
 
@@ -424,7 +421,8 @@ def test_backtest_equals_the_kernel_that_is_fed_the_same(candles_of, costs, wild
             order = working[which % len(working)]
             engine.end(world.exchange, account, order)
             twin.clear(order.number)
-        for asked in (*algos, *orders):
+        # as the kernel goes through them: symbol by symbol, and the slots of one in their order
+        for asked in sorted((*algos, *orders), key=lambda asked: asked["n"]):
             if slots[asked["n"]] >= 59: continue
             try: feed(world, twin, asked, slots)
             except RequestDeniedError: continue
