@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIPPED', 'FIRST_ID', 'LADDER', 'EVEN', 'Side', 'visible', 'Book', 'synthetic_levels']
 
-# %% ../../nbs/60_localnet/03_book.ipynb #d6534e8b
+# %% ../../nbs/60_localnet/03_book.ipynb #128e75c0
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from ..sim.costs import MAX_IMPACT
 
-# %% ../../nbs/60_localnet/03_book.ipynb #5536af11
+# %% ../../nbs/60_localnet/03_book.ipynb #a6d7a49f
 @dataclass(eq=False)
 class Side:
     "The levels of one side: those of the market, and what rests among them of our own"
@@ -47,7 +47,7 @@ class Side:
         if left > 0: self.resting[key] = left
         else: self.resting.pop(key, None)
 
-# %% ../../nbs/60_localnet/03_book.ipynb #d148d2be
+# %% ../../nbs/60_localnet/03_book.ipynb #8a6b6f9a
 def visible(side:Side, other:Side, depth:int|None=None)->list[float]:
     "The keys of the levels that are shown, best first"
     keys = side.keys[:depth]
@@ -55,7 +55,7 @@ def visible(side:Side, other:Side, depth:int|None=None)->list[float]:
     own = [key for key in side.resting if not other.keys or key > -other.keys[0]]
     return sorted({*keys, *own})[:depth]
 
-# %% ../../nbs/60_localnet/03_book.ipynb #82df9e9f
+# %% ../../nbs/60_localnet/03_book.ipynb #bf2bcdfa
 SKIPPED = 3      # each change is numbered so far above the one before
 FIRST_ID = 1_000_000
 
@@ -87,7 +87,7 @@ def _diff(book, after):
               for sign, place in ((1, 2), (-1, 3))]
     return {"U": due[0][0], "u": book.update_id, "pu": after, "b": levels[0], "a": levels[1]}
 
-# %% ../../nbs/60_localnet/03_book.ipynb #620bbafe
+# %% ../../nbs/60_localnet/03_book.ipynb #fa0238f3
 def _walk(book, sign, quantity, limit):
     "Take from the levels of the other side, best first"
     side, met, changed = book.sides[-sign], [], set()
@@ -105,7 +105,7 @@ def _walk(book, sign, quantity, limit):
     _number(book, [changed if each == -sign else set() for each in (1, -1)])
     return met
 
-# %% ../../nbs/60_localnet/03_book.ipynb #f5007c8c
+# %% ../../nbs/60_localnet/03_book.ipynb #20bfebec
 class Book:
     "An order book: the market's levels and what rests of our own, told in snapshots and diffs"
     def __init__(self, update_id:int=FIRST_ID):
@@ -154,6 +154,10 @@ class Book:
         self.sides[sign].rest(-sign * price, change)
         _number(self, [{-sign * price} if each == sign else set() for each in (1, -1)])
 
+    def touch(self)->None:
+        "Count the best levels as changed, although they are as they were"
+        _number(self, [set(visible(self.sides[sign], self.sides[-sign], 1)) for sign in (1, -1)])
+
     def take(self, sign:int, quantity:float, limit:float|None=None)->list[tuple[float, float]]:
         "Buy (+1) or sell (-1) what is shown, down to a limit: price and quantity of each level that was met"
         return _walk(self, sign, quantity, np.inf * sign if limit is None else limit)
@@ -169,7 +173,7 @@ class Book:
         self.changes.clear()
         return change
 
-# %% ../../nbs/60_localnet/03_book.ipynb #ffddb52a
+# %% ../../nbs/60_localnet/03_book.ipynb #18ee4f9b
 LADDER = np.unique(np.round(np.append(np.arange(100.), np.geomspace(100, 1e6, 926)))) # ticks from the best price
 EVEN = 20 # levels of a book without impact
 
