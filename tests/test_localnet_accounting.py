@@ -1,5 +1,5 @@
-"""localnet's books: after any sequence of requests, candles, funding and liquidations, wallet, position, incomes, trades
-and events say the same, and the kernel that is fed the same has the same"""
+"""localnet's books: after any sequence of requests, candles, funding and liquidations, wallet, positions, incomes,
+trades and events say the same, and the kernel that is fed the same has the same"""
 import json
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -108,8 +108,9 @@ PLAIN = st.fixed_dictionaries(dict(
     away=st.integers(-300, 300), lots=st.integers(1, 60), force=st.sampled_from(["GTC", "GTC", "IOC", "FOK", "GTX"]),
     reduce=st.booleans(), position=st.sampled_from(["LONG", "SHORT"]), batch=st.integers(0, 4)))
 WAITING = st.fixed_dictionaries(dict(
-    what=st.just("algo"), n=SYMBOLS, side=st.sampled_from(["BUY", "SELL"]), type=st.sampled_from(list(conditional.KINDS)),
-    away=st.integers(-300, 300), lots=st.integers(1, 60), close=st.booleans(), reduce=st.booleans(),
+    what=st.just("algo"), n=SYMBOLS, side=st.sampled_from(["BUY", "SELL"]),
+    type=st.sampled_from(list(conditional.KINDS)), away=st.integers(-300, 300), lots=st.integers(1, 60),
+    close=st.booleans(), reduce=st.booleans(),
     position=st.sampled_from(["LONG", "SHORT"]), activate=st.booleans(),
     force=st.sampled_from(["GTC", "IOC", "GTD", "GTE_GTC"])))
 CHANGE = st.fixed_dictionaries(dict(
@@ -158,8 +159,8 @@ def change(world, name, asked):
     n = asked["n"]
     if asked["what"] == "cancel all": return world.ask(name, "DELETE", "v1/allOpenOrders", symbol=world.market.ids[n])
     if asked["what"] == "cancel algo":
-        open_algos = list(world.exchange.conditional.of(account).open)
-        if open_algos: world.ask(name, "DELETE", "v1/algoOrder", algoId=str(open_algos[asked["which"] % len(open_algos)]))
+        waits = list(account.waiting)
+        if waits: world.ask(name, "DELETE", "v1/algoOrder", algoId=str(waits[asked["which"] % len(waits)]))
         return None
     if not account.open: return None
     order = list(account.open.values())[asked["which"] % len(account.open)]
@@ -399,7 +400,7 @@ def feed(world, twin, asked, slots):
         exchange.submit(account, order, slots[asked["n"]])
         twin.write(order.place, order.number, **engine.row_fields(replace(order, executed=0.)))
         return
-    algo = exchange.conditional.place(account, waiting(world, account, asked | {"activate": False}))
+    algo = conditional.place(exchange.conditional, account, waiting(world, account, asked | {"activate": False}))
     twin.write(algo.place, algo.child_number, kind=conditional.KINDS[algo.kind],
                quantity=algo.sign * (algo.quantity or conditional.ALL), price=algo.price,
                trigger=float(engine.row_of(account, algo.place)["trigger"]), callback=algo.callback,

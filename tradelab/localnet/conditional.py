@@ -6,10 +6,10 @@
 __all__ = ['WORKING', 'KINDS', 'FIRST_NUMBER', 'LIMITED', 'CLOSING', 'CALLBACK', 'WITH_POSITION', 'MOST', 'PROTECT', 'REASONS',
            'ALL', 'ENDPOINTS', 'AlgoOrder', 'algo_reply', 'algo_event', 'follow', 'level', 'is_reached',
            'read_callback', 'read_close', 'read_algo', 'AlgoOrders', 'last_close', 'seen_prices', 'would_trigger',
-           'check_algo', 'family', 'child_of', 'is_protected', 'trigger', 'see', 'first_level', 'looked', 'write',
-           'closing', 'adopt', 'emptied', 'settle', 'Conditional']
+           'family', 'check_algo', 'child_of', 'is_protected', 'trigger', 'see', 'first_level', 'looked', 'write',
+           'closing', 'adopt', 'emptied', 'settle', 'Conditional', 'place']
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #508d3bcf
+# %% ../../nbs/60_localnet/09_conditional.ipynb #6acb3c01
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import count
@@ -52,7 +52,7 @@ from tradelab.localnet.protocol import (
 from .shown import Market
 from ..orders import GTC, NONE, STOP, TAKE_PROFIT, TRAILING
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #de109395
+# %% ../../nbs/60_localnet/09_conditional.ipynb #86f14bd3
 WORKING = "CONTRACT_PRICE", "MARK_PRICE"
 KINDS = {"STOP": STOP, "STOP_MARKET": STOP, "TAKE_PROFIT": TAKE_PROFIT, "TAKE_PROFIT_MARKET": TAKE_PROFIT,
          "TRAILING_STOP_MARKET": TRAILING}
@@ -99,14 +99,14 @@ class AlgoOrder:
     @property
     def waits(self)->bool: return self.status == "NEW"
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #4ed3464c
+# %% ../../nbs/60_localnet/09_conditional.ipynb #5d8bc559
 def _actual(algo):
     "Number, average price, kind and executed quantity of the child"
     child = algo.child
     if child is None: return "", "0", "LIMIT" if algo.price else "MARKET", "0"
     return str(child.number), format_number(average_price(child)), child.kind, format_number(child.executed)
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #e69a49a4
 def algo_reply(
     algo:AlgoOrder,
     form:str="post",   # post, query (one) or list
@@ -129,7 +129,7 @@ def algo_reply(
     if form == "list": shown |= dict.fromkeys(("tpTriggerPrice", "tpPrice", "slTriggerPrice", "slPrice"), "0")
     return shown
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #bf0b9f66
+# %% ../../nbs/60_localnet/09_conditional.ipynb #657f5ccb
 def algo_event(
     algo:AlgoOrder,
     time:int,   # ms
@@ -145,7 +145,7 @@ def algo_event(
              "rm": algo.reason, "ia": bool(algo.callback) and algo.active}
     return {"e": "ALGO_UPDATE", "T": time, "E": time, "o": shown}
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #4bc0cb4f
+# %% ../../nbs/60_localnet/09_conditional.ipynb #3cec6f5f
 def follow(algo:AlgoOrder, price:float)->None:
     "Let a trailing stop see a price"
     if not algo.callback: return
@@ -165,7 +165,7 @@ def is_reached(algo:AlgoOrder, price:float)->bool:
     away = algo.sign * (price - level(algo))
     return away <= 0. if KINDS[algo.kind] == TAKE_PROFIT else away >= 0.
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #2b3323ef
+# %% ../../nbs/60_localnet/09_conditional.ipynb #b53f8547
 LIMITED = "STOP", "TAKE_PROFIT"                     # with a limit price of their own
 CLOSING = "STOP_MARKET", "TAKE_PROFIT_MARKET"       # with closePosition
 CALLBACK = .1, 20.                                  # percent
@@ -186,7 +186,7 @@ def read_close(asked:dict, kind:str)->bool:
     if flag(asked, "reduceOnly"): raise RequestDeniedError(-1106, "reduceOnly")
     return True
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #80662490
+# %% ../../nbs/60_localnet/09_conditional.ipynb #c844609a
 def _read_force(asked, closes, now):
     "Time in force, and the time [ms] until which a GTD order is good"
     force = chosen(asked, "timeInForce", (*FORCES, WITH_POSITION), -1115, "GTC")
@@ -210,7 +210,7 @@ def _read_prices(asked, kind, match, instrument):
     activate = _read_trigger(asked, "activatePrice", instrument) if asked.get("activatePrice") else 0.
     return limit, 0., activate, read_callback(asked)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #7ad842a8
+# %% ../../nbs/60_localnet/09_conditional.ipynb #8c106b17
 def read_algo(
     asked:dict,
     n:int,
@@ -235,7 +235,7 @@ def read_algo(
                      chosen(asked, "selfTradePreventionMode", SELF_TRADES, -5039, "EXPIRE_MAKER"), until, now, now,
                      active=not activate)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #a581e1cc
+# %% ../../nbs/60_localnet/09_conditional.ipynb #14be54c1
 class AlgoOrders:
     "The conditional orders of an account"
 
@@ -283,10 +283,7 @@ class AlgoOrders:
         "What it can close, base units; 0 or less if it would open"
         return -algo.sign * self.account.held(algo.n, algo.position_side)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #abefce8f
-MOST = 200     # conditional orders that wait, over all symbols of an account
-
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #f9f5e1c1
 def last_close(market:Market, n:int)->float:
     "The close of the last candle, quote per base"
     candles = market.candles
@@ -299,11 +296,19 @@ def seen_prices(exchange:Exchange, algo:AlgoOrder)->list[float]:
     now = market.mark(algo.n) if algo.working_type == "MARK_PRICE" else market.last(algo.n)
     return [now] if exchange.profile == "book" else [now, last_close(market, algo.n)]
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #97377838
 def would_trigger(algo:AlgoOrder, price:float)->bool:
     "Whether an order would trigger at once; a trailing stop must still have its activation price before it"
     if algo.callback: return bool(algo.activate) and algo.sign * (price - algo.activate) <= 0.
     return is_reached(algo, price)
+
+# %% ../../nbs/60_localnet/09_conditional.ipynb #a05eadee
+MOST = 200     # conditional orders that wait, over all symbols of an account
+
+
+def family(algo:AlgoOrder)->tuple:
+    "Orders that close the same position in the same direction: only one of a family may have closePosition"
+    return algo.n, algo.side, algo.position_side, KINDS[algo.kind]
 
 
 def check_algo(kept:AlgoOrders, algo:AlgoOrder)->None:
@@ -320,10 +325,7 @@ def check_algo(kept:AlgoOrders, algo:AlgoOrder)->None:
     if algo.close_position and any(each.close_position and family(each) == family(algo) for each in kept.open.values()):
         raise RequestDeniedError(-4130)
 
-
-def family(algo:AlgoOrder)->tuple: return algo.n, algo.side, algo.position_side, KINDS[algo.kind]
-
-# %% ../../nbs/60_localnet/09_conditional.ipynb #cd86b447
+# %% ../../nbs/60_localnet/09_conditional.ipynb #88e79e99
 def child_of(algo:AlgoOrder, number:int, quantity:float, time:int)->ExchangeOrder:
     "The order that a conditional order becomes"
     return ExchangeOrder(number, "", algo.n, algo.symbol, algo.client_id, algo.side, quantity,
@@ -333,7 +335,7 @@ def child_of(algo:AlgoOrder, number:int, quantity:float, time:int)->ExchangeOrde
                          round(100. * algo.callback, 8), algo.working_type, algo.price_protect, algo.price_match,
                          algo.self_trade, algo.good_till, time)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #1ae1a791
+# %% ../../nbs/60_localnet/09_conditional.ipynb #d15eebc5
 PROTECT = .05             # triggerProtect of exchangeInfo
 REASONS = {-2022: "Reduce Only reject"}
 
@@ -342,7 +344,7 @@ def is_protected(algo:AlgoOrder, last:float, mark:float)->bool:
     "Whether it does not trigger, because the two prices are too far apart"
     return algo.price_protect and abs(last - mark) > PROTECT * mark
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #a8469c2c
 def trigger(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     "Make an order of a conditional order"
     exchange, account = kept.exchange, kept.account
@@ -358,7 +360,7 @@ def trigger(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
         kept.tell(algo, "REJECTED", time, REASONS.get(refused.code, str(refused)))
     finally: kept.due.pop(child.number, None)
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #73314c87
 def see(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     "Let a conditional order see the market"
     market = kept.exchange.market
@@ -369,7 +371,7 @@ def see(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     elif algo.in_force == WITH_POSITION and kept.held(algo) <= 0.: kept.end(algo, "EXPIRED", time)
     elif is_reached(algo, price) and not is_protected(algo, last, mark): trigger(kept, algo, time)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #5218b2c3
+# %% ../../nbs/60_localnet/09_conditional.ipynb #4eb592f8
 ALL = 1e9      # base units
 
 
@@ -380,7 +382,7 @@ def first_level(kept:AlgoOrders, algo:AlgoOrder)->float:
     seen = algo.best if algo.activate else last_close(market, algo.n)
     return float(round_price(seen * (1. + algo.sign * algo.callback), -algo.sign, market.instrument_rows[algo.n]))
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #339d8f9c
 def looked(kept:AlgoOrders, algo:AlgoOrder)->tuple[float, int]:
     "What an order could close, and when that changed last"
     return kept.held(algo), kept.account.changed[kept.account.row(algo.n, algo.position_side)]
@@ -396,7 +398,7 @@ def write(kept:AlgoOrders, algo:AlgoOrder)->None:
     algo.child_number, algo.looked = number, looked(kept, algo)
     exchange.on_fill[number] = lambda account, number, time: adopt(kept, algo, time)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #47a9c89e
+# %% ../../nbs/60_localnet/09_conditional.ipynb #c09b1926
 def closing(kept:AlgoOrders, algo:AlgoOrder)->float:
     "What an order with closePosition has closed and can still close, base units"
     state, k, _ = kept.account.view(kept.account.row(algo.n, algo.position_side))
@@ -415,7 +417,7 @@ def adopt(kept:AlgoOrders, algo:AlgoOrder, time:int)->ExchangeOrder:
     kept.exchange.emit(kept.account, order_event(child, "NEW"))
     return child
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #47b4672f
+# %% ../../nbs/60_localnet/09_conditional.ipynb #cad80fba
 def emptied(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     "Report an order that the kernel has ended without a fill"
     if algo.in_force in ("IOC", "FOK", "GTX") and algo.kind in LIMITED:
@@ -436,7 +438,7 @@ def settle(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     elif row["kind"] < STOP: adopt(kept, algo, time)
     else: algo.looked = looked(kept, algo)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #67dc8ec7
+# %% ../../nbs/60_localnet/09_conditional.ipynb #2075c95b
 class Conditional:
     "The conditional orders of all accounts of an exchange"
 
@@ -451,22 +453,6 @@ class Conditional:
     def of(self, account:Account)->AlgoOrders:
         "Those of an account"
         return self.kept.setdefault(account.name, AlgoOrders(self.exchange, account))
-
-    def place(self, account:Account, asked:dict)->AlgoOrder:
-        "POST algoOrder"
-        exchange, kept, n = self.exchange, self.of(account), self.exchange.market.find(asked)
-        market = exchange.market
-        algo = read_algo(asked, n, market.ids[n], market.instruments[n], market.now, account.dual)
-        if exchange.profile == "backtest": begin(exchange, account)
-        if account.name in exchange.closed: raise RequestDeniedError(-2023)
-        check_algo(kept, algo)
-        algo.number = next(self.numbers)
-        algo.client_id = algo.client_id or f"algo-{algo.number}"
-        follow(algo, market.last(n))
-        if exchange.profile == "backtest" and algo.active: write(kept, algo)
-        kept.keep(algo)
-        if algo.place: exchange.arrive(account, algo.place)
-        return algo
 
     def watch(self, move:Any)->None:
         "A move of the market"
@@ -498,7 +484,24 @@ class Conditional:
         for algo in [each for each in kept.open.values() if n in (None, each.n)]:
             kept.end(algo, "EXPIRED", self.exchange.market.now)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #1c012a53
+# %% ../../nbs/60_localnet/09_conditional.ipynb #e3a0ccd2
+def place(conditional:Conditional, account:Account, asked:dict)->AlgoOrder:
+    "POST algoOrder: read it, check it, and let it wait"
+    exchange, kept = conditional.exchange, conditional.of(account)
+    market, n = exchange.market, exchange.market.find(asked)
+    algo = read_algo(asked, n, market.ids[n], market.instruments[n], market.now, account.dual)
+    if exchange.profile == "backtest": begin(exchange, account)
+    if account.name in exchange.closed: raise RequestDeniedError(-2023)
+    check_algo(kept, algo)
+    algo.number = next(conditional.numbers)
+    algo.client_id = algo.client_id or f"algo-{algo.number}"
+    follow(algo, market.last(n))
+    if exchange.profile == "backtest" and algo.active: write(kept, algo)
+    kept.keep(algo)
+    if algo.place: exchange.arrive(account, algo.place)
+    return algo
+
+# %% ../../nbs/60_localnet/09_conditional.ipynb #d8819337
 def _conditional(exchange, account)->AlgoOrders:
     "The conditional orders of an account; they begin with the first that somebody asks for"
     if exchange.conditional is None: exchange.conditional = Conditional(exchange)
@@ -515,9 +518,9 @@ def _found(kept, asked, refusal):
 
 def _place(exchange, account, asked):
     _conditional(exchange, account)
-    return algo_reply(exchange.conditional.place(account, asked))
+    return algo_reply(place(exchange.conditional, account, asked))
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #955b6b86
 def _cancel(exchange, account, asked):
     kept = _conditional(exchange, account)
     algo = _found(kept, asked, -2011)
@@ -531,7 +534,7 @@ def _cancel_all(exchange, account, asked):
     for algo in [each for each in kept.open.values() if each.n == n]: kept.end(algo, "CANCELED", exchange.market.now)
     return {"code": 200, "msg": "The operation of cancel all open order is done."}
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #852c197c
+# %% ../../nbs/60_localnet/09_conditional.ipynb #fd8e9851
 def _query(exchange, account, asked):
     return algo_reply(_found(_conditional(exchange, account), asked, -2013), "query")
 
@@ -546,7 +549,7 @@ def _all(exchange, account, asked):
     rows = [algo for algo in kept.orders.values() if algo.n == n and algo.number >= first]
     return [algo_reply(algo, "list") for algo in page(rows, asked, days=7)]
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #d0360cc4
 ENDPOINTS = {
     ("POST", "v1/algoOrder"): Endpoint(0, "signed", _place, orders=1, permission="trade"),
     ("DELETE", "v1/algoOrder"): Endpoint(1, "signed", _cancel, permission="trade"),

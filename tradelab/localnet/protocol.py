@@ -98,8 +98,8 @@ REFUSALS = {
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #60aca913
 REFUSALS |= {
-    -2007: "Invalid callBack rate.", -2010: "NEW_ORDER_REJECTED", -2011: "Unknown order sent.", -2012: "Batch cancel failure.",
-    -2013: "Order does not exist.", -2014: "API-key format invalid.",
+    -2007: "Invalid callBack rate.", -2010: "NEW_ORDER_REJECTED", -2011: "Unknown order sent.",
+    -2012: "Batch cancel failure.", -2013: "Order does not exist.", -2014: "API-key format invalid.",
     -2015: "Invalid API-key, IP, or permissions for action",
     -2016: "No trading window could be found for the symbol. Try ticker/24hrs instead.",
     -2017: "API Keys are locked on this account.", -2018: "Balance is insufficient.", -2019: "Margin is insufficient.",
