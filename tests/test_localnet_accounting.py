@@ -32,7 +32,8 @@ BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 INSTRUMENTS = (BITCOIN, replace(BITCOIN, symbol=ETH, price_tick=.01, min_notional=20., min_quantity=.01,
                                 quantity_step=.01))
 ENDPOINTS = shown.ENDPOINTS | accounts.ENDPOINTS | engine.ENDPOINTS | conditional.ENDPOINTS
-COSTS = CostModel(), CostModel.ideal(), CostModel(participation=.02)
+COSTS = CostModel(), CostModel.ideal(), CostModel(participation=.05)
+DEPOSIT = 2_000.
 NAMES = "main", "other"
 
 
@@ -48,7 +49,7 @@ def candles(wild):
         rows = [opened, np.maximum(opened, close) * reach[0], np.minimum(opened, close) / reach[1], close]
         rows = np.maximum(np.round(np.stack(rows) / tick), 1.) * tick
         found[symbol] = frame(FIRST + np.arange(60) * HOUR,
-                              np.round(np.concatenate([rows, random.uniform(50, 900, (1, 60))]).T, 6))
+                              np.round(np.concatenate([rows, random.uniform(.2, 8., (1, 60))]).T, 6))
     return found
 
 
@@ -64,7 +65,7 @@ class World:
         source = Replay(candles(wild), funding(), start=FIRST + 6 * HOUR)
         self.steps = source.steps()
         self.market = Market(source.history(), INSTRUMENTS, source.funding, costs, now=source.now)
-        self.exchange = Exchange(self.market, [Account(name, self.market, costs) for name in names], costs, profile)
+        self.exchange = Exchange(self.market, [Account(name, self.market, costs, DEPOSIT) for name in names], costs, profile)
         self.exchange.conditional = conditional.Conditional(self.exchange)
         self.heard = {name: [] for name in names}
         self.refusals = []
@@ -112,7 +113,8 @@ WAITING = st.fixed_dictionaries(dict(
     type=st.sampled_from(list(conditional.KINDS)), away=st.integers(-300, 300), lots=st.integers(1, 60),
     close=st.booleans(), reduce=st.booleans(),
     position=st.sampled_from(["LONG", "SHORT"]), activate=st.booleans(),
-    force=st.sampled_from(["GTC", "IOC", "GTD", "GTE_GTC"])))
+    force=st.sampled_from(["GTC", "GTC", "IOC", "GTD", "GTE_GTC"]),
+    working=st.sampled_from(["CONTRACT_PRICE", "MARK_PRICE"])))
 CHANGE = st.fixed_dictionaries(dict(
     what=st.sampled_from(["cancel", "modify", "cancel algo", "cancel all"]), which=st.integers(0, 9),
     away=st.integers(-300, 300), lots=st.integers(1, 60), n=SYMBOLS))
@@ -120,36 +122,40 @@ SETTING = st.fixed_dictionaries(dict(
     what=st.sampled_from(["leverage", "margin type", "dual", "margin", "transfer"]), n=SYMBOLS,
     value=st.integers(1, 125), yes=st.booleans(), position=st.sampled_from(["LONG", "SHORT"])))
 STEP = st.just({"what": "step"})
-ACTIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(PLAIN, PLAIN, WAITING, CHANGE, SETTING, STEP, STEP)),
-                   min_size=1, max_size=60)
+ACTIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(PLAIN, PLAIN, PLAIN, WAITING, WAITING, CHANGE, SETTING,
+                                                               STEP, STEP, STEP)), min_size=20, max_size=60)
 
 
 def order_of(world, account, asked):
-    "The parameters of a random order, about what this account could send"
-    n, instrument = asked["n"], INSTRUMENTS[asked["n"]]
-    price = world.market.last(n) * (1. + asked["away"] / 1e4)
-    sent = {"symbol": world.market.ids[n], "side": asked["side"], "type": asked["type"],
-            "quantity": texts(asked["lots"] * (.01 if n == 0 else .1)),
+    "Symbol, side, quantity of a random order, and a function to set a price; most of what reduces could reduce"
+    n = asked["n"]
+    position = asked["position"] if account.dual else "BOTH"
+    held = account.held(n, position)
+    closes = (asked["reduce"] or asked.get("close")) and held
+    sent = {"symbol": world.market.ids[n], "side": ("SELL" if held > 0. else "BUY") if closes else asked["side"],
+            "type": asked["type"], "quantity": texts(asked["lots"] * (.01 if n == 0 else .1)),
             "reduceOnly": "true" if asked["reduce"] and not account.dual else None,
-            "positionSide": asked["position"] if account.dual else None}
-    return sent, lambda value=price: on_tick(value, instrument.price_tick)
+            "positionSide": position if account.dual else None}
+    return sent, lambda away: on_tick(world.market.last(n) * (1. + away / 1e4), INSTRUMENTS[n].price_tick)
 
 
 def plain(world, account, asked):
     sent, price = order_of(world, account, asked)
-    if asked["type"] == "LIMIT": sent |= {"price": price(), "timeInForce": asked["force"]}
+    if asked["type"] == "LIMIT": sent |= {"price": price(asked["away"]), "timeInForce": asked["force"]}
     return {key: text for key, text in sent.items() if text}
 
 
 def waiting(world, account, asked):
+    "The parameters of a random conditional order; most could wait"
     sent, price = order_of(world, account, asked)
-    sent |= {"algoType": "CONDITIONAL", "triggerPrice": price(), "timeInForce": asked["force"],
-             "goodTillDate": str(world.market.now + 5 * HOUR)}
-    if asked["type"] in ("STOP", "TAKE_PROFIT"): sent["price"] = price(float(price()) * (1.001 if asked["side"] == "BUY"
-                                                                                        else .999))
+    up = (sent["side"] == "BUY") == (asked["type"] in ("STOP", "STOP_MARKET"))
+    away = asked["away"] if asked["lots"] == 1 else abs(asked["away"]) * (1 if up else -1)
+    sent |= {"algoType": "CONDITIONAL", "triggerPrice": price(away), "timeInForce": asked["force"],
+             "goodTillDate": str(world.market.now + 5 * HOUR), "workingType": asked["working"]}
+    if asked["type"] in ("STOP", "TAKE_PROFIT"): sent["price"] = price(away + (10 if sent["side"] == "BUY" else -10))
     if asked["type"] == "TRAILING_STOP_MARKET":
-        sent |= {"callbackRate": texts(.1 * asked["lots"]), "activatePrice": price() if asked["activate"] else None}
-    if asked["close"] and asked["type"].endswith("T_MARKET") or asked["close"] and asked["type"] == "STOP_MARKET":
+        sent |= {"callbackRate": texts(.1 * asked["lots"]), "activatePrice": price(away) if asked["activate"] else None}
+    if asked["close"] and asked["type"] in conditional.CLOSING:
         sent |= {"closePosition": "true", "quantity": None, "reduceOnly": None}
     return {key: text for key, text in sent.items() if text}
 
@@ -359,7 +365,7 @@ class Twin:
         account = world.exchange.accounts["main"]
         self.world, self.market = world, world.market
         part = account.cross
-        self.part = accounts.collateral(part.rows, part.rules.costs, part.rules.instruments, 10_000.)
+        self.part = accounts.collateral(part.rows, part.rules.costs, part.rules.instruments, DEPOSIT)
         self.state = self.part.state._replace(fills=np.zeros(4_000, self.part.state.fills.dtype))
 
     def write(self, place, number, **fields):
