@@ -8,7 +8,7 @@ __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED',
            'clear_row', 'reason_of', 'end', 'begin', 'fill_maker', 'liquidate', 'submit', 'Exchange', 'place',
            'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #67e29790
+# %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -60,7 +60,7 @@ from ..sim.kernel import fade_all, gap, match_open, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ec73613e
+# %% ../../nbs/60_localnet/08_engine.ipynb #2c8690f7
 @dataclass(frozen=True)
 class Questions:
     "What cannot be settled without a recording of the real exchange"
@@ -68,7 +68,7 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #dd78fa0e
+# %% ../../nbs/60_localnet/08_engine.ipynb #fed950ee
 @outlined
 def _begin_candle(
     state,   # State, changed
@@ -98,7 +98,7 @@ def _finish_candle(state, rules, row, candle):
     met, working = match_open(state, rules, row, candle)
     traverse(state, rules, row, candle, threatened(state, candle.prices), working)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2555d45e
+# %% ../../nbs/60_localnet/08_engine.ipynb #99f1b3ad
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
@@ -127,7 +127,7 @@ def _forming(exchange:"Exchange")->Candle:
         exchange.candle = _candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d0400bb1
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f53daed
 Place = tuple[int, int]   # row of the account, and slot
 
 
@@ -152,7 +152,7 @@ def write_row(
     state.execution_state[k]["active"] = 1
     return row, slot
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #348a9669
 def row_of(account:Account, place:Place)->np.void:
     "The kernel's row of an order"
     state, k, _ = account.view(place[0])
@@ -169,7 +169,7 @@ def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #727fe3a5
+# %% ../../nbs/60_localnet/08_engine.ipynb #971cb22f
 SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
 
 
@@ -191,7 +191,7 @@ def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="C
     exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
     for told in exchange.ended: told(account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2b7d88b0
+# %% ../../nbs/60_localnet/08_engine.ipynb #863618c8
 def _rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Show an order in the book, at the end of its queue"
     book, side = exchange.market.book(order.n), int(order.sign)
@@ -217,14 +217,14 @@ def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
     queue.pop(order.number, None)
     if not queue: queues.pop(order.price, None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #7d03adca
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
 def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
     for known in fills["decision_price"].astype(int).tolist():
         if known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
 
 
-def _force(exchange:"Exchange", account:Account, part:Collateral, fill:np.void, time:int)->ExchangeOrder:
+def _force(exchange:"Exchange", account:Account, part:Collateral, fill:Any, time:int)->ExchangeOrder:
     "The order by which the exchange closes a position"
     row = int(part.rows[fill["symbol"]])
     n, quantity, price = row // len(SIDES), float(fill["quantity"]), float(fill["price"])
@@ -243,7 +243,7 @@ def _anchor(part:Collateral)->ExchangeOrder|None:
     row = int(part.rows[0])
     return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #737909cd
+# %% ../../nbs/60_localnet/08_engine.ipynb #0b40e350
 def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
@@ -270,7 +270,7 @@ def _tell_liquidation(exchange, account, part, first, last, time):
     part.state.count[0] = last
     exchange.tell_ended(account, account.booked(_anchor(part), first, time))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a90f156d
+# %% ../../nbs/60_localnet/08_engine.ipynb #674fb9db
 def begin(exchange:"Exchange", account:Account)->None:
     "The candle's first moment, once: when the first order arrives, or at its end"
     if account.name in exchange.begun: return
@@ -281,7 +281,7 @@ def begin(exchange:"Exchange", account:Account)->None:
         if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
             _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
 def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
     for part in account.parts():
@@ -303,7 +303,7 @@ def _close_candle(exchange:"Exchange", move:Close)->None:
     exchange.begun.clear()
     exchange.closed.clear()
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2fa97e20
+# %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
@@ -318,7 +318,7 @@ def _refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
     if order.in_force == "GTX": raise RequestDeniedError(-5022)
     if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5c8554bd
+# %% ../../nbs/60_localnet/08_engine.ipynb #d7887413
 def _meet(exchange:"Exchange", account:Account, place:Place)->int:
     "Let a row meet the open; how many fills there were before"
     begin(exchange, account)
@@ -348,7 +348,7 @@ def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder,
     exchange.emit(account, order_event(order, "NEW"))
     _settle(exchange, account, place, before)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #28f3f853
+# %% ../../nbs/60_localnet/08_engine.ipynb #1af7b95f
 def _fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
     "Book one trade of an order"
     rate = account.costs.maker_fee if maker else account.costs.taker_fee
@@ -375,7 +375,7 @@ def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quanti
     if order.left == 0.: _leave(exchange, order)
     elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ae40e20a
+# %% ../../nbs/60_localnet/08_engine.ipynb #6efe49ef
 def _serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
     "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
@@ -400,7 +400,7 @@ def _serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
         for account, order in list(exchange.queues[n, side].get(each, {}).values()):
             if order.is_open: fill_maker(exchange, account, order, order.left, True)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #3d31ccc8
+# %% ../../nbs/60_localnet/08_engine.ipynb #2bf4195d
 def _sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
     "Take from the book what an order may, down to a limit"
     side, book = int(order.sign), exchange.market.book(order.n)
@@ -422,7 +422,7 @@ def _own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list
                and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
     return sorted(against, key=lambda each: order.sign * each.price)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #d4aa0829
+# %% ../../nbs/60_localnet/08_engine.ipynb #6d97c0e6
 def _hide(exchange:"Exchange", order:ExchangeOrder)->None:
     "Take an order out of the book for a moment"
     exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
@@ -455,7 +455,7 @@ def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     for maker in makers: _show(exchange, account, maker)
     if order.is_open: _sweep(exchange, account, order, order.price or None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #7fb91955
+# %% ../../nbs/60_localnet/08_engine.ipynb #4941a7c7
 def _takeable(exchange:"Exchange", order:ExchangeOrder)->float:
     "How much of an order could be filled at once, base units"
     side = int(order.sign)
@@ -483,7 +483,7 @@ def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
     _work(exchange, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #eedc8e81
+# %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
 def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
     "Resting orders meet a move of the market, then accounts are looked at"
     n = move.n
@@ -500,7 +500,7 @@ def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
         account.warn(move.time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #f57d0077
+# %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
     "Close the positions of one wallet"
     market = exchange.market
@@ -522,7 +522,7 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
         exchange.tell_ended(account, [])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #542fe2b2
+# %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
 def _check_unique(account:Account, client_id:str)->None:
     "Refuse the client's id of another open order"
     if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
@@ -563,7 +563,7 @@ def _check_counterparty(market:Market, order:ExchangeOrder)->None:
     best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
     if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5a53bcc0
+# %% ../../nbs/60_localnet/08_engine.ipynb #83bdb66c
 def submit(
     exchange:"Exchange",
     account:Account,
@@ -581,7 +581,7 @@ def submit(
     else: _submit_to_book(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ffd75d28
+# %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
 def _apply_move(exchange:"Exchange", move:Any)->None:
     "One move of the market, and what it does to orders and accounts"
     if exchange.profile == "backtest" and isinstance(move, Close): _close_candle(exchange, move)
@@ -608,7 +608,7 @@ def _expire_countdowns(exchange:"Exchange", now:int)->None:
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #bfd2f5c6
+# %% ../../nbs/60_localnet/08_engine.ipynb #d5718837
 class Exchange:
     "Several accounts in one market"
 
@@ -677,7 +677,7 @@ class Exchange:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6905b259
+# %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
@@ -700,7 +700,7 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     _check_order(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #752c1328
+# %% ../../nbs/60_localnet/08_engine.ipynb #a578d264
 def find_order(
     exchange:"Exchange",
     account:Account,
@@ -724,7 +724,7 @@ def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     end(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c2ed0c75
+# %% ../../nbs/60_localnet/08_engine.ipynb #17d9144b
 def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
@@ -751,15 +751,13 @@ def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->N
     try: _check_value(exchange, account, order)
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #b828e8af
-def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #56408bc2
+def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
-    row, slot = order.place
-    write_row(account, order.n, order.position_side, order.number, slot, **_row_fields(order))
-    before = _meet(exchange, account, order.place)
-    _settle(exchange, account, order.place, before)
+    write_row(account, order.n, order.position_side, order.number, place[1], **_row_fields(order))
+    _settle(exchange, account, place, _meet(exchange, account, place))
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #c45bbb53
 def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     "PUT order"
     order = find_order(exchange, account, asked, -2013, opened=True)
@@ -776,13 +774,13 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     order.amendments.append(change)
     order.price, order.quantity, order.update_time = price, quantity, change.time
     exchange.emit(account, order_event(order, "AMENDMENT"))
-    if exchange.profile == "backtest": _rearrive(exchange, account, order)
+    if order.place is not None: _rearrive(exchange, account, order, order.place)
     elif order.in_force == "GTX" and _takeable(exchange, order) > 0.:
         end(exchange, account, order, "CANCELED", WOULD_TAKE)
     else: _work(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #b66d2984
+# %% ../../nbs/60_localnet/08_engine.ipynb #23f8e544
 MOST_PLACED, MOST_CANCELLED = 5, 10
 
 
@@ -811,7 +809,7 @@ def _read_cancellations(asked:dict)->list[dict]:
     if len(names[key]) > MOST_CANCELLED: raise RequestDeniedError(-4032)
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1d3573c4
+# %% ../../nbs/60_localnet/08_engine.ipynb #ee7fee7f
 def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
@@ -821,7 +819,7 @@ def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     if left: exchange.countdowns[account.name, n] = now + left
     return {"symbol": exchange.market.ids[n], "countdownTime": str(left)}
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #857538b7
+# %% ../../nbs/60_localnet/08_engine.ipynb #7e2685fa
 DAY = 86_400_000
 
 
@@ -852,7 +850,7 @@ def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[di
     limit = whole(asked, "limit", 50, least=1, most=100)
     return [row for row in reversed(rows) if begin <= row["time"] <= end][:limit]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #3c7861c8
+# %% ../../nbs/60_localnet/08_engine.ipynb #8abdfb82
 def _shown(form, act, **more):
     "An endpoint's answer: the order that a request led to, in a form"
     return lambda exchange, account, asked: order_reply(act(exchange, account, asked, **more), exchange.order_reply,
@@ -877,7 +875,7 @@ def _list(find, form):
     return lambda exchange, account, asked: [order_reply(order, exchange.order_reply, form)
                                              for order in find(exchange, account, asked)]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #0c9c1838
+# %% ../../nbs/60_localnet/08_engine.ipynb #cf3c5fcc
 _amended, _cancelled = _shown("amend", amend), _shown("cancel", cancel)
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "v1/order"): Endpoint(0, "signed", _placed, orders=1, permission="trade"),
