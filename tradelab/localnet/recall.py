@@ -138,7 +138,37 @@ def _same_begin(found, begin):
     wrong = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in begin.items() if found.get(name) != value]
     if wrong: raise LostMemoryError(f"the localnet of this session had {', '.join(wrong)}: {_ELSE}")
 
-# %% ../../nbs/60_localnet/12_recall.ipynb #6b55e638
+# %% ../../nbs/60_localnet/12_recall.ipynb #9aae6926
+class _Journal:
+    "A file of checked lines; it begins with its first"
+    def __init__(self, path, begin):
+        self.path, self.begin = Path(path), begin
+        self.check = ""
+        self._file: Any = None
+
+    def go_on(self, size, check):
+        "Write after so many bytes, whose last line has this hash"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file, self.check = open(self.path, "ab", buffering=0), check
+        self._file.truncate(size)
+
+    def start(self):
+        self.go_on(0, "")
+        self.write(self.begin)
+
+    def write(self, content):
+        if self._file is None: self.start()
+        line, self.check = checked_line(content, self.check)
+        self._file.write(line)
+
+    def copy(self, path):
+        if self._file is None: self.start()
+        shutil.copyfile(self.path, path)
+
+    def close(self):
+        if self._file: self._file.close()
+
+# %% ../../nbs/60_localnet/12_recall.ipynb #8a69d982
 class Recall:
     "The inputs of an exchange in a file; if the file exists, the exchange is brought to its last state"
 
@@ -151,62 +181,42 @@ class Recall:
         keep:bool=False,            # write down whole steps: the source cannot be played again
         loss:bool=False,            # the exchange has lost all but the market
     ):
-        self.path, self.exchange = Path(path), exchange
-        self.keep = keep
-        self._check = ""
-        self._file: Any = None
-        self._begin = {"format": FORMAT, "symbols": list(exchange.market.symbols), **state(exchange)}
-        if self.path.exists(): self._restore(_Again(exchange, carry_out, steps, kinds or {}), loss)
+        self.exchange, self.keep = exchange, keep
+        self._journal = _Journal(path, {"format": FORMAT, "symbols": list(exchange.market.symbols), **state(exchange)})
+        if Path(path).exists(): self._restore(_Again(exchange, carry_out, steps, kinds or {}), loss)
 
     def _restore(self, again, loss):
-        contents, whole, self._check = checked_lines(self.path)
+        path = self._journal.path
+        contents, whole, check = checked_lines(path)
         if not contents: return
-        _same_begin(contents[0], self._begin)
+        _same_begin(contents[0], self._journal.begin)
         for number, content in enumerate(contents[1:], 2):
             if loss and content["do"] != "step": continue
             try: now = again.do(content)
             except (RequestDeniedError, LostMemoryError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise _lost(self.path, number, f"cannot be done again ({error})") from None
-            if loss: self._write(now)           # from its first line on: the file is that of the new life
-            elif now != content: raise _lost(self.path, number, f"was {content['then']} and is {now['then']} now")
-        if not loss: self._open(whole)
+                raise _lost(path, number, f"cannot be done again ({error})") from None
+            if loss: self._journal.write(now)   # the first one starts the file of a new life
+            elif now != content: raise _lost(path, number, f"was {content['then']} and is {now['then']} now")
+        if not loss: self._journal.go_on(whole, check)
 
-    def _open(self, size):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab", buffering=0)
-        self._file.truncate(size)
-
-    def _start(self):
-        self._open(0)
-        self._check = ""
-        self._write(self._begin)
-
-    def _write(self, content):
-        if self._file is None: self._start()
-        line, self._check = checked_line(content, self._check)
-        self._file.write(line)
+    def _write(self, what, **content): self._journal.write({"do": what, **content, "then": state(self.exchange)})
 
     def step(self, moves:list, altered:bool=False)->None:
         "Write down a step that was made; `altered`: a fault has changed what the source had"
         kept = {"moves": moves_as_json(moves)} if self.keep or altered else {"hash": _hash_of(moves)}
-        self._write({"do": "step", "source": not self.keep, **kept, "then": state(self.exchange)})
+        self._write("step", source=not self.keep, **kept)
 
     def request(self, account:str, name:tuple[str, str], asked:dict)->None:
         "Write down an accepted request, if it may change anything"
-        if changes(name):
-            asked = {key: value for key, value in asked.items() if key not in _NOT_KEPT}
-            self._write({"do": "request", "account": account, "name": list(name), "asked": asked,
-                         "then": state(self.exchange)})
+        asked = {key: value for key, value in asked.items() if key not in _NOT_KEPT}
+        if changes(name): self._write("request", account=account, name=list(name), asked=asked)
 
     def action(self, done:Action)->None:
         "Write down what a fault did"
-        self._write({"do": "action", "account": done.account, "name": done.do, "asked": done.asked,
-                     "then": state(self.exchange)})
+        self._write("action", account=done.account, name=done.do, asked=done.asked)
 
     def snapshot(self, path:Path)->None:
         "Copy the file so far: a memory that is opened there is the exchange of this moment"
-        if self._file is None: self._start()
-        shutil.copyfile(self.path, path)
+        self._journal.copy(path)
 
-    def close(self)->None:
-        if self._file: self._file.close()
+    def close(self)->None: self._journal.close()
