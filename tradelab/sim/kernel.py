@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MarketArrays', 'SIZES', 'ARRAYS', 'SIMULATION', 'SimulationArrays', 'adopt', 'decide', 'pay_funding', 'has_position',
-           'has_orders', 'match_open', 'advance', 'arrays_of', 'step_function', 'market_arrays', 'trading_rules',
-           'check_piece', 'point', 'Simulation', 'step', 'steps']
+           'has_orders', 'gap', 'fade_all', 'match_open', 'traverse', 'advance', 'arrays_of', 'step_function',
+           'market_arrays', 'trading_rules', 'check_piece', 'point', 'Simulation', 'step', 'steps']
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -43,7 +43,7 @@ from ..risk.market_state import market_history
 from ..settings import COSTS, EXECUTION, LIMITS, CostModel, Execution, Limits, instrument_rows
 from .costs import CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
-from .matching import Candle, State, match_at_open, traverse_candle
+from .matching import Candle, State, match_new, match_rested, traverse_candle
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #d369bf30
 # (T,), (T, n, 5), (T, n, dues), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of
@@ -129,17 +129,35 @@ def has_orders(state, n):
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #12fc2fe1
 @inlined
+def gap(
+    state, rules, row, candle,
+)->bool:
+    "Liquidate an account if the open is beyond its liquidation price"
+    if cushion(state, rules, candle.prices, 0.) > 0. or not has_position(state.positions): return False
+    liquidate(state, rules, row, candle, 0.)
+    return True
+
+
+@inlined
+def fade_all(execution_state, costs):
+    "Move all symbols on by one candle"
+    for n in range(len(execution_state)): fade(execution_state[n], costs)
+
+
+@inlined
 def match_open(
     state, rules, row, candle,
 )->tuple:     # whether any order could be filled; whether any is still working
-    "Match the orders of all symbols with the open"
+    "Match the orders of all symbols with the open, those of all symbols that are new before any that rested"
     met = working = False
-    for n in range(len(state.execution_state)): fade(state.execution_state[n], rules.costs)
     if rules.execution["protect"] == 0 and not is_active(state.execution_state): return met, working
     for n in range(len(state.execution_state)):
         if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
         elif state.execution_state[n]["active"] == 0: continue
-        match_at_open(state, rules, row, n, candle)
+        match_new(state, rules, row, n, candle)
+    for n in range(len(state.execution_state)):
+        if rules.execution["protect"] == 0 and state.execution_state[n]["active"] == 0: continue
+        match_rested(state, rules, row, n, candle)
         if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
         met = True
         still = has_orders(state, n)
@@ -149,6 +167,22 @@ def match_open(
     return met, working
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #7f581dee
+@inlined
+def traverse(
+    state, rules, row, candle,
+    threat,   # `threatened`
+    working,  # whether any order is
+):
+    "Take all symbols from the open to the close; the account is liquidated on the way, unless a stop comes first"
+    if working and (not threat or liquidation_share(state, rules, candle.prices) >= stop_share(state, candle)):
+        for n in range(len(state.execution_state)):
+            if state.execution_state[n]["active"] != 0: traverse_candle(state, rules, row, n, candle)
+        threat = threatened(state, candle.prices)
+    if threat:
+        share = liquidation_share(state, rules, candle.prices)
+        if share <= 1. and has_position(state.positions): liquidate(state, rules, row, candle, share)
+
+
 @inlined
 def advance(
     state,   # State, changed
@@ -161,18 +195,11 @@ def advance(
     "Take an account from a close to the next: funding, fills, liquidation"
     pay_funding(state, rules, row, rates, closed)
     threat = threatened(state, candle.prices)
-    if threat and cushion(state, rules, candle.prices, 0.) <= 0. and has_position(state.positions):
-        liquidate(state, rules, row, candle, 0.)
-        return
+    if threat and gap(state, rules, row, candle): return
+    fade_all(state.execution_state, rules.costs)
     met, working = match_open(state, rules, row, candle)
     if met: threat = threatened(state, candle.prices)
-    if working and (not threat or liquidation_share(state, rules, candle.prices) >= stop_share(state, candle)):
-        for n in range(len(state.execution_state)):
-            if state.execution_state[n]["active"] != 0: traverse_candle(state, rules, row, n, candle)
-        threat = threatened(state, candle.prices)
-    if threat:
-        share = liquidation_share(state, rules, candle.prices)
-        if share <= 1. and has_position(state.positions): liquidate(state, rules, row, candle, share)
+    traverse(state, rules, row, candle, threat, working)
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #cb639bec
 # of what follows: `known` and `seen` are 1 where nobody looks at the market, `held` where the candles have no hole,
