@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import TradelabError
 from ..events import HIGH, LOW
+from ..files import read_text
 from .protocol import RequestDeniedError, format_number
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #851044a2
@@ -592,7 +593,7 @@ class Command:
 
 def _rules_of(scenario, changes):
     "The rules of a name, of JSON, of a file, or of what JSON would hold"
-    if isinstance(scenario, Path): return scenario_rules(scenario.read_text(), str(scenario))
+    if isinstance(scenario, Path): return scenario_rules(read_text(scenario), str(scenario))
     if isinstance(scenario, str) and scenario.lstrip()[:1] in ("[", "{"): return scenario_rules(scenario)
     if isinstance(scenario, str) and scenario.endswith(".json"): return _rules_of(Path(scenario), changes)
     if isinstance(scenario, str): scenario = {"scenario": scenario, **changes}
