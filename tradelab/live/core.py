@@ -7,7 +7,7 @@ __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'Terms', 'Core', 'hear_market', 
            'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep',
            'catch_up', 'settle', 'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree', 'known_at_close',
            'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
-           'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'live']
+           'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'live']
 
 # %% ../../nbs/70_live/09_core.ipynb #3207a853
 from collections import Counter
@@ -36,6 +36,7 @@ from tradelab.live.messages import (
     Stop,
     Tell,
     Unanswered,
+    Waits,
     Wake,
     Woken,
     Write,
@@ -98,6 +99,7 @@ class Core:
         self.reserve = 0.                       # quote, money of the account that the trader was not given
         self.since = 0                          # ms, what happened before is in the trader's account
         self.candles = 0                        # steps done
+        self.waits: int|None = None             # for the candle after this one, and has said so
         # row and column of what features look at in candles
         self.needs = sorted(need for need in trader.observation.needs if need[0] < len(trader.seen))
         self.halted = bool(trader.account["halted"][0])
@@ -468,7 +470,7 @@ def fill_gap(core:Core)->Process:
 
 def reconnected(core:Core)->Process:
     "A stream was lost and is back: a small restart"
-    core.reopened = core.streams.total()
+    core.reopened, core.waits = core.streams.total(), None
     core.do(Tell(Notice("reconnected", "asking for what was missed")))
     yield from catch_up(core)
     yield from fill_gap(core)
@@ -482,6 +484,14 @@ def tell_of_resting(core:Core)->None:
               for intent in core.manager.blotter.open.values() if intent.state is State.ACKNOWLEDGED))
 
 
+def wait(core:Core)->Process:
+    "Wait for what the exchange tells; it is told once that a candle has all it asked for"
+    if core.feed and core.feed.last is not None and core.waits != core.feed.last:
+        core.waits = core.feed.last
+        core.do(Waits(core.waits))
+    if not (yield from news(core, core.now + 2 * core.terms.step + 60_000)): yield from fill_gap(core)
+
+
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:
@@ -490,5 +500,5 @@ def live(core:Core)->Process:
         ready = core.feed.take() if core.feed else None
         if ready: yield from step(core, *ready)
         elif core.feed and core.feed.gap: yield from fill_gap(core)
-        elif not (yield from news(core, core.now + 2 * core.terms.step + 60_000)): yield from fill_gap(core)
+        else: yield from wait(core)
     tell_of_resting(core)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
-           'Step', 'First', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Open', 'StepDone', 'End', 'Answered',
-           'Fetched', 'Unanswered', 'Woken', 'Stop', 'Failed', 'Received']
+           'Step', 'First', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Open', 'StepDone', 'Waits', 'End',
+           'Answered', 'Fetched', 'Unanswered', 'Woken', 'Stop', 'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -155,13 +155,20 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Waits:
+    "Whatever this candle asked for is done: the next one may close"
+    open_time:int
+
+
+@dataclass(frozen=True)
 class End:
     "The session ends"
     state:str           # stopped or failed
     error:Exception|None = None
 
 # %% ../../nbs/70_live/03_messages.ipynb #bc0a77bc
-Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell | Say | Wake | Open | StepDone | End)
+Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell | Say | Wake | Open | StepDone | Waits
+          | End)
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
 Content = (AccountSnapshot | list[Fill | Funding] | tuple[np.ndarray, np.ndarray] | dict[int, float] | int)

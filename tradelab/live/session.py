@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'COLUMNS', 'QUIET', 'StepFile', 'journal_lines', 'write_status', 'median_and_p99', 'Statistics', 'count',
-           'symbol_line', 'status_line', 'write', 'Files', 'answer_to', 'event_of', 'opened', 'Signals',
+           'symbol_line', 'status_line', 'write', 'Files', 'answer_to', 'event_of', 'told', 'Signals',
            'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'CoreInputs', 'core_inputs',
            'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'prepare', 'open_files',
            'finish', 'show_step', 'hear', 'note', 'keep_step', 'carry_out', 'one_name', 'drive', 'Session']
@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -58,6 +58,7 @@ from tradelab.live.messages import (
     Stop,
     Tell,
     Unanswered,
+    Waits,
     Wake,
     Woken,
     Write,
@@ -251,9 +252,9 @@ async def event_of(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
     except Exception as error: return Failed(error)
 
 # %% ../../nbs/70_live/11_session.ipynb #efb4a7b1
-async def opened(venue:Venue, symbols:Sequence[str], timeframe:str)->Event|None:
-    "Open the streams; they tell by themselves when they are open"
-    try: await venue.stream(symbols, timeframe)
+async def told(request:Awaitable[None])->Event|None:
+    "Tell the exchange something that it does not answer"
+    try: await request
     except Exception as error: return Failed(error)
     return None
 
@@ -332,7 +333,8 @@ class Driver:
                 if self._alarm: self._alarm.cancel()
                 delay = max(at - clock(), 0) / 1000
                 self._alarm = asyncio.get_running_loop().call_later(delay, self._inbox.put_nowait, Woken())
-            case Open(): self.spawn(opened(self.venue, self.core.trader.seen, self.core.terms.timeframe))
+            case Open(): self.spawn(told(self.venue.stream(self.core.trader.seen, self.core.terms.timeframe)))
+            case Waits(open_time): self.spawn(told(self.venue.waits(open_time)))
 
     def spawn(self, question:Coroutine[Any, Any, Event|None])->None:
         "Do something beside; what it returns is an event"

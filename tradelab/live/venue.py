@@ -124,6 +124,8 @@ class Venue(MarketData, Protocol):
         "Make the account ready to trade `symbols`; of `watched` symbols only the candles are wanted"
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         "Open the market and the user stream; a Notice of kind *open* tells of each"
+    async def waits(self, open_time:int)->None:
+        "Whatever this candle asked for is done: an exchange that replays the past lets the next one close"
     async def synchronise(self)->None: "Learn the exchange's clock anew"
     async def account(self)->AccountSnapshot: "Wallet and positions"
 

@@ -15,6 +15,7 @@ __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'UNPROVEN', 'TOO_MANY', 'PASSING', '
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from decimal import ROUND_FLOOR, Decimal
 from difflib import get_close_matches
@@ -534,6 +535,8 @@ class Streams:
     ):
         self._exchange, self._events, self._hear = exchange, events, hear
         self._tasks: list[asyncio.Future] = []
+        self._waits: int|None = None
+        self._noticed = asyncio.Event()
         exchange.heard, exchange.opened = self._heard, self._opened
 
     def open(self, symbols:Sequence[str], timeframe:str)->None:
@@ -543,7 +546,20 @@ class Streams:
                             ("user", self._exchange.watch_orders)):
             self._tasks.append(asyncio.ensure_future(hold(name, watch, self._events)))
 
+    async def waits(self, open_time:int, pause:float=2.)->None:
+        "Name the candle that is done with, until it is answered; `pause` is in seconds"
+        self._waits = open_time
+        self._noticed.clear()
+        while self._waits == open_time:
+            for client in [client for url, client in self._exchange.clients.items() if "/private" not in url]:
+                with suppress(ConnectionError):
+                    await client.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": open_time})
+            with suppress(TimeoutError): await asyncio.wait_for(self._noticed.wait(), pause)
+
     def _heard(self, url, frame):
+        if isinstance(frame, dict) and "result" in frame and frame.get("id") == self._waits is not None:
+            self._waits = None
+            self._noticed.set()
         events = self._hear("user" if "/private" in url else "market", frame)
         if any(isinstance(event, Notice) and event.kind == "expired" for event in events): self._renew(url)
 
@@ -705,6 +721,9 @@ class BinanceVenue(BinanceMarket):
             raise
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None: self._streams.open(symbols, timeframe)
+
+    async def waits(self, open_time:int)->None:
+        if self.settings.name == "localnet": await self._streams.waits(open_time)
 
     def _hear(self, socket, frame):
         kept = isinstance(frame, dict)

@@ -352,6 +352,7 @@ class MemoryVenue(MemoryMarket):
         self._told = list(symbols)
         for name in ("market", "user"): self.events.put_nowait(Notice("open", name))
 
+    async def waits(self, open_time:int)->None: pass # it goes on when nothing is on its way
     async def synchronise(self)->None: pass
     async def account(self)->AccountSnapshot: return self.held.snapshot()
     async def place(self, order:Order)->Answer: return self.held.place(order)
