@@ -33,7 +33,8 @@ def format_number(
     value:float,
 )->str:
     "The shortest decimal that parses back to the same float, without an exponent"
-    return np.format_float_positional(float(value) + 0., trim="-")
+    text = repr(float(value) + 0.)   # a tenth of the time that numpy takes
+    return text.removesuffix(".0") if "e" not in text else np.format_float_positional(float(value), trim="-")
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #f094314e
 def format_amount(

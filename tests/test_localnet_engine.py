@@ -1,0 +1,344 @@
+"An account of localnet that sends the orders of a policy lives through the kernel's candles, bit for bit"
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradelab.account import POSITION, mark, new_account
+from tradelab.events import CLOSE, HIGH, LOW, OPEN, VOLUME
+from tradelab.instruments import BITCOIN
+from tradelab.journal import JOURNAL
+from tradelab.localnet.accounts import MONEY, Account
+from tradelab.localnet.engine import Exchange, Questions, amend, cancel, place, row_of, works, write_row
+from tradelab.localnet.orders import ExchangeOrder
+from tradelab.localnet.protocol import RequestDeniedError, format_number
+from tradelab.localnet.shown import Close, Levels, Market, Rate, Tick
+from tradelab.market.synthetic import ar1, funding
+from tradelab.orders import (
+    GTC,
+    LIMIT,
+    LIQUIDATION,
+    MARKET,
+    NONE,
+    ORDER,
+    OWN,
+    STOP,
+    TAKE_PROFIT,
+    TRAILING,
+    working_orders,
+)
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
+from tradelab.sim.kernel import Simulation, market_arrays, trading_rules
+from tradelab.sim.matching import new_state
+from tradelab.sim.prepared import market_data
+
+SYMBOLS = ("BTC/USDT:USDT", "ETH/USDT:USDT")
+SLOTS, START, STEPS = 3, 260, 40
+FRAMES = {symbol: ar1(START + STEPS + 1, volatility=.01, seed=3 + n) for n, symbol in enumerate(SYMBOLS)}
+RATES = {symbol: funding(frame, seed=3) for symbol, frame in FRAMES.items()}
+VOLUME_USUAL = float(np.median([frame["volume"].median() for frame in FRAMES.values()]))
+COSTS = {"ideal": CostModel.ideal(), "usual": CostModel(), "realistic": CostModel.realistic(),
+         "scarce": CostModel(participation=.05 / VOLUME_USUAL), "late": CostModel(latency=1),
+         "scarce and late": CostModel(participation=.05 / VOLUME_USUAL, latency=2, impact=1.)}
+LIMITS = Limits(max_position=.6, max_daily_loss=None, max_drawdown=.9, max_participation=None, max_orders=None,
+                price_band=None, stops=NO_STOPS)
+FORCES = ("GTC", "IOC", "FOK", "GTX")
+
+
+# the kernel lets a piece of an order through that is below the smallest notional, an exchange does not
+INSTRUMENTS = tuple(replace(each, min_notional=0.) for each in market_data(FRAMES).instruments)
+
+
+@cache
+def data(): return market_data(FRAMES, funding=RATES)
+
+
+def new_order(row, price, random):
+    kind = int(random.choice([MARKET, LIMIT, LIMIT, STOP, TAKE_PROFIT, TRAILING]))
+    side = 1. if random.random() < .5 else -1.
+    row["kind"] = kind
+    row["exposure"] = side * round(float(random.uniform(.05, .5)), 3)
+    row["in_force"] = int(random.integers(4)) if kind == LIMIT else GTC
+    row["reduce_only"] = int(random.random() < .2)
+    row["expires_in"] = float(random.integers(4))
+    beyond = 1. + float(random.uniform(-.01, .012))
+    row["price"] = price * beyond if kind == LIMIT or kind in (STOP, TAKE_PROFIT) and random.random() < .4 else 0.
+    aims = 1. if kind == STOP else -1.
+    row["trigger"] = price * (1. + aims * side * float(random.uniform(0., .01))) if kind in (STOP, TAKE_PROFIT) else 0.
+    row["callback"] = float(random.uniform(.002, .01)) if kind == TRAILING else 0.
+
+
+def wild(random, prices, answer):
+    "Leaves, moves, resizes, cancels, replaces and begins orders"
+    for n in range(len(prices)):
+        for row in answer[n]:
+            chance = random.random()
+            if row["kind"] == NONE:
+                if chance < .5: new_order(row, prices[n], random)
+            elif chance < .15: row["kind"] = NONE
+            elif chance < .25: new_order(row, prices[n], random)
+            elif chance < .4 and row["price"] > 0.: row["price"] *= 1. + float(random.uniform(-.003, .003))
+            elif chance < .5: row["exposure"] *= .5
+            if row["kind"] == LIMIT and abs(row["price"] / prices[n] - 1.) > .04: row["kind"] = NONE # out of the band
+
+
+class Twins:
+    "An account of the kernel that decides, and one of localnet that sends the same orders"
+
+    def __init__(self, costs, execution=Execution(), slots=0, limits=LIMITS, deposit=10_000., frames=FRAMES):
+        self.candles = data().candles if frames is FRAMES else market_data(frames, funding=RATES).candles
+        self.times = data().times
+        arrays = market_arrays(self.times, self.candles, data().rates, costs, limits)
+        rules = trading_rules(costs, limits, INSTRUMENTS, execution, slots)
+        state = new_state(new_account(deposit), np.zeros(len(SYMBOLS), POSITION), rules.execution, 5_000)
+        mark(state.account, state.positions, self.candles[START, :, CLOSE].copy())
+        self.kernel = Simulation(arrays, state, rules)
+        history = {symbol: frame.iloc[:START + 1] for symbol, frame in frames.items()}
+        market = Market(history, INSTRUMENTS, costs=costs)
+        self.account = Account("main", market, costs, deposit)
+        self.account.leverage = [int(each.brackets[0][1]) for each in market.instruments]
+        self.exchange = Exchange(market, [self.account], costs, questions=Questions(reduce_only="keep"))
+        self.sent = {}           # (n, slot) -> revision and number
+        self.seen = 0            # fills that were compared
+        self.refused = []
+
+    def child(self, n, order):
+        "The order that a row without one becomes when it is filled"
+        def made(account, number, time):
+            child = ExchangeOrder(number, account.name, n, self.exchange.market.ids[n], f"child-{number}",
+                                  "BUY" if order["quantity"] > 0 else "SELL", abs(float(order["quantity"])), "MARKET",
+                                  reduce_only=bool(order["reduce_only"]), time=time)
+            self.exchange.register(account, child)
+            child.place = 3 * n, order["slot"]
+            return child
+        return made
+
+    def cancel(self, n, k):
+        "Take back what was sent before in a place"
+        _, number = self.sent.pop((n, k))
+        order = self.account.orders.get(number)
+        if order is not None and order.is_open:
+            asked = {"symbol": self.exchange.market.ids[n], "orderId": str(number)}
+            cancel(self.exchange, self.account, asked)
+        elif order is None and works(self.account, (3 * n, k), number):
+            row_of(self.account, (3 * n, k))["kind"] = NONE
+
+    def send(self, n, k, order):
+        "Send an order of the kernel"
+        if order["kind"] > LIMIT or order["reduce_only"]: return self.wait(n, k, order)
+        asked = {"symbol": self.exchange.market.ids[n], "side": "BUY" if order["quantity"] > 0 else "SELL",
+                 "type": "MARKET" if order["kind"] == MARKET else "LIMIT",
+                 "quantity": format_number(abs(order["quantity"]))}
+        if order["kind"] == LIMIT:
+            asked |= {"price": format_number(order["price"]), "timeInForce": FORCES[order["in_force"]]}
+        try: sent = place(self.exchange, self.account, asked, slot=k)
+        except RequestDeniedError as refused:
+            self.refused.append(refused.code)
+            return None
+        if sent.is_open: row_of(self.account, sent.place)["expires_in"] = order["expires_in"]
+        return sent.number
+
+    def wait(self, n, k, order):
+        "As a conditional order does"
+        number = self.exchange.next_order()
+        names = ("kind", "quantity", "price", "trigger", "in_force", "reduce_only", "callback", "expires_in")
+        spot = write_row(self.account, n, "BOTH", number, k, **{name: order[name] for name in names})
+        self.exchange.on_fill[number] = self.child(n, {name: order[name] for name in names} | {"slot": k})
+        try: self.exchange.arrive(self.account, spot)
+        except RequestDeniedError as refused: self.refused.append(refused.code)
+        return number
+
+    def step(self, t, answer):
+        "One candle for both"
+        kernel, row = self.kernel, np.zeros(len(SYMBOLS), JOURNAL)
+        opened, rates = self.candles[t + 1], kernel.arrays.rates[t]
+        self.exchange.step([Rate(int(self.times[t + 1]), n, float(rate))
+                            for n in range(len(SYMBOLS)) for rate in rates[n] if rate]
+                           + [Tick(int(self.times[t + 1]), n, float(opened[n, OPEN]), 0., False, float(opened[n, VOLUME]))
+                              for n in range(len(SYMBOLS))])
+        kernel.step(t, answer, row, market=False)
+        changed = []
+        for n, k in np.ndindex(kernel.state.orders.shape):
+            order = kernel.state.orders[n, k]
+            works_there = order["kind"] != NONE
+            if (n, k) in self.sent and (not works_there or self.sent[n, k][0] != order["revision"]): self.cancel(n, k)
+            if works_there and (n, k) not in self.sent: changed.append((n, k))
+        closed = set()           # the kernel knows that these orders come, and drops them with the position
+        for n, k in changed:
+            order, count = kernel.state.orders[n, k].copy(), len(self.account.trades)
+            sent = None if order["reduce_only"] and n in closed else self.send(n, k, order)
+            self.sent[n, k] = int(order["revision"]), sent
+            if len(self.account.trades) > count and self.account.held(n) == 0.: closed.add(n)
+        kernel.step(t, np.zeros(0), row)
+        known = np.zeros((len(SYMBOLS), 11))
+        known[:, :5] = opened
+        end = int(self.times[t + 1]) + 3_600_000
+        self.exchange.step([Close(end, int(self.times[t + 1]), known)])
+        self.compare(t)
+
+    def compare(self, t):
+        theirs, ours = self.kernel.state, self.account.cross.state
+        for name in MONEY: assert theirs.account[0][name] == ours.account[0][name], (t, name)
+        for name in ("quantity", "entry_price"):
+            assert theirs.positions[name].tolist() == ours.positions[name][::3].tolist(), (t, name)
+        fills = theirs.fills[:theirs.count[0]]
+        trades = self.account.trades
+        assert len(fills) == len(trades), t
+        for fill, trade in zip(fills[self.seen:], trades[self.seen:]):
+            assert (fill["symbol"], fill["quantity"], fill["price"], fill["fee"], fill["maker"]) == (
+                trade.n, trade.quantity, trade.price, trade.fee, trade.maker), t
+        self.seen = len(trades)
+        for (n, k), (_, number) in list(self.sent.items()):
+            order, row = theirs.orders[n, k], ours.orders[3 * n, k]
+            if order["kind"] == NONE:
+                assert number is None or not works(self.account, (3 * n, k), number), t
+                self.sent.pop((n, k))
+                continue
+            for name in ("kind", "quantity", "price", "trigger", "resting", "expires_in", "delay"):
+                if name == "trigger" and order["kind"] <= LIMIT: continue # an answer may say one, nobody reads it
+                assert order[name] == row[name], (t, n, k, name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(COSTS)))
+def test_any_orders_are_the_kernels(seed, costs):
+    random = np.random.default_rng(seed)
+    twins = Twins(COSTS[costs], slots=SLOTS)
+    answer = np.zeros((len(SYMBOLS), SLOTS), ORDER)
+    for t in range(START, START + STEPS):
+        working_orders(twins.kernel.state.orders, answer)
+        wild(random, twins.candles[t, :, CLOSE], answer)
+        twins.step(t, answer.copy())
+    assert len(twins.account.trades) > 5
+    assert set(twins.refused) <= {-5021, -5022}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(COSTS)),
+       st.sampled_from([Execution(), Execution("post_only", patience=2), Execution("slices", slices=3)]))
+def test_any_targets_in_any_style_are_the_kernels(seed, costs, execution):
+    random = np.random.default_rng(seed)
+    twins = Twins(COSTS[costs], execution)
+    targets = np.zeros(len(SYMBOLS))
+    for t in range(START, START + STEPS):
+        turned = random.random(len(SYMBOLS)) < .6
+        targets[turned] = random.choice([-1., -.4, 0., .4, 1.], turned.sum())
+        twins.step(t, targets.copy())
+    assert len(twins.account.trades) > 5
+
+
+SIDES = {"BUY": 1, "SELL": -1}
+
+
+def bookish(seed, accounts=2):
+    "A market with a book of ten levels a side, and accounts that trade in it"
+    market = Market({SYMBOLS[0]: FRAMES[SYMBOLS[0]].iloc[:START]}, INSTRUMENTS[:1])
+    exchange = Exchange(market, [Account(f"account-{k}", market, deposit=1e6) for k in range(accounts)],
+                        profile="book")
+    random = np.random.default_rng(seed)
+    exchange.step([levels(exchange, random)])
+    return exchange, random
+
+
+def levels(exchange, random, middle=None):
+    "A whole new book"
+    middle = middle or round(exchange.market.last(0), 1)
+    def side(sign):
+        prices = np.round(middle + sign * np.cumsum(random.integers(1, 4, 10)) / 10, 1)
+        return np.stack([prices, random.integers(1, 900, 10) / 1e3], axis=1)
+    return Levels(exchange.market.now + 100, 0, side(-1), side(1))
+
+
+def any_request(exchange, random):
+    "Parameters of a random order, most of them near the market"
+    book = exchange.market.book(0)
+    side = random.choice(["BUY", "SELL"])
+    asked = {"symbol": "BTCUSDT", "side": side, "quantity": format_number(random.integers(5, 2_000) / 1e3),
+             "selfTradePreventionMode": random.choice(["EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH"])}
+    if random.random() < .3: asked["reduceOnly"] = "true"
+    if random.random() < .4: return asked | {"type": "MARKET"}
+    middle = book.best(-1) if side == "BUY" else book.best(1)
+    if middle != middle: middle = exchange.market.last(0)
+    price = round(middle - SIDES[side] * random.integers(-12, 25) / 10, 1)
+    return asked | {"type": "LIMIT", "price": format_number(price), "timeInForce": random.choice([*FORCES, "GTC"])}
+
+
+def walked(levels, quantity, limit, sign):
+    "What a quantity meets in levels, by hand"
+    met = []
+    for price, shown in levels:
+        if quantity <= 1e-9 or (limit is not None and sign * (limit - price) < 0): break
+        met.append((price, min(round(quantity, 8), shown)))
+        quantity = round(quantity - shown, 8)
+    return met
+
+
+def consistent(exchange):
+    "What is shown of our orders is what is left of them, and the money adds up"
+    shown = {1: {}, -1: {}}
+    for account in exchange.accounts.values():
+        for order in account.open.values():
+            assert order.left > 0
+            side = shown[SIDES[order.side]]
+            side[order.price] = round(side.get(order.price, 0.) + order.left, 8)
+        assert sum(row.amount for row in account.incomes) == pytest.approx(account.wallet(), abs=1e-6)
+        for order in account.orders.values():
+            done = [trade for trade in account.trades_of["order", order.number]]
+            assert sum(abs(trade.quantity) for trade in done) == pytest.approx(order.executed)
+            assert (order.status == "FILLED") == (order.left == 0.)
+        assert sum(trade.quantity for trade in account.trades) == pytest.approx(account.held(0))
+    book = exchange.market.book(0)
+    for side in (1, -1):
+        rested = {price: round(quantity, 8) for price, quantity in book.rested(side).items()}
+        assert rested == shown[side]
+        assert {price: {number for number in queue} for price, queue in exchange.queues[0, side].items()} == {
+            price: {order.number for account in exchange.accounts.values() for order in account.open.values()
+                    if order.price == price and SIDES[order.side] == side} for price in shown[side]}
+    assert not book.best(1) >= book.best(-1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_what_an_account_takes_is_the_book_that_was_shown(seed):
+    exchange, random = bookish(seed)
+    for _ in range(60):
+        account = exchange.accounts[f"account-{random.integers(2)}"]
+        chance = random.random()
+        if chance < .1: exchange.step([levels(exchange, random)])
+        elif chance < .2:
+            price = round(exchange.market.last(0) + random.integers(-15, 16) / 10, 1)
+            exchange.step([Tick(exchange.market.now + 10, 0, price, random.integers(1, 500) / 1e3,
+                                bool(random.random() < .5))])
+        elif chance < .3 and account.open:
+            number = random.choice(list(account.open))
+            cancel(exchange, account, {"symbol": "BTCUSDT", "orderId": str(number)})
+        elif chance < .4 and account.open:
+            order = account.orders[random.choice(list(account.open))]
+            price = round(order.price + random.integers(-5, 6) / 10, 1)
+            asked = {"symbol": "BTCUSDT", "orderId": str(order.number), "price": format_number(price),
+                     "quantity": format_number(random.integers(5, 2_000) / 1e3)}
+            try: amend(exchange, account, asked)
+            except RequestDeniedError as refused: assert refused.code in (-5027, -4164, -2019, -4016, -4024)
+        else: placed(exchange, account, any_request(exchange, random))
+        consistent(exchange)
+    assert sum(len(account.trades) for account in exchange.accounts.values()) > 5
+
+
+def placed(exchange, account, asked):
+    "Place an order, and compare its trades with the book before"
+    sign, book = SIDES[asked["side"]], exchange.market.book(0)
+    shown, held = book.levels(-sign), account.held(0)
+    own = {order.price for order in account.open.values() if SIDES[order.side] != sign}
+    try: order = place(exchange, account, asked)
+    except RequestDeniedError as refused:
+        assert refused.code in (-2022, -5021, -5022, -4164, -2019, -4131, -4016, -4024), refused
+        return
+    done = [(trade.price, abs(trade.quantity)) for trade in account.trades_of["order", order.number]
+            if not trade.maker]
+    limit = float(asked["price"]) if "price" in asked else None
+    if not own: assert done == walked(shown, order.quantity, limit, sign)
+    if order.reduce_only: assert order.quantity <= abs(held)
+    if asked["type"] == "MARKET" and order.left: assert order.status in ("EXPIRED", "EXPIRED_IN_MATCH")
