@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAITING', 'Side', 'BookEvent', 'BookUpdate', 'book_levels', 'book_diff', 'book_snapshot', 'follows', 'BookGap',
            'put_levels', 'side_levels', 'OrderBook', 'Captured', 'public_event', 'capture_line', 'parse_line',
-           'read_capture', 'follow_books']
+           'trade_row', 'read_capture', 'follow_books']
 
 # %% ../../nbs/15_sources/10_book.ipynb #1db2775c
 import json
@@ -126,6 +126,9 @@ class OrderBook:
     @property
     def complete(self) -> bool: return self.last is not None
 
+    @property
+    def wanting(self) -> bool: return not self.complete and len(self._waiting) > 0 # a snapshot is to be asked for
+
     def bids(self, depth: int|None = None) -> np.ndarray: return side_levels(self.sides[0], True, depth)
 
     def asks(self, depth: int|None = None) -> np.ndarray: return side_levels(self.sides[1], False, depth)
@@ -133,6 +136,7 @@ class OrderBook:
     def lose(self) -> None:
         "Forget the book: the connection broke, or changes are missing"
         self.last, self.joined = None, False
+        self._waiting.clear()
 
     def take(self, update: BookUpdate) -> list["BookUpdate|BookGap"]:
         "The updates that now change the book: none, one, or a snapshot and all that waited for it; a gap where it ends"
@@ -212,13 +216,29 @@ def parse_line(
     return received, parts[1] or "", body.get("data", body)
 
 # %% ../../nbs/15_sources/10_book.ipynb #b31b9e00
+_ROW = re.compile(r"(\d+(?:,[\d.]+){2,}),(\d+),(true|false)\b", re.I)
+
+
+def trade_row(
+    line: str,    # of an archive of trades: id, price, quantity, ..., time, whether the buyer had been waiting
+    symbol: str,
+) -> tuple[float, str, dict[str, Any]] | None:  # as `parse_line`
+    "A trade of a file with commas, as its message; None for a header"
+    parts = _ROW.match(line)
+    if parts is None: return None
+    time = int(parts[2]) // (1000 if len(parts[2]) > 14 else 1)   # some archives count microseconds
+    _, price, quantity, *_ = parts[1].split(",")
+    return time, symbol, {"e": "trade", "E": time, "T": time, "s": symbol, "p": price, "q": quantity,
+                          "m": parts[3].lower() == "true"}
+
+
 def _captured(path):
     "The messages of one file, in its order"
-    symbol, time = "", 0
+    symbol, time = Path(path).name.partition("-")[0], 0
     content = decompressed(read_bytes(path, MAX_BYTES), Path(path).name)
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         try:
-            parsed = parse_line(line)
+            parsed = parse_line(line) or trade_row(line, symbol)
             event = parsed and public_event(parsed[2], parsed[1] or symbol, time)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FeedError(f"{path}, line {number}, is no message of a public stream ({error}): correct it or take "
@@ -230,7 +250,7 @@ def _captured(path):
 
 
 def read_capture(
-    path: str | Path,  # a file, plain or packed; or a folder with *.jsonl and depth_*.json
+    path: str | Path,  # a file, plain or packed, of messages or SYMBOL-trades.csv; or a folder of *.jsonl, depth_*.json
 ) -> Iterator[Captured]:
     "The messages of a capture in the order in which they were heard; FeedError names the line that is none"
     if not Path(path).is_dir(): return _captured(path)
