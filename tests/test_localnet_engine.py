@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.account import POSITION, mark, new_account
-from tradelab.events import CLOSE, HIGH, LOW, OPEN, VOLUME
-from tradelab.instruments import BITCOIN
+from tradelab.events import CLOSE, OPEN, VOLUME
 from tradelab.journal import JOURNAL
 from tradelab.localnet.accounts import MONEY, Account
 from tradelab.localnet.engine import Exchange, Questions, amend, cancel, place, row_of, works, write_row
@@ -20,11 +19,9 @@ from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import (
     GTC,
     LIMIT,
-    LIQUIDATION,
     MARKET,
     NONE,
     ORDER,
-    OWN,
     STOP,
     TAKE_PROFIT,
     TRAILING,
@@ -157,8 +154,8 @@ class Twins:
         opened, rates = self.candles[t + 1], kernel.arrays.rates[t]
         self.exchange.step([Rate(int(self.times[t + 1]), n, float(rate))
                             for n in range(len(SYMBOLS)) for rate in rates[n] if rate]
-                           + [Tick(int(self.times[t + 1]), n, float(opened[n, OPEN]), 0., False, float(opened[n, VOLUME]))
-                              for n in range(len(SYMBOLS))])
+                           + [Tick(int(self.times[t + 1]), n, float(opened[n, OPEN]), 0., False,
+                                   float(opened[n, VOLUME])) for n in range(len(SYMBOLS))])
         kernel.step(t, answer, row, market=False)
         changed = []
         for n, k in np.ndindex(kernel.state.orders.shape):

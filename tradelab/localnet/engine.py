@@ -4,18 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED', 'WOULD_TAKE', 'FORCES',
-           'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'begin_candle', 'meet_open',
-           'finish_candle', 'candle_of', 'part_candle', 'forming', 'write_row', 'row_of', 'works', 'clear_row',
-           'reason_of', 'end', 'rest', 'withdraw', 'leave', 'name_fills', 'force', 'anchor', 'tell_kernel', 'begin',
-           'live_through', 'close_candle', 'row_fields', 'refuse_lost', 'meet', 'settle', 'submit_to_kernel', 'fill',
-           'allowed', 'fill_maker', 'serve', 'serve_taken', 'serve_passed', 'sweep', 'own_makers', 'hide', 'show',
-           'take', 'takeable', 'work', 'submit_to_book', 'meet_move', 'liquidate', 'check_unique', 'reduced',
-           'check_value', 'check_order', 'check_counterparty', 'submit', 'apply_move', 'expire', 'expire_countdowns',
-           'Exchange', 'place', 'check_only', 'find_order', 'cancel', 'read_amendment', 'check_amended', 'rearrive',
-           'amend', 'each_of', 'read_batch', 'read_cancellations', 'count_down', 'is_kept', 'orders_asked',
-           'open_orders', 'amendments_asked']
+           'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'write_row', 'row_of', 'works',
+           'clear_row', 'reason_of', 'end', 'begin', 'fill_maker', 'liquidate', 'submit', 'Exchange', 'place',
+           'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9958221e
+# %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -67,7 +60,7 @@ from ..sim.kernel import fade_all, gap, match_open, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5475d31c
+# %% ../../nbs/60_localnet/08_engine.ipynb #2c8690f7
 @dataclass(frozen=True)
 class Questions:
     "What cannot be settled without a recording of the real exchange"
@@ -75,9 +68,9 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5305921f
+# %% ../../nbs/60_localnet/08_engine.ipynb #fed950ee
 @outlined
-def begin_candle(
+def _begin_candle(
     state,   # State, changed
     rules,   # TradingRules
     row,     # JOURNAL, empty
@@ -90,7 +83,7 @@ def begin_candle(
 
 
 @outlined
-def meet_open(state, rules, row, k, slot, candle):
+def _meet_open(state, rules, row, k, slot, candle):
     "An order arrives"
     order = state.orders[k, slot]
     state.execution_state[k]["active"] = 1
@@ -100,16 +93,16 @@ def meet_open(state, rules, row, k, slot, candle):
 
 
 @outlined
-def finish_candle(state, rules, row, candle):
+def _finish_candle(state, rules, row, candle):
     "The candle closes"
     met, working = match_open(state, rules, row, candle)
     traverse(state, rules, row, candle, threatened(state, candle.prices), working)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #280ceab0
+# %% ../../nbs/60_localnet/08_engine.ipynb #99f1b3ad
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
-def candle_of(
+def _candle_of(
     time:int,               # ms, its open
     prices:np.ndarray,      # (N, 5): open, high, low, close, volume
     conditions:np.ndarray,  # CONDITION, (N,), as known at the close before
@@ -120,21 +113,21 @@ def candle_of(
                   np.zeros(sides * len(prices), MARKET_ROW))
 
 
-def part_candle(candle:Candle, part:Collateral)->Candle:
+def _part_candle(candle:Candle, part:Collateral)->Candle:
     "What a wallet's own rows see of it"
     if len(part.rows) == len(candle.prices): return candle
     return Candle(candle.time, *(each[part.rows] for each in candle[1:]))
 
 
-def forming(exchange:"Exchange")->Candle:
+def _forming(exchange:"Exchange")->Candle:
     "The candle that is forming: its open, and the volume that it will have"
     if exchange.candle is None:
         market = exchange.market
         prices = np.array([[opened] * 4 + [volume] for opened, volume in map(market.opening, range(len(market.ids)))])
-        exchange.candle = candle_of(market.open_time, prices, market.condition_rows)
+        exchange.candle = _candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a759f202
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f53daed
 Place = tuple[int, int]   # row of the account, and slot
 
 
@@ -159,7 +152,7 @@ def write_row(
     state.execution_state[k]["active"] = 1
     return row, slot
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #348a9669
 def row_of(account:Account, place:Place)->np.void:
     "The kernel's row of an order"
     state, k, _ = account.view(place[0])
@@ -176,7 +169,7 @@ def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #614470b7
+# %% ../../nbs/60_localnet/08_engine.ipynb #971cb22f
 SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
 
 
@@ -190,7 +183,7 @@ def reason_of(order:ExchangeOrder, held:float)->int:
 def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="CANCELED", reason:int=0)->None:
     "An order works no more"
     if order.place is not None: clear_row(account, order.place, order.number)
-    withdraw(exchange, order)
+    _withdraw(exchange, order)
     order.status = status
     order.expiry_reason = reason
     order.update_time = exchange.market.now
@@ -198,8 +191,8 @@ def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="C
     exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
     for told in exchange.ended: told(account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a356f37f
-def rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #863618c8
+def _rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Show an order in the book, at the end of its queue"
     book, side = exchange.market.book(order.n), int(order.sign)
     order.ahead = book.quantity(side, order.price)
@@ -207,34 +200,31 @@ def rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     exchange.queues[order.n, side].setdefault(order.price, {})[order.number] = (account, order)
 
 
-def withdraw(exchange:"Exchange", order:ExchangeOrder)->None:
+def _withdraw(exchange:"Exchange", order:ExchangeOrder)->None:
     "Take an order out of the book, if it is there; those behind it move up"
     side = int(order.sign)
     queue = exchange.queues[order.n, side].get(order.price, {})
     if order.number not in queue: return
     exchange.market.book(order.n).rest(order.price, side, -order.left)
     for _, other in list(queue.values())[list(queue).index(order.number) + 1:]: other.ahead -= order.left
-    leave(exchange, order)
+    _leave(exchange, order)
 
 
-def leave(exchange:"Exchange", order:ExchangeOrder)->None:
+def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
     "Forget an order of which nothing is shown any more"
     queues = exchange.queues[order.n, int(order.sign)]
     queue = queues.get(order.price, {})
     queue.pop(order.number, None)
     if not queue: queues.pop(order.price, None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #1e29b4f2
-def name_fills(exchange:"Exchange", account:Account, part:Collateral, fills:np.ndarray, time:int)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
+def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
-    for fill in fills:
-        known = int(fill["decision_price"])
-        if fill["kind"] == LIQUIDATION:
-            fill["decision_price"] = force(exchange, account, part, fill, time).number
-        elif known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
+    for known in fills["decision_price"].astype(int).tolist():
+        if known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
 
 
-def force(exchange:"Exchange", account:Account, part:Collateral, fill:np.void, time:int)->ExchangeOrder:
+def _force(exchange:"Exchange", account:Account, part:Collateral, fill:Any, time:int)->ExchangeOrder:
     "The order by which the exchange closes a position"
     row = int(part.rows[fill["symbol"]])
     n, quantity, price = row // len(SIDES), float(fill["quantity"]), float(fill["price"])
@@ -247,114 +237,119 @@ def force(exchange:"Exchange", account:Account, part:Collateral, fill:np.void, t
     return order
 
 
-def anchor(part:Collateral)->ExchangeOrder|None:
+def _anchor(part:Collateral)->ExchangeOrder|None:
     "Which wallet is meant: None for the cross wallet, else an order of the isolated position"
     if len(part.rows) > 1: return None
     row = int(part.rows[0])
     return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #85f08a11
-def tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #0b40e350
+def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
-    name_fills(exchange, account, part, fills, time)
-    forced = len(fills) > 0 and int(fills[-1]["kind"]) == LIQUIDATION
-    split = before + int(np.argmax(fills["kind"] == LIQUIDATION)) if forced else before + len(fills)
-    part.state.count[0] = split
-    trades = account.booked(anchor(part), before, time)
-    exchange.tell_ended(account, trades)
+    split = len(fills) - int(np.sum(fills["kind"] == LIQUIDATION))
+    _adopt(exchange, account, fills[:split], time)
+    part.state.count[0] = before + split
+    exchange.tell_ended(account, account.booked(_anchor(part), before, time))
     for order in list(orders):
         if order.place is None or not order.is_open or account.part(order.place[0])[0] is not part: continue
         if works(account, order.place, order.number): continue
         held = account.held(order.n, order.position_side)
-        end(exchange, account, order, "EXPIRED", LIQUIDATED if forced else reason_of(order, held))
-    if not forced: return
-    if len(part.rows) > 1: exchange.closed.add(account.name)
-    for told in exchange.wiped: told(account, None if len(part.rows) > 1 else int(part.rows[0]) // len(SIDES))
-    part.state.count[0] = before + len(fills)
-    exchange.tell_ended(account, account.booked(anchor(part), split, time))
+        end(exchange, account, order, "EXPIRED", LIQUIDATED if split < len(fills) else reason_of(order, held))
+    if split < len(fills): _tell_liquidation(exchange, account, part, before + split, before + len(fills), time)
     part.state.count[0] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #878647b4
+
+def _tell_liquidation(exchange, account, part, first, last, time):
+    "Book the fills by which the kernel has closed the positions of a wallet"
+    whole_account = len(part.rows) > 1
+    if whole_account: exchange.closed.add(account.name)
+    for told in exchange.wiped: told(account, None if whole_account else int(part.rows[0]) // len(SIDES))
+    for fill in part.state.fills[first:last]:
+        fill["decision_price"] = _force(exchange, account, part, fill, time).number
+    part.state.count[0] = last
+    exchange.tell_ended(account, account.booked(_anchor(part), first, time))
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #674fb9db
 def begin(exchange:"Exchange", account:Account)->None:
     "The candle's first moment, once: when the first order arrives, or at its end"
     if account.name in exchange.begun: return
     exchange.begun.add(account.name)
-    candle = forming(exchange)
+    candle = _forming(exchange)
     for part in account.parts():
         before = int(part.state.count[0])
-        if begin_candle(part.state, part.rules, NOBODY, part_candle(candle, part)):
-            tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
+        if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
+            _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
 
-
-def live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
+def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
     for part in account.parts():
         before = int(part.state.count[0])
-        finish_candle(part.state, part.rules, NOBODY, part_candle(candle, part))
-        tell_kernel(exchange, account, part, before, time, account.open.values())
+        _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
+        _tell_kernel(exchange, account, part, before, time, account.open.values())
     for told in exchange.after_step: told(account, time)
 
 
-def close_candle(exchange:"Exchange", move:Close)->None:
+def _close_candle(exchange:"Exchange", move:Close)->None:
     "A candle has closed: accounts live through it"
     prices = np.ascontiguousarray(move.candles[:, :5])
-    candle = candle_of(move.open_time, prices, exchange.market.condition_rows)
+    candle = _candle_of(move.open_time, prices, exchange.market.condition_rows)
     exchange.candle = candle
     for account in exchange.accounts.values():
         begin(exchange, account)
-        if account.name not in exchange.closed: live_through(exchange, account, candle, move.time - 1)
+        if account.name not in exchange.closed: _live_through(exchange, account, candle, move.time - 1)
     exchange.candle = None
     exchange.begun.clear()
     exchange.closed.clear()
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #525c66eb
+# %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
-def row_fields(order:ExchangeOrder)->dict:
+def _row_fields(order:ExchangeOrder)->dict:
     "What the kernel needs to know of an order"
     return {"kind": MARKET if order.kind == "MARKET" else LIMIT, "quantity": order.sign * order.left,
             "price": order.price, "in_force": FORCES[order.in_force], "reduce_only": int(order.reduce_only)}
 
 
-def refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
+def _refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
     "Refuse an order that ended before it began, if Binance does"
     if order.in_force == "GTX": raise RequestDeniedError(-5022)
     if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #ef29c596
-def meet(exchange:"Exchange", account:Account, place:Place)->int:
+# %% ../../nbs/60_localnet/08_engine.ipynb #d7887413
+def _meet(exchange:"Exchange", account:Account, place:Place)->int:
     "Let a row meet the open; how many fills there were before"
     begin(exchange, account)
     if account.name in exchange.closed: raise RequestDeniedError(-2023)
     part, k = account.part(place[0])
     before = int(part.state.count[0])
-    meet_open(part.state, part.rules, NOBODY, k, place[1], part_candle(forming(exchange), part))
+    _meet_open(part.state, part.rules, NOBODY, k, place[1], _part_candle(_forming(exchange), part))
     return before
 
 
-def settle(exchange:"Exchange", account:Account, place:Place, before:int)->None:
+def _settle(exchange:"Exchange", account:Account, place:Place, before:int)->None:
     "Tell what an arrival has done"
     now = exchange.market.now
     orders = account.open_of[place[0] // len(SIDES)].values()
-    tell_kernel(exchange, account, account.part(place[0])[0], before, now, orders)
+    _tell_kernel(exchange, account, account.part(place[0])[0], before, now, orders)
     for told in exchange.after_step: told(account, now)
 
 
-def submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder, slot:int|None)->None:
+def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder, slot:int|None)->None:
     "An accepted order arrives in the candle that is forming"
-    place = write_row(account, order.n, order.position_side, order.number, slot, **row_fields(order))
-    before = meet(exchange, account, place)
+    place = write_row(account, order.n, order.position_side, order.number, slot, **_row_fields(order))
+    before = _meet(exchange, account, place)
     part, _ = account.part(place[0])
-    if part.state.count[0] == before and not works(account, place, order.number): refuse_lost(exchange, order)
+    if part.state.count[0] == before and not works(account, place, order.number): _refuse_lost(exchange, order)
     order.place = place
     exchange.register(account, order)
     exchange.emit(account, order_event(order, "NEW"))
-    settle(exchange, account, place, before)
+    _settle(exchange, account, place, before)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #277d248b
-def fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #1af7b95f
+def _fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
     "Book one trade of an order"
     rate = account.costs.maker_fee if maker else account.costs.taker_fee
     fee = float(decimal8(quantity * price * rate))
@@ -366,7 +361,7 @@ def fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float,
             end(exchange, account, other, "EXPIRED", REDUCED)
 
 
-def allowed(account:Account, order:ExchangeOrder)->float:
+def _allowed(account:Account, order:ExchangeOrder)->float:
     "What an order may still trade: all that is left, or no more than its position"
     if not order.reduce_only: return order.left
     return min(order.left, max(-order.sign * account.held(order.n, order.position_side), 0.))
@@ -374,14 +369,14 @@ def allowed(account:Account, order:ExchangeOrder)->float:
 
 def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quantity:float, shown:bool)->None:
     "Fill a resting order, at most so much of it; `shown` if that is still in the book"
-    part, side = min(quantity, allowed(account, order)), int(order.sign)
+    part, side = min(quantity, _allowed(account, order)), int(order.sign)
     exchange.market.book(order.n).rest(order.price, side, -part if shown else quantity - part)
-    if part > 0.: fill(exchange, account, order, order.price, part, True)
-    if order.left == 0.: leave(exchange, order)
-    elif order.is_open and allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
+    if part > 0.: _fill(exchange, account, order, order.price, part, True)
+    if order.left == 0.: _leave(exchange, order)
+    elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #dccdd6ca
-def serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #6efe49ef
+def _serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
     "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
         reached = float(decimal8(max(quantity - order.ahead, 0.)))
@@ -389,7 +384,7 @@ def serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->No
         if reached > 0. and order.is_open: fill_maker(exchange, account, order, min(reached, order.left), True)
 
 
-def serve_taken(exchange:"Exchange", n:int, side:int, price:float, theirs:float, ours:float)->None:
+def _serve_taken(exchange:"Exchange", n:int, side:int, price:float, theirs:float, ours:float)->None:
     "One of us took from a level: so much of the market's quantity, and so much of our orders, in their sequence"
     for account, order in list(exchange.queues[n, side].get(price, {}).values()):
         order.ahead = max(order.ahead - theirs - ours, 0.)
@@ -398,28 +393,28 @@ def serve_taken(exchange:"Exchange", n:int, side:int, price:float, theirs:float,
         if part > 0. and order.is_open: fill_maker(exchange, account, order, part, False)
 
 
-def serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
+def _serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
     "The market has traded beyond orders: all of them are filled, the nearest first"
     passed = [each for each in exchange.queues[n, side] if side * (each - price) > 0.]
     for each in sorted(passed, reverse=side > 0):
         for account, order in list(exchange.queues[n, side].get(each, {}).values()):
             if order.is_open: fill_maker(exchange, account, order, order.left, True)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #b1bbb5cc
-def sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #2bf4195d
+def _sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
     "Take from the book what an order may, down to a limit"
     side, book = int(order.sign), exchange.market.book(order.n)
     before = book.rested(-side)
-    levels = book.take(side, allowed(account, order), limit)
+    levels = book.take(side, _allowed(account, order), limit)
     after = book.rested(-side)
     for price, quantity in levels:
         ours = float(decimal8(before.get(price, 0.) - after.get(price, 0.)))
-        fill(exchange, account, order, price, quantity, False)
+        _fill(exchange, account, order, price, quantity, False)
         exchange.market.traded(order.n, price, quantity, side < 0)
-        serve_taken(exchange, order.n, -side, price, quantity - ours, ours)
+        _serve_taken(exchange, order.n, -side, price, quantity - ours, ours)
 
 
-def own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list[ExchangeOrder]:
+def _own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list[ExchangeOrder]:
     "Orders of the same account that an order would meet, the nearest first"
     against = [each for each in account.open_of[order.n].values()
                if each.side != order.side and each.kind == "LIMIT"
@@ -427,14 +422,14 @@ def own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list[
                and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
     return sorted(against, key=lambda each: order.sign * each.price)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #34390826
-def hide(exchange:"Exchange", order:ExchangeOrder)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #6d97c0e6
+def _hide(exchange:"Exchange", order:ExchangeOrder)->None:
     "Take an order out of the book for a moment"
     exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
-    leave(exchange, order)
+    _leave(exchange, order)
 
 
-def show(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _show(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Put a hidden order back where it was in its queue"
     if not order.is_open: return
     book, side = exchange.market.book(order.n), int(order.sign)
@@ -445,65 +440,67 @@ def show(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     queues[order.price] = dict(sorted(queue.items(), key=lambda each: each[1][1].ahead))
 
 
-def take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Take from the book, past orders of the same account"
-    makers = own_makers(exchange, account, order) if order.self_trade != "NONE" else []
-    for maker in makers: hide(exchange, maker)
+    makers = _own_makers(exchange, account, order) if order.self_trade != "NONE" else []
+    for maker in makers: _hide(exchange, maker)
     while makers:
-        sweep(exchange, account, order, makers[0].price)
-        if allowed(account, order) == 0.: break
+        _sweep(exchange, account, order, makers[0].price)
+        if _allowed(account, order) == 0.: break
         if order.self_trade != "EXPIRE_TAKER":
             end(exchange, account, makers.pop(0), "EXPIRED_IN_MATCH", SELF_TRADE)
         if order.self_trade != "EXPIRE_MAKER":
             end(exchange, account, order, "EXPIRED_IN_MATCH", SELF_TRADE)
             break
-    for maker in makers: show(exchange, account, maker)
-    if order.is_open: sweep(exchange, account, order, order.price or None)
+    for maker in makers: _show(exchange, account, maker)
+    if order.is_open: _sweep(exchange, account, order, order.price or None)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #84aed575
-def takeable(exchange:"Exchange", order:ExchangeOrder)->float:
+# %% ../../nbs/60_localnet/08_engine.ipynb #4941a7c7
+def _takeable(exchange:"Exchange", order:ExchangeOrder)->float:
     "How much of an order could be filled at once, base units"
     side = int(order.sign)
     return sum(quantity for price, quantity in exchange.market.book(order.n).levels(-side)
                if not order.price or side * (order.price - price) >= 0.)
 
 
-def work(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _work(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Let an order take what it crosses; the rest waits, or expires"
-    take(exchange, account, order)
+    _take(exchange, account, order)
     if not order.is_open: return
-    if order.in_force in ("IOC", "FOK") or order.kind == "MARKET":
-        return end(exchange, account, order, "EXPIRED", reason_of(order, -order.sign))
-    rest(exchange, account, order)
+    held = account.held(order.n, order.position_side)
+    if order.in_force in ("IOC", "FOK") or order.kind == "MARKET" or _allowed(account, order) == 0.:
+        return end(exchange, account, order, "EXPIRED", reason_of(order, held))
+    _rest(exchange, account, order)
 
 
-def submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "An accepted order meets the book"
-    there = takeable(exchange, order)
+    there = _takeable(exchange, order)
     if order.in_force == "GTX" and there > 0. or order.in_force == "FOK" and there < order.left:
-        refuse_lost(exchange, order)
+        _refuse_lost(exchange, order)
     exchange.register(account, order)
     exchange.emit(account, order_event(order, "NEW"))
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
-    work(exchange, account, order)
+    _work(exchange, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #7242d6de
-def meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
+def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
     "Resting orders meet a move of the market, then accounts are looked at"
     n = move.n
     for side in (1, -1):
         if not exchange.queues[n, side]: continue
         if isinstance(move, Tick):
-            serve_passed(exchange, n, move.price, side)
-            if (side > 0) == move.buyer_is_maker: serve(exchange, n, side, move.price, move.quantity)
+            _serve_passed(exchange, n, move.price, side)
+            if (side > 0) == move.buyer_is_maker: _serve(exchange, n, side, move.price, move.quantity)
         other = exchange.market.book(n).market_best(-side)
-        if other == other: serve_passed(exchange, n, other - side * exchange.market.instruments[n].price_tick / 2, side)
+        tick = exchange.market.instruments[n].price_tick
+        if other == other: _serve_passed(exchange, n, other - side * tick / 2., side)
     for account in exchange.accounts.values():
         if not any(account.held(n, side) for side in SIDES): continue
         account.warn(move.time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #92cc4188
+# %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
     "Close the positions of one wallet"
     market = exchange.market
@@ -515,7 +512,7 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
         part, k = account.part(row)
         n, held = row // len(SIDES), float(part.state.positions[k]["quantity"])
         mark = market.mark(n)
-        order = force(exchange, account, part, {"symbol": k, "quantity": -held, "price": mark}, market.now)
+        order = _force(exchange, account, part, {"symbol": k, "quantity": -held, "price": mark}, market.now)
         levels = market.book(n).take(int(order.sign), order.left)
         left = float(decimal8(order.left - sum(quantity for _, quantity in levels)))
         for price, quantity in [*levels, (mark, left)]:
@@ -525,20 +522,20 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
         exchange.tell_ended(account, [])
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #de2068b0
-def check_unique(account:Account, client_id:str)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
+def _check_unique(account:Account, client_id:str)->None:
     "Refuse the client's id of another open order"
     if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
 
 
-def reduced(account:Account, order:ExchangeOrder, question:str)->float:
+def _reduced(account:Account, order:ExchangeOrder, question:str)->float:
     "The quantity of an order that may only reduce; RequestDeniedError if there is nothing to reduce"
     held = -order.sign * account.held(order.n, order.position_side)
     if held <= 0. or (order.quantity > held and question == "reject"): raise RequestDeniedError(-2022)
     return min(order.quantity, held) if question == "shrink" else order.quantity
 
 
-def check_value(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _check_value(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse an order that is too small, too large for its leverage, or not covered by the margin that is left"
     market, row = exchange.market, account.row(order.n, order.position_side)
     mark = market.mark(order.n)
@@ -548,24 +545,25 @@ def check_value(exchange:"Exchange", account:Account, order:ExchangeOrder)->None
     check_margin(account, row, order.sign * order.left, price, order.left * lost)
 
 
-def check_order(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _check_order(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse an order that this account cannot have now; a reduce-only order is cut to its position"
     market, n = exchange.market, order.n
+    if exchange.silent() and not order.reduce_only: raise RequestDeniedError(-1008)
     if market.status(n) != "TRADING": raise RequestDeniedError(-4140)
     if order.price: check_band(order.side, order.price, market.mark(n))
-    elif exchange.profile == "book" and order.kind == "MARKET": check_counterparty(market, order)
-    check_unique(account, order.client_id)
-    if order.reduce_only: order.quantity = reduced(account, order, exchange.questions.reduce_only)
-    else: check_value(exchange, account, order)
+    elif exchange.profile == "book" and order.kind == "MARKET": _check_counterparty(market, order)
+    _check_unique(account, order.client_id)
+    if order.reduce_only: order.quantity = _reduced(account, order, exchange.questions.reduce_only)
+    else: _check_value(exchange, account, order)
     if len(account.open_of[n]) >= SLOTS: raise RequestDeniedError(-2025)
 
 
-def check_counterparty(market:Market, order:ExchangeOrder)->None:
+def _check_counterparty(market:Market, order:ExchangeOrder)->None:
     "Refuse a market order whose counterparty stands far from the mark price"
     best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
     if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #3843cd6b
+# %% ../../nbs/60_localnet/08_engine.ipynb #83bdb66c
 def submit(
     exchange:"Exchange",
     account:Account,
@@ -575,42 +573,42 @@ def submit(
     "Check an order, accept it and let it work; RequestDeniedError leaves no trace"
     if exchange.profile == "backtest": begin(exchange, account)
     if account.name in exchange.closed: raise RequestDeniedError(-2023)
-    check_order(exchange, account, order)
+    _check_order(exchange, account, order)
     order.number = order.number or exchange.next_order()
     order.account = account.name
     order.client_id = order.client_id or f"localnet-{order.number}"
-    if exchange.profile == "backtest": submit_to_kernel(exchange, account, order, slot)
-    else: submit_to_book(exchange, account, order)
+    if exchange.profile == "backtest": _submit_to_kernel(exchange, account, order, slot)
+    else: _submit_to_book(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e56a6d64
-def apply_move(exchange:"Exchange", move:Any)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
+def _apply_move(exchange:"Exchange", move:Any)->None:
     "One move of the market, and what it does to orders and accounts"
-    if exchange.profile == "backtest" and isinstance(move, Close): close_candle(exchange, move)
+    if exchange.profile == "backtest" and isinstance(move, Close): _close_candle(exchange, move)
     exchange.market.apply(move)
     exchange.candle = None
     for told in exchange.watchers: told(move)
     if isinstance(move, Rate):
         for account in exchange.accounts.values():
             account.pay_funding(move.n, move.rate, exchange.market.mark(move.n), move.time)
-    elif exchange.profile == "book" and not isinstance(move, Close): meet_move(exchange, move)
+    elif exchange.profile == "book" and not isinstance(move, Close): _meet_move(exchange, move)
 
 
-def expire(exchange:"Exchange", now:int)->None:
+def _expire(exchange:"Exchange", now:int)->None:
     "End the orders that were good until now, ms of the market clock"
     while exchange.good_till and exchange.good_till[0][0] <= now:
         _, number, account = heappop(exchange.good_till)
         if number in account.open: end(exchange, account, account.orders[number], "EXPIRED")
 
 
-def expire_countdowns(exchange:"Exchange", now:int)->None:
+def _expire_countdowns(exchange:"Exchange", now:int)->None:
     "Cancel the orders of those who have been silent too long, ms of the session's clock"
     for (name, n), due in list(exchange.countdowns.items()):
         if due > now: continue
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #9afa7171
+# %% ../../nbs/60_localnet/08_engine.ipynb #d5718837
 class Exchange:
     "Several accounts in one market"
 
@@ -622,6 +620,7 @@ class Exchange:
         self.questions, self.order_reply = questions, order_reply
         self.accounts = {account.name: account for account in accounts}
         self.clock: Callable[[], int] = lambda: market.now   # ms, of the session
+        self.silent: Callable[[], bool] = lambda: False      # whether nothing is heard of the market
         self._numbers, self.amendments, trades = count(1), count(1), count(1)
         for account in self.accounts.values(): account.numbers = trades
         self.candle: Candle|None = None                      # that is forming
@@ -664,19 +663,21 @@ class Exchange:
 
     def arrive(self, account:Account, place:Place)->None:
         "A row that was written meets the open, and what comes of it is told"
-        settle(self, account, place, meet(self, account, place))
+        _settle(self, account, place, _meet(self, account, place))
 
     def step(self, moves:Iterable)->None:
         "What the source says of the market: orders meet it, accounts live through it"
-        for move in moves: apply_move(self, move)
-        expire(self, self.market.now)
-        expire_countdowns(self, self.clock())
+        for move in moves: _apply_move(self, move)
+        _expire(self, self.market.now)
+        _expire_countdowns(self, self.clock())
+
+    def expire_countdowns(self, now:int)->None: _expire_countdowns(self, now)
 
     def cancel_all(self, account:Account, n:int|None=None)->None:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #a53ba17f
+# %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
@@ -696,10 +697,10 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     market = exchange.market
     n = market.find(asked)
     order = read_order(asked, n, market.ids[n], market.instruments[n], market.now, account.dual)
-    check_order(exchange, account, order)
+    _check_order(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #2e785896
+# %% ../../nbs/60_localnet/08_engine.ipynb #a578d264
 def find_order(
     exchange:"Exchange",
     account:Account,
@@ -723,8 +724,8 @@ def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     end(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #5ab7bdfa
-def read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
+# %% ../../nbs/60_localnet/08_engine.ipynb #17d9144b
+def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
     if order.kind != "LIMIT": raise RequestDeniedError(-5025)
@@ -742,50 +743,48 @@ def read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[
     return quantity, price
 
 
-def check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse a changed order that the account cannot have; what it ties up already is free for it"
     if order.reduce_only: return
     before = account.open_of[order.n].pop(order.number)
     account.open.pop(order.number)
-    try: check_value(exchange, account, order)
+    try: _check_value(exchange, account, order)
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #41e19094
-def rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+# %% ../../nbs/60_localnet/08_engine.ipynb #56408bc2
+def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
-    row, slot = order.place
-    write_row(account, order.n, order.position_side, order.number, slot, **row_fields(order))
-    before = meet(exchange, account, order.place)
-    settle(exchange, account, order.place, before)
+    write_row(account, order.n, order.position_side, order.number, place[1], **_row_fields(order))
+    _settle(exchange, account, place, _meet(exchange, account, place))
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #c45bbb53
 def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     "PUT order"
     order = find_order(exchange, account, asked, -2013, opened=True)
-    quantity, price = read_amendment(exchange, order, asked)
+    quantity, price = _read_amendment(exchange, order, asked)
     if exchange.profile == "backtest": begin(exchange, account)
     if account.name in exchange.closed: raise RequestDeniedError(-2023)
     if quantity <= order.executed:
         end(exchange, account, order)
         return order
-    check_amended(exchange, account, replace(order, quantity=quantity, price=price))
-    withdraw(exchange, order)
+    _check_amended(exchange, account, replace(order, quantity=quantity, price=price))
+    _withdraw(exchange, order)
     change = Amendment(next(exchange.amendments), exchange.market.now, (order.price, price),
                        (order.quantity, quantity), whole(asked, "modifyId", 0))
     order.amendments.append(change)
     order.price, order.quantity, order.update_time = price, quantity, change.time
     exchange.emit(account, order_event(order, "AMENDMENT"))
-    if exchange.profile == "backtest": rearrive(exchange, account, order)
-    elif order.in_force == "GTX" and takeable(exchange, order) > 0.:
+    if order.place is not None: _rearrive(exchange, account, order, order.place)
+    elif order.in_force == "GTX" and _takeable(exchange, order) > 0.:
         end(exchange, account, order, "CANCELED", WOULD_TAKE)
-    else: work(exchange, account, order)
+    else: _work(exchange, account, order)
     return order
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #04ace667
+# %% ../../nbs/60_localnet/08_engine.ipynb #23f8e544
 MOST_PLACED, MOST_CANCELLED = 5, 10
 
 
-def each_of(batch:list, act:Callable[[dict], dict])->list[dict]:
+def _each_of(batch:list, act:Callable[[dict], dict])->list[dict]:
     "The answer to each element of a batch"
     answers = []
     for asked in batch:
@@ -794,14 +793,14 @@ def each_of(batch:list, act:Callable[[dict], dict])->list[dict]:
     return answers
 
 
-def read_batch(asked:dict)->list[dict]:
+def _read_batch(asked:dict)->list[dict]:
     "The orders of a batch"
     batch = records(asked, "batchOrders")
     if not 1 <= len(batch) <= MOST_PLACED: raise RequestDeniedError(-4082, len(batch))
     return batch
 
 
-def read_cancellations(asked:dict)->list[dict]:
+def _read_cancellations(asked:dict)->list[dict]:
     "A request for each order that a list names"
     names = {"orderId": listed(asked, "orderIdList", "orderidlist"),
              "origClientOrderId": listed(asked, "origClientOrderIdList", "origclientorderidlist")}
@@ -810,7 +809,7 @@ def read_cancellations(asked:dict)->list[dict]:
     if len(names[key]) > MOST_CANCELLED: raise RequestDeniedError(-4032)
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #7c9ed8d1
+# %% ../../nbs/60_localnet/08_engine.ipynb #ee7fee7f
 def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
@@ -820,38 +819,38 @@ def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
     if left: exchange.countdowns[account.name, n] = now + left
     return {"symbol": exchange.market.ids[n], "countdownTime": str(left)}
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #c2638e3b
+# %% ../../nbs/60_localnet/08_engine.ipynb #7e2685fa
 DAY = 86_400_000
 
 
-def is_kept(order:ExchangeOrder, now:int)->bool:
+def _is_kept(order:ExchangeOrder, now:int)->bool:
     "Whether an order is still listed"
     if order.is_open: return True
     return now - order.update_time < (90 * DAY if order.executed else 3 * DAY)
 
 
-def orders_asked(exchange:"Exchange", account:Account, asked:dict)->list[ExchangeOrder]:
+def _orders_asked(exchange:"Exchange", account:Account, asked:dict)->list[ExchangeOrder]:
     "The orders that GET allOrders lists"
     rows, now = exchange.history[account.name, exchange.market.find(asked)], exchange.market.now
-    if not asked.get("orderId"): return [order for order in page(rows, asked, days=7) if is_kept(order, now)]
+    if not asked.get("orderId"): return [order for order in page(rows, asked, days=7) if _is_kept(order, now)]
     limit = whole(asked, "limit", 500, least=1, most=1_000)
     first = bisect_left(rows, whole(asked, "orderId"), key=attrgetter("number"))
-    return [order for order in rows[first:first + limit] if is_kept(order, now)]
+    return [order for order in rows[first:first + limit] if _is_kept(order, now)]
 
 
-def open_orders(exchange:"Exchange", account:Account, asked:dict)->list[ExchangeOrder]:
+def _open_orders(exchange:"Exchange", account:Account, asked:dict)->list[ExchangeOrder]:
     "The orders that GET openOrders lists"
     return [order for n in exchange.market.asked(asked) for order in account.open_of[n].values()]
 
 
-def amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[dict]:
+def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[dict]:
     "GET orderAmendment: newest first"
     rows = amendment_replies(find_order(exchange, account, asked, -2013))
     begin, end = whole(asked, "startTime", 0), whole(asked, "endTime", 2**62)
     limit = whole(asked, "limit", 50, least=1, most=100)
     return [row for row in reversed(rows) if begin <= row["time"] <= end][:limit]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #36db40c8
+# %% ../../nbs/60_localnet/08_engine.ipynb #8abdfb82
 def _shown(form, act, **more):
     "An endpoint's answer: the order that a request led to, in a form"
     return lambda exchange, account, asked: order_reply(act(exchange, account, asked, **more), exchange.order_reply,
@@ -869,14 +868,14 @@ def _all_cancelled(exchange, account, asked):
 
 
 def _batch(read, act):
-    return lambda exchange, account, asked: each_of(read(asked), lambda each: act(exchange, account, each))
+    return lambda exchange, account, asked: _each_of(read(asked), lambda each: act(exchange, account, each))
 
 
 def _list(find, form):
     return lambda exchange, account, asked: [order_reply(order, exchange.order_reply, form)
                                              for order in find(exchange, account, asked)]
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #6b356f23
+# %% ../../nbs/60_localnet/08_engine.ipynb #cf3c5fcc
 _amended, _cancelled = _shown("amend", amend), _shown("cancel", cancel)
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("POST", "v1/order"): Endpoint(0, "signed", _placed, orders=1, permission="trade"),
@@ -886,12 +885,12 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("GET", "v1/order"): Endpoint(1, "signed", _shown("order", find_order, refusal=-2013)),
     ("GET", "v1/openOrder"): Endpoint(1, "signed", _shown("order", find_order, refusal=-2013, opened=True)),
     ("GET", "v1/openOrders"): Endpoint(lambda asked: 1 if asked.get("symbol") else 40, "signed",
-                                       _list(open_orders, "order")),
-    ("GET", "v1/allOrders"): Endpoint(5, "signed", _list(orders_asked, "all")),
-    ("GET", "v1/orderAmendment"): Endpoint(1, "signed", amendments_asked),
-    ("POST", "v1/batchOrders"): Endpoint(5, "signed", _batch(read_batch, _placed), orders=(5, 1), permission="trade"),
-    ("PUT", "v1/batchOrders"): Endpoint(5, "signed", _batch(read_batch, _amended), orders=(5, 1), permission="trade"),
-    ("DELETE", "v1/batchOrders"): Endpoint(1, "signed", _batch(read_cancellations, _cancelled), permission="trade"),
+                                       _list(_open_orders, "order")),
+    ("GET", "v1/allOrders"): Endpoint(5, "signed", _list(_orders_asked, "all")),
+    ("GET", "v1/orderAmendment"): Endpoint(1, "signed", _amendments_asked),
+    ("POST", "v1/batchOrders"): Endpoint(5, "signed", _batch(_read_batch, _placed), orders=(5, 1), permission="trade"),
+    ("PUT", "v1/batchOrders"): Endpoint(5, "signed", _batch(_read_batch, _amended), orders=(5, 1), permission="trade"),
+    ("DELETE", "v1/batchOrders"): Endpoint(1, "signed", _batch(_read_cancellations, _cancelled), permission="trade"),
     ("DELETE", "v1/allOpenOrders"): Endpoint(1, "signed", _all_cancelled, permission="trade"),
     ("POST", "v1/countdownCancelAll"): Endpoint(
         10, "signed", lambda exchange, account, asked: count_down(exchange, account, asked, exchange.clock()),

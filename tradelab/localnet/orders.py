@@ -9,7 +9,7 @@ __all__ = ['OPEN_STATES', 'CONDITIONAL', 'FORCES', 'GRACE', 'LATEST', 'BAND', 'C
            'read_position_side', 'reduces', 'check_quantity', 'check_price', 'check_band', 'check_notional',
            'check_client_id', 'read_price_match', 'matched_price', 'read_order']
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #d845c335
+# %% ../../nbs/60_localnet/06_orders.ipynb #7f6e0ff6
 import re
 from dataclasses import dataclass, field, replace
 
@@ -27,7 +27,7 @@ from tradelab.localnet.protocol import (
     whole,
 )
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #9bfa711b
+# %% ../../nbs/60_localnet/06_orders.ipynb #aef62236
 OPEN_STATES = ("NEW", "PARTIALLY_FILLED")
 
 
@@ -40,7 +40,7 @@ class Amendment:
     quantity: tuple[float, float]    # base units, before and after
     modify_id: int = 0               # the client's; 0: none
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #f1b0296d
 @dataclass
 class ExchangeOrder:
     "An order that the exchange has accepted"
@@ -87,7 +87,7 @@ class ExchangeOrder:
     @property
     def is_open(self)->bool: return self.status in OPEN_STATES
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #d8e9f8a2
+# %% ../../nbs/60_localnet/06_orders.ipynb #ea2a3685
 @dataclass(frozen=True)
 class ExchangeTrade:
     "A fill of an order, booked"
@@ -117,7 +117,7 @@ def trade_reply(trade:ExchangeTrade)->dict:
             "commissionAsset": trade.asset, "marginAsset": trade.asset, "positionSide": trade.position_side,
             "buyer": trade.quantity > 0., "maker": trade.maker, "time": trade.time}
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #17237b61
+# %% ../../nbs/60_localnet/06_orders.ipynb #1b2c34ea
 def apply_trade(order:ExchangeOrder, trade:ExchangeTrade)->None:
     "Book a trade in its order"
     order.executed = round(order.executed + abs(trade.quantity), 8)
@@ -125,12 +125,12 @@ def apply_trade(order:ExchangeOrder, trade:ExchangeTrade)->None:
     order.status = "FILLED" if order.left == 0. else "PARTIALLY_FILLED"
     order.update_time = trade.time
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #df3a92f7
+# %% ../../nbs/60_localnet/06_orders.ipynb #49dbd693
 def average_price(order:ExchangeOrder)->float:
     "Quote per base; 0 if nothing was executed"
     return float(f"{order.quote / order.executed:.13g}") if order.executed else 0.
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #d7e4bd54
+# %% ../../nbs/60_localnet/06_orders.ipynb #6e0416ab
 def _shared_fields(order):
     "What all replies have"
     return {"orderId": order.number, "symbol": order.symbol, "status": order.status,
@@ -151,7 +151,7 @@ def _money_fields(order):
 def _trailing_fields(order):
     return {"activatePrice": format_number(order.activate_price), "priceRate": format_number(order.callback)}
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #cf6a3726
+# %% ../../nbs/60_localnet/06_orders.ipynb #1a998187
 def order_reply(
     order:ExchangeOrder,
     profile:str="2026-07",   # or "classic", as before 15 July 2026
@@ -176,7 +176,7 @@ def accepted(order:ExchangeOrder)->ExchangeOrder:
     "The order as it was when it had just been accepted"
     return replace(order, status="NEW", executed=0., quote=0., expiry_reason=0, update_time=order.time)
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #f3386317
+# %% ../../nbs/60_localnet/06_orders.ipynb #2dd8b385
 def amendment_replies(order:ExchangeOrder)->list[dict]:
     "The rows of GET orderAmendment"
     def change(pair): return {"before": format_number(pair[0]), "after": format_number(pair[1])}
@@ -186,14 +186,14 @@ def amendment_replies(order:ExchangeOrder)->list[dict]:
                            "modifyId": each.modify_id}}
             for count, each in enumerate(order.amendments, 1)]
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #a992cbc2
+# %% ../../nbs/60_localnet/06_orders.ipynb #aaa0fde8
 def _trade_fields(trade):
     "What a trade says in an event; zeros without one"
     if trade is None: return {"l": "0", "L": "0", "t": 0, "m": False, "rp": "0"}
     return {"l": format_number(abs(trade.quantity)), "L": format_number(trade.price), "t": trade.number,
             "m": trade.maker, "rp": format_amount(trade.realised), "N": trade.asset, "n": format_amount(trade.fee)}
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #493a157b
 def order_event(
     order:ExchangeOrder,
     execution:str,                     # what happened
@@ -222,7 +222,7 @@ def trade_lite(order:ExchangeOrder, trade:ExchangeTrade)->dict:
             "L": format_number(trade.price), "l": format_number(abs(trade.quantity)), "t": trade.number,
             "i": order.number}
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #721ff84a
+# %% ../../nbs/60_localnet/06_orders.ipynb #256942ca
 CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
 FORCES = ("GTC", "IOC", "FOK", "GTX", "GTD")
 GRACE = 600_000   # ms that a GTD order must be valid
@@ -251,7 +251,7 @@ def read_force(asked:dict, kind:str, now:int)->tuple[str, int]:
     if not now + GRACE < until < LATEST: raise RequestDeniedError(-5040)
     return force, until
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #8d0b4f8c
+# %% ../../nbs/60_localnet/06_orders.ipynb #3dae164e
 def read_position_side(
     asked:dict,
     dual:bool,   # whether there is a position for each side
@@ -267,7 +267,7 @@ def reduces(asked:dict, position_side:str)->bool:
     "Whether an order may only reduce its position"
     return flag(asked, "reduceOnly") or (position_side, asked["side"]) in (("LONG", "SELL"), ("SHORT", "BUY"))
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #4691a22d
+# %% ../../nbs/60_localnet/06_orders.ipynb #f97934d3
 def _is_off(value, units, scale):
     "Whether a value is between two points of a grid"
     points = value * scale / units
@@ -293,7 +293,7 @@ def check_price(price:float, instrument:Instrument)->float:
     if _is_off(price, row["price_units"], row["price_scale"]): raise RequestDeniedError(-4014)
     return price
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #e67fbea2
+# %% ../../nbs/60_localnet/06_orders.ipynb #8444011d
 BAND = .05   # of the mark price, as the filter PERCENT_PRICE of exchangeInfo says
 
 
@@ -307,7 +307,7 @@ def check_band(
     if side == "BUY" and price > highest: raise RequestDeniedError(-4016, format_number(float(f"{highest:.8g}")))
     if side == "SELL" and price < lowest: raise RequestDeniedError(-4024, format_number(float(f"{lowest:.8g}")))
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #b1b5af46
+# %% ../../nbs/60_localnet/06_orders.ipynb #925b7e0a
 def check_notional(
     notional:float,         # quote, of the order, without sign
     instrument:Instrument,
@@ -315,7 +315,7 @@ def check_notional(
     "Refuse an order below the minimum notional"
     if notional < instrument.min_notional: raise RequestDeniedError(-4164, format_number(instrument.min_notional))
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #40d047ba
+# %% ../../nbs/60_localnet/06_orders.ipynb #ebf1e64b
 CLIENT_ID = re.compile(r"[\.A-Z\:/a-z0-9_-]{1,36}")
 
 
@@ -328,7 +328,7 @@ def check_client_id(
     if client_id and not CLIENT_ID.fullmatch(client_id): raise RequestDeniedError(-4015)
     return client_id
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #c68a72da
+# %% ../../nbs/60_localnet/06_orders.ipynb #0287472d
 PRICE_MATCHES = ("NONE", "OPPONENT", "OPPONENT_5", "OPPONENT_10", "OPPONENT_20", "QUEUE", "QUEUE_5", "QUEUE_10",
                  "QUEUE_20")
 SELF_TRADES = ("NONE", "EXPIRE_TAKER", "EXPIRE_MAKER", "EXPIRE_BOTH")
@@ -341,7 +341,7 @@ def read_price_match(asked:dict, kind:str)->str:
     if match != "NONE" and asked.get("price"): raise RequestDeniedError(-1106, "price")
     return match
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #ac7a9d3f
 def matched_price(
     match:str,           # of PRICE_MATCHES
     side:str,
@@ -355,14 +355,14 @@ def matched_price(
     if place >= len(levels): raise RequestDeniedError(-5041)
     return float(levels[place][0])
 
-# %% ../../nbs/60_localnet/06_orders.ipynb #1dc03f09
+# %% ../../nbs/60_localnet/06_orders.ipynb #6a8f9937
 def _read_price(asked, kind, match, instrument):
     if kind == "MARKET":
         if asked.get("price"): raise RequestDeniedError(-1106, "price")
         return 0.
     return 0. if match != "NONE" else check_price(number(asked, "price"), instrument)
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #0c876b06
 def read_order(
     asked:dict,
     n:int,
