@@ -284,6 +284,7 @@ def begin(exchange:"Exchange", account:Account)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
 def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
+    account.lend()
     for part in account.parts():
         before = int(part.state.count[0])
         _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
