@@ -1,5 +1,5 @@
-"""localnet's books: after any sequence of requests, candles, funding and liquidations, wallet, position, incomes, trades
-and events say the same, and the kernel that is fed the same has the same"""
+"""localnet's books: after any sequence of requests, candles, funding and liquidations, wallet, positions, incomes,
+trades and events say the same, and the kernel that is fed the same has the same"""
 import json
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,7 +24,7 @@ from tradelab.market.candles import frame
 from tradelab.orders import NONE
 from tradelab.risk.execution import new_order
 from tradelab.settings import CostModel
-from tradelab.sim.kernel import advance
+from tradelab.sim.kernel import advance, pay_funding
 
 HOUR = 3_600_000
 FIRST = 1_640_995_200_000
@@ -32,7 +32,8 @@ BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 INSTRUMENTS = (BITCOIN, replace(BITCOIN, symbol=ETH, price_tick=.01, min_notional=20., min_quantity=.01,
                                 quantity_step=.01))
 ENDPOINTS = shown.ENDPOINTS | accounts.ENDPOINTS | engine.ENDPOINTS | conditional.ENDPOINTS
-COSTS = CostModel(), CostModel.ideal(), CostModel(participation=.02)
+COSTS = CostModel(), CostModel.ideal(), CostModel(participation=.05)
+DEPOSIT = 2_000.
 NAMES = "main", "other"
 
 
@@ -48,7 +49,7 @@ def candles(wild):
         rows = [opened, np.maximum(opened, close) * reach[0], np.minimum(opened, close) / reach[1], close]
         rows = np.maximum(np.round(np.stack(rows) / tick), 1.) * tick
         found[symbol] = frame(FIRST + np.arange(60) * HOUR,
-                              np.round(np.concatenate([rows, random.uniform(50, 900, (1, 60))]).T, 6))
+                              np.round(np.concatenate([rows, random.uniform(.2, 8., (1, 60))]).T, 6))
     return found
 
 
@@ -64,7 +65,7 @@ class World:
         source = Replay(candles(wild), funding(), start=FIRST + 6 * HOUR)
         self.steps = source.steps()
         self.market = Market(source.history(), INSTRUMENTS, source.funding, costs, now=source.now)
-        self.exchange = Exchange(self.market, [Account(name, self.market, costs) for name in names], costs, profile)
+        self.exchange = Exchange(self.market, [Account(name, self.market, costs, DEPOSIT) for name in names], costs, profile)
         self.exchange.conditional = conditional.Conditional(self.exchange)
         self.heard = {name: [] for name in names}
         self.refusals = []
@@ -108,10 +109,12 @@ PLAIN = st.fixed_dictionaries(dict(
     away=st.integers(-300, 300), lots=st.integers(1, 60), force=st.sampled_from(["GTC", "GTC", "IOC", "FOK", "GTX"]),
     reduce=st.booleans(), position=st.sampled_from(["LONG", "SHORT"]), batch=st.integers(0, 4)))
 WAITING = st.fixed_dictionaries(dict(
-    what=st.just("algo"), n=SYMBOLS, side=st.sampled_from(["BUY", "SELL"]), type=st.sampled_from(list(conditional.KINDS)),
-    away=st.integers(-300, 300), lots=st.integers(1, 60), close=st.booleans(), reduce=st.booleans(),
+    what=st.just("algo"), n=SYMBOLS, side=st.sampled_from(["BUY", "SELL"]),
+    type=st.sampled_from(list(conditional.KINDS)), away=st.integers(-300, 300), lots=st.integers(1, 60),
+    close=st.booleans(), reduce=st.booleans(),
     position=st.sampled_from(["LONG", "SHORT"]), activate=st.booleans(),
-    force=st.sampled_from(["GTC", "IOC", "GTD", "GTE_GTC"])))
+    force=st.sampled_from(["GTC", "GTC", "IOC", "GTD", "GTE_GTC"]),
+    working=st.sampled_from(["CONTRACT_PRICE", "MARK_PRICE"])))
 CHANGE = st.fixed_dictionaries(dict(
     what=st.sampled_from(["cancel", "modify", "cancel algo", "cancel all"]), which=st.integers(0, 9),
     away=st.integers(-300, 300), lots=st.integers(1, 60), n=SYMBOLS))
@@ -119,38 +122,42 @@ SETTING = st.fixed_dictionaries(dict(
     what=st.sampled_from(["leverage", "margin type", "dual", "margin", "transfer"]), n=SYMBOLS,
     value=st.integers(1, 125), yes=st.booleans(), position=st.sampled_from(["LONG", "SHORT"])))
 STEP = st.just({"what": "step"})
-ACTIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(PLAIN, PLAIN, WAITING, CHANGE, SETTING, STEP, STEP)),
-                   min_size=1, max_size=60)
+ACTIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(PLAIN, PLAIN, PLAIN, WAITING, WAITING, CHANGE, SETTING,
+                                                               STEP, STEP, STEP)), min_size=20, max_size=60)
 
 
 def order_of(world, account, asked):
-    "The parameters of a random order, about what this account could send"
-    n, instrument = asked["n"], INSTRUMENTS[asked["n"]]
-    price = world.market.last(n) * (1. + asked["away"] / 1e4)
-    sent = {"symbol": world.market.ids[n], "side": asked["side"], "type": asked["type"],
-            "quantity": texts(asked["lots"] * (.01 if n == 0 else .1)),
+    "Symbol, side, quantity of a random order, and a function to set a price; most of what reduces could reduce"
+    n = asked["n"]
+    position = asked["position"] if account.dual else "BOTH"
+    held = account.held(n, position)
+    closes = (asked["reduce"] or asked.get("close")) and held
+    sent = {"symbol": world.market.ids[n], "side": ("SELL" if held > 0. else "BUY") if closes else asked["side"],
+            "type": asked["type"], "quantity": texts(asked["lots"] * (.01 if n == 0 else .1)),
             "reduceOnly": "true" if asked["reduce"] and not account.dual else None,
-            "positionSide": asked["position"] if account.dual else None}
-    return sent, lambda value=price: on_tick(value, instrument.price_tick)
+            "positionSide": position if account.dual else None}
+    return sent, lambda away: on_tick(world.market.last(n) * (1. + away / 1e4), INSTRUMENTS[n].price_tick)
 
 
 def plain(world, account, asked):
     sent, price = order_of(world, account, asked)
-    if asked["type"] == "LIMIT": sent |= {"price": price(), "timeInForce": asked["force"]}
+    if asked["type"] == "LIMIT": sent |= {"price": price(asked["away"]), "timeInForce": asked["force"]}
     return {key: text for key, text in sent.items() if text}
 
 
 def waiting(world, account, asked):
+    "The parameters of a random conditional order; most could wait"
     sent, price = order_of(world, account, asked)
-    sent |= {"algoType": "CONDITIONAL", "triggerPrice": price(), "timeInForce": asked["force"],
-             "goodTillDate": str(world.market.now + 5 * HOUR)}
-    if asked["type"] in ("STOP", "TAKE_PROFIT"): sent["price"] = price(float(price()) * (1.001 if asked["side"] == "BUY"
-                                                                                        else .999))
+    up = (sent["side"] == "BUY") == (asked["type"] in ("STOP", "STOP_MARKET"))
+    away = asked["away"] if asked["lots"] == 1 else abs(asked["away"]) * (1 if up else -1)
+    sent |= {"algoType": "CONDITIONAL", "triggerPrice": price(away), "timeInForce": asked["force"],
+             "goodTillDate": str(world.market.now + 5 * HOUR), "workingType": asked["working"]}
+    if asked["type"] in ("STOP", "TAKE_PROFIT"): sent["price"] = price(away + (10 if sent["side"] == "BUY" else -10))
     if asked["type"] == "TRAILING_STOP_MARKET":
-        sent |= {"callbackRate": texts(.1 * asked["lots"]), "activatePrice": price() if asked["activate"] else None}
-    if asked["close"] and asked["type"].endswith("T_MARKET") or asked["close"] and asked["type"] == "STOP_MARKET":
+        sent |= {"callbackRate": texts(.1 * asked["lots"]), "activatePrice": price(away) if asked["activate"] else None}
+    if asked["close"] and asked["type"] in conditional.CLOSING:
         sent |= {"closePosition": "true", "quantity": None, "reduceOnly": None}
-    return sent
+    return {key: text for key, text in sent.items() if text}
 
 
 def change(world, name, asked):
@@ -158,8 +165,8 @@ def change(world, name, asked):
     n = asked["n"]
     if asked["what"] == "cancel all": return world.ask(name, "DELETE", "v1/allOpenOrders", symbol=world.market.ids[n])
     if asked["what"] == "cancel algo":
-        open_algos = list(world.exchange.conditional.of(account).open)
-        if open_algos: world.ask(name, "DELETE", "v1/algoOrder", algoId=str(open_algos[asked["which"] % len(open_algos)]))
+        waits = list(account.waiting)
+        if waits: world.ask(name, "DELETE", "v1/algoOrder", algoId=str(waits[asked["which"] % len(waits)]))
         return None
     if not account.open: return None
     order = list(account.open.values())[asked["which"] % len(account.open)]
@@ -358,10 +365,8 @@ class Twin:
         account = world.exchange.accounts["main"]
         self.world, self.market = world, world.market
         part = account.cross
-        self.part = accounts.collateral(part.rows, part.rules.costs, part.rules.instruments, 10_000.)
+        self.part = accounts.collateral(part.rows, part.rules.costs, part.rules.instruments, DEPOSIT)
         self.state = self.part.state._replace(fills=np.zeros(4_000, self.part.state.fills.dtype))
-        self.rates = np.zeros((len(part.rows), 4))
-        self.closed = np.zeros((len(part.rows), 5))
 
     def write(self, place, number, **fields):
         "An order that the decision at the close has made"
@@ -381,13 +386,12 @@ class Twin:
         close = next(move for move in moves if isinstance(move, shown.Close))
         prices = np.ascontiguousarray(close.candles[:, :5])
         candle = engine.candle_of(close.open_time, prices, self.market.condition_rows)
-        advance(self.state, self.part.rules, engine.NOBODY, self.rates, self.closed, candle)
-        self.closed = candle.prices
-        self.rates[:] = 0.
-        for move in moves:
+        advance(self.state, self.part.rules, engine.NOBODY, np.zeros((len(self.part.rows), 1)), candle.prices, candle)
+        for move in moves:   # due at this close; the kernel's next step would begin with it
             if isinstance(move, shown.Rate):
-                rows = self.rates[3 * move.n:3 * move.n + 3]
-                rows[:, np.flatnonzero(rows[0] == 0.)[0]] = move.rate
+                rates = np.zeros((len(self.part.rows), 1))
+                rates[3 * move.n:3 * move.n + 3] = move.rate
+                pay_funding(self.state, self.part.rules, engine.NOBODY, rates, candle.prices)
         mark(self.state.account, self.state.positions, candle.prices[:, CLOSE].copy())
         age(self.state.positions)
 
@@ -402,10 +406,10 @@ def feed(world, twin, asked, slots):
         exchange.submit(account, order, slots[asked["n"]])
         twin.write(order.place, order.number, **engine.row_fields(replace(order, executed=0.)))
         return
-    algo = exchange.conditional.place(account, waiting(world, account, asked | {"activate": False}))
+    algo = conditional.place(exchange.conditional, account, waiting(world, account, asked | {"activate": False}))
     twin.write(algo.place, algo.child_number, kind=conditional.KINDS[algo.kind],
                quantity=algo.sign * (algo.quantity or conditional.ALL), price=algo.price,
-               trigger=float(exchange.row_of(account, algo.place)["trigger"]), callback=algo.callback,
+               trigger=float(engine.row_of(account, algo.place)["trigger"]), callback=algo.callback,
                in_force=engine.FORCES.get(algo.in_force, 0), reduce_only=int(algo.reduce_only))
 
 
@@ -424,7 +428,8 @@ def test_backtest_equals_the_kernel_that_is_fed_the_same(candles_of, costs, wild
             order = working[which % len(working)]
             engine.end(world.exchange, account, order)
             twin.clear(order.number)
-        for asked in (*algos, *orders):
+        # as the kernel goes through them: symbol by symbol, and the slots of one in their order
+        for asked in sorted((*algos, *orders), key=lambda asked: asked["n"]):
             if slots[asked["n"]] >= 59: continue
             try: feed(world, twin, asked, slots)
             except RequestDeniedError: continue

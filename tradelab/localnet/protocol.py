@@ -98,8 +98,8 @@ REFUSALS = {
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #60aca913
 REFUSALS |= {
-    -2010: "NEW_ORDER_REJECTED", -2011: "Unknown order sent.", -2012: "Batch cancel failure.",
-    -2013: "Order does not exist.", -2014: "API-key format invalid.",
+    -2007: "Invalid callBack rate.", -2010: "NEW_ORDER_REJECTED", -2011: "Unknown order sent.",
+    -2012: "Batch cancel failure.", -2013: "Order does not exist.", -2014: "API-key format invalid.",
     -2015: "Invalid API-key, IP, or permissions for action",
     -2016: "No trading window could be found for the symbol. Try ticker/24hrs instead.",
     -2017: "API Keys are locked on this account.", -2018: "Balance is insufficient.", -2019: "Margin is insufficient.",
@@ -155,6 +155,7 @@ REFUSALS |= {
     -4115: "clientTranId is duplicated", -4116: "ClientOrderId is duplicated.", -4117: "stop order is triggering",
     -4118: "ReduceOnly Order Failed. Please check your existing position and open orders",
     -4120: "Order type not supported for this endpoint. Please use the Algo Order API endpoints instead.",
+    -4130: "An open stop or take profit order with GTE and closePosition in the direction is existing.",
     -4131: "The counterparty's best price does not meet the PERCENT_PRICE filter limit",
     -4135: "Invalid activation price", -4136: "Target strategy invalid for orderType {0}, closePosition {1}",
     -4137: "Quantity must be zero with closePosition equals true",
@@ -178,6 +179,7 @@ REFUSALS |= {
     -4400: "Futures Trading Quantitative Rules violated, only reduceOnly order is allowed, please try again later.",
     -4401: "Futures Trading Risk Control Rules of large position holding violated, only reduceOnly order is allowed, "
            "please reduce the position.",
+    -4509: "Time in Force (TIF) GTE can only be used with open positions. Please ensure that positions are available.",
 }
 STATUS = {-1001: 503, -1003: 429, -1006: 503, -1007: 408, -1008: 503, -1011: 403, -1015: 429, -2014: 401, -2015: 401,
           -5000: 404}
