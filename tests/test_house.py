@@ -19,7 +19,7 @@ OWNERS = {  # a library lives in one named place
     "ccxt": {"tradelab.sources.exchange", "tradelab.venues.binance"}, "yfinance": {"tradelab.sources.yahoo"},
     "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
-    "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {"tradelab.localnet.server", "tradelab.localnet.sources"},
+    "sqlalchemy": {"tradelab.live.ledger"}, "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
     "cryptography": {"tradelab.localnet.protocol"}, "papermill": {"tradelab.jobs"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},

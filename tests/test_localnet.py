@@ -348,7 +348,7 @@ def test_the_market_waits_between_two_sessions():
 def test_a_name_that_is_lost_repeated_or_wrong_lets_no_candle_pass_that_nobody_saw():
     async def talk(client):
         await connect(client)
-        for name in (FIRST, FIRST + 5 * HOUR, FIRST + 5 * HOUR, FIRST + 5 * HOUR, FIRST + 9 * HOUR): await done(client, name)
+        for hour in (0, 5, 5, 5, 9): await done(client, FIRST + hour * HOUR)
         seen = [await client.closed.get() for _ in range(2)]
         await client.fetch_balance()
         disconnect(client)

@@ -7,9 +7,9 @@ __all__ = ['KEY', 'SECRET', 'LOOPBACK', 'ENDPOINTS', 'MOVES', 'TOKEN', 'CONTROLS
            'make_exchange', 'last_open', 'compile_matching', 'begin', 'counted', 'carry_again', 'state', 'show',
            'serve_hall', 'state_at', 'asked_of', 'number_of', 'step_once', 'set_speed', 'arm', 'disarm',
            'log_of_faults', 'snapshot', 'restart', 'control', 'keep_playing', 'begin_again', 'running', 'run',
-           'pace_of', 'announcement', 'Block', 'Localnet', 'state_of', 'listens', 'candles_left', 'find_or_start']
+           'pace_of', 'Block', 'Localnet', 'client_lines', 'state_of', 'listens', 'candles_left', 'find_or_start']
 
-# %% ../../nbs/60_localnet/16_server.ipynb #a1bbefd8
+# %% ../../nbs/60_localnet/16_server.ipynb #153b5521
 import asyncio
 import json
 import secrets
@@ -41,12 +41,12 @@ from .recall import LostMemoryError, Recall
 from .service import Reply, Service, readers_on, step_name
 from .shown import ENDPOINTS as MARKET_ENDPOINTS
 from .shown import Close, Levels, Market, Prices, Rate, Tick
-from .sockets import Hall, Numbers, Pace, PortInUseError, attended, response, serve, serving
+from .sockets import Hall, Numbers, Pace, attended, response, serve, serving
 from .sources import Replay, WallClock
 from ..market.candles import frame, times
 from ..settings import CostModel
 
-# %% ../../nbs/60_localnet/16_server.ipynb #3d89f9ce
+# %% ../../nbs/60_localnet/16_server.ipynb #a9771cb9
 KEY, SECRET = "localnet-key", "localnet-secret"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -68,7 +68,7 @@ def source_of(
     if candles is None: return WallClock()
     return Replay(dict(candles), dict(funding or {}), start, gaps, instruments)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #c86ef22f
+# %% ../../nbs/60_localnet/16_server.ipynb #83ce44b8
 ENDPOINTS = {**MARKET_ENDPOINTS, **ACCOUNT_ENDPOINTS, **ORDER_ENDPOINTS, **CONDITIONAL_ENDPOINTS}
 MOVES = {kind.__name__: kind for kind in (Tick, Levels, Close, Rate, Prices)}
 
@@ -100,7 +100,7 @@ def last_open(source:Any)->int:
     ends = (int(times(frame)[-1]) for frame in source.history().values() if len(frame))
     return max(ends, default=source.now - source.step)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #785da401
+# %% ../../nbs/60_localnet/16_server.ipynb #8b538afb
 @cache
 def compile_matching(profile:str)->None:
     "Compile whatever orders and steps of the market call"
@@ -114,7 +114,7 @@ def compile_matching(profile:str)->None:
         for more in ({"type": "MARKET"}, {"type": "LIMIT", "price": "99.5", "timeInForce": "GTC"}):
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #e5ae6c83
+# %% ../../nbs/60_localnet/16_server.ipynb #fbde78b4
 def begin(net:"Localnet", loss:bool=False, steps:int=0)->None:
     "Make the exchange of a localnet, and bring it to where its memory ends"
     compile_matching(net.terms.profile)
@@ -145,13 +145,13 @@ def carry_again(service:Service, account:str, name:tuple[str, str], asked:dict)-
     "Carry out a request again, as the memory has it"
     service.endpoints[name].reply(service.exchange, service.exchange.accounts[account], asked)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #0f915d1d
+# %% ../../nbs/60_localnet/16_server.ipynb #c6f1b071
 def state(net:"Localnet")->dict:
     "For people, tests and jobs; Binance has no such thing"
     service, barrier = net.service, net.service.barrier
     return {"nonce": net.nonce, "market_time": net.exchange.market.now, "step": barrier.step,
             "steps": net.hall.played, "left": net.source.left, "participants": len(barrier.named),
-            "passed": sum(step == barrier.step for step in barrier.named.values()), "named": barrier.calls,
+            "passed": list(barrier.named.values()).count(barrier.step), "named": barrier.calls,
             "session": attended(service), "sockets": len(readers_on(service, "*")),
             "orders": sum(len(account.orders) for account in net.exchange.accounts.values()),
             "faults": net.faults.rules.injected, "finished": net.finished.is_set()}
@@ -168,7 +168,7 @@ async def show(net:"Localnet", request:web.Request)->web.Response:
 
 async def serve_hall(net:"Localnet", request:web.Request)->web.StreamResponse: return await serve(net.hall, request)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #ee59ef1f
+# %% ../../nbs/60_localnet/16_server.ipynb #5df35aee
 def state_at(
     url:str,
     key:str,           # an API key
@@ -182,7 +182,7 @@ def state_at(
     except (OSError, ValueError): return {}
     return shown if isinstance(shown, dict) and ("nonce" in shown or shown.get("code") in (-2014, -2015)) else {}
 
-# %% ../../nbs/60_localnet/16_server.ipynb #725fe4ca
+# %% ../../nbs/60_localnet/16_server.ipynb #448d1499
 TOKEN = "X-Localnet-Token"
 
 
@@ -201,7 +201,7 @@ def number_of(asked:dict, name:str, default:float)->float:
         raise ValueError(f"{name} must be a number from 0, was {value!r}")
     return value
 
-# %% ../../nbs/60_localnet/16_server.ipynb #7e0dfffa
+# %% ../../nbs/60_localnet/16_server.ipynb #f544e477
 def step_once(net:"Localnet", asked:dict)->dict:
     "POST /step: let the market make steps that nobody has named"
     net.hall.forced += int(number_of(asked, "count", 1))
@@ -244,7 +244,7 @@ def restart(net:"Localnet", asked:dict)->dict:
     begin_again(net, bool(asked.get("loss", False)))
     return state(net)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #b184a28c
+# %% ../../nbs/60_localnet/16_server.ipynb #34c924ee
 CONTROLS: dict[tuple[str, str], Callable[["Localnet", dict], Any]] = {
     ("GET", "/state"): lambda net, asked: state(net), ("GET", "/faults"): log_of_faults,
     ("POST", "/step"): step_once, ("POST", "/speed"): set_speed, ("POST", "/fault"): arm, ("POST", "/disarm"): disarm,
@@ -265,7 +265,7 @@ async def control(net:"Localnet", request:web.Request)->web.Response:
     except (ValueError, OSError) as error: return response(Reply({"error": str(error)}, 400))
     except RequestDeniedError as error: return response(Reply(error.reply, error.status))
 
-# %% ../../nbs/60_localnet/16_server.ipynb #b6dfb122
+# %% ../../nbs/60_localnet/16_server.ipynb #826d6f58
 async def keep_playing(net:"Localnet")->None:
     "Let the market go on; again from where it then is after a restart"
     while True:
@@ -290,7 +290,7 @@ def begin_again(net:"Localnet", loss:bool)->None:
     net.service.streams.keys.forget()
     net.again.set()
 
-# %% ../../nbs/60_localnet/16_server.ipynb #8cace1d8
+# %% ../../nbs/60_localnet/16_server.ipynb #eda4cf86
 @asynccontextmanager
 async def running(net:"Localnet")->AsyncIterator[asyncio.Future]:
     "Serve and play while the block lasts; what it yields fails when the market does"
@@ -320,22 +320,27 @@ async def run(net:"Localnet", listening:Callable[[], object])->None:
         stopped.cancel()
         if playing.done(): playing.result()
 
-# %% ../../nbs/60_localnet/16_server.ipynb #90b38940
+# %% ../../nbs/60_localnet/16_server.ipynb #e9aca2c1
 def pace_of(source:Any, lockstep:bool, interval_ms:int, speed:float)->Pace:
     "How a market goes on: a source that cannot wait goes by its own time"
     if speed or not (source.lockstep or interval_ms): return Pace(False, 0, speed or 1.)
     return Pace(lockstep, interval_ms)
 
-
-def announcement(net:"Localnet")->str:
-    "What a person needs to know of a localnet that has been started"
-    return f"localnet listens at {net.url} with {net.source.name}; Ctrl-C stops it"
-
-# %% ../../nbs/60_localnet/16_server.ipynb #3181af33
+# %% ../../nbs/60_localnet/16_server.ipynb #d0ba3ea5
 class Block:
     "What a localnet does at the ends of a `with` or `async with` block"
     _failure: BaseException|None = None
-    memory: Any
+    exchange: Exchange
+    service: Service
+    hall: Hall
+    played: int              # steps that the source has made
+    control_port: int
+    again: asyncio.Event     # it begins anew
+    stopped: asyncio.Event
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def memory(self)->Any: return self.service.memory
 
     async def __aenter__(self):
         self._stack = AsyncExitStack()
@@ -376,11 +381,11 @@ class Block:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with self:
-                print(announcement(self), flush=True)
+                print(self, flush=True)
                 self.wait()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #f84fb2dc
+# %% ../../nbs/60_localnet/16_server.ipynb #74c6ede6
 class Localnet(Block):
     "`with Localnet(candles) as net: ...` at `net.url`; `async with` in a coroutine; or `.run_forever()`"
     def __init__(
@@ -423,16 +428,39 @@ class Localnet(Block):
         self.nonce, self.token = secrets.token_hex(16), secrets.token_urlsafe(32)
         if not hasattr(self.source, "prepare"): begin(self)
 
+    def __str__(self)->str: return f"localnet listens at {self.url} with {self.source.name}; Ctrl-C stops it"
     @property
     def url(self)->str: return f"http://{self.host if self.host in LOOPBACK else '127.0.0.1'}:{self.port}"
     @property
     def control_url(self)->str: return f"http://127.0.0.1:{self.control_port}"
     @property
-    def memory(self)->Any: return self.service.memory
-    @property
     def finished(self)->threading.Event: return self.hall.finished
 
-# %% ../../nbs/60_localnet/16_server.ipynb #b1ce860f
+# %% ../../nbs/60_localnet/16_server.ipynb #2600e579
+def client_lines(
+    url:str,
+    key:str,
+    secret:str,
+)->dict[str, list[str]]:
+    "The three lines of Python that point each client at a localnet"
+    stream = url.replace("http", "ws")
+    return {
+        "ccxt.pro": [
+            f"ex = ccxt.pro.binanceusdm({{'apiKey': {key!r}, 'secret': {secret!r}, "
+            "'options': {'fetchCurrencies': False}})",
+            "ex.urls['api'].update({name: each.replace('https://fapi.binance.com', "
+            f"{url!r}) for name, each in ex.urls['api'].items() if isinstance(each, str)}})",
+            f"ex.urls['api']['ws'].update({{'linear': '{stream}/ws', 'ws-api': {{'linear': '{stream}/ws-fapi/v1'}}}})"],
+        "python-binance": [
+            f"AsyncClient.FUTURES_URL, AsyncClient.FUTURES_DATA_URL = '{url}/fapi', '{url}/futures/data'",
+            f"AsyncClient.WS_FUTURES_URL, BinanceSocketManager.FSTREAM_URL = '{stream}/ws-fapi/v1', '{stream}/'",
+            f"client = AsyncClient({key!r}, {secret!r})"],
+        "NautilusTrader": [
+            f"at = dict(api_key={key!r}, api_secret={secret!r}, base_url_http={url!r}, base_url_ws={stream!r})",
+            "data = BinanceDataClientConfig(account_type=BinanceAccountType.USDT_FUTURES, **at)",
+            "orders = BinanceExecClientConfig(account_type=BinanceAccountType.USDT_FUTURES, **at)"]}
+
+# %% ../../nbs/60_localnet/16_server.ipynb #ff92b2df
 def state_of(venue:VenueSettings)->dict: return state_at(venue.rest, venue.key.get_secret_value())
 
 
@@ -445,7 +473,7 @@ def candles_left(
     "How many candles a localnet can still close; None, too, if its market has no end"
     return state_of(venue).get("left") if venue.name == "localnet" else None
 
-# %% ../../nbs/60_localnet/16_server.ipynb #38023755
+# %% ../../nbs/60_localnet/16_server.ipynb #b8d3161a
 @contextmanager
 def find_or_start(
     venue:VenueSettings,

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SESSION', 'milliseconds_now', 'Reply', 'Barrier', 'Servic
            'faulty', 'perform', 'answer', 'readers_on', 'obey', 'tend', 'step_name', 'advance', 'greet', 'answer_frame',
            'admit_frame', 'session_reply', 'session', 'call', 'answer_request']
 
-# %% ../../nbs/60_localnet/13_service.ipynb #8f7dd5e5
+# %% ../../nbs/60_localnet/13_service.ipynb #c3b1a996
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,6 @@ from tradelab.localnet.protocol import (
     check_time,
     check_ws_signature,
     find_key,
-    mandatory,
     parameters,
     read_json,
     texts,
@@ -41,7 +40,7 @@ from tradelab.localnet.streams import (
     refused,
 )
 
-# %% ../../nbs/60_localnet/13_service.ipynb #b6600464
+# %% ../../nbs/60_localnet/13_service.ipynb #0f57ff9b
 def milliseconds_now()->int: return time.time_ns() // 1_000_000
 
 
@@ -54,7 +53,7 @@ class Reply:
     delay:float = 0.                     # seconds until it is sent
     drop:bool = False                    # the connection is cut instead
 
-# %% ../../nbs/60_localnet/13_service.ipynb #f3c8f6c3
+# %% ../../nbs/60_localnet/13_service.ipynb #ff4e6176
 class Barrier:
     "Who has to let the market go on, and who has"
 
@@ -86,7 +85,7 @@ class Barrier:
 
     def _look(self): self.open |= bool(self.named) and all(step == self.step for step in self.named.values())
 
-# %% ../../nbs/60_localnet/13_service.ipynb #70f195b2
+# %% ../../nbs/60_localnet/13_service.ipynb #a7d2971f
 class Service:
     "An exchange and its clients"
 
@@ -122,7 +121,7 @@ def close_key(streams:Streams, key:str)->None:
     "Close the sockets of a listen key that was given back"
     for reader in list(streams.readers.get(key, ())): reader.close(1000)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #85be5106
+# %% ../../nbs/60_localnet/13_service.ipynb #200d31aa
 def publish(service:Service)->None:
     "Send what has happened in the account and in the market since the last time"
     now, keys = service.now(), service.streams.keys
@@ -130,7 +129,7 @@ def publish(service:Service)->None:
     service.streams.send((keys.of(account) or "", payload) for account, payload in events)
     service.streams.send(service.faults.market_events(service.exchange.market.take_events(), now))
 
-# %% ../../nbs/60_localnet/13_service.ipynb #478d023f
+# %% ../../nbs/60_localnet/13_service.ipynb #be9a44d1
 def admit(
     service:Service,
     endpoint:Endpoint,
@@ -146,7 +145,7 @@ def admit(
         check_time(parameters(query, body), service.now())
     return service.exchange.accounts[found.account]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #c60f538c
+# %% ../../nbs/60_localnet/13_service.ipynb #6a44e9e6
 def carry_out(
     service:Service,
     name:tuple[str, str],    # method and path
@@ -173,7 +172,7 @@ def faulty(
     if fault.status is not None: content = fault.text
     return Reply(content, fault.status or 200, fault.headers, fault.delay_ms / 1000, fault.drop)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #d48c3717
+# %% ../../nbs/60_localnet/13_service.ipynb #b5a1c9a7
 def perform(
     service:Service,
     name:tuple[str, str],        # method and path
@@ -198,7 +197,7 @@ def perform(
     except RequestDeniedError as error:
         return Reply(error.reply, error.status, {**headers, **error.headers})
 
-# %% ../../nbs/60_localnet/13_service.ipynb #e7e3ff76
+# %% ../../nbs/60_localnet/13_service.ipynb #07008559
 def answer(
     service:Service,
     method:str,
@@ -218,7 +217,7 @@ def answer(
         return admit(service, endpoint, (headers or {}).get("X-MBX-APIKEY", ""), query, body)
     return perform(service, name, endpoint, admitted, asked, ip)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #ab9bbee5
+# %% ../../nbs/60_localnet/13_service.ipynb #e7970d34
 def readers_on(
     service:Service,
     route:str,        # public, market, private or *
@@ -238,7 +237,7 @@ def obey(service:Service, command:Any)->None:
     if command.do == "forget": keys.forget()
     if command.do == "expire": keys.ends.update(dict.fromkeys(keys.ends, 0))
 
-# %% ../../nbs/60_localnet/13_service.ipynb #db3f80c0
+# %% ../../nbs/60_localnet/13_service.ipynb #8f5438c1
 def tend(service:Service)->list[Any]:
     "Do what is due by the session's clock; returns what faults demand beyond this service: restarts"
     now = service.real_clock()
@@ -256,7 +255,7 @@ def tend(service:Service)->list[Any]:
         close_key(service.streams, key)
     return [command for command in commands if command.do == "restart"]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #2da6468f
+# %% ../../nbs/60_localnet/13_service.ipynb #9cc3701a
 def step_name(
     moves:list,
     otherwise:int,   # its name if no candle closes in it
@@ -281,7 +280,7 @@ def advance(
     service.steps += 1
     publish(service)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #94565dc8
+# %% ../../nbs/60_localnet/13_service.ipynb #b8b83e30
 def greet(service:Service, reader:Reader, names:Iterable[str])->None:
     "Tell a reader where its new streams stand"
     for name in names:
@@ -301,15 +300,17 @@ def answer_frame(
     now = service.real_clock()
     try: asked = read_command(text)
     except CommandError as error:
-        if reader.hasty(now): return reader.close(1008)
-        return reader.reply(refused(error))
+        reader.close(1008) if reader.hasty(now) else reader.reply(refused(error))
+        return
     passed = asked.get("method") == "LIST_SUBSCRIPTIONS" and service.barrier.name(reader, asked.get("id"))
-    if not passed and reader.hasty(now): return reader.close(1008)
+    if not passed and reader.hasty(now):
+        reader.close(1008)
+        return
     before = set(reader.names)
     reader.reply(answer_command(service.streams, reader, asked))
     greet(service, reader, [name for name in reader.names if name not in before])
 
-# %% ../../nbs/60_localnet/13_service.ipynb #b680c47d
+# %% ../../nbs/60_localnet/13_service.ipynb #5fe3a568
 METHODS = {
     "order.place": ("POST", "v1/order"), "order.modify": ("PUT", "v1/order"), "order.cancel": ("DELETE", "v1/order"),
     "order.status": ("GET", "v1/order"), "algoOrder.place": ("POST", "v1/algoOrder"),
@@ -331,14 +332,14 @@ def admit_frame(
     "The account of a request over a socket; RequestDeniedError without the access that its endpoint needs"
     if endpoint.security == "public": return None
     asked = texts(params)
-    logged_on = reader.key is not None and not asked.get("signature")
-    key = find_key(service.keys, reader.key.key if logged_on else asked.get("apiKey", ""), endpoint.permission)
+    logged_on = None if asked.get("signature") else reader.key
+    key = find_key(service.keys, logged_on.key if logged_on else asked.get("apiKey", ""), endpoint.permission)
     if endpoint.security == "signed":
         if not logged_on: check_ws_signature(key.secret, params)
         check_time(asked, service.now())
     return service.exchange.accounts[key.account]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #d82313ad
+# %% ../../nbs/60_localnet/13_service.ipynb #92413098
 def session_reply(service:Service, reader:Reader)->dict:
     "Who has logged on at a socket"
     return {"apiKey": reader.key.key if reader.key else None, "authorizedSince": reader.since or None,
@@ -357,7 +358,7 @@ def session(service:Service, reader:Reader, method:str, params:dict)->dict:
         reader.key, reader.since = key, service.now()
     return session_reply(service, reader)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #f19bd8a2
+# %% ../../nbs/60_localnet/13_service.ipynb #637a4c52
 SESSION = ("session.logon", "session.status", "session.logout")
 
 
@@ -391,7 +392,7 @@ def call(
     asked = {key: value for key, value in texts(params).items() if key not in ("apiKey", "returnRateLimits")}
     return perform(service, name, endpoint, lambda: admit_frame(service, reader, endpoint, params), asked, ip)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #13d5015f
+# %% ../../nbs/60_localnet/13_service.ipynb #7a0b9005
 def answer_request(
     service:Service,
     reader:Reader,

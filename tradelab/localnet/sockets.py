@@ -6,11 +6,11 @@
 __all__ = ['logger', 'MOST_WAITING', 'DAY', 'reader_of', 'opened', 'serve_streams', 'serve_requests', 'response', 'serve_rest',
            'serve', 'Pace', 'attended', 'steps_of', 'Hall', 'Numbers', 'PortInUseError', 'listen', 'serving']
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #3af2ef48
+# %% ../../nbs/60_localnet/14_sockets.ipynb #cc1ba06f
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable, Container
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -37,7 +37,7 @@ from ..log import get_logger
 
 logger = get_logger("localnet")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #97f093ef
+# %% ../../nbs/60_localnet/14_sockets.ipynb #219b4ac8
 MOST_WAITING = 8 << 20   # bytes
 
 
@@ -55,7 +55,7 @@ def reader_of(
         else: asyncio.ensure_future(socket.close(code=code))
     return Reader(put, close, opened=milliseconds_now())
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #fd9e9fb8
+# %% ../../nbs/60_localnet/14_sockets.ipynb #5eb4d8b2
 DAY = 86_400  # seconds after which the exchange closes a socket, whoever uses it
 
 
@@ -90,7 +90,7 @@ async def serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse:
             net.happened()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #b1b724c7
+# %% ../../nbs/60_localnet/14_sockets.ipynb #eabb6e21
 async def serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of the WebSocket API; a reply that is held up holds up no other"
     waiting: set[asyncio.Task] = set()
@@ -106,7 +106,7 @@ async def serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse
     for task in waiting: task.cancel()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #d6db2942
+# %% ../../nbs/60_localnet/14_sockets.ipynb #63db63f5
 def response(reply:Reply)->web.Response:
     "A reply as aiohttp sends it"
     text = isinstance(reply.content, str)
@@ -123,7 +123,7 @@ async def serve_rest(net:"Hall", request:web.Request)->web.Response:
     if reply.drop and request.transport: request.transport.abort()
     return response(reply)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #a73959d8
+# %% ../../nbs/60_localnet/14_sockets.ipynb #b2010cd8
 async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
     "Serve whatever comes to the port of the exchange"
     try:
@@ -138,7 +138,7 @@ async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
         logger.exception("a request broke localnet", method=request.method, path=request.path, error=repr(error))
         return response(Reply(RequestDeniedError(-1000).reply, 500))
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #a9750960
+# %% ../../nbs/60_localnet/14_sockets.ipynb #73339e79
 @dataclass
 class Pace:
     "How the market goes on"
@@ -152,7 +152,7 @@ class Pace:
                              "interval above 0, or a speed")
         if not 0 <= self.speed < 1e9: raise ValueError(f"speed must be from 0 to 1e9, was {self.speed}")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #03cea68c
+# %% ../../nbs/60_localnet/14_sockets.ipynb #555d708a
 def attended(service:Service)->bool:
     "Whether a user stream and a stream of candles are heard"
     heard = service.streams.readers
@@ -166,7 +166,7 @@ async def steps_of(source:Any)->AsyncIterator[list]:
     else:
         for moves in source: yield moves
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #ad89c37e
+# %% ../../nbs/60_localnet/14_sockets.ipynb #69ee8c42
 class Hall:
     "An exchange while it is open: its service, its source and its clock"
 
@@ -174,7 +174,7 @@ class Hall:
         service:Service,
         steps:Any,                       # iterator or async iterator of lists of moves
         pace:Pace=Pace(),
-        served:Container[str]=(),        # hosts by whose names it may be called, besides those of this machine
+        served:Collection[str]=(),        # hosts by whose names it may be called, besides those of this machine
         played:int=0,                    # steps that were made before
     ):
         self.service = service
@@ -234,8 +234,8 @@ class Hall:
             for command in tend(self.service): restart(command.loss)
             await asyncio.sleep(.05)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #64532cf1
-class Numbers:
+# %% ../../nbs/60_localnet/14_sockets.ipynb #6d20c27d
+class Numbers(frozenset):
     "All addresses that are numbers, such as 192.168.0.7:18080"
     def __contains__(self, host:object)->bool:
         name = str(host).rpartition(":")[0] if ":" in str(host) else str(host)
@@ -243,7 +243,7 @@ class Numbers:
         except ValueError: return False
         return True
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #364a5319
+# %% ../../nbs/60_localnet/14_sockets.ipynb #14516c19
 class PortInUseError(TradelabError, OSError):
     "The port is in use"
 
