@@ -65,7 +65,8 @@ class World:
         source = Replay(candles(wild), funding(), start=FIRST + 6 * HOUR)
         self.steps = source.steps()
         self.market = Market(source.history(), INSTRUMENTS, source.funding, costs, now=source.now)
-        self.exchange = Exchange(self.market, [Account(name, self.market, costs, DEPOSIT) for name in names], costs, profile)
+        clients = [Account(name, self.market, costs, DEPOSIT) for name in names]
+        self.exchange = Exchange(self.market, clients, costs, profile)
         self.exchange.conditional = conditional.Conditional(self.exchange)
         self.heard = {name: [] for name in names}
         self.refusals = []

@@ -257,7 +257,7 @@ words = st.sampled_from(["SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_
                          "session.logon", "userDataStream.start", "time", "", "subscribe"])
 names = st.sampled_from(["btcusdt@kline_1h", "ethusdt@markPrice", "BTCUSDT@kline_1h", "btcusdt@kline_99x",
                          "!ticker@arr", "btcusdt@depth5@100ms", "@", "@@", "nobody@trade", "x" * 500]) | evil
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | evil
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | evil
 nested = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(evil, inner, max_size=3),
                       max_leaves=8)
 params = (st.lists(names, max_size=4) | nested
@@ -348,3 +348,34 @@ async def call(url, asked):
 @given(st.lists(calls(), min_size=1, max_size=6))
 def test_any_call_over_the_websocket_api_is_answered(venue, asked):
     asyncio.run(call(venue.url, asked))
+
+
+@pytest.fixture(scope="module")
+def controlled():
+    "Another localnet, whose faults and steps hurt nobody"
+    with Localnet({"BTC/USDT:USDT": walk(20_000., 1)}, start=FIRST + 6 * HOUR) as net: yield net
+
+
+@st.composite
+def controls(draw):
+    "A body for the control port: a fault that may be nearly right, other words, or no JSON object at all"
+    from tradelab.localnet.faults import SCENARIOS
+    if rarely(draw, 3): return draw(nested.map(json.dumps) | evil)
+    asked = draw(st.dictionaries(st.sampled_from(["count", "speed", "loss", "path", "at", "do", "times", "chance",
+                                                  "code", "status", "text", "delay_ms", "amount", "then"]), nested))
+    named = st.just({}) | st.sampled_from([*SCENARIOS, "nobody"]).map(lambda name: {"scenario": name})
+    return json.dumps(asked | draw(named))
+
+
+@pytest.mark.skipif(not SECOND_EDITION, reason="the first edition of localnet has no control port")
+@settings(max_examples=200, derandomize=True)
+@given(st.sampled_from(["/step", "/speed", "/fault", "/fault", "/disarm", "/snapshot", "/state", "/" + "x" * 500]),
+       st.sampled_from(["POST"] * 9 + ["GET", "PUT"]), controls(), st.sampled_from([True] * 9 + [False]))
+def test_the_control_port_refuses_nonsense(controlled, path, method, body, knows):
+    line = http.client.HTTPConnection("127.0.0.1", controlled.control_port, timeout=20)
+    line.request(method, path, body.encode(), {"X-Localnet-Token": controlled.token if knows else "x"})
+    answer = line.getresponse()
+    said = json.loads(answer.read(), parse_constant=no_number)
+    line.close()
+    assert answer.status in ((200, 400, 404) if knows else (401,)), said
+    if answer.status != 200: assert set(said) in ({"error"}, {"code", "msg"})

@@ -106,7 +106,7 @@ def _actual(algo):
     if child is None: return "", "0", "LIMIT" if algo.price else "MARKET", "0"
     return str(child.number), format_number(average_price(child)), child.kind, format_number(child.executed)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #e69a49a4
+# %% ../../nbs/60_localnet/09_conditional.ipynb #8a2993e9
 def algo_reply(
     algo:AlgoOrder,
     form:str="post",   # post, query (one) or list
@@ -296,13 +296,13 @@ def seen_prices(exchange:Exchange, algo:AlgoOrder)->list[float]:
     now = market.mark(algo.n) if algo.working_type == "MARK_PRICE" else market.last(algo.n)
     return [now] if exchange.profile == "book" else [now, last_close(market, algo.n)]
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #97377838
+# %% ../../nbs/60_localnet/09_conditional.ipynb #c77bb951
 def would_trigger(algo:AlgoOrder, price:float)->bool:
     "Whether an order would trigger at once; a trailing stop must still have its activation price before it"
     if algo.callback: return bool(algo.activate) and algo.sign * (price - algo.activate) <= 0.
     return is_reached(algo, price)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #a05eadee
+# %% ../../nbs/60_localnet/09_conditional.ipynb #cec2988c
 MOST = 200     # conditional orders that wait, over all symbols of an account
 
 
@@ -344,7 +344,7 @@ def is_protected(algo:AlgoOrder, last:float, mark:float)->bool:
     "Whether it does not trigger, because the two prices are too far apart"
     return algo.price_protect and abs(last - mark) > PROTECT * mark
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #a8469c2c
+# %% ../../nbs/60_localnet/09_conditional.ipynb #814aa2ac
 def trigger(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     "Make an order of a conditional order"
     exchange, account = kept.exchange, kept.account
@@ -360,7 +360,7 @@ def trigger(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
         kept.tell(algo, "REJECTED", time, REASONS.get(refused.code, str(refused)))
     finally: kept.due.pop(child.number, None)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #73314c87
+# %% ../../nbs/60_localnet/09_conditional.ipynb #64cbc4b8
 def see(kept:AlgoOrders, algo:AlgoOrder, time:int)->None:
     "Let a conditional order see the market"
     market = kept.exchange.market
@@ -382,7 +382,7 @@ def first_level(kept:AlgoOrders, algo:AlgoOrder)->float:
     seen = algo.best if algo.activate else last_close(market, algo.n)
     return float(round_price(seen * (1. + algo.sign * algo.callback), -algo.sign, market.instrument_rows[algo.n]))
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #339d8f9c
+# %% ../../nbs/60_localnet/09_conditional.ipynb #29785b5a
 def looked(kept:AlgoOrders, algo:AlgoOrder)->tuple[float, int]:
     "What an order could close, and when that changed last"
     return kept.held(algo), kept.account.changed[kept.account.row(algo.n, algo.position_side)]
@@ -484,7 +484,7 @@ class Conditional:
         for algo in [each for each in kept.open.values() if n in (None, each.n)]:
             kept.end(algo, "EXPIRED", self.exchange.market.now)
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #e3a0ccd2
+# %% ../../nbs/60_localnet/09_conditional.ipynb #99fbb19a
 def place(conditional:Conditional, account:Account, asked:dict)->AlgoOrder:
     "POST algoOrder: read it, check it, and let it wait"
     exchange, kept = conditional.exchange, conditional.of(account)
@@ -520,7 +520,7 @@ def _place(exchange, account, asked):
     _conditional(exchange, account)
     return algo_reply(place(exchange.conditional, account, asked))
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #955b6b86
+# %% ../../nbs/60_localnet/09_conditional.ipynb #86a34e67
 def _cancel(exchange, account, asked):
     kept = _conditional(exchange, account)
     algo = _found(kept, asked, -2011)
@@ -549,7 +549,7 @@ def _all(exchange, account, asked):
     rows = [algo for algo in kept.orders.values() if algo.n == n and algo.number >= first]
     return [algo_reply(algo, "list") for algo in page(rows, asked, days=7)]
 
-# %% ../../nbs/60_localnet/09_conditional.ipynb #d0360cc4
+# %% ../../nbs/60_localnet/09_conditional.ipynb #e7af3412
 ENDPOINTS = {
     ("POST", "v1/algoOrder"): Endpoint(0, "signed", _place, orders=1, permission="trade"),
     ("DELETE", "v1/algoOrder"): Endpoint(1, "signed", _cancel, permission="trade"),

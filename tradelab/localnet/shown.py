@@ -6,10 +6,10 @@
 __all__ = ['INTERVALS', 'DAY', 'TAKER_QUOTE', 'FIRST', 'LAST', 'MARK', 'INDEX', 'WIDTH', 'FIRST_TRADE', 'ROOM', 'MAX_ORDERS',
            'PRICE_BAND', 'MAX_PRICE', 'LISTED', 'AGGREGATES', 'EIGHT_HOURS', 'KEPT_RATES', 'KEPT_TRADES', 'DEPTHS',
            'ENDPOINTS', 'Tick', 'Levels', 'Close', 'Rate', 'Prices', 'opened', 'ended', 'is_folded', 'fold', 'Candles',
-           'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of', 'symbol_reply', 'Stream', 'Feed',
-           'Trade', 'ticker', 'Funding', 'premium', 'Shown', 'Market', 'klines', 'depth', 'trades', 'aggregate_trades',
-           'funding_rates', 'funding_info', 'exchange_info', 'server_time', 'open_interest', 'constituents',
-           'asset_index', 'insurance', 'schedule']
+           'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of', 'symbol_reply', 'Stream',
+           'nobody', 'Feed', 'Trade', 'ticker', 'Funding', 'premium', 'Shown', 'Market', 'klines', 'depth', 'trades',
+           'aggregate_trades', 'funding_rates', 'funding_info', 'exchange_info', 'server_time', 'open_interest',
+           'constituents', 'asset_index', 'insurance', 'schedule']
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #a3451d6d
 from collections import deque
@@ -187,7 +187,7 @@ def _told(rows, candles, own):
     "The forming candles, (N, WIDTH), as their source tells them, KNOWN; `own` are trades that it does not know"
     for n, each in own.items(): rows[n, _SUMS] -= each[_SUMS]
     told = _completed(candles)
-    same = (rows[:, TRADES] > 0) & np.isclose(rows[:, VOLUME], candles[:, VOLUME])
+    same = (rows[:, TRADES] > 0) & (abs(rows[:, VOLUME] - candles[:, VOLUME]) <= 1e-9 * candles[:, VOLUME])
     unknown = np.isnan(candles[:, [QUOTE_VOLUME, TRADES, TAKER_BUY_VOLUME, TAKER_BUY_VOLUME]]) & same[:, None]
     told[:, QUOTE_VOLUME:FIRST][unknown] = rows[:, QUOTE_VOLUME:FIRST][unknown]
     heard = np.isfinite(candles[:, CLOSE])
@@ -365,10 +365,15 @@ class Stream(NamedTuple):
     payload:Callable  # of the market and the stream; None: nothing to say
 
 
+def nobody(stream:str)->bool:
+    "Wants no stream at all: a market in a simulation, which saves the asking"
+    return False
+
+
 class Feed:
     "The events of the public streams, for those who want them"
     def __init__(self):
-        self.wants:Callable[[str], bool] = lambda name: False   # a stream
+        self.wants:Callable[[str], bool] = nobody
         self.events:list[tuple[str, Any]] = []
         self.sent:dict[str, int] = {}           # ms, when an event last went out
         self.late:dict[str, Stream] = {}        # streams with something to say that wait for their period
@@ -628,6 +633,7 @@ class Shown:
 # %% ../../nbs/60_localnet/04_shown.ipynb #185a2d51
 def _speak(market, n, *kinds):
     "Offer the streams of a symbol that something has changed for; -1: those of all symbols together"
+    if market.feed.wants is nobody: return
     streams = market.shown[n].streams if n >= 0 else _TOGETHER
     for kind in kinds: market.feed.offer(market, streams[kind])
 
@@ -656,6 +662,10 @@ def _book_of(market, n):
 def _book_moved(market, n, forced=False):
     "Tell those who want it what has changed in a book, and forget what all have been told"
     shown, feed = market.shown[n], market.feed
+    if feed.wants is nobody:
+        shown.book.changes.clear()
+        shown.counted = shown.book.update_id
+        return
     wanted = [stream for stream in shown.streams["book"] if feed.wants(stream.name)]
     diffs = [stream.name for stream in wanted if "@depth" in stream.name]
     for stream in shown.streams["book"]:
