@@ -210,11 +210,13 @@ def test_orders_that_are_refused():
         with pytest.raises(ccxt.OrderNotFound, match="-2013"): await client.fetch_order("77", BTC)
         with pytest.raises(ccxt.OrderNotFound, match="-2011"): await client.cancel_order("77", BTC)
         assert (await client.fapiPrivateDeleteAllOpenOrders({"symbol": "BTCUSDT"}))["code"] == 200
-        with pytest.raises(ccxt.ExchangeError, match="-5000"): await client.request("nothing", "fapiPublic")
         return await client.fetch_balance()
     with localnet() as venue:
         assert visit(venue, talk)["USDT"]["total"] == 10_000
         assert venue.exchange.accounts["main"].orders == {}
+        with pytest.raises(HTTPError) as unknown: urlopen(f"{venue.url}/fapi/v1/nothing")
+        assert unknown.value.code == 404
+        assert json.loads(unknown.value.read())["code"] == -5000
 
 
 def test_wrong_keys_and_clocks():
