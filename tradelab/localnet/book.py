@@ -36,9 +36,7 @@ class Side:
     def replace(self, levels:dict[float, float])->set[float]:
         "Set all levels of the market; the keys that changed"
         changed = {key for key, _ in self.quantities.items() ^ levels.items()}
-        if changed:
-            self.quantities = levels
-            self.keys = sorted(levels)
+        if changed: self.quantities, self.keys = levels, sorted(levels)
         return changed
 
     def rest(self, key:float, change:float)->None:
@@ -198,7 +196,7 @@ def _offered(sign, price, condition, costs, instrument):
     there = (held > 0) & (sign * mean + exact > .5)
     return outward(exact + sign * mean)[there], (held * instrument["step_units"] / instrument["step_scale"])[there]
 
-
+# %% ../../nbs/60_localnet/03_book.ipynb #4a00c9e0
 def synthetic_levels(
     price:float,              # quote per base: the market price
     condition:np.void,        # a row of CONDITION

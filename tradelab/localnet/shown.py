@@ -364,7 +364,7 @@ class Stream(NamedTuple):
     period:int        # ms
     payload:Callable  # of the market and the stream; None: nothing to say
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #7569e446
 def nobody(stream:str)->bool:
     "Wants no stream at all: a market in a simulation, which saves the asking"
     return False

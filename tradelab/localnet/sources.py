@@ -351,7 +351,7 @@ def _first_moves(books, prices, now):
         return Tick(now, n, known, 0., False)
     return [*levels, *(price(n) for n in range(len(books)))]
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #3b371592
 def find_opening(
     events: Sequence[BookUpdate | BookGap | Trade],  # of `follow_books`
     names: Sequence[str],                            # the exchange's names
@@ -428,7 +428,7 @@ def _parts(events, changes):
     ends = [i + 1 for i, event in enumerate(events) if isinstance(event, counted)][changes - 1::changes]
     return [events[begin:end] for begin, end in zip([0, *ends], [*ends, len(events)]) if begin < end]
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #e06a773e
 class Recorded:
     "An order book that was recorded, or trades; a step is so many changes of it"
     lockstep, silent = True, False
