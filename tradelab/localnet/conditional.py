@@ -458,13 +458,15 @@ class Conditional:
         "A move of the market"
         for kept in self.kept.values():
             for algo in [each for each in kept.open.values() if each.n == getattr(move, "n", None)]:
+                if not algo.waits: continue   # the one before it has ended the position
                 if self.exchange.profile == "book": see(kept, algo, move.time)
                 else: follow(algo, self.exchange.market.last(algo.n))
 
     def settle(self, account:Account, time:int)->None:
         "An account has lived through a candle, or an order has arrived"
         kept = self.of(account)
-        for algo in list(kept.open.values()): settle(kept, algo, time)
+        for algo in list(kept.open.values()):
+            if algo.waits: settle(kept, algo, time)
 
     def accepted(self, account:Account, order:ExchangeOrder)->None:
         "An order was accepted"
