@@ -103,7 +103,7 @@ class Stage:
         self.snapshots = sorted(snapshots, key=lambda each: each["recv"])
         self.books = {name: OrderBook(name) for name in NAMES}
         self.refuses, self.sockets, self.played, self.closed = set(refuses), {}, 0, {name: [] for name in NAMES}
-        self.asked, self.withheld = [], set()
+        self.asked, self.withheld, self.busy = [], set(), False
 
     async def rest(self, request):
         what, name = request.path.rpartition("/")[2], request.query.get("symbol", "")
@@ -112,6 +112,8 @@ class Stage:
         if what == "fundingRate": return web.json_response([])
         if what == "klines": return web.json_response(self.klines(name))
         book = self.books[name]
+        if what == "depth" and self.busy:
+            return web.json_response({"code": -1003, "msg": "Way too many"}, status=429, headers={"Retry-After": "60"})
         if what != "depth" or not book.complete: return web.json_response({"code": -1000, "msg": "not yet"}, status=503)
         return web.json_response({"lastUpdateId": book.last, "E": book.time, "T": book.time,
                                   "bids": [[repr(each) for each in row] for row in book.bids().tolist()],
@@ -202,7 +204,7 @@ def streams(*kinds): return {f"{name.lower()}@{kind}" for name in NAMES for kind
 ALL = streams("aggTrade", "kline_1m", "markPrice@1s", "depth@100ms")
 
 
-@pytest.mark.parametrize("lost", [0, 40], ids=["whole", "broken"])
+@pytest.mark.parametrize("lost", [None, 0, 40], ids=["whole", "broken", "with a gap"])
 def test_following_ends_with_the_books_of_the_exchange(capture, lost):
     "Half of a real capture, a broken connection and messages that nobody hears, and the other half"
     async def run():
@@ -213,13 +215,13 @@ def test_following_ends_with_the_books_of_the_exchange(capture, lost):
             await stage.play(700)
             await until(same, "the books after half of the capture")
             asked = stage.asked.count(("depth", "SUSHIUSDT"))
-            if lost:
+            if lost is not None:
                 await stage.cut("depth")
                 await stage.play(700 + lost)
                 await until(lambda: stage.heard() == ALL, "subscribed again")
             await stage.play(len(stage.messages))
             await until(same, "the books at the end of the capture")
-            assert (stage.asked.count(("depth", "SUSHIUSDT")) > asked) == bool(lost)
+            assert (stage.asked.count(("depth", "SUSHIUSDT")) > asked) == (lost is not None)
             assert not follow.silent
             assert follow.refused == set()
         close, = [move for move in moves if isinstance(move, Close)]
@@ -272,6 +274,51 @@ def test_a_close_that_is_not_told_is_asked_for(capture):
     asyncio.run(run())
 
 
+WRONG = {"e": "depthUpdate", "s": "SUSHIUSDT", "E": 1, "U": 1, "u": 9e15, "pu": 1, "b": [[1]], "a": 0}
+PASSED_OVER = ("[]", '{"data": 7}', '{"data": {"e": ["x"]}}', json.dumps({"data": WRONG}),
+               '{"data": {"e": "depthUpdate", "s": "SUSHIUSDT", "u": 1}}')
+
+
+def test_what_is_no_message_is_passed_over(capture):
+    "Messages that lack their fields are passed over; a line that speaks no JSON is opened again"
+    async def run():
+        stage = Stage(capture)
+        async with followed(stage) as (_, moves):
+            def same(): return books_of(moves, 4) == [stage.books[name].sides for name in NAMES]
+            async def send(nonsense):
+                for socket in list(stage.sockets): await socket.send_str(nonsense)
+            await until(lambda: stage.heard() == ALL, "subscribed")
+            for nonsense in PASSED_OVER:
+                await send(nonsense)
+                await stage.play(stage.played + 150)
+            await until(same, "the books")
+            for nonsense in ("<html>", '{"error": {}, "id": "x"}'):
+                await send(nonsense)
+                stage.sockets.clear()
+                await until(lambda: stage.heard() == ALL, "subscribed again")
+                await stage.play(stage.played + 350)
+                await until(same, "the books after a new line")
+    asyncio.run(run())
+
+
+def test_who_is_busy_is_left_alone(capture):
+    "Snapshots are refused with 429 for a minute: one request a symbol, however many changes come"
+    async def run():
+        stage = Stage(capture)
+        stage.busy = True
+        async with followed(stage) as (_, moves):
+            await until(lambda: stage.heard() == ALL, "subscribed")
+            await stage.play(100)
+            await until(lambda: stage.asked.count(("depth", "SUSHIUSDT")) == 1, "asked")
+            await stage.play(len(stage.messages))
+            trades = sum(each["data"]["e"] == "aggTrade" for each in stage.messages)
+            def heard(): return sum(isinstance(move, Tick) and move.time > MINUTE for move in moves)
+            await until(lambda: heard() == trades, "trades")
+            assert len([path for path, _ in stage.asked if path == "depth"]) <= 4
+            assert not any(isinstance(move, Levels) for move in moves)
+    asyncio.run(run())
+
+
 def test_silence_is_told(capture):
     async def run():
         stage = Stage(capture)
@@ -292,6 +339,12 @@ def test_an_exchange_that_is_not_there_or_lacks_a_symbol(capture):
     async def nobody(): await Follow("http://127.0.0.1:9", "ws://127.0.0.1:9", SYMBOLS).prepare()
     with pytest.raises(VenueConnectionError, match="http://127.0.0.1:9/fapi/v1/exchangeInfo cannot be reached"):
         asyncio.run(nobody())
+    async def page():
+        stage = Stage(capture)
+        stage.info = {"symbols": [{"symbol": "SUSHIUSDT"}]}
+        async with followed(stage, symbols=SYMBOLS[-1:]): raise AssertionError("followed")
+    with pytest.raises(VenueConnectionError, match="does not reply as Binance does .* give the address of USD-M"):
+        asyncio.run(page())
     async def other():
         async with followed(Stage(capture), symbols=("XYZ/USDT:USDT",)): raise AssertionError("followed")
     with pytest.raises(SymbolNotSupportedError, match="does not list XYZ/USDT:USDT: follow what is traded there"):

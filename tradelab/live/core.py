@@ -113,9 +113,7 @@ class Core:
         self.end: End|None = None               # what it ended with
         self._process: Process = process(self)
 
-    def do(self, *actions:Action)->None:
-        "Answer with these"
-        self._actions += actions
+    def do(self, *actions:Action)->None: self._actions += actions # the answer
 
     def ask(self, what:str, *arguments:Any)->int:
         "Ask the exchange; the answer will be in `answers` under this number"

@@ -8,7 +8,7 @@ __all__ = ['SIDES', 'SLOTS', 'MONEY', 'DAY', 'FOREVER', 'WARNED_AT', 'WEEK', 'DO
            'adl_quantile', 'Income', 'income_reply', 'page', 'MarginChange', 'History', 'Account', 'PositionMargin',
            'margin_of', 'value_of', 'busy_rows', 'Balance', 'balance_of', 'liquidation_of', 'check_margin',
            'break_even', 'position_event', 'account_event', 'config_event', 'margin_call', 'Filled', 'settle_isolated',
-           'tell_fill', 'book_kernel', 'book_fill', 'pay_funding', 'receive', 'transfer', 'isolate', 'rejoin',
+           'tell_fill', 'book_kernel', 'book_fill', 'pay_funding', 'receive', 'transfer', 'isolate', 'rejoin', 'lend',
            'margin_ratios', 'endangered', 'warn', 'balance_fields', 'rows_shown', 'most_notional', 'position_fields',
            'margin_fields', 'position_in_account', 'permissions', 'account_reply', 'balance_reply', 'position_risk',
            'adl_reply', 'user_trades', 'incomes', 'force_orders', 'margin_history', 'set_leverage', 'symbol_settings',
@@ -61,7 +61,7 @@ from tradelab.localnet.protocol import (
     number,
     whole,
 )
-from ..orders import LIQUIDATION, OWN
+from ..orders import LIQUIDATION, NONE, OWN
 from ..risk.execution import TradingRules
 from ..settings import FEES, CostModel, Execution, Limits
 from ..sim.margin import liquidation_price
@@ -287,6 +287,7 @@ class Account(History):
         check_margin(self, row, quantity, price, charged)
     def liquidation_price(self, row:int)->float: return liquidation_of(self, row)
     def endangered(self)->list[list[int]]: return endangered(self)
+    def lend(self)->None: lend(self)
     def warn(self, time:int)->None: warn(self, time)
     def receive(self, kind:str, amount:float, n:int|None, time:int)->None: receive(self, kind, amount, n, time)
     def transfer(self, amount:float)->None: transfer(self, amount)
@@ -567,6 +568,18 @@ def isolate(account:"Account", n:int)->None:
 def rejoin(account:"Account", n:int)->None:
     "Let the positions of a symbol use the cross wallet"
     for row in range(3 * n, 3 * n + 3): account.own.pop(row, None)
+
+# %% ../../nbs/60_localnet/07_accounts.ipynb #df3d2e5f
+def lend(account:"Account")->None:
+    "Let the kernel see isolated wallets with the margin of their orders; called before each candle"
+    for row, part in account.own.items():
+        orders, margin = part.state.orders[0], account.margin(row)
+        opens = (orders["kind"] != NONE) & (orders["reduce_only"] == 0)
+        prices = np.where(orders["price"] > 0., orders["price"], np.maximum(orders["trigger"], margin.price))
+        values = np.where(opens, orders["quantity"] * prices, 0.)
+        bids, asks = float(values[values > 0.].sum()), -float(values[values < 0.].sum())
+        needed = (exposed(margin.notional, bids, asks) - abs(margin.notional)) / account.leverage[row // 3]
+        part.state.account[0]["deposit"] += needed + (bids + asks) * account.costs.taker_fee
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #f00fffd3
 WARNED_AT = .8    # maintenance margin over margin balance

@@ -23,7 +23,7 @@ import numpy as np
 from ..account import decimal8
 from ..compiled import outlined
 from ..journal import JOURNAL
-from .accounts import SIDES, SLOTS, Account, Collateral, Filled, check_margin, page
+from .accounts import SIDES, SLOTS, Account, Collateral, Filled, account_event, check_margin, page
 from tradelab.localnet.orders import (
     BAND,
     Amendment,
@@ -51,7 +51,7 @@ from tradelab.localnet.protocol import (
     records,
     whole,
 )
-from .shown import Close, Levels, Market, Prices, Rate, Tick
+from .shown import Close, Levels, Market, Rate, Tick
 from ..orders import FOK, GTC, GTX, IOC, LIMIT, LIQUIDATION, MARKET, NONE
 from ..risk.execution import new_order
 from ..risk.market_state import MARKET as MARKET_ROW
@@ -254,7 +254,7 @@ def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:i
     for order in list(orders):
         if order.place is None or not order.is_open or account.part(order.place[0])[0] is not part: continue
         if works(account, order.place, order.number): continue
-        held = account.held(order.n, order.position_side)
+        held = account.held(order.n, order.position_side) if order.in_force in ("IOC", "FOK", "GTX") else 0.
         end(exchange, account, order, "EXPIRED", LIQUIDATED if split < len(fills) else reason_of(order, held))
     if split < len(fills): _tell_liquidation(exchange, account, part, before + split, before + len(fills), time)
     part.state.count[0] = before
@@ -284,6 +284,7 @@ def begin(exchange:"Exchange", account:Account)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
 def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
+    account.lend()
     for part in account.parts():
         before = int(part.state.count[0])
         _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
@@ -483,21 +484,35 @@ def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->
     if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
     _work(exchange, account, order)
 
+# %% ../../nbs/60_localnet/08_engine.ipynb #49aa257c
+def _shorten(exchange:"Exchange", n:int, side:int)->None:
+    "What stood before an order in its queue may have been cancelled"
+    book = exchange.market.book(n)
+    rested = book.rested(side)
+    for price, queue in exchange.queues[n, side].items():
+        before = max(book.quantity(side, price) - rested.get(price, 0.), 0.)
+        for _, order in queue.values():
+            order.ahead = min(order.ahead, before)
+            before += order.left
+
 # %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
-def _meet_move(exchange:"Exchange", move:Tick|Levels|Prices)->None:
-    "Resting orders meet a move of the market, then accounts are looked at"
-    n = move.n
+def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
+    "Resting orders meet a move of the market"
+    n, book = move.n, exchange.market.book(move.n)
     for side in (1, -1):
         if not exchange.queues[n, side]: continue
-        if isinstance(move, Tick):
+        if isinstance(move, Levels): _shorten(exchange, n, side)
+        elif isinstance(move, Tick):
             _serve_passed(exchange, n, move.price, side)
             if (side > 0) == move.buyer_is_maker: _serve(exchange, n, side, move.price, move.quantity)
-        other = exchange.market.book(n).market_best(-side)
-        tick = exchange.market.instruments[n].price_tick
+        other, tick = book.market_best(-side), exchange.market.instruments[n].price_tick
         if other == other: _serve_passed(exchange, n, other - side * tick / 2., side)
+
+
+def _guard(exchange:"Exchange", time:int)->None:
+    "The mark price has moved: warn accounts, and liquidate those whose margin is gone"
     for account in exchange.accounts.values():
-        if not any(account.held(n, side) for side in SIDES): continue
-        account.warn(move.time)
+        account.warn(time)
         for rows in account.endangered(): liquidate(exchange, account, rows)
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
@@ -520,7 +535,10 @@ def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
             fee = float(decimal8(quantity * price * market.instruments[n].liquidation_fee))
             fee = min(fee, max(account.equity(), 0.))
             account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
-        exchange.tell_ended(account, [])
+    lost = -account.cross.money()
+    if lost <= 0. or rows[0] in account.own: return
+    account.receive("INSURANCE_CLEAR", lost, None, market.now)
+    exchange.emit(account, account_event(account, "INSURANCE_CLEAR", market.now, lost))
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
 def _check_unique(account:Account, client_id:str)->None:
@@ -591,7 +609,9 @@ def _apply_move(exchange:"Exchange", move:Any)->None:
     if isinstance(move, Rate):
         for account in exchange.accounts.values():
             account.pay_funding(move.n, move.rate, exchange.market.mark(move.n), move.time)
-    elif exchange.profile == "book" and not isinstance(move, Close): _meet_move(exchange, move)
+    elif exchange.profile == "book":
+        if isinstance(move, Tick | Levels): _meet_move(exchange, move)
+        else: _guard(exchange, move.time)
 
 
 def _expire(exchange:"Exchange", now:int)->None:
@@ -612,13 +632,13 @@ def _expire_countdowns(exchange:"Exchange", now:int)->None:
 class Exchange:
     "Several accounts in one market"
 
-    def __init__(self, market:Market, accounts:Iterable[Account], costs:CostModel=CostModel(), profile:str="backtest",
-                 questions:Questions=Questions(), order_reply:str="2026-07"):
+    def __init__(self, market:Market, accounts:dict[str, Account]|Iterable[Account], costs:CostModel=CostModel(),
+                 profile:str="backtest", questions:Questions=Questions(), order_reply:str="2026-07"):
         if profile not in ("backtest", "book"):
             raise ValueError(f"profile must be 'backtest' or 'book', was {profile!r}")
         self.market, self.costs, self.profile = market, costs, profile
         self.questions, self.order_reply = questions, order_reply
-        self.accounts = {account.name: account for account in accounts}
+        self.accounts = accounts if isinstance(accounts, dict) else {each.name: each for each in accounts}
         self.clock: Callable[[], int] = lambda: market.now   # ms, of the session
         self.silent: Callable[[], bool] = lambda: False      # whether nothing is heard of the market
         self._numbers, self.amendments, trades = count(1), count(1), count(1)
@@ -745,7 +765,10 @@ def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple
 
 def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse a changed order that the account cannot have; what it ties up already is free for it"
-    if order.reduce_only: return
+    if order.reduce_only:
+        order.quantity = order.executed + _reduced(account, replace(order, quantity=order.left, executed=0.),
+                                                   exchange.questions.reduce_only)
+        return
     before = account.open_of[order.n].pop(order.number)
     account.open.pop(order.number)
     try: _check_value(exchange, account, order)
@@ -767,12 +790,13 @@ def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
     if quantity <= order.executed:
         end(exchange, account, order)
         return order
-    _check_amended(exchange, account, replace(order, quantity=quantity, price=price))
+    wanted = replace(order, quantity=quantity, price=price)
+    _check_amended(exchange, account, wanted)
     _withdraw(exchange, order)
     change = Amendment(next(exchange.amendments), exchange.market.now, (order.price, price),
-                       (order.quantity, quantity), whole(asked, "modifyId", 0))
+                       (order.quantity, wanted.quantity), whole(asked, "modifyId", 0))
     order.amendments.append(change)
-    order.price, order.quantity, order.update_time = price, quantity, change.time
+    order.price, order.quantity, order.update_time = price, wanted.quantity, change.time
     exchange.emit(account, order_event(order, "AMENDMENT"))
     if order.place is not None: _rearrive(exchange, account, order, order.place)
     elif order.in_force == "GTX" and _takeable(exchange, order) > 0.:

@@ -130,7 +130,11 @@ class RateLimits:
     def use(self, ip:str, account:str, endpoint:Endpoint|None, asked:dict, now:int)->dict[str, str]:
         "Count a request and its orders, if the account is known, and return the headers of the reply"
         headers = self.use_weight(ip, endpoint, asked, now)
-        return headers | self.use_orders(account, endpoint, now) if account and endpoint else headers
+        if not (account and endpoint): return headers
+        try: return headers | self.use_orders(account, endpoint, now)
+        except RequestDeniedError as refused:
+            refused.headers = headers | refused.headers
+            raise
 
     def use_weight(
         self,

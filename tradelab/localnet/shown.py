@@ -6,10 +6,10 @@
 __all__ = ['INTERVALS', 'DAY', 'TAKER_QUOTE', 'FIRST', 'LAST', 'MARK', 'INDEX', 'WIDTH', 'FIRST_TRADE', 'ROOM', 'MAX_ORDERS',
            'PRICE_BAND', 'MAX_PRICE', 'LISTED', 'AGGREGATES', 'EIGHT_HOURS', 'KEPT_RATES', 'KEPT_TRADES', 'DEPTHS',
            'ENDPOINTS', 'Tick', 'Levels', 'Close', 'Rate', 'Prices', 'opened', 'ended', 'is_folded', 'fold', 'Candles',
-           'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of', 'symbol_reply', 'Stream', 'Feed',
-           'Trade', 'ticker', 'Paid', 'Funding', 'premium', 'Shown', 'set_status', 'set_instrument', 'revise', 'Market',
-           'klines', 'depth', 'trades', 'aggregate_trades', 'funding_rates', 'funding_info', 'exchange_info',
-           'server_time', 'open_interest', 'constituents', 'asset_index', 'insurance', 'schedule']
+           'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of', 'symbol_reply', 'Stream',
+           'nobody', 'Feed', 'Trade', 'ticker', 'Funding', 'premium', 'Shown', 'Market', 'klines', 'depth', 'trades',
+           'aggregate_trades', 'funding_rates', 'funding_info', 'exchange_info', 'server_time', 'open_interest',
+           'constituents', 'asset_index', 'insurance', 'schedule']
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #a3451d6d
 from collections import deque
@@ -64,7 +64,7 @@ class Levels:
     whole:bool = True      # all levels, or those that changed (0: gone)
     ids:tuple|None = None  # first and last number of a recorded change
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #10b285f4
 @dataclass(frozen=True, slots=True)
 class Close:
     "The candles of all symbols close; `time` is the open time of the next ones"
@@ -183,6 +183,21 @@ def _completed(known):
                      np.nan_to_num(known[..., TRADES]), bought, np.round(bought * mean, 10)], -1)
 
 
+def _told(rows, candles, own):
+    "The forming candles, (N, WIDTH), as their source tells them, KNOWN; `own` are trades that it does not know"
+    for n, each in own.items(): rows[n, _SUMS] -= each[_SUMS]
+    told = _completed(candles)
+    same = (rows[:, TRADES] > 0) & (abs(rows[:, VOLUME] - candles[:, VOLUME]) <= 1e-9 * candles[:, VOLUME])
+    unknown = np.isnan(candles[:, [QUOTE_VOLUME, TRADES, TAKER_BUY_VOLUME, TAKER_BUY_VOLUME]]) & same[:, None]
+    told[:, QUOTE_VOLUME:FIRST][unknown] = rows[:, QUOTE_VOLUME:FIRST][unknown]
+    heard = np.isfinite(candles[:, CLOSE])
+    rows[heard, :FIRST] = told[heard]
+    for n, each in own.items():
+        rows[n, [HIGH, LOW]] = max(rows[n, HIGH], each[HIGH]), min(rows[n, LOW], each[LOW])
+        rows[n, _SUMS] = np.round(rows[n, _SUMS] + each[_SUMS], 10)
+    return rows
+
+
 def _past(known):
     "KNOWN, (T, N, 11), as rows (T, N, WIDTH) of candles that closed before the market began"
     rows = np.empty((*known.shape[:2], WIDTH))
@@ -230,11 +245,7 @@ class Candles:
     def close(self, candles:np.ndarray, next_open:int)->None:
         "Close the forming candles as their source tells them, and begin the next ones"
         if self.count == len(self.times) - 1: self.forget(ROOM // 2)
-        rows, told = np.array(self.forming), np.isfinite(candles[:, CLOSE])
-        rows[told, :FIRST] = _completed(candles[told])
-        for n, own in self.own.items():
-            rows[n, [HIGH, LOW]] = max(rows[n, HIGH], own[HIGH]), min(rows[n, LOW], own[LOW])
-            rows[n, _SUMS] = np.round(rows[n, _SUMS] + own[_SUMS], 10)
+        rows = _told(np.array(self.forming), candles, self.own)
         index = np.where(np.isfinite(candles[:, INDEX_PRICE]), candles[:, INDEX_PRICE], rows[:, CLOSE])
         for column, prices in ((MARK, rows[:, CLOSE]), (INDEX, index)):
             for n in set(range(len(rows))) - self.told[column]: _add_price(rows[n], column, prices[n])
@@ -278,7 +289,8 @@ def longer_candles(
     return opens[wanted][kept], longer[wanted][kept]
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #a6a4c0a2
-def _text(value): return format_number(value) if value == value else "0"
+def _known(value): return value if value == value else 0.
+def _text(value): return format_number(_known(value))
 
 
 def kline_reply(
@@ -327,7 +339,7 @@ def filters_of(instrument:Instrument)->list[dict]:
             {"filterType": "PERCENT_PRICE", "multiplierUp": f"{1 + PRICE_BAND:.4f}",
              "multiplierDown": f"{1 - PRICE_BAND:.4f}", "multiplierDecimal": "4"}]
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #240f7ccd
 def symbol_reply(instrument:Instrument, status:str)->dict:
     "The entry of one symbol in exchangeInfo"
     base, quote = assets(instrument.symbol)
@@ -352,11 +364,16 @@ class Stream(NamedTuple):
     period:int        # ms
     payload:Callable  # of the market and the stream; None: nothing to say
 
+# %% ../../nbs/60_localnet/04_shown.ipynb #7569e446
+def nobody(stream:str)->bool:
+    "Wants no stream at all: a market in a simulation, which saves the asking"
+    return False
+
 
 class Feed:
     "The events of the public streams, for those who want them"
     def __init__(self):
-        self.wants:Callable[[str], bool] = lambda name: False   # a stream
+        self.wants:Callable[[str], bool] = nobody
         self.events:list[tuple[str, Any]] = []
         self.sent:dict[str, int] = {}           # ms, when an event last went out
         self.late:dict[str, Stream] = {}        # streams with something to say that wait for their period
@@ -386,7 +403,7 @@ class Trade(NamedTuple):
     quantity:float        # base units
     buyer_is_maker:bool
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #cf907c48
 def _trade_event(market:"Market", stream:Stream)->dict:
     "The latest trade, on <symbol>@trade"
     trade = market.shown[stream.n].trades[-1]
@@ -433,7 +450,7 @@ def _day(market:"Market", n:int)->np.ndarray:   # (WIDTH,)
     first = min(int(np.searchsorted(times, market.now - DAY)), len(times) - 1)
     return fold(rows[first:], np.array([0]))[0]
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #5e876cbd
 def ticker(market:"Market", n:int)->dict:
     "GET ticker/24hr for one symbol"
     row, trades = _day(market, n), market.shown[n].trades
@@ -442,7 +459,7 @@ def ticker(market:"Market", n:int)->dict:
     traded = row[LAST] >= row[FIRST]
     return {"symbol": market.ids[n], "priceChange": format_number(change),
             "priceChangePercent": f"{100 * change / row[OPEN] if row[OPEN] > 0 else 0.:.3f}",
-            "weightedAvgPrice": format_price(np.nan_to_num(mean)), "lastPrice": _text(row[CLOSE]),
+            "weightedAvgPrice": format_price(_known(mean)), "lastPrice": _text(row[CLOSE]),
             "lastQty": format_number(trades[-1].quantity if trades else 0.), "openPrice": _text(row[OPEN]),
             "highPrice": _text(row[HIGH]), "lowPrice": _text(row[LOW]), "volume": format_number(row[VOLUME]),
             "quoteVolume": format_number(row[QUOTE_VOLUME]), "openTime": market.now - DAY, "closeTime": market.now,
@@ -510,13 +527,13 @@ EIGHT_HOURS = 8 * 3_600_000
 KEPT_RATES = 5_000
 
 
-class Paid(NamedTuple):
+class _Paid(NamedTuple):
     "A funding rate that was due"
     time:int      # ms
     rate:float    # a fraction of the notional
     mark:float    # quote per base
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #c5667e23
 class Funding:
     "The funding rates of a symbol so far, and the times of those to come"
     def __init__(
@@ -526,11 +543,11 @@ class Funding:
         mark:Callable[[int], float],         # the mark price at a time
     ):
         due = [] if rates is None else [*zip(times(rates).tolist(), rates.to_numpy("float64").tolist())]
-        self.paid = deque((Paid(time, rate, mark(time)) for time, rate in due if time <= now), KEPT_RATES)
+        self.paid = deque((_Paid(time, rate, mark(time)) for time, rate in due if time <= now), KEPT_RATES)
         self.times = sorted(time for time, _ in due)
 
     def pay(self, time:int, rate:float, mark:float)->None:
-        if not self.paid or time > self.paid[-1].time: self.paid.append(Paid(time, rate, mark))
+        if not self.paid or time > self.paid[-1].time: self.paid.append(_Paid(time, rate, mark))
 
     @property
     def interval(self)->int:
@@ -547,9 +564,9 @@ class Funding:
 def premium(market:"Market", n:int)->dict:
     "GET premiumIndex for one symbol"
     funding = market.shown[n].funding
-    index = format_price(np.nan_to_num(market.index(n)))
+    index = format_price(_known(market.index(n)))
     rate = funding.paid[-1].rate if funding.paid else 0.
-    return {"symbol": market.ids[n], "markPrice": format_price(np.nan_to_num(market.mark(n))), "indexPrice": index,
+    return {"symbol": market.ids[n], "markPrice": format_price(_known(market.mark(n))), "indexPrice": index,
             "estimatedSettlePrice": index, "lastFundingRate": format_amount(rate), "interestRate": "0.00010000",
             "nextFundingTime": funding.following(market.now), "time": market.now}
 
@@ -615,9 +632,10 @@ class Shown:
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #185a2d51
 def _speak(market, n, *kinds):
-    "Offer the streams of a symbol that something has changed for"
-    for kind in kinds: market.feed.offer(market, market.shown[n].streams[kind])
-    if "price" in kinds: market.feed.offer(market, _TOGETHER["price"])
+    "Offer the streams of a symbol that something has changed for; -1: those of all symbols together"
+    if market.feed.wants is nobody: return
+    streams = market.shown[n].streams if n >= 0 else _TOGETHER
+    for kind in kinds: market.feed.offer(market, streams[kind])
 
 
 def _traded(market, n, price, quantity, buyer_is_maker, own=False):
@@ -644,6 +662,10 @@ def _book_of(market, n):
 def _book_moved(market, n, forced=False):
     "Tell those who want it what has changed in a book, and forget what all have been told"
     shown, feed = market.shown[n], market.feed
+    if feed.wants is nobody:
+        shown.book.changes.clear()
+        shown.counted = shown.book.update_id
+        return
     wanted = [stream for stream in shown.streams["book"] if feed.wants(stream.name)]
     diffs = [stream.name for stream in wanted if "@depth" in stream.name]
     for stream in shown.streams["book"]:
@@ -663,6 +685,7 @@ def _tick(market, move):
     market.candles.price(move.n, move.price)
     if move.quantity > 0: _traded(market, move.n, move.price, move.quantity, move.buyer_is_maker)
     _speak(market, move.n, "kline", "price")
+    _speak(market, -1, "price")
     _book_moved(market, move.n)
 
 
@@ -689,11 +712,13 @@ def _close(market, move):
     for n in range(len(market.ids)):
         _speak(market, n, "price")
         _book_moved(market, n)
+    _speak(market, -1, "price")
 
 
 def _rate(market, move):
-    market.shown[move.n].funding.pay(move.time, move.rate, market.mark(move.n))
+    market.shown[move.n].funding.pay(int(move.time), float(move.rate), market.mark(move.n))
     _speak(market, move.n, "price")
+    _speak(market, -1, "price")
 
 
 def _prices(market, move):
@@ -702,6 +727,7 @@ def _prices(market, move):
         market.candles.told[column].add(move.n)
         _add_price(market.candles.forming[move.n], column, price)
     _speak(market, move.n, "price")
+    _speak(market, -1, "price")
 
 
 _MOVES:dict[type, Callable] = {Tick: _tick, Levels: _levels_moved, Close: _close, Rate: _rate, Prices: _prices}
@@ -789,6 +815,7 @@ def _show_trade(market:"Market", n:int, price:float, quantity:float, buyer_is_ma
     "Show a trade of one of our accounts; it moves the last price, but no book that is made of the costs"
     _traded(market, n, price, quantity, buyer_is_maker, own=True)
     _speak(market, n, "kline", "price")
+    _speak(market, -1, "price")
 
 
 def _show_liquidation(market:"Market", n:int, quantity:float, price:float, average:float)->None:
@@ -797,13 +824,13 @@ def _show_liquidation(market:"Market", n:int, quantity:float, price:float, avera
     _publish(market, _force_event(market, n, quantity, price, average), f"{name}@forceOrder", "!forceOrder@arr")
 
 
-def set_status(market:"Market", n:int, status:str)->None:
+def _set_status(market:"Market", n:int, status:str)->None:
     "Open or close a symbol: TRADING, BREAK, SETTLING ..."
     market.shown[n].status = status
     _publish(market, _contract_event(market, n), "!contractInfo")
 
 
-def set_instrument(market:"Market", n:int, instrument:Instrument)->None:
+def _set_instrument(market:"Market", n:int, instrument:Instrument)->None:
     "Change the filters and the brackets of a symbol"
     market.shown[n].instrument = instrument
     market.shown[n].outdated = True
@@ -811,7 +838,7 @@ def set_instrument(market:"Market", n:int, instrument:Instrument)->None:
     _publish(market, _contract_event(market, n), "!contractInfo")
 
 
-def revise(market:"Market", open_time:int, n:int, candle:np.ndarray)->None:
+def _revise(market:"Market", open_time:int, n:int, candle:np.ndarray)->None:
     "Correct a candle that has closed: KNOWN, (11,)"
     candles = market.candles
     at = int(np.searchsorted(candles.times[:candles.count], open_time))
@@ -859,8 +886,8 @@ class Market:
     def greeting(self, name:str)->Any: return _greeting(self, name)
     def take_events(self)->list[tuple[str, Any]]: return _take_events(self)
 
-    traded, force_order, set_status = _show_trade, _show_liquidation, set_status
-    set_instrument, revise = set_instrument, revise
+    traded, force_order = _show_trade, _show_liquidation
+    set_status, set_instrument, revise = _set_status, _set_instrument, _revise
 
     @property
     def condition_rows(self)->np.ndarray:
@@ -898,7 +925,7 @@ def _asked_candles(market, n, asked):
     begin, end = _span(market, asked)
     return *longer_candles(market.candles, n, interval, begin, end, limit), interval
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #1002371e
 def klines(market:Market, n:int, asked:dict)->list:
     "GET klines"
     times, rows, interval = _asked_candles(market, n, asked)
@@ -967,8 +994,8 @@ def funding_rates(market:Market, asked:dict)->list:
     limit = whole(asked, "limit", 100, least=1, most=1000)
     begin, end = _span(market, asked)
     rows:list[dict[str, Any]] = [
-            {"symbol": market.ids[n], "fundingTime": time, "fundingRate": format_amount(rate),
-             "markPrice": format_price(np.nan_to_num(mark)), "rateType": "Regular"}
+        {"symbol": market.ids[n], "fundingTime": time, "fundingRate": format_amount(rate),
+             "markPrice": format_price(_known(mark)), "rateType": "Regular"}
             for n in market.asked(asked) for time, rate, mark in market.shown[n].funding.paid
             if (begin or 0) <= time <= end]
     rows.sort(key=lambda row: row["fundingTime"])
@@ -1009,7 +1036,7 @@ def open_interest(exchange:Any, n:int)->dict:
 def constituents(market:Market, n:int)->dict:
     "GET constituents: what the index is made of"
     return {"symbol": market.ids[n], "time": market.now, "constituents": [
-        {"exchange": "localnet", "symbol": market.ids[n], "price": format_price(np.nan_to_num(market.index(n))),
+        {"exchange": "localnet", "symbol": market.ids[n], "price": format_price(_known(market.index(n))),
          "weight": "1.00000000"}]}
 
 
@@ -1024,7 +1051,7 @@ def asset_index(market:Market, asked:dict)->dict|list:
     if not found: raise RequestDeniedError(-1121)
     return found[0]
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #bd118081
 def insurance(market:Market, asked:dict)->dict|list:
     "GET insuranceBalance"
     names = [market.ids[n] for n in market.asked(asked)]

@@ -231,7 +231,7 @@ def trade_row(
     return time, symbol, {"e": "trade", "E": time, "T": time, "s": symbol, "p": price, "q": quantity,
                           "m": parts[3].lower() == "true"}
 
-
+# %% ../../nbs/15_sources/10_book.ipynb #ad6100e9
 def _captured(path):
     "The messages of one file, in its order"
     symbol, time = Path(path).name.partition("-")[0], 0
@@ -248,7 +248,7 @@ def _captured(path):
         time = parsed[2].get("E", time)
         yield Captured(parsed[0], event)
 
-
+# %% ../../nbs/15_sources/10_book.ipynb #7cf0f730
 def read_capture(
     path: str | Path,  # a file, plain or packed, of messages or SYMBOL-trades.csv; or a folder of *.jsonl, depth_*.json
 ) -> Iterator[Captured]:
