@@ -400,11 +400,11 @@ def write(kept:AlgoOrders, algo:AlgoOrder)->None:
 
 # %% ../../nbs/60_localnet/09_conditional.ipynb #c09b1926
 def closing(kept:AlgoOrders, algo:AlgoOrder)->float:
-    "What an order with closePosition has closed and can still close, base units"
-    state, k, _ = kept.account.view(kept.account.row(algo.n, algo.position_side))
-    fills = state.fills[:state.count[0]]
-    filled = abs(fills["quantity"][fills["decision_price"] == algo.child_number].sum())
-    return float(decimal8(filled + max(kept.held(algo), 0.)))
+    "What an order with closePosition has closed, and what is left to close: its quantity from now on, base units"
+    state, k, _ = kept.account.view(algo.place[0])
+    fills, left = state.fills[:state.count[0]], max(kept.held(algo), 0.)
+    state.orders[k, algo.place[1]]["quantity"] = algo.sign * left
+    return float(decimal8(abs(fills["quantity"][fills["decision_price"] == algo.child_number].sum()) + left))
 
 
 def adopt(kept:AlgoOrders, algo:AlgoOrder, time:int)->ExchangeOrder:
