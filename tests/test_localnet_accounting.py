@@ -409,7 +409,9 @@ def feed(world, twin, asked, slots):
                    quantity=order.sign * order.quantity, price=order.price, in_force=engine.FORCES[order.in_force],
                    reduce_only=int(order.reduce_only))
         return
-    algo = conditional.place(exchange.conditional, account, waiting(world, account, asked | {"activate": False}))
+    asked = asked | {"activate": False, "force": "IOC" if asked["force"] == "IOC" else "GTC",
+                     "close": asked["close"] and account.costs.participation is None}
+    algo = conditional.place(exchange.conditional, account, waiting(world, account, asked))
     twin.write(algo.place, algo.child_number, kind=conditional.KINDS[algo.kind],
                quantity=algo.sign * (algo.quantity or conditional.ALL), price=algo.price,
                trigger=float(engine.row_of(account, algo.place)["trigger"]), callback=algo.callback,
