@@ -19,10 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..account import decimal8
 from ..errors import TradelabError
 from ..events import HIGH, LOW
 from ..files import read_text
+from .engine import fill_maker, liquidate, place
 from .protocol import RequestDeniedError, format_number
+from .shown import Close, Rate, Tick
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #851044a2
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ class ScenarioError(TradelabError, ValueError):
     word = ""      # where to look for the line
 
 
+def _wrong(word, sentence):
+    error = ScenarioError(sentence)
+    error.word = word
+    return error
+
+# %% ../../nbs/60_localnet/11_faults.ipynb #c9cc1727
 _KINDS: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(("after", "times", "lasts_ms", "delay_ms", "later_ms", "calls", "bytes"),
                     (lambda value: type(value) is int and value >= 0, "a whole number from 0")),
@@ -90,12 +99,6 @@ _KINDS: dict[str, tuple[Callable, str]] = {
 }
 _TEXT: tuple[Callable, str] = (lambda value: isinstance(value, str), "a text")
 
-
-def _wrong(word, sentence):
-    error = ScenarioError(sentence)
-    error.word = word
-    return error
-
 # %% ../../nbs/60_localnet/11_faults.ipynb #a0848745
 def _check(word, value):
     right, kind = _KINDS.get(word, _TEXT)
@@ -108,7 +111,7 @@ def _one_of(word, value, known):
     raise _wrong(value if isinstance(value, str) else word,
                  f"{word} {json.dumps(value)} is unknown: choose one of {', '.join(known)}")
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #1f380e5f
 def rule(
     asked:dict,             # a rule as JSON has it
     scenario:str="",
@@ -135,7 +138,7 @@ class Scenario:
     duty:str
     faults:tuple[dict, ...]
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #3014a858
 def _to_order(do="reply", **values): return {"at": "request", "do": do, "method": "POST", "path": "v1/order", **values}
 def _to_all(do="reply", **values): return {"at": "request", "do": do, "times": 0, **values}
 def _timeout(commit, **values): return _to_order(commit=commit, status=408, code=-1007, msg=_TIMEOUT, **values)
@@ -308,7 +311,8 @@ MARKETS = {
     "funding_extreme": Scenario("book the payment; know it before the next decision", (
         {"at": "moves", "do": "rate", "by": .03},)),
     "symbol_suspended": Scenario("send nothing for this symbol until it trades again", (
-        {"at": "step", "do": "suspend", "status": "BREAK"},)),
+        {"at": "step", "do": "suspend", "status": "BREAK",
+         "then": [{"at": "step", "do": "suspend", "status": "TRADING", "after": 3}]},)),
     "filters_change": Scenario("round by the new filters: read them again after -1111 and once a day", (
         {"at": "step", "do": "filters", "by": 10.},)),
 }
@@ -420,7 +424,7 @@ class Fault:
     text:str = ""
     headers:dict[str, str] = field(default_factory=dict)
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #20004f6a
 def _fault(hit, rule, until):
     "The fault of a request; {until} and {seconds} are filled in"
     values = rule.values
@@ -429,8 +433,10 @@ def _fault(hit, rule, until):
     text = json.dumps({"code": values["code"], "msg": fill(values.get("msg", "An unknown error occurred."))}) \
         if "code" in values else values.get("text", "")
     replaced = rule.do in ("reply", "later")
-    return Fault(hit.number, hit.scenario, values.get("commit", rule.do == "delay"), values.get("later_ms", 0),
-                 values.get("delay_ms", 0), rule.do == "drop", values.get("status", 503) if replaced else None, text,
+    commit = values.get("commit", rule.do == "delay")
+    dropped = not replaced and (rule.do == "drop" or not commit)
+    return Fault(hit.number, hit.scenario, commit, values.get("later_ms", 0), values.get("delay_ms", 0), dropped,
+                 values.get("status", 503) if replaced else None, text,
                  {name: fill(value) for name, value in values.get("headers", {}).items()})
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #1f506aaa
@@ -499,11 +505,11 @@ def _crashed(moves, by, touched):
     "The moves of a step, its deepest trades and its candles deeper by this fraction"
     deepest: dict[int, float] = {}
     for move in moves:
-        if hasattr(move, "buyer_is_maker"):
+        if isinstance(move, Tick):
             deepest[move.n] = (min if by < 0 else max)(deepest.get(move.n, move.price), move.price)
     def moved(move):
-        if hasattr(move, "candles"): return replace(move, candles=_deeper(move.candles, by, touched))
-        if not hasattr(move, "buyer_is_maker") or not touched(move.n) or move.price != deepest[move.n]: return move
+        if isinstance(move, Close): return replace(move, candles=_deeper(move.candles, by, touched))
+        if not isinstance(move, Tick) or not touched(move.n) or move.price != deepest[move.n]: return move
         return replace(move, price=move.price * (1 + by))
     return [moved(move) for move in moves]
 
@@ -511,10 +517,11 @@ def _crashed(moves, by, touched):
 def _moved(moves, rule, find):
     "The moves of a step after one rule; of one symbol if it names one"
     by = rule.values.get("by", -.3)
-    n = find(rule.values["symbol"]) if rule.values.get("symbol") else None
-    touched = lambda each: n is None or each == n
+    try: wanted = find(rule.values["symbol"]) if rule.values.get("symbol") else None
+    except (ValueError, KeyError): return moves         # of no symbol that is traded here
+    def touched(n): return wanted is None or n == wanted
     if rule.do == "crash": return _crashed(moves, by, touched)
-    return [replace(move, rate=by) if hasattr(move, "rate") and touched(move.n) else move for move in moves]
+    return [replace(move, rate=by) if isinstance(move, Rate) and touched(move.n) else move for move in moves]
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #79677bb6
 @dataclass(frozen=True)
@@ -525,18 +532,21 @@ class Action:
     do:str
     asked:dict[str, Any]
 
+# %% ../../nbs/60_localnet/11_faults.ipynb #7302e476
+def _symbol(exchange, asked): return exchange.market.find(asked) if asked.get("symbol") else 0
 
-def _place(exchange, account, n, quantity, client_id, **more):
+
+def _market_order(exchange, account, n, quantity, client_id, **more):
     "A market order of this account, as somebody else sends it; signed base units"
-    return exchange.place(account, {"symbol": exchange.market.ids[n], "side": "BUY" if quantity > 0 else "SELL",
-                                    "type": "MARKET", "quantity": format_number(abs(quantity)),
-                                    "newClientOrderId": client_id, **more})
+    place(exchange, account, {"symbol": exchange.market.ids[n], "side": "BUY" if quantity > 0 else "SELL",
+                              "type": "MARKET", "quantity": format_number(abs(quantity)),
+                              "newClientOrderId": client_id, **more})
 
 
 def _trade(exchange, account, asked):
-    n = exchange.market.find(asked)
     sign = 1 if asked.get("side", "BUY") == "BUY" else -1
-    _place(exchange, account, n, sign * asked.get("quantity", .01), f"{asked['client_id']}{asked['number']}")
+    _market_order(exchange, account, _symbol(exchange, asked), sign * asked.get("quantity", .01),
+                  f"{asked.get('client_id', 'web_')}{asked['number']}")
 
 
 def _positions(exchange, account):
@@ -548,21 +558,62 @@ def _positions(exchange, account):
 def _flatten(exchange, account, asked):
     for n, side, held in _positions(exchange, account):
         more = {"reduceOnly": "true"} if side == "BOTH" else {"positionSide": side}
-        _place(exchange, account, n, -held, f"web_{asked['number']}_{n}{side[0]}", **more)
+        _market_order(exchange, account, n, -held, f"web_{asked['number']}_{n}{side[0]}", **more)
+
+# %% ../../nbs/60_localnet/11_faults.ipynb #973d3abf
+def _liquidate(exchange, account, asked):
+    if exchange.profile == "backtest":
+        return account.receive("TRANSFER", 1e-6 - account.equity(), None, exchange.market.now)
+    for part in account.parts():
+        if part.held(): liquidate(exchange, account, part.held())
+
+
+def _resting(exchange, account):
+    "The oldest order of an account that rests in the book; None if there is none"
+    return next((order for order in account.open.values()
+                 if order.number in exchange.queues[order.n, int(order.sign)].get(order.price, {})), None)
+
+
+def _fill(exchange, account, asked):
+    order = _resting(exchange, account)
+    step = exchange.market.instruments[order.n].quantity_step
+    steps = max(round(order.left / step * asked.get("share", 1.)), 1)
+    fill_maker(exchange, account, order, min(float(decimal8(steps * step)), order.left), True)
+
+
+def _stick(exchange, account, asked):
+    "The oldest conditional order triggers, and nothing comes of it"
+    waiting = exchange.conditional.of(account)
+    waiting.end(next(iter(waiting.open.values())), "TRIGGERING", exchange.market.now)
+
+# %% ../../nbs/60_localnet/11_faults.ipynb #25b9d1bd
+def _suspend(exchange, account, asked):
+    exchange.market.set_status(_symbol(exchange, asked), asked.get("status", "BREAK"))
+
+
+def _filters(exchange, account, asked):
+    n, by = _symbol(exchange, asked), asked.get("by", 10.)
+    old = exchange.market.instruments[n]
+    exchange.market.set_instrument(n, replace(old, price_tick=float(decimal8(old.price_tick * by)),
+                                              quantity_step=float(decimal8(old.quantity_step * by)),
+                                              min_quantity=float(decimal8(old.min_quantity * by))))
 
 
 def _transfer(exchange, account, asked): account.transfer(asked.get("amount", -1000.))
 
 
-ACTIONS: dict[str, Callable] = {"trade": _trade, "flatten": _flatten, "transfer": _transfer}
+ACTIONS: dict[str, Callable] = {
+    "trade": _trade, "flatten": _flatten, "transfer": _transfer, "liquidate": _liquidate, "fill": _fill,
+    "stick": _stick, "suspend": _suspend, "filters": _filters}
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #8dac1458
 def _able(exchange, rule):
     "Whether there is anything that an action could act on"
-    account = exchange.accounts[_whose(exchange, rule.values)]
+    account = exchange.accounts.get(_whose(exchange, rule.values))
+    if account is None: return False
     if rule.do in ("flatten", "liquidate"): return bool(_positions(exchange, account))
-    if rule.do == "fill": return bool(account.open)
-    return True
+    if rule.do == "fill": return _resting(exchange, account) is not None
+    return rule.do != "stick" or bool(exchange.conditional and exchange.conditional.of(account).open)
 
 
 def _whose(exchange, asked): return asked.get("account") or next(iter(exchange.accounts))
@@ -590,7 +641,7 @@ class Command:
     code:int = 1006       # of the close; 1006 closes without one
     loss:bool = False     # a restart forgets everything
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #8aba67f8
 def _rules_of(scenario, changes):
     "The rules of a name, of JSON, of a file, or of what JSON would hold"
     if isinstance(scenario, Path): return scenario_rules(read_text(scenario), str(scenario))
@@ -700,7 +751,7 @@ class Faults:
         "What the server must do to its sockets now; asked after each step, and when something was armed"
         return [Command(hit.number, rule.do, **rule.values) for rule, hit, _ in self.rules.acting("server", now, {})]
 
-    def moves(self, moves:list, now:int, find:Callable=lambda symbol: None)->list:
+    def moves(self, moves:list, now:int, find:Callable[[str], int|None]=lambda symbol: None)->list:
         "The moves of a step as they will be seen; `find` gives a symbol's number by its id"
         for rule, _, _ in self.rules.acting("moves", now, {}): moves = _moved(moves, rule, find)
         return moves

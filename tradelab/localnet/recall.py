@@ -122,8 +122,12 @@ class _Again:
     def action(self, content): act(self.exchange, content["account"], content["name"], content["asked"])
 
     def do(self, content):
-        "Do one line, and return it as it would be written now"
-        getattr(self, content["do"])(content)
+        "Do one line at the time of the session's clock at which it was done, and return it as it would be written now"
+        clock, self.exchange.clock = self.exchange.clock, lambda: content["clock"]
+        try:
+            if self.exchange.countdowns: self.exchange.step([])      # they may have run out by this line
+            getattr(self, content["do"])(content)
+        finally: self.exchange.clock = clock
         self.exchange.take_events()      # a client that missed them asks
         return content | {"then": state(self.exchange)}
 
@@ -199,7 +203,8 @@ class Recall:
             elif now != content: raise _lost(path, number, f"was {content['then']} and is {now['then']} now")
         if not loss: self._journal.go_on(whole, check)
 
-    def _write(self, what, **content): self._journal.write({"do": what, **content, "then": state(self.exchange)})
+    def _write(self, what, **content):
+        self._journal.write({"do": what, "clock": int(self.exchange.clock()), **content, "then": state(self.exchange)})
 
     def step(self, moves:list, altered:bool=False)->None:
         "Write down a step that was made; `altered`: a fault has changed what the source had"
