@@ -466,7 +466,7 @@ class Conditional:
     def settle(self, account:Account, time:int)->None:
         "An account has lived through a candle, or an order has arrived"
         kept = self.of(account)
-        for algo in list(kept.open.values()):
+        for algo in sorted(kept.open.values(), key=lambda each: each.place is None):   # a new place may be an old one
             if algo.waits: settle(kept, algo, time)
 
     def accepted(self, account:Account, order:ExchangeOrder)->None:
