@@ -67,7 +67,7 @@ class World:
         self.market = Market(source.history(), INSTRUMENTS, source.funding, costs, now=source.now)
         clients = [Account(name, self.market, costs, DEPOSIT) for name in names]
         self.exchange = Exchange(self.market, clients, costs, profile)
-        self.exchange.conditional = conditional.Conditional(self.exchange)
+        conditional.Conditional(self.exchange)
         self.heard = {name: [] for name in names}
         self.refusals = []
         self.step()   # the market opens
