@@ -10,7 +10,7 @@ from tradelab.events import COLUMNS, KNOWN
 from tradelab.features.grammar import parse
 from tradelab.features.observation import Observation
 from tradelab.learn.agents import provenance
-from tradelab.localnet.market import Market as LocalMarket
+from tradelab.localnet.sources import Replay
 from tradelab.market.candles import (
     OPTIONAL,
     align,
@@ -276,7 +276,7 @@ def test_every_door_takes_the_frame_that_a_file_gives_and_reads_the_same(give):
     assert provenance(raw)["span"] == provenance(good)["span"]
     assert look.fit(raw).sha256 == look.fit(good).sha256
     assert np.array_equal(prepare(raw, look).features, prepare(good, look).features, equal_nan=True)
-    assert np.array_equal(LocalMarket({"BTC/USDT:USDT": raw}).times, LocalMarket({"BTC/USDT:USDT": good}).times)
+    assert np.array_equal(Replay({"BTC/USDT:USDT": raw}).times, Replay({"BTC/USDT:USDT": good}).times)
     assert len(check_quality(raw, "1h").findings) == len(check_quality(good, "1h").findings)
     assert instruments_for(raw) == instruments_for(good)
     targets = pd.Series(np.where(np.arange(300) % 7 < 3, 1., 0.), raw.index)

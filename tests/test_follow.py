@@ -224,6 +224,10 @@ def test_following_ends_with_the_books_of_the_exchange(capture, lost):
             assert (stage.asked.count(("depth", "SUSHIUSDT")) > asked) == (lost is not None)
             assert not follow.silent
             assert follow.refused == set()
+        market = Market(follow.history(), follow.instruments, follow.funding, interval="1m", now=follow.now)
+        for move in moves: market.apply(move)
+        for n, name in enumerate(NAMES):
+            assert [dict(market.book(n).levels(sign)) for sign in (1, -1)] == list(stage.books[name].sides)
         close, = [move for move in moves if isinstance(move, Close)]
         assert (close.time, close.open_time) == (MINUTE + 60_000, MINUTE)
         for n, name in enumerate(NAMES):

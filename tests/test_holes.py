@@ -26,8 +26,8 @@ from tradelab.live.ledger import Ledger
 from tradelab.live.recorder import read, unpacked
 from tradelab.live.replay import replay
 from tradelab.live.session import Session
-from tradelab.localnet.market import Market as LocalMarket
 from tradelab.localnet.server import Localnet
+from tradelab.localnet.sources import Replay
 from tradelab.market.candles import frame, matrix, times
 from tradelab.market.synthetic import ar1, correlated, funding
 from tradelab.orders import LIMIT
@@ -130,7 +130,7 @@ def refusals():
     yield ("sweep", lambda: sweep(lambda p, c: c[:, 0], bad, pd.DataFrame({"x": [1.]}), bad[["close"]] * 0,
                                   progress=False))
     yield "stress", lambda: stress(wavering(), bad)
-    yield "localnet", lambda: LocalMarket({BTC: bad})
+    yield "localnet", lambda: Replay({BTC: bad})
 
 
 def test_every_road_refuses_a_hole_and_names_its_first_time():

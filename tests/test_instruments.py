@@ -17,9 +17,8 @@ from tradelab.journal import JOURNAL
 from tradelab.learn.env import MarketEnv
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.start import coarse_ticks
-from tradelab.localnet.exchange import Exchange
-from tradelab.localnet.market import Market
-from tradelab.localnet.server import Localnet
+from tradelab.localnet.server import ENDPOINTS, Localnet, Terms, make_exchange
+from tradelab.localnet.sources import Replay
 from tradelab.market.candles import UNNAMED, frame
 from tradelab.market.filters import derived, instruments_for, keep_instrument, listed_instrument, on_grid
 from tradelab.policies import buy_and_hold
@@ -119,15 +118,18 @@ def test_sweep_and_environment_fill_as_the_backtest_does(market):
 def test_localnet_fills_where_the_market_is_and_takes_what_a_session_rounds(market, notional):
     symbol, candles = market
     if symbol == UNNAMED: symbol = "XRP/USDT:USDT"
-    exchange = quiet(Exchange, Market({symbol: candles}, start=int(candles.index[10].value // 1_000_000)))
-    (instrument,), opened = exchange.instruments, exchange.market.price(0)
+    source = quiet(Replay, {symbol: candles}, start=int(candles.index[10].value // 1_000_000))
+    exchange = make_exchange(source, Terms(order_reply="classic"))
+    exchange.step(next(source.steps()))
+    (instrument,), opened = source.instruments, exchange.market.opening(0)[0]
     sent = format_quantity(notional / opened, instrument.quantity_step) # the live session's rounding
     assert float(sent) <= notional / opened * (1 + 1e-9)
     assert notional / opened - float(sent) <= instrument.quantity_step * (1 + 1e-6)
     for side in ("BUY", "SELL"):
-        order = exchange.order({"symbol": exchange.market.ids[0], "side": side, "type": "MARKET", "quantity": sent})
-        check_taker(float(order["avgPrice"]), opened, 1 if side == "BUY" else -1, instrument)
-    assert exchange.positions[0]["quantity"] == 0.
+        asked = {"symbol": exchange.market.ids[0], "side": side, "type": "MARKET", "quantity": sent}
+        ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], asked)
+        check_taker(exchange.accounts["main"].trades[-1].price, opened, 1 if side == "BUY" else -1, instrument)
+    assert exchange.accounts["main"].held(0) == 0.
 
 
 @settings(max_examples=80)
@@ -223,7 +225,7 @@ ROADS = {"backtest": lambda candles, one: backtest(buy_and_hold(), candles, inst
                                                    limits=OPEN), "environment": lambda candles,
                                                    one: prepare(candles, Observation(["return(1)"]), instruments=(one,
                                                                 )),
-         "localnet": lambda candles, one: Exchange(Market({one.symbol: candles}), (one,)), "stress": lambda candles,
+         "localnet": lambda candles, one: Replay({one.symbol: candles}, instruments=(one,)), "stress": lambda candles,
          one: stress(buy_and_hold(), candles, instruments=(one,), limits=OPEN, scenarios={}),
          "sweep": lambda candles, one: sweep(lambda parameters, columns: columns[:, 0] * 0., candles,
                                              pd.DataFrame({"n": [1.]}), candles[["close"]], instruments=one,

@@ -28,6 +28,7 @@ from tradelab.live.recorder import Recording, find_session, read, recorded_setti
 from tradelab.live.replay import replay, unproven
 from tradelab.live.session import Session
 from tradelab.live.venue import Answer, Outcome, VenueError
+from tradelab.localnet.protocol import format_number
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
@@ -74,7 +75,7 @@ def journal(folder, name="momentum_test"): return Ledger(f"sqlite:///{folder}/tr
 def recording(folder, name="momentum_test"): return folder / "sessions" / name / "recording.zst"
 def told(lines, kind): return [event for line in lines if line["kind"] == "received" for event in line["events"]
                                if event["type"] == kind]
-def orders_at(exchange): return Counter(order["clientOrderId"] for order in exchange.exchange.orders)
+def orders_at(exchange): return Counter(order.client_id for order in exchange.exchange.accounts["main"].orders.values())
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,8 @@ def test_positions_that_are_added_up_in_steps_close_without_dust(tmp_path):
         live = Session(make(), BinanceVenue(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"),
                        tmp_path / "sessions", id="momentum_test")
         statistics = run(live, 95)
-        held = {order["clientOrderId"]: order["origQty"] for order in exchange.exchange.orders}
+        held = {order.client_id: format_number(order.quantity)
+                for order in exchange.exchange.accounts["main"].orders.values()}
     steps = journal(tmp_path)
     assert statistics.orders > 50
     assert statistics.disagreements == statistics.rejected == 0

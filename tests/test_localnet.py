@@ -16,10 +16,12 @@ import pandas as pd
 import pytest
 
 from tradelab import command
-from tradelab.account import funding_amount, wallet
+from tradelab.account import funding_amount
 from tradelab.events import OPEN
 from tradelab.instruments import BITCOIN
-from tradelab.localnet.server import Localnet, PortInUseError, milliseconds_now
+from tradelab.localnet.server import Localnet, state_at
+from tradelab.localnet.service import milliseconds_now
+from tradelab.localnet.sockets import PortInUseError
 from tradelab.market.candles import frame
 from tradelab.settings import CostModel
 from tradelab.sim.costs import CONDITION, market_fill
@@ -72,6 +74,12 @@ class Client(ccxt.pro.binanceusdm):
         super().handle_message(client, message)
 
 
+async def done(client, open_time):
+    "Say that a candle has all it asked for, as a session in lockstep does"
+    socket, = [socket for url, socket in client.clients.items() if "/market" in url]
+    await socket.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": open_time})
+
+
 def visit(venue, talk, **keys):
     "Run a conversation with a client of its own, and close it"
     async def run():
@@ -81,7 +89,7 @@ def visit(venue, talk, **keys):
     return asyncio.run(run())
 
 
-def sim(venue): return json.loads(urlopen(f"{venue.url}/_sim/state").read())
+def sim(venue): return state_at(venue.url, "localnet-key")
 
 
 async def connect(client, symbols=(BTC, ETH)):
@@ -138,8 +146,8 @@ def test_account_and_settings():
             await client.fapiPrivatePostLeverage({"symbol": "BTCUSDT", "leverage": 500})
         with pytest.raises(ccxt.MarginModeAlreadySet):
             await client.fapiPrivatePostMarginType({"symbol": "BTCUSDT", "marginType": "CROSSED"})
-        with pytest.raises(ccxt.BaseError, match="localnet keeps cross margin"):
-            await client.set_margin_mode("isolated", BTC)
+        await client.set_margin_mode("isolated", BTC)
+        assert (await client.fetch_margin_mode(BTC))["marginMode"] == "isolated"
         with pytest.raises(ccxt.BaseError, match="-4059"): await client.set_position_mode(False)
     with localnet() as venue: visit(venue, talk)
 
@@ -193,7 +201,7 @@ def test_orders_that_are_refused():
             with pytest.raises(kind, match=code):
                 await client.fapiPrivatePostOrder({"symbol": "BTCUSDT", "side": "BUY", "type": "MARKET",
                                                    "quantity": "1"} | change)
-        await raw(ccxt.BadRequest, "-1116", type="LIMIT", price="20000")
+        await raw(ccxt.BadRequest, "-1116", type="DANCE", price="20000")
         await raw(ccxt.BaseError, "-4120", type="STOP_MARKET")
         await raw(ccxt.BadSymbol, "-1121", symbol="NOUSDT")
         await raw(ccxt.BadRequest, "-1111", quantity="0.00012")
@@ -202,11 +210,13 @@ def test_orders_that_are_refused():
         with pytest.raises(ccxt.OrderNotFound, match="-2013"): await client.fetch_order("77", BTC)
         with pytest.raises(ccxt.OrderNotFound, match="-2011"): await client.cancel_order("77", BTC)
         assert (await client.fapiPrivateDeleteAllOpenOrders({"symbol": "BTCUSDT"}))["code"] == 200
-        with pytest.raises(ccxt.ExchangeError, match="-5000"): await client.fetch_open_interest(BTC)
         return await client.fetch_balance()
     with localnet() as venue:
         assert visit(venue, talk)["USDT"]["total"] == 10_000
-        assert venue.exchange.orders == []
+        assert venue.exchange.accounts["main"].orders == {}
+        with pytest.raises(HTTPError) as unknown: urlopen(f"{venue.url}/fapi/v1/nothing")
+        assert unknown.value.code == 404
+        assert json.loads(unknown.value.read())["code"] == -5000
 
 
 def test_wrong_keys_and_clocks():
@@ -255,13 +265,13 @@ def test_lockstep_gives_every_candle_once_and_in_order(sleep):
     async def talk(client):
         await connect(client)
         seen, count = [], 33 if not sleep else 8
-        await client.fetch_balance()                                         # ready
+        await done(client, FIRST + 5 * HOUR)                                 # ready
         while len(seen) < 2 * count:
             for _ in range(2): seen.append(await client.closed.get())
             await asyncio.sleep(sleep)
             await client.create_order(BTC, "market", "buy" if len(seen) % 4 else "sell", .01)
             await asyncio.sleep(sleep)
-            if len(seen) < 2 * count: await client.fetch_balance()
+            if len(seen) < 2 * count: await done(client, seen[-1][0])
         disconnect(client)
         return seen
     with localnet() as venue:
@@ -269,13 +279,13 @@ def test_lockstep_gives_every_candle_once_and_in_order(sleep):
         assert seen == [(FIRST + (6 + n) * HOUR, name) for n in range(len(seen) // 2)
                         for name in ("BTCUSDT", "ETHUSDT")]
         opens = CANDLES[BTC].iloc[7:, OPEN] # decided at a close, filled at the next open
-        for n, order in enumerate(venue.exchange.orders):
-            expected, _ = market_fill(.01 if order["side"] == "BUY" else -.01, opens.iloc[n], 0., USUAL,
-                                      CostModel().row()[()], BITCOIN.row()[()])
-            assert float(order["avgPrice"]) == expected
-            assert order["time"] == FIRST + (7 + n) * HOUR
-        assert state["sent"] == len(seen) // 2
-        assert state["closed"] == 6 + len(seen) // 2
+        for n, trade in enumerate(venue.exchange.accounts["main"].trades):
+            expected, _ = market_fill(trade.quantity, opens.iloc[n], 0., USUAL, CostModel().row()[()],
+                                      BITCOIN.row()[()])
+            assert trade.price == expected
+            assert trade.time == FIRST + (7 + n) * HOUR
+        assert state["steps"] == 1 + len(seen) // 2 # the first one opens the market
+        assert state["left"] == 33 - len(seen) // 2
         assert not state["finished"]
 
 
@@ -283,12 +293,13 @@ def test_money_adds_up_with_funding():
     async def talk(client):
         await connect(client)
         await client.create_order(BTC, "market", "buy", .2)
-        await client.fetch_balance()
+        await done(client, FIRST + 5 * HOUR)
         for n in range(33):
-            await client.closed.get(), await client.closed.get()
+            await client.closed.get()
+            open_time, _ = await client.closed.get()
             if n % 5 == 0: await client.create_order(BTC, "market", "sell" if n % 2 else "buy", .1 if n % 2 else .05)
             if n == 10: await client.create_order(ETH, "market", "sell", 2)
-            await client.fetch_balance()
+            await done(client, open_time)
         disconnect(client)
         incomes = await client.fapiPrivateGetIncome({"limit": 1000})
         return incomes, await client.fapiPrivateV3GetAccount(), client.heard, await client.fetch_funding_history(BTC)
@@ -300,7 +311,7 @@ def test_money_adds_up_with_funding():
                           atol=1e-6)
         assert np.isclose(float(account["totalMarginBalance"]), float(account["totalWalletBalance"])
                           + float(account["totalUnrealizedProfit"]), rtol=0, atol=1e-7)
-        assert account["totalWalletBalance"] == f"{wallet(venue.exchange.account):.8f}"
+        assert account["totalWalletBalance"] == f"{venue.exchange.accounts['main'].wallet():.8f}"
     paid = [event for event in heard if event.get("e") == "ACCOUNT_UPDATE" and event["a"]["m"] == "FUNDING_FEE"]
     assert [update["T"] for update in paid] == [FIRST + 8 * n * HOUR for n in range(1, 5)] == [row["timestamp"]
         for row in history]
@@ -324,7 +335,7 @@ def test_the_market_waits_between_two_sessions():
         await connect(client)
         seen = []
         for _ in range(3):
-            await client.fetch_balance()
+            await done(client, sim(venue)["step"])
             seen.append((await client.closed.get())[0])
             await client.closed.get()
         disconnect(client)
@@ -332,18 +343,33 @@ def test_the_market_waits_between_two_sessions():
     async def only_look(client): return await client.fetch_balance()
     with localnet() as venue:
         first = visit(venue, three)
-        for _ in range(3): visit(venue, only_look) # account calls without streams let nothing close
+        for _ in range(3): visit(venue, only_look) # who only asks lets nothing close
         assert first + visit(venue, three) == [FIRST + (6 + n) * HOUR for n in range(6)]
+
+
+def test_a_name_that_is_lost_repeated_or_wrong_lets_no_candle_pass_that_nobody_saw():
+    async def talk(client):
+        await connect(client)
+        for hour in (0, 5, 5, 5, 9): await done(client, FIRST + hour * HOUR)
+        seen = [await client.closed.get() for _ in range(2)]
+        await client.fetch_balance()
+        disconnect(client)
+        return seen, client.closed.qsize()
+    with localnet() as venue:
+        assert visit(venue, talk) == ([(FIRST + 6 * HOUR, name) for name in ("BTCUSDT", "ETHUSDT")], 0)
+        assert sim(venue)["steps"] == 2
 
 
 def test_plain_ccxt_sees_candles_move():
     async def talk(client):
         first = await client.watch_ohlcv(BTC, "1h")
         orders = asyncio.ensure_future(hold(client.watch_orders))
-        while not venue.service.streams.session.is_set(): await asyncio.sleep(.01)
-        await client.fetch_balance()
+        while not sim(venue)["session"]: await asyncio.sleep(.01)
         second = first
-        while second[-1][0] == first[-1][0]: second = await client.watch_ohlcv(BTC, "1h")
+        await done(client, FIRST + 5 * HOUR)
+        while second[-1][0] == first[-1][0]:
+            second = await client.watch_ohlcv(BTC, "1h")
+            await done(client, sim(venue)["step"])
         orders.cancel()
         return first[-1][0], second[-1][0]
     with localnet() as venue: assert visit(venue, talk) == (FIRST + 6 * HOUR, FIRST + 7 * HOUR)
@@ -367,7 +393,7 @@ def test_a_listen_key_lives_until_it_is_closed():
         assert first == again == await client.fapiPrivatePutListenKey()
         await connect(client)
         await client.fapiPrivateDeleteListenKey()
-        while venue.service.streams.session.is_set(): await asyncio.sleep(.01)
+        while sim(venue)["session"]: await asyncio.sleep(.01)
         disconnect(client)
         assert await client.fapiPrivatePostListenKey() != first
         async with client.session.ws_connect(venue.url.replace("http", "ws")
@@ -394,7 +420,7 @@ def test_all_paths_of_sockets():
                 assert ((event["stream"] == "btcusdt@kline_1h" and event["data"]["k"]["x"] is False)
                         if "/stream" in path else event["k"]["t"] == FIRST + 6 * HOUR)
                 await socket.send_json({"method": "UNSUBSCRIBE", "params": ["btcusdt@kline_1h"], "id": 2})
-                await socket.send_json({"method": "SUBSCRIBE", "params": ["btcusdt@depth"], "id": 3})
+                await socket.send_json({"method": "SUBSCRIBE", "params": ["btcusdt@nothing"], "id": 3})
                 assert (await socket.receive_json())["id"] == 2
                 assert (await socket.receive_json())["error"]["code"] == 2
     with localnet() as venue: visit(venue, talk)
@@ -407,7 +433,7 @@ def test_the_same_requests_get_the_same_replies():
         orders = [await client.fapiPrivatePostOrder(order | {"side": side, "quantity": size, "newClientOrderId": side})
                   for side, size in (("BUY", "0.1"), ("SELL", "0.25"))]
         trades = await client.fapiPrivateGetUserTrades({"symbol": "BTCUSDT"})
-        return *orders, trades, await client.fapiPrivateV3GetAccount(), await client.fapiPrivatePostListenKey()
+        return *orders, trades, await client.fapiPrivateV3GetAccount()
     runs = []
     for _ in range(2):
         with localnet() as venue: runs.append(visit(venue, talk))
@@ -437,9 +463,10 @@ def test_who_serves_a_localnet_ends_when_its_market_fails(monkeypatch):
     "A process that only waited for signals would stay for ever, with nothing behind its port"
     server, begun = localnet(), threading.Event()
     async def fails():
+        server.hall.opened.set()
         await asyncio.to_thread(begun.wait)
         raise ArithmeticError("the market broke")
-    monkeypatch.setattr(server.service, "play", fails)
+    monkeypatch.setattr(server.hall, "play", fails)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(command.click, "echo", lambda sentence: begun.set())
     with pytest.raises(ArithmeticError, match="the market broke"), server: command.serve(server, "it listens")
@@ -539,8 +566,10 @@ def test_events_have_the_fields_and_types_of_the_schemas(fixtures):
     async def talk(client):
         await connect(client)
         await client.fapiPrivatePostOrder({"symbol": "BTCUSDT", "side": "BUY", "type": "MARKET", "quantity": "0.1"})
-        await client.fetch_balance()
         await client.watch_mark_price(BTC)
+        await client.fetch_balance()
+        for socket in [socket for url, socket in client.clients.items() if "/market/ws/0" in url]:
+            await socket.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": FIRST + 5 * HOUR})
         await client.closed.get()
         disconnect(client)
         return client.heard

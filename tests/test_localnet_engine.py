@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.account import POSITION, mark, new_account
-from tradelab.events import CLOSE, OPEN, VOLUME
+from tradelab.events import CLOSE
 from tradelab.journal import JOURNAL
 from tradelab.localnet.accounts import MONEY, Account, isolate
-from tradelab.localnet.engine import Exchange, Questions, amend, cancel, place, row_of, works, write_row
+from tradelab.localnet.engine import Exchange, Questions, amend, begin, cancel, place, row_of, works, write_row
 from tradelab.localnet.orders import ExchangeOrder
 from tradelab.localnet.protocol import RequestDeniedError, format_number
 from tradelab.localnet.shown import Close, Levels, Market, Prices, Rate, Tick
+from tradelab.localnet.sources import Replay
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import (
     GTC,
@@ -35,7 +36,19 @@ from tradelab.sim.prepared import market_data
 
 SYMBOLS = ("BTC/USDT:USDT", "ETH/USDT:USDT")
 SLOTS, START, STEPS = 3, 260, 40
-FRAMES = {symbol: ar1(START + STEPS + 1, volatility=.01, seed=3 + n) for n, symbol in enumerate(SYMBOLS)}
+
+
+def jumpy(seed):
+    "Candles with a gap between them, small or large"
+    candles, random = ar1(START + STEPS + 2, volatility=.01, seed=seed), np.random.default_rng(seed)
+    gaps = np.where(random.random(len(candles)) < .1, .04, .002) * random.normal(size=len(candles))
+    candles["open"] = (candles["open"] * (1 + gaps)).round(1)
+    candles["high"] = candles[["open", "high"]].max(axis=1)
+    candles["low"] = candles[["open", "low"]].min(axis=1)
+    return candles
+
+
+FRAMES = {symbol: jumpy(3 + n) for n, symbol in enumerate(SYMBOLS)}
 RATES = {symbol: funding(frame, seed=3) for symbol, frame in FRAMES.items()}
 VOLUME_USUAL = float(np.median([frame["volume"].median() for frame in FRAMES.values()]))
 COSTS = {"ideal": CostModel.ideal(), "usual": CostModel(), "realistic": CostModel.realistic(),
@@ -86,21 +99,23 @@ def wild(random, prices, answer):
 class Twins:
     "An account of the kernel that decides, and one of localnet that sends the same orders"
 
-    def __init__(self, costs, execution=Execution(), slots=0, limits=LIMITS, deposit=10_000., frames=FRAMES):
-        self.candles = data().candles if frames is FRAMES else market_data(frames, funding=RATES).candles
-        self.times = data().times
+    def __init__(self, costs, execution=Execution(), slots=0, limits=LIMITS, instruments=INSTRUMENTS):
+        self.candles, self.times = data().candles, data().times
         arrays = market_arrays(self.times, self.candles, data().rates, costs, limits)
-        rules = trading_rules(costs, limits, INSTRUMENTS, execution, slots)
-        state = new_state(new_account(deposit), np.zeros(len(SYMBOLS), POSITION), rules.execution, 5_000)
+        rules = trading_rules(costs, limits, instruments, execution, slots)
+        state = new_state(new_account(10_000.), np.zeros(len(SYMBOLS), POSITION), rules.execution, 5_000)
         mark(state.account, state.positions, self.candles[START, :, CLOSE].copy())
         self.kernel = Simulation(arrays, state, rules)
-        history = {symbol: frame.iloc[:START + 1] for symbol, frame in frames.items()}
-        market = Market(history, INSTRUMENTS, costs=costs)
-        self.account = Account("main", market, costs, deposit)
+        source = Replay(FRAMES, RATES, start=int(self.times[START + 1]), instruments=instruments)
+        market = Market(source.history(), source.instruments, source.funding, costs)
+        self.account = Account("main", market, costs)
         self.account.leverage = [int(each.brackets[0][1]) for each in market.instruments]
         self.exchange = Exchange(market, [self.account], costs, questions=Questions(reduce_only="keep"))
+        self.steps = source.steps()
+        self.exchange.step(next(self.steps))
         self.sent = {}           # (n, slot) -> revision and number
         self.seen = 0            # fills that were compared
+        self.paid = 0.           # funding at the close before: the kernel pays it a candle later
         self.refused = []
 
     def child(self, n, order):
@@ -141,22 +156,18 @@ class Twins:
 
     def wait(self, n, k, order):
         "As a conditional order does"
+        begin(self.exchange, self.account)
+        if self.account.name in self.exchange.closed: return None
         number = self.exchange.next_order()
         names = ("kind", "quantity", "price", "trigger", "in_force", "reduce_only", "callback", "expires_in")
         spot = write_row(self.account, n, "BOTH", number, k, **{name: order[name] for name in names})
         self.exchange.on_fill[number] = self.child(n, {name: order[name] for name in names} | {"slot": k})
-        try: self.exchange.arrive(self.account, spot)
-        except RequestDeniedError as refused: self.refused.append(refused.code)
+        self.exchange.arrive(self.account, spot)
         return number
 
     def step(self, t, answer):
         "One candle for both"
         kernel, row = self.kernel, np.zeros(len(SYMBOLS), JOURNAL)
-        opened, rates = self.candles[t + 1], kernel.arrays.rates[t]
-        self.exchange.step([Rate(int(self.times[t + 1]), n, float(rate))
-                            for n in range(len(SYMBOLS)) for rate in rates[n] if rate]
-                           + [Tick(int(self.times[t + 1]), n, float(opened[n, OPEN]), 0., False,
-                                   float(opened[n, VOLUME])) for n in range(len(SYMBOLS))])
         kernel.step(t, answer, row, market=False)
         changed = []
         for n, k in np.ndindex(kernel.state.orders.shape):
@@ -171,15 +182,14 @@ class Twins:
             self.sent[n, k] = int(order["revision"]), sent
             if len(self.account.trades) > count and self.account.held(n) == 0.: closed.add(n)
         kernel.step(t, np.zeros(0), row)
-        known = np.zeros((len(SYMBOLS), 11))
-        known[:, :5] = opened
-        end = int(self.times[t + 1]) + 3_600_000
-        self.exchange.step([Close(end, int(self.times[t + 1]), known)])
+        self.exchange.step(next(self.steps))
         self.compare(t)
 
     def compare(self, t):
         theirs, ours = self.kernel.state, self.account.cross.state
-        for name in MONEY: assert theirs.account[0][name] == ours.account[0][name], (t, name)
+        for name in MONEY[:-1]: assert theirs.account[0][name] == ours.account[0][name], (t, name)
+        assert theirs.account[0]["funding"] == self.paid, t
+        self.paid = ours.account[0]["funding"]
         for name in ("quantity", "entry_price"):
             assert theirs.positions[name].tolist() == ours.positions[name][::3].tolist(), (t, name)
         fills = theirs.fills[:theirs.count[0]]
@@ -226,6 +236,32 @@ def test_any_targets_in_any_style_are_the_kernels(seed, costs, execution):
         targets[turned] = random.choice([-1., -.4, 0., .4, 1.], turned.sum())
         twins.step(t, targets.copy())
     assert len(twins.account.trades) > 5
+
+
+# one bracket: little is needed to open a position, and much to keep it
+DARING = tuple(replace(each, brackets=((1e12, 100, .02),)) for each in INSTRUMENTS)
+LIQUIDATED = []
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(COSTS)), st.sampled_from([0, SLOTS]))
+def test_an_account_is_liquidated_where_the_kernel_liquidates_it(seed, costs, slots):
+    random = np.random.default_rng(seed)
+    limits = replace(LIMITS, max_position=10., max_leverage=20., leverage=100, min_margin_ratio=1., max_drawdown=1.)
+    twins = Twins(COSTS[costs], slots=slots, limits=limits, instruments=DARING)
+    answer = np.zeros((len(SYMBOLS), slots), ORDER)
+    targets = np.zeros(len(SYMBOLS))
+    for t in range(START, START + STEPS):
+        if slots:
+            working_orders(twins.kernel.state.orders, answer)
+            wild(random, twins.candles[t, :, CLOSE], answer)
+        else: targets = random.choice([-1., -.4, .4, 1.], len(SYMBOLS))
+        twins.step(t, answer.copy() if slots else targets)
+    LIQUIDATED.append(len(twins.account.forced))
+
+
+def test_accounts_were_liquidated():
+    if LIQUIDATED: assert sum(count > 0 for count in LIQUIDATED) > 3
 
 
 SIDES = {"BUY": 1, "SELL": -1}

@@ -12,8 +12,7 @@ from tradelab.instruments import BITCOIN
 from tradelab.localnet.shown import ENDPOINTS, Close, Levels, Market, Prices, Rate, Tick
 from tradelab.market.candles import frame
 
-FIXTURES = Path(__file__).resolve().parents[1] / "shared/fixtures/binance"
-if not FIXTURES.exists(): FIXTURES = Path("/work/shared/fixtures/binance")
+FIXTURES = Path(__file__).resolve().parents[2] / "shared/fixtures/binance"
 pytestmark = pytest.mark.skipif(not FIXTURES.exists(), reason="the shared fixtures are not here")
 HOUR, START = 3_600_000, 1_640_995_200_000
 SYMBOL, KLINE = {"symbol": "BTCUSDT"}, {"symbol": "BTCUSDT", "interval": "1h"}

@@ -166,16 +166,20 @@ def test_every_method_of_the_protocol_is_there_and_takes_the_same():
 
 @pytest.mark.integration
 def test_orders_on_localnet():
+    limit, stop = replace(RESTING, order_id="tl-2"), replace(STOP, order_id="tl-3")
     async def trade(venue):
         await venue.connect([BITCOIN], 5)
         bought = replace(SELL, quantity=.1, reduce_only=False)
         answers = {"placed": await venue.place(bought), "again": await venue.query(bought),
                    "ended": await venue.cancel(bought),
                    "never sent": await venue.query(replace(SELL, order_id="tl-9"), 0),
-                   "amended": await venue.amend(RESTING),
-                   **{order.kind.name: await venue.place(replace(order, order_id="tl-2")) for order in (RESTING, STOP)}}
+                   "ended amended": await venue.amend(RESTING),
+                   **{order.kind.name: await venue.place(order) for order in (limit, stop)}}
         answers["empty"] = await venue.place(replace(RESTING, price=0.))
-        return answers, await venue.open_orders(BITCOIN), (await venue.account()).positions
+        answers["amended"] = await venue.amend(replace(limit, price=21_000.))
+        works = await venue.open_orders(BITCOIN)
+        for order in (limit, stop): answers[f"{order.kind.name} cancelled"] = await venue.cancel(order)
+        return answers, works, (await venue.account()).positions
 
     with Localnet({BITCOIN: ar1(60, seed=3)}, instruments=[replace(LISTED, symbol=BITCOIN)]) as exchange:
         settings = VenueSettings("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"),
@@ -190,7 +194,12 @@ def test_orders_on_localnet():
     assert answers["ended"].outcome is Outcome.NOT_FOUND
     assert answers["never sent"].outcome is Outcome.NOT_FOUND
     assert answers["never sent"].proof
-    assert open_now == []
+    assert {report.order_id for report in open_now} == {"tl-2", "tl-3"}
+    assert {report.state for report in open_now} == {State.ACKNOWLEDGED}
     assert positions == {BITCOIN: .1}
-    for name in ("amended", "LIMIT", "STOP", "empty"): assert answers[name].outcome is Outcome.REJECTED, answers[name]
+    for name in ("LIMIT", "STOP", "amended", "LIMIT cancelled", "STOP cancelled"):
+        assert answers[name].outcome is Outcome.ACCEPTED, answers[name]
+    assert answers["LIMIT cancelled"].report.state is answers["STOP cancelled"].report.state is State.CANCELED
+    assert answers["ended amended"].outcome is Outcome.NOT_FOUND
+    assert answers["empty"].outcome is Outcome.REJECTED
     assert answers["empty"].text == f"order tl-1 of {BITCOIN} is a LIMIT and needs a price above 0, its price is 0.0"

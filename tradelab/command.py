@@ -201,12 +201,16 @@ def serve(
 @click.option("--interval-ms", default=0, show_default=True, help="Milliseconds between two candles.")
 @click.option("--lockstep/--no-lockstep", default=True, show_default=True, help="Wait for every session before the "
               "next candle.")
+@click.option("--speed", default=0., show_default=True, help="Times as fast as the candles' own time; 0: lockstep.")
 @click.option("--port", type=int, default=None, help="[default: localnet_port of the settings]")
+@click.option("--key", default=None, help="[default: localnet]")
+@click.option("--secret", default=None, help="[default: localnet]")
+@click.option("--fault", default="", help="A scenario of faults by name, as JSON, or in a file.")
 def localnet(candles:str, symbol:str, timeframe:str, start:str|None, funding:str, deposit:float, interval_ms:int,
-             lockstep:bool, port:int|None)->None:
+             lockstep:bool, speed:float, port:int|None, key:str|None, secret:str|None, fault:str)->None:
     "Serve an exchange on this machine that replays candles, until Ctrl-C."
     from tradelab.config import settings, venue_for
-    from tradelab.localnet.server import Localnet
+    from tradelab.localnet.server import Localnet, client_lines
     from tradelab.market.filters import describe_instruments, instruments_for
     from tradelab.sources.funding import funding_history
     from tradelab.sources.history import history
@@ -219,12 +223,17 @@ def localnet(candles:str, symbol:str, timeframe:str, start:str|None, funding:str
         first = frame.index[min(500, len(frame) // 2)] if start is None else frame.index[frame.index >= start][0]
         server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument),
                           here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep,
-                          interval_ms=interval_ms, gaps=here.gaps,
-                          api_key=venue.key.get_secret_value(), api_secret=venue.secret.get_secret_value(),
+                          interval_ms=interval_ms, gaps=here.gaps, speed=speed, faults=fault,
+                          api_key=key or venue.key.get_secret_value(),
+                          api_secret=secret or venue.secret.get_secret_value(),
                           port=here.localnet_port if port is None else port)
         with server:
+            lines = client_lines(server.url, *(getattr(server.keys[0], name) for name in ("key", "secret")))
             serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles), "
-                  f"{describe_instruments(server.exchange.instruments)}; Ctrl-C ends it")
+                  f"{describe_instruments(server.source.instruments)}; Ctrl-C ends it\nstreams at "
+                  f"{server.url.replace('http', 'ws')}/ws, control at {server.control_url} with the token "
+                  f"{server.token}\n" + "\n".join(f"{client}:\n  " + "\n  ".join(words)
+                                                  for client, words in lines.items()))
 
 # %% ../nbs/99_top/07_command.ipynb #bdf7c2bb
 @main.group()

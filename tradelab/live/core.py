@@ -472,7 +472,6 @@ def reconnected(core:Core)->Process:
     core.do(Tell(Notice("reconnected", "asking for what was missed")))
     yield from catch_up(core)
     yield from fill_gap(core)
-    if core.feed and not core.feed.ready: yield from ask_until_answered(core, [("account",)])
 
 # %% ../../nbs/70_live/09_core.ipynb #3b4831eb
 def tell_of_resting(core:Core)->None:

@@ -22,7 +22,6 @@ from tradelab.live.core import (
     Core,
     Process,
     ask_all,
-    ask_until_answered,
     catch_up,
     feed_in,
     go_on,
@@ -212,7 +211,6 @@ def start(
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
     if kept and core.manager.beside: yield from go_on(core)
-    if core.feed and not (core.feed.ready or core.feed.gap): yield from ask_until_answered(core, [("account",)])
 
 
 def start_and_live(core:Core, kept:dict|None=None, words:str="")->Process:

@@ -671,11 +671,11 @@ def account_reply(account:Account, version:int)->dict:
     totals = balance_fields(account)
     free = {name: totals[name] for name in ("availableBalance", "maxWithdrawAmount")}
     sums = {"total" + name[0].upper() + name[1:]: value for name, value in totals.items() if name not in free}
-    asset = {"asset": account.asset, **totals, "updateTime": account.market.now}
+    asset = {"asset": account.asset, **totals, "marginAvailable": True, "updateTime": account.market.now}
     positions = [position_in_account(account, row, version) for row in rows_shown(account, {}, version)]
     if version == 3: return {**sums, **free, "assets": [asset], "positions": positions}
     return {**permissions(account), "feeBurn": account.fee_burn, **sums, **free,
-            "assets": [asset | {"marginAvailable": True}], "positions": positions}
+            "assets": [asset], "positions": positions}
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #50d5dc4b
 def balance_reply(account:Account)->list[dict]:

@@ -8,7 +8,7 @@ __all__ = ['LIFETIME', 'SOCKET', 'EVERYTHING', 'ROUTES', 'MOST_STREAMS', 'MOST_F
            'Reader', 'Frames', 'Streams', 'CommandError', 'admit', 'subscribe', 'unsubscribe', 'set_property',
            'get_property', 'read_command', 'answer_command', 'refused', 'open_at']
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #7458587b
+# %% ../../nbs/60_localnet/10_streams.ipynb #994c5aff
 import json
 import re
 import secrets
@@ -25,13 +25,13 @@ import orjson
 from ..errors import TradelabError
 from .protocol import ApiKey, Endpoint, RequestDeniedError
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #0a723619
+# %% ../../nbs/60_localnet/10_streams.ipynb #87769101
 def json_bytes(payload:Any)->bytes:
     "A reply or an event as it is sent"
     try: return orjson.dumps(payload)
     except TypeError: return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #4cbe42e1
+# %% ../../nbs/60_localnet/10_streams.ipynb #7a9a395e
 def text_frame(
     text:bytes,   # utf-8
 )->bytes:
@@ -40,7 +40,7 @@ def text_frame(
     if len(text) < 1 << 16: return struct.pack("!BBH", 0x81, 126, len(text)) + text
     return struct.pack("!BBQ", 0x81, 127, len(text)) + text
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #e2c2ff98
+# %% ../../nbs/60_localnet/10_streams.ipynb #b7a2d5e6
 LIFETIME = 3_600_000 # ms
 
 
@@ -83,12 +83,12 @@ class ListenKeys:
         for key in over: self.close(key)
         return over
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #78930301
+# %% ../../nbs/60_localnet/10_streams.ipynb #a746ded0
 def key_expired(key:str, now:int)->dict:
     "The last event of a user stream whose key was not renewed"
     return {"e": "listenKeyExpired", "E": now, "listenKey": key}
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #1667fafa
+# %% ../../nbs/60_localnet/10_streams.ipynb #e416e42a
 def listen_key_endpoints(
     keys:ListenKeys,
     clock:Callable[[], int],         # ms, the session's
@@ -107,7 +107,7 @@ def listen_key_endpoints(
     return {("POST", "v1/listenKey"): Endpoint(1, "key", post), ("PUT", "v1/listenKey"): Endpoint(1, "key", put),
             ("DELETE", "v1/listenKey"): Endpoint(1, "key", close)}
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #cb8ae64f
+# %% ../../nbs/60_localnet/10_streams.ipynb #7e3d4e8c
 SOCKET = re.compile(r"/*(?:(public|market|private)/+)?(ws|stream)(?:/+(.*))?/*")
 EVERYTHING: frozenset[str] = frozenset()
 
@@ -136,7 +136,7 @@ def read_address(
         if name == "events" and keys: keys[list(keys)[-1]] = frozenset(value.split("/"))
     return Address(found[1] or "", found[2] == "stream", tuple(names), tuple(keys.items()))
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #267e64ed
+# %% ../../nbs/60_localnet/10_streams.ipynb #da175f3d
 ROUTES = ("lenient", "strict")
 
 
@@ -146,7 +146,7 @@ def route_of(
     "The route on which Binance serves a market stream"
     return "public" if re.search(r"bookTicker|@depth|@rpiDepth|@trade$", stream) else "market"
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #f25758f8
+# %% ../../nbs/60_localnet/10_streams.ipynb #99ef6a2a
 MOST_STREAMS = 1_024   # a socket
 MOST_FRAMES = 10       # a second, from a client
 
@@ -171,7 +171,7 @@ class Reader:
 
     def reply(self, payload:Any)->None: self.put(text_frame(json_bytes(payload)))
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #3a2ff118
+# %% ../../nbs/60_localnet/10_streams.ipynb #f801a1c8
 @dataclass
 class Frames:
     "An event as it goes to readers of `/ws`, and to those of `/stream`; each is made when it is first asked for"
@@ -186,7 +186,7 @@ class Frames:
     def wrapped(self)->bytes:
         return text_frame(b'{"stream":' + json_bytes(self.stream) + b',"data":' + self.text + b"}")
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #d1216827
+# %% ../../nbs/60_localnet/10_streams.ipynb #1827cb8a
 class Streams:
     "Who hears what"
 
@@ -230,7 +230,7 @@ class Streams:
                     parts.setdefault(reader, []).append(frames.wrapped if reader.combined else frames.bare)
         for reader, part in parts.items(): reader.put(b"".join(part))
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #da5485c4
+# %% ../../nbs/60_localnet/10_streams.ipynb #bcdd74cd
 class CommandError(TradelabError, ValueError):
     "A frame that cannot be carried out"
     def __init__(self, code:int, message:str):
@@ -255,7 +255,7 @@ def admit(
         raise CommandError(2, INVALID_STREAM)
     return name, EVERYTHING
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #8277ac1c
+# %% ../../nbs/60_localnet/10_streams.ipynb #1555dacf
 def _names(params):
     if not isinstance(params, list) or not all(isinstance(name, str) for name in params):
         raise CommandError(2, "Invalid request: params must be a list of strings")
@@ -280,7 +280,7 @@ def unsubscribe(streams:Streams, reader:Reader, names:Iterable[str])->None:
     "Let a reader hear streams no more"
     for name in names: streams.remove(reader, name.partition("@")[0] if name not in reader.names else name)
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #c141d396
+# %% ../../nbs/60_localnet/10_streams.ipynb #4316363c
 def set_property(streams:Streams, reader:Reader, params:Any)->None:
     "SET_PROPERTY"
     if not isinstance(params, list) or len(params) != 2:
@@ -295,7 +295,7 @@ def get_property(streams:Streams, reader:Reader, params:Any)->bool:
     if params != ["combined"]: raise CommandError(0, "Unknown property")
     return reader.combined
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #0dfe4f45
+# %% ../../nbs/60_localnet/10_streams.ipynb #19d2c1df
 METHODS: dict[str, Callable[[Streams, Reader, Any], Any]] = {
     "SUBSCRIBE": lambda streams, reader, params: subscribe(streams, reader, _names(params)) and None,
     "UNSUBSCRIBE": lambda streams, reader, params: unsubscribe(streams, reader, _names(params)),
@@ -312,7 +312,7 @@ def read_command(text:str|bytes)->dict:
         raise CommandError(2, "Invalid request: request ID must be an unsigned integer or a string")
     return asked
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #0afc4c68
+# %% ../../nbs/60_localnet/10_streams.ipynb #dc88ee23
 def answer_command(
     streams:Streams,
     reader:Reader,
@@ -332,7 +332,7 @@ def refused(error:CommandError, number:int|str|None=None)->dict:
     "The reply to a frame that cannot be carried out"
     return {"error": {"code": error.code, "msg": str(error)}, "id": number}
 
-# %% ../../nbs/60_localnet/10_streams.ipynb #6c225acb
+# %% ../../nbs/60_localnet/10_streams.ipynb #e0a07340
 def open_at(
     streams:Streams,
     reader:Reader,
