@@ -21,7 +21,7 @@ from tradelab.localnet.protocol import RequestDeniedError, format_number
 from tradelab.localnet.shown import Market
 from tradelab.localnet.sources import Replay
 from tradelab.market.candles import frame
-from tradelab.orders import NONE
+from tradelab.orders import LIMIT, MARKET, NONE
 from tradelab.risk.execution import new_order
 from tradelab.settings import CostModel
 from tradelab.sim.kernel import advance, pay_funding
@@ -386,7 +386,7 @@ class Twin:
         "From the close before to the close in these moves"
         close = next(move for move in moves if isinstance(move, shown.Close))
         prices = np.ascontiguousarray(close.candles[:, :5])
-        candle = engine.candle_of(close.open_time, prices, self.market.condition_rows)
+        candle = engine._candle_of(close.open_time, prices, self.market.condition_rows)
         advance(self.state, self.part.rules, engine.NOBODY, np.zeros((len(self.part.rows), 1)), candle.prices, candle)
         for move in moves:   # due at this close; the kernel's next step would begin with it
             if isinstance(move, shown.Rate):
@@ -405,9 +405,13 @@ def feed(world, twin, asked, slots):
                            world.market.ids[asked["n"]], INSTRUMENTS[asked["n"]], world.market.now)
         slots[asked["n"]] += 1
         exchange.submit(account, order, slots[asked["n"]])
-        twin.write(order.place, order.number, **engine.row_fields(replace(order, executed=0.)))
+        twin.write(order.place, order.number, kind=MARKET if order.kind == "MARKET" else LIMIT,
+                   quantity=order.sign * order.quantity, price=order.price, in_force=engine.FORCES[order.in_force],
+                   reduce_only=int(order.reduce_only))
         return
-    algo = conditional.place(exchange.conditional, account, waiting(world, account, asked | {"activate": False}))
+    asked = asked | {"activate": False, "force": "IOC" if asked["force"] == "IOC" else "GTC",
+                     "close": asked["close"] and account.costs.participation is None}
+    algo = conditional.place(exchange.conditional, account, waiting(world, account, asked))
     twin.write(algo.place, algo.child_number, kind=conditional.KINDS[algo.kind],
                quantity=algo.sign * (algo.quantity or conditional.ALL), price=algo.price,
                trigger=float(engine.row_of(account, algo.place)["trigger"]), callback=algo.callback,
