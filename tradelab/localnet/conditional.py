@@ -21,7 +21,7 @@ from ..events import CLOSE
 from ..instruments import Instrument
 from .accounts import Account, page
 from .engine import FORCES as KERNEL_FORCES
-from .engine import Exchange, begin, clear_row, end, reason_of, row_of, write_row
+from .engine import Exchange, Place, begin, clear_row, end, reason_of, row_of, write_row
 from tradelab.localnet.orders import (
     FORCES,
     GRACE,
@@ -91,7 +91,7 @@ class AlgoOrder:
     active:bool = True         # whether a trailing stop follows the price already
     child:ExchangeOrder|None = None          # what it became
     child_number:int = 0                     # that the kernel writes into its fills
-    place:tuple[int, int]|None = None        # row and slot in the kernel
+    place:Place|None = None                  # row and slot in the kernel
     looked:tuple[float, int] = (0., 0)       # what it could close, and when that changed last, at the candle before
 
     @property
@@ -399,18 +399,19 @@ def write(kept:AlgoOrders, algo:AlgoOrder)->None:
     exchange.on_fill[number] = lambda account, number, time: adopt(kept, algo, time)
 
 # %% ../../nbs/60_localnet/09_conditional.ipynb #c09b1926
-def closing(kept:AlgoOrders, algo:AlgoOrder)->float:
-    "What an order with closePosition has closed and can still close, base units"
-    state, k, _ = kept.account.view(kept.account.row(algo.n, algo.position_side))
-    fills = state.fills[:state.count[0]]
-    filled = abs(fills["quantity"][fills["decision_price"] == algo.child_number].sum())
-    return float(decimal8(filled + max(kept.held(algo), 0.)))
+def closing(kept:AlgoOrders, algo:AlgoOrder, place:Place)->float:
+    "What an order with closePosition has closed, and what is left to close: its quantity from now on, base units"
+    state = kept.account.view(place[0])[0]
+    fills, left = state.fills[:state.count[0]], max(kept.held(algo), 0.)
+    row_of(kept.account, place)["quantity"] = algo.sign * left
+    return float(decimal8(abs(fills["quantity"][fills["decision_price"] == algo.child_number].sum()) + left))
 
 
 def adopt(kept:AlgoOrders, algo:AlgoOrder, time:int)->ExchangeOrder:
     "The order that the kernel has made of a conditional order"
     kept.tell(algo, "TRIGGERING", time)
-    child = child_of(algo, algo.child_number, algo.quantity or closing(kept, algo), time)
+    quantity = closing(kept, algo, algo.place) if algo.close_position and algo.place else algo.quantity
+    child = child_of(algo, algo.child_number, quantity, time)
     child.account, child.place = kept.account.name, algo.place
     kept.due[child.number] = algo
     kept.exchange.register(kept.account, child)
@@ -443,7 +444,7 @@ class Conditional:
     "The conditional orders of all accounts of an exchange"
 
     def __init__(self, exchange:Exchange):
-        self.exchange = exchange
+        self.exchange, exchange.conditional = exchange, self
         self.numbers = count(FIRST_NUMBER)
         self.kept: dict[str, AlgoOrders] = {}
         for hooks, hook in ((exchange.watchers, self.watch), (exchange.after_step, self.settle),
@@ -458,13 +459,15 @@ class Conditional:
         "A move of the market"
         for kept in self.kept.values():
             for algo in [each for each in kept.open.values() if each.n == getattr(move, "n", None)]:
+                if not algo.waits: continue   # the one before it has ended the position
                 if self.exchange.profile == "book": see(kept, algo, move.time)
                 else: follow(algo, self.exchange.market.last(algo.n))
 
     def settle(self, account:Account, time:int)->None:
         "An account has lived through a candle, or an order has arrived"
         kept = self.of(account)
-        for algo in list(kept.open.values()): settle(kept, algo, time)
+        for algo in sorted(kept.open.values(), key=lambda each: each.place is None):   # a new place may be an old one
+            if algo.waits: settle(kept, algo, time)
 
     def accepted(self, account:Account, order:ExchangeOrder)->None:
         "An order was accepted"
@@ -504,8 +507,7 @@ def place(conditional:Conditional, account:Account, asked:dict)->AlgoOrder:
 # %% ../../nbs/60_localnet/09_conditional.ipynb #d8819337
 def _conditional(exchange, account)->AlgoOrders:
     "The conditional orders of an account; they begin with the first that somebody asks for"
-    if exchange.conditional is None: exchange.conditional = Conditional(exchange)
-    return exchange.conditional.of(account)
+    return (exchange.conditional or Conditional(exchange)).of(account)
 
 
 def _found(kept, asked, refusal):
