@@ -179,6 +179,7 @@ class Hall:
     ):
         self.service = service
         self.steps = _steps_of(steps)
+        self.live = hasattr(steps, "__aiter__")   # whether steps come when they happen, so that none waits
         self.pace = pace
         self.served = served
         self.played = played
@@ -213,7 +214,7 @@ class Hall:
             if self.played: await self.turn()
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
-            if self.pace.speed and self.played: await self.in_time(moves)
+            if self.pace.speed and self.played and not self.live: await self.in_time(moves)
             else: advance(self.service, moves)
             self.played += 1
             self.opened.set()
