@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SESSION', 'milliseconds_now', 'Reply', 'Barrier', 'Service', 'publish', 'admit', 'answer', 'readers_on',
-           'tend', 'step_name', 'advance', 'greet', 'answer_frame', 'admit_frame', 'session_reply', 'session', 'call',
-           'answer_request']
+           'tend', 'step_name', 'advance', 'greet', 'answer_frame', 'answer_request']
 
-# %% ../../nbs/60_localnet/13_service.ipynb #11123863
+# %% ../../nbs/60_localnet/13_service.ipynb #c72b6f42
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,7 +39,7 @@ from tradelab.localnet.streams import (
     refused,
 )
 
-# %% ../../nbs/60_localnet/13_service.ipynb #6a210fe3
+# %% ../../nbs/60_localnet/13_service.ipynb #5f99f7cc
 def milliseconds_now()->int: return time.time_ns() // 1_000_000
 
 
@@ -53,7 +52,7 @@ class Reply:
     delay:float = 0.                     # seconds until it is sent
     drop:bool = False                    # the connection is cut instead
 
-# %% ../../nbs/60_localnet/13_service.ipynb #202b8fc1
+# %% ../../nbs/60_localnet/13_service.ipynb #bc06f540
 class Barrier:
     "Who has to let the market go on, and who has"
 
@@ -85,7 +84,7 @@ class Barrier:
 
     def _look(self): self.open |= bool(self.named) and all(step == self.step for step in self.named.values())
 
-# %% ../../nbs/60_localnet/13_service.ipynb #ae19f640
+# %% ../../nbs/60_localnet/13_service.ipynb #a3f5ee7c
 class Service:
     "An exchange and its clients"
 
@@ -121,7 +120,7 @@ def _close_key(streams:Streams, key:str)->None:
     "Close the sockets of a listen key that was given back"
     for reader in list(streams.readers.get(key, ())): reader.close(1000)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #57dc77a4
+# %% ../../nbs/60_localnet/13_service.ipynb #9f29d856
 def publish(service:Service)->None:
     "Send what has happened in the account and in the market since the last time"
     now, keys = service.now(), service.streams.keys
@@ -129,7 +128,7 @@ def publish(service:Service)->None:
     service.streams.send((keys.of(account) or "", payload) for account, payload in events)
     service.streams.send(service.faults.market_events(service.exchange.market.take_events(), now))
 
-# %% ../../nbs/60_localnet/13_service.ipynb #ab83b94c
+# %% ../../nbs/60_localnet/13_service.ipynb #6995bc16
 def admit(
     service:Service,
     endpoint:Endpoint,
@@ -145,7 +144,7 @@ def admit(
         check_time(parameters(query, body), service.now())
     return service.exchange.accounts[found.account]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #57970b0a
+# %% ../../nbs/60_localnet/13_service.ipynb #381e8cda
 def _carry_out(
     service:Service,
     name:tuple[str, str],    # method and path
@@ -172,7 +171,7 @@ def _faulty(
     if fault.status is not None: content = fault.text
     return Reply(content, fault.status or 200, fault.headers, fault.delay_ms / 1000, fault.drop)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #e4546a80
+# %% ../../nbs/60_localnet/13_service.ipynb #537c69a3
 def _perform(
     service:Service,
     name:tuple[str, str],        # method and path
@@ -197,7 +196,7 @@ def _perform(
     except RequestDeniedError as error:
         return Reply(error.reply, error.status, {**headers, **error.headers})
 
-# %% ../../nbs/60_localnet/13_service.ipynb #a32a6f5b
+# %% ../../nbs/60_localnet/13_service.ipynb #84af0fbd
 def answer(
     service:Service,
     method:str,
@@ -217,7 +216,7 @@ def answer(
         return admit(service, endpoint, (headers or {}).get("X-MBX-APIKEY", ""), query, body)
     return _perform(service, name, endpoint, admitted, asked, ip)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #b8c2eeff
+# %% ../../nbs/60_localnet/13_service.ipynb #066dd117
 def readers_on(
     service:Service,
     route:str,        # public, market, private or *
@@ -237,7 +236,7 @@ def _obey(service:Service, command:Any)->None:
     if command.do == "forget": keys.forget()
     if command.do == "expire": keys.ends.update(dict.fromkeys(keys.ends, 0))
 
-# %% ../../nbs/60_localnet/13_service.ipynb #6f9e87e5
+# %% ../../nbs/60_localnet/13_service.ipynb #73074e89
 def tend(service:Service)->list[Any]:
     "Do what is due by the session's clock; returns what faults demand beyond this service: restarts"
     now = service.real_clock()
@@ -255,7 +254,7 @@ def tend(service:Service)->list[Any]:
         _close_key(service.streams, key)
     return [command for command in commands if command.do == "restart"]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #dae90929
+# %% ../../nbs/60_localnet/13_service.ipynb #55bab642
 def step_name(
     moves:list,
     otherwise:int,   # its name if no candle closes in it
@@ -280,7 +279,7 @@ def advance(
     service.steps += 1
     publish(service)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #516d4790
+# %% ../../nbs/60_localnet/13_service.ipynb #122c3aff
 def greet(service:Service, reader:Reader, names:Iterable[str])->None:
     "Tell a reader where its new streams stand"
     for name in names:
@@ -310,7 +309,7 @@ def answer_frame(
     reader.reply(answer_command(service.streams, reader, asked))
     greet(service, reader, [name for name in reader.names if name not in before])
 
-# %% ../../nbs/60_localnet/13_service.ipynb #7ae6d141
+# %% ../../nbs/60_localnet/13_service.ipynb #aa9833bb
 METHODS = {
     "order.place": ("POST", "v1/order"), "order.modify": ("PUT", "v1/order"), "order.cancel": ("DELETE", "v1/order"),
     "order.status": ("GET", "v1/order"), "algoOrder.place": ("POST", "v1/algoOrder"),
@@ -323,7 +322,7 @@ METHODS = {
     "userDataStream.stop": ("DELETE", "v1/listenKey")}
 
 
-def admit_frame(
+def _admit_frame(
     service:Service,
     reader:Reader,
     endpoint:Endpoint,
@@ -339,14 +338,14 @@ def admit_frame(
         check_time(asked, service.now())
     return service.exchange.accounts[key.account]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #1b41ed43
-def session_reply(service:Service, reader:Reader)->dict:
+# %% ../../nbs/60_localnet/13_service.ipynb #af1d3eff
+def _session_reply(service:Service, reader:Reader)->dict:
     "Who has logged on at a socket"
     return {"apiKey": reader.key.key if reader.key else None, "authorizedSince": reader.since or None,
             "connectedSince": reader.opened, "returnRateLimits": False, "serverTime": service.now()}
 
 
-def session(service:Service, reader:Reader, method:str, params:dict)->dict:
+def _session(service:Service, reader:Reader, method:str, params:dict)->dict:
     "session.logon, session.status or session.logout"
     if method == "session.logout": reader.key, reader.since = None, 0
     if method == "session.logon":
@@ -356,9 +355,9 @@ def session(service:Service, reader:Reader, method:str, params:dict)->dict:
         check_ws_signature(key.secret, params)
         check_time(asked, service.now())
         reader.key, reader.since = key, service.now()
-    return session_reply(service, reader)
+    return _session_reply(service, reader)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #0702a89e
+# %% ../../nbs/60_localnet/13_service.ipynb #76bb0626
 SESSION = ("session.logon", "session.status", "session.logout")
 
 
@@ -375,7 +374,7 @@ def _read_request(text):
     return number, asked.get("method"), params
 
 
-def call(
+def _call(
     service:Service,
     reader:Reader,
     method:Any,
@@ -384,15 +383,15 @@ def call(
 )->Reply:
     "Carry out a method of the WebSocket API"
     if method in SESSION:
-        logging = Endpoint(2, "public", lambda exchange, account, asked: session(service, reader, method, params))
+        logging = Endpoint(2, "public", lambda exchange, account, asked: _session(service, reader, method, params))
         return _perform(service, ("POST", method), logging, lambda: None, {}, ip)
     name = METHODS.get(method) if isinstance(method, str) else None
     endpoint = service.endpoints.get(name) if name else None
     if name is None or endpoint is None: raise RequestDeniedError(-1020)
     asked = {key: value for key, value in texts(params).items() if key not in ("apiKey", "returnRateLimits")}
-    return _perform(service, name, endpoint, lambda: admit_frame(service, reader, endpoint, params), asked, ip)
+    return _perform(service, name, endpoint, lambda: _admit_frame(service, reader, endpoint, params), asked, ip)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #d5ff50ce
+# %% ../../nbs/60_localnet/13_service.ipynb #8f7f6b66
 def answer_request(
     service:Service,
     reader:Reader,
@@ -403,7 +402,7 @@ def answer_request(
     number, params = None, {}
     try:
         number, method, params = _read_request(text)
-        reply = call(service, reader, method, params, ip)
+        reply = _call(service, reader, method, params, ip)
     except RequestDeniedError as error: reply = Reply(error.reply, error.status)
     content = reply.content
     if isinstance(content, str):
