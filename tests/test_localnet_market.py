@@ -90,7 +90,7 @@ def test_a_copy_of_the_book_that_follows_the_diffs_is_the_book(speed):
         for side in "ba": copy[side] |= dict(event[side])
     assert number == snapshot["lastUpdateId"]
     for side, name in (("b", "bids"), ("a", "asks")):
-        left = {price: quantity for price, quantity in copy[side].items() if quantity != "0"}
+        left = {price: quantity for price, quantity in copy[side].items() if float(quantity)}
         assert left == dict(snapshot[name])
 
 

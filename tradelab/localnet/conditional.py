@@ -444,7 +444,7 @@ class Conditional:
     "The conditional orders of all accounts of an exchange"
 
     def __init__(self, exchange:Exchange):
-        self.exchange = exchange
+        self.exchange, exchange.conditional = exchange, self
         self.numbers = count(FIRST_NUMBER)
         self.kept: dict[str, AlgoOrders] = {}
         for hooks, hook in ((exchange.watchers, self.watch), (exchange.after_step, self.settle),
@@ -466,7 +466,7 @@ class Conditional:
     def settle(self, account:Account, time:int)->None:
         "An account has lived through a candle, or an order has arrived"
         kept = self.of(account)
-        for algo in list(kept.open.values()):
+        for algo in sorted(kept.open.values(), key=lambda each: each.place is None):   # a new place may be an old one
             if algo.waits: settle(kept, algo, time)
 
     def accepted(self, account:Account, order:ExchangeOrder)->None:
@@ -507,8 +507,7 @@ def place(conditional:Conditional, account:Account, asked:dict)->AlgoOrder:
 # %% ../../nbs/60_localnet/09_conditional.ipynb #d8819337
 def _conditional(exchange, account)->AlgoOrders:
     "The conditional orders of an account; they begin with the first that somebody asks for"
-    if exchange.conditional is None: exchange.conditional = Conditional(exchange)
-    return exchange.conditional.of(account)
+    return (exchange.conditional or Conditional(exchange)).of(account)
 
 
 def _found(kept, asked, refusal):

@@ -7,15 +7,15 @@ __all__ = ['INTERVALS', 'DAY', 'TAKER_QUOTE', 'FIRST', 'LAST', 'MARK', 'INDEX', 
            'PRICE_BAND', 'MAX_PRICE', 'LISTED', 'AGGREGATES', 'EIGHT_HOURS', 'KEPT_RATES', 'KEPT_TRADES', 'DEPTHS',
            'ENDPOINTS', 'Tick', 'Levels', 'Close', 'Rate', 'Prices', 'opened', 'ended', 'is_folded', 'fold', 'Candles',
            'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of', 'symbol_reply', 'Stream',
-           'nobody', 'Feed', 'Trade', 'ticker', 'Funding', 'premium', 'Shown', 'Market', 'klines', 'depth', 'trades',
-           'aggregate_trades', 'funding_rates', 'funding_info', 'exchange_info', 'server_time', 'open_interest',
-           'constituents', 'asset_index', 'insurance', 'schedule']
+           'nobody', 'Feed', 'Trade', 'ticker', 'decimals', 'on_grid', 'Funding', 'premium', 'Shown', 'Market',
+           'klines', 'depth', 'trades', 'aggregate_trades', 'funding_rates', 'funding_info', 'exchange_info',
+           'server_time', 'open_interest', 'constituents', 'asset_index', 'insurance', 'schedule']
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #a3451d6d
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import inf, nan
 from typing import Any, NamedTuple
 
@@ -480,15 +480,35 @@ def _ticker_event(market:"Market", stream:Stream, short:bool=False)->dict:
             **{letter: known[_TICKER[letter]] for letter in ("cohlvq" if short else _TICKER)}, "ps": name, "st": 1}
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #6f42a8ea
-def _levels(levels): return [[_text(price), _text(quantity)] for price, quantity in levels]
+@cache
+def decimals(step:float)->int:
+    "Decimals of the multiples of a step"
+    return len(format_number(step).partition(".")[2])
+
+
+def on_grid(
+    value:float,
+    step:float,   # of the grid: a tick, or the step of quantities
+)->str:
+    "A number with all decimals of its grid; one that is not on it as it is, NaN as 0"
+    text = f"{value:.{decimals(step)}f}"
+    return text if float(text) == value else _text(value)
+
+# %% ../../nbs/60_localnet/04_shown.ipynb #56f35b5e
+def _levels(market:"Market", n:int, levels:Iterable)->list[list[str]]:
+    "Levels of a book as texts"
+    instrument = market.shown[n].instrument
+    tick, step = instrument.price_tick, instrument.quantity_step
+    return [[on_grid(price, tick), on_grid(quantity, step)] for price, quantity in levels]
 
 
 def _best(market:"Market", n:int)->dict:
     "GET ticker/bookTicker for one symbol"
     book = market.book(n)
-    (bid, bid_size), (ask, ask_size) = (next(iter(book.levels(sign, 1)), (nan, nan)) for sign in (1, -1))
-    return {"lastUpdateId": book.update_id, "symbol": market.ids[n], "bidPrice": _text(bid), "bidQty": _text(bid_size),
-            "askPrice": _text(ask), "askQty": _text(ask_size), "time": market.now}
+    (bid, bid_size), (ask, ask_size) = (
+        next(iter(_levels(market, n, book.levels(sign, 1))), ("0", "0")) for sign in (1, -1))
+    return {"lastUpdateId": book.update_id, "symbol": market.ids[n], "bidPrice": bid, "bidQty": bid_size,
+            "askPrice": ask, "askQty": ask_size, "time": market.now}
 
 
 def _best_event(market:"Market", stream:Stream)->dict|None:
@@ -506,7 +526,8 @@ def _depth_body(market:"Market", n:int, change:dict, bids:Iterable, asks:Iterabl
     "A depthUpdate"
     name = market.ids[n]
     return {"e": "depthUpdate", "E": market.now, "T": market.now, "s": name, "U": change["U"], "u": change["u"],
-            "pu": change["pu"], "b": _levels(bids), "a": _levels(asks), "ps": name, "st": 1}
+            "pu": change["pu"], "b": _levels(market, n, bids),
+            "a": _levels(market, n, asks), "ps": name, "st": 1}
 
 
 def _depth_event(
@@ -960,8 +981,8 @@ def depth(market:Market, asked:dict, default:int=500)->dict:
     if any("@depth" in stream.name and market.wants(stream.name) for stream in market.shown[n].streams["book"]):
         if book.update_id == market.shown[n].counted: book.touch()
         _book_moved(market, n, forced=True)
-    return {"lastUpdateId": book.update_id, "E": market.now, "T": market.now, "bids": _levels(book.levels(1, limit)),
-            "asks": _levels(book.levels(-1, limit))}
+    return {"lastUpdateId": book.update_id, "E": market.now, "T": market.now, 
+            "bids": _levels(market, n, book.levels(1, limit)), "asks": _levels(market, n, book.levels(-1, limit))}
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #ccae6915
 def trades(market:Market, asked:dict)->list:
