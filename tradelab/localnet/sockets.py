@@ -178,8 +178,7 @@ class Hall:
         played:int=0,                    # steps that were made before
     ):
         self.service = service
-        self.steps = _steps_of(steps)
-        self.live = hasattr(steps, "__aiter__")   # whether steps come when they happen, so that none waits
+        self.steps, self.live = _steps_of(steps), hasattr(steps, "__aiter__") # live: they come when they happen
         self.pace = pace
         self.served = served
         self.played = played
