@@ -131,7 +131,8 @@ SETTING = st.fixed_dictionaries(dict(
     what=st.sampled_from(["leverage", "margin type", "dual", "margin", "transfer"]), n=SYMBOLS,
     value=st.integers(1, 125), yes=st.booleans(), position=st.sampled_from(["LONG", "SHORT"])))
 FAULT = st.fixed_dictionaries(dict(
-    what=st.just("fault"), do=st.sampled_from(["trade", "flatten", "fill", "transfer", "liquidate", "stick", "crash"]),
+    what=st.just("fault"), do=st.sampled_from(["trade", "flatten", "fill", "transfer", "liquidate", "stick", "crash",
+                                              "suspend"]),
     n=SYMBOLS, side=st.sampled_from(["BUY", "SELL"]), by=st.sampled_from([-.2, -.05, .05])))
 STEP = st.just({"what": "step"})
 ACTIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(PLAIN, PLAIN, PLAIN, WAITING, WAITING, CHANGE, SETTING,
@@ -211,6 +212,7 @@ def fault(world, name, asked):
     if asked["do"] == "crash": more = {"at": "moves", "by": asked["by"]}
     else: more = {"at": "step", "account": name}
     if asked["do"] == "trade": more |= {"side": asked["side"], "quantity": .05}
+    if asked["do"] == "suspend": more |= {"status": "BREAK" if asked["side"] == "BUY" else "TRADING"}
     if asked["do"] == "transfer": more |= {"amount": 1_000. * asked["by"]}
     world.faults.arm(more | {"do": asked["do"], "symbol": world.market.ids[asked["n"]]})
 
