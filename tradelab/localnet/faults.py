@@ -677,12 +677,13 @@ class Rules:
                 if armed.hits == 1: self.armed += [_Armed(each) for each in armed.rule.then]
                 yield armed.rule, hit, (now if armed.since is None else armed.since) + (armed.rule.lasts_ms or 1000)
 
-    def skew(self, now:int)->int:
-        "ms by which the clock is wrong; a skew is logged once, when it begins"
-        for armed in self.at("clock"):
-            if armed.since is None: next(self.acting("clock", now, {}, lambda rule, new=armed.rule: rule is new), None)
-        return sum(each.rule.values.get("ms", 0) for each in self.at("clock")
-                   if each.since is not None and not each.over(now))
+# %% ../../nbs/60_localnet/11_faults.ipynb #de1c14fa
+def _skew(rules, now):
+    "ms by which the clock is wrong"
+    for armed in rules.at("clock"):
+        if armed.since is None: next(rules.acting("clock", now, {}, lambda rule, new=armed.rule: rule is new), None)
+    return sum(each.rule.values.get("ms", 0) for each in rules.at("clock")
+               if each.since is not None and not each.over(now))
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #6146d690
 class _Stream:
@@ -745,7 +746,7 @@ class Faults:
 
     def clock(self, now:int)->int:
         "The exchange's clock"
-        return now + self.rules.skew(now)
+        return now + _skew(self.rules, now)
 
     def server(self, now:int)->list[Command]:
         "What the server must do to its sockets now; asked after each step, and when something was armed"

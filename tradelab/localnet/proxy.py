@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import time
+from functools import partial
 
 from .faults import Faults, WireFault
 
@@ -133,6 +134,14 @@ async def _connection(proxy, client):
         proxy.writers -= {writer, upstream[1]}
         for each in (upstream[1], writer): each.close()
 
+
+async def _serve(proxy, reader, writer):
+    "Serve a connection, whatever becomes of it"
+    proxy.tasks.add(task := asyncio.current_task())
+    try: await _connection(proxy, (reader, writer))
+    except (OSError, EOFError, ValueError, asyncio.LimitOverrunError, asyncio.CancelledError): writer.close()
+    finally: proxy.tasks.discard(task)
+
 # %% ../../nbs/60_localnet/15_proxy.ipynb #3507f8bf
 class Proxy:
     "`async with Proxy(port, faults) as proxy: ...` at `proxy.port`: what arrives there goes to the other port"
@@ -144,24 +153,17 @@ class Proxy:
         self.target, self.port = target, port
         self.faults = faults or Faults()
         self.writers: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server|None = None
-        self._tasks: set = set()
+        self.tasks: set[asyncio.Task] = set()
 
     async def __aenter__(self)->"Proxy":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(partial(_serve, self), "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_)->None:
-        if self._server: self._server.close()
-        for task in self._tasks: task.cancel()
-        await asyncio.gather(*self._tasks)
-
-    async def _serve(self, reader, writer):
-        self._tasks.add(task := asyncio.current_task())
-        try: await _connection(self, (reader, writer))
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError, asyncio.CancelledError): writer.close()
-        finally: self._tasks.discard(task)
+        self._server.close()
+        for task in self.tasks: task.cancel()
+        await asyncio.gather(*self.tasks)
 
     def cut(self, reset:bool=True)->int:
         "End all connections, and return how many; with RST unless told"
