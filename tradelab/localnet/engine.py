@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED', 'WOULD_TAKE', 'FORCES',
-           'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'write_row', 'row_of', 'works',
-           'clear_row', 'reason_of', 'end', 'begin', 'fill_maker', 'liquidate', 'submit', 'Exchange', 'place',
-           'check_only', 'find_order', 'cancel', 'amend', 'count_down']
+           'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'candle_of', 'write_row', 'row_of',
+           'works', 'clear_row', 'reason_of', 'end', 'begin', 'row_fields', 'fill_maker', 'liquidate', 'submit',
+           'Exchange', 'place', 'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
@@ -102,7 +102,7 @@ def _finish_candle(state, rules, row, candle):
 NOBODY = np.zeros(0, JOURNAL)   # keeps no journal
 
 
-def _candle_of(
+def candle_of(
     time:int,               # ms, its open
     prices:np.ndarray,      # (N, 5): open, high, low, close, volume
     conditions:np.ndarray,  # CONDITION, (N,), as known at the close before
@@ -124,7 +124,7 @@ def _forming(exchange:"Exchange")->Candle:
     if exchange.candle is None:
         market = exchange.market
         prices = np.array([[opened] * 4 + [volume] for opened, volume in map(market.opening, range(len(market.ids)))])
-        exchange.candle = _candle_of(market.open_time, prices, market.condition_rows)
+        exchange.candle = candle_of(market.open_time, prices, market.condition_rows)
     return exchange.candle
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #9f53daed
@@ -295,7 +295,7 @@ def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)
 def _close_candle(exchange:"Exchange", move:Close)->None:
     "A candle has closed: accounts live through it"
     prices = np.ascontiguousarray(move.candles[:, :5])
-    candle = _candle_of(move.open_time, prices, exchange.market.condition_rows)
+    candle = candle_of(move.open_time, prices, exchange.market.condition_rows)
     exchange.candle = candle
     for account in exchange.accounts.values():
         begin(exchange, account)
@@ -308,7 +308,7 @@ def _close_candle(exchange:"Exchange", move:Close)->None:
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
 
 
-def _row_fields(order:ExchangeOrder)->dict:
+def row_fields(order:ExchangeOrder)->dict:
     "What the kernel needs to know of an order"
     return {"kind": MARKET if order.kind == "MARKET" else LIMIT, "quantity": order.sign * order.left,
             "price": order.price, "in_force": FORCES[order.in_force], "reduce_only": int(order.reduce_only)}
@@ -340,7 +340,7 @@ def _settle(exchange:"Exchange", account:Account, place:Place, before:int)->None
 
 def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder, slot:int|None)->None:
     "An accepted order arrives in the candle that is forming"
-    place = write_row(account, order.n, order.position_side, order.number, slot, **_row_fields(order))
+    place = write_row(account, order.n, order.position_side, order.number, slot, **row_fields(order))
     before = _meet(exchange, account, place)
     part, _ = account.part(place[0])
     if part.state.count[0] == before and not works(account, place, order.number): _refuse_lost(exchange, order)
@@ -777,7 +777,7 @@ def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->N
 # %% ../../nbs/60_localnet/08_engine.ipynb #56408bc2
 def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
-    write_row(account, order.n, order.position_side, order.number, place[1], **_row_fields(order))
+    write_row(account, order.n, order.position_side, order.number, place[1], **row_fields(order))
     _settle(exchange, account, place, _meet(exchange, account, place))
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #c45bbb53
