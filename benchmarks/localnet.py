@@ -18,9 +18,11 @@ from urllib.parse import urlencode
 import aiohttp
 import ccxt.async_support as ccxt
 
+from tradelab.localnet.limits import LimitSettings
 from tradelab.localnet.server import Localnet
 from tradelab.market.synthetic import ar1
 
+OFF = LimitSettings(enforced=False)
 KEY, SECRET = "benchmark-key", "benchmark-secret"
 SYMBOLS = [f"{chr(65 + n // 26)}{chr(65 + n % 26)}C/USDT:USDT" for n in range(20)]
 MINUTES = 1_440
@@ -107,7 +109,7 @@ def client_of(url):
 
 def round_trip():
     print(f"{'ms for one order, 20 symbols streaming':44} {'median':>8} {'99 %':>8}")
-    with server(market(), lockstep=False, speed=60, limits=False) as venue:
+    with server(market(), lockstep=False, speed=60, limits=OFF) as venue:
         async def work(prefix="", many=2_000):
             raw = await Raw().open(venue.url)
             async def direct(side): await raw.post(order_body(side))
@@ -136,7 +138,7 @@ async def send_many(url, count, at_once=32):
 
 
 def throughput():
-    with server(market(200), lockstep=False, speed=60, limits=False) as venue:
+    with server(market(200), lockstep=False, speed=60, limits=OFF) as venue:
         asyncio.run(send_many(venue.url, 500))
         taken = asyncio.run(send_many(venue.url, 5_000))
     print(f"orders a second with 32 in flight: {5_000 / taken:,.0f}")

@@ -1,7 +1,8 @@
 "Sources of localnet's market: recordings of a real exchange, and another exchange that is followed over sockets"
 import asyncio
 import json
-from contextlib import aclosing, asynccontextmanager
+import time
+from contextlib import ExitStack, aclosing, asynccontextmanager
 
 import aiohttp
 import numpy as np
@@ -10,6 +11,7 @@ from aiohttp import web
 
 from tradelab.errors import SymbolNotSupportedError, VenueConnectionError
 from tradelab.events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from tradelab.localnet.protocol import signature
 from tradelab.localnet.server import Localnet
 from tradelab.localnet.shown import Close, Levels, Market, Prices, Tick, klines
 from tradelab.localnet.sources import Follow, Patience, Recorded, Replay, kline_candle
@@ -355,27 +357,70 @@ def test_an_exchange_that_is_not_there_or_lacks_a_symbol(capture):
         asyncio.run(other())
 
 
-def test_one_localnet_follows_another():
-    "One that only tells candles and mark prices, and waits for a session: its user stream is connected here"
+def folded(moves):
+    "Open, high, low, close and volume of the trades between two closes"
+    ticks = [move for move in moves if isinstance(move, Tick) and move.quantity]
+    prices = [tick.price for tick in ticks]
+    return [prices[0], max(prices), min(prices), prices[-1], round(sum(tick.quantity for tick in ticks), 8)]
+
+
+async def user_stream(session, url):
+    "A localnet waits for a session: one whose user stream is connected"
+    async with session.post(f"{url}/fapi/v1/listenKey") as told: key = (await told.json())["listenKey"]
+    return session.ws_connect(f"{url.replace('http', 'ws')}/private/ws?listenKey={key}")
+
+
+def test_a_localnet_is_followed():
+    "All streams are served: closes are its candles, and the trades between two of them fold to these"
     candles = ar1(40, seed=3)
-    async def run(venue):
-        stream = venue.url.replace("http", "ws")
-        follow = await Follow(venue.url, stream, [BTC], interval="1h", patience=QUICK).prepare()
+    async def run(url):
+        follow = await Follow(url, url.replace("http", "ws"), [BTC], interval="1h", patience=QUICK).prepare()
         assert follow.now == times(candles)[6]
         assert follow.history()[BTC][[*COLUMNS]].equals(candles[:6])
+        moves = []
         async with aiohttp.ClientSession(headers={"X-MBX-APIKEY": "localnet-key"}) as session:
-            async with session.post(f"{venue.url}/fapi/v1/listenKey") as told: key = (await told.json())["listenKey"]
-            async with session.ws_connect(f"{stream}/private/ws?listenKey={key}"), aclosing(follow.steps()) as steps:
-                moves = []
+            async with await user_stream(session, url), aclosing(follow.steps()) as steps:
                 async for step in steps:
                     moves += step
                     if sum(isinstance(move, Close) for move in moves) >= 10: break
-        closes = [move for move in moves if isinstance(move, Close)][:10]
-        assert [close.open_time for close in closes] == times(candles)[6:16].tolist()
-        assert np.array_equal(np.stack([close.candles[0, :5] for close in closes]), candles.to_numpy()[6:16])
-        assert follow.refused >= {"aggTrade", "depth@100ms"}
-        assert any(isinstance(move, Prices) for move in moves)
-        ticks = [move for move in moves if isinstance(move, Tick) and move.time < closes[0].time]
-        assert {tick.price for tick in ticks} == set(candles.to_numpy()[6, :4])
+        places = [place for place, move in enumerate(moves) if isinstance(move, Close)][:10]
+        assert [moves[place].open_time for place in places] == times(candles)[6:16].tolist()
+        assert [moves[place].candles[0, :5].tolist() for place in places] == candles.to_numpy()[6:16].tolist()
+        between = [folded(moves[begin:end]) for begin, end in zip(places[:-1], places[1:])]
+        assert between == candles.to_numpy()[7:16].tolist()
+        assert follow.refused == set()
+        assert {Levels, Prices} <= {type(move) for move in moves}
     with Localnet({BTC: candles}, start=int(times(candles)[6]), lockstep=False, interval_ms=20) as venue:
-        asyncio.run(run(venue))
+        asyncio.run(run(venue.url))
+
+
+def test_a_localnet_follows_another_and_takes_no_order_in_silence():
+    candles, patience = ar1(40, seed=3), Patience(silence=2., close=.3, pause=.05, reply=5.)
+    async def run(first, second):
+        async with aiohttp.ClientSession(headers={"X-MBX-APIKEY": "localnet-key"}) as session:
+            async with await user_stream(session, first.url):
+                asked = {"symbol": "BTCUSDT", "interval": "1h", "limit": 500}
+                async def rows():
+                    async with session.get(f"{second.url}/fapi/v1/klines", params=asked) as told:
+                        return await told.json()
+                while len(shown := await rows()) < 25: await asyncio.sleep(.01)
+                closed = [[float(each) for each in row[1:6]] for row in shown[:-1]]
+                assert closed == candles.to_numpy()[:len(closed)].tolist()
+                book = second.exchange.market.book(0)
+                assert 0 < book.best_bid < book.best_ask
+                assert not second.service.silent()
+    async def order(url):
+        asked = f"symbol=BTCUSDT&side=BUY&type=MARKET&quantity=0.01&timestamp={time.time_ns() // 1_000_000}"
+        signed = f"{url}/fapi/v1/order?{asked}&signature={signature('localnet-secret', asked)}"
+        async with aiohttp.ClientSession(headers={"X-MBX-APIKEY": "localnet-key"}) as session:
+            async with session.post(signed) as told: return await told.json()
+    with ExitStack() as stack:
+        start = int(times(candles)[6])
+        first = stack.enter_context(Localnet({BTC: candles}, start=start, lockstep=False, interval_ms=20))
+        follow = Follow(first.url, first.url.replace("http", "ws"), [BTC], interval="1h", patience=patience)
+        with Localnet(source=follow) as second:
+            asyncio.run(run(first, second))
+            assert asyncio.run(order(second.url))["status"] in ("NEW", "FILLED")
+            stack.close()
+            asyncio.run(until(second.service.silent, "silent"))
+            assert asyncio.run(order(second.url))["code"] == -1008

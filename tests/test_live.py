@@ -500,7 +500,17 @@ def test_too_little_history(tmp_path):
 def test_a_timeframe_that_the_exchange_does_not_have(tmp_path):
     with localnet() as exchange:
         with pytest.raises((VenueError, StartRefusedError, FeedError)):
-            run(session(exchange, tmp_path, timeframe="4h", patience=3.), 5)
+            run(session(exchange, tmp_path, timeframe="15m", patience=3.), 5)
+
+
+def test_a_session_of_longer_candles_than_those_of_the_exchange(tmp_path):
+    "Between two of its candles it is not waited for, and the market does not run away from it"
+    with localnet() as exchange:
+        statistics = run(session(exchange, tmp_path, timeframe="4h"), 12)
+        assert statistics.candles == 12
+        assert statistics.late == statistics.disagreements == 0
+    opens = times(journal(tmp_path))
+    assert (opens == opens[0] + 4 * 3_600_000 * np.arange(12)).all()
 
 
 def test_stop_from_another_thread(tmp_path):

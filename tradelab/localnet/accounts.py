@@ -69,7 +69,11 @@ from ..sim.matching import State, new_state
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #5ba4abc3
 SIDES = ("BOTH", "LONG", "SHORT")
+
+
 SLOTS = 60    # orders of a row: the kernel marks them in 64 bits
+
+
 MONEY = ("deposit", "realised", "fees", "funding")
 
 
@@ -88,7 +92,7 @@ class Collateral:
         "Add to a part of the wallet, one of MONEY"
         for account in (self.state.account, self.told.account): account[0][name] = decimal8(account[0][name] + amount)
 
-
+# %% ../../nbs/60_localnet/07_accounts.ipynb #2ca0dfd3
 def collateral(
     rows:np.ndarray,         # int64
     costs:Any,               # a row of COSTS
@@ -313,7 +317,7 @@ class PositionMargin:
     bids:float         # notional of open orders
     asks:float
 
-
+# %% ../../nbs/60_localnet/07_accounts.ipynb #ad4a7963
 def margin_of(account:"Account", row:int)->PositionMargin:
     "A position of an account and its margin, at the mark price"
     state, k, rules = account.view(row)
@@ -359,7 +363,7 @@ class Balance:
         "Unrealised profit is margin, but it cannot be taken away"
         return max(min(self.available, self.available - self.cross_profit), 0.)
 
-
+# %% ../../nbs/60_localnet/07_accounts.ipynb #1781df9d
 def balance_of(account:"Account")->Balance:
     "What an account has and needs, at the mark prices"
     margins = {row: margin_of(account, row) for row in busy_rows(account)}
@@ -815,7 +819,7 @@ def set_position_mode(account:Account, asked:dict)->dict:
     account.dual = dual
     return DONE
 
-
+# %% ../../nbs/60_localnet/07_accounts.ipynb #ba8f0534
 def set_multi_assets(account:Account, asked:dict)->dict:
     "POST multiAssetsMargin; with one asset it is no more than a flag"
     multi = read_switch(asked, "multiAssetsMargin")
@@ -890,6 +894,8 @@ VIEWS: dict[str, tuple[int, Callable]] = {
     "v1/rateLimit/order": (1, lambda account, asked: [limit for limit in LimitSettings().records()
                                                       if limit["rateLimitType"] == "ORDERS"]),
     "v1/apiTradingStatus": (1, lambda account, asked: {"indicators": {}, "updateTime": account.market.now})}
+
+# %% ../../nbs/60_localnet/07_accounts.ipynb #15967328
 CHANGES: dict[str, Callable] = {
     "v1/leverage": set_leverage, "v1/marginType": set_margin_type, "v1/positionSide/dual": set_position_mode,
     "v1/multiAssetsMargin": set_multi_assets, "v1/positionMargin": change_position_margin, "v1/feeBurn": set_fee_burn}

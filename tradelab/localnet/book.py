@@ -55,6 +55,8 @@ def visible(side:Side, other:Side, depth:int|None=None)->list[float]:
 
 # %% ../../nbs/60_localnet/03_book.ipynb #bf2bcdfa
 SKIPPED = 3      # each change is numbered so far above the one before
+
+
 FIRST_ID = 1_000_000
 
 
@@ -75,7 +77,7 @@ def _by_key(sign, levels):
     table = table[table[:, 1] > 0]
     return dict(zip((-sign * table[:, 0]).tolist(), table[:, 1].tolist()))
 
-
+# %% ../../nbs/60_localnet/03_book.ipynb #ed2dd6c7
 def _diff(book, after):
     "What has changed after a number, with absolute quantities; None if nothing has"
     due = [change for change in book.changes if change[1] > after]

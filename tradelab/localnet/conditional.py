@@ -313,6 +313,7 @@ def family(algo:AlgoOrder)->tuple:
 
 def check_algo(kept:AlgoOrders, algo:AlgoOrder)->None:
     "Refuse an order that does not fit the others, the position or the market"
+    if kept.exchange.market.status(algo.n) != "TRADING": raise RequestDeniedError(-4140)
     same = kept.by_client.get(algo.client_id)
     if same and same.waits: raise RequestDeniedError(-4116)
     if len(kept.open) >= MOST: raise RequestDeniedError(-4045)
@@ -453,7 +454,8 @@ class Conditional:
 
     def of(self, account:Account)->AlgoOrders:
         "Those of an account"
-        return self.kept.setdefault(account.name, AlgoOrders(self.exchange, account))
+        if account.name not in self.kept: self.kept[account.name] = AlgoOrders(self.exchange, account)
+        return self.kept[account.name]
 
     def watch(self, move:Any)->None:
         "A move of the market"

@@ -34,7 +34,7 @@ def depth_weight(
     limit = _limit(asked, 500)
     return 2 if limit <= 50 else 5 if limit <= 100 else 10 if limit <= 500 else 20
 
-
+# %% ../../nbs/60_localnet/02_limits.ipynb #9681f51c
 def klines_weight(
     asked:dict,
 )->int:
@@ -119,7 +119,7 @@ def _count_orders(meters, limits, amounts, now):
 # %% ../../nbs/60_localnet/02_limits.ipynb #5b14dec5
 def _meters(): return {"10S": Meter(10_000), "1M": Meter(60_000)}
 
-
+# %% ../../nbs/60_localnet/02_limits.ipynb #101188de
 class RateLimits:
     "What addresses and accounts have used of their limits"
     def __init__(self, settings:LimitSettings=LimitSettings()):

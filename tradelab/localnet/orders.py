@@ -107,7 +107,7 @@ class ExchangeTrade:
     @property
     def side(self)->str: return "BUY" if self.quantity > 0. else "SELL"
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #2fbb8464
 def trade_reply(trade:ExchangeTrade)->dict:
     "A trade as GET userTrades lists it"
     return {"symbol": trade.symbol, "pair": trade.symbol, "id": trade.number, "orderId": trade.order,
@@ -214,7 +214,7 @@ def order_event(
     if execution == "AMENDMENT" and order.amendments[-1].modify_id: fields["M"] = str(order.amendments[-1].modify_id)
     return {"e": "ORDER_TRADE_UPDATE", "E": now, "T": now, "o": fields}
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #a4b576d0
 def trade_lite(order:ExchangeOrder, trade:ExchangeTrade)->dict:
     "TRADE_LITE: the first event about a fill, without its fee"
     return {"e": "TRADE_LITE", "E": trade.time, "T": trade.time, "s": order.symbol, "q": format_number(order.quantity),
@@ -224,8 +224,14 @@ def trade_lite(order:ExchangeOrder, trade:ExchangeTrade)->dict:
 
 # %% ../../nbs/60_localnet/06_orders.ipynb #256942ca
 CONDITIONAL = ("STOP", "STOP_MARKET", "TAKE_PROFIT", "TAKE_PROFIT_MARKET", "TRAILING_STOP_MARKET")
+
+
 FORCES = ("GTC", "IOC", "FOK", "GTX", "GTD")
+
+
 GRACE = 600_000   # ms that a GTD order must be valid
+
+
 LATEST = 253_402_300_799_000   # ms, the end of the year 9999
 
 
@@ -238,7 +244,7 @@ def read_kind(asked:dict)->str:
     if flag(asked, "closePosition"): raise RequestDeniedError(-4136, kind, "true")
     return kind
 
-
+# %% ../../nbs/60_localnet/06_orders.ipynb #1f753aee
 def read_force(asked:dict, kind:str, now:int)->tuple[str, int]:
     "Time in force, and the time [ms] until which a GTD order is good"
     if kind == "MARKET":

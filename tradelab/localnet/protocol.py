@@ -245,6 +245,8 @@ def check_either(parameters:dict, first:str, second:str)->None:
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #973ef660
 _WHOLE = re.compile(r"-?[0-9]{1,19}")
+
+
 _DECIMAL = re.compile(r"-?(?:[0-9]{1,20}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})")
 
 
@@ -262,7 +264,7 @@ def whole(
     if not least <= int(text) <= most: raise RequestDeniedError(-1130, name)
     return int(text)
 
-
+# %% ../../nbs/60_localnet/01_protocol.ipynb #a68e5ead
 def number(
     parameters:dict,
     name:str,
@@ -390,7 +392,7 @@ def is_signature(
         return bool(key) or hmac.compare_digest(_raw(given.lower()), _hmac(secret, payload).encode())
     except (InvalidSignature, ValueError): return False
 
-
+# %% ../../nbs/60_localnet/01_protocol.ipynb #11629d4e
 def check_signature(secret:str, query:str, body:str="")->None:
     "Refuse a request that was not signed with this secret, or with the private half of this public key"
     sent = [part for text in (query, body) for part in text.split("&") if part.startswith("signature=")]
@@ -412,9 +414,11 @@ def check_ws_signature(secret:str, params:dict)->None:
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #52fd788c
 PERMISSIONS = frozenset({"read", "trade"})
+
+
 _KEY = re.compile("[A-Za-z0-9_-]{1,128}")
 
-
+# %% ../../nbs/60_localnet/01_protocol.ipynb #5344da5c
 @dataclass(frozen=True)
 class ApiKey:
     "An API key: whose account, how it signs, and what it may do"
@@ -436,7 +440,7 @@ class ApiKey:
         "Whether it signs with Ed25519, which `session.logon` demands"
         return _public_key(self.secret) is not None
 
-
+# %% ../../nbs/60_localnet/01_protocol.ipynb #31b0b07c
 def find_key(
     keys:dict[str, ApiKey],     # all that exist
     key:str,                    # as sent

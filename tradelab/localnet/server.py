@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SECRET', 'LOOPBACK', 'ENDPOINTS', 'MOVES', 'TOKEN', 'CONTROLS', 'Terms', 'make_exchange', 'compile_matching',
-           'state', 'state_at', 'pace_of', 'Block', 'Localnet', 'client_lines', 'state_of', 'listens', 'candles_left',
-           'find_or_start']
+           'state_at', 'Localnet', 'client_lines', 'listens', 'candles_left', 'find_or_start']
 
-# %% ../../nbs/60_localnet/16_server.ipynb #995cc5c3
+# %% ../../nbs/60_localnet/16_server.ipynb #e6c34a4b
 import asyncio
 import json
 import secrets
@@ -35,6 +34,7 @@ from .engine import Exchange
 from .faults import Faults
 from .limits import LimitSettings, RateLimits
 from .protocol import ApiKey, RequestDeniedError, check_browser, find_key
+from .proxy import Proxy
 from .recall import LostMemoryError, Recall
 from .service import Reply, Service, readers_on, step_name
 from .shown import ENDPOINTS as MARKET_ENDPOINTS
@@ -44,7 +44,7 @@ from .sources import Replay, WallClock
 from ..market.candles import frame, times
 from ..settings import CostModel
 
-# %% ../../nbs/60_localnet/16_server.ipynb #e7ebb23a
+# %% ../../nbs/60_localnet/16_server.ipynb #a73492ae
 KEY, SECRET = "localnet-key", "localnet-secret"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -66,7 +66,7 @@ def _source_of(
     if candles is None: return WallClock()
     return Replay(dict(candles), dict(funding or {}), start, gaps, instruments)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #1c34038e
+# %% ../../nbs/60_localnet/16_server.ipynb #6361ec3c
 ENDPOINTS = {**MARKET_ENDPOINTS, **ACCOUNT_ENDPOINTS, **ORDER_ENDPOINTS, **CONDITIONAL_ENDPOINTS}
 MOVES = {kind.__name__: kind for kind in (Tick, Levels, Close, Rate, Prices)}
 
@@ -89,7 +89,7 @@ def make_exchange(source:Any, terms:Terms)->Exchange:
     market = Market(source.history(), source.instruments, source.funding, terms.costs, source.interval, source.now)
     accounts = [Account(name, market, terms.costs, deposit) for name, deposit in terms.accounts.items()]
     exchange = Exchange(market, accounts, terms.costs, terms.profile, order_reply=terms.order_reply)
-    Conditional(exchange)
+    exchange.conditional = Conditional(exchange)
     return exchange
 
 
@@ -98,7 +98,7 @@ def _last_open(source:Any)->int:
     ends = (int(times(frame)[-1]) for frame in source.history().values() if len(frame))
     return max(ends, default=source.now - source.step)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #156337fc
+# %% ../../nbs/60_localnet/16_server.ipynb #d3fd4c30
 @cache
 def compile_matching(profile:str)->None:
     "Compile whatever orders and steps of the market call"
@@ -112,7 +112,7 @@ def compile_matching(profile:str)->None:
         for more in ({"type": "MARKET"}, {"type": "LIMIT", "price": "99.5", "timeInForce": "GTC"}):
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #801b5401
+# %% ../../nbs/60_localnet/16_server.ipynb #0ba7a479
 def _begin(net:"Localnet", loss:bool=False, steps:int=0)->None:
     "Make the exchange of a localnet, and bring it to where its memory ends"
     compile_matching(net.terms.profile)
@@ -143,13 +143,13 @@ def _carry_again(service:Service, account:str, name:tuple[str, str], asked:dict)
     "Carry out a request again, as the memory has it"
     service.endpoints[name].reply(service.exchange, service.exchange.accounts[account], asked)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #1f36b6ef
-def state(net:"Localnet")->dict:
+# %% ../../nbs/60_localnet/16_server.ipynb #2d23880f
+def _state(net:"Localnet")->dict:
     "For people, tests and jobs; Binance has no such thing"
     service, barrier = net.service, net.service.barrier
     return {"nonce": net.nonce, "market_time": net.exchange.market.now, "step": barrier.step,
             "steps": net.hall.played, "left": net.source.left, "participants": len(barrier.named),
-            "passed": list(barrier.named.values()).count(barrier.step), "named": barrier.calls,
+            "open": barrier.open, "named": barrier.calls,
             "session": attended(service), "sockets": len(readers_on(service, "*")),
             "orders": sum(len(account.orders) for account in net.exchange.accounts.values()),
             "faults": net.faults.rules.injected, "finished": net.finished.is_set()}
@@ -160,13 +160,13 @@ async def _show(net:"Localnet", request:web.Request)->web.Response:
     try:
         check_browser(request.headers.get("Host", ""), request.headers.get("Origin", ""), net.served)
         find_key(net.service.keys, request.headers.get("X-MBX-APIKEY", ""))
-        return response(Reply(state(net)))
+        return response(Reply(_state(net)))
     except RequestDeniedError as error: return response(Reply(error.reply, error.status))
 
 
 async def _serve_hall(net:"Localnet", request:web.Request)->web.StreamResponse: return await serve(net.hall, request)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #a1fe5b50
+# %% ../../nbs/60_localnet/16_server.ipynb #f3bdd6a7
 def state_at(
     url:str,
     key:str,           # an API key
@@ -180,7 +180,7 @@ def state_at(
     except (OSError, ValueError): return {}
     return shown if isinstance(shown, dict) and ("nonce" in shown or shown.get("code") in (-2014, -2015)) else {}
 
-# %% ../../nbs/60_localnet/16_server.ipynb #fe960b70
+# %% ../../nbs/60_localnet/16_server.ipynb #431b6918
 TOKEN = "X-Localnet-Token"
 
 
@@ -199,30 +199,30 @@ def _number_of(asked:dict, name:str, default:float)->float:
         raise ValueError(f"{name} must be a number from 0, was {value!r}")
     return value
 
-# %% ../../nbs/60_localnet/16_server.ipynb #09e106ff
+# %% ../../nbs/60_localnet/16_server.ipynb #9d350291
 def _step_once(net:"Localnet", asked:dict)->dict:
     "POST /step: let the market make steps that nobody has named"
     net.hall.forced += int(_number_of(asked, "count", 1))
-    return state(net)
+    return _state(net)
 
 
 def _set_speed(net:"Localnet", asked:dict)->dict:
     "POST /speed: times as fast as the source's own time; 0 is lockstep"
     speed = _number_of(asked, "speed", 0.)
     net.hall.pace, net.hall._zero = replace(net.hall.pace, lockstep=not speed, speed=speed), None
-    return state(net)
+    return _state(net)
 
 
 def _arm(net:"Localnet", asked:dict)->dict:
     "POST /fault: a rule, or a scenario by name with words that change it"
     net.service.faults.arm(asked)
-    return state(net)
+    return _state(net)
 
 
 def _disarm(net:"Localnet", asked:dict)->dict:
     "POST /disarm: no more faults of a scenario, or none at all"
     net.service.faults.disarm(str(asked.get("scenario", "")))
-    return state(net)
+    return _state(net)
 
 
 def _log_of_faults(net:"Localnet", asked:dict)->list:
@@ -234,17 +234,17 @@ def _snapshot(net:"Localnet", asked:dict)->dict:
     "POST /snapshot: copy the memory"
     if not net.memory: raise ValueError("this localnet keeps no memory: start it with memory=FILE")
     net.memory.snapshot(Path(str(asked.get("path") or "")))
-    return state(net)
+    return _state(net)
 
 
 def _restart(net:"Localnet", asked:dict)->dict:
     "POST /restart: cut all sockets; with `loss`, orders, positions and money begin anew"
     _begin_again(net, bool(asked.get("loss", False)))
-    return state(net)
+    return _state(net)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #ba6f7eba
+# %% ../../nbs/60_localnet/16_server.ipynb #a6a902b1
 CONTROLS: dict[tuple[str, str], Callable[["Localnet", dict], Any]] = {
-    ("GET", "/state"): lambda net, asked: state(net), ("GET", "/faults"): _log_of_faults,
+    ("GET", "/state"): lambda net, asked: _state(net), ("GET", "/faults"): _log_of_faults,
     ("POST", "/step"): _step_once, ("POST", "/speed"): _set_speed, ("POST", "/fault"): _arm,
     ("POST", "/disarm"): _disarm,
     ("POST", "/snapshot"): _snapshot, ("POST", "/restart"): _restart}
@@ -264,7 +264,7 @@ async def _control(net:"Localnet", request:web.Request)->web.Response:
     except (ValueError, OSError) as error: return response(Reply({"error": str(error)}, 400))
     except RequestDeniedError as error: return response(Reply(error.reply, error.status))
 
-# %% ../../nbs/60_localnet/16_server.ipynb #cbd21627
+# %% ../../nbs/60_localnet/16_server.ipynb #0ccdb629
 async def _keep_playing(net:"Localnet")->None:
     "Let the market go on; again from where it then is after a restart"
     while True:
@@ -289,7 +289,7 @@ def _begin_again(net:"Localnet", loss:bool)->None:
     net.service.streams.keys.forget()
     net.again.set()
 
-# %% ../../nbs/60_localnet/16_server.ipynb #e9fdc75f
+# %% ../../nbs/60_localnet/16_server.ipynb #15848636
 @asynccontextmanager
 async def _running(net:"Localnet")->AsyncIterator[asyncio.Future]:
     "Serve and play while the block lasts; what it yields fails when the market does"
@@ -298,7 +298,8 @@ async def _running(net:"Localnet")->AsyncIterator[asyncio.Future]:
         _begin(net)
     async def exchange(request): return await (_show if request.path == "/localnet" else _serve_hall)(net, request)
     async def controlled(request): return await _control(net, request)
-    async with serving(exchange, net.port, net.host) as net.port, serving(controlled, 0) as net.control_port:
+    async with (serving(exchange, net.port, net.host) as net.port, serving(controlled, 0) as net.control_port,
+                Proxy(net.port, net.faults) as net.proxy):
         playing = asyncio.ensure_future(_keep_playing(net))
         opened = asyncio.ensure_future(net.hall.opened.wait())
         try:
@@ -319,14 +320,14 @@ async def _run(net:"Localnet", listening:Callable[[], object])->None:
         stopped.cancel()
         if playing.done(): playing.result()
 
-# %% ../../nbs/60_localnet/16_server.ipynb #a71abe41
-def pace_of(source:Any, lockstep:bool, interval_ms:int, speed:float)->Pace:
+# %% ../../nbs/60_localnet/16_server.ipynb #80e124ba
+def _pace_of(source:Any, lockstep:bool, interval_ms:int, speed:float)->Pace:
     "How a market goes on: a source that cannot wait goes by its own time"
     if speed or not (source.lockstep or interval_ms): return Pace(False, 0, speed or 1.)
     return Pace(lockstep, interval_ms)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #9af35d66
-class Block:
+# %% ../../nbs/60_localnet/16_server.ipynb #da074329
+class _Block:
     "What a localnet does at the ends of a `with` or `async with` block"
     _failure: BaseException|None = None
     exchange: Exchange
@@ -334,6 +335,7 @@ class Block:
     hall: Hall
     played: int              # steps that the source has made
     control_port: int
+    proxy: Proxy             # the same exchange behind a line that breaks on command
     again: asyncio.Event     # it begins anew
     stopped: asyncio.Event
     loop: asyncio.AbstractEventLoop
@@ -384,8 +386,8 @@ class Block:
                 self.wait()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #f06b31e7
-class Localnet(Block):
+# %% ../../nbs/60_localnet/16_server.ipynb #8fc1f714
+class Localnet(_Block):
     "`with Localnet(candles) as net: ...` at `net.url`; `async with` in a coroutine; or `.run_forever()`"
     def __init__(
         self,
@@ -416,7 +418,7 @@ class Localnet(Block):
     ):
         _check_host(host, api_key, api_secret)
         self.source = source or _source_of(candles, funding, start, gaps, instruments)
-        self.pace = pace_of(self.source, lockstep, interval_ms, speed)
+        self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)
         self.terms = Terms(costs, dict.fromkeys((key.account for key in self.keys), deposit) | dict(accounts or {}),
                            profile, order_reply)
@@ -433,9 +435,11 @@ class Localnet(Block):
     @property
     def control_url(self)->str: return f"http://127.0.0.1:{self.control_port}"
     @property
+    def proxy_url(self)->str: return f"http://127.0.0.1:{self.proxy.port}"
+    @property
     def finished(self)->threading.Event: return self.hall.finished
 
-# %% ../../nbs/60_localnet/16_server.ipynb #780e3dab
+# %% ../../nbs/60_localnet/16_server.ipynb #06e3a3d5
 def client_lines(
     url:str,
     key:str,
@@ -459,20 +463,20 @@ def client_lines(
             "data = BinanceDataClientConfig(account_type=BinanceAccountType.USDT_FUTURES, **at)",
             "orders = BinanceExecClientConfig(account_type=BinanceAccountType.USDT_FUTURES, **at)"]}
 
-# %% ../../nbs/60_localnet/16_server.ipynb #fd50b651
-def state_of(venue:VenueSettings)->dict: return state_at(venue.rest, venue.key.get_secret_value())
+# %% ../../nbs/60_localnet/16_server.ipynb #d9af430c
+def _state_of(venue:VenueSettings)->dict: return state_at(venue.rest, venue.key.get_secret_value())
 
 
-def listens(venue:VenueSettings)->bool: return bool(state_of(venue))
+def listens(venue:VenueSettings)->bool: return bool(_state_of(venue))
 
 
 def candles_left(
     venue:VenueSettings,
 )->int|None:               # None if it is not a localnet
     "How many candles a localnet can still close; None, too, if its market has no end"
-    return state_of(venue).get("left") if venue.name == "localnet" else None
+    return _state_of(venue).get("left") if venue.name == "localnet" else None
 
-# %% ../../nbs/60_localnet/16_server.ipynb #1d586c0e
+# %% ../../nbs/60_localnet/16_server.ipynb #6ca7a874
 @contextmanager
 def find_or_start(
     venue:VenueSettings,

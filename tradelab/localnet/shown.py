@@ -91,6 +91,8 @@ class Prices:
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #a9d6a797
 INTERVALS = (*TIMEFRAMES, "1M")
+
+
 DAY = 86_400_000
 
 
@@ -111,7 +113,7 @@ def ended(
     "The time at which a candle closes"
     return opened(open_time + 32 * DAY, interval) if interval == "1M" else open_time + TIMEFRAMES[interval]
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #47c492c6
 def is_folded(
     interval:str,   # as a client asks
     step:int,       # ms, of the market's own candles
@@ -197,7 +199,7 @@ def _told(rows, candles, own):
         rows[n, _SUMS] = np.round(rows[n, _SUMS] + each[_SUMS], 10)
     return rows
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #f7e8e40b
 def _past(known):
     "KNOWN, (T, N, 11), as rows (T, N, WIDTH) of candles that closed before the market began"
     rows = np.empty((*known.shape[:2], WIDTH))
@@ -211,7 +213,7 @@ def _past(known):
 # %% ../../nbs/60_localnet/04_shown.ipynb #41b3871e
 ROOM = 50_000 # candles that are kept beside the history
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #ff1978ec
 class Candles:
     "The market's own candles: all that have closed, and the forming ones"
     def __init__(
@@ -290,6 +292,8 @@ def longer_candles(
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #a6a4c0a2
 def _known(value): return value if value == value else 0.
+
+
 def _text(value): return format_number(_known(value))
 
 
@@ -310,7 +314,7 @@ def kline_body(kline:list, row:np.ndarray, interval:str, closed:bool)->dict:
     first, last = (int(row[FIRST]), int(row[LAST])) if row[LAST] >= row[FIRST] else (-1, -1)
     return {**dict(zip(names, kline)), "i": interval, "f": first, "L": last, "x": closed}
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #41f92123
 def index_reply(
     open_time:int,        # ms
     interval:str,
@@ -369,7 +373,7 @@ def nobody(stream:str)->bool:
     "Wants no stream at all: a market in a simulation, which saves the asking"
     return False
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #aca06403
 class Feed:
     "The events of the public streams, for those who want them"
     def __init__(self):
@@ -424,7 +428,7 @@ def _aggregate_event(market:"Market", stream:Stream)->dict:
     return {"e": "aggTrade", "E": market.now, "s": market.ids[stream.n],
             **_aggregate_reply(market.shown[stream.n].trades[-1]), "st": 1}
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #9294beda
 def _kline_event(
     market:"Market",
     stream:Stream,
@@ -471,7 +475,7 @@ _TICKER = dict(zip("pPwcQohlvqOCFLn", ("priceChange", "priceChangePercent", "wei
                                        "openPrice", "highPrice", "lowPrice", "volume", "quoteVolume", "openTime",
                                        "closeTime", "firstId", "lastId", "count")))
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #0f0ee611
 def _ticker_event(market:"Market", stream:Stream, short:bool=False)->dict:
     "The last 24 hours, on <symbol>@ticker or <symbol>@miniTicker"
     known = ticker(market, stream.n)
@@ -510,7 +514,7 @@ def _best(market:"Market", n:int)->dict:
     return {"lastUpdateId": book.update_id, "symbol": market.ids[n], "bidPrice": bid, "bidQty": bid_size,
             "askPrice": ask, "askQty": ask_size, "time": market.now}
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #0984dce3
 def _best_event(market:"Market", stream:Stream)->dict|None:
     "The best levels, on <symbol>@bookTicker; None if they are the same as before"
     best = _best(market, stream.n)
@@ -529,7 +533,7 @@ def _depth_body(market:"Market", n:int, change:dict, bids:Iterable, asks:Iterabl
             "pu": change["pu"], "b": _levels(market, n, bids),
             "a": _levels(market, n, asks), "ps": name, "st": 1}
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #a2a022dc
 def _depth_event(
     market:"Market",
     stream:Stream,
@@ -607,7 +611,7 @@ def _all(payload):
 
 def _nothing(market, stream): return None
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #e29d07b7
 def _of_symbol(n, name, step):
     "The streams of one symbol, by what makes them speak"
     intervals = [interval for interval in INTERVALS if is_folded(interval, step)]
@@ -626,7 +630,7 @@ def _of_symbol(n, name, step):
                    for depth in (0, 5, 10, 20) for speed, period in speeds)],
         "other": [Stream(f"{name}@forceOrder", n, 0, _nothing)]}
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #6c8817f9
 _TOGETHER = {
     "price": [Stream("!miniTicker@arr", -1, 1000, _all(partial(_ticker_event, short=True))),
               Stream("!ticker@arr", -1, 1000, _all(_ticker_event)),
@@ -679,7 +683,7 @@ def _book_of(market, n):
                                               market.instrument_rows[n]))
     return shown.book
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #08c66a29
 def _book_moved(market, n, forced=False):
     "Tell those who want it what has changed in a book, and forget what all have been told"
     shown, feed = market.shown[n], market.feed
@@ -717,7 +721,7 @@ def _levels_moved(market, move):
     (shown.book.snapshot if move.whole else shown.book.apply)(move.bids, move.asks, move.ids)
     _book_moved(market, move.n)
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #8bacc3b9
 def _close(market, move):
     market.candles.close(move.candles, move.time)
     market.conditions = None
@@ -741,7 +745,7 @@ def _rate(market, move):
     _speak(market, move.n, "price")
     _speak(market, -1, "price")
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #9a0d1df6
 def _prices(market, move):
     for column, price in ((MARK, move.mark), (INDEX, move.index)):
         if not price == price: continue
@@ -796,7 +800,7 @@ def _force_event(market, n, quantity, price, average):
         "p": format_number(price), "ap": format_number(average), "X": "FILLED", "l": size, "z": size, "T": market.now},
         "ps": market.ids[n], "st": 1}
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #ea5ab129
 def _mark_at(market, n, time):
     "The mark price of a symbol when a funding payment was due"
     candles = market.candles
@@ -816,7 +820,7 @@ def _history(frames, interval, now):
                          f"{step} ms apart, interval {interval!r} and now {now}: give interval= and now=")
     return axis, known, named, int(now if now is not None else axis[-1] + TIMEFRAMES[named])
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #a09b67e2
 def _condition_rows(market):
     "Spread, volatility and volume of each symbol, as costs know them at the last close; NaN while the history is short"
     candles = market.candles
@@ -850,7 +854,7 @@ def _set_status(market:"Market", n:int, status:str)->None:
     market.shown[n].status = status
     _publish(market, _contract_event(market, n), "!contractInfo")
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #da0c39c8
 def _set_instrument(market:"Market", n:int, instrument:Instrument)->None:
     "Change the filters and the brackets of a symbol"
     market.shown[n].instrument = instrument
@@ -1110,7 +1114,7 @@ def _one_or_all(reply):
 
 def _by_symbol(one, all_symbols): return lambda asked: one if asked.get("symbol") else all_symbols
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #61e213dc
 def _by_limit(asked, steps, default, most):
     "The weight of a limit: that of the first step which it does not pass"
     text = asked.get("limit") or ""
@@ -1119,14 +1123,18 @@ def _by_limit(asked, steps, default, most):
 
 
 def _kline_weight(asked): return _by_limit(asked, ((99, 1), (499, 2), (1000, 5)), 500, 10)
+
+
 def _depth_weight(asked): return _by_limit(asked, ((50, 2), (100, 5), (500, 10)), 500, 20)
+
+
 def _price(exchange, n): return {"symbol": exchange.market.ids[n], "price": _text(exchange.market.last(n)),
                                  "time": exchange.market.now}
 
 # %% ../../nbs/60_localnet/04_shown.ipynb #f34cba2d
 def _public(weight, reply): return Endpoint(weight, "public", reply)
 
-
+# %% ../../nbs/60_localnet/04_shown.ipynb #aa89178c
 ENDPOINTS = {
     ("GET", "v1/ping"): _public(1, lambda exchange, account, asked: {}),
     ("GET", "v1/time"): _public(1, lambda exchange, account, asked: {"serverTime": server_time(exchange)}),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'MOST_WAITING', 'DAY', 'response', 'serve', 'Pace', 'attended', 'Hall', 'Numbers', 'PortInUseError',
-           'listen', 'serving']
+           'serving']
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #8e72140b
+# %% ../../nbs/60_localnet/14_sockets.ipynb #b8b3442a
 import asyncio
 import errno
 import threading
@@ -37,7 +37,7 @@ from ..log import get_logger
 
 logger = get_logger("localnet")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #70aa2f70
+# %% ../../nbs/60_localnet/14_sockets.ipynb #e395bb87
 MOST_WAITING = 8 << 20   # bytes
 
 
@@ -55,7 +55,7 @@ def _reader_of(
         else: asyncio.ensure_future(socket.close(code=code))
     return Reader(put, close, opened=milliseconds_now())
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #8bb477d4
+# %% ../../nbs/60_localnet/14_sockets.ipynb #357c936d
 DAY = 86_400  # seconds after which the exchange closes a socket, whoever uses it
 
 
@@ -90,7 +90,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
             net.happened()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #0ad573ff
+# %% ../../nbs/60_localnet/14_sockets.ipynb #4bafc7bc
 async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of the WebSocket API; a reply that is held up holds up no other"
     waiting: set[asyncio.Task] = set()
@@ -106,7 +106,7 @@ async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketRespons
     for task in waiting: task.cancel()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #55414d43
+# %% ../../nbs/60_localnet/14_sockets.ipynb #e27189f1
 def response(reply:Reply)->web.Response:
     "A reply as aiohttp sends it"
     text = isinstance(reply.content, str)
@@ -123,7 +123,7 @@ async def _serve_rest(net:"Hall", request:web.Request)->web.Response:
     if reply.drop and request.transport: request.transport.abort()
     return response(reply)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #0d244cbe
+# %% ../../nbs/60_localnet/14_sockets.ipynb #9a6f1cda
 async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
     "Serve whatever comes to the port of the exchange"
     try:
@@ -138,7 +138,7 @@ async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
         logger.exception("a request broke localnet", method=request.method, path=request.path, error=repr(error))
         return response(Reply(RequestDeniedError(-1000).reply, 500))
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #0eab8251
+# %% ../../nbs/60_localnet/14_sockets.ipynb #8ead7f31
 @dataclass
 class Pace:
     "How the market goes on"
@@ -152,7 +152,7 @@ class Pace:
                              "interval above 0, or a speed")
         if not 0 <= self.speed < 1e9: raise ValueError(f"speed must be from 0 to 1e9, was {self.speed}")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #3ffaf6cb
+# %% ../../nbs/60_localnet/14_sockets.ipynb #357a6984
 def attended(service:Service)->bool:
     "Whether a user stream and a stream of candles are heard"
     heard = service.streams.readers
@@ -166,7 +166,7 @@ async def _steps_of(source:Any)->AsyncIterator[list]:
     else:
         for moves in source: yield moves
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #2864aaa3
+# %% ../../nbs/60_localnet/14_sockets.ipynb #8d239773
 class Hall:
     "An exchange while it is open: its service, its source and its clock"
 
@@ -178,7 +178,7 @@ class Hall:
         played:int=0,                    # steps that were made before
     ):
         self.service = service
-        self.steps = _steps_of(steps)
+        self.steps, self.live = _steps_of(steps), hasattr(steps, "__aiter__") # live: they come when they happen
         self.pace = pace
         self.served = served
         self.played = played
@@ -213,7 +213,7 @@ class Hall:
             if self.played: await self.turn()
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
-            if self.pace.speed and self.played: await self.in_time(moves)
+            if self.pace.speed and self.played and not self.live: await self.in_time(moves)
             else: advance(self.service, moves)
             self.played += 1
             self.opened.set()
@@ -235,7 +235,7 @@ class Hall:
             for command in tend(self.service): restart(command.loss)
             await asyncio.sleep(.05)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #d13f1231
+# %% ../../nbs/60_localnet/14_sockets.ipynb #4a8ad3e8
 class Numbers(frozenset):
     "All addresses that are numbers, such as 192.168.0.7:18080"
     def __contains__(self, host:object)->bool:
@@ -244,12 +244,12 @@ class Numbers(frozenset):
         except ValueError: return False
         return True
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #6e5120bc
+# %% ../../nbs/60_localnet/14_sockets.ipynb #83ebacef
 class PortInUseError(TradelabError, OSError):
     "The port is in use"
 
 
-async def listen(
+async def _listen(
     runner:web.AppRunner,
     port:int,              # 0 takes a free one
     host:str="127.0.0.1",
@@ -274,5 +274,5 @@ async def serving(
     app.router.add_route("*", "/{path:.*}", handler)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, handle_signals=False)
     await runner.setup()
-    try: yield await listen(runner, port, host)
+    try: yield await _listen(runner, port, host)
     finally: await runner.cleanup()

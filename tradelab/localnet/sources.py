@@ -466,8 +466,12 @@ class Recorded:
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #b4cb41b5
 DAY = 86_400  # seconds
+
+
 ETHER = Instrument("ETH/USDT:USDT", price_tick=.01, quantity_step=.001, max_quantity=10_000., min_notional=20.,
                    origin="built in")
+
+
 INVENTED = ((BITCOIN, 60_000., .05), (ETHER, 3_000., 1.))  # instrument, usual price, usual quantity of a trade
 
 
@@ -476,7 +480,7 @@ def _on(values, size):
     units, scale = grid(size)
     return np.maximum(np.rint(values * scale / units), 1.) * units / scale
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #e8fa67a5
 def invented_day(
     day: int,                         # since the epoch
     seed: int,
@@ -507,7 +511,7 @@ def invented_trades(
     prices, quantities = (np.concatenate(part)[begin:begin + count] for part in zip(*days))
     return prices, quantities
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #cb49b1da
 def minute_candles(
     first: int,          # second since the epoch, a full minute
     count: int,          # minutes
@@ -547,7 +551,7 @@ def known_frame(
 # %% ../../nbs/60_localnet/05_sources.ipynb #e39b808d
 EIGHT_HOURS = 8 * 3_600_000
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #311770f7
 class WallClock:
     "An invented market of two symbols, for ever: a trade a second, a candle a minute"
     lockstep, silent, left = False, False, None
@@ -743,7 +747,7 @@ def _kline(heard, n, payload):
     if kline["x"]: heard.closing.put(n, candle)
     return [] if heard.trades or candle[OPEN_TIME] < before[OPEN_TIME] else kline_ticks(n, at, before, candle)
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #fa58e5a4
 def _mark(heard, n, payload):
     at, due = heard.time({"E": payload["E"]}), int(payload["T"])
     before, rate = heard.due.get(n, (due, 0.))
@@ -901,7 +905,7 @@ def known_candles(
     tables = [table[(first <= table[:, OPEN_TIME]) & (table[:, OPEN_TIME] <= opened)] for table in tables]
     return ({symbol: known_frame(table[:-1]) for symbol, table in zip(symbols, tables)}, [each[-1] for each in tables])
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #0b8f5518
 def rate_series(
     rows: Sequence[dict[str, Any]],  # a reply of GET fundingRate
 ) -> pd.Series:                      # index UTC, whole seconds
