@@ -173,7 +173,10 @@ def _carry_out(
     asked:dict[str, str],
 )->Any:
     "Do what was asked, keep it, tell it, and return the reply"
-    reply = endpoint.reply(service.exchange, account, asked)
+    try: reply = endpoint.reply(service.exchange, account, asked)
+    except RequestDeniedError:
+        publish(service)   # the first order in a candle may find its account liquidated at the open, and be refused
+        raise
     if service.memory: service.memory.request(account.name if account else "", name, asked)
     publish(service)
     return reply
