@@ -6,7 +6,7 @@
 __all__ = ['logger', 'MOST_WAITING', 'DAY', 'response', 'serve', 'Pace', 'attended', 'Hall', 'Numbers', 'PortInUseError',
            'serving']
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #b8b3442a
+# %% ../../nbs/60_localnet/14_sockets.ipynb #996eed8c
 import asyncio
 import errno
 import threading
@@ -37,7 +37,7 @@ from ..log import get_logger
 
 logger = get_logger("localnet")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #e395bb87
+# %% ../../nbs/60_localnet/14_sockets.ipynb #060083f2
 MOST_WAITING = 8 << 20   # bytes
 
 
@@ -55,7 +55,7 @@ def _reader_of(
         else: asyncio.ensure_future(socket.close(code=code))
     return Reader(put, close, opened=milliseconds_now())
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #357c936d
+# %% ../../nbs/60_localnet/14_sockets.ipynb #5c2f393e
 DAY = 86_400  # seconds after which the exchange closes a socket, whoever uses it
 
 
@@ -90,7 +90,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
             net.happened()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #4bafc7bc
+# %% ../../nbs/60_localnet/14_sockets.ipynb #7245fbce
 async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of the WebSocket API; a reply that is held up holds up no other"
     waiting: set[asyncio.Task] = set()
@@ -106,7 +106,7 @@ async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketRespons
     for task in waiting: task.cancel()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #e27189f1
+# %% ../../nbs/60_localnet/14_sockets.ipynb #6fb1016f
 def response(reply:Reply)->web.Response:
     "A reply as aiohttp sends it"
     text = isinstance(reply.content, str)
@@ -123,7 +123,7 @@ async def _serve_rest(net:"Hall", request:web.Request)->web.Response:
     if reply.drop and request.transport: request.transport.abort()
     return response(reply)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #9a6f1cda
+# %% ../../nbs/60_localnet/14_sockets.ipynb #6367b2ee
 async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
     "Serve whatever comes to the port of the exchange"
     try:
@@ -138,7 +138,7 @@ async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
         logger.exception("a request broke localnet", method=request.method, path=request.path, error=repr(error))
         return response(Reply(RequestDeniedError(-1000).reply, 500))
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #8ead7f31
+# %% ../../nbs/60_localnet/14_sockets.ipynb #f735fc5e
 @dataclass
 class Pace:
     "How the market goes on"
@@ -152,7 +152,7 @@ class Pace:
                              "interval above 0, or a speed")
         if not 0 <= self.speed < 1e9: raise ValueError(f"speed must be from 0 to 1e9, was {self.speed}")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #357a6984
+# %% ../../nbs/60_localnet/14_sockets.ipynb #2b9d2952
 def attended(service:Service)->bool:
     "Whether a user stream and a stream of candles are heard"
     heard = service.streams.readers
@@ -166,7 +166,7 @@ async def _steps_of(source:Any)->AsyncIterator[list]:
     else:
         for moves in source: yield moves
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #8d239773
+# %% ../../nbs/60_localnet/14_sockets.ipynb #258a5d11
 class Hall:
     "An exchange while it is open: its service, its source and its clock"
 
@@ -179,7 +179,7 @@ class Hall:
     ):
         self.service = service
         self.steps = _steps_of(steps)
-        self.live = hasattr(steps, "__aiter__")   # whether steps come when they happen, so that none waits
+        self.heard = hasattr(steps, "__aiter__")  # it is somebody else's market, which waits for nobody
         self.pace = pace
         self.served = served
         self.played = played
@@ -200,6 +200,7 @@ class Hall:
 
     async def turn(self)->None:
         "Wait until the market may make a step"
+        if self.heard: return
         pace = self.pace
         if pace.interval_ms:
             await self.until(lambda: attended(self.service) or self.forced)
@@ -214,7 +215,7 @@ class Hall:
             if self.played: await self.turn()
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
-            if self.pace.speed and self.played and not self.live: await self.in_time(moves)
+            if self.pace.speed and self.played and not self.heard: await self.in_time(moves)
             else: advance(self.service, moves)
             self.played += 1
             self.opened.set()
@@ -224,8 +225,8 @@ class Hall:
     async def in_time(self, moves:list)->None:
         "Let the moves of a step happen when their time has come"
         loop, now = asyncio.get_running_loop(), self.service.exchange.market.now
-        if self._zero is None: self._zero = loop.time(), now
         for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
+            if self._zero is None: self._zero = loop.time(), time
             wait = self._zero[0] + (time - self._zero[1]) / self.pace.speed / 1000 - loop.time()
             if wait > 0: await asyncio.sleep(wait)
             advance(self.service, list(group))
@@ -236,7 +237,7 @@ class Hall:
             for command in tend(self.service): restart(command.loss)
             await asyncio.sleep(.05)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #4a8ad3e8
+# %% ../../nbs/60_localnet/14_sockets.ipynb #e1e3a60f
 class Numbers(frozenset):
     "All addresses that are numbers, such as 192.168.0.7:18080"
     def __contains__(self, host:object)->bool:
@@ -245,7 +246,7 @@ class Numbers(frozenset):
         except ValueError: return False
         return True
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #83ebacef
+# %% ../../nbs/60_localnet/14_sockets.ipynb #08b625cb
 class PortInUseError(TradelabError, OSError):
     "The port is in use"
 
