@@ -7,8 +7,10 @@ from urllib.request import Request, urlopen
 import ccxt.pro
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tradelab.localnet.faults import SCENARIOS, SESSIONS, Faults
+from tradelab.localnet.faults import DOORS, OFTEN, SCENARIOS, SESSIONS, Faults, ScenarioError
 from tradelab.localnet.protocol import RequestDeniedError
 from tradelab.localnet.proxy import Proxy
 from tradelab.localnet.recall import Recall
@@ -89,6 +91,31 @@ def test_every_scenario_is_met_and_the_accounts_agree(name):
     account = session.account
     np.testing.assert_allclose(account.wallet(), sum(each.amount for each in account.incomes), atol=1e-6)
     np.testing.assert_allclose(sum(trade.quantity for trade in account.trades), account.held(0, "BOTH"), atol=1e-9)
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 700), st.floats(), st.text(max_size=5), st.sampled_from(
+    ["main", "BTCUSDT", "BREAK", "*", "v1/order", "c", "kline"]), st.lists(st.text(max_size=3), max_size=2))
+
+
+@st.composite
+def faults(draw):
+    "Nearly right faults"
+    at = draw(st.sampled_from(sorted(DOORS)))
+    door = DOORS[at]
+    words = draw(st.sets(st.sampled_from(sorted({*OFTEN, *door.on, *door.values}))))
+    asked = {"at": at, "do": draw(st.sampled_from(door.does))} | {word: draw(VALUES) for word in sorted(words)}
+    return asked | ({"then": [draw(faults())]} if draw(st.integers(0, 5)) == 0 else {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(faults(), VALUES), max_size=4))
+def test_any_scenario_is_refused_in_one_sentence_or_does_no_harm(asked):
+    try: armed = Faults(asked)
+    except ScenarioError as error:
+        assert str(error).startswith("the scenario, line 1")
+        return
+    session = Session(armed)
+    for number in (1, 2): session.step(number)
 
 
 # ---- restarts ----
@@ -248,3 +275,21 @@ def test_the_control_port_arms_faults_and_tells_what_was_injected():
     wrong, log = visit(talk)
     assert wrong.startswith('the scenario, line 1: scenario "html" is unknown: choose one of timeout_before_accept')
     assert [(hit["number"], hit["scenario"]) for hit in log] == [(1, "html_with_200")]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("loss", [True, False])
+def test_a_server_that_restarts_forgets_all_or_nothing(tmp_path, loss):
+    async def talk(client, net):
+        await client.buy("mine")
+        service = net.service
+        net.faults.arm("server_forgets", loss=loss)
+        while net.service is service:
+            try: await client.fetch_time()
+            except ccxt.BaseError: pass
+            await asyncio.sleep(.01)
+        positions = await client.fetch_positions()
+        if not loss: return positions[0]["contracts"], (await client.find("mine"))["status"]
+        with pytest.raises(ccxt.OrderNotFound): await client.find("mine")
+        return positions
+    assert visit(talk, memory=tmp_path / "localnet.jsonl") == ([] if loss else (.02, "closed"))

@@ -411,7 +411,7 @@ class Twin:
         "From the close before to the close in these moves"
         close = next(move for move in moves if isinstance(move, shown.Close))
         prices = np.ascontiguousarray(close.candles[:, :5])
-        candle = engine._candle_of(close.open_time, prices, self.market.condition_rows)
+        candle = engine.candle_of(close.open_time, prices, self.market.condition_rows)
         advance(self.state, self.part.rules, engine.NOBODY, np.zeros((len(self.part.rows), 1)), candle.prices, candle)
         for move in moves:   # due at this close; the kernel's next step would begin with it
             if isinstance(move, shown.Rate):

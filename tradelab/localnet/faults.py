@@ -80,28 +80,38 @@ def _wrong(word, sentence):
     return error
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #c9cc1727
+def _is_text(value): return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+def _is_whole(value, least, most): return type(value) is int and least <= value <= most
+def _is_number(value): return type(value) in (int, float) and isfinite(value)
+
+
+_TEXT: tuple[Callable, str] = (_is_text, "a text")
 _KINDS: dict[str, tuple[Callable, str]] = {
-    **dict.fromkeys(("after", "times", "lasts_ms", "delay_ms", "later_ms", "calls", "bytes"),
-                    (lambda value: type(value) is int and value >= 0, "a whole number from 0")),
-    **dict.fromkeys(("code", "ms"), (lambda value: type(value) is int, "a whole number")),
-    "status": (lambda value: isinstance(value, str) or type(value) is int and 200 <= value <= 599,
-               "an HTTP status from 200 to 599, or a symbol's status such as \"BREAK\""),
-    **dict.fromkeys(("by", "amount", "quantity"),
-                    (lambda value: type(value) in (int, float) and isfinite(value), "a finite number")),
+    **dict.fromkeys(("after", "times", "lasts_ms", "delay_ms", "later_ms", "calls"),
+                    (lambda value: _is_whole(value, 0, 10**10), "a whole number from 0")),
+    "bytes": (lambda value: _is_whole(value, 1, 10**6), "a whole number from 1"),
+    **dict.fromkeys(("code", "ms"), (lambda value: _is_whole(value, -10**12, 10**12), "a whole number")),
+    "status": (lambda value: _is_whole(value, 200, 599), "an HTTP status from 200 to 599"),
+    "by": (lambda value: _is_number(value) and -1 < value <= 1000, "a number above -1"),
+    **dict.fromkeys(("amount", "quantity"), (_is_number, "a finite number")),
     **dict.fromkeys(("chance", "share"),
-                    (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1")),
+                    (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")),
     **dict.fromkeys(("commit", "corrected", "loss"), (lambda value: type(value) is bool, "true or false")),
-    "headers": (lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
-                "an object of texts"),
-    **dict.fromkeys(("method", "path", "symbol", "account", "event", "execution", "stream", "closed", "point"),
-                    (lambda value: isinstance(value, (str, bool)) or isinstance(value, list)
-                     and all(isinstance(each, str) for each in value), "a text or a list of texts")),
+    "headers": (lambda value: isinstance(value, dict) and all(
+        isinstance(each, str) and each.isascii() and each.isprintable() for row in value.items() for each in row),
+                "an object of texts, each of one line"),
 }
-_TEXT: tuple[Callable, str] = (lambda value: isinstance(value, str), "a text")
+_KINDS_AT: dict[str, dict[str, tuple[Callable, str]]] = {
+    "step": {"status": _TEXT},
+    "server": {"code": (lambda value: _is_whole(value, 1000, 4999), "a close code from 1000 to 4999")},
+    "wire": {"ms": (lambda value: _is_whole(value, 0, 10**8), "a whole number from 0")}}
+_CHOICE: tuple[Callable, str] = (
+    lambda value: isinstance(value, (str, bool)) or isinstance(value, list) and all(map(_is_text, value)),
+    "a text or a list of texts")
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #a0848745
-def _check(word, value):
-    right, kind = _KINDS.get(word, _TEXT)
+def _check(word, value, kind):
+    right, kind = kind
     if not right(value): raise _wrong(word, f"{word} must be {kind}, was {json.dumps(value)}")
     return value
 
@@ -123,12 +133,14 @@ def rule(
     do = _one_of("do", asked.get("do"), door.does)
     for word in asked:
         if word not in ("at", "do", "then"): _one_of("field", word, OFTEN + door.on + door.values)
-    often = {word: _check(word, asked[word]) for word in OFTEN if word in asked}
+    kinds = _KINDS | _KINDS_AT.get(at, {})
+    def read(words, usual):
+        return {word: _check(word, asked[word], kinds.get(word, usual)) for word in words if word in asked}
+    often = read(OFTEN, _TEXT)
     if at == "clock": often["times"] = 0
     then = asked.get("then", [])
     if not isinstance(then, list): raise _wrong("then", f"then must be a list of faults, was {json.dumps(then)}")
-    return Rule(at, do, scenario, {word: _check(word, asked[word]) for word in door.on if word in asked},
-                {word: _check(word, asked[word]) for word in door.values if word in asked}, **often,
+    return Rule(at, do, scenario, read(door.on, _CHOICE), read(door.values, _TEXT), **often,
                 then=tuple(rule(each, scenario) for each in then))
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #1431e571
@@ -366,6 +378,7 @@ def scenario_rules(
     rules = []
     for start, element in _elements(text):
         try: rules += _rules(element)
+        except RecursionError: raise ScenarioError(f"{name} is nested too deep: it is a list of faults") from None
         except ScenarioError as error:
             at = max(text.find(json.dumps(error.word), start), start) if error.word else start
             raise ScenarioError(f"{name}, line {text.count(chr(10), 0, at) + 1}: {error}") from None
@@ -470,7 +483,8 @@ def _market_facts(event):
 def _revised(event, values):
     "A copy of a candle's event with one number changed, which stays a number between low and high where it is a price"
     stream, payload = deepcopy(event)
-    candle, name = payload["k"], values.get("field", "c")
+    candle, name = payload.get("k", {}) if isinstance(payload, dict) else {}, values.get("field", "c")
+    if not isinstance(candle.get(name), str) or name in "si": return event    # not a number
     value = float(candle[name]) * (1 + values.get("by", .002))
     if name == "c":
         candle["h"] = max(candle["h"], format_number(value), key=float)
@@ -629,7 +643,7 @@ def _acted(exchange, rule, hit):
 def act(exchange:Any, account:str, do:str, asked:dict)->None:
     "Do an action; a memory does it again from its record"
     try: ACTIONS[do](exchange, exchange.accounts[account], asked)
-    except RequestDeniedError: pass
+    except (RequestDeniedError, ValueError): pass      # also filters that no instrument can have
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #722d7ed5
 @dataclass(frozen=True)
@@ -770,4 +784,4 @@ class Faults:
     def session(self, point:str, now:int)->str:
         "The error that a session's own process meets at this point; empty if none"
         taken = next(self.rules.acting("session", now, {"point": point}), None)
-        return taken[0].values["error"] if taken else ""
+        return taken[0].values.get("error", "fault") if taken else ""

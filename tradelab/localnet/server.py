@@ -209,6 +209,7 @@ def _step_once(net:"Localnet", asked:dict)->dict:
 def _set_speed(net:"Localnet", asked:dict)->dict:
     "POST /speed: times as fast as the source's own time; 0 is lockstep"
     speed = _number_of(asked, "speed", 0.)
+    if speed and net.memory: raise ValueError("a localnet with a memory goes step by step: start one without")
     net.hall.pace, net.hall._zero = replace(net.hall.pace, lockstep=not speed, speed=speed), None
     return _state(net)
 
@@ -417,6 +418,9 @@ class Localnet(_Block):
         host:str="127.0.0.1",
     ):
         _check_host(host, api_key, api_secret)
+        if memory and speed:
+            raise ValueError(f"speed={speed:g} with memory={str(memory)!r}: a memory is kept step by step, in lockstep "
+                             "or with interval_ms")
         self.source = source or _source_of(candles, funding, start, gaps, instruments)
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)

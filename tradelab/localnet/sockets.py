@@ -6,7 +6,7 @@
 __all__ = ['logger', 'MOST_WAITING', 'DAY', 'response', 'serve', 'Pace', 'attended', 'Hall', 'Numbers', 'PortInUseError',
            'serving']
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #996eed8c
+# %% ../../nbs/60_localnet/14_sockets.ipynb #b8b3442a
 import asyncio
 import errno
 import threading
@@ -37,7 +37,7 @@ from ..log import get_logger
 
 logger = get_logger("localnet")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #060083f2
+# %% ../../nbs/60_localnet/14_sockets.ipynb #e395bb87
 MOST_WAITING = 8 << 20   # bytes
 
 
@@ -55,7 +55,7 @@ def _reader_of(
         else: asyncio.ensure_future(socket.close(code=code))
     return Reader(put, close, opened=milliseconds_now())
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #5c2f393e
+# %% ../../nbs/60_localnet/14_sockets.ipynb #357c936d
 DAY = 86_400  # seconds after which the exchange closes a socket, whoever uses it
 
 
@@ -90,7 +90,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
             net.happened()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #7245fbce
+# %% ../../nbs/60_localnet/14_sockets.ipynb #4bafc7bc
 async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of the WebSocket API; a reply that is held up holds up no other"
     waiting: set[asyncio.Task] = set()
@@ -106,7 +106,7 @@ async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketRespons
     for task in waiting: task.cancel()
     return socket
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #6fb1016f
+# %% ../../nbs/60_localnet/14_sockets.ipynb #e27189f1
 def response(reply:Reply)->web.Response:
     "A reply as aiohttp sends it"
     text = isinstance(reply.content, str)
@@ -123,7 +123,7 @@ async def _serve_rest(net:"Hall", request:web.Request)->web.Response:
     if reply.drop and request.transport: request.transport.abort()
     return response(reply)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #6367b2ee
+# %% ../../nbs/60_localnet/14_sockets.ipynb #9a6f1cda
 async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
     "Serve whatever comes to the port of the exchange"
     try:
@@ -138,7 +138,7 @@ async def serve(net:"Hall", request:web.Request)->web.StreamResponse:
         logger.exception("a request broke localnet", method=request.method, path=request.path, error=repr(error))
         return response(Reply(RequestDeniedError(-1000).reply, 500))
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #f735fc5e
+# %% ../../nbs/60_localnet/14_sockets.ipynb #8ead7f31
 @dataclass
 class Pace:
     "How the market goes on"
@@ -152,7 +152,7 @@ class Pace:
                              "interval above 0, or a speed")
         if not 0 <= self.speed < 1e9: raise ValueError(f"speed must be from 0 to 1e9, was {self.speed}")
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #2b9d2952
+# %% ../../nbs/60_localnet/14_sockets.ipynb #357a6984
 def attended(service:Service)->bool:
     "Whether a user stream and a stream of candles are heard"
     heard = service.streams.readers
@@ -166,7 +166,7 @@ async def _steps_of(source:Any)->AsyncIterator[list]:
     else:
         for moves in source: yield moves
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #258a5d11
+# %% ../../nbs/60_localnet/14_sockets.ipynb #8d239773
 class Hall:
     "An exchange while it is open: its service, its source and its clock"
 
@@ -178,8 +178,7 @@ class Hall:
         played:int=0,                    # steps that were made before
     ):
         self.service = service
-        self.steps = _steps_of(steps)
-        self.heard = hasattr(steps, "__aiter__")  # it is somebody else's market, which waits for nobody
+        self.steps, self.live = _steps_of(steps), hasattr(steps, "__aiter__") # live: they come when they happen
         self.pace = pace
         self.served = served
         self.played = played
@@ -200,7 +199,6 @@ class Hall:
 
     async def turn(self)->None:
         "Wait until the market may make a step"
-        if self.heard: return
         pace = self.pace
         if pace.interval_ms:
             await self.until(lambda: attended(self.service) or self.forced)
@@ -215,7 +213,7 @@ class Hall:
             if self.played: await self.turn()
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
-            if self.pace.speed and self.played and not self.heard: await self.in_time(moves)
+            if self.pace.speed and self.played and not self.live: await self.in_time(moves)
             else: advance(self.service, moves)
             self.played += 1
             self.opened.set()
@@ -237,7 +235,7 @@ class Hall:
             for command in tend(self.service): restart(command.loss)
             await asyncio.sleep(.05)
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #e1e3a60f
+# %% ../../nbs/60_localnet/14_sockets.ipynb #4a8ad3e8
 class Numbers(frozenset):
     "All addresses that are numbers, such as 192.168.0.7:18080"
     def __contains__(self, host:object)->bool:
@@ -246,7 +244,7 @@ class Numbers(frozenset):
         except ValueError: return False
         return True
 
-# %% ../../nbs/60_localnet/14_sockets.ipynb #08b625cb
+# %% ../../nbs/60_localnet/14_sockets.ipynb #83ebacef
 class PortInUseError(TradelabError, OSError):
     "The port is in use"
 
