@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import aiohttp
 import ccxt.pro
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from tradelab.instruments import BITCOIN
 from tradelab.localnet.server import Localnet, state_at
 from tradelab.localnet.service import milliseconds_now
 from tradelab.localnet.sockets import PortInUseError
+from tradelab.localnet.sources import Follow
 from tradelab.market.candles import frame
 from tradelab.settings import CostModel
 from tradelab.sim.costs import CONDITION, market_fill
@@ -446,6 +448,20 @@ def test_the_classic_profile_still_tells_the_price():
         await client.load_markets()
         return await client.create_order(BTC, "market", "buy", .1)
     with localnet(order_reply="classic") as venue: assert visit(venue, talk)["average"] > 0
+
+
+def test_one_localnet_follows_another():
+    async def trades(net, count):
+        async with aiohttp.ClientSession(net.url) as http, http.ws_connect("/market/ws/btcusdt@aggTrade") as socket:
+            heard = [await asyncio.wait_for(socket.receive_json(), 20) for _ in range(count)]
+            return [tuple(trade[name] for name in "spqm") for trade in heard]
+    async def run():
+        async with Localnet() as leader:
+            follow = Follow(leader.url, leader.url.replace("http", "ws"), leader.source.symbols)
+            async with Localnet(source=follow) as follower:
+                return await asyncio.gather(trades(leader, 3), trades(follower, 1))
+    there, here = asyncio.run(run())
+    assert here[0] in there
 
 
 def test_bad_input_and_a_clean_end():

@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'SECRET', 'LOOPBACK', 'ENDPOINTS', 'MOVES', 'TOKEN', 'CONTROLS', 'Terms', 'make_exchange', 'compile_matching',
            'state_at', 'Localnet', 'client_lines', 'listens', 'candles_left', 'find_or_start']
 
-# %% ../../nbs/60_localnet/16_server.ipynb #e6c34a4b
+# %% ../../nbs/60_localnet/16_server.ipynb #933e88d5
 import asyncio
 import json
 import secrets
@@ -44,7 +44,7 @@ from .sources import Replay, WallClock
 from ..market.candles import frame, times
 from ..settings import CostModel
 
-# %% ../../nbs/60_localnet/16_server.ipynb #a73492ae
+# %% ../../nbs/60_localnet/16_server.ipynb #fc0c69d8
 KEY, SECRET = "localnet-key", "localnet-secret"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -66,7 +66,7 @@ def _source_of(
     if candles is None: return WallClock()
     return Replay(dict(candles), dict(funding or {}), start, gaps, instruments)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #6361ec3c
+# %% ../../nbs/60_localnet/16_server.ipynb #96356d93
 ENDPOINTS = {**MARKET_ENDPOINTS, **ACCOUNT_ENDPOINTS, **ORDER_ENDPOINTS, **CONDITIONAL_ENDPOINTS}
 MOVES = {kind.__name__: kind for kind in (Tick, Levels, Close, Rate, Prices)}
 
@@ -98,7 +98,7 @@ def _last_open(source:Any)->int:
     ends = (int(times(frame)[-1]) for frame in source.history().values() if len(frame))
     return max(ends, default=source.now - source.step)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #d3fd4c30
+# %% ../../nbs/60_localnet/16_server.ipynb #9f7c6697
 @cache
 def compile_matching(profile:str)->None:
     "Compile whatever orders and steps of the market call"
@@ -112,7 +112,7 @@ def compile_matching(profile:str)->None:
         for more in ({"type": "MARKET"}, {"type": "LIMIT", "price": "99.5", "timeInForce": "GTC"}):
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #0ba7a479
+# %% ../../nbs/60_localnet/16_server.ipynb #bce21787
 def _begin(net:"Localnet", loss:bool=False, steps:int=0)->None:
     "Make the exchange of a localnet, and bring it to where its memory ends"
     compile_matching(net.terms.profile)
@@ -143,7 +143,7 @@ def _carry_again(service:Service, account:str, name:tuple[str, str], asked:dict)
     "Carry out a request again, as the memory has it"
     service.endpoints[name].reply(service.exchange, service.exchange.accounts[account], asked)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #2d23880f
+# %% ../../nbs/60_localnet/16_server.ipynb #0f22cfc6
 def _state(net:"Localnet")->dict:
     "For people, tests and jobs; Binance has no such thing"
     service, barrier = net.service, net.service.barrier
@@ -166,7 +166,7 @@ async def _show(net:"Localnet", request:web.Request)->web.Response:
 
 async def _serve_hall(net:"Localnet", request:web.Request)->web.StreamResponse: return await serve(net.hall, request)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #f3bdd6a7
+# %% ../../nbs/60_localnet/16_server.ipynb #523ef2fa
 def state_at(
     url:str,
     key:str,           # an API key
@@ -180,7 +180,7 @@ def state_at(
     except (OSError, ValueError): return {}
     return shown if isinstance(shown, dict) and ("nonce" in shown or shown.get("code") in (-2014, -2015)) else {}
 
-# %% ../../nbs/60_localnet/16_server.ipynb #431b6918
+# %% ../../nbs/60_localnet/16_server.ipynb #41a05bba
 TOKEN = "X-Localnet-Token"
 
 
@@ -199,7 +199,7 @@ def _number_of(asked:dict, name:str, default:float)->float:
         raise ValueError(f"{name} must be a number from 0, was {value!r}")
     return value
 
-# %% ../../nbs/60_localnet/16_server.ipynb #9d350291
+# %% ../../nbs/60_localnet/16_server.ipynb #1ced6398
 def _step_once(net:"Localnet", asked:dict)->dict:
     "POST /step: let the market make steps that nobody has named"
     net.hall.forced += int(_number_of(asked, "count", 1))
@@ -209,6 +209,7 @@ def _step_once(net:"Localnet", asked:dict)->dict:
 def _set_speed(net:"Localnet", asked:dict)->dict:
     "POST /speed: times as fast as the source's own time; 0 is lockstep"
     speed = _number_of(asked, "speed", 0.)
+    if speed and net.memory: raise ValueError("a localnet with a memory goes step by step: start one without")
     net.hall.pace, net.hall._zero = replace(net.hall.pace, lockstep=not speed, speed=speed), None
     return _state(net)
 
@@ -242,7 +243,7 @@ def _restart(net:"Localnet", asked:dict)->dict:
     _begin_again(net, bool(asked.get("loss", False)))
     return _state(net)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #a6a902b1
+# %% ../../nbs/60_localnet/16_server.ipynb #2ac97d5d
 CONTROLS: dict[tuple[str, str], Callable[["Localnet", dict], Any]] = {
     ("GET", "/state"): lambda net, asked: _state(net), ("GET", "/faults"): _log_of_faults,
     ("POST", "/step"): _step_once, ("POST", "/speed"): _set_speed, ("POST", "/fault"): _arm,
@@ -264,7 +265,7 @@ async def _control(net:"Localnet", request:web.Request)->web.Response:
     except (ValueError, OSError) as error: return response(Reply({"error": str(error)}, 400))
     except RequestDeniedError as error: return response(Reply(error.reply, error.status))
 
-# %% ../../nbs/60_localnet/16_server.ipynb #0ccdb629
+# %% ../../nbs/60_localnet/16_server.ipynb #a1e4bb83
 async def _keep_playing(net:"Localnet")->None:
     "Let the market go on; again from where it then is after a restart"
     while True:
@@ -289,7 +290,7 @@ def _begin_again(net:"Localnet", loss:bool)->None:
     net.service.streams.keys.forget()
     net.again.set()
 
-# %% ../../nbs/60_localnet/16_server.ipynb #15848636
+# %% ../../nbs/60_localnet/16_server.ipynb #7bb695b1
 @asynccontextmanager
 async def _running(net:"Localnet")->AsyncIterator[asyncio.Future]:
     "Serve and play while the block lasts; what it yields fails when the market does"
@@ -320,13 +321,13 @@ async def _run(net:"Localnet", listening:Callable[[], object])->None:
         stopped.cancel()
         if playing.done(): playing.result()
 
-# %% ../../nbs/60_localnet/16_server.ipynb #80e124ba
+# %% ../../nbs/60_localnet/16_server.ipynb #603880a6
 def _pace_of(source:Any, lockstep:bool, interval_ms:int, speed:float)->Pace:
     "How a market goes on: a source that cannot wait goes by its own time"
     if speed or not (source.lockstep or interval_ms): return Pace(False, 0, speed or 1.)
     return Pace(lockstep, interval_ms)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #da074329
+# %% ../../nbs/60_localnet/16_server.ipynb #380ab895
 class _Block:
     "What a localnet does at the ends of a `with` or `async with` block"
     _failure: BaseException|None = None
@@ -386,7 +387,7 @@ class _Block:
                 self.wait()
         except KeyboardInterrupt: print("localnet has stopped", flush=True)
 
-# %% ../../nbs/60_localnet/16_server.ipynb #8fc1f714
+# %% ../../nbs/60_localnet/16_server.ipynb #e1d8e2cc
 class Localnet(_Block):
     "`with Localnet(candles) as net: ...` at `net.url`; `async with` in a coroutine; or `.run_forever()`"
     def __init__(
@@ -417,6 +418,9 @@ class Localnet(_Block):
         host:str="127.0.0.1",
     ):
         _check_host(host, api_key, api_secret)
+        if memory and speed:
+            raise ValueError(f"speed={speed:g} with memory={str(memory)!r}: a memory is kept step by step, in lockstep "
+                             "or with interval_ms")
         self.source = source or _source_of(candles, funding, start, gaps, instruments)
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)
@@ -439,7 +443,7 @@ class Localnet(_Block):
     @property
     def finished(self)->threading.Event: return self.hall.finished
 
-# %% ../../nbs/60_localnet/16_server.ipynb #06e3a3d5
+# %% ../../nbs/60_localnet/16_server.ipynb #99721bb2
 def client_lines(
     url:str,
     key:str,
@@ -453,7 +457,8 @@ def client_lines(
             "'options': {'fetchCurrencies': False}})",
             "ex.urls['api'].update({name: each.replace('https://fapi.binance.com', "
             f"{url!r}) for name, each in ex.urls['api'].items() if isinstance(each, str)}})",
-            f"ex.urls['api']['ws'].update({{'linear': '{stream}/ws', 'ws-api': {{'linear': '{stream}/ws-fapi/v1'}}}})"],
+            f"ex.urls['api']['ws'].update({{'linear': '{stream}/ws', 'ws-api': {{'linear': '{stream}/ws-fapi/v1'}}}}); "
+            "ex.exceptions['exact'].update(ex.exceptions['linear']['exact'])"],
         "python-binance": [
             f"AsyncClient.FUTURES_URL, AsyncClient.FUTURES_DATA_URL = '{url}/fapi', '{url}/futures/data'",
             f"AsyncClient.WS_FUTURES_URL, BinanceSocketManager.FSTREAM_URL = '{stream}/ws-fapi/v1', '{stream}/'",
@@ -463,7 +468,7 @@ def client_lines(
             "data = BinanceDataClientConfig(account_type=BinanceAccountType.USDT_FUTURES, **at)",
             "orders = BinanceExecClientConfig(account_type=BinanceAccountType.USDT_FUTURES, **at)"]}
 
-# %% ../../nbs/60_localnet/16_server.ipynb #d9af430c
+# %% ../../nbs/60_localnet/16_server.ipynb #160a7d29
 def _state_of(venue:VenueSettings)->dict: return state_at(venue.rest, venue.key.get_secret_value())
 
 
@@ -476,7 +481,7 @@ def candles_left(
     "How many candles a localnet can still close; None, too, if its market has no end"
     return _state_of(venue).get("left") if venue.name == "localnet" else None
 
-# %% ../../nbs/60_localnet/16_server.ipynb #6ca7a874
+# %% ../../nbs/60_localnet/16_server.ipynb #74f9e317
 @contextmanager
 def find_or_start(
     venue:VenueSettings,

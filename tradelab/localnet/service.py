@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'SESSION', 'milliseconds_now', 'Reply', 'Barrier', 'last_closed', 'Service', 'publish', 'admit', 'answer',
            'readers_on', 'tend', 'step_name', 'advance', 'greet', 'answer_frame', 'answer_request']
 
-# %% ../../nbs/60_localnet/13_service.ipynb #26fbbe4c
+# %% ../../nbs/60_localnet/13_service.ipynb #a58b3a27
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,7 +41,7 @@ from tradelab.localnet.streams import (
 )
 from ..times import TIMEFRAMES
 
-# %% ../../nbs/60_localnet/13_service.ipynb #9751f7d7
+# %% ../../nbs/60_localnet/13_service.ipynb #7df1d4e0
 def milliseconds_now()->int: return time.time_ns() // 1_000_000
 
 
@@ -54,7 +54,7 @@ class Reply:
     delay:float = 0.                     # seconds until it is sent
     drop:bool = False                    # the connection is cut instead
 
-# %% ../../nbs/60_localnet/13_service.ipynb #ddd2c0ed
+# %% ../../nbs/60_localnet/13_service.ipynb #f5bd3d66
 class Barrier:
     "Who has to let the market go on, and who has"
 
@@ -92,7 +92,7 @@ class Barrier:
         self.open |= bool(self.named) and all(name == self.expected(reader, self.step)
                                               for reader, name in self.named.items())
 
-# %% ../../nbs/60_localnet/13_service.ipynb #54fd0964
+# %% ../../nbs/60_localnet/13_service.ipynb #469d32e0
 def last_closed(
     reader:Reader,
     step:int,          # the open time (ms) of the last candle of the market
@@ -104,7 +104,7 @@ def last_closed(
     if finest is None or TIMEFRAMES.get(finest, interval) <= interval: return step
     return opened(opened(step + interval, finest) - 1, finest)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #b9586b33
+# %% ../../nbs/60_localnet/13_service.ipynb #f36a1bf0
 class Service:
     "An exchange and its clients"
 
@@ -140,7 +140,7 @@ def _close_key(streams:Streams, key:str)->None:
     "Close the sockets of a listen key that was given back"
     for reader in list(streams.readers.get(key, ())): reader.close(1000)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #3ec4a4da
+# %% ../../nbs/60_localnet/13_service.ipynb #95bdabf5
 def publish(service:Service)->None:
     "Send what has happened in the account and in the market since the last time"
     now, keys = service.now(), service.streams.keys
@@ -148,7 +148,7 @@ def publish(service:Service)->None:
     service.streams.send((keys.of(account) or "", payload) for account, payload in events)
     service.streams.send(service.faults.market_events(service.exchange.market.take_events(), now))
 
-# %% ../../nbs/60_localnet/13_service.ipynb #55d38995
+# %% ../../nbs/60_localnet/13_service.ipynb #4fa9d099
 def admit(
     service:Service,
     endpoint:Endpoint,
@@ -164,7 +164,7 @@ def admit(
         check_time(parameters(query, body), service.now())
     return service.exchange.accounts[found.account]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #f5350964
+# %% ../../nbs/60_localnet/13_service.ipynb #01b9c31b
 def _carry_out(
     service:Service,
     name:tuple[str, str],    # method and path
@@ -173,7 +173,10 @@ def _carry_out(
     asked:dict[str, str],
 )->Any:
     "Do what was asked, keep it, tell it, and return the reply"
-    reply = endpoint.reply(service.exchange, account, asked)
+    try: reply = endpoint.reply(service.exchange, account, asked)
+    except RequestDeniedError:
+        publish(service)   # the first order in a candle may find its account liquidated at the open, and be refused
+        raise
     if service.memory: service.memory.request(account.name if account else "", name, asked)
     publish(service)
     return reply
@@ -191,7 +194,7 @@ def _faulty(
     if fault.status is not None: content = fault.text
     return Reply(content, fault.status or 200, fault.headers, fault.delay_ms / 1000, fault.drop)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #b7c69d71
+# %% ../../nbs/60_localnet/13_service.ipynb #f37bead5
 def _perform(
     service:Service,
     name:tuple[str, str],        # method and path
@@ -216,7 +219,7 @@ def _perform(
     except RequestDeniedError as error:
         return Reply(error.reply, error.status, {**headers, **error.headers})
 
-# %% ../../nbs/60_localnet/13_service.ipynb #b9d6a9e2
+# %% ../../nbs/60_localnet/13_service.ipynb #87547820
 def answer(
     service:Service,
     method:str,
@@ -236,7 +239,7 @@ def answer(
         return admit(service, endpoint, (headers or {}).get("X-MBX-APIKEY", ""), query, body)
     return _perform(service, name, endpoint, admitted, asked, ip)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #809b1392
+# %% ../../nbs/60_localnet/13_service.ipynb #aa9d6da9
 def readers_on(
     service:Service,
     route:str,        # public, market, private or *
@@ -256,7 +259,7 @@ def _obey(service:Service, command:Any)->None:
     if command.do == "forget": keys.forget()
     if command.do == "expire": keys.ends.update(dict.fromkeys(keys.ends, 0))
 
-# %% ../../nbs/60_localnet/13_service.ipynb #91039383
+# %% ../../nbs/60_localnet/13_service.ipynb #4b533b8c
 def tend(service:Service)->list[Any]:
     "Do what is due by the session's clock; returns what faults demand beyond this service: restarts"
     now = service.real_clock()
@@ -274,7 +277,7 @@ def tend(service:Service)->list[Any]:
         _close_key(service.streams, key)
     return [command for command in commands if command.do == "restart"]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #13406414
+# %% ../../nbs/60_localnet/13_service.ipynb #21a5622a
 def step_name(
     moves:list,
     otherwise:int,   # its name if no candle closes in it
@@ -299,7 +302,7 @@ def advance(
     service.steps += 1
     publish(service)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #929b03ea
+# %% ../../nbs/60_localnet/13_service.ipynb #043f723a
 def greet(service:Service, reader:Reader, names:Iterable[str])->None:
     "Tell a reader where its new streams stand"
     for name in names:
@@ -329,7 +332,7 @@ def answer_frame(
     reader.reply(answer_command(service.streams, reader, asked))
     greet(service, reader, [name for name in reader.names if name not in before])
 
-# %% ../../nbs/60_localnet/13_service.ipynb #249b0b80
+# %% ../../nbs/60_localnet/13_service.ipynb #5428445e
 METHODS = {
     "order.place": ("POST", "v1/order"), "order.modify": ("PUT", "v1/order"), "order.cancel": ("DELETE", "v1/order"),
     "order.status": ("GET", "v1/order"), "algoOrder.place": ("POST", "v1/algoOrder"),
@@ -358,7 +361,7 @@ def _admit_frame(
         check_time(asked, service.now())
     return service.exchange.accounts[key.account]
 
-# %% ../../nbs/60_localnet/13_service.ipynb #e5351760
+# %% ../../nbs/60_localnet/13_service.ipynb #6fbcc4f3
 def _session_reply(service:Service, reader:Reader)->dict:
     "Who has logged on at a socket"
     return {"apiKey": reader.key.key if reader.key else None, "authorizedSince": reader.since or None,
@@ -377,7 +380,7 @@ def _session(service:Service, reader:Reader, method:str, params:dict)->dict:
         reader.key, reader.since = key, service.now()
     return _session_reply(service, reader)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #49f64932
+# %% ../../nbs/60_localnet/13_service.ipynb #8002792e
 SESSION = ("session.logon", "session.status", "session.logout")
 
 
@@ -411,7 +414,7 @@ def _call(
     asked = {key: value for key, value in texts(params).items() if key not in ("apiKey", "returnRateLimits")}
     return _perform(service, name, endpoint, lambda: _admit_frame(service, reader, endpoint, params), asked, ip)
 
-# %% ../../nbs/60_localnet/13_service.ipynb #578d9dd8
+# %% ../../nbs/60_localnet/13_service.ipynb #30982e64
 def answer_request(
     service:Service,
     reader:Reader,

@@ -223,8 +223,8 @@ class Hall:
     async def in_time(self, moves:list)->None:
         "Let the moves of a step happen when their time has come"
         loop, now = asyncio.get_running_loop(), self.service.exchange.market.now
-        if self._zero is None: self._zero = loop.time(), now
         for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
+            if self._zero is None: self._zero = loop.time(), time
             wait = self._zero[0] + (time - self._zero[1]) / self.pace.speed / 1000 - loop.time()
             if wait > 0: await asyncio.sleep(wait)
             advance(self.service, list(group))
