@@ -210,7 +210,9 @@ def _set_speed(net:"Localnet", asked:dict)->dict:
     "POST /speed: times as fast as the source's own time; 0 is lockstep"
     speed = _number_of(asked, "speed", 0.)
     if speed and net.memory: raise ValueError("a localnet with a memory goes step by step: start one without")
-    net.hall.pace, net.hall._zero = replace(net.hall.pace, lockstep=not speed, speed=speed), None
+    if not (speed or net.source.lockstep): raise ValueError(f"{net.source.name} does not wait: give a speed above 0")
+    net.pace = Pace(lockstep=not speed, speed=speed)
+    net.hall.change(net.pace)
     return _state(net)
 
 
@@ -283,11 +285,12 @@ async def _keep_playing(net:"Localnet")->None:
 
 def _begin_again(net:"Localnet", loss:bool)->None:
     "Cut all sockets; with loss, orders, positions and money begin anew"
+    if loss and net.hall.live: raise ValueError("what is followed cannot be played again: restart without loss")
     for reader in readers_on(net.service, "*"): reader.close(1006)
-    if loss or net.path:
-        if net.memory: net.memory.close()
-        _begin(net, loss, 0 if net.path else net.hall.played)
     net.service.streams.keys.forget()
+    if not (loss or net.path): return
+    if net.memory: net.memory.close()
+    _begin(net, loss, 0 if net.path else net.hall.played)
     net.again.set()
 
 # %% ../../nbs/60_localnet/16_server.ipynb #7bb695b1

@@ -125,6 +125,7 @@ class Service:
         self.streams = Streams(exchange.market.is_stream, ListenKeys(), routes)
         listening = listen_key_endpoints(self.streams.keys, self.now, partial(_close_key, self.streams))
         self.endpoints = {**endpoints, **listening}
+        self.sockets: set[Reader] = set()      # all that are open
         self.barrier = Barrier(0, lambda reader, step: last_closed(reader, step, exchange.market.step))
         self.memory: Any = None                # keeps what changes the exchange
         self.late: list[tuple[int, Callable]] = []   # what a fault put off, and until when (ms)
@@ -246,9 +247,9 @@ def readers_on(
 )->list[Reader]:
     "The sockets on a route; a socket on an old path is on all of which it hears a stream"
     keys = service.streams.keys.accounts
-    heard = {reader for name, readers in service.streams.readers.items() for reader in readers
-             if route == "*" or reader.route == route or not reader.route and (route == "private") == (name in keys)}
-    return sorted(heard, key=id)
+    readers = service.sockets.union(*service.streams.readers.values())
+    return sorted((reader for reader in readers if route in ("*", reader.route) or not reader.route and any(
+        (route == "private") == (name in keys) for name in reader.names)), key=id)
 
 
 def _obey(service:Service, command:Any)->None:

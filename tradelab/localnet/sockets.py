@@ -11,10 +11,11 @@ import asyncio
 import errno
 import threading
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import groupby
+from math import inf
 from typing import Any
 
 from aiohttp import WSMsgType, web
@@ -60,14 +61,18 @@ DAY = 86_400  # seconds after which the exchange closes a socket, whoever uses i
 
 
 @asynccontextmanager
-async def _opened(request:web.Request)->AsyncIterator[tuple[web.WebSocketResponse, Reader]]:
+async def _opened(service:Service, request:web.Request)->AsyncIterator[tuple[web.WebSocketResponse, Reader]]:
     "A socket and its reader, for a day at most"
     socket = web.WebSocketResponse(heartbeat=180, timeout=1, compress=False, max_msg_size=1 << 20, decode_text=False)
     await socket.prepare(request)
     assert request.transport is not None
     day = asyncio.get_running_loop().call_later(DAY, lambda: asyncio.ensure_future(socket.close(code=1008)))
-    try: yield socket, _reader_of(socket, request.transport)
-    finally: day.cancel()
+    reader = _reader_of(socket, request.transport)
+    service.sockets.add(reader)
+    try: yield socket, reader
+    finally:
+        day.cancel()
+        service.sockets.discard(reader)
 
 
 async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse:
@@ -75,7 +80,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
     path, _, query = request.raw_path.partition("?")
     address, service = read_address(path, query), net.service
     assert address is not None
-    async with _opened(request) as (socket, reader):
+    async with _opened(service, request) as (socket, reader):
         try:
             try: greet(service, reader, open_at(service.streams, reader, address))
             except CommandError as error: await socket.close(code=1008, message=str(error).encode())
@@ -94,7 +99,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
 async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of the WebSocket API; a reply that is held up holds up no other"
     waiting: set[asyncio.Task] = set()
-    async with _opened(request) as (socket, reader):
+    async with _opened(net.service, request) as (socket, reader):
         async def late(sent, reply):
             await asyncio.sleep(reply.delay)
             reader.close(1006) if reply.drop else reader.reply(sent)
@@ -191,6 +196,11 @@ class Hall:
 
     def happened(self)->None: self._news.set()
 
+    def change(self, pace:Pace)->None:
+        "Go on at another pace from now"
+        self.pace, self._zero = pace, (asyncio.get_running_loop().time(), self.service.exchange.market.now)
+        self.happened()
+
     async def until(self, ready:Callable[[], object])->None:
         "Wait until something is so; looked at whenever anything has happened"
         while not ready():
@@ -204,7 +214,7 @@ class Hall:
             await self.until(lambda: attended(self.service) or self.forced)
             if not self.forced: await asyncio.sleep(pace.interval_ms / 1000)
         elif not pace.speed:
-            await self.until(lambda: self.service.barrier.open or self.forced or self.pace is not pace)
+            await self.until(lambda: self.service.barrier.open or self.forced or self.pace.speed)
         self.forced = max(self.forced - 1, 0)
 
     async def play(self)->None:
@@ -225,9 +235,16 @@ class Hall:
         loop, now = asyncio.get_running_loop(), self.service.exchange.market.now
         for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
             if self._zero is None: self._zero = loop.time(), time
-            wait = self._zero[0] + (time - self._zero[1]) / self.pace.speed / 1000 - loop.time()
-            if wait > 0: await asyncio.sleep(wait)
+            while (wait := self.wait_for(time) - loop.time()) > 0:
+                pace = self.pace
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.until(lambda pace=pace: self.pace is not pace), wait)
             advance(self.service, list(group))
+
+    def wait_for(self, time:int)->float:
+        "When it is a time (ms) of the market, by the loop's clock (s); at once in lockstep"
+        if not self.pace.speed or self._zero is None: return -inf
+        return self._zero[0] + (time - self._zero[1]) / self.pace.speed / 1000
 
     async def tend(self, restart:Callable[[bool], object]=lambda loss: None)->None:
         "Do what real time brings, twenty times a second; `restart` is told whether all is lost"

@@ -297,7 +297,7 @@ def get_property(streams:Streams, reader:Reader, params:Any)->bool:
 
 # %% ../../nbs/60_localnet/10_streams.ipynb #19d2c1df
 METHODS: dict[str, Callable[[Streams, Reader, Any], Any]] = {
-    "SUBSCRIBE": lambda streams, reader, params: subscribe(streams, reader, _names(params)) and None,
+    "SUBSCRIBE": lambda streams, reader, params: subscribe(streams, reader, _names(params)) and None or None,
     "UNSUBSCRIBE": lambda streams, reader, params: unsubscribe(streams, reader, _names(params)),
     "LIST_SUBSCRIPTIONS": lambda streams, reader, params: list(reader.names),
     "SET_PROPERTY": set_property, "GET_PROPERTY": get_property}
