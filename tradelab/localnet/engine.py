@@ -91,7 +91,7 @@ def _meet_open(state, rules, row, k, slot, candle):
     match_one_at_open(state, rules, row, k, order, candle)
     order["resting"] = MET
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #f2cb4fb3
 @outlined
 def _finish_candle(state, rules, row, candle):
     "The candle closes"
@@ -118,7 +118,7 @@ def _part_candle(candle:Candle, part:Collateral)->Candle:
     if len(part.rows) == len(candle.prices): return candle
     return Candle(candle.time, *(each[part.rows] for each in candle[1:]))
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #e02925db
 def _forming(exchange:"Exchange")->Candle:
     "The candle that is forming: its open, and the volume that it will have"
     if exchange.candle is None:
@@ -259,7 +259,7 @@ def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:i
     if split < len(fills): _tell_liquidation(exchange, account, part, before + split, before + len(fills), time)
     part.state.count[0] = before
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #27b16e06
 def _tell_liquidation(exchange, account, part, first, last, time):
     "Book the fills by which the kernel has closed the positions of a wallet"
     whole_account = len(part.rows) > 1
@@ -337,7 +337,7 @@ def _settle(exchange:"Exchange", account:Account, place:Place, before:int)->None
     _tell_kernel(exchange, account, account.part(place[0])[0], before, now, orders)
     for told in exchange.after_step: told(account, now)
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #9c6fa7c7
 def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder, slot:int|None)->None:
     "An accepted order arrives in the candle that is forming"
     place = write_row(account, order.n, order.position_side, order.number, slot, **row_fields(order))
@@ -367,7 +367,7 @@ def _allowed(account:Account, order:ExchangeOrder)->float:
     if not order.reduce_only: return order.left
     return min(order.left, max(-order.sign * account.held(order.n, order.position_side), 0.))
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #b02111c6
 def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quantity:float, shown:bool)->None:
     "Fill a resting order, at most so much of it; `shown` if that is still in the book"
     part, side = min(quantity, _allowed(account, order)), int(order.sign)
@@ -440,7 +440,7 @@ def _show(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     queue = queues.get(order.price, {}) | {order.number: (account, order)}
     queues[order.price] = dict(sorted(queue.items(), key=lambda each: each[1][1].ahead))
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #f34aa642
 def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Take from the book, past orders of the same account"
     makers = _own_makers(exchange, account, order) if order.self_trade != "NONE" else []
@@ -473,7 +473,7 @@ def _work(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
         return end(exchange, account, order, "EXPIRED", reason_of(order, held))
     _rest(exchange, account, order)
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #5b5107f3
 def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "An accepted order meets the book"
     there = _takeable(exchange, order)
@@ -562,7 +562,7 @@ def _check_value(exchange:"Exchange", account:Account, order:ExchangeOrder)->Non
     lost = max(order.sign * (price - mark), 0.) + price * account.costs.taker_fee
     check_margin(account, row, order.sign * order.left, price, order.left * lost)
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #2c09c093
 def _check_order(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse an order that this account cannot have now; a reduce-only order is cut to its position"
     market, n = exchange.market, order.n
@@ -620,7 +620,7 @@ def _expire(exchange:"Exchange", now:int)->None:
         _, number, account = heappop(exchange.good_till)
         if number in account.open: end(exchange, account, account.orders[number], "EXPIRED")
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #dc4a4686
 def _expire_countdowns(exchange:"Exchange", now:int)->None:
     "Cancel the orders of those who have been silent too long, ms of the session's clock"
     for (name, n), due in list(exchange.countdowns.items()):
@@ -762,7 +762,7 @@ def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple
     check_band(order.side, price, market.mark(order.n))
     return quantity, price
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #05a7c216
 def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "Refuse a changed order that the account cannot have; what it ties up already is free for it"
     if order.reduce_only:
@@ -823,7 +823,7 @@ def _read_batch(asked:dict)->list[dict]:
     if not 1 <= len(batch) <= MOST_PLACED: raise RequestDeniedError(-4082, len(batch))
     return batch
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #7b4e5794
 def _read_cancellations(asked:dict)->list[dict]:
     "A request for each order that a list names"
     names = {"orderId": listed(asked, "orderIdList", "orderidlist"),
@@ -866,7 +866,7 @@ def _open_orders(exchange:"Exchange", account:Account, asked:dict)->list[Exchang
     "The orders that GET openOrders lists"
     return [order for n in exchange.market.asked(asked) for order in account.open_of[n].values()]
 
-
+# %% ../../nbs/60_localnet/08_engine.ipynb #ea6b87b1
 def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[dict]:
     "GET orderAmendment: newest first"
     rows = amendment_replies(find_order(exchange, account, asked, -2013))

@@ -35,7 +35,7 @@ async def _body(reader, head):
             if not int(size.split(b";")[0], 16): return b"".join(parts)
     return await reader.readexactly(int(_header(head, b"Content-Length") or 0))
 
-
+# %% ../../nbs/60_localnet/15_proxy.ipynb #e9aa1464
 async def _reply(reader, method):
     "(head, body) of a raw reply"
     head = await reader.readuntil(HEAD)
@@ -102,7 +102,7 @@ async def _exchange(raw, method, upstream, client, fault):
     await client[1].drain()
     return b"close" not in _header(head, b"Connection").lower()
 
-
+# %% ../../nbs/60_localnet/15_proxy.ipynb #c05a4f63
 async def _trickle(writer, raw, fault):
     "Send a reply in small pieces"
     for start in range(0, len(raw), fault.bytes):
@@ -134,7 +134,7 @@ async def _connection(proxy, client):
         proxy.writers -= {writer, upstream[1]}
         for each in (upstream[1], writer): each.close()
 
-
+# %% ../../nbs/60_localnet/15_proxy.ipynb #703315f3
 async def _serve(proxy, reader, writer):
     "Serve a connection, whatever becomes of it"
     proxy.tasks.add(task := asyncio.current_task())

@@ -78,7 +78,7 @@ def moves_from_json(texts:list[dict], kinds:dict[str, type])->list:
         return kinds[text["move"]](**values)
     return [again(text) for text in texts]
 
-
+# %% ../../nbs/60_localnet/12_recall.ipynb #a0ec92f4
 def _hash_of(moves):
     "A hash of all that moves say"
     seen = sha256()
