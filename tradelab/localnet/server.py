@@ -68,6 +68,8 @@ def _source_of(
 
 # %% ../../nbs/60_localnet/16_server.ipynb #96356d93
 ENDPOINTS = {**MARKET_ENDPOINTS, **ACCOUNT_ENDPOINTS, **ORDER_ENDPOINTS, **CONDITIONAL_ENDPOINTS}
+
+
 MOVES = {kind.__name__: kind for kind in (Tick, Levels, Close, Rate, Prices)}
 
 
@@ -83,7 +85,7 @@ class Terms:
         if self.order_reply not in ("2026-07", "classic"):
             raise ValueError(f"order_reply must be '2026-07' or 'classic', was {self.order_reply!r}")
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #3451598b
 def make_exchange(source:Any, terms:Terms)->Exchange:
     "An exchange at the beginning of a source"
     market = Market(source.history(), source.instruments, source.funding, terms.costs, source.interval, source.now)
@@ -138,7 +140,7 @@ def _counted(net:"Localnet", steps:Iterator[list])->Iterator[list]:
         net.service.barrier.step = step_name(moves, net.service.barrier.step)
         yield moves
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #19196aaf
 def _carry_again(service:Service, account:str, name:tuple[str, str], asked:dict)->None:
     "Carry out a request again, as the memory has it"
     service.endpoints[name].reply(service.exchange, service.exchange.accounts[account], asked)
@@ -225,7 +227,7 @@ def _disarm(net:"Localnet", asked:dict)->dict:
     net.service.faults.disarm(str(asked.get("scenario", "")))
     return _state(net)
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #b6524296
 def _log_of_faults(net:"Localnet", asked:dict)->list:
     "GET /faults: what was injected"
     return [asdict(hit) for hit in net.service.faults.log]
@@ -310,7 +312,7 @@ async def _running(net:"Localnet")->AsyncIterator[asyncio.Future]:
             for task in (playing, opened): task.cancel()
             for reader in readers_on(net.service, "*"): reader.close(1001)
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #81f002bc
 async def _run(net:"Localnet", listening:Callable[[], object])->None:
     "Serve until stopped, or until the market fails"
     net.loop, net.stopped = asyncio.get_running_loop(), asyncio.Event()
