@@ -30,7 +30,7 @@ from .accounts import Account
 from .conditional import ENDPOINTS as CONDITIONAL_ENDPOINTS
 from .conditional import Conditional
 from .engine import ENDPOINTS as ORDER_ENDPOINTS
-from .engine import Exchange
+from .engine import Exchange, Questions
 from .faults import Faults
 from .limits import LimitSettings, RateLimits
 from .protocol import ApiKey, RequestDeniedError, check_browser, find_key
@@ -80,6 +80,7 @@ class Terms:
     accounts:Mapping[str, float] = field(default_factory=lambda: {"main": 10_000.})   # deposits by name, quote
     profile:str = "backtest"            # or book
     order_reply:str = "2026-07"         # words of POST order; "classic" has avgPrice and cumQuote
+    questions:Questions = Questions()   # what cannot be settled without a recording of the real exchange
 
     def __post_init__(self):
         if self.order_reply not in ("2026-07", "classic"):
@@ -90,7 +91,7 @@ def make_exchange(source:Any, terms:Terms)->Exchange:
     "An exchange at the beginning of a source"
     market = Market(source.history(), source.instruments, source.funding, terms.costs, source.interval, source.now)
     accounts = [Account(name, market, terms.costs, deposit) for name, deposit in terms.accounts.items()]
-    exchange = Exchange(market, accounts, terms.costs, terms.profile, order_reply=terms.order_reply)
+    exchange = Exchange(market, accounts, terms.costs, terms.profile, terms.questions, terms.order_reply)
     exchange.conditional = Conditional(exchange)
     return exchange
 
@@ -413,6 +414,7 @@ class Localnet(_Block):
         accounts:Mapping[str, float]|None=None, # deposits by name, of further accounts
         keys:Sequence[ApiKey]=(),  # further keys
         profile:str="backtest",    # how orders are matched: as the backtest, or against the shown book
+        questions:Questions=Questions(), # what cannot be settled without a recording of the real exchange
         speed:float=0.,            # above 0: times as fast as the source's own time
         routes:str="lenient",      # strict: a stream on its own route only
         faults:Any=None,           # `Faults`, or a scenario
@@ -427,7 +429,7 @@ class Localnet(_Block):
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)
         self.terms = Terms(costs, dict.fromkeys((key.account for key in self.keys), deposit) | dict(accounts or {}),
-                           profile, order_reply)
+                           profile, order_reply, questions)
         self.limits = limits or LimitSettings(enforced=self.pace.speed > 0)
         self.faults = faults if isinstance(faults, Faults) else Faults(faults or "")
         self.routes, self.path, self.port, self.host = routes, memory, port, host
