@@ -69,7 +69,7 @@ async def _opened(request:web.Request)->AsyncIterator[tuple[web.WebSocketRespons
     try: yield socket, _reader_of(socket, request.transport)
     finally: day.cancel()
 
-
+# %% ../../nbs/60_localnet/14_sockets.ipynb #6f43b269
 async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of streams"
     path, _, query = request.raw_path.partition("?")
@@ -262,7 +262,7 @@ async def _listen(
                              "another port (0 takes a free one)") from None
     return runner.addresses[0][1]
 
-
+# %% ../../nbs/60_localnet/14_sockets.ipynb #07db7415
 @asynccontextmanager
 async def serving(
     handler:Callable[[web.Request], Any],
