@@ -98,3 +98,12 @@ def test_a_link_to_nowhere_is_found(build, tmp_path, monkeypatch):
     assert sorted(build.broken_links()) == [
         "a.html: b.html#x points to no place in that page", "b.html fetches https://cdn.example.org/x.js",
         "b.html: a.html#gone points to no place in that page", "b.html: c.html is not there"]
+
+
+def test_localnet_stands_beside_the_start(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "docs/source")
+    build.lay_out()
+    first = (tmp_path / "docs/source/index.md").read_text()
+    assert "Start <nbs/index>\nnbs/how_to/trade_on_localnet\nnbs/jobs" in first
+    assert (tmp_path / "docs/source/nbs/how_to/trade_on_localnet.ipynb").exists()
+    assert "trade_on_localnet" not in (tmp_path / "docs/source/nbs/how_to/index.md").read_text() # one page, one place

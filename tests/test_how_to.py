@@ -1,5 +1,5 @@
-"""The how-to pages do what they say: each page's patch on a copy of the project, exported there, and what the page says
-works then is run there"""
+"""The how-to pages do what they say: a page's patch on a copy of the project, exported there, and what the page says
+works is run there; pages without a patch are their own proof"""
 import json
 import os
 import re
@@ -65,12 +65,15 @@ def run(command, folder):
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+READ = {"design", "trade_on_localnet"}   # pages that change nothing: their cells are the proof
+
+
 def test_every_page_is_here():
-    assert set(TOUCHED) == set(PAGES) - {"design"}
+    assert set(TOUCHED) == set(PAGES) - READ
     code = {name: [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
             for name, path in PAGES.items()}
     assert not [name for name, cells in code.items() if any("default_exp" in "".join(cell["source"]) for cell in cells)]
-    assert not PATCH["blocks"](PAGES["design"], "diff")
+    assert not [name for name in READ if PATCH["blocks"](PAGES[name], "diff")]
 
 
 @pytest.mark.integration

@@ -211,7 +211,7 @@ def _nested(keys):
         inner[name] = value
     return table
 
-
+# %% ../nbs/00_ground/12_config.ipynb #27708406
 def _variables(variables):
     "The environment variables of tradelab, as dotted keys; an empty one counts as not set"
     return {name[len(PREFIX):].lower().replace("__", "."): value for name, value in variables.items()
@@ -219,9 +219,17 @@ def _variables(variables):
 
 # %% ../nbs/00_ground/12_config.ipynb #6b4d5727
 TOML = "tradelab.toml"
+
+
 DOTENV = ".env"
+
+
 ENVIRONMENT = "the environment"
+
+
 PARAMETERS = "the parameters"
+
+
 SECTIONS = "settings"
 
 
@@ -230,7 +238,7 @@ _SERIES = re.compile(rf"series\.[A-Za-z_]\w*\.({'|'.join(each.name for each in f
 
 RENAMED: dict[str, str] = {} # old key: new key
 
-
+# %% ../nbs/00_ground/12_config.ipynb #80f95e84
 def _refuse_unknown(where, keys):
     written = (lambda key: PREFIX + key.upper().replace(".", "__")) if where in (DOTENV, ENVIRONMENT) else str
     for key in keys:
@@ -263,7 +271,7 @@ def _sections(table):
         _refuse_unknown(f"{TOML} [{SECTIONS}.{name}]", keys)
     return found
 
-
+# %% ../nbs/00_ground/12_config.ipynb #6077be5b
 def _section(sections, name):
     "The keys of a section"
     if name and name not in sections:

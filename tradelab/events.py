@@ -111,7 +111,7 @@ class Depth:
     asks: tuple[tuple[float, float], ...]
     depth_time: int                        # ms
 
-
+# %% ../nbs/00_ground/10_events.ipynb #0db766b3
 @dataclass(frozen=True)
 class Trade:
     "A trade of others"

@@ -61,7 +61,7 @@ MOST_BYTES = 16_000_000
 class UnreadableFileError(TradelabError, ValueError):
     "A file that cannot be what it should be: not plain, too large, not in its format, or nested too deeply"
 
-
+# %% ../nbs/00_ground/06_files.ipynb #6c295152
 def read_bytes(
     path: str | Path,
     most: int = MOST_BYTES,  # bytes

@@ -168,7 +168,7 @@ def pack4(context: Context, a: types.Type, b: types.Type, c: types.Type, d: type
         return result
     return _FOUR(*[types.float64] * 4), generate
 
-
+# %% ../nbs/00_ground/01_native.ipynb #742d65e4
 @_intrinsic(lambda values: (values[0] + values[2]) + (values[1] + values[3]))
 def sum4(context: Context, values: types.Type) -> _Machine:
     "The sum of four values: (first + third) + (second + fourth)"

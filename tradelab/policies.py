@@ -96,6 +96,8 @@ def refuse_returning(
 
 # %% ../nbs/00_ground/15_policies.ipynb #21bd8831
 FENCE = 64  # cells on either side
+
+
 MARK = 0x3f # of each byte of them
 
 
@@ -110,7 +112,7 @@ def fenced(
     inner[:] = np.zeros((), dtype)
     return whole, inner.reshape(shape)
 
-
+# %% ../nbs/00_ground/15_policies.ipynb #ee0643bd
 def written_outside(
     whole: np.ndarray,  # of `fenced`
 ) -> int | None:        # number of the cell, below 0 before the array

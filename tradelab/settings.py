@@ -155,7 +155,7 @@ class Stops:
         "The stops for compiled code, in the order of STOPS"
         return tuple(float(getattr(self, name)) for name, _ in STOPS)
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #93854952
 NO_STOPS = Stops(stop_loss=0., take_profit=0.)
 
 # %% ../nbs/00_ground/08_settings.ipynb #7a1e0004
@@ -326,7 +326,7 @@ def _toml(value):
     if isinstance(value, dict): return "{ " + ", ".join(f'"{key}" = "{each}"' for key, each in value.items()) + " }"
     return str(value)
 
-
+# %% ../nbs/00_ground/08_settings.ipynb #74b48cf0
 def example_lines(
     kind: type[Limits] | type[Stops] = Limits,
 ) -> list[str]:

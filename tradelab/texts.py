@@ -89,7 +89,7 @@ def cell_text(value: Any) -> Any:
 
 _WORDS = ("object", "str", "string", "category")
 
-
+# %% ../nbs/00_ground/03_texts.ipynb #c1dd6114
 def quoted(
     table: "pd.DataFrame",
 ) -> "pd.DataFrame":  # a copy

@@ -158,7 +158,7 @@ def value(
         row["equity"] = account[0]["equity"]
         row["drawdown"] = account[0]["drawdown"]
 
-
+# %% ../nbs/00_ground/16_trader.ipynb #a2607928
 BETWEEN = np.zeros(0, EQUITY)
 
 # %% ../nbs/00_ground/16_trader.ipynb #fc54bd42
@@ -236,7 +236,7 @@ def _take_in(series, published, close):
                          "which would have known it: tell it before, or with the time at which you heard of it")
     before.append(Series(name, float(value), int(time)))
 
-
+# %% ../nbs/00_ground/16_trader.ipynb #a1e5936d
 def _known(told, close):
     "The last of these figures that was published at a close or before; None if there is none"
     known = None
@@ -306,7 +306,7 @@ def packed_figures(
     told = {name: [[each.value, each.publication_time] for each in those] for name, those in figures.published.items()}
     return {"series": told} if told else {}
 
-
+# %% ../nbs/00_ground/16_trader.ipynb #1cfd33c5
 def unpacked_figures(
     figures: Figures,              # that they are for
     snapshot: dict[str, Any],      # with what `packed_figures` made
@@ -390,7 +390,7 @@ def _ask(trader, observation):
     answer[:len(trader.symbols)] = 0.
     return answer
 
-
+# %% ../nbs/00_ground/16_trader.ipynb #e2c43c4e
 def _decide(trader, time, candle, marks=None, working=None):
     "Observe, ask, and write down what should be working"
     observation = trader.view.stream.observe(trader.account, trader.positions, trader.limits)
@@ -421,7 +421,7 @@ def _restore(trader, snapshot):
     Holdings.restore(trader, snapshot)
     trader.view.figures.published = published
 
-
+# %% ../nbs/00_ground/16_trader.ipynb #86292a49
 def _close(trader, closed):
     "Candles closed: learn, value, and decide if the clock says so"
     _see(trader, closed.open_time, closed.values)

@@ -52,7 +52,7 @@ def _inside(folders, name):
         if (folder / name).is_dir(): open_packages.append(folder / name)
     return None, open_packages
 
-
+# %% ../nbs/00_ground/19_trust.ipynb #b2d92baf
 def locate(
     module: str,      # import name
 ) -> Path | None:     # None where there is no such module, or it has no Python source

@@ -68,6 +68,7 @@ def lay_out():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(described(path.read_text()))
     jobs, how_to = folders.pop("nbs"), folders.pop("how_to", [])
+    how_to = [page for page in how_to if page[0] != "trade_on_localnet.ipynb"] # stands beside the start
     how_to.sort(key=lambda page: page[0] != "design.ipynb")
     rooms = [(f"{folder}/index.md", folder.replace("_", " ", 1), ", ".join(name for _, name, _ in pages))
              for folder, pages in sorted(folders.items())]
@@ -81,7 +82,8 @@ def lay_out():
     if how_to:
         (SOURCE / "nbs/how_to/index.md").write_text(contents("How to", "The design, and what to change for a thing "
                                                              "to be added to it.", how_to))
-    parts = ["Start <nbs/index>", "nbs/jobs", *(["nbs/how_to/index"] if how_to else []), "nbs/chapters", "api/index"]
+    parts = ["Start <nbs/index>", "nbs/how_to/trade_on_localnet", "nbs/jobs",
+             *(["nbs/how_to/index"] if how_to else []), "nbs/chapters", "api/index"]
     (SOURCE / "index.md").write_text("# tradelab\n\n```{toctree}\n:maxdepth: 2\n\n" + "\n".join(parts) + "\n```\n")
 
 

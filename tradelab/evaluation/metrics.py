@@ -327,7 +327,7 @@ def rows_of(
     "The row of the equity, in order of time, at or after each row of the journal"
     return np.searchsorted(equity.index.as_unit("ns").asi8, journal.index.as_unit("ns").asi8)
 
-
+# %% ../../nbs/40_evaluation/01_metrics.ipynb #41a5354e
 def check_journal(
     journal:pd.DataFrame, # columns of `journal.JOURNAL` and `symbol`; index open_time
     equity:pd.Series,     # of the same run and span
@@ -412,7 +412,7 @@ LABELS = dict(
     time_in_market=("Time in market [%]", 100, 1), gross_exposure=("Mean gross exposure [x equity]", 1, 3),
     fees=("Fees [quote]", 1, 2), funding=("Funding [quote]", 1, 2))
 
-
+# %% ../../nbs/40_evaluation/01_metrics.ipynb #e7c79db2
 def written(
     value:float,  # in the unit of its label
     decimals:int,

@@ -101,7 +101,7 @@ def draw_value_at_risk(
     axes.set(ylabel="return [%]")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
-
+# %% ../../nbs/40_evaluation/06_risk_report.ipynb #1faa1700
 def draw_answers(
     axes:"Axes",
     journal:pd.DataFrame,  # columns of JOURNAL and symbol, index open_time
@@ -171,7 +171,7 @@ def _summary(report:"RiskReport")->pd.Series:
                       "Targets not accepted [count]": int((report.journal["reason"] != Reason.ACCEPTED).sum())},
                      name="value")
 
-
+# %% ../../nbs/40_evaluation/06_risk_report.ipynb #cf4f55f3
 @once
 def _forecasts(report:"RiskReport")->np.ndarray:
     "VaR and ES of every close, method and level, (T, 5, 2, 2)"

@@ -40,6 +40,8 @@ def cut_at_zero(
 # %% ../../nbs/40_evaluation/03_round_trips.ipynb #9d116109
 # the rules that close a position, whatever the policy asked
 RULES = (Reason.STOP_LOSS, Reason.TAKE_PROFIT, Reason.TRAILING_STOP, Reason.TIME_STOP, Reason.HALTED, Reason.STATE)
+
+
 COLUMNS = ["symbol", "side", "entry_time", "exit_time", "entry_price", "exit_price", "quantity", "fees", "funding",
            "profit", "return", "bars", "mae", "mfe", "left_by"]
 
@@ -56,7 +58,7 @@ def shared_out(
     holds = (at >= 0) & (after[at] != 0.)
     return np.bincount(number[at[holds]], paid.to_numpy(float)[holds], count)
 
-
+# %% ../../nbs/40_evaluation/03_round_trips.ipynb #165da3f9
 def _left_by(kinds, exits, asked):
     """What decided each exit: the kind of an order that waited, else the rule of the last decision that ordered
     something"""

@@ -152,7 +152,7 @@ def _long_and_short(share):
              f"short, {len(share.columns)} symbols": share.clip(upper=0).sum(axis=1)}
     return pd.DataFrame(sides | {"net": share.sum(axis=1)})
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #e3329497
 def draw_exposure(
     axis:"Axes",
     journal:pd.DataFrame,  # columns of `journal.JOURNAL` and `symbol`; index open_time
@@ -435,7 +435,7 @@ def market_return(
     closes = journal.groupby("symbol", sort=False)["close"]
     return float((closes.last() / closes.first()).mean() - 1)
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #1367c2a7
 def answer_of(
     results:Mapping[str, RunResult], # by name, the subject first
     caption:str,                     # in or out of sample
@@ -478,7 +478,7 @@ def _marked(text):
     for warning in WARNINGS: text = text.replace(warning, f"<mark>{warning}</mark>")
     return text
 
-
+# %% ../../nbs/40_evaluation/09_tearsheet.ipynb #6f9809d8
 def halts_table(
     results:Mapping[str, RunResult], # by name
 )->pd.DataFrame:                     # a row per halt of each

@@ -75,7 +75,7 @@ def bent(
     return (z + (z * z - 1.) * skewness / 6. + (z ** 3 - 3. * z) * kurtosis / 24. - (2. * z ** 3 - 5. * z)
             * skewness ** 2 / 36.)
 
-
+# %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #8801f264
 @compiled
 def crossing(
     x,          # value of the polynomial
@@ -316,7 +316,7 @@ def _history(closes, weights, ring, last, decay, out):
             as_held(ring, count, weights[t], past)
             tail(past, decay, out[t])
 
-
+# %% ../../nbs/40_evaluation/04_value_at_risk.ipynb #430e2686
 def tail_history(
     closes:np.ndarray,   # (T, n), quote per base
     weights:np.ndarray,  # (T, n) or (n,), notionals as multiples of equity, signed: what is held over the next candle

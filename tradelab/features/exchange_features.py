@@ -53,6 +53,8 @@ quote_volume = Indicator(name="quote_volume", update=_quote_volume, parameters={
                          outputs=("relative", "mean"),
                          state=lambda window: {"clock": 2, "sum": 3, "ring": window},
                          warm_up=lambda window: window, needs=(QUOTE_VOLUME,))
+
+# %% ../../nbs/20_features/09_exchange_features.ipynb #08589a01
 taker_share = Indicator(name="taker_share", update=_taker_share, parameters={"window": 1},
                         state=lambda window: {"clock": 2, "bought": 3, "volume": 3, "buys": window,
                                               "volumes": window},

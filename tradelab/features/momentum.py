@@ -131,7 +131,7 @@ def _ppo(state, parameters, candle, out):
     out[1] = signal
     out[2] = value - signal
 
-
+# %% ../../nbs/20_features/06_momentum.ipynb #9c3e2028
 ppo = Indicator(name="ppo", update=_ppo, parameters={"fast": 12, "slow": 26, "signal": 9},
                 outputs=("ppo", "signal", "histogram"),
                 state=lambda fast, slow, signal: {"count": 1, "fast": 1, "slow": 1, "signal": 1, "close": 1,
@@ -158,7 +158,7 @@ def _stochastic(state, parameters, candle, out):
     out[0] = 100. * ((candle[CLOSE] - low) / (high - low)) if high > low else 50.
     out[1] = _mean_of_last(state, out[0], days, 4, 6 + 2 * clock[1])
 
-
+# %% ../../nbs/20_features/06_momentum.ipynb #5889f86c
 stochastic = Indicator(name="stochastic", update=_stochastic, parameters={"window": 14, "smooth": 3},
                        outputs=("k", "d"),
                        state=lambda window, smooth: {"clock": 2, "high": 1, "low": 1, "d clock": 2, "highs": window,
@@ -182,7 +182,7 @@ def _stochastic_rsi(state, parameters, candle, out):
     out[1] = _mean_of_last(state, out[0], first, 10, 14 + 2 * window)
     if not np.isnan(out[1]): out[2] = _mean_of_last(state, out[1], second, 12, 14 + 2 * (window + first))
 
-
+# %% ../../nbs/20_features/06_momentum.ipynb #c77f9dde
 stochastic_rsi = Indicator(name="stochastic_rsi", update=_stochastic_rsi, 
                            parameters={"window": 14, "smooth": 3, "signal": 3},
                            outputs=("value", "k", "d"),

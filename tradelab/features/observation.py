@@ -85,7 +85,7 @@ def _put_portfolio(
     row[at + 2] = np.log1p(min(position["age"], OLD)) / np.log1p(OLD)
     row[at + 3] = state / HALT
 
-
+# %% ../../nbs/20_features/12_observation.ipynb #85958a7e
 @inlined
 def assemble(
     window,        # (window, n_symbols, n_features), float32, oldest first, in one piece

@@ -30,7 +30,7 @@ def function_of(
             [i for i, column in enumerate(COLUMNS)
              if column in function.__code__.co_varnames[:function.__code__.co_argcount]])
 
-
+# %% ../../nbs/20_features/10_ta_wrapper.ipynb #4c0081d1
 def called(
     path:str,           # "momentum.awesome_oscillator": module and function of ta
     parameters:dict,    # name -> value, as ta calls them

@@ -85,7 +85,7 @@ def _weighted(state, value, at, start, size):
         weights = weights + broadcast4(4.)
     return sum4(summed) + single
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #052235a6
 @inlined
 def _wma(state, parameters, candle, out):
     "Linearly weighted moving average of the close; relative: the close above it, a fraction"
@@ -146,7 +146,7 @@ def _kama(state, parameters, candle, out):
     out[0] = average
     out[1] = close / average - 1.
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #e1309adc
 kama = Indicator(name="kama", update=_kama, parameters={"window": 10, "fast": 2, "slow": 30},
                  outputs=("value", "relative"),
                  state=lambda window, fast, slow: {"clock": 2, "close": 1, "average": 1, "way": 2, "rest": 1,
@@ -173,7 +173,7 @@ def _macd(state, parameters, candle, out):
     out[2] = fast - slow - signal
     out[3] = out[2] / candle[CLOSE]
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #b985dcfb
 macd = Indicator(name="macd", update=_macd, parameters={"fast": 12, "slow": 26, "signal": 9},
                  outputs=("macd", "signal", "histogram", "relative"),
                  state=lambda fast, slow, signal: {"count": 1, "fast": 1, "slow": 1, "signal": 1, "close": 1,
@@ -281,7 +281,7 @@ def _vortex(state, parameters, candle, out):
     out[2] = down / moved if moved > 0. else 1.
     out[0] = out[1] - out[2]
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #bcf64376
 vortex = Indicator(name="vortex", update=_vortex, parameters={"window": 14}, outputs=("difference", "plus", "minus"),
                    state=lambda window: {"clock": 2, "high": 1, "low": 1, "close": 1, "up": 3, "down": 3, "range": 3,
                                          "ups": window, "downs": window, "ranges": window},
@@ -364,7 +364,7 @@ def _ichimoku(state, parameters, candle, out):
     out[2] = .5 * (out[0] + out[1])
     out[3] = _middle(state, parameters[2], candle, 8, 12 + 2 * (first + second))
 
-
+# %% ../../nbs/20_features/05_trend.ipynb #714ae34e
 ichimoku = Indicator(name="ichimoku", update=_ichimoku, parameters={"conversion": 9, "base": 26, "span": 52},
                      outputs=("conversion", "base", "span_a", "span_b"),
                      state=lambda conversion, base, span: {"conversion": 4, "base": 4, "span": 4,

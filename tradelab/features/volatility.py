@@ -46,7 +46,7 @@ def _range_average(state, candle, alpha, slowest, still):
     state[2] = average_range(state[2], width, alpha, begins)
     return state[2], begins
 
-
+# %% ../../nbs/20_features/07_volatility.ipynb #773bb06c
 @inlined
 def _atr(state, parameters, candle, out):
     "Average true range in quote; relative: a fraction of the close"

@@ -139,7 +139,7 @@ def _force_index(state, parameters, candle, out):
     out[0] = force
     out[1] = force / volume / candle[CLOSE] if volume > 0. else 0.
 
-
+# %% ../../nbs/20_features/08_volume.ipynb #70a815bd
 force_index = Indicator(name="force_index", update=_force_index, parameters={"window": 13},
                         outputs=("value", "relative"),
                         state=lambda window: {"close": 2, "count": 1, "force": 1, "volume": 1, "pushed": 1,

@@ -46,6 +46,8 @@ def record_of(record:type, row:dict)->Any:
 
 # %% ../../nbs/70_live/04_ledger.ipynb #1306bef2
 TABLES = sql.MetaData()
+
+
 FORMAT = 2 # of these tables; counts up when an older version could misread what this one writes
 
 
@@ -54,27 +56,47 @@ _FIELDS = JOURNAL.names or ()
 
 def _table(name, *columns, **options):
     return sql.Table(name, TABLES, sql.Column("session", sql.String(200), primary_key=True), *columns, **options)
+
+
 def _key(name, kind): return sql.Column(name, kind, primary_key=True)
+
+
 def _columns(kind, *names): return [sql.Column(name, kind) for name in names]
 
 
 SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), sql.Column("settings", sql.Text),
                   sql.Column("state", sql.String(20)))
+
+# %% ../../nbs/70_live/04_ledger.ipynb #205acc41
 ORDERS = _table("orders", *columns_of(Order, ("order_id",)),
                 *_columns(sql.String(40), "state", "exchange_id"), sql.Column("executed", sql.Double),
                 sql.Column("sent_time", sql.BigInteger), sql.Column("message", sql.Text),
                 sql.Column("amending", sql.Boolean))
+
+
 FILLS = _table("fills", *columns_of(Fill, ("symbol", "trade_id")), sql.Column("sequence", sql.BigInteger))
+
+
 FUNDINGS = _table("fundings", *columns_of(Funding, ("symbol", "funding_time")), sql.Column("sequence", sql.BigInteger))
+
+
 STEPS = _table("steps", _key("open_time", sql.BigInteger), _key("symbol", sql.String(40)),
                sql.Column("place", sql.Integer),
                *[sql.Column(name, sql.Double if JOURNAL[name].kind == "f" else sql.BigInteger) for name in _FIELDS
                  if name != "open_time"])
+
+
 CLOSES = _table("closes", _key("open_time", sql.BigInteger), *_columns(sql.Double, *(EQUITY.names or ())[1:]))
+
+
 FORMATS = sql.Table("formats", TABLES, sql.Column("format", sql.Integer, primary_key=True),
                     sql.Column("version", sql.String(40)))
+
+# %% ../../nbs/70_live/04_ledger.ipynb #2da1d550
 EVENTS = _table("events", _key("number", sql.BigInteger), sql.Column("time", sql.BigInteger),
                 sql.Column("kind", sql.String(40)), sql.Column("text", sql.Text))
+
+
 SNAPSHOTS = _table("snapshots", sql.Column("open_time", sql.BigInteger), sql.Column("sequence", sql.BigInteger),
                    sql.Column("content", sql.Text))
 
@@ -97,7 +119,7 @@ def _closes_of_steps(engine):
     known = sql.select(*(STEPS.c[name] for name in names)).where(STEPS.c.place == 0)
     with engine.begin() as connection: connection.execute(CLOSES.insert().from_select(names, known))
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #3fb3a761
 def _refuse_another_format(engine, where):
     "What another version wrote is not touched"
     if not sql.inspect(engine).has_table(FORMATS.name): return
@@ -231,7 +253,7 @@ def _terms(order):
 def _update_order(database, session, order_id, facts):
     database.write(ORDERS.update().where(ORDERS.c.session == session, ORDERS.c.order_id == order_id).values(facts))
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #bb2d90f5
 def _intents(database, session):
     "Oldest first"
     return [Intent(record_of(Order, row), State(row["state"]), row["exchange_id"], row["executed"],

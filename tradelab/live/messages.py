@@ -73,7 +73,7 @@ class Moved:
     before:Intent
     after:Intent
 
-
+# %% ../../nbs/70_live/03_messages.ipynb #65062cad
 @dataclass(frozen=True)
 class Entry:
     "A fill or a funding payment is in the trader's account"
@@ -159,7 +159,7 @@ class Waits:
     "Whatever this candle asked for is done: the next one may close"
     open_time:int
 
-
+# %% ../../nbs/70_live/03_messages.ipynb #abbdb9e8
 @dataclass(frozen=True)
 class End:
     "The session ends"

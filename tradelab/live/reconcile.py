@@ -38,7 +38,7 @@ def compare_accounts(
               for symbol in sorted({*held, *account.positions})}
     return tuple(Verdict(what, here, there, abs(here - there) <= tolerance) for what, (here, there) in pairs.items())
 
-
+# %% ../../nbs/70_live/08_reconcile.ipynb #5cc826d5
 def difference(verdicts:Sequence[Verdict])->str:
     "What differs, as a sentence; empty if everything agrees"
     return "; ".join(str(verdict) for verdict in verdicts if not verdict.agrees)

@@ -88,7 +88,7 @@ def _record(text, kind, name):
     try: return kind(**{each: decode(text[each], types[each], each) for each in types})
     except MISREAD as error: raise TypeError(f"{kind.__name__}.{error}") from None
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #3fb89c1b
 def _one_of(text, kinds, name):
     "The value of the first kind that it is of; a record says its own"
     if text is None and NoneType in kinds: return None
@@ -119,7 +119,7 @@ def _several(text, kind, inner, name):
     values = [decode(each, one, name) for each, one in zip(text, inner[:1] * len(text) if several else inner)]
     return kind(values) if kind in (list, frozenset) else tuple(values)
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #b83ed79e
 def _plain(text, kind, name):
     "A number, a text or one of an enumeration; a number is a finite one, save where nothing is said by it"
     if kind is float and type(text) in (int, float):
@@ -395,7 +395,7 @@ _SETTINGS: dict[str, type | tuple] = {"policy": str, "origin": str, "venue": str
                                       "symbols": list, "instruments": list, "limits": dict, "execution": dict,
                                       "deposit": (int, float)}
 
-
+# %% ../../nbs/70_live/05_recorder.ipynb #081b4bdd
 def recorded_settings(path:Path)->dict:
     "The settings with which a session was started, each of its kind"
     recording = Recording(Path(path))

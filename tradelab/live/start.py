@@ -146,7 +146,7 @@ def ask_again(core:Core)->Process:
                                 f"({'; '.join(core.manager.blotter.contradictions.values())}): it is another account, "
                                 "or an exchange that was begun anew; name the one that the session traded on")
 
-
+# %% ../../nbs/70_live/10_start.ipynb #75cf2648
 def hear_both(core:Core)->Process:
     "Wait until both streams are open"
     until = core.now + core.terms.patience

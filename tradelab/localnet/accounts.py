@@ -7,12 +7,12 @@ __all__ = ['SIDES', 'SLOTS', 'MONEY', 'DAY', 'FOREVER', 'WARNED_AT', 'WEEK', 'DO
            'Collateral', 'collateral', 'leverage_brackets', 'order_notionals', 'exposed', 'isolated_wallet',
            'adl_quantile', 'Income', 'income_reply', 'page', 'MarginChange', 'History', 'Account', 'PositionMargin',
            'margin_of', 'value_of', 'busy_rows', 'Balance', 'balance_of', 'liquidation_of', 'check_margin',
-           'break_even', 'position_event', 'account_event', 'config_event', 'margin_call', 'Filled', 'settle_isolated',
-           'tell_fill', 'book_kernel', 'book_fill', 'pay_funding', 'receive', 'transfer', 'isolate', 'rejoin', 'lend',
-           'margin_ratios', 'endangered', 'warn', 'balance_fields', 'rows_shown', 'most_notional', 'position_fields',
-           'margin_fields', 'position_in_account', 'permissions', 'account_reply', 'balance_reply', 'position_risk',
-           'adl_reply', 'user_trades', 'incomes', 'force_orders', 'margin_history', 'set_leverage', 'symbol_settings',
-           'is_busy', 'set_margin_type', 'read_switch', 'set_position_mode', 'set_multi_assets',
+           'entry_text', 'break_even', 'position_event', 'account_event', 'config_event', 'margin_call', 'Filled',
+           'settle_isolated', 'tell_fill', 'book_kernel', 'book_fill', 'pay_funding', 'receive', 'transfer', 'isolate',
+           'rejoin', 'lend', 'margin_ratios', 'endangered', 'warn', 'balance_fields', 'rows_shown', 'most_notional',
+           'position_fields', 'margin_fields', 'position_in_account', 'permissions', 'account_reply', 'balance_reply',
+           'position_risk', 'adl_reply', 'user_trades', 'incomes', 'force_orders', 'margin_history', 'set_leverage',
+           'symbol_settings', 'is_busy', 'set_margin_type', 'read_switch', 'set_position_mode', 'set_multi_assets',
            'change_position_margin', 'set_fee_burn', 'commission_rates', 'brackets_reply']
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #cd67ced1
@@ -403,6 +403,11 @@ def check_margin(
     if (after - before) / leverage + charged > account.available(): raise RequestDeniedError(-2019)
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #d581119c
+def entry_text(entry:float)->str:
+    "An average of prices, without the noise beyond 13 digits"
+    return format_number(float(f"{entry:.13g}"))
+
+
 def break_even(entry:float, quantity:float, taker_fee:float)->str:
     "The price at which the profit pays the fee of closing"
     return format_number(float(format_price(entry * (1 + np.sign(quantity) * taker_fee))))
@@ -413,7 +418,7 @@ def position_event(account:"Account", row:int)->dict:
     part, k = account.part(row)
     n, position, own = row // 3, part.told.positions[k], row in account.own
     quantity, entry = float(position["quantity"]), float(position["entry_price"])
-    return {"s": account.market.ids[n], "pa": format_number(quantity), "ep": format_number(entry),
+    return {"s": account.market.ids[n], "pa": format_number(quantity), "ep": entry_text(entry),
             "bep": break_even(entry, quantity, account.costs.taker_fee), "cr": format_amount(account.realised[row]),
             "up": format_amount(quantity * (account.market.mark(n) - entry)),
             "mt": "isolated" if own else "cross", "iw": format_amount(part.money()) if own else "0",
@@ -659,7 +664,7 @@ def position_in_account(account:Account, row:int, version:int)->dict:
     shown = position_fields(account, row, margin) | profit
     if version == 3: return shown | {name: kept[name] for name in ("initialMargin", "maintMargin")}
     return shown | kept | {"leverage": str(account.leverage[n]), "isolated": row in account.own,
-                           "entryPrice": format_number(margin.entry), "maxNotional": most_notional(account, n),
+                           "entryPrice": entry_text(margin.entry), "maxNotional": most_notional(account, n),
                            "breakEvenPrice": break_even(margin.entry, margin.quantity, account.costs.taker_fee)}
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #172a1ac0
@@ -694,7 +699,7 @@ def position_risk(account:Account, row:int, version:int)->dict:
     "A position in the reply to GET positionRisk"
     margin, n = account.margin(row), row // 3
     shown = position_fields(account, row, margin) | {
-        "entryPrice": format_number(margin.entry), "markPrice": format_price(margin.price),
+        "entryPrice": entry_text(margin.entry), "markPrice": format_price(margin.price),
         "breakEvenPrice": break_even(margin.entry, margin.quantity, account.costs.taker_fee),
         "unRealizedProfit": format_amount(margin.profit),
         "liquidationPrice": format_price(account.liquidation_price(row)) if margin.quantity else "0"}

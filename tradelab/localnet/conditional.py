@@ -54,11 +54,15 @@ from ..orders import GTC, NONE, STOP, TAKE_PROFIT, TRAILING
 
 # %% ../../nbs/60_localnet/09_conditional.ipynb #86f14bd3
 WORKING = "CONTRACT_PRICE", "MARK_PRICE"
+
+
 KINDS = {"STOP": STOP, "STOP_MARKET": STOP, "TAKE_PROFIT": TAKE_PROFIT, "TAKE_PROFIT_MARKET": TAKE_PROFIT,
          "TRAILING_STOP_MARKET": TRAILING}
+
+
 FIRST_NUMBER = 10**15     # of a conditional order
 
-
+# %% ../../nbs/60_localnet/09_conditional.ipynb #432baebb
 @dataclass
 class AlgoOrder:
     "An order that waits for a price"

@@ -68,6 +68,11 @@ class Questions:
     reduce_only: str = "shrink"
     fok: str = "reject"   # a fill-or-kill order that cannot be filled: "reject" (-5021), or "expire"
 
+    def __post_init__(self):
+        for name, answers in (("reduce_only", ("shrink", "reject", "keep")), ("fok", ("reject", "expire"))):
+            if getattr(self, name) not in answers:
+                raise ValueError(f"questions.{name} must be one of {', '.join(answers)}, was {getattr(self, name)!r}")
+
 # %% ../../nbs/60_localnet/08_engine.ipynb #fed950ee
 @outlined
 def _begin_candle(

@@ -81,11 +81,17 @@ def _wrong(word, sentence):
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #c9cc1727
 def _is_text(value): return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
+
+
 def _is_whole(value, least, most): return type(value) is int and least <= value <= most
+
+
 def _is_number(value): return type(value) in (int, float) and isfinite(value)
 
 
 _TEXT: tuple[Callable, str] = (_is_text, "a text")
+
+# %% ../../nbs/60_localnet/11_faults.ipynb #a31ddb57
 _KINDS: dict[str, tuple[Callable, str]] = {
     **dict.fromkeys(("after", "times", "lasts_ms", "delay_ms", "later_ms", "calls"),
                     (lambda value: _is_whole(value, 0, 10**10), "a whole number from 0")),
@@ -101,10 +107,14 @@ _KINDS: dict[str, tuple[Callable, str]] = {
         isinstance(each, str) and each.isascii() and each.isprintable() for row in value.items() for each in row),
                 "an object of texts, each of one line"),
 }
+
+
 _KINDS_AT: dict[str, dict[str, tuple[Callable, str]]] = {
     "step": {"status": _TEXT},
     "server": {"code": (lambda value: _is_whole(value, 1000, 4999), "a close code from 1000 to 4999")},
     "wire": {"ms": (lambda value: _is_whole(value, 0, 10**8), "a whole number from 0")}}
+
+# %% ../../nbs/60_localnet/11_faults.ipynb #b80c1d18
 _CHOICE: tuple[Callable, str] = (
     lambda value: isinstance(value, (str, bool)) or isinstance(value, list) and all(map(_is_text, value)),
     "a text or a list of texts")
@@ -479,7 +489,7 @@ def _market_facts(event):
     return {"stream": stream, "event": payload.get("e", ""), "symbol": payload.get("s", ""),
             "closed": candle.get("x", False)}
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #fa1d862e
 def _revised(event, values):
     "A copy of a candle's event with one number changed, which stays a number between low and high where it is a price"
     stream, payload = deepcopy(event)
@@ -527,7 +537,7 @@ def _crashed(moves, by, touched):
         return replace(move, price=move.price * (1 + by))
     return [moved(move) for move in moves]
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #55905800
 def _moved(moves, rule, find):
     "The moves of a step after one rule; of one symbol if it names one"
     by = rule.values.get("by", -.3)
@@ -568,7 +578,7 @@ def _positions(exchange, account):
     return [(n, side, account.held(n, side)) for n in range(len(exchange.market.ids))
             for side in ("BOTH", "LONG", "SHORT") if account.held(n, side)]
 
-
+# %% ../../nbs/60_localnet/11_faults.ipynb #e53bd501
 def _flatten(exchange, account, asked):
     for n, side, held in _positions(exchange, account):
         more = {"reduceOnly": "true"} if side == "BOTH" else {"positionSide": side}

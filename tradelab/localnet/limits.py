@@ -109,12 +109,15 @@ def _refuse_visit(visitor, settings, headers, now):
 
 def _count_orders(meters, limits, amounts, now):
     "Count orders in all windows, or raise -1015 and count none; a limit of None is no limit"
+    def counted(amounts):
+        return {f"X-MBX-ORDER-COUNT-{label}": str(meter.count(amount, now))
+                for (label, meter), amount in zip(meters.items(), amounts)}
     for (label, meter), limit, amount in zip(meters.items(), limits, amounts):
         if limit is not None and amount and meter.count(0, now) + amount > limit:
             words = {"10S": "TEN_SECONDS", "1M": "MINUTE"}[label]
-            raise RequestDeniedError(-1015, limit, words, headers={"Retry-After": str(meter.seconds_left(now))})
-    return {f"X-MBX-ORDER-COUNT-{label}": str(meter.count(amount, now))
-            for (label, meter), amount in zip(meters.items(), amounts)}
+            wait = {"Retry-After": str(meter.seconds_left(now))}
+            raise RequestDeniedError(-1015, limit, words, headers=wait | counted((0, 0)))
+    return counted(amounts)
 
 # %% ../../nbs/60_localnet/02_limits.ipynb #5b14dec5
 def _meters(): return {"10S": Meter(10_000), "1M": Meter(60_000)}

@@ -59,6 +59,17 @@ def checked_lines(
         contents.append(content)
     return contents, whole, before
 
+# %% ../../nbs/60_localnet/12_recall.ipynb #a0ec92f4
+def _hash_of(moves):
+    "A hash of all that moves say"
+    seen = sha256()
+    for move in moves:
+        seen.update(type(move).__name__.encode())
+        for each in fields(move):
+            value = getattr(move, each.name)
+            seen.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return seen.hexdigest()[:16]
+
 # %% ../../nbs/60_localnet/12_recall.ipynb #636962a8
 def _plain(value): return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
@@ -77,17 +88,6 @@ def moves_from_json(texts:list[dict], kinds:dict[str, type])->list:
                   for name, value in text.items() if name != "move"}
         return kinds[text["move"]](**values)
     return [again(text) for text in texts]
-
-# %% ../../nbs/60_localnet/12_recall.ipynb #a0ec92f4
-def _hash_of(moves):
-    "A hash of all that moves say"
-    seen = sha256()
-    for move in moves:
-        seen.update(type(move).__name__.encode())
-        for each in fields(move):
-            value = getattr(move, each.name)
-            seen.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    return seen.hexdigest()[:16]
 
 # %% ../../nbs/60_localnet/12_recall.ipynb #3e491cd8
 def state(exchange:Any)->dict:

@@ -286,7 +286,7 @@ def longer_candles(
     cut = times[first - 1] >= opens[0] if first else times[0] != opens[0]
     longer, opens = fold(rows[first:last], starts), opens[starts]
     wanted = (opens >= (begin or 0)) & (opens <= end)
-    if cut: wanted[0] = False
+    if cut and opens[0] != opened(times[-1:], interval)[0]: wanted[0] = False
     kept = slice(None, limit) if begin is not None else slice(-limit, None)
     return opens[wanted][kept], longer[wanted][kept]
 

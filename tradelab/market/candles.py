@@ -150,7 +150,7 @@ def optional_faults(
         if column == "taker_buy_volume": rules.append((column, values > volume, "more than the volume of its candle"))
     return [rule for rule in rules if rule[1].any()]
 
-
+# %% ../../nbs/10_market/01_candles.ipynb #1cbdf550
 def check_optional(
     frame: pd.DataFrame,    # candles with some of the optional columns, float64
     name: str = "candles",  # what the message calls them

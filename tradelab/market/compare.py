@@ -146,7 +146,11 @@ def check_clock(
 
 # %% ../../nbs/10_market/06_compare.ipynb #21b8a6db
 MONTH = 31        # rates that are looked at together
+
+
 HIGH_RATE = .003  # half of them are above this only in percent
+
+
 STEP = 12         # how many times higher they are at once where percent begins
 
 
@@ -155,7 +159,7 @@ def _digits(values):
     def whole(scaled): return (np.abs(scaled - np.rint(scaled)) < 1e-3) & ((np.rint(scaled) != 0) | (scaled == 0))
     return next((digits for digits in range(12) if whole(values * 10. ** digits).mean() > .95), 12)
 
-
+# %% ../../nbs/10_market/06_compare.ipynb #037ffdcd
 def _percent(sizes):
     """Which rates are in a month that can only be in percent: far above the others from one payment to the next, and
     with two decimals less"""

@@ -49,7 +49,7 @@ def _duplicate(table, generator):
     row = _row(table, generator)
     return pd.concat([table[:row + 1], table[row:]]), row, row, "row written twice"
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #dc2ab0d4
 def _out_of_order(table, generator):
     row = _row(table, generator)
     late = int(generator.integers(1, 6))
@@ -85,7 +85,7 @@ def _unfinished(table, generator):
     table.attrs["as_of"] = int(times(table)[-1] + done * step)
     return table, len(table) - 1, len(table) - 1, f"last candle fetched after {done:.0%} of its time"
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #10279ea8
 def _revised(table, generator):
     row = _row(table, generator)
     again = table.iloc[[row]].copy()
@@ -121,7 +121,7 @@ def _ohlc(table, generator):
     return (_changed(table, row, HIGH if high else LOW, inside.min() / share if high else inside.max() * share), row,
             row, "high below the body" if high else "low above the body")
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #f11a2159
 def _zero_volume(table, generator):
     row = _row(table, generator)
     count = int(generator.integers(1, 7))
@@ -274,7 +274,7 @@ def _misplaced(table, generator):
     return (table.iloc[order].set_axis(table.index), row, row + apart + length - 1,
             f"two {'days' if length == 24 else 'hours'} exchanged")
 
-
+# %% ../../nbs/10_market/04_defects.ipynb #385c351e
 def _extreme(table, generator):
     row = _row(table, generator)
     size = float(generator.uniform(.12, .3))

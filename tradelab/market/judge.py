@@ -142,7 +142,7 @@ def keep(
         place += 1
     ranked[place] = ring[spot] = value
 
-
+# %% ../../nbs/10_market/05_judge.ipynb #ebfedebd
 @compiled
 def middle(
     ranked,  # float64 (n,) of `keep`

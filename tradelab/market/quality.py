@@ -93,7 +93,7 @@ def as_found(
                      f"times are in {({1000: 'seconds', 1e-3: 'microseconds', 1e-6: 'nanoseconds'})[scale]}, not "
                      "milliseconds", len(scaled), -np.log10(scale))])
 
-
+# %% ../../nbs/10_market/08_quality.ipynb #082bef46
 def witness(
     table: pd.DataFrame,  # candles
     name: str,            # what messages call them

@@ -112,7 +112,7 @@ def _parsed(content):
     candles = pd.DataFrame({name: table[name].to_numpy() for name in columns}, index=index)
     return candles, (table.schema.metadata or {}).get(PROOF)
 
-
+# %% ../../nbs/10_market/10_store.ipynb #782d44f7
 def from_file(
     path: Path,
 ) -> pd.DataFrame:

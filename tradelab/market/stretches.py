@@ -79,7 +79,7 @@ def _bends(
     bend = np.abs(np.diff(values, 2, prepend=[np.nan, np.nan]))
     return np.where(told, np.maximum(bend, least) / np.maximum(unit, 1e-12), np.nan)
 
-
+# %% ../../nbs/10_market/07_stretches.ipynb #9af6c0cf
 def _relative(values):
     "The values, up to doubled where the market around them is calmer than the whole table"
     if not np.isfinite(values).any(): return values
@@ -339,6 +339,8 @@ def exchanged_rows(
 
 # %% ../../nbs/10_market/07_stretches.ipynb #c0b98388
 EXTREME = 8.  # ranges
+
+
 WIDE = .03    # log of high over low
 
 
@@ -358,7 +360,7 @@ class _Rows:
         return finding(kind, self.symbol, self.times[first], self.times[last], evidence, last - first + 1, measure,
                        column)
 
-
+# %% ../../nbs/10_market/07_stretches.ipynb #6b4ab8fb
 def _interpolated(rows):
     found = [rows.finding("interpolated", first, last, f"{what} of {last - first + 1} candles are on a line or a "
                           "smooth curve", column=what[:-1])
@@ -382,7 +384,7 @@ def _price_digits(rows):
     return [rows.finding("digits", first, last, f"prices have {level:g} decimals, before and after they have {usual:g}",
                          level - usual) for first, last, level, usual in other_digits(digits, rows.longest)]
 
-
+# %% ../../nbs/10_market/07_stretches.ipynb #94153986
 def _volume_digits(rows):
     found = []
     for first, last, level, usual in other_digits(decimals(rows.numbers[:, VOLUME]), rows.longest):

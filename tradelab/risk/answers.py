@@ -46,7 +46,7 @@ def _spells(journal, reason):
     number = (held != held.shift()).cumsum()
     return [group.index for _, group in held.groupby(number) if group.iloc[0]]
 
-
+# %% ../../nbs/30_risk/11_answers.ipynb #c42d9e4a
 def halts(
     journal:pd.DataFrame, # columns of JOURNAL and symbol, index open_time
 # a row per halt: from, until (NaT: to the end), why, drawdown and share, both fractions; times are open times of the
@@ -101,7 +101,7 @@ def losing_days(journal:pd.DataFrame)->int:
     "On how many days (UTC) the daily loss limit denied an entry"
     return journal.index[journal["reason"] == Reason.DAILY_LOSS].normalize().nunique() if "reason" in journal else 0
 
-
+# %% ../../nbs/30_risk/11_answers.ipynb #4357e9c4
 def answered_text(journal:pd.DataFrame)->str:
     "What the rules did to a run, as the end of a sentence: halts, days of loss, stops"
     days = losing_days(journal)

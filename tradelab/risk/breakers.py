@@ -17,10 +17,14 @@ from ..times import format_time
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #4bb0a080
 CLOSED = "closed"
+
+
 OPEN = "open"
+
+
 HALF_OPEN = "half-open"
 
-
+# %% ../../nbs/30_risk/10_breakers.ipynb #d3847af6
 @dataclass(frozen=True)
 class Breaker:
     "A measured quantity, and the threshold above which the breaker opens"
@@ -131,7 +135,7 @@ def _saved(breakers:dict[str, Breaker], states:dict[tuple[str, str, str], list])
     kept = [asdict(each) | {"requires": int(each.requires)} for each in breakers.values()]
     return {"version": VERSION, "breakers": kept, "states": [[*key, *row] for key, row in states.items()]}
 
-
+# %% ../../nbs/30_risk/10_breakers.ipynb #3f7e1dd1
 def _check_version(saved:dict)->None:
     if saved.get("version") != VERSION:
         raise ValueError(f"the breakers were saved as version {saved.get('version')}, this is version {VERSION}: "

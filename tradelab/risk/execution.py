@@ -348,7 +348,7 @@ def is_active(
     for n in range(len(execution_state)): count += execution_state[n]["active"]
     return count > 0
 
-
+# %% ../../nbs/30_risk/09_execution.ipynb #582ca0ff
 @inlined
 def apply_targets(
     open_time,   # ms, of the candle that closed
@@ -372,7 +372,7 @@ def apply_targets(
     for n in range(len(proposals) if busy or is_active(state.execution_state) else 0):
         place_target(state, rules, n, proposals[n]["quantity"], proposals[n]["reason"], candle[n, CLOSE])
 
-
+# %% ../../nbs/30_risk/09_execution.ipynb #f72cfb46
 @outlined
 def apply_urgent(
     open_time,  # ms, of the candle that closed
@@ -394,7 +394,11 @@ def apply_urgent(
 
 # %% ../../nbs/30_risk/09_execution.ipynb #16d7307c
 FORCES = len(TimeInForce)
+
+
 DONE, TARGET, COUNT, NUMBERS, BAD_ORDER, NO_PRICE, NO_TRIGGER, NO_CALLBACK, NO_EQUITY = range(1, 10)
+
+
 FAULTS = ("the kernel failed, and printed why", "", "a target is a number in [-1, 1], a share of what the limits "
           "allow; nan is one that was not written, or not known", "an answer is a target per symbol, with confidences "
           "twice as many", "the numbers of an order are finite, and its expiry is not below 0",
@@ -402,9 +406,11 @@ FAULTS = ("the kernel failed, and printed why", "", "a target is a number in [-1
           "a limit order needs a price", "a conditional order needs a trigger", "the callback of a trailing stop "
           "is a fraction",
           "equity is not a finite number, nothing can be decided on it: look at the last fill and the last candle")
+
+
 CHECKED = ("kind", "in_force", "reduce_only", "exposure", "price", "trigger", "callback", "expires_in")
 
-
+# %% ../../nbs/30_risk/09_execution.ipynb #c0d38c05
 @outlined
 def fault_of_order(wanted):
     "What is wrong with a row of an answer; DONE: nothing"
@@ -469,7 +475,7 @@ def see_active(
         for k in range(orders.shape[1]): active = active or orders[n, k]["kind"] != NONE
         execution_state[n]["active"] = 1 if active else 0
 
-
+# %% ../../nbs/30_risk/09_execution.ipynb #c5510060
 @outlined
 def decide_orders(
     open_time,        # ms, of the candle that closed

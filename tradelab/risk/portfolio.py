@@ -109,7 +109,7 @@ def window_covariance(
             for t in range(count): total += (returns[t, n] - means[n]) * (returns[t, m] - means[m])
             out[n, m] = out[m, n] = total / (count - 1)
 
-
+# %% ../../nbs/30_risk/01_portfolio.ipynb #0ac70330
 @compiled
 def rolling_covariance(
     returns,  # (T, n) float64

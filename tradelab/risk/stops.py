@@ -117,7 +117,7 @@ def safe_distance(
     # more than any rounding of a level
     return (stop if stop > 0. else np.inf) - 1e-9, (target if target > 0. else np.inf) - 1e-9
 
-
+# %% ../../nbs/30_risk/03_stops.ipynb #dc885d79
 @inlined
 def is_untouched(
     position,  # a row of POSITION, as `touched` takes it

@@ -103,6 +103,8 @@ class Cause:
 
 
 MINUTES = 60_000
+
+# %% ../../nbs/30_risk/04_trading_state.ipynb #b40e6d88
 CAUSES = {
     "latency": Cause(TradingState.NO_ENTRY, True, 0, "the venue answers slowly"),
     "spread": Cause(TradingState.NO_ENTRY, True, 0, "the spread is wide"),
@@ -197,7 +199,7 @@ def _required(cause:str, requires:TradingState|None, who:str, evidence:str)->Tra
         raise ValueError(f"{cause} requires {CAUSES[cause].requires.name}: only a person may require another state")
     return TradingState(CAUSES[cause].requires if requires is None else requires)
 
-
+# %% ../../nbs/30_risk/04_trading_state.ipynb #8df80e92
 def _check_reset(cause:str, symbol:str, who:str, why:str, active:dict[tuple[str, str], list])->None:
     if not who.strip() or not why.strip():
         raise ValueError(f"{cause}: say who resets it and why, were {who!r} and {why!r}")

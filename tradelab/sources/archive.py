@@ -65,7 +65,7 @@ def archive_symbol(
     if settle == quote_coin: return "futures/um", coin + quote_coin + (f"_{expiry}" if expiry else "")
     return "futures/cm", f"{coin}{quote_coin}_{expiry or 'PERP'}"
 
-
+# %% ../../nbs/15_sources/02_archive.ipynb #839665e5
 def archive_path(
     symbol: str,     # ccxt's unified name
     kind: str,       # klines, markPriceKlines or fundingRate

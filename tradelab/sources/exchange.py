@@ -211,7 +211,7 @@ ENDPOINTS = {("spot", False): "publicGetKlines", ("linear", False): "fapiPublicG
              # by kind of market, and whether the mark price is meant
              ("linear", True): "fapiPublicGetMarkPriceKlines", ("inverse", True): "dapiPublicGetMarkPriceKlines"}
 
-
+# %% ../../nbs/15_sources/06_exchange.ipynb #dac4cf8e
 def kline_fetch(
     exchange: Exchange,  # ccxt exchange
     symbol: str,         # ccxt's unified name

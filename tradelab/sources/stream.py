@@ -49,7 +49,11 @@ class Source(Protocol):
 
 # %% ../../nbs/15_sources/05_stream.ipynb #085cd281
 logger = get_logger("sources.stream")
+
+
 Row: TypeAlias = Sequence[float]                                  # open time in ms, open, high, low, close, volume
+
+
 TimedCandle: TypeAlias = tuple[int, Sequence[float] | np.ndarray] # open time in ms; open, high, low, close, volume
 
 
@@ -66,7 +70,7 @@ async def with_verdicts(
             logger.warning("candle refused", symbol=symbol, open_time=format_time(open_time), reason=verdict.reason)
         else: yield ClosedCandle(int(open_time), tuple(float(value) for value in candle), verdict)
 
-
+# %% ../../nbs/15_sources/05_stream.ipynb #de5d2322
 async def replay_candles(
     candles: pd.DataFrame,
     seconds: float = 0.,  # between two candles

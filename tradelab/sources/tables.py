@@ -698,7 +698,7 @@ def symbol_rows(
                           "give symbol one of the names that it holds")
     return table[(names == own[0]).to_numpy()]
 
-
+# %% ../../nbs/15_sources/01_tables.ipynb #f6443e5f
 def from_file(
     path: str | Path,          # one of FILES, perhaps packed; an address that begins with http
     timeframe: str,            # such as "1h"

@@ -47,7 +47,7 @@ def _redirected_session(base_url):
 # %% ../../nbs/15_sources/07_yahoo.ipynb #a9ac3ccf
 INTERVALS = {"1m": "1m", "5m": "5m", "15m": "15m", "30m": "30m", "1h": "60m", "1d": "1d"} # what Yahoo calls a timeframe
 
-
+# %% ../../nbs/15_sources/07_yahoo.ipynb #95a90a9c
 def _table(name, timeframe, start, end, base_url):
     "The table that Yahoo answers with; raises `NoCandlesError` or `UnreachableError`"
     try:

@@ -73,6 +73,8 @@ def _order_events(order, symbols, quote):
 ALGO_STATES = {"NEW": State.ACKNOWLEDGED, "TRIGGERING": State.ACKNOWLEDGED, "TRIGGERED": State.ACKNOWLEDGED,
                "FINISHED": State.ACKNOWLEDGED, "CANCELED": State.CANCELED, "EXPIRED": State.EXPIRED,
                "REJECTED": State.EXPIRED}
+
+
 ALGO = "algo" # before the number of a conditional order, which is not the number of an order
 
 
@@ -89,7 +91,7 @@ def algo_report(
     return OrderReport(name, State.FILLED if whole else ALGO_STATES[status], filled if status == "FINISHED" else 0.,
                        str(numbers[0]) if numbers[0] else f"{ALGO} {numbers[1]}")
 
-
+# %% ../../nbs/75_venues/01_binance.ipynb #9e2230be
 def _algo_events(order, symbols):
     if order["s"] not in symbols: return []
     report = algo_report(order["caid"], order["X"], order["q"], order.get("aq"), (order.get("ai"), order["aid"]))

@@ -369,5 +369,5 @@ class MemoryVenue(MemoryMarket):
         self._told = []
         self.events = Inbox(self.go_on)
 
-
+# %% ../../nbs/75_venues/02_memory.ipynb #f3687695
 _is_one: type[Venue] = MemoryVenue

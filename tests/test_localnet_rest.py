@@ -1,0 +1,65 @@
+"What REST clients read from localnet: one server on the wall clock, raw requests"
+import http.client
+import json
+import time
+from urllib.parse import urlencode
+
+import pytest
+
+from tradelab.localnet.protocol import ApiKey, signature
+from tradelab.localnet.server import KEY, SECRET, Localnet
+
+pytestmark = pytest.mark.integration
+BTC = {"symbol": "BTCUSDT"}
+BUY = BTC | {"side": "BUY", "type": "MARKET", "quantity": "0.01"}
+
+
+class Client:
+    "A client that signs its query"
+    def __init__(self, net, key, secret):
+        self.line, self.key, self.secret = http.client.HTTPConnection("127.0.0.1", net.port, timeout=20), key, secret
+
+    def ask(self, method, path, **asked):
+        query = urlencode(asked | {"timestamp": int(time.time() * 1000)})
+        self.line.request(method, f"/fapi/{path}?{query}&signature={signature(self.secret, query)}",
+                          headers={"X-MBX-APIKEY": self.key})
+        reply = self.line.getresponse()
+        self.headers = {name.lower(): value for name, value in reply.getheaders()}
+        return reply.status, json.loads(reply.read())
+
+    def get(self, path, **asked): return self.ask("GET", path, **asked)[1]
+
+
+@pytest.fixture(scope="module")
+def net():
+    with Localnet(keys=[ApiKey("busy", "secret", "busy")]) as net: yield net
+
+
+@pytest.fixture(scope="module")
+def client(net): return Client(net, KEY, SECRET)
+
+
+@pytest.mark.parametrize("interval", ["1m", "1h", "12h", "1d", "3d", "1w", "1M"])
+@pytest.mark.parametrize("path", ["klines", "markPriceKlines", "premiumIndexKlines"])
+def test_every_interval_shows_its_forming_candle(client, path, interval):
+    last = client.get(f"v1/{path}", **BTC, interval=interval)[-1]
+    assert last[0] <= client.get("v1/premiumIndex", **BTC)["time"] <= last[6] + 1
+
+
+def test_the_entry_is_the_price_that_was_paid(client):
+    number = client.ask("POST", "v1/order", **BUY)[1]["orderId"]
+    paid = client.get("v1/order", **BTC, orderId=number)["avgPrice"]
+    assert {client.get(path)[0]["entryPrice"] for path in ("v2/positionRisk", "v3/positionRisk")} == {paid}
+    assert client.get("v2/account")["positions"][0]["entryPrice"] == paid
+
+
+def test_too_many_orders_are_refused_with_the_count(net):
+    busy, code = Client(net, "busy", "secret"), None
+    while code != -1015:   # the count of ten seconds may begin anew once
+        status, reply = busy.ask("POST", "v1/order", **BUY | {"quantity": "0.001"})
+        code = reply["code"]
+        assert code in (-4164, -1015)
+    assert status == 429
+    assert int(busy.headers["retry-after"]) >= 1
+    assert busy.headers["x-mbx-order-count-10s"] == "300"
+    assert busy.ask("DELETE", "v1/allOpenOrders", **BTC)[0] == 200
