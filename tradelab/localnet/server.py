@@ -30,7 +30,7 @@ from .accounts import Account
 from .conditional import ENDPOINTS as CONDITIONAL_ENDPOINTS
 from .conditional import Conditional
 from .engine import ENDPOINTS as ORDER_ENDPOINTS
-from .engine import Exchange
+from .engine import Exchange, Questions
 from .faults import Faults
 from .limits import LimitSettings, RateLimits
 from .protocol import ApiKey, RequestDeniedError, check_browser, find_key
@@ -68,6 +68,8 @@ def _source_of(
 
 # %% ../../nbs/60_localnet/16_server.ipynb #96356d93
 ENDPOINTS = {**MARKET_ENDPOINTS, **ACCOUNT_ENDPOINTS, **ORDER_ENDPOINTS, **CONDITIONAL_ENDPOINTS}
+
+
 MOVES = {kind.__name__: kind for kind in (Tick, Levels, Close, Rate, Prices)}
 
 
@@ -78,17 +80,18 @@ class Terms:
     accounts:Mapping[str, float] = field(default_factory=lambda: {"main": 10_000.})   # deposits by name, quote
     profile:str = "backtest"            # or book
     order_reply:str = "2026-07"         # words of POST order; "classic" has avgPrice and cumQuote
+    questions:Questions = Questions()   # what cannot be settled without a recording of the real exchange
 
     def __post_init__(self):
         if self.order_reply not in ("2026-07", "classic"):
             raise ValueError(f"order_reply must be '2026-07' or 'classic', was {self.order_reply!r}")
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #3451598b
 def make_exchange(source:Any, terms:Terms)->Exchange:
     "An exchange at the beginning of a source"
     market = Market(source.history(), source.instruments, source.funding, terms.costs, source.interval, source.now)
     accounts = [Account(name, market, terms.costs, deposit) for name, deposit in terms.accounts.items()]
-    exchange = Exchange(market, accounts, terms.costs, terms.profile, order_reply=terms.order_reply)
+    exchange = Exchange(market, accounts, terms.costs, terms.profile, terms.questions, terms.order_reply)
     exchange.conditional = Conditional(exchange)
     return exchange
 
@@ -138,7 +141,7 @@ def _counted(net:"Localnet", steps:Iterator[list])->Iterator[list]:
         net.service.barrier.step = step_name(moves, net.service.barrier.step)
         yield moves
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #19196aaf
 def _carry_again(service:Service, account:str, name:tuple[str, str], asked:dict)->None:
     "Carry out a request again, as the memory has it"
     service.endpoints[name].reply(service.exchange, service.exchange.accounts[account], asked)
@@ -227,7 +230,7 @@ def _disarm(net:"Localnet", asked:dict)->dict:
     net.service.faults.disarm(str(asked.get("scenario", "")))
     return _state(net)
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #b6524296
 def _log_of_faults(net:"Localnet", asked:dict)->list:
     "GET /faults: what was injected"
     return [asdict(hit) for hit in net.service.faults.log]
@@ -313,7 +316,7 @@ async def _running(net:"Localnet")->AsyncIterator[asyncio.Future]:
             for task in (playing, opened): task.cancel()
             for reader in readers_on(net.service, "*"): reader.close(1001)
 
-
+# %% ../../nbs/60_localnet/16_server.ipynb #81f002bc
 async def _run(net:"Localnet", listening:Callable[[], object])->None:
     "Serve until stopped, or until the market fails"
     net.loop, net.stopped = asyncio.get_running_loop(), asyncio.Event()
@@ -414,6 +417,7 @@ class Localnet(_Block):
         accounts:Mapping[str, float]|None=None, # deposits by name, of further accounts
         keys:Sequence[ApiKey]=(),  # further keys
         profile:str="backtest",    # how orders are matched: as the backtest, or against the shown book
+        questions:Questions=Questions(), # what cannot be settled without a recording of the real exchange
         speed:float=0.,            # above 0: times as fast as the source's own time
         routes:str="lenient",      # strict: a stream on its own route only
         faults:Any=None,           # `Faults`, or a scenario
@@ -428,7 +432,7 @@ class Localnet(_Block):
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)
         self.terms = Terms(costs, dict.fromkeys((key.account for key in self.keys), deposit) | dict(accounts or {}),
-                           profile, order_reply)
+                           profile, order_reply, questions)
         self.limits = limits or LimitSettings(enforced=self.pace.speed > 0)
         self.faults = faults if isinstance(faults, Faults) else Faults(faults or "")
         self.routes, self.path, self.port, self.host = routes, memory, port, host

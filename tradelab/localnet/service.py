@@ -136,7 +136,7 @@ class Service:
 
     def now(self)->int: return self.faults.clock(self.real_clock())
 
-
+# %% ../../nbs/60_localnet/13_service.ipynb #fecab230
 def _close_key(streams:Streams, key:str)->None:
     "Close the sockets of a listen key that was given back"
     for reader in list(streams.readers.get(key, ())): reader.close(1000)
@@ -182,7 +182,7 @@ def _carry_out(
     publish(service)
     return reply
 
-
+# %% ../../nbs/60_localnet/13_service.ipynb #6b031de9
 def _faulty(
     service:Service,
     fault:Fault,
@@ -313,7 +313,7 @@ def greet(service:Service, reader:Reader, names:Iterable[str])->None:
         only.readers = {name: {reader: frozenset()}}
         only.send([(name, payload)])
 
-
+# %% ../../nbs/60_localnet/13_service.ipynb #51bfe85b
 def answer_frame(
     service:Service,
     reader:Reader,
@@ -345,7 +345,7 @@ METHODS = {
     "userDataStream.start": ("POST", "v1/listenKey"), "userDataStream.ping": ("PUT", "v1/listenKey"),
     "userDataStream.stop": ("DELETE", "v1/listenKey")}
 
-
+# %% ../../nbs/60_localnet/13_service.ipynb #e9f4fcd4
 def _admit_frame(
     service:Service,
     reader:Reader,
@@ -397,7 +397,7 @@ def _read_request(text):
     if not isinstance(params, dict): raise RequestDeniedError(-1130, "params")
     return number, asked.get("method"), params
 
-
+# %% ../../nbs/60_localnet/13_service.ipynb #166127cb
 def _call(
     service:Service,
     reader:Reader,

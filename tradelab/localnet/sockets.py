@@ -74,7 +74,7 @@ async def _opened(service:Service, request:web.Request)->AsyncIterator[tuple[web
         day.cancel()
         service.sockets.discard(reader)
 
-
+# %% ../../nbs/60_localnet/14_sockets.ipynb #6f43b269
 async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of streams"
     path, _, query = request.raw_path.partition("?")
@@ -279,7 +279,7 @@ async def _listen(
                              "another port (0 takes a free one)") from None
     return runner.addresses[0][1]
 
-
+# %% ../../nbs/60_localnet/14_sockets.ipynb #07db7415
 @asynccontextmanager
 async def serving(
     handler:Callable[[web.Request], Any],

@@ -43,7 +43,7 @@ def text_frame(
 # %% ../../nbs/60_localnet/10_streams.ipynb #b7a2d5e6
 LIFETIME = 3_600_000 # ms
 
-
+# %% ../../nbs/60_localnet/10_streams.ipynb #183aecdf
 @dataclass
 class ListenKeys:
     "The keys of user streams, at most one an account"
@@ -109,6 +109,8 @@ def listen_key_endpoints(
 
 # %% ../../nbs/60_localnet/10_streams.ipynb #7e3d4e8c
 SOCKET = re.compile(r"/*(?:(public|market|private)/+)?(ws|stream)(?:/+(.*))?/*")
+
+
 EVERYTHING: frozenset[str] = frozenset()
 
 
@@ -120,7 +122,7 @@ class Address:
     names:tuple[str, ...]                  # streams, listen keys and what is neither, as they are written
     keys:tuple[tuple[str, frozenset], ...] # listen keys that are named as such, each with the events that it is for
 
-
+# %% ../../nbs/60_localnet/10_streams.ipynb #8f270895
 def read_address(
     path:str,
     query:str="",   # raw
