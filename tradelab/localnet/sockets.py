@@ -236,9 +236,8 @@ class Hall:
         for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
             if self._zero is None: self._zero = loop.time(), time
             while (wait := self.wait_for(time) - loop.time()) > 0:
-                pace = self.pace
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self.until(lambda pace=pace: self.pace is not pace), wait)
+                def changed(pace=self.pace): return self.pace is not pace
+                with suppress(asyncio.TimeoutError): await asyncio.wait_for(self.until(changed), wait)
             advance(self.service, list(group))
 
     def wait_for(self, time:int)->float:
