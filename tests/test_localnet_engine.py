@@ -352,8 +352,8 @@ def test_what_an_account_takes_is_the_book_that_was_shown(seed):
         elif chance < .4 and account.open:
             order = account.orders[random.choice(list(account.open))]
             price = round(order.price + random.integers(-5, 6) / 10, 1)
-            asked = {"symbol": "BTCUSDT", "orderId": str(order.number), "price": format_number(price),
-                     "quantity": format_number(random.integers(5, 2_000) / 1e3)}
+            asked = {"symbol": "BTCUSDT", "orderId": str(order.number), "side": order.side,
+                     "price": format_number(price), "quantity": format_number(random.integers(5, 2_000) / 1e3)}
             try: amend(exchange, account, asked)
             except RequestDeniedError as refused: assert refused.code in (-2019, -2022, -4016, -4024, -4164, -5027)
         else: placed(exchange, account, any_request(exchange, random))
@@ -460,7 +460,7 @@ def test_whatever_happens_orders_trades_positions_and_money_agree(seed, dual, ow
                     assert refused.code in (-2019, -2022, -2023, -2027, -4016, -4024, -5021, -5022), refused
             if account.open and random.random() < .5:
                 order = account.open[int(random.choice(list(account.open)))]
-                asked = {"symbol": order.symbol, "orderId": str(order.number)}
+                asked = {"symbol": order.symbol, "orderId": str(order.number), "side": order.side}
                 if random.random() < .5: cancel(exchange, account, asked)
                 elif order.kind == "LIMIT":
                     price = round(market.last(order.n) * (1 + .01 * float(random.normal())), 1)

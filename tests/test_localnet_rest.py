@@ -63,3 +63,13 @@ def test_too_many_orders_are_refused_with_the_count(net):
     assert int(busy.headers["retry-after"]) >= 1
     assert busy.headers["x-mbx-order-count-10s"] == "300"
     assert busy.ask("DELETE", "v1/allOpenOrders", **BTC)[0] == 200
+
+
+def test_a_modified_order_names_its_side(client):
+    bid = float(client.get("v1/ticker/bookTicker", **BTC)["bidPrice"])
+    price, lower = f"{bid * .98:.1f}", f"{bid * .97:.1f}"
+    order = client.ask("POST", "v1/order", **BUY | {"type": "LIMIT", "timeInForce": "GTC", "price": price})[1]
+    change = BTC | {"orderId": order["orderId"], "quantity": "0.02", "price": lower}
+    status, reply = client.ask("PUT", "v1/order", **change)
+    assert (status, reply["code"], "'side'" in reply["msg"]) == (400, -1102, True)
+    assert client.ask("PUT", "v1/order", **change, side="BUY")[1]["price"] == lower

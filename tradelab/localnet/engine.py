@@ -44,6 +44,7 @@ from tradelab.localnet.protocol import (
     Endpoint,
     RequestDeniedError,
     check_either,
+    chosen,
     flag,
     listed,
     mandatory,
@@ -755,7 +756,7 @@ def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple
     market = exchange.market
     if order.kind != "LIMIT": raise RequestDeniedError(-5025)
     if flag(asked, "reduceOnly") and not order.reduce_only: raise RequestDeniedError(-5047)
-    if asked.get("side", order.side) != order.side: raise RequestDeniedError(-1130, "side")
+    if chosen(asked, "side", ("BUY", "SELL"), -1117) != order.side: raise RequestDeniedError(-1130, "side")
     match = read_price_match(asked, order.kind)
     for name in ("quantity", *(("price",) if match == "NONE" else ())): mandatory(asked, name)
     instrument = market.instruments[order.n]
