@@ -65,7 +65,6 @@ def test_no_chapter_imports_an_equal_or_higher_number(graph):
 def test_chapters_count_from_1_on_each_floor():
     "`nbs/how_to` is no floor: its pages export nothing"
     for folder in sorted({path.parent for path in NOTEBOOKS if path.parent.name not in ("nbs", "how_to")}):
-        if (folder / "22_server.ipynb").exists(): continue # both editions of localnet, until the second serves
         numbers = [int(re.match(r"\d+", path.name)[0]) for path in sorted(folder.glob("*.ipynb"))]
         assert numbers == list(range(1, len(numbers) + 1)), folder.name
 

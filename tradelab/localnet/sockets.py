@@ -178,6 +178,28 @@ async def _steps_of(source:Any)->AsyncIterator[list]:
     else:
         for moves in source: yield moves
 
+# %% ../../nbs/60_localnet/14_sockets.ipynb #1ca63565
+async def _turn(hall):
+    "Wait until the market may make a step"
+    pace = hall.pace
+    if pace.interval_ms:
+        await hall.until(lambda: attended(hall.service) or hall.forced)
+        if not hall.forced: await asyncio.sleep(pace.interval_ms / 1000)
+    elif not pace.speed:
+        await hall.until(lambda: hall.service.barrier.open or hall.forced or hall.pace.speed)
+    hall.forced = max(hall.forced - 1, 0)
+
+
+async def _in_time(hall, moves):
+    "Let the moves of a step happen when their time has come"
+    loop, now = asyncio.get_running_loop(), hall.service.exchange.market.now
+    for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
+        if hall._zero is None: hall._zero = loop.time(), time
+        while (wait := hall.wait_for(time) - loop.time()) > 0:
+            def changed(pace=hall.pace): return hall.pace is not pace
+            with suppress(asyncio.TimeoutError): await asyncio.wait_for(hall.until(changed), wait)
+        advance(hall.service, list(group))
+
 # %% ../../nbs/60_localnet/14_sockets.ipynb #8d239773
 class Hall:
     "An exchange while it is open: its service, its source and its clock"
@@ -214,38 +236,18 @@ class Hall:
             self._news.clear()
             await self._news.wait()
 
-    async def turn(self)->None:
-        "Wait until the market may make a step"
-        pace = self.pace
-        if pace.interval_ms:
-            await self.until(lambda: attended(self.service) or self.forced)
-            if not self.forced: await asyncio.sleep(pace.interval_ms / 1000)
-        elif not pace.speed:
-            await self.until(lambda: self.service.barrier.open or self.forced or self.pace.speed)
-        self.forced = max(self.forced - 1, 0)
-
     async def play(self)->None:
         "Let the market make step after step, each at its turn"
         while True:
-            if self.played: await self.turn()
+            if self.played: await _turn(self)
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
-            if self.pace.speed and self.played and not self.live: await self.in_time(moves)
+            if self.pace.speed and self.played and not self.live: await _in_time(self, moves)
             else: advance(self.service, moves)
             self.played += 1
             self.opened.set()
             await asyncio.sleep(0)
         self.finished.set()
-
-    async def in_time(self, moves:list)->None:
-        "Let the moves of a step happen when their time has come"
-        loop, now = asyncio.get_running_loop(), self.service.exchange.market.now
-        for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
-            if self._zero is None: self._zero = loop.time(), time
-            while (wait := self.wait_for(time) - loop.time()) > 0:
-                def changed(pace=self.pace): return self.pace is not pace
-                with suppress(asyncio.TimeoutError): await asyncio.wait_for(self.until(changed), wait)
-            advance(self.service, list(group))
 
     def wait_for(self, time:int)->float:
         "When it is a time (ms) of the market, by the loop's clock (s); at once in lockstep"
