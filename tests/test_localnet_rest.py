@@ -73,3 +73,11 @@ def test_a_modified_order_names_its_side(client):
     status, reply = client.ask("PUT", "v1/order", **change)
     assert (status, reply["code"], "'side'" in reply["msg"]) == (400, -1102, True)
     assert client.ask("PUT", "v1/order", **change, side="BUY")[1]["price"] == lower
+
+
+@pytest.mark.parametrize("body, packed, status", [(b"no gzip", "gzip", 400), (b"a=1&" * 300_000, "", 413)])
+def test_a_body_that_cannot_be_read_is_refused(net, body, packed, status):
+    line = http.client.HTTPConnection("127.0.0.1", net.port, timeout=20)
+    line.request("POST", "/fapi/v1/order", body, {"Content-Encoding": packed} if packed else {})
+    reply = line.getresponse()
+    assert (reply.status, json.loads(reply.read())["code"]) == (status, -1130)

@@ -120,9 +120,16 @@ def response(reply:Reply)->web.Response:
     return web.Response(body=body, status=reply.status, headers=reply.headers, content_type=kind)
 
 
+async def _body_of(request:web.Request)->str:
+    "What a request says below its headers; RequestDeniedError if it cannot be unpacked, or is too long"
+    try: return (await request.read()).decode("utf-8", "surrogateescape") if request.body_exists else ""
+    except web.RequestPayloadError: raise RequestDeniedError(-1130, "body") from None
+    except web.HTTPRequestEntityTooLarge: raise RequestDeniedError(-1130, "body", status=413) from None
+
+
 async def _serve_rest(net:"Hall", request:web.Request)->web.Response:
     "Answer a request over REST"
-    body = (await request.read()).decode("utf-8", "surrogateescape") if request.body_exists else ""
+    body = await _body_of(request)
     reply = answer(net.service, request.method, request.raw_path, body, request.headers, request.remote or "")
     if reply.delay: await asyncio.sleep(reply.delay)
     if reply.drop and request.transport: request.transport.abort()
