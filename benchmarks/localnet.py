@@ -111,7 +111,7 @@ def client_of(url):
 
 def round_trip():
     print(f"{'ms for one order, 20 symbols streaming':44} {'median':>8} {'99 %':>8}")
-    with server(market(), lockstep=False, speed=60, limits=OFF) as venue:
+    with server(market(), lockstep=False, speed=60, limits=OFF, deposit=1e9) as venue: # for the fees
         async def work(prefix="", many=2_000):
             raw = await Raw().open(venue.url)
             async def direct(side): await raw.post(order_body(side))

@@ -171,6 +171,27 @@ def attended(service:Service)->bool:
     return any("@kline" in name for name in heard) and any(name in service.streams.keys.accounts for name in heard)
 
 
+async def _in_time(net:"Hall", moves:list)->None:
+    "Let the moves of a step happen when their time has come; a change of pace counts at once"
+    loop, now = asyncio.get_running_loop(), net.service.exchange.market.now
+    for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
+        if net.zero is None: net.zero = loop.time(), time
+        while (wait := _moment(net.pace, *net.zero, time) - loop.time()) > 0:
+            def changed(pace=net.pace): return net.pace is not pace
+            with suppress(asyncio.TimeoutError): await asyncio.wait_for(net.until(changed), wait)
+        advance(net.service, list(group))
+
+
+def _moment(
+    pace:Pace,
+    began:float,    # s, by the loop's clock
+    then:int,       # ms, of the market when that was
+    time:int,       # ms, of the market
+)->float:           # s, by the loop's clock
+    "When it is a time of the market; at once in lockstep"
+    return began + (time - then) / pace.speed / 1000 if pace.speed else -inf
+
+
 async def _steps_of(source:Any)->AsyncIterator[list]:
     "The steps of a source, whether or not it has to be waited for"
     if hasattr(source, "__aiter__"):
@@ -199,13 +220,13 @@ class Hall:
         self.finished = threading.Event()
         if played: self.opened.set()
         self._news = asyncio.Event()
-        self._zero: tuple[float, int]|None = None   # the loop's time (s) and the market's (ms) from which speed counts
+        self.zero: tuple[float, int]|None = None   # the loop's time (s) and the market's (ms) from which speed counts
 
     def happened(self)->None: self._news.set()
 
     def change(self, pace:Pace)->None:
         "Go on at another pace from now"
-        self.pace, self._zero = pace, (asyncio.get_running_loop().time(), self.service.exchange.market.now)
+        self.pace, self.zero = pace, (asyncio.get_running_loop().time(), self.service.exchange.market.now)
         self.happened()
 
     async def until(self, ready:Callable[[], object])->None:
@@ -230,27 +251,12 @@ class Hall:
             if self.played: await self.turn()
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
-            if self.pace.speed and self.played and not self.live: await self.in_time(moves)
+            if self.pace.speed and self.played and not self.live: await _in_time(self, moves)
             else: advance(self.service, moves)
             self.played += 1
             self.opened.set()
             await asyncio.sleep(0)
         self.finished.set()
-
-    async def in_time(self, moves:list)->None:
-        "Let the moves of a step happen when their time has come"
-        loop, now = asyncio.get_running_loop(), self.service.exchange.market.now
-        for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
-            if self._zero is None: self._zero = loop.time(), time
-            while (wait := self.wait_for(time) - loop.time()) > 0:
-                def changed(pace=self.pace): return self.pace is not pace
-                with suppress(asyncio.TimeoutError): await asyncio.wait_for(self.until(changed), wait)
-            advance(self.service, list(group))
-
-    def wait_for(self, time:int)->float:
-        "When it is a time (ms) of the market, by the loop's clock (s); at once in lockstep"
-        if not self.pace.speed or self._zero is None: return -inf
-        return self._zero[0] + (time - self._zero[1]) / self.pace.speed / 1000
 
     async def tend(self, restart:Callable[[bool], object]=lambda loss: None)->None:
         "Do what real time brings, twenty times a second; `restart` is told whether all is lost"
