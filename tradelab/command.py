@@ -208,7 +208,8 @@ def serve(
 @click.option("--secret", default=None, help="[default: localnet]")
 @click.option("--fault", default="", help="A scenario of faults by name, as JSON, or in a file.")
 def localnet(candles:tuple[str, ...], symbol:tuple[str, ...], timeframe:str, start:str|None,
-             funding:str, deposit:float, interval_ms:int, lockstep:bool, speed:float, port:int|None, key:str|None, secret:str|None, fault:str)->None:
+             funding:str, deposit:float, interval_ms:int, lockstep:bool, speed:float,
+             port:int|None, key:str|None, secret:str|None, fault:str)->None:
     "Serve an exchange on this machine that replays candles, until Ctrl-C."
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet, client_lines
