@@ -235,7 +235,8 @@ def localnet(candles:tuple[str, ...], symbol:tuple[str, ...], timeframe:str, sta
                           port=here.localnet_port if port is None else port)
         with server:
             lines = client_lines(server.url, *(getattr(server.keys[0], name) for name in ("key", "secret")))
-            serve(server, f"localnet at {server.url}, {', '.join(symbol)} {timeframe} from {first} ({len(frame)} candles), "
+            serve(server, f"localnet at {server.url}, {', '.join(symbol)} {timeframe} from {first} "
+                  f"({len(frame)} candles), "
                   f"{describe_instruments(server.source.instruments)}; Ctrl-C ends it\nstreams at "
                   f"{server.url.replace('http', 'ws')}/ws, control at {server.control_url} with the token "
                   f"{server.token}\n" + "\n".join(f"{client}:\n  " + "\n  ".join(words)
