@@ -4,6 +4,7 @@ round_trip  an order by a raw client and by ccxt while 20 symbols stream, and ag
 throughput  orders a second, 32 in flight, order limits off
 streams     10 clients with 50 streams each: frames sent and received
 day         24 hours of 1m candles of 20 symbols: seconds and growth of memory
+candle      one candle of one symbol in process, without sockets, and an order in each
 """
 import asyncio
 import hashlib
@@ -19,7 +20,8 @@ import aiohttp
 import ccxt.async_support as ccxt
 
 from tradelab.localnet.limits import LimitSettings
-from tradelab.localnet.server import Localnet
+from tradelab.localnet.server import ENDPOINTS, Localnet, Terms, make_exchange
+from tradelab.localnet.sources import Replay
 from tradelab.market.synthetic import ar1
 
 OFF = LimitSettings(enforced=False)
@@ -109,7 +111,7 @@ def client_of(url):
 
 def round_trip():
     print(f"{'ms for one order, 20 symbols streaming':44} {'median':>8} {'99 %':>8}")
-    with server(market(), lockstep=False, speed=60, limits=OFF) as venue:
+    with server(market(), lockstep=False, speed=60, limits=OFF, deposit=1e9) as venue: # for the fees
         async def work(prefix="", many=2_000):
             raw = await Raw().open(venue.url)
             async def direct(side): await raw.post(order_body(side))
@@ -171,7 +173,25 @@ def day():
     print(f"24 hours of 1m candles of 20 symbols: {taken:.1f} s, {frames:,} frames, memory grew by {grown:.0f} MiB")
 
 
-MEASURES = {each.__name__: each for each in (round_trip, throughput, streams, day)}
+def candle():
+    order = {"symbol": "AACUSDT", "type": "MARKET", "quantity": "0.01"}
+    for profile in ("backtest", "book"):
+        source = Replay({SYMBOLS[0]: ar1(5_000, seed=0, timeframe="1m")}, start=None)
+        exchange, taken = make_exchange(source, Terms(profile=profile)), []
+        steps = list(source.steps())
+        for number, moves in enumerate(steps):
+            begin = time.perf_counter()
+            exchange.step(moves)
+            asked = order | {"side": "BUY" if number % 2 == 0 else "SELL"}
+            if number < len(steps) - 1:
+                ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], asked)
+            exchange.take_events()
+            exchange.market.take_events()
+            taken.append((time.perf_counter() - begin) * 1000)
+        told(f"ms for a candle and an order, {profile}", taken[500:])
+
+
+MEASURES = {each.__name__: each for each in (round_trip, throughput, streams, day, candle)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MEASURES: MEASURES[name]()

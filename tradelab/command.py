@@ -191,8 +191,9 @@ def serve(
 
 # %% ../nbs/99_top/07_command.ipynb #4a95fd90
 @main.command()
-@click.option("--candles", default="synthetic", show_default=True, help="A file of candles, an exchange, or synthetic.")
-@click.option("--symbol", default="BTC/USDT:USDT", show_default=True)
+@click.option("--candles", multiple=True, default=["synthetic"], show_default=True, help="A file of candles, an "
+              "exchange, or synthetic; one for all symbols, or one for each.")
+@click.option("--symbol", multiple=True, default=["BTC/USDT:USDT"], show_default=True, help="May be repeated.")
 @click.option("--timeframe", default="1h", show_default=True)
 @click.option("--start", default=None, help="The first candle to stream; those before it are history  [default: after "
               "the first 500]")
@@ -206,8 +207,9 @@ def serve(
 @click.option("--key", default=None, help="[default: localnet]")
 @click.option("--secret", default=None, help="[default: localnet]")
 @click.option("--fault", default="", help="A scenario of faults by name, as JSON, or in a file.")
-def localnet(candles:str, symbol:str, timeframe:str, start:str|None, funding:str, deposit:float, interval_ms:int,
-             lockstep:bool, speed:float, port:int|None, key:str|None, secret:str|None, fault:str)->None:
+def localnet(candles:tuple[str, ...], symbol:tuple[str, ...], timeframe:str, start:str|None,
+             funding:str, deposit:float, interval_ms:int, lockstep:bool, speed:float,
+             port:int|None, key:str|None, secret:str|None, fault:str)->None:
     "Serve an exchange on this machine that replays candles, until Ctrl-C."
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet, client_lines
@@ -217,11 +219,15 @@ def localnet(candles:str, symbol:str, timeframe:str, start:str|None, funding:str
     with one_sentence():
         here = settings(venue="localnet")
         venue = venue_for(here)
-        start_time, end_time = ("2024-01-01", "2024-07-01") if candles == "synthetic" else (None, None)
-        frame = history(symbol, timeframe, start_time, end_time, source=candles, gaps=here.gaps)
-        rates = {symbol: funding_history(symbol, source=funding)}
+        if len(candles) not in (1, len(symbol)): raise ValueError(
+            f"give --candles once, or once for each --symbol: {len(candles)} for {len(symbol)} symbols")
+        frames = {name: history(name, timeframe, *(("2024-01-01", "2024-07-01") if source == "synthetic" else
+                                (None, None)), source=source, gaps=here.gaps)
+                  for name, source in zip(symbol, candles * len(symbol), strict=False)}
+        rates = {name: funding_history(name, source=funding) for name in symbol}
+        frame = frames[symbol[0]]
         first = frame.index[min(500, len(frame) // 2)] if start is None else frame.index[frame.index >= start][0]
-        server = Localnet({symbol: frame}, rates, instruments_for({symbol: frame}, settings=here.instrument),
+        server = Localnet(frames, rates, instruments_for(frames, settings=here.instrument),
                           here.costs, deposit=deposit, start=int(first.timestamp() * 1000), lockstep=lockstep,
                           interval_ms=interval_ms, gaps=here.gaps, speed=speed, faults=fault,
                           api_key=key or venue.key.get_secret_value(),
@@ -229,7 +235,8 @@ def localnet(candles:str, symbol:str, timeframe:str, start:str|None, funding:str
                           port=here.localnet_port if port is None else port)
         with server:
             lines = client_lines(server.url, *(getattr(server.keys[0], name) for name in ("key", "secret")))
-            serve(server, f"localnet at {server.url}, {symbol} {timeframe} from {first} ({len(frame)} candles), "
+            serve(server, f"localnet at {server.url}, {', '.join(symbol)} {timeframe} from {first} "
+                  f"({len(frame)} candles), "
                   f"{describe_instruments(server.source.instruments)}; Ctrl-C ends it\nstreams at "
                   f"{server.url.replace('http', 'ws')}/ws, control at {server.control_url} with the token "
                   f"{server.token}\n" + "\n".join(f"{client}:\n  " + "\n  ".join(words)
