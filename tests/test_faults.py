@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.localnet.faults import DOORS, OFTEN, SCENARIOS, SESSIONS, Faults, ScenarioError
+from tradelab.localnet.memory import Memory
 from tradelab.localnet.protocol import RequestDeniedError
 from tradelab.localnet.proxy import Proxy
-from tradelab.localnet.recall import Recall
 from tradelab.localnet.server import ENDPOINTS, MOVES, Localnet, Terms, make_exchange
 from tradelab.localnet.sources import Replay
 from tradelab.market.candles import frame
@@ -138,7 +138,7 @@ def test_an_exchange_is_rebuilt_with_all_that_clients_and_faults_did(tmp_path, s
     def opened(**more):
         session = Session(Faults(scenario), profile)
         def carry_out(account, name, asked): ENDPOINTS[name].reply(session.exchange, session.account, asked)
-        session.memory = Recall(file, session.exchange, carry_out, session.steps, MOVES, **more)
+        session.memory = Memory(file, session.exchange, carry_out, session.steps, MOVES, **more)
         return session
     first = opened()
     for number in range(1, 7): first.step(number)

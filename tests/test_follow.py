@@ -11,9 +11,9 @@ from aiohttp import web
 
 from tradelab.errors import SymbolNotSupportedError, VenueConnectionError
 from tradelab.events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from tradelab.localnet.market import Close, Levels, Market, Prices, Tick, klines
 from tradelab.localnet.protocol import signature
 from tradelab.localnet.server import Localnet
-from tradelab.localnet.shown import Close, Levels, Market, Prices, Tick, klines
 from tradelab.localnet.sources import Follow, Patience, Recorded, Replay, kline_candle
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, correlated

@@ -17,15 +17,15 @@ from websockets.sync.client import connect
 from tradelab.account import age, mark
 from tradelab.events import CLOSE
 from tradelab.instruments import BITCOIN
-from tradelab.localnet import accounts, conditional, engine, shown
+from tradelab.localnet import accounts, conditional, engine, market
 from tradelab.localnet.accounts import SIDES, Account
 from tradelab.localnet.engine import Exchange
 from tradelab.localnet.faults import Faults
+from tradelab.localnet.market import Market
 from tradelab.localnet.orders import read_order
 from tradelab.localnet.protocol import ApiKey, RequestDeniedError, format_number, signature
 from tradelab.localnet.server import Localnet
 from tradelab.localnet.service import milliseconds_now
-from tradelab.localnet.shown import Market
 from tradelab.localnet.sources import Replay
 from tradelab.market.candles import frame
 from tradelab.orders import LIMIT, MARKET, NONE
@@ -38,7 +38,7 @@ FIRST = 1_640_995_200_000
 BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 INSTRUMENTS = (BITCOIN, replace(BITCOIN, symbol=ETH, price_tick=.01, min_notional=20., min_quantity=.01,
                                 quantity_step=.01))
-ENDPOINTS = shown.ENDPOINTS | accounts.ENDPOINTS | engine.ENDPOINTS | conditional.ENDPOINTS
+ENDPOINTS = market.ENDPOINTS | accounts.ENDPOINTS | engine.ENDPOINTS | conditional.ENDPOINTS
 COSTS = CostModel(), CostModel.ideal(), CostModel(participation=.05), CostModel(latency=1), \
     CostModel(impact=1., spread_volatility=.02, participation=.2)
 DEPOSIT = 2_000.
@@ -413,12 +413,12 @@ class Twin:
 
     def step(self, moves):
         "From the close before to the close in these moves"
-        close = next(move for move in moves if isinstance(move, shown.Close))
+        close = next(move for move in moves if isinstance(move, market.Close))
         prices = np.ascontiguousarray(close.candles[:, :5])
         candle = engine.candle_of(close.open_time, prices, self.market.condition_rows)
         advance(self.state, self.part.rules, engine.NOBODY, np.zeros((len(self.part.rows), 1)), candle.prices, candle)
         for move in moves:   # due at this close; the kernel's next step would begin with it
-            if isinstance(move, shown.Rate):
+            if isinstance(move, market.Rate):
                 rates = np.zeros((len(self.part.rows), 1))
                 rates[3 * move.n:3 * move.n + 3] = move.rate
                 pay_funding(self.state, self.part.rules, engine.NOBODY, rates, candle.prices)

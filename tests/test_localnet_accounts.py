@@ -10,8 +10,8 @@ from tradelab.instruments import BITCOIN
 from tradelab.localnet import accounts, engine
 from tradelab.localnet.accounts import MONEY, SIDES, Account, isolate
 from tradelab.localnet.engine import Exchange
+from tradelab.localnet.market import Close, Levels, Market, Rate, Tick
 from tradelab.localnet.protocol import RequestDeniedError
-from tradelab.localnet.shown import Close, Levels, Market, Rate, Tick
 from tradelab.market.candles import frame
 
 HOUR, START, PRICE = 3_600_000, 1_672_531_200_000, 20_000.

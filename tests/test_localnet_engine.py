@@ -13,9 +13,9 @@ from tradelab.events import CLOSE
 from tradelab.journal import JOURNAL
 from tradelab.localnet.accounts import MONEY, Account, isolate
 from tradelab.localnet.engine import Exchange, Questions, amend, begin, cancel, place, row_of, works, write_row
+from tradelab.localnet.market import Close, Levels, Market, Prices, Rate, Tick
 from tradelab.localnet.orders import ExchangeOrder
 from tradelab.localnet.protocol import RequestDeniedError, format_number
-from tradelab.localnet.shown import Close, Levels, Market, Prices, Rate, Tick
 from tradelab.localnet.sources import Replay
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import (

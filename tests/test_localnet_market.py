@@ -8,8 +8,8 @@ import pytest
 from tradelab.instruments import BITCOIN
 from tradelab.localnet.accounts import Account
 from tradelab.localnet.engine import ENDPOINTS, Exchange
+from tradelab.localnet.market import Market, depth, klines
 from tradelab.localnet.protocol import RequestDeniedError
-from tradelab.localnet.shown import Market, depth, klines
 from tradelab.localnet.sources import Recorded, Replay
 from tradelab.market.candles import frame
 from tradelab.settings import CostModel

@@ -9,7 +9,7 @@ import pytest
 
 from tradelab.events import KNOWN
 from tradelab.instruments import BITCOIN
-from tradelab.localnet.shown import ENDPOINTS, Close, Levels, Market, Prices, Rate, Tick
+from tradelab.localnet.market import ENDPOINTS, Close, Levels, Market, Prices, Rate, Tick
 from tradelab.market.candles import frame
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared/fixtures/binance"

@@ -22,6 +22,7 @@ from ..instruments import Instrument
 from .accounts import Account, page
 from .engine import FORCES as KERNEL_FORCES
 from .engine import Exchange, Place, begin, clear_row, end, reason_of, row_of, write_row
+from .market import Market
 from tradelab.localnet.orders import (
     FORCES,
     GRACE,
@@ -49,7 +50,6 @@ from tradelab.localnet.protocol import (
     number,
     whole,
 )
-from .shown import Market
 from ..orders import GTC, NONE, STOP, TAKE_PROFIT, TRAILING
 
 # %% ../../nbs/60_localnet/09_conditional.ipynb #86f14bd3

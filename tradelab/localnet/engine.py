@@ -24,6 +24,7 @@ from ..account import decimal8
 from ..compiled import outlined
 from ..journal import JOURNAL
 from .accounts import SIDES, SLOTS, Account, Collateral, Filled, account_event, check_margin, page
+from .market import Close, Levels, Market, Rate, Tick
 from tradelab.localnet.orders import (
     BAND,
     Amendment,
@@ -52,7 +53,6 @@ from tradelab.localnet.protocol import (
     records,
     whole,
 )
-from .shown import Close, Levels, Market, Rate, Tick
 from ..orders import FOK, GTC, GTX, IOC, LIMIT, LIQUIDATION, MARKET, NONE
 from ..risk.execution import new_order
 from ..risk.market_state import MARKET as MARKET_ROW
@@ -375,7 +375,7 @@ def _allowed(account:Account, order:ExchangeOrder)->float:
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #b02111c6
 def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quantity:float, shown:bool)->None:
-    "Fill a resting order, at most so much of it; `shown` if that is still in the book"
+    "Fill a resting order, at most so much of it; `market` if that is still in the book"
     part, side = min(quantity, _allowed(account, order)), int(order.sign)
     exchange.market.book(order.n).rest(order.price, side, -part if shown else quantity - part)
     if part > 0.: _fill(exchange, account, order, order.price, part, True)

@@ -24,8 +24,8 @@ from ..errors import TradelabError
 from ..events import HIGH, LOW
 from ..files import read_text
 from .engine import fill_maker, liquidate, place
+from .market import Close, Rate, Tick
 from .protocol import RequestDeniedError, format_number
-from .shown import Close, Rate, Tick
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #851044a2
 @dataclass(frozen=True)

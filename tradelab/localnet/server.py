@@ -33,12 +33,12 @@ from .engine import ENDPOINTS as ORDER_ENDPOINTS
 from .engine import Exchange, Questions
 from .faults import Faults
 from .limits import LimitSettings, RateLimits
+from .market import ENDPOINTS as MARKET_ENDPOINTS
+from .market import Close, Levels, Market, Prices, Rate, Tick
+from .memory import LostMemoryError, Memory
 from .protocol import ApiKey, RequestDeniedError, check_browser, find_key
 from .proxy import Proxy
-from .recall import LostMemoryError, Recall
 from .service import Reply, Service, readers_on, step_name
-from .shown import ENDPOINTS as MARKET_ENDPOINTS
-from .shown import Close, Levels, Market, Prices, Rate, Tick
 from .sockets import Hall, Numbers, Pace, attended, response, serve, serving
 from .sources import Replay, WallClock
 from ..market.candles import frame, times
@@ -126,7 +126,7 @@ def _begin(net:"Localnet", loss:bool=False, steps:int=0)->None:
     net.played, moves = 0, net.source.steps()
     if hasattr(moves, "__next__"): moves = _counted(net, moves)
     if net.path:
-        net.service.memory = Recall(net.path, net.exchange, partial(_carry_again, net.service), moves, MOVES,
+        net.service.memory = Memory(net.path, net.exchange, partial(_carry_again, net.service), moves, MOVES,
                                     keep=not net.source.lockstep, loss=loss)
     for _ in range(steps): net.exchange.step(next(moves))
     net.exchange.take_events()

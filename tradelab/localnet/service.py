@@ -15,6 +15,7 @@ from typing import Any
 
 from .faults import Fault, Faults
 from .limits import RateLimits
+from .market import opened
 from tradelab.localnet.protocol import (
     ApiKey,
     Endpoint,
@@ -27,7 +28,6 @@ from tradelab.localnet.protocol import (
     read_json,
     texts,
 )
-from .shown import opened
 from tradelab.localnet.streams import (
     CommandError,
     ListenKeys,

@@ -171,34 +171,33 @@ def attended(service:Service)->bool:
     return any("@kline" in name for name in heard) and any(name in service.streams.keys.accounts for name in heard)
 
 
+async def _in_time(net:"Hall", moves:list)->None:
+    "Let the moves of a step happen when their time has come; a change of pace counts at once"
+    loop, now = asyncio.get_running_loop(), net.service.exchange.market.now
+    for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
+        if net.zero is None: net.zero = loop.time(), time
+        while (wait := _moment(net.pace, *net.zero, time) - loop.time()) > 0:
+            def changed(pace=net.pace): return net.pace is not pace
+            with suppress(asyncio.TimeoutError): await asyncio.wait_for(net.until(changed), wait)
+        advance(net.service, list(group))
+
+
+def _moment(
+    pace:Pace,
+    began:float,    # s, by the loop's clock
+    then:int,       # ms, of the market when that was
+    time:int,       # ms, of the market
+)->float:           # s, by the loop's clock
+    "When it is a time of the market; at once in lockstep"
+    return began + (time - then) / pace.speed / 1000 if pace.speed else -inf
+
+
 async def _steps_of(source:Any)->AsyncIterator[list]:
     "The steps of a source, whether or not it has to be waited for"
     if hasattr(source, "__aiter__"):
         async for moves in source: yield moves
     else:
         for moves in source: yield moves
-
-# %% ../../nbs/60_localnet/14_sockets.ipynb #1ca63565
-async def _turn(hall):
-    "Wait until the market may make a step"
-    pace = hall.pace
-    if pace.interval_ms:
-        await hall.until(lambda: attended(hall.service) or hall.forced)
-        if not hall.forced: await asyncio.sleep(pace.interval_ms / 1000)
-    elif not pace.speed:
-        await hall.until(lambda: hall.service.barrier.open or hall.forced or hall.pace.speed)
-    hall.forced = max(hall.forced - 1, 0)
-
-
-async def _in_time(hall, moves):
-    "Let the moves of a step happen when their time has come"
-    loop, now = asyncio.get_running_loop(), hall.service.exchange.market.now
-    for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
-        if hall._zero is None: hall._zero = loop.time(), time
-        while (wait := hall.wait_for(time) - loop.time()) > 0:
-            def changed(pace=hall.pace): return hall.pace is not pace
-            with suppress(asyncio.TimeoutError): await asyncio.wait_for(hall.until(changed), wait)
-        advance(hall.service, list(group))
 
 # %% ../../nbs/60_localnet/14_sockets.ipynb #8d239773
 class Hall:
@@ -221,13 +220,13 @@ class Hall:
         self.finished = threading.Event()
         if played: self.opened.set()
         self._news = asyncio.Event()
-        self._zero: tuple[float, int]|None = None   # the loop's time (s) and the market's (ms) from which speed counts
+        self.zero: tuple[float, int]|None = None   # the loop's time (s) and the market's (ms) from which speed counts
 
     def happened(self)->None: self._news.set()
 
     def change(self, pace:Pace)->None:
         "Go on at another pace from now"
-        self.pace, self._zero = pace, (asyncio.get_running_loop().time(), self.service.exchange.market.now)
+        self.pace, self.zero = pace, (asyncio.get_running_loop().time(), self.service.exchange.market.now)
         self.happened()
 
     async def until(self, ready:Callable[[], object])->None:
@@ -236,10 +235,20 @@ class Hall:
             self._news.clear()
             await self._news.wait()
 
+    async def turn(self)->None:
+        "Wait until the market may make a step"
+        pace = self.pace
+        if pace.interval_ms:
+            await self.until(lambda: attended(self.service) or self.forced)
+            if not self.forced: await asyncio.sleep(pace.interval_ms / 1000)
+        elif not pace.speed:
+            await self.until(lambda: self.service.barrier.open or self.forced or self.pace.speed)
+        self.forced = max(self.forced - 1, 0)
+
     async def play(self)->None:
         "Let the market make step after step, each at its turn"
         while True:
-            if self.played: await _turn(self)
+            if self.played: await self.turn()
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
             if self.pace.speed and self.played and not self.live: await _in_time(self, moves)
@@ -248,11 +257,6 @@ class Hall:
             self.opened.set()
             await asyncio.sleep(0)
         self.finished.set()
-
-    def wait_for(self, time:int)->float:
-        "When it is a time (ms) of the market, by the loop's clock (s); at once in lockstep"
-        if not self.pace.speed or self._zero is None: return -inf
-        return self._zero[0] + (time - self._zero[1]) / self.pace.speed / 1000
 
     async def tend(self, restart:Callable[[bool], object]=lambda loss: None)->None:
         "Do what real time brings, twenty times a second; `restart` is told whether all is lost"

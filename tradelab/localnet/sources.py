@@ -41,8 +41,8 @@ from tradelab.events import (
 )
 from ..files import read_json
 from ..instruments import BITCOIN, Instrument, grid
+from .market import Close, Levels, Prices, Rate, Tick
 from .protocol import exchange_id
-from .shown import Close, Levels, Prices, Rate, Tick
 from ..log import get_logger
 from ..market.candles import check_times, common_candles, frame, matrix, period_of, times
 from ..market.filters import derived_step, derived_tick, instruments_for, listed_instrument
