@@ -221,8 +221,8 @@ def localnet(candles:tuple[str, ...], symbol:tuple[str, ...], timeframe:str, sta
         venue = venue_for(here)
         if len(candles) not in (1, len(symbol)): raise ValueError(
             f"give --candles once, or once for each --symbol: {len(candles)} for {len(symbol)} symbols")
-        frames = {name: history(name, timeframe, *(("2024-01-01", "2024-07-01") if source == "synthetic" else
-                                (None, None)), source=source, gaps=here.gaps)
+        frames = {name: history(name, timeframe, "2024-01-01" if source == "synthetic" else None,
+                                "2024-07-01" if source == "synthetic" else None, source=source, gaps=here.gaps)
                   for name, source in zip(symbol, candles * len(symbol), strict=False)}
         rates = {name: funding_history(name, source=funding) for name in symbol}
         frame = frames[symbol[0]]
