@@ -210,8 +210,10 @@ def candle_source(
     if len(candles) not in (1, len(symbols)): raise ValueError(
         f"give --candles once, or once for each --symbol: {len(candles)} for {len(symbols)} symbols")
     spans = {"synthetic": ("2024-01-01", "2024-07-01")}
-    frames = {name: history(name, timeframe, *spans.get(source, (None, None)), source=source, gaps=here.gaps)
-              for name, source in zip(symbols, candles * len(symbols), strict=False)}
+    def read(name, source):
+        begin, end = spans.get(source, (None, None))
+        return history(name, timeframe, begin, end, source=source, gaps=here.gaps)
+    frames = {name: read(name, source) for name, source in zip(symbols, candles * len(symbols), strict=False)}
     rates = {name: funding_history(name, source=funding) for name in symbols}
     opens = frames[symbols[0]].index
     first = opens[min(500, len(opens) // 2)] if start is None else opens[opens >= start][0]
