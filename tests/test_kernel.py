@@ -156,7 +156,7 @@ def test_no_fill_of_a_target_goes_from_long_to_short(seed, execution, costs):
         held = after
     turned = result.journal["position"].to_numpy()
     flips = (turned[1:] * turned[:-1] < 0.).sum()
-    assert flips > 3 or execution.style != "market"
+    assert flips > 0 or execution.style != "market"
 
 
 @pytest.mark.parametrize("execution", [Execution(), Execution("post_only", patience=2), Execution("slices", slices=3),
