@@ -381,3 +381,30 @@ def test_a_localnet_that_is_killed_in_real_time_goes_on_with_what_clients_were_a
     fresh = Localnet(candles(), start=FIRST + 12 * HOUR, profile=profile, memory=words[2], **CLOCKS[clock])
     assert len(fresh.exchange.accounts["main"].trades) >= len(trades)
     fresh.memory.close()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_was_done_in_real_time_is_rebuilt_to_the_last_digit(tmp_path, seed):
+    "Market, limit and conditional orders, some refused, countdowns of some milliseconds, a fault, while prices run"
+    random, file = np.random.default_rng(seed), tmp_path / "localnet.jsonl"
+    options = {"start": FIRST + 12 * HOUR, "profile": ("book", "backtest")[seed % 2], "memory": file,
+               "limits": LimitSettings(enforced=False), "speed": (3600., 36_000., 200_000.)[seed % 3]}
+    fault = random.choice(["hand_trade", "flash_crash", "liquidation", "transfer", "filters_change", "funding_extreme"])
+    with Localnet(candles(), faults=[{"scenario": str(fault), "after": 3}], **options) as net:
+        def ask(method, path, **more): return Served.ask(net, method, path, symbol="BTCUSDT", **more)
+        for _ in range(60):
+            price, kind = float(ask("GET", "v1/ticker/price")["price"]), random.choice(5, p=[.3, .3, .15, .15, .1])
+            side, near = str(random.choice(["BUY", "SELL"])), f"{price + random.uniform(-60, 60):.1f}"
+            waits = {"side": side, "quantity": "0.02"}
+            if kind == 0: ask("POST", "v1/order", side=side, type="MARKET", quantity=random.choice(["0", "0.02", "9"]))
+            if kind == 1: ask("POST", "v1/order", type="LIMIT", price=near,
+                              timeInForce=random.choice(["GTC", "IOC", "GTX"]), **waits)
+            if kind == 2: ask("POST", "v1/algoOrder", type="STOP_MARKET", algoType="CONDITIONAL", triggerPrice=near,
+                              **waits)
+            if kind == 3: ask("POST", "v1/countdownCancelAll", countdownTime=random.choice([1, 3, 10, 30]))
+            if kind == 4: ask("POST", "v1/leverage", leverage=random.integers(1, 100))
+        ask("POST", "v1/countdownCancelAll", countdownTime=0)
+    again = Localnet(candles(), **options)
+    again.memory.close()
+    assert everything(again.exchange) == everything(net.exchange)
