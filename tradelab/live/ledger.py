@@ -85,16 +85,16 @@ SESSIONS = _table("sessions", sql.Column("started", sql.BigInteger), *_columns(s
 FORMATS = sql.Table("formats", TABLES, _key("format", sql.Integer), sql.Column("version", sql.String(40)))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #205acc41
-_STANDING = [*_columns(sql.Text, "state", "exchange_id", "message"), sql.Column("executed", sql.Double)]
+def _standing(): return [*_columns(sql.Text, "state", "exchange_id", "message"), sql.Column("executed", sql.Double)]
 
 
-INTENTS = _table("intents", *columns_of(Order, ("order_id",)), *[column.copy() for column in _STANDING],
+INTENTS = _table("intents", *columns_of(Order, ("order_id",)), *_standing(),
                  sql.Column("sent_time", sql.BigInteger), sql.Column("amending", sql.Boolean))
 
 
 ORDER_EVENTS = _table("order_events", _key("number", sql.BigInteger), sql.Column("time", sql.BigInteger),
                       *_columns(sql.Text, "order_id"), *_columns(sql.Double, "quantity", "price", "trigger"),
-                      sql.Column("revision", sql.BigInteger), *_STANDING)
+                      sql.Column("revision", sql.BigInteger), *_standing())
 
 
 TRADES = _table("trades", *columns_of(Fill, ("symbol", "trade_id")), sql.Column("sequence", sql.BigInteger))
@@ -189,7 +189,7 @@ class Lease:
     symbols:tuple[str, ...]
     session:str
     owner:str                 # the process, as `live.lease` names it
-    epoch:int                 # counts how often the right has changed hands
+    epoch:int = 0             # counts how often the right has changed hands
 
 
 class LeaseLostError(TradelabError, RuntimeError):
@@ -264,9 +264,9 @@ def _refuse_another_format(engine, where):
         with engine.connect() as connection:
             newest = connection.execute(FORMATS.select().order_by(FORMATS.c.format.desc())).first()
     if newest and newest.format == FORMAT: return
-    found, by = (newest.format, f"tradelab {newest.version}") if newest else (1, "a version that did not say its number")
-    raise ValueError(f"the ledger {where} is of format {found}, written by {by}: this version reads format {FORMAT}, "
-                     "use the version that wrote it, or set another database in tradelab.toml")
+    by = f"{newest.format}, written by tradelab {newest.version}" if newest else "1 or 2, and does not say which"
+    raise ValueError(f"the ledger {where} is of format {by}: this version reads format {FORMAT}, use the version that "
+                     "wrote it, or set another database in tradelab.toml")
 
 # %% ../../nbs/70_live/04_ledger.ipynb #e4489406
 def _number(engine):
@@ -480,10 +480,10 @@ class Leases:
         for symbol in lease.symbols:
             place = dict(venue=lease.venue, account=lease.account, symbol=symbol, epoch=lease.epoch, owner=lease.owner)
             if not self._rows.change(place, beat=now):
-                holder = self.of(lease.venue, lease.account).get(symbol, {})
-                raise LeaseLostError(f"session {holder.get('session')} in {holder.get('owner')} has taken over {symbol} "
-                                     f"on {lease.venue} (epoch {holder.get('epoch')}, this one had {lease.epoch}): "
-                                     f"session {lease.session} stops, and sends nothing more")
+                now_held = "session {session} in {owner} has taken over {symbol} on {venue} (epoch {epoch}"
+                holder = self.of(lease.venue, lease.account).get(symbol, place | {"session": "?"})
+                raise LeaseLostError(f"{now_held.format(**holder)}, this one had {lease.epoch}): session "
+                                     f"{lease.session} stops, and sends nothing more")
 
     def release(self, lease:Lease)->None:
         "Give it back, if it is held still"
