@@ -23,8 +23,8 @@ import numpy as np
 from ..account import decimal8
 from ..compiled import outlined
 from ..journal import JOURNAL
-from .accounts import SIDES, SLOTS, Account, Collateral, Filled, account_event, check_margin, page
-from .market import Close, Levels, Market, Rate, Tick
+from .accounts import SIDES, Account, Collateral, Filled, account_event, check_margin, page
+from .market import MAX_ORDERS, Close, Levels, Market, Rate, Tick
 from tradelab.localnet.orders import (
     BAND,
     Amendment,
@@ -580,7 +580,7 @@ def _check_order(exchange:"Exchange", account:Account, order:ExchangeOrder)->Non
     _check_unique(account, order.client_id)
     if order.reduce_only: order.quantity = _reduced(account, order, exchange.questions.reduce_only)
     else: _check_value(exchange, account, order)
-    if len(account.open_of[n]) >= SLOTS: raise RequestDeniedError(-2025)
+    if len(account.open_of[n]) >= MAX_ORDERS: raise RequestDeniedError(-2025)
 
 
 def _check_counterparty(market:Market, order:ExchangeOrder)->None:
