@@ -831,7 +831,7 @@ class Ledger(_Shared):
 
     def advance(self, session:str, intent:Intent, state:State, **facts:Any)->Intent:
         "Write down what became of an order, and return it as it is now"
-        facts["state"] = transition(intent.state, state)
+        facts["state"] = transition(intent.state, state).state
         after = replace(intent, **facts)
         if after != intent:
             with self.transaction(): _update_order(self._database, session, intent.order.order_id, facts)
@@ -939,7 +939,7 @@ class MemoryLedger(_Shared):
         return sorted(known, key=lambda each: (each.order.open_time, each.order.order_id))
 
     def advance(self, session:str, intent:Intent, state:State, **facts:Any)->Intent:
-        facts["state"] = transition(intent.state, state)
+        facts["state"] = transition(intent.state, state).state
         after, known = replace(intent, **facts), self._kept[session].orders.get(intent.order.order_id)
         if known and after != intent: self._put(session, replace(known, **facts))
         return after
