@@ -596,7 +596,7 @@ class Session:
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise the first one ends the session
-        waits:Mapping[str, int|float]={}, # other settings of `Terms`, such as ask_after  [ms]
+        waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
