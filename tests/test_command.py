@@ -1,5 +1,7 @@
 "The command as a person types it"
 import json
+import os
+import pty
 import signal
 import socket
 import subprocess
@@ -97,6 +99,23 @@ def test_localnet_serves_until_it_is_stopped(project):
         assert "localnet has stopped" in server.communicate()[0]
         assert server.returncode == 0
     finally: server.kill()
+
+
+def test_ctrl_c_while_localnet_is_starting_is_one_line(project):
+    "Only a terminal is told that it is starting"
+    heard, terminal = pty.openpty()
+    server = subprocess.Popen([TRADELAB, "localnet", "--port", "0"], stdout=subprocess.PIPE, stderr=terminal,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    os.close(terminal)
+    try:
+        assert b"localnet is starting" in os.read(heard, 1000)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130
+        assert os.read(heard, 1000) == b"stopped\r\n"
+        assert server.stdout.read() == b""
+    finally:
+        server.kill()
+        os.close(heard)
 
 
 def test_localnet_in_the_background_of_a_script_ends_with_it(project):
