@@ -180,6 +180,7 @@ def page(
     limit:int=500,
     most:int=1_000,
     days:int=0,       # the longest span that may be asked for; 0: any
+    number:int=1,     # of the page
 )->list:
     "The oldest `limit` rows from startTime on, if it is given, otherwise the newest ones up to endTime"
     begin, end = whole(asked, "startTime", 0), whole(asked, "endTime", FOREVER)
@@ -189,6 +190,8 @@ def page(
     if days and begin and end - begin > days * DAY: raise RequestDeniedError(-4165, days)
     low = bisect_left(rows, begin, key=attrgetter("time"))
     high = bisect_right(rows, end, key=attrgetter("time"))
+    if begin: low += (number - 1) * limit
+    else: high = max(high - (number - 1) * limit, low)
     return rows[low:min(high, low + limit)] if begin else rows[max(low, high - limit):high]
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #1f374e3a
@@ -254,6 +257,7 @@ class Account(History):
         self.name, self.market, self.costs = name, market, costs
         self.asset = assets(market.symbols[0])[1]
         self.dual = self.multi_assets = self.fee_burn = False
+        self.order_first = False                # which event of a fill is told first
         self.leverage = [min(20, int(each.brackets[0][1])) for each in market.instruments]
         rows = np.arange(len(SIDES) * len(market.ids))
         self.cross = collateral(rows, costs.row()[()], np.repeat(market.instrument_rows, len(SIDES)), deposit)
@@ -500,8 +504,9 @@ def tell_fill(account:"Account", part:Collateral, k:int, order:ExchangeOrder, fi
     if fill.fee:
         account.book_income("INSURANCE_CLEAR" if fill.liquidation else "COMMISSION", -fill.fee, n, time, trade.number)
     if not fill.liquidation: account.events.append(trade_lite(order, trade))
-    account.events.append(account_event(account, "ORDER", time, rows=[row]))
-    account.events.append(order_event(order, "CALCULATED" if fill.liquidation else "TRADE", trade))
+    told_of = [account_event(account, "ORDER", time, rows=[row]),
+               order_event(order, "CALCULATED" if fill.liquidation else "TRADE", trade)]
+    account.events += reversed(told_of) if account.order_first else told_of
     return trade
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #d9cc48e4
@@ -741,7 +746,7 @@ def incomes(account:Account, asked:dict)->list[dict]:
     key = asked.get("incomeType") or None, n
     rows = account.incomes if key == (None, None) else account.incomes_of.get(key, [])
     return [income_reply(row, "" if row.n is None else account.market.ids[row.n], account.asset)
-            for row in page(rows, asked, 100)]
+            for row in page(rows, asked, 100, number=whole(asked, "page", 1, least=1))]
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #340b4971
 def force_orders(account:Account, asked:dict)->list[dict]:
