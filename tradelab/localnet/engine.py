@@ -570,7 +570,7 @@ def _reduced(account:Account, order:ExchangeOrder, question:str)->float:
     "The quantity of an order that may only reduce; RequestDeniedError if there is nothing to reduce"
     held = -order.sign * account.held(order.n, order.position_side)
     if held <= 0. or (order.quantity > held and question == "reject"): raise RequestDeniedError(-2022)
-    _check_beside(account, order, min(order.quantity, held))
+    if order.kind != "MARKET" or order.quantity < held: _check_beside(account, order, min(order.quantity, held))
     return min(order.quantity, held) if question == "shrink" else order.quantity
 
 
