@@ -6,12 +6,14 @@
 __all__ = ['ANSWERS', 'NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED',
            'WOULD_TAKE', 'FORCES', 'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'candle_of',
            'write_row', 'row_of', 'works', 'clear_row', 'reason_of', 'end', 'begin', 'row_fields', 'fill_maker',
-           'liquidate', 'submit', 'Exchange', 'place', 'check_only', 'find_order', 'cancel', 'amend', 'count_down']
+           'liquidate', 'submit', 'Exchange', 'clock_held', 'place', 'check_only', 'find_order', 'cancel', 'amend',
+           'count_down']
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count
@@ -496,7 +498,7 @@ def _work(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #5b5107f3
 def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "An accepted order meets the book"
-    there = _takeable(exchange, order)
+    there = _takeable(exchange, order) if order.in_force in ("GTX", "FOK") else order.left
     if order.in_force == "GTX" and there > 0. or order.in_force == "FOK" and there < order.left:
         _refuse_lost(exchange, order)
     exchange.register(account, order)
@@ -518,9 +520,10 @@ def _shorten(exchange:"Exchange", n:int, side:int)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
 def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
     "Resting orders meet a move of the market"
-    n, book = move.n, exchange.market.book(move.n)
+    n = move.n
     for side in (1, -1):
         if not exchange.queues[n, side]: continue
+        book = exchange.market.book(n)
         if isinstance(move, Levels): _shorten(exchange, n, side)
         elif isinstance(move, Tick):
             _serve_passed(exchange, n, move.price, side)
@@ -717,6 +720,7 @@ class Exchange:
 
     def step(self, moves:Iterable)->None:
         "What the source says of the market: orders meet it, accounts live through it"
+        _expire_countdowns(self, self.clock())
         for move in moves: _apply_move(self, move)
         _expire(self, self.market.now)
         _expire_countdowns(self, self.clock())
@@ -726,6 +730,19 @@ class Exchange:
     def cancel_all(self, account:Account, n:int|None=None)->None:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #4e36da80
+@contextmanager
+def clock_held(
+    exchange:Exchange,
+    now:int|None=None,   # ms; default: the time it is
+)->Iterator[None]:
+    "The session's clock stands in this block"
+    clock = exchange.clock
+    now = clock() if now is None else now
+    exchange.clock = lambda: now
+    try: yield
+    finally: exchange.clock = clock
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
