@@ -519,8 +519,7 @@ def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
 def _guard(exchange:"Exchange", time:int)->None:
     "The mark price has moved: warn accounts, and liquidate those whose margin is gone"
     for account in exchange.accounts.values():
-        account.warn(time)
-        for rows in account.endangered(): liquidate(exchange, account, rows)
+        for rows in account.endangered(time): liquidate(exchange, account, rows)
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
