@@ -11,7 +11,8 @@ __all__ = ['OPEN_STATES', 'CONDITIONAL', 'FORCES', 'GRACE', 'LATEST', 'BAND', 'C
 
 # %% ../../nbs/60_localnet/06_orders.ipynb #7f6e0ff6
 import re
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -174,7 +175,9 @@ def order_reply(
 
 def accepted(order:ExchangeOrder)->ExchangeOrder:
     "The order as it was when it had just been accepted"
-    return replace(order, status="NEW", executed=0., quote=0., expiry_reason=0, update_time=order.time)
+    before = copy(order)
+    vars(before).update(status="NEW", executed=0., quote=0., expiry_reason=0, update_time=order.time)
+    return before
 
 # %% ../../nbs/60_localnet/06_orders.ipynb #2dd8b385
 def amendment_replies(order:ExchangeOrder)->list[dict]:
