@@ -70,6 +70,20 @@ class Terms:
     max_candles:int|None = None    # end after so many
     venue:str = "the exchange"     # its name
     quote:str = "USDT"             # the currency of the account
+    pace:float = 1.                # of its market: 1 in real time, inf if the next candle waits for us
+    # ms, how old a decision may be when its entries are sent  [default: a tenth of the candle, at most 30 s]
+    decision_deadline:int|None = None
+    ask_after:int = 3_000          # ms after a candle was due: ask over REST
+    redial_after:int = 10_000      # ms of owing something: dial a stream anew
+    stale_after:int|None = None    # ms after it was due: the symbol is stale  [default: a candle]
+    outage_limit:int = 86_400_000  # ms that an outage may last before the session gives up
+    absent_after:int = 60_000      # ms between the two rounds of questions that prove an order absent
+    retries:int = 3                # of an order that was refused for a passing reason
+    first_delay:int = 1_000        # ms before the first, doubled each time
+    clock_every:int = 60_000       # ms between two comparisons of the clocks
+    clock_limit:int = 2_000        # ms that they may differ
+    heartbeat:int = 5_000          # ms between two signs of life in the lease
+    lease_expires:int = 20_000     # ms without one
 
     @property
     def step(self)->int: return milliseconds(self.timeframe)

@@ -6,12 +6,12 @@
 __all__ = ['ATTEMPTS', 'PAUSE', 'is_one_shot', 'foreign', 'Standing', 'standings', 'doubt', 'KnownOrders', 'Blotter',
            'under_our_name', 'may_open', 'still_wanted', 'Difference', 'compare', 'update_of', 'ended', 'Stage',
            'Pursuit', 'on_sent', 'on_asked', 'send', 'on_checked', 'on_amended', 'on_cancelled', 'attempt_at',
-           'next_attempt', 'Turn', 'turn_of', 'blocked', 'given_up', 'revise', 'take_back', 'announce', 'try_order',
-           'take_answer', 'go_on', 'begin', 'Offer', 'OrderManager']
+           'next_attempt', 'Turn', 'turn_of', 'blocked', 'withheld', 'given_up', 'revise', 'take_back', 'announce',
+           'try_order', 'take_answer', 'go_on', 'begin', 'Offer', 'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -400,8 +400,9 @@ def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
 class Turn(StrEnum):
     "Whether an order may be sent"
     NOW = "now"
-    WAITS = "waits"     # another of its decision has to arrive before
+    WAITS = "waits"     # another of its decision has to arrive before, or the guards withhold it
     BLOCKED = "blocked"
+    TOO_LATE = "too late" # its deadline has passed
 
 
 def _others(order, intents):
@@ -425,6 +426,12 @@ def turn_of(order:Order, blotter:Blotter, pursuits:Iterable[Pursuit], beside:boo
 def blocked(order:Order)->Tell:
     "A person should know that an order was not sent"
     return Tell(Notice("blocked", f"{order.symbol}: no new order while an earlier one has no proven outcome"))
+
+
+def withheld(order:Order)->Tell:
+    "A person should know that an entry was dropped, and why nothing makes up for it"
+    return Tell(Notice("withheld", f"{order.symbol}: an order of {order.quantity:+g} could not be sent before its "
+                       "deadline and is dropped: the next decision says what is wanted then"))
 
 
 def given_up(order:Order)->Tell:
@@ -500,17 +507,24 @@ def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Acti
     if pursuit.stage is Stage.CANCELLING and intent: return [Cancel(pursuit.order)]
     manager.pursuits.pop(name)
     if pursuit.stage is not Stage.PAUSED: return []
-    return try_order(manager, pursuit.order, (pursuit.attempt or 0) + 1, now)
+    turn = manager.gate(pursuit.order)
+    if turn is Turn.NOW: return try_order(manager, pursuit.order, (pursuit.attempt or 0) + 1, now)
+    if turn is Turn.WAITS:
+        manager.pursuits[name], pursuit.due = pursuit, now + PAUSE
+        return []
+    manager.dropped.append(pursuit.order)
+    return [withheld(pursuit.order)]
 
 
 def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
     "Send an order that waits, if it may be sent now"
-    turn = turn_of(order, manager.blotter, manager.pursuits.values(), manager.beside)
+    turn = manager.gate(order)
+    if turn is Turn.NOW: turn = turn_of(order, manager.blotter, manager.pursuits.values(), manager.beside)
     if turn is Turn.WAITS: return []
     manager.waiting.remove(order)
     if turn is Turn.NOW: return try_order(manager, order, 0, now)
     manager.dropped.append(order)
-    return [blocked(order)]
+    return [withheld(order) if turn is Turn.TOO_LATE else blocked(order)]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #a9fddcdf
 @dataclass(frozen=True)
@@ -537,6 +551,8 @@ class OrderManager:
         self.offer = offer
         self.beside = beside
         self.cautious = False                     # ask before sending: the first step after a restart
+        self.gate: Callable[[Order], Turn] = lambda order: Turn.NOW # what the guards say of an order
+        self.passes: Callable[[Order, bool], bool] = lambda order, cancels: True # of other terms, or of an end
         self.pursuits: dict[str, Pursuit] = {}    # by name of the order
         self.waiting: list[Order] = []            # wanted, and not begun yet
         self.dropped: list[Order] = []            # wanted, and not sent; the trader was not told yet
@@ -557,9 +573,12 @@ class OrderManager:
         working = [intent for intent in blotter.open.values() if intent.works] if self.beside else []
         difference = compare(orders, newest, working, self.offer.amends)
         for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
+        amend = [order for order in difference.amend if self.passes(order, False)]
+        cancel = [order for order in difference.cancel if self.passes(order, True)]
+        for order in difference.amend: blotter.news.setdefault(order.order_id, None) # those that stay as they were
         self.waiting = list(difference.place)
-        return [*blotter.intend(difference.place), *revise(self, difference.amend, now),
-                *take_back(self, difference.cancel, now), *self.on_time(now)]
+        return [*blotter.intend(difference.place), *revise(self, amend, now), *take_back(self, cancel, now),
+                *self.on_time(now)]
 
     def ask_about(self, names:Iterable[str], now:int)->list[Action]:
         "Ask what became of these orders, of each once"
