@@ -6,12 +6,13 @@
 __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED', 'WOULD_TAKE', 'FORCES',
            'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'candle_of', 'write_row', 'row_of',
            'works', 'clear_row', 'reason_of', 'end', 'begin', 'row_fields', 'fill_maker', 'liquidate', 'submit',
-           'Exchange', 'place', 'check_only', 'find_order', 'cancel', 'amend', 'count_down']
+           'Exchange', 'clock_held', 'place', 'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
@@ -148,8 +149,9 @@ def write_row(
     "Put an order into the kernel; RequestDeniedError if there is no room"
     row = account.row(n, position_side)
     state, k, rules = account.view(row)
-    if slot is None: slot = next(iter(np.flatnonzero(state.orders["kind"][k] == NONE).tolist()), None)
-    if slot is None: raise RequestDeniedError(-2025)
+    kinds = state.orders["kind"][k].tolist()
+    if slot is None and NONE not in kinds: raise RequestDeniedError(-2025)
+    if slot is None: slot = kinds.index(NONE)
     order = state.orders[k, slot]
     plain = {"price": 0., "trigger": 0., "in_force": GTC, "reduce_only": 0} | fields
     new_order(order, plain["kind"], plain["quantity"], plain["price"], plain["trigger"], plain["in_force"],
@@ -226,7 +228,7 @@ def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
 def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
-    for known in fills["decision_price"].astype(int).tolist():
+    for known in map(int, fills["decision_price"].tolist()):
         if known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
 
 
@@ -253,7 +255,7 @@ def _anchor(part:Collateral)->ExchangeOrder|None:
 def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
-    split = len(fills) - int(np.sum(fills["kind"] == LIQUIDATION))
+    split = len(fills) - fills["kind"].tolist().count(LIQUIDATION)
     _adopt(exchange, account, fills[:split], time)
     part.state.count[0] = before + split
     exchange.tell_ended(account, account.booked(_anchor(part), before, time))
@@ -519,8 +521,7 @@ def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
 def _guard(exchange:"Exchange", time:int)->None:
     "The mark price has moved: warn accounts, and liquidate those whose margin is gone"
     for account in exchange.accounts.values():
-        account.warn(time)
-        for rows in account.endangered(): liquidate(exchange, account, rows)
+        for rows in account.endangered(time): liquidate(exchange, account, rows)
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
@@ -694,6 +695,7 @@ class Exchange:
 
     def step(self, moves:Iterable)->None:
         "What the source says of the market: orders meet it, accounts live through it"
+        _expire_countdowns(self, self.clock())
         for move in moves: _apply_move(self, move)
         _expire(self, self.market.now)
         _expire_countdowns(self, self.clock())
@@ -703,6 +705,19 @@ class Exchange:
     def cancel_all(self, account:Account, n:int|None=None)->None:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #4e36da80
+@contextmanager
+def clock_held(
+    exchange:Exchange,
+    now:int|None=None,   # ms; default: the time it is
+)->Iterator[None]:
+    "The session's clock stands in this block"
+    clock = exchange.clock
+    now = clock() if now is None else now
+    exchange.clock = lambda: now
+    try: yield
+    finally: exchange.clock = clock
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
