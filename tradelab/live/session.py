@@ -430,7 +430,7 @@ class Kept:
     step:dict[str, Any]       # its last: open_time, content, sequence
 
 
-def remember(ledger:Ledger, session:str, given:dict[str, Any], trader:Trader)->Kept:
+def remember(ledger:Ledger|MemoryLedger, session:str, given:dict[str, Any], trader:Trader)->Kept:
     "Bring a trader to where its session was; StartRefusedError if it is not that session any more"
     known = in_this_format(session, ledger.session(session)["settings"])
     check_same(session, known, given)
@@ -454,7 +454,8 @@ class CoreInputs:
     booked:tuple[tuple[int, Fill|Funding], ...] = () # number and entry
 
 
-def core_inputs(ledger:Ledger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(), words:str="")->CoreInputs:
+def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
+                words:str="")->CoreInputs:
     "The same with all that the ledger knows of the orders and entries of a session"
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)))
