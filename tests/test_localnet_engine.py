@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_memory_venue import new_order
 
 from tradelab.account import POSITION, mark, new_account
 from tradelab.events import CLOSE
@@ -19,17 +20,7 @@ from tradelab.localnet.orders import ExchangeOrder
 from tradelab.localnet.protocol import RequestDeniedError, format_number
 from tradelab.localnet.sources import Replay
 from tradelab.market.synthetic import ar1, funding
-from tradelab.orders import (
-    GTC,
-    LIMIT,
-    MARKET,
-    NONE,
-    ORDER,
-    STOP,
-    TAKE_PROFIT,
-    TRAILING,
-    working_orders,
-)
+from tradelab.orders import LIMIT, MARKET, NONE, ORDER, working_orders
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.sim.kernel import Simulation, market_arrays, trading_rules
 from tradelab.sim.matching import new_state
@@ -66,21 +57,6 @@ INSTRUMENTS = tuple(replace(each, min_notional=0.) for each in market_data(FRAME
 
 @cache
 def data(): return market_data(FRAMES, funding=RATES)
-
-
-def new_order(row, price, random):
-    kind = int(random.choice([MARKET, LIMIT, LIMIT, STOP, TAKE_PROFIT, TRAILING]))
-    side = 1. if random.random() < .5 else -1.
-    row["kind"] = kind
-    row["exposure"] = side * round(float(random.uniform(.05, .5)), 3)
-    row["in_force"] = int(random.integers(4)) if kind == LIMIT else GTC
-    row["reduce_only"] = int(random.random() < .2)
-    row["expires_in"] = float(random.integers(4))
-    beyond = 1. + float(random.uniform(-.01, .012))
-    row["price"] = price * beyond if kind == LIMIT or kind in (STOP, TAKE_PROFIT) and random.random() < .4 else 0.
-    aims = 1. if kind == STOP else -1.
-    row["trigger"] = price * (1. + aims * side * float(random.uniform(0., .01))) if kind in (STOP, TAKE_PROFIT) else 0.
-    row["callback"] = float(random.uniform(.002, .01)) if kind == TRAILING else 0.
 
 
 def wild(random, prices, answer):

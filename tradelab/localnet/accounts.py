@@ -9,7 +9,7 @@ __all__ = ['SIDES', 'SLOTS', 'MONEY', 'DAY', 'FOREVER', 'WARNED_AT', 'WEEK', 'DO
            'margin_of', 'value_of', 'busy_rows', 'Balance', 'balance_of', 'liquidation_of', 'check_margin',
            'entry_text', 'break_even', 'position_event', 'account_event', 'config_event', 'margin_call', 'Filled',
            'settle_isolated', 'tell_fill', 'book_kernel', 'book_fill', 'pay_funding', 'receive', 'transfer', 'isolate',
-           'rejoin', 'lend', 'margin_ratios', 'endangered', 'warn', 'balance_fields', 'rows_shown', 'most_notional',
+           'rejoin', 'lend', 'margin_ratios', 'endangered', 'balance_fields', 'rows_shown', 'most_notional',
            'position_fields', 'margin_fields', 'position_in_account', 'permissions', 'account_reply', 'balance_reply',
            'position_risk', 'adl_reply', 'user_trades', 'incomes', 'force_orders', 'margin_history', 'set_leverage',
            'symbol_settings', 'is_busy', 'set_margin_type', 'read_switch', 'set_position_mode', 'set_multi_assets',
@@ -291,9 +291,8 @@ class Account(History):
     def check_margin(self, row:int, quantity:float, price:float, charged:float=0.)->None:
         check_margin(self, row, quantity, price, charged)
     def liquidation_price(self, row:int)->float: return liquidation_of(self, row)
-    def endangered(self)->list[list[int]]: return endangered(self)
+    def endangered(self, time:int)->list[list[int]]: return endangered(self, time)
     def lend(self)->None: lend(self)
-    def warn(self, time:int)->None: warn(self, time)
     def receive(self, kind:str, amount:float, n:int|None, time:int)->None: receive(self, kind, amount, n, time)
     def transfer(self, amount:float)->None: transfer(self, amount)
     def pay_funding(self, n:int, rate:float, price:float, time:int)->None: pay_funding(self, n, rate, price, time)
@@ -599,23 +598,21 @@ def margin_ratios(account:"Account")->list[tuple[float, list[int]]]:
     "Maintenance margin over margin balance of each wallet that backs positions, and their rows"
     found = []
     for part in account.parts():
-        margins = [account.margin(row) for row in part.held()]
+        if not (rows := part.held()): continue
+        margins = [account.margin(row) for row in rows]
         equity, kept = (sum(getattr(margin, name) for margin in margins) for name in ("profit", "maintenance"))
         equity += part.money()
-        if margins: found.append((kept / equity if equity > 0. else np.inf, part.held()))
+        found.append((kept / equity if equity > 0. else np.inf, rows))
     return found
 
 
-def endangered(account:"Account")->list[list[int]]:
-    "Rows that are liquidated at the mark prices, by wallet"
-    return [rows for ratio, rows in margin_ratios(account) if ratio >= 1.]
-
-
-def warn(account:"Account", time:int)->None:
-    "Send a margin call for positions that have come near to their liquidation"
-    near = {row for ratio, rows in margin_ratios(account) if ratio >= WARNED_AT for row in rows}
+def endangered(account:"Account", time:int)->list[list[int]]:
+    "Rows that are liquidated at the mark prices, by wallet; a margin call for those that have come near to it"
+    ratios = margin_ratios(account)
+    near = {row for ratio, rows in ratios if ratio >= WARNED_AT for row in rows}
     fresh, account.warned = sorted(near - account.warned), near
     if fresh: account.events.append(margin_call(account, fresh, time))
+    return [rows for ratio, rows in ratios if ratio >= 1.]
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #c8348c72
 def balance_fields(account:Account)->dict[str, str]:

@@ -149,8 +149,9 @@ def write_row(
     "Put an order into the kernel; RequestDeniedError if there is no room"
     row = account.row(n, position_side)
     state, k, rules = account.view(row)
-    if slot is None: slot = next(iter(np.flatnonzero(state.orders["kind"][k] == NONE).tolist()), None)
-    if slot is None: raise RequestDeniedError(-2025)
+    kinds = state.orders["kind"][k].tolist()
+    if slot is None and NONE not in kinds: raise RequestDeniedError(-2025)
+    if slot is None: slot = kinds.index(NONE)
     order = state.orders[k, slot]
     plain = {"price": 0., "trigger": 0., "in_force": GTC, "reduce_only": 0} | fields
     new_order(order, plain["kind"], plain["quantity"], plain["price"], plain["trigger"], plain["in_force"],
@@ -227,7 +228,7 @@ def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
 def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
     "See to it that the account knows the order of each fill"
-    for known in fills["decision_price"].astype(int).tolist():
+    for known in map(int, fills["decision_price"].tolist()):
         if known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
 
 
@@ -254,7 +255,7 @@ def _anchor(part:Collateral)->ExchangeOrder|None:
 def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
     "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
     fills = part.state.fills[before:int(part.state.count[0])]
-    split = len(fills) - int(np.sum(fills["kind"] == LIQUIDATION))
+    split = len(fills) - fills["kind"].tolist().count(LIQUIDATION)
     _adopt(exchange, account, fills[:split], time)
     part.state.count[0] = before + split
     exchange.tell_ended(account, account.booked(_anchor(part), before, time))
@@ -520,8 +521,7 @@ def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
 def _guard(exchange:"Exchange", time:int)->None:
     "The mark price has moved: warn accounts, and liquidate those whose margin is gone"
     for account in exchange.accounts.values():
-        account.warn(time)
-        for rows in account.endangered(): liquidate(exchange, account, rows)
+        for rows in account.endangered(time): liquidate(exchange, account, rows)
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
 def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
