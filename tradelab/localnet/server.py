@@ -114,6 +114,7 @@ def compile_matching(profile:str)->None:
         exchange.step(moves)
         for more in ({"type": "MARKET"}, {"type": "LIMIT", "price": "99.5", "timeInForce": "GTC"}):
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
+        exchange.market.book(0)
 
 # %% ../../nbs/60_localnet/16_server.ipynb #bce21787
 def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
