@@ -130,6 +130,7 @@ def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
     if net.path:
         net.service.memory = Memory(net.path, net.exchange, partial(_carry_again, net.service), steps, MOVES, live,
                                     loss, getattr(net.source, "beginning", None))
+    if live and net.exchange.market.now > net.source.now: net.source.go_on(net.exchange.market)
     net.exchange.step(steps.take(0 if net.path else made))   # what ran out while nobody served has run out
     net.exchange.take_events()
     net.exchange.market.take_events()
