@@ -103,7 +103,7 @@ def test_an_order_goes_on_by_the_table_and_only_in_its_session(ledger):
     assert ended == Intent(ORDER, State.FILLED, "77", .003, 7)
     assert ledger.intents("one") == [ended]
     assert ledger.intents("two") == [Intent(ORDER)]
-    assert ledger.advance("one", ended, State.ACKNOWLEDGED).state is State.FILLED     # old news
+    assert ledger.advance("one", ended, State.WORKING).state is State.FILLED     # old news
     with pytest.raises(ValueError, match="an order cannot go from filled to sent"):
         ledger.advance("one", ended, State.SENT)
 
@@ -112,8 +112,8 @@ def test_what_is_not_told_stays(ledger):
     "Whoever has an older view of an order writes down only what it has learned"
     ledger.intend("one", [ORDER])
     ledger.advance("one", Intent(ORDER), State.SENT, sent_time=7)
-    ledger.advance("one", Intent(ORDER), State.ACKNOWLEDGED, exchange_id="77")
-    assert ledger.intents("one") == [Intent(ORDER, State.ACKNOWLEDGED, "77", 0., 7)]
+    ledger.advance("one", Intent(ORDER), State.WORKING, exchange_id="77")
+    assert ledger.intents("one") == [Intent(ORDER, State.WORKING, "77", 0., 7)]
 
 
 def test_other_terms_are_written_before_they_are_asked_for_and_wait_for_their_proof(ledger):
@@ -123,8 +123,8 @@ def test_other_terms_are_written_before_they_are_asked_for_and_wait_for_their_pr
     written, = ledger.intents("one")
     assert written == Intent(moved, amending=True)
     sent = ledger.advance("one", written, State.SENT)
-    ledger.advance("one", sent, State.ACKNOWLEDGED, amending=False)
-    assert ledger.intents("one") == [Intent(moved, State.ACKNOWLEDGED)]
+    ledger.advance("one", sent, State.WORKING, amending=False)
+    assert ledger.intents("one") == [Intent(moved, State.WORKING)]
 
 
 def test_a_fill_and_a_payment_are_booked_once(ledger):

@@ -117,9 +117,9 @@ def example(shared, name):
     return json.loads((shared / "fixtures/binance/binance_sdk_examples/rest_api" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name, state", [("new_order", State.ACKNOWLEDGED), ("query_order", State.ACKNOWLEDGED),
-                                         ("modify_order", State.ACKNOWLEDGED), ("cancel_order", State.CANCELED),
-                                         ("new_algo_order", State.ACKNOWLEDGED), ("query_algo_order", State.CANCELED),
+@pytest.mark.parametrize("name, state", [("new_order", State.WORKING), ("query_order", State.WORKING),
+                                         ("modify_order", State.WORKING), ("cancel_order", State.CANCELED),
+                                         ("new_algo_order", State.WORKING), ("query_algo_order", State.CANCELED),
                                          ("cancel_algo_order", State.CANCELED)])
 def test_the_official_examples_of_answers_are_read(shared, name, state):
     reply = example(shared, name)
@@ -144,15 +144,15 @@ def test_a_real_stop_is_heard_from_its_trigger_to_its_end(shared):
         frame = json.loads((folder / f"ws_futures_algo_update_{step}.json").read_text())["data"]
         heard += children.named(frame, normalise(frame, symbols))
     name = "O-20251211-053131-TEST-000-1"
-    assert heard == [OrderReport(name, State.ACKNOWLEDGED, 0., "algo 1000000033225453"),
-                     OrderReport(name, State.ACKNOWLEDGED, 0., "88937381063"),
+    assert heard == [OrderReport(name, State.WORKING, 0., "algo 1000000033225453"),
+                     OrderReport(name, State.WORKING, 0., "88937381063"),
                      OrderReport(name, State.FILLED, 38., "88937381063")]
     fill = Fill("DOGE/USDT:USDT", 38., .13856, .002, 5, "x-88", "9")
     frame = {"e": "ORDER_TRADE_UPDATE", "o": {"i": 88937381063}}
     assert children.named(frame, [fill, Notice("fee", "")]) == [replace(fill, order_id=name), Notice("fee", "")]
     assert children.named({"e": "ORDER_TRADE_UPDATE", "o": {"i": 1}}, [fill]) == [fill]
     ended = json.loads((folder / "ws_futures_algo_update_finished_canceled.json").read_text())["data"]
-    assert normalise(ended, symbols)[0].state is State.ACKNOWLEDGED      # the order that it became tells of its end
+    assert normalise(ended, symbols)[0].state is State.WORKING      # the order that it became tells of its end
 
 
 def test_every_method_of_the_protocol_is_there_and_takes_the_same():
@@ -195,7 +195,7 @@ def test_orders_on_localnet():
     assert answers["never sent"].outcome is Outcome.NOT_FOUND
     assert answers["never sent"].proof
     assert {report.order_id for report in open_now} == {"tl-2", "tl-3"}
-    assert {report.state for report in open_now} == {State.ACKNOWLEDGED}
+    assert {report.state for report in open_now} == {State.WORKING}
     assert positions == {BITCOIN: .1}
     for name in ("LIMIT", "STOP", "amended", "LIMIT cancelled", "STOP cancelled"):
         assert answers[name].outcome is Outcome.ACCEPTED, answers[name]

@@ -478,7 +478,7 @@ def tell_of_resting(core:Core)->None:
     "A person should know which orders go on working when nobody watches them"
     core.do(*(Tell(Notice("resting", f"{intent.order.symbol} {intent.order.kind.name} {still_wanted(intent)} stays at "
                           f"{core.terms.venue} ({intent.order.order_id}): resume the session, or cancel it there"))
-              for intent in core.manager.blotter.open.values() if intent.state is State.ACKNOWLEDGED))
+              for intent in core.manager.blotter.open.values() if intent.state is State.WORKING))
 
 
 def wait(core:Core)->Process:

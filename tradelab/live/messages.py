@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
            'Step', 'First', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Open', 'StepDone', 'Waits', 'End',
-           'Answered', 'Fetched', 'Unanswered', 'Woken', 'Stop', 'Failed', 'Received']
+           'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered', 'Fetched', 'Unanswered', 'Opened', 'Lost',
+           'ClockSample', 'Status', 'Mark', 'Command', 'LedgerState', 'Woken', 'Stop', 'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -166,9 +167,35 @@ class End:
     state:str           # stopped or failed
     error:Exception|None = None
 
+# %% ../../nbs/70_live/03_messages.ipynb #58f99426
+@dataclass(frozen=True)
+class PhaseChanged:
+    "From now on other things may go out (`live.guards`)"
+    before:str
+    after:str
+    reasons:tuple[str, ...] = ()  # of being guarded, as a person reads them
+
+
+@dataclass(frozen=True)
+class Redial:
+    "Give up a stream that tells nothing, and open it anew"
+    stream:str          # market or user
+
+
+@dataclass(frozen=True)
+class Synchronise:
+    "Compare the clocks; the difference comes back as `ClockSample`"
+
+
+@dataclass(frozen=True)
+class Done:
+    "A person's command has been carried out, or refused"
+    number:int          # of the command
+    answer:str          # a sentence
+
 # %% ../../nbs/70_live/03_messages.ipynb #bc0a77bc
 Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell | Say | Wake | Open | StepDone | Waits
-          | End)
+          | PhaseChanged | Redial | Synchronise | Done | End)
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
 Content = (AccountSnapshot | list[Fill | Funding] | tuple[np.ndarray, np.ndarray] | dict[int, float] | int)
@@ -194,6 +221,59 @@ class Unanswered:
     number:int
     error:Exception
 
+# %% ../../nbs/70_live/03_messages.ipynb #04aeb441
+@dataclass(frozen=True)
+class Opened:
+    "A stream is open, for the first time or again"
+    stream:str          # market or user
+
+
+@dataclass(frozen=True)
+class Lost:
+    "A stream is gone, and is being opened again"
+    stream:str
+    text:str = ""       # why, for people
+
+
+@dataclass(frozen=True)
+class ClockSample:
+    "How far the exchange's clock is ahead of this machine's"
+    offset:int          # ms, below zero: behind
+
+
+@dataclass(frozen=True)
+class Status:
+    "Whether a symbol is traded"
+    symbol:str
+    trades:bool
+    text:str = ""       # the venue's own word
+
+
+@dataclass(frozen=True)
+class Mark:
+    "A mark price, where a venue tells it"
+    symbol:str
+    price:float         # quote per base
+    mark_time:int       # ms
+
+# %% ../../nbs/70_live/03_messages.ipynb #07ef30b0
+@dataclass(frozen=True)
+class Command:
+    "A person wants something"
+    number:int          # of the ledger's command table
+    name:str            # halt, flatten, adopt, ignore, reset ...
+    symbol:str = ""     # empty: all
+    reason:str = ""
+    person:str = ""
+
+
+@dataclass(frozen=True)
+class LedgerState:
+    "Whether what is written reaches the disk"
+    ok:bool
+    text:str = ""       # what is wrong, for people
+    what:str = "ledger" # or recorder
+
 # %% ../../nbs/70_live/03_messages.ipynb #6eaec126
 @dataclass(frozen=True)
 class Woken:
@@ -212,7 +292,7 @@ class Failed:
 
 
 Event = (Candle | Fill | Funding | OrderReport | Notice | Answered | Fetched | Unanswered | Woken | Stop | Failed
-         | Quote | Depth | Trade | Timer | Series)
+         | Opened | Lost | ClockSample | Status | Mark | Command | LedgerState | Quote | Depth | Trade | Timer | Series)
 
 # %% ../../nbs/70_live/03_messages.ipynb #04213c83
 @dataclass(frozen=True)

@@ -60,12 +60,12 @@ class Blotter:
     def unsettled(self)->list[Intent]:
         "Open orders that do not rest at the exchange: their end is awaited"
         return [intent for intent in self.open.values()
-                if is_one_shot(intent.order) or intent.state is not State.ACKNOWLEDGED]
+                if is_one_shot(intent.order) or intent.state is not State.WORKING]
 
     @property
     def unproven(self)->list[Intent]:
         "Open orders that are on their way, or whose fills are not booked yet"
-        return [intent for intent in self.open.values() if intent.state is not State.ACKNOWLEDGED]
+        return [intent for intent in self.open.values() if intent.state is not State.WORKING]
 
     def last(self, symbol:str, slot:int)->Intent|None:
         "The newest order of a slot"
@@ -141,7 +141,7 @@ _TERMS = ("price", "trigger", "expires_in", "decision_price", "revision")
 
 
 def _can_be_amended(intent, wanted, amends):
-    if intent.state is not State.ACKNOWLEDGED or wanted.kind not in amends: return False
+    if intent.state is not State.WORKING or wanted.kind not in amends: return False
     same = all(getattr(wanted, name) == getattr(intent.order, name) for name in _SAME)
     return same and wanted.quantity * intent.order.quantity > 0.
 
@@ -192,7 +192,7 @@ def update_of(
     "What the trader is to be told of an order; None if nothing"
     order = intent.order
     if row["revision"] != order.revision: return None
-    if not intent.state.ended and intent.state is not State.ACKNOWLEDGED or intent.state is State.ABSENT: return None
+    if not intent.state.ended and intent.state is not State.WORKING or intent.state is State.ABSENT: return None
     said = report or OrderReport(order.order_id, intent.state, intent.executed, intent.exchange_id)
     kind = said.kind or Kind(int(row["kind"])) or order.kind
     return OrderUpdate(order.symbol, order.slot, Kind.NONE if intent.state.ended else kind, still_wanted(intent), now,
@@ -267,7 +267,7 @@ def on_asked(
     if answer.report: return blotter.on_update(answer.report)
     intent = blotter.open.get(order.order_id)
     if intent is None: return []
-    if intent.state is not State.ACKNOWLEDGED and answer.outcome is Outcome.NOT_FOUND and answer.proof:
+    if intent.state is not State.WORKING and answer.outcome is Outcome.NOT_FOUND and answer.proof:
         if pursuit.attempt is not None: pursuit.stage, pursuit.due = Stage.PAUSED, now
         return blotter.move(order.order_id, State.ABSENT, message="never arrived")
     if now > pursuit.until:
@@ -306,7 +306,7 @@ def on_amended(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[A
         return blotter.on_update(answer.report, amending=False)
     if answer.outcome is Outcome.ACCEPTED:
         pursuit.stage = Stage.DONE
-        return blotter.move(order.order_id, State.ACKNOWLEDGED, amending=False)
+        return blotter.move(order.order_id, State.WORKING, amending=False)
     pursuit.stage = Stage.CANCELLING
     said = Notice("rejected", f"{order.symbol}, slot {order.slot}: not amended, it is cancelled: {answer.text}")
     return [Tell(said), Cancel(order)]

@@ -79,7 +79,7 @@ class State(StrEnum):
     INTENT = "intent"             # written down, not sent
     SENT = "sent"                 # a request is on its way
     UNKNOWN = "unknown"           # sent, and nothing proves what became of it
-    ACKNOWLEDGED = "acknowledged" # the exchange has it
+    WORKING = "working"           # the exchange has it
     FILLED = "filled"
     CANCELED = "canceled"
     EXPIRED = "expired"           # ended by the exchange, perhaps with a part filled
@@ -92,10 +92,10 @@ class State(StrEnum):
 # %% ../../nbs/70_live/01_order_states.ipynb #570e59f4
 _ENDS = {State.FILLED, State.CANCELED, State.EXPIRED}
 TRANSITIONS: dict[State, set[State]] = {
-    State.INTENT: {State.SENT, State.ABSENT} | _ENDS | {State.ACKNOWLEDGED},
-    State.SENT: {State.UNKNOWN, State.ACKNOWLEDGED, State.REJECTED, State.ABSENT} | _ENDS,
-    State.UNKNOWN: {State.ACKNOWLEDGED, State.REJECTED, State.ABSENT} | _ENDS,
-    State.ACKNOWLEDGED: _ENDS} | {state: set() for state in _ENDS | {State.REJECTED, State.ABSENT}}
+    State.INTENT: {State.SENT, State.ABSENT} | _ENDS | {State.WORKING},
+    State.SENT: {State.UNKNOWN, State.WORKING, State.REJECTED, State.ABSENT} | _ENDS,
+    State.UNKNOWN: {State.WORKING, State.REJECTED, State.ABSENT} | _ENDS,
+    State.WORKING: _ENDS} | {state: set() for state in _ENDS | {State.REJECTED, State.ABSENT}}
 
 # %% ../../nbs/70_live/01_order_states.ipynb #8c1c02b2
 def transition(
@@ -103,7 +103,7 @@ def transition(
     new:State,   # what was just learned
 )->State:        # where it stands now
     "The next state of an order; old news changes nothing, an impossible step is an error"
-    if new == state or (new is State.ACKNOWLEDGED and state in _ENDS): return state
+    if new == state or (new is State.WORKING and state in _ENDS): return state
     if new not in TRANSITIONS[state]:
         raise ValueError(f"an order cannot go from {state} to {new}: from {state} it goes to "
                          f"{', '.join(sorted(TRANSITIONS[state])) or 'nothing'}")
@@ -124,7 +124,7 @@ class Intent:
     @property
     def works(self)->bool:
         "Whether it is at the exchange, or may be"
-        return self.state in (State.SENT, State.UNKNOWN, State.ACKNOWLEDGED)
+        return self.state in (State.SENT, State.UNKNOWN, State.WORKING)
 
 # %% ../../nbs/70_live/01_order_states.ipynb #8e2fbd45
 def advance(

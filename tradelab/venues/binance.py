@@ -47,7 +47,7 @@ from ..orders import Kind, Order
 from ..texts import one_line
 
 # %% ../../nbs/75_venues/01_binance.ipynb #6fcaabbe
-STATES = {"NEW": State.ACKNOWLEDGED, "PARTIALLY_FILLED": State.ACKNOWLEDGED, "FILLED": State.FILLED,
+STATES = {"NEW": State.WORKING, "PARTIALLY_FILLED": State.WORKING, "FILLED": State.FILLED,
           "CANCELED": State.CANCELED,
           "EXPIRED": State.EXPIRED, "EXPIRED_IN_MATCH": State.EXPIRED, "REJECTED": State.REJECTED}
 
@@ -70,8 +70,8 @@ def _order_events(order, symbols, quote):
     return [fill, *paid_elsewhere, report]
 
 # %% ../../nbs/75_venues/01_binance.ipynb #11d6f95f
-ALGO_STATES = {"NEW": State.ACKNOWLEDGED, "TRIGGERING": State.ACKNOWLEDGED, "TRIGGERED": State.ACKNOWLEDGED,
-               "FINISHED": State.ACKNOWLEDGED, "CANCELED": State.CANCELED, "EXPIRED": State.EXPIRED,
+ALGO_STATES = {"NEW": State.WORKING, "TRIGGERING": State.WORKING, "TRIGGERED": State.WORKING,
+               "FINISHED": State.WORKING, "CANCELED": State.CANCELED, "EXPIRED": State.EXPIRED,
                "REJECTED": State.EXPIRED}
 
 

@@ -89,7 +89,7 @@ def report_of(
     "Where an order is now"
     executed = float(decimal8(held.before + held.asked - abs(row["quantity"])))
     filled = row["quantity"] == 0.
-    state = State.ACKNOWLEDGED if row["kind"] != NONE else State.FILLED if filled else end
+    state = State.WORKING if row["kind"] != NONE else State.FILLED if filled else end
     kind = Kind(row["kind"]) if row["kind"] != NONE else held.report.kind
     return OrderReport(held.order.order_id, state, executed, str(held.number), kind, float(row["trigger"]),
                        float(row["expires_in"]), bool(row["resting"]))
@@ -127,7 +127,7 @@ class MemoryOrders:
 
     @property
     def working(self)->list[HeldOrder]:
-        return [held for held in self.held.values() if held.report.state is State.ACKNOWLEDGED]
+        return [held for held in self.held.values() if held.report.state is State.WORKING]
 
     def work(self, held:HeldOrder, order:Order)->OrderReport:
         "Put an order to work in its place"
