@@ -104,7 +104,7 @@ class Blotter:
         "A fill is in the trader's account"
         self.filled[fill.order_id] += abs(fill.quantity)
         if fill.order_id in self.open: self._forget(self.open[fill.order_id])
-        return [] if fill.order_id in self.known else [foreign(fill)]
+        return []
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #6f58ce53
 def under_our_name(fill:Fill, intents:Iterable[Intent])->Fill:
