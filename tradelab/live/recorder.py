@@ -123,7 +123,8 @@ def _several(text, kind, inner, name):
 def _plain(text, kind, name):
     "A number, a text or one of an enumeration; a number is a finite one, save where nothing is said by it"
     if kind is float and type(text) in (int, float):
-        if isfinite(text) or name == "expires_in" and text == inf or name == "values" and isnan(text): return text
+        endless = name in ("expires_in", "pace") and text == inf
+        if isfinite(text) or endless or name == "values" and isnan(text): return text
     elif issubclass(kind, Enum) and type(text) in (int, str):
         if text in [each.value for each in kind]: return kind(text)
     elif type(text) is kind and (kind is not int or abs(text) < 2**62): return text

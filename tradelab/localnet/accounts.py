@@ -39,6 +39,7 @@ from tradelab.account import (
 )
 from ..instruments import Instrument, bracket_amounts
 from .limits import LimitSettings, by_symbol
+from .market import MAX_CONDITIONAL, MAX_ORDERS
 from tradelab.localnet.orders import (
     ExchangeOrder,
     ExchangeTrade,
@@ -71,7 +72,7 @@ from ..sim.matching import State, new_state
 SIDES = ("BOTH", "LONG", "SHORT")
 
 
-SLOTS = 60    # orders of a row: the kernel marks them in 64 bits
+SLOTS = MAX_ORDERS + MAX_CONDITIONAL    # orders of a row
 
 
 MONEY = ("deposit", "realised", "fees", "funding")

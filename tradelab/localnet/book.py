@@ -6,38 +6,42 @@
 __all__ = ['SKIPPED', 'FIRST_ID', 'LADDER', 'EVEN', 'LARGE', 'Side', 'visible', 'Book', 'synthetic_levels']
 
 # %% ../../nbs/60_localnet/03_book.ipynb #128e75c0
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..account import decimal8
+from ..compiled import compiled
 from ..sim.costs import MAX_IMPACT
 
 # %% ../../nbs/60_localnet/03_book.ipynb #a6d7a49f
 @dataclass(eq=False)
 class Side:
     "The levels of one side: those of the market, and what rests among them of our own"
-    quantities:dict[float, float] = field(default_factory=dict)  # base units by key
-    keys:list[float] = field(default_factory=list)               # sorted, the best first
-    resting:dict[float, float] = field(default_factory=dict)     # our own base units by key
+    keys:list[float] = field(default_factory=list)             # sorted, the best first
+    quantities:list[float] = field(default_factory=list)       # base units of the market at each
+    resting:dict[float, float] = field(default_factory=dict)   # our own base units by key
+
+    def at(self, key:float)->float:
+        "The market's quantity at a level"
+        i = bisect_left(self.keys, key)
+        return self.quantities[i] if i < len(self.keys) and self.keys[i] == key else 0.
 
     def put(self, key:float, quantity:float)->bool:
         "Set the market's quantity at a level, 0 removes it; whether that changed anything"
-        before = self.quantities.get(key, 0.)
-        if quantity > 0 and not before: insort(self.keys, key)
-        if quantity > 0: self.quantities[key] = quantity
-        elif before:
-            del self.quantities[key]
-            del self.keys[bisect_left(self.keys, key)]
+        i, before = bisect_left(self.keys, key), self.at(key)
+        level = slice(i, i + (before > 0))
+        self.keys[level], self.quantities[level] = ([key], [quantity]) if quantity > 0 else ([], [])
         return quantity != before
 
-    def replace(self, levels:dict[float, float])->set[float]:
-        "Set all levels of the market; the keys that changed"
-        changed = {key for key, _ in self.quantities.items() ^ levels.items()}
-        if changed: self.quantities, self.keys = levels, sorted(levels)
-        return changed
+    def replace(self, keys:list[float], quantities:list[float])->tuple|None:
+        "Set all levels of the market; the lists before, None if they were the same"
+        before = self.keys, self.quantities
+        self.keys, self.quantities = keys, quantities
+        return None if before == (keys, quantities) else before
 
     def rest(self, key:float, change:float)->None:
         "Add to what rests of our own at a level, or take out of it"
@@ -61,31 +65,39 @@ FIRST_ID = 1_000_000
 
 
 def _number(book, changed, ids=None):
-    "Note which keys of bids and asks have changed, under the next number or under recorded ones"
+    "Note what has changed of bids and asks, under the next number or under recorded ones"
     bids, asks = changed
     if not (bids or asks or ids): return
     first, last = (int(ids[0]), int(ids[1])) if ids else (0, 0)
     first = max(first, book.update_id + (1 if ids else SKIPPED))
-    last = max(last, first + (0 if ids else len(bids) + len(asks) - 1))
-    book.changes.append((first, last, bids, asks))
-    book.update_id = last
+    book.update_id = max(last, first)
+    book.changes.append((first, book.update_id, bids, asks))
 
 
-def _by_key(sign, levels):
-    "Levels as a dict by key, without empty ones"
+def _sorted(sign, levels):
+    "Keys and quantities of levels, without empty ones; of a price that comes twice the last"
     table = np.asarray(levels, float).reshape(-1, 2)
-    table = table[table[:, 1] > 0]
-    return dict(zip((-sign * table[:, 0]).tolist(), table[:, 1].tolist()))
+    keys, quantities = -sign * table[:, 0], table[:, 1]
+    if (keys[1:] > keys[:-1]).all() and (quantities > 0).all(): return keys.tolist(), quantities.tolist()
+    known = {key: quantity for key, quantity in zip(keys.tolist(), quantities.tolist()) if quantity > 0}
+    return sorted(known), [known[key] for key in sorted(known)]
 
 # %% ../../nbs/60_localnet/03_book.ipynb #ed2dd6c7
+def _touched(side, noted):
+    "The keys that a change has touched, or that differ from the levels before a snapshot"
+    if not isinstance(noted, tuple): return noted or set()
+    return {key for key, _ in {*zip(*noted)} ^ {*zip(side.keys, side.quantities)}}
+
+
 def _diff(book, after):
     "What has changed after a number, with absolute quantities; None if nothing has"
     due = [change for change in book.changes if change[1] > after]
     if not due: return None
-    levels = [[[abs(key), book.quantity(sign, abs(key))]
-               for key in sorted(set(book.sides[sign].resting).union(*(change[place] for change in due)))]
-              for sign, place in ((1, 2), (-1, 3))]
-    return {"U": due[0][0], "u": book.update_id, "pu": after, "b": levels[0], "a": levels[1]}
+    def levels(sign, place):
+        side = book.sides[sign]
+        keys = set(side.resting).union(*(_touched(side, change[place]) for change in due))
+        return [[abs(key), book.quantity(sign, abs(key))] for key in sorted(keys)]
+    return {"U": due[0][0], "u": book.update_id, "pu": after, "b": levels(1, 2), "a": levels(-1, 3)}
 
 # %% ../../nbs/60_localnet/03_book.ipynb #fa0238f3
 def _walk(book, sign, quantity, limit):
@@ -96,8 +108,9 @@ def _walk(book, sign, quantity, limit):
         if (price - limit) * sign > 0: break
         part = min(quantity, shown)
         key = sign * price
-        theirs = min(part, side.quantities.get(key, 0.))
-        side.put(key, round(side.quantities.get(key, 0.) - theirs, 10))
+        before = side.at(key)
+        theirs = min(part, before)
+        side.put(key, round(before - theirs, 10))
         if part > theirs: side.rest(key, theirs - part)
         quantity = round(quantity - part, 10)
         met.append((price, part))
@@ -111,18 +124,19 @@ class Book:
     def __init__(self, update_id:int=FIRST_ID):
         self.sides = {1: Side(), -1: Side()}
         self.update_id = self.told = update_id
-        self.changes:deque[tuple] = deque()   # (first number, last number, keys of bids, keys of asks)
+        self.changes:deque[tuple] = deque()   # (first number, last number, what it touched of bids and of asks)
 
     def levels(self, sign:int, depth:int|None=None)->list[tuple[float, float]]:
         "Price and quantity of the levels of a side, best first"
-        return [(abs(key), self.quantity(sign, abs(key)))
-                for key in visible(self.sides[sign], self.sides[-sign], depth)]
+        side = self.sides[sign]
+        if not side.resting: return [(abs(key), shown) for key, shown in zip(side.keys[:depth], side.quantities)]
+        return [(abs(key), self.quantity(sign, abs(key))) for key in visible(side, self.sides[-sign], depth)]
 
     def quantity(self, sign:int, price:float)->float:
         "What is shown at a price, base units"
         side, other, key = self.sides[sign], self.sides[-sign], -sign * price
-        if key not in side.resting or (other.keys and key <= -other.keys[0]): return side.quantities.get(key, 0.)
-        return round(side.quantities.get(key, 0.) + side.resting[key], 10)
+        if key not in side.resting or (other.keys and key <= -other.keys[0]): return side.at(key)
+        return round(side.at(key) + side.resting[key], 10)
 
     def best(self, sign:int)->float: return next((price for price, _ in self.levels(sign, 1)), np.nan)
 
@@ -147,7 +161,7 @@ class Book:
 
     def snapshot(self, bids:ArrayLike, asks:ArrayLike, ids:tuple|None=None)->None:
         "Set all levels of the market; what rests of our own stays"
-        _number(self, [self.sides[1].replace(_by_key(1, bids)), self.sides[-1].replace(_by_key(-1, asks))], ids)
+        _number(self, [self.sides[1].replace(*_sorted(1, bids)), self.sides[-1].replace(*_sorted(-1, asks))], ids)
 
     def rest(self, price:float, sign:int, change:float)->None:
         "Show an order of ours at a price (+1: a bid), or more of it, or less"
@@ -179,6 +193,7 @@ EVEN = 20            # levels of a book without impact
 LARGE = 1e9          # quote: no level of it holds more
 
 
+@compiled
 def _offered(sign, price, condition, costs, instrument):
     "Levels of one side: whole ticks, best first, and base units"
     tick = instrument["price_units"] / instrument["price_scale"]
@@ -189,16 +204,18 @@ def _offered(sign, price, condition, costs, instrument):
     law = costs["impact"] * condition["volatility"]
     if not (law > 0 and np.isfinite(condition["volume"])):
         most = min(instrument["max_quantity"], max(np.floor(LARGE / price / step), 1.) * step)
-        return outward(exact) + sign * np.arange(EVEN), np.full(EVEN, round(most, 8))
+        return outward(exact) + sign * np.arange(EVEN), np.full(EVEN, decimal8(most))
     edges = abs(outward(exact) - exact) + LADDER[LADDER * tick < 1.5 * MAX_IMPACT * price]
-    begin = np.append(0., edges[:-1])
+    begin = np.append(np.zeros(1), edges[:-1])
     mean = 2 / 3 * (begin ** 2 + begin * edges + edges ** 2) / np.maximum(begin + edges, 1e-300)
     down_to = np.maximum(np.ceil(condition["volume"] * (edges * tick / price / law) ** 2 / step - 1e-9), 1.)
-    held = np.diff(down_to, prepend=0.)
+    held = np.diff(np.append(np.zeros(1), down_to))
     there = (held > 0) & (sign * mean + exact > .5)
-    return outward(exact + sign * mean)[there], (held * instrument["step_units"] / instrument["step_scale"])[there]
+    sizes = held[there] * instrument["step_units"] / instrument["step_scale"]
+    return outward(exact + sign * mean)[there], sizes
 
 # %% ../../nbs/60_localnet/03_book.ipynb #4a00c9e0
+@compiled
 def synthetic_levels(
     price:float,              # quote per base: the market price
     condition:np.void,        # a row of CONDITION
@@ -210,4 +227,4 @@ def synthetic_levels(
     asks, sold = _offered(1, price, condition, costs, instrument)
     if asks[0] <= bids[0]: asks = asks + (bids[0] + 1 - asks[0])   # without a spread the two would meet
     prices = lambda ticks: ticks * instrument["price_units"] / instrument["price_scale"]
-    return np.column_stack([prices(bids), bought]), np.column_stack([prices(asks), sold])
+    return np.column_stack((prices(bids), bought)), np.column_stack((prices(asks), sold))

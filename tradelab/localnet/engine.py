@@ -23,8 +23,8 @@ import numpy as np
 from ..account import decimal8
 from ..compiled import outlined
 from ..journal import JOURNAL
-from .accounts import SIDES, SLOTS, Account, Collateral, Filled, account_event, check_margin, page
-from .market import Close, Levels, Market, Rate, Tick
+from .accounts import SIDES, Account, Collateral, Filled, account_event, check_margin, page
+from .market import MAX_ORDERS, Close, Levels, Market, Rate, Tick
 from tradelab.localnet.orders import (
     BAND,
     Amendment,
@@ -482,7 +482,7 @@ def _work(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #5b5107f3
 def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
     "An accepted order meets the book"
-    there = _takeable(exchange, order)
+    there = _takeable(exchange, order) if order.in_force in ("GTX", "FOK") else order.left
     if order.in_force == "GTX" and there > 0. or order.in_force == "FOK" and there < order.left:
         _refuse_lost(exchange, order)
     exchange.register(account, order)
@@ -504,9 +504,10 @@ def _shorten(exchange:"Exchange", n:int, side:int)->None:
 # %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
 def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
     "Resting orders meet a move of the market"
-    n, book = move.n, exchange.market.book(move.n)
+    n = move.n
     for side in (1, -1):
         if not exchange.queues[n, side]: continue
+        book = exchange.market.book(n)
         if isinstance(move, Levels): _shorten(exchange, n, side)
         elif isinstance(move, Tick):
             _serve_passed(exchange, n, move.price, side)
@@ -579,7 +580,7 @@ def _check_order(exchange:"Exchange", account:Account, order:ExchangeOrder)->Non
     _check_unique(account, order.client_id)
     if order.reduce_only: order.quantity = _reduced(account, order, exchange.questions.reduce_only)
     else: _check_value(exchange, account, order)
-    if len(account.open_of[n]) >= SLOTS: raise RequestDeniedError(-2025)
+    if len(account.open_of[n]) >= MAX_ORDERS: raise RequestDeniedError(-2025)
 
 
 def _check_counterparty(market:Market, order:ExchangeOrder)->None:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INTERVALS', 'DAY', 'TAKER_QUOTE', 'FIRST', 'LAST', 'MARK', 'INDEX', 'WIDTH', 'FIRST_TRADE', 'ROOM', 'MAX_ORDERS',
-           'PRICE_BAND', 'MAX_PRICE', 'LISTED', 'AGGREGATES', 'EIGHT_HOURS', 'KEPT_RATES', 'KEPT_TRADES', 'DEPTHS',
-           'ENDPOINTS', 'Tick', 'Levels', 'Close', 'Rate', 'Prices', 'opened', 'ended', 'is_folded', 'fold', 'Candles',
-           'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of', 'symbol_reply', 'Stream',
-           'nobody', 'Feed', 'Trade', 'ticker', 'decimals', 'on_grid', 'Funding', 'premium', 'Shown', 'Market',
-           'klines', 'depth', 'trades', 'aggregate_trades', 'funding_rates', 'funding_info', 'exchange_info',
-           'server_time', 'open_interest', 'constituents', 'asset_index', 'insurance', 'schedule']
+           'MAX_CONDITIONAL', 'PRICE_BAND', 'MAX_PRICE', 'LISTED', 'AGGREGATES', 'EIGHT_HOURS', 'KEPT_RATES',
+           'KEPT_TRADES', 'DEPTHS', 'ENDPOINTS', 'Tick', 'Levels', 'Close', 'Rate', 'Prices', 'opened', 'ended',
+           'is_folded', 'fold', 'Candles', 'longer_candles', 'kline_reply', 'kline_body', 'index_reply', 'filters_of',
+           'symbol_reply', 'Stream', 'nobody', 'Feed', 'Trade', 'ticker', 'decimals', 'on_grid', 'Funding', 'premium',
+           'Shown', 'Market', 'klines', 'depth', 'trades', 'aggregate_trades', 'funding_rates', 'funding_info',
+           'exchange_info', 'server_time', 'open_interest', 'constituents', 'asset_index', 'insurance', 'schedule']
 
 # %% ../../nbs/60_localnet/04_market.ipynb #a3451d6d
 from collections import deque
@@ -324,7 +324,8 @@ def index_reply(
     return [int(open_time), *map(format_price, prices), "0", ended(int(open_time), interval) - 1, "0", 0, "0", "0", "0"]
 
 # %% ../../nbs/60_localnet/04_market.ipynb #32ca3547
-MAX_ORDERS = 60
+MAX_ORDERS = 200         # that work, of an account and a symbol
+MAX_CONDITIONAL = 200    # that wait for a price, of an account
 PRICE_BAND = .05     # how far from the mark price a limit price may be
 MAX_PRICE = 10_000_000.
 LISTED = 1_569_398_400_000   # ms: since when the symbols are traded, as far as clients ask
