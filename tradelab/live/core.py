@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'Terms', 'Core', 'hear_market', 'withhold', 'hear_fill', 'take', 'news', 'sleep',
            'ask_all', 'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book',
-           'keep', 'halt', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'settle', 'unfrozen', 'carry_out',
-           'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'agree', 'clear_orders',
-           'send_now', 'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey', 'known_at_close',
-           'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
+           'keep', 'require_halt', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'settle', 'unfrozen',
+           'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'agree',
+           'clear_orders', 'send_now', 'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey',
+           'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
            'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
@@ -66,6 +66,7 @@ from tradelab.live.reconcile import (
     Verdict,
     compare_accounts,
     difference,
+    frozen_by,
     missed,
 )
 from .venue import UNITS, AccountSnapshot, Candle, Income, OrderReport, forced, funding_of, units
@@ -85,6 +86,20 @@ class Terms:
     max_candles:int|None = None    # end after so many
     venue:str = "the exchange"     # its name
     quote:str = "USDT"             # the currency of the account
+    pace:float = 1.                # of its market: 1 in real time, inf if the next candle waits for us
+    # ms, how old a decision may be when its entries are sent  [default: a tenth of the candle, at most 30 s]
+    decision_deadline:int|None = None
+    ask_after:int = 3_000          # ms after a candle was due: ask over REST
+    redial_after:int = 10_000      # ms of owing something: dial a stream anew
+    stale_after:int|None = None    # ms after it was due: the symbol is stale  [default: a candle]
+    outage_limit:int = 86_400_000  # ms that an outage may last before the session gives up
+    absent_after:int = 60_000      # ms between the two rounds of questions that prove an order absent
+    retries:int = 3                # of an order that was refused for a passing reason
+    first_delay:int = 1_000        # ms before the first, doubled each time
+    clock_every:int = 60_000       # ms between two comparisons of the clocks
+    clock_limit:int = 2_000        # ms that they may differ
+    heartbeat:int = 5_000          # ms between two signs of life in the lease
+    lease_expires:int = 20_000     # ms without one
 
     @property
     def step(self)->int: return milliseconds(self.timeframe)
@@ -307,7 +322,7 @@ def keep(core:Core)->None:
                        trader.closed.copy())))
 
 # %% ../../nbs/70_live/12_core.ipynb #816c1077
-def halt(core:Core, reason:str)->None:
+def require_halt(core:Core, reason:str)->None:
     "Nothing is opened any more until a person says otherwise"
     if core.trader.account["required_state"][0] == TradingState.HALT: return
     core.trader.on(StateChange(TradingState.HALT, reason, core.now))
@@ -321,7 +336,7 @@ def take_trade(core:Core, fill:Fill)->None:
         core.foreign.found_ours(fill)
         return core.books.add(fill)
     core.do(*core.foreign.add(fill))
-    if forced(fill.order_id) == "liquidation": halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+    if forced(fill.order_id) == "liquidation": require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
     withhold(core)
 
 
@@ -405,8 +420,8 @@ def own_wallet(core:Core)->float:
 
 
 def compared(core:Core, account:AccountSnapshot, own:float)->tuple[Verdict, ...]:
-    """Wallet and positions, here and there. Whose profit it was cannot be told where a part of a position was ignored, or
-    a fill waits for its candle: the wallet is compared by the exchange's own rows alone then"""
+    """Wallet and positions, here and there. Whose profit it was cannot be told where a part of a position was ignored,
+    or a fill waits for its candle: the wallet is compared by the exchange's own rows alone then"""
     held = {symbol: quantity + core.foreign.held(symbol) for symbol, quantity in core.books.positions.items()}
     told = compare_accounts(own, held, account)
     return told[1:] if core.foreign.offsets or core.books.holds_fills else told
@@ -445,8 +460,7 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         core.foreign.residual.pop(verdict.what, None)
         if verdict.agrees: continue
         core.foreign.residual[verdict.what] = float(decimal8(verdict.there - verdict.here))
-        core.do(Tell(Notice("foreign", f"{core.foreign.evidence(verdict.what)}: nothing is traded there until a person "
-                            "says adopt, ignore or flatten")))
+        core.do(frozen_by(core.foreign.evidence(verdict.what)))
 
 
 def agree(core:Core)->Process:
@@ -463,6 +477,8 @@ def agree(core:Core)->Process:
             core.do(Tell(Notice("disagreement", found)))
             break
         else:
+            for verdict in compared(core, account, before):
+                if not verdict.agrees and verdict.what != "wallet": core.numbers.rewind(verdict.what)
             yield from catch_up(core)
             asked = True
         before = own_wallet(core)

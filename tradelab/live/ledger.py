@@ -403,7 +403,7 @@ class Ledger:
 
     def advance(self, session:str, intent:Intent, state:State, **facts:Any)->Intent:
         "Write down what became of an order, and return it as it is now"
-        facts["state"] = transition(intent.state, state)
+        facts["state"] = transition(intent.state, state).state
         after = replace(intent, **facts)
         if after != intent: _update_order(self._database, session, intent.order.order_id, facts)
         return after
@@ -471,7 +471,7 @@ class _Kept:
     kept:dict|None = None                         # the trader's state
 
     def advance(self, intent, state, facts):
-        facts["state"] = transition(intent.state, state)
+        facts["state"] = transition(intent.state, state).state
         known = self.orders.get(intent.order.order_id)
         if known: self.orders[intent.order.order_id] = replace(known, **facts)
         return replace(intent, **facts)

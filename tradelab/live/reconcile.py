@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREFIX', 'OVERLAP', 'OF_TRADES', 'Verdict', 'compare_accounts', 'difference', 'TradeNumbers', 'missed', 'author',
-           'evidence', 'ForeignFills', 'is_traders', 'Statement', 'StartRefusedError', 'check_explained', 'reserve_of']
+           'evidence', 'frozen_by', 'ForeignFills', 'is_traders', 'Statement', 'StartRefusedError', 'check_explained',
+           'reserve_of']
 
 # %% ../../nbs/70_live/08_reconcile.ipynb #e3662c86
 from collections import defaultdict, deque
@@ -74,13 +75,19 @@ class TradeNumbers:
         if fill.trade_id.isdecimal():
             self.told[fill.symbol] = max(int(fill.trade_id), self.told.get(fill.symbol, -1))
 
+    def rewind(self, symbol:str)->None:
+        "Something is missing: ask again for all that is remembered"
+        oldest = self._marks[symbol][0][1] if self._marks[symbol] else self.first.get(symbol, 0)
+        self.told[symbol] = min(oldest, self.first.get(symbol, 0)) - 1 if len(self._marks[symbol]) < 1_000 else oldest
+
     def next(self, symbol:str, open_orders:Iterable[Intent]=())->int:
         "The number from which to ask"
         first = self.first.get(symbol, 0)
         behind = max(self.told.get(symbol, -1) + 1, first)
         oldest = min((each.order.open_time for each in open_orders if each.order.symbol == symbol), default=None)
         if oldest is None: return behind
-        return min(behind, max((number for time, number in self._marks[symbol] if time < oldest), default=first - 1) + 1)
+        before = max((number for time, number in self._marks[symbol] if time < oldest), default=first - 1)
+        return min(behind, before + 1)
 
 # %% ../../nbs/70_live/08_reconcile.ipynb #2fbe2d46
 def missed(
@@ -107,6 +114,10 @@ def evidence(fill:Fill)->str:
     "A foreign fill as a sentence"
     return (f"{fill.symbol}: {fill.quantity:+g} at {fill.price:g} by {author(fill.order_id)}, order "
             f"{fill.order_id or 'of no name'}, trade {fill.trade_id}")
+
+def frozen_by(why:str)->Tell:
+    "A person should know that something is not ours, and what to say"
+    return Tell(Notice("foreign", f"{why}: nothing is traded there until a person says adopt, ignore or flatten"))
 
 # %% ../../nbs/70_live/08_reconcile.ipynb #foreign4
 class ForeignFills:
@@ -144,8 +155,7 @@ class ForeignFills:
         "A fill that is not ours, once"
         if (fill.symbol, fill.trade_id) in self._known: return []
         self._keep(Foreign(fill))
-        return [Write(Foreign(fill)), Tell(Notice("foreign", f"{evidence(fill)}: nothing is traded there until a person "
-                                                  "says adopt, ignore or flatten"))]
+        return [Write(Foreign(fill)), frozen_by(evidence(fill))]
 
     def of(self, symbol:str)->list[Fill]: return [fill for fill in self.waits.values() if fill.symbol == symbol]
 

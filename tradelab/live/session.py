@@ -17,7 +17,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -519,7 +519,7 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
-                  venue.quote)
+                  venue.quote, **session.waits)
     session.inputs = core_inputs(ledger, terms, kept, Offer(venue.kinds, venue.amends, venue.expires),
                                  f"{venue.name} at {venue.address} ({venue.why})")
     return make_core(trader, session.inputs)
@@ -626,6 +626,7 @@ class Session:
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise the first one ends the session
+        waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
@@ -636,6 +637,7 @@ class Session:
         self.timeframe = timeframe or trader.observation.timeframe or "1h"
         self.patience = patience
         self.gaps = gaps
+        self.waits = dict(waits)
         self.say = say
         self.progress = progress
         self.id = one_name(id, resume)
