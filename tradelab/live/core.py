@@ -336,7 +336,8 @@ def take_trade(core:Core, fill:Fill)->None:
         core.foreign.found_ours(fill)
         return core.books.add(fill)
     core.do(*core.foreign.add(fill))
-    if forced(fill.order_id) == "liquidation": require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+    if forced(fill.order_id) == "liquidation":
+        require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
     withhold(core)
 
 

@@ -77,8 +77,8 @@ class TradeNumbers:
 
     def rewind(self, symbol:str)->None:
         "Something is missing: ask again for all that is remembered"
-        oldest = self._marks[symbol][0][1] if self._marks[symbol] else self.first.get(symbol, 0)
-        self.told[symbol] = min(oldest, self.first.get(symbol, 0)) - 1 if len(self._marks[symbol]) < 1_000 else oldest
+        marks = self._marks[symbol]
+        self.told[symbol] = (marks[0][1] if len(marks) == marks.maxlen else self.first.get(symbol, 0)) - 1
 
     def next(self, symbol:str, open_orders:Iterable[Intent]=())->int:
         "The number from which to ask"
