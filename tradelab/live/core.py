@@ -485,7 +485,8 @@ def agree(core:Core)->Process:
         before = own_wallet(core)
         account = yield from ask_account(core)
     if account: freeze(core, account)
-    if account and rows_differ(core, account): core.do(Write(core.statement.accept(units(account.wallet))))
+    if account and core.statement and rows_differ(core, account):
+        core.do(Write(core.statement.accept(units(account.wallet))))
 
 # %% ../../nbs/70_live/12_core.ipynb #flatten02
 def clear_orders(core:Core, symbol:str)->Process:

@@ -55,7 +55,8 @@ def closing_orders(
     now:int,               # ms
 )->list[Order]:
     "Market orders that only reduce, and together are this quantity"
-    part, orders, left = slice_quantity(quantity, instrument), [], quantity
+    part, left = slice_quantity(quantity, instrument), quantity
+    orders: list[Order] = []
     while left and len(orders) < MOST:
         one = part if abs(part) < abs(left) else left
         slot = SLOT + len(orders)
