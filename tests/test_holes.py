@@ -414,7 +414,7 @@ def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, 
     assert np.array_equal(expected.observations[:len(seen)].view(np.uint32), seen.view(np.uint32))
     assert first_difference(*replay(lines, Run("holes", policy, timeframe=timeframe).trader(instruments=(BITCOIN,
         )))) is None
-    events = ledger.events("holes")
+    events = ledger.notices("holes")
     assert (events["kind"] == "hole").sum() == len(behind)
     assert not set(events["kind"]) - {"hole"}
     assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1)
@@ -452,5 +452,5 @@ def test_a_live_job_trades_through_a_real_outage_and_replays(project, root, shar
     journal = ledger.journal(name)
     assert len(journal) == 50
     assert journal.index[24:26].strftime("%d %H").tolist() == ["08 00", "09 10"]
-    assert ledger.events(name)["text"].str.contains("33 candles from 2018-02-08 01:00 UTC on are missing").sum() == 1
+    assert ledger.notices(name)["text"].str.contains("33 candles from 2018-02-08 01:00 UTC on are missing").sum() == 1
     run_job(root, "replay", session=name, settings="outages")

@@ -113,7 +113,7 @@ def session(runs):
     ledger = Ledger(f"sqlite:///{runs.parent}/tradelab.db")
     ledger.open_session("one", {"origin": NAMES[0], "venue": "localnet", "symbols": ["XRP/USDT:USDT"],
                                 "timeframe": "1h"})
-    ledger.event("one", "rejected", "a text of\x1b[2J the exchange")
+    ledger.notice("one", "rejected", "a text of\x1b[2J the exchange")
     ledger.close()
     (folder / "session.json").write_text(json.dumps({"statistics": {"candles": 7}, "state": "running", "pid": 1}))
     return folder

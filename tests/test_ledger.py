@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tradelab.events import Fill, Funding
 from tradelab.journal import EQUITY, JOURNAL
-from tradelab.live.ledger import CLOSES, FILLS, FUNDINGS, ORDERS, TABLES, Ledger, MemoryLedger, columns_of, record_of
+from tradelab.live.ledger import FUNDINGS, INTENTS, TABLES, TRADES, Ledger, MemoryLedger, columns_of, record_of
 from tradelab.live.order_states import Intent, State
 from tradelab.orders import Kind, Order, TimeInForce
 
@@ -52,7 +52,7 @@ def worth(open_time, equity=1e4 / 3): return np.array([(open_time, equity, 1 / 7
 
 
 def test_the_columns_are_the_fields_of_the_records():
-    for record, table in ((Order, ORDERS), (Fill, FILLS), (Funding, FUNDINGS)):
+    for record, table in ((Order, INTENTS), (Fill, TRADES), (Funding, FUNDINGS)):
         assert {field.name for field in fields(record)} <= set(table.columns.keys())
         assert [column.name for column in columns_of(record)] == [field.name for field in fields(record)]
 
@@ -82,10 +82,10 @@ def test_sessions(ledger):
 
 
 def test_events_count_for_each_session(ledger):
-    for session in ("one", "one", "two"): ledger.event(session, "halt", f"of {session}")
-    assert list(ledger.events("one")["number"]) == [1, 2]
-    assert list(ledger.events("two")["text"]) == ["of two"]
-    assert list(ledger.events("three").columns) == ["number", "time", "kind", "text"]
+    for session in ("one", "one", "two"): ledger.notice(session, "halt", f"of {session}")
+    assert list(ledger.notices("one")["number"]) == [1, 2]
+    assert list(ledger.notices("two")["text"]) == ["of two"]
+    assert list(ledger.notices("three").columns) == ["number", "time", "kind", "text"]
 
 
 def test_an_intent_is_written_once_and_comes_back_as_it_was(ledger):
@@ -178,18 +178,6 @@ def test_each_close_has_one_row_whatever_was_decided(ledger):
     assert len(ledger.closes("two")) == 0
 
 
-def test_the_closes_of_an_older_ledger_are_those_of_its_steps(tmp_path):
-    url = f"sqlite:///{tmp_path}/tradelab.db"
-    older = Ledger(url)
-    older.step("one", [ETHER, BITCOIN], rows(0), {}, 1, worth(0))
-    expected = older.rows("one")[0][1]
-    CLOSES.drop(older._database.engine)
-    older.close()
-    newer = Ledger(url)
-    assert newer.closes("one").tolist() == [(0, expected["equity"][0], expected["drawdown"][0])]
-    newer.close()
-
-
 def test_what_was_given_may_change_afterwards(ledger):
     "Arrays and dicts of a caller are its own"
     given, snapshot = rows(0), {"account": [1.]}
@@ -216,11 +204,11 @@ def told(ledger, done):
     for number, (what, thing) in enumerate(done):
         if what == "intend": answers.append(ledger.intend("one", [thing]))
         if what == "book": answers.append(ledger.book("one", thing, number))
-        if what == "event": answers.append(ledger.event("one", "kind", thing))
+        if what == "event": answers.append(ledger.notice("one", "kind", thing))
         if what == "advance" and (known := ledger.intents("one")):
             try: answers.append(ledger.advance("one", known[0], thing, executed=float(number), message=str(number)))
             except ValueError as error: answers.append(str(error))
-    return answers, ledger.intents("one"), ledger.booked("one"), list(ledger.events("one")["text"])
+    return answers, ledger.intents("one"), ledger.booked("one"), list(ledger.notices("one")["text"])
 
 
 @settings(max_examples=30, deadline=None)

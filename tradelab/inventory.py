@@ -334,7 +334,7 @@ def show_session(
     known(sessions_here(), name, "session")
     ledger = _ledger()
     facts = session_facts(name, ledger, running)
-    events = ledger.events(name).tail(10)
+    events = ledger.notices(name).tail(10)
     ledger.close()
     facts |= ({"tags": " ".join(tags_of(settings().sessions).get(name, [])) or "none",
                "folder": str(settings().sessions / name)} | {key: one_line(value) for key,

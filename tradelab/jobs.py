@@ -393,6 +393,7 @@ def write_page(
     notebook.cells = told + ([nbformat.v4.new_markdown_cell("## Parameters")] if asked else []) + asked
     body, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook,
         {"metadata": {"name": path.stem}})
+    body = re.sub(r'<script[^>]*\bsrc="https?:[^>]*>\s*</script>', "", body)
     body = body.replace("</head>", f"<style>{asset('jobs.css')}</style></head>", 1)
     page = path.with_suffix(".html")
     replace_files({page: body})
