@@ -114,6 +114,7 @@ class Paid:
     rows:tuple[Income, ...]
     wallet:int            # whole 1e-8: what the wallet must be behind them
     others:int            # whole 1e-8, since the session began: of it not the trader's
+    place:int = 0         # counts what was kept
 
 
 @dataclass(frozen=True)

@@ -206,11 +206,12 @@ class Statement:
         self.wallet = opening.wallet  # whole 1e-8, by the rows
         self.others = 0               # whole 1e-8, since the beginning: not the trader's
         self.begin = self.last = opening.time
+        self.place = 0
         self._recent: dict[tuple, int] = {}
         for paid in booked: self._keep(paid)
 
     def _keep(self, paid):
-        self.wallet, self.others = paid.wallet, paid.others
+        self.wallet, self.others, self.place = paid.wallet, paid.others, paid.place
         self._recent |= {_key(row): row.time for row in paid.rows}
         self.last = max([self.last, *(row.time for row in paid.rows)])
         self._recent = {key: time for key, time in self._recent.items() if time >= self.since - OVERLAP}
@@ -220,9 +221,12 @@ class Statement:
         "From when to ask for rows, ms"
         return max(self.last - OVERLAP, self.begin)
 
-    def seen(self, rows:Iterable[Income])->None:
-        "Rows that are in the wallet of the beginning"
-        self._recent |= {_key(row): row.time for row in rows}
+    def seen(self, rows:Iterable[Income])->Paid:
+        "Rows that are in the wallet of the beginning; those that will be told again, to be kept"
+        paid = Paid(tuple(row for row in rows if row.time >= self.begin), self.wallet, self.others,
+                    self.place + 1)
+        self._keep(paid)
+        return paid
 
     def take(self, rows:Iterable[Income])->Paid|None:
         "Add rows, each once; what is new, or None"
@@ -230,14 +234,14 @@ class Statement:
         if not new: return None
         ours = [row for row in new if row.asset == self.quote]
         others = sum(row.amount for row in ours if not is_traders(row, self.symbols))
-        paid = Paid(new, self.wallet + sum(row.amount for row in ours), self.others + others)
+        paid = Paid(new, self.wallet + sum(row.amount for row in ours), self.others + others, self.place + 1)
         self._keep(paid)
         return paid
 
     def accept(self, wallet:int)->Paid:
         "The exchange's word on the wallet, where its rows do not explain it: the difference is a row that says so"
         row = Income("UNEXPLAINED", str(wallet), "", wallet - self.wallet, self.quote, self.last)
-        paid = Paid((row,), wallet, self.others)
+        paid = Paid((row,), wallet, self.others, self.place + 1)
         self._keep(paid)
         return paid
 

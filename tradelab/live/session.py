@@ -482,7 +482,7 @@ class Stopwatch:
 # %% ../../nbs/70_live/14_session.ipynb #fdfa55a0
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
-    if session.files or session.resumed: session.ledger.event(session.id, notice.kind, notice.text)
+    if session.files or session.resumed: session.ledger.notice(session.id, notice.kind, notice.text)
     getattr(logger, notice.level)(str(notice), session=session.id)
     session.say(str(notice))
 

@@ -195,7 +195,7 @@ def see_history(core:Core, kept:dict|None)->Process:
 
 # %% ../../nbs/70_live/13_start.ipynb #openbook2
 def ask_opening(core:Core)->Process:
-    "Returns the account, and where the exchange's own books begin"
+    "Returns the account; the core knows then where the exchange's own books begin, and which rows are in that"
     symbols = core.trader.symbols
     newest = yield from answers_to(core, [("fills", symbol, None) for symbol in symbols])
     trades = {symbol: int(fills[-1].trade_id) + 1 if fills else 0 for symbol, fills in zip(symbols, newest)}
@@ -209,16 +209,15 @@ def ask_opening(core:Core)->Process:
     else: time, = yield from answers_to(core, [("forming", symbols[0], core.terms.timeframe)])
     opening = Opening(units(account.wallet), time, trades)
     core.opening, core.statement = opening, Statement(opening, symbols, core.terms.quote)
-    core.statement.seen(rows)
     core.numbers.first |= trades
-    return account, opening
+    return account, core.statement.seen(rows)
 
 
 def open_books(core:Core)->Process:
     "The same, once for a session: one that is resumed goes on where its ledger ends"
     if core.statement is None: return (yield from ask_opening(core))
     account, = yield from answers_to(core, [("account",)])
-    return account, core.opening
+    return account, None
 
 # %% ../../nbs/70_live/13_start.ipynb #78de3d19
 def start(
@@ -229,13 +228,14 @@ def start(
     "Up to the moment at which the first candle may come"
     trader, terms = core.trader, core.terms
     if kept: yield from ask_again(core)
-    account, opening = yield from open_books(core)
+    account, seen = yield from open_books(core)
     check_explained({symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in trader.symbols},
                     account)
     if not kept: core.reserve = reserve_of(account, wallet(trader.account), terms.quote)
     core.do(Say(f"session {terms.session}{' resumed' if kept else ''}: {words or terms.venue}, wallet "
                 f"{account.wallet:,.2f} {terms.quote}, {', '.join(trader.symbols)} {terms.timeframe}, leverage "
-                f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, opening))
+                f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
+    if seen: core.do(Write(seen))
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
