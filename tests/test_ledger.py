@@ -149,8 +149,9 @@ def test_what_is_not_ours_is_kept_once_with_what_was_said_of_it_last(ledger):
 def test_the_rows_of_the_venue_are_kept_once_to_the_last_decimal(ledger):
     first = Income("TRANSFER", "7", "", -10**17 - 1, "USDT", 5)
     second = Income("COMMISSION", "7", BITCOIN, -1, "USDT", 4, "9")
-    for paid in (Paid((first, second), 3, 1, 1), Paid((second,), 9, 9, 2), Paid((replace(first, number="8"),), 2, 0, 3)):
-        ledger.pay("s", paid)
+    ledger.pay("s", Paid((first, second), 3, 1, 1))
+    ledger.pay("s", Paid((second,), 9, 9, 2))
+    ledger.pay("s", Paid((replace(first, number="8"),), 2, 0, 3))
     assert ledger.paid("s") == [Paid((second, first), 3, 1, 1), Paid((replace(first, number="8"),), 2, 0, 3)]
 
 
