@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'ROWS_EVERY', 'Terms', 'Core', 'hear_market', 'withhold', 'hear_fill', 'take',
            'news', 'sleep', 'ask_all', 'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled',
-           'book_next', 'book', 'keep', 'require_halt', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'settle',
-           'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze',
-           'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey',
-           'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
-           'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'look_up', 'live']
+           'book_next', 'book', 'keep', 'knows', 'look_for', 'require_halt', 'take_trade', 'take_trades', 'take_rows',
+           'catch_up', 'settle', 'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ',
+           'ask_account', 'freeze', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'explain', 'judge',
+           'close_by_hand', 'obey', 'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on',
+           'feed_in', 'go_on_behind', 'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'wait',
+           'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -51,6 +52,7 @@ from tradelab.live.order_manager import (
     ATTEMPTS,
     PAUSE,
     OrderManager,
+    end_round,
     ended,
     may_open,
     still_wanted,
@@ -323,7 +325,30 @@ def keep(core:Core)->None:
     core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence,
                        trader.closed.copy())))
 
-# %% ../../nbs/70_live/12_core.ipynb #816c1077
+# %% ../../nbs/70_live/12_core.ipynb #503355e6
+def knows(core:Core, name:str, listed:Sequence[OrderReport], account:AccountSnapshot)->bool:
+    "Whether a witness tells of an order whose name the exchange does not know"
+    symbol = core.manager.blotter.known[name].order.symbol
+    there = account.positions.get(symbol, 0.)
+    here = core.books.positions[symbol] + core.foreign.held(symbol)
+    return (any(report.order_id == name for report in listed) or core.manager.blotter.filled[name] > 0.
+            or core.books.waits_for(name) or abs(there - here) > 1e-9)
+
+
+def look_for(core:Core)->Process:
+    "Hear the other witnesses about the orders whose names are not known"
+    manager = core.manager
+    names = [name for name, search in manager.searches.items() if search.nameless]
+    if not names: return
+    symbols = sorted({manager.blotter.known[name].order.symbol for name in names})
+    *lists, account = yield from ask_all(core, [*(("open_orders", symbol) for symbol in symbols), ("account",)])
+    listed = [report for each in lists if not isinstance(each, Exception) for report in each]
+    for report in listed: core.do(*manager.blotter.on_update(report))
+    if any(isinstance(answer, Exception) for answer in (*lists, account)): return
+    for name in names:
+        if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
+
+# %% ../../nbs/70_live/12_core.ipynb #8cf88822
 def require_halt(core:Core, reason:str)->None:
     "Nothing is opened any more until a person says otherwise"
     if core.trader.account["required_state"][0] == TradingState.HALT: return
@@ -380,6 +405,7 @@ def catch_up(core:Core)->Process:
     if books and not isinstance(rows := answers.pop(), Exception): take_rows(core, rows)
     for symbol, fills in zip(symbols, answers):
         if not isinstance(fills, Exception): yield from take_trades(core, symbol, fills)
+    yield from look_for(core)
 
 # %% ../../nbs/70_live/12_core.ipynb #b3f5fb30
 QUIET = 2_000 # ms of silence after which an open order is asked about
@@ -408,11 +434,14 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
 
 
 def carry_out(core:Core, orders:Sequence)->Process:
-    "Write down, send, and wait until each order has ended and is booked, or rests"
-    if core.manager.awaited: yield from catch_up(core)
-    core.do(*core.manager.want(unfrozen(core, orders), core.now))
-    while core.manager.pursuits: yield None
-    core.manager.cautious = False
+    """Write down, send, and wait until each order has ended and is booked, or rests. Symbols wait for nobody but
+    themselves: what is awaited from before is asked about while the others are sent"""
+    manager, before = core.manager, bool(core.manager.awaited)
+    core.do(*manager.resolve(core.now) if before else (), *manager.want(unfrozen(core, orders), core.now))
+    while manager.pursuits:
+        if not book(core): yield None
+    if before and manager.awaited: yield from catch_up(core)
+    manager.cautious = False
     yield from settle(core)
 
 # %% ../../nbs/70_live/12_core.ipynb #e91defbe
@@ -690,7 +719,7 @@ def go_on(core:Core)->Process:
     for order in wanted:
         intent = manager.blotter.last(order.symbol, order.slot)
         if intent is None or intent.order.revision != order.revision: continue
-        if intent.state.ended and intent.state is not State.ABSENT:
+        if intent.state.ended:
             trader.on(ended(order, row_of(core, order), core.now))
     wanted = [order for order in wanted if row_of(core, order)["kind"]]
     if core.feed and core.feed.ready: drop(core, wanted)
@@ -757,7 +786,9 @@ def wait(core:Core)->Process:
     if core.feed and core.feed.last is not None and core.waits != core.feed.last:
         core.waits = core.feed.last
         core.do(Waits(core.waits))
-    if not (yield from news(core, core.now + 2 * core.terms.step + 60_000)): yield from fill_gap(core)
+    search, silence = core.manager.search_due, core.now + 2 * core.terms.step + 60_000
+    if (yield from news(core, silence if search is None else min(search, silence))): return
+    yield from catch_up(core) if core.now < silence else fill_gap(core)
 
 
 def look_up(core:Core)->Process:
