@@ -268,8 +268,7 @@ def test_killed_between_any_two_actions_it_ends_where_it_would_have_ended(data):
         assert rows.equals(journal)
         assert held[0] == pytest.approx(held[1])
     else:                                                        # killed between *sent* and the request
-        both = set(driver.exchange.sent) & set(again.exchange.sent) # what follows a lost order is another story
-        assert (again.lost & both) - driver.lost <= again.dying
+        assert (again.lost & set(driver.exchange.sent)) - driver.lost <= again.dying
         assert "absent" in again.notices
     assert "disagreement" not in again.notices
     assert "contradiction" not in again.notices
