@@ -101,27 +101,32 @@ logger = get_logger("live.session")
 
 # %% ../../nbs/70_live/14_session.ipynb #29b471e5
 class StepFile:
-    "A table on the disk, written step by step"
+    "A table on the disk, written step by step; it can be made again from the ledger, so a full disk stops nobody"
 
     def __init__(self, path:Path, columns:Sequence[str])->None:
         self._file = open(path, "w", newline="")
         self._writer = csv.writer(self._file)
         self._last: int|None = None
         self._start = 0
+        self.whole = True   # whether nothing is missing in it
         self._writer.writerow(columns)
 
     def write(self,
         lines:Sequence[Sequence], # each begins with the open time of the step
     )->None:
         "Append a step, or replace it where it is the last one"
-        if lines[0][0] == self._last:
-            self._file.seek(self._start)
-            self._file.truncate()
-        self._last, self._start = lines[0][0], self._file.tell()
-        self._writer.writerows(lines)
-        self._file.flush()
+        try:
+            if lines[0][0] == self._last:
+                self._file.seek(self._start)
+                self._file.truncate()
+            self._last, self._start = lines[0][0], self._file.tell()
+            self._writer.writerows(lines)
+            self._file.flush()
+        except OSError: self.whole = False
 
-    def close(self)->None: self._file.close()
+    def close(self)->None:
+        try: self._file.close()
+        except OSError: self.whole = False
 
 # %% ../../nbs/70_live/14_session.ipynb #7745eded
 COLUMNS = ("open_time", "symbol", *(JOURNAL.names or ())[1:]) # of journal.csv
