@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from math import copysign
 from operator import attrgetter
 from typing import Any
 
@@ -414,7 +415,7 @@ def entry_text(entry:float)->str:
 
 def break_even(entry:float, quantity:float, taker_fee:float)->str:
     "The price at which the profit pays the fee of closing"
-    return format_number(float(format_price(entry * (1 + np.sign(quantity) * taker_fee))))
+    return format_number(float(format_price(entry * (1 + copysign(taker_fee, quantity)))))
 
 
 def position_event(account:"Account", row:int)->dict:
@@ -438,7 +439,8 @@ def account_event(
     **more:str,              # S, the symbol of a funding payment
 )->dict:
     "ACCOUNT_UPDATE"
-    balance = {"a": account.asset, "wb": format_amount(account.wallet()), "cw": format_amount(account.cross.money()),
+    cross = format_amount(account.cross.money())
+    balance = {"a": account.asset, "wb": format_amount(account.wallet()) if account.own else cross, "cw": cross,
                "bc": format_amount(change)}
     return {"e": "ACCOUNT_UPDATE", "E": time, "T": time,
             "a": {"m": reason, "B": [balance], "P": [position_event(account, row) for row in rows]} | more}
@@ -486,7 +488,8 @@ def settle_isolated(account:"Account", part:Collateral, target:float, time:int)-
 def tell_fill(account:"Account", part:Collateral, k:int, order:ExchangeOrder, fill:Filled, time:int)->ExchangeTrade:
     "Book a fill in what is told: trade, incomes, events"
     told, row, n = part.told, int(part.rows[k]), order.n
-    held, before, money = float(told.positions[k]["quantity"]), float(told.account[0]["realised"]), part.money()
+    held, before = float(told.positions[k]["quantity"]), float(told.account[0]["realised"])
+    money = part.money() if row in account.own else 0.
     apply_fill(told.account, told.positions, k, fill.quantity, fill.price, fill.fee)
     realised = float(told.account[0]["realised"]) - before
     if row in account.own:

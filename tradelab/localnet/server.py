@@ -136,7 +136,8 @@ def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
     net.exchange.market.take_events()
     net.service.barrier.step = step_name(steps.last, net.exchange.market.now if steps.played > 1 else
                                          _last_open(net.source))
-    net.hall = Hall(net.service, told if live else steps, net.pace, net.served, steps.played)
+    net.hall = Hall(net.service, told if live else steps, net.pace, net.served, steps.played,
+                    heartbeat=net.heartbeat)
 
 # %% ../../nbs/60_localnet/16_server.ipynb #5b6260c2
 def _go_back(source:Any, path:Path)->None:
@@ -432,8 +433,11 @@ class Localnet(_Block):
         faults:Any=None,           # `Faults`, or a scenario
         limits:LimitSettings|None=None, # rate limits  [default: counted, and enforced out of lockstep]
         host:str="127.0.0.1",
+        heartbeat:float=180.,      # s between two pings; who does not answer one in half of that is cut off
     ):
         _check_host(host, api_key, api_secret)
+        if not 0. < heartbeat < 1e6: raise ValueError(f"heartbeat must be above 0 and below 1e6 s, was {heartbeat!r}")
+        self.heartbeat = heartbeat
         self.source = source or _source_of(candles, funding, start, gaps, instruments)
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)
