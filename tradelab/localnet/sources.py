@@ -8,9 +8,9 @@ __all__ = ['Move', 'PATH', 'BLOCK', 'logger', 'DAY', 'ETHER', 'INVENTED', 'EIGHT
            'paths', 'schedule', 'rates_of', 'first_to_close', 'Replay', 'Fold', 'listed_instruments',
            'captured_instruments', 'levels_move', 'trade_move', 'Opening', 'find_opening', 'Minutes', 'Recorded',
            'invented_day', 'invented_trades', 'minute_candles', 'invented_seconds', 'known_frame', 'WallClock',
-           'kline_candle', 'Closing', 'kline_ticks', 'flat', 'book_moves', 'Heard', 'Patience', 'streams_of',
-           'BusyError', 'ask', 'Line', 'Requests', 'news', 'Known', 'known_candles', 'rate_series', 'learn',
-           'known_from', 'Listening', 'Follow']
+           'kline_candle', 'Closing', 'kline_ticks', 'forming_ticks', 'forming_in', 'flat', 'book_moves', 'Heard',
+           'Patience', 'streams_of', 'BusyError', 'ask', 'Line', 'Requests', 'news', 'Known', 'known_candles',
+           'rate_series', 'learn', 'known_from', 'Listening', 'Follow']
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #46a04cfb
 import asyncio
@@ -689,6 +689,22 @@ def kline_ticks(
     return [Tick(time, n, price, quantity, bool(price < last))
             for price, last, quantity in zip(prices, [float(old[CLOSE]), *prices], traded)]
 
+# %% ../../nbs/60_localnet/05_sources.ipynb #5269f188
+def forming_ticks(
+    forming: Sequence[np.ndarray],  # for each symbol the candle that is forming, (KNOWN,)
+    time: int,                      # ms
+) -> list[Tick]:
+    "The trades of candles of which nothing is known yet"
+    nothing = np.full(len(KNOWN), np.nan)
+    return [tick for n, candle in enumerate(forming) for tick in kline_ticks(n, time, nothing, candle)]
+
+
+def forming_in(market: Market) -> list[np.ndarray]: # for each symbol, (KNOWN,)
+    "The candles that form in a market, as far as its source tells them"
+    candles = np.full((len(market.ids), len(KNOWN)), np.nan)
+    candles[:, :5], candles[:, OPEN_TIME] = np.array(market.candles.forming)[:, :5], market.open_time
+    return [*candles]
+
 # %% ../../nbs/60_localnet/05_sources.ipynb #43bec152
 def flat(
     candle: np.ndarray,  # (KNOWN,), the one before
@@ -1076,15 +1092,11 @@ class Follow:
         self.replies, self.known = replies, known_from(replies, self.symbols)
         self.instruments, self.funding, self.forming = self.known.instruments, self.known.funding, self.known.forming
         self.now = int(self.forming[0][OPEN_TIME])
-        nothing = np.full(len(KNOWN), np.nan)
-        self.first: list[Move] = [tick for n, candle in enumerate(self.forming)
-                      for tick in kline_ticks(n, self.now, nothing, candle)]
+        self.first: list[Move] = [*forming_ticks(self.forming, self.now)]
 
     def go_on(self, market: Market) -> None:
         "Listen on from where a market is; rates that it has missed come first, closes when they are asked for"
-        candles = np.full((len(self.symbols), len(KNOWN)), np.nan)
-        candles[:, :5], candles[:, OPEN_TIME] = np.array(market.candles.forming)[:, :5], market.open_time
-        self.forming, self.first = [*candles], [rate for rate in self.rates if rate.time > market.now]
+        self.forming, self.first = forming_in(market), [rate for rate in self.rates if rate.time > market.now]
 
     def history(self) -> dict[str, pd.DataFrame]: return self.known.history
 
