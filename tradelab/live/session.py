@@ -76,7 +76,7 @@ from tradelab.live.messages import (
     Woken,
     Write,
 )
-from .order_manager import Blotter, Offer, OrderManager
+from .order_manager import Blotter, Offer, OrderManager, Persistence
 from .order_states import Intent, State
 from .reconcile import StartRefusedError
 from .recorder import Recorder, Recording, encode
@@ -308,7 +308,7 @@ async def answer_to(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
         case Send(order): return Answered(action, await venue.place(order))
         case Amend(order, executed): return Answered(action, await venue.amend(order, executed))
         case Cancel(order): return Answered(action, await venue.cancel(order))
-        case Ask(order, sent_time): return Answered(action, await venue.query(order, sent_time))
+        case Ask(order): return Answered(action, await venue.query(order))
         case Fetch(number, what, arguments):
             try: return Fetched(number, await getattr(venue, what)(*arguments))
             except VenueError as error: return Unanswered(number, error)
@@ -537,7 +537,8 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     terms, step = inputs.terms, inputs.step
     sequence = step["sequence"] if step else 0
     fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
-    manager = OrderManager(terms.session, Blotter(inputs.intents, fills), terms.patience, inputs.offer,
+    persistence = Persistence(terms.patience, terms.absent_after, terms.retries, terms.first_delay)
+    manager = OrderManager(terms.session, Blotter(inputs.intents, fills), persistence, inputs.offer,
                            beside=trader.told_of_orders)
     process = partial(start_and_live, kept=step, words=inputs.words)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process)
