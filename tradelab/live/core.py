@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'Terms', 'Core', 'hear_market', 'take', 'news', 'sleep', 'ask_all',
-           'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep',
-           'catch_up', 'settle', 'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree', 'known_at_close',
-           'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
+           'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows',
+           'look_for', 'catch_up', 'settle', 'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree',
+           'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind',
            'history_questions', 'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
@@ -45,6 +45,7 @@ from tradelab.live.order_manager import (
     ATTEMPTS,
     PAUSE,
     OrderManager,
+    end_round,
     ended,
     may_open,
     still_wanted,
@@ -279,7 +280,29 @@ def keep(core:Core)->None:
     core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence,
                        trader.closed.copy())))
 
-# %% ../../nbs/70_live/12_core.ipynb #816c1077
+# %% ../../nbs/70_live/12_core.ipynb #503355e6
+def knows(core:Core, name:str, listed:Sequence[OrderReport], account:AccountSnapshot)->bool:
+    "Whether a witness tells of an order whose name the exchange does not know"
+    symbol = core.manager.blotter.known[name].order.symbol
+    there, here = account.positions.get(symbol, 0.), core.books.positions[symbol]
+    return (any(report.order_id == name for report in listed) or core.manager.blotter.filled[name] > 0.
+            or core.books.waits_for(name) or abs(there - here) > 1e-9)
+
+
+def look_for(core:Core)->Process:
+    "Hear the other witnesses about the orders whose names are not known"
+    manager = core.manager
+    names = [name for name, search in manager.searches.items() if search.nameless]
+    if not names: return
+    symbols = sorted({manager.blotter.known[name].order.symbol for name in names})
+    *lists, account = yield from ask_all(core, [*(("open_orders", symbol) for symbol in symbols), ("account",)])
+    listed = [report for each in lists if not isinstance(each, Exception) for report in each]
+    for report in listed: core.do(*manager.blotter.on_update(report))
+    if any(isinstance(answer, Exception) for answer in (*lists, account)): return
+    for name in names:
+        if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
+
+# %% ../../nbs/70_live/12_core.ipynb #8cf88822
 def catch_up(core:Core)->Process:
     "Ask for what the sockets may have missed"
     core.do(*core.manager.resolve(core.now))
@@ -288,6 +311,7 @@ def catch_up(core:Core)->Process:
     for entry in (entry for answer in answers if not isinstance(answer, Exception) for entry in answer):
         known = core.manager.blotter.known.values()
         core.books.add(under_our_name(entry, known) if isinstance(entry, Fill) else entry)
+    yield from look_for(core)
 
 # %% ../../nbs/70_live/12_core.ipynb #b3f5fb30
 QUIET = 2_000 # ms of silence after which an open order is asked about
@@ -305,11 +329,14 @@ def settle(core:Core)->Process:
 
 
 def carry_out(core:Core, orders:Sequence)->Process:
-    "Write down, send, and wait until each order has ended and is booked, or rests"
-    if core.manager.awaited: yield from catch_up(core)
-    core.do(*core.manager.want(orders, core.now))
-    while core.manager.pursuits: yield None
-    core.manager.cautious = False
+    """Write down, send, and wait until each order has ended and is booked, or rests. Symbols wait for nobody but
+    themselves: what is awaited from before is asked about while the others are sent"""
+    manager, before = core.manager, bool(core.manager.awaited)
+    core.do(*manager.resolve(core.now) if before else (), *manager.want(orders, core.now))
+    while manager.pursuits:
+        if not book(core): yield None
+    if before and manager.awaited: yield from catch_up(core)
+    manager.cautious = False
     yield from settle(core)
 
 # %% ../../nbs/70_live/12_core.ipynb #e91defbe
@@ -433,7 +460,7 @@ def go_on(core:Core)->Process:
     for order in wanted:
         intent = manager.blotter.last(order.symbol, order.slot)
         if intent is None or intent.order.revision != order.revision: continue
-        if intent.state.ended and intent.state is not State.ABSENT:
+        if intent.state.ended:
             trader.on(ended(order, row_of(core, order), core.now))
     wanted = [order for order in wanted if row_of(core, order)["kind"]]
     if core.feed and core.feed.ready: drop(core, wanted)
@@ -500,7 +527,9 @@ def wait(core:Core)->Process:
     if core.feed and core.feed.last is not None and core.waits != core.feed.last:
         core.waits = core.feed.last
         core.do(Waits(core.waits))
-    if not (yield from news(core, core.now + 2 * core.terms.step + 60_000)): yield from fill_gap(core)
+    search, silence = core.manager.search_due, core.now + 2 * core.terms.step + 60_000
+    if (yield from news(core, silence if search is None else min(search, silence))): return
+    yield from catch_up(core) if core.now < silence else fill_gap(core)
 
 
 def live(core:Core)->Process:

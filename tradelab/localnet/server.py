@@ -126,7 +126,7 @@ def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
     net.service.silent, net.service.made = lambda: net.source.silent, made
     told = net.source.steps()
     live = hasattr(told, "__aiter__")
-    steps = Steps(() if live else told)
+    net.steps = steps = Steps(() if live else told)
     if net.path:
         net.service.memory = Memory(net.path, net.exchange, partial(_carry_again, net.service), steps, MOVES, live,
                                     loss, getattr(net.source, "beginning", None))
@@ -350,6 +350,7 @@ class _Block:
     exchange: Exchange
     service: Service
     hall: Hall
+    steps: Steps             # of the source, counted
     control_port: int
     proxy: Proxy             # the same exchange behind a line that breaks on command
     again: asyncio.Event     # it begins anew
