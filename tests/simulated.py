@@ -1,5 +1,5 @@
-"""A session and an exchange on one heap of events, in virtual time: the live session as it is, localnet's exchange as it
-is, and between them a client that takes requests and frames over in place of sockets. The same seed is the same run"""
+"""A session and an exchange on one heap of events, in virtual time: the live session as it is, localnet's exchange as
+it is, and between them a client that takes requests and frames over in place of sockets. The same seed, the same run"""
 import asyncio
 import contextlib
 import itertools
@@ -8,13 +8,14 @@ import re
 import selectors
 import sys
 from collections import Counter, defaultdict
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from pydantic import SecretStr
 
@@ -24,11 +25,10 @@ from tradelab.instruments import BITCOIN
 from tradelab.live import ledger as ledgers
 from tradelab.live import session as sessions
 from tradelab.live.ledger import MemoryLedger
-from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.recorder import MemoryRecorder
 from tradelab.live.session import Session
 from tradelab.live.venue import VenueError
-from tradelab.localnet.faults import SCENARIOS, Faults
+from tradelab.localnet.faults import Faults
 from tradelab.localnet.limits import LimitSettings, RateLimits
 from tradelab.localnet.protocol import ApiKey, signature
 from tradelab.localnet.server import ENDPOINTS, Terms, make_exchange
@@ -335,16 +335,15 @@ class Client:
 PROCESS = ContextVar("process", default=None)
 
 
-class _Files:
-    "Recording, journal and equity in memory"
-    def __init__(self, process):
-        self.recorder = process.recorder
-        self.journal = self.equity = _Nothing()
+class _Table:
+    whole = True
+    def write(self, lines): pass
     def close(self): pass
 
 
-class _Nothing:
-    def write(self, lines): pass
+class _Files(sessions.Files):
+    "Recording, journal and equity in memory"
+    def __init__(self, process): self.recorder, self.journal, self.equity = process.recorder, _Table(), _Table()
 
 
 class _Recorder(MemoryRecorder):
@@ -361,10 +360,9 @@ class _Writer:
         self.waiting, self.down, self.busy, self.lost = [], False, False, 0
 
     def put(self, records):
-        batch = list(records), asyncio.get_running_loop().create_future()
-        kept = _Kept(batch[1])
+        kept = _Kept()
         if self.down: kept.answer(False)
-        self.waiting.append((batch[0], kept))
+        self.waiting.append((list(records), kept))
         if not self.busy: self._soon()
         return kept.future
 
@@ -401,15 +399,19 @@ class _Writer:
 
 
 class _Kept:
-    "A concurrent future that is answered on the loop"
-    def __init__(self, future):
-        from concurrent.futures import Future
+    "What whoever waits for a batch is answered, once"
+    def __init__(self):
         self.future = Future()
         self.future.set_running_or_notify_cancel()
     def answer(self, value):
         if not self.future.done(): self.future.set_result(value)
     def raise_(self, error):
         if not self.future.done(): self.future.set_exception(error)
+
+
+class _Quiet:
+    "Logs nothing: what was told is in the ledger"
+    def __getattr__(self, name): return lambda *words, **more: None
 
 
 class _Doors:
@@ -459,7 +461,8 @@ class Process:
         back = loop.create_future()
         wire = world.faults.wire(method, path, loop.now())
         if not wire or wire.do not in ("drop", "reset") or wire.commit:
-            loop.call_later(world.latency() + (wire.ms / 1000 if wire and wire.do == "delay" else 0.), self._arrives, method, path, query, wire, back)
+            held = wire.ms / 1000 if wire and wire.do == "delay" else 0.
+            loop.call_later(world.latency() + held, self._arrives, method, path, query, wire, back)
         elif wire.do == "reset": loop.call_later(world.latency(), self._returns, back, ConnectionResetError("reset"))
         if order and world.faults.session("order/after_send", loop.now()): self.kill()
         try: reply = await asyncio.wait_for(back, TIMEOUT)
@@ -509,8 +512,8 @@ def _patches(world):
     for module in [module for name, module in sys.modules.items() if name.startswith("tradelab.")]:
         if getattr(module, "clock", None) is ledgers_clock:
             found.enter_context(patch.object(module, "clock", world.loop.now))
-    for name, stand_in in (("Files", files), ("Writer", writer), ("hold", lambda session: None),
-                           ("write_status", lambda path, **status: None)):
+    for name, stand_in in (("logger", _Quiet()), ("Files", files), ("Writer", writer), ("hold", lambda session: None),
+                           ("write_status", lambda path, **status: None), ("rebuild", lambda *arguments: None)):
         found.enter_context(patch.object(sessions, name, stand_in))
     return found
 
@@ -577,7 +580,7 @@ async def _play(run, make_trader, options, downtime, script):
         if run.error: process.kill()
 
 
-def simulate(seed=0, make_trader=trader, options={}, downtime=None, script=None, ledger=None, **settings):
+def simulate(seed=0, make_trader=trader, downtime=None, script=None, ledger=None, options=None, **settings):
     "One run to its end"
     world = World(seed, **settings)
     run = Run(world, ledger or MemoryLedger())
@@ -586,7 +589,7 @@ def simulate(seed=0, make_trader=trader, options={}, downtime=None, script=None,
     asyncio.set_event_loop(world.loop)
     try:
         with _patches(world):
-            world.loop.run_until_complete(_play(run, make_trader, dict(options),
+            world.loop.run_until_complete(_play(run, make_trader, options or {},
                                                 downtime or (lambda: random.uniform(.1, 20.)), script))
     finally:
         asyncio.set_event_loop(None)
