@@ -259,7 +259,10 @@ def limits_of(rows:Iterable[Mapping])->dict[str, int]:
 class Allowance:
     "What may be asked of Binance at a time; times are ms, in the exchange's clock"
 
-    def __init__(self):
+    def __init__(self,
+        counts:bool=True,  # whether the counts are obeyed, too, or only what a refusal says
+    ):
+        self.counts = counts
         self.limits = dict(LIMITS)
         self.used: dict[str, tuple[int, int]] = {}   # by header: the window, and how much of it
         self.limited_until = 0
@@ -281,7 +284,7 @@ class Allowance:
         waits = [(self.banned_until - now) / 1_000]
         if not reduces:
             waits.append((self.limited_until - now) / 1_000)
-            for name, (window, used) in self.used.items():
+            for name, (window, used) in self.used.items() if self.counts else ():
                 full = window == now // WINDOWS[name] and used >= (1 - KEPT) * self.limits[name]
                 if full and (orders or "order" not in name): waits.append(self._left(WINDOWS[name], now))
         return max(0., *waits)
@@ -434,7 +437,7 @@ def exchange_for(
                                   "secret": settings.secret.get_secret_value(), "enableRateLimit": paced,
                                   "timeout": int(timeout * 1000)})
     if settings.name == "testnet": exchange.enable_demo_trading(True)
-    exchange.allowance = Allowance()
+    exchange.allowance = Allowance(counts=paced)
     api = exchange.urls["api"]
     for name, url in api.items():
         if name.startswith("fapi"): api[name] = settings.rest.rstrip("/") + urlsplit(url).path
