@@ -145,7 +145,8 @@ class World:
 
     def begin(self, made=0):
         "An exchange without orders, after so many moves of its market"
-        self.exchange, self.steps = make_exchange(self.source, Terms(CostModel(), profile=self.profile)), Steps(self.source.steps())
+        self.exchange = make_exchange(self.source, Terms(CostModel(), profile=self.profile))
+        self.steps = Steps(self.source.steps())
         self.exchange.step(self.steps.take(made))
         self.exchange.take_events()
         self.exchange.market.take_events()
@@ -317,7 +318,7 @@ class Client:
         told = await self.fetch("GET", "v1/time", {}, False)
         self.options["timeDifference"] = self.milliseconds() - told["serverTime"]
 
-    async def load_markets(self):
+    async def load_markets(self, reload=False):
         told = await self.fetch("GET", "v1/exchangeInfo", {}, False)
         for entry in told["symbols"]:
             symbol = f"{entry['baseAsset']}/{entry['quoteAsset']}:{entry['marginAsset']}"
