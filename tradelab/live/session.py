@@ -342,7 +342,7 @@ async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|Non
     try: durable = await is_kept(kept)
     except Exception as error: return Failed(error)
     if durable or action.order.reduce_only: return await event_of(venue, action)
-    return Answered(action, Answer(Outcome.LATER, retry=1., text="the ledger takes nothing: it was not sent"))
+    return Answered(action, Answer(Outcome.LATER, retry=0., text="the ledger takes nothing: it was not sent"))
 
 # %% ../../nbs/70_live/14_session.ipynb #e89dff6b
 class Signals:
