@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series', 'refuse_style',
-           'precompile', 'answers_to', 'ask_again', 'hear_both', 'ask_history', 'see_history', 'start',
-           'start_and_live']
+           'precompile', 'answers_to', 'ask_again', 'hear_both', 'ask_history', 'see_history', 'ask_opening',
+           'open_books', 'start', 'start_and_live']
 
 # %% ../../nbs/70_live/13_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -31,8 +31,9 @@ from tradelab.live.core import (
     news,
     take,
 )
-from .messages import First, Open, Say, Tell, Warmed, Write
-from .reconcile import StartRefusedError, check_explained, reserve_of
+from .messages import First, Open, Opening, Say, Tell, Warmed, Write
+from .reconcile import StartRefusedError, Statement, check_explained, reserve_of
+from .venue import units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
 from ..orders import Kind
@@ -192,6 +193,32 @@ def see_history(core:Core, kept:dict|None)->Process:
     for candle in core.early: take(core, candle)
     if kept: yield from look_ahead(core)
 
+# %% ../../nbs/70_live/13_start.ipynb #openbook2
+def ask_opening(core:Core)->Process:
+    "Returns the account; the core knows then where the exchange's own books begin, and which rows are in that"
+    symbols = core.trader.symbols
+    newest = yield from answers_to(core, [("fills", symbol, None) for symbol in symbols])
+    trades = {symbol: int(fills[-1].trade_id) + 1 if fills else 0 for symbol, fills in zip(symbols, newest)}
+    rows, = yield from answers_to(core, [("incomes", None)])
+    while True:
+        before = rows
+        account, = yield from answers_to(core, [("account",)])
+        rows, = yield from answers_to(core, [("incomes", None)])
+        if rows == before: break
+    if rows: time = max(row.time for row in rows)
+    else: time, = yield from answers_to(core, [("forming", symbols[0], core.terms.timeframe)])
+    opening = Opening(units(account.wallet), time, trades)
+    core.opening, core.statement = opening, Statement(opening, symbols, core.terms.quote)
+    core.numbers.first |= trades
+    return account, core.statement.seen(rows)
+
+
+def open_books(core:Core)->Process:
+    "The same, once for a session: one that is resumed goes on where its ledger ends"
+    if core.statement is None: return (yield from ask_opening(core))
+    account, = yield from answers_to(core, [("account",)])
+    return account, None
+
 # %% ../../nbs/70_live/13_start.ipynb #78de3d19
 def start(
     core:Core,
@@ -201,12 +228,14 @@ def start(
     "Up to the moment at which the first candle may come"
     trader, terms = core.trader, core.terms
     if kept: yield from ask_again(core)
-    account, = yield from answers_to(core, [("account",)])
-    check_explained(core.books.positions, account)
+    account, seen = yield from open_books(core)
+    check_explained({symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in trader.symbols},
+                    account)
     if not kept: core.reserve = reserve_of(account, wallet(trader.account), terms.quote)
     core.do(Say(f"session {terms.session}{' resumed' if kept else ''}: {words or terms.venue}, wallet "
                 f"{account.wallet:,.2f} {terms.quote}, {', '.join(trader.symbols)} {terms.timeframe}, leverage "
-                f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve))
+                f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
+    if seen: core.do(Write(seen))
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
