@@ -603,7 +603,8 @@ async def _live(run, make_trader, options, downtime):
         task = asyncio.ensure_future(process.run())
         process.tasks.add(task)
         await asyncio.wait([task])
-        if not (process.dead or isinstance(process.end, VenueError)) or world.over: return
+        unreachable = isinstance(process.end, VenueError) or "no answer on the" in str(process.end)
+        if not (process.dead or unreachable) or world.over: return
         await asyncio.sleep(downtime())
         resume = bool(run.ledger.snapshot(name))
         if not resume: name = f"simulated-{len(run.names)}"

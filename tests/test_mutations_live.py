@@ -1,15 +1,23 @@
 """Each safeguard of live trading is taken out, one at a time, and the simulation notices: a test that no fault in the
 program can fail proves nothing"""
-from functools import partial
 from unittest.mock import patch
 
 import pytest
-from simulated import SYMBOLS, simulate
+from simulated import simulate
 from test_simulation_live import SHAPES, met, reference, wrong_in
 
-from tradelab.live import bookkeeper, order_manager, session
+from tradelab.live import bookkeeper, core, session
 from tradelab.live.venue import Outcome
 from tradelab.venues import binance
+
+
+TIMEOUT = {"at": "request", "method": "POST", "path": "v1/order", "status": 408, "code": -1007, "msg": "Timeout.",
+           "times": 3}
+# after the first round of questions, and before the second
+MATCHED_VERY_LATE = TIMEOUT | {"do": "later", "later_ms": 45_000}
+# it is carried out, and no stream tells of it
+UNHEARD = TIMEOUT | {"do": "reply", "commit": True, "then": [{"at": "user", "do": "lose", "times": 0,
+                                                                        "lasts_ms": 60_000}]}
 
 
 def killed_at(door):
@@ -35,19 +43,19 @@ def unknown():
     proven = binance.outcome
     def found():
         with patch.object(binance, "outcome", refused):
-            return wrong_in(met("timeout_then_event")[0])
+            return wrong_in(met(UNHEARD)[0])
     return found
 
 
 def second_question():
     "An order that one round of questions does not find counts as absent"
-    once = partial(order_manager.end_round)
+    def end_round(manager, name, found, now):
+        manager.searches[name].first = -10**15
+        return rounds(manager, name, found, now)
+    rounds = core.end_round
     def found():
-        def end_round(manager, name, found, now):
-            manager.searches[name].first = -10**15
-            return once(manager, name, found, now)
-        with patch.object(order_manager, "end_round", end_round), patch.object(session, "end_round", end_round, create=True):
-            return absent_and_there(met("matched_late")[0])
+        with patch.object(core, "end_round", end_round):
+            return absent_and_there(met(MATCHED_VERY_LATE)[0])
     return found
 
 
@@ -67,7 +75,7 @@ def trade_ids():
     return found
 
 
-@pytest.mark.parametrize("safeguard", (intent_first, unknown, trade_ids))
+@pytest.mark.parametrize("safeguard", (intent_first, unknown, second_question, trade_ids))
 def test_without_a_safeguard_the_simulation_finds_what_goes_wrong(safeguard):
     found = safeguard()()
     print(*found, sep="\n")
@@ -76,7 +84,7 @@ def test_without_a_safeguard_the_simulation_finds_what_goes_wrong(safeguard):
 
 def test_with_all_of_them_it_finds_nothing():
     assert next((wrong for door in range(60, 160) if (wrong := killed_at(door))), []) == []
-    for name in ("timeout_then_event", "twice_delivered", "matched_late"):
+    for name in (UNHEARD, "twice_delivered", MATCHED_VERY_LATE):
         run, happened = met(name)
         assert happened
         assert wrong_in(run) == absent_and_there(run) == []
