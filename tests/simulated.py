@@ -17,6 +17,7 @@ from random import Random
 from unittest.mock import patch
 from urllib.parse import urlencode
 
+import numpy as np
 from pydantic import SecretStr
 
 from tradelab.config import VenueSettings
@@ -29,16 +30,17 @@ from tradelab.live.recorder import MemoryRecorder
 from tradelab.live.session import Session
 from tradelab.live.venue import VenueError
 from tradelab.localnet.faults import Faults
-from tradelab.localnet.limits import LimitSettings, RateLimits
 from tradelab.localnet.protocol import ApiKey, signature
 from tradelab.localnet.server import ENDPOINTS, Terms, make_exchange
 from tradelab.localnet.service import Service, advance, answer, answer_frame, greet, readers_on, tend
-from tradelab.localnet.sources import Replay
+from tradelab.localnet.sources import Replay, Steps
 from tradelab.localnet.streams import CommandError, Reader, open_at, read_address
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
+from tradelab.orders import LIMIT, MARKET, NONE, STOP, TAKE_PROFIT, TRAILING
+from tradelab.policies import Policy
 from tradelab.risk.execution import OrderGate
-from tradelab.settings import NO_STOPS, CostModel, Limits
+from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 from tradelab.venues import binance
@@ -92,26 +94,48 @@ def market(seed, timeframe, length):
     return candles, rates
 
 
-def trader(limits=Limits(stops=NO_STOPS)):
+def trader(limits=Limits(stops=NO_STOPS), execution=Execution()):
     policy = Momentum(lookback=2, threshold=.001)
+    return Trader(policy, Observation.from_policy(policy), OrderGate, limits, INSTRUMENTS, execution=execution)
+
+
+def _orders(parameters, memory, observation, prices, answer):
+    "Orders of every kind that come, move, shrink and go, as a seed and the number of the decision say"
+    memory[0] += 1.
+    random = Random(f"{parameters[0]} {memory[0]}")
+    for n, k in itertools.product(range(len(prices)), range(answer.shape[1])):
+        row, side, chance = answer[n, k], random.choice((-1., 1.)), random.random()
+        if row["kind"] != NONE and chance < .4:
+            if chance < .15: row["kind"] = NONE
+            elif chance < .3 and row["price"] > 0.: row["price"] *= random.uniform(.997, 1.003)
+            else: row["exposure"] *= .6
+        elif row["kind"] == NONE and chance < .5:
+            kind = random.choice((MARKET, LIMIT, LIMIT, STOP, STOP, TAKE_PROFIT, TRAILING))
+            away = (1. if kind == STOP else -1.) * side * random.uniform(0., .01)
+            row["kind"], row["exposure"] = kind, side * random.uniform(.02, .08)
+            row["price"] = prices[n] * random.uniform(.99, 1.01) if kind == LIMIT else 0.
+            row["trigger"] = prices[n] * (1. + away) if kind in (STOP, TAKE_PROFIT) else 0.
+            row["callback"] = random.uniform(.002, .01) if kind == TRAILING else 0.
+
+
+def trader_of_orders(seed=0):
+    policy = Policy("orders", _orders, np.array([float(seed)]), order_slots=2, memory=1)
+    limits = Limits(max_position=.3, max_drawdown=.9, max_daily_loss=None, price_band=None, stops=NO_STOPS)
     return Trader(policy, Observation.from_policy(policy), OrderGate, limits, INSTRUMENTS)
 
 
 class World:
     "The exchange, the time, and what goes wrong"
 
-    def __init__(self, seed, timeframe="1m", candles=20, market_seed=0, slow=0., kills=(), limits=None):
+    def __init__(self, seed, timeframe="1m", candles=20, market_seed=0, slow=0., kills=(), profile="backtest"):
         frames, rates = market(market_seed, timeframe, HISTORY + candles + 2)
-        source = Replay(frames, rates, int(times(frames[SYMBOLS[0]])[HISTORY]), instruments=INSTRUMENTS)
-        self.timeframe, self.step, self.candles = timeframe, source.step, candles
-        self.loop = VirtualLoop(source.now)
-        self.random = Random(f"world {seed}")
+        self.source = Replay(frames, rates, int(times(frames[SYMBOLS[0]])[HISTORY]), instruments=INSTRUMENTS)
+        self.timeframe, self.step, self.candles = timeframe, self.source.step, candles
+        self.loop = VirtualLoop(self.source.now)
+        self.random, self.profile = Random(f"world {seed}"), profile
         self.slow = slow                     # share of requests that take seconds
         self.faults = Faults(seed=seed)
-        self.exchange = make_exchange(source, Terms(CostModel()))
-        self.service = Service(self.exchange, ENDPOINTS, [ApiKey(KEY, SECRET)],
-                               RateLimits(limits or LimitSettings()), self.faults, clock=self.loop.now)
-        self.steps = source.steps()
+        self.begin()
         self.advance()
         self.happened = 0                    # doors that somebody went through
         self.kills = set(kills)              # at which of them the process dies
@@ -119,11 +143,21 @@ class World:
         self.trace = []
         self.over = False                    # nobody starts a session any more
 
+    def begin(self, made=0):
+        "An exchange without orders, after so many moves of its market"
+        self.exchange = make_exchange(self.source, Terms(CostModel(), profile=self.profile))
+        self.steps = Steps(self.source.steps())
+        self.exchange.step(self.steps.take(made))
+        self.exchange.take_events()
+        self.exchange.market.take_events()
+        self.service = Service(self.exchange, ENDPOINTS, [ApiKey(KEY, SECRET)], faults=self.faults,
+                               clock=self.loop.now)
+        self.service.made = made
+
     def advance(self):
         "A candle closes"
         moves = next(self.steps, None)
         if moves is not None: advance(self.service, moves)
-        return moves is not None
 
     async def play(self):
         "Let candles close at their times; what faults put off is looked after between them"
@@ -136,13 +170,14 @@ class World:
             self.tend()
 
     def tend(self):
-        for command in tend(self.service): self.cut(command)
+        for command in tend(self.service): self.restart(command.loss)
         for at, _ in self.service.late: self.loop.call_later((at - self.loop.now()) / 1000, self.tend)
 
-    def cut(self, command):
-        "What is beyond a service: it restarts, without loss"
+    def restart(self, loss):
+        "The server is begun again; with loss it has forgotten everything but the market"
         for reader in readers_on(self.service, "*"): reader.close(1006)
         self.service.streams.keys.forget()
+        if loss: self.begin(self.service.made)
 
     def latency(self):
         "Seconds for one way"
@@ -283,7 +318,7 @@ class Client:
         told = await self.fetch("GET", "v1/time", {}, False)
         self.options["timeDifference"] = self.milliseconds() - told["serverTime"]
 
-    async def load_markets(self):
+    async def load_markets(self, reload=False):
         told = await self.fetch("GET", "v1/exchangeInfo", {}, False)
         for entry in told["symbols"]:
             symbol = f"{entry['baseAsset']}/{entry['quoteAsset']}:{entry['marginAsset']}"
@@ -301,6 +336,8 @@ class Client:
         await asyncio.sleep(self.world.latency())
         self.process.reach()
         socket, service = Socket(self, url), self.world.service
+        if self.world.faults.wire("GET", path, self.world.loop.now()):   # it reads too slowly, and is cut off
+            self.world.loop.call_later(20., socket.close, 1006)
         service.sockets.add(socket.reader)
         try: names = open_at(service.streams, socket.reader, read_address(path, query))
         except CommandError as error: raise ConnectionError(str(error)) from None
