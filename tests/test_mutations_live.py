@@ -10,7 +10,6 @@ from tradelab.live import bookkeeper, core, session
 from tradelab.live.venue import Outcome
 from tradelab.venues import binance
 
-
 TIMEOUT = {"at": "request", "method": "POST", "path": "v1/order", "status": 408, "code": -1007, "msg": "Timeout.",
            "times": 3}
 # after the first round of questions, and before the second
