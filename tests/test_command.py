@@ -1,4 +1,5 @@
 "The command as a person types it"
+import json
 import os
 import pty
 import signal
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
 
 from tradelab.command import running_sessions
+from tradelab.localnet.protocol import signature
 
 pytestmark = pytest.mark.integration
 TRADELAB = Path(sys.executable).parent / "tradelab"
@@ -121,3 +124,26 @@ def test_localnet_in_the_background_of_a_script_ends_with_it(project):
               ".1; done; kill -INT $!; kill -TERM $!; wait $!; echo ended with $?")
     assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == "ended with 0\n"
     assert "localnet has stopped" in (project / "said").read_text()
+
+
+def test_localnet_with_a_state_file_goes_on_after_a_kill(project):
+    def served():
+        "A localnet on the wall clock, its URL and its control port"
+        server = subprocess.Popen([TRADELAB, "localnet", "--port", "0", "--key", "k", "--secret", "s", "--state",
+                                   "kept.jsonl"], stdout=subprocess.PIPE, text=True)
+        url = server.stdout.readline().split()[2].strip(",")
+        told = server.stdout.readline().split()
+        return server, url, Request(told[told.index("at", 3) + 1] + "/state", headers={"X-Localnet-Token": told[-1]})
+    server, url, control = served()
+    try:
+        asked = f"symbol=BTCUSDT&side=BUY&type=MARKET&quantity=0.01&timestamp={time.time_ns() // 1_000_000}"
+        order = Request(f"{url}/fapi/v1/order?{asked}&signature={signature('s', asked)}", method="POST",
+                        headers={"X-MBX-APIKEY": "k"})
+        assert json.loads(urlopen(order).read())["orderId"] == 1
+        before = json.loads(urlopen(control).read())
+    finally: server.kill()
+    server, url, control = served()
+    try: after = json.loads(urlopen(control).read())
+    finally: server.kill()
+    assert (before["orders"], after["orders"]) == (1, 1)
+    assert after["market_time"] >= before["market_time"]

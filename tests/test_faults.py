@@ -1,7 +1,12 @@
 "Faults at a real exchange: each named one is met, in process and over sockets, and the accounts agree afterwards"
 import asyncio
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import ccxt.pro
@@ -11,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.localnet.faults import DOORS, OFTEN, SCENARIOS, SESSIONS, Faults, ScenarioError
+from tradelab.localnet.limits import LimitSettings
 from tradelab.localnet.memory import Memory
-from tradelab.localnet.protocol import RequestDeniedError
+from tradelab.localnet.protocol import RequestDeniedError, signature
 from tradelab.localnet.proxy import Proxy
 from tradelab.localnet.server import ENDPOINTS, MOVES, Localnet, Terms, make_exchange
-from tradelab.localnet.sources import Replay
+from tradelab.localnet.sources import Replay, Steps, WallClock
 from tradelab.market.candles import frame
 
 BTC = "BTC/USDT:USDT"
@@ -34,7 +40,7 @@ class Session:
     "A session without sockets: it sends an order a candle and asks for it, at every door of the faults"
     def __init__(self, faults, profile="book"):
         source = Replay(candles(), {}, FIRST + 12 * HOUR)
-        self.faults, self.steps, self.memory = faults, source.steps(), None
+        self.faults, self.steps, self.memory = faults, Steps(source.steps()), None
         self.exchange = make_exchange(source, Terms(profile=profile))
         self.exchange.market.wants = lambda stream: True
         self.account = self.exchange.accounts["main"]
@@ -58,7 +64,7 @@ class Session:
         moves = next(self.steps)
         seen = self.faults.moves(moves, self.now)
         self.exchange.step(seen)
-        if self.memory: self.memory.step(seen, altered=seen is not moves)
+        if self.memory: self.memory.step(moves, seen)
         for action in self.faults.on_step(self.exchange, self.now):
             if self.memory: self.memory.action(action)
         self.faults.market_events(self.exchange.market.take_events(), self.now)
@@ -277,19 +283,128 @@ def test_the_control_port_arms_faults_and_tells_what_was_injected():
     assert [(hit["number"], hit["scenario"]) for hit in log] == [(1, "html_with_200")]
 
 
+CLOCKS = {"lockstep": {}, "speed": {"speed": 3600.}, "wall clock": {"source": WallClock()}}
+
+
 @pytest.mark.integration
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("loss", [True, False])
-def test_a_server_that_restarts_forgets_all_or_nothing(tmp_path, loss):
+def test_a_server_that_restarts_forgets_all_or_nothing(tmp_path, loss, kept, clock):
     async def talk(client, net):
         await client.buy("mine")
-        service = net.service
+        service, now = net.service, net.exchange.market.now
+        if not (loss or kept):
+            net.faults.arm("server_forgets", loss=False)
+            while not net.faults.hits("server_forgets"): await asyncio.sleep(.01)
+            assert net.service is service
+            return (await client.fetch_positions())[0]["contracts"], (await client.find("mine"))["status"]
         net.faults.arm("server_forgets", loss=loss)
         while net.service is service:
             try: await client.fetch_time()
             except ccxt.BaseError: pass
             await asyncio.sleep(.01)
+        assert 0 <= net.exchange.market.now - now < 20 * 60_000       # of the market: no way back, and no jump
         positions = await client.fetch_positions()
         if not loss: return positions[0]["contracts"], (await client.find("mine"))["status"]
         with pytest.raises(ccxt.OrderNotFound): await client.find("mine")
         return positions
-    assert visit(talk, memory=tmp_path / "localnet.jsonl") == ([] if loss else (.02, "closed"))
+    kept = {"memory": tmp_path / "localnet.jsonl"} if kept else {}
+    assert visit(talk, **CLOCKS[clock], **kept) == ([] if loss else (.02, "closed"))
+
+
+# ---- killed in real time ----
+
+def serve_forever(clock, profile, file, port=0):
+    Localnet(candles(), start=FIRST + 12 * HOUR, profile=profile, memory=file, port=port, **CLOCKS[clock],
+             limits=LimitSettings(enforced=False)).run_forever()
+
+
+class Served:
+    "A localnet in a process of its own"
+    def __init__(self, *words):
+        program = f"from test_faults import serve_forever; serve_forever{words}"
+        self.process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent, text=True,
+                                        stdout=subprocess.PIPE)
+
+    def __enter__(self):
+        self.url = self.process.stdout.readline().split()[3]
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def ask(self, method, path, **asked):
+        "A signed request; what was refused is an answer, too"
+        text = urlencode(asked | {"timestamp": time.time_ns() // 1_000_000})
+        request = Request(f"{self.url}/fapi/{path}?{text}&signature={signature('localnet-secret', text)}",
+                          headers={"X-MBX-APIKEY": "localnet-key"}, method=method)
+        try: return json.loads(urlopen(request, timeout=20).read())
+        except HTTPError as refused: return json.loads(refused.read())
+
+    def known(self):
+        "What only grows: trades, income and orders; and what each order was told at its beginning"
+        both = {"symbol": "BTCUSDT", "limit": 1000}
+        orders = [{name: each[name] for name in ("orderId", "clientOrderId", "price", "origQty", "time")}
+                  for each in self.ask("GET", "v1/allOrders", **both)]
+        return self.ask("GET", "v1/userTrades", **both), self.ask("GET", "v1/income", limit=1000), orders
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("profile", ["book", "backtest"])
+@pytest.mark.parametrize("clock", ["speed", "wall clock"])
+def test_a_localnet_that_is_killed_in_real_time_goes_on_with_what_clients_were_answered(tmp_path, clock, profile):
+    words = clock, profile, str(tmp_path / "localnet.jsonl")
+    def order(net, number, **more):
+        return net.ask("POST", "v1/order", symbol="BTCUSDT", quantity="0.02", newClientOrderId=f"mine-{number}", **more)
+    with Served(*words) as net:
+        for number in range(12):
+            price = float(net.ask("GET", "v1/ticker/price", symbol="BTCUSDT")["price"])
+            assert "orderId" in order(net, number, side="SELL" if number % 3 else "BUY", type="MARKET")
+            order(net, f"{number}-waits", side="BUY", type="LIMIT", price=f"{price - number:.1f}", timeInForce="GTC")
+            net.ask("POST", "v1/countdownCancelAll", symbol="BTCUSDT", countdownTime=1 + 40 * (number % 2))
+        waits = order(net, "far", side="BUY", type="LIMIT", price=f"{.98 * price:.1f}", timeInForce="GTC")
+        before = net.known()
+    with Served(*words) as net:
+        after = net.known()
+        for old, new in zip(before, after): assert new[:len(old)] == old
+        assert len(before[0]) >= 12
+        told = net.ask("GET", "v1/order", symbol="BTCUSDT", orderId=waits["orderId"])
+        assert told["clientOrderId"] == "mine-far"
+        account = net.ask("GET", "v3/account")
+        trades, incomes, _ = net.known()
+    held = sum(float(each["qty"]) * (1 if each["side"] == "BUY" else -1) for each in trades)
+    assert sum(float(each["positionAmt"]) for each in account["positions"]) == pytest.approx(held)
+    assert float(account["totalWalletBalance"]) == pytest.approx(sum(float(each["income"]) for each in incomes))
+    fresh = Localnet(candles(), start=FIRST + 12 * HOUR, profile=profile, memory=words[2], **CLOCKS[clock])
+    assert len(fresh.exchange.accounts["main"].trades) >= len(trades)
+    fresh.memory.close()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_was_done_in_real_time_is_rebuilt_to_the_last_digit(tmp_path, seed):
+    "Market, limit and conditional orders, some refused, countdowns of some milliseconds, a fault, while prices run"
+    random, file = np.random.default_rng(seed), tmp_path / "localnet.jsonl"
+    options = {"start": FIRST + 12 * HOUR, "profile": ("book", "backtest")[seed % 2], "memory": file,
+               "limits": LimitSettings(enforced=False), "speed": (3600., 36_000., 200_000.)[seed % 3]}
+    fault = random.choice(["hand_trade", "flash_crash", "liquidation", "transfer", "filters_change", "funding_extreme"])
+    with Localnet(candles(), faults=[{"scenario": str(fault), "after": 3}], **options) as net:
+        def ask(method, path, **more): return Served.ask(net, method, path, symbol="BTCUSDT", **more)
+        for _ in range(60):
+            price, kind = float(ask("GET", "v1/ticker/price")["price"]), random.choice(5, p=[.3, .3, .15, .15, .1])
+            side, near = str(random.choice(["BUY", "SELL"])), f"{price + random.uniform(-60, 60):.1f}"
+            waits = {"side": side, "quantity": "0.02"}
+            if kind == 0: ask("POST", "v1/order", side=side, type="MARKET", quantity=random.choice(["0", "0.02", "9"]))
+            if kind == 1: ask("POST", "v1/order", type="LIMIT", price=near,
+                              timeInForce=random.choice(["GTC", "IOC", "GTX"]), **waits)
+            if kind == 2: ask("POST", "v1/algoOrder", type="STOP_MARKET", algoType="CONDITIONAL", triggerPrice=near,
+                              **waits)
+            if kind == 3: ask("POST", "v1/countdownCancelAll", countdownTime=random.choice([1, 3, 10, 30]))
+            if kind == 4: ask("POST", "v1/leverage", leverage=random.integers(1, 100))
+        ask("POST", "v1/countdownCancelAll", countdownTime=0)
+    again = Localnet(candles(), **options)
+    again.memory.close()
+    assert everything(again.exchange) == everything(net.exchange)

@@ -271,9 +271,11 @@ def told_of(
 @click.option("--key", default=None, help="[default: localnet]")
 @click.option("--secret", default=None, help="[default: localnet]")
 @click.option("--fault", default="", help="A scenario of faults by name, as JSON, or in a file.")
+@click.option("--state", type=click.Path(dir_okay=False, path_type=Path), help="A file of all that happens: the next "
+              "localnet with this file goes on where this one was, also after a kill.")
 def localnet(candles:tuple[str, ...], record:Path|None, follow:str|None, symbol:tuple[str, ...], timeframe:str,
              start:str|None, funding:str, deposit:float, profile:str|None, interval_ms:int, lockstep:bool, speed:float,
-             port:int|None, key:str|None, secret:str|None, fault:str)->None:
+             port:int|None, key:str|None, secret:str|None, fault:str, state:Path|None)->None:
     "Serve an exchange on this machine, until Ctrl-C."
     from tradelab.config import settings, venue_for
     from tradelab.localnet.server import Localnet
@@ -290,7 +292,7 @@ def localnet(candles:tuple[str, ...], record:Path|None, follow:str|None, symbol:
         else: source = WallClock()
         server = Localnet(source=source, costs=here.costs, deposit=deposit,
                           profile=profile or ("backtest" if candles else "book"), lockstep=lockstep,
-                          interval_ms=interval_ms, speed=speed, faults=fault,
+                          interval_ms=interval_ms, speed=speed, faults=fault, memory=state,
                           api_key=key or venue.key.get_secret_value(),
                           api_secret=secret or venue.secret.get_secret_value(),
                           port=here.localnet_port if port is None else port)

@@ -81,7 +81,11 @@ class VenueError(TradelabError, RuntimeError):
 
 
 class VenueLimitError(VenueError, LimitExceededError):
-    "The exchange was asked more often than it allows"
+    "The exchange was, or would be, asked more often than it allows; `retry` seconds later it may be asked again"
+    def __init__(self, message:str="", retry:float=0., banned:bool=False):
+        super().__init__(message)
+        self.retry = retry
+        self.banned = banned     # nothing may be asked until then; otherwise, what reduces may
 
 
 class VenueUnknownError(VenueError, UnknownOutcomeError):

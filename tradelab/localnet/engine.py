@@ -6,12 +6,13 @@
 __all__ = ['NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED', 'WOULD_TAKE', 'FORCES',
            'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'candle_of', 'write_row', 'row_of',
            'works', 'clear_row', 'reason_of', 'end', 'begin', 'row_fields', 'fill_maker', 'liquidate', 'submit',
-           'Exchange', 'place', 'check_only', 'find_order', 'cancel', 'amend', 'count_down']
+           'Exchange', 'clock_held', 'place', 'check_only', 'find_order', 'cancel', 'amend', 'count_down']
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
@@ -694,6 +695,7 @@ class Exchange:
 
     def step(self, moves:Iterable)->None:
         "What the source says of the market: orders meet it, accounts live through it"
+        _expire_countdowns(self, self.clock())
         for move in moves: _apply_move(self, move)
         _expire(self, self.market.now)
         _expire_countdowns(self, self.clock())
@@ -703,6 +705,19 @@ class Exchange:
     def cancel_all(self, account:Account, n:int|None=None)->None:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #4e36da80
+@contextmanager
+def clock_held(
+    exchange:Exchange,
+    now:int|None=None,   # ms; default: the time it is
+)->Iterator[None]:
+    "The session's clock stands in this block"
+    clock = exchange.clock
+    now = clock() if now is None else now
+    exchange.clock = lambda: now
+    try: yield
+    finally: exchange.clock = clock
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
 def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:

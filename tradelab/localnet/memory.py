@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MOST_MEMORY', 'LostMemoryError', 'checked_line', 'checked_lines', 'moves_as_json', 'moves_from_json',
-           'state', 'changes', 'Memory']
+           'state', 'changes', 'Memory', 'beginning_of']
 
 # %% ../../nbs/60_localnet/12_memory.ipynb #f0806671
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -19,15 +19,17 @@ import numpy as np
 
 from ..errors import TradelabError
 from ..files import read_bytes
+from .engine import clock_held
 from .faults import Action, act
 from .protocol import RequestDeniedError
+from .sources import Steps
 
 # %% ../../nbs/60_localnet/12_memory.ipynb #c3ba2610
 class LostMemoryError(TradelabError, ValueError):
     "An exchange cannot be rebuilt from its memory"
 
 
-FORMAT = "tradelab localnet 2"
+FORMAT = "tradelab localnet 3"
 MOST_MEMORY = 2_000_000_000 # bytes
 
 
@@ -75,7 +77,7 @@ def _plain(value): return value.tolist() if isinstance(value, (np.ndarray, np.ge
 
 
 def moves_as_json(moves:list)->list[dict]:
-    "Moves of a step as JSON has them, each with the name of its kind"
+    "Moves as JSON has them, each with the name of its kind"
     return [{"move": type(move).__name__, **{each.name: _plain(getattr(move, each.name)) for each in fields(move)}}
             for move in moves]
 
@@ -111,23 +113,23 @@ class _Again:
         self.exchange, self.carry_out, self.steps, self.kinds = exchange, carry_out, steps, kinds
 
     def step(self, content):
-        moves = next(self.steps, None) if content["source"] else []
-        if moves is None: raise LostMemoryError("the source ends before what was seen")
+        moves = self.steps.take(content["source"])
+        if len(moves) < content["source"]: raise LostMemoryError("the source ends before what was seen")
         if "hash" in content and _hash_of(moves) != content["hash"]: raise LostMemoryError("its prices are others now")
         self.exchange.step(moves_from_json(content["moves"], self.kinds) if "moves" in content else moves)
 
     def request(self, content):
-        self.carry_out(content["account"], tuple(content["name"]), content["asked"])
+        try: self.carry_out(content["account"], tuple(content["name"]), content["asked"])
+        except RequestDeniedError:
+            if not content["refused"]: raise
 
     def action(self, content): act(self.exchange, content["account"], content["name"], content["asked"])
 
     def do(self, content):
         "Do one line at the time of the session's clock at which it was done, and return it as it would be written now"
-        clock, self.exchange.clock = self.exchange.clock, lambda: content["clock"]
-        try:
+        with clock_held(self.exchange, content["clock"]):
             if self.exchange.countdowns: self.exchange.step([])      # they may have run out by this line
             getattr(self, content["do"])(content)
-        finally: self.exchange.clock = clock
         self.exchange.take_events()      # a client that missed them asks
         return content | {"then": state(self.exchange)}
 
@@ -139,7 +141,8 @@ def _lost(path, number, what): return LostMemoryError(f"{path}, line {number}, {
 
 
 def _same_begin(found, begin):
-    wrong = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in begin.items() if found.get(name) != value]
+    wrong = [f"{name} {found.get(name)!r}, not {value!r}" for name, value in begin.items()
+             if name != "source" and found.get(name) != value]
     if wrong: raise LostMemoryError(f"the localnet of this session had {', '.join(wrong)}: {_ELSE}")
 
 # %% ../../nbs/60_localnet/12_memory.ipynb #9aae6926
@@ -180,13 +183,15 @@ class Memory:
         path:Path,
         exchange:Any,               # as it begins
         carry_out:Callable,         # (account name, (method, path), asked): a request, as the server does it
-        steps:Iterator=iter(()),    # of the source; those that the file has seen are taken from it
+        steps:Steps,                # of the source; moves that the file has seen are taken from it
         kinds:dict|None=None,       # classes of moves by name
-        keep:bool=False,            # write down whole steps: the source cannot be played again
+        keep:bool=False,            # write down the moves: the source cannot be played again
         loss:bool=False,            # the exchange has lost all but the market
+        source:dict|None=None,      # where its source began, if that is not always the same
     ):
         self.exchange, self.keep = exchange, keep
-        self._journal = _Journal(path, {"format": FORMAT, "symbols": list(exchange.market.symbols), **state(exchange)})
+        self._journal = _Journal(path, {"format": FORMAT, "symbols": list(exchange.market.symbols), **state(exchange),
+                                        "source": source or {}})
         if Path(path).exists(): self._restore(_Again(exchange, carry_out, steps, kinds or {}), loss)
 
     def _restore(self, again, loss):
@@ -206,15 +211,16 @@ class Memory:
     def _write(self, what, **content):
         self._journal.write({"do": what, "clock": int(self.exchange.clock()), **content, "then": state(self.exchange)})
 
-    def step(self, moves:list, altered:bool=False)->None:
-        "Write down a step that was made; `altered`: a fault has changed what the source had"
-        kept = {"moves": moves_as_json(moves)} if self.keep or altered else {"hash": _hash_of(moves)}
-        self._write("step", source=not self.keep, **kept)
+    def step(self, moves:list, seen:list|None=None)->None:
+        "Write down moves that the market has made; `seen`: what a fault made of them"
+        if seen is None: seen = moves
+        kept = {"moves": moves_as_json(seen)} if self.keep or seen is not moves else {"hash": _hash_of(moves)}
+        self._write("step", source=0 if self.keep else len(moves), **kept)
 
-    def request(self, account:str, name:tuple[str, str], asked:dict)->None:
-        "Write down an accepted request, if it may change anything"
+    def request(self, account:str, name:tuple[str, str], asked:dict, refused:bool=False)->None:
+        "Write down a request that may have changed something; a refused one has used up a number, or met an open"
         asked = {key: value for key, value in asked.items() if key not in _NOT_KEPT}
-        if changes(name): self._write("request", account=account, name=list(name), asked=asked)
+        if changes(name): self._write("request", account=account, name=list(name), asked=asked, refused=refused)
 
     def action(self, done:Action)->None:
         "Write down what a fault did"
@@ -225,3 +231,13 @@ class Memory:
         self._journal.copy(path)
 
     def close(self)->None: self._journal.close()
+
+# %% ../../nbs/60_localnet/12_memory.ipynb #4b80a8fe
+def beginning_of(
+    path:Path,
+)->dict:       # empty if there is no such file, or nothing in it
+    "Where the source of a memory began; whether the file is sound is found out later"
+    try:
+        with open(path, "rb") as file: content = json.loads(file.readline(MOST_MEMORY)[17:] or b"{}")
+        return dict(content["source"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return {}

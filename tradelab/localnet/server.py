@@ -35,12 +35,12 @@ from .faults import Faults
 from .limits import LimitSettings, RateLimits
 from .market import ENDPOINTS as MARKET_ENDPOINTS
 from .market import Close, Levels, Market, Prices, Rate, Tick
-from .memory import LostMemoryError, Memory
+from .memory import LostMemoryError, Memory, beginning_of
 from .protocol import ApiKey, RequestDeniedError, check_browser, find_key
 from .proxy import Proxy
 from .service import Reply, Service, readers_on, step_name
 from .sockets import Hall, Numbers, Pace, attended, response, serve, serving
-from .sources import Replay, WallClock
+from .sources import Replay, Steps, WallClock
 from ..market.candles import frame, times
 from ..settings import CostModel
 
@@ -116,30 +116,34 @@ def compile_matching(profile:str)->None:
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
 
 # %% ../../nbs/60_localnet/16_server.ipynb #bce21787
-def _begin(net:"Localnet", loss:bool=False, steps:int=0)->None:
-    "Make the exchange of a localnet, and bring it to where its memory ends"
+def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
+    "Make the exchange of a localnet, and bring it to where its memory ends, or its source after so many moves"
     compile_matching(net.terms.profile)
+    if net.path: _go_back(net.source, net.path)
     net.exchange = make_exchange(net.source, net.terms)
     net.service = Service(net.exchange, ENDPOINTS, net.keys, RateLimits(net.limits), net.faults, net.routes)
-    net.service.barrier.step = _last_open(net.source)
-    net.service.silent = lambda: net.source.silent
-    net.played, moves = 0, net.source.steps()
-    if hasattr(moves, "__next__"): moves = _counted(net, moves)
+    net.service.silent, net.service.made = lambda: net.source.silent, made
+    told = net.source.steps()
+    live = hasattr(told, "__aiter__")
+    steps = Steps(() if live else told)
     if net.path:
-        net.service.memory = Memory(net.path, net.exchange, partial(_carry_again, net.service), moves, MOVES,
-                                    keep=not net.source.lockstep, loss=loss)
-    for _ in range(steps): net.exchange.step(next(moves))
+        net.service.memory = Memory(net.path, net.exchange, partial(_carry_again, net.service), steps, MOVES, live,
+                                    loss, getattr(net.source, "beginning", None))
+    net.exchange.step(steps.take(0 if net.path else made))   # what ran out while nobody served has run out
     net.exchange.take_events()
     net.exchange.market.take_events()
-    net.hall = Hall(net.service, moves, net.pace, net.served, net.played)
+    net.service.barrier.step = step_name(steps.last, net.exchange.market.now if steps.played > 1 else
+                                         _last_open(net.source))
+    net.hall = Hall(net.service, told if live else steps, net.pace, net.served, steps.played)
 
-
-def _counted(net:"Localnet", steps:Iterator[list])->Iterator[list]:
-    "The steps of a source, counted, and the barrier's name of the last"
-    for moves in steps:
-        net.played += 1
-        net.service.barrier.step = step_name(moves, net.service.barrier.step)
-        yield moves
+# %% ../../nbs/60_localnet/16_server.ipynb #5b6260c2
+def _go_back(source:Any, path:Path)->None:
+    "Let a source begin where a memory began, if it would begin elsewhere"
+    beginning = beginning_of(path)
+    if not beginning or not hasattr(source, "begin"): return
+    try: source.begin(**beginning)
+    except (TypeError, ValueError, KeyError) as error:
+        raise LostMemoryError(f"{path} is the memory of another market ({error}): continue it with that one") from None
 
 # %% ../../nbs/60_localnet/16_server.ipynb #19196aaf
 def _carry_again(service:Service, account:str, name:tuple[str, str], asked:dict)->None:
@@ -212,7 +216,6 @@ def _step_once(net:"Localnet", asked:dict)->dict:
 def _set_speed(net:"Localnet", asked:dict)->dict:
     "POST /speed: times as fast as the source's own time; 0 is lockstep"
     speed = _number_of(asked, "speed", 0.)
-    if speed and net.memory: raise ValueError("a localnet with a memory goes step by step: start one without")
     if not (speed or net.source.lockstep): raise ValueError(f"{net.source.name} does not wait: give a speed above 0")
     net.pace = Pace(lockstep=not speed, speed=speed)
     net.hall.change(net.pace)
@@ -275,25 +278,29 @@ async def _keep_playing(net:"Localnet")->None:
     "Let the market go on; again from where it then is after a restart"
     while True:
         net.again = asyncio.Event()
-        tasks = {asyncio.ensure_future(each) for each in (
+        net.tasks = {asyncio.ensure_future(each) for each in (
             net.hall.play(), net.hall.tend(partial(_begin_again, net)), net.again.wait())}
-        pending = tasks
+        pending = net.tasks
         try:
             while not net.again.is_set():
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done: task.result()
+                for task in done:
+                    if not task.cancelled(): task.result()
         finally:
-            for task in tasks: task.cancel()
+            for task in net.tasks: task.cancel()
 
 
 def _begin_again(net:"Localnet", loss:bool)->None:
     "Cut all sockets; with loss, orders, positions and money begin anew"
-    if loss and net.hall.live: raise ValueError("what is followed cannot be played again: restart without loss")
+    if loss and net.hall.live and not net.path:
+        raise ValueError("what is followed cannot be played again: restart without loss, or keep a memory")
     for reader in readers_on(net.service, "*"): reader.close(1006)
     net.service.streams.keys.forget()
     if not (loss or net.path): return
-    if net.memory: net.memory.close()
-    _begin(net, loss, 0 if net.path else net.hall.played)
+    before = net.memory
+    _begin(net, loss, net.service.made)
+    for task in net.tasks: task.cancel()   # a price whose time has come meanwhile belongs to the new exchange
+    if before: before.close()
     net.again.set()
 
 # %% ../../nbs/60_localnet/16_server.ipynb #7bb695b1
@@ -340,10 +347,10 @@ class _Block:
     exchange: Exchange
     service: Service
     hall: Hall
-    played: int              # steps that the source has made
     control_port: int
     proxy: Proxy             # the same exchange behind a line that breaks on command
     again: asyncio.Event     # it begins anew
+    tasks: set[asyncio.Task] # what plays and tends it until then
     stopped: asyncio.Event
     loop: asyncio.AbstractEventLoop
 
@@ -425,9 +432,6 @@ class Localnet(_Block):
         host:str="127.0.0.1",
     ):
         _check_host(host, api_key, api_secret)
-        if memory and speed:
-            raise ValueError(f"speed={speed:g} with memory={str(memory)!r}: a memory is kept step by step, in lockstep "
-                             "or with interval_ms")
         self.source = source or _source_of(candles, funding, start, gaps, instruments)
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)
@@ -502,7 +506,7 @@ def find_or_start(
         return
     if continued and not (options.get("memory") and Path(options["memory"]).exists()):
         raise LostMemoryError(f"no localnet listens at {venue.rest}, and the session kept none of its own: start the "
-                              "one that it traded on (tradelab localnet keeps nothing when it ends), or begin a "
+                              "one that it traded on (tradelab localnet keeps a --state FILE only), or begin a "
                               "new session")
     key = venue.key.get_secret_value()
     secret = venue.secret.get_secret_value()

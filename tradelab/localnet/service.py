@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from .engine import clock_held
 from .faults import Fault, Faults
 from .limits import RateLimits
 from .market import opened
@@ -130,6 +131,7 @@ class Service:
         self.memory: Any = None                # keeps what changes the exchange
         self.late: list[tuple[int, Callable]] = []   # what a fault put off, and until when (ms)
         self.steps = 0                         # of the market, so far
+        self.made = 0                          # moves of its source, so far
         self.silent: Callable[[], bool] = lambda: False   # whether the prices are too old to trade on
         exchange.market.wants = self.streams.wants
         exchange.clock = self.now
@@ -174,12 +176,14 @@ def _carry_out(
     asked:dict[str, str],
 )->Any:
     "Do what was asked, keep it, tell it, and return the reply"
-    try: reply = endpoint.reply(service.exchange, account, asked)
-    except RequestDeniedError:
-        publish(service)   # the first order in a candle may find its account liquidated at the open, and be refused
-        raise
-    if service.memory: service.memory.request(account.name if account else "", name, asked)
-    publish(service)
+    exchange, reply, refusal = service.exchange, None, None
+    with clock_held(exchange):
+        if exchange.countdowns: exchange.step([])   # what has run out has, before anything else is done
+        try: reply = endpoint.reply(exchange, account, asked)
+        except RequestDeniedError as error: refusal = error
+        if service.memory: service.memory.request(account.name if account else "", name, asked, bool(refusal))
+    publish(service)   # the first order in a candle may find its account liquidated at the open, and be refused
+    if refusal: raise refusal
     return reply
 
 # %% ../../nbs/60_localnet/13_service.ipynb #6b031de9
@@ -294,10 +298,12 @@ def advance(
     "Let the market make a step"
     exchange, now = service.exchange, service.real_clock()
     seen = service.faults.moves(moves, now, lambda symbol: exchange.market.ids.index(symbol))
-    exchange.step(seen)
-    if service.memory: service.memory.step(seen, altered=seen is not moves)
-    for action in service.faults.on_step(exchange, now):
-        if service.memory: service.memory.action(action)
+    with clock_held(exchange):
+        exchange.step(seen)
+        if service.memory: service.memory.step(moves, seen)
+        for action in service.faults.on_step(exchange, now):
+            if service.memory: service.memory.action(action)
+    service.made += len(moves)
     before = service.barrier.step if not service.steps else 0
     service.barrier.step = step_name(moves, before or exchange.market.now)
     service.steps += 1

@@ -175,7 +175,7 @@ async def _in_time(net:"Hall", moves:list)->None:
     "Let the moves of a step happen when their time has come; a change of pace counts at once"
     loop, now = asyncio.get_running_loop(), net.service.exchange.market.now
     for time, group in groupby(moves, key=lambda move: getattr(move, "time", now)):
-        if net.zero is None: net.zero = loop.time(), time
+        if net.zero is None: net.zero = loop.time(), now
         while (wait := _moment(net.pace, *net.zero, time) - loop.time()) > 0:
             def changed(pace=net.pace): return net.pace is not pace
             with suppress(asyncio.TimeoutError): await asyncio.wait_for(net.until(changed), wait)

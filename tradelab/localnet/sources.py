@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Move', 'PATH', 'BLOCK', 'logger', 'DAY', 'ETHER', 'INVENTED', 'EIGHT_HOURS', 'KLINE_FIELDS', 'INSTEAD', 'MALFORMED',
-           'Source', 'path_prices', 'whole_volumes', 'CandlePath', 'candle_path', 'path_ticks', 'paths', 'schedule',
-           'rates_of', 'first_to_close', 'Replay', 'Fold', 'listed_instruments', 'captured_instruments', 'levels_move',
-           'trade_move', 'Opening', 'find_opening', 'Minutes', 'Recorded', 'invented_day', 'invented_trades',
-           'minute_candles', 'invented_seconds', 'known_frame', 'WallClock', 'kline_candle', 'Closing', 'kline_ticks',
-           'flat', 'book_moves', 'Heard', 'Patience', 'streams_of', 'BusyError', 'ask', 'Line', 'Requests', 'news',
-           'Known', 'known_candles', 'rate_series', 'learn', 'Listening', 'Follow']
+           'Source', 'Steps', 'path_prices', 'whole_volumes', 'CandlePath', 'candle_path', 'path_ticks', 'paths',
+           'schedule', 'rates_of', 'first_to_close', 'Replay', 'Fold', 'listed_instruments', 'captured_instruments',
+           'levels_move', 'trade_move', 'Opening', 'find_opening', 'Minutes', 'Recorded', 'invented_day',
+           'invented_trades', 'minute_candles', 'invented_seconds', 'known_frame', 'WallClock', 'kline_candle',
+           'Closing', 'kline_ticks', 'flat', 'book_moves', 'Heard', 'Patience', 'streams_of', 'BusyError', 'ask',
+           'Line', 'Requests', 'news', 'Known', 'known_candles', 'rate_series', 'learn', 'Listening', 'Follow']
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #46a04cfb
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,35 @@ class Source(Protocol):
     def history(self) -> dict[str, pd.DataFrame]: ... # candles by symbol that closed before `now`, perhaps none
 
     def steps(self) -> Iterator[list[Move]] | AsyncIterator[list[Move]]: ...
+
+# %% ../../nbs/60_localnet/05_sources.ipynb #1b9c5596
+class Steps:
+    "The steps of a source; any number of moves may be taken before"
+    def __init__(self, steps: Iterable[list[Move]]):
+        self.steps = iter(steps)
+        self.rest: deque[Move] = deque()
+        self.begun = 0                # steps of which a move was taken
+        self.last: list[Move] = []    # moves that were taken last
+
+    @property
+    def played(self) -> int:
+        "Steps that were taken to their end"
+        return self.begun - bool(self.rest)
+
+    def __iter__(self) -> Iterator[list[Move]]: return self
+
+    def __next__(self) -> list[Move]:
+        if self.rest: return self.take(len(self.rest))
+        moves, self.begun = next(self.steps), self.begun + 1
+        return moves
+
+    def take(self, count: int) -> list[Move]:
+        "The next moves; fewer where the source ends"
+        while len(self.rest) < count and (moves := next(self.steps, None)) is not None:
+            self.rest.extend(moves)
+            self.begun += 1
+        self.last = [self.rest.popleft() for _ in range(min(count, len(self.rest)))]
+        return self.last
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #5e72dc60
 PATH = 4  # trades in the path of a candle
@@ -553,9 +583,11 @@ EIGHT_HOURS = 8 * 3_600_000
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #311770f7
 class WallClock:
-    "An invented market of two symbols, for ever: a trade a second, a candle a minute"
+    "An invented market of two symbols, for ever: a trade a second, a candle a minute; at first what was missed"
     lockstep, silent, left = False, False, None
     interval, step = "1m", 60_000
+    instruments = tuple(instrument for instrument, _, _ in INVENTED)
+    symbols = tuple(each.symbol for each in instruments)
 
     def __init__(
         self,
@@ -564,12 +596,18 @@ class WallClock:
         minutes: int = 1000,      # of history
     ):
         self.seed, self.minutes = seed, minutes
-        self.now = time.time_ns() // 1_000_000 if now is None else now
-        self.opened = int(opening(self.now, self.step))
-        self.instruments = tuple(instrument for instrument, _, _ in INVENTED)
-        self.symbols = tuple(each.symbol for each in self.instruments)
         self.name = f"a synthetic market (seed {seed}) of {', '.join(self.symbols)}, on the wall clock"
-        due = np.arange(opening(self.now, EIGHT_HOURS), self.opened - self.step * minutes, -EIGHT_HOURS)[::-1]
+        self.clock = (lambda: time.time_ns() // 1_000_000) if now is None else lambda: now
+        self.begin(self.clock())
+
+    @property
+    def beginning(self) -> dict[str, Any]: return {"now": self.now}
+
+    def begin(self, now: int) -> None:
+        "Begin at another time (ms), with the same prices"
+        self.now = now
+        self.opened = int(opening(self.now, self.step))
+        due = np.arange(opening(now, EIGHT_HOURS), self.opened - self.step * self.minutes, -EIGHT_HOURS)[::-1]
         rates = pd.Series(1e-4, pd.to_datetime(due, unit="ms", utc=True))
         self.funding = {symbol: rates for symbol in self.symbols}
 
@@ -583,10 +621,11 @@ class WallClock:
     def steps(self) -> Iterator[list[Move]]:
         minutes, first = Minutes(len(self.symbols), self.opened, self.step), self.opened // 1000
         begun: list[Move] = []
+        present = max(self.now, self.clock())
         for at, second in enumerate(invented_seconds(first, self.seed), first):
             paid = [Rate(at * 1000, n, 1e-4) for n in range(len(self.symbols)) if at * 1000 % EIGHT_HOURS == 0]
             moves = minutes.pass_on([*paid, *(Tick(at * 1000, n, *trade) for n, trade in enumerate(zip(*second)))])
-            if at * 1000 <= self.now: begun += moves
+            if at * 1000 <= present: begun += moves
             else:
                 if begun: yield begun
                 begun = []
