@@ -98,6 +98,7 @@ class Guards:
 
     def __init__(self)->None:
         self.missed = True              # something may have happened that nobody has asked for yet
+        self.troubles = 0               # how often it began to
         self.reasons: set[str] = set()
         self.conditions: dict[str, set[Condition]] = {}
         self.ends: Phase|None = None    # closing, halted or flattening: whatever else is the matter
@@ -114,7 +115,18 @@ class Guards:
         if (reason in self.reasons) == here: return False
         (self.reasons.add if here else self.reasons.discard)(reason)
         self.missed = True
+        self.troubles += here
         return True
+
+    def miss(self)->None:
+        "Something may have happened unheard"
+        self.missed = True
+        self.troubles += 1
+
+    def asked(self, troubles:int)->bool:
+        "Everything was asked for since there were so many troubles; whether none has come since"
+        if self.troubles == troubles: self.missed = False
+        return not self.missed
 
     def mark(self, symbol:str, condition:Condition, here:bool=True)->None:
         "A condition of a symbol is there, or not any more"
@@ -211,9 +223,12 @@ class Freshness:
         self._asked, self._pause = now, min(2 * self._pause, 10 * self.ask_after)
         return True
 
-    def stale(self, now:int)->bool:
-        "Whether it is so late that nothing is decided on what was there before"
-        return self.due is not None and now >= self.due + self.stale_after
+    @property
+    def stale_at(self)->int|None:
+        "When it is so late that what was known before is worth nothing; None: never"
+        return None if self.due is None or self.stale_after >= NEVER else self.due + self.stale_after
+
+    def stale(self, now:int)->bool: return self.stale_at is not None and now >= self.stale_at
 
 # %% ../../nbs/70_live/10_guards.ipynb #0f111df1
 class Silence:
