@@ -3,6 +3,8 @@ import asyncio
 import json
 import time
 from contextlib import ExitStack, aclosing, asynccontextmanager
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
 
 import aiohttp
 import numpy as np
@@ -11,6 +13,7 @@ from aiohttp import web
 
 from tradelab.errors import SymbolNotSupportedError, VenueConnectionError
 from tradelab.events import CLOSE, COLUMNS, HIGH, LOW, OPEN, VOLUME
+from tradelab.localnet.limits import LimitSettings
 from tradelab.localnet.market import Close, Levels, Market, Prices, Tick, klines
 from tradelab.localnet.protocol import signature
 from tradelab.localnet.server import Localnet
@@ -24,6 +27,7 @@ BTC = "BTC/USDT:USDT"
 SYMBOLS = ("AKRO/USDT:USDT", "CTK/USDT:USDT", "KEEP/USDT:USDT", "SUSHI/USDT:USDT")
 NAMES = [symbol.partition("/")[0] + "USDT" for symbol in SYMBOLS]
 MINUTE = 1_626_992_700_000 # the one in which the capture begins
+OFF = LimitSettings(enforced=False)
 QUICK = Patience(silence=20., close=.3, pause=.02, reply=10.)
 
 
@@ -424,3 +428,36 @@ def test_a_localnet_follows_another_and_takes_no_order_in_silence():
             stack.close()
             asyncio.run(until(second.service.silent, "silent"))
             assert asyncio.run(order(second.url))["code"] == -1008
+
+
+def test_a_localnet_that_follows_goes_on_after_a_stop_with_the_candles_that_it_has_missed(tmp_path):
+    candles, patience = ar1(2_000, seed=3), Patience(silence=5., close=.3, pause=.05, reply=5.)
+    start = int(times(candles)[6])
+    def ask(net, method, path, **asked):
+        text = urlencode({"symbol": "BTCUSDT", "timestamp": time.time_ns() // 1_000_000} | asked)
+        signed = f"{net.url}/fapi/{path}?{text}&signature={signature('localnet-secret', text)}"
+        return json.loads(urlopen(Request(signed, headers={"X-MBX-APIKEY": "localnet-key"}, method=method)).read())
+    def following():
+        return Localnet(source=Follow(first.url, first.url.replace("http", "ws"), [BTC], "1h", patience),
+                        profile="book", memory=tmp_path / "kept.jsonl", limits=OFF)
+    def shown(net): return ask(net, "GET", "v1/klines", interval="1h", limit=1000)[:-1]
+    def wait_for_candles(net, count):
+        while len(shown(net)) < count: time.sleep(.01)
+    with Localnet({BTC: candles}, start=start, speed=36_000., limits=OFF) as first:
+        with following() as second:
+            wait_for_candles(second, 12)
+            bought = ask(second, "POST", "v1/order", side="BUY", type="MARKET", quantity="0.01")
+            far = ask(second, "POST", "v1/order", side="BUY", type="LIMIT", quantity="0.01", timeInForce="GTC",
+                      price=int(.8 * float(shown(second)[-1][4])))
+            before, trades = ask(second, "GET", "v3/account"), ask(second, "GET", "v1/userTrades")
+        wait_for_candles(first, missed := len(shown(first)) + 5)
+        with following() as second:
+            assert ask(second, "GET", "v1/userTrades") == trades
+            assert ask(second, "GET", "v3/account")["totalWalletBalance"] == before["totalWalletBalance"]
+            assert [each["orderId"] for each in ask(second, "GET", "v1/openOrders")] == [far["orderId"]]
+            assert bought["orderId"] == trades[0]["orderId"]
+            wait_for_candles(second, missed + 5)
+            rows = shown(second)
+    assert [row[0] for row in rows] == times(candles)[:len(rows)].tolist()
+    for row, candle in zip(rows, candles.to_numpy()):
+        if not row[0] <= trades[0]["time"] <= row[6]: assert [float(each) for each in row[1:6]] == candle.tolist()

@@ -345,7 +345,7 @@ class Deaf(BinanceVenue):
 def test_what_a_lost_stream_did_not_tell_is_fetched(whole, tmp_path, route):
     with localnet() as exchange:
         statistics = run(session(exchange, tmp_path, type("Deaf", (Deaf,), {"route": route})), 40)
-    events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
+    events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").notices("momentum_test")
     assert {"lost", "trading"} <= set(events["kind"])
     assert statistics.disagreements == 0
     assert first_difference(whole["journal"].iloc[:40], journal(tmp_path)) is None
@@ -399,7 +399,7 @@ def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):
     limits = Limits(max_position=.25, max_drawdown=.002, stops=NO_STOPS)
     with localnet() as exchange:
         run(session(exchange, tmp_path, limits=limits), 30)
-        events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
+        events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").notices("momentum_test")
         assert list(events["kind"]) == ["halt"]
         assert "everything is closed and stays closed" in events["text"][0]
         run(session(exchange, tmp_path, limits=limits, id="", resume="momentum_test"), 10)
@@ -460,7 +460,7 @@ def test_a_trade_by_hand_while_the_session_was_down_is_found_and_named(tmp_path)
         asyncio.run(sell(BinanceVenue(venue(exchange))))
         resumed = session(exchange, tmp_path, id="", resume="momentum_test")
         run(resumed, 1)
-    events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").events("momentum_test")
+    events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").notices("momentum_test")
     assert "foreign" in set(events["kind"])
     assert len(journal(tmp_path)) == len(before) + 1
     assert resumed.statistics.disagreements == 0

@@ -6,11 +6,13 @@ from urllib.parse import urlencode
 
 import pytest
 
+from tradelab.localnet.engine import Questions
 from tradelab.localnet.protocol import ApiKey, signature
 from tradelab.localnet.server import KEY, SECRET, Localnet
 
 pytestmark = pytest.mark.integration
 BTC = {"symbol": "BTCUSDT"}
+ORDER_UNKNOWN = {"code": -2013, "msg": "Order does not exist."}
 BUY = BTC | {"side": "BUY", "type": "MARKET", "quantity": "0.01"}
 
 
@@ -72,7 +74,25 @@ def test_a_modified_order_names_its_side(client):
     change = BTC | {"orderId": order["orderId"], "quantity": "0.02", "price": lower}
     status, reply = client.ask("PUT", "v1/order", **change)
     assert (status, reply["code"], "'side'" in reply["msg"]) == (400, -1102, True)
-    assert client.ask("PUT", "v1/order", **change, side="BUY")[1]["price"] == lower
+    assert float(client.ask("PUT", "v1/order", **change, side="BUY")[1]["price"]) == float(lower)
+
+
+def test_open_questions_are_answered_as_the_localnet_is_told(client):
+    asked = BTC | {"orderId": 999}
+    assert client.ask("GET", "v1/order", **asked)[0] == 400
+    with Localnet(questions=Questions(http_status={-2013: 404})) as told:
+        assert Client(told, KEY, SECRET).ask("GET", "v1/order", **asked) == (404, ORDER_UNKNOWN)
+    limit = [each["limit"] for each in client.get("v1/exchangeInfo")["symbols"][0]["filters"]
+             if each["filterType"] == "MAX_NUM_ORDERS"]
+    assert limit == [200]
+
+
+def test_incomes_come_in_pages(client):
+    for _ in range(3): client.ask("POST", "v1/order", **BUY)
+    both = client.get("v1/income", limit=2)
+    assert client.get("v1/income", limit=1) == both[1:]
+    assert client.get("v1/income", limit=1, page=2) == both[:1]
+    assert client.ask("GET", "v1/income", page=0)[1]["code"] == -1130
 
 
 @pytest.mark.parametrize("body, packed, status", [(b"no gzip", "gzip", 400), (b"a=1&" * 300_000, "", 413)])

@@ -34,7 +34,7 @@ async def check_pace(http, net):
     for _ in range(2): assert (await control(http, net, "/speed", speed=0))[1]["steps"] == net.hall.played
     before = net.hall.played
     await control(http, net, "/speed", speed=1)
-    await until(lambda: net.played == before + 1)
+    await until(lambda: net.steps.played == before + 1)
     assert net.hall.played == before
     assert (await control(http, net, "/restart"))[0] == 200
     await control(http, net, "/speed", speed=0)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace, UnionType
 from typing import Union, get_args, get_origin, get_type_hints
@@ -56,7 +57,7 @@ from tradelab.live.recorder import (
     recorded_settings,
 )
 from tradelab.live.replay import SEEN, replay, unproven
-from tradelab.live.session import CoreInputs, Statistics, Stopwatch, carry_out, make_core
+from tradelab.live.session import CoreInputs, Statistics, Stopwatch, carry_out, keep, make_core
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, VenueError
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import random_walk
@@ -383,6 +384,7 @@ def test_what_the_ledger_will_say_is_on_the_disk_first(tmp_path, monkeypatch):
     recorder.sync()                                                     # nothing new: nothing is asked of the disk
     assert synced == [(tmp_path / "recording.zst").stat().st_size]
     recorder.line("fill")
+    recorder.flush()
     recorder.sync()
     recorder.close()
     assert len(synced) == 3
@@ -412,9 +414,11 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
     files = SimpleNamespace(recorder=SimpleNamespace(sync=noting("sync")),
                             journal=SimpleNamespace(write=noting("write")),
                             equity=SimpleNamespace(write=noting("equity")))
-    live = SimpleNamespace(id="s", files=files, ledger=SimpleNamespace(step=noting("step")), statistics=Statistics(),
-                           stopwatch=Stopwatch(Statistics()))
-    carry_out(live, Write(Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0, np.zeros(1, EQUITY))))
+    live = SimpleNamespace(id="s", files=files, statistics=Statistics(), stopwatch=Stopwatch(Statistics()), lease=None,
+                           ledger=SimpleNamespace(step=noting("step"), transaction=lambda *_: nullcontext()))
+    step = Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0, np.zeros(1, EQUITY))
+    keep(live, [step])
+    carry_out(live, Write(step))
     assert order == ["sync", "step", "write", "equity"]
 
 

@@ -10,6 +10,9 @@ html_show_sourcelink = html_copy_source = False
 html_show_search_summary = False  # it is fetched, which a page read from a file must not
 html_theme_options = {"show_prev_next": True, "navigation_depth": 3, "footer_start": ["copyright"], "footer_end": [],
                       "secondary_sidebar_items": ["page-toc"], "navbar_align": "left"}
+html_static_path = html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}
+html_sidebars = {page: [] for page in ("index", "nbs/index", "nbs/how_to/trade_on_localnet")}  # nothing below them
 nb_execution_mode = "off"  # the stored outputs are the page
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]

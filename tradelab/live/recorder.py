@@ -373,13 +373,15 @@ class Recorder:
         self._unsynced = True
 
     def sync(self)->None:
-        "To the disk, where a power cut cannot take it: before the ledger says that a step is done"
-        self.flush()
-        if self._unsynced: os.fsync(self._file.fileno())
+        """What was flushed, to the disk, where a power cut cannot take it: before the ledger says that a step is done;
+        may be called on any thread"""
+        if not self._unsynced: return
         self._unsynced = False
+        os.fsync(self._file.fileno())
 
     def close(self)->None:
         self.line("end", lines=self._lines, decisions=self._decisions)
+        self.flush()
         self.sync()
         self._file.close()
 

@@ -9,7 +9,7 @@ __all__ = ['SIDES', 'SLOTS', 'MONEY', 'DAY', 'FOREVER', 'WARNED_AT', 'WEEK', 'DO
            'margin_of', 'value_of', 'busy_rows', 'Balance', 'balance_of', 'liquidation_of', 'check_margin',
            'entry_text', 'break_even', 'position_event', 'account_event', 'config_event', 'margin_call', 'Filled',
            'settle_isolated', 'tell_fill', 'book_kernel', 'book_fill', 'pay_funding', 'receive', 'transfer', 'isolate',
-           'rejoin', 'lend', 'margin_ratios', 'endangered', 'warn', 'balance_fields', 'rows_shown', 'most_notional',
+           'rejoin', 'lend', 'margin_ratios', 'endangered', 'balance_fields', 'rows_shown', 'most_notional',
            'position_fields', 'margin_fields', 'position_in_account', 'permissions', 'account_reply', 'balance_reply',
            'position_risk', 'adl_reply', 'user_trades', 'incomes', 'force_orders', 'margin_history', 'set_leverage',
            'symbol_settings', 'is_busy', 'set_margin_type', 'read_switch', 'set_position_mode', 'set_multi_assets',
@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from math import copysign
 from operator import attrgetter
 from typing import Any
 
@@ -180,6 +181,7 @@ def page(
     limit:int=500,
     most:int=1_000,
     days:int=0,       # the longest span that may be asked for; 0: any
+    number:int=1,     # of the page
 )->list:
     "The oldest `limit` rows from startTime on, if it is given, otherwise the newest ones up to endTime"
     begin, end = whole(asked, "startTime", 0), whole(asked, "endTime", FOREVER)
@@ -189,6 +191,8 @@ def page(
     if days and begin and end - begin > days * DAY: raise RequestDeniedError(-4165, days)
     low = bisect_left(rows, begin, key=attrgetter("time"))
     high = bisect_right(rows, end, key=attrgetter("time"))
+    if begin: low += (number - 1) * limit
+    else: high = max(high - (number - 1) * limit, low)
     return rows[low:min(high, low + limit)] if begin else rows[max(low, high - limit):high]
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #1f374e3a
@@ -254,6 +258,7 @@ class Account(History):
         self.name, self.market, self.costs = name, market, costs
         self.asset = assets(market.symbols[0])[1]
         self.dual = self.multi_assets = self.fee_burn = False
+        self.order_first = False                # which event of a fill is told first
         self.leverage = [min(20, int(each.brackets[0][1])) for each in market.instruments]
         rows = np.arange(len(SIDES) * len(market.ids))
         self.cross = collateral(rows, costs.row()[()], np.repeat(market.instrument_rows, len(SIDES)), deposit)
@@ -291,9 +296,8 @@ class Account(History):
     def check_margin(self, row:int, quantity:float, price:float, charged:float=0.)->None:
         check_margin(self, row, quantity, price, charged)
     def liquidation_price(self, row:int)->float: return liquidation_of(self, row)
-    def endangered(self)->list[list[int]]: return endangered(self)
+    def endangered(self, time:int)->list[list[int]]: return endangered(self, time)
     def lend(self)->None: lend(self)
-    def warn(self, time:int)->None: warn(self, time)
     def receive(self, kind:str, amount:float, n:int|None, time:int)->None: receive(self, kind, amount, n, time)
     def transfer(self, amount:float)->None: transfer(self, amount)
     def pay_funding(self, n:int, rate:float, price:float, time:int)->None: pay_funding(self, n, rate, price, time)
@@ -411,7 +415,7 @@ def entry_text(entry:float)->str:
 
 def break_even(entry:float, quantity:float, taker_fee:float)->str:
     "The price at which the profit pays the fee of closing"
-    return format_number(float(format_price(entry * (1 + np.sign(quantity) * taker_fee))))
+    return format_number(float(format_price(entry * (1 + copysign(taker_fee, quantity)))))
 
 
 def position_event(account:"Account", row:int)->dict:
@@ -435,7 +439,8 @@ def account_event(
     **more:str,              # S, the symbol of a funding payment
 )->dict:
     "ACCOUNT_UPDATE"
-    balance = {"a": account.asset, "wb": format_amount(account.wallet()), "cw": format_amount(account.cross.money()),
+    cross = format_amount(account.cross.money())
+    balance = {"a": account.asset, "wb": format_amount(account.wallet()) if account.own else cross, "cw": cross,
                "bc": format_amount(change)}
     return {"e": "ACCOUNT_UPDATE", "E": time, "T": time,
             "a": {"m": reason, "B": [balance], "P": [position_event(account, row) for row in rows]} | more}
@@ -483,7 +488,8 @@ def settle_isolated(account:"Account", part:Collateral, target:float, time:int)-
 def tell_fill(account:"Account", part:Collateral, k:int, order:ExchangeOrder, fill:Filled, time:int)->ExchangeTrade:
     "Book a fill in what is told: trade, incomes, events"
     told, row, n = part.told, int(part.rows[k]), order.n
-    held, before, money = float(told.positions[k]["quantity"]), float(told.account[0]["realised"]), part.money()
+    held, before = float(told.positions[k]["quantity"]), float(told.account[0]["realised"])
+    money = part.money() if row in account.own else 0.
     apply_fill(told.account, told.positions, k, fill.quantity, fill.price, fill.fee)
     realised = float(told.account[0]["realised"]) - before
     if row in account.own:
@@ -500,8 +506,9 @@ def tell_fill(account:"Account", part:Collateral, k:int, order:ExchangeOrder, fi
     if fill.fee:
         account.book_income("INSURANCE_CLEAR" if fill.liquidation else "COMMISSION", -fill.fee, n, time, trade.number)
     if not fill.liquidation: account.events.append(trade_lite(order, trade))
-    account.events.append(account_event(account, "ORDER", time, rows=[row]))
-    account.events.append(order_event(order, "CALCULATED" if fill.liquidation else "TRADE", trade))
+    told_of = [account_event(account, "ORDER", time, rows=[row]),
+               order_event(order, "CALCULATED" if fill.liquidation else "TRADE", trade)]
+    account.events += reversed(told_of) if account.order_first else told_of
     return trade
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #d9cc48e4
@@ -595,27 +602,32 @@ def lend(account:"Account")->None:
 WARNED_AT = .8    # maintenance margin over margin balance
 
 
+def _profit_and_maintenance(account:"Account", row:int)->tuple[float, float]:
+    "Two of a position's figures, without a look at its orders: this is asked at every move of the mark price"
+    state, k, rules = account.view(row)
+    quantity, entry = float(state.positions[k]["quantity"]), float(state.positions[k]["entry_price"])
+    price = float(account.market.mark(row // 3))
+    return quantity * (price - entry), float(maintenance_margin(abs(quantity * price), rules.instruments[k]))
+
+
 def margin_ratios(account:"Account")->list[tuple[float, list[int]]]:
     "Maintenance margin over margin balance of each wallet that backs positions, and their rows"
     found = []
     for part in account.parts():
-        margins = [account.margin(row) for row in part.held()]
-        equity, kept = (sum(getattr(margin, name) for margin in margins) for name in ("profit", "maintenance"))
-        equity += part.money()
-        if margins: found.append((kept / equity if equity > 0. else np.inf, part.held()))
+        if not (rows := part.held()): continue
+        profits, kept = zip(*(_profit_and_maintenance(account, row) for row in rows))
+        equity = sum(profits) + part.money()
+        found.append((sum(kept) / equity if equity > 0. else np.inf, rows))
     return found
 
 
-def endangered(account:"Account")->list[list[int]]:
-    "Rows that are liquidated at the mark prices, by wallet"
-    return [rows for ratio, rows in margin_ratios(account) if ratio >= 1.]
-
-
-def warn(account:"Account", time:int)->None:
-    "Send a margin call for positions that have come near to their liquidation"
-    near = {row for ratio, rows in margin_ratios(account) if ratio >= WARNED_AT for row in rows}
+def endangered(account:"Account", time:int)->list[list[int]]:
+    "Rows that are liquidated at the mark prices, by wallet; a margin call for those that have come near to it"
+    ratios = margin_ratios(account)
+    near = {row for ratio, rows in ratios if ratio >= WARNED_AT for row in rows}
     fresh, account.warned = sorted(near - account.warned), near
     if fresh: account.events.append(margin_call(account, fresh, time))
+    return [rows for ratio, rows in ratios if ratio >= 1.]
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #c8348c72
 def balance_fields(account:Account)->dict[str, str]:
@@ -741,7 +753,7 @@ def incomes(account:Account, asked:dict)->list[dict]:
     key = asked.get("incomeType") or None, n
     rows = account.incomes if key == (None, None) else account.incomes_of.get(key, [])
     return [income_reply(row, "" if row.n is None else account.market.ids[row.n], account.asset)
-            for row in page(rows, asked, 100)]
+            for row in page(rows, asked, 100, number=whole(asked, "page", 1, least=1))]
 
 # %% ../../nbs/60_localnet/07_accounts.ipynb #340b4971
 def force_orders(account:Account, asked:dict)->list[dict]:

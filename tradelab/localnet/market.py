@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..compiled import outlined
 from ..events import CLOSE, HIGH, INDEX_PRICE, KNOWN, LOW, OPEN, QUOTE_VOLUME, TAKER_BUY_VOLUME, TRADES, VOLUME
 from ..instruments import INSTRUMENT, Instrument
 from .book import Book, synthetic_levels
@@ -136,7 +137,7 @@ def _flat(price, mark, index, number):
 
 def _after(row, number):
     "The candle that follows a closed one"
-    return _flat(float(row[CLOSE]), float(row[MARK + CLOSE]), float(row[INDEX + CLOSE]), float(number))
+    return _flat(row[CLOSE], row[MARK + CLOSE], row[INDEX + CLOSE], float(number))
 
 # %% ../../nbs/60_localnet/04_market.ipynb #5ba2d8d8
 def _add_price(row, column, price):
@@ -175,27 +176,36 @@ def fold(
     return longer
 
 # %% ../../nbs/60_localnet/04_market.ipynb #eb0740f6
+@outlined
+def _complete(rows, candles):
+    "Write KNOWN, (M, 11), into the first nine columns of rows, which may have the trades; a NaN close leaves its row"
+    for row, candle in zip(rows, candles):
+        volume, quote, trades, bought = candle[VOLUME], candle[QUOTE_VOLUME], candle[TRADES], candle[TAKER_BUY_VOLUME]
+        if np.isnan(candle[CLOSE]): continue
+        shown = row[TRADES] > 0. and abs(row[VOLUME] - volume) <= 1e-9 * volume
+        for column in range(VOLUME + 1): row[column] = candle[column]
+        if not (shown and np.isnan(quote)): row[QUOTE_VOLUME] = quote if quote >= 0. else volume * candle[CLOSE]
+        if not (shown and np.isnan(trades)): row[TRADES] = 0. if np.isnan(trades) else trades
+        if shown and np.isnan(bought): continue
+        row[TAKER_BUY_VOLUME] = 0. if np.isnan(bought) else bought
+        mean = (quote if quote >= 0. else volume * candle[CLOSE]) / volume if volume > 0. else 0.
+        row[TAKER_QUOTE] = np.rint(row[TAKER_BUY_VOLUME] * mean * 1e10) / 1e10
+
+
 def _completed(known):
     "KNOWN, (..., 11), as the first nine columns of a row: NaN filled in"
-    volume = known[..., VOLUME]
-    quote = np.where(known[..., QUOTE_VOLUME] >= 0, known[..., QUOTE_VOLUME], volume * known[..., CLOSE])
-    bought = np.nan_to_num(known[..., TAKER_BUY_VOLUME])
-    mean = np.divide(quote, volume, out=np.zeros_like(quote), where=volume > 0)
-    return np.stack([*(known[..., column] for column in (OPEN, HIGH, LOW, CLOSE)), volume, quote,
-                     np.nan_to_num(known[..., TRADES]), bought, np.round(bought * mean, 10)], -1)
+    rows = np.full((*known.shape[:-1], FIRST), nan)
+    rows[..., TRADES:] = 0.
+    _complete(rows.reshape(-1, FIRST), np.ascontiguousarray(known).reshape(-1, len(KNOWN)))
+    return rows
 
-
+# %% ../../nbs/60_localnet/04_market.ipynb #99bd55fa
 def _told(rows, candles, own):
     "The forming candles, (N, WIDTH), as their source tells them, KNOWN; `own` are trades that it does not know"
     for n, each in own.items(): rows[n, _SUMS] -= each[_SUMS]
-    told = _completed(candles)
-    same = (rows[:, TRADES] > 0) & (abs(rows[:, VOLUME] - candles[:, VOLUME]) <= 1e-9 * candles[:, VOLUME])
-    unknown = np.isnan(candles[:, [QUOTE_VOLUME, TRADES, TAKER_BUY_VOLUME, TAKER_BUY_VOLUME]]) & same[:, None]
-    told[:, QUOTE_VOLUME:FIRST][unknown] = rows[:, QUOTE_VOLUME:FIRST][unknown]
-    heard = np.isfinite(candles[:, CLOSE])
-    rows[heard, :FIRST] = told[heard]
+    _complete(rows, np.ascontiguousarray(candles))
     for n, each in own.items():
-        rows[n, [HIGH, LOW]] = max(rows[n, HIGH], each[HIGH]), min(rows[n, LOW], each[LOW])
+        rows[n, HIGH], rows[n, LOW] = max(rows[n, HIGH], each[HIGH]), min(rows[n, LOW], each[LOW])
         rows[n, _SUMS] = np.round(rows[n, _SUMS] + each[_SUMS], 10)
     return rows
 
@@ -230,7 +240,7 @@ class Candles:
         # symbols whose mark and index prices are told by their source; the others follow the closes
         self.told:dict[int, set] = {MARK: set(), INDEX: set()}
         self.own:dict[int, list] = {}                  # the trades of our accounts in the forming candles, as rows
-        self.begin([_after(row, FIRST_TRADE) for row in self.rows[self.count - 1]] if self.count
+        self.begin([_after(row, FIRST_TRADE) for row in self.rows[self.count - 1].tolist()] if self.count
                    else [_flat(nan, nan, nan, FIRST_TRADE) for _ in range(known.shape[1])])
 
     def begin(self, forming:list)->None:
@@ -247,13 +257,14 @@ class Candles:
     def close(self, candles:np.ndarray, next_open:int)->None:
         "Close the forming candles as their source tells them, and begin the next ones"
         if self.count == len(self.times) - 1: self.forget(ROOM // 2)
+        for n, (row, close, index) in enumerate(zip(self.forming, *candles[:, [CLOSE, INDEX_PRICE]].T.tolist())):
+            if not close == close: close = row[CLOSE]
+            if n not in self.told[MARK]: _add_price(row, MARK, close)
+            if n not in self.told[INDEX]: _add_price(row, INDEX, index if index == index else close)
         rows = _told(np.array(self.forming), candles, self.own)
-        index = np.where(np.isfinite(candles[:, INDEX_PRICE]), candles[:, INDEX_PRICE], rows[:, CLOSE])
-        for column, prices in ((MARK, rows[:, CLOSE]), (INDEX, index)):
-            for n in set(range(len(rows))) - self.told[column]: _add_price(rows[n], column, prices[n])
         self.times[self.count], self.rows[self.count] = self.open_time, rows
         self.count, self.open_time = self.count + 1, next_open
-        self.begin([_after(row, row[LAST] + 1) for row in rows])
+        self.begin([_after(row, row[LAST] + 1) for row in rows.tolist()])
 
     def forget(self, many:int)->None:
         "Drop the oldest candles"
@@ -680,7 +691,7 @@ def _book_of(market, n):
     shown = market.shown[n]
     if shown.made and shown.outdated and market.last(n) > 0:
         shown.outdated = False
-        shown.book.snapshot(*synthetic_levels(market.last(n), market.condition_rows[n], market.cost_row,
+        shown.book.snapshot(*synthetic_levels(float(market.last(n)), market.condition_rows[n], market.cost_row,
                                               market.instrument_rows[n]))
     return shown.book
 
@@ -729,7 +740,7 @@ def _close(market, move):
     for shown in market.shown:
         shown.volume = inf
         shown.outdated = True
-        for stream in shown.streams["kline"]:
+        for stream in shown.streams["kline"] if market.feed.wants is not nobody else ():
             if not market.feed.wants(stream.name): continue
             interval = stream.payload.keywords["interval"]
             final = opened(move.time, interval) > opened(move.open_time, interval)
@@ -825,7 +836,7 @@ def _history(frames, interval, now):
 def _condition_rows(market):
     "Spread, volatility and volume of each symbol, as costs know them at the last close; NaN while the history is short"
     candles = market.candles
-    recent = slice(max(candles.count - COST_WINDOWS[1] - 2, 0), candles.count)
+    recent = slice(max(candles.count - COST_WINDOWS[1] - 2, 0), candles.count if market.costs.looks_at_market else 0)
     if candles.count > 1 or not market.costs.looks_at_market:
         prices = np.ascontiguousarray(candles.rows[recent, :, :VOLUME + 1])
         return conditions(candles.times[recent], prices, market.costs)[-1]

@@ -11,11 +11,12 @@ __all__ = ['OPEN_STATES', 'CONDITIONAL', 'FORCES', 'GRACE', 'LATEST', 'BAND', 'C
 
 # %% ../../nbs/60_localnet/06_orders.ipynb #7f6e0ff6
 import re
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..instruments import Instrument
+from ..instruments import Instrument, grid
 from tradelab.localnet.protocol import (
     RequestDeniedError,
     chosen,
@@ -174,7 +175,9 @@ def order_reply(
 
 def accepted(order:ExchangeOrder)->ExchangeOrder:
     "The order as it was when it had just been accepted"
-    return replace(order, status="NEW", executed=0., quote=0., expiry_reason=0, update_time=order.time)
+    before = copy(order)
+    vars(before).update(status="NEW", executed=0., quote=0., expiry_reason=0, update_time=order.time)
+    return before
 
 # %% ../../nbs/60_localnet/06_orders.ipynb #2dd8b385
 def amendment_replies(order:ExchangeOrder)->list[dict]:
@@ -282,10 +285,9 @@ def _is_off(value, units, scale):
 
 def check_quantity(quantity:float, instrument:Instrument)->float:
     "The quantity [base units]; RequestDeniedError if a filter refuses it"
-    row = instrument.row()
+    units, scale = grid(instrument.quantity_step)
     if quantity <= 0.: raise RequestDeniedError(-4003)
-    if _is_off(quantity, row["step_units"], row["step_scale"]):
-        raise RequestDeniedError(-1111 if row["step_units"] == 1 else -4023)
+    if _is_off(quantity, units, scale): raise RequestDeniedError(-1111 if units == 1 else -4023)
     if quantity < instrument.min_quantity: raise RequestDeniedError(-4004)
     if quantity > instrument.max_quantity: raise RequestDeniedError(-4005)
     return quantity
@@ -293,10 +295,9 @@ def check_quantity(quantity:float, instrument:Instrument)->float:
 
 def check_price(price:float, instrument:Instrument)->float:
     "The price [quote per base]; RequestDeniedError if a filter refuses it"
-    row = instrument.row()
     if price < 0.: raise RequestDeniedError(-4001)
     if price < instrument.price_tick: raise RequestDeniedError(-4013)
-    if _is_off(price, row["price_units"], row["price_scale"]): raise RequestDeniedError(-4014)
+    if _is_off(price, *grid(instrument.price_tick)): raise RequestDeniedError(-4014)
     return price
 
 # %% ../../nbs/60_localnet/06_orders.ipynb #8444011d

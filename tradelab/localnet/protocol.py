@@ -48,7 +48,8 @@ def format_price(
     price:float,   # quote per base
 )->str:
     "A computed price with 8 decimals, and more below 1"
-    return f"{float(price) + 0.:.{max(8, 8 - int(np.floor(np.log10(price)))) if price > 0 else 8}f}"
+    decimals = 8 - int(np.floor(np.log10(price))) if 0 < price < 1 else 8
+    return f"{float(price) + 0.:.{decimals}f}"
 
 # %% ../../nbs/60_localnet/01_protocol.ipynb #022f82b4
 def assets(

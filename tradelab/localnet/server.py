@@ -114,6 +114,7 @@ def compile_matching(profile:str)->None:
         exchange.step(moves)
         for more in ({"type": "MARKET"}, {"type": "LIMIT", "price": "99.5", "timeInForce": "GTC"}):
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
+        exchange.market.book(0)
 
 # %% ../../nbs/60_localnet/16_server.ipynb #bce21787
 def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
@@ -125,16 +126,18 @@ def _begin(net:"Localnet", loss:bool=False, made:int=0)->None:
     net.service.silent, net.service.made = lambda: net.source.silent, made
     told = net.source.steps()
     live = hasattr(told, "__aiter__")
-    steps = Steps(() if live else told)
+    net.steps = steps = Steps(() if live else told)
     if net.path:
         net.service.memory = Memory(net.path, net.exchange, partial(_carry_again, net.service), steps, MOVES, live,
                                     loss, getattr(net.source, "beginning", None))
+    if live and net.exchange.market.now > net.source.now: net.source.go_on(net.exchange.market)
     net.exchange.step(steps.take(0 if net.path else made))   # what ran out while nobody served has run out
     net.exchange.take_events()
     net.exchange.market.take_events()
     net.service.barrier.step = step_name(steps.last, net.exchange.market.now if steps.played > 1 else
                                          _last_open(net.source))
-    net.hall = Hall(net.service, told if live else steps, net.pace, net.served, steps.played)
+    net.hall = Hall(net.service, told if live else steps, net.pace, net.served, steps.played,
+                    heartbeat=net.heartbeat)
 
 # %% ../../nbs/60_localnet/16_server.ipynb #5b6260c2
 def _go_back(source:Any, path:Path)->None:
@@ -347,6 +350,7 @@ class _Block:
     exchange: Exchange
     service: Service
     hall: Hall
+    steps: Steps             # of the source, counted
     control_port: int
     proxy: Proxy             # the same exchange behind a line that breaks on command
     again: asyncio.Event     # it begins anew
@@ -430,8 +434,11 @@ class Localnet(_Block):
         faults:Any=None,           # `Faults`, or a scenario
         limits:LimitSettings|None=None, # rate limits  [default: counted, and enforced out of lockstep]
         host:str="127.0.0.1",
+        heartbeat:float=180.,      # s between two pings; who does not answer one in half of that is cut off
     ):
         _check_host(host, api_key, api_secret)
+        if not 0. < heartbeat < 1e6: raise ValueError(f"heartbeat must be above 0 and below 1e6 s, was {heartbeat!r}")
+        self.heartbeat = heartbeat
         self.source = source or _source_of(candles, funding, start, gaps, instruments)
         self.pace = _pace_of(self.source, lockstep, interval_ms, speed)
         self.keys = (ApiKey(api_key, api_secret), *keys)

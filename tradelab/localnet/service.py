@@ -18,6 +18,7 @@ from .faults import Fault, Faults
 from .limits import RateLimits
 from .market import opened
 from tradelab.localnet.protocol import (
+    STATUS,
     ApiKey,
     Endpoint,
     RequestDeniedError,
@@ -123,7 +124,9 @@ class Service:
         self.limits = limits or RateLimits()
         self.faults = faults or Faults()
         self.real_clock = clock
-        self.streams = Streams(exchange.market.is_stream, ListenKeys(), routes)
+        self.questions = exchange.questions
+        self.streams = Streams(exchange.market.is_stream, ListenKeys(), routes, self.questions.wrong_route,
+                               self.questions.old_paths)
         listening = listen_key_endpoints(self.streams.keys, self.now, partial(_close_key, self.streams))
         self.endpoints = {**endpoints, **listening}
         self.sockets: set[Reader] = set()      # all that are open
@@ -186,6 +189,13 @@ def _carry_out(
     if refusal: raise refusal
     return reply
 
+# %% ../../nbs/60_localnet/13_service.ipynb #a2_sv002
+def _refusal(service:Service, error:RequestDeniedError, headers:Mapping[str, str]|None=None)->Reply:
+    "The reply to a request that is refused"
+    usual = error.status == STATUS.get(error.code, 400)
+    status = service.questions.http_status.get(error.code, error.status) if usual else error.status
+    return Reply(error.reply, status, {**(headers or {}), **error.headers})
+
 # %% ../../nbs/60_localnet/13_service.ipynb #6b031de9
 def _faulty(
     service:Service,
@@ -221,8 +231,7 @@ def _perform(
         fault = service.faults.request(*name, asked, service.real_clock(), account.name if account else "")
         reply = _faulty(service, fault, do) if fault else Reply(do())
         return replace(reply, headers={**headers, **reply.headers})
-    except RequestDeniedError as error:
-        return Reply(error.reply, error.status, {**headers, **error.headers})
+    except RequestDeniedError as error: return _refusal(service, error, headers)
 
 # %% ../../nbs/60_localnet/13_service.ipynb #87547820
 def answer(
@@ -433,7 +442,7 @@ def answer_request(
     try:
         number, method, params = _read_request(text)
         reply = _call(service, reader, method, params, ip)
-    except RequestDeniedError as error: reply = Reply(error.reply, error.status)
+    except RequestDeniedError as error: reply = _refusal(service, error)
     content = reply.content
     if isinstance(content, str):
         try: content = read_json(content)

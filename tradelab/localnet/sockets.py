@@ -61,9 +61,11 @@ DAY = 86_400  # seconds after which the exchange closes a socket, whoever uses i
 
 
 @asynccontextmanager
-async def _opened(service:Service, request:web.Request)->AsyncIterator[tuple[web.WebSocketResponse, Reader]]:
-    "A socket and its reader, for a day at most"
-    socket = web.WebSocketResponse(heartbeat=180, timeout=1, compress=False, max_msg_size=1 << 20, decode_text=False)
+async def _opened(net:"Hall", request:web.Request)->AsyncIterator[tuple[web.WebSocketResponse, Reader]]:
+    "A socket and its reader, for a day at most, and no longer than its client answers pings"
+    service = net.service
+    socket = web.WebSocketResponse(heartbeat=net.heartbeat, timeout=1, compress=False, max_msg_size=1 << 20,
+                                   decode_text=False)
     await socket.prepare(request)
     assert request.transport is not None
     day = asyncio.get_running_loop().call_later(DAY, lambda: asyncio.ensure_future(socket.close(code=1008)))
@@ -80,7 +82,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
     path, _, query = request.raw_path.partition("?")
     address, service = read_address(path, query), net.service
     assert address is not None
-    async with _opened(service, request) as (socket, reader):
+    async with _opened(net, request) as (socket, reader):
         try:
             try: greet(service, reader, open_at(service.streams, reader, address))
             except CommandError as error: await socket.close(code=1008, message=str(error).encode())
@@ -99,7 +101,7 @@ async def _serve_streams(net:"Hall", request:web.Request)->web.WebSocketResponse
 async def _serve_requests(net:"Hall", request:web.Request)->web.WebSocketResponse:
     "Serve a socket of the WebSocket API; a reply that is held up holds up no other"
     waiting: set[asyncio.Task] = set()
-    async with _opened(net.service, request) as (socket, reader):
+    async with _opened(net, request) as (socket, reader):
         async def late(sent, reply):
             await asyncio.sleep(reply.delay)
             reader.close(1006) if reply.drop else reader.reply(sent)
@@ -209,12 +211,15 @@ class Hall:
         pace:Pace=Pace(),
         served:Collection[str]=(),        # hosts by whose names it may be called, besides those of this machine
         played:int=0,                    # steps that were made before
+        *,
+        heartbeat:float=180.,            # s between two pings; who does not answer one in half of that is cut off
     ):
         self.service = service
         self.steps, self.live = _steps_of(steps), hasattr(steps, "__aiter__") # live: they come when they happen
         self.pace = pace
         self.served = served
         self.played = played
+        self.heartbeat = heartbeat
         self.forced = 0                  # steps that nobody has to wait for
         self.opened = asyncio.Event()
         self.finished = threading.Event()

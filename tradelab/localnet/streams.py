@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -196,11 +197,14 @@ class Streams:
         is_stream:Callable[[str], bool],   # whether the market has a stream
         keys:ListenKeys|None=None,
         routes:str="lenient",              # strict: a stream on its own route only, and no old paths
+        wrong_route:str="error",           # or "silence": nothing is heard of a stream on another route
+        old_paths:str="refuse",            # or "silence"
     ):
         if routes not in ROUTES: raise ValueError(f"routes must be one of {', '.join(ROUTES)}, was {routes!r}")
         self.is_stream = is_stream
         self.keys = ListenKeys() if keys is None else keys
         self.strict = routes == "strict"
+        self.wrong_route, self.old_paths = wrong_route, old_paths
         self.readers: dict[str, dict[Reader, frozenset]] = {}
 
     def wants(self, stream:str)->bool: return stream in self.readers
@@ -247,15 +251,16 @@ def admit(
     streams:Streams,
     reader:Reader,
     name:str,             # as the client wrote it
-)->tuple[str, frozenset]: # what to hear, and the events that it is for
+)->dict[str, frozenset]: # what to hear, and the events that it is for; empty if it is silent here
     "Find out what a client means by a stream; CommandError if it may not hear it here"
     key, _, event = name.partition("@")
-    if key in streams.keys.accounts:
-        if streams.strict and reader.route != "private": raise CommandError(2, INVALID_STREAM)
-        return key, frozenset({event}) if event else EVERYTHING
-    if not streams.is_stream(name) or (streams.strict and reader.route != route_of(name)):
+    private = key in streams.keys.accounts
+    if not private and not streams.is_stream(name): raise CommandError(2, INVALID_STREAM)
+    if streams.strict and reader.route != ("private" if private else route_of(name)):
+        if (streams.wrong_route if reader.route else streams.old_paths) == "silence": return {}
         raise CommandError(2, INVALID_STREAM)
-    return name, EVERYTHING
+    if not private: return {name: EVERYTHING}
+    return {key: frozenset({event}) if event else EVERYTHING}
 
 # %% ../../nbs/60_localnet/10_streams.ipynb #1555dacf
 def _names(params):
@@ -270,7 +275,7 @@ def subscribe(
     names:Iterable[str],
 )->list[str]:           # those that are new
     "Let a reader hear streams"
-    wanted = dict(admit(streams, reader, name) for name in names)
+    wanted = dict(chain.from_iterable(admit(streams, reader, name).items() for name in names))
     if len(reader.names | wanted) > MOST_STREAMS:
         raise CommandError(2, f"Invalid request: too many subscriptions, at most {MOST_STREAMS}")
     added = [name for name in wanted if name not in reader.names]
@@ -343,9 +348,11 @@ def open_at(
     "Let a reader hear what its address names; CommandError if it may not"
     reader.route = address.route
     reader.combined = address.combined
-    if streams.strict and not address.route: raise CommandError(2, "Invalid request: this path is not served any more")
+    if streams.strict and not address.route and streams.old_paths == "refuse":
+        raise CommandError(2, "Invalid request: this path is not served any more")
     for key, events in address.keys:
-        streams.add(reader, admit(streams, reader, key if key in streams.keys.accounts else "")[0], events)
+        for heard in admit(streams, reader, key if key in streams.keys.accounts else ""):
+            streams.add(reader, heard, events)
     known = [name for name in address.names if streams.is_stream(name)
              or name.partition("@")[0] in streams.keys.accounts]
     subscribe(streams, reader, known)
