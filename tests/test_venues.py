@@ -172,7 +172,7 @@ def test_orders_on_localnet():
         bought = replace(SELL, quantity=.1, reduce_only=False)
         answers = {"placed": await venue.place(bought), "again": await venue.query(bought),
                    "ended": await venue.cancel(bought),
-                   "never sent": await venue.query(replace(SELL, order_id="tl-9"), 0),
+                   "never sent": await venue.query(replace(SELL, order_id="tl-9")),
                    "ended amended": await venue.amend(RESTING),
                    **{order.kind.name: await venue.place(order) for order in (limit, stop)}}
         answers["empty"] = await venue.place(replace(RESTING, price=0.))
@@ -193,7 +193,7 @@ def test_orders_on_localnet():
     assert answers["again"].report == answers["placed"].report
     assert answers["ended"].outcome is Outcome.NOT_FOUND
     assert answers["never sent"].outcome is Outcome.NOT_FOUND
-    assert answers["never sent"].proof
+    assert answers["never sent"].report is None
     assert {report.order_id for report in open_now} == {"tl-2", "tl-3"}
     assert {report.state for report in open_now} == {State.WORKING}
     assert positions == {BITCOIN: .1}

@@ -32,6 +32,7 @@ NOTICES = { # kind: (level, when it is told)
     "rejected": ("error", "the venue refused an order"),
     "given up": ("error", "an order was refused too often"),
     "unanswered": ("error", "the venue did not answer a question"),
+    "absent": ("warning", "an order of unknown outcome has never arrived"),
     "unknown": ("error", "nobody knows yet what became of an order"),
     "unsettled": ("error", "the session ends with an order whose end is not known"),
     "resting": ("warning", "the session ends, and an order of it still works at the venue"),

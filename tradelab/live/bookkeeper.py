@@ -171,6 +171,10 @@ class Bookkeeper:
     @property
     def settled(self)->bool: return all(number is None for _, number in self._waiting)
 
+    def waits_for(self, order_id:str)->bool:
+        "Whether a fill of this order has been told, and is not booked yet"
+        return any(isinstance(entry, Fill) and entry.order_id == order_id for entry, _ in self._waiting)
+
     def _is_due(self, entry):
         "Whether an entry belongs to the present step or to one before it"
         opening = max(self.trader.open_time + self.step, self.opening)

@@ -6,8 +6,8 @@
 __all__ = ['Process', 'Terms', 'Watch', 'Told', 'Core', 'has_room', 'turn_by_guards', 'passes_guards', 'tell_phase', 'tended',
            'watch_candles', 'tend', 'hear_market', 'ask_for_candles', 'hear_candle', 'feed_in', 'set_reason',
            'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'take', 'news', 'sleep', 'ask_all',
-           'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep',
-           'catch_up', 'going', 'settle', 'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree',
+           'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows',
+           'look_for', 'catch_up', 'going', 'settle', 'carry_out', 'own_wallet', 'differs', 'ask_account', 'agree',
            'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'deadline_of', 'step', 'go_on',
            'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
            'tell_of_resting', 'wait', 'live']
@@ -72,6 +72,7 @@ from tradelab.live.order_manager import (
     ATTEMPTS,
     OrderManager,
     Turn,
+    end_round,
     ended,
     may_open,
     still_wanted,
@@ -349,9 +350,10 @@ def take_fetched(core:"Core", number:int, content:Any)->None:
 def take_unanswered(core:"Core", number:int, error:Exception)->None:
     "Take in that a question has no answer"
     core.watch.silent_since = core.watch.silent_since or core.now
-    limited = isinstance(error, VenueLimitError)
-    set_reason(core, "unreachable" if not limited else "banned" if error.banned else "limited")
-    if limited: core.watch.retry_at = max(core.watch.retry_at, core.now + int(1_000 * error.retry))
+    if isinstance(error, VenueLimitError):
+        set_reason(core, "banned" if error.banned else "limited")
+        core.watch.retry_at = max(core.watch.retry_at, core.now + int(1_000 * error.retry))
+    else: set_reason(core, "unreachable")
     if core.watch.errands.pop(number, None) is None: core.answers[number] = error
 
 # %% ../../nbs/70_live/12_core.ipynb #e30f14d7
@@ -497,7 +499,29 @@ def keep(core:Core)->None:
     core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence,
                        trader.closed.copy())))
 
-# %% ../../nbs/70_live/12_core.ipynb #816c1077
+# %% ../../nbs/70_live/12_core.ipynb #503355e6
+def knows(core:Core, name:str, listed:Sequence[OrderReport], account:AccountSnapshot)->bool:
+    "Whether a witness tells of an order whose name the exchange does not know"
+    symbol = core.manager.blotter.known[name].order.symbol
+    there, here = account.positions.get(symbol, 0.), core.books.positions[symbol]
+    return (any(report.order_id == name for report in listed) or core.manager.blotter.filled[name] > 0.
+            or core.books.waits_for(name) or abs(there - here) > 1e-9)
+
+
+def look_for(core:Core)->Process:
+    "Hear the other witnesses about the orders whose names are not known"
+    manager = core.manager
+    names = [name for name, search in manager.searches.items() if search.nameless]
+    if not names: return
+    symbols = sorted({manager.blotter.known[name].order.symbol for name in names})
+    *lists, account = yield from ask_all(core, [*(("open_orders", symbol) for symbol in symbols), ("account",)])
+    listed = [report for each in lists if not isinstance(each, Exception) for report in each]
+    for report in listed: core.do(*manager.blotter.on_update(report))
+    if any(isinstance(answer, Exception) for answer in (*lists, account)): return
+    for name in names:
+        if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
+
+# %% ../../nbs/70_live/12_core.ipynb #8cf88822
 def catch_up(core:Core)->Process:
     "Ask for what the sockets may have missed"
     core.do(*core.manager.resolve(core.now))
@@ -506,6 +530,7 @@ def catch_up(core:Core)->Process:
     for entry in (entry for answer in answers if not isinstance(answer, Exception) for entry in answer):
         known = core.manager.blotter.known.values()
         core.books.add(under_our_name(entry, known) if isinstance(entry, Fill) else entry)
+    yield from look_for(core)
 
 # %% ../../nbs/70_live/12_core.ipynb #b3f5fb30
 def going(core:Core)->bool:
@@ -525,11 +550,14 @@ def settle(core:Core)->Process:
 
 
 def carry_out(core:Core, orders:Sequence)->Process:
-    "Write down, send, and wait until each order has ended and is booked, or rests; entries wait for the guards"
-    if core.manager.awaited: yield from catch_up(core)
-    core.do(*core.manager.want(orders, core.now))
-    while core.manager.pursuits: yield None
-    core.manager.cautious = False
+    """Write down, send, and wait until each order has ended and is booked, or rests; entries wait for the guards.
+    Symbols wait for nobody but themselves: what is awaited from before is asked about while the others are sent"""
+    manager, before = core.manager, bool(core.manager.awaited)
+    core.do(*manager.resolve(core.now) if before else (), *manager.want(orders, core.now))
+    while manager.pursuits:
+        if not book(core): yield None
+    if before and manager.awaited: yield from catch_up(core)
+    manager.cautious = False
     yield from settle(core)
     while core.manager.waiting and core.guards.missed and core.now < core.deadline and not core.stopping:
         if may_reconcile(core): yield from reconcile(core)
@@ -670,7 +698,7 @@ def go_on(core:Core)->Process:
     for order in wanted:
         intent = manager.blotter.last(order.symbol, order.slot)
         if intent is None or intent.order.revision != order.revision: continue
-        if intent.state.ended and intent.state is not State.ABSENT:
+        if intent.state.ended:
             trader.on(ended(order, row_of(core, order), core.now))
     wanted = [order for order in wanted if row_of(core, order)["kind"]]
     if core.feed and core.feed.ready: drop(core, wanted)
@@ -752,7 +780,9 @@ def wait(core:Core)->Process:
         core.do(Waits(core.waits))
         watch.fresh.expect(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
-    yield from news(core, watch.retry_at if later else None)
+    until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
+    if (yield from news(core, min(until, default=None))): return
+    if core.manager.search_due is not None and core.now >= core.manager.search_due: yield from catch_up(core)
 
 
 def live(core:Core)->Process:

@@ -110,7 +110,8 @@ DECISIONS = _table("decisions", _key("open_time", sql.BigInteger), _key("symbol"
 
 
 CLOSES = _table("closes", _key("open_time", sql.BigInteger), *_columns(sql.Double, *(EQUITY.names or ())[1:]),
-                *_columns(sql.BigInteger, "decided", "sequence", "event"), *_columns(sql.Text, "before", "link"))
+                *_columns(sql.BigInteger, "decided", "sequence", "event"),
+                *_columns(sql.Text, "before", "link", "replaced"))
 
 
 SNAPSHOTS = _table("snapshots", *_columns(sql.BigInteger, "open_time", "sequence"), *_columns(sql.Text, "content",
@@ -605,7 +606,10 @@ def _keep_step(database, session, symbols, rows, closed):
               for n, (symbol, row) in enumerate(zip(symbols, rows))]
     worth = dict(zip(EQUITY.names or (), closed[0].tolist())) | {"session": session}
     _replace(database, DECISIONS, {"session": session, "open_time": values[0]["open_time"]}, *values)
-    _replace(database, CLOSES, {"session": session, "open_time": worth["open_time"]}, worth)
+    place = {"session": session, "open_time": worth["open_time"]}
+    before = DatabaseRows(database, CLOSES).find(**place)
+    replaced = [" ".join(filter(None, (row["replaced"], row["link"]))) for row in before]
+    _replace(database, CLOSES, place, worth | {"replaced": "".join(replaced)})
 
 # %% ../../nbs/70_live/04_ledger.ipynb #55730849
 def _snapshot(database, session):
@@ -869,6 +873,11 @@ class Ledger(_Shared):
         "The link of a close, or of the last one; None if there is no such close"
         return _find_link(self._database, session, open_time)
 
+    def knows(self, session:str, link:Link)->bool:
+        "Whether that close has this link, or had it before it was complete"
+        row = next(iter(self._rows(CLOSES).find(session=session, open_time=link.open_time)), None)
+        return row is not None and link.link in (row["link"], *row["replaced"].split())
+
     def check(self, session:str, newest:int=10_000)->str:
         "What is wrong with a session's rows, in words; empty if its newest closes and orders are as they were written"
         return _check(self._database, session, newest)
@@ -881,7 +890,7 @@ class _Kept:
     entries:dict[tuple, tuple] = field(default_factory=dict)  # (number, fill or payment) by what makes it unique
     steps:dict[int, tuple] = field(default_factory=dict)      # (symbols, rows) by open time
     closes:dict[int, tuple] = field(default_factory=dict)     # rows of EQUITY, by open time
-    links:dict[int, str] = field(default_factory=dict)        # by the same
+    links:dict[int, list] = field(default_factory=dict)       # by the same, the newest last
     kept:dict|None = None                         # the trader's state
 
     def book(self, entry, number):
@@ -899,9 +908,10 @@ class _Kept:
         time = int(closed["open_time"][0])
         self.closes[time] = closed[0].item()
         self.steps[int(rows["open_time"][0])] = list(symbols), rows.copy()
-        before = next((link for each, link in reversed(self.links.items()) if each < time), "")
-        self.links[time] = sha256(before.encode() + closed.tobytes() + rows.tobytes()).hexdigest()[:32]
-        return Link(time, self.links[time])
+        before = next((links[-1] for each, links in reversed(self.links.items()) if each < time), "")
+        link = sha256(before.encode() + closed.tobytes() + rows.tobytes()).hexdigest()[:32]
+        self.links.setdefault(time, []).append(link)
+        return Link(time, link)
 
     def journal(self):
         return _frame([{"symbol": symbol, **dict(zip(_FIELDS, row.tolist()))} for _, (symbols, rows) in sorted(
@@ -971,6 +981,9 @@ class MemoryLedger(_Shared):
     def link(self, session:str, open_time:int|None=None)->Link|None:
         known = self._kept[session].links
         time = max(known, default=-1) if open_time is None else open_time
-        return Link(time, known[time]) if time in known else None
+        return Link(time, known[time][-1]) if time in known else None
+
+    def knows(self, session:str, link:Link)->bool:
+        return link.link in self._kept[session].links.get(link.open_time, [])
 
     def check(self, session:str, newest:int=10_000)->str: return ""

@@ -43,16 +43,15 @@ class Cancel:
 # %% ../../nbs/70_live/03_messages.ipynb #7831410b
 @dataclass(frozen=True)
 class Ask:
-    "Ask what became of an order"
+    "Ask what became of an order, by our name for it"
     order:Order
-    sent_time:int|None = None # ms, when it was sent; absence is proven by it
 
 # %% ../../nbs/70_live/03_messages.ipynb #a1c53e3c
 @dataclass(frozen=True)
 class Fetch:
     "Ask the exchange for something that is not about one order"
     number:int
-    what:str        # account, fills, fundings, history, forming, funding_rates or index_prices
+    what:str        # account, open_orders, fills, fundings, history, forming, funding_rates or index_prices
     arguments:tuple = ()
 
 # %% ../../nbs/70_live/03_messages.ipynb #94890771
@@ -198,7 +197,8 @@ Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell 
           | PhaseChanged | Redial | Synchronise | Done | End)
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
-Content = (AccountSnapshot | list[Fill | Funding] | tuple[np.ndarray, np.ndarray] | dict[int, float] | int)
+Content = (AccountSnapshot | list[Fill | Funding] | list[OrderReport] | tuple[np.ndarray, np.ndarray]
+           | dict[int, float] | int)
 
 
 @dataclass(frozen=True)

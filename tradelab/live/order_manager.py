@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PAUSE', 'is_one_shot', 'foreign', 'Standing', 'standings', 'doubt', 'KnownOrders', 'Blotter',
-           'under_our_name', 'may_open', 'still_wanted', 'Difference', 'compare', 'update_of', 'ended', 'Stage',
-           'Pursuit', 'on_sent', 'on_asked', 'send', 'on_checked', 'on_amended', 'on_cancelled', 'attempt_at',
+           'under_our_name', 'may_open', 'still_wanted', 'Difference', 'compare', 'update_of', 'ended', 'Persistence',
+           'Stage', 'Pursuit', 'on_sent', 'on_asked', 'send', 'on_checked', 'on_amended', 'on_cancelled', 'attempt_at',
            'next_attempt', 'Turn', 'turn_of', 'blocked', 'withheld', 'given_up', 'revise', 'take_back', 'announce',
-           'try_order', 'take_answer', 'go_on', 'begin', 'Offer', 'OrderManager']
+           'try_order', 'Search', 'search_on', 'end_round', 'take_answer', 'go_on', 'begin', 'drop_old', 'change',
+           'ask_about', 'Offer', 'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
@@ -211,8 +212,8 @@ def _amended(intent, wanted):
 
 
 def _is_due(intent, wanted):
-    "Whether an order that never reached the exchange may be placed: one shot only by the decision that wanted it"
-    if intent.state not in (State.INTENT, State.ABSENT): return False
+    "Whether an order that was never sent may be placed: one shot only by the decision that wanted it"
+    if intent.state is not State.INTENT: return False
     return not is_one_shot(wanted) or wanted.open_time == intent.order.open_time
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #64d4a531
@@ -249,7 +250,7 @@ def update_of(
     "What the trader is to be told of an order; None if nothing"
     order = intent.order
     if row["revision"] != order.revision: return None
-    if not intent.state.ended and intent.state is not State.WORKING or intent.state is State.ABSENT: return None
+    if not intent.state.ended and intent.state is not State.WORKING: return None
     said = report or OrderReport(order.order_id, intent.state, intent.executed, intent.exchange_id)
     kind = said.kind or Kind(int(row["kind"])) or order.kind
     return OrderUpdate(order.symbol, order.slot, Kind.NONE if intent.state.ended else kind, still_wanted(intent), now,
@@ -263,7 +264,20 @@ def ended(order:Order, row:np.void, now:int)->OrderUpdate:
     return OrderUpdate(order.symbol, order.slot, Kind.NONE, float(row["quantity"]), now, order_id=order.order_id)
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #70866c7a
-ATTEMPTS, PAUSE = 3, 500 # sendings of one order; ms between questions
+ATTEMPTS, PAUSE = 3, 500 # of a question; ms between them
+
+
+@dataclass(frozen=True)
+class Persistence:
+    "How long, and how often, an order is followed; times are ms"
+    patience:int = 15_000     # to wait for its outcome; more than the life of a request
+    absent_after:int = 60_000 # between the two rounds of questions that prove that it never arrived
+    retries:int = 3           # after a proven refusal for a reason that passes
+    first_delay:int = 1_000   # before the first of them, doubled for each
+
+    def delay(self, attempt:int, retry:float|None)->int:
+        "ms before the attempt that follows this one; `retry`: seconds that the exchange wants"
+        return max(self.first_delay * 2**attempt, int(1_000 * (retry or 0.)))
 
 
 class Stage(StrEnum):
@@ -271,7 +285,7 @@ class Stage(StrEnum):
     CHECKING = "checking" # asked about before it is sent: the first step after a restart
     SENT = "sent"         # its answer is awaited
     ASKING = "asking"     # nothing proves what became of it
-    PAUSED = "paused"     # refused for a reason that passes, or never arrived: may be sent again
+    PAUSED = "paused"     # refused for a reason that passes: may be sent again
     AMENDING = "amending"     # other terms were asked for
     CANCELLING = "cancelling" # its end was asked for
     DONE = "done"
@@ -292,7 +306,7 @@ def on_sent(
     answer:Answer,
     blotter:Blotter,
     now:int,         # ms
-    patience:int,    # ms
+    persistence:Persistence=Persistence(),
 )->list[Action]:
     "What the answer to a new order means"
     order = pursuit.order
@@ -302,14 +316,13 @@ def on_sent(
     if answer.outcome in (Outcome.REJECTED, Outcome.LATER):
         if answer.outcome is Outcome.LATER:
             pursuit.stage = Stage.PAUSED
-            pursuit.due = now + min(int(1_000 * (answer.retry or 0.)), PAUSE)
+            pursuit.due = now + persistence.delay(pursuit.attempt or 0, answer.retry)
         return [*blotter.move(order.order_id, State.REJECTED, message=answer.text), Tell(Notice("rejected", what))]
     pursuit.stage = Stage.ASKING
-    pursuit.until = now + patience
+    pursuit.until = now + persistence.patience
     unproven = blotter.known[order.order_id].state is State.SENT
     return [*(blotter.move(order.order_id, State.UNKNOWN, message=answer.text) if unproven else ()),
-            Tell(Notice("unknown", f"{what}; asking about {order.order_id}")),
-            Ask(order, blotter.known[order.order_id].sent_time)]
+            Tell(Notice("unknown", f"{what}; asking about {order.order_id}")), Ask(order)]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #3de80cdd
 def on_asked(
@@ -322,14 +335,7 @@ def on_asked(
     order = pursuit.order
     pursuit.stage = Stage.DONE
     if answer.report: return blotter.settle(answer.report)
-    intent = blotter.open.get(order.order_id)
-    if intent is None: return []
-    if intent.state is not State.WORKING and answer.outcome is Outcome.NOT_FOUND and answer.proof:
-        if pursuit.attempt is not None: pursuit.stage, pursuit.due = Stage.PAUSED, now
-        return blotter.move(order.order_id, State.ABSENT, message="never arrived")
-    if now > pursuit.until:
-        return [Tell(Notice("unanswered", f"{order.order_id}: {answer.text or answer.outcome}"))]
-    pursuit.stage, pursuit.due = Stage.ASKING, now + PAUSE
+    if order.order_id in blotter.open and now < pursuit.until: pursuit.stage, pursuit.due = Stage.ASKING, now + PAUSE
     return []
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #a0107a6c
@@ -387,40 +393,37 @@ def attempt_at(session:str, order:Order, attempt:int)->Order:
 
 
 def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
-    "The first attempt from this one on that was neither proven absent nor followed by another"
-    while attempt < ATTEMPTS:
-        names = [client_order_id(session, order.symbol, order.open_time, order.slot, attempt + n) for n in (0, 1)]
-        known = blotter.known.get(names[0])
-        follows = names[1] in blotter.known
-        if not follows and not (known and known.state is State.ABSENT): break
-        attempt += 1
+    "The first attempt from this one on that no other follows"
+    while attempt_at(session, order, attempt + 1).order_id in blotter.known: attempt += 1
     return attempt
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #ed39f20e
 class Turn(StrEnum):
     "Whether an order may be sent"
     NOW = "now"
-    WAITS = "waits"     # another of its decision has to arrive before, or the guards withhold it
-    BLOCKED = "blocked"
+    WAITS = "waits"     # for an order before it, or the guards withhold it
+    BLOCKED = "blocked" # the guards say: not this one any more
     TOO_LATE = "too late" # its deadline has passed
 
 
 def _others(order, intents):
     "Other orders of its symbol"
-    return [intent.order for intent in intents
+    return [intent for intent in intents
             if intent.order.symbol == order.symbol and intent.order.order_id != order.order_id]
 
 
 def turn_of(order:Order, blotter:Blotter, pursuits:Iterable[Pursuit], beside:bool=False)->Turn:
     "Whether an order may be sent; `beside`: where others of its symbol may work, and only their arrival is awaited"
-    if any(pursuit.order.symbol == order.symbol for pursuit in pursuits): return Turn.WAITS
-    if any(other.open_time == order.open_time for other in _others(order, blotter.unproven)): return Turn.WAITS
-    if beside and any(intent.works and intent.order.symbol == order.symbol and intent.order.slot == order.slot
-                      for intent in blotter.open.values()): return Turn.WAITS
-    awaited = blotter.unproven if beside else blotter.unsettled
-    earlier = any(other.open_time != order.open_time for other in _others(order, awaited))
-    if (earlier or order.symbol in blotter.contradictions) and not order.reduce_only: return Turn.BLOCKED
-    return Turn.NOW
+    others = _others(order, blotter.open.values())
+    if beside and any(other.order.slot == order.slot and other.state is State.WORKING for other in others):
+        return Turn.WAITS
+    if order.reduce_only:
+        behind = any(other.order.open_time == order.open_time and other.state is State.SENT for other in others)
+        return Turn.WAITS if behind else Turn.NOW
+    asked = any(pursuit.order.symbol == order.symbol for pursuit in pursuits)
+    awaited = _others(order, blotter.unproven if beside else blotter.unsettled)
+    before = any(other.order.open_time != order.open_time or other.state is not State.WORKING for other in awaited)
+    return Turn.WAITS if asked or before or order.symbol in blotter.contradictions else Turn.NOW
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #397ca830
 def blocked(order:Order)->Tell:
@@ -436,8 +439,8 @@ def withheld(order:Order)->Tell:
 
 def given_up(order:Order)->Tell:
     "A person should know that an order will not be sent any more"
-    return Tell(Notice("given up", f"{order.symbol}: refused {ATTEMPTS} times, the position stays as it is until the "
-                       "next candle"))
+    return Tell(Notice("given up", f"{order.symbol}: refused too often, the position stays as it is until the next "
+                       "candle"))
 
 
 def revise(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Action]:
@@ -449,7 +452,7 @@ def revise(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Action
         blotter.known[order.order_id] = blotter.open[order.order_id] = after
         blotter.news.pop(order.order_id, None)
         asked = replace(order, quantity=still_wanted(after))
-        manager.pursuits[order.order_id] = Pursuit(asked, Stage.AMENDING, None, now + manager.patience)
+        manager.pursuits[order.order_id] = Pursuit(asked, Stage.AMENDING, None, now + manager.persistence.patience)
         actions += [Write(Revised(order)), Amend(asked, after.executed)]
     return actions
 
@@ -457,14 +460,14 @@ def revise(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Action
 def take_back(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Action]:
     "Ask for the end of working orders"
     for order in orders:
-        manager.pursuits[order.order_id] = Pursuit(order, Stage.CANCELLING, None, now + manager.patience)
+        manager.pursuits[order.order_id] = Pursuit(order, Stage.CANCELLING, None, now + manager.persistence.patience)
     return [Cancel(order) for order in orders]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b275c310
 def announce(manager:"OrderManager", pursuit:Pursuit)->list[Action]:
     "Write down the attempt that follows a refusal, before the refusal"
     follows = (pursuit.attempt or 0) + 1
-    if follows >= ATTEMPTS: return []
+    if follows > manager.persistence.retries: return []
     return manager.blotter.intend([attempt_at(manager.session, pursuit.order, follows)])
 
 
@@ -472,16 +475,66 @@ def try_order(manager:"OrderManager", order:Order, attempt:int, now:int)->list[A
     "Send an order under the name of this attempt, or of the first after it that may still be sent"
     blotter = manager.blotter
     attempt = next_attempt(manager.session, order, attempt, blotter)
-    if attempt >= ATTEMPTS:
+    if attempt > manager.persistence.retries:
         manager.dropped.append(order)
         return [given_up(order)]
     order = attempt_at(manager.session, order, attempt)
     actions = blotter.intend([order])
     intent = blotter.known[order.order_id]
     if intent.state is not State.INTENT: return actions
-    pursuit = Pursuit(intent.order, Stage.CHECKING, attempt, now + manager.patience)
+    pursuit = Pursuit(intent.order, Stage.CHECKING, attempt, now + manager.persistence.patience)
     manager.pursuits[order.order_id] = pursuit
     return actions + ([Ask(intent.order)] if manager.cautious else send(pursuit, blotter, now))
+
+# %% ../../nbs/70_live/07_order_manager.ipynb #aff89b4c
+@dataclass
+class Search:
+    "An order that is looked for"
+    due:int = 0             # ms: when the next round begins
+    asked:int = 0           # ms: when this round began
+    nameless:bool = False   # whether its name was not known in this round, and the other witnesses are to be heard
+    first:int|None = None   # ms: when the first round ended that found nothing
+
+
+def search_on(manager:"OrderManager", pursuit:Pursuit, answer:Answer, now:int)->list[Action]:
+    "A question about an order has been answered, perhaps without proof"
+    name, blotter = pursuit.order.order_id, manager.blotter
+    intent = blotter.open.get(name)
+    lost = answer.outcome is Outcome.NOT_FOUND
+    unproven = intent and (intent.state in (State.SENT, State.UNKNOWN) or name in blotter.doubts or lost)
+    if intent is None or answer.report or not unproven:
+        manager.searches.pop(name, None)
+        return []
+    actions: list[Action] = []
+    if name not in manager.searches:
+        actions.append(Tell(Notice("unanswered", f"{name}: {answer.text or answer.outcome}; it is looked for")))
+        if intent.state is State.SENT: actions += blotter.move(name, State.UNKNOWN)
+    search = manager.searches.setdefault(name, Search(asked=now))
+    search.nameless, search.due = lost, now + manager.persistence.absent_after
+    return actions
+
+
+def end_round(
+    manager:"OrderManager",
+    name:str,
+    found:bool,   # whether a witness knows the order, or the position says that something is missing
+    now:int,
+)->list[Action]:
+    "All witnesses were heard about an order whose name is not known"
+    search, blotter = manager.searches[name], manager.blotter
+    search.nameless, search.due = False, now + manager.persistence.absent_after
+    if found: search.first = None
+    elif search.first is None: search.first = now
+    elif search.asked - search.first >= manager.persistence.absent_after:
+        manager.searches.pop(name)
+        blotter.doubts.pop(name, None)
+        known = blotter.known[name].state
+        if known.ended: return blotter.move(name, known)
+        text = f"{name}: neither its name nor an open order, a trade or the position tells of it, asked twice"
+        gone = State.EXPIRED if known is State.WORKING else State.ABSENT  # it was there, and is not any more
+        return [*blotter.move(name, gone, message=text), Tell(Notice("absent", text))]
+    else: search.due = search.first + manager.persistence.absent_after
+    return []
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #59f63065
 def take_answer(manager:"OrderManager", pursuit:Pursuit|None, answered:Answered, now:int)->list[Action]:
@@ -491,10 +544,12 @@ def take_answer(manager:"OrderManager", pursuit:Pursuit|None, answered:Answered,
     match answered.action:
         case Send():
             follows = announce(manager, pursuit) if answer.outcome is Outcome.LATER else []
-            return [*follows, *on_sent(pursuit, answer, blotter, now, manager.patience)]
+            return [*follows, *on_sent(pursuit, answer, blotter, now, manager.persistence)]
         case Amend(): return on_amended(pursuit, answer, blotter, now)
         case Cancel(): return on_cancelled(pursuit, answer, blotter, now)
-    return (on_checked if pursuit.stage is Stage.CHECKING else on_asked)(pursuit, answer, blotter, now)
+    if pursuit.stage is Stage.CHECKING: return on_checked(pursuit, answer, blotter, now)
+    actions = on_asked(pursuit, answer, blotter, now)
+    return actions + (search_on(manager, pursuit, answer, now) if pursuit.stage is Stage.DONE else [])
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #2ccc641b
 def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Action]:
@@ -502,7 +557,7 @@ def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Acti
     pursuit.due = None
     intent = manager.blotter.open.get(name)
     if pursuit.stage is Stage.CHECKING: return [Ask(pursuit.order)]
-    if pursuit.stage is Stage.ASKING and intent: return [Ask(pursuit.order, intent.sent_time)]
+    if pursuit.stage is Stage.ASKING and intent: return [Ask(pursuit.order)]
     if pursuit.stage is Stage.AMENDING and intent: return [Amend(pursuit.order, intent.executed)]
     if pursuit.stage is Stage.CANCELLING and intent: return [Cancel(pursuit.order)]
     manager.pursuits.pop(name)
@@ -526,7 +581,39 @@ def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
     manager.dropped.append(order)
     return [withheld(order) if turn is Turn.TOO_LATE else blocked(order)]
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #a9fddcdf
+# %% ../../nbs/70_live/07_order_manager.ipynb #fbe18dcc
+def drop_old(manager:"OrderManager", wanted:Iterable[Order])->list[Action]:
+    "Forget what an earlier decision still wanted to send, unless it is wanted again"
+    slots = {(order.symbol, order.slot, order.revision) for order in wanted}
+    paused = [each.order for each in manager.pursuits.values() if each.stage is Stage.PAUSED]
+    for order in paused: manager.pursuits.pop(order.order_id)
+    old = [order for order in (*manager.waiting, *paused)
+           if not manager.beside or (order.symbol, order.slot, order.revision) not in slots]
+    manager.dropped += old
+    return [withheld(order) for order in old]
+
+# %% ../../nbs/70_live/07_order_manager.ipynb #59314328
+def change(manager:"OrderManager", difference:Difference, now:int)->list[Action]:
+    "Ask for other terms and for ends, where the guards let them through; what is to be placed waits for its turn"
+    amend = [order for order in difference.amend if manager.passes(order, False)]
+    cancel = [order for order in difference.cancel if manager.passes(order, True)]
+    for order in difference.amend: manager.blotter.news.setdefault(order.order_id, None) # some stay as they were
+    dropped = drop_old(manager, difference.place)
+    manager.waiting = list(difference.place)
+    return [*dropped, *manager.blotter.intend(difference.place), *revise(manager, amend, now),
+            *take_back(manager, cancel, now)]
+
+
+def ask_about(manager:"OrderManager", names:Iterable[str], now:int)->list[Action]:
+    "Ask what became of these orders, of each once"
+    new = [name for name in names if name not in manager.pursuits]
+    for name in new:
+        patience = 0 if name in manager.searches else manager.persistence.patience
+        manager.pursuits[name] = Pursuit(manager.blotter.known[name].order, Stage.ASKING, None, now + patience)
+        if name in manager.searches: manager.searches[name].asked = now
+    return [Ask(manager.blotter.known[name].order) for name in new]
+
+# %% ../../nbs/70_live/07_order_manager.ipynb #da98d22b
 @dataclass(frozen=True)
 class Offer:
     "What a venue takes of orders"
@@ -541,13 +628,13 @@ class OrderManager:
     def __init__(self,
         session:str,          # its id: part of the orders' names
         blotter:Blotter,
-        patience:int=15_000,  # ms to wait for the outcome of an order; more than the life of a request
+        persistence:Persistence=Persistence(),
         offer:Offer=Offer(),
         beside:bool=False,    # whether orders of a symbol work beside each other: a policy that answers with orders
     )->None:
         self.session = session
         self.blotter = blotter
-        self.patience = patience
+        self.persistence = persistence
         self.offer = offer
         self.beside = beside
         self.cautious = False                     # ask before sending: the first step after a restart
@@ -557,6 +644,7 @@ class OrderManager:
         self.waiting: list[Order] = []            # wanted, and not begun yet
         self.dropped: list[Order] = []            # wanted, and not sent; the trader was not told yet
         self.doubted: dict[str, str] = {}         # what was asked about, because it cannot be right
+        self.searches: dict[str, Search] = {}     # by name of an order that nobody knows
 
     @property
     def due(self)->int|None: return min((each.due for each in self.pursuits.values() if each.due), default=None)
@@ -573,23 +661,16 @@ class OrderManager:
         working = [intent for intent in blotter.open.values() if intent.works] if self.beside else []
         difference = compare(orders, newest, working, self.offer.amends)
         for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
-        amend = [order for order in difference.amend if self.passes(order, False)]
-        cancel = [order for order in difference.cancel if self.passes(order, True)]
-        for order in difference.amend: blotter.news.setdefault(order.order_id, None) # those that stay as they were
-        self.waiting = list(difference.place)
-        return [*blotter.intend(difference.place), *revise(self, amend, now), *take_back(self, cancel, now),
-                *self.on_time(now)]
+        return [*change(self, difference, now), *self.on_time(now)]
 
-    def ask_about(self, names:Iterable[str], now:int)->list[Action]:
-        "Ask what became of these orders, of each once"
-        new = [self.blotter.known[name] for name in names if name not in self.pursuits]
-        for intent in new:
-            self.pursuits[intent.order.order_id] = Pursuit(intent.order, Stage.ASKING, None, now + self.patience)
-        return [Ask(intent.order, intent.sent_time) for intent in new]
+    @property
+    def search_due(self)->int|None:
+        "When to ask again about orders that nobody knows (ms)"
+        return min((each.due for name, each in self.searches.items() if name not in self.pursuits), default=None)
 
     def resolve(self, now:int)->list[Action]:
         "Ask about every open order"
-        return self.ask_about(self.blotter.open, now)
+        return ask_about(self, self.blotter.open, now)
 
     def on_answer(self, answered:Answered, now:int)->list[Action]:
         "The exchange answered about an order"
@@ -605,4 +686,4 @@ class OrderManager:
         for order in list(self.waiting): actions += begin(self, order, now)
         new = self.blotter.doubts.items() - self.doubted.items()
         self.doubted = dict(self.blotter.doubts)
-        return actions + self.ask_about([name for name, _ in sorted(new)], now)
+        return actions + ask_about(self, [name for name, _ in sorted(new)], now)

@@ -56,8 +56,11 @@ def retell(
 )->Iterator[tuple[int, dict[str, Any], list[Action]]]:
     "Each line with its number, and what a core of the same making answers to it now"
     core: Core|None = None
+    behind = False # a hole: nothing can be told again until the session starts anew
     for number, line in enumerate(read(Path(recording)) if isinstance(recording, str | Path) else recording):
         actions: list[Action] = []
+        if line["kind"] in ("hole", "start"): behind = line["kind"] == "hole"
+        if behind: continue
         try:
             if line["kind"] == "start": core = _began(line, trader)
             if line["kind"] == "received": actions = _told(core, line)
@@ -164,11 +167,12 @@ def unproven(
     "Why a recording does not prove every decision of the ledger, with their number; empty where it does"
     keys = [pd.MultiIndex.from_arrays([frame.index, frame["symbol"]]) for frame in (journal, recorded)]
     lost = keys[0].difference(keys[1]).get_level_values(0).unique()
+    hole = f"; it has a hole of {recording.lost} lines that could not be written" if recording.lost else ""
     if len(lost):
         return (f"{len(lost)} of {journal.index.nunique()} decisions of the ledger cannot be read in the recording, "
                 f"the first is that of {date(int(lost[0].timestamp() * 1000))}" + (f"; {recording.damage}"
-            if recording.damage else ""))
-    if recording.damage: return recording.damage
+            if recording.damage else "") + hole)
+    if recording.damage or hole: return recording.damage or f"the recording is not whole{hole}"
     if journal.empty and not recording.ended:
         return ("the ledger knows no decision of this session and the recording was not closed: nothing says how many "
                 "decisions there were")

@@ -71,7 +71,6 @@ class Answer:
     outcome:Outcome
     report:OrderReport|None = None # where it is, if the exchange has it
     retry:float|None = None        # seconds after which it may be sent again; None: never
-    proof:bool = False             # whether it is certain that the order never arrived and never will
     text:str = ""                  # for people: the exchange's own words, without secrets
 
 # %% ../../nbs/70_live/02_venue.ipynb #d75f4564
@@ -140,8 +139,7 @@ class Venue(MarketData, Protocol):
     async def amend(self, order:Order, executed:float=0.)->Answer:
         "Give a working order other terms; its name stays. `executed` (base units, unsigned): what was known filled"
     async def cancel(self, order:Order)->Answer: "Take a working order back"
-    async def query(self, order:Order, sent_time:int|None=None)->Answer:
-        "What became of an order, by our name; `sent_time` (ms, our clock) is what absence is proven by"
+    async def query(self, order:Order)->Answer: "What became of an order, by our name"
     async def open_orders(self, symbol:str)->list[OrderReport]: "What works at the exchange now, foreign orders too"
 
     async def fills(self, symbol:str, since:int)->list[Fill]:

@@ -9,7 +9,7 @@ __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TO
            'error_code', 'transport_of', 'error_text', 'outcome', 'retry_after', 'refusal_of', 'limits_of', 'Allowance',
            'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates',
            'candles_of', 'BinanceMarket', 'format_quantity', 'format_price', 'check_order', 'order_request',
-           'amend_request', 'answer_of', 'with_proof', 'fill_of', 'frame_events', 'Children', 'Streams', 'synchronise',
+           'amend_request', 'answer_of', 'of_query', 'fill_of', 'frame_events', 'Children', 'Streams', 'synchronise',
            'pace_of', 'suspended', 'about', 'BinanceOrders', 'open_orders', 'set_up', 'BinanceVenue']
 
 # %% ../../nbs/75_venues/01_binance.ipynb #e8afb17d
@@ -609,16 +609,11 @@ def answer_of(
     except (KeyError, TypeError, ValueError):
         return Answer(Outcome.UNKNOWN, text=f"the answer is not an order: {str(reply)[:60]!r}")
 
-# %% ../../nbs/75_venues/01_binance.ipynb #1809821d
-def with_proof(
-    answer:Answer,      # to a query by name
-    sent_time:int|None, # ms, when the order was sent; None: it was not
-    asked_time:int,     # ms, when the query was sent
-)->Answer:              # of a query: the exchange has it, knows no such order, or UNKNOWN
-    "The answer to a query, with what it proves about an order that was sent at that time"
-    if answer.outcome is Outcome.NOT_FOUND:
-        return replace(answer, proof=sent_time is not None and asked_time - sent_time > RECEIVE_WINDOW)
-    return answer if answer.report else replace(answer, outcome=Outcome.UNKNOWN, retry=None)
+# %% ../../nbs/75_venues/01_binance.ipynb #4bc28316
+def of_query(answer:Answer)->Answer:
+    "The answer to a query: the exchange has the order, knows none of this name, or nothing is known"
+    known = answer.report or answer.outcome is Outcome.NOT_FOUND
+    return answer if known else replace(answer, outcome=Outcome.UNKNOWN, retry=None)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #3939362f
 def fill_of(
@@ -816,14 +811,14 @@ class BinanceOrders:
         known = await about(self._exchange.fapiPrivateGetAlgoOrder(self._named(order)))
         return await self._child(order, known, one)
 
-    async def query(self, order:Order, sent_time:int|None=None)->Answer:
+    async def query(self, order:Order)->Answer:
         "What became of an order, by our name for it"
-        asked_time, one = self._exchange.milliseconds(), self._exchange.fapiPrivateGetOrder
+        one = self._exchange.fapiPrivateGetOrder
         if order.kind not in CONDITIONAL: answer = await about(one(self._named(order)))
         else:
             answer = await about(self._exchange.fapiPrivateGetAlgoOrder(self._named(order)))
             answer = await self._child(order, answer, one)
-        return with_proof(answer, sent_time, asked_time)
+        return of_query(answer)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #07e4a02b
 async def open_orders(
@@ -916,8 +911,7 @@ class BinanceVenue(BinanceMarket):
 
     async def cancel(self, order:Order)->Answer: return await self._orders.cancel(order)
     async def amend(self, order:Order, executed:float=0.)->Answer: return await self._orders.amend(order, executed)
-    async def query(self, order:Order, sent_time:int|None=None)->Answer:
-        return await self._orders.query(order, sent_time)
+    async def query(self, order:Order)->Answer: return await self._orders.query(order)
     async def open_orders(self, symbol:str)->list[OrderReport]:
         reports = await open_orders(self._exchange, self.settings, symbol)
         name = self._children.name

@@ -165,7 +165,7 @@ class MemoryOrders:
 
     def query(self, order:Order)->Answer:
         held = self.held.get(order.order_id)
-        if held is None: return Answer(Outcome.NOT_FOUND, proof=True, text=f"no order {order.order_id}")
+        if held is None: return Answer(Outcome.NOT_FOUND, text=f"no order {order.order_id}")
         return Answer(Outcome.ACCEPTED, held.report)
 
     def news(self)->list[OrderReport]:
@@ -362,7 +362,7 @@ class MemoryVenue(MemoryMarket):
     async def place(self, order:Order)->Answer: return self.held.place(order)
     async def amend(self, order:Order, executed:float=0.)->Answer: return self.held.amend(order, executed)
     async def cancel(self, order:Order)->Answer: return self.held.cancel(order)
-    async def query(self, order:Order, sent_time:int|None=None)->Answer: return self.held.query(order)
+    async def query(self, order:Order)->Answer: return self.held.query(order)
     async def open_orders(self, symbol:str)->list[OrderReport]: return self.held.open_orders(symbol)
     async def fills(self, symbol:str, since:int)->list[Fill]: return self.held.fills_since(symbol, since)
     async def fundings(self, symbol:str, since:int)->list[Funding]:
