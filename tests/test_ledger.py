@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from tradelab.events import Fill, Funding
 from tradelab.journal import EQUITY, JOURNAL
 from tradelab.live.ledger import FUNDINGS, INTENTS, TABLES, TRADES, Ledger, MemoryLedger, columns_of, record_of
+from tradelab.live.messages import Foreign, Paid
 from tradelab.live.order_states import Intent, State
+from tradelab.live.venue import Income
 from tradelab.orders import Kind, Order, TimeInForce
 
 SERVER = os.environ.get("LEDGER_TEST_URL", "") # such as postgresql+psycopg://user@localhost/empty
 BITCOIN, ETHER = "BTC/USDT:USDT", "ETH/USDT:USDT"
 STOP = Order("tl-2", ETHER, .1 + .2, True, 3_600_000, 1 / 3, 1, Kind.STOP, 19.5, 20.25, .015, TimeInForce.FOK, 24., 3)
 ORDER = Order("tl-1", BITCOIN, -.003, False, 0, 16_529.6)
-FILL = Fill(BITCOIN, -.1 - .2, 1 / 3, .07, 5, "tl-1", "9", True, True)
+FILL = Fill(BITCOIN, -.1 - .2, 1 / 3, .07, 5, "tl-1", "9", True, True, -3, 7)
 PAID = Funding(BITCOIN, -.5, 28_800_000)
 
 
@@ -135,6 +137,22 @@ def test_a_fill_and_a_payment_are_booked_once(ledger):
     assert ledger.booked("one", after=3) == [(4, replace(FILL, symbol=ETHER))]
     assert ledger.booked("two") == []
     assert ledger.book("two", FILL, 1)
+
+
+def test_what_is_not_ours_is_kept_once_with_what_was_said_of_it_last(ledger):
+    other = replace(FILL, symbol=ETHER, fill_time=4, order_id="web_1")
+    for foreign in (Foreign(FILL), Foreign(other), Foreign(FILL), Foreign(FILL, "ignored")): ledger.judge("s", foreign)
+    assert ledger.foreign("s") == [Foreign(other), Foreign(FILL, "ignored")]
+    assert ledger.foreign("t") == []
+
+
+def test_the_rows_of_the_venue_are_kept_once_to_the_last_decimal(ledger):
+    first = Income("TRANSFER", "7", "", -10**17 - 1, "USDT", 5)
+    second = Income("COMMISSION", "7", BITCOIN, -1, "USDT", 4, "9")
+    ledger.pay("s", Paid((first, second), 3, 1, 1))
+    ledger.pay("s", Paid((second,), 9, 9, 2))
+    ledger.pay("s", Paid((replace(first, number="8"),), 2, 0, 3))
+    assert ledger.paid("s") == [Paid((second, first), 3, 1, 1), Paid((replace(first, number="8"),), 2, 0, 3)]
 
 
 def test_the_last_step_is_replaced_and_every_bit_comes_back(ledger):

@@ -497,9 +497,9 @@ class ForgetfulVenue(MemoryVenue):
         for each in [*told, *(each for each in events if each not in now)]: self.events.put_nowait(each)
         return there
 
-    async def fills(self, symbol, since):
+    async def fills(self, symbol, first=None):
         hidden = {each.trade_id for each in self.withheld}
-        return [each for each in await super().fills(symbol, since) if each.trade_id not in hidden]
+        return [each for each in await super().fills(symbol, first) if each.trade_id not in hidden]
 
     async def close(self):
         "Whoever comes back finds it by asking"

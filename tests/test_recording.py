@@ -337,7 +337,7 @@ def test_every_event_comes_back_as_it_was(kind, data):
     (("fill_time",), 7., "Fill.fill_time is '7.0'"), (("fill_time",), True, "Fill.fill_time is 'True'"),
     (("fill_time",), 2**70, "Fill.fill_time is '1180591620717411303424'"),
     (("protects",), 0, "Fill.protects is '0'"), (("price",), None, "Fill.price is 'None'"),
-    (("more",), 1, "Fill has .*late, more, not symbol, quantity, price, fee, fill_time, .*late$")])
+    (("more",), 1, "Fill has .*commission, more, not symbol, quantity, price, fee, fill_time, .*commission$")])
 def test_a_wrong_event_is_named_by_its_line_and_field(place, value, message):
     inputs = encode(CoreInputs(Terms("demo", "1h")))
     event = encode(Fill("BTC/USDT:USDT", .5, 20_000., 4., 7))

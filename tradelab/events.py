@@ -59,6 +59,8 @@ class Fill:
     trade_id: str = ""      # the venue's, unique per symbol
     protects: bool = False  # whether the order was a stop or target that rested at the venue
     late: bool = False      # whether the candle in which it happened had been decided on when it was told
+    realised: int = 0       # profit as the venue books it, whole 1e-8 of the quote
+    commission: int = 0     # the venue's fee, whole 1e-8 of the quote, above zero is paid
 
 # %% ../nbs/00_ground/10_events.ipynb #5923abef
 @dataclass(frozen=True)

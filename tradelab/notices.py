@@ -38,10 +38,12 @@ NOTICES = { # kind: (level, when it is told)
     "resting": ("warning", "the session ends, and an order of it still works at the venue"),
     "blocked": ("warning", "a symbol waits for the outcome of an earlier order"),
     "contradiction": ("error", "what the venue says of an order contradicts what it said before"),
-    "foreign": ("error", "a fill of an order that is not ours"),
+    "foreign": ("error", "something at the venue is not ours: its symbol waits for a person"),
+    "transfer": ("info", "money has come to the account, or left it"),
+    "emergency": ("critical", "a position is closed without a decision"),
     "disagreement": ("error", "the venue's account differs from the trader's"),
     "margin call": ("critical", "the venue is about to liquidate"),
-    "halt": ("critical", "the drawdown has reached its limit, trading ends"),
+    "halt": ("critical", "a limit was reached or the venue has liquidated: trading ends"),
     "failed": ("critical", "the session ended by an error"),
 }
 

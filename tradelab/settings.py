@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['COSTS', 'FEES', 'COST_WINDOWS', 'STOPS', 'NO_STOPS', 'OPTIONAL', 'LIMITS', 'CONFIDENCE', 'PRICE_BAND', 'ORDER_SIZE',
            'PARTICIPATION', 'UNKNOWN', 'STYLES', 'EXECUTION', 'WHEN_STALE', 'AGENT_NAMES', 'CostModel', 'limit',
-           'Stops', 'Limits', 'instrument_rows', 'Reason', 'limits_rows', 'example_lines', 'set_reason', 'headroom',
-           'reduce_increase', 'is_denied', 'reduce_to_limits', 'Execution', 'SeriesDefinition', 'Training']
+           'Stops', 'Limits', 'stricter', 'differences', 'instrument_rows', 'Reason', 'limits_rows', 'example_lines',
+           'set_reason', 'headroom', 'reduce_increase', 'is_denied', 'reduce_to_limits', 'Execution',
+           'SeriesDefinition', 'Training']
 
 # %% ../nbs/00_ground/08_settings.ipynb #93_setti002
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import EnumType, IntEnum, unique
 from functools import cached_property
 from math import inf
@@ -254,6 +255,35 @@ Limits.__doc__ = _docstring(Limits, "For a limit that is out of its range, or th
 _NUMBERS = tuple(field for field in fields(Limits) if field.name not in ("sectors", "stops"))
 OPTIONAL = tuple(field.name for field in _NUMBERS if "None" in str(field.type)) # None: no such limit
 LIMITS = np.dtype([(field.name, "f8") for field in _NUMBERS] + STOPS)
+
+# %% ../nbs/00_ground/08_settings.ipynb #strict02
+_FLOORS = ("min_trade", "min_confidence", "min_margin_ratio") # the larger is the stricter
+_OWN = ("decay", "sectors", "stops")                          # no limits
+
+
+def _stricter_stops(run, house):
+    "Nearer stops; one in average true ranges stays the run's, no price compares it with a fraction"
+    def nearer(name): return min((each for each in (getattr(run, name), getattr(house, name)) if each), default=0)
+    names = ["max_age", *["stop_loss"][:not run.stop_atr], *["trailing_stop"][:not run.trailing_atr]]
+    return replace(run, **{name: nearer(name) for name in names})
+
+
+def stricter(run: Limits, house: Limits) -> Limits:
+    "The stricter of each limit"
+    both = {each.name: [value for value in (getattr(run, each.name), getattr(house, each.name)) if value is not None]
+            for each in fields(Limits) if each.name not in _OWN}
+    most = {name: (max if name in _FLOORS else min)(values) for name, values in both.items() if values}
+    for name in {"max_net", "max_sector", "max_group"} & set(most): most[name] = min(most[name], most["max_leverage"])
+    if most.get("drawdown_from", 0.) >= most["max_drawdown"]: most["drawdown_from"] = None
+    return replace(run, **most, sectors=run.sectors or house.sectors, stops=_stricter_stops(run.stops, house.stops))
+
+# %% ../nbs/00_ground/08_settings.ipynb #strict05
+def differences(run: Limits, house: Limits, force: Limits) -> list[str]:
+    "Where the limits of a run and of this house differ, a sentence each, with the one in force"
+    three = [{**asdict(each), **asdict(each.stops)} for each in (run, house, force)]
+    names = [name for name in three[0] if name not in _OWN and not three[0][name] == three[1][name] == three[2][name]]
+    return [f"{name}: the run says {three[0][name]}, [risk] says {three[1][name]}, {three[2][name]} is in force"
+            for name in names]
 
 # %% ../nbs/00_ground/08_settings.ipynb #f4a57bfc
 def instrument_rows(

@@ -168,6 +168,11 @@ class Bookkeeper:
         self._seen.add(_key(entry))
         insort(self._waiting, (entry, number), key=_order)
 
+    def has(self, entry:Fill|Funding)->bool: return _key(entry) in self._seen
+
+    @property
+    def holds_fills(self)->bool: return any(isinstance(entry, Fill) for entry, _ in self._waiting)
+
     @property
     def settled(self)->bool: return all(number is None for _, number in self._waiting)
 

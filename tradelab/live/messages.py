@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
-           'Step', 'First', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Open', 'StepDone', 'Waits', 'End',
-           'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered', 'Fetched', 'Unanswered', 'Opened', 'Lost',
-           'ClockSample', 'Status', 'Mark', 'Command', 'LedgerState', 'Woken', 'Stop', 'Failed', 'Received']
+           'Step', 'First', 'Foreign', 'Paid', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Opening', 'Open',
+           'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered', 'Fetched',
+           'Unanswered', 'Opened', 'Lost', 'ClockSample', 'Status', 'Mark', 'Command', 'LedgerState', 'Woken', 'Stop',
+           'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..events import Depth, Fill, Funding, Quote, Series, Timer, Trade
 from ..journal import Decision
 from .order_states import Intent
-from .venue import AccountSnapshot, Answer, Candle, OrderReport
+from .venue import AccountSnapshot, Answer, Candle, Income, OrderReport
 from ..notices import Notice
 from ..orders import Order
 
@@ -51,7 +52,8 @@ class Ask:
 class Fetch:
     "Ask the exchange for something that is not about one order"
     number:int
-    what:str        # account, open_orders, fills, fundings, history, forming, funding_rates or index_prices
+    # account, open_orders, fills, name_of, incomes, history, forming, funding_rates or index_prices
+    what:str
     arguments:tuple = ()
 
 # %% ../../nbs/70_live/03_messages.ipynb #94890771
@@ -100,9 +102,25 @@ class First:
 
 
 @dataclass(frozen=True)
+class Foreign:
+    "A fill that no order of the session explains, and what a person said of it"
+    fill:Fill
+    verdict:str = "waits" # waits, adopted or ignored
+
+
+@dataclass(frozen=True)
+class Paid:
+    "Rows of the exchange's own books, and what they add up to"
+    rows:tuple[Income, ...]
+    wallet:int            # whole 1e-8: what the wallet must be behind them
+    others:int            # whole 1e-8, since the session began: of it not the trader's
+    place:int = 0         # counts what was kept
+
+
+@dataclass(frozen=True)
 class Write:
     "Keep a record in the ledger"
-    record:Intents|Revised|Moved|Entry|Step|First
+    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid
 
 # %% ../../nbs/70_live/03_messages.ipynb #7cb02778
 @dataclass(frozen=True)
@@ -139,9 +157,18 @@ class Wake:
 
 # %% ../../nbs/70_live/03_messages.ipynb #84286572
 @dataclass(frozen=True)
+class Opening:
+    "Where the exchange's own books begin for a session"
+    wallet:int = 0      # whole 1e-8
+    time:int = 0        # ms, of the last row that is in it
+    trades:dict[str, int] = field(default_factory=dict) # number of the first trade that may be ours, by symbol
+
+
+@dataclass(frozen=True)
 class Open:
     "The exchange was found in order: open files and streams"
     reserve:float       # quote, money of the account that the trader was not given
+    opening:Opening = Opening()
 
 
 @dataclass(frozen=True)
@@ -197,8 +224,8 @@ Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell 
           | PhaseChanged | Redial | Synchronise | Done | End)
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
-Content = (AccountSnapshot | list[Fill | Funding] | list[OrderReport] | tuple[np.ndarray, np.ndarray]
-           | dict[int, float] | int)
+Content = (AccountSnapshot | list[Fill | Income] | list[OrderReport] | tuple[np.ndarray, np.ndarray]
+           | dict[int, float] | str | int)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'Record', 'SLOW', 'StepFil
            'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line', 'write', 'precedes',
            'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept', 'event_when_kept', 'Signals',
            'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed',
-           'CoreInputs', 'core_inputs', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold',
-           'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'hear', 'note', 'keep', 'know',
-           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'drive', 'Session']
+           'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
+           'say', 'save_status', 'hold', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'hear',
+           'note', 'keep', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name',
+           'drive', 'Session']
 
 # %% ../../nbs/70_live/14_session.ipynb #98432f23
 import asyncio
@@ -59,10 +60,13 @@ from tradelab.live.messages import (
     Fetch,
     Fetched,
     First,
+    Foreign,
     Intents,
     LedgerState,
     Moved,
     Open,
+    Opening,
+    Paid,
     Received,
     Redial,
     Revised,
@@ -81,7 +85,7 @@ from tradelab.live.messages import (
 )
 from .order_manager import Blotter, Offer, OrderManager, Persistence
 from .order_states import Intent, State
-from .reconcile import StartRefusedError
+from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
     FORMAT,
@@ -252,7 +256,7 @@ def status_line(done:StepDone)->str:
             + "".join(map(symbol_line, done.rows)))
 
 # %% ../../nbs/70_live/14_session.ipynb #4e98409c
-Record = Intents | Revised | Moved | Entry | Step | First | Notice | Measured
+Record = Intents | Revised | Moved | Entry | Step | First | Foreign | Paid | Notice | Measured
 
 
 def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
@@ -267,6 +271,8 @@ def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
         case Step(symbols, rows, snapshot, sequence, closed):
             return ledger.step(session, symbols, rows, snapshot, sequence, closed)
         case First(open_time, snapshot): ledger.keep(session, open_time, snapshot, 0)
+        case Foreign(): ledger.judge(session, record)
+        case Paid(): ledger.pay(session, record)
         case Notice(kind, text): ledger.notice(session, kind, text)
         case _: ledger.measure(session, record)
     return None
@@ -279,7 +285,7 @@ def precedes(record:Record)->bool:
 
 def needed(record:Record)->bool:
     "Whether a session that is resumed cannot do without"
-    return isinstance(record, Intents | Revised | Moved | Entry | First)
+    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid)
 
 # %% ../../nbs/70_live/14_session.ipynb #a320a405
 class Files:
@@ -356,7 +362,7 @@ async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|Non
     try: durable = await is_kept(kept)
     except Exception as error: return Failed(error)
     if durable or action.order.reduce_only: return await event_of(venue, action)
-    return Answered(action, Answer(Outcome.LATER, retry=1., text="the ledger takes nothing: it was not sent"))
+    return Answered(action, Answer(Outcome.LATER, retry=0., text="the ledger takes nothing: it was not sent"))
 
 # %% ../../nbs/70_live/14_session.ipynb #e89dff6b
 class Signals:
@@ -457,6 +463,8 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def _receive(self):
+        if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
+            await asyncio.wait(self._tasks)
         events = [await self._inbox.get()]
         while not self._inbox.empty(): events.append(self._inbox.get_nowait())
         return Received(clock(), events)
@@ -539,13 +547,35 @@ class CoreInputs:
     step:dict[str, Any]|None = None # its last: open_time, content, sequence
     intents:tuple[Intent, ...] = ()
     booked:tuple[tuple[int, Fill|Funding], ...] = () # number and entry
+    opening:Opening|None = None             # where the exchange's own books begin; None: nobody has asked yet
+    paid:tuple[Paid, ...] = ()              # their newest rows
+    foreign:tuple[Foreign, ...] = ()
+
+
+def opening_of(kept:Kept|None)->Opening|None:
+    "Where the exchange's own books began for a session; None if it is older than that question"
+    known = kept.settings.get("opening") if kept else None
+    return Opening(**known) if known else None
 
 
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
                 words:str="")->CoreInputs:
     "The same with all that the ledger knows of the orders and entries of a session"
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
-                      tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)))
+                      tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
+                      tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)))
+
+
+def restore_books(core:Core, inputs:CoreInputs)->None:
+    "What is known of the exchange's trades and rows, and of what is not ours"
+    fills = [entry for _, entry in inputs.booked if isinstance(entry, Fill)]
+    opening = inputs.opening or Opening()
+    core.foreign = ForeignFills(inputs.foreign)
+    core.numbers = TradeNumbers(opening.trades, fills, inputs.step["open_time"] if inputs.step else 0)
+    if inputs.opening: core.statement = Statement(opening, core.trader.symbols, core.terms.quote, inputs.paid)
+    core.opening = opening
+    for each in inputs.foreign: # one that was adopted, and not booked any more
+        if each.verdict == "adopted": core.books.add(each.fill)
 
 
 def make_core(trader:Trader, inputs:CoreInputs)->Core:
@@ -558,7 +588,8 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
                            beside=trader.told_of_orders)
     process = partial(start_and_live, kept=step, words=inputs.words)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process)
-    if step: core.reserve, core.since = inputs.reserve, step["open_time"]
+    if step: core.reserve = inputs.reserve
+    restore_books(core, inputs)
     return core
 
 # %% ../../nbs/70_live/14_session.ipynb #1d34b627
@@ -657,12 +688,13 @@ def close_all(session:"Session", files:Files, state:str)->None:
     quietly(session, partial(rebuild, session.ledger, session.id, session.folder, names))
 
 
-def open_files(session:"Session", reserve:float)->None:
+def open_files(session:"Session", opened:Open)->None:
     "The exchange was found in order: from here on the session leaves something"
-    session.reserve = reserve
+    session.reserve = opened.reserve
     if not session.resumed:
         hold(session)
-        session.ledger.open_session(session.id, session.settings | dict(reserve=reserve))
+        session.ledger.open_session(session.id, session.settings | dict(reserve=opened.reserve,
+                                                                               opening=asdict(opened.opening)))
     session.ledger.set_state(session.id, "running")
     session.files = Files(session.folder, session.ledger.rows(session.id), session.ledger.closes(session.id))
     session.files.recorder.on_trouble = partial(recorder_trouble, session)
@@ -763,7 +795,7 @@ def carry_out(session:"Session", action:Action)->None:
         case Write(Step() as record) if session.files: show_tables(session.files, record)
         case Tell(notice): tell(session, notice)
         case Say(line): say(session, line)
-        case Open(reserve): open_files(session, reserve)
+        case Open(): open_files(session, action)
         case StepDone(): show_step(session, action)
 
 # %% ../../nbs/70_live/14_session.ipynb #dfb6ca62

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series', 'refuse_style',
-           'precompile', 'start_limit', 'answers_to', 'ask_again', 'hear_both', 'ask_history', 'see_history', 'start',
-           'start_and_live']
+           'precompile', 'start_limit', 'answers_to', 'ask_again', 'hear_both', 'ask_history', 'see_history',
+           'ask_opening', 'open_books', 'start', 'start_and_live']
 
 # %% ../../nbs/70_live/13_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -32,8 +32,9 @@ from tradelab.live.core import (
     sleep,
     take,
 )
-from .messages import First, Open, Say, Tell, Warmed, Write
-from .reconcile import StartRefusedError, check_explained, reserve_of
+from .messages import First, Open, Opening, Say, Tell, Warmed, Write
+from .reconcile import StartRefusedError, Statement, check_explained, reserve_of
+from .venue import units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
 from ..orders import Kind
@@ -133,7 +134,7 @@ def precompile(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->N
 # %% ../../nbs/70_live/13_start.ipynb #baec9f10
 def start_limit(core:Core)->int:
     "ms that a start waits for an exchange that does not answer: a session that is resumed may hold positions"
-    return core.terms.outage_limit if core.since else core.terms.patience
+    return core.terms.outage_limit if core.resumed else core.terms.patience
 
 
 def answers_to(core:Core, questions:Sequence[tuple])->Process:
@@ -172,7 +173,7 @@ def ask_history(core:Core, last:int|None)->Process:
     trader, terms = core.trader, core.terms
     wanted = max(trader.warm_up, 1)
     since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, terms.gaps)
-    limit = wanted if last is None else 10**9
+    limit = wanted + 1 if last is None else 10**9 # one may close between two answers
     parts = yield from answers_to(core, history_questions(core, limit, since))
     times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps)
     seen = times == times if last is None else times <= last
@@ -203,6 +204,32 @@ def see_history(core:Core, kept:dict|None)->Process:
     for candle in core.early: take(core, candle)
     if kept: yield from look_ahead(core)
 
+# %% ../../nbs/70_live/13_start.ipynb #openbook2
+def ask_opening(core:Core)->Process:
+    "Returns the account; the core knows then where the exchange's own books begin, and which rows are in that"
+    symbols = core.trader.symbols
+    newest = yield from answers_to(core, [("fills", symbol, None) for symbol in symbols])
+    trades = {symbol: int(fills[-1].trade_id) + 1 if fills else 0 for symbol, fills in zip(symbols, newest)}
+    rows, = yield from answers_to(core, [("incomes", None)])
+    while True:
+        before = rows
+        account, = yield from answers_to(core, [("account",)])
+        rows, = yield from answers_to(core, [("incomes", None)])
+        if rows == before: break
+    if rows: time = max(row.time for row in rows)
+    else: time, = yield from answers_to(core, [("forming", symbols[0], core.terms.timeframe)])
+    opening = Opening(units(account.wallet), time, trades)
+    core.opening, core.statement = opening, Statement(opening, symbols, core.terms.quote)
+    core.numbers.first |= trades
+    return account, core.statement.seen(rows)
+
+
+def open_books(core:Core)->Process:
+    "The same, once for a session: one that is resumed goes on where its ledger ends"
+    if core.statement is None: return (yield from ask_opening(core))
+    account, = yield from answers_to(core, [("account",)])
+    return account, None
+
 # %% ../../nbs/70_live/13_start.ipynb #78de3d19
 def start(
     core:Core,
@@ -210,14 +237,16 @@ def start(
     words:str="",        # of the venue, for the first line
 )->Process:
     "Up to the moment at which the first candle may come"
-    trader, terms = core.trader, core.terms
+    trader, terms, core.resumed = core.trader, core.terms, bool(kept)
     if kept: yield from ask_again(core)
-    account, = yield from answers_to(core, [("account",)])
-    check_explained(core.books.positions, account)
+    account, seen = yield from open_books(core)
+    check_explained({symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in trader.symbols},
+                    account)
     if not kept: core.reserve = reserve_of(account, wallet(trader.account), terms.quote)
     core.do(Say(f"session {terms.session}{' resumed' if kept else ''}: {words or terms.venue}, wallet "
                 f"{account.wallet:,.2f} {terms.quote}, {', '.join(trader.symbols)} {terms.timeframe}, leverage "
-                f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve))
+                f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
+    if seen: core.do(Write(seen))
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TOO_MANY', 'OUR_CLOCK', 'NOTHING_TO_AMEND',
-           'NO_SUCH_PATH', 'AMENDING', 'NOT_TRADED', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN', 'RECEIVE_WINDOW',
-           'CONDITIONAL', 'CALLBACKS', 'AMENDED', 'STATUSES', 'OURS', 'algo_report', 'normalise', 'Transport', 'Reply',
-           'error_code', 'transport_of', 'error_text', 'outcome', 'retry_after', 'refusal_of', 'limits_of', 'Allowance',
+           'NO_SUCH_PATH', 'AMENDING', 'OFF_THE_GRID', 'NOT_TRADED', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN',
+           'RECEIVE_WINDOW', 'CONDITIONAL', 'CALLBACKS', 'AMENDED', 'PAGE', 'STATUSES', 'OURS', 'order_name',
+           'algo_report', 'normalise', 'Transport', 'Reply', 'error_code', 'transport_of', 'error_text', 'outcome',
+           'retry_after', 'refusal_of', 'limits_of', 'Allowance', 'AccountSettings', 'settings_of_account',
            'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates',
            'candles_of', 'BinanceMarket', 'format_quantity', 'format_price', 'check_order', 'order_request',
-           'amend_request', 'answer_of', 'of_query', 'fill_of', 'frame_events', 'Children', 'Streams', 'synchronise',
-           'pace_of', 'suspended', 'about', 'BinanceOrders', 'open_orders', 'set_up', 'BinanceVenue']
+           'amend_request', 'answer_of', 'of_query', 'fill_of', 'trades_from', 'incomes_from', 'income_of',
+           'frame_events', 'Children', 'Streams', 'synchronise', 'pace_of', 'suspended', 'about', 'BinanceOrders',
+           'open_orders', 'set_up', 'ask_settings', 'BinanceVenue']
 
 # %% ../../nbs/75_venues/01_binance.ipynb #e8afb17d
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_FLOOR, Decimal
 from difflib import get_close_matches
 from enum import StrEnum
@@ -37,12 +39,15 @@ from tradelab.live.venue import (
     AccountSnapshot,
     Answer,
     Candle,
+    Income,
     OrderReport,
     Outcome,
+    PositionSnapshot,
     Venue,
     VenueError,
     VenueLimitError,
     VenueUnknownError,
+    units,
 )
 from ..market.filters import listed_instrument
 from ..notices import Notice
@@ -59,15 +64,26 @@ STATES = {"NEW": State.WORKING, "PARTIALLY_FILLED": State.WORKING, "FILLED": Sta
 def _due(time): return int(time) // 60_000 * 60_000
 def _signed(side, quantity): return float(quantity) if side == "BUY" else -float(quantity)
 
+# %% ../../nbs/75_venues/01_binance.ipynb #forced11
+_FORCED = {"autoclose-": "liquidation-", "adl_autoclose": "deleveraging-", "settlement_autoclose-": "settlement-"}
+
+
+def order_name(client_id:str)->str:
+    "The name of an order; of those by which the exchange closes positions, the one that a session knows"
+    begin = next((begin for begin in _FORCED if client_id.startswith(begin)), "")
+    return _FORCED[begin] + client_id.removeprefix(begin).lstrip("-") if begin else client_id
+
 # %% ../../nbs/75_venues/01_binance.ipynb #5dd1af75
 def _order_events(order, symbols, quote):
     if order["s"] not in symbols: return []
-    report = OrderReport(order["c"], STATES[order["X"]], float(order["z"]), str(order["i"]))
+    name = order_name(order["c"])
+    report = OrderReport(name, STATES[order["X"]], float(order["z"]), str(order["i"]))
     if order["x"] not in ("TRADE", "CALCULATED") or not float(order["l"]): return [report]
     fee = float(order.get("n") or 0)
     asset = order.get("N") or quote
     fill = Fill(symbols[order["s"]], _signed(order["S"], order["l"]), float(order["L"]), fee if asset == quote else 0.,
-                int(order["T"]), order["c"], str(order["t"]))
+                int(order["T"]), name, str(order["t"]), realised=units(order.get("rp") or 0),
+                commission=units(fee) if asset == quote else 0)
     paid_elsewhere = ([Notice("fee", f"a fee of {fee} {asset} is not counted: pay fees in {quote} in the settings of "
                               "the exchange")] if asset != quote else [])
     return [fill, *paid_elsewhere, report]
@@ -188,7 +204,8 @@ ACCOUNT = {-2010, -2016, -2017, -2018, -2019, -2020, -2021, -2022, -2023, -2024,
            -4509, -5021, -5022, -5024, -5026, -5027, -5029}  # it was read, and this account may not, or not now
 WRONG_KEYS = {-1002, -1022, -2008, -2014, -2015}
 TOO_MANY = {-1003, -1015}                                              # requests, orders
-OUR_CLOCK, NOTHING_TO_AMEND, NO_SUCH_PATH, AMENDING, NOT_TRADED = -1021, -5027, -5000, -5043, -4140
+OUR_CLOCK, NOTHING_TO_AMEND, NO_SUCH_PATH, AMENDING = -1021, -5027, -5000, -5043
+OFF_THE_GRID, NOT_TRADED = -1111, -4140
 
 PROVEN: dict[tuple[int, int], Outcome] = {
     **{(400, code): Outcome.REJECTED for code in FORM | ACCOUNT},
@@ -248,7 +265,10 @@ def limits_of(rows:Iterable[Mapping])->dict[str, int]:
 class Allowance:
     "What may be asked of Binance at a time; times are ms, in the exchange's clock"
 
-    def __init__(self):
+    def __init__(self,
+        counts:bool=True,  # whether the counts are obeyed, too, or only what a refusal says
+    ):
+        self.counts = counts
         self.limits = dict(LIMITS)
         self.used: dict[str, tuple[int, int]] = {}   # by header: the window, and how much of it
         self.limited_until = 0
@@ -270,7 +290,7 @@ class Allowance:
         waits = [(self.banned_until - now) / 1_000]
         if not reduces:
             waits.append((self.limited_until - now) / 1_000)
-            for name, (window, used) in self.used.items():
+            for name, (window, used) in self.used.items() if self.counts else ():
                 full = window == now // WINDOWS[name] and used >= (1 - KEPT) * self.limits[name]
                 if full and (orders or "order" not in name): waits.append(self._left(WINDOWS[name], now))
         return max(0., *waits)
@@ -285,20 +305,66 @@ class Allowance:
         raise VenueLimitError(f"{said} sent for {wait:.0f} s", wait, banned)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #2e72772a
+@dataclass(frozen=True)
+class AccountSettings:
+    "What is set for an account, and changes only when somebody changes it"
+    alias:str = ""
+    hedge_mode:bool = False
+    multi_assets:bool = False
+    symbols:dict[str, tuple[bool, int]] = field(default_factory=dict) # isolated and leverage, by the exchange's symbol
+
+
+def settings_of_account(
+    balance:Any,         # of GET balance, decoded
+    config:Any,          # of GET accountConfig
+    symbols:Iterable[Any],   # of GET symbolConfig
+)->AccountSettings:
+    "What the exchange says of its settings; what it does not say is as usual"
+    alias = next((str(row.get("accountAlias", "")) for row in balance or ()), "")
+    config = config or {}
+    margins = {row["symbol"]: (row["marginType"] == "ISOLATED", int(row["leverage"])) for row in symbols}
+    return AccountSettings(alias, bool(config.get("dualSidePosition")), bool(config.get("multiAssetsMargin")), margins)
+
+# %% ../../nbs/75_venues/01_binance.ipynb #accset04
+def _held(position, isolated, leverage):
+    quantity = float(position["positionAmt"])
+    cost = float(position.get("notional", 0)) - float(position.get("unrealizedProfit", 0))
+    price = cost / quantity if quantity else 0.
+    return PositionSnapshot(quantity, price, position.get("positionSide", "BOTH"), isolated, leverage)
+
+
+def _holdings(positions, settings, symbols):
+    "A position for each symbol that is held or traded"
+    held = {symbols.get(name, name): PositionSnapshot(0., 0., "BOTH", *those)
+            for name, those in settings.symbols.items()}
+    for position in positions:
+        isolated, leverage = settings.symbols.get(position["symbol"], (float(position.get("isolatedWallet", 0)) > 0, 0))
+        one = _held(position, isolated, leverage)
+        if one.quantity: held[symbols.get(position["symbol"], position["symbol"])] = one
+    return held
+
+# %% ../../nbs/75_venues/01_binance.ipynb #accset05
 def account_of(
     answer:Any,            # of GET account, decoded
     symbols:dict,      # our symbol for each of the exchange's
     quote:str="USDT",
+    settings:AccountSettings=AccountSettings(),
 )->AccountSnapshot:
     "Wallet and positions; VenueError if the answer cannot be an account"
     assets = answer.get("assets") if isinstance(answer, dict) else None
-    wallet = [float(asset["walletBalance"]) for asset in assets or [] if asset["asset"] == quote]
-    if not wallet:
+    money = next((asset for asset in assets or [] if asset["asset"] == quote), None)
+    if money is None:
         raise VenueError(f"the exchange's account answer holds no {quote} balance ({str(answer)[:60]!r}): it counts "
                          "as no answer")
-    held = {symbols.get(position["symbol"], position["symbol"]): float(position["positionAmt"])
-            for position in answer.get("positions", [])}
-    return AccountSnapshot(wallet[0], {symbol: quantity for symbol, quantity in held.items() if quantity})
+    rows = answer.get("positions", [])
+    sums: dict[str, float] = {}
+    for row in rows:
+        name = symbols.get(row["symbol"], row["symbol"])
+        sums[name] = sums.get(name, 0.) + float(row["positionAmt"])
+    changed = max((int(each.get("updateTime", 0)) for each in (money, *rows)), default=0)
+    return AccountSnapshot(float(money["walletBalance"]), {name: held for name, held in sums.items() if held},
+                           float(money.get("availableBalance", 0)), settings.alias, settings.hedge_mode,
+                           settings.multi_assets, changed, _holdings(rows, settings, symbols))
 
 # %% ../../nbs/75_venues/01_binance.ipynb #fb4d2ad6
 def instrument_of(
@@ -377,7 +443,7 @@ def exchange_for(
                                   "secret": settings.secret.get_secret_value(), "enableRateLimit": paced,
                                   "timeout": int(timeout * 1000)})
     if settings.name == "testnet": exchange.enable_demo_trading(True)
-    exchange.allowance = Allowance()
+    exchange.allowance = Allowance(counts=paced)
     api = exchange.urls["api"]
     for name, url in api.items():
         if name.startswith("fapi"): api[name] = settings.rest.rstrip("/") + urlsplit(url).path
@@ -622,9 +688,49 @@ def fill_of(
     quote:str,      # the currency of the account
 )->Fill:
     "A trade in our words"
-    fee = float(trade["commission"]) if trade["commissionAsset"] == quote else 0.
-    return Fill(symbol, _signed(trade["side"], trade["qty"]), float(trade["price"]), fee, int(trade["time"]),
-                str(trade["orderId"]), str(trade["id"]))
+    fee = trade["commission"] if trade["commissionAsset"] == quote else "0"
+    return Fill(symbol, _signed(trade["side"], trade["qty"]), float(trade["price"]), float(fee), int(trade["time"]),
+                str(trade["orderId"]), str(trade["id"]), realised=units(trade.get("realizedPnl") or 0),
+                commission=units(fee))
+
+# %% ../../nbs/75_venues/01_binance.ipynb #pages002
+PAGE = 1_000 # rows of one answer
+
+
+async def trades_from(
+    page:Callable[[dict], Awaitable[list]], # a request with fromId and limit -> trades, oldest first
+    first:int,                              # the venue's trade number
+)->list[dict]:
+    "All trades from a number on"
+    found: list[dict] = []
+    while True:
+        rows = await page({"fromId": first, "limit": PAGE})
+        found += rows
+        if len(rows) < PAGE: return found
+        first = int(rows[-1]["id"]) + 1
+
+# %% ../../nbs/75_venues/01_binance.ipynb #pages004
+def _key_of(row): return row["incomeType"], row["tranId"], row["symbol"], row.get("tradeId", "")
+
+
+async def incomes_from(
+    page:Callable[[dict], Awaitable[list]], # a request with startTime and limit -> rows, oldest first
+    since:int,                              # ms
+)->list[dict]:
+    "All rows of the books from a time on, each once"
+    found: dict[tuple, dict] = {}
+    while True:
+        rows = await page({"startTime": max(since, 1), "limit": PAGE})
+        found |= {_key_of(row): row for row in rows}
+        if len(rows) < PAGE: return list(found.values())
+        if int(rows[-1]["time"]) == since: raise VenueError(f"more than {PAGE} rows of income at {since} ms")
+        since = int(rows[-1]["time"])
+
+# %% ../../nbs/75_venues/01_binance.ipynb #pages006
+def income_of(row:dict, symbols:dict)->Income:
+    "A row of GET income in our words"
+    return Income(row["incomeType"], str(row["tranId"]), symbols.get(row["symbol"], row["symbol"]),
+                  units(row["income"]), row["asset"], int(row["time"]), str(row.get("tradeId") or ""))
 
 # %% ../../nbs/75_venues/01_binance.ipynb #0919917d
 STATUSES = "!contractInfo" # the stream on which a symbol's status changes
@@ -792,7 +898,10 @@ class BinanceOrders:
         if order.kind in CONDITIONAL: send = self._exchange.fapiPrivatePostAlgoOrder
         try: request = order_request(order, self._exchange.markets[order.symbol])
         except ValueError as error: return Answer(Outcome.REJECTED, text=str(error))
-        return await about(send(request))
+        answer = await about(send(request))
+        if answer.text.startswith(str(OFF_THE_GRID)): # its filters have changed: the next order is on the new grid
+            with suppress(Exception): await self._exchange.load_markets(True)
+        return answer
 
     async def amend(self, order:Order, executed:float=0.)->Answer:
         "Give a working order another price or quantity; `executed` (base units, unsigned) is what we know to be filled"
@@ -855,6 +964,19 @@ async def set_up(
         await asked(settings, f"leverage {leverage}", wanted)
     return brackets
 
+# %% ../../nbs/75_venues/01_binance.ipynb #setacc01
+async def ask_settings(
+    settings:VenueSettings,   # who is asked
+    exchange:Any,             # of `exchange_for`
+    ids:Iterable[str],        # the exchange's symbols
+)->AccountSettings:
+    "What is set for an account"
+    asking = [exchange.fapiPrivateV3GetBalance(), exchange.fapiPrivateGetAccountConfig(),
+              *(exchange.fapiPrivateGetSymbolConfig({"symbol": each}) for each in ids)]
+    balance, config, *symbols = await asyncio.gather(*(asked(settings, "the settings of the account", each,
+                                                             fine=NO_SUCH_PATH) for each in asking))
+    return settings_of_account(balance, config, [row for rows in symbols for row in rows or ()])
+
 # %% ../../nbs/75_venues/01_binance.ipynb #cca60997
 class BinanceVenue(BinanceMarket):
     "An account at Binance USD-M futures: a `live.venue.Venue`"
@@ -867,6 +989,8 @@ class BinanceVenue(BinanceMarket):
         self.events: asyncio.Queue = asyncio.Queue()
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
         self._symbols: dict[str, str] = {}
+        self._traded: list[str] = []                 # the exchange's symbols
+        self._set: AccountSettings|None = None       # None: to be asked for
         self._children = Children()
         self._orders = BinanceOrders(self._exchange, self._children)
         self._streams = Streams(self._exchange, self.events, self._hear)
@@ -877,11 +1001,13 @@ class BinanceVenue(BinanceMarket):
             await self._ask("the list of markets", self._exchange.load_markets())
             markets = [self._listed(symbol) for symbol in symbols]
             self._symbols = {market["id"]: market["symbol"] for market in (*markets, *map(self._listed, watched))}
+            self._traded = [market["id"] for market in markets]
             self.quote = markets[0]["settle"]
             await self.synchronise()
             if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
             self._brackets = await set_up(self.settings, self._exchange, markets, leverage)
+            self._set = None
         except VenueError:
             await self._exchange.close()
             raise
@@ -897,6 +1023,7 @@ class BinanceVenue(BinanceMarket):
 
     def _hear(self, socket, frame):
         kept = isinstance(frame, dict)
+        if kept and frame.get("e") == "ACCOUNT_CONFIG_UPDATE": self._set = None
         self.on_frame(socket, {name: frame[name] for name in frame if name != "listenKey"} if kept else frame)
         events = self._children.named(frame, frame_events(socket, frame, self._symbols, self.quote))
         for event in events: self.events.put_nowait(event)
@@ -918,18 +1045,30 @@ class BinanceVenue(BinanceMarket):
         return [replace(each, order_id=name(each.exchange_id, each.order_id)) for each in reports]
 
     async def account(self)->AccountSnapshot:
-        symbols = {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
-        return account_of(await self._ask("the account", self._exchange.fapiPrivateV3GetAccount()), symbols, self.quote)
+        if self._set is None: self._set = await ask_settings(self.settings, self._exchange, self._traded)
+        answer = await self._ask("the account", self._exchange.fapiPrivateV3GetAccount())
+        return account_of(answer, self._names(), self.quote, self._set)
 
-    async def fills(self, symbol:str, since:int)->list[Fill]:
-        request = {"symbol": self._id(symbol), "startTime": since, "limit": 1000}
-        trades = await self._ask("trades", self._exchange.fapiPrivateGetUserTrades(request))
+    def _names(self): return {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
+
+    async def fills(self, symbol:str, first:int|None=None)->list[Fill]:
+        def page(asked):
+            return self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol)} | asked))
+        trades = await page({"limit": 1}) if first is None else await trades_from(page, first)
         return [fill_of(trade, symbol, self.quote) for trade in trades]
 
-    async def fundings(self, symbol:str, since:int)->list[Funding]:
-        request = {"symbol": self._id(symbol), "incomeType": "FUNDING_FEE", "startTime": since, "limit": 1000}
-        rows = await self._ask("funding payments", self._exchange.fapiPrivateGetIncome(request))
-        return [Funding(symbol, float(row["income"]), _due(row["time"])) for row in rows]
+    async def name_of(self, symbol:str, number:str)->str:
+        known = self._children.name(number, "")
+        if known: return known
+        request = self._exchange.fapiPrivateGetOrder({"symbol": self._id(symbol), "orderId": number})
+        found = await self._ask("the order of a trade", request, fine=-2013)
+        return order_name(found["clientOrderId"]) if found else ""
+
+    async def incomes(self, since:int|None=None)->list[Income]:
+        def page(asked): return self._ask("income", self._exchange.fapiPrivateGetIncome(asked))
+        rows = await page({"limit": PAGE}) if since is None else await incomes_from(page, since)
+        names = self._names()
+        return [income_of(row, names) for row in rows]
 
     async def close(self)->None:
         await self._streams.close()

@@ -26,11 +26,13 @@ from tradelab.live.venue import (
     AccountSnapshot,
     Answer,
     Candle,
+    Income,
     OrderReport,
     Outcome,
     Venue,
     VenueError,
     check_order,
+    units,
 )
 from ..orders import LIQUIDATION, NONE, Kind, Order
 from ..sim.kernel import Simulation, market_arrays, trading_rules
@@ -184,7 +186,8 @@ class MemoryAccount(MemoryOrders):
     def __init__(self, simulation:Simulation, symbols:Sequence[str]):
         super().__init__(simulation, symbols)
         self.fills: list[Fill] = []
-        self.fundings: list[Funding] = []
+        self.incomes: list[Income] = []
+        self._booked = {"REALIZED_PNL": 0, "COMMISSION": 0}
 
     def _fill(self, count, time):
         "A fill of the kernel as an exchange tells it"
@@ -195,6 +198,16 @@ class MemoryAccount(MemoryOrders):
             row["decision_price"] = self.held[name].order.decision_price
         return Fill(self.symbols[row["symbol"]], float(row["quantity"]), float(row["price"]), float(row["fee"]), time,
                     name, str(count), bool(row["protects"]))
+
+    def _book(self, paid, time):
+        "Rows of its books: what a candle has changed in the wallet; profit and fees of all symbols in one row each"
+        money = self.simulation.state.account[0]
+        changed = [("FUNDING_FEE", each.symbol, units(each.amount)) for each in paid]
+        for kind, total in (("REALIZED_PNL", units(money["realised"])), ("COMMISSION", units(-money["fees"]))):
+            changed.append((kind, self.symbols[0], total - self._booked[kind]))
+            self._booked[kind] = total
+        for kind, symbol, amount in changed:
+            if amount: self.incomes.append(Income(kind, str(len(self.incomes)), symbol, amount, "USDT", time))
 
     def meet(self,
         row:int,             # of the candle that has closed
@@ -211,18 +224,19 @@ class MemoryAccount(MemoryOrders):
         paid = [Funding(name, float(amount), opened)
                 for name, amount in zip(self.symbols, journal["funding"]) if amount]
         fills = [self._fill(count, opened + 1 + count - before) for count in range(before, int(state.count[0]))]
-        self.fundings += paid
+        self._book(paid, opened)
         self.fills += fills
         return [*paid, *fills, *self.news()]
 
     def open_orders(self, symbol:str)->list[OrderReport]:
         return [held.report for held in self.working if held.order.symbol == symbol]
 
-    def fills_since(self, symbol:str, since:int)->list[Fill]:
+    def fills_from(self, symbol:str, first:int|None)->list[Fill]:
         "Under the venue's numbers"
         numbers = {name: str(held.number) for name, held in self.held.items()}
-        return [replace(fill, order_id=numbers.get(fill.order_id, fill.order_id))
-                for fill in self.fills if fill.symbol == symbol and fill.fill_time >= since]
+        ours = [replace(fill, order_id=numbers.get(fill.order_id, fill.order_id))
+                for fill in self.fills if fill.symbol == symbol]
+        return ours[-1:] if first is None else [fill for fill in ours if int(fill.trade_id) >= first]
 
     def snapshot(self)->AccountSnapshot:
         state = self.simulation.state
@@ -313,6 +327,7 @@ class MemoryVenue(MemoryMarket):
     kinds = amends = KINDS
     expires = True
     pace = inf
+    goes_on_when_asked = True # its time, when it is asked for news: what is on its way must be answered before
 
     def __init__(self,
         data:MarketData,
@@ -364,9 +379,11 @@ class MemoryVenue(MemoryMarket):
     async def cancel(self, order:Order)->Answer: return self.held.cancel(order)
     async def query(self, order:Order)->Answer: return self.held.query(order)
     async def open_orders(self, symbol:str)->list[OrderReport]: return self.held.open_orders(symbol)
-    async def fills(self, symbol:str, since:int)->list[Fill]: return self.held.fills_since(symbol, since)
-    async def fundings(self, symbol:str, since:int)->list[Funding]:
-        return [each for each in self.held.fundings if each.symbol == symbol and each.funding_time >= since]
+    async def fills(self, symbol:str, first:int|None=None)->list[Fill]: return self.held.fills_from(symbol, first)
+    async def name_of(self, symbol:str, number:str)->str:
+        return self.held.names[int(number)] if number.isdecimal() else number
+    async def incomes(self, since:int|None=None)->list[Income]:
+        return [row for row in self.held.incomes if row.time >= (since or 0)]
 
     async def close(self)->None:
         "The session is gone, and what it has not heard is lost"
