@@ -669,7 +669,7 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
 def carry_out(core:Core, orders:Sequence)->Process:
     """Write down, send, and wait until each order has ended and is booked, or rests; entries wait for the guards.
     Symbols wait for nobody but themselves: what is awaited from before is asked about while the others are sent"""
-    manager, before = core.manager, bool(core.manager.awaited)
+    manager, before = core.manager, bool(core.manager.awaited or core.manager.searches)
     core.do(*manager.resolve(core.now) if before else (), *manager.want(unfrozen(core, orders), core.now))
     while manager.pursuits:
         if not book(core): yield None
