@@ -483,7 +483,10 @@ async def asked(
     fine:int|None=None,      # a code that is no failure
 )->Any:
     "The answer to a request; VenueError if there is none that can be used"
-    try: return await request
+    try:
+        reply = await request
+        if not isinstance(reply, str): return reply
+        raise RuntimeError(f"a page, or half a reply: {reply[:60]!r}")
     except Exception as error: failure, code, answer = error, error_code(error), refusal_of(error)
     if fine is not None and code == fine: return None
     if code in WRONG_KEYS:
