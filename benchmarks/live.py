@@ -1,6 +1,6 @@
 """Live trading at length: `python benchmarks/live.py simulation 100000` runs so many seeds of the simulation in
-`tests/simulated.py` and prints what went wrong in them and what was found; `kills 1000` kills real sessions over sockets;
-`soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order"""
+`tests/simulated.py` and prints what went wrong in them and what was found; `kills 1000` kills real sessions over
+sockets; `soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order"""
 import asyncio
 import gc
 import multiprocessing
@@ -55,14 +55,15 @@ def one_seed(seed):
 
 
 def simulation(seeds, first=0):
-    counts, wrong, begin, spent = Counter(), [], monotonic(), 0
+    counts, wrong, begin = Counter(), [], monotonic()
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for each, lines in pool.imap_unordered(one_seed, range(first, first + seeds), chunksize=20):
             counts += each
             wrong += lines
             if lines: print(*lines, sep="\n", flush=True)
     took = monotonic() - begin
-    for name, count in sorted(counts.items(), key=lambda pair: (":" in pair[0], pair[0])): print(f"{name:<40} {count:>12,}")
+    for name, count in sorted(counts.items(), key=lambda pair: (":" in pair[0], pair[0])):
+        print(f"{name:<40} {count:>12,}")
     failed = len({line.split()[1] for line in wrong})
     print(f"{failed} of {seeds:,} seeds with something wrong, {took:,.0f} s, {1000 * took / seeds:.0f} ms a seed")
     return failed
@@ -84,7 +85,7 @@ def market(candles, instruments, timeframe="1m"):
             for n, each in enumerate(instruments)}
 
 
-def session_on(url, folder, instruments, name, policy=None, timeframe="1m", **options):
+def session_on(url, folder, instruments, policy=None, timeframe="1m", **options):
     settings = VenueSettings("localnet", "a benchmark", url, url.replace("http", "ws"), SecretStr("localnet-key"),
                              SecretStr("localnet-secret"))
     return Session(trader(instruments, policy), BinanceVenue(settings), Ledger(f"sqlite:///{folder}/tradelab.db"),
@@ -154,10 +155,11 @@ def kills(count):
         known = {intent.order.order_id for intent in ledger.intents("killed")}
         steps = len(ledger.journal("killed")) // 2
         agree = all(abs(held[symbol] - there) < 1e-9 for symbol, there in exchange.positions.items())
-        print(f"\r{done} kills in {monotonic() - begin:,.0f} s: {steps:,} candles, {len(exchange.orders):,} orders, most "
-              f"under one name {max(exchange.orders.values())}, unknown to the ledger {len(exchange.orders.keys() - known)}, "
-              f"positions {'agree' if agree else f'differ: {dict(held)} and {exchange.positions}'}")
-        return not agree
+        unknown, most = len(exchange.orders.keys() - known), max(exchange.orders.values())
+        print(f"\r{done} kills in {monotonic() - begin:,.0f} s: {steps:,} candles, {len(exchange.orders):,} orders, "
+              f"most under one name {most}, unknown to the ledger {unknown}, positions "
+              + ("agree" if agree else f"differ: {dict(held)} and {exchange.positions}"))
+        return not agree or unknown or most > 1
 
 
 def memory(): return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -174,18 +176,20 @@ def soak(candles, symbols=5):
         print("{:>8,} candles  {:8.1f} MiB  {:4} files  {:4} tasks".format(*rows[-1]), flush=True)
 
     with TemporaryDirectory() as folder, Served(candles, symbols) as exchange:
-        asyncio.run(session_on(exchange.url, folder, symbols_of(symbols), "soak", id="soak", progress=look).run(candles))
+        live = session_on(exchange.url, folder, symbols_of(symbols), id="soak", progress=look)
+        asyncio.run(live.run(candles))
         exchange.end()
     warm = rows[len(rows) // 4]
     growth = rows[-1][1] / warm[1] - 1
-    print(f"memory {growth:+.1%} since candle {warm[0]:,}, files {rows[-1][2] - warm[2]:+}, tasks {rows[-1][3] - warm[3]:+}")
+    print(f"memory {growth:+.1%} since candle {warm[0]:,}, files {rows[-1][2] - warm[2]:+}, "
+          f"tasks {rows[-1][3] - warm[3]:+}")
     return growth > .05 or rows[-1][2] > warm[2] or rows[-1][3] > warm[3]
 
 
 def latency(candles):
     "From a candle's arrival to the request, over sockets and SQLite; the commit of the intents beside it"
     with TemporaryDirectory() as folder, Served(candles, 2) as exchange:
-        live = session_on(exchange.url, folder, symbols_of(2), "latency", id="latency")
+        live = session_on(exchange.url, folder, symbols_of(2), id="latency")
         begin = process_time()
         statistics = asyncio.run(live.run(candles))
         spent = process_time() - begin

@@ -226,7 +226,7 @@ class Socket:
 
     def __init__(self, client, url):
         self.client, self.url, self.world = client, url, client.world
-        self.reader = Reader(self.put, self.close, opened=self.world.loop.now())
+        self.reader = Reader(self.put, self.cut, opened=self.world.loop.now())
         self.lost = self.world.loop.create_future()
         self.lost.add_done_callback(lambda lost: lost.cancelled() or lost.exception()) # whether or not anybody waits
         self.arrives = 0.
@@ -241,7 +241,7 @@ class Socket:
     def put(self, data):
         for frame in frames_of(data): self._later(self._deliver, frame)
 
-    def close(self, code):
+    def cut(self, code):
         self.forget()
         self._later(self.fail, ConnectionError(f"closed with {code}"))
 
@@ -263,7 +263,7 @@ class Socket:
     def reset(self, error):
         self.forget()
         self.fail(error)
-    async def close_client(self): self.reset(ConnectionError("closed here"))
+    async def close(self): self.reset(ConnectionError("closed here"))
 
 
 class Client:
@@ -319,6 +319,7 @@ class Client:
     async def load_time_difference(self):
         told = await self.fetch("GET", "v1/time", {}, False)
         self.options["timeDifference"] = self.milliseconds() - told["serverTime"]
+        return self.options["timeDifference"]
 
     async def load_markets(self, reload=False):
         told = await self.fetch("GET", "v1/exchangeInfo", {}, False)
@@ -331,7 +332,7 @@ class Client:
         return self.markets
 
     async def close(self):
-        for socket in list(self.clients.values()): await socket.close_client()
+        for socket in list(self.clients.values()): await socket.close()
 
     async def dial(self, url, path, query=""):
         "A socket that is open"
@@ -339,7 +340,7 @@ class Client:
         self.process.reach()
         socket, service = Socket(self, url), self.world.service
         if self.world.faults.wire("GET", path, self.world.loop.now()):   # it reads too slowly, and is cut off
-            self.world.loop.call_later(20., socket.close, 1006)
+            self.world.loop.call_later(20., socket.cut, 1006)
         service.sockets.add(socket.reader)
         try: names = open_at(service.streams, socket.reader, read_address(path, query))
         except CommandError as error: raise ConnectionError(str(error)) from None
@@ -574,6 +575,7 @@ class Run:
     processes:list = field(default_factory=list)
     names:list = field(default_factory=list)
     error:str = ""
+    broken:list = field(default_factory=list)   # exceptions that nobody caught
 
     @property
     def said(self): return [line for process in self.processes for line in process.said]
@@ -632,6 +634,7 @@ def simulate(seed=0, make_trader=trader, downtime=None, script=None, ledger=None
     run = Run(world, ledger or MemoryLedger())
     random = Random(f"downtime {seed}")
     world.loop.set_task_factory(task_of)
+    world.loop.set_exception_handler(lambda loop, told: run.broken.append(repr(told.get("exception", told["message"]))))
     asyncio.set_event_loop(world.loop)
     try:
         with _patches(world):

@@ -69,7 +69,7 @@ def reference(timeframe, market_seed):
 
 def wrong_in(run):
     "What must never be, in sentences; empty if all is well"
-    world, found = run.world, []
+    world, found = run.world, list(run.broken)
     if run.error: found.append(run.error)
     end = run.processes[-1].end
     if end: return [*found, f"it ended with {end!r}"]
