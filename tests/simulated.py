@@ -633,12 +633,13 @@ def simulate(seed=0, make_trader=trader, downtime=None, script=None, ledger=None
     world = World(seed, **settings)
     run = Run(world, ledger or MemoryLedger())
     random = Random(f"downtime {seed}")
+    seldom = {"waits": {name: max(60_000, world.step // 5) for name in ("clock_every", "heartbeat")}} # or it costs more
     world.loop.set_task_factory(task_of)
     world.loop.set_exception_handler(lambda loop, told: run.broken.append(repr(told.get("exception", told["message"]))))
     asyncio.set_event_loop(world.loop)
     try:
         with _patches(world):
-            world.loop.run_until_complete(_play(run, make_trader, options or {},
+            world.loop.run_until_complete(_play(run, make_trader, seldom | (options or {}),
                                                 downtime or (lambda: random.uniform(.1, 20.)), script))
     finally:
         asyncio.set_event_loop(None)

@@ -29,13 +29,13 @@ AWAITED = {"revised_close"} # a candle that cannot be right ends a session still
 AT_START = {"model_missing", "model_changed"}
 MIXED = sorted({*OUTCOMES, *UNAVAILABLE, *ABOUT_ORDERS, *STREAMS, *REPLIES, *WIRES, *SESSIONS}
                - AT_START - FOR_PERSONS - AWAITED)
-SHAPES = {"1m": (3, 6, 10), "1h": (3, 5, 4)}  # candles before, while and after things go wrong
+SHAPES = {"1m": (3, 6, 10), "15m": (3, 5, 4)}  # candles before, while and after things go wrong
 
 
 def plan(seed):
     "What goes wrong in the run of a seed"
     random = Random(f"plan {seed}")
-    timeframe = random.choice(("1m", "1m", "1h"))
+    timeframe = random.choice(("1m", "1m", "15m"))
     faults = [(random.random(), random.choice(MIXED)) for _ in range(random.choice((0, 1, 1, 2, 3)))]
     kills = [random.randint(1, 350) for _ in range(random.choice((0, 0, 1, 2, 4)))]
     return timeframe, sorted(faults), kills, random.choice((0., 0., .03, .1))
