@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MISREAD', 'FORMAT', 'MOST_PACKED', 'MOST_TEXT', 'MOST_WAITING', 'RETRY', 'packed', 'unpacked', 'encode', 'decode',
            'RecordingError', 'chained', 'unchained', 'framed', 'unframed', 'Recording', 'read', 'repair', 'continued',
-           'FrameFile', 'Recorder', 'MemoryRecorder', 'recorded_settings', 'find_session']
+           'FrameFile', 'Lines', 'Recorder', 'MemoryRecorder', 'recorded_settings', 'find_session']
 
 # %% ../../nbs/70_live/05_recorder.ipynb #4516821c
 import base64
@@ -361,6 +361,46 @@ class FrameFile:
 
     def close(self)->None: self._file.close()
 
+# %% ../../nbs/70_live/05_recorder.ipynb #rec18c06
+class Lines:
+    "The lines of a recording that are not in its file yet"
+
+    def __init__(self, lines:int, decisions:int, link:str):
+        self.text = bytearray()
+        self.lost = 0           # lines that were let go of
+        self._lines = lines
+        self._decisions = decisions
+        self._link = link
+        self._hole = 0          # of those that are lost, how many since something was written
+        self._written = self._place()
+
+    def _place(self): return self._lines, self._decisions, self._link
+
+    def add(self, kind:str, **content:Any)->None:
+        "Add a line behind the one before"
+        line = chained({"kind": kind} | content, self._lines, self._link)
+        self._link = line[-35:-3].decode()
+        self._lines += 1
+        self._decisions += kind == "decision"
+        self.text += line
+
+    def end(self)->None: self.add("end", lines=self._lines, decisions=self._decisions)
+
+    def written(self)->None:
+        "They are in the file"
+        self.text.clear()
+        self._hole = 0
+        self._written = self._place()
+
+    def let_go(self)->None:
+        "Give them up; the first of those that follow says how many there were"
+        gone = self._lines - self._written[0] - bool(self._hole)
+        self.lost += gone
+        self._hole += gone
+        self._lines, self._decisions, self._link = self._written
+        self.text.clear()
+        self.add("hole", lines=self._hole)
+
 # %% ../../nbs/70_live/05_recorder.ipynb #40fb976f
 MOST_WAITING = 8_000_000 # bytes of lines that wait for a disk; beyond that they are a hole
 RETRY = 1.               # seconds between two attempts
@@ -373,25 +413,21 @@ class Recorder:
         before = continued(path)
         self.mended = before.damage
         self.on_trouble: Callable[[bool, str], object] = lambda good, text: None # is told when it begins and ends
-        self.lost = 0           # lines that are a hole
-        self._lines = before.lines
-        self._decisions = before.decisions
-        self._link = before.link
-        self._waiting = bytearray()
+        self._waiting = Lines(before.lines, before.decisions, before.link)
         self._file = FrameFile(path, before.seal)
-        self._flushed = self._place()
         self._failing = False   # whether nothing can be written now
         self._again = 0.        # when that is tried again
-        self._hole = 0          # lines that were let go of since
-        if not self._lines: self.line("recording", format=FORMAT, version=__version__)
+        if not before.lines: self.line("recording", format=FORMAT, version=__version__)
         if self.mended: self.line("mended", text=self.mended)
+
+    @property
+    def lost(self)->int:
+        "Lines that are a hole"
+        return self._waiting.lost
 
     def line(self, kind:str, **content)->None:
         "Add a line; it is in the file when it is flushed"
-        line = chained({"kind": kind} | content, self._lines, self._link)
-        self._link = line[-35:-3].decode()
-        self._lines, self._decisions = self._lines + 1, self._decisions + (kind == "decision")
-        self._waiting += line
+        self._waiting.add(kind, **content)
 
     def start(self, settings:dict, core:Any=None)->None:
         "A session starts or continues; `core` is what its core is made from, encoded"
@@ -420,42 +456,28 @@ class Recorder:
             "reasons")})
 
     def _make_room(self):
-        if len(self._waiting) > 1_000_000: self.flush()
-
-    def _place(self): return self._lines, self._decisions, self._link
+        if len(self._waiting.text) > 1_000_000: self.flush()
 
     def flush(self)->None:
         "To the file, where the end of this process cannot take it; what the disk does not take waits, or is a hole"
-        if not self._waiting: return
-        if monotonic() >= self._again and self._added():
-            self._waiting.clear()
-            self._flushed = self._place()
-            self._hole = 0
-        elif len(self._waiting) > MOST_WAITING: self._leave_a_hole()
+        if not self._waiting.text: return
+        if monotonic() >= self._again and self._added(): self._waiting.written()
+        elif len(self._waiting.text) > MOST_WAITING: self._waiting.let_go()
 
     def _added(self):
         "Whether the disk has taken what waits"
-        try: self._file.add(bytes(self._waiting))
+        try: self._file.add(bytes(self._waiting.text))
         except OSError as error:
             self._again = monotonic() + RETRY
-            self._fail(error)
-            return False
-        if self._failing: self.on_trouble(True, f"{self._hole} lines of the recording are lost")
+            return self._fail(error)
+        if self._failing: self.on_trouble(True, f"{self.lost} lines of the recording are lost")
         self._failing = False
         return True
 
     def _fail(self, error):
         if not self._failing: self.on_trouble(False, f"the recording cannot be written: {error}")
         self._failing = True
-
-    def _leave_a_hole(self):
-        "Let go of what waits, and say how much that was as soon as something can be said"
-        gone = self._lines - self._flushed[0] - bool(self._hole)
-        self.lost += gone
-        self._hole += gone
-        self._lines, self._decisions, self._link = self._flushed
-        self._waiting.clear()
-        self.line("hole", lines=self._hole)
+        return False
 
     def sync(self)->None:
         """What was flushed, to the disk, where a power cut cannot take it: before the ledger says that a step is done;
@@ -464,7 +486,7 @@ class Recorder:
         except OSError as error: self._fail(error)
 
     def close(self)->None:
-        self.line("end", lines=self._lines, decisions=self._decisions)
+        self._waiting.end()
         self._again = 0.
         self.flush()
         self.sync()
@@ -476,7 +498,7 @@ class MemoryRecorder(Recorder):
 
     def __init__(self):
         self.lines: list[dict[str, Any]] = []
-        self._waiting = b""
+        self._waiting = Lines(0, 0, FORMAT)
 
     def line(self, kind:str, **content)->None:
         "Add a line, as it would be read"
