@@ -128,6 +128,7 @@ class ForeignFills:
         self.suspects: dict[tuple[str, str], Fill] = {} # told by a stream, and not looked up yet
         self.residual: dict[str, float] = {}            # signed base units by symbol, that no trade explains
         self.offsets: dict[str, float] = {}             # signed base units by symbol, ignored
+        self.said: dict[str, str] = {}                  # why nothing was sent in a symbol, as it was told last
         self.profit = 0                                 # whole 1e-8, of what waits or was ignored
         self._known: set[tuple[str, str]] = set()
         for each in known: self._keep(each)
