@@ -9,7 +9,7 @@ __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'ROWS_EVERY', 'Terms', 'Core', '
            'take_trades', 'take_rows', 'catch_up', 'settle', 'with_offset', 'unfrozen', 'carry_out', 'own_wallet',
            'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'agree', 'clear_orders', 'send_now',
            'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey', 'known_at_close', 'look_ahead',
-           'watch_halt', 'drop', 'decide', 'resize', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions',
+           'watch_halt', 'drop', 'resize', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions',
            'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
@@ -694,6 +694,16 @@ def drop(core:Core, orders:Sequence[Order])->None:
         core.do(Tell(Notice("late", f"{format_time(core.trader.open_time)}: a newer candle has closed already, its "
                             "orders are dropped")))
 
+# %% ../../nbs/70_live/12_core.ipynb #resize02
+def resize(core:Core)->None:
+    "Let the trader count on no more money than is there"
+    money, others = core.trader.account[0], core.statement.others if core.statement else 0
+    short = max(-(core.reserve + others / UNITS), 0.)
+    change = core.deposit - short - money["deposit"]
+    if abs(change) < 1e-8 or money["trading_state"] == TradingState.HALT or money["equity"] + change <= 0.: return
+    for name in ("deposit", "equity", "peak", "day_equity", "last_equity"):
+        if money[name]: money[name] = decimal8(money[name] + change)
+
 # %% ../../nbs/70_live/12_core.ipynb #6f488289
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
@@ -711,16 +721,6 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     if not late: return orders
     drop(core, orders)
     return []
-
-# %% ../../nbs/70_live/12_core.ipynb #resize02
-def resize(core:Core)->None:
-    "Let the trader count on no more money than is there"
-    money, others = core.trader.account[0], core.statement.others if core.statement else 0
-    short = max(-(core.reserve + others / UNITS), 0.)
-    change = core.deposit - short - money["deposit"]
-    if abs(change) < 1e-8 or money["trading_state"] == TradingState.HALT or money["equity"] + change <= 0.: return
-    for name in ("deposit", "equity", "peak", "day_equity", "last_equity"):
-        if money[name]: money[name] = decimal8(money[name] + change)
 
 # %% ../../nbs/70_live/12_core.ipynb #b2e5d7bd
 def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
