@@ -18,6 +18,7 @@ pytestmark = pytest.mark.integration
 
 def met(folder, scenario, word="", candles=40, **changes):
     "A session that meets a fault at its eleventh candle, what the ledger says, and the account at the exchange"
+    folder.mkdir(exist_ok=True)
     with localnet(faults=[{"scenario": scenario, "after": 10} | changes]) as exchange:
         live = session(exchange, folder, patience=4.)
         say, said = live.say, []
@@ -46,7 +47,9 @@ def same_money(live, account):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    with localnet() as exchange: live = session(exchange, folder); run(live, 40)
+    with localnet() as exchange:
+        live = session(exchange, folder)
+        run(live, 40)
     return own(live), journal(folder)
 
 

@@ -10,7 +10,7 @@ __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'ROWS_EVERY', 'Terms', 'Core', '
            'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'agree', 'clear_orders', 'send_now',
            'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey', 'known_at_close', 'look_ahead',
            'watch_halt', 'drop', 'resize', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions',
-           'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'look_up', 'live']
+           'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -818,6 +818,13 @@ def wait(core:Core)->Process:
     yield from catch_up(core) if core.now < silence else fill_gap(core)
 
 
+def close_books(core:Core)->Process:
+    "The last rows of the exchange's own books, compared once more"
+    account = (yield from ask_account(core, rows=True)) if core.statement else None
+    found = rows_differ(core, account) if account else ""
+    if found: core.do(Tell(Notice("disagreement", found)))
+
+
 def look_up(core:Core)->Process:
     "Ask whose the fills are that a stream told; an exchange that does not say it yet is asked again a little later"
     yield from catch_up(core)
@@ -835,4 +842,5 @@ def live(core:Core)->Process:
         if ready: yield from step(core, *ready)
         elif core.feed and core.feed.gap: yield from fill_gap(core)
         else: yield from wait(core)
+    yield from close_books(core)
     tell_of_resting(core)
