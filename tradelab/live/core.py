@@ -7,7 +7,7 @@ __all__ = ['Process', 'LONGEST_PAUSE', 'QUIET', 'ROWS_EVERY', 'Terms', 'Core', '
            'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered', 'row_of', 'tell_of_orders',
            'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for', 'require_halt', 'take_trade',
            'take_trades', 'take_rows', 'catch_up', 'settle', 'with_offset', 'unfrozen', 'carry_out', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'agree', 'clear_orders', 'send_now',
+           'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'clear_orders', 'send_now',
            'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey', 'known_at_close', 'look_ahead',
            'watch_halt', 'drop', 'resize', 'decide', 'step', 'go_on', 'feed_in', 'go_on_behind', 'history_questions',
            'fill_gap', 'reconnected', 'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
@@ -483,7 +483,7 @@ def differs(core:Core, account:AccountSnapshot, own:float)->str:
 def rows_differ(core:Core, account:AccountSnapshot)->str:
     "How the exchange's wallet differs from its own rows, to the last decimal; empty if it does not"
     there = units(account.wallet)
-    if core.statement is None or core.rows_asked != core.asked or core.statement.wallet == there: return ""
+    if core.statement is None or core.rows_asked != core.asked or core.statement.explains(there): return ""
     return (f"wallet {core.statement.wallet / UNITS:.8f} by the rows of {core.terms.venue} itself, {there / UNITS:.8f} "
             "by its account")
 
@@ -519,6 +519,12 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         core.do(frozen_by(core.foreign.evidence(verdict.what)))
 
 
+def accept(core:Core, account:AccountSnapshot)->None:
+    "What was compared counts from here on; what was left over is written down"
+    left = core.statement.accept(units(account.wallet)) if core.statement else None
+    if left: core.do(Write(left))
+
+
 def agree(core:Core)->Process:
     "Compare with the exchange until both say the same"
     before = own_wallet(core) # what comes after the question may be in the answer, or not
@@ -541,8 +547,7 @@ def agree(core:Core)->Process:
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
     if account: freeze(core, account)
-    if account and core.statement and rows_differ(core, account):
-        core.do(Write(core.statement.accept(units(account.wallet))))
+    if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 
 # %% ../../nbs/70_live/12_core.ipynb #flatten02
 def clear_orders(core:Core, symbol:str)->Process:
