@@ -190,10 +190,10 @@ class Driver:
                 self.recorder.received(received)
                 actions = self.core.on(received)
                 self.recorder.answered(actions)
-                for action in actions:
+                for n, action in enumerate(actions):
                     self.done += 1
                     if self.done in self.kills:
-                        self.dying |= {action.order.order_id} if isinstance(action, Send) else set()
+                        self.dying |= {each.order.order_id for each in actions[n:] if isinstance(each, Send)}
                         raise KilledError
                     if isinstance(action, End): return action
                     self.do(action)

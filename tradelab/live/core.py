@@ -828,6 +828,7 @@ def close_books(core:Core)->Process:
     account = (yield from ask_account(core, rows=True)) if core.statement else None
     found = rows_differ(core, account) if account else ""
     if found: core.do(Tell(Notice("disagreement", found)))
+    if account and core.rows_asked == core.asked: accept(core, account)
 
 
 def look_up(core:Core)->Process:
