@@ -660,7 +660,8 @@ class OrderManager:
     @property
     def search_due(self)->int|None:
         "When to ask again about orders that nobody knows (ms)"
-        return min((each.due for name, each in self.searches.items() if name not in self.pursuits), default=None)
+        names = [name for name in self.searches if name in self.blotter.open and name not in self.pursuits]
+        return min((self.searches[name].due for name in names), default=None)
 
     def resolve(self, now:int)->list[Action]:
         "Ask about every open order"

@@ -164,7 +164,7 @@ def ask_history(core:Core, last:int|None)->Process:
     trader, terms = core.trader, core.terms
     wanted = max(trader.warm_up, 1)
     since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, terms.gaps)
-    limit = wanted if last is None else 10**9
+    limit = wanted + 1 if last is None else 10**9 # one may close between two answers
     parts = yield from answers_to(core, history_questions(core, limit, since))
     times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps)
     seen = times == times if last is None else times <= last

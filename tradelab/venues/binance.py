@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TOO_MANY', 'OUR_CLOCK', 'NOTHING_TO_AMEND',
-           'NO_SUCH_PATH', 'AMENDING', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN', 'RECEIVE_WINDOW', 'CONDITIONAL',
-           'CALLBACKS', 'AMENDED', 'PAGE', 'order_name', 'algo_report', 'normalise', 'Transport', 'Reply', 'error_code',
-           'transport_of', 'error_text', 'outcome', 'retry_after', 'refusal_of', 'limits_of', 'Allowance',
-           'AccountSettings', 'settings_of_account', 'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold',
-           'asked', 'closed_rows', 'all_rates', 'candles_of', 'BinanceMarket', 'format_quantity', 'format_price',
-           'check_order', 'order_request', 'amend_request', 'answer_of', 'of_query', 'fill_of', 'trades_from',
-           'incomes_from', 'income_of', 'frame_events', 'Children', 'Streams', 'synchronise', 'about', 'BinanceOrders',
-           'open_orders', 'set_up', 'ask_settings', 'BinanceVenue']
+           'NO_SUCH_PATH', 'AMENDING', 'OFF_THE_GRID', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN', 'RECEIVE_WINDOW',
+           'CONDITIONAL', 'CALLBACKS', 'AMENDED', 'PAGE', 'order_name', 'algo_report', 'normalise', 'Transport',
+           'Reply', 'error_code', 'transport_of', 'error_text', 'outcome', 'retry_after', 'refusal_of', 'limits_of',
+           'Allowance', 'AccountSettings', 'settings_of_account', 'account_of', 'instrument_of', 'listed',
+           'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates', 'candles_of', 'BinanceMarket',
+           'format_quantity', 'format_price', 'check_order', 'order_request', 'amend_request', 'answer_of', 'of_query',
+           'fill_of', 'trades_from', 'incomes_from', 'income_of', 'frame_events', 'Children', 'Streams', 'synchronise',
+           'about', 'BinanceOrders', 'open_orders', 'set_up', 'ask_settings', 'BinanceVenue']
 
 # %% ../../nbs/75_venues/01_binance.ipynb #e8afb17d
 import asyncio
@@ -199,7 +199,7 @@ ACCOUNT = {-2010, -2016, -2017, -2018, -2019, -2020, -2021, -2022, -2023, -2024,
            -4509, -5021, -5022, -5024, -5026, -5027, -5029}  # it was read, and this account may not, or not now
 WRONG_KEYS = {-1002, -1022, -2008, -2014, -2015}
 TOO_MANY = {-1003, -1015}                                              # requests, orders
-OUR_CLOCK, NOTHING_TO_AMEND, NO_SUCH_PATH, AMENDING = -1021, -5027, -5000, -5043
+OUR_CLOCK, NOTHING_TO_AMEND, NO_SUCH_PATH, AMENDING, OFF_THE_GRID = -1021, -5027, -5000, -5043, -1111
 
 PROVEN: dict[tuple[int, int], Outcome] = {
     **{(400, code): Outcome.REJECTED for code in FORM | ACCOUNT},
@@ -259,7 +259,10 @@ def limits_of(rows:Iterable[Mapping])->dict[str, int]:
 class Allowance:
     "What may be asked of Binance at a time; times are ms, in the exchange's clock"
 
-    def __init__(self):
+    def __init__(self,
+        counts:bool=True,  # whether the counts are obeyed, too, or only what a refusal says
+    ):
+        self.counts = counts
         self.limits = dict(LIMITS)
         self.used: dict[str, tuple[int, int]] = {}   # by header: the window, and how much of it
         self.limited_until = 0
@@ -281,7 +284,7 @@ class Allowance:
         waits = [(self.banned_until - now) / 1_000]
         if not reduces:
             waits.append((self.limited_until - now) / 1_000)
-            for name, (window, used) in self.used.items():
+            for name, (window, used) in self.used.items() if self.counts else ():
                 full = window == now // WINDOWS[name] and used >= (1 - KEPT) * self.limits[name]
                 if full and (orders or "order" not in name): waits.append(self._left(WINDOWS[name], now))
         return max(0., *waits)
@@ -434,7 +437,7 @@ def exchange_for(
                                   "secret": settings.secret.get_secret_value(), "enableRateLimit": paced,
                                   "timeout": int(timeout * 1000)})
     if settings.name == "testnet": exchange.enable_demo_trading(True)
-    exchange.allowance = Allowance()
+    exchange.allowance = Allowance(counts=paced)
     api = exchange.urls["api"]
     for name, url in api.items():
         if name.startswith("fapi"): api[name] = settings.rest.rstrip("/") + urlsplit(url).path
@@ -843,7 +846,10 @@ class BinanceOrders:
         if order.kind in CONDITIONAL: send = self._exchange.fapiPrivatePostAlgoOrder
         try: request = order_request(order, self._exchange.markets[order.symbol])
         except ValueError as error: return Answer(Outcome.REJECTED, text=str(error))
-        return await about(send(request))
+        answer = await about(send(request))
+        if answer.text.startswith(str(OFF_THE_GRID)): # its filters have changed: the next order is on the new grid
+            with suppress(Exception): await self._exchange.load_markets(True)
+        return answer
 
     async def amend(self, order:Order, executed:float=0.)->Answer:
         "Give a working order another price or quantity; `executed` (base units, unsigned) is what we know to be filled"

@@ -325,6 +325,7 @@ class MemoryVenue(MemoryMarket):
     "An account in a market whose candles are known: a `live.venue.Venue`"
     kinds = amends = KINDS
     expires = True
+    goes_on_when_asked = True # its time, when it is asked for news: what is on its way must be answered before
 
     def __init__(self,
         data:MarketData,
