@@ -348,7 +348,7 @@ async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|Non
     try: durable = await is_kept(kept)
     except Exception as error: return Failed(error)
     if durable or action.order.reduce_only: return await event_of(venue, action)
-    return Answered(action, Answer(Outcome.LATER, retry=1., text="the ledger takes nothing: it was not sent"))
+    return Answered(action, Answer(Outcome.LATER, retry=0., text="the ledger takes nothing: it was not sent"))
 
 # %% ../../nbs/70_live/14_session.ipynb #e89dff6b
 class Signals:
@@ -447,6 +447,8 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def _receive(self):
+        if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
+            await asyncio.wait(self._tasks)
         events = [await self._inbox.get()]
         while not self._inbox.empty(): events.append(self._inbox.get_nowait())
         return Received(clock(), events)
