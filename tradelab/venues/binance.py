@@ -692,6 +692,9 @@ def readable(what:str, read:Callable[..., Any], *given:Any)->Any:
 PAGE = 1_000 # rows of one answer
 
 
+def _number_of(trade): return int(trade["id"])
+
+
 async def trades_from(
     page:Callable[[dict], Awaitable[list]], # a request with fromId and limit -> trades, oldest first
     first:int,                              # the venue's trade number
@@ -702,10 +705,12 @@ async def trades_from(
         rows = await page({"fromId": first, "limit": PAGE})
         found += rows
         if len(rows) < PAGE: return found
-        first = readable("trades", lambda: int(rows[-1]["id"]) + 1)
+        first = readable("trades", _number_of, rows[-1]) + 1
 
 # %% ../../nbs/75_venues/01_binance.ipynb #pages004
-def _key_of(row): return row["incomeType"], row["tranId"], row["symbol"], row.get("tradeId", "")
+def _by_key(rows):
+    "Rows of one answer, by what makes each unique"
+    return {(row["incomeType"], row["tranId"], row["symbol"], row.get("tradeId", "")): row for row in rows}
 
 
 async def incomes_from(
@@ -716,7 +721,7 @@ async def incomes_from(
     found: dict[tuple, dict] = {}
     while True:
         rows = await page({"startTime": max(since, 1), "limit": PAGE})
-        found |= readable("income", lambda: {_key_of(row): row for row in rows})
+        found |= readable("income", _by_key, rows)
         if len(rows) < PAGE: return list(found.values())
         last = int(rows[-1]["time"])
         if last == since: raise VenueError(f"more than {PAGE} rows of income at {since} ms")
