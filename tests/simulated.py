@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from tradelab.config import VenueSettings
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
+from tradelab.live import lease as leases
 from tradelab.live import ledger as ledgers
 from tradelab.live import session as sessions
 from tradelab.live.ledger import MemoryLedger
@@ -139,7 +140,8 @@ class World:
         self.advance()
         self.happened = 0                    # doors that somebody went through
         self.kills = set(kills)              # at which of them the process dies
-        self.process = None
+        self.process, self.numbers = None, itertools.count(1)
+        self.alive = set()                   # owners of leases
         self.trace = []
         self.over = False                    # nobody starts a session any more
 
@@ -465,6 +467,8 @@ class Process:
     def __init__(self, world, ledger, name, resume, make_trader, options):
         self.world, self.ledger, self.name, self.resume = world, ledger, name, resume
         self.dead, self.tasks, self.said, self.end = False, set(), [], None
+        self.owner = f"simulated process {next(world.numbers)}"
+        world.alive.add(self.owner)
         self.recorder = _Recorder()
         self.make_trader, self.options = make_trader, options
 
@@ -473,6 +477,7 @@ class Process:
     def kill(self):
         "From here on nothing it does has an effect"
         self.dead = True
+        self.world.alive.discard(self.owner)
         self.world.loop.call_soon(self._bury)
 
     def _bury(self):
@@ -539,6 +544,7 @@ class Process:
                                timeframe=self.world.timeframe, say=self.said.append, **self.options)
         try: await self.session.run()
         except (Exception, asyncio.CancelledError) as error: self.end = error
+        finally: self.world.alive.discard(self.owner)
 
 
 def _patches(world):
@@ -550,8 +556,10 @@ def _patches(world):
         if getattr(module, "clock", None) is ledgers_clock:
             found.enter_context(patch.object(module, "clock", world.loop.now))
     for name, stand_in in (("logger", _Quiet()), ("Files", files), ("Writer", writer), ("hold", lambda session: None),
-                           ("write_status", lambda path, **status: None), ("rebuild", lambda *arguments: None)):
-        found.enter_context(patch.object(sessions, name, stand_in))
+                           ("write_status", lambda path, **status: None), ("rebuild", lambda *arguments: None),
+                           ("monotonic", world.loop.time), ("this_process", lambda: PROCESS.get().owner)):
+        if hasattr(sessions, name): found.enter_context(patch.object(sessions, name, stand_in))
+    found.enter_context(patch.object(leases, "is_dead", lambda owner: owner not in world.alive))
     return found
 
 
@@ -595,7 +603,8 @@ async def _live(run, make_trader, options, downtime):
         task = asyncio.ensure_future(process.run())
         process.tasks.add(task)
         await asyncio.wait([task])
-        if not (process.dead or isinstance(process.end, VenueError)) or world.over: return
+        unreachable = isinstance(process.end, VenueError) or "no answer on the" in str(process.end)
+        if not (process.dead or unreachable) or world.over: return
         await asyncio.sleep(downtime())
         resume = bool(run.ledger.snapshot(name))
         if not resume: name = f"simulated-{len(run.names)}"

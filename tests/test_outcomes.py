@@ -42,7 +42,7 @@ def venue(exchange, timeout=10.):
                                       SecretStr("localnet-key"), SecretStr("localnet-secret")), timeout=timeout)
 
 
-def session(exchange, folder, symbols=(BITCOIN,), timeout=10., patience=.3, **waits):
+def session(exchange, folder, symbols=(BITCOIN,), timeout=10., patience=2., **waits):
     policy = Momentum(lookback=5, threshold=.005)
     trader = Trader(policy, Observation.from_policy(policy), OrderGate, Limits(),
                     tuple(replace(LISTED, symbol=symbol) for symbol in symbols))
@@ -123,8 +123,8 @@ def test_an_order_that_is_matched_after_it_was_called_absent_is_still_ours(tmp_p
             live.stop()
 
     contradicted = {}
-    with localnet(candles=600) as exchange:
-        exchange.faults.arm("matched_late", after=2, later_ms=6_000) # an entry: a late close is refused
+    with localnet(candles=900) as exchange:
+        exchange.faults.arm("matched_late", after=2, later_ms=9_000) # an entry: a late close is refused
         live = session(exchange, tmp_path, absent_after=50)
         live.progress = until_it_trades_on
         journal = run(live, None)

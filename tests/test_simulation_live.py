@@ -155,7 +155,7 @@ def met(name, seed=1, timeframe="1m", lasts=6., **settings):
     "A run in which a scenario happens, and whether it did"
     run = simulate(seed, timeframe=timeframe, candles=sum(SHAPES[timeframe]), market_seed=1,
                    script=lambda world: arm(world, name, lasts), **settings)
-    return run, bool(run.world.faults.hits(name))
+    return run, bool(run.world.faults.log)
 
 
 @pytest.mark.parametrize("name", sorted({*MIXED, *SAYS} - ON_RESTING - FOR_PERSONS - NOT_HEARD))

@@ -645,8 +645,9 @@ class OrderManager:
 
     @property
     def awaited(self)->list[Intent]:
-        "Orders whose end, or arrival, a step waits for"
-        return self.blotter.unproven if self.beside else self.blotter.unsettled
+        "Orders whose end, or arrival, a step waits for; one that is looked for keeps nobody waiting"
+        open_orders = self.blotter.unproven if self.beside else self.blotter.unsettled
+        return [intent for intent in open_orders if intent.order.order_id not in self.searches]
 
     def want(self, orders:Sequence[Order], now:int)->list[Action]:
         "Make the orders that work those that are wanted; InvalidOrderError if the venue does not take one"
