@@ -24,6 +24,7 @@ from tradelab.live.messages import (
     Fetch,
     Fetched,
     Open,
+    Opened,
     Received,
     Send,
     StepDone,
@@ -41,7 +42,6 @@ from tradelab.live.session import Kept, core_inputs, make_core, restore, write
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, Income, OrderReport, Outcome, VenueError, units
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
-from tradelab.notices import Notice
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
 from tradelab.strategies.example import Momentum
@@ -222,7 +222,7 @@ class Driver:
                 content = self.exchange.fetch(what, arguments, self.now)
                 self.tell(self.now + 4, Fetched(number, content))
             case Open():
-                for stream in ("market", "user"): self.tell(self.now + 2, Notice("open", stream))
+                for stream in ("market", "user"): self.tell(self.now + 2, Opened(stream))
             case Wake(at): self.tell(at, Woken())
             case Tell(notice): self.notices.append(notice.kind)
             case StepDone(): self.steps += 1

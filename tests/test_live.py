@@ -361,7 +361,7 @@ def test_what_a_lost_stream_did_not_tell_is_fetched(whole, tmp_path, route):
     with localnet() as exchange:
         statistics = run(session(exchange, tmp_path, type("Deaf", (Deaf,), {"route": route})), 40)
     events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").notices("momentum_test")
-    assert {"lost", "reconnected"} <= set(events["kind"])
+    assert {"lost", "trading"} <= set(events["kind"])
     assert statistics.disagreements == 0
     assert first_difference(whole["journal"].iloc[:40], journal(tmp_path)) is None
 

@@ -68,7 +68,9 @@ def encode(value:Any)->Any:
     if isinstance(value, dict): return {key: encode(each) for key, each in value.items()}
     if isinstance(value, frozenset): return sorted(map(encode, value))
     if isinstance(value, tuple | list): return [encode(each) for each in value]
-    if isinstance(value, Exception): return {"type": kind.__name__, "text": str(value)}
+    if isinstance(value, Exception):
+        more = vars(value) if isinstance(value, VenueLimitError) else {}
+        return {"type": kind.__name__, "text": str(value), **more}
     return value.value if isinstance(value, Enum) else value
 
 # %% ../../nbs/70_live/05_recorder.ipynb #80528e77
@@ -147,6 +149,8 @@ def decode(
     if kind is np.ndarray: return _array(text, name)
     if kind is Exception:
         said, words = decode(text["type"], str, name), decode(text["text"], str, name)
+        if said == VenueLimitError.__name__:
+            return VenueLimitError(words, decode(text["retry"], float, "retry"), decode(text["banned"], bool, "banned"))
         return _RAISED[said](words) if said in _RAISED else RuntimeError(f"{said}: {words}")
     return _plain(text, kind, name)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'Record', 'SLOW', 'StepFile', 'journal_lines', 'emergencies', 'rebuild',
            'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line', 'write', 'precedes',
-           'needed', 'Files', 'answer_to', 'event_of', 'told', 'is_kept', 'event_when_kept', 'Signals',
+           'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept', 'event_when_kept', 'Signals',
            'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed',
            'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
            'say', 'save_status', 'hold', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'hear',
@@ -23,7 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from tradelab.live.messages import (
     Answered,
     Ask,
     Cancel,
+    ClockSample,
     End,
     Entry,
     Event,
@@ -67,12 +68,14 @@ from tradelab.live.messages import (
     Opening,
     Paid,
     Received,
+    Redial,
     Revised,
     Say,
     Send,
     Step,
     StepDone,
     Stop,
+    Synchronise,
     Tell,
     Unanswered,
     Waits,
@@ -321,15 +324,26 @@ async def answer_to(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
 
 
 async def event_of(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
-    "The same, with any other exception as an event, too"
+    "The same where an answer cannot be read: a question is unanswered then, and what became of an order is not known"
     try: return await answer_to(venue, action)
-    except Exception as error: return Failed(error)
+    except Exception as error:
+        said = f"an answer that cannot be read, {type(error).__name__}: {error}"
+        if isinstance(action, Fetch): return Unanswered(action.number, VenueError(f"{action.what}: {said}"))
+        return Answered(action, Answer(Outcome.UNKNOWN, text=said))
 
 # %% ../../nbs/70_live/14_session.ipynb #efb4a7b1
 async def told(request:Awaitable[None])->Event|None:
     "Tell the exchange something that it does not answer"
     try: await request
     except Exception as error: return Failed(error)
+    return None
+
+
+async def clock_sample(venue:Venue)->Event|None:
+    "How far the exchange's clock is ahead; nothing if it does not say"
+    with suppress(VenueError):
+        offset = await venue.synchronise()
+        if offset is not None: return ClockSample(offset)
     return None
 
 # %% ../../nbs/70_live/14_session.ipynb #ses18c01
@@ -431,6 +445,8 @@ class Driver:
                 self._alarm = asyncio.get_running_loop().call_later(delay, self._inbox.put_nowait, Woken())
             case Open(): self.spawn(told(self.venue.stream(self.core.trader.seen, self.core.terms.timeframe)))
             case Waits(open_time): self.spawn(told(self._waits(open_time)))
+            case Redial(stream): self.spawn(told(self.venue.redial(stream)))
+            case Synchronise(): self.spawn(clock_sample(self.venue))
 
     async def _waits(self, open_time):
         "An exchange that waits for us waits for our disk, too: what is to be written cannot pile up"
@@ -651,7 +667,7 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
-                  venue.quote, **session.waits)
+                  venue.quote, **{"pace": venue.pace} | session.waits)
     session.inputs = core_inputs(ledger, terms, kept, Offer(venue.kinds, venue.amends, venue.expires),
                                  f"{venue.name} at {venue.address} ({venue.why})")
     return make_core(trader, session.inputs)
