@@ -78,6 +78,7 @@ from tradelab.live.order_manager import (
     ATTEMPTS,
     OrderManager,
     Turn,
+    busy,
     end_round,
     ended,
     may_open,
@@ -636,7 +637,7 @@ def take_rows(core:Core, rows:Sequence[Income])->None:
 def catch_up(core:Core)->Process:
     "Ask for what the sockets may have missed"
     core.do(*core.manager.resolve(core.now))
-    while core.manager.pursuits: yield None
+    while busy(core.manager.pursuits.values(), core.now): yield None
     symbols = core.trader.symbols
     questions = missed(symbols, core.numbers, core.manager.blotter.open.values())
     books = [("incomes", core.statement.since)] if core.statement else []
@@ -686,7 +687,8 @@ def carry_out(core:Core, orders:Sequence)->Process:
     Symbols wait for nobody but themselves: what is awaited from before is asked about while the others are sent"""
     manager, before = core.manager, bool(core.manager.awaited or core.manager.searches)
     core.do(*manager.resolve(core.now) if before else (), *manager.want(unfrozen(core, orders), core.now))
-    while manager.pursuits:
+    until = core.now + core.terms.patience
+    while busy(manager.pursuits.values(), until):
         if not book(core): yield None
     if before and manager.awaited: yield from catch_up(core)
     manager.cautious = False
