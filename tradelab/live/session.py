@@ -557,6 +557,7 @@ class CoreInputs:
     opening:Opening|None = None             # where the exchange's own books begin; None: nobody has asked yet
     paid:tuple[Paid, ...] = ()              # their newest rows
     foreign:tuple[Foreign, ...] = ()
+    deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
 
 
 def opening_of(kept:Kept|None)->Opening|None:
@@ -570,7 +571,8 @@ def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, of
     "The same with all that the ledger knows of the orders and entries of a session"
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
-                      tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)))
+                      tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
+                      kept.settings.get("deposit", 0.) if kept else 0.)
 
 
 def restore_books(core:Core, inputs:CoreInputs)->None:
@@ -581,6 +583,7 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
     core.numbers = TradeNumbers(opening.trades, fills, inputs.step["open_time"] if inputs.step else 0)
     if inputs.opening: core.statement = Statement(opening, core.trader.symbols, core.terms.quote, inputs.paid)
     core.opening = opening
+    core.deposit = inputs.deposit or core.deposit
     for each in inputs.foreign: # one that was adopted, and not booked any more
         if each.verdict == "adopted": core.books.add(each.fill)
 
