@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Process', 'ROWS_EVERY', 'Terms', 'Watch', 'Told', 'Core', 'has_room', 'turn_by_guards', 'passes_guards', 'tell_phase',
            'tended', 'watch_candles', 'tend', 'hear_market', 'ask_for_candles', 'hear_candle', 'feed_in', 'set_reason',
-           'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'withhold', 'hear_fill', 'take', 'news',
-           'sleep', 'ask_all', 'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next',
-           'book', 'keep', 'knows', 'look_for', 'require_halt', 'take_trade', 'take_trades', 'take_rows', 'catch_up',
-           'going', 'settle', 'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ',
-           'ask_account', 'freeze', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'explain', 'judge',
-           'close_by_hand', 'obey', 'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'deadline_of',
-           'step', 'go_on', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
-           'tell_of_resting', 'wait', 'look_up', 'live']
+           'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'drop_frozen', 'withhold', 'hear_fill',
+           'take', 'news', 'sleep', 'ask_all', 'ask_until_answered', 'row_of', 'tell_of_orders', 'tell_of_cancelled',
+           'book_next', 'book', 'keep', 'knows', 'look_for', 'require_halt', 'take_trade', 'take_trades', 'take_rows',
+           'catch_up', 'going', 'settle', 'with_offset', 'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs',
+           'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat',
+           'explain', 'judge', 'close_by_hand', 'obey', 'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize',
+           'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later',
+           'may_reconcile', 'reconcile', 'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -78,6 +78,7 @@ from tradelab.live.order_manager import (
     ATTEMPTS,
     OrderManager,
     Turn,
+    busy,
     end_round,
     ended,
     may_open,
@@ -195,6 +196,7 @@ class Core:
         self.told = Told(self.guards.phase)
         self.deadline = 0                       # ms, of the entries of the last decision
         self.reserve = 0.                       # quote, money of the account that the trader was not given
+        self.deposit = float(trader.account["deposit"][0]) # quote, that it was given
         self.numbers = TradeNumbers()           # from which trades are asked for
         self.resumed = False                    # whether it may hold positions from before
         self.foreign = ForeignFills()           # what is not ours
@@ -421,14 +423,21 @@ def take_state(core:"Core", event:ClockSample|Status|LedgerState)->None:
             if set_reason(core, what, not ok): core.do(Tell(Notice("ledger", f"{what}: {text}")))
 
 # %% ../../nbs/70_live/12_core.ipynb #hearfill2
+def drop_frozen(core:Core, orders:Sequence[Order])->None:
+    "These orders are not sent; why is said once for each reason"
+    core.manager.dropped += orders
+    for symbol in dict.fromkeys(order.symbol for order in orders):
+        why = core.foreign.evidence(symbol)
+        if core.foreign.said.get(symbol) != why: core.do(Tell(Notice("withheld", f"not sent: {why}")))
+        core.foreign.said[symbol] = why
+
+
 def withhold(core:Core)->None:
     "What waits to be sent in a frozen symbol is not sent any more"
     manager, frozen = core.manager, core.foreign.frozen
     held = [order for order in manager.waiting if order.symbol in frozen and not is_emergency(order)]
     for order in held: manager.waiting.remove(order)
-    manager.dropped += held
-    for symbol in dict.fromkeys(order.symbol for order in held):
-        core.do(Tell(Notice("withheld", f"not sent: {core.foreign.evidence(symbol)}")))
+    drop_frozen(core, held)
 
 
 def hear_fill(core:Core, fill:Fill)->None:
@@ -628,7 +637,7 @@ def take_rows(core:Core, rows:Sequence[Income])->None:
 def catch_up(core:Core)->Process:
     "Ask for what the sockets may have missed"
     core.do(*core.manager.resolve(core.now))
-    while core.manager.pursuits: yield None
+    while busy(core.manager.pursuits.values(), core.now): yield None
     symbols = core.trader.symbols
     questions = missed(symbols, core.numbers, core.manager.blotter.open.values())
     books = [("incomes", core.statement.since)] if core.statement else []
@@ -655,15 +664,22 @@ def settle(core:Core)->Process:
               for intent in manager.awaited))
 
 
+def with_offset(core:Core, order:Order)->Order:
+    """The same order; what only reduces the trader's part may enlarge the position that the exchange sees, if a part of
+    it was ignored, and would be refused as what it is"""
+    offset = core.foreign.offsets.get(order.symbol, 0.)
+    held = core.books.positions[order.symbol] + offset
+    allowed = not offset or order.quantity * held < 0. and abs(order.quantity) <= abs(held)
+    return replace(order, reduce_only=order.reduce_only and allowed)
+
+
 def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     "The orders that may go; in a frozen symbol what works stays as it is"
     frozen = core.foreign.frozen
-    held = [order for order in orders if order.symbol in frozen]
-    core.manager.dropped += held
-    for symbol in dict.fromkeys(order.symbol for order in held):
-        core.do(Tell(Notice("withheld", f"not sent: {core.foreign.evidence(symbol)}")))
+    drop_frozen(core, [order for order in orders if order.symbol in frozen])
+    wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
     stays = [each.order for each in core.manager.blotter.open.values() if each.works and each.order.symbol in frozen]
-    return [order for order in orders if order.symbol not in frozen] + (stays if core.manager.beside else [])
+    return wanted + (stays if core.manager.beside else [])
 
 
 def carry_out(core:Core, orders:Sequence)->Process:
@@ -671,7 +687,8 @@ def carry_out(core:Core, orders:Sequence)->Process:
     Symbols wait for nobody but themselves: what is awaited from before is asked about while the others are sent"""
     manager, before = core.manager, bool(core.manager.awaited or core.manager.searches)
     core.do(*manager.resolve(core.now) if before else (), *manager.want(unfrozen(core, orders), core.now))
-    while manager.pursuits:
+    until = core.now + core.terms.patience
+    while busy(manager.pursuits.values(), until):
         if not book(core): yield None
     if before and manager.awaited: yield from catch_up(core)
     manager.cautious = False
@@ -685,7 +702,8 @@ def carry_out(core:Core, orders:Sequence)->Process:
 def own_wallet(core:Core)->float:
     "What the exchange should say of the wallet, quote: with what it has booked already and the trader has not"
     beside = core.foreign.profit + (core.statement.others if core.statement else 0)
-    return float(wallet(core.trader.account) + core.books.ahead + core.reserve + beside / UNITS)
+    taken = core.deposit - float(core.trader.account["deposit"][0])
+    return float(wallet(core.trader.account) + taken + core.books.ahead + core.reserve + beside / UNITS)
 
 
 def compared(core:Core, account:AccountSnapshot, own:float)->tuple[Verdict, ...]:
@@ -704,7 +722,7 @@ def differs(core:Core, account:AccountSnapshot, own:float)->str:
 def rows_differ(core:Core, account:AccountSnapshot)->str:
     "How the exchange's wallet differs from its own rows, to the last decimal; empty if it does not"
     there = units(account.wallet)
-    if core.statement is None or core.rows_asked != core.asked or core.statement.wallet == there: return ""
+    if core.statement is None or core.rows_asked != core.asked or core.statement.explains(there): return ""
     return (f"wallet {core.statement.wallet / UNITS:.8f} by the rows of {core.terms.venue} itself, {there / UNITS:.8f} "
             "by its account")
 
@@ -740,6 +758,12 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         core.do(frozen_by(core.foreign.evidence(verdict.what)))
 
 
+def accept(core:Core, account:AccountSnapshot)->None:
+    "What was compared counts from here on; what was left over is written down"
+    left = core.statement.accept(units(account.wallet)) if core.statement else None
+    if left: core.do(Write(left))
+
+
 def agree(core:Core)->Process:
     "Compare with the exchange until both say the same"
     before = own_wallet(core) # what comes after the question may be in the answer, or not
@@ -763,8 +787,7 @@ def agree(core:Core)->Process:
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
     if account: freeze(core, account)
-    if account and core.statement and rows_differ(core, account):
-        core.do(Write(core.statement.accept(units(account.wallet))))
+    if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 
 # %% ../../nbs/70_live/12_core.ipynb #flatten02
 def clear_orders(core:Core, symbol:str)->Process:
@@ -919,6 +942,16 @@ def drop(core:Core, orders:Sequence[Order])->None:
         core.do(Tell(Notice("late", f"{format_time(core.trader.open_time)}: a newer candle has closed already, its "
                             "orders are dropped")))
 
+# %% ../../nbs/70_live/12_core.ipynb #resize02
+def resize(core:Core)->None:
+    "Let the trader count on no more money than is there"
+    money, others = core.trader.account[0], core.statement.others if core.statement else 0
+    short = max(-(core.reserve + others / UNITS), 0.)
+    change = core.deposit - short - money["deposit"]
+    if abs(change) < 1e-8 or money["trading_state"] == TradingState.HALT or money["equity"] + change <= 0.: return
+    for name in ("deposit", "equity", "peak", "day_equity", "last_equity"):
+        if money[name]: money[name] = decimal8(money[name] + change)
+
 # %% ../../nbs/70_live/12_core.ipynb #6f488289
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
@@ -926,6 +959,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     beside = core.manager.beside
     tell_of_orders(core)
     tell_of_cancelled(core)
+    resize(core)
     working = np.zeros(len(trader.symbols), bool) if beside else may_open(trader.symbols, core.manager.blotter)
     decision = trader.on(Candles(open_time, candles, working=None if beside else working))
     if decision is None: return [] # its clock names other events
@@ -1057,6 +1091,14 @@ def wait(core:Core)->Process:
     if core.manager.search_due is not None and core.now >= core.manager.search_due: yield from catch_up(core)
 
 
+def close_books(core:Core)->Process:
+    "The last rows of the exchange's own books, compared once more"
+    account = (yield from ask_account(core, rows=True)) if core.statement else None
+    found = rows_differ(core, account) if account else ""
+    if found: core.do(Tell(Notice("disagreement", found)))
+    if account and core.rows_asked == core.asked: accept(core, account)
+
+
 def look_up(core:Core)->Process:
     "Ask whose the fills are that a stream told; an exchange that does not say it yet is asked again a little later"
     yield from catch_up(core)
@@ -1077,4 +1119,5 @@ def live(core:Core)->Process:
         elif core.feed and core.feed.gap and core.now >= core.watch.retry_at: yield from fill_gap(core)
         else: yield from wait(core)
     core.guards.ends = Phase.CLOSING
+    yield from close_books(core)
     tell_of_resting(core)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'Record', 'SLOW', 'StepFile', 'journal_lines', 'emergencies', 'rebuild',
            'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line', 'write', 'precedes',
-           'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept', 'event_when_kept', 'Signals',
-           'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed',
-           'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
-           'say', 'save_status', 'hold', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'hear',
-           'note', 'keep', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name',
-           'drive', 'Session']
+           'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept', 'event_when_kept',
+           'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept',
+           'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books',
+           'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'prepare', 'quietly',
+           'close_all', 'open_files', 'finish', 'show_step', 'hear', 'note', 'keep', 'know', 'unkept',
+           'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'drive', 'drive_to_the_end',
+           'Session']
 
 # %% ../../nbs/70_live/14_session.ipynb #98432f23
 import asyncio
@@ -364,6 +365,19 @@ async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|Non
     if durable or action.order.reduce_only: return await event_of(venue, action)
     return Answered(action, Answer(Outcome.LATER, retry=0., text="the ledger takes nothing: it was not sent"))
 
+# %% ../../nbs/70_live/14_session.ipynb #ses18c07
+async def waits_when_kept(venue:Venue, open_time:int, kept:"Future[bool]|None")->None:
+    "Tell the exchange that the next candle may close"
+    await is_kept(kept)
+    await venue.waits(open_time)
+
+
+async def together(inbox:asyncio.Queue)->list[Event]:
+    "What waits together, as soon as there is something"
+    events = [await inbox.get()]
+    while not inbox.empty(): events.append(inbox.get_nowait())
+    return events
+
 # %% ../../nbs/70_live/14_session.ipynb #e89dff6b
 class Signals:
     "While it is open, SIGINT and SIGTERM call a function"
@@ -444,14 +458,9 @@ class Driver:
                 delay = max(at - clock(), 0) / 1000
                 self._alarm = asyncio.get_running_loop().call_later(delay, self._inbox.put_nowait, Woken())
             case Open(): self.spawn(told(self.venue.stream(self.core.trader.seen, self.core.terms.timeframe)))
-            case Waits(open_time): self.spawn(told(self._waits(open_time)))
+            case Waits(open_time): self.spawn(told(waits_when_kept(self.venue, open_time, self._kept)))
             case Redial(stream): self.spawn(told(self.venue.redial(stream)))
             case Synchronise(): self.spawn(clock_sample(self.venue))
-
-    async def _waits(self, open_time):
-        "An exchange that waits for us waits for our disk, too: what is to be written cannot pile up"
-        await is_kept(self._kept)
-        await self.venue.waits(open_time)
 
     def spawn(self, question:Coroutine[Any, Any, Event|None])->None:
         "Do something beside; what it returns is an event"
@@ -465,9 +474,7 @@ class Driver:
     async def _receive(self):
         if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
             await asyncio.wait(self._tasks)
-        events = [await self._inbox.get()]
-        while not self._inbox.empty(): events.append(self._inbox.get_nowait())
-        return Received(clock(), events)
+        return Received(clock(), await together(self._inbox))
 
 # %% ../../nbs/70_live/14_session.ipynb #5ed05397
 def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)->dict[str, Any]:
@@ -550,6 +557,7 @@ class CoreInputs:
     opening:Opening|None = None             # where the exchange's own books begin; None: nobody has asked yet
     paid:tuple[Paid, ...] = ()              # their newest rows
     foreign:tuple[Foreign, ...] = ()
+    deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
 
 
 def opening_of(kept:Kept|None)->Opening|None:
@@ -563,7 +571,8 @@ def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, of
     "The same with all that the ledger knows of the orders and entries of a session"
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
-                      tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)))
+                      tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
+                      kept.settings.get("deposit", 0.) if kept else 0.)
 
 
 def restore_books(core:Core, inputs:CoreInputs)->None:
@@ -574,6 +583,7 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
     core.numbers = TradeNumbers(opening.trades, fills, inputs.step["open_time"] if inputs.step else 0)
     if inputs.opening: core.statement = Statement(opening, core.trader.symbols, core.terms.quote, inputs.paid)
     core.opening = opening
+    core.deposit = inputs.deposit or core.deposit
     for each in inputs.foreign: # one that was adopted, and not booked any more
         if each.verdict == "adopted": core.books.add(each.fill)
 
@@ -697,7 +707,7 @@ def open_files(session:"Session", opened:Open)->None:
                                                                                opening=asdict(opened.opening)))
     session.ledger.set_state(session.id, "running")
     session.files = Files(session.folder, session.ledger.rows(session.id), session.ledger.closes(session.id))
-    session.files.recorder.on_trouble = partial(recorder_trouble, session)
+    session.files.recorder.tape.on_trouble = partial(recorder_trouble, session)
     session.files.recorder.start(session.settings, encode(session.inputs))
     for received in session.early: session.files.recorder.received(received)
     session.venue.on_frame = session.files.recorder.frame
@@ -731,7 +741,7 @@ def hear(session:"Session", received:Received)->None:
     if session.files: session.files.recorder.received(received)
     else: session.early.append(received)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ses18c09
 def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
     """Record what the core decided and what it will send, before anything of it is carried out, and have the ledger
     keep its part; returns what a request waits for"""
@@ -762,7 +772,7 @@ def know(session:"Session", link:Link)->None:
     try: save_status(session, "running")
     except OSError as error: logger.error(str(error), session=session.id)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ses18c10
 def unkept(session:"Session", error:Exception)->None:
     "The ledger takes nothing, or not from this session; called on the writer's thread"
     logger.error(str(error), session=session.id)
@@ -780,7 +790,7 @@ def kept_again(session:"Session", text:str)->None:
     "The ledger takes what it is given again; called on the writer's thread"
     session.hand(partial(session.venue.events.put_nowait, LedgerState(True, text)))
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ses18c12
 def show_tables(files:Files, record:Step)->None:
     "A step in the tables for people"
     files.journal.write(journal_lines(record.symbols, record.rows))
@@ -816,6 +826,19 @@ async def drive(session:"Session", max_candles:int|None)->str:
     end = await run_to_completion(driver.run(), session.stop)
     if end.error: raise end.error
     return end.state
+
+
+async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
+    "The same; whatever happens, it is told, and the files are closed"
+    state = "failed"
+    try: state = await drive(session, max_candles)
+    except asyncio.CancelledError:
+        state = "stopped"
+        raise
+    except Exception as error:
+        if session.files: tell(session, Notice("failed", f"{type(error).__name__}: {error}"))
+        raise
+    finally: await finish(session, state)
 
 # %% ../../nbs/70_live/14_session.ipynb #a3639c69
 class Session:
@@ -879,15 +902,6 @@ class Session:
 
     async def run(self, max_candles:int|None=None)->Statistics:
         "Trade until stopped, or for so many candles"
-        self._loop, state = asyncio.get_running_loop(), "failed"
-        with Signals(self.stop), self._locks:
-            try:
-                state = await drive(self, max_candles)
-            except asyncio.CancelledError:
-                state = "stopped"
-                raise
-            except Exception as error:
-                if self.files: tell(self, Notice("failed", f"{type(error).__name__}: {error}"))
-                raise
-            finally: await finish(self, state)
+        self._loop = asyncio.get_running_loop()
+        with Signals(self.stop), self._locks: await drive_to_the_end(self, max_candles)
         return self.statistics

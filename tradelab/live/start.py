@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series', 'refuse_style',
            'precompile', 'start_limit', 'answers_to', 'ask_again', 'hear_both', 'ask_history', 'see_history',
-           'ask_opening', 'open_books', 'start', 'start_and_live']
+           'ask_opening', 'open_books', 'explained', 'start', 'start_and_live']
 
 # %% ../../nbs/70_live/13_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +33,14 @@ from tradelab.live.core import (
     take,
 )
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
-from .reconcile import StartRefusedError, Statement, check_explained, reserve_of
+from .order_manager import ATTEMPTS
+from tradelab.live.reconcile import (
+    StartRefusedError,
+    Statement,
+    check_explained,
+    compare_accounts,
+    reserve_of,
+)
 from .venue import units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
@@ -230,6 +237,20 @@ def open_books(core:Core)->Process:
     account, = yield from answers_to(core, [("account",)])
     return account, None
 
+# %% ../../nbs/70_live/13_start.ipynb #openbook5
+def explained(core:Core)->Process:
+    "What `open_books` returns, once what the exchange holds is explained; StartRefusedError if it cannot be"
+    account, seen = yield from open_books(core)
+    for _ in range(ATTEMPTS if core.resumed else 0):
+        held = {symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in core.trader.symbols}
+        if all(verdict.agrees for verdict in compare_accounts(account.wallet, held, account)): break
+        yield from sleep(core, core.terms.pause)
+        yield from catch_up(core)
+        account, = yield from answers_to(core, [("account",)])
+    held = {symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in core.trader.symbols}
+    check_explained(held, account)
+    return account, seen
+
 # %% ../../nbs/70_live/13_start.ipynb #78de3d19
 def start(
     core:Core,
@@ -239,9 +260,7 @@ def start(
     "Up to the moment at which the first candle may come"
     trader, terms, core.resumed = core.trader, core.terms, bool(kept)
     if kept: yield from ask_again(core)
-    account, seen = yield from open_books(core)
-    check_explained({symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in trader.symbols},
-                    account)
+    account, seen = yield from explained(core)
     if not kept: core.reserve = reserve_of(account, wallet(trader.account), terms.quote)
     core.do(Say(f"session {terms.session}{' resumed' if kept else ''}: {words or terms.venue}, wallet "
                 f"{account.wallet:,.2f} {terms.quote}, {', '.join(trader.symbols)} {terms.timeframe}, leverage "

@@ -10,7 +10,7 @@ __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TO
            'retry_after', 'refusal_of', 'limits_of', 'Allowance', 'AccountSettings', 'settings_of_account',
            'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates',
            'candles_of', 'BinanceMarket', 'format_quantity', 'format_price', 'check_order', 'order_request',
-           'amend_request', 'answer_of', 'of_query', 'fill_of', 'trades_from', 'incomes_from', 'income_of',
+           'amend_request', 'answer_of', 'of_query', 'fill_of', 'readable', 'trades_from', 'incomes_from', 'income_of',
            'frame_events', 'Children', 'Streams', 'synchronise', 'pace_of', 'suspended', 'about', 'BinanceOrders',
            'open_orders', 'set_up', 'ask_settings', 'BinanceVenue']
 
@@ -696,8 +696,19 @@ def fill_of(
                 str(trade["orderId"]), str(trade["id"]), realised=units(trade.get("realizedPnl") or 0),
                 commission=units(fee))
 
+# %% ../../nbs/75_venues/01_binance.ipynb #readans1
+def readable(what:str, read:Callable[..., Any], *given:Any)->Any:
+    "What `read` makes of an answer; VenueError if it is not what was asked for"
+    try: return read(*given)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise VenueError(f"{what}: the answer cannot be read ({type(error).__name__}: {error}): it counts as no "
+                         "answer") from None
+
 # %% ../../nbs/75_venues/01_binance.ipynb #pages002
 PAGE = 1_000 # rows of one answer
+
+
+def _number_of(trade): return int(trade["id"])
 
 
 async def trades_from(
@@ -710,10 +721,12 @@ async def trades_from(
         rows = await page({"fromId": first, "limit": PAGE})
         found += rows
         if len(rows) < PAGE: return found
-        first = int(rows[-1]["id"]) + 1
+        first = readable("trades", _number_of, rows[-1]) + 1
 
 # %% ../../nbs/75_venues/01_binance.ipynb #pages004
-def _key_of(row): return row["incomeType"], row["tranId"], row["symbol"], row.get("tradeId", "")
+def _by_key(rows):
+    "Rows of one answer, by what makes each unique"
+    return {(row["incomeType"], row["tranId"], row["symbol"], row.get("tradeId", "")): row for row in rows}
 
 
 async def incomes_from(
@@ -724,10 +737,11 @@ async def incomes_from(
     found: dict[tuple, dict] = {}
     while True:
         rows = await page({"startTime": max(since, 1), "limit": PAGE})
-        found |= {_key_of(row): row for row in rows}
+        found |= readable("income", _by_key, rows)
         if len(rows) < PAGE: return list(found.values())
-        if int(rows[-1]["time"]) == since: raise VenueError(f"more than {PAGE} rows of income at {since} ms")
-        since = int(rows[-1]["time"])
+        last = int(rows[-1]["time"])
+        if last == since: raise VenueError(f"more than {PAGE} rows of income at {since} ms")
+        since = last
 
 # %% ../../nbs/75_venues/01_binance.ipynb #pages006
 def income_of(row:dict, symbols:dict)->Income:
@@ -777,6 +791,11 @@ class Children:
 async def _sent(client, request):
     "Send a request of our own, unless the connection is gone"
     with suppress(Exception): await client.send(request)
+
+
+async def _closed(client):
+    "Close a connection that nobody reads any more"
+    with suppress(Exception): await client.close()
 
 
 class Streams:
@@ -839,7 +858,7 @@ class Streams:
         client = self._exchange.clients.pop(url, None)
         if client is None: return
         client.reset(ConnectionError(why))
-        self._tasks.append(asyncio.ensure_future(client.close()))
+        self._tasks.append(asyncio.ensure_future(_closed(client)))
 
     async def close(self)->None:
         "End both"
@@ -849,7 +868,8 @@ class Streams:
 # %% ../../nbs/75_venues/01_binance.ipynb #adb8d071
 async def synchronise(exchange:Any, settings:VenueSettings)->int: # ms
     "Learn the exchange's clock anew; how far it is ahead of ours"
-    return -int(await asked(settings, "the exchange's clock", exchange.load_time_difference()))
+    await asked(settings, "the exchange's clock", exchange.load_time_difference())
+    return -int(exchange.options["timeDifference"])
 
 
 async def pace_of(exchange:Any, settings:VenueSettings, market:dict)->float:
@@ -978,7 +998,8 @@ async def ask_settings(
               *(exchange.fapiPrivateGetSymbolConfig({"symbol": each}) for each in ids)]
     balance, config, *symbols = await asyncio.gather(*(asked(settings, "the settings of the account", each,
                                                              fine=NO_SUCH_PATH) for each in asking))
-    return settings_of_account(balance, config, [row for rows in symbols for row in rows or ()])
+    rows = [row for each in symbols for row in each or ()]
+    return readable("the settings of the account", settings_of_account, balance, config, rows)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #cca60997
 class BinanceVenue(BinanceMarket):
@@ -1050,7 +1071,7 @@ class BinanceVenue(BinanceMarket):
     async def account(self)->AccountSnapshot:
         if self._set is None: self._set = await ask_settings(self.settings, self._exchange, self._traded)
         answer = await self._ask("the account", self._exchange.fapiPrivateV3GetAccount())
-        return account_of(answer, self._names(), self.quote, self._set)
+        return readable("the account", account_of, answer, self._names(), self.quote, self._set)
 
     def _names(self): return {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
 
@@ -1058,20 +1079,20 @@ class BinanceVenue(BinanceMarket):
         def page(asked):
             return self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol)} | asked))
         trades = await page({"limit": 1}) if first is None else await trades_from(page, first)
-        return [fill_of(trade, symbol, self.quote) for trade in trades]
+        return [readable("trades", fill_of, trade, symbol, self.quote) for trade in trades]
 
     async def name_of(self, symbol:str, number:str)->str:
         known = self._children.name(number, "")
         if known: return known
         request = self._exchange.fapiPrivateGetOrder({"symbol": self._id(symbol), "orderId": number})
         found = await self._ask("the order of a trade", request, fine=-2013)
-        return order_name(found["clientOrderId"]) if found else ""
+        return readable("the order of a trade", lambda: order_name(found["clientOrderId"])) if found else ""
 
     async def incomes(self, since:int|None=None)->list[Income]:
         def page(asked): return self._ask("income", self._exchange.fapiPrivateGetIncome(asked))
         rows = await page({"limit": PAGE}) if since is None else await incomes_from(page, since)
         names = self._names()
-        return [income_of(row, names) for row in rows]
+        return [readable("income", income_of, row, names) for row in rows]
 
     async def close(self)->None:
         await self._streams.close()
