@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import patch
 from urllib.parse import urlencode
 
@@ -128,7 +129,8 @@ def trader_of_orders(seed=0):
 class World:
     "The exchange, the time, and what goes wrong"
 
-    def __init__(self, seed, timeframe="1m", candles=20, market_seed=0, slow=0., kills=(), profile="backtest"):
+    def __init__(self, seed, timeframe="1m", candles=20, market_seed=0, slow=0., kills=(), profile="backtest",
+                 records=False):
         frames, rates = market(market_seed, timeframe, HISTORY + candles + 2)
         self.source = Replay(frames, rates, int(times(frames[SYMBOLS[0]])[HISTORY]), instruments=INSTRUMENTS)
         self.timeframe, self.step, self.candles = timeframe, self.source.step, candles
@@ -142,6 +144,7 @@ class World:
         self.kills = set(kills)              # at which of them the process dies
         self.process, self.numbers = None, itertools.count(1)
         self.alive = set()                   # owners of leases
+        self.records = records               # whether what the core hears and answers is kept, for a replay
         self.trace = []
         self.over = False                    # nobody starts a session any more
 
@@ -387,7 +390,15 @@ class _Files(sessions.Files):
 
 
 class _Recorder(MemoryRecorder):
+    "The lines of a recording in memory, where somebody wants them"
     mended = ""
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.tape = wanted, SimpleNamespace()
+    def received(self, received):
+        if self.wanted: super().received(received)
+    def answered(self, actions):
+        if self.wanted: super().answered(actions)
     def frame(self, socket, frame): pass
     def sync(self): pass
     def close(self): pass
@@ -470,7 +481,7 @@ class Process:
         self.dead, self.tasks, self.said, self.end = False, set(), [], None
         self.owner = f"simulated process {next(world.numbers)}"
         world.alive.add(self.owner)
-        self.recorder = _Recorder()
+        self.recorder = _Recorder(world.records)
         self.make_trader, self.options = make_trader, options
 
     def alive(self, what): return self.world.door(self, what)

@@ -7,9 +7,10 @@ from functools import cache, partial
 from random import Random
 
 import pytest
-from simulated import SYMBOLS, simulate, trader_of_orders
+from simulated import SYMBOLS, simulate, trader, trader_of_orders
 
 from tradelab.live.order_states import State
+from tradelab.live.replay import first_other_action
 from tradelab.localnet.faults import ORDERS as ABOUT_ORDERS
 from tradelab.localnet.faults import (
     OUTCOMES,
@@ -25,10 +26,9 @@ SEEDS = int(os.environ.get("TRADELAB_SIMULATED_SEEDS", 500))
 # scenarios after which a person decides, or which a session meets at its start only
 FOR_PERSONS = {"second_session", "hand_trade", "external_close", "old_position", "liquidation", "server_forgets",
                "orphaned_stop"}
-AWAITED = {"revised_close"} # a candle that cannot be right ends a session still
 AT_START = {"model_missing", "model_changed"}
 MIXED = sorted({*OUTCOMES, *UNAVAILABLE, *ABOUT_ORDERS, *STREAMS, *REPLIES, *WIRES, *SESSIONS}
-               - AT_START - FOR_PERSONS - AWAITED)
+               - AT_START - FOR_PERSONS)
 SHAPES = {"1m": (3, 6, 10), "15m": (3, 5, 4)}  # candles before, while and after things go wrong
 
 
@@ -193,3 +193,10 @@ def test_what_happens_to_orders_that_rest_is_booked_once(name, policy):
     stuck = {order.client_id for order in run.world.exchange.conditional.of(run.world.account()).orders.values()
              if order.status == "TRIGGERING"}
     assert [line for line in wrong_in(run) if line.split()[0] not in stuck] == []
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 4))
+def test_what_was_recorded_is_told_again_with_the_same_answers(seed):
+    for process in run_of(seed, records=True).processes:
+        if any(line["kind"] == "start" for line in process.recorder.lines):
+            assert first_other_action(process.recorder.lines, trader()) == ""
