@@ -185,14 +185,25 @@ def test_what_is_not_ours_freezes_its_symbol_until_a_person_decides(name):
     assert sent == []
 
 
-@pytest.mark.parametrize("policy", range(1, 6))
 @pytest.mark.parametrize("name", sorted(ON_RESTING))
-def test_what_happens_to_orders_that_rest_is_booked_once(name, policy):
-    run, happened = met(name, lasts=12., make_trader=partial(trader_of_orders, policy), profile="book")
-    assert happened
-    stuck = {order.client_id for order in run.world.exchange.conditional.of(run.world.account()).orders.values()
-             if order.status == "TRIGGERING"}
-    assert [line for line in wrong_in(run) if line.split()[0] not in stuck] == []
+def test_what_happens_to_orders_that_rest_is_booked_once(name):
+    ever = False
+    for policy in range(1, 6):
+        run, happened = met(name, lasts=12., make_trader=partial(trader_of_orders, policy), profile="book")
+        ever |= happened
+        stuck = {order.client_id for order in run.world.exchange.conditional.of(run.world.account()).orders.values()
+                 if order.status == "TRIGGERING"}
+        assert [line for line in wrong_in(run) if line.split()[0] not in stuck] == []
+    assert ever
+
+
+def test_what_is_received_bears_the_time_at_which_it_came():
+    run = simulate(1, market_seed=1, candles=4, records=True)
+    received = [line for line in run.processes[0].recorder.lines if line["kind"] == "received"]
+    closes = [(line["time"], event["open_time"] + run.world.step) for line in received for event in line["events"]
+              if event["type"] == "Candle"]
+    assert len(closes) == 2 * 4
+    assert all(0 < time - close <= 100 for time, close in closes)
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 4))
