@@ -1019,19 +1019,19 @@ async def ask_settings(
     return readable("the settings of the account", settings_of_account, balance, config, rows)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #cca60997
-class BinanceAccount(BinanceMarket):
+class BinanceAccount:
     "What is asked of the account over REST; of orders, only whose they were"
 
-    def __init__(self, settings:VenueSettings, paced:bool|None=None, timeout:float=10.):
-        super().__init__(settings, paced, timeout)
-        self._traded: list[str] = []                 # the exchange's symbols
-        self._set: AccountSettings|None = None       # None: to be asked for
-        self._children = Children()
+    def __init__(self, market:BinanceMarket, children:Children):
+        self._market, self._exchange, self._children = market, market._exchange, children
+        self._ask, self._id = market._ask, market._id
+        self.traded: list[str] = []                  # the exchange's symbols
+        self.set: AccountSettings|None = None        # None: to be asked for
 
     async def account(self)->AccountSnapshot:
-        if self._set is None: self._set = await ask_settings(self.settings, self._exchange, self._traded)
+        if self.set is None: self.set = await ask_settings(self._market.settings, self._exchange, self.traded)
         answer = await self._ask("the account", self._exchange.fapiPrivateV3GetAccount())
-        return readable("the account", account_of, answer, self._names(), self.quote, self._set)
+        return readable("the account", account_of, answer, self._names(), self._market.quote, self.set)
 
     def _names(self): return {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
 
@@ -1039,7 +1039,7 @@ class BinanceAccount(BinanceMarket):
         def page(asked):
             return self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol)} | asked))
         trades = await page({"limit": 1}) if first is None else await trades_from(page, first)
-        return [readable("trades", fill_of, trade, symbol, self.quote) for trade in trades]
+        return [readable("trades", fill_of, trade, symbol, self._market.quote) for trade in trades]
 
     async def name_of(self, symbol:str, number:str)->str:
         known = self._children.name(number, "")
@@ -1055,17 +1055,18 @@ class BinanceAccount(BinanceMarket):
         return [readable("income", income_of, row, names) for row in rows]
 
 # %% ../../nbs/75_venues/01_binance.ipynb #74e6ab08
-class BinanceVenue(BinanceAccount):
+class BinanceVenue(BinanceMarket):
     "An account at Binance USD-M futures: a `live.venue.Venue`"
     kinds, amends = frozenset({Kind.MARKET, Kind.LIMIT, *CONDITIONAL}), AMENDED
-    expires = False
-    pace = 1.
+    expires, pace = False, 1.
 
     def __init__(self, settings:VenueSettings, paced:bool|None=None, timeout:float=10.):
         super().__init__(settings, paced, timeout)
         self.events: asyncio.Queue = asyncio.Queue()
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
         self._symbols: dict[str, str] = {}
+        self._children = Children()
+        self._account = BinanceAccount(self, self._children)
         self._orders = BinanceOrders(self._exchange, self._children)
         self._streams = Streams(self._exchange, self.events, self._hear)
 
@@ -1075,13 +1076,13 @@ class BinanceVenue(BinanceAccount):
             await self._ask("the list of markets", self._exchange.load_markets())
             markets = [self._listed(symbol) for symbol in symbols]
             self._symbols = {market["id"]: market["symbol"] for market in (*markets, *map(self._listed, watched))}
-            self._traded = [market["id"] for market in markets]
+            self._account.traded = [market["id"] for market in markets]
             self.quote = markets[0]["settle"]
             await self.synchronise()
             if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
             self._brackets = await set_up(self.settings, self._exchange, markets, leverage)
-            self._set = None
+            self._account.set = None
         except VenueError:
             await self._exchange.close()
             raise
@@ -1097,7 +1098,7 @@ class BinanceVenue(BinanceAccount):
 
     def _hear(self, socket, frame):
         kept = isinstance(frame, dict)
-        if kept and frame.get("e") == "ACCOUNT_CONFIG_UPDATE": self._set = None
+        if kept and frame.get("e") == "ACCOUNT_CONFIG_UPDATE": self._account.set = None
         self.on_frame(socket, {name: frame[name] for name in frame if name != "listenKey"} if kept else frame)
         events = self._children.named(frame, frame_events(socket, frame, self._symbols, self.quote))
         for event in events: self.events.put_nowait(event)
@@ -1118,6 +1119,10 @@ class BinanceVenue(BinanceAccount):
         name = self._children.name
         return [replace(each, order_id=name(each.exchange_id, each.order_id)) for each in reports]
 
+    async def account(self)->AccountSnapshot: return await self._account.account()
+    async def fills(self, symbol:str, first:int|None=None)->list[Fill]: return await self._account.fills(symbol, first)
+    async def name_of(self, symbol:str, number:str)->str: return await self._account.name_of(symbol, number)
+    async def incomes(self, since:int|None=None)->list[Income]: return await self._account.incomes(since)
     async def close(self)->None:
         await self._streams.close()
         await self._exchange.close()
