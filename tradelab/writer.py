@@ -61,6 +61,7 @@ class Writer:
         needed:Callable[[Any], bool]=lambda record: True, # whether a record must stay when memory is short
         retry:float=1.,                                   # seconds between two attempts
         most:int=10_000,                                  # records in memory while nothing can be kept
+        idle:float|None=None,                             # seconds without a batch, after which an empty one is kept
     )->None:
         self.down = False       # whether nothing can be kept now
         self.lost = 0           # records that memory could not hold, of all outages
@@ -71,6 +72,7 @@ class Writer:
         self._needed = needed
         self._retry = retry
         self._most = most
+        self._idle = idle
         self._waiting: deque[Batch] = deque()
         self._awake = threading.Condition()
         self._closing = False
@@ -97,7 +99,8 @@ class Writer:
     def _run(self):
         while True:
             with self._awake:
-                while not self._waiting and not self._closing: self._awake.wait()
+                while not self._waiting and not self._closing:
+                    if not self._awake.wait(self._idle): self._waiting.append(batch_of([]))
                 if not self._waiting: return
                 batch = self._waiting[0]
             if self._try(batch): continue

@@ -100,7 +100,7 @@ class Terms:
     first_delay:int = 1_000        # ms before the first, doubled each time
     clock_every:int = 60_000       # ms between two comparisons of the clocks
     clock_limit:int = 2_000        # ms that they may differ
-    heartbeat:int = 5_000          # ms between two signs of life in the lease
+    heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
 
     @property
