@@ -24,6 +24,7 @@ from tradelab.live.messages import (
     Fetch,
     Fetched,
     Open,
+    Opened,
     Received,
     Send,
     StepDone,
@@ -41,7 +42,6 @@ from tradelab.live.session import Kept, core_inputs, make_core, restore, write
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, Income, OrderReport, Outcome, VenueError, units
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
-from tradelab.notices import Notice
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
 from tradelab.strategies.example import Momentum
@@ -160,7 +160,6 @@ class Driver:
         self.now = int(TIMES[HISTORY])
         self.done = 0                # actions
         self.notices = []
-        self.dying = set()           # orders that were written down as sent, and not sent
         self.steps = 0
         self.number = count()
         self.recorder = MemoryRecorder()
@@ -192,9 +191,7 @@ class Driver:
                 self.recorder.answered(actions)
                 for action in actions:
                     self.done += 1
-                    if self.done in self.kills:
-                        self.dying |= {action.order.order_id} if isinstance(action, Send) else set()
-                        raise KilledError
+                    if self.done in self.kills: raise KilledError
                     if isinstance(action, End): return action
                     self.do(action)
             except KilledError:
@@ -225,7 +222,7 @@ class Driver:
                 content = self.exchange.fetch(what, arguments, self.now)
                 self.tell(self.now + 4, Fetched(number, content))
             case Open():
-                for stream in ("market", "user"): self.tell(self.now + 2, Notice("open", stream))
+                for stream in ("market", "user"): self.tell(self.now + 2, Opened(stream))
             case Wake(at): self.tell(at, Woken())
             case Tell(notice): self.notices.append(notice.kind)
             case StepDone(): self.steps += 1
@@ -267,8 +264,8 @@ def test_killed_between_any_two_actions_it_ends_where_it_would_have_ended(data):
     if again.lost == driver.lost:
         assert rows.equals(journal)
         assert held[0] == pytest.approx(held[1])
-    else:                                                        # killed between *sent* and the request
-        assert (again.lost & set(driver.exchange.sent)) - driver.lost <= again.dying
+    else:                                                        # never arrived: killed before the request left,
+        assert not again.lost & set(again.exchange.reports)      # nor refused, and the answer heard by nobody
         assert "absent" in again.notices
     assert "disagreement" not in again.notices
     assert "contradiction" not in again.notices

@@ -34,6 +34,7 @@ from tradelab.live.messages import (
     Fetched,
     Intents,
     Open,
+    Opened,
     Received,
     Send,
     Step,
@@ -101,7 +102,7 @@ class ByHand:
     def told(self, action, now):
         "What the exchange tells about it"
         match action:
-            case Open(): return [Notice("open", "market"), Notice("open", "user")]
+            case Open(): return [Opened("market"), Opened("user")]
             case Fetch(number, what, arguments): return [Fetched(number, self.fetched(what, arguments, now))]
             case Send(order):
                 self.fills += 1

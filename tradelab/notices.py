@@ -12,10 +12,8 @@ from .texts import one_line
 
 # %% ../nbs/00_ground/21_notices.ipynb #a1_notic06
 NOTICES = { # kind: (level, when it is told)
-    "open": ("info", "a stream is open"),
     "lost": ("warning", "a stream was lost and is opened again"),
     "expired": ("warning", "the venue ended the key of the user stream"),
-    "reconnected": ("info", "the streams are back, what was missed is asked for"),
     "unreadable": ("error", "a message of the venue could not be read"),
     "hole": ("warning", "the venue has no candles for some time"),
     "guarded": ("warning", "something is wrong, and only what reduces is sent"),

@@ -53,6 +53,12 @@ class Feed:
     def _complete(self, open_time): return len(self._known.get(open_time, ())) == len(self.symbols)
 
     @property
+    def missing(self)->list[str]:
+        "Whose candle is not here yet of those that come next; all before the first one"
+        return [symbol for symbol in self.symbols
+                if self.last is None or symbol not in self._known.get(self.last + self.step, ())]
+
+    @property
     def ready(self)->bool: return self.last is not None and self._complete(self.last + self.step)
 
     @property

@@ -786,8 +786,8 @@ class _Shared:
     def session(self, session:str)->dict:
         "Settings and state of a session; KeyError that names the newest if there is none of this id"
         for row in self._rows(SESSIONS).find(session=session): return row | {"settings": json.loads(row["settings"])}
-        raise KeyError(f"the ledger knows no session {session!r}: its newest are "
-                       f"{', '.join(self.sessions()[:3]) or 'none'}")
+        newest = ", ".join(self.sessions()[:3]) or "none"
+        raise KeyError(f"the ledger knows no session {session!r}: its newest are {newest}")
 
     def set_state(self, session:str, state:str)->None: self._rows(SESSIONS).change({"session": session}, state=state)
 
@@ -795,8 +795,8 @@ class _Shared:
         "Write down something that a person should know"
         self._rows(NOTICES).append(session=session, time=clock(), kind=kind, text=text)
 
-    def notices(self, session:str)->pd.DataFrame:
-        return pd.DataFrame(self._rows(NOTICES).find(session=session), columns=["number", "time", "kind", "text"])
+    def notices(self, session:str)->pd.DataFrame: return pd.DataFrame(self._rows(NOTICES).find(session=session),
+                                                                      columns=NOTICES.c.keys()[1:])
 
     def measure(self, session:str, *records:Measured)->None:
         "Keep what was measured"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PAUSE', 'is_one_shot', 'Standing', 'standings', 'doubt', 'KnownOrders', 'Blotter', 'under_our_name',
            'may_open', 'still_wanted', 'Difference', 'compare', 'update_of', 'ended', 'Persistence', 'Stage', 'Pursuit',
-           'on_sent', 'on_asked', 'send', 'on_checked', 'on_amended', 'on_cancelled', 'attempt_at', 'next_attempt',
-           'Turn', 'turn_of', 'blocked', 'withheld', 'given_up', 'revise', 'take_back', 'announce', 'try_order',
-           'Search', 'search_on', 'end_round', 'take_answer', 'go_on', 'begin', 'drop_old', 'change', 'ask_about',
-           'Offer', 'OrderManager']
+           'busy', 'on_sent', 'on_asked', 'send', 'on_checked', 'pause_of', 'on_amended', 'on_cancelled', 'attempt_at',
+           'next_attempt', 'Turn', 'turn_of', 'blocked', 'withheld', 'given_up', 'revise', 'take_back', 'announce',
+           'try_order', 'Search', 'search_on', 'end_round', 'take_answer', 'go_on', 'begin', 'drop_old', 'change',
+           'ask_about', 'Offer', 'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
@@ -294,6 +294,11 @@ class Pursuit:
     until:int = 0          # ms, end of patience
     due:int|None = None    # ms, when to go on; None: when there is an answer
 
+
+def busy(pursuits:Iterable[Pursuit], until:int)->bool:
+    "Whether an order is on its way, or will be sent again before then (ms): nobody waits for one that is sent later"
+    return any(each.stage is not Stage.PAUSED or (each.due or 0) <= until for each in pursuits)
+
 # %% ../../nbs/70_live/07_order_manager.ipynb #d6bf22be
 def on_sent(
     pursuit:Pursuit,
@@ -352,11 +357,16 @@ def on_checked(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[A
     return blotter.on_update(answer.report)
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #60f15932
+def pause_of(answer:Answer)->int:
+    "ms before the same is asked for again: not before the exchange wants it"
+    return max(PAUSE, int(1_000 * (answer.retry or 0.)))
+
+
 def on_amended(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[Action]:
     "What the answer to an amendment means"
     order = pursuit.order
     if answer.outcome is Outcome.LATER and now <= pursuit.until:
-        pursuit.due = now + PAUSE
+        pursuit.due = now + pause_of(answer)
         return []
     if answer.report and (answer.outcome is Outcome.ACCEPTED or answer.report.state.ended):
         pursuit.stage = Stage.DONE
@@ -375,7 +385,7 @@ def on_cancelled(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list
     if answer.report and answer.report.state.ended: return blotter.on_update(answer.report)
     if now <= pursuit.until:
         pursuit.stage = Stage.CANCELLING if answer.outcome is Outcome.LATER else Stage.ASKING
-        pursuit.due = now + PAUSE if answer.outcome is Outcome.LATER else now
+        pursuit.due = now + pause_of(answer) if answer.outcome is Outcome.LATER else now
         return []
     return [Tell(Notice("unanswered", f"{pursuit.order.order_id}, to be cancelled: {answer.text or answer.outcome}"))]
 
@@ -645,8 +655,9 @@ class OrderManager:
 
     @property
     def awaited(self)->list[Intent]:
-        "Orders whose end, or arrival, a step waits for"
-        return self.blotter.unproven if self.beside else self.blotter.unsettled
+        "Orders whose end, or arrival, a step waits for; one that is looked for keeps nobody waiting"
+        open_orders = self.blotter.unproven if self.beside else self.blotter.unsettled
+        return [intent for intent in open_orders if intent.order.order_id not in self.searches]
 
     def want(self, orders:Sequence[Order], now:int)->list[Action]:
         "Make the orders that work those that are wanted; InvalidOrderError if the venue does not take one"
@@ -660,7 +671,8 @@ class OrderManager:
     @property
     def search_due(self)->int|None:
         "When to ask again about orders that nobody knows (ms)"
-        return min((each.due for name, each in self.searches.items() if name not in self.pursuits), default=None)
+        names = [name for name in self.searches if name in self.blotter.open and name not in self.pursuits]
+        return min((self.searches[name].due for name in names), default=None)
 
     def resolve(self, now:int)->list[Action]:
         "Ask about every open order"

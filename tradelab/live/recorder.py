@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MISREAD', 'FORMAT', 'MOST_PACKED', 'MOST_TEXT', 'MOST_WAITING', 'RETRY', 'packed', 'unpacked', 'encode', 'decode',
            'RecordingError', 'chained', 'unchained', 'framed', 'unframed', 'Recording', 'read', 'repair', 'continued',
-           'FrameFile', 'Recorder', 'MemoryRecorder', 'recorded_settings', 'find_session']
+           'FrameFile', 'Lines', 'Tape', 'Recorder', 'MemoryRecorder', 'recorded_settings', 'find_session']
 
 # %% ../../nbs/70_live/05_recorder.ipynb #4516821c
 import base64
@@ -68,7 +68,9 @@ def encode(value:Any)->Any:
     if isinstance(value, dict): return {key: encode(each) for key, each in value.items()}
     if isinstance(value, frozenset): return sorted(map(encode, value))
     if isinstance(value, tuple | list): return [encode(each) for each in value]
-    if isinstance(value, Exception): return {"type": kind.__name__, "text": str(value)}
+    if isinstance(value, Exception):
+        more = vars(value) if isinstance(value, VenueLimitError) else {}
+        return {"type": kind.__name__, "text": str(value), **more}
     return value.value if isinstance(value, Enum) else value
 
 # %% ../../nbs/70_live/05_recorder.ipynb #80528e77
@@ -147,6 +149,8 @@ def decode(
     if kind is np.ndarray: return _array(text, name)
     if kind is Exception:
         said, words = decode(text["type"], str, name), decode(text["text"], str, name)
+        if said == VenueLimitError.__name__:
+            return VenueLimitError(words, decode(text["retry"], float, "retry"), decode(text["banned"], bool, "banned"))
         return _RAISED[said](words) if said in _RAISED else RuntimeError(f"{said}: {words}")
     return _plain(text, kind, name)
 
@@ -361,49 +365,117 @@ class FrameFile:
 
     def close(self)->None: self._file.close()
 
-# %% ../../nbs/70_live/05_recorder.ipynb #40fb976f
+# %% ../../nbs/70_live/05_recorder.ipynb #rec18c06
+class Lines:
+    "The lines of a recording that are not in its file yet"
+
+    def __init__(self, lines:int, decisions:int, link:str):
+        self.text = bytearray()
+        self.lost = 0           # lines that were let go of
+        self._lines = lines
+        self._decisions = decisions
+        self._link = link
+        self._hole = 0          # of those that are lost, how many since something was written
+        self._written = self._place()
+
+    def _place(self): return self._lines, self._decisions, self._link
+
+    def add(self, kind:str, **content:Any)->None:
+        "Add a line behind the one before"
+        line = chained({"kind": kind} | content, self._lines, self._link)
+        self._link = line[-35:-3].decode()
+        self._lines += 1
+        self._decisions += kind == "decision"
+        self.text += line
+
+    def end(self)->None: self.add("end", lines=self._lines, decisions=self._decisions)
+
+    def written(self)->None:
+        "They are in the file"
+        self.text.clear()
+        self._hole = 0
+        self._written = self._place()
+
+    def let_go(self)->None:
+        "Give them up; the first of those that follow says how many there were"
+        gone = self._lines - self._written[0] - bool(self._hole)
+        self.lost += gone
+        self._hole += gone
+        self._lines, self._decisions, self._link = self._written
+        self.text.clear()
+        self.add("hole", lines=self._hole)
+
+# %% ../../nbs/70_live/05_recorder.ipynb #rec18c08
 MOST_WAITING = 8_000_000 # bytes of lines that wait for a disk; beyond that they are a hole
 RETRY = 1.               # seconds between two attempts
 
 
+class Tape:
+    "Lines and the file into which they go, frame by frame; what the disk does not take waits, or is a hole"
+
+    def __init__(self, path:Path, before:Recording):
+        self.lines = Lines(before.lines, before.decisions, before.link)
+        self.file = FrameFile(path, before.seal)
+        self.on_trouble: Callable[[bool, str], object] = lambda good, text: None # is told when it begins and ends
+        self._failing = False   # whether nothing can be written now
+        self._again = 0.        # when that is tried again
+
+    def flush(self, last:bool=False)->None:
+        "Write what waits; `last`: whenever that was tried before"
+        if not self.lines.text: return
+        if (last or monotonic() >= self._again) and self._taken(): self.lines.written()
+        elif len(self.lines.text) > MOST_WAITING: self.lines.let_go()
+
+    def _taken(self):
+        "Whether the disk has taken what waits"
+        try: self.file.add(bytes(self.lines.text))
+        except OSError as error:
+            self._again = monotonic() + RETRY
+            return self._fail(error)
+        if self._failing: self.on_trouble(True, f"{self.lines.lost} lines of the recording are lost")
+        self._failing = False
+        return True
+
+    def _fail(self, error):
+        if not self._failing: self.on_trouble(False, f"the recording cannot be written: {error}")
+        self._failing = True
+        return False
+
+    def sync(self)->None:
+        "What was flushed, to the disk; may be called on any thread"
+        try: self.file.sync()
+        except OSError as error: self._fail(error)
+
+# %% ../../nbs/70_live/05_recorder.ipynb #40fb976f
 class Recorder:
     "Writes a recording, line by line; `flush` makes sure of what was written, `mended` says what was found damaged"
 
     def __init__(self, path:Path):
         before = continued(path)
         self.mended = before.damage
-        self.on_trouble: Callable[[bool, str], object] = lambda good, text: None # is told when it begins and ends
-        self.lost = 0           # lines that are a hole
-        self._lines = before.lines
-        self._decisions = before.decisions
-        self._link = before.link
-        self._waiting = bytearray()
-        self._file = FrameFile(path, before.seal)
-        self._flushed = self._place()
-        self._failing = False   # whether nothing can be written now
-        self._again = 0.        # when that is tried again
-        self._hole = 0          # lines that were let go of since
-        if not self._lines: self.line("recording", format=FORMAT, version=__version__)
+        self.tape = Tape(path, before)
+        if not before.lines: self.line("recording", format=FORMAT, version=__version__)
         if self.mended: self.line("mended", text=self.mended)
+
+    @property
+    def lost(self)->int:
+        "Lines that are a hole"
+        return self.tape.lines.lost
 
     def line(self, kind:str, **content)->None:
         "Add a line; it is in the file when it is flushed"
-        line = chained({"kind": kind} | content, self._lines, self._link)
-        self._link = line[-35:-3].decode()
-        self._lines, self._decisions = self._lines + 1, self._decisions + (kind == "decision")
-        self._waiting += line
+        if kind in ("frame", "received") and len(self.tape.lines.text) > 1_000_000: self.flush()
+        self.tape.lines.add(kind, **content)
 
     def start(self, settings:dict, core:Any=None)->None:
         "A session starts or continues; `core` is what its core is made from, encoded"
         self.line("start", settings=settings, core=core)
 
     def frame(self, socket:str, frame:Any)->None:
-        self._make_room()
         self.line("frame", socket=socket, frame=frame)
 
     def received(self, received:Received)->None:
         "What the core is told"
-        self._make_room()
         self.line("received", time=received.time, events=encode(received.events))
 
     def answered(self, actions:Sequence[Action])->None:
@@ -419,56 +491,20 @@ class Recorder:
                   **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities",
             "reasons")})
 
-    def _make_room(self):
-        if len(self._waiting) > 1_000_000: self.flush()
-
-    def _place(self): return self._lines, self._decisions, self._link
-
     def flush(self)->None:
-        "To the file, where the end of this process cannot take it; what the disk does not take waits, or is a hole"
-        if not self._waiting: return
-        if monotonic() >= self._again and self._added():
-            self._waiting.clear()
-            self._flushed = self._place()
-            self._hole = 0
-        elif len(self._waiting) > MOST_WAITING: self._leave_a_hole()
-
-    def _added(self):
-        "Whether the disk has taken what waits"
-        try: self._file.add(bytes(self._waiting))
-        except OSError as error:
-            self._again = monotonic() + RETRY
-            self._fail(error)
-            return False
-        if self._failing: self.on_trouble(True, f"{self._hole} lines of the recording are lost")
-        self._failing = False
-        return True
-
-    def _fail(self, error):
-        if not self._failing: self.on_trouble(False, f"the recording cannot be written: {error}")
-        self._failing = True
-
-    def _leave_a_hole(self):
-        "Let go of what waits, and say how much that was as soon as something can be said"
-        gone = self._lines - self._flushed[0] - bool(self._hole)
-        self.lost += gone
-        self._hole += gone
-        self._lines, self._decisions, self._link = self._flushed
-        self._waiting.clear()
-        self.line("hole", lines=self._hole)
+        "To the file, where the end of this process cannot take it"
+        self.tape.flush()
 
     def sync(self)->None:
         """What was flushed, to the disk, where a power cut cannot take it: before the ledger says that a step is done;
         may be called on any thread"""
-        try: self._file.sync()
-        except OSError as error: self._fail(error)
+        self.tape.sync()
 
     def close(self)->None:
-        self.line("end", lines=self._lines, decisions=self._decisions)
-        self._again = 0.
-        self.flush()
+        self.tape.lines.end()
+        self.tape.flush(last=True)
         self.sync()
-        self._file.close()
+        self.tape.file.close()
 
 # %% ../../nbs/70_live/05_recorder.ipynb #38586a22
 class MemoryRecorder(Recorder):
@@ -476,7 +512,8 @@ class MemoryRecorder(Recorder):
 
     def __init__(self):
         self.lines: list[dict[str, Any]] = []
-        self._waiting = b""
+
+    def flush(self)->None: pass
 
     def line(self, kind:str, **content)->None:
         "Add a line, as it would be read"

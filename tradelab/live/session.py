@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'Record', 'SLOW', 'StepFile', 'journal_lines', 'emergencies', 'rebuild',
            'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line', 'write', 'precedes',
-           'needed', 'Files', 'answer_to', 'event_of', 'told', 'is_kept', 'event_when_kept', 'Signals',
-           'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed',
-           'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
-           'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'prepare', 'quietly', 'close_all',
-           'open_files', 'finish', 'show_step', 'hear', 'note', 'keep_standing', 'keep', 'look', 'refuse_stale', 'know',
-           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
-           'Running', 'Session']
+           'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept', 'event_when_kept',
+           'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept',
+           'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books',
+           'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'join',
+           'other_standing', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'hear', 'note',
+           'keep_standing', 'keep', 'look', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again',
+           'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/14_session.ipynb #98432f23
 import asyncio
@@ -24,7 +24,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from tradelab.live.messages import (
     Answered,
     Ask,
     Cancel,
+    ClockSample,
     Command,
     Done,
     End,
@@ -73,12 +74,14 @@ from tradelab.live.messages import (
     Opening,
     Paid,
     Received,
+    Redial,
     Revised,
     Say,
     Send,
     Step,
     StepDone,
     Stop,
+    Synchronise,
     Tell,
     Unanswered,
     Waits,
@@ -334,15 +337,26 @@ async def answer_to(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
 
 
 async def event_of(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
-    "The same, with any other exception as an event, too"
+    "The same where an answer cannot be read: a question is unanswered then, and what became of an order is not known"
     try: return await answer_to(venue, action)
-    except Exception as error: return Failed(error)
+    except Exception as error:
+        said = f"an answer that cannot be read, {type(error).__name__}: {error}"
+        if isinstance(action, Fetch): return Unanswered(action.number, VenueError(f"{action.what}: {said}"))
+        return Answered(action, Answer(Outcome.UNKNOWN, text=said))
 
 # %% ../../nbs/70_live/14_session.ipynb #efb4a7b1
 async def told(request:Awaitable[None])->Event|None:
     "Tell the exchange something that it does not answer"
     try: await request
     except Exception as error: return Failed(error)
+    return None
+
+
+async def clock_sample(venue:Venue)->Event|None:
+    "How far the exchange's clock is ahead; nothing if it does not say"
+    with suppress(VenueError):
+        offset = await venue.synchronise()
+        if offset is not None: return ClockSample(offset)
     return None
 
 # %% ../../nbs/70_live/14_session.ipynb #ses18c01
@@ -361,7 +375,20 @@ async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|Non
     try: durable = await is_kept(kept)
     except Exception as error: return Failed(error)
     if durable or action.order.reduce_only: return await event_of(venue, action)
-    return Answered(action, Answer(Outcome.LATER, retry=1., text="the ledger takes nothing: it was not sent"))
+    return Answered(action, Answer(Outcome.LATER, retry=0., text="the ledger takes nothing: it was not sent"))
+
+# %% ../../nbs/70_live/14_session.ipynb #ses18c07
+async def waits_when_kept(venue:Venue, open_time:int, kept:"Future[bool]|None")->None:
+    "Tell the exchange that the next candle may close"
+    await is_kept(kept)
+    await venue.waits(open_time)
+
+
+async def together(inbox:asyncio.Queue)->list[Event]:
+    "What waits together, as soon as there is something"
+    events = [await inbox.get()]
+    while not inbox.empty(): events.append(inbox.get_nowait())
+    return events
 
 # %% ../../nbs/70_live/14_session.ipynb #e89dff6b
 class Signals:
@@ -443,12 +470,9 @@ class Driver:
                 delay = max(at - clock(), 0) / 1000
                 self._alarm = asyncio.get_running_loop().call_later(delay, self._inbox.put_nowait, Woken())
             case Open(): self.spawn(told(self.venue.stream(self.core.trader.seen, self.core.terms.timeframe)))
-            case Waits(open_time): self.spawn(told(self._waits(open_time)))
-
-    async def _waits(self, open_time):
-        "An exchange that waits for us waits for our disk, too: what is to be written cannot pile up"
-        await is_kept(self._kept)
-        await self.venue.waits(open_time)
+            case Waits(open_time): self.spawn(told(waits_when_kept(self.venue, open_time, self._kept)))
+            case Redial(stream): self.spawn(told(self.venue.redial(stream)))
+            case Synchronise(): self.spawn(clock_sample(self.venue))
 
     def spawn(self, question:Coroutine[Any, Any, Event|None])->None:
         "Do something beside; what it returns is an event"
@@ -461,9 +485,9 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def _receive(self):
-        events = [await self._inbox.get()]
-        while not self._inbox.empty(): events.append(self._inbox.get_nowait())
-        return Received(clock(), events)
+        if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
+            await asyncio.wait(self._tasks)
+        return Received(clock(), await together(self._inbox))
 
 # %% ../../nbs/70_live/14_session.ipynb #5ed05397
 def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)->dict[str, Any]:
@@ -690,7 +714,7 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
-                  venue.quote, **session.waits)
+                  venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)
     session.began_from = other_standing(session, lease)
     session.inputs = core_inputs(ledger, terms, kept, Offer(venue.kinds, venue.amends, venue.expires),
@@ -722,7 +746,7 @@ def open_files(session:"Session", opened:Open)->None:
                                                                                opening=asdict(opened.opening)))
     session.ledger.set_state(session.id, "running")
     session.files = Files(session.folder, session.ledger.rows(session.id), session.ledger.closes(session.id))
-    session.files.recorder.on_trouble = partial(recorder_trouble, session)
+    session.files.recorder.tape.on_trouble = partial(recorder_trouble, session)
     session.files.recorder.start(session.settings, encode(session.inputs))
     for received in session.early: session.files.recorder.received(received)
     session.venue.on_frame = session.files.recorder.frame
@@ -757,7 +781,7 @@ def hear(session:"Session", received:Received)->None:
     if session.files: session.files.recorder.received(received)
     else: session.early.append(received)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ses18c09
 def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
     """Record what the core decided and what it will send, before anything of it is carried out, and have the ledger
     keep its part; returns what a request waits for"""
@@ -825,7 +849,7 @@ def know(session:"Session", link:Link)->None:
     try: save_status(session, "running")
     except OSError as error: logger.error(str(error), session=session.id)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ses18c10
 def unkept(session:"Session", error:Exception)->None:
     "The ledger takes nothing, or not from this session; called on the writer's thread"
     logger.error(str(error), session=session.id)
@@ -843,7 +867,7 @@ def kept_again(session:"Session", text:str)->None:
     "The ledger takes what it is given again; called on the writer's thread"
     session.hand(partial(session.venue.events.put_nowait, LedgerState(True, text)))
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ses18c12
 def show_tables(files:Files, record:Step)->None:
     "A step in the tables for people"
     files.journal.write(journal_lines(record.symbols, record.rows))
@@ -886,6 +910,19 @@ async def drive(session:"Session", max_candles:int|None)->str:
     end = await run_to_completion(driver.run(), session.stop)
     if end.error: raise end.error
     return end.state
+
+
+async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
+    "The same; whatever happens, it is told, and the files are closed"
+    state = "failed"
+    try: state = await drive(session, max_candles)
+    except asyncio.CancelledError:
+        state = "stopped"
+        raise
+    except Exception as error:
+        if session.files: tell(session, Notice("failed", f"{type(error).__name__}: {error}"))
+        raise
+    finally: await finish(session, state)
 
 # %% ../../nbs/70_live/14_session.ipynb #ses18r01
 @dataclass(eq=False)
@@ -961,17 +998,8 @@ class Session(Running):
 
     async def run(self, max_candles:int|None=None)->Statistics:
         "Trade until stopped, or for so many candles"
-        self._loop, state = asyncio.get_running_loop(), "failed"
+        self._loop = asyncio.get_running_loop()
         self._locks.callback(self._loop.set_exception_handler, self._loop.get_exception_handler())
         self._loop.set_exception_handler(partial(heed, self))
-        with Signals(self.stop), self._locks:
-            try:
-                state = await drive(self, max_candles)
-            except asyncio.CancelledError:
-                state = "stopped"
-                raise
-            except Exception as error:
-                if self.files: tell(self, Notice("failed", f"{type(error).__name__}: {error}"))
-                raise
-            finally: await finish(self, state)
+        with Signals(self.stop), self._locks: await drive_to_the_end(self, max_candles)
         return self.statistics

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'LADDER', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series',
            'refuse_style', 'check_account', 'check_leverage', 'check_orders', 'check_offset', 'strategy_of',
-           'standing_of', 'go_on_from', 'say_standing', 'precompile', 'answers_to', 'ask_again', 'hear_both',
-           'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'start_and_live']
+           'standing_of', 'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to', 'ask_again',
+           'hear_both', 'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'start_and_live']
 
 # %% ../../nbs/70_live/13_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -30,6 +30,7 @@ from tradelab.live.core import (
     live,
     look_ahead,
     news,
+    sleep,
     take,
 )
 from .guards import clock_is_off
@@ -225,12 +226,21 @@ def precompile(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->N
     understudy.on(Candles(int(times[-1]) + step, candles[-1]))
 
 # %% ../../nbs/70_live/13_start.ipynb #baec9f10
+def start_limit(core:Core)->int:
+    "ms that a start waits for an exchange that does not answer: a session that is resumed may hold positions"
+    return core.terms.outage_limit if core.resumed else core.terms.patience
+
+
 def answers_to(core:Core, questions:Sequence[tuple])->Process:
-    "Ask; returns the answers, and raises the first exception among them"
-    answers = yield from ask_all(core, questions, told=False)
-    for answer in answers:
-        if isinstance(answer, Exception): raise answer
-    return answers
+    "Ask, again and again; returns the answers, and raises the first exception among them when that was too long"
+    until, pause = core.now + start_limit(core), core.terms.pause
+    while True:
+        answers = yield from ask_all(core, questions, told=False)
+        wrong = [answer for answer in answers if isinstance(answer, Exception)]
+        if not wrong: return answers
+        if core.now + pause > until or core.stopping: raise wrong[0]
+        yield from sleep(core, pause)
+        pause = min(2 * pause, core.terms.longest_pause)
 
 
 def ask_again(core:Core)->Process:
@@ -244,12 +254,11 @@ def ask_again(core:Core)->Process:
 # %% ../../nbs/70_live/13_start.ipynb #75cf2648
 def hear_both(core:Core)->Process:
     "Wait until both streams are open"
-    until = core.now + core.terms.patience
+    until = core.now + start_limit(core)
     while missing := {"market", "user"} - set(core.streams):
-        if not (yield from news(core, until)):
+        if core.stopping or not (yield from news(core, until)):
             raise StartRefusedError(f"{core.terms.venue}: no answer on the {' and '.join(sorted(missing))} stream "
-                                    f"within {core.terms.patience / 1_000:g} s: check its address")
-    core.reopened = core.streams.total()
+                                    f"within {start_limit(core) / 1_000:g} s: check its address")
 
 # %% ../../nbs/70_live/13_start.ipynb #d8001897
 def ask_history(core:Core, last:int|None)->Process:
@@ -258,7 +267,7 @@ def ask_history(core:Core, last:int|None)->Process:
     trader, terms = core.trader, core.terms
     wanted = max(trader.warm_up, 1)
     since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, terms.gaps)
-    limit = wanted if last is None else 10**9
+    limit = wanted + 1 if last is None else 10**9 # one may close between two answers
     parts = yield from answers_to(core, history_questions(core, limit, since))
     times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps)
     seen = times == times if last is None else times <= last
@@ -283,7 +292,9 @@ def see_history(core:Core, kept:dict|None)->Process:
     precompile(trader, times[seen], known, terms.step)
     core.feed = Feed(trader.seen, terms.step, trader.open_time if seen.any() else None)
     core.manager.cautious = bool(kept)
-    feed_in(core, times[~seen], candles[~seen])
+    for row, symbol in enumerate(trader.seen):
+        core.watch.candles.warm(symbol, times[seen], candles[seen, row])
+        feed_in(core, core.feed, symbol, times[~seen], candles[~seen, row])
     for candle in core.early: take(core, candle)
     if kept: yield from look_ahead(core)
 
@@ -321,7 +332,7 @@ def start(
     standing:Standing|None=None, # where another session of this strategy left it
 )->Process:
     "Up to the moment at which the first candle may come"
-    trader, terms = core.trader, core.terms
+    trader, terms, core.resumed = core.trader, core.terms, bool(kept)
     if kept: yield from ask_again(core)
     account, seen = yield from open_books(core)
     check_explained({symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in trader.symbols},
@@ -338,6 +349,8 @@ def start(
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
+    for silence in core.watch.silence.values(): silence.heard()
+    core.guards.asked(core.guards.troubles)
     if kept and core.manager.beside: yield from go_on(core)
 
 

@@ -172,6 +172,7 @@ class Venue(MarketData, Protocol):
     kinds:frozenset[Kind]                       # orders that it takes
     amends:frozenset[Kind]                      # orders that it can amend; others are cancelled and placed anew
     expires:bool                                # whether it ends an order by itself after so many candles
+    pace:float                                  # of its market: 1 in real time, inf if the next candle may wait for us
     events:asyncio.Queue                        # what the sockets told, in order
     on_frame:Callable[[str, Any], object]       # is told (socket, frame) of each raw frame, for the recording
 
@@ -181,10 +182,12 @@ class Venue(MarketData, Protocol):
     async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
         "Set the account to one position a symbol and this leverage; returns what a person should know of it"
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
-        "Open the market and the user stream; a Notice of kind *open* tells of each"
+        "Open the market and the user stream; `live.messages.Opened` tells of each"
     async def waits(self, open_time:int)->None:
         "Whatever this candle asked for is done: an exchange that replays the past lets the next one close"
-    async def synchronise(self)->None: "Learn the exchange's clock anew"
+    async def redial(self, stream:str)->None: "Give up the market or the user stream, and open it anew"
+    async def suspended(self)->list[str]: "Those of the symbols that are not traded now"
+    async def synchronise(self)->int|None: "Learn the exchange's clock anew; ms by which it is ahead of ours"
     async def account(self)->AccountSnapshot: "Wallet and positions"
 
     async def place(self, order:Order)->Answer: "Send an order, once"

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TOO_MANY', 'OUR_CLOCK', 'NOTHING_TO_AMEND',
-           'NO_SUCH_PATH', 'AMENDING', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN', 'RECEIVE_WINDOW', 'CONDITIONAL',
-           'CALLBACKS', 'AMENDED', 'PAGE', 'BUSY', 'order_name', 'algo_report', 'normalise', 'Transport', 'Reply',
-           'error_code', 'transport_of', 'error_text', 'outcome', 'retry_after', 'refusal_of', 'limits_of', 'Allowance',
-           'AccountSettings', 'settings_of_account', 'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold',
-           'asked', 'closed_rows', 'all_rates', 'candles_of', 'BinanceMarket', 'format_quantity', 'format_price',
-           'check_order', 'order_request', 'amend_request', 'answer_of', 'of_query', 'fill_of', 'trades_from',
-           'incomes_from', 'income_of', 'frame_events', 'Children', 'Streams', 'synchronise', 'about', 'BinanceOrders',
+           'NO_SUCH_PATH', 'AMENDING', 'OFF_THE_GRID', 'NOT_TRADED', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN',
+           'RECEIVE_WINDOW', 'CONDITIONAL', 'CALLBACKS', 'AMENDED', 'PAGE', 'STATUSES', 'OURS', 'BUSY', 'order_name',
+           'algo_report', 'normalise', 'Transport', 'Reply', 'error_code', 'transport_of', 'error_text', 'outcome',
+           'retry_after', 'refusal_of', 'limits_of', 'Allowance', 'AccountSettings', 'settings_of_account',
+           'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates',
+           'candles_of', 'BinanceMarket', 'format_quantity', 'format_price', 'check_order', 'order_request',
+           'amend_request', 'answer_of', 'of_query', 'fill_of', 'trades_from', 'incomes_from', 'income_of',
+           'frame_events', 'Children', 'Streams', 'synchronise', 'pace_of', 'suspended', 'about', 'BinanceOrders',
            'open_orders', 'check_trading', 'brackets_of', 'set_up', 'ask_settings', 'BinanceVenue']
 
 # %% ../../nbs/75_venues/01_binance.ipynb #e8afb17d
@@ -32,6 +33,7 @@ import numpy as np
 from ..config import VenueSettings
 from ..events import Fill, Funding
 from ..instruments import TIERS, Instrument
+from ..live.messages import Lost, Opened, Status
 from ..live.order_states import State
 from tradelab.live.venue import (
     AccountSnapshot,
@@ -138,6 +140,9 @@ def normalise(
     if event == "ORDER_TRADE_UPDATE": return _order_events(message["o"], symbols, quote)
     if event == "ALGO_UPDATE": return _algo_events(message["o"], symbols)
     if event == "ACCOUNT_UPDATE": return _account_events(message, symbols, quote)
+    if event == "contractInfo":
+        trades = message["cs"] == "TRADING"
+        return [Status(symbols[message["s"]], trades, message["cs"])] if message["s"] in symbols else []
     if event == "listenKeyExpired": return [Notice("expired", "the exchange ended the user stream's key")]
     if event == "MARGIN_CALL":
         return [Notice("margin call", ", ".join(symbols.get(position["s"], position["s"])
@@ -200,6 +205,7 @@ ACCOUNT = {-2010, -2016, -2017, -2018, -2019, -2020, -2021, -2022, -2023, -2024,
 WRONG_KEYS = {-1002, -1022, -2008, -2014, -2015}
 TOO_MANY = {-1003, -1015}                                              # requests, orders
 OUR_CLOCK, NOTHING_TO_AMEND, NO_SUCH_PATH, AMENDING = -1021, -5027, -5000, -5043
+OFF_THE_GRID, NOT_TRADED = -1111, -4140
 
 PROVEN: dict[tuple[int, int], Outcome] = {
     **{(400, code): Outcome.REJECTED for code in FORM | ACCOUNT},
@@ -259,7 +265,10 @@ def limits_of(rows:Iterable[Mapping])->dict[str, int]:
 class Allowance:
     "What may be asked of Binance at a time; times are ms, in the exchange's clock"
 
-    def __init__(self):
+    def __init__(self,
+        counts:bool=True,  # whether the counts are obeyed, too, or only what a refusal says
+    ):
+        self.counts = counts
         self.limits = dict(LIMITS)
         self.used: dict[str, tuple[int, int]] = {}   # by header: the window, and how much of it
         self.limited_until = 0
@@ -281,7 +290,7 @@ class Allowance:
         waits = [(self.banned_until - now) / 1_000]
         if not reduces:
             waits.append((self.limited_until - now) / 1_000)
-            for name, (window, used) in self.used.items():
+            for name, (window, used) in self.used.items() if self.counts else ():
                 full = window == now // WINDOWS[name] and used >= (1 - KEPT) * self.limits[name]
                 if full and (orders or "order" not in name): waits.append(self._left(WINDOWS[name], now))
         return max(0., *waits)
@@ -434,7 +443,7 @@ def exchange_for(
                                   "secret": settings.secret.get_secret_value(), "enableRateLimit": paced,
                                   "timeout": int(timeout * 1000)})
     if settings.name == "testnet": exchange.enable_demo_trading(True)
-    exchange.allowance = Allowance()
+    exchange.allowance = Allowance(counts=paced)
     api = exchange.urls["api"]
     for name, url in api.items():
         if name.startswith("fapi"): api[name] = settings.rest.rstrip("/") + urlsplit(url).path
@@ -447,17 +456,24 @@ def exchange_for(
 
 # %% ../../nbs/75_venues/01_binance.ipynb #dd52d2f8
 async def hold(
-    name:str,        # for the notices
+    name:str,        # market or user
     watch:Callable[[], Awaitable],           # coroutine function: ask ccxt once
     events:asyncio.Queue,          # asyncio.Queue that is told
-    pause:float=1.,  # seconds before dialling again
+    pause:float=.25, # seconds before dialling again, doubled while nobody is there
+    longest:float=30.,
+    forget:Callable[[], object]=lambda: None, # what was agreed with a connection that is gone
 )->None:
     "Keep a stream alive until cancelled"
+    wait = pause
     while True:
-        try: await watch()
+        try:
+            await watch()
+            wait = pause
         except Exception as error:
-            events.put_nowait(Notice("lost", f"{name}: {error_text(error)}"))
-            await asyncio.sleep(pause)
+            events.put_nowait(Lost(name, error_text(error)))
+            forget()
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, longest)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #7684e9bb
 async def asked(
@@ -467,7 +483,10 @@ async def asked(
     fine:int|None=None,      # a code that is no failure
 )->Any:
     "The answer to a request; VenueError if there is none that can be used"
-    try: return await request
+    try:
+        reply = await request
+        if not isinstance(reply, str): return reply
+        raise RuntimeError(f"a page, or half a reply: {reply[:60]!r}")
     except Exception as error: failure, code, answer = error, error_code(error), refusal_of(error)
     if fine is not None and code == fine: return None
     if code in WRONG_KEYS:
@@ -717,6 +736,10 @@ def income_of(row:dict, symbols:dict)->Income:
                   units(row["income"]), row["asset"], int(row["time"]), str(row.get("tradeId") or ""))
 
 # %% ../../nbs/75_venues/01_binance.ipynb #0919917d
+STATUSES = "!contractInfo" # the stream on which a symbol's status changes
+OURS = 2_000_000_000       # the number of our own request on a market stream; ccxt counts from 1
+
+
 def frame_events(
     socket:str,     # market or user
     frame:Any,      # decoded
@@ -724,11 +747,12 @@ def frame_events(
     quote:str,      # the currency of the account
 )->list:            # of Candle, Fill, OrderReport, Funding, Notice
     "What a session is told of a frame"
-    opened = socket == "market" and isinstance(frame, dict) and "id" in frame and frame.get("result", 0) is None
+    opened = (socket == "market" and isinstance(frame, dict) and frame.get("id", OURS) != OURS
+              and frame.get("result", 0) is None)
     try: events = normalise(frame, symbols, quote)
     except (KeyError, TypeError, ValueError) as error:
         events = [Notice("unreadable", f"{socket} frame: {type(error).__name__} {error}")]
-    return [Notice("open", "market"), *events] if opened else events
+    return [Opened("market"), *events] if opened else events
 
 # %% ../../nbs/75_venues/01_binance.ipynb #409d4757
 class Children:
@@ -750,6 +774,11 @@ class Children:
                 else event for event in events]
 
 # %% ../../nbs/75_venues/01_binance.ipynb #0f038820
+async def _sent(client, request):
+    "Send a request of our own, unless the connection is gone"
+    with suppress(Exception): await client.send(request)
+
+
 class Streams:
     "The two sockets of an account"
 
@@ -767,9 +796,14 @@ class Streams:
     def open(self, symbols:Sequence[str], timeframe:str)->None:
         "Hold both sockets from now on"
         pairs = [[symbol, timeframe] for symbol in symbols]
-        for name, watch in (("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs)),
-                            ("user", self._exchange.watch_orders)):
-            self._tasks.append(asyncio.ensure_future(hold(name, watch, self._events)))
+        market = hold("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs), self._events)
+        user = hold("user", self._exchange.watch_orders, self._events, forget=self._forget_key)
+        self._tasks += [asyncio.ensure_future(market), asyncio.ensure_future(user)]
+
+    def redial(self, name:str)->None:
+        "Give up a stream that is open and tells nothing; it is held, so it is dialled anew"
+        for url in list(self._exchange.clients):
+            if ("/private" in url) == (name == "user"): self._drop(url, "nothing was told for too long")
 
     async def waits(self, open_time:int, pause:float=2.)->None:
         "Name the candle that is done with, until it is answered; `pause` is in seconds"
@@ -786,15 +820,26 @@ class Streams:
             self._waits = None
             self._noticed.set()
         events = self._hear("user" if "/private" in url else "market", frame)
-        if any(isinstance(event, Notice) and event.kind == "expired" for event in events): self._renew(url)
+        if any(isinstance(event, Notice) and event.kind == "expired" for event in events):
+            self._drop(url, "the key of the user stream expired")
+        if Opened("market") in events: self._also(url, STATUSES)
+
+    def _also(self, url, stream):
+        "Subscribe to what ccxt does not know"
+        request = {"method": "SUBSCRIBE", "params": [stream], "id": OURS}
+        self._tasks.append(asyncio.ensure_future(_sent(self._exchange.clients.get(url), request)))
 
     def _opened(self, url):
-        if "/private" in url: self._events.put_nowait(Notice("open", "user"))
+        if "/private" in url: self._events.put_nowait(Opened("user"))
 
-    def _renew(self, url):
-        self._exchange.options["linear"] = {}
+    def _forget_key(self): self._exchange.options["linear"] = {}
+
+    def _drop(self, url, why):
+        if "/private" in url: self._forget_key()
         client = self._exchange.clients.pop(url, None)
-        if client: client.reset(ConnectionError("the key of the user stream expired"))
+        if client is None: return
+        client.reset(ConnectionError(why))
+        self._tasks.append(asyncio.ensure_future(client.close()))
 
     async def close(self)->None:
         "End both"
@@ -802,9 +847,22 @@ class Streams:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #adb8d071
-async def synchronise(exchange:Any, settings:VenueSettings)->None:
-    "Learn the exchange's clock anew"
-    await asked(settings, "the exchange's clock", exchange.load_time_difference())
+async def synchronise(exchange:Any, settings:VenueSettings)->int: # ms
+    "Learn the exchange's clock anew; how far it is ahead of ours"
+    return -int(await asked(settings, "the exchange's clock", exchange.load_time_difference()))
+
+
+async def pace_of(exchange:Any, settings:VenueSettings, market:dict)->float:
+    "1 where the market keeps real time; inf where it replays the past, and the next candle may wait for us"
+    told = await asked(settings, "the market's time", exchange.fapiPublicGetPremiumIndex({"symbol": market["id"]}))
+    return 1. if abs(int(told["time"]) - exchange.milliseconds()) < 60_000 else inf
+
+
+async def suspended(exchange:Any, settings:VenueSettings, symbols:Mapping[str, str])->list[str]:
+    "Those of our symbols (by the exchange's name) that are not traded now"
+    told = await asked(settings, "the symbols", exchange.fapiPublicGetExchangeInfo())
+    return [symbols[each["symbol"]] for each in told["symbols"]
+            if each["symbol"] in symbols and each["status"] != "TRADING"]
 
 
 async def about(
@@ -843,7 +901,10 @@ class BinanceOrders:
         if order.kind in CONDITIONAL: send = self._exchange.fapiPrivatePostAlgoOrder
         try: request = order_request(order, self._exchange.markets[order.symbol])
         except ValueError as error: return Answer(Outcome.REJECTED, text=str(error))
-        return await about(send(request))
+        answer = await about(send(request))
+        if answer.text.startswith(str(OFF_THE_GRID)): # its filters have changed: the next order is on the new grid
+            with suppress(Exception): await self._exchange.load_markets(True)
+        return answer
 
     async def amend(self, order:Order, executed:float=0.)->Answer:
         "Give a working order another price or quantity; `executed` (base units, unsigned) is what we know to be filled"
@@ -945,6 +1006,7 @@ class BinanceVenue(BinanceMarket):
     "An account at Binance USD-M futures: a `live.venue.Venue`"
     kinds, amends = frozenset({Kind.MARKET, Kind.LIMIT, *CONDITIONAL}), AMENDED
     expires = False
+    pace = 1.
 
     def __init__(self, settings:VenueSettings, paced:bool|None=None, timeout:float=10.):
         super().__init__(settings, paced, timeout)
@@ -968,6 +1030,7 @@ class BinanceVenue(BinanceMarket):
             self._traded = [market["id"] for market in markets]
             self.quote = markets[0]["settle"]
             await self.synchronise()
+            if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
             self._brackets = await brackets_of(self.settings, self._exchange, markets)
             if leverage: await self.set_up(symbols, leverage)
@@ -981,6 +1044,10 @@ class BinanceVenue(BinanceMarket):
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None: self._streams.open(symbols, timeframe)
 
+    async def redial(self, stream:str)->None: self._streams.redial(stream)
+
+    async def suspended(self)->list[str]: return await suspended(self._exchange, self.settings, self._symbols)
+
     async def waits(self, open_time:int)->None:
         if self.settings.name == "localnet": await self._streams.waits(open_time)
 
@@ -992,8 +1059,13 @@ class BinanceVenue(BinanceMarket):
         for event in events: self.events.put_nowait(event)
         return events
 
-    async def synchronise(self)->None: await synchronise(self._exchange, self.settings)
-    async def place(self, order:Order)->Answer: return await self._orders.place(order)
+    async def synchronise(self)->int: return await synchronise(self._exchange, self.settings)
+
+    async def place(self, order:Order)->Answer:
+        answer = await self._orders.place(order)
+        if answer.text.startswith(str(NOT_TRADED)): self.events.put_nowait(Status(order.symbol, False, answer.text))
+        return answer
+
     async def cancel(self, order:Order)->Answer: return await self._orders.cancel(order)
     async def amend(self, order:Order, executed:float=0.)->Answer: return await self._orders.amend(order, executed)
     async def query(self, order:Order)->Answer: return await self._orders.query(order)

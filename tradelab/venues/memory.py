@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'r
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..errors import InvalidOrderError
 from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
 from ..instruments import Instrument
 from ..journal import JOURNAL
+from ..live.messages import Opened
 from ..live.order_states import State
 from tradelab.live.venue import (
     AccountSnapshot,
@@ -32,7 +34,6 @@ from tradelab.live.venue import (
     check_order,
     units,
 )
-from ..notices import Notice
 from ..orders import LIQUIDATION, NONE, Kind, Order
 from ..sim.kernel import Simulation, market_arrays, trading_rules
 from ..sim.matching import FILLS_PER_SYMBOL, new_state
@@ -325,6 +326,8 @@ class MemoryVenue(MemoryMarket):
     "An account in a market whose candles are known: a `live.venue.Venue`"
     kinds = amends = KINDS
     expires = True
+    pace = inf
+    goes_on_when_asked = True # its time, when it is asked for news: what is on its way must be answered before
 
     def __init__(self,
         data:MarketData,
@@ -367,10 +370,12 @@ class MemoryVenue(MemoryMarket):
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         self.check_timeframe(timeframe)
         self._told = list(symbols)
-        for name in ("market", "user"): self.events.put_nowait(Notice("open", name))
+        for name in ("market", "user"): self.events.put_nowait(Opened(name))
 
     async def waits(self, open_time:int)->None: pass # it goes on when nothing is on its way
-    async def synchronise(self)->None: pass
+    async def redial(self, stream:str)->None: self.events.put_nowait(Opened(stream))
+    async def suspended(self)->list[str]: return []
+    async def synchronise(self)->None: return None
     async def account(self)->AccountSnapshot: return self.held.snapshot()
     async def place(self, order:Order)->Answer: return self.held.place(order)
     async def amend(self, order:Order, executed:float=0.)->Answer: return self.held.amend(order, executed)

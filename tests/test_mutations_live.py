@@ -1,0 +1,90 @@
+"""Each safeguard of live trading is taken out, one at a time, and the simulation notices: a test that no fault in the
+program can fail proves nothing"""
+from unittest.mock import patch
+
+import pytest
+from simulated import simulate
+from test_simulation_live import SHAPES, met, reference, wrong_in
+
+from tradelab.live import bookkeeper, core, session
+from tradelab.live.venue import Outcome
+from tradelab.venues import binance
+
+TIMEOUT = {"at": "request", "method": "POST", "path": "v1/order", "status": 408, "code": -1007, "msg": "Timeout.",
+           "times": 3}
+# after the first round of questions, and before the second
+MATCHED_VERY_LATE = TIMEOUT | {"do": "later", "later_ms": 45_000}
+# it is carried out, and no stream tells of it
+UNHEARD = TIMEOUT | {"do": "reply", "commit": True, "then": [{"at": "user", "do": "lose", "times": 0,
+                                                                        "lasts_ms": 60_000}]}
+
+
+def killed_at(door):
+    "A session that is killed at this door, and started again a moment later"
+    run = simulate(1, timeframe="1m", candles=sum(SHAPES["1m"]), market_seed=1, kills=(door,), downtime=lambda: .5)
+    return wrong_in(run)
+
+
+async def at_once(kept, *arguments): return True
+
+
+def intent_first():
+    "A request does not wait until the ledger holds what it sends"
+    def found():
+        with patch.object(session, "is_kept", at_once):
+            return next((wrong for door in range(60, 160) if (wrong := killed_at(door))), [])
+    return found
+
+
+def unknown():
+    "What is not proven to be refused counts as refused, and is sent again"
+    def refused(*arguments): return outcome if (outcome := proven(*arguments)) is not Outcome.UNKNOWN else Outcome.LATER
+    proven = binance.outcome
+    def found():
+        with patch.object(binance, "outcome", refused):
+            return wrong_in(met(UNHEARD)[0])
+    return found
+
+
+def second_question():
+    "An order that one round of questions does not find counts as absent"
+    def end_round(manager, name, found, now):
+        manager.searches[name].first = -10**15
+        return rounds(manager, name, found, now)
+    rounds = core.end_round
+    def found():
+        with patch.object(core, "end_round", end_round):
+            return absent_and_there(met(MATCHED_VERY_LATE)[0])
+    return found
+
+
+def absent_and_there(run):
+    "Orders that were called absent, and were carried out"
+    there = {name for name, executed in run.world.executed().items() if executed}
+    told = [text for name in run.names for text in run.ledger.notices(name).query("kind == 'absent'")["text"]]
+    return [text for text in told if text.split(":")[0] in there]
+
+
+def trade_ids():
+    "A trade that is told twice is booked twice"
+    def found():
+        count = iter(range(10**9))
+        with patch.object(bookkeeper, "_key", lambda entry: next(count)):
+            return wrong_in(met("twice_delivered")[0])
+    return found
+
+
+@pytest.mark.parametrize("safeguard", (intent_first, unknown, second_question, trade_ids))
+def test_without_a_safeguard_the_simulation_finds_what_goes_wrong(safeguard):
+    found = safeguard()()
+    print(*found, sep="\n")
+    assert found
+
+
+def test_with_all_of_them_it_finds_nothing():
+    assert next((wrong for door in range(60, 160) if (wrong := killed_at(door))), []) == []
+    for name in (UNHEARD, "twice_delivered", MATCHED_VERY_LATE):
+        run, happened = met(name)
+        assert happened
+        assert wrong_in(run) == absent_and_there(run) == []
+        assert run.world.positions() == pytest.approx(reference("1m", 1), rel=.15)

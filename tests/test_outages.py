@@ -1,0 +1,107 @@
+"Sessions over real sockets that meet the outages of localnet's list: none ends one, and after each it trades again"
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from pydantic import SecretStr
+
+from tradelab.config import VenueSettings
+from tradelab.evaluation.difference import first_difference
+from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN as LISTED
+from tradelab.live.ledger import Ledger
+from tradelab.live.replay import replay
+from tradelab.live.session import Session
+from tradelab.localnet.server import Localnet
+from tradelab.market.candles import times
+from tradelab.market.synthetic import ar1, funding
+from tradelab.risk.execution import OrderGate
+from tradelab.settings import CostModel, Limits
+from tradelab.strategies.example import Momentum
+from tradelab.trader import Trader
+from tradelab.venues.binance import BinanceVenue
+
+pytestmark = pytest.mark.integration
+
+BITCOIN, CANDLES, ARMED = "BTC/USDT:USDT", 40, 8
+MARKET = ar1(140, seed=3)
+WAITS = dict(ask_after=100, redial_after=300, quiet=100, pause=20, longest_pause=100, absent_after=200, first_delay=20,
+             clock_every=500)
+
+
+def trader():
+    policy = Momentum(lookback=5, threshold=.005)
+    return Trader(policy, Observation.from_policy(policy), OrderGate, Limits(), (replace(LISTED, symbol=BITCOIN),))
+
+
+class Told:
+    "What a session left"
+    def __init__(self, folder, faults=(), candles=CANDLES, **waits):
+        self.folder, self.faults = folder, faults
+        with Localnet({BITCOIN: MARKET}, {BITCOIN: funding(MARKET, seed=0)}, [replace(LISTED, symbol=BITCOIN)],
+                      CostModel(), start=int(times(MARKET)[40])) as self.exchange:
+            self.statistics = asyncio.run(self.session(waits).run(candles))
+            account = self.exchange.exchange.accounts["main"]
+            self.orders = Counter(order.client_id for order in account.orders.values())
+            self.held = account.held(0, "BOTH")
+
+    def session(self, waits):
+        venue = VenueSettings("localnet", "a test", self.exchange.url, self.exchange.url.replace("http", "ws"),
+                              SecretStr("localnet-key"), SecretStr("localnet-secret"))
+        self.ledger = Ledger(f"sqlite:///{self.folder}/tradelab.db")
+        live = Session(trader(), BinanceVenue(venue, timeout=1.), self.ledger, self.folder / "sessions", id="outage",
+                       waits=WAITS | waits, patience=2., say=lambda line: None)
+        live.progress = self.progress
+        self.live = live
+        return live
+
+    def progress(self, statistics):
+        if statistics.candles == ARMED:
+            for name, changes in self.faults: self.exchange.faults.arm(name, **changes)
+
+    @property
+    def kinds(self): return Counter(self.ledger.notices("outage")["kind"])
+
+    @property
+    def journal(self): return self.ledger.journal("outage")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return Told(tmp_path_factory.mktemp("whole"))
+
+
+SAID = {"withheld", "blocked", "revised", "late", "unknown", "given up", "rejected", "flagged"} # why it differs
+
+
+def check(told, whole):
+    "What holds after every fault"
+    assert told.exchange.faults.log, "the fault was not met"
+    assert told.statistics.candles == CANDLES
+    assert set(told.orders.values()) == {1}
+    assert told.held == pytest.approx(told.live.trader.positions["quantity"][0], abs=1e-9)
+    assert told.live.ledger.session("outage")["state"] == "stopped"
+    assert told.statistics.orders > ARMED // 4
+    phases = told.kinds
+    assert phases["guarded"] == phases["trading"]                      # whatever began has ended
+    assert first_difference(*replay(told.folder / "sessions" / "outage" / "recording.zst", trader())) is None
+    same = first_difference(whole.journal, told.journal) is None
+    assert same or set(phases) & SAID
+
+
+SHORT = {"lasts_ms": 700}
+OUTAGES = {
+    "everything_away": {}, "reconnect_without_rest": {}, "gap_without_rest": {}, "silent_stream": SHORT,
+    "lost_close": {}, "late_candle": {}, "stale_candle": {}, "partial_candle": {}, "duplicate_candle": {},
+    "revised_close": {}, "close_1000": {}, "close_1001": {}, "close_1006": {}, "reset": {}, "day_is_over": {},
+    "listen_key_expired": {}, "listen_key_death": {}, "clock_off": {}, "clock_jump": SHORT, "symbol_suspended": {},
+    "html_with_200": {}, "account_is_empty_list": {}, "cut_json": {}, "lost_fill": {}, "twice_delivered": {},
+    "order_rest_away": {}, "too_many_requests": SHORT,
+}
+
+
+@pytest.mark.parametrize("name", sorted(OUTAGES))
+def test_an_outage_ends_no_session(name, tmp_path, whole):
+    told = Told(tmp_path, [(name, OUTAGES[name])])
+    print(name, told.kinds, told.statistics.orders, told.statistics.late)
+    check(told, whole)
