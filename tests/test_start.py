@@ -1,20 +1,16 @@
-"What a session finds before it trades: limits, leases, halts of its strategy, commands, accounts that are set otherwise"
+"What a session finds before it trades: leases, halts of its strategy, commands, accounts that are set otherwise"
 import asyncio
-import sqlite3
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from test_live import BITCOIN, ETHER, HISTORY, MARKET, localnet, orders_at, session, trader, venue
+from test_live import BITCOIN, ETHER, localnet, orders_at, session, venue
 
 from tradelab.events import TradingState
-from tradelab.live.ledger import Asked, Lease, LeaseLostError, Ledger
+from tradelab.live.ledger import Asked, LeaseLostError, Ledger
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.venue import VenueError
 from tradelab.localnet.faults import Faults
-from tradelab.localnet.server import Localnet
-from tradelab.market.candles import times
-from tradelab.market.synthetic import ar1
 from tradelab.settings import Limits
 from tradelab.venues.binance import BinanceVenue
 
@@ -112,7 +108,8 @@ def test_a_clock_that_is_3_s_off_is_refused_and_one_that_is_1_5_s_off_is_used(tm
 
 
 def test_an_account_without_usdt_is_refused(tmp_path):
-    answer = {"at": "request", "do": "reply", "path": "*/account", "status": 200, "text": '{"assets": [], "positions": []}'}
+    answer = {"at": "request", "do": "reply", "path": "*/account", "status": 200,
+              "text": '{"assets": [], "positions": []}'}
     with localnet(faults=Faults([answer])) as exchange:
         with refused("holds no USDT balance", VenueError): run(session(exchange, tmp_path, say=str), 2)
         assert not orders_at(exchange)
@@ -140,8 +137,8 @@ def test_a_session_whose_lease_was_taken_stops_and_sends_nothing_more(tmp_path):
             while live.statistics.orders < 3: await asyncio.sleep(.01)
             lease, other = live.lease, Ledger(f"sqlite:///{tmp_path}/tradelab.db")
             with other.transaction():
-                other.leases.take(replace(lease, session="other", owner="elsewhere process 1", epoch=lease.epoch + 1), 1,
-                                  {symbol: lease.epoch for symbol in lease.symbols})
+                taken = replace(lease, session="other", owner="elsewhere process 1", epoch=lease.epoch + 1)
+                other.leases.take(taken, 1, {symbol: lease.epoch for symbol in lease.symbols})
             with pytest.raises(LeaseLostError, match="session other in elsewhere process 1 has taken over BTC/USDT"):
                 await running
             sent = len(orders_at(exchange))
@@ -193,7 +190,7 @@ def test_a_command_under_an_older_lease_is_refused(tmp_path):
             live.stop()
             await running
         asyncio.run(hear())
-        assert f"refused: halt was asked for under epoch 1 of the lease, session two has epoch 2" in (
+        assert "refused: halt was asked for under epoch 1 of the lease, session two has epoch 2" in (
             ledger.commands.all()[0]["answer"])
         assert live.trader.account["required_state"][0] == TradingState.NORMAL
         assert number == 1

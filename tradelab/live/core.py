@@ -10,9 +10,9 @@ __all__ = ['Process', 'ROWS_EVERY', 'Terms', 'Watch', 'Told', 'Core', 'has_room'
            'book', 'keep', 'knows', 'look_for', 'require_halt', 'take_trade', 'take_trades', 'take_rows', 'catch_up',
            'going', 'settle', 'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ',
            'ask_account', 'freeze', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'explain', 'judge',
-           'close_by_hand', 'obey', 'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'decide', 'deadline_of',
-           'step', 'go_on', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
-           'tell_of_resting', 'wait', 'look_up', 'live']
+           'close_by_hand', 'halt_by_hand', 'reset_by_hand', 'obey', 'known_at_close', 'look_ahead', 'watch_halt',
+           'drop', 'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind', 'history_questions', 'fill_gap',
+           'try_later', 'may_reconcile', 'reconcile', 'tell_of_resting', 'wait', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -111,6 +111,7 @@ from tradelab.live.venue import (
 )
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
+from ..risk.trading_state import resume
 from ..times import format_time, milliseconds
 from ..trader import Trader
 
@@ -859,6 +860,24 @@ def close_by_hand(core:Core, command:Command)->Process:
     return "; ".join(said) or f"{command.symbol} is not traded here, only {', '.join(core.trader.symbols)}"
 
 
+def halt_by_hand(core:Core, command:Command)->str:
+    "A person ends all trading of the strategy; returns a sentence"
+    require_halt(core, f"{command.person or 'a person'}: {command.reason or 'no reason given'}")
+    keep(core)
+    return "halted: everything is closed at the next candle and stays closed until a reset"
+
+
+def reset_by_hand(core:Core, command:Command)->str:
+    "A person leads out of a halt, and drawdown counts from here; returns a sentence"
+    if not command.reason.strip(): return "refused: a reset needs a reason"
+    resume(core.trader.account)
+    core.trader.on(StateChange(TradingState.NORMAL, command.reason, core.now))
+    core.halted, core.guards.ends = False, None
+    core.guards.miss()
+    keep(core)
+    return f"reset: {core.trader.symbols[0]} and what else is traded may be opened again, drawdown counts from here"
+
+
 def obey(core:Core)->Process:
     "Carry out what a person said, in order; each is answered"
     while core.commands:
@@ -867,7 +886,9 @@ def obey(core:Core)->Process:
             case "adopt": answer = yield from judge(core, command, "adopted")
             case "ignore": answer = yield from judge(core, command, "ignored")
             case "flatten": answer = yield from close_by_hand(core, command)
-            case _: answer = f"{command.name!r} is no command: say adopt, ignore or flatten"
+            case "halt": answer = halt_by_hand(core, command)
+            case "reset": answer = reset_by_hand(core, command)
+            case _: answer = f"{command.name!r} is no command: say adopt, ignore, flatten, halt or reset"
         core.do(Done(command.number, answer))
 
 # %% ../../nbs/70_live/12_core.ipynb #d3eea3a1
