@@ -76,7 +76,8 @@ def test_isolated_margin_is_refused(tmp_path):
 def test_a_leverage_beyond_the_bracket_is_refused(tmp_path):
     with localnet() as exchange:
         with refused(r"leverage 150 goes up to [\d,]+ USDT at this exchange"):
-            run(session(exchange, tmp_path, limits=Limits(leverage=150, max_position=100., max_leverage=100.), say=str), 2)
+            limits = Limits(leverage=150, max_position=100., max_leverage=100.)
+            run(session(exchange, tmp_path, limits=limits, say=str), 2)
         assert not orders_at(exchange)
 
 
@@ -84,8 +85,8 @@ def test_a_leverage_beyond_the_bracket_is_refused(tmp_path):
                                          ("tl-abcdefgh-k2x9-0-0", "another session")])
 def test_an_open_order_that_is_not_ours_is_refused(tmp_path, name, whose):
     with localnet() as exchange:
-        ask(exchange, "fapiPrivatePostOrder", symbol="BTCUSDT", side="BUY", type="LIMIT", quantity="0.01", price="15000",
-            timeInForce="GTC", newClientOrderId=name)
+        ask(exchange, "fapiPrivatePostOrder", symbol="BTCUSDT", side="BUY", type="LIMIT", quantity="0.01",
+            price="15000", timeInForce="GTC", newClientOrderId=name)
         with refused(f"order {name} of BTC/USDT:USDT works at the exchange and is of {whose}"):
             run(session(exchange, tmp_path, say=str), 2)
         assert list(orders_at(exchange)) == [name]

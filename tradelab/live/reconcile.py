@@ -128,6 +128,7 @@ class ForeignFills:
         self.suspects: dict[tuple[str, str], Fill] = {} # told by a stream, and not looked up yet
         self.residual: dict[str, float] = {}            # signed base units by symbol, that no trade explains
         self.offsets: dict[str, float] = {}             # signed base units by symbol, ignored
+        self.said: dict[str, str] = {}                  # why nothing was sent in a symbol, as it was told last
         self.profit = 0                                 # whole 1e-8, of what waits or was ignored
         self._known: set[tuple[str, str]] = set()
         for each in known: self._keep(each)
@@ -207,11 +208,13 @@ class Statement:
         self.others = 0               # whole 1e-8, since the beginning: not the trader's
         self.begin = self.last = opening.time
         self.place = 0
+        self.rounded = 0              # rows since the wallet was compared: each was rounded once
         self._recent: dict[tuple, int] = {}
         for paid in booked: self._keep(paid)
 
     def _keep(self, paid):
         self.wallet, self.others, self.place = paid.wallet, paid.others, paid.place
+        self.rounded += len(paid.rows)
         self._recent |= {_key(row): row.time for row in paid.rows}
         self.last = max([self.last, *(row.time for row in paid.rows)])
         self._recent = {key: time for key, time in self._recent.items() if time >= self.since - OVERLAP}
@@ -238,12 +241,18 @@ class Statement:
         self._keep(paid)
         return paid
 
-    def accept(self, wallet:int)->Paid:
-        "The exchange's word on the wallet, where its rows do not explain it: the difference is a row that says so"
-        row = Income("UNEXPLAINED", str(wallet), "", wallet - self.wallet, self.quote, self.last)
+    def explains(self, wallet:int)->bool:
+        "Whether the rows make this wallet, but for the rounding of each"
+        return abs(wallet - self.wallet) <= self.rounded
+
+    def accept(self, wallet:int)->Paid|None:
+        "The exchange's word on the wallet: what its rows leave over is a row that says so, None if it is nothing"
+        left, kind = wallet - self.wallet, "ROUNDING" if self.explains(wallet) else "UNEXPLAINED"
+        row = Income(kind, str(self.place), "", left, self.quote, self.last)
         paid = Paid((row,), wallet, self.others, self.place + 1)
-        self._keep(paid)
-        return paid
+        if left: self._keep(paid)
+        self.rounded = 0
+        return paid if left else None
 
 
 def _key(row): return row.kind, row.number, row.symbol, row.trade_id

@@ -6,7 +6,8 @@
 __all__ = ['SAME', 'FORMAT', 'LADDER', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series',
            'refuse_style', 'check_account', 'check_leverage', 'check_orders', 'check_offset', 'strategy_of',
            'standing_of', 'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to', 'ask_again',
-           'hear_both', 'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'start_and_live']
+           'hear_both', 'ask_history', 'see_history', 'ask_opening', 'open_books', 'explained', 'start',
+           'start_and_live']
 
 # %% ../../nbs/70_live/13_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -36,8 +37,17 @@ from tradelab.live.core import (
 from .guards import clock_is_off
 from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
+from .order_manager import ATTEMPTS
 from .order_states import client_order_id
-from .reconcile import PREFIX, StartRefusedError, Statement, author, check_explained, reserve_of
+from tradelab.live.reconcile import (
+    PREFIX,
+    StartRefusedError,
+    Statement,
+    author,
+    check_explained,
+    compare_accounts,
+    reserve_of,
+)
 from .venue import AccountSnapshot, OrderReport, units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
@@ -324,6 +334,20 @@ def open_books(core:Core)->Process:
     account, = yield from answers_to(core, [("account",)])
     return account, None
 
+# %% ../../nbs/70_live/13_start.ipynb #openbook5
+def explained(core:Core)->Process:
+    "What `open_books` returns, once what the exchange holds is explained; StartRefusedError if it cannot be"
+    account, seen = yield from open_books(core)
+    for _ in range(ATTEMPTS if core.resumed else 0):
+        held = {symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in core.trader.symbols}
+        if all(verdict.agrees for verdict in compare_accounts(account.wallet, held, account)): break
+        yield from sleep(core, core.terms.pause)
+        yield from catch_up(core)
+        account, = yield from answers_to(core, [("account",)])
+    held = {symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in core.trader.symbols}
+    check_explained(held, account)
+    return account, seen
+
 # %% ../../nbs/70_live/13_start.ipynb #78de3d19
 def start(
     core:Core,
@@ -334,9 +358,7 @@ def start(
     "Up to the moment at which the first candle may come"
     trader, terms, core.resumed = core.trader, core.terms, bool(kept)
     if kept: yield from ask_again(core)
-    account, seen = yield from open_books(core)
-    check_explained({symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in trader.symbols},
-                    account)
+    account, seen = yield from explained(core)
     working = yield from answers_to(core, [("open_orders", symbol) for symbol in trader.symbols])
     for symbol, reports in zip(trader.symbols, working):
         check_orders(terms.session, symbol, reports, core.manager.blotter.known)
