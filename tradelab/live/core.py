@@ -964,12 +964,12 @@ def resize(core:Core)->None:
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
     trader = core.trader
-    beside = core.manager.beside
     tell_of_orders(core)
     tell_of_cancelled(core)
     resize(core)
-    working = np.zeros(len(trader.symbols), bool) if beside else may_open(trader.symbols, core.manager.blotter)
-    decision = trader.on(Candles(open_time, candles, working=None if beside else working))
+    # what works is known from updates, or else nothing does: conditions withhold orders, and change no decision
+    working = None if core.manager.beside else np.zeros(len(trader.symbols), bool)
+    decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
     core.do(Decided(decision, trader.rows.copy(), candles))
     watch_halt(core)
