@@ -319,6 +319,7 @@ class Client:
     async def load_time_difference(self):
         told = await self.fetch("GET", "v1/time", {}, False)
         self.options["timeDifference"] = self.milliseconds() - told["serverTime"]
+        return self.options["timeDifference"]
 
     async def load_markets(self, reload=False):
         told = await self.fetch("GET", "v1/exchangeInfo", {}, False)
