@@ -793,6 +793,11 @@ async def _sent(client, request):
     with suppress(Exception): await client.send(request)
 
 
+async def _closed(client):
+    "Close a connection that nobody reads any more"
+    with suppress(Exception): await client.close()
+
+
 class Streams:
     "The two sockets of an account"
 
@@ -853,7 +858,7 @@ class Streams:
         client = self._exchange.clients.pop(url, None)
         if client is None: return
         client.reset(ConnectionError(why))
-        self._tasks.append(asyncio.ensure_future(client.close()))
+        self._tasks.append(asyncio.ensure_future(_closed(client)))
 
     async def close(self)->None:
         "End both"
@@ -863,7 +868,8 @@ class Streams:
 # %% ../../nbs/75_venues/01_binance.ipynb #adb8d071
 async def synchronise(exchange:Any, settings:VenueSettings)->int: # ms
     "Learn the exchange's clock anew; how far it is ahead of ours"
-    return -int(await asked(settings, "the exchange's clock", exchange.load_time_difference()))
+    await asked(settings, "the exchange's clock", exchange.load_time_difference())
+    return -int(exchange.options["timeDifference"])
 
 
 async def pace_of(exchange:Any, settings:VenueSettings, market:dict)->float:
