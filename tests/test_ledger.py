@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from tradelab.events import Fill, Funding
 from tradelab.journal import EQUITY, JOURNAL
-from tradelab.live.ledger import FUNDINGS, INTENTS, TABLES, TRADES, Ledger, MemoryLedger, columns_of, record_of
+from tradelab.live.ledger import (
+    FUNDINGS,
+    INTENTS,
+    TABLES,
+    TRADES,
+    Balance,
+    Ledger,
+    MemoryLedger,
+    SystemMetric,
+    clock,
+    columns_of,
+    record_of,
+)
 from tradelab.live.messages import Foreign, Paid
 from tradelab.live.order_states import Intent, State
 from tradelab.live.venue import Income
@@ -81,6 +93,27 @@ def test_sessions(ledger):
     with pytest.raises(ValueError, match="'one' is in the ledger already: resume it"): ledger.open_session("one", {})
     with pytest.raises(KeyError, match="knows no session 'two': its newest are one"): ledger.session("two")
     ledger.check_new("two")
+
+
+def test_what_is_old_goes_by_the_days_of_its_table_and_a_session_whole(ledger, monkeypatch):
+    "Market time does not count: a session of today may replay candles of 1970"
+    day = 86_400_000
+    for name in ("one", "two"):
+        ledger.open_session(name, {})
+        ledger.intend(name, [ORDER])
+        ledger.book(name, FILL, 1)
+        ledger.step(name, [ETHER, BITCOIN], rows(0), {}, 1, worth(0))
+        ledger.notice(name, "halt", "an example")
+    ledger.measure("two", Balance(clock(), 1.), SystemMetric(clock() - 31 * day, "memory [MB]", 1.))
+    assert ledger.prune(clock()) == {"system_metrics": 1}
+    ledger.set_state("one", "stopped")
+    assert ledger.prune(clock() + 366 * day) == {"balances": 1}
+    gone = ledger.prune(clock() + 3_651 * day)
+    assert (gone["sessions"], gone["notices"]) == (1, 2)
+    assert ledger.sessions() == ["two"]                                     # it runs
+    assert (ledger.booked("one"), ledger.intents("one"), len(ledger.closes("one"))) == ([], [], 0)
+    assert ledger.booked("two") == [(1, FILL)]
+    assert ledger.check("two") == ""
 
 
 def test_events_count_for_each_session(ledger):

@@ -252,14 +252,13 @@ COMMANDS = sql.Table("commands", TABLES, _key("number", sql.BigInteger), *column
                      *_columns(sql.BigInteger, "time", "epoch", "answered"), sql.Column("answer", sql.Text))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #led2012
-# days, and the column that tells a row's age; what is replaced in its place does not grow with time
-RETENTION = ({name: (3_650, column) for name, column in dict(
-    intents="open_time", order_events="time", trades="fill_time", foreign_fills="fill_time", incomes="time",
-    fundings="funding_time", decisions="open_time",
-    closes="open_time", notices="time", commands="time").items()}
-    | dict.fromkeys(("positions", "balances", "breaker_events", "alerts"), (365, "time"))
-    | dict.fromkeys(("system_metrics", "exchange_health"), (30, "time"))
-    | dict.fromkeys(("sessions", "snapshots", "leases", "trading_states", "formats"), (None, "")))
+# days, and the column that tells a row's age; "session": rows of the market's own time are as old as their session
+RETENTION = (dict.fromkeys(("sessions", "snapshots", "intents", "order_events", "trades", "foreign_fills", "incomes",
+                            "fundings", "decisions", "closes"), (3_650, "session"))
+             | dict.fromkeys(("notices", "commands"), (3_650, "time"))
+             | dict.fromkeys(("positions", "balances", "breaker_events", "alerts"), (365, "time"))
+             | dict.fromkeys(("system_metrics", "exchange_health"), (30, "time"))
+             | dict.fromkeys(("leases", "trading_states", "formats"), (None, ""))) # replaced in their place
 
 # %% ../../nbs/70_live/04_ledger.ipynb #3fb3a761
 class LedgerError(TradelabError, OSError):
@@ -394,6 +393,9 @@ class Rows(Protocol):
     def forget(self, column:str, before:int)->int:
         "Delete the rows of which a column is smaller; returns how many"
 
+    def drop(self, **where:Any)->int:
+        "Delete the rows that are so; returns how many"
+
 # %% ../../nbs/70_live/04_ledger.ipynb #led2022
 class DatabaseRows:
     "A table of a database"
@@ -423,6 +425,8 @@ class DatabaseRows:
 
     def forget(self, column:str, before:int)->int:
         return self._database.write(self._table.delete().where(self._table.c[column] < before))
+
+    def drop(self, **where:Any)->int: return self._database.write(self._table.delete().where(*self._meets(where)))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #led2023
 class MemoryRows:
@@ -456,10 +460,15 @@ class MemoryRows:
     def find(self, **where:Any)->list[dict]:
         return sorted((dict(row) for row in self._met(where)), key=lambda row: [row[name] for name in self._keys])
 
+    def _without(self, rows):
+        gone = [key for key, row in self._rows.items() if any(row is each for each in rows)]
+        for key in gone: del self._rows[key]
+        return len(gone)
+
     def forget(self, column:str, before:int)->int:
-        old = [key for key, row in self._rows.items() if row[column] < before]
-        for key in old: del self._rows[key]
-        return len(old)
+        return self._without([row for row in self._rows.values() if row[column] < before])
+
+    def drop(self, **where:Any)->int: return self._without(self._met(where))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #led2026
 class Leases:
@@ -835,8 +844,13 @@ class _Shared:
 
     def prune(self, now:int)->dict[str, int]:
         "Delete what is older than its table keeps it; returns how many rows of each, without the zeros"
-        gone = {name: self._rows(TABLES.tables[name]).forget(column, now - days * 86_400_000)
-                for name, (days, column) in RETENTION.items() if days}
+        old = [row["session"] for row in self._rows(SESSIONS).find()
+               if row["started"] < now - 3_650 * 86_400_000 and row["state"] != "running"]
+        gone = {}
+        for name, (days, column) in RETENTION.items():
+            rows = self._rows(TABLES.tables[name])
+            if column == "session": gone[name] = sum(rows.drop(session=session) for session in old)
+            elif days: gone[name] = rows.forget(column, now - days * 86_400_000)
         return {name: count for name, count in gone.items() if count}
 
 # %% ../../nbs/70_live/04_ledger.ipynb #59b794fa
@@ -965,6 +979,12 @@ class MemoryLedger(_Shared):
         "LeaseLostError if the lease is not held any more"
         if lease: self.leases.beat(lease, clock())
         yield
+
+    def prune(self, now:int)->dict[str, int]:
+        before = self.sessions()
+        gone = super().prune(now)
+        for session in set(before) - set(self.sessions()): self._kept.pop(session, None)
+        return gone
 
     def _put(self, session, intent):
         self._kept[session].orders[intent.order.order_id] = intent
