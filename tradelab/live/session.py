@@ -492,7 +492,8 @@ class Driver:
     async def _receive(self):
         if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
             await asyncio.wait(self._tasks)
-        return Received(clock(), await together(self._inbox))
+        events = await together(self._inbox)
+        return Received(clock(), events)  # they have come now, not when the wait began
 
 # %% ../../nbs/70_live/14_session.ipynb #5ed05397
 def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)->dict[str, Any]:
