@@ -11,8 +11,8 @@ __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TO
            'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates',
            'candles_of', 'BinanceMarket', 'format_quantity', 'format_price', 'check_order', 'order_request',
            'amend_request', 'answer_of', 'of_query', 'fill_of', 'readable', 'trades_from', 'incomes_from', 'income_of',
-           'frame_events', 'Children', 'Streams', 'synchronise', 'pace_of', 'suspended', 'about', 'BinanceOrders',
-           'open_orders', 'set_up', 'ask_settings', 'BinanceVenue']
+           'frame_events', 'Children', 'LastCall', 'Streams', 'synchronise', 'pace_of', 'suspended', 'about',
+           'BinanceOrders', 'open_orders', 'set_up', 'ask_settings', 'BinanceAccount', 'BinanceVenue']
 
 # %% ../../nbs/75_venues/01_binance.ipynb #e8afb17d
 import asyncio
@@ -797,7 +797,31 @@ async def _closed(client):
     "Close a connection that nobody reads any more"
     with suppress(Exception): await client.close()
 
+# %% ../../nbs/75_venues/01_binance.ipynb #448584b2
+class LastCall:
+    "Names the candle that is done with, until the exchange has answered: in lockstep it waits for that"
 
+    def __init__(self)->None:
+        self._waits: int|None = None
+        self._noticed = asyncio.Event()
+
+    async def call(self, clients:Callable[[], list], open_time:int, pause:float)->None:
+        "Again after each pause (s)"
+        self._waits = open_time
+        self._noticed.clear()
+        while self._waits == open_time:
+            for client in clients():
+                with suppress(ConnectionError):
+                    await client.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": open_time})
+            with suppress(TimeoutError): await asyncio.wait_for(self._noticed.wait(), pause)
+
+    def heard(self, frame:Any)->None:
+        "A frame of a market stream may be the answer"
+        if not (isinstance(frame, dict) and "result" in frame and frame.get("id") == self._waits is not None): return
+        self._waits = None
+        self._noticed.set()
+
+# %% ../../nbs/75_venues/01_binance.ipynb #c3949560
 class Streams:
     "The two sockets of an account"
 
@@ -808,8 +832,7 @@ class Streams:
     ):
         self._exchange, self._events, self._hear = exchange, events, hear
         self._tasks: list[asyncio.Future] = []
-        self._waits: int|None = None
-        self._noticed = asyncio.Event()
+        self._last_call = LastCall()
         exchange.heard, exchange.opened = self._heard, self._opened
 
     def open(self, symbols:Sequence[str], timeframe:str)->None:
@@ -826,18 +849,12 @@ class Streams:
 
     async def waits(self, open_time:int, pause:float=2.)->None:
         "Name the candle that is done with, until it is answered; `pause` is in seconds"
-        self._waits = open_time
-        self._noticed.clear()
-        while self._waits == open_time:
-            for client in [client for url, client in self._exchange.clients.items() if "/private" not in url]:
-                with suppress(ConnectionError):
-                    await client.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": open_time})
-            with suppress(TimeoutError): await asyncio.wait_for(self._noticed.wait(), pause)
+        clients = self._exchange.clients
+        await self._last_call.call(lambda: [each for url, each in clients.items() if "/private" not in url], open_time,
+                                   pause)
 
     def _heard(self, url, frame):
-        if isinstance(frame, dict) and "result" in frame and frame.get("id") == self._waits is not None:
-            self._waits = None
-            self._noticed.set()
+        self._last_call.heard(frame)
         events = self._hear("user" if "/private" in url else "market", frame)
         if any(isinstance(event, Notice) and event.kind == "expired" for event in events):
             self._drop(url, "the key of the user stream expired")
@@ -1002,20 +1019,54 @@ async def ask_settings(
     return readable("the settings of the account", settings_of_account, balance, config, rows)
 
 # %% ../../nbs/75_venues/01_binance.ipynb #cca60997
+class BinanceAccount:
+    "What is asked of the account over REST; of orders, only whose they were"
+
+    def __init__(self, market:BinanceMarket, children:Children):
+        self._market, self._exchange, self._children = market, market._exchange, children
+        self._ask, self._id = market._ask, market._id
+        self.traded: list[str] = []                  # the exchange's symbols
+        self.set: AccountSettings|None = None        # None: to be asked for
+
+    async def account(self)->AccountSnapshot:
+        if self.set is None: self.set = await ask_settings(self._market.settings, self._exchange, self.traded)
+        answer = await self._ask("the account", self._exchange.fapiPrivateV3GetAccount())
+        return readable("the account", account_of, answer, self._names(), self._market.quote, self.set)
+
+    def _names(self): return {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
+
+    async def fills(self, symbol:str, first:int|None=None)->list[Fill]:
+        def page(asked):
+            return self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol)} | asked))
+        trades = await page({"limit": 1}) if first is None else await trades_from(page, first)
+        return [readable("trades", fill_of, trade, symbol, self._market.quote) for trade in trades]
+
+    async def name_of(self, symbol:str, number:str)->str:
+        known = self._children.name(number, "")
+        if known: return known
+        request = self._exchange.fapiPrivateGetOrder({"symbol": self._id(symbol), "orderId": number})
+        found = await self._ask("the order of a trade", request, fine=-2013)
+        return readable("the order of a trade", lambda: order_name(found["clientOrderId"])) if found else ""
+
+    async def incomes(self, since:int|None=None)->list[Income]:
+        def page(asked): return self._ask("income", self._exchange.fapiPrivateGetIncome(asked))
+        rows = await page({"limit": PAGE}) if since is None else await incomes_from(page, since)
+        names = self._names()
+        return [readable("income", income_of, row, names) for row in rows]
+
+# %% ../../nbs/75_venues/01_binance.ipynb #74e6ab08
 class BinanceVenue(BinanceMarket):
     "An account at Binance USD-M futures: a `live.venue.Venue`"
     kinds, amends = frozenset({Kind.MARKET, Kind.LIMIT, *CONDITIONAL}), AMENDED
-    expires = False
-    pace = 1.
+    expires, pace = False, 1.
 
     def __init__(self, settings:VenueSettings, paced:bool|None=None, timeout:float=10.):
         super().__init__(settings, paced, timeout)
         self.events: asyncio.Queue = asyncio.Queue()
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
         self._symbols: dict[str, str] = {}
-        self._traded: list[str] = []                 # the exchange's symbols
-        self._set: AccountSettings|None = None       # None: to be asked for
         self._children = Children()
+        self._account = BinanceAccount(self, self._children)
         self._orders = BinanceOrders(self._exchange, self._children)
         self._streams = Streams(self._exchange, self.events, self._hear)
 
@@ -1025,13 +1076,13 @@ class BinanceVenue(BinanceMarket):
             await self._ask("the list of markets", self._exchange.load_markets())
             markets = [self._listed(symbol) for symbol in symbols]
             self._symbols = {market["id"]: market["symbol"] for market in (*markets, *map(self._listed, watched))}
-            self._traded = [market["id"] for market in markets]
+            self._account.traded = [market["id"] for market in markets]
             self.quote = markets[0]["settle"]
             await self.synchronise()
             if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
             self._brackets = await set_up(self.settings, self._exchange, markets, leverage)
-            self._set = None
+            self._account.set = None
         except VenueError:
             await self._exchange.close()
             raise
@@ -1047,7 +1098,7 @@ class BinanceVenue(BinanceMarket):
 
     def _hear(self, socket, frame):
         kept = isinstance(frame, dict)
-        if kept and frame.get("e") == "ACCOUNT_CONFIG_UPDATE": self._set = None
+        if kept and frame.get("e") == "ACCOUNT_CONFIG_UPDATE": self._account.set = None
         self.on_frame(socket, {name: frame[name] for name in frame if name != "listenKey"} if kept else frame)
         events = self._children.named(frame, frame_events(socket, frame, self._symbols, self.quote))
         for event in events: self.events.put_nowait(event)
@@ -1068,32 +1119,10 @@ class BinanceVenue(BinanceMarket):
         name = self._children.name
         return [replace(each, order_id=name(each.exchange_id, each.order_id)) for each in reports]
 
-    async def account(self)->AccountSnapshot:
-        if self._set is None: self._set = await ask_settings(self.settings, self._exchange, self._traded)
-        answer = await self._ask("the account", self._exchange.fapiPrivateV3GetAccount())
-        return readable("the account", account_of, answer, self._names(), self.quote, self._set)
-
-    def _names(self): return {market["id"]: symbol for symbol, market in self._exchange.markets.items()}
-
-    async def fills(self, symbol:str, first:int|None=None)->list[Fill]:
-        def page(asked):
-            return self._ask("trades", self._exchange.fapiPrivateGetUserTrades({"symbol": self._id(symbol)} | asked))
-        trades = await page({"limit": 1}) if first is None else await trades_from(page, first)
-        return [readable("trades", fill_of, trade, symbol, self.quote) for trade in trades]
-
-    async def name_of(self, symbol:str, number:str)->str:
-        known = self._children.name(number, "")
-        if known: return known
-        request = self._exchange.fapiPrivateGetOrder({"symbol": self._id(symbol), "orderId": number})
-        found = await self._ask("the order of a trade", request, fine=-2013)
-        return readable("the order of a trade", lambda: order_name(found["clientOrderId"])) if found else ""
-
-    async def incomes(self, since:int|None=None)->list[Income]:
-        def page(asked): return self._ask("income", self._exchange.fapiPrivateGetIncome(asked))
-        rows = await page({"limit": PAGE}) if since is None else await incomes_from(page, since)
-        names = self._names()
-        return [readable("income", income_of, row, names) for row in rows]
-
+    async def account(self)->AccountSnapshot: return await self._account.account()
+    async def fills(self, symbol:str, first:int|None=None)->list[Fill]: return await self._account.fills(symbol, first)
+    async def name_of(self, symbol:str, number:str)->str: return await self._account.name_of(symbol, number)
+    async def incomes(self, since:int|None=None)->list[Income]: return await self._account.incomes(since)
     async def close(self)->None:
         await self._streams.close()
         await self._exchange.close()
