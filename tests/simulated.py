@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import patch
 from urllib.parse import urlencode
 
@@ -128,7 +129,8 @@ def trader_of_orders(seed=0):
 class World:
     "The exchange, the time, and what goes wrong"
 
-    def __init__(self, seed, timeframe="1m", candles=20, market_seed=0, slow=0., kills=(), profile="backtest"):
+    def __init__(self, seed, timeframe="1m", candles=20, market_seed=0, slow=0., kills=(), profile="backtest",
+                 records=False):
         frames, rates = market(market_seed, timeframe, HISTORY + candles + 2)
         self.source = Replay(frames, rates, int(times(frames[SYMBOLS[0]])[HISTORY]), instruments=INSTRUMENTS)
         self.timeframe, self.step, self.candles = timeframe, self.source.step, candles
@@ -142,6 +144,7 @@ class World:
         self.kills = set(kills)              # at which of them the process dies
         self.process, self.numbers = None, itertools.count(1)
         self.alive = set()                   # owners of leases
+        self.records = records               # whether what the core hears and answers is kept, for a replay
         self.trace = []
         self.over = False                    # nobody starts a session any more
 
@@ -226,7 +229,7 @@ class Socket:
 
     def __init__(self, client, url):
         self.client, self.url, self.world = client, url, client.world
-        self.reader = Reader(self.put, self.close, opened=self.world.loop.now())
+        self.reader = Reader(self.put, self.cut, opened=self.world.loop.now())
         self.lost = self.world.loop.create_future()
         self.lost.add_done_callback(lambda lost: lost.cancelled() or lost.exception()) # whether or not anybody waits
         self.arrives = 0.
@@ -241,7 +244,7 @@ class Socket:
     def put(self, data):
         for frame in frames_of(data): self._later(self._deliver, frame)
 
-    def close(self, code):
+    def cut(self, code):
         self.forget()
         self._later(self.fail, ConnectionError(f"closed with {code}"))
 
@@ -263,7 +266,7 @@ class Socket:
     def reset(self, error):
         self.forget()
         self.fail(error)
-    async def close_client(self): self.reset(ConnectionError("closed here"))
+    async def close(self): self.reset(ConnectionError("closed here"))
 
 
 class Client:
@@ -319,6 +322,7 @@ class Client:
     async def load_time_difference(self):
         told = await self.fetch("GET", "v1/time", {}, False)
         self.options["timeDifference"] = self.milliseconds() - told["serverTime"]
+        return self.options["timeDifference"]
 
     async def load_markets(self, reload=False):
         told = await self.fetch("GET", "v1/exchangeInfo", {}, False)
@@ -331,7 +335,7 @@ class Client:
         return self.markets
 
     async def close(self):
-        for socket in list(self.clients.values()): await socket.close_client()
+        for socket in list(self.clients.values()): await socket.close()
 
     async def dial(self, url, path, query=""):
         "A socket that is open"
@@ -339,7 +343,7 @@ class Client:
         self.process.reach()
         socket, service = Socket(self, url), self.world.service
         if self.world.faults.wire("GET", path, self.world.loop.now()):   # it reads too slowly, and is cut off
-            self.world.loop.call_later(20., socket.close, 1006)
+            self.world.loop.call_later(20., socket.cut, 1006)
         service.sockets.add(socket.reader)
         try: names = open_at(service.streams, socket.reader, read_address(path, query))
         except CommandError as error: raise ConnectionError(str(error)) from None
@@ -386,7 +390,15 @@ class _Files(sessions.Files):
 
 
 class _Recorder(MemoryRecorder):
+    "The lines of a recording in memory, where somebody wants them"
     mended = ""
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.tape = wanted, SimpleNamespace()
+    def received(self, received):
+        if self.wanted: super().received(received)
+    def answered(self, actions):
+        if self.wanted: super().answered(actions)
     def frame(self, socket, frame): pass
     def sync(self): pass
     def close(self): pass
@@ -469,7 +481,7 @@ class Process:
         self.dead, self.tasks, self.said, self.end = False, set(), [], None
         self.owner = f"simulated process {next(world.numbers)}"
         world.alive.add(self.owner)
-        self.recorder = _Recorder()
+        self.recorder = _Recorder(world.records)
         self.make_trader, self.options = make_trader, options
 
     def alive(self, what): return self.world.door(self, what)
@@ -574,6 +586,7 @@ class Run:
     processes:list = field(default_factory=list)
     names:list = field(default_factory=list)
     error:str = ""
+    broken:list = field(default_factory=list)   # exceptions that nobody caught
 
     @property
     def said(self): return [line for process in self.processes for line in process.said]
@@ -631,11 +644,13 @@ def simulate(seed=0, make_trader=trader, downtime=None, script=None, ledger=None
     world = World(seed, **settings)
     run = Run(world, ledger or MemoryLedger())
     random = Random(f"downtime {seed}")
+    seldom = {"waits": {name: max(60_000, world.step // 5) for name in ("clock_every", "heartbeat")}} # or it costs more
     world.loop.set_task_factory(task_of)
+    world.loop.set_exception_handler(lambda loop, told: run.broken.append(repr(told.get("exception", told["message"]))))
     asyncio.set_event_loop(world.loop)
     try:
         with _patches(world):
-            world.loop.run_until_complete(_play(run, make_trader, options or {},
+            world.loop.run_until_complete(_play(run, make_trader, seldom | (options or {}),
                                                 downtime or (lambda: random.uniform(.1, 20.)), script))
     finally:
         asyncio.set_event_loop(None)

@@ -38,7 +38,7 @@ from ..events import Fill, Funding
 from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .bookkeeper import Bookkeeper
-from .core import Core, Terms
+from .core import Core, Terms, halt_if_liquidated, mark_foreign
 from tradelab.live.ledger import (
     Balance,
     BreakerEvent,
@@ -492,7 +492,8 @@ class Driver:
     async def _receive(self):
         if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
             await asyncio.wait(self._tasks)
-        return Received(clock(), await together(self._inbox))
+        events = await together(self._inbox)
+        return Received(clock(), events)  # they have come now, not when the wait began
 
 # %% ../../nbs/70_live/14_session.ipynb #5ed05397
 def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)->dict[str, Any]:
@@ -602,6 +603,8 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
     if inputs.opening: core.statement = Statement(opening, core.trader.symbols, core.terms.quote, inputs.paid)
     core.opening = opening
     core.deposit = inputs.deposit or core.deposit
+    mark_foreign(core)
+    halt_if_liquidated(core)
     for each in inputs.foreign: # one that was adopted, and not booked any more
         if each.verdict == "adopted": core.books.add(each.fill)
 

@@ -1,0 +1,208 @@
+"""Live trading at length: `python benchmarks/live.py simulation 100000` runs so many seeds of the simulation in
+`tests/simulated.py` and prints what went wrong in them and what was found; `kills 1000` kills real sessions over
+sockets; `soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order"""
+import asyncio
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic, process_time
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+from pydantic import SecretStr
+from test_simulation_live import check, plan, run_of
+
+from tradelab.config import VenueSettings
+from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN
+from tradelab.live.ledger import Ledger
+from tradelab.live.order_states import State
+from tradelab.live.session import Session
+from tradelab.localnet.server import Localnet
+from tradelab.market.candles import times
+from tradelab.market.synthetic import ar1
+from tradelab.risk.execution import OrderGate
+from tradelab.strategies.example import Momentum
+from tradelab.trader import Trader
+from tradelab.venues.binance import BinanceVenue
+
+HISTORY = 40
+
+
+# --- seeds
+
+def one_seed(seed):
+    "What happened in a run, counted, and what was wrong"
+    run = run_of(seed)
+    timeframe, *_ = plan(seed)
+    intents = [intent for name in run.names for intent in run.ledger.intents(name)]
+    counts = Counter({"runs": 1, f"runs with {timeframe} candles": 1, "candles": run.world.service.steps - 1,
+                      "doors gone through": run.world.happened, "kills": sum(each.dead for each in run.processes),
+                      "starts": len(run.processes), "faults injected": run.world.faults.rules.injected,
+                      "orders": len(intents), "fills": len(run.world.account().trades)})
+    counts.update(f"fault: {hit.scenario}" for hit in run.world.faults.log)
+    counts.update({f"told: {kind}": count for kind, count in run.notices.items()})
+    counts.update(f"order: {intent.state}" for intent in intents if intent.state is not State.FILLED)
+    return counts, check(seed, run)
+
+
+def simulation(seeds, first=0):
+    counts, wrong, begin = Counter(), [], monotonic()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for each, lines in pool.imap_unordered(one_seed, range(first, first + seeds), chunksize=20):
+            counts += each
+            wrong += lines
+            if lines: print(*lines, sep="\n", flush=True)
+    took = monotonic() - begin
+    for name, count in sorted(counts.items(), key=lambda pair: (":" in pair[0], pair[0])):
+        print(f"{name:<40} {count:>12,}")
+    failed = len({line.split()[1] for line in wrong})
+    print(f"{failed} of {seeds:,} seeds with something wrong, {took:,.0f} s, {1000 * took / seeds:.0f} ms a seed")
+    return failed
+
+
+# --- real sessions over sockets
+
+def symbols_of(count): return tuple(replace(BITCOIN, symbol=name) for name in (
+    "BTC/USDT:USDT", "ETH/USDT:USDT", "BNB/USDT:USDT", "SOL/USDT:USDT", "XRP/USDT:USDT")[:count])
+
+
+def trader(instruments, policy=None):
+    policy = policy or Momentum(lookback=5, threshold=.005)
+    return Trader(policy, Observation.from_policy(policy), OrderGate, instruments=instruments)
+
+
+def market(candles, instruments, timeframe="1m"):
+    return {each.symbol: ar1(candles + HISTORY + 2, volatility=.005, seed=3 + n, timeframe=timeframe)
+            for n, each in enumerate(instruments)}
+
+
+def session_on(url, folder, instruments, policy=None, timeframe="1m", **options):
+    settings = VenueSettings("localnet", "a benchmark", url, url.replace("http", "ws"), SecretStr("localnet-key"),
+                             SecretStr("localnet-secret"))
+    return Session(trader(instruments, policy), BinanceVenue(settings), Ledger(f"sqlite:///{folder}/tradelab.db"),
+                   Path(folder) / "sessions", timeframe=timeframe, say=lambda line: None, **options)
+
+
+def serve(candles, count, timeframe, ready, done):
+    "A localnet in a process of its own"
+    instruments = symbols_of(count)
+    frames = market(candles, instruments, timeframe)
+    first = int(times(frames[instruments[0].symbol])[HISTORY])
+    with Localnet(frames, instruments=instruments, start=first) as exchange:
+        ready.put(exchange.url)
+        done.get()
+        account = exchange.exchange.accounts["main"]
+        ready.put((Counter(order.client_id for order in account.orders.values()),
+                   {each.symbol: account.held(n, "BOTH") for n, each in enumerate(instruments)}))
+
+
+class Served:
+    "The address of a localnet; afterwards `orders` and `positions` of its account"
+    def __init__(self, candles, count=1, timeframe="1m"):
+        context = multiprocessing.get_context("spawn")
+        self.ready, self.done = context.Queue(), context.Queue()
+        self.process = context.Process(target=serve, args=(candles, count, timeframe, self.ready, self.done))
+
+    def __enter__(self):
+        self.process.start()
+        self.url = self.ready.get()
+        return self
+
+    def end(self):
+        self.done.put("")
+        self.orders, self.positions = self.ready.get()
+
+    def __exit__(self, *_):
+        self.process.join(20)
+        self.process.kill()
+
+
+def child(url, folder, candles, resumed):
+    "A session in a process of its own, which may be killed"
+    name = {"resume": "killed"} if resumed else {"id": "killed"}
+    live = session_on(url, folder, symbols_of(2), **name)
+    asyncio.run(live.run(candles))
+
+
+def kills(count):
+    "A session is killed so often, at any moment, and resumed; it neither repeats nor loses an order"
+    context, chance, begin, done = multiprocessing.get_context("spawn"), random.Random(1), monotonic(), 0
+    with TemporaryDirectory() as folder, Served(40 * count, 2) as exchange:
+        while True:
+            resumed = (Path(folder) / "sessions" / "killed").exists()
+            process = context.Process(target=child, args=(exchange.url, folder, 10 if done == count else None, resumed))
+            process.start()
+            process.join(None if done == count else chance.uniform(2., 5.))
+            if done == count: break
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            done += 1
+            print(f"\r{done} of {count} kills", end="", flush=True)
+        exchange.end()
+        ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
+        held = Counter()
+        for _, entry in ledger.booked("killed"):
+            if hasattr(entry, "quantity"): held[entry.symbol] += entry.quantity
+        known = {intent.order.order_id for intent in ledger.intents("killed")}
+        steps = len(ledger.journal("killed")) // 2
+        agree = all(abs(held[symbol] - there) < 1e-9 for symbol, there in exchange.positions.items())
+        unknown, most = len(exchange.orders.keys() - known), max(exchange.orders.values())
+        print(f"\r{done} kills in {monotonic() - begin:,.0f} s: {steps:,} candles, {len(exchange.orders):,} orders, "
+              f"most under one name {most}, unknown to the ledger {unknown}, positions "
+              + ("agree" if agree else f"differ: {dict(held)} and {exchange.positions}"))
+        return not agree or unknown or most > 1
+
+
+def memory(): return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def soak(candles, symbols=5):
+    "A session of many candles: its memory, files and tasks do not grow"
+    rows = []
+
+    def look(statistics):
+        if statistics.candles % max(candles // 20, 1): return
+        gc.collect()
+        rows.append((statistics.candles, memory(), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
+        print("{:>8,} candles  {:8.1f} MiB  {:4} files  {:4} tasks".format(*rows[-1]), flush=True)
+
+    with TemporaryDirectory() as folder, Served(candles, symbols) as exchange:
+        live = session_on(exchange.url, folder, symbols_of(symbols), id="soak", progress=look)
+        asyncio.run(live.run(candles))
+        exchange.end()
+    warm = rows[len(rows) // 4]
+    growth = rows[-1][1] / warm[1] - 1
+    print(f"memory {growth:+.1%} since candle {warm[0]:,}, files {rows[-1][2] - warm[2]:+}, "
+          f"tasks {rows[-1][3] - warm[3]:+}")
+    return growth > .05 or rows[-1][2] > warm[2] or rows[-1][3] > warm[3]
+
+
+def latency(candles):
+    "From a candle's arrival to the request, over sockets and SQLite; the commit of the intents beside it"
+    with TemporaryDirectory() as folder, Served(candles, 2) as exchange:
+        live = session_on(exchange.url, folder, symbols_of(2), id="latency")
+        begin = process_time()
+        statistics = asyncio.run(live.run(candles))
+        spent = process_time() - begin
+        exchange.end()
+    print(statistics)
+    print(f"{'processor a candle [ms]':<28} {1000 * spent / candles:.2f}")
+    close, disk = (np.array(values) for values in (statistics.to_order, statistics.to_disk))
+    print(f"{'orders':<28} {len(close)}")
+    return bool(len(disk)) and float(np.median(close)) > 10.
+
+
+if __name__ == "__main__":
+    what, count = (*sys.argv[1:], "simulation", "1000")[:2] if len(sys.argv) > 2 else (
+        sys.argv[1] if len(sys.argv) > 1 else "simulation", {"kills": "20", "soak": "1000", "latency": "300"}.get(
+            sys.argv[1] if len(sys.argv) > 1 else "", "1000"))
+    sys.exit(bool({"simulation": simulation, "kills": kills, "soak": soak, "latency": latency}[what](int(count))))
