@@ -39,7 +39,7 @@ from ..events import Fill, Funding
 from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .bookkeeper import Bookkeeper
-from .core import Core, Terms
+from .core import Core, Terms, halt_if_liquidated, mark_foreign
 from .lease import acquire, release, this_process
 from tradelab.live.ledger import (
     Asked,
@@ -618,6 +618,8 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
     if inputs.opening: core.statement = Statement(opening, core.trader.symbols, core.terms.quote, inputs.paid)
     core.opening = opening
     core.deposit = inputs.deposit or core.deposit
+    mark_foreign(core)
+    halt_if_liquidated(core)
     for each in inputs.foreign: # one that was adopted, and not booked any more
         if each.verdict == "adopted": core.books.add(each.fill)
 

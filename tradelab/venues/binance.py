@@ -165,7 +165,7 @@ class Reply:
     headers:Mapping[str, str]
     body:str
 
-
+# %% ../../nbs/75_venues/01_binance.ipynb #e929eb82
 def error_code(
     error:Exception,  # as ccxt raised it
 )->int|None:
