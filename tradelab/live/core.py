@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Process', 'ROWS_EVERY', 'Terms', 'Watch', 'Told', 'Known', 'Core', 'has_room', 'turn_by_guards', 'passes_guards',
            'tell_phase', 'tended', 'watch_candles', 'tend', 'hear_market', 'ask_for_candles', 'hear_candle', 'feed_in',
-           'set_reason', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'drop_frozen', 'withhold',
-           'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered', 'row_of', 'tell_of_orders',
-           'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for', 'require_halt', 'take_trade',
-           'take_trades', 'take_rows', 'catch_up', 'going', 'settle', 'with_offset', 'unfrozen', 'carry_out',
-           'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree',
-           'clear_orders', 'send_now', 'flatten', 'is_flat', 'explain', 'judge', 'close_by_hand', 'obey',
-           'known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
+           'set_reason', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen',
+           'withhold', 'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered', 'row_of',
+           'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for', 'require_halt',
+           'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'going', 'settle', 'with_offset',
+           'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze',
+           'accept', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'to_flatten', 'flatten_all', 'explain',
+           'judge', 'close_by_hand', 'halt_by_hand', 'reset_by_hand', 'obey', 'known_at_close', 'look_ahead',
+           'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind',
+           'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'tell_of_resting', 'wait',
+           'close_books', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -112,6 +113,7 @@ from tradelab.live.venue import (
 )
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
+from ..risk.trading_state import resume
 from ..times import format_time, milliseconds
 from ..trader import Trader
 
@@ -141,7 +143,7 @@ class Terms:
     quiet:int = 2_000              # ms of silence after which an open order is asked about
     pause:int = 500                # ms before a question is asked again, doubled each time
     longest_pause:int = 30_000     # ms, and never more
-    heartbeat:int = 5_000          # ms between two signs of life in the lease
+    heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
 
     @property
@@ -200,6 +202,7 @@ class Known:
         self.asked = 0                          # ms, when the account was asked for last
         self.rows_asked: int|None = None        # ms, when that was done together with the newest rows of its books
         self.commands: list[Command] = []       # of a person, not carried out yet
+        self.flattened: int|None = None         # open time of the candle at which it was flattened last
         self.candles = 0                        # steps done
         self.waits: int|None = None             # for the candle after this one, and has said so
         # row and column of what features look at in candles
@@ -227,7 +230,7 @@ class Core(Known):
         super().__init__(terms, trader, books, manager)
         manager.gate = lambda order: turn_by_guards(self, order)
         manager.passes = lambda order, cancels: passes_guards(self, order, cancels)
-        if self.halted: self.guards.ends = Phase.HALTED
+        if self.halted or trader.account["required_state"][0] == TradingState.HALT: self.guards.ends = Phase.HALTED
         self._actions: list[Action] = []
         self._process: Process = process(self)
 
@@ -279,15 +282,13 @@ def turn_by_guards(core:"Core", order:Order)->Turn:
     "Whether an order may leave"
     deed = deed_of(order)
     if deed is Deed.ENTER and core.deadline and core.now >= core.deadline: return Turn.TOO_LATE
-    if order.symbol in core.foreign.frozen and not is_emergency(order): return Turn.WAITS
-    if not core.guards.allow(deed, order.symbol): return Turn.WAITS
+    if not core.guards.allow(deed, order.symbol, is_emergency(order)): return Turn.WAITS
     return Turn.NOW if deed is Deed.REDUCE or has_room(core, order) else Turn.WAITS
 
 
 def passes_guards(core:"Core", order:Order, cancels:bool)->bool:
     "Whether a working order may be given other terms, or be taken back"
-    if order.symbol in core.foreign.frozen and not is_emergency(order): return False
-    return core.guards.allow(Deed.CANCEL if cancels else deed_of(order), order.symbol)
+    return core.guards.allow(Deed.CANCEL if cancels else deed_of(order), order.symbol, is_emergency(order))
 
 # %% ../../nbs/70_live/12_core.ipynb #3357c10a
 def tell_phase(core:"Core")->None:
@@ -431,6 +432,11 @@ def take_state(core:"Core", event:ClockSample|Status|LedgerState)->None:
             if set_reason(core, what, not ok): core.do(Tell(Notice("ledger", f"{what}: {text}")))
 
 # %% ../../nbs/70_live/12_core.ipynb #hearfill2
+def mark_foreign(core:Core)->None:
+    "Only a person's word moves anything in a symbol whose position is not only ours"
+    for symbol in core.trader.symbols: core.guards.mark(symbol, Condition.FOREIGN, symbol in core.foreign.frozen)
+
+
 def drop_frozen(core:Core, orders:Sequence[Order])->None:
     "These orders are not sent; why is said once for each reason"
     core.manager.dropped += orders
@@ -442,6 +448,7 @@ def drop_frozen(core:Core, orders:Sequence[Order])->None:
 
 def withhold(core:Core)->None:
     "What waits to be sent in a frozen symbol is not sent any more"
+    mark_foreign(core)
     manager, frozen = core.manager, core.foreign.frozen
     held = [order for order in manager.waiting if order.symbol in frozen and not is_emergency(order)]
     for order in held: manager.waiting.remove(order)
@@ -601,7 +608,15 @@ def require_halt(core:Core, reason:str)->None:
     "Nothing is opened any more until a person says otherwise"
     if core.trader.account["required_state"][0] == TradingState.HALT: return
     core.trader.on(StateChange(TradingState.HALT, reason, core.now))
+    core.guards.ends = Phase.HALTED
     core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
+
+
+def halt_if_liquidated(core:Core)->None:
+    "Whoever was liquidated trades no more, as long as nobody has said what it was"
+    for fill in core.foreign.waits.values():
+        if forced(fill.order_id) == "liquidation":
+            require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
 
 
 def take_trade(core:Core, fill:Fill)->None:
@@ -609,10 +624,10 @@ def take_trade(core:Core, fill:Fill)->None:
     core.numbers.answered(fill)
     if fill.order_id in core.manager.blotter.known:
         core.foreign.found_ours(fill)
+        mark_foreign(core)
         return core.books.add(fill)
     core.do(*core.foreign.add(fill))
-    if forced(fill.order_id) == "liquidation":
-        require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+    halt_if_liquidated(core)
     withhold(core)
 
 
@@ -768,6 +783,7 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         if verdict.agrees: continue
         core.foreign.residual[verdict.what] = float(decimal8(verdict.there - verdict.here))
         core.do(frozen_by(core.foreign.evidence(verdict.what)))
+    withhold(core)
 
 
 def accept(core:Core, account:AccountSnapshot)->None:
@@ -848,6 +864,22 @@ def is_flat(core:Core, symbol:str)->Process:
     account = yield from ask_account(core)
     return account is not None and not left_to_close(account, symbol, core.foreign.offsets.get(symbol, 0.))
 
+# %% ../../nbs/70_live/12_core.ipynb #ladder002
+def to_flatten(core:Core)->list[str]:
+    "Symbols whose positions the trading state does not allow any more, once a candle"
+    account, positions = core.trader.account[0], core.books.positions
+    if account["required_state"] < TradingState.FLATTEN or core.flattened == core.trader.open_time: return []
+    return [symbol for symbol in core.trader.symbols if positions[symbol] and symbol not in core.foreign.frozen]
+
+
+def flatten_all(core:Core, symbols:Sequence[str])->Process:
+    "Close these positions; afterwards the session is in the phase in which it was"
+    before, core.guards.ends = core.guards.ends, Phase.FLATTENING
+    core.flattened = core.trader.open_time
+    state = TradingState(int(core.trader.account["trading_state"][0])).name
+    for symbol in symbols: yield from flatten(core, symbol, f"the trading state is {state}")
+    core.guards.ends = before
+
 # %% ../../nbs/70_live/12_core.ipynb #person002
 def explain(core:Core, symbol:str)->Process:
     "What is not ours, as fills: those that were found, and an entry for what no trade explains"
@@ -874,6 +906,7 @@ def judge(core:Core, command:Command, verdict:str)->Process:
     for symbol in symbols:
         if not (yield from explain(core, symbol)): return f"{symbol}: the exchange does not say what it holds"
         judged = core.foreign.judge(symbol, verdict)
+        mark_foreign(core)
         for each in judged:
             core.do(Write(each))
             if verdict == "adopted": core.books.add(each.fill)
@@ -892,6 +925,24 @@ def close_by_hand(core:Core, command:Command)->Process:
     return "; ".join(said) or f"{command.symbol} is not traded here, only {', '.join(core.trader.symbols)}"
 
 
+def halt_by_hand(core:Core, command:Command)->str:
+    "A person ends all trading of the strategy; returns a sentence"
+    require_halt(core, f"{command.person or 'a person'}: {command.reason or 'no reason given'}")
+    keep(core)
+    return "halted: everything is closed at the next candle and stays closed until a reset"
+
+
+def reset_by_hand(core:Core, command:Command)->str:
+    "A person leads out of a halt, and drawdown counts from here; returns a sentence"
+    if not command.reason.strip(): return "refused: a reset needs a reason"
+    resume(core.trader.account)
+    core.trader.on(StateChange(TradingState.NORMAL, command.reason, core.now))
+    core.halted, core.guards.ends = False, None
+    core.guards.miss()
+    keep(core)
+    return f"reset: {core.trader.symbols[0]} and what else is traded may be opened again, drawdown counts from here"
+
+
 def obey(core:Core)->Process:
     "Carry out what a person said, in order; each is answered"
     while core.commands:
@@ -900,7 +951,9 @@ def obey(core:Core)->Process:
             case "adopt": answer = yield from judge(core, command, "adopted")
             case "ignore": answer = yield from judge(core, command, "ignored")
             case "flatten": answer = yield from close_by_hand(core, command)
-            case _: answer = f"{command.name!r} is no command: say adopt, ignore or flatten"
+            case "halt": answer = halt_by_hand(core, command)
+            case "reset": answer = reset_by_hand(core, command)
+            case _: answer = f"{command.name!r} is no command: say adopt, ignore, flatten, halt or reset"
         core.do(Done(command.number, answer))
 
 # %% ../../nbs/70_live/12_core.ipynb #d3eea3a1
@@ -968,12 +1021,12 @@ def resize(core:Core)->None:
 def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     "Give the trader the candles of a close; returns the orders that it wants, none if it is late"
     trader = core.trader
-    beside = core.manager.beside
     tell_of_orders(core)
     tell_of_cancelled(core)
     resize(core)
-    working = np.zeros(len(trader.symbols), bool) if beside else may_open(trader.symbols, core.manager.blotter)
-    decision = trader.on(Candles(open_time, candles, working=None if beside else working))
+    # what works is known from updates, or else nothing does: conditions withhold orders, and change no decision
+    working = None if core.manager.beside else np.zeros(len(trader.symbols), bool)
+    decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
     core.do(Decided(decision, trader.rows.copy(), candles))
     watch_halt(core)
@@ -1122,6 +1175,7 @@ def live(core:Core)->Process:
     while not core.stopping and core.candles != core.terms.max_candles:
         yield from obey(core)
         if core.foreign.suspects: yield from look_up(core)
+        if not_allowed := to_flatten(core): yield from flatten_all(core, not_allowed)
         if book(core): keep(core)
         if may_reconcile(core):
             yield from reconcile(core)
