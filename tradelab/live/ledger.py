@@ -458,7 +458,7 @@ class MemoryRows:
         self.add(number=self._last[scope], **row)
         return self._last[scope]
 
-    def _met(self, where): return [row for row in self._rows.values() if where.items() <= row.items()]
+    def _met(self, where): return [row for row in list(self._rows.values()) if where.items() <= row.items()]
 
     def change(self, where:Mapping[str, Any], **values:Any)->int:
         met = self._met(where)

@@ -358,11 +358,14 @@ class MemoryVenue(MemoryMarket):
         for event in events: self.events.put_nowait(event)
         return True
 
-    async def connect(self, symbols:Sequence[str], leverage:int, watched:Sequence[str]=())->None:
+    async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
         for symbol in (*symbols, *watched): self.column(symbol)
-        if leverage != self.leverage:
-            raise VenueError(f"{self.name} has the leverage {self.leverage}, the session asks for {leverage}: "
-                             "give both the same limits")
+        if leverage: await self.set_up(symbols, leverage)
+
+    async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
+        if leverage == self.leverage: return []
+        raise VenueError(f"{self.name} has the leverage {self.leverage}, the session asks for {leverage}: give both "
+                         "the same limits")
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         self.check_timeframe(timeframe)
