@@ -255,7 +255,9 @@ def answers_to(core:Core, questions:Sequence[tuple])->Process:
 
 def ask_again(core:Core)->Process:
     "What happened while nobody listened; refused by an exchange that contradicts what is known of our orders"
-    yield from catch_up(core)
+    while not (yield from catch_up(core)):
+        if core.stopping: raise StartRefusedError(f"{core.terms.venue}: no answer on what happened meanwhile")
+        yield from sleep(core, core.terms.first_delay)
     if core.manager.blotter.contradictions:
         raise StartRefusedError(f"{core.terms.venue} contradicts what session {core.terms.session} knows of its orders "
                                 f"({'; '.join(core.manager.blotter.contradictions.values())}): it is another account, "
