@@ -773,7 +773,7 @@ def ask_account(core:Core, rows:bool=False)->Process:
         yield from sleep(core, core.terms.pause)
     return None
 
-
+# %% ../../nbs/70_live/12_core.ipynb #agree002
 def freeze(core:Core, account:AccountSnapshot)->None:
     "A position that no trade explains is not only ours; one that has an open order may still become so"
     unproven = {intent.order.symbol for intent in core.manager.blotter.unproven}
@@ -897,7 +897,7 @@ def explain(core:Core, symbol:str)->Process:
         core.do(*core.foreign.add(fill))
     return True
 
-
+# %% ../../nbs/70_live/12_core.ipynb #person0b
 def judge(core:Core, command:Command, verdict:str)->Process:
     "Adopt or ignore what is not ours; returns a sentence"
     symbols = sorted(core.foreign.frozen & ({command.symbol} if command.symbol else set(core.trader.symbols)))
@@ -914,7 +914,7 @@ def judge(core:Core, command:Command, verdict:str)->Process:
         said.append(f"{symbol}: {len(judged)} fills {verdict}, {core.books.positions[symbol]:g} is ours")
     return "; ".join(said)
 
-
+# %% ../../nbs/70_live/12_core.ipynb #person0c
 def close_by_hand(core:Core, command:Command)->Process:
     "Adopt what is not ours, and close it with what is; returns a sentence"
     if core.foreign.frozen: yield from judge(core, command, "adopted")

@@ -378,7 +378,7 @@ def on_amended(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[A
     said = Notice("rejected", f"{order.symbol}, slot {order.slot}: not amended, it is cancelled: {answer.text}")
     return [Tell(said), Cancel(order)]
 
-# %% ../../nbs/70_live/07_order_manager.ipynb #f27007c4
+# %% ../../nbs/70_live/07_order_manager.ipynb #77f14190
 def on_cancelled(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[Action]:
     "What the answer to a cancellation means"
     pursuit.stage = Stage.DONE
