@@ -211,3 +211,19 @@ def test_what_was_recorded_is_told_again_with_the_same_answers(seed):
     for process in run_of(seed, records=True).processes:
         if any(line["kind"] == "start" for line in process.recorder.lines):
             assert first_other_action(process.recorder.lines, trader()) == ""
+
+
+@pytest.mark.parametrize("seed", (176, 733, 768))
+def test_a_restart_that_is_not_told_its_trades_asks_again(seed):
+    "It refused to start: the exchange holds 0.0 ETH/USDT:USDT, the ledger explains 0.025"
+    assert check(seed, run_of(seed)) == []
+
+
+def test_a_start_across_a_close_has_its_candles():
+    "One symbol was asked before a close and the other behind it: 2 closed candles, policy needs 3"
+    for seed in (123, 142, 209, 288): assert check(seed, run_of(seed)) == []
+
+
+def test_no_candle_that_comes_at_its_close_is_flagged():
+    run = simulate(1, market_seed=1, candles=6)
+    assert "flagged" not in run.notices

@@ -53,7 +53,8 @@ def shed(
 class Row:
     "Batches that wait to be kept, for the one thread that keeps them and the many that bring them"
 
-    def __init__(self)->None:
+    def __init__(self, idle:float|None=None)->None: # s without a batch, after which there is an empty one
+        self.idle = idle
         self.awake = threading.Condition()
         self.batches: deque[Batch] = deque()
         self.closing = False
@@ -70,7 +71,8 @@ class Row:
     def first(self)->Batch|None:
         "The next batch, as soon as there is one; None at the end"
         with self.awake:
-            while not self.batches and not self.closing: self.awake.wait()
+            while not self.batches and not self.closing:
+                if not self.awake.wait(self.idle): self.batches.append(batch_of([]))
             return self.batches[0] if self.batches else None
 
     def done(self)->bool:
@@ -116,6 +118,7 @@ class Writer:
         needed:Callable[[Any], bool]=lambda record: True, # whether a record must stay when memory is short
         retry:float=1.,                                   # seconds between two attempts
         most:int=10_000,                                  # records in memory while nothing can be kept
+        idle:float|None=None,                             # seconds without a batch, after which an empty one is kept
     )->None:
         self._keep = keep
         self._failed = failed
@@ -124,7 +127,7 @@ class Writer:
         self._needed = needed
         self._retry = retry
         self._most = most
-        self._row = Row()
+        self._row = Row(idle)
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 

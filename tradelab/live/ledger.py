@@ -368,7 +368,8 @@ class Database:
     def insert(self, table:sql.Table, *rows:dict)->int:
         "Write rows; returns how many were new, what is known already stays as it is"
         dialect = {"sqlite": sqlite, "postgresql": postgresql}[self.engine.dialect.name]
-        return self.write(dialect.insert(table).values(list(rows)).on_conflict_do_nothing())
+        statement = dialect.insert(table).on_conflict_do_nothing() # one for all rows: it is compiled once
+        with self.transaction() as connection: return sum(connection.execute(statement, row).rowcount for row in rows)
 
     def rows_of(self, table:sql.Table, session:str, *order:sql.Column)->list[dict]:
         "The rows of a session in a table, in the order of these columns"
@@ -397,6 +398,15 @@ class Rows(Protocol):
         "Delete the rows that are so; returns how many"
 
 # %% ../../nbs/70_live/04_ledger.ipynb #led2022
+@cache
+def _appending(table):
+    "The statement that adds a row under the next number; it is made once, which takes longer than to carry it out"
+    scope = [key for key in table.primary_key if key.name != "number"]
+    following = sql.select(sql.func.coalesce(sql.func.max(table.c.number), 0) + 1)
+    following = following.where(*(key == sql.bindparam(f"of_{key.name}") for key in scope))
+    return table.insert().values(number=following.scalar_subquery()).returning(table.c.number), scope
+
+
 class DatabaseRows:
     "A table of a database"
 
@@ -409,12 +419,10 @@ class DatabaseRows:
     def add(self, **row:Any)->bool: return bool(self._database.insert(self._table, row))
 
     def append(self, **row:Any)->int:
-        columns = self._table.c
-        others = {key.name: row[key.name] for key in self._table.primary_key if key.name != "number"}
-        following = sql.select(sql.func.coalesce(sql.func.max(columns.number), 0) + 1).where(*self._meets(others))
+        statement, scope = _appending(self._table)
         with self._database.transaction() as connection:
-            done = self._table.insert().values(number=following.scalar_subquery(), **row).returning(columns.number)
-            return connection.execute(done).scalar_one()
+            given = row | {f"of_{key.name}": row[key.name] for key in scope}
+            return connection.execute(statement, given).scalar_one()
 
     def change(self, where:Mapping[str, Any], **values:Any)->int:
         return self._database.write(self._table.update().where(*self._meets(where)).values(values))
@@ -450,7 +458,7 @@ class MemoryRows:
         self.add(number=self._last[scope], **row)
         return self._last[scope]
 
-    def _met(self, where): return [row for row in self._rows.values() if where.items() <= row.items()]
+    def _met(self, where): return [row for row in list(self._rows.values()) if where.items() <= row.items()]
 
     def change(self, where:Mapping[str, Any], **values:Any)->int:
         met = self._met(where)
@@ -497,11 +505,13 @@ class Leases:
 
     def beat(self, lease:Lease, now:int)->None:
         "Say that the holder is alive; LeaseLostError if it is not the holder any more"
+        place = dict(venue=lease.venue, account=lease.account, epoch=lease.epoch, owner=lease.owner)
+        if self._rows.change(place, beat=now) == len(lease.symbols): return
+        held = self._rows.find(**place)
         for symbol in lease.symbols:
-            place = dict(venue=lease.venue, account=lease.account, symbol=symbol, epoch=lease.epoch, owner=lease.owner)
-            if not self._rows.change(place, beat=now):
+            if symbol not in [row["symbol"] for row in held]:
                 now_held = "session {session} in {owner} has taken over {symbol} on {venue} (epoch {epoch}"
-                holder = self.of(lease.venue, lease.account).get(symbol, place | {"session": "?"})
+                holder = self.of(lease.venue, lease.account).get(symbol, place | {"session": "?", "symbol": symbol})
                 raise LeaseLostError(f"{now_held.format(**holder)}, this one had {lease.epoch}): session "
                                      f"{lease.session} stops, and sends nothing more")
 
@@ -578,9 +588,8 @@ def _add_orders(database, session, orders):
 def _update_order(database, session, order_id, facts):
     "Write down what was learned of an order, and that it was learned"
     place = INTENTS.c.session == session, INTENTS.c.order_id == order_id
-    if not database.write(INTENTS.update().where(*place).values(facts)): return
-    row, = database.read(INTENTS.select().where(*place))
-    DatabaseRows(database, ORDER_EVENTS).append(session=session, **_learned(row))
+    for row in database.read(INTENTS.update().where(*place).values(facts).returning(*INTENTS.c)):
+        DatabaseRows(database, ORDER_EVENTS).append(session=session, **_learned(row))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #bb2d90f5
 def _intent_of(row):
@@ -615,8 +624,8 @@ def _frame(rows, columns=("symbol", *_FIELDS[1:])):
 # %% ../../nbs/70_live/04_ledger.ipynb #c84cf162
 def _replace(database, table, place, *rows):
     "Write rows in the place of those that are so"
-    database.write(table.delete().where(*(table.c[name] == value for name, value in place.items())),
-                   table.insert().values(list(rows)))
+    database.write(table.delete().where(*(table.c[name] == value for name, value in place.items())))
+    database.insert(table, *rows)
 
 
 def _keep_step(database, session, symbols, rows, closed):

@@ -273,7 +273,7 @@ class Persistence:
         "ms before the attempt that follows this one; `retry`: seconds that the exchange wants"
         return max(self.first_delay * 2**attempt, int(1_000 * (retry or 0.)))
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #5041f518
 class Stage(StrEnum):
     "Where an order on its way is"
     CHECKING = "checking" # asked about before it is sent: the first step after a restart
@@ -378,7 +378,7 @@ def on_amended(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[A
     said = Notice("rejected", f"{order.symbol}, slot {order.slot}: not amended, it is cancelled: {answer.text}")
     return [Tell(said), Cancel(order)]
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #77f14190
 def on_cancelled(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[Action]:
     "What the answer to a cancellation means"
     pursuit.stage = Stage.DONE
@@ -446,7 +446,7 @@ def given_up(order:Order)->Tell:
     return Tell(Notice("given up", f"{order.symbol}: refused too often, the position stays as it is until the next "
                        "candle"))
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #cd60e467
 def revise(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Action]:
     "Write down the new terms of working orders, and ask for them"
     actions: list[Action] = []
@@ -499,7 +499,7 @@ class Search:
     nameless:bool = False   # whether its name was not known in this round, and the other witnesses are to be heard
     first:int|None = None   # ms: when the first round ended that found nothing
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #3b707eab
 def search_on(manager:"OrderManager", pursuit:Pursuit, answer:Answer, now:int)->list[Action]:
     "A question about an order has been answered, perhaps without proof"
     name, blotter = pursuit.order.order_id, manager.blotter
@@ -517,7 +517,7 @@ def search_on(manager:"OrderManager", pursuit:Pursuit, answer:Answer, now:int)->
     search.nameless, search.due = lost, now + manager.persistence.absent_after
     return actions
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #9e9fa7a9
 def end_round(
     manager:"OrderManager",
     name:str,
@@ -574,7 +574,7 @@ def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Acti
     manager.dropped.append(pursuit.order)
     return [withheld(pursuit.order)]
 
-
+# %% ../../nbs/70_live/07_order_manager.ipynb #0fa9ab9e
 def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
     "Send an order that waits, if it may be sent now"
     turn = manager.gate(order)

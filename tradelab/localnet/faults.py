@@ -175,7 +175,7 @@ _FILL = {"at": "user", "event": _EVENTS, "execution": ["", "TRADE"]}
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #c5c4216f
 OUTCOMES = {
-    "timeout_before_accept": Scenario("ask by client id, more than once; only then send again, under the same id",
+    "timeout_before_accept": Scenario("ask by client id, twice and some time apart; never send it again",
                                       (_timeout(False),)),
     "commit_then_timeout": Scenario("ask by client id before anything else: the order exists", (_timeout(True),)),
     "timeout_after_fill": Scenario("book the fill once, whether stream or query tells it first",
@@ -198,7 +198,7 @@ UNAVAILABLE = {
         _to_order(commit=True, status=503, code=-9876, msg="Something else went wrong."),)),
     "unavailable_with_commit": Scenario("ask by client id: a 503 does not say that nothing happened", (
         _to_order(commit=True, **_DOWN),)),
-    "unavailable_without_commit": Scenario("ask by client id, then send again under the same id", (
+    "unavailable_without_commit": Scenario("a 503 refuses nothing: ask by client id, never send it again", (
         _to_order(commit=False, **_DOWN),)),
     "overloaded": Scenario("wait and send again: -1008 was never carried out", (
         _to_order(commit=False, status=503, code=-1008, msg=_BUSY, times=2),)),

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['STATES', 'ALGO_STATES', 'ALGO', 'FORM', 'ACCOUNT', 'WRONG_KEYS', 'TOO_MANY', 'OUR_CLOCK', 'NOTHING_TO_AMEND',
            'NO_SUCH_PATH', 'AMENDING', 'OFF_THE_GRID', 'NOT_TRADED', 'PROVEN', 'WINDOWS', 'LIMITS', 'KEPT', 'BAN',
-           'RECEIVE_WINDOW', 'CONDITIONAL', 'CALLBACKS', 'AMENDED', 'PAGE', 'STATUSES', 'OURS', 'order_name',
+           'RECEIVE_WINDOW', 'CONDITIONAL', 'CALLBACKS', 'AMENDED', 'PAGE', 'STATUSES', 'OURS', 'BUSY', 'order_name',
            'algo_report', 'normalise', 'Transport', 'Reply', 'error_code', 'transport_of', 'error_text', 'outcome',
            'retry_after', 'refusal_of', 'limits_of', 'Allowance', 'AccountSettings', 'settings_of_account',
            'account_of', 'instrument_of', 'listed', 'exchange_for', 'hold', 'asked', 'closed_rows', 'all_rates',
            'candles_of', 'BinanceMarket', 'format_quantity', 'format_price', 'check_order', 'order_request',
            'amend_request', 'answer_of', 'of_query', 'fill_of', 'readable', 'trades_from', 'incomes_from', 'income_of',
            'frame_events', 'Children', 'LastCall', 'Streams', 'synchronise', 'pace_of', 'suspended', 'about',
-           'BinanceOrders', 'open_orders', 'set_up', 'ask_settings', 'BinanceAccount', 'BinanceVenue']
+           'BinanceOrders', 'open_orders', 'check_trading', 'brackets_of', 'set_up', 'ask_settings', 'BinanceAccount',
+           'BinanceVenue']
 
 # %% ../../nbs/75_venues/01_binance.ipynb #e8afb17d
 import asyncio
@@ -164,7 +165,7 @@ class Reply:
     headers:Mapping[str, str]
     body:str
 
-
+# %% ../../nbs/75_venues/01_binance.ipynb #e929eb82
 def error_code(
     error:Exception,  # as ccxt raised it
 )->int|None:
@@ -885,8 +886,12 @@ class Streams:
 # %% ../../nbs/75_venues/01_binance.ipynb #adb8d071
 async def synchronise(exchange:Any, settings:VenueSettings)->int: # ms
     "Learn the exchange's clock anew; how far it is ahead of ours"
-    await asked(settings, "the exchange's clock", exchange.load_time_difference())
-    return -int(exchange.options["timeDifference"])
+    for _ in range(3): # an answer that was long on its way says little
+        before = exchange.milliseconds()
+        await asked(settings, "the exchange's clock", exchange.load_time_difference())
+        taken = exchange.milliseconds() - before
+        if taken < 1_000: break
+    return taken // 2 - int(exchange.options["timeDifference"])
 
 
 async def pace_of(exchange:Any, settings:VenueSettings, market:dict)->float:
@@ -985,24 +990,45 @@ async def open_orders(
     if unread: raise VenueError(f"open orders: {unread}")
     return [answer.report for answer in answers if answer.report]
 
+# %% ../../nbs/75_venues/01_binance.ipynb #setup001
+def check_trading(market:dict, venue:str)->None:
+    "VenueError if a symbol is not traded now"
+    status = market["info"].get("status", "TRADING")
+    if status != "TRADING":
+        raise VenueError(f"{market['symbol']} is not traded at {venue} now, its status is {status}: nothing can be "
+                         "opened or closed there; wait until it is TRADING, or trade another symbol")
+
+
+async def brackets_of(
+    settings:VenueSettings,   # who is asked
+    exchange:Any,             # of `exchange_for`
+    markets:Sequence[dict],   # ccxt's, those that are traded
+)->dict:                      # by symbol, as the exchange writes them
+    "Which leverage goes up to which size"
+    return {market["symbol"]: await asked(settings, "margin brackets", exchange.fapiPrivateGetLeverageBracket(
+        {"symbol": market["id"]})) for market in markets}
+
 # %% ../../nbs/75_venues/01_binance.ipynb #7a5c3835
+BUSY = ("-4067", "-4068") # open orders, a position
+
+
 async def set_up(
     settings:VenueSettings,   # addresses and keys
     exchange:Any,             # of `exchange_for`
     markets:Sequence[dict],   # ccxt's, those that are traded
     leverage:int,
-)->dict:                      # margin brackets by symbol, as the exchange writes them
+)->list[str]:                 # what a person should know of it
     "Set an account to one position a symbol and its leverage"
     one_way = exchange.fapiPrivatePostPositionSideDual({"dualSidePosition": "false"})
-    await asked(settings, "one-way mode", one_way, fine=-4059)
-    brackets = {}
-    for market in markets:
-        request = exchange.fapiPrivateGetLeverageBracket({"symbol": market["id"]})
-        brackets[market["symbol"]] = await asked(settings, "margin brackets", request)
+    try: switched = await asked(settings, "one-way mode", one_way, fine=-4059)
+    except VenueError as error:
+        if not any(code in str(error) for code in BUSY): raise
+        raise VenueError(f"{settings.name} is in hedge mode, and the account has open orders or positions: close them, "
+                         "and a session switches it to one-way mode; it keeps one position a symbol") from None
     for market in markets:
         wanted = exchange.fapiPrivatePostLeverage({"symbol": market["id"], "leverage": leverage})
         await asked(settings, f"leverage {leverage}", wanted)
-    return brackets
+    return [f"{settings.name} was in hedge mode and is in one-way mode now"] if switched else []
 
 # %% ../../nbs/75_venues/01_binance.ipynb #setacc01
 async def ask_settings(
@@ -1070,22 +1096,28 @@ class BinanceVenue(BinanceMarket):
         self._orders = BinanceOrders(self._exchange, self._children)
         self._streams = Streams(self._exchange, self.events, self._hear)
 
-    async def connect(self, symbols:Sequence[str], leverage:int, watched:Sequence[str]=())->None:
-        "Markets, clock, keys, one-way mode, leverage; of `watched` symbols only the candles are wanted"
+    async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
+        """Markets, clock, keys; of `watched` symbols only the candles are wanted. With a leverage the account is set
+        up, too"""
         try:
             await self._ask("the list of markets", self._exchange.load_markets())
             markets = [self._listed(symbol) for symbol in symbols]
             self._symbols = {market["id"]: market["symbol"] for market in (*markets, *map(self._listed, watched))}
+            for market in markets: check_trading(market, self.name)
             self._account.traded = [market["id"] for market in markets]
             self.quote = markets[0]["settle"]
             await self.synchronise()
             if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
-            self._brackets = await set_up(self.settings, self._exchange, markets, leverage)
-            self._account.set = None
+            self._brackets = await brackets_of(self.settings, self._exchange, markets)
+            if leverage: await self.set_up(symbols, leverage)
         except VenueError:
             await self._exchange.close()
             raise
+
+    async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
+        self._account.set = None
+        return await set_up(self.settings, self._exchange, [self._listed(symbol) for symbol in symbols], leverage)
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None: self._streams.open(symbols, timeframe)
 
