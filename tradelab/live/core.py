@@ -11,9 +11,10 @@ __all__ = ['Process', 'ROWS_EVERY', 'Terms', 'Watch', 'Told', 'Known', 'Core', '
            'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'going', 'settle', 'with_offset',
            'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze',
            'accept', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'to_flatten', 'flatten_all', 'explain',
-           'judge', 'close_by_hand', 'obey', 'known_at_close', 'ask_suspended', 'look_ahead', 'watch_halt', 'drop',
-           'resize', 'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind', 'history_questions', 'fill_gap',
-           'try_later', 'may_reconcile', 'reconcile', 'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
+           'judge', 'close_by_hand', 'halt_by_hand', 'reset_by_hand', 'obey', 'known_at_close', 'ask_suspended',
+           'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind',
+           'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'tell_of_resting', 'wait',
+           'close_books', 'look_up', 'live']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -112,6 +113,7 @@ from tradelab.live.venue import (
 )
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
+from ..risk.trading_state import resume
 from ..times import format_time, milliseconds
 from ..trader import Trader
 
@@ -141,7 +143,7 @@ class Terms:
     quiet:int = 2_000              # ms of silence after which an open order is asked about
     pause:int = 500                # ms before a question is asked again, doubled each time
     longest_pause:int = 30_000     # ms, and never more
-    heartbeat:int = 5_000          # ms between two signs of life in the lease
+    heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
 
     @property
@@ -356,7 +358,7 @@ def hear_candle(core:"Core", feed:Feed, candle:Candle, streamed:bool=True)->None
     "Take in a candle that the stream told, or REST"
     symbol, open_time, values = candle.symbol, candle.open_time, candle.values
     if streamed: core.watch.silence["market"].heard()
-    received = core.now + core.watch.offset if streamed and core.terms.pace == 1. else None
+    received = core.now + core.watch.offset + core.terms.clock_limit if streamed and core.terms.pace == 1. else None
     heard = core.watch.candles.hear(symbol, open_time, values, feed.last, received)
     if heard.notice: core.do(Tell(heard.notice))
     if heard.again and streamed: ask_for_candles(core, [symbol])
@@ -630,7 +632,7 @@ def take_trade(core:Core, fill:Fill)->None:
 
 
 def take_trades(core:Core, symbol:str, fills:Sequence[Fill])->Process:
-    "Find the order of each trade: by what is known, then by asking for the exchange's number of it"
+    "Find the order of each trade, by what is known or by the exchange's number; returns whether all were found"
     blotter = core.manager.blotter
     new = [under_our_name(fill, blotter.known.values()) for fill in fills if not core.books.has(fill)]
     numbers = list(dict.fromkeys(fill.order_id for fill in new if fill.order_id not in blotter.known))
@@ -638,9 +640,10 @@ def take_trades(core:Core, symbol:str, fills:Sequence[Fill])->Process:
     known = dict(zip(numbers, names))
     for fill in new:
         name = known.get(fill.order_id, fill.order_id)
-        if isinstance(name, Exception): return # asked for again from here
+        if isinstance(name, Exception): return False # asked for again from here
         take_trade(core, replace(fill, order_id=name))
     if fills: core.numbers.answered(fills[-1])
+    return True
 
 # %% ../../nbs/70_live/12_core.ipynb #takerow01
 def take_rows(core:Core, rows:Sequence[Income])->None:
@@ -656,7 +659,7 @@ def take_rows(core:Core, rows:Sequence[Income])->None:
 
 
 def catch_up(core:Core)->Process:
-    "Ask for what the sockets may have missed"
+    "Ask for what the sockets may have missed; returns whether all trades were told"
     core.do(*core.manager.resolve(core.now))
     while busy(core.manager.pursuits.values(), core.now): yield None
     symbols = core.trader.symbols
@@ -664,9 +667,12 @@ def catch_up(core:Core)->Process:
     books = [("incomes", core.statement.since)] if core.statement else []
     answers = yield from ask_all(core, questions + books)
     if books and not isinstance(rows := answers.pop(), Exception): take_rows(core, rows)
+    told = True
     for symbol, fills in zip(symbols, answers):
-        if not isinstance(fills, Exception): yield from take_trades(core, symbol, fills)
+        if isinstance(fills, Exception): told = False
+        else: told &= yield from take_trades(core, symbol, fills)
     yield from look_for(core)
+    return told
 
 # %% ../../nbs/70_live/12_core.ipynb #b3f5fb30
 def going(core:Core)->bool:
@@ -767,7 +773,7 @@ def ask_account(core:Core, rows:bool=False)->Process:
         yield from sleep(core, core.terms.pause)
     return None
 
-
+# %% ../../nbs/70_live/12_core.ipynb #agree002
 def freeze(core:Core, account:AccountSnapshot)->None:
     "A position that no trade explains is not only ours; one that has an open order may still become so"
     unproven = {intent.order.symbol for intent in core.manager.blotter.unproven}
@@ -891,7 +897,7 @@ def explain(core:Core, symbol:str)->Process:
         core.do(*core.foreign.add(fill))
     return True
 
-
+# %% ../../nbs/70_live/12_core.ipynb #person0b
 def judge(core:Core, command:Command, verdict:str)->Process:
     "Adopt or ignore what is not ours; returns a sentence"
     symbols = sorted(core.foreign.frozen & ({command.symbol} if command.symbol else set(core.trader.symbols)))
@@ -908,7 +914,7 @@ def judge(core:Core, command:Command, verdict:str)->Process:
         said.append(f"{symbol}: {len(judged)} fills {verdict}, {core.books.positions[symbol]:g} is ours")
     return "; ".join(said)
 
-
+# %% ../../nbs/70_live/12_core.ipynb #person0c
 def close_by_hand(core:Core, command:Command)->Process:
     "Adopt what is not ours, and close it with what is; returns a sentence"
     if core.foreign.frozen: yield from judge(core, command, "adopted")
@@ -919,6 +925,24 @@ def close_by_hand(core:Core, command:Command)->Process:
     return "; ".join(said) or f"{command.symbol} is not traded here, only {', '.join(core.trader.symbols)}"
 
 
+def halt_by_hand(core:Core, command:Command)->str:
+    "A person ends all trading of the strategy; returns a sentence"
+    require_halt(core, f"{command.person or 'a person'}: {command.reason or 'no reason given'}")
+    keep(core)
+    return "halted: everything is closed at the next candle and stays closed until a reset"
+
+
+def reset_by_hand(core:Core, command:Command)->str:
+    "A person leads out of a halt, and drawdown counts from here; returns a sentence"
+    if not command.reason.strip(): return "refused: a reset needs a reason"
+    resume(core.trader.account)
+    core.trader.on(StateChange(TradingState.NORMAL, command.reason, core.now))
+    core.halted, core.guards.ends = False, None
+    core.guards.miss()
+    keep(core)
+    return f"reset: {core.trader.symbols[0]} and what else is traded may be opened again, drawdown counts from here"
+
+
 def obey(core:Core)->Process:
     "Carry out what a person said, in order; each is answered"
     while core.commands:
@@ -927,7 +951,9 @@ def obey(core:Core)->Process:
             case "adopt": answer = yield from judge(core, command, "adopted")
             case "ignore": answer = yield from judge(core, command, "ignored")
             case "flatten": answer = yield from close_by_hand(core, command)
-            case _: answer = f"{command.name!r} is no command: say adopt, ignore or flatten"
+            case "halt": answer = halt_by_hand(core, command)
+            case "reset": answer = reset_by_hand(core, command)
+            case _: answer = f"{command.name!r} is no command: say adopt, ignore, flatten, halt or reset"
         core.do(Done(command.number, answer))
 
 # %% ../../nbs/70_live/12_core.ipynb #d3eea3a1

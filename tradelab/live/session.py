@@ -8,10 +8,11 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept',
            'event_when_kept', 'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver', 'settings_of',
            'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs',
-           'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'prepare',
-           'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep', 'know',
-           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'drive',
-           'drive_to_the_end', 'Session']
+           'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of',
+           'join', 'other_standing', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'measured',
+           'hear', 'note', 'keep_standing', 'keep', 'look', 'refuse_stale', 'know', 'unkept', 'recorder_trouble',
+           'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running',
+           'Session']
 
 # %% ../../nbs/70_live/14_session.ipynb #98432f23
 import asyncio
@@ -39,7 +40,9 @@ from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .bookkeeper import Bookkeeper
 from .core import Core, Terms, halt_if_liquidated, mark_foreign
+from .lease import acquire, release, this_process
 from tradelab.live.ledger import (
+    Asked,
     Balance,
     BreakerEvent,
     ExchangeHealth,
@@ -49,6 +52,7 @@ from tradelab.live.ledger import (
     Link,
     Measured,
     MemoryLedger,
+    Standing,
     SystemMetric,
     clock,
 )
@@ -59,6 +63,8 @@ from tradelab.live.messages import (
     Ask,
     Cancel,
     ClockSample,
+    Command,
+    Done,
     End,
     Entry,
     Event,
@@ -98,12 +104,18 @@ from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
     FORMAT,
+    check_account,
     check_instruments,
+    check_leverage,
+    check_offset,
     check_same,
+    go_on_from,
     in_this_format,
     refuse_series,
     refuse_style,
+    standing_of,
     start_and_live,
+    strategy_of,
 )
 from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError
 from ..lock import Lock
@@ -279,7 +291,7 @@ class Forget:
     now:int # ms
 
 
-Record = Forget | Intents | Revised | Moved | Entry | Step | First | Foreign | Paid | Notice | Measured
+Record = Forget | Intents | Revised | Moved | Entry | Step | First | Foreign | Paid | Done | Notice | Measured
 
 
 def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
@@ -296,20 +308,21 @@ def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
         case First(open_time, snapshot): ledger.keep(session, open_time, snapshot, 0)
         case Foreign(): ledger.judge(session, record)
         case Paid(): ledger.pay(session, record)
+        case Done(number, answer): ledger.commands.done(number, answer)
         case Notice(kind, text): ledger.notice(session, kind, text)
         case Forget(now): ledger.prune(now)
         case _: ledger.measure(session, record)
     return None
 
 
-def precedes(record:Record)->bool:
+def precedes(record:Record|Standing)->bool:
     "Whether something may be sent only when this is on the disk"
     return isinstance(record, Intents | Revised) or isinstance(record, Moved) and record.after.state is State.SENT
 
 
-def needed(record:Record)->bool:
+def needed(record:Record|Standing)->bool:
     "Whether a session that is resumed cannot do without"
-    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid)
+    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid | Done | Standing)
 
 # %% ../../nbs/70_live/14_session.ipynb #a320a405
 class Files:
@@ -488,7 +501,8 @@ class Driver:
     def spawn(self, question:Coroutine[Any, Any, Event|None])->None:
         "Do something beside; what it returns is an event"
         async def run():
-            event = await question
+            try: event = await question
+            except Exception as error: event = Failed(error)
             if event is not None: self._inbox.put_nowait(event)
         task = asyncio.ensure_future(run())
         self._tasks.add(task)
@@ -582,6 +596,7 @@ class CoreInputs:
     paid:tuple[Paid, ...] = ()              # their newest rows
     foreign:tuple[Foreign, ...] = ()
     deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
+    standing:Standing|None = None           # where another session of this strategy left it
 
 
 def opening_of(kept:Kept|None)->Opening|None:
@@ -591,12 +606,12 @@ def opening_of(kept:Kept|None)->Opening|None:
 
 
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
-                words:str="")->CoreInputs:
+                words:str="", standing:Standing|None=None)->CoreInputs:
     "The same with all that the ledger knows of the orders and entries of a session"
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
                       tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
-                      kept.settings.get("deposit", 0.) if kept else 0.)
+                      kept.settings.get("deposit", 0.) if kept else 0., standing)
 
 
 def restore_books(core:Core, inputs:CoreInputs)->None:
@@ -617,12 +632,13 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
 def make_core(trader:Trader, inputs:CoreInputs)->Core:
     "The core of a session; the trader of one that is resumed is restored already"
     terms, step = inputs.terms, inputs.step
+    if inputs.standing: go_on_from(inputs.standing, trader.account)
     sequence = step["sequence"] if step else 0
     fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
     persistence = Persistence(terms.patience, terms.absent_after, terms.retries, terms.first_delay)
     manager = OrderManager(terms.session, Blotter(inputs.intents, fills), persistence, inputs.offer,
                            beside=trader.told_of_orders)
-    process = partial(start_and_live, kept=step, words=inputs.words)
+    process = partial(start_and_live, kept=step, words=inputs.words, standing=inputs.standing)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process)
     if step: core.reserve = inputs.reserve
     restore_books(core, inputs)
@@ -688,8 +704,33 @@ def hold(session:"Session")->None:
     session._locks.enter_context(Lock(session.folder / "lock", session.id))
 
 
+def place_of(venue:Venue)->str:
+    "What leases and commands call an exchange; each localnet is one of its own"
+    return f"{venue.name} {venue.address}" if venue.name == "localnet" else venue.name
+
+
+async def join(session:"Session", terms:Terms)->Lease:
+    "Find the account in order, take the right to trade these symbols on it, and only then set it up"
+    venue, trader = session.venue, session.trader
+    check_offset(await venue.synchronise(), terms.clock_limit, venue.name)
+    account = await venue.account()
+    check_account(account, trader.symbols, venue.name)
+    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), venue.quote)
+    wanted = Lease(place_of(venue), account.alias, trader.symbols, session.id, this_process())
+    session.lease = acquire(session.ledger, wanted, clock(), terms.lease_expires)
+    session.heartbeat = terms.heartbeat / 1000
+    for text in await venue.set_up(trader.symbols, trader.limits.leverage): tell(session, Notice("account", text))
+    return session.lease
+
+
+def other_standing(session:"Session", lease:Lease)->Standing|None:
+    "Where another session of this strategy left it; None if this one was the last"
+    standing = session.ledger.trading_states.find(lease.venue, lease.account, session.strategy)
+    return None if standing is None or standing.session == session.id else standing
+
+
 async def prepare(session:"Session", max_candles:int|None)->Core:
-    "Connect, and make the core; nothing is written"
+    "Connect, and make the core; of the session itself nothing is written"
     refuse_clock(session.trader)
     refuse_style(session.trader, session.venue.kinds)
     ledger, venue, trader = session.ledger, session.venue, session.trader
@@ -697,15 +738,17 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     if session.resumed:
         hold(session)
         refuse_changed(ledger, session.id, session.folder)
-    await venue.connect(trader.symbols, trader.limits.leverage, trader.observation.extra)
+    await venue.connect(trader.symbols, watched=trader.observation.extra)
     check_instruments(trader.instruments, venue.instruments(trader.symbols))
     session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
+    lease = await join(session, terms)
+    session.began_from = other_standing(session, lease)
     session.inputs = core_inputs(ledger, terms, kept, Offer(venue.kinds, venue.amends, venue.expires),
-                                 f"{venue.name} at {venue.address} ({venue.why})")
+                                 f"{venue.name} at {venue.address} ({venue.why})", session.began_from)
     return make_core(trader, session.inputs)
 
 # %% ../../nbs/70_live/14_session.ipynb #5f25e3f8
@@ -748,6 +791,7 @@ async def finish(session:"Session", state:str)->None:
     finally:
         lost = await asyncio.to_thread(session.writer.close) if session.writer else 0
         if lost: say(session, f"{lost} records did not reach the ledger: they stand on stderr")
+        if session.lease: quietly(session, partial(release, session.ledger, session.lease))
         if session.files:
             close_all(session, session.files, state)
             say(session, f"session {session.id} {state}: " + ", ".join(f"{name} {value}" for name, value in
@@ -756,9 +800,9 @@ async def finish(session:"Session", state:str)->None:
 # %% ../../nbs/70_live/14_session.ipynb #d81a3d0c
 def show_step(session:"Session", done:StepDone)->None:
     "Say what a step did, if anything happened or nothing was said for a minute"
-    if done.rows["order"].any() or monotonic() > session._said + QUIET:
+    if done.rows["order"].any() or monotonic() > session.said + QUIET:
         say(session, status_line(done))
-        session._said = monotonic()
+        session.said = monotonic()
     session.progress(session.statistics)
 
 
@@ -791,7 +835,10 @@ def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
     """Record what the core decided and what it will send, before anything of it is carried out, and have the ledger
     keep its part; returns what a request waits for"""
     if session.files: session.files.recorder.answered(actions)
-    records: list[Record] = [action.record for action in actions if isinstance(action, Write)]
+    records: list[Record|Standing] = [action.record for action in actions if isinstance(action, Write)]
+    records += [action for action in actions if isinstance(action, Done)]
+    if any(isinstance(record, Step) for record in records):
+        records.append(standing_of(session.trader.account, session.id, clock()))
     if session.files: records += [each for action in actions for each in measured(action, clock())]
     if not records or not session.writer: return None
     kept, began = session.writer.put(records), monotonic()
@@ -800,21 +847,55 @@ def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
     return kept
 
 
-def keep(session:"Session", records:Sequence[Record])->None:
+def keep_standing(session:"Session", lease:Lease, standing:Standing)->None:
+    "Keep where the strategy is; the halt of another session of it stays, until that one or a later one is reset"
+    states, place = session.ledger.trading_states, (lease.venue, lease.account, session.strategy)
+    known = states.find(*place)
+    another = known is not None and known.session != session.id and known != session.began_from
+    if another and known.halted and not standing.halted: return
+    states.keep(*place, standing)
+
+
+def keep(session:"Session", records:Sequence[Record|Standing])->None:
     """Keep records in one transaction, under the session's lease; called on the writer's thread. The recording is on
     the disk before the ledger says that a step is done"""
     if session.files and any(isinstance(record, Step) for record in records): session.files.recorder.sync()
     with session.ledger.transaction(session.lease, any(map(precedes, records))):
-        links = [write(session.ledger, session.id, record) for record in records]
+        links = [write(session.ledger, session.id, each) for each in records if not isinstance(each, Standing)]
+        for each in records:
+            if session.lease and isinstance(each, Standing): keep_standing(session, session.lease, each)
     for link in filter(None, links): know(session, link)
+    if session.lease and monotonic() > session.looked + session.heartbeat: look(session, session.lease)
+
+
+def look(session:"Session", lease:Lease)->None:
+    "Hand on what people have asked for; called on the writer's thread"
+    session.looked = monotonic()
+    place = Asked("", "", "", lease.venue, lease.account, session.id, session.strategy)
+    for row in session.ledger.commands.pending(place):
+        here = row["session"] or row["symbol"] in ("", *lease.symbols)
+        if row["number"] in session.commands or not here: continue
+        session.commands.add(row["number"])
+        if row["epoch"] >= lease.epoch:
+            command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
+            session.hand(partial(session.venue.events.put_nowait, command))
+        else: refuse_stale(session, lease, row)
+
+
+def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
+    "A person had another session before their eyes: what they asked for is not done to this one"
+    text = (f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has "
+            f"epoch {lease.epoch}: look at it, and ask again")
+    session.ledger.commands.done(row["number"], text)
+    session.hand(partial(tell, session, Notice("command", f"{row['number']}: {text}")))
 
 
 def know(session:"Session", link:Link)->None:
     "The ledger has a step: recording and session.json know its link from now on, the latter at most once a second"
     session.link = link
     if session.files: session.hand(partial(session.files.recorder.line, "kept", **asdict(link)))
-    if monotonic() < session._saved + 1: return
-    session._saved = monotonic()
+    if monotonic() < session.saved + 1: return
+    session.saved = monotonic()
     try: save_status(session, "running")
     except OSError as error: logger.error(str(error), session=session.id)
 
@@ -851,6 +932,7 @@ def carry_out(session:"Session", action:Action)->None:
         case Write(Step() as record) if session.files: show_tables(session.files, record)
         case Tell(notice): tell(session, notice)
         case Say(line): say(session, line)
+        case Done(number, answer): tell(session, Notice("command", f"{number}: {answer}"))
         case Open(): open_files(session, action)
         case StepDone(open_time):
             show_step(session, action)
@@ -864,11 +946,17 @@ def one_name(id:str, resume:str)->str:
     return check_id(id or resume)
 
 
+def heed(session:"Session", loop:asyncio.AbstractEventLoop, context:Mapping[str, Any])->None:
+    "Tell of what broke in a callback or in a task that nobody waits for"
+    error = context.get("exception")
+    tell(session, Notice("task", f"{context['message']}{f': {type(error).__name__}: {error}' if error else ''}"))
+
+
 async def drive(session:"Session", max_candles:int|None)->str:
     "From the connection to the end; returns the state in which the session ended"
     core = await prepare(session, max_candles)
     session.writer = Writer(partial(keep, session), partial(unkept, session), partial(kept_again, session),
-                            lambda record: json.dumps(encode(record)), needed)
+                            lambda record: json.dumps(encode(record)), needed, idle=session.heartbeat)
     if session._stopping: session.stop()
     driver = Driver(core, session.venue, partial(carry_out, session), partial(hear, session), partial(note, session))
     end = await run_to_completion(driver.run(), session.stop)
@@ -888,8 +976,27 @@ async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
         raise
     finally: await finish(session, state)
 
+# %% ../../nbs/70_live/14_session.ipynb #ses18r01
+@dataclass(eq=False)
+class Running:
+    "What a session has while it runs"
+    files:Files|None = None
+    writer:Writer|None = None
+    lease:Lease|None = None  # under which everything is written
+    link:Link|None = None    # of the last step that the ledger has
+    inputs:CoreInputs|None = None
+    began_from:Standing|None = None # where another session of this strategy left it
+    reserve:float = 0.       # quote, money of the account that the trader was not given
+    settings:dict[str, Any] = field(default_factory=dict)
+    early:list[Received] = field(default_factory=list) # received before there was a file to record it in
+    commands:set[int] = field(default_factory=set)     # numbers of those that were handed on
+    heartbeat:float = 1.     # s between two looks for commands, which are signs of life, too
+    looked:float = 0.        # monotonic s, when that was
+    said:float = 0.          # when a step was
+    saved:float = 0.         # when session.json was
+
 # %% ../../nbs/70_live/14_session.ipynb #a3639c69
-class Session:
+class Session(Running):
     "A trader on an exchange; `await session.run()` until it is stopped"
 
     def __init__(self,
@@ -901,6 +1008,7 @@ class Session:
         timeframe:str="",        # of the candles that close  [default: the observation's, else 1h]
         resume:str="",           # the id of a session to continue, instead of a new one
         origin:str="",           # where the policy comes from: a train id or an import name, for the replay
+        strategy:str="",         # whose drawdown, daily loss and halt it goes on with  [default: the policy's name]
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise the first one ends the session
@@ -909,6 +1017,7 @@ class Session:
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
         refuse_series(trader)
+        super().__init__()
         self.trader = trader
         self.venue = venue
         self.ledger = ledger
@@ -922,21 +1031,12 @@ class Session:
         self.resumed = bool(resume)
         self.folder = Path(folder) / self.id
         self.origin = origin or trader.policy.name
+        self.strategy = strategy or strategy_of(trader.policy.name)
         self.source = source
         self.statistics = Statistics()
         self.stopwatch = Stopwatch(self.statistics)
-        self.reserve = 0.
-        self.files: Files|None = None
-        self.writer: Writer|None = None
-        self.lease: Lease|None = None  # under which everything is written
-        self.link: Link|None = None    # of the last step that the ledger has
-        self.settings: dict[str, Any] = {}
-        self.inputs: CoreInputs|None = None
-        self.early: list[Received] = [] # received before there was a file to record it in
         self._loop: asyncio.AbstractEventLoop|None = None
         self._stopping = False
-        self._said = 0.
-        self._saved = 0.   # when session.json was
         self._locks = ExitStack()
 
     def stop(self)->None:
@@ -951,5 +1051,7 @@ class Session:
     async def run(self, max_candles:int|None=None)->Statistics:
         "Trade until stopped, or for so many candles"
         self._loop = asyncio.get_running_loop()
+        self._locks.callback(self._loop.set_exception_handler, self._loop.get_exception_handler())
+        self._loop.set_exception_handler(partial(heed, self))
         with Signals(self.stop), self._locks: await drive_to_the_end(self, max_candles)
         return self.statistics
