@@ -404,11 +404,23 @@ class _Recorder(MemoryRecorder):
     def close(self): pass
 
 
+IDLE = 15. # seconds between two looks of a writer that has nothing to write
+
+
 class _Writer:
     "The ledger's writer with a disk that takes milliseconds, and commits batch by batch, in order"
-    def __init__(self, process, keep, failed, back):
-        self.process, self.keep, self.failed, self.back = process, keep, failed, back
+    closed = False
+
+    def __init__(self, process, keep, failed, back, idle):
+        self.process, self.keep, self.failed, self.back, self.idle = process, keep, failed, back, idle
         self.waiting, self.down, self.busy, self.lost = [], False, False, 0
+        if idle: process.world.loop.call_later(IDLE, self._idle)
+
+    def _idle(self):
+        "An empty batch: the lease is beaten, commands are looked for"
+        if self.closed or self.process.dead: return
+        if not self.waiting: self.put([])
+        self.process.world.loop.call_later(IDLE, self._idle)
 
     def put(self, records):
         kept = _Kept()
@@ -445,6 +457,7 @@ class _Writer:
         if self.waiting: self._soon()
 
     def close(self):
+        self.closed = True
         while self.waiting and not self.process.dead and not self.down: self._write()
         return sum(len(records) for records, _ in self.waiting)
 
@@ -562,7 +575,8 @@ class Process:
 def _patches(world):
     "What of a session is not of this world: its clock, its thread, its files"
     def files(folder, *arguments): return _Files(PROCESS.get())
-    def writer(keep, failed=print, back=print, *arguments): return _Writer(PROCESS.get(), keep, failed, back)
+    def writer(keep, failed=print, back=print, *arguments, idle=None, **settings):
+        return _Writer(PROCESS.get(), keep, failed, back, idle)
     found = contextlib.ExitStack()
     for module in [module for name, module in sys.modules.items() if name.startswith("tradelab.")]:
         if getattr(module, "clock", None) is ledgers_clock:
@@ -616,7 +630,8 @@ async def _live(run, make_trader, options, downtime):
         task = asyncio.ensure_future(process.run())
         process.tasks.add(task)
         await asyncio.wait([task])
-        unreachable = isinstance(process.end, VenueError) or "no answer on the" in str(process.end)
+        unreachable = isinstance(process.end, VenueError) or any(
+            words in str(process.end) for words in ("no answer on", "set the clock"))
         if not (process.dead or unreachable) or world.over: return
         await asyncio.sleep(downtime())
         resume = bool(run.ledger.snapshot(name))

@@ -276,21 +276,24 @@ def test_a_damaged_recording_stops_no_resumption(stopped, tmp_path, damage):
 
 def test_a_session_whose_lease_is_gone_writes_and_sends_nothing_more(ledger, tmp_path):
     "Another one takes over after the tenth candle, as it may when this one has slept"
-    venue = the_venue()
-    wanted = Lease("memory", "a", (BITCOIN,), "disk", this_process())
-    sent = []
+    venue, placed, sent = the_venue(), [], []
+    place = venue.place
+
+    async def noting(order):
+        placed.append(order.order_id)
+        return await place(order)
 
     def progress(statistics):
         if statistics.candles != 10: return
         sent.extend(intent for intent in ledger.intents("disk") if intent.sent_time)
-        acquire(ledger, replace(wanted, session="other", owner="elsewhere process 1"), clock() + 60_000)
+        acquire(ledger, replace(live.lease, session="other", owner="elsewhere process 1"), clock() + 60_000)
+    venue.place = noting
     live = the_session(ledger, tmp_path, venue, progress=progress)
-    live.lease = acquire(ledger, wanted, clock())
     with pytest.raises(LeaseLostError, match="session other in elsewhere process 1 has taken over BTC/USDT:USDT"):
         asyncio.run(live.run(40))
     assert len(ledger.closes("disk")) <= 10
-    placed = {order.order_id for order in getattr(venue, "sent", [])}
-    assert placed <= {intent.order.order_id for intent in sent}
+    assert placed
+    assert set(placed) <= {intent.order.order_id for intent in sent}
 
 
 def test_of_many_that_want_a_lease_at_once_one_gets_it(tmp_path):

@@ -886,8 +886,12 @@ class Streams:
 # %% ../../nbs/75_venues/01_binance.ipynb #adb8d071
 async def synchronise(exchange:Any, settings:VenueSettings)->int: # ms
     "Learn the exchange's clock anew; how far it is ahead of ours"
-    await asked(settings, "the exchange's clock", exchange.load_time_difference())
-    return -int(exchange.options["timeDifference"])
+    for _ in range(3): # an answer that was long on its way says little
+        before = exchange.milliseconds()
+        await asked(settings, "the exchange's clock", exchange.load_time_difference())
+        taken = exchange.milliseconds() - before
+        if taken < 1_000: break
+    return taken // 2 - int(exchange.options["timeDifference"])
 
 
 async def pace_of(exchange:Any, settings:VenueSettings, market:dict)->float:
