@@ -11,8 +11,8 @@ __all__ = ['Process', 'ROWS_EVERY', 'Terms', 'Watch', 'Told', 'Known', 'Core', '
            'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'going', 'settle', 'with_offset',
            'unfrozen', 'carry_out', 'own_wallet', 'compared', 'differs', 'rows_differ', 'ask_account', 'freeze',
            'accept', 'agree', 'clear_orders', 'send_now', 'flatten', 'is_flat', 'to_flatten', 'flatten_all', 'explain',
-           'judge', 'close_by_hand', 'halt_by_hand', 'reset_by_hand', 'obey', 'known_at_close', 'look_ahead',
-           'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind',
+           'judge', 'close_by_hand', 'halt_by_hand', 'reset_by_hand', 'obey', 'known_at_close', 'ask_suspended',
+           'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on', 'go_on_behind',
            'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'tell_of_resting', 'wait',
            'close_books', 'look_up', 'live']
 
@@ -976,6 +976,15 @@ def known_at_close(core:Core, open_time:int, candles:np.ndarray)->Process:
                     f"{trader.policy.name} looks at: the session stops")
 
 
+def ask_suspended(core:Core)->Process:
+    "Whether symbols that were not traded are traded again"
+    halted = [symbol for symbol in core.trader.symbols if core.guards.condition(symbol) is Condition.SUSPENDED]
+    if not halted: return
+    still, = yield from ask_all(core, [("suspended",)])
+    for symbol in halted if not isinstance(still, Exception) else ():
+        take_state(core, Status(symbol, symbol not in still, "as it was asked"))
+
+
 def look_ahead(core:Core)->Process:
     """Learn which candle follows, where it may come behind a hole: what the exchange books until its close belongs to
     this step"""
@@ -1053,11 +1062,13 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
+    yield from ask_suspended(core)
     if not late: yield from agree(core)
     keep(core)
     core.candles += 1
     account = core.trader.account[0]
-    core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"])))
+    core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"]),
+                     core.watch.candles.score))
 
 # %% ../../nbs/70_live/12_core.ipynb #b9af2efa
 def go_on(core:Core)->Process:
@@ -1127,6 +1138,7 @@ def may_reconcile(core:Core)->bool:
 def reconcile(core:Core)->Process:
     "Ask for everything that may have been missed"
     troubles, core.waits = core.guards.troubles, None
+    yield from ask_suspended(core)
     yield from catch_up(core)
     yield from fill_gap(core)
     yield from agree(core)

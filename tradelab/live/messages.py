@@ -179,6 +179,7 @@ class StepDone:
     rows:np.ndarray     # JOURNAL, (n_symbols,)
     equity:float        # quote
     drawdown:float      # fraction
+    quality_score:float = 1. # the share of live candles that nothing was wrong with
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell 
           | PhaseChanged | Redial | Synchronise | Done | End)
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
-Content = (AccountSnapshot | list[Fill | Income] | list[OrderReport] | tuple[np.ndarray, np.ndarray]
+Content = (AccountSnapshot | list[Fill | Income] | list[OrderReport] | list[str] | tuple[np.ndarray, np.ndarray]
            | dict[int, float] | str | int)
 
 

@@ -217,6 +217,8 @@ class Statistics:
     late_fills:int = 0        # told after the candle in which they happened was decided on
     rejected:int = 0
     disagreements:int = 0     # with the exchange's account
+    withheld:int = 0          # entries that could not be sent in time, and were dropped
+    quality_score:float = 1.  # the share of live candles that nothing was wrong with
     fees:float = 0.           # quote, paid
     funding:float = 0.        # quote, received
     equity:float = 0.         # quote
@@ -228,12 +230,13 @@ class Statistics:
     def summary(self)->dict[str, Any]:
         "As it is printed"
         counts = {name: getattr(self, name) for name in ("candles", "late", "orders", "fills", "late_fills", "rejected",
-                                                         "disagreements")}
+                                                         "disagreements", "withheld")}
         amounts = {f"{name} [quote]": round(getattr(self, name), 2) for name in ("fees", "funding", "equity")}
         times = {f"{label} {share} [ms]": value for label, values in (("close to order", self.to_order),
             ("close to answer", self.to_answer), ("intents to disk", self.to_disk))
                  for share, value in zip(("median", "p99"), median_and_p99(values))}
-        return counts | amounts | {"drawdown [%]": round(100 * self.drawdown, 2)} | times
+        shares = {"drawdown [%]": round(100 * self.drawdown, 2), "quality score": round(self.quality_score, 4)}
+        return counts | amounts | shares | times
 
     def __str__(self)->str:
         return "\n".join(f"{name:<28} {'' if value is None else value}" for name, value in self.summary().items())
@@ -253,10 +256,12 @@ def count(statistics:Statistics, action:Action)->None:
         case Write(Entry(Funding() as paid)): statistics.funding += paid.amount
         case Tell(Notice("rejected")): statistics.rejected += 1
         case Tell(Notice("disagreement")): statistics.disagreements += 1
-        case StepDone(_, late, _, equity, drawdown):
+        case Tell(Notice("withheld")): statistics.withheld += 1
+        case StepDone(_, late, _, equity, drawdown, quality_score):
             statistics.candles += 1
             statistics.late += late
             statistics.equity, statistics.drawdown = equity, drawdown
+            statistics.quality_score = quality_score
 
 # %% ../../nbs/70_live/14_session.ipynb #cd253a6a
 QUIET = 60. # seconds after which a candle without an order is worth a line, too
