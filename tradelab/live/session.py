@@ -994,6 +994,8 @@ class Running:
     looked:float = 0.        # monotonic s, when that was
     said:float = 0.          # when a step was
     saved:float = 0.         # when session.json was
+    _stopping:bool = False
+    _locks:ExitStack = field(default_factory=ExitStack)
 
 # %% ../../nbs/70_live/14_session.ipynb #a3639c69
 class Session(Running):
@@ -1036,8 +1038,6 @@ class Session(Running):
         self.statistics = Statistics()
         self.stopwatch = Stopwatch(self.statistics)
         self._loop: asyncio.AbstractEventLoop|None = None
-        self._stopping = False
-        self._locks = ExitStack()
 
     def stop(self)->None:
         "End in order, from any thread"
