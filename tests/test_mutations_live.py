@@ -1,12 +1,19 @@
 """Each safeguard of live trading is taken out, one at a time, and the simulation notices: a test that no fault in the
 program can fail proves nothing"""
+import asyncio
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
-from simulated import simulate
+from simulated import Process, simulate, trader
 from test_simulation_live import SHAPES, met, reference, wrong_in
 
 from tradelab.live import bookkeeper, core, session
+from tradelab.live import lease as leases
+from tradelab.live.ledger import MemoryLedger
+from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.venue import Outcome
 from tradelab.venues import binance
 
@@ -74,7 +81,62 @@ def trade_ids():
     return found
 
 
-@pytest.mark.parametrize("safeguard", (intent_first, unknown, second_question, trade_ids))
+async def take_over(world):
+    "Another session takes the lease while this one seems to be gone"
+    await asyncio.sleep(4.5 * world.step / 1000)
+    mine = world.process.session.lease
+    leases.acquire(world.process.ledger, replace(mine, session="other", owner="elsewhere"), world.loop.now() + 10**9)
+
+
+def sent_after_the_lease():
+    run = simulate(1, timeframe="1m", candles=10, market_seed=1, script=take_over)
+    since = run.world.loop.begin + 5 * run.world.step
+    return [order.client_id for order in run.world.account().orders.values() if order.time >= since]
+
+
+def epoch():
+    "A session whose lease is gone writes and sends all the same"
+    def found():
+        with patch.object(MemoryLedger, "transaction", lambda self, lease=None, durable=False: nullcontext()):
+            return sent_after_the_lease()
+    return found
+
+
+async def start_another(world, ends):
+    "A second session on the same account and symbols, before the first one holds anything"
+    await asyncio.sleep(.3 * world.step / 1000)
+    second = Process(world, world.process.ledger, "another", False, trader, {})
+    running = asyncio.ensure_future(second.run())
+    await asyncio.sleep(4 * world.step / 1000)
+    ends.append(second.end)
+    second.kill()
+    await asyncio.wait([running])
+
+
+def second_session():
+    "What a second session ends with; None if it trades"
+    ends = []
+    simulate(1, timeframe="1m", candles=10, market_seed=1, script=partial(start_another, ends=ends))
+    return ends[0]
+
+
+def lease():
+    "A session takes no lease"
+    def found():
+        with patch.object(session, "acquire", lambda ledger, wanted, now, expires: replace(wanted, epoch=1)), \
+                patch.object(MemoryLedger, "transaction", lambda self, lease=None, durable=False: nullcontext()):
+            return [] if isinstance(second_session(), StartRefusedError) else ["two sessions trade"]
+    return found
+
+
+def test_a_second_session_is_refused_and_one_without_its_lease_sends_nothing():
+    refused = second_session()
+    assert isinstance(refused, StartRefusedError)
+    assert "is traded by session simulated-0" in str(refused)
+    assert sent_after_the_lease() == []
+
+
+@pytest.mark.parametrize("safeguard", (intent_first, unknown, second_question, trade_ids, epoch, lease))
 def test_without_a_safeguard_the_simulation_finds_what_goes_wrong(safeguard):
     found = safeguard()()
     print(*found, sep="\n")
@@ -82,7 +144,7 @@ def test_without_a_safeguard_the_simulation_finds_what_goes_wrong(safeguard):
 
 
 def test_with_all_of_them_it_finds_nothing():
-    assert next((wrong for door in range(60, 160) if (wrong := killed_at(door))), []) == []
+    assert next((wrong for door in range(60, 160, 5) if (wrong := killed_at(door))), []) == []
     for name in (UNHEARD, "twice_delivered", MATCHED_VERY_LATE):
         run, happened = met(name)
         assert happened
