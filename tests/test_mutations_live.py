@@ -61,7 +61,7 @@ def second_question():
     rounds = core.end_round
     def found():
         with patch.object(core, "end_round", end_round):
-            return absent_and_there(met(MATCHED_VERY_LATE)[0])
+            return absent_and_there(met(MATCHED_VERY_LATE, timeframe="15m")[0])
     return found
 
 
@@ -146,7 +146,7 @@ def test_without_a_safeguard_the_simulation_finds_what_goes_wrong(safeguard):
 def test_with_all_of_them_it_finds_nothing():
     assert next((wrong for door in range(60, 160, 5) if (wrong := killed_at(door))), []) == []
     for name in (UNHEARD, "twice_delivered", MATCHED_VERY_LATE):
-        run, happened = met(name)
+        run, happened = met(name, timeframe="15m")
         assert happened
         assert wrong_in(run) == absent_and_there(run) == []
-        assert run.world.positions() == pytest.approx(reference("1m", 1), rel=.15)
+        assert run.world.positions() == pytest.approx(reference("15m", 1), rel=.15)

@@ -1054,6 +1054,11 @@ class BinanceAccount:
         self.traded: list[str] = []                  # the exchange's symbols
         self.set: AccountSettings|None = None        # None: to be asked for
 
+    async def open_orders(self, symbol:str)->list[OrderReport]:
+        reports = await open_orders(self._exchange, self._market.settings, symbol)
+        name = self._children.name
+        return [replace(each, order_id=name(each.exchange_id, each.order_id)) for each in reports]
+
     async def account(self)->AccountSnapshot:
         if self.set is None: self.set = await ask_settings(self._market.settings, self._exchange, self.traded)
         answer = await self._ask("the account", self._exchange.fapiPrivateV3GetAccount())
@@ -1083,8 +1088,7 @@ class BinanceAccount:
 # %% ../../nbs/75_venues/01_binance.ipynb #74e6ab08
 class BinanceVenue(BinanceMarket):
     "An account at Binance USD-M futures: a `live.venue.Venue`"
-    kinds, amends = frozenset({Kind.MARKET, Kind.LIMIT, *CONDITIONAL}), AMENDED
-    expires, pace = False, 1.
+    kinds, amends, expires, pace = frozenset({Kind.MARKET, Kind.LIMIT, *CONDITIONAL}), AMENDED, False, 1.
 
     def __init__(self, settings:VenueSettings, paced:bool|None=None, timeout:float=10.):
         super().__init__(settings, paced, timeout)
@@ -1097,8 +1101,7 @@ class BinanceVenue(BinanceMarket):
         self._streams = Streams(self._exchange, self.events, self._hear)
 
     async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
-        """Markets, clock, keys; of `watched` symbols only the candles are wanted. With a leverage the account is set
-        up, too"""
+        "Markets, clock, keys; of `watched` symbols the candles only; with a leverage the account is set up, too"
         try:
             await self._ask("the list of markets", self._exchange.load_markets())
             markets = [self._listed(symbol) for symbol in symbols]
@@ -1120,11 +1123,8 @@ class BinanceVenue(BinanceMarket):
         return await set_up(self.settings, self._exchange, [self._listed(symbol) for symbol in symbols], leverage)
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None: self._streams.open(symbols, timeframe)
-
     async def redial(self, stream:str)->None: self._streams.redial(stream)
-
     async def suspended(self)->list[str]: return await suspended(self._exchange, self.settings, self._symbols)
-
     async def waits(self, open_time:int)->None:
         if self.settings.name == "localnet": await self._streams.waits(open_time)
 
@@ -1137,7 +1137,6 @@ class BinanceVenue(BinanceMarket):
         return events
 
     async def synchronise(self)->int: return await synchronise(self._exchange, self.settings)
-
     async def place(self, order:Order)->Answer:
         answer = await self._orders.place(order)
         if answer.text.startswith(str(NOT_TRADED)): self.events.put_nowait(Status(order.symbol, False, answer.text))
@@ -1146,10 +1145,7 @@ class BinanceVenue(BinanceMarket):
     async def cancel(self, order:Order)->Answer: return await self._orders.cancel(order)
     async def amend(self, order:Order, executed:float=0.)->Answer: return await self._orders.amend(order, executed)
     async def query(self, order:Order)->Answer: return await self._orders.query(order)
-    async def open_orders(self, symbol:str)->list[OrderReport]:
-        reports = await open_orders(self._exchange, self.settings, symbol)
-        name = self._children.name
-        return [replace(each, order_id=name(each.exchange_id, each.order_id)) for each in reports]
+    async def open_orders(self, symbol:str)->list[OrderReport]: return await self._account.open_orders(symbol)
 
     async def account(self)->AccountSnapshot: return await self._account.account()
     async def fills(self, symbol:str, first:int|None=None)->list[Fill]: return await self._account.fills(symbol, first)
