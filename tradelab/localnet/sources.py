@@ -113,8 +113,9 @@ class Steps:
         while len(self.rest) < count and (moves := next(self.steps, None)) is not None:
             self.rest.extend(moves)
             self.begun += 1
-        self.last = [self.rest.popleft() for _ in range(min(count, len(self.rest)))]
-        return self.last
+        moves = [self.rest.popleft() for _ in range(min(count, len(self.rest)))]
+        self.last = moves or self.last
+        return moves
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #5e72dc60
 PATH = 4  # trades in the path of a candle
