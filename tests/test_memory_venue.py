@@ -1,7 +1,7 @@
 "A live session on a venue in memory is the backtest: the same decisions, orders, fills and equity, bit for bit"
 import asyncio
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import numpy as np
@@ -143,6 +143,7 @@ class Driver:
         self.ledger = MemoryLedger()
         self.recorder = MemoryRecorder()
         self.instruments = data.instruments
+        self.opened = {}             # what a session keeps of its start
         self.done = 0
         self.silence = 0
         self.kinds = []
@@ -157,7 +158,7 @@ class Driver:
         trader = self.trader()
         if kept: restore(trader, "s", {}, kept)
         venue = self.venue
-        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept),
+        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept(self.opened, kept),
                              Offer(venue.kinds, venue.amends, venue.expires))
         self.core = make_core(trader, inputs)
         self.recorder.start({}, encode(inputs))
@@ -213,7 +214,9 @@ class Driver:
                     assert written[action.order.order_id].state is State.SENT
                     assert action.order.order_id not in self.venue.held.held
                 self.venue.events.put_nowait(answered(answer_to(self.venue, action)))
-            case Open(): answered(self.venue.stream(SYMBOLS, "1h"))
+            case Open(reserve, opening):
+                self.opened = {"reserve": reserve, "opening": asdict(opening)}
+                answered(self.venue.stream(SYMBOLS, "1h"))
             case Tell(notice): self.notices.append(notice)
             case StepDone() | Decided() | Warmed(): pass
 
@@ -323,7 +326,7 @@ def test_a_request_that_was_not_recorded_is_a_difference():
         found = first_difference(*replay(lines[:number] + lines[number + 1:], driver.trader()))
         assert found.column == "requests"
     with pytest.raises(RecordingError, match="the session had ended before it: stopped"):
-        replay([*lines, lines[2]], driver.trader())
+        replay([*lines, next(line for line in lines if line["kind"] == "received")], driver.trader())
     LOG.clear()
 
 

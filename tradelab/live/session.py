@@ -117,7 +117,7 @@ from tradelab.live.start import (
     start_and_live,
     strategy_of,
 )
-from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError
+from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError, funding_of
 from ..lock import Lock
 from ..log import get_logger
 from ..notices import NOTICES, Notice
@@ -627,6 +627,9 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
     halt_if_liquidated(core)
     for each in inputs.foreign: # one that was adopted, and not booked any more
         if each.verdict == "adopted": core.books.add(each.fill)
+    for row in (row for paid in inputs.paid for row in paid.rows if row.time > opening.time): # the same of payments
+        payment = funding_of(row)
+        if payment: core.books.add(payment)
 
 
 def make_core(trader:Trader, inputs:CoreInputs)->Core:
