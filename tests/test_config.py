@@ -72,8 +72,7 @@ def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sent
 
 
 def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
-    """Until an order cannot go out twice and a halt outlives its session, real money is refused, with all that stands
-    in the way"""
+    "Until the testnet has shown for weeks what localnet shows, real money is refused, with all that stands in the way"
     (project / ".env").write_text("TRADELAB_MAINNET_KEY=0123456789abcdef\nTRADELAB_MAINNET_SECRET=fedcba9876543210")
     assert venue_for(settings()).name == "localnet"
     (project / "tradelab.toml").write_text('venue = "mainnet"')

@@ -436,9 +436,8 @@ class VenueSettings:
 
 # %% ../nbs/00_ground/12_config.ipynb #8be86c08
 FORBIDDING = ("DRY_RUN", "SANDBOX", "BINANCE_TESTNET")  # of other systems: true means no real money
-NOT_YET = ('venue is "mainnet", which is real money, and this version does not start there: an order whose answer was '
-           'lost can be sent twice, and a halt does not survive a new session; '
-           'choose venue = "testnet"')
+NOT_YET = ('venue is "mainnet", which is real money, and this version does not start there: what a live session '
+           'promises is proved on localnet, not yet by weeks on the testnet; choose venue = "testnet"')
 FALSE = ("", "0", "false", "no", "off")
 
 
