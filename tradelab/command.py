@@ -148,7 +148,7 @@ def add_job(
         job.params.append(click.Option(["--live", "real"], is_flag=True, help="Real money: the same as -p venue "
                                        "mainnet, with all that it asks for."))
 
-
+# %% ../nbs/99_top/07_command.ipynb #1efaad20
 for _name, _words in _JOBS.items(): add_job(_name, _words)
 
 # %% ../nbs/99_top/07_command.ipynb #765203b5
@@ -258,7 +258,7 @@ def serve(
 # %% ../nbs/99_top/07_command.ipynb #fe042fbe
 FOLLOWED = {"binance": ("https://fapi.binance.com", "wss://fstream.binance.com")}
 
-
+# %% ../nbs/99_top/07_command.ipynb #54e7afd8
 def candle_source(
     candles:tuple[str, ...],   # files, exchanges or synthetic: one for all symbols, or one for each
     symbols:tuple[str, ...],

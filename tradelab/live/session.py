@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', 'StepFile', 'journal_lines', 'emergencies',
            'rebuild', 'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line', 'Forget',
-           'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of', 'told', 'clock_sample', 'is_kept',
-           'event_when_kept', 'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver', 'settings_of',
-           'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs',
-           'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of',
-           'join', 'other_standing', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'measured',
-           'hear', 'note', 'keep_standing', 'keep', 'look', 'refuse_stale', 'know', 'unkept', 'recorder_trouble',
-           'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running',
-           'Session']
+           'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of', 'pass_on', 'told', 'clock_sample',
+           'is_kept', 'event_when_kept', 'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver',
+           'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of',
+           'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status',
+           'hold', 'place_of', 'join', 'other_standing', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
+           'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'refuse_stale', 'know', 'unkept',
+           'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
+           'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/14_session.ipynb #98432f23
 import asyncio
@@ -177,7 +177,7 @@ def emergencies(ledger:Ledger|MemoryLedger, session:str)->list[list]:
     lines = [[row.time, NOTICES[row.kind][0], row.kind, row.text] for row in told.itertuples() if row.kind in NOTICES]
     return [line for line in lines if line[1] in ("error", "critical")]
 
-
+# %% ../../nbs/70_live/14_session.ipynb #cba737ec
 def rebuild(
     ledger:Ledger|MemoryLedger,
     session:str,
@@ -293,7 +293,7 @@ class Forget:
 
 Record = Forget | Intents | Revised | Moved | Entry | Step | First | Foreign | Paid | Done | Notice | Measured
 
-
+# %% ../../nbs/70_live/14_session.ipynb #10195d27
 def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
     "Keep a record in the ledger; returns the link of a step"
     match record:
@@ -319,7 +319,7 @@ def precedes(record:Record|Standing)->bool:
     "Whether something may be sent only when this is on the disk"
     return isinstance(record, Intents | Revised) or isinstance(record, Moved) and record.after.state is State.SENT
 
-
+# %% ../../nbs/70_live/14_session.ipynb #469b8134
 def needed(record:Record|Standing)->bool:
     "Whether a session that is resumed cannot do without"
     return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid | Done | Standing)
@@ -369,6 +369,13 @@ async def event_of(venue:Venue, action:Send|Amend|Cancel|Ask|Fetch)->Event:
         return Answered(action, Answer(Outcome.UNKNOWN, text=said))
 
 # %% ../../nbs/70_live/14_session.ipynb #efb4a7b1
+async def pass_on(question:Coroutine[Any, Any, Event|None], inbox:asyncio.Queue)->None:
+    "Put the event that something returns, or what it raises, into an inbox"
+    try: event = await question
+    except Exception as error: event = Failed(error)
+    if event is not None: inbox.put_nowait(event)
+
+
 async def told(request:Awaitable[None])->Event|None:
     "Tell the exchange something that it does not answer"
     try: await request
@@ -500,11 +507,7 @@ class Driver:
 
     def spawn(self, question:Coroutine[Any, Any, Event|None])->None:
         "Do something beside; what it returns is an event"
-        async def run():
-            try: event = await question
-            except Exception as error: event = Failed(error)
-            if event is not None: self._inbox.put_nowait(event)
-        task = asyncio.ensure_future(run())
+        task = asyncio.ensure_future(pass_on(question, self._inbox))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -567,7 +570,7 @@ def known_links(
         except (KeyError, TypeError, ValueError): pass
     return found
 
-
+# %% ../../nbs/70_live/14_session.ipynb #ecef216c
 def refuse_changed(ledger:Ledger|MemoryLedger, session:str, folder:Path)->None:
     "StartRefusedError if the ledger is not the one that the session wrote, as far as anything can tell"
     advice = "bring back the ledger that it traded with, or start a new session; nothing was changed"
@@ -604,7 +607,7 @@ def opening_of(kept:Kept|None)->Opening|None:
     known = kept.settings.get("opening") if kept else None
     return Opening(**known) if known else None
 
-
+# %% ../../nbs/70_live/14_session.ipynb #c8a1a5c8
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
                 words:str="", standing:Standing|None=None)->CoreInputs:
     "The same with all that the ledger knows of the orders and entries of a session"
@@ -613,7 +616,7 @@ def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, of
                       tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
                       kept.settings.get("deposit", 0.) if kept else 0., standing)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #b5c1b2c1
 def restore_books(core:Core, inputs:CoreInputs)->None:
     "What is known of the exchange's trades and rows, and of what is not ours"
     fills = [entry for _, entry in inputs.booked if isinstance(entry, Fill)]
@@ -631,7 +634,7 @@ def restore_books(core:Core, inputs:CoreInputs)->None:
         payment = funding_of(row)
         if payment: core.books.add(payment)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #03a71068
 def make_core(trader:Trader, inputs:CoreInputs)->Core:
     "The core of a session; the trader of one that is resumed is restored already"
     terms, step = inputs.terms, inputs.step
@@ -725,13 +728,13 @@ async def join(session:"Session", terms:Terms)->Lease:
     for text in await venue.set_up(trader.symbols, trader.limits.leverage): tell(session, Notice("account", text))
     return session.lease
 
-
+# %% ../../nbs/70_live/14_session.ipynb #f919cbef
 def other_standing(session:"Session", lease:Lease)->Standing|None:
     "Where another session of this strategy left it; None if this one was the last"
     standing = session.ledger.trading_states.find(lease.venue, lease.account, session.strategy)
     return None if standing is None or standing.session == session.id else standing
 
-
+# %% ../../nbs/70_live/14_session.ipynb #983d9dfc
 async def prepare(session:"Session", max_candles:int|None)->Core:
     "Connect, and make the core; of the session itself nothing is written"
     refuse_clock(session.trader)
@@ -769,7 +772,7 @@ def close_all(session:"Session", files:Files, state:str)->None:
     names = ("emergencies",) if files.whole else ("journal", "equity", "emergencies")
     quietly(session, partial(rebuild, session.ledger, session.id, session.folder, names))
 
-
+# %% ../../nbs/70_live/14_session.ipynb #22f2c584
 def open_files(session:"Session", opened:Open)->None:
     "The exchange was found in order: from here on the session leaves something"
     session.reserve = opened.reserve
@@ -787,7 +790,7 @@ def open_files(session:"Session", opened:Open)->None:
     if session.files.recorder.mended: tell(session, Notice("recording", session.files.recorder.mended))
     save_status(session, "running")
 
-
+# %% ../../nbs/70_live/14_session.ipynb #f80c4cac
 async def finish(session:"Session", state:str)->None:
     "Whatever happened, the files are closed and the state is written"
     try: await session.venue.close()
@@ -824,7 +827,7 @@ def measured(event:Event|Action, now:int)->list[Measured]:
         case PhaseChanged(_, after, reasons): return [BreakerEvent(now, "phase", after, ", ".join(reasons))]
     return []
 
-
+# %% ../../nbs/70_live/14_session.ipynb #068b6dca
 def hear(session:"Session", received:Received)->None:
     "Record what the core is about to be told; what comes before there is a file waits for it"
     session.stopwatch.heard(received.events)
@@ -858,7 +861,7 @@ def keep_standing(session:"Session", lease:Lease, standing:Standing)->None:
     if another and known.halted and not standing.halted: return
     states.keep(*place, standing)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #65cffcf5
 def keep(session:"Session", records:Sequence[Record|Standing])->None:
     """Keep records in one transaction, under the session's lease; called on the writer's thread. The recording is on
     the disk before the ledger says that a step is done"""
@@ -884,7 +887,7 @@ def look(session:"Session", lease:Lease)->None:
             session.hand(partial(session.venue.events.put_nowait, command))
         else: refuse_stale(session, lease, row)
 
-
+# %% ../../nbs/70_live/14_session.ipynb #98afd654
 def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
     "A person had another session before their eyes: what they asked for is not done to this one"
     text = (f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has "
@@ -966,7 +969,7 @@ async def drive(session:"Session", max_candles:int|None)->str:
     if end.error: raise end.error
     return end.state
 
-
+# %% ../../nbs/70_live/14_session.ipynb #f0fc8eab
 async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     "The same; whatever happens, it is told, and the files are closed"
     state = "failed"
