@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 BITCOIN, CANDLES, ARMED = "BTC/USDT:USDT", 40, 8
 MARKET = ar1(140, seed=3)
 WAITS = dict(ask_after=100, redial_after=300, quiet=100, pause=20, longest_pause=100, absent_after=200, first_delay=20,
-             clock_every=500)
+             clock_every=50)
 
 
 def trader():
@@ -94,9 +94,9 @@ OUTAGES = {
     "everything_away": {}, "reconnect_without_rest": {}, "gap_without_rest": {}, "silent_stream": SHORT,
     "lost_close": {}, "late_candle": {}, "stale_candle": {}, "partial_candle": {}, "duplicate_candle": {},
     "revised_close": {}, "close_1000": {}, "close_1001": {}, "close_1006": {}, "reset": {}, "day_is_over": {},
-    "listen_key_expired": {}, "listen_key_death": {}, "clock_off": {}, "clock_jump": SHORT, "symbol_suspended": {},
-    "html_with_200": {}, "account_is_empty_list": {}, "cut_json": {}, "lost_fill": {}, "twice_delivered": {},
-    "order_rest_away": {}, "too_many_requests": SHORT,
+    "listen_key_expired": {}, "listen_key_death": {}, "clock_off": {}, "clock_jump": {"lasts_ms": 150},
+    "symbol_suspended": {}, "html_with_200": {}, "account_is_empty_list": {}, "cut_json": {}, "lost_fill": {},
+    "twice_delivered": {}, "order_rest_away": {}, "too_many_requests": SHORT,
 }
 
 

@@ -268,7 +268,8 @@ def hear_both(core:Core)->Process:
     "Wait until both streams are open"
     until = core.now + start_limit(core)
     while missing := {"market", "user"} - set(core.streams):
-        if core.stopping or not (yield from news(core, until)):
+        if core.stopping: return # whatever else is asked goes over REST
+        if not (yield from news(core, until)):
             raise StartRefusedError(f"{core.terms.venue}: no answer on the {' and '.join(sorted(missing))} stream "
                                     f"within {start_limit(core) / 1_000:g} s: check its address")
 
