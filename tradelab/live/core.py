@@ -940,7 +940,7 @@ def reset_by_hand(core:Core, command:Command)->str:
     core.halted, core.guards.ends = False, None
     core.guards.miss()
     keep(core)
-    return f"reset: {core.trader.symbols[0]} and what else is traded may be opened again, drawdown counts from here"
+    return "reset: positions may be opened again, drawdown counts from here"
 
 
 def obey(core:Core)->Process:

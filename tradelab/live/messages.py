@@ -6,8 +6,8 @@
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
            'Step', 'First', 'Foreign', 'Paid', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Opening', 'Open',
            'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered', 'Fetched',
-           'Unanswered', 'Opened', 'Lost', 'ClockSample', 'Status', 'Mark', 'Command', 'LedgerState', 'Woken', 'Stop',
-           'Failed', 'Received']
+           'Unanswered', 'Opened', 'Lost', 'ClockSample', 'Status', 'Command', 'LedgerState', 'Woken', 'Stop', 'Failed',
+           'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -276,14 +276,6 @@ class Status:
     trades:bool
     text:str = ""       # the venue's own word
 
-
-@dataclass(frozen=True)
-class Mark:
-    "A mark price, where a venue tells it"
-    symbol:str
-    price:float         # quote per base
-    mark_time:int       # ms
-
 # %% ../../nbs/70_live/03_messages.ipynb #07ef30b0
 @dataclass(frozen=True)
 class Command:
@@ -320,7 +312,7 @@ class Failed:
 
 
 Event = (Candle | Fill | Funding | OrderReport | Notice | Answered | Fetched | Unanswered | Woken | Stop | Failed
-         | Opened | Lost | ClockSample | Status | Mark | Command | LedgerState | Quote | Depth | Trade | Timer | Series)
+         | Opened | Lost | ClockSample | Status | Command | LedgerState | Quote | Depth | Trade | Timer | Series)
 
 # %% ../../nbs/70_live/03_messages.ipynb #04213c83
 @dataclass(frozen=True)
