@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tradelab.errors import InvalidOrderError
 from tradelab.evaluation.difference import first_difference
-from tradelab.events import CLOSE, Candles, Fill
+from tradelab.events import CLOSE, Candles, Fill, Funding
 from tradelab.journal import JOURNAL
 from tradelab.live import start
 from tradelab.live.core import Terms
@@ -25,6 +25,7 @@ from tradelab.live.messages import (
     End,
     Fetch,
     Open,
+    Paid,
     Received,
     Send,
     StepDone,
@@ -38,7 +39,7 @@ from tradelab.live.order_states import State, orders_from_decision
 from tradelab.live.recorder import MemoryRecorder, RecordingError, encode, read
 from tradelab.live.replay import replay
 from tradelab.live.session import Kept, Session, answer_to, core_inputs, make_core, restore, write
-from tradelab.live.venue import OrderReport
+from tradelab.live.venue import OrderReport, funding_of
 from tradelab.market.synthetic import ar1, funding
 from tradelab.orders import GTC, IOC, LIMIT, MARKET, NONE, ORDER, OWN, STOP, TAKE_PROFIT, TRAILING, Kind, working_orders
 from tradelab.policies import Policy
@@ -274,6 +275,32 @@ def test_killed_between_any_two_actions_it_is_the_same_still(data):
     end = driver.run()
     assert end == End("stopped"), end
     compare(driver, seed, scarce)
+
+
+def test_a_payment_that_is_written_down_and_not_booked_is_booked_after_a_kill():
+    """The exchange's row is known then, and is looked at again: killed behind each such row, and at each action until
+    the next step"""
+    def payments(driver): return [entry for _, entry in driver.ledger.booked("s") if isinstance(entry, Funding)]
+
+    class Deaf(Driver): # no socket tells of a payment
+        def heard(self):
+            received = super().heard()
+            return replace(received, events=[each for each in received.events if not isinstance(each, Funding)])
+
+        def do(self, action):
+            super().do(action)
+            if isinstance(action, Write) and isinstance(action.record, Paid):
+                if any(funding_of(row) for row in action.record.rows): rows.append(self.done)
+    rows = []
+    whole = Deaf(0, False)
+    whole.run()
+    assert len(payments(whole)) > 1
+    for row in rows.copy():
+        for later in range(1, 4):
+            driver = Deaf(0, False, kills={row + later})
+            driver.run()
+            assert payments(driver) == payments(whole)
+    LOG.clear()
 
 
 @pytest.mark.parametrize("action, after", [(Send, True), (Amend, False), (Amend, True), (Cancel, False),
