@@ -231,23 +231,20 @@ def one_strategy(
     "The strategy that a word is about; ClickException that lists them if it is none, or not one"
     from tradelab.live.lease import is_halted, strategy_traded
     from tradelab.live.ledger import Standing, record_of
-    rows, halts = ledger.trading_states.all(), asked.name == "halt"
+    rows = ledger.trading_states.all()
     names = {name, strategy_traded(ledger, name)} if name else {row["strategy"] for row in rows}
     meant = [row for row in rows if row["strategy"] in names and asked.venue in ("", row["venue"])
              and asked.account in ("", row["account"])]
-    fit = [row for row in meant if is_halted(record_of(Standing, row)) != halts]
+    fit = [row for row in meant if is_halted(record_of(Standing, row)) == (asked.name == "reset")]
     if len(found := fit or meant) == 1: return found[0]
     if not meant:
-        known = ", ".join(sorted({row["strategy"] for row in rows})) or "none"
         raise click.ClickException(f"no session is running, and no strategy {f'{name} ' if name else ''}has traded: "
-                                   f"the ledger knows {known}")
-    if not fit: raise click.ClickException(f"there is nothing to {asked.name}: {'; '.join(map(_where, meant))}")
+                                   f"the ledger knows {', '.join(sorted({row['strategy'] for row in rows})) or 'none'}")
+    if not fit: raise click.ClickException(f"there is nothing to {asked.name}: " + "; ".join(
+        f"{row['strategy']} on {row['venue']}, account {row['account']} ({row['reason']})" for row in meant))
     raise click.ClickException(f"{len(fit)} strategies, say which: " + "; ".join(
         f"`tradelab {asked.name} {row['strategy']} --venue {shlex.quote(row['venue'])} --account "
         f"{shlex.quote(row['account'])}` ({row['reason']})" for row in fit))
-
-
-def _where(row): return "{strategy} on {venue}, account {account} ({reason})".format(**row)
 
 # %% ../nbs/99_top/07_command.ipynb #c0mmand3
 def say_word(
@@ -260,8 +257,7 @@ def say_word(
     with one_sentence():
         here = settings()
         running, ledger = running_sessions(here.sessions), Ledger(here.database)
-        offline = asked.name in ("halt", "reset") and (not running or name not in (None, *running))
-        if offline:
+        if asked.name in ("halt", "reset") and (not running or name not in (None, *running)):
             from tradelab.live.lease import tell_strategy
             row = one_strategy(ledger, asked, name)
             asked = replace(asked, **{key: row[key] for key in ("venue", "account", "strategy")})
@@ -276,7 +272,7 @@ def say_word(
                                    "looks")
     click.echo(f"{whose}: {answer}")
 
-
+# %% ../nbs/99_top/07_command.ipynb #b4ceaee4
 def add_word(name:str, words:str)->None:
     "A command that is told to a running session; two of them need none"
     @click.argument("session", required=False)
