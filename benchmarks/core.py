@@ -12,11 +12,12 @@ from tradelab.events import Fill
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN
 from tradelab.live.bookkeeper import Bookkeeper, Feed
-from tradelab.live.core import Core, Terms, live
+from tradelab.live.core import Core, Terms
 from tradelab.live.messages import Answered, Fetch, Fetched, Received, Send, StepDone
 from tradelab.live.order_manager import Blotter, OrderManager
 from tradelab.live.order_states import State
 from tradelab.live.recorder import Recorder
+from tradelab.live.steps import live
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1

@@ -4,7 +4,7 @@ import asyncio
 import pytest
 from test_live import BITCOIN, journal, localnet, run, session, venue
 
-from tradelab.live.emergency import is_emergency
+from tradelab.live.guards import is_emergency
 from tradelab.live.ledger import Ledger
 from tradelab.live.messages import Command
 from tradelab.live.venue import UNITS, units

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'run', 'session_of',
-           'JobCommand', 'add_job', 'running_sessions', 'one_running', 'stop', 'answer_of', 'add_word', 'serve',
-           'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table', 'ask_first',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
+           'JobCommand', 'add_job', 'running_sessions', 'one_running', 'stop', 'answer_of', 'one_strategy', 'say_word',
+           'add_word', 'serve', 'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table',
+           'ask_first', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
+           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
+           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,25 +222,71 @@ def answer_of(
         if row["answered"] or time.monotonic() > until: return row["answer"]
         time.sleep(.1)
 
+# %% ../nbs/99_top/07_command.ipynb #de7c7980
+def one_strategy(
+    ledger:Any,     # Ledger
+    asked:Any,      # Asked: halt or reset; its venue and account where they are given
+    name:str|None,  # of the strategy, or of a session of it; None: the only one that the word changes
+)->dict:            # where it stands, with venue, account and strategy
+    "The strategy that a word is about; ClickException that lists them if it is none, or not one"
+    from tradelab.live.lease import is_halted, strategy_traded
+    from tradelab.live.ledger import Standing, record_of
+    rows = ledger.trading_states.all()
+    names = {name, strategy_traded(ledger, name)} if name else {row["strategy"] for row in rows}
+    meant = [row for row in rows if row["strategy"] in names and asked.venue in ("", row["venue"])
+             and asked.account in ("", row["account"])]
+    fit = [row for row in meant if is_halted(record_of(Standing, row)) == (asked.name == "reset")]
+    if len(found := fit or meant) == 1: return found[0]
+    if not meant:
+        raise click.ClickException(f"no session is running, and no strategy {f'{name} ' if name else ''}has traded: "
+                                   f"the ledger knows {', '.join(sorted({row['strategy'] for row in rows})) or 'none'}")
+    if not fit: raise click.ClickException(f"there is nothing to {asked.name}: " + "; ".join(
+        f"{row['strategy']} on {row['venue']}, account {row['account']} ({row['reason']})" for row in meant))
+    raise click.ClickException(f"{len(fit)} strategies, say which: " + "; ".join(
+        f"`tradelab {asked.name} {row['strategy']} --venue {shlex.quote(row['venue'])} --account "
+        f"{shlex.quote(row['account'])}` ({row['reason']})" for row in fit))
+
 # %% ../nbs/99_top/07_command.ipynb #c0mmand3
+def say_word(
+    asked:Any,         # Asked, without the one that it is for
+    name:str|None,     # of a session, or of a strategy
+)->None:
+    "Tell a running session something, or change a strategy that no session trades with, and print the answer"
+    from tradelab.config import settings
+    from tradelab.live.ledger import Ledger, clock
+    with one_sentence():
+        here = settings()
+        running, ledger = running_sessions(here.sessions), Ledger(here.database)
+        if asked.name in ("halt", "reset") and (not running or name not in (None, *running)):
+            from tradelab.live.lease import tell_strategy
+            row = one_strategy(ledger, asked, name)
+            asked = replace(asked, **{key: row[key] for key in ("venue", "account", "strategy")})
+            whose, number = f"{asked.strategy} on {asked.venue}", tell_strategy(ledger, asked, clock())
+        else:
+            whose = one_running(name, here.sessions)
+            number = ledger.commands.ask(replace(asked, session=whose))
+    answer = answer_of(ledger, number, here.stop_grace)
+    if answer.startswith("refused"): raise click.ClickException(f"{whose}: {answer}")
+    if not answer:
+        raise click.ClickException(f"{whose} has not answered within {here.stop_grace:g} s: it will be told when it "
+                                   "looks")
+    click.echo(f"{whose}: {answer}")
+
+# %% ../nbs/99_top/07_command.ipynb #b4ceaee4
 def add_word(name:str, words:str)->None:
-    "A command that is told to a running session"
-    @main.command(name=name, help=words)
+    "A command that is told to a running session; two of them need none"
     @click.argument("session", required=False)
     @click.option("--symbol", default="", help="Only this one  [default: all of the session]")
     @click.option("--reason", required=True, help="Why; it is kept with the command.")
-    def ask(session, symbol, reason):
-        from tradelab.config import settings
-        from tradelab.live.ledger import Asked, Ledger
-        with one_sentence():
-            here = settings()
-            session, ledger = one_running(session, here.sessions), Ledger(here.database)
-            number = ledger.commands.ask(Asked(name, reason, getpass.getuser(), session=session, symbol=symbol))
-        answer = answer_of(ledger, number, here.stop_grace)
-        if not answer:
-            raise click.ClickException(f"{session} has not answered within {here.stop_grace:g} s: it will be told when "
-                                       "it looks")
-        click.echo(f"{session}: {answer}")
+    def ask(session, symbol, reason, venue="", account=""):
+        from tradelab.live.ledger import Asked
+        say_word(Asked(name, reason, getpass.getuser(), venue, account, symbol=symbol), session)
+
+    command = main.command(name=name, help=words)(ask)
+    if name not in ("halt", "reset"): return
+    command.help = f"{words} SESSION may also be a strategy that no session trades with now."
+    command.params += [click.Option(["--venue"], default="", help="Where several have it: of this one."),
+                       click.Option(["--account"], default="", help="The same, by the venue's name for it.")]
 
 
 for _name, _words in _WORDS.items(): add_word(_name, _words)

@@ -525,6 +525,10 @@ class TradingStates:
 
     def __init__(self, rows:Rows): self._rows = rows
 
+    def all(self)->list[dict]:
+        "Every one, with its venue, account and strategy"
+        return self._rows.find()
+
     def find(self, venue:str, account:str, strategy:str)->Standing|None:
         "None if it has never traded there"
         found = self._rows.find(venue=venue, account=account, strategy=strategy)
