@@ -15,7 +15,7 @@ from tradelab.live import lease as leases
 from tradelab.live.ledger import MemoryLedger
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.venue import Outcome
-from tradelab.venues import binance
+from tradelab.venues import refusals
 
 TIMEOUT = {"at": "request", "method": "POST", "path": "v1/order", "status": 408, "code": -1007, "msg": "Timeout.",
            "times": 3}
@@ -46,9 +46,9 @@ def intent_first():
 def unknown():
     "What is not proven to be refused counts as refused, and is sent again"
     def refused(*arguments): return outcome if (outcome := proven(*arguments)) is not Outcome.UNKNOWN else Outcome.LATER
-    proven = binance.outcome
+    proven = refusals.outcome
     def found():
-        with patch.object(binance, "outcome", refused):
+        with patch.object(refusals, "outcome", refused):
             return wrong_in(met(UNHEARD)[0])
     return found
 
