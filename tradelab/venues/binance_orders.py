@@ -150,12 +150,12 @@ async def of_child(
     children:Children,   # learn its number
 )->Answer:
     "What is answered about the order that a conditional one became; before that, the same answer"
-    number = answer.report.exchange_id if answer.report else ALGO
-    if number.startswith(ALGO): return answer
-    children.learn(number, order.order_id)
-    child = await about(request({"symbol": market["id"], "orderId": number}))
+    known = answer.report
+    if not known or known.exchange_id.startswith(ALGO): return answer
+    children.learn(known.exchange_id, order.order_id)
+    child = await about(request({"symbol": market["id"], "orderId": known.exchange_id}))
     if not child.report: return child
-    return replace(child, report=replace(child.report, order_id=order.order_id, kind=answer.report.kind))
+    return replace(child, report=replace(child.report, order_id=order.order_id, kind=known.kind))
 
 # %% ../../nbs/75_venues/06_binance_orders.ipynb #b7a6148b
 class BinanceOrders:
