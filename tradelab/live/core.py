@@ -261,6 +261,7 @@ def tended(core:"Core")->Iterator[int|None]:
     "The times at which something is due by the clock"
     if core.feed is None: return
     watch = core.watch
+    if "banned" in core.guards.reasons: yield watch.retry_at
     yield from (watch.sample_at or None, watch.fresh.next, *(each.next for each in watch.silence.values()))
     known = {reason_of("stale", symbol) for symbol in core.feed.missing} & core.guards.reasons
     if not known: yield watch.fresh.stale_at
@@ -286,6 +287,7 @@ def tend(core:"Core")->None:
         raise FeedError(f"{terms.venue} has answered no question since {format_time(watch.silent_since)}: the session "
                         "ends, positions and resting orders stay as they are; resume it when the exchange is back")
     if core.feed is None: return
+    if "banned" in core.guards.reasons and core.now >= watch.retry_at: set_reason(core, "banned", False)
     for name, silence in watch.silence.items():
         if silence.redial(core.now): core.do(Redial(name))
     if core.now >= watch.sample_at:
