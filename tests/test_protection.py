@@ -3,7 +3,6 @@ found again by a session that was killed"""
 import asyncio
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from pydantic import SecretStr
 
@@ -12,7 +11,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.live.ledger import Ledger
-from tradelab.live.order_states import STOPS, protects
+from tradelab.live.order_states import protects
 from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
