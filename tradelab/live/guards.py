@@ -6,7 +6,7 @@
 __all__ = ['EMERGENCY', 'BY_PHASE', 'BY_CONDITION', 'ALLOWED', 'REASONS', 'LONGEST_DEADLINE', 'NEVER', 'UNUSED', 'KNOWN_HOLES',
            'REMEMBERED', 'Phase', 'Condition', 'Deed', 'deed_of', 'is_emergency', 'allowed_table', 'reason_of',
            'Guards', 'decision_deadline', 'decided_at', 'stale_time', 'due_time', 'Freshness', 'Silence', 'Heard',
-           'flagged', 'CandleGuard', 'impossible', 'clock_is_off']
+           'flagged', 'same', 'CandleGuard', 'impossible', 'clock_is_off']
 
 # %% ../../nbs/70_live/10_guards.ipynb #34d765ac
 from collections.abc import Iterable, Sequence
@@ -289,6 +289,11 @@ def flagged(symbol:str, open_time:int, verdict:Verdict)->Notice|None:
 REMEMBERED = 4 # candles of a symbol that a later version is compared with
 
 
+def same(one:Sequence[float], other:Sequence[float])->bool:
+    "Whether two versions of a candle agree; what neither tells is no difference"
+    return all(a == b or a != a and b != b for a, b in zip(one, other))
+
+
 class CandleGuard:
     "Judges the candles of a session as they come"
 
@@ -316,7 +321,7 @@ class CandleGuard:
         "What to do about a candle, and what to tell"
         known = self.seen[symbol].get(open_time)
         old = last is not None and open_time <= last
-        if known == values or known is None and old: return UNUSED
+        if old if known is None else same(known, values): return UNUSED
         if known is not None: return self._again(symbol, open_time, values, old)
         return self._first(symbol, open_time, values, received_time)
 

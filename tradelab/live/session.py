@@ -41,7 +41,7 @@ from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
 from .core import Core, Terms, mark_foreign
-from .lease import acquire, release, this_process
+from .lease import acquire, release, strategy_of, this_process
 from tradelab.live.ledger import (
     Asked,
     Balance,
@@ -116,7 +116,6 @@ from tradelab.live.start import (
     refuse_style,
     standing_of,
     start_and_live,
-    strategy_of,
 )
 from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError, funding_of
 from ..lock import Lock
@@ -750,6 +749,8 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
+    if kept: session.strategy = kept.settings.get("strategy", session.strategy)
+    session.settings["strategy"] = session.strategy
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)
