@@ -45,8 +45,11 @@ from tradelab.risk.execution import OrderGate
 from tradelab.settings import NO_STOPS, CostModel, Execution, Limits
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
-from tradelab.venues import binance
-from tradelab.venues.binance import Allowance, BinanceVenue, error_code
+from tradelab.venues import binance_market
+from tradelab.venues.binance import BinanceVenue
+from tradelab.venues.binance_client import RECEIVE_WINDOW
+from tradelab.venues.pacing import Allowance, check_allowed
+from tradelab.venues.refusals import OUR_CLOCK, Reply, error_code
 
 SYMBOLS = "BTC/USDT:USDT", "ETH/USDT:USDT"
 KEY, SECRET = "simulated-key", "simulated-secret"
@@ -295,15 +298,15 @@ class Client:
     async def fetch(self, method, path, parameters, private):
         "As the adapter's own client does it"
         url = f"/fapi/{path}?{urlencode(parameters)}"
-        self.allowance.check(method, url, "", self.nonce())
+        check_allowed(self.allowance, method, url, "", self.nonce())
         try: return await self.request(method, path, parameters, private)
         except Exception as error:
-            if error_code(error) == binance.OUR_CLOCK:
+            if error_code(error) == OUR_CLOCK:
                 with contextlib.suppress(OSError, RuntimeError): await self.load_time_difference()
             raise
 
     async def request(self, method, path, parameters, private):
-        if private: parameters = parameters | {"timestamp": self.nonce(), "recvWindow": binance.RECEIVE_WINDOW}
+        if private: parameters = parameters | {"timestamp": self.nonce(), "recvWindow": RECEIVE_WINDOW}
         query = urlencode(parameters)
         if private: query += f"&signature={signature(SECRET, query)}"
         reply = await self.process.send(method, path, query)
@@ -316,7 +319,7 @@ class Client:
         code = content.get("code", 200) if isinstance(content, dict) else 200
         if reply.status < 400 and code in (0, 200, "200"): return content
         error = RuntimeError(f"binanceusdm {reply.status}")
-        error.reply = binance.Reply(reply.status, reply.headers, body or json.dumps(content))
+        error.reply = Reply(reply.status, reply.headers, body or json.dumps(content))
         raise error
 
     async def load_time_difference(self):
@@ -563,7 +566,8 @@ class Process:
         settings = VenueSettings("simulated", "a simulation", "http://simulated", "ws://simulated", SecretStr(KEY),
                                  SecretStr(SECRET))
         self.client = Client(self)
-        with patch.object(binance, "exchange_for", lambda *arguments: self.client): venue = BinanceVenue(settings)
+        with patch.object(binance_market, "exchange_for", lambda *arguments: self.client):
+            venue = BinanceVenue(settings)
         given = {"resume": self.name} if self.resume else {"id": self.name}
         self.session = Session(self.make_trader(), venue, _Doors(self, self.ledger), Path("/nowhere"), **given,
                                timeframe=self.world.timeframe, say=self.said.append, **self.options)

@@ -16,7 +16,7 @@ NOTEBOOKS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb
 JOBS = [path for path in NOTEBOOKS if path.parent.name == "nbs" and path.stem != "index"]
 MODULES = [path for path in sorted((ROOT / "tradelab").rglob("*.py")) if path.name not in ("__init__.py", "_modidx.py")]
 OWNERS = {  # a library lives in one named place
-    "ccxt": {"tradelab.sources.exchange", "tradelab.venues.binance"}, "yfinance": {"tradelab.sources.yahoo"},
+    "ccxt": {"tradelab.sources.exchange", "tradelab.venues.binance_client"}, "yfinance": {"tradelab.sources.yahoo"},
     "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
     "sqlalchemy": {"tradelab.live.ledger"},

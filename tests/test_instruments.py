@@ -28,7 +28,8 @@ from tradelab.sim.prepared import prepare
 from tradelab.sim.stress import stress
 from tradelab.sim.sweep import sweep
 from tradelab.sources.history import history
-from tradelab.venues.binance import format_quantity, instrument_of
+from tradelab.venues.binance_market import instrument_of
+from tradelab.venues.binance_orders import format_quantity
 
 HOUR, COSTS = 3_600_000, CostModel()
 NAMES = ("XRP/USDT:USDT", "1000PEPE/USDT:USDT", "BTC/USDT:USDT", "BTC/USDC:USDC", "1000000MOG/USDC:USDC", UNNAMED)

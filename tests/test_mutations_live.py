@@ -10,12 +10,12 @@ import pytest
 from simulated import Process, simulate, trader
 from test_simulation_live import SHAPES, met, reference, wrong_in
 
-from tradelab.live import bookkeeper, core, session
+from tradelab.live import agreement, bookkeeper, session
 from tradelab.live import lease as leases
 from tradelab.live.ledger import MemoryLedger
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.venue import Outcome
-from tradelab.venues import binance
+from tradelab.venues import refusals
 
 TIMEOUT = {"at": "request", "method": "POST", "path": "v1/order", "status": 408, "code": -1007, "msg": "Timeout.",
            "times": 3}
@@ -46,9 +46,9 @@ def intent_first():
 def unknown():
     "What is not proven to be refused counts as refused, and is sent again"
     def refused(*arguments): return outcome if (outcome := proven(*arguments)) is not Outcome.UNKNOWN else Outcome.LATER
-    proven = binance.outcome
+    proven = refusals.outcome
     def found():
-        with patch.object(binance, "outcome", refused):
+        with patch.object(refusals, "outcome", refused):
             return wrong_in(met(UNHEARD)[0])
     return found
 
@@ -58,9 +58,9 @@ def second_question():
     def end_round(manager, name, found, now):
         manager.searches[name].first = -10**15
         return rounds(manager, name, found, now)
-    rounds = core.end_round
+    rounds = agreement.end_round
     def found():
-        with patch.object(core, "end_round", end_round):
+        with patch.object(agreement, "end_round", end_round):
             return absent_and_there(met(MATCHED_VERY_LATE, timeframe="15m")[0])
     return found
 

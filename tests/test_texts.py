@@ -49,7 +49,7 @@ from tradelab.sim.sweep import Sweep
 from tradelab.sources.tables import UnreachableError
 from tradelab.sources.universe import Universe, check_listings
 from tradelab.texts import cell_text, figure_text, one_line, printable
-from tradelab.venues.binance import error_text
+from tradelab.venues.refusals import error_text
 
 matplotlib.use("Agg")
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(1)> $x_$ \x1b[2J =1+1'

@@ -19,15 +19,14 @@ from tradelab.localnet.server import Localnet
 from tradelab.market.synthetic import ar1
 from tradelab.notices import Notice
 from tradelab.orders import Kind, Order, TimeInForce
-from tradelab.venues.binance import (
+from tradelab.venues.binance import BinanceVenue
+from tradelab.venues.binance_messages import Children, normalise
+from tradelab.venues.binance_orders import (
     CONDITIONAL,
-    BinanceVenue,
-    Children,
     amend_request,
     answer_of,
     format_price,
     format_quantity,
-    normalise,
     order_request,
 )
 
