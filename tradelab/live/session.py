@@ -217,7 +217,7 @@ class Statistics:
     late_fills:int = 0        # told after the candle in which they happened was decided on
     rejected:int = 0
     disagreements:int = 0     # with the exchange's account
-    withheld:int = 0          # entries that could not be sent in time, and were dropped
+    withheld:int = 0          # orders that could not be sent in time, and were dropped
     quality_score:float = 1.  # the share of live candles that nothing was wrong with
     fees:float = 0.           # quote, paid
     funding:float = 0.        # quote, received
@@ -256,12 +256,11 @@ def count(statistics:Statistics, action:Action)->None:
         case Write(Entry(Funding() as paid)): statistics.funding += paid.amount
         case Tell(Notice("rejected")): statistics.rejected += 1
         case Tell(Notice("disagreement")): statistics.disagreements += 1
-        case Tell(Notice("withheld")): statistics.withheld += 1
-        case StepDone(_, late, _, equity, drawdown, quality_score):
+        case StepDone(_, late, _, equity, drawdown, quality_score, withheld):
             statistics.candles += 1
             statistics.late += late
             statistics.equity, statistics.drawdown = equity, drawdown
-            statistics.quality_score = quality_score
+            statistics.quality_score, statistics.withheld = quality_score, withheld
 
 # %% ../../nbs/70_live/19_session.ipynb #cd253a6a
 QUIET = 60. # seconds after which a candle without an order is worth a line, too
