@@ -33,6 +33,7 @@ from tradelab.live.core import (
     withhold,
 )
 from .guards import Condition, Phase
+from .ladder import alarm
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
@@ -129,6 +130,7 @@ def require_halt(core:Core, reason:str)->None:
     core.trader.on(StateChange(TradingState.HALT, reason, core.now))
     core.guards.ends = Phase.HALTED
     core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
+    alarm(core, reason)
 
 
 def halt_if_liquidated(core:Core)->None:

@@ -162,6 +162,7 @@ class Known:
         self.commands: list[Command] = []       # of a person, not carried out yet
         self.flattened: int|None = None         # open time of the candle at which it was flattened last
         self.emergency = ""                     # why everything has to be closed; empty: it has not
+        self.closing: set[str] = set()          # symbols whose positions are being closed
         self.candles = 0                        # steps done
         self.waits: int|None = None             # for the candle after this one, and has said so
         # row and column of what features look at in candles

@@ -21,7 +21,9 @@ from ..instruments import Instrument
 from .agreement import history_questions, reconcile
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
+from .emergency import to_flatten
 from .guards import clock_is_off
+from .ladder import alarm
 from .lease import is_halted
 from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
@@ -34,7 +36,7 @@ from tradelab.live.reconcile import (
     check_explained,
     reserve_of,
 )
-from .steps import go_on, live, look_ahead
+from .steps import go_on, live, look_ahead, under_watch
 from .venue import AccountSnapshot, OrderReport, units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
@@ -336,6 +338,8 @@ def start(
                 f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
+    if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
+        alarm(core, "it was halted before everything was closed")
     yield from hear_both(core)
     yield from see_history(core, kept)
     yield from reconcile(core)
@@ -345,5 +349,5 @@ def start(
 
 def start_and_live(core:Core, kept:dict|None=None, words:str="", standing:Standing|None=None)->Process:
     "The whole of a session"
-    yield from start(core, kept, words, standing)
-    yield from live(core)
+    yield from under_watch(core, start(core, kept, words, standing))
+    yield from under_watch(core, live(core))
