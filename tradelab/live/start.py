@@ -23,6 +23,7 @@ from .agreement import catch_up, history_questions
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
 from .guards import clock_is_off
+from .lease import is_halted
 from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_manager import ATTEMPTS
@@ -187,11 +188,13 @@ def standing_of(
     account:np.ndarray,  # ACCOUNT, (1,)
     session:str,
     now:int,             # ms
+    ladder:str="",       # its causes
 )->Standing:
     "Where an account is on the ladder"
     row = account[0]
     reason = f"{TradingState(row['trading_state']).name}, drawdown {row['drawdown']:.2%}"
-    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session)
+    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session,
+                    ladder=ladder)
 
 
 def go_on_from(
@@ -210,7 +213,7 @@ def go_on_from(
 def say_standing(standing:Standing, venue:str)->Notice:
     "What a person should know of where a session begins"
     text = f"this strategy goes on at {venue} where session {standing.session or 'nobody'} left it: {standing.reason}"
-    if standing.halted or standing.required_state == TradingState.HALT:
+    if is_halted(standing):
         return Notice("halt", f"{text}; nothing is opened until a person resets it")
     return Notice("standing", text)
 
