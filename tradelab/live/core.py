@@ -158,12 +158,13 @@ class Known:
         self.rows_asked: int|None = None        # ms, when that was done together with the newest rows of its books
         self.commands: list[Command] = []       # of a person, not carried out yet
         self.flattened: int|None = None         # open time of the candle at which it was flattened last
+        self.emergency = ""                     # why everything has to be closed; empty: it has not
+        self.closing: set[str] = set()          # symbols whose positions are being closed
         self.candles = 0                        # steps done
         self.waits: int|None = None             # for the candle after this one, and has said so
         # row and column of what features look at in candles
         self.needs = sorted(need for need in trader.observation.needs if need[0] < len(trader.seen))
         self.ladder = Ladder()                  # which causes restrict trading
-        self.emergency = ""                     # why everything is to be closed; empty: it is not
         self.marks: dict[str, Mark] = {}        # the newest of each symbol
         self.stopping = False
         self.now = 0                            # ms, of what was received last
@@ -284,6 +285,7 @@ def tended(core:"Core")->Iterator[int|None]:
     "The times at which something is due by the clock"
     if core.feed is None: return
     watch = core.watch
+    if "banned" in core.guards.reasons: yield watch.retry_at
     yield from (watch.sample_at or None, watch.fresh.next, *(each.next for each in watch.silence.values()))
     known = {reason_of("stale", symbol) for symbol in core.feed.missing} & core.guards.reasons
     if not known: yield watch.fresh.stale_at
@@ -310,6 +312,7 @@ def tend(core:"Core")->None:
         raise FeedError(f"{terms.venue} has answered no question since {format_time(watch.silent_since)}: the session "
                         "ends, positions and resting orders stay as they are; resume it when the exchange is back")
     if core.feed is None: return
+    if "banned" in core.guards.reasons and core.now >= watch.retry_at: set_reason(core, "banned", False)
     for name, silence in watch.silence.items():
         if silence.redial(core.now): core.do(Redial(name))
     if core.now >= watch.sample_at:

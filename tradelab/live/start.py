@@ -22,7 +22,9 @@ from ..instruments import Instrument
 from .agreement import catch_up, history_questions
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
+from .emergency import to_flatten
 from .guards import clock_is_off
+from .ladder import alarm
 from .lease import is_halted
 from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
@@ -37,7 +39,7 @@ from tradelab.live.reconcile import (
     compare_accounts,
     reserve_of,
 )
-from .steps import go_on, live, look_ahead
+from .steps import go_on, live, look_ahead, under_watch
 from .venue import AccountSnapshot, OrderReport, units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
@@ -363,6 +365,8 @@ def start(
                 f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
+    if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
+        alarm(core, "it was halted before everything was closed")
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
@@ -373,5 +377,5 @@ def start(
 
 def start_and_live(core:Core, kept:dict|None=None, words:str="", standing:Standing|None=None)->Process:
     "The whole of a session"
-    yield from start(core, kept, words, standing)
-    yield from live(core)
+    yield from under_watch(core, start(core, kept, words, standing))
+    yield from under_watch(core, live(core))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
+           'tell_of_resting', 'wait', 'close_books', 'look_up', 'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ from tradelab.live.agreement import (
     tell_of_orders,
 )
 from .bookkeeper import market_questions, with_funding_and_index
-from .commands import obey
+from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, sleep
-from .emergency import flatten_all, to_flatten
+from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
 from .ladder import trip
 from .messages import Decided, StepDone, Tell, Waits
@@ -135,6 +135,10 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if known is None: return
     core.deadline = deadline_of(core, open_time, arrived)
     orders = decide(core, open_time, known, late)
+    if core.trader.account["trading_state"][0] == TradingState.HALT:
+        core.manager.dropped += orders # `live.emergency` closes what is held
+        orders = []
+        if core.emergency: yield arrived
     if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
@@ -199,12 +203,23 @@ def look_up(core:Core)->Process:
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
 
+def under_watch(core:Core, process:Process)->Process:
+    "Go on with a process; an emergency and what a person wants at once go before it, wherever it is"
+    while True:
+        if core.feed and any(command.name in URGENT for command in core.commands): yield from obey(core, *URGENT)
+        if core.emergency: yield from emergency(core)
+        try: due = next(process)
+        except StopIteration: break
+        if not core.emergency: yield due
+    if core.emergency: yield from emergency(core)
+
+
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:
         yield from obey(core)
         if core.foreign.suspects: yield from look_up(core)
-        if not_allowed := to_flatten(core): yield from flatten_all(core, not_allowed)
+        if not_allowed := to_flatten(core): yield from obey_state(core, not_allowed)
         if book(core): keep(core)
         if may_reconcile(core):
             yield from reconcile(core)
