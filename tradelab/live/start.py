@@ -30,6 +30,7 @@ from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_manager import ATTEMPTS
 from .order_states import client_order_id
+from .protection import PROTECTIVE, Protector
 from tradelab.live.reconcile import (
     PREFIX,
     StartRefusedError,
@@ -120,9 +121,10 @@ def refuse_style(
 )->None:
     "Refuse an execution style that the venue cannot carry out"
     style = trader.execution
-    if style.protect:
-        raise StartRefusedError("execution.protect is simulated only: a live session watches its stops at each close, "
-                                "none rests at the exchange; say protect = false, and test it so")
+    missing = [kind.name for kind in dict.fromkeys(PROTECTIVE) if kind not in kinds] if style.protect else []
+    if missing:
+        raise StartRefusedError(f"execution.protect is true, and this venue takes no {' and no '.join(missing)} "
+                                "orders: say protect = false, and the stops are watched at each close")
     if style.style == "post_only" and Kind.LIMIT not in kinds:
         raise StartRefusedError("execution.style is post_only, and this venue takes no LIMIT orders: choose market or "
                                 "slices")
@@ -372,6 +374,7 @@ def start(
     yield from see_history(core, kept)
     for silence in core.watch.silence.values(): silence.heard()
     core.guards.asked(core.guards.troubles)
+    core.protector = Protector()
     if kept and core.manager.beside: yield from go_on(core)
 
 
