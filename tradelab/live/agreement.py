@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'require_halt', 'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree',
-           'ask_suspended', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
-           'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet', 'compared',
+           'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
+           'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going',
+           'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..account import decimal8, wallet
 from ..errors import FeedError
-from ..events import Fill, StateChange, TradingState
+from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
     Core,
@@ -33,8 +33,8 @@ from tradelab.live.core import (
     take_state,
     withhold,
 )
-from .guards import Condition, Phase
-from .ladder import alarm
+from .guards import Condition
+from .ladder import trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import is_decided
@@ -127,20 +127,11 @@ def look_for(core:Core)->Process:
         if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #8cf88822
-def require_halt(core:Core, reason:str)->None:
-    "Nothing is opened any more until a person says otherwise"
-    if core.trader.account["required_state"][0] == TradingState.HALT: return
-    core.trader.on(StateChange(TradingState.HALT, reason, core.now))
-    core.guards.ends = Phase.HALTED
-    core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
-    alarm(core, reason)
-
-
 def halt_if_liquidated(core:Core)->None:
     "Whoever was liquidated trades no more, as long as nobody has said what it was"
     for fill in core.foreign.waits.values():
         if forced(fill.order_id) == "liquidation":
-            require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+            trip(core, "liquidation", f"{fill.symbol}: the exchange has liquidated the position")
 
 
 def take_trade(core:Core, fill:Fill)->None:

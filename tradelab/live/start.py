@@ -184,11 +184,13 @@ def standing_of(
     account:np.ndarray,  # ACCOUNT, (1,)
     session:str,
     now:int,             # ms
+    ladder:str="",       # its causes
 )->Standing:
     "Where an account is on the ladder"
     row = account[0]
     reason = f"{TradingState(row['trading_state']).name}, drawdown {row['drawdown']:.2%}"
-    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session)
+    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session,
+                    ladder=ladder)
 
 
 def go_on_from(

@@ -37,7 +37,7 @@ from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, sleep
 from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
-from .ladder import alarm
+from .ladder import trip
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
 from .order_states import State, orders_from_decision, protects
@@ -78,14 +78,9 @@ def look_ahead(core:Core)->Process:
 def watch_halt(core:Core)->None:
     "Tell of a halt, once"
     account = core.trader.account[0]
-    halted = bool(account["halted"])
-    if halted and not core.halted:
-        core.do(Tell(Notice("halt", f"drawdown {account['drawdown']:.2%} has reached the limit "
-                            f"{core.trader.limits.max_drawdown:.2%}: everything is closed and stays closed until a "
-                            "person resets it")))
-        alarm(core, f"drawdown {account['drawdown']:.2%}")
-    core.halted = halted
-    if halted: core.guards.ends = Phase.HALTED
+    if account["halted"]:
+        trip(core, "max_drawdown", f"drawdown {account['drawdown']:.2%} has reached the limit "
+                                   f"{core.trader.limits.max_drawdown:.2%}")
 
 # %% ../../nbs/70_live/17_steps.ipynb #90bf190f
 def drop(core:Core, orders:Sequence[Order])->None:
