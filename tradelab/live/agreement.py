@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'require_halt', 'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
-           'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going',
-           'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet', 'compared',
+           'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended', 'go_on_behind',
+           'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going', 'settle', 'with_offset',
+           'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..account import decimal8, wallet
 from ..errors import FeedError
-from ..events import Fill, StateChange, TradingState
+from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
     Core,
@@ -28,13 +28,15 @@ from tradelab.live.core import (
     mark_foreign,
     news,
     sleep,
+    take_ours,
     take_state,
     withhold,
 )
-from .guards import Condition, Phase
-from .ladder import alarm
+from .guards import Condition
+from .ladder import trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
+from .order_states import is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
 from ..notices import Notice
@@ -53,11 +55,11 @@ def tell_of_orders(core:Core)->None:
     manager, blotter = core.manager, core.manager.blotter
     for name, report in blotter.news.items() if manager.beside else ():
         intent = blotter.known[name]
-        if blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
+        if not is_decided(intent.order) or blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
         row = row_of(core, intent.order)
         update = update_of(intent, row, report, core.now)
         if update and (row["kind"] != NONE or update.kind is Kind.NONE): core.trader.on(update)
-    for order in manager.dropped if manager.beside else ():
+    for order in filter(is_decided, manager.dropped) if manager.beside else ():
         row = row_of(core, order)
         if row["revision"] == order.revision: core.trader.on(ended(order, row, core.now))
     blotter.news.clear()
@@ -67,6 +69,7 @@ def tell_of_orders(core:Core)->None:
 def tell_of_cancelled(core:Core)->None:
     "At its next decision the trader is shown what it has cancelled and what still works: its end is not known"
     for intent in core.manager.blotter.open.values() if core.manager.beside else ():
+        if not is_decided(intent.order): continue
         row = row_of(core, intent.order)
         update = update_of(intent, row, None, core.now) if intent.works and row["kind"] == NONE else None
         if update: core.trader.on(update)
@@ -123,20 +126,11 @@ def look_for(core:Core)->Process:
         if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #8cf88822
-def require_halt(core:Core, reason:str)->None:
-    "Nothing is opened any more until a person says otherwise"
-    if core.trader.account["required_state"][0] == TradingState.HALT: return
-    core.trader.on(StateChange(TradingState.HALT, reason, core.now))
-    core.guards.ends = Phase.HALTED
-    core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
-    alarm(core, reason)
-
-
 def halt_if_liquidated(core:Core)->None:
     "Whoever was liquidated trades no more, as long as nobody has said what it was"
     for fill in core.foreign.waits.values():
         if forced(fill.order_id) == "liquidation":
-            require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+            trip(core, "liquidation", f"{fill.symbol}: the exchange has liquidated the position")
 
 
 def take_trade(core:Core, fill:Fill)->None:
@@ -145,7 +139,7 @@ def take_trade(core:Core, fill:Fill)->None:
     if fill.order_id in core.manager.blotter.known:
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return core.books.add(fill)
+        return take_ours(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)
@@ -385,7 +379,8 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     frozen = core.foreign.frozen
     drop_frozen(core, [order for order in orders if order.symbol in frozen])
     wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
-    stays = [each.order for each in core.manager.blotter.open.values() if each.works and each.order.symbol in frozen]
+    working = [each.order for each in core.manager.blotter.open.values() if each.works and is_decided(each.order)]
+    stays = [order for order in working if order.symbol in frozen]
     return wanted + (stays if core.manager.beside else [])
 
 

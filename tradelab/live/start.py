@@ -25,10 +25,12 @@ from .core import Core, Process, ask_all, feed_in, news, sleep, take
 from .emergency import to_flatten
 from .guards import clock_is_off
 from .ladder import alarm
+from .lease import is_halted
 from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_manager import ATTEMPTS
 from .order_states import client_order_id
+from .protection import PROTECTIVE, Protector
 from tradelab.live.reconcile import (
     PREFIX,
     StartRefusedError,
@@ -119,9 +121,10 @@ def refuse_style(
 )->None:
     "Refuse an execution style that the venue cannot carry out"
     style = trader.execution
-    if style.protect:
-        raise StartRefusedError("execution.protect is simulated only: a live session watches its stops at each close, "
-                                "none rests at the exchange; say protect = false, and test it so")
+    missing = [kind.name for kind in dict.fromkeys(PROTECTIVE) if kind not in kinds] if style.protect else []
+    if missing:
+        raise StartRefusedError(f"execution.protect is true, and this venue takes no {' and no '.join(missing)} "
+                                "orders: say protect = false, and the stops are watched at each close")
     if style.style == "post_only" and Kind.LIMIT not in kinds:
         raise StartRefusedError("execution.style is post_only, and this venue takes no LIMIT orders: choose market or "
                                 "slices")
@@ -189,11 +192,13 @@ def standing_of(
     account:np.ndarray,  # ACCOUNT, (1,)
     session:str,
     now:int,             # ms
+    ladder:str="",       # its causes
 )->Standing:
     "Where an account is on the ladder"
     row = account[0]
     reason = f"{TradingState(row['trading_state']).name}, drawdown {row['drawdown']:.2%}"
-    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session)
+    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session,
+                    ladder=ladder)
 
 
 def go_on_from(
@@ -212,7 +217,7 @@ def go_on_from(
 def say_standing(standing:Standing, venue:str)->Notice:
     "What a person should know of where a session begins"
     text = f"this strategy goes on at {venue} where session {standing.session or 'nobody'} left it: {standing.reason}"
-    if standing.halted or standing.required_state == TradingState.HALT:
+    if is_halted(standing):
         return Notice("halt", f"{text}; nothing is opened until a person resets it")
     return Notice("standing", text)
 
@@ -369,6 +374,7 @@ def start(
     yield from see_history(core, kept)
     for silence in core.watch.silence.values(): silence.heard()
     core.guards.asked(core.guards.troubles)
+    core.protector = Protector()
     if kept and core.manager.beside: yield from go_on(core)
 
 

@@ -36,10 +36,11 @@ from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, sleep
 from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
-from .ladder import alarm
+from .ladder import trip
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
-from .order_states import State, orders_from_decision
+from .order_states import State, orders_from_decision, protects
+from .protection import secure
 from .venue import UNITS
 from ..notices import Notice
 from ..orders import Order
@@ -76,14 +77,9 @@ def look_ahead(core:Core)->Process:
 def watch_halt(core:Core)->None:
     "Tell of a halt, once"
     account = core.trader.account[0]
-    halted = bool(account["halted"])
-    if halted and not core.halted:
-        core.do(Tell(Notice("halt", f"drawdown {account['drawdown']:.2%} has reached the limit "
-                            f"{core.trader.limits.max_drawdown:.2%}: everything is closed and stays closed until a "
-                            "person resets it")))
-        alarm(core, f"drawdown {account['drawdown']:.2%}")
-    core.halted = halted
-    if halted: core.guards.ends = Phase.HALTED
+    if account["halted"]:
+        trip(core, "max_drawdown", f"drawdown {account['drawdown']:.2%} has reached the limit "
+                                   f"{core.trader.limits.max_drawdown:.2%}")
 
 # %% ../../nbs/70_live/17_steps.ipynb #90bf190f
 def drop(core:Core, orders:Sequence[Order])->None:
@@ -147,6 +143,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
+    if not late: yield from secure(core)
     yield from ask_suspended(core)
     if not late: yield from agree(core)
     keep(core)
@@ -176,9 +173,14 @@ def go_on(core:Core)->Process:
 # %% ../../nbs/70_live/17_steps.ipynb #3b4831eb
 def tell_of_resting(core:Core)->None:
     "A person should know which orders go on working when nobody watches them"
-    core.do(*(Tell(Notice("resting", f"{intent.order.symbol} {intent.order.kind.name} {still_wanted(intent)} stays at "
-                          f"{core.terms.venue} ({intent.order.order_id}): resume the session, or cancel it there"))
-              for intent in core.manager.blotter.open.values() if intent.state is State.WORKING))
+    for intent in core.manager.blotter.open.values():
+        if intent.state is not State.WORKING: continue
+        order = intent.order
+        what = f"{order.symbol} {order.kind.name} {still_wanted(intent)}"
+        if order.trigger: what += f" at {order.trigger:g}"
+        why = ("it protects the position while nobody watches; resume the session, or close both there"
+               if protects(order) else "resume the session, or cancel it there")
+        core.do(Tell(Notice("resting", f"{what} stays at {core.terms.venue} ({order.order_id}): {why}")))
 
 
 def wait(core:Core)->Process:
@@ -226,6 +228,7 @@ def live(core:Core)->Process:
         if core.foreign.suspects: yield from look_up(core)
         if not_allowed := to_flatten(core): yield from obey_state(core, not_allowed)
         if book(core): keep(core)
+        yield from secure(core)
         if may_reconcile(core):
             yield from reconcile(core)
             continue
@@ -234,5 +237,6 @@ def live(core:Core)->Process:
         elif core.feed and core.feed.gap and core.now >= core.watch.retry_at: yield from fill_gap(core)
         else: yield from wait(core)
     core.guards.ends = Phase.CLOSING
+    yield from secure(core)
     yield from close_books(core)
     tell_of_resting(core)
