@@ -222,6 +222,7 @@ class Standing:
     orders:int = 0            # in that minute
     time:int = 0              # ms, when it was written
     session:str = ""          # that wrote it
+    ladder:str = ""           # which causes restrict it, as `live.ladder` writes them
 
 # %% ../../nbs/70_live/04_ledger.ipynb #ledshow02
 @dataclass(frozen=True)
