@@ -194,6 +194,12 @@ class Known:
         self.said: dict[tuple, str] = {}        # what lasts and was told: kind, and what it is about, with what matters
         self.withheld = 0                       # orders that were not sent in time
 
+    @property
+    def time(self)->int:
+        "ms: our clock, or the market's where it does not keep real time"
+        if self.terms.pace == 1.: return self.now
+        return max(self.trader.open_time + self.terms.step, *(mark.event_time for mark in self.marks.values()), 0)
+
 # %% ../../nbs/70_live/12_core.ipynb #8c745e5a
 def over(core:Known, kind:str, about:str, text:str)->None:
     "Something that was told lasts no more"
