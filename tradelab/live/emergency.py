@@ -15,9 +15,10 @@ from math import ceil, copysign
 from ..account import decimal8
 from ..events import TradingState
 from ..instruments import Instrument
-from .agreement import book, catch_up, keep, require_halt
+from .agreement import book, catch_up, keep
 from .core import Core, Process
 from .guards import EMERGENCY, Deed, Phase, is_emergency
+from .ladder import trip
 from .messages import EmergencyStep, Tell, Write
 from .order_manager import Pursuit, Stage, is_one_shot, send, take_back, withheld
 from .order_states import State, client_order_id
@@ -262,7 +263,7 @@ def obey_state(core:Core, symbols:Sequence[str])->Process:
 def emergency(core:Core)->Process:
     "Halt, close everything, and stay halted"
     reason = core.emergency
-    if core.trader.account["trading_state"][0] < TradingState.HALT: require_halt(core, reason)
+    if core.trader.account["trading_state"][0] < TradingState.HALT: trip(core, "emergency", reason)
     note(core, "halted", text=reason)
     said = yield from flatten_all(core, core.trader.symbols, reason)
     if core.error: yield from hear_missed(core) # nobody will ask for it afterwards

@@ -22,6 +22,7 @@ from tradelab.live.agreement import (
     book,
     carry_out,
     catch_up,
+    disagreement,
     fill_gap,
     keep,
     may_reconcile,
@@ -36,7 +37,7 @@ from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, sleep
 from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
-from .ladder import alarm
+from .ladder import alarm, trip
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
 from .order_states import State, orders_from_decision, protects
@@ -77,14 +78,9 @@ def look_ahead(core:Core)->Process:
 def watch_halt(core:Core)->None:
     "Tell of a halt, once"
     account = core.trader.account[0]
-    halted = bool(account["halted"])
-    if halted and not core.halted:
-        core.do(Tell(Notice("halt", f"drawdown {account['drawdown']:.2%} has reached the limit "
-                            f"{core.trader.limits.max_drawdown:.2%}: everything is closed and stays closed until a "
-                            "person resets it")))
-        alarm(core, f"drawdown {account['drawdown']:.2%}")
-    core.halted = halted
-    if halted: core.guards.ends = Phase.HALTED
+    if account["halted"]:
+        trip(core, "max_drawdown", f"drawdown {account['drawdown']:.2%} has reached the limit "
+                                   f"{core.trader.limits.max_drawdown:.2%}")
 
 # %% ../../nbs/70_live/17_steps.ipynb #90bf190f
 def drop(core:Core, orders:Sequence[Order])->None:
@@ -155,7 +151,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     core.candles += 1
     account = core.trader.account[0]
     core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"]),
-                     core.watch.candles.score))
+                     core.watch.candles.score, core.withheld))
 
 # %% ../../nbs/70_live/17_steps.ipynb #b9af2efa
 def go_on(core:Core)->Process:
@@ -194,7 +190,8 @@ def wait(core:Core)->Process:
     if feed and feed.last is not None and core.waits != feed.last:
         core.waits = feed.last
         core.do(Waits(core.waits))
-        watch.fresh.expect(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+        watch.candle.came()
+        watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
     until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
     if (yield from news(core, min(until, default=None))): return
@@ -205,7 +202,7 @@ def close_books(core:Core)->Process:
     "The last rows of the exchange's own books, compared once more"
     account = (yield from ask_account(core, rows=True)) if core.statement else None
     found = rows_differ(core, account) if account else ""
-    if found: core.do(Tell(Notice("disagreement", found)))
+    if found and account: core.do(disagreement(core, account, found))
     if account and core.rows_asked == core.asked: accept(core, account)
 
 
