@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'require_halt', 'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
+           'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet', 'compared',
+           'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
            'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going',
            'settle', 'with_offset', 'unfrozen', 'carry_out']
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..account import decimal8, wallet
 from ..errors import FeedError
-from ..events import Fill, StateChange, TradingState
+from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
     Core,
@@ -27,13 +27,17 @@ from tradelab.live.core import (
     feed_in,
     mark_foreign,
     news,
+    over,
     sleep,
+    take_ours,
     take_state,
     withhold,
 )
-from .guards import Condition, Phase
+from .guards import Condition
+from .ladder import trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
+from .order_states import is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
 from ..notices import Notice
@@ -52,11 +56,11 @@ def tell_of_orders(core:Core)->None:
     manager, blotter = core.manager, core.manager.blotter
     for name, report in blotter.news.items() if manager.beside else ():
         intent = blotter.known[name]
-        if blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
+        if not is_decided(intent.order) or blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
         row = row_of(core, intent.order)
         update = update_of(intent, row, report, core.now)
         if update and (row["kind"] != NONE or update.kind is Kind.NONE): core.trader.on(update)
-    for order in manager.dropped if manager.beside else ():
+    for order in filter(is_decided, manager.dropped) if manager.beside else ():
         row = row_of(core, order)
         if row["revision"] == order.revision: core.trader.on(ended(order, row, core.now))
     blotter.news.clear()
@@ -66,6 +70,7 @@ def tell_of_orders(core:Core)->None:
 def tell_of_cancelled(core:Core)->None:
     "At its next decision the trader is shown what it has cancelled and what still works: its end is not known"
     for intent in core.manager.blotter.open.values() if core.manager.beside else ():
+        if not is_decided(intent.order): continue
         row = row_of(core, intent.order)
         update = update_of(intent, row, None, core.now) if intent.works and row["kind"] == NONE else None
         if update: core.trader.on(update)
@@ -122,19 +127,11 @@ def look_for(core:Core)->Process:
         if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #8cf88822
-def require_halt(core:Core, reason:str)->None:
-    "Nothing is opened any more until a person says otherwise"
-    if core.trader.account["required_state"][0] == TradingState.HALT: return
-    core.trader.on(StateChange(TradingState.HALT, reason, core.now))
-    core.guards.ends = Phase.HALTED
-    core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
-
-
 def halt_if_liquidated(core:Core)->None:
     "Whoever was liquidated trades no more, as long as nobody has said what it was"
     for fill in core.foreign.waits.values():
         if forced(fill.order_id) == "liquidation":
-            require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+            trip(core, "liquidation", f"{fill.symbol}: the exchange has liquidated the position")
 
 
 def take_trade(core:Core, fill:Fill)->None:
@@ -143,7 +140,7 @@ def take_trade(core:Core, fill:Fill)->None:
     if fill.order_id in core.manager.blotter.known:
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return core.books.add(fill)
+        return take_ours(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)
@@ -220,6 +217,13 @@ def rows_differ(core:Core, account:AccountSnapshot)->str:
     return (f"wallet {core.statement.wallet / UNITS:.8f} by the rows of {core.terms.venue} itself, {there / UNITS:.8f} "
             "by its account")
 
+
+def disagreement(core:Core, account:AccountSnapshot, found:str)->Tell:
+    "A person should know how the accounts differ, again where the difference is another one, to its first digit"
+    gaps = [f"{each.what} {each.there - each.here:.1g}" for each in compared(core, account, own_wallet(core))
+            if not each.agrees]
+    return Tell(Notice("disagreement", found), "account", ", ".join(gaps))
+
 # %% ../../nbs/70_live/13_agreement.ipynb #e91defbf
 ROWS_EVERY = 30_000 # ms: a question for rows weighs as much as six for the account
 
@@ -249,7 +253,7 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         core.foreign.residual.pop(verdict.what, None)
         if verdict.agrees: continue
         core.foreign.residual[verdict.what] = float(decimal8(verdict.there - verdict.here))
-        core.do(frozen_by(core.foreign.evidence(verdict.what)))
+        core.do(frozen_by(verdict.what, core.foreign.evidence(verdict.what), f"{verdict.there - verdict.here:.6g}"))
     withhold(core)
 
 
@@ -272,7 +276,7 @@ def agree(core:Core)->Process:
             yield from sleep(core, core.terms.pause)
         elif (yield from news(core, until)): continue
         elif asked:
-            core.do(Tell(Notice("disagreement", found)))
+            core.do(disagreement(core, account, found))
             break
         else:
             for verdict in compared(core, account, before):
@@ -281,6 +285,7 @@ def agree(core:Core)->Process:
             asked = True
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
+    if account and not found: over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
     if account: freeze(core, account)
     if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 
@@ -383,7 +388,8 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     frozen = core.foreign.frozen
     drop_frozen(core, [order for order in orders if order.symbol in frozen])
     wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
-    stays = [each.order for each in core.manager.blotter.open.values() if each.works and each.order.symbol in frozen]
+    working = [each.order for each in core.manager.blotter.open.values() if each.works and is_decided(each.order)]
+    stays = [order for order in working if order.symbol in frozen]
     return wanted + (stays if core.manager.beside else [])
 
 

@@ -76,7 +76,8 @@ def algo_report(
     filled = float(executed or 0)
     whole = status == "FINISHED" and filled >= float(wanted) > 0
     return OrderReport(name, State.FILLED if whole else ALGO_STATES[status], filled if status == "FINISHED" else 0.,
-                       str(numbers[0]) if numbers[0] else f"{ALGO} {numbers[1]}", kind=BECAME.get(became or ""))
+                       str(numbers[0]) if numbers[0] else f"{ALGO} {numbers[1]}", kind=BECAME.get(became or ""),
+                       triggered=status == "TRIGGERING")
 
 # %% ../../nbs/75_venues/04_binance_messages.ipynb #9e2230be
 def _algo_events(order, symbols):
