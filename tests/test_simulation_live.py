@@ -1,10 +1,15 @@
 """The live session against localnet's exchange on one heap of events, a seed each: faults, kills, lost connections,
 slow requests. Afterwards it trades again by itself, and venue, ledger and trader say the same"""
 import asyncio
+import hashlib
+import json
 import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from functools import cache, partial
 from operator import itemgetter
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -170,6 +175,23 @@ def test_the_same_seed_is_the_same_run(seed):
     assert run_of(seed + 1).world.trace != one.world.trace
 
 
+def digest(seed):
+    "All that happened in the run of a seed, as one word"
+    run = run_of(seed)
+    told = [run.world.trace, sorted(run.notices.items()), run.world.positions(), check(seed, run)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def test_the_same_seed_is_the_same_run_in_every_process():
+    "Whatever its hashes and addresses are"
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); from test_simulation_live import digest; "
+              "print(*map(digest, (92, 351)))")
+    children = [subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)], stdout=subprocess.PIPE,
+                                 env=os.environ | {"PYTHONHASHSEED": number}, text=True) for number in ("1", "2")]
+    one, other = (child.communicate()[0].split() for child in children)
+    assert one == other == [digest(92), digest(351)]
+
+
 # --- every scenario by its name
 
 EARLY = 3.5        # candles, when it is armed
@@ -261,6 +283,12 @@ def test_a_restart_that_is_not_told_its_trades_asks_again(seed):
 def test_a_start_across_a_close_has_its_candles():
     "One symbol was asked before a close and the other behind it: 2 closed candles, policy needs 3"
     for seed in (123, 142, 209, 288): assert check(seed, run_of(seed)) == []
+
+
+@pytest.mark.parametrize("seed", (207, 351))
+def test_what_is_closed_across_a_close_is_closed(seed):
+    "A fill of the candle that was next was waited for, and that candle waited for the fill"
+    assert check(seed, run_of(seed)) == []
 
 
 def test_a_ban_ends_when_it_is_over():
