@@ -92,6 +92,7 @@ REASONS = { # word: what it means
     "clock": "the clocks differ by more than the limit",
     "ledger": "what is written does not reach the disk",
     "recorder": "the recording has holes",
+    "hole": "the exchange has no candles for some time, and the policy's window is not whole behind it",
 }
 
 
