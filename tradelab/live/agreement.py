@@ -16,7 +16,6 @@ from dataclasses import replace
 import numpy as np
 
 from ..account import decimal8, wallet
-from ..errors import FeedError
 from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
@@ -28,6 +27,7 @@ from tradelab.live.core import (
     mark_foreign,
     news,
     over,
+    set_reason,
     sleep,
     take_ours,
     take_state,
@@ -310,9 +310,12 @@ def ask_suspended(core:Core)->Process:
 def go_on_behind(core:Core, feed:Feed, open_time:int)->None:
     "The exchange lists this candle and none between the last and it"
     first = (feed.last or 0) + feed.step
+    whole = open_time + (core.trader.warm_up + 1) * feed.step
     core.do(Tell(Notice("hole", f"{(open_time - first) // feed.step} candles from {format_time(first)} on are missing "
                         f"at the exchange: it goes on at {format_time(open_time)}, decided is again when the window of "
-                        f"{core.trader.policy.name} is whole behind it")))
+                        f"{core.trader.policy.name} is whole behind it, at {format_time(whole)} at the latest"
+                        + ("" if core.terms.gaps else "; with gaps = true in tradelab.toml it would not be guarded"))))
+    if not core.terms.gaps: set_reason(core, "hole")
     feed.skip(open_time)
     core.books.opening = open_time
 
@@ -327,17 +330,15 @@ def fill_gap(core:Core)->Process:
     answer, or does not list yet, is asked again later"""
     feed = core.feed
     if feed is None or feed.last is None: return
-    for _ in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         parts = yield from ask_all(core, history_questions(core, 10**9, feed.last + feed.step))
         if any(isinstance(part, Exception) for part in parts): return try_later(core)
-        times, _ = common_candles(core.trader.seen, core.terms.timeframe, parts, core.terms.gaps)
+        times, _ = common_candles(core.trader.seen, core.terms.timeframe, parts, gaps=True)
         for symbol, part in zip(core.trader.seen, parts): feed_in(core, feed, symbol, *part)
-        if core.terms.gaps and feed.gap and len(times): go_on_behind(core, feed, int(times[0]))
         if not feed.gap: return
         if not len(times) or times[0] == feed.last + feed.step: return try_later(core)
+        if core.terms.gaps or attempt == ATTEMPTS: return go_on_behind(core, feed, int(times[0]))
         yield from sleep(core, core.terms.pause)
-    raise FeedError(f"the candle of {format_time(feed.last + feed.step)} was missed, and the exchange does not give "
-                    "it: the session stops")
 
 # %% ../../nbs/70_live/13_agreement.ipynb #6391fc1e
 def try_later(core:Core)->None:

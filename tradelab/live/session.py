@@ -1049,7 +1049,7 @@ class Session(Running):
         strategy:str="",         # whose drawdown, daily loss and halt it goes on with  [default: the policy's name]
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
-        gaps:bool=False, # carry holes in the exchange's candles through; otherwise the first one ends the session
+        gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,

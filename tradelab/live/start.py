@@ -264,15 +264,17 @@ def ask_history(core:Core, last:int|None)->Process:
     open time of its last one"""
     trader, terms = core.trader, core.terms
     wanted = max(trader.warm_up, 1)
-    since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, terms.gaps)
     limit = wanted + 1 if last is None else 10**9 # one may close between two answers
-    parts = yield from answers_to(core, history_questions(core, limit, since))
-    times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps)
-    seen = times == times if last is None else times <= last
-    first = max(int(seen.sum()) - wanted, 0)
-    if seen.sum() < trader.warm_up:
+    for gaps in dict.fromkeys((terms.gaps, last is not None)): # a session that is resumed may have met a hole
+        since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, gaps)
+        parts = yield from answers_to(core, history_questions(core, limit, since))
+        times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps or last is not None)
+        seen = times == times if last is None else times <= last
+        if seen.sum() >= trader.warm_up: break
+    else:
         raise StartRefusedError(f"{terms.venue} has {seen.sum()} closed candles of {', '.join(trader.seen)}, policy "
                                 f"{trader.policy.name} needs {trader.warm_up} before its first decision")
+    first = max(int(seen.sum()) - wanted, 0)
     return times[first:], candles[first:], seen[first:]
 
 # %% ../../nbs/70_live/18_start.ipynb #388bc3a6

@@ -34,7 +34,7 @@ from tradelab.live.agreement import (
 )
 from .bookkeeper import market_questions, with_funding_and_index
 from .commands import URGENT, obey
-from .core import Core, Process, ask_all, ask_until_answered, news, sleep
+from .core import Core, Process, ask_all, ask_until_answered, news, set_reason, sleep
 from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
 from .ladder import alarm, trip
@@ -116,6 +116,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
     core.do(Decided(decision, trader.rows.copy(), candles))
+    if not trader.view.stream.waits: set_reason(core, "hole", False)
     watch_halt(core)
     orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session)
     if not late: return orders
