@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROTECTIVE', 'protective_order', 'wanted_stops', 'at_exchange', 'serves', 'unprotected', 'Refused', 'Protection',
-           'place_stop', 'retire', 'paused', 'came_to_nothing', 'is_overdue', 'close_now', 'renew', 'is_changing',
-           'serve', 'watch_stops', 'is_beyond', 'see_candle', 'give_up_stuck', 'Protector', 'on_their_way', 'secure',
-           'compare_stops', 'drop_orphans', 'check_stops', 'look_after_stops']
+           'place_stop', 'retire', 'paused', 'came_to_nothing', 'is_overdue', 'is_being_closed', 'close_now', 'renew',
+           'is_changing', 'serve', 'was_refused', 'watch_stops', 'is_beyond', 'see_candle', 'give_up_stuck',
+           'Protector', 'on_their_way', 'secure', 'compare_stops', 'drop_orphans', 'check_stops', 'look_after_stops']
 
 # %% ../../nbs/70_live/14_protection.ipynb #protimp1
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .guards import Phase
 from .ladder import clear, trip
 from .messages import Cancel, Tell
 from .order_manager import PAUSE, Pursuit, Stage, Turn, ask_about, send, still_wanted, take_back
-from .order_states import STOPS, Intent, State, client_order_id, protects
+from .order_states import STOPS, Intent, State, client_order_id, is_decided, protects
 from .venue import OrderReport
 from ..notices import Notice
 from ..orders import Kind, Order
@@ -154,9 +154,19 @@ def is_overdue(protection:Protection, core:Core, order:Order)->bool:
     return (order.symbol, order.slot) in protection.overdue or passed and last.order.trigger == order.trigger
 
 # %% ../../nbs/70_live/14_protection.ipynb #protser1
+def is_being_closed(core:Core, symbol:str)->bool:
+    "Whether an order of a decision that reduces a position waits, or is on its way"
+    manager = core.manager
+    sent = [each.order for name, each in manager.blotter.open.items()
+            if each.state in (State.SENT, State.UNKNOWN) and name not in manager.searches]
+    return any(order.symbol == symbol and order.reduce_only and is_decided(order)
+               for order in (*manager.waiting, *sent))
+
+
 def close_now(protection:Protection, core:Core, order:Order)->bool:
-    "Close at the market what an order should have closed; whether the guards let it through"
+    "Close at the market what an order should have closed, unless that is being done; whether it could be sent"
     n = core.trader.symbols.index(order.symbol)
+    if is_being_closed(core, order.symbol): return False
     if not place_stop(core, protective_order(core, n, order.slot, Kind.MARKET)): return False
     protection.overdue.discard((order.symbol, order.slot))
     core.do(Tell(Notice("stop", f"{order.symbol}: what was to be closed at {order.trigger:g} is closed at the market, "
@@ -202,10 +212,17 @@ def serve(protection:Protection, core:Core, symbol:str, slot:int, order:Order|No
         retire(protection, core, [each for each in there if each is not good])
 
 # %% ../../nbs/70_live/14_protection.ipynb #protnak2
+def was_refused(core:Core, symbol:str)->str:
+    "Why the stop of a position was refused; empty if it was not"
+    if is_changing(core, symbol): return ""
+    newest = (core.manager.blotter.last(symbol, slot) for slot in (STOPS[0], STOPS[2]))
+    return next((f"it was refused ({each.message})" for each in newest if each and came_to_nothing(each)
+                 and each.order.quantity * core.books.positions[symbol] < 0.), "")
+
+
 def watch_stops(protection:Protection, core:Core, wanted:Sequence[Order])->None:
     "Restrict the symbols whose stop is missing for too long, and those no longer that have it"
-    bare, stops = set(unprotected(core)), (STOPS[0], STOPS[2])
-    needs = {order.symbol for order in wanted if order.slot in stops}
+    bare, needs = set(unprotected(core)), {order.symbol for order in wanted if order.slot != STOPS[1]}
     for symbol in core.trader.symbols:
         if symbol not in needs & bare:
             protection.naked.pop(symbol, None)
@@ -213,11 +230,11 @@ def watch_stops(protection:Protection, core:Core, wanted:Sequence[Order])->None:
                 if active[2] is None: clear(core, "no_stop", symbol)
             continue
         until = protection.naked.setdefault(symbol, core.now) + core.terms.stop_deadline
-        why = "it was refused" if any((symbol, slot) in protection.refused for slot in stops) else ""
+        why = was_refused(core, symbol)
         if core.now >= until: why = why or f"none stands after {core.terms.stop_deadline / 1_000:g} s"
-        else: protection.later(until)
         if why: trip(core, "no_stop", f"{symbol}: {core.books.positions[symbol]:g} is held without its stop, {why}",
                      symbol)
+        else: protection.later(until)
 
 # %% ../../nbs/70_live/14_protection.ipynb #protstu2
 def is_beyond(order:Order, low:float, high:float)->bool:
