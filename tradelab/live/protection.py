@@ -150,8 +150,8 @@ def came_to_nothing(last:Intent|None)->bool:
 def is_overdue(protection:Protection, core:Core, order:Order)->bool:
     "Whether what this order is to close should have been closed: the market is beyond its trigger"
     last = core.manager.blotter.last(order.symbol, order.slot)
-    passed = last is not None and last.order.order_id in core.manager.blotter.passed
-    return (order.symbol, order.slot) in protection.overdue or passed and last.order.trigger == order.trigger
+    if (order.symbol, order.slot) in protection.overdue: return True
+    return bool(last and last.order.order_id in core.manager.blotter.passed and last.order.trigger == order.trigger)
 
 # %% ../../nbs/70_live/14_protection.ipynb #protser1
 def is_being_closed(core:Core, symbol:str)->bool:
