@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
-           'Step', 'First', 'Foreign', 'Paid', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake',
-           'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered',
-           'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command', 'LedgerState',
-           'Woken', 'Stop', 'Failed', 'Received']
+           'Step', 'First', 'Foreign', 'Paid', 'EmergencyStep', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell',
+           'Say', 'Wake', 'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise',
+           'Done', 'Answered', 'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command',
+           'LedgerState', 'Woken', 'Stop', 'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -118,6 +118,15 @@ class Paid:
 
 
 @dataclass(frozen=True)
+class EmergencyStep:
+    "Something that was done to close everything"
+    time:int         # ms, our clock
+    step:str         # halted, closing, failed, flat, held or over
+    symbol:str = ""  # empty: all
+    text:str = ""    # for people
+
+
+@dataclass(frozen=True)
 class LadderMoved:
     "A cause that restricts trading came or went (`live.ladder`)"
     time:int           # ms
@@ -133,7 +142,7 @@ class LadderMoved:
 @dataclass(frozen=True)
 class Write:
     "Keep a record in the ledger"
-    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid|LadderMoved
+    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid|LadderMoved|EmergencyStep
 
 # %% ../../nbs/70_live/03_messages.ipynb #7cb02778
 @dataclass(frozen=True)
