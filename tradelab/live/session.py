@@ -66,6 +66,7 @@ from tradelab.live.messages import (
     ClockSample,
     Command,
     Done,
+    EmergencyStep,
     End,
     Entry,
     Event,
@@ -115,6 +116,7 @@ from tradelab.live.start import (
     in_this_format,
     refuse_series,
     refuse_style,
+    rescue,
     standing_of,
     start_and_live,
 )
@@ -173,10 +175,12 @@ EMERGENCY = ("time", "level", "kind", "text") # columns of emergencies.csv
 
 
 def emergencies(ledger:Ledger|MemoryLedger, session:str)->list[list]:
-    "Notices of a session that are errors or worse, a line for each"
+    "Notices of a session that are errors or worse, and the steps of its emergencies, a line for each"
     told = ledger.notices(session)
     lines = [[row.time, NOTICES[row.kind][0], row.kind, row.text] for row in told.itertuples() if row.kind in NOTICES]
-    return [line for line in lines if line[1] in ("error", "critical")]
+    steps = [[each.time, "critical", each.step, f"{each.symbol} {each.text}".strip()]
+             for each in ledger.measured(session, EmergencyStep)]
+    return sorted([*(line for line in lines if line[1] in ("error", "critical")), *steps], key=lambda line: line[0])
 
 # %% ../../nbs/70_live/19_session.ipynb #cba737ec
 def rebuild(
@@ -331,7 +335,8 @@ def precedes(record:Record|Standing)->bool:
 # %% ../../nbs/70_live/19_session.ipynb #469b8134
 def needed(record:Record|Standing)->bool:
     "Whether a session that is resumed cannot do without"
-    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid | Done | Standing)
+    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid | Done | EmergencyStep
+                      | Standing)
 
 # %% ../../nbs/70_live/19_session.ipynb #a320a405
 class Files:
@@ -501,7 +506,8 @@ class Driver:
             for task in self._tasks: task.cancel()
 
     def _do(self, action, kept):
-        self.carry_out(action)
+        try: self.carry_out(action)
+        except Exception as error: self._inbox.put_nowait(Failed(error)) # the core ends in order
         match action:
             case Send() | Amend(): self.spawn(event_when_kept(self.venue, action, kept))
             case Cancel() | Ask() | Fetch(): self.spawn(event_of(self.venue, action))
@@ -655,6 +661,7 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     process = partial(start_and_live, kept=step, words=inputs.words, standing=inputs.standing)
     core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process,
                 inputs.ladder)
+    core.rescue = rescue
     if step: core.reserve = inputs.reserve
     restore_books(core, inputs)
     return core
