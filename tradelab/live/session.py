@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -430,10 +430,10 @@ async def waits_when_kept(venue:Venue, open_time:int, kept:"Future[bool]|None")-
     await venue.waits(open_time)
 
 
-async def together(inbox:asyncio.Queue)->list[Event]:
+async def together(venue:Venue, asked:Collection[asyncio.Task]=())->list[Event]:
     "What waits together, as soon as there is something"
-    events = [await inbox.get()]
-    while not inbox.empty(): events.append(inbox.get_nowait())
+    events = [await venue.news(asked)]
+    while not venue.events.empty(): events.append(venue.events.get_nowait())
     return events
 
 # %% ../../nbs/70_live/19_session.ipynb #e89dff6b
@@ -528,9 +528,7 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def _receive(self):
-        if self._inbox.empty() and self._tasks and getattr(self.venue, "goes_on_when_asked", False):
-            await asyncio.wait(self._tasks)
-        events = await together(self._inbox)
+        events = await together(self.venue, self._tasks)
         return Received(clock(), events)  # they have come now, not when the wait began
 
 # %% ../../nbs/70_live/19_session.ipynb #5ed05397

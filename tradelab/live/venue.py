@@ -188,6 +188,8 @@ class Venue(MarketData, Protocol):
         "Set the account to one position a symbol and this leverage; returns what a person should know of it"
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         "Open the market and the user stream; `live.messages.Opened` tells of each"
+    async def news(self, asked:Collection[asyncio.Task])->Any:
+        "What it tells next in `events`, where answers come, too; of what is `asked` some may not have reached it yet"
     async def waits(self, open_time:int)->None:
         "Whatever this candle asked for is done: an exchange that replays the past lets the next one close"
     async def redial(self, stream:str)->None: "Give up the market or the user stream, and open it anew"
