@@ -93,8 +93,8 @@ def candles_of(rows:list)->tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/75_venues/05_binance_market.ipynb #depthof1
 def depth_of(symbol:str, told:dict)->Depth:
     "An answer about the order book"
-    sides = [tuple((float(price), float(size)) for price, size in told[side]) for side in ("bids", "asks")]
-    return Depth(symbol, *sides, int(told["T"]))
+    bids, asks = (tuple((float(price), float(size)) for price, size in told[side]) for side in ("bids", "asks"))
+    return Depth(symbol, bids, asks, int(told["T"]))
 
 # %% ../../nbs/75_venues/05_binance_market.ipynb #86c6f720
 async def all_rates(
