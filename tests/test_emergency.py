@@ -146,9 +146,9 @@ HALTING = Limits(stops=NO_STOPS, max_drawdown=.0008, max_daily_loss=None)  # at 
 CANDLES = 18
 
 
-def emergency_of(seed=1, **settings):
+def emergency_of(seed=1, candles=CANDLES, **settings):
     "A run whose drawdown limit is reached, with whatever goes wrong"
-    return simulate(seed, make_trader=partial(a_trader, HALTING), candles=CANDLES, market_seed=1, **settings)
+    return simulate(seed, make_trader=partial(a_trader, HALTING), candles=candles, market_seed=1, **settings)
 
 
 def steps_of(run): return [each for name in run.names for each in run.ledger.measured(name, EmergencyStep)]
@@ -226,5 +226,5 @@ HARD = sorted({*OUTCOMES, *UNAVAILABLE, *STREAMS, *REPLIES, *WIRES, *SESSIONS} -
 
 @pytest.mark.parametrize("name", HARD)
 def test_whatever_breaks_in_an_emergency_it_gets_out(name):
-    run = emergency_of(script=lambda world: arm_at_the_halt(world, name))
+    run = emergency_of(candles=CANDLES + 4, script=lambda world: arm_at_the_halt(world, name)) # until it is absent
     assert wrong_in_emergency(run) == []
