@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import InvalidOrderError, LimitExceededError, TradelabError, UnknownOutcomeError
-from ..events import Fill, Funding
+from ..events import Depth, Fill, Funding
 from ..instruments import Instrument
 from .order_states import State
 from ..orders import Kind, Order
@@ -161,6 +161,9 @@ class MarketData(Protocol):
 
     async def forming(self, symbol:str, timeframe:str)->int:
         "The open time (ms) of the candle that has not closed yet"
+
+    async def depth(self, symbol:str)->Depth:
+        "The best levels of the order book, no level where there is no book"
 
     async def index_prices(self, symbol:str, timeframe:str, limit:int, since:int)->dict[int, float]:
         "The index price at the close of the newest `limit` closed candles, none before `since`, by open time"

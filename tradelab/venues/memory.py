@@ -18,7 +18,7 @@ import numpy as np
 
 from ..account import POSITION, decimal8, mark, new_account, wallet
 from ..errors import InvalidOrderError
-from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
+from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Depth, Fill, Funding
 from ..instruments import Instrument
 from ..journal import JOURNAL
 from ..live.messages import Opened
@@ -345,6 +345,9 @@ class MemoryMarket:
     async def forming(self, symbol:str, timeframe:str)->int:
         if self.row + 1 < len(self.data.times): return int(self.data.times[self.row + 1])
         return int(self.data.times[self.row]) + self.step
+
+    async def depth(self, symbol:str)->Depth:
+        return Depth(symbol, (), (), int(self.data.times[self.row]) + self.step)
 
     async def index_prices(self, symbol:str, timeframe:str, limit:int, since:int)->dict[int, float]:
         return dict(list(self._known(symbol, INDEX_PRICE, since).items())[-limit:])
