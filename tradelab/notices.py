@@ -18,6 +18,7 @@ NOTICES = { # kind: (level, when it is told)
     "hole": ("warning", "the venue has no candles for some time"),
     "guarded": ("warning", "something is wrong, and only what reduces is sent"),
     "trading": ("info", "everything has been asked for again, and trading goes on"),
+    "over": ("info", "what was told once, because it lasts, is over"),
     "withheld": ("warning", "an entry could not be sent before its deadline and is dropped"),
     "flagged": ("warning", "a candle that is used looks wrong"),
     "refused candle": ("error", "a candle cannot be right and is asked for again"),

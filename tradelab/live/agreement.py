@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
            'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet', 'compared',
-           'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended', 'go_on_behind',
-           'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going', 'settle', 'with_offset',
-           'unfrozen', 'carry_out']
+           'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
+           'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going',
+           'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from tradelab.live.core import (
     feed_in,
     mark_foreign,
     news,
+    over,
     sleep,
     take_ours,
     take_state,
@@ -216,6 +217,13 @@ def rows_differ(core:Core, account:AccountSnapshot)->str:
     return (f"wallet {core.statement.wallet / UNITS:.8f} by the rows of {core.terms.venue} itself, {there / UNITS:.8f} "
             "by its account")
 
+
+def disagreement(core:Core, account:AccountSnapshot, found:str)->Tell:
+    "A person should know how the accounts differ, again where the difference is another one, to its first digit"
+    gaps = [f"{each.what} {each.there - each.here:.1g}" for each in compared(core, account, own_wallet(core))
+            if not each.agrees]
+    return Tell(Notice("disagreement", found), "account", ", ".join(gaps))
+
 # %% ../../nbs/70_live/13_agreement.ipynb #e91defbf
 ROWS_EVERY = 30_000 # ms: a question for rows weighs as much as six for the account
 
@@ -245,7 +253,7 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         core.foreign.residual.pop(verdict.what, None)
         if verdict.agrees: continue
         core.foreign.residual[verdict.what] = float(decimal8(verdict.there - verdict.here))
-        core.do(frozen_by(core.foreign.evidence(verdict.what)))
+        core.do(frozen_by(verdict.what, core.foreign.evidence(verdict.what), f"{verdict.there - verdict.here:.6g}"))
     withhold(core)
 
 
@@ -268,7 +276,7 @@ def agree(core:Core)->Process:
             yield from sleep(core, core.terms.pause)
         elif (yield from news(core, until)): continue
         elif asked:
-            core.do(Tell(Notice("disagreement", found)))
+            core.do(disagreement(core, account, found))
             break
         else:
             for verdict in compared(core, account, before):
@@ -277,6 +285,7 @@ def agree(core:Core)->Process:
             asked = True
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
+    if account and not found: over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
     if account: freeze(core, account)
     if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 

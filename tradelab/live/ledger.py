@@ -224,7 +224,7 @@ class Standing:
     session:str = ""          # that wrote it
     ladder:str = ""           # which causes restrict it, as `live.ladder` writes them
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #ledshow02
 @dataclass(frozen=True)
 class Asked:
     "A command of a person; what is left empty means all of them"
@@ -407,7 +407,7 @@ def _appending(table):
     following = following.where(*(key == sql.bindparam(f"of_{key.name}") for key in scope))
     return table.insert().values(number=following.scalar_subquery()).returning(table.c.number), scope
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #ledshow03
 class DatabaseRows:
     "A table of a database"
 

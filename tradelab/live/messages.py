@@ -155,6 +155,8 @@ class Decided:
 class Tell:
     "A person should know of it: it is kept, logged and said"
     notice:Notice
+    about:str = ""  # what lasts: it is told once, until it is over; empty: it is told each time
+    matter:str = "" # it is told again where this is another one
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class StepDone:
     equity:float        # quote
     drawdown:float      # fraction
     quality_score:float = 1. # the share of live candles that nothing was wrong with
+    withheld:int = 0    # orders that could not be sent in time, since the session began to run
 
 
 @dataclass(frozen=True)

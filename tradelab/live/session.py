@@ -41,7 +41,7 @@ from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
 from .core import Core, Terms, mark_foreign
-from .lease import acquire, is_halted, release, this_process
+from .lease import acquire, is_halted, release, strategy_of, this_process
 from tradelab.live.ledger import (
     Asked,
     Balance,
@@ -117,7 +117,6 @@ from tradelab.live.start import (
     refuse_style,
     standing_of,
     start_and_live,
-    strategy_of,
 )
 from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError, funding_of
 from ..lock import Lock
@@ -219,7 +218,7 @@ class Statistics:
     late_fills:int = 0        # told after the candle in which they happened was decided on
     rejected:int = 0
     disagreements:int = 0     # with the exchange's account
-    withheld:int = 0          # entries that could not be sent in time, and were dropped
+    withheld:int = 0          # orders that could not be sent in time, and were dropped
     quality_score:float = 1.  # the share of live candles that nothing was wrong with
     fees:float = 0.           # quote, paid
     funding:float = 0.        # quote, received
@@ -258,12 +257,11 @@ def count(statistics:Statistics, action:Action)->None:
         case Write(Entry(Funding() as paid)): statistics.funding += paid.amount
         case Tell(Notice("rejected")): statistics.rejected += 1
         case Tell(Notice("disagreement")): statistics.disagreements += 1
-        case Tell(Notice("withheld")): statistics.withheld += 1
-        case StepDone(_, late, _, equity, drawdown, quality_score):
+        case StepDone(_, late, _, equity, drawdown, quality_score, withheld):
             statistics.candles += 1
             statistics.late += late
             statistics.equity, statistics.drawdown = equity, drawdown
-            statistics.quality_score = quality_score
+            statistics.quality_score, statistics.withheld = quality_score, withheld
 
 # %% ../../nbs/70_live/19_session.ipynb #cd253a6a
 QUIET = 60. # seconds after which a candle without an order is worth a line, too
@@ -768,6 +766,8 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
+    if kept: session.strategy = kept.settings.get("strategy", session.strategy)
+    session.settings["strategy"] = session.strategy
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)

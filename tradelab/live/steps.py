@@ -22,6 +22,7 @@ from tradelab.live.agreement import (
     book,
     carry_out,
     catch_up,
+    disagreement,
     fill_gap,
     keep,
     may_reconcile,
@@ -150,7 +151,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     core.candles += 1
     account = core.trader.account[0]
     core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"]),
-                     core.watch.candles.score))
+                     core.watch.candles.score, core.withheld))
 
 # %% ../../nbs/70_live/17_steps.ipynb #b9af2efa
 def go_on(core:Core)->Process:
@@ -189,7 +190,8 @@ def wait(core:Core)->Process:
     if feed and feed.last is not None and core.waits != feed.last:
         core.waits = feed.last
         core.do(Waits(core.waits))
-        watch.fresh.expect(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+        watch.candle.came()
+        watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
     until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
     if (yield from news(core, min(until, default=None))): return
@@ -200,7 +202,7 @@ def close_books(core:Core)->Process:
     "The last rows of the exchange's own books, compared once more"
     account = (yield from ask_account(core, rows=True)) if core.statement else None
     found = rows_differ(core, account) if account else ""
-    if found: core.do(Tell(Notice("disagreement", found)))
+    if found and account: core.do(disagreement(core, account, found))
     if account and core.rows_asked == core.asked: accept(core, account)
 
 
