@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet', 'compared',
-           'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
-           'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going',
-           'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
+           'compared', 'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree',
+           'ask_suspended', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
+           'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ from tradelab.live.core import (
     take_state,
     withhold,
 )
-from .guards import Condition
+from .guards import EMERGENCY, Condition
 from .ladder import trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
-from .order_states import is_decided
+from .order_states import client_order_id, is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
 from ..notices import Notice
@@ -134,13 +134,21 @@ def halt_if_liquidated(core:Core)->None:
             trip(core, "liquidation", f"{fill.symbol}: the exchange has liquidated the position")
 
 
+def is_forgotten(core:Core, fill:Fill)->bool:
+    "Whether a trade closed something in an emergency that the ledger could not write down before the process died"
+    mine = client_order_id(core.terms.session, fill.symbol, 0).split("-")[:2]
+    name = fill.order_id.split("-")
+    if fill.order_id in core.manager.blotter.known: return False
+    return len(name) == 5 and name[:2] == mine and name[3].isdecimal() and int(name[3]) >= EMERGENCY
+
+
 def take_trade(core:Core, fill:Fill)->None:
     "A trade of the account, under the name of its order, for ever: it is ours, or it is not"
     core.numbers.answered(fill)
-    if fill.order_id in core.manager.blotter.known:
+    if fill.order_id in core.manager.blotter.known or is_forgotten(core, fill):
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return take_ours(core, fill)
+        return core.books.add(fill) if is_forgotten(core, fill) else take_ours(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)

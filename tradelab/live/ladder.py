@@ -111,7 +111,7 @@ def tell_moves(core:Restricted)->None:
     news, ladder.news = ladder.news, []
     for move in news:
         core.do(*moved(move, ladder))
-        if move.state is TradingState.HALT and move.what == "tripped": alarm(core, move.evidence)
+        if ladder.active.get((move.cause, move.scope), [0])[0] == TradingState.HALT: alarm(core, move.evidence)
     core.heard += len(news)
     if ladder.halts: core.guards.ends = core.guards.ends or Phase.HALTED
     if ladder.state() is ladder.required: return

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
-           'Step', 'First', 'Foreign', 'Paid', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake',
-           'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered',
-           'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command', 'LedgerState',
-           'Woken', 'Stop', 'Failed', 'Received']
+           'Step', 'First', 'Foreign', 'Paid', 'EmergencyStep', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell',
+           'Say', 'Wake', 'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise',
+           'Done', 'Answered', 'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command',
+           'LedgerState', 'Woken', 'Stop', 'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Ask:
 class Fetch:
     "Ask the exchange for something that is not about one order"
     number:int
-    # account, open_orders, fills, name_of, incomes, history, forming, funding_rates or index_prices
+    # account, open_orders, fills, name_of, incomes, history, forming, depth, funding_rates or index_prices
     what:str
     arguments:tuple = ()
 
@@ -118,6 +118,15 @@ class Paid:
 
 
 @dataclass(frozen=True)
+class EmergencyStep:
+    "Something that was done to close everything"
+    time:int         # ms, our clock
+    step:str         # halted, closing, failed, flat, held or over
+    symbol:str = ""  # empty: all
+    text:str = ""    # for people
+
+
+@dataclass(frozen=True)
 class LadderMoved:
     "A cause that restricts trading came or went (`live.ladder`)"
     time:int           # ms
@@ -133,7 +142,7 @@ class LadderMoved:
 @dataclass(frozen=True)
 class Write:
     "Keep a record in the ledger"
-    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid|LadderMoved
+    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid|LadderMoved|EmergencyStep
 
 # %% ../../nbs/70_live/03_messages.ipynb #7cb02778
 @dataclass(frozen=True)
@@ -242,7 +251,7 @@ Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell 
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
 Content = (AccountSnapshot | list[Fill | Income] | list[OrderReport] | list[str] | tuple[np.ndarray, np.ndarray]
-           | dict[int, float] | str | int)
+           | dict[int, float] | Depth | str | int)
 
 
 @dataclass(frozen=True)

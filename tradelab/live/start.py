@@ -6,7 +6,7 @@
 __all__ = ['SAME', 'FORMAT', 'LADDER', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series',
            'refuse_style', 'check_account', 'check_leverage', 'check_orders', 'check_offset', 'standing_of',
            'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to', 'refuse_another', 'hear_both',
-           'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'start_and_live']
+           'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'rescue', 'start_and_live']
 
 # %% ../../nbs/70_live/18_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -21,11 +21,11 @@ from ..instruments import Instrument
 from .agreement import history_questions, reconcile
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
-from .emergency import to_flatten
+from .emergency import emergency, to_flatten
 from .guards import clock_is_off
 from .ladder import alarm
 from .lease import is_halted
-from .ledger import Standing
+from .ledger import LeaseLostError, Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_states import client_order_id
 from .protection import PROTECTIVE, Protector
@@ -226,7 +226,7 @@ def precompile(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->N
 # %% ../../nbs/70_live/18_start.ipynb #baec9f10
 def start_limit(core:Core)->int:
     "ms that a start waits for an exchange that does not answer: a session that is resumed may hold positions"
-    return core.terms.outage_limit if core.resumed else core.terms.patience
+    return core.terms.longest_wait if core.resumed else core.terms.patience
 
 
 def answers_to(core:Core, questions:Sequence[tuple])->Process:
@@ -342,6 +342,7 @@ def start(
     core.do(Say(f"session {terms.session}{' resumed' if kept else ''}: {words or terms.venue}, wallet "
                 f"{account.wallet:,.2f} {terms.quote}, {', '.join(trader.symbols)} {terms.timeframe}, leverage "
                 f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
+    core.opened = True
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
     if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
@@ -352,6 +353,14 @@ def start(
     if kept: refuse_another(core)
     core.protector = Protector()
     if kept and core.manager.beside: yield from go_on(core)
+
+
+def rescue(core:Core, error:Exception)->Process|None:
+    "What is done before an error ends a session: everything is closed, if it holds or has ordered anything"
+    mine = core.opened and not isinstance(error, LeaseLostError | StartRefusedError)
+    if not mine or not (any(core.books.positions.values()) or core.manager.blotter.open): return None
+    alarm(core, f"{type(error).__name__}: {error}")
+    return emergency(core)
 
 
 def start_and_live(core:Core, kept:dict|None=None, words:str="", standing:Standing|None=None)->Process:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'under_watch', 'live']
+           'tell_of_resting', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, set_reason, sleep
 from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
-from .ladder import trip
+from .ladder import alarm, trip
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
 from .order_states import State, orders_from_decision, protects
-from .protection import secure
+from .protection import look_after_stops, secure, unprotected
 from .venue import UNITS
 from ..notices import Notice
 from ..orders import Order
@@ -53,7 +53,7 @@ def known_at_close(core:Core, open_time:int, candles:np.ndarray)->Process:
     trader, terms = core.trader, core.terms
     questions = market_questions(core.needs, trader.seen, terms.timeframe, [open_time])
     began, pause = core.now, terms.pause
-    while core.now - began <= terms.outage_limit:
+    while core.now - began <= terms.longest_wait:
         answers = yield from ask_until_answered(core, [*questions.values()])
         if answers is None: return None
         told = dict(zip(questions, answers))
@@ -145,7 +145,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
-    if not late: yield from secure(core)
+    if not late: yield from look_after_stops(core)
     yield from ask_suspended(core)
     if not late: yield from agree(core)
     keep(core)
@@ -213,6 +213,16 @@ def look_up(core:Core)->Process:
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
 
+def watch_outage(core:Core)->int|None:
+    "When an outage becomes an emergency (ms); None: not while every position has its stop at the exchange"
+    since, limit = core.watch.silent_since, core.terms.outage_limit
+    if since is None or not limit or not (alone := unprotected(core)): return None
+    if core.now >= since + limit:
+        alarm(core, f"{core.terms.venue} has answered nothing since {format_time(since)}, and {', '.join(alone)} has "
+              "no stop there")
+    return since + limit
+
+
 def under_watch(core:Core, process:Process)->Process:
     "Go on with a process; an emergency and what a person wants at once go before it, wherever it is"
     while True:
@@ -220,7 +230,8 @@ def under_watch(core:Core, process:Process)->Process:
         if core.emergency: yield from emergency(core)
         try: due = next(process)
         except StopIteration: break
-        if not core.emergency: yield due
+        limit = watch_outage(core)
+        if not core.emergency: yield min((time for time in (due, limit) if time is not None), default=None)
     if core.emergency: yield from emergency(core)
 
 
@@ -234,6 +245,7 @@ def live(core:Core)->Process:
         yield from secure(core)
         if may_reconcile(core):
             yield from reconcile(core)
+            yield from look_after_stops(core)
             continue
         ready = core.feed.take() if core.feed else None
         if ready: yield from step(core, *ready)
