@@ -19,7 +19,7 @@ from .config import VenueSettings
 from .features.observation import Observation
 from .inputs import venue_at
 from .instruments import BITCOIN
-from .live.ledger import Asked, Ledger
+from .live.ledger import Asked, Ledger, MemoryLedger
 from .live.messages import EmergencyStep
 from .live.session import Session
 from .localnet.server import Localnet
@@ -86,7 +86,7 @@ def held_at(exchange:Localnet, symbols:Sequence[str])->dict[str, float]:
     return {symbol: float(account.held(n, "BOTH")) for n, symbol in enumerate(symbols)}
 
 
-def steps_of(ledger:Ledger)->pd.DataFrame:
+def steps_of(ledger:Ledger|MemoryLedger)->pd.DataFrame:
     "What was done after the word, and when"
     said = ledger.commands.all()[0]["time"]
     rows = [("word", "", "a person says halt", 0)]
