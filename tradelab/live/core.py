@@ -477,7 +477,8 @@ def take_unanswered(core:"Core", number:int, error:Exception)->None:
 
 # %% ../../nbs/70_live/12_core.ipynb #e30f14d7
 def take_stream(core:"Core", event:Opened|Lost)->None:
-    "A stream is open, or gone: what it told meanwhile, or would have told, is missed"
+    "A stream is open, or gone: what it told meanwhile, or would have told, is missed; the book is only measured"
+    if event.stream not in core.watch.streams: return core.gauges.middles.clear()
     if isinstance(event, Lost):
         if set_reason(core, event.stream): core.do(Tell(Notice("lost", f"{event.stream}: {event.text}")))
         return
