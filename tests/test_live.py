@@ -417,7 +417,7 @@ def test_a_halt_is_an_event_and_survives_a_restart(tmp_path):
     with localnet() as exchange:
         run(session(exchange, tmp_path, limits=limits), 30)
         events = Ledger(f"sqlite:///{tmp_path}/tradelab.db").notices("momentum_test")
-        assert list(events["kind"]) == ["halt"]
+        assert list(events["kind"]) == ["halt", "emergency", "emergency"]
         assert "everything is closed and stays closed" in events["text"][0]
         run(session(exchange, tmp_path, limits=limits, id="", resume="momentum_test"), 10)
     assert (journal(tmp_path)["order"].iloc[30:] == 0).all()

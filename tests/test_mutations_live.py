@@ -10,7 +10,7 @@ import pytest
 from simulated import Process, simulate, trader
 from test_simulation_live import SHAPES, met, reference, wrong_in
 
-from tradelab.live import bookkeeper, core, session
+from tradelab.live import agreement, bookkeeper, session
 from tradelab.live import lease as leases
 from tradelab.live.ledger import MemoryLedger
 from tradelab.live.reconcile import StartRefusedError
@@ -58,9 +58,9 @@ def second_question():
     def end_round(manager, name, found, now):
         manager.searches[name].first = -10**15
         return rounds(manager, name, found, now)
-    rounds = core.end_round
+    rounds = agreement.end_round
     def found():
-        with patch.object(core, "end_round", end_round):
+        with patch.object(agreement, "end_round", end_round):
             return absent_and_there(met(MATCHED_VERY_LATE, timeframe="15m")[0])
     return found
 

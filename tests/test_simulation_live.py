@@ -224,6 +224,11 @@ def test_a_start_across_a_close_has_its_candles():
     for seed in (123, 142, 209, 288): assert check(seed, run_of(seed)) == []
 
 
+def test_a_ban_ends_when_it_is_over():
+    "Nobody asked through it any more, so that nobody learned that it was over"
+    assert check(12270, run_of(12270)) == []
+
+
 def test_no_candle_that_comes_at_its_close_is_flagged():
     run = simulate(1, market_seed=1, candles=6)
     assert "flagged" not in run.notices

@@ -143,7 +143,7 @@ def test_a_real_stop_is_heard_from_its_trigger_to_its_end(shared):
         frame = json.loads((folder / f"ws_futures_algo_update_{step}.json").read_text())["data"]
         heard += children.named(frame, normalise(frame, symbols))
     name = "O-20251211-053131-TEST-000-1"
-    assert heard == [OrderReport(name, State.WORKING, 0., "algo 1000000033225453"),
+    assert heard == [OrderReport(name, State.WORKING, 0., "algo 1000000033225453", triggered=True),
                      OrderReport(name, State.WORKING, 0., "88937381063"),
                      OrderReport(name, State.FILLED, 38., "88937381063")]
     fill = Fill("DOGE/USDT:USDT", 38., .13856, .002, 5, "x-88", "9")

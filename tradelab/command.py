@@ -120,12 +120,6 @@ class JobCommand(click.Command):
         from tradelab import jobs
         with suppress(click.ClickException): formatter.write(f"\n{jobs.help_of(jobs.find(self.name or ''))}\n")
 
-# %% ../nbs/99_top/07_command.ipynb #f6f1699c
-_JOBS = {"backtest": "What a policy would have done, beside doing nothing and holding.",
-         "live": "Trade: localnet, the testnet; the notebook is the record.",
-         "replay": "Decide a recorded session again: the same bits.",
-         "report": "A policy beside simple rules, and a live session beside what was expected."}
-
 # %% ../nbs/99_top/07_command.ipynb #16b6a193
 def add_job(
     name:str,          # of the notebook
@@ -151,6 +145,11 @@ def add_job(
                                        "mainnet, with all that it asks for."))
 
 # %% ../nbs/99_top/07_command.ipynb #1efaad20
+_JOBS = {"backtest": "What a policy would have done, beside doing nothing and holding.",
+         "live": "Trade: localnet, the testnet; the notebook is the record.",
+         "replay": "Decide a recorded session again: the same bits.",
+         "report": "A policy beside simple rules, and a live session beside what was expected."}
+
 for _name, _words in _JOBS.items(): add_job(_name, _words)
 
 # %% ../nbs/99_top/07_command.ipynb #765203b5
@@ -203,13 +202,6 @@ def stop(session:str|None)->None:
     click.echo(f"{session} has stopped")
 
 # %% ../nbs/99_top/07_command.ipynb #c0mmand2
-_WORDS = {"adopt": "Take what was traded by hand into the session's own account.",
-          "ignore": "Leave what was traded by hand to whoever did it, and trade on beside it.",
-          "flatten": "Close the positions of a session, until the exchange says that they are gone.",
-          "halt": "Open nothing more, in this session and those after it, until a reset.",
-          "reset": "Lift a halt."}
-
-
 def answer_of(
     ledger:Any,      # Ledger
     number:int,      # of a command
@@ -288,6 +280,12 @@ def add_word(name:str, words:str)->None:
     command.params += [click.Option(["--venue"], default="", help="Where several have it: of this one."),
                        click.Option(["--account"], default="", help="The same, by the venue's name for it.")]
 
+# %% ../nbs/99_top/07_command.ipynb #cmdshow09
+_WORDS = {"adopt": "Take what was traded by hand into the session's own account.",
+          "ignore": "Leave what was traded by hand to whoever did it, and trade on beside it.",
+          "flatten": "Close the positions of a session, until the exchange says that they are gone.",
+          "halt": "Open nothing more, in this session and those after it, until a reset.",
+          "reset": "Lift a halt."}
 
 for _name, _words in _WORDS.items(): add_word(_name, _words)
 

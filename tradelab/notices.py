@@ -44,6 +44,7 @@ NOTICES = { # kind: (level, when it is told)
     "disagreement": ("error", "the venue's account differs from the trader's"),
     "margin call": ("critical", "the venue is about to liquidate"),
     "halt": ("critical", "a limit was reached or the venue has liquidated: trading ends"),
+    "stop": ("error", "a stop did not do what it is there for, or a position is without one"),
     "standing": ("info", "a new session goes on where the strategy was"),
     "account": ("warning", "the account was set up in another way"),
     "command": ("warning", "what a person asked for, and what came of it"),

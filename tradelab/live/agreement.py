@@ -28,12 +28,15 @@ from tradelab.live.core import (
     mark_foreign,
     news,
     sleep,
+    take_ours,
     take_state,
     withhold,
 )
 from .guards import Condition, Phase
+from .ladder import alarm
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
+from .order_states import is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
 from ..notices import Notice
@@ -52,11 +55,11 @@ def tell_of_orders(core:Core)->None:
     manager, blotter = core.manager, core.manager.blotter
     for name, report in blotter.news.items() if manager.beside else ():
         intent = blotter.known[name]
-        if blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
+        if not is_decided(intent.order) or blotter.last(intent.order.symbol, intent.order.slot) is not intent: continue
         row = row_of(core, intent.order)
         update = update_of(intent, row, report, core.now)
         if update and (row["kind"] != NONE or update.kind is Kind.NONE): core.trader.on(update)
-    for order in manager.dropped if manager.beside else ():
+    for order in filter(is_decided, manager.dropped) if manager.beside else ():
         row = row_of(core, order)
         if row["revision"] == order.revision: core.trader.on(ended(order, row, core.now))
     blotter.news.clear()
@@ -66,6 +69,7 @@ def tell_of_orders(core:Core)->None:
 def tell_of_cancelled(core:Core)->None:
     "At its next decision the trader is shown what it has cancelled and what still works: its end is not known"
     for intent in core.manager.blotter.open.values() if core.manager.beside else ():
+        if not is_decided(intent.order): continue
         row = row_of(core, intent.order)
         update = update_of(intent, row, None, core.now) if intent.works and row["kind"] == NONE else None
         if update: core.trader.on(update)
@@ -128,6 +132,7 @@ def require_halt(core:Core, reason:str)->None:
     core.trader.on(StateChange(TradingState.HALT, reason, core.now))
     core.guards.ends = Phase.HALTED
     core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
+    alarm(core, reason)
 
 
 def halt_if_liquidated(core:Core)->None:
@@ -143,7 +148,7 @@ def take_trade(core:Core, fill:Fill)->None:
     if fill.order_id in core.manager.blotter.known:
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return core.books.add(fill)
+        return take_ours(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)
@@ -383,7 +388,8 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     frozen = core.foreign.frozen
     drop_frozen(core, [order for order in orders if order.symbol in frozen])
     wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
-    stays = [each.order for each in core.manager.blotter.open.values() if each.works and each.order.symbol in frozen]
+    working = [each.order for each in core.manager.blotter.open.values() if each.works and is_decided(each.order)]
+    stays = [order for order in working if order.symbol in frozen]
     return wanted + (stays if core.manager.beside else [])
 
 

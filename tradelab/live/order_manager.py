@@ -21,7 +21,7 @@ import numpy as np
 from ..account import decimal8
 from ..events import Fill, OrderUpdate
 from .messages import Action, Amend, Answered, Ask, Cancel, Intents, Moved, Revised, Send, Tell, Write
-from .order_states import Intent, State, client_order_id, transition
+from .order_states import Intent, State, client_order_id, is_decided, transition
 from .venue import Answer, OrderReport, Outcome, check_order
 from ..notices import Notice
 from ..orders import Kind, Order, TimeInForce
@@ -67,6 +67,8 @@ class KnownOrders:
         self.known = {intent.order.order_id: intent for intent in intents}
         self.filled: dict[str, float] = defaultdict(float)
         self.doubts: dict[str, str] = {} # by order: what cannot be right, until the exchange has been asked
+        self.triggered: set[str] = set() # conditional orders whose price has come, and that are no order yet
+        self.passed: set[str] = set()    # refused, because the market was beyond their trigger
         self.newest = {(each.order.symbol, each.order.slot): name for name, each in self.known.items()}
         self.news: dict[str, OrderReport|None] = {} # of which orders the trader was not told yet
         for fill in fills: self.filled[fill.order_id] += abs(fill.quantity)
@@ -136,6 +138,7 @@ class Blotter(KnownOrders):
         "The exchange said where an order is; what is said of others changes nothing"
         intent = self.known.get(report.order_id)
         if intent is None: return []
+        (self.triggered.add if report.triggered else self.triggered.discard)(report.order_id)
         self.news[report.order_id] = report
         return self.move(report.order_id, report.state, executed=max(report.executed, intent.executed),
                          exchange_id=report.exchange_id, **facts)
@@ -312,7 +315,8 @@ def on_sent(
     what = f"{order.symbol} {order.quantity}: {answer.text}"
     pursuit.stage = Stage.DONE
     if answer.report: return blotter.on_update(answer.report)
-    if answer.outcome in (Outcome.REJECTED, Outcome.LATER):
+    if answer.outcome in (Outcome.REJECTED, Outcome.PASSED, Outcome.LATER):
+        if answer.outcome is Outcome.PASSED: blotter.passed.add(order.order_id)
         if answer.outcome is Outcome.LATER:
             pursuit.stage = Stage.PAUSED
             pursuit.due = now + persistence.delay(pursuit.attempt or 0, answer.retry)
@@ -589,7 +593,8 @@ def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
 def drop_old(manager:"OrderManager", wanted:Iterable[Order])->list[Action]:
     "Forget what an earlier decision still wanted to send, unless it is wanted again"
     slots = {(order.symbol, order.slot, order.revision) for order in wanted}
-    paused = [each.order for each in manager.pursuits.values() if each.stage is Stage.PAUSED]
+    paused = [each.order for each in manager.pursuits.values()
+              if each.stage is Stage.PAUSED and is_decided(each.order)]
     for order in paused: manager.pursuits.pop(order.order_id)
     old = [order for order in (*manager.waiting, *paused)
            if not manager.beside or (order.symbol, order.slot, order.revision) not in slots]
@@ -663,8 +668,8 @@ class OrderManager:
         "Make the orders that work those that are wanted; InvalidOrderError if the venue does not take one"
         blotter = self.blotter
         newest = {slot: blotter.known[name] for slot, name in blotter.newest.items()} if self.beside else {}
-        working = [intent for intent in blotter.open.values() if intent.works] if self.beside else []
-        difference = compare(orders, newest, working, self.offer.amends)
+        working = [each for each in blotter.open.values() if each.works and is_decided(each.order)]
+        difference = compare(orders, newest, working if self.beside else [], self.offer.amends)
         for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
         return [*change(self, difference, now), *self.on_time(now)]
 

@@ -22,11 +22,14 @@ from ..instruments import Instrument
 from .agreement import catch_up, history_questions
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
+from .emergency import to_flatten
 from .guards import clock_is_off
+from .ladder import alarm
 from .ledger import Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_manager import ATTEMPTS
 from .order_states import client_order_id
+from .protection import PROTECTIVE, Protector
 from tradelab.live.reconcile import (
     PREFIX,
     StartRefusedError,
@@ -36,7 +39,7 @@ from tradelab.live.reconcile import (
     compare_accounts,
     reserve_of,
 )
-from .steps import go_on, live, look_ahead
+from .steps import go_on, live, look_ahead, under_watch
 from .venue import AccountSnapshot, OrderReport, units
 from ..market.filters import coarse_tick, on_grid
 from ..notices import Notice
@@ -117,9 +120,10 @@ def refuse_style(
 )->None:
     "Refuse an execution style that the venue cannot carry out"
     style = trader.execution
-    if style.protect:
-        raise StartRefusedError("execution.protect is simulated only: a live session watches its stops at each close, "
-                                "none rests at the exchange; say protect = false, and test it so")
+    missing = [kind.name for kind in dict.fromkeys(PROTECTIVE) if kind not in kinds] if style.protect else []
+    if missing:
+        raise StartRefusedError(f"execution.protect is true, and this venue takes no {' and no '.join(missing)} "
+                                "orders: say protect = false, and the stops are watched at each close")
     if style.style == "post_only" and Kind.LIMIT not in kinds:
         raise StartRefusedError("execution.style is post_only, and this venue takes no LIMIT orders: choose market or "
                                 "slices")
@@ -360,15 +364,18 @@ def start(
                 f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
+    if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
+        alarm(core, "it was halted before everything was closed")
     yield from hear_both(core)
     if kept: yield from ask_again(core)
     yield from see_history(core, kept)
     for silence in core.watch.silence.values(): silence.heard()
     core.guards.asked(core.guards.troubles)
+    core.protector = Protector()
     if kept and core.manager.beside: yield from go_on(core)
 
 
 def start_and_live(core:Core, kept:dict|None=None, words:str="", standing:Standing|None=None)->Process:
     "The whole of a session"
-    yield from start(core, kept, words, standing)
-    yield from live(core)
+    yield from under_watch(core, start(core, kept, words, standing))
+    yield from under_watch(core, live(core))

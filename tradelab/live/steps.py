@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'live']
+           'tell_of_resting', 'wait', 'close_books', 'look_up', 'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -32,13 +32,15 @@ from tradelab.live.agreement import (
     tell_of_orders,
 )
 from .bookkeeper import market_questions, with_funding_and_index
-from .commands import obey
+from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, sleep
-from .emergency import flatten_all, to_flatten
+from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
+from .ladder import alarm
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
-from .order_states import State, orders_from_decision
+from .order_states import State, orders_from_decision, protects
+from .protection import secure
 from .venue import UNITS
 from ..notices import Notice
 from ..orders import Order
@@ -80,6 +82,7 @@ def watch_halt(core:Core)->None:
         core.do(Tell(Notice("halt", f"drawdown {account['drawdown']:.2%} has reached the limit "
                             f"{core.trader.limits.max_drawdown:.2%}: everything is closed and stays closed until a "
                             "person resets it")))
+        alarm(core, f"drawdown {account['drawdown']:.2%}")
     core.halted = halted
     if halted: core.guards.ends = Phase.HALTED
 
@@ -138,9 +141,14 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if known is None: return
     core.deadline = deadline_of(core, open_time, arrived)
     orders = decide(core, open_time, known, late)
+    if core.trader.account["trading_state"][0] == TradingState.HALT:
+        core.manager.dropped += orders # `live.emergency` closes what is held
+        orders = []
+        if core.emergency: yield arrived
     if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
+    if not late: yield from secure(core)
     yield from ask_suspended(core)
     if not late: yield from agree(core)
     keep(core)
@@ -170,9 +178,14 @@ def go_on(core:Core)->Process:
 # %% ../../nbs/70_live/17_steps.ipynb #3b4831eb
 def tell_of_resting(core:Core)->None:
     "A person should know which orders go on working when nobody watches them"
-    core.do(*(Tell(Notice("resting", f"{intent.order.symbol} {intent.order.kind.name} {still_wanted(intent)} stays at "
-                          f"{core.terms.venue} ({intent.order.order_id}): resume the session, or cancel it there"))
-              for intent in core.manager.blotter.open.values() if intent.state is State.WORKING))
+    for intent in core.manager.blotter.open.values():
+        if intent.state is not State.WORKING: continue
+        order = intent.order
+        what = f"{order.symbol} {order.kind.name} {still_wanted(intent)}"
+        if order.trigger: what += f" at {order.trigger:g}"
+        why = ("it protects the position while nobody watches; resume the session, or close both there"
+               if protects(order) else "resume the session, or cancel it there")
+        core.do(Tell(Notice("resting", f"{what} stays at {core.terms.venue} ({order.order_id}): {why}")))
 
 
 def wait(core:Core)->Process:
@@ -202,13 +215,25 @@ def look_up(core:Core)->Process:
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
 
+def under_watch(core:Core, process:Process)->Process:
+    "Go on with a process; an emergency and what a person wants at once go before it, wherever it is"
+    while True:
+        if core.feed and any(command.name in URGENT for command in core.commands): yield from obey(core, *URGENT)
+        if core.emergency: yield from emergency(core)
+        try: due = next(process)
+        except StopIteration: break
+        if not core.emergency: yield due
+    if core.emergency: yield from emergency(core)
+
+
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:
         yield from obey(core)
         if core.foreign.suspects: yield from look_up(core)
-        if not_allowed := to_flatten(core): yield from flatten_all(core, not_allowed)
+        if not_allowed := to_flatten(core): yield from obey_state(core, not_allowed)
         if book(core): keep(core)
+        yield from secure(core)
         if may_reconcile(core):
             yield from reconcile(core)
             continue
@@ -217,5 +242,6 @@ def live(core:Core)->Process:
         elif core.feed and core.feed.gap and core.now >= core.watch.retry_at: yield from fill_gap(core)
         else: yield from wait(core)
     core.guards.ends = Phase.CLOSING
+    yield from secure(core)
     yield from close_books(core)
     tell_of_resting(core)

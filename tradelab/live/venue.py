@@ -48,6 +48,7 @@ class OrderReport:
     trigger:float|None = None     # quote per base; a trailing stop moves it
     expires_in:float|None = None  # candles
     resting:bool = True           # whether it has reached the market
+    triggered:bool = False        # whether a conditional order's price has come, and no order has come of it yet
 
 # %% ../../nbs/70_live/02_venue.ipynb #heldpos1
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Outcome(StrEnum):
     "What an answer about an order proves"
     ACCEPTED = "accepted"       # the exchange has it
     REJECTED = "rejected"       # refused for sure
+    PASSED = "passed"           # refused for sure, because the market is beyond its trigger already
     LATER = "later"             # refused for sure, for a reason that passes: may be sent again
     EXISTS = "exists"           # the exchange has an order of this name already
     NOT_FOUND = "not found"     # the exchange knows no order of this name, at this moment

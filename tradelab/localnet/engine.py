@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED',
            'WOULD_TAKE', 'FORCES', 'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'candle_of',
-           'write_row', 'row_of', 'works', 'clear_row', 'reason_of', 'end', 'begin', 'row_fields', 'fill_maker',
-           'liquidate', 'submit', 'Exchange', 'clock_held', 'place', 'check_only', 'find_order', 'cancel', 'amend',
+           'write_row', 'row_of', 'works', 'clear_row', 'Exchange', 'reason_of', 'end', 'begin', 'row_fields',
+           'fill_maker', 'liquidate', 'submit', 'clock_held', 'place', 'check_only', 'find_order', 'cancel', 'amend',
            'count_down']
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
@@ -141,15 +141,6 @@ def _part_candle(candle:Candle, part:Collateral)->Candle:
     if len(part.rows) == len(candle.prices): return candle
     return Candle(candle.time, *(each[part.rows] for each in candle[1:]))
 
-# %% ../../nbs/60_localnet/08_engine.ipynb #e02925db
-def _forming(exchange:"Exchange")->Candle:
-    "The candle that is forming: its open, and the volume that it will have"
-    if exchange.candle is None:
-        market = exchange.market
-        prices = np.array([[opened] * 4 + [volume] for opened, volume in map(market.opening, range(len(market.ids)))])
-        exchange.candle = candle_of(market.open_time, prices, market.condition_rows)
-    return exchange.candle
-
 # %% ../../nbs/60_localnet/08_engine.ipynb #9f53daed
 Place = tuple[int, int]   # row of the account, and slot
 
@@ -192,507 +183,6 @@ def works(account:Account, place:Place, number:int)->bool:
 def clear_row(account:Account, place:Place, number:int)->None:
     "Take an order out of the kernel, if it is there"
     if works(account, place, number): row_of(account, place)["kind"] = NONE
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #971cb22f
-SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
-
-
-def reason_of(order:ExchangeOrder, held:float)->int:
-    "Why the kernel has dropped an order"
-    if order.reduce_only and held * order.sign >= 0.: return REDUCED
-    reasons = {"IOC": IOC_LEFT, "FOK": KILLED, "GTX": WOULD_TAKE}
-    return NO_LIQUIDITY if order.kind == "MARKET" else reasons.get(order.in_force, 0)
-
-
-def end(exchange:"Exchange", account:Account, order:ExchangeOrder, status:str="CANCELED", reason:int=0)->None:
-    "An order works no more"
-    if order.place is not None: clear_row(account, order.place, order.number)
-    _withdraw(exchange, order)
-    order.status = status
-    order.expiry_reason = reason
-    order.update_time = exchange.market.now
-    account.ended(order)
-    exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
-    for told in exchange.ended: told(account, order)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #863618c8
-def _rest(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "Show an order in the book, at the end of its queue"
-    book, side = exchange.market.book(order.n), int(order.sign)
-    order.ahead = book.quantity(side, order.price)
-    book.rest(order.price, side, order.left)
-    exchange.queues[order.n, side].setdefault(order.price, {})[order.number] = (account, order)
-
-
-def _withdraw(exchange:"Exchange", order:ExchangeOrder)->None:
-    "Take an order out of the book, if it is there; those behind it move up"
-    side = int(order.sign)
-    queue = exchange.queues[order.n, side].get(order.price, {})
-    if order.number not in queue: return
-    exchange.market.book(order.n).rest(order.price, side, -order.left)
-    for _, other in list(queue.values())[list(queue).index(order.number) + 1:]: other.ahead -= order.left
-    _leave(exchange, order)
-
-
-def _leave(exchange:"Exchange", order:ExchangeOrder)->None:
-    "Forget an order of which nothing is shown any more"
-    queues = exchange.queues[order.n, int(order.sign)]
-    queue = queues.get(order.price, {})
-    queue.pop(order.number, None)
-    if not queue: queues.pop(order.price, None)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
-def _adopt(exchange:"Exchange", account:Account, fills:np.ndarray, time:int)->None:
-    "See to it that the account knows the order of each fill"
-    for known in map(int, fills["decision_price"].tolist()):
-        if known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
-
-
-def _force(exchange:"Exchange", account:Account, part:Collateral, fill:Any, time:int)->ExchangeOrder:
-    "The order by which the exchange closes a position"
-    row = int(part.rows[fill["symbol"]])
-    n, quantity, price = row // len(SIDES), float(fill["quantity"]), float(fill["price"])
-    order = ExchangeOrder(exchange.next_order(), account.name, n, exchange.market.ids[n], f"autoclose-{time}-{row}",
-                          "BUY" if quantity > 0. else "SELL", abs(quantity), price=price, in_force="IOC",
-                          position_side=SIDES[row % len(SIDES)], reduce_only=True, time=time)
-    exchange.register(account, order)
-    exchange.emit(account, order_event(order, "CALCULATED"))
-    exchange.market.force_order(n, quantity, price, price)
-    return order
-
-
-def _anchor(part:Collateral)->ExchangeOrder|None:
-    "Which wallet is meant: None for the cross wallet, else an order of the isolated position"
-    if len(part.rows) > 1: return None
-    row = int(part.rows[0])
-    return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #0b40e350
-def _tell_kernel(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
-    "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
-    fills = part.state.fills[before:int(part.state.count[0])]
-    split = len(fills) - fills["kind"].tolist().count(LIQUIDATION)
-    _adopt(exchange, account, fills[:split], time)
-    part.state.count[0] = before + split
-    exchange.tell_ended(account, account.booked(_anchor(part), before, time))
-    for order in list(orders):
-        if order.place is None or not order.is_open or account.part(order.place[0])[0] is not part: continue
-        if works(account, order.place, order.number): continue
-        held = account.held(order.n, order.position_side) if order.in_force in ("IOC", "FOK", "GTX") else 0.
-        end(exchange, account, order, "EXPIRED", LIQUIDATED if split < len(fills) else reason_of(order, held))
-    if split < len(fills): _tell_liquidation(exchange, account, part, before + split, before + len(fills), time)
-    part.state.count[0] = before
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #27b16e06
-def _tell_liquidation(exchange, account, part, first, last, time):
-    "Book the fills by which the kernel has closed the positions of a wallet"
-    whole_account = len(part.rows) > 1
-    if whole_account: exchange.closed.add(account.name)
-    for told in exchange.wiped: told(account, None if whole_account else int(part.rows[0]) // len(SIDES))
-    for fill in part.state.fills[first:last]:
-        fill["decision_price"] = _force(exchange, account, part, fill, time).number
-    part.state.count[0] = last
-    exchange.tell_ended(account, account.booked(_anchor(part), first, time))
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #674fb9db
-def begin(exchange:"Exchange", account:Account)->None:
-    "The candle's first moment, once: when the first order arrives, or at its end"
-    if account.name in exchange.begun: return
-    exchange.begun.add(account.name)
-    candle = _forming(exchange)
-    for part in account.parts():
-        before = int(part.state.count[0])
-        if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
-            _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
-def _tell_part(exchange:"Exchange", account:Account, part:Collateral, before:int, time:int)->bool:
-    "Tell what a part of a candle has done; true if a fill has left a position"
-    filled = part.state.fills["symbol"][before:int(part.state.count[0])]
-    _tell_kernel(exchange, account, part, before, time, account.open.values())
-    return bool(part.state.positions["quantity"][filled].any())
-
-
-def _settled(exchange:"Exchange", account:Account, time:int)->Account:
-    for told in exchange.after_step: told(account, time)
-    return account
-
-
-def _live_through(exchange:"Exchange", account:Account, candle:Candle, time:int)->None:
-    "Take an account through the candle that has closed"
-    account.lend()
-    for part in account.parts():
-        before = int(part.state.count[0])
-        _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
-        _tell_part(exchange, account, part, before, time)
-    _settled(exchange, account, time)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #e2eng002
-def _live_in_parts(exchange:"Exchange", account:Account, candle:Candle, time:int)->Iterator[Account]:
-    "Take an account through the candle that has closed; yields it behind each fill that leaves a position"
-    account.lend()
-    exchange.market.now = max(exchange.market.now, time)
-    there = exchange.halfway[account.name] = candle._replace(prices=candle.prices.copy())
-    for part in account.parts():
-        seen, ways, before = _part_candle(candle, part), np.full((len(part.rows), 4), np.nan), int(part.state.count[0])
-        meet_open(part.state, part.rules, NOBODY, seen)
-        if _tell_part(exchange, account, part, before, time): yield _settled(exchange, account, time)
-        depart(part.state, part.rules, seen, ways)
-        going = True
-        while going:
-            going = proceed(part.state, part.rules, NOBODY, seen, ways)
-            there.prices[part.rows, OPEN] = prices_there(seen, ways)
-            _tell_part(exchange, account, part, before, time)
-            if going: yield _settled(exchange, account, time)
-    _settled(exchange, account, time)
-
-
-def _close_candle(exchange:"Exchange", move:Close, waits:Collection[str]=())->Iterator[Account]:
-    "A candle has closed: accounts live through it, first those that are waited for"
-    prices = np.ascontiguousarray(move.candles[:, :5])
-    candle = candle_of(move.open_time, prices, exchange.market.condition_rows)
-    exchange.candle = candle
-    for account in sorted(exchange.accounts.values(), key=lambda each: each.name not in waits):
-        begin(exchange, account)
-        if account.name in exchange.closed: continue
-        if account.name in waits: yield from _live_in_parts(exchange, account, candle, move.time - 1)
-        else: _live_through(exchange, account, candle, move.time - 1)
-    exchange.candle = None
-    for known in (exchange.begun, exchange.closed, exchange.halfway): known.clear()
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
-FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
-
-
-def row_fields(order:ExchangeOrder)->dict:
-    "What the kernel needs to know of an order"
-    return {"kind": MARKET if order.kind == "MARKET" else LIMIT, "quantity": order.sign * order.left,
-            "price": order.price, "in_force": FORCES[order.in_force], "reduce_only": int(order.reduce_only)}
-
-
-def _refuse_lost(exchange:"Exchange", order:ExchangeOrder)->None:
-    "Refuse an order that ended before it began, if Binance does"
-    if order.in_force == "GTX": raise RequestDeniedError(-5022)
-    if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #d7887413
-def _meet(exchange:"Exchange", account:Account, place:Place)->int:
-    "Let a row meet the open; how many fills there were before"
-    begin(exchange, account)
-    if account.name in exchange.closed: raise RequestDeniedError(-2023)
-    part, k = account.part(place[0])
-    before = int(part.state.count[0])
-    candle = exchange.halfway.get(account.name) or _forming(exchange)
-    _meet_open(part.state, part.rules, NOBODY, k, place[1], _part_candle(candle, part))
-    return before
-
-
-def _settle(exchange:"Exchange", account:Account, place:Place, before:int)->None:
-    "Tell what an arrival has done"
-    now = exchange.market.now
-    orders = account.open_of[place[0] // len(SIDES)].values()
-    _tell_kernel(exchange, account, account.part(place[0])[0], before, now, orders)
-    for told in exchange.after_step: told(account, now)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #9c6fa7c7
-def _submit_to_kernel(exchange:"Exchange", account:Account, order:ExchangeOrder, slot:int|None)->None:
-    "An accepted order arrives in the candle that is forming"
-    place = write_row(account, order.n, order.position_side, order.number, slot, **row_fields(order))
-    before = _meet(exchange, account, place)
-    part, _ = account.part(place[0])
-    if part.state.count[0] == before and not works(account, place, order.number): _refuse_lost(exchange, order)
-    order.place = place
-    exchange.register(account, order)
-    exchange.emit(account, order_event(order, "NEW"))
-    _settle(exchange, account, place, before)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #1af7b95f
-def _fill(exchange:"Exchange", account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
-    "Book one trade of an order"
-    rate = account.costs.maker_fee if maker else account.costs.taker_fee
-    fee = float(decimal8(quantity * price * rate))
-    trade = account.fill(order, Filled(order.sign * quantity, price, fee, maker), exchange.market.now)
-    exchange.tell_ended(account, [trade])
-    if account.held(order.n, order.position_side) != 0.: return
-    for other in list(account.open_of[order.n].values()):
-        if other.reduce_only and other.position_side == order.position_side and other is not order:
-            end(exchange, account, other, "EXPIRED", REDUCED)
-
-
-def _allowed(account:Account, order:ExchangeOrder)->float:
-    "What an order may still trade: all that is left, or no more than its position"
-    if not order.reduce_only: return order.left
-    return min(order.left, max(-order.sign * account.held(order.n, order.position_side), 0.))
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #b02111c6
-def fill_maker(exchange:"Exchange", account:Account, order:ExchangeOrder, quantity:float, shown:bool)->None:
-    "Fill a resting order, at most so much of it; `market` if that is still in the book"
-    part, side = min(quantity, _allowed(account, order)), int(order.sign)
-    exchange.market.book(order.n).rest(order.price, side, -part if shown else quantity - part)
-    if part > 0.: _fill(exchange, account, order, order.price, part, True)
-    if order.left == 0.: _leave(exchange, order)
-    elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #6efe49ef
-def _serve(exchange:"Exchange", n:int, side:int, price:float, quantity:float)->None:
-    "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
-    for account, order in list(exchange.queues[n, side].get(price, {}).values()):
-        reached = float(decimal8(max(quantity - order.ahead, 0.)))
-        order.ahead = max(order.ahead - quantity, 0.)
-        if reached > 0. and order.is_open: fill_maker(exchange, account, order, min(reached, order.left), True)
-
-
-def _serve_taken(exchange:"Exchange", n:int, side:int, price:float, theirs:float, ours:float)->None:
-    "One of us took from a level: so much of the market's quantity, and so much of our orders, in their sequence"
-    for account, order in list(exchange.queues[n, side].get(price, {}).values()):
-        order.ahead = max(order.ahead - theirs - ours, 0.)
-        part = min(ours, order.left)
-        ours = float(decimal8(ours - part))
-        if part > 0. and order.is_open: fill_maker(exchange, account, order, part, False)
-
-
-def _serve_passed(exchange:"Exchange", n:int, price:float, side:int)->None:
-    "The market has traded beyond orders: all of them are filled, the nearest first"
-    passed = [each for each in exchange.queues[n, side] if side * (each - price) > 0.]
-    for each in sorted(passed, reverse=side > 0):
-        for account, order in list(exchange.queues[n, side].get(each, {}).values()):
-            if order.is_open: fill_maker(exchange, account, order, order.left, True)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #2bf4195d
-def _sweep(exchange:"Exchange", account:Account, order:ExchangeOrder, limit:float|None)->None:
-    "Take from the book what an order may, down to a limit"
-    side, book = int(order.sign), exchange.market.book(order.n)
-    before = book.rested(-side)
-    levels = book.take(side, _allowed(account, order), limit)
-    after = book.rested(-side)
-    for price, quantity in levels:
-        ours = float(decimal8(before.get(price, 0.) - after.get(price, 0.)))
-        _fill(exchange, account, order, price, quantity, False)
-        exchange.market.traded(order.n, price, quantity, side < 0)
-        _serve_taken(exchange, order.n, -side, price, quantity - ours, ours)
-
-
-def _own_makers(exchange:"Exchange", account:Account, order:ExchangeOrder)->list[ExchangeOrder]:
-    "Orders of the same account that an order would meet, the nearest first"
-    against = [each for each in account.open_of[order.n].values()
-               if each.side != order.side and each.kind == "LIMIT"
-               and each.price in exchange.queues[order.n, int(each.sign)]
-               and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
-    return sorted(against, key=lambda each: order.sign * each.price)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #6d97c0e6
-def _hide(exchange:"Exchange", order:ExchangeOrder)->None:
-    "Take an order out of the book for a moment"
-    exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
-    _leave(exchange, order)
-
-
-def _show(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "Put a hidden order back where it was in its queue"
-    if not order.is_open: return
-    book, side = exchange.market.book(order.n), int(order.sign)
-    queues = exchange.queues[order.n, side]
-    order.ahead = min(order.ahead, book.quantity(side, order.price))
-    book.rest(order.price, side, order.left)
-    queue = queues.get(order.price, {}) | {order.number: (account, order)}
-    queues[order.price] = dict(sorted(queue.items(), key=lambda each: each[1][1].ahead))
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #f34aa642
-def _take(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "Take from the book, past orders of the same account"
-    makers = _own_makers(exchange, account, order) if order.self_trade != "NONE" else []
-    for maker in makers: _hide(exchange, maker)
-    while makers:
-        _sweep(exchange, account, order, makers[0].price)
-        if _allowed(account, order) == 0.: break
-        if order.self_trade != "EXPIRE_TAKER":
-            end(exchange, account, makers.pop(0), "EXPIRED_IN_MATCH", SELF_TRADE)
-        if order.self_trade != "EXPIRE_MAKER":
-            end(exchange, account, order, "EXPIRED_IN_MATCH", SELF_TRADE)
-            break
-    for maker in makers: _show(exchange, account, maker)
-    if order.is_open: _sweep(exchange, account, order, order.price or None)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #4941a7c7
-def _takeable(exchange:"Exchange", order:ExchangeOrder)->float:
-    "How much of an order could be filled at once, base units"
-    side = int(order.sign)
-    return sum(quantity for price, quantity in exchange.market.book(order.n).levels(-side)
-               if not order.price or side * (order.price - price) >= 0.)
-
-
-def _work(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "Let an order take what it crosses; the rest waits, or expires"
-    _take(exchange, account, order)
-    if not order.is_open: return
-    held = account.held(order.n, order.position_side)
-    if order.in_force in ("IOC", "FOK") or order.kind == "MARKET" or _allowed(account, order) == 0.:
-        return end(exchange, account, order, "EXPIRED", reason_of(order, held))
-    _rest(exchange, account, order)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #5b5107f3
-def _submit_to_book(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "An accepted order meets the book"
-    there = _takeable(exchange, order) if order.in_force in ("GTX", "FOK") else order.left
-    if order.in_force == "GTX" and there > 0. or order.in_force == "FOK" and there < order.left:
-        _refuse_lost(exchange, order)
-    exchange.register(account, order)
-    exchange.emit(account, order_event(order, "NEW"))
-    if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
-    _work(exchange, account, order)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #49aa257c
-def _shorten(exchange:"Exchange", n:int, side:int)->None:
-    "What stood before an order in its queue may have been cancelled"
-    book = exchange.market.book(n)
-    rested = book.rested(side)
-    for price, queue in exchange.queues[n, side].items():
-        before = max(book.quantity(side, price) - rested.get(price, 0.), 0.)
-        for _, order in queue.values():
-            order.ahead = min(order.ahead, before)
-            before += order.left
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
-def _meet_move(exchange:"Exchange", move:Tick|Levels)->None:
-    "Resting orders meet a move of the market"
-    n = move.n
-    for side in (1, -1):
-        if not exchange.queues[n, side]: continue
-        book = exchange.market.book(n)
-        if isinstance(move, Levels): _shorten(exchange, n, side)
-        elif isinstance(move, Tick):
-            _serve_passed(exchange, n, move.price, side)
-            if (side > 0) == move.buyer_is_maker: _serve(exchange, n, side, move.price, move.quantity)
-        other, tick = book.market_best(-side), exchange.market.instruments[n].price_tick
-        if other == other: _serve_passed(exchange, n, other - side * tick / 2., side)
-
-
-def _guard(exchange:"Exchange", time:int)->None:
-    "The mark price has moved: warn accounts, and liquidate those whose margin is gone unless the kernel does"
-    for account in exchange.accounts.values():
-        for rows in account.endangered(time):
-            if exchange.profile == "book": liquidate(exchange, account, rows)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
-def liquidate(exchange:"Exchange", account:Account, rows:list[int])->None:
-    "Close the positions of one wallet"
-    market = exchange.market
-    for order in list(account.open.values()):
-        if account.row(order.n, order.position_side) in account.part(rows[0])[0].rows:
-            end(exchange, account, order, "EXPIRED", LIQUIDATED)
-    for told in exchange.wiped: told(account, None if rows[0] not in account.own else rows[0] // len(SIDES))
-    for row in rows:
-        part, k = account.part(row)
-        n, held = row // len(SIDES), float(part.state.positions[k]["quantity"])
-        mark = market.mark(n)
-        order = _force(exchange, account, part, {"symbol": k, "quantity": -held, "price": mark}, market.now)
-        levels = market.book(n).take(int(order.sign), order.left)
-        left = float(decimal8(order.left - sum(quantity for _, quantity in levels)))
-        for price, quantity in [*levels, (mark, left)]:
-            if quantity <= 0.: continue
-            fee = float(decimal8(quantity * price * market.instruments[n].liquidation_fee))
-            fee = min(fee, max(account.equity(), 0.))
-            account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
-    lost = -account.cross.money()
-    if lost <= 0. or rows[0] in account.own: return
-    account.receive("INSURANCE_CLEAR", lost, None, market.now)
-    exchange.emit(account, account_event(account, "INSURANCE_CLEAR", market.now, lost))
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
-def _check_unique(account:Account, client_id:str)->None:
-    "Refuse the client's id of another open order"
-    if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
-
-
-def _reduced(account:Account, order:ExchangeOrder, question:str)->float:
-    "The quantity of an order that may only reduce; RequestDeniedError if there is nothing to reduce"
-    held = -order.sign * account.held(order.n, order.position_side)
-    if held <= 0. or (order.quantity > held and question == "reject"): raise RequestDeniedError(-2022)
-    if order.kind != "MARKET" or order.quantity < held: _check_beside(account, order, min(order.quantity, held))
-    return min(order.quantity, held) if question == "shrink" else order.quantity
-
-
-def _check_beside(account:Account, order:ExchangeOrder, quantity:float)->None:
-    "Refuse to reduce a position that open orders would then turn round, if there is no margin for that"
-    row = account.row(order.n, order.position_side)
-    margin = account.margin(row)
-    left = margin.notional + order.sign * quantity * margin.price
-    more = exposed(left, margin.bids, margin.asks) - exposed(margin.notional, margin.bids, margin.asks)
-    if more > 0. and more / account.leverage[order.n] > account.available(): raise RequestDeniedError(-4118)
-
-
-def _check_value(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "Refuse an order that is too small, too large for its leverage, or not covered by the margin that is left"
-    market, row = exchange.market, account.row(order.n, order.position_side)
-    mark = market.mark(order.n)
-    price = order.price or mark
-    check_notional(order.left * price, market.instruments[order.n])
-    lost = max(order.sign * (price - mark), 0.) + price * account.costs.taker_fee
-    check_margin(account, row, order.sign * order.left, price, order.left * lost)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #2c09c093
-def _check_order(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
-    "Refuse an order that this account cannot have now; a reduce-only order is cut to its position"
-    market, n = exchange.market, order.n
-    if exchange.silent() and not order.reduce_only: raise RequestDeniedError(-1008)
-    if market.status(n) != "TRADING": raise RequestDeniedError(-4140)
-    if order.price: check_band(order.side, order.price, market.mark(n))
-    elif exchange.profile == "book" and order.kind == "MARKET": _check_counterparty(market, order)
-    _check_unique(account, order.client_id)
-    if order.reduce_only: order.quantity = _reduced(account, order, exchange.questions.reduce_only)
-    else: _check_value(exchange, account, order)
-    if len(account.open_of[n]) >= MAX_ORDERS: raise RequestDeniedError(-2025)
-
-
-def _check_counterparty(market:Market, order:ExchangeOrder)->None:
-    "Refuse a market order whose counterparty stands far from the mark price"
-    best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
-    if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #83bdb66c
-def submit(
-    exchange:"Exchange",
-    account:Account,
-    order:ExchangeOrder,   # its number is 0, or one that was reserved
-    slot:int|None=None,    # its place in the kernel's row; default: the first free one
-)->ExchangeOrder:
-    "Check an order, accept it and let it work; RequestDeniedError leaves no trace"
-    if exchange.profile == "backtest": begin(exchange, account)
-    if account.name in exchange.closed: raise RequestDeniedError(-2023)
-    _check_order(exchange, account, order)
-    order.number = order.number or exchange.next_order()
-    order.account = account.name
-    order.client_id = order.client_id or f"localnet-{order.number}"
-    if exchange.profile == "backtest": _submit_to_kernel(exchange, account, order, slot)
-    else: _submit_to_book(exchange, account, order)
-    return order
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
-def _apply_move(exchange:"Exchange", move:Any)->None:
-    "One move of the market, and what it does to orders and accounts, unless the kernel has done that"
-    exchange.market.apply(move)
-    exchange.candle = None
-    for told in exchange.watchers: told(move)
-    if isinstance(move, Rate):
-        for account in exchange.accounts.values():
-            account.pay_funding(move.n, move.rate, exchange.market.mark(move.n), move.time)
-    elif not isinstance(move, Tick | Levels): _guard(exchange, move.time)
-    elif exchange.profile == "book": _meet_move(exchange, move)
-
-
-def _expire(exchange:"Exchange", now:int)->None:
-    "End the orders that were good until now, ms of the market clock"
-    while exchange.good_till and exchange.good_till[0][0] <= now:
-        _, number, account = heappop(exchange.good_till)
-        if number in account.open: end(exchange, account, account.orders[number], "EXPIRED")
-
-# %% ../../nbs/60_localnet/08_engine.ipynb #dc4a4686
-def _expire_countdowns(exchange:"Exchange", now:int)->None:
-    "Cancel the orders of those who have been silent too long, ms of the session's clock"
-    for (name, n), due in list(exchange.countdowns.items()):
-        if due > now: continue
-        del exchange.countdowns[name, n]
-        exchange.cancel_all(exchange.accounts[name], n)
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #d5718837
 class Exchange:
@@ -772,6 +262,516 @@ class Exchange:
         "Cancel the open orders of a symbol, or all"
         for order in list((account.open if n is None else account.open_of[n]).values()): end(self, account, order)
 
+# %% ../../nbs/60_localnet/08_engine.ipynb #863618c8
+def _rest(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "Show an order in the book, at the end of its queue"
+    book, side = exchange.market.book(order.n), int(order.sign)
+    order.ahead = book.quantity(side, order.price)
+    book.rest(order.price, side, order.left)
+    exchange.queues[order.n, side].setdefault(order.price, {})[order.number] = (account, order)
+
+
+def _withdraw(exchange:Exchange, order:ExchangeOrder)->None:
+    "Take an order out of the book, if it is there; those behind it move up"
+    side = int(order.sign)
+    queue = exchange.queues[order.n, side].get(order.price, {})
+    if order.number not in queue: return
+    exchange.market.book(order.n).rest(order.price, side, -order.left)
+    for _, other in list(queue.values())[list(queue).index(order.number) + 1:]: other.ahead -= order.left
+    _leave(exchange, order)
+
+
+def _leave(exchange:Exchange, order:ExchangeOrder)->None:
+    "Forget an order of which nothing is shown any more"
+    queues = exchange.queues[order.n, int(order.sign)]
+    queue = queues.get(order.price, {})
+    queue.pop(order.number, None)
+    if not queue: queues.pop(order.price, None)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #971cb22f
+SELF_TRADE, IOC_LEFT, REDUCED, LIQUIDATED, NO_LIQUIDITY, KILLED, WOULD_TAKE = 1, 2, 4, 5, 9, 10, 11
+
+
+def reason_of(order:ExchangeOrder, held:float)->int:
+    "Why the kernel has dropped an order"
+    if order.reduce_only and held * order.sign >= 0.: return REDUCED
+    reasons = {"IOC": IOC_LEFT, "FOK": KILLED, "GTX": WOULD_TAKE}
+    return NO_LIQUIDITY if order.kind == "MARKET" else reasons.get(order.in_force, 0)
+
+
+def end(exchange:Exchange, account:Account, order:ExchangeOrder, status:str="CANCELED", reason:int=0)->None:
+    "An order works no more"
+    if order.place is not None: clear_row(account, order.place, order.number)
+    _withdraw(exchange, order)
+    order.status = status
+    order.expiry_reason = reason
+    order.update_time = exchange.market.now
+    account.ended(order)
+    exchange.emit(account, order_event(order, "CANCELED" if status == "CANCELED" else "EXPIRED"))
+    for told in exchange.ended: told(account, order)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #9f666301
+def _adopt(exchange:Exchange, account:Account, fills:np.ndarray, time:int)->None:
+    "See to it that the account knows the order of each fill"
+    for known in map(int, fills["decision_price"].tolist()):
+        if known not in account.orders: exchange.on_fill.pop(known)(account, known, time)
+
+
+def _force(exchange:Exchange, account:Account, part:Collateral, fill:Any, time:int)->ExchangeOrder:
+    "The order by which the exchange closes a position"
+    row = int(part.rows[fill["symbol"]])
+    n, quantity, price = row // len(SIDES), float(fill["quantity"]), float(fill["price"])
+    order = ExchangeOrder(exchange.next_order(), account.name, n, exchange.market.ids[n], f"autoclose-{time}-{row}",
+                          "BUY" if quantity > 0. else "SELL", abs(quantity), price=price, in_force="IOC",
+                          position_side=SIDES[row % len(SIDES)], reduce_only=True, time=time)
+    exchange.register(account, order)
+    exchange.emit(account, order_event(order, "CALCULATED"))
+    exchange.market.force_order(n, quantity, price, price)
+    return order
+
+
+def _anchor(part:Collateral)->ExchangeOrder|None:
+    "Which wallet is meant: None for the cross wallet, else an order of the isolated position"
+    if len(part.rows) > 1: return None
+    row = int(part.rows[0])
+    return ExchangeOrder(0, "", row // len(SIDES), "", "", "BUY", 0., position_side=SIDES[row % len(SIDES)])
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #0b40e350
+def _tell_kernel(exchange:Exchange, account:Account, part:Collateral, before:int, time:int, orders:Iterable)->None:
+    "Tell what the kernel has done since it had written `before` fills; `orders` may have ended by it"
+    fills = part.state.fills[before:int(part.state.count[0])]
+    split = len(fills) - fills["kind"].tolist().count(LIQUIDATION)
+    _adopt(exchange, account, fills[:split], time)
+    part.state.count[0] = before + split
+    exchange.tell_ended(account, account.booked(_anchor(part), before, time))
+    for order in list(orders):
+        if order.place is None or not order.is_open or account.part(order.place[0])[0] is not part: continue
+        if works(account, order.place, order.number): continue
+        held = account.held(order.n, order.position_side) if order.in_force in ("IOC", "FOK", "GTX") else 0.
+        end(exchange, account, order, "EXPIRED", LIQUIDATED if split < len(fills) else reason_of(order, held))
+    if split < len(fills): _tell_liquidation(exchange, account, part, before + split, before + len(fills), time)
+    part.state.count[0] = before
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #27b16e06
+def _tell_liquidation(exchange, account, part, first, last, time):
+    "Book the fills by which the kernel has closed the positions of a wallet"
+    whole_account = len(part.rows) > 1
+    if whole_account: exchange.closed.add(account.name)
+    for told in exchange.wiped: told(account, None if whole_account else int(part.rows[0]) // len(SIDES))
+    for fill in part.state.fills[first:last]:
+        fill["decision_price"] = _force(exchange, account, part, fill, time).number
+    part.state.count[0] = last
+    exchange.tell_ended(account, account.booked(_anchor(part), first, time))
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #e02925db
+def _forming(exchange:Exchange)->Candle:
+    "The candle that is forming: its open, and the volume that it will have"
+    if exchange.candle is None:
+        market = exchange.market
+        prices = np.array([[opened] * 4 + [volume] for opened, volume in map(market.opening, range(len(market.ids)))])
+        exchange.candle = candle_of(market.open_time, prices, market.condition_rows)
+    return exchange.candle
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #674fb9db
+def begin(exchange:Exchange, account:Account)->None:
+    "The candle's first moment, once: when the first order arrives, or at its end"
+    if account.name in exchange.begun: return
+    exchange.begun.add(account.name)
+    candle = _forming(exchange)
+    for part in account.parts():
+        before = int(part.state.count[0])
+        if _begin_candle(part.state, part.rules, NOBODY, _part_candle(candle, part)):
+            _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
+def _tell_part(exchange:Exchange, account:Account, part:Collateral, before:int, time:int)->bool:
+    "Tell what a part of a candle has done; true if a fill has left a position"
+    filled = part.state.fills["symbol"][before:int(part.state.count[0])]
+    _tell_kernel(exchange, account, part, before, time, account.open.values())
+    return bool(part.state.positions["quantity"][filled].any())
+
+
+def _settled(exchange:Exchange, account:Account, time:int)->Account:
+    for told in exchange.after_step: told(account, time)
+    return account
+
+
+def _live_through(exchange:Exchange, account:Account, candle:Candle, time:int)->None:
+    "Take an account through the candle that has closed"
+    account.lend()
+    for part in account.parts():
+        before = int(part.state.count[0])
+        _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
+        _tell_part(exchange, account, part, before, time)
+    _settled(exchange, account, time)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #e2eng002
+def _live_in_parts(exchange:Exchange, account:Account, candle:Candle, time:int)->Iterator[Account]:
+    "Take an account through the candle that has closed; yields it behind each fill that leaves a position"
+    account.lend()
+    exchange.market.now = max(exchange.market.now, time)
+    there = exchange.halfway[account.name] = candle._replace(prices=candle.prices.copy())
+    for part in account.parts():
+        seen, ways, before = _part_candle(candle, part), np.full((len(part.rows), 4), np.nan), int(part.state.count[0])
+        meet_open(part.state, part.rules, NOBODY, seen)
+        if _tell_part(exchange, account, part, before, time): yield _settled(exchange, account, time)
+        depart(part.state, part.rules, seen, ways)
+        going = True
+        while going:
+            going = proceed(part.state, part.rules, NOBODY, seen, ways)
+            there.prices[part.rows, OPEN] = prices_there(seen, ways)
+            _tell_part(exchange, account, part, before, time)
+            if going: yield _settled(exchange, account, time)
+    _settled(exchange, account, time)
+
+
+def _close_candle(exchange:Exchange, move:Close, waits:Collection[str]=())->Iterator[Account]:
+    "A candle has closed: accounts live through it, first those that are waited for"
+    prices = np.ascontiguousarray(move.candles[:, :5])
+    candle = candle_of(move.open_time, prices, exchange.market.condition_rows)
+    exchange.candle = candle
+    for account in sorted(exchange.accounts.values(), key=lambda each: each.name not in waits):
+        begin(exchange, account)
+        if account.name in exchange.closed: continue
+        if account.name in waits: yield from _live_in_parts(exchange, account, candle, move.time - 1)
+        else: _live_through(exchange, account, candle, move.time - 1)
+    exchange.candle = None
+    for known in (exchange.begun, exchange.closed, exchange.halfway): known.clear()
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
+FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
+
+
+def row_fields(order:ExchangeOrder)->dict:
+    "What the kernel needs to know of an order"
+    return {"kind": MARKET if order.kind == "MARKET" else LIMIT, "quantity": order.sign * order.left,
+            "price": order.price, "in_force": FORCES[order.in_force], "reduce_only": int(order.reduce_only)}
+
+
+def _refuse_lost(exchange:Exchange, order:ExchangeOrder)->None:
+    "Refuse an order that ended before it began, if Binance does"
+    if order.in_force == "GTX": raise RequestDeniedError(-5022)
+    if order.in_force == "FOK" and exchange.questions.fok == "reject": raise RequestDeniedError(-5021)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #d7887413
+def _meet(exchange:Exchange, account:Account, place:Place)->int:
+    "Let a row meet the open; how many fills there were before"
+    begin(exchange, account)
+    if account.name in exchange.closed: raise RequestDeniedError(-2023)
+    part, k = account.part(place[0])
+    before = int(part.state.count[0])
+    candle = exchange.halfway.get(account.name) or _forming(exchange)
+    _meet_open(part.state, part.rules, NOBODY, k, place[1], _part_candle(candle, part))
+    return before
+
+
+def _settle(exchange:Exchange, account:Account, place:Place, before:int)->None:
+    "Tell what an arrival has done"
+    now = exchange.market.now
+    orders = account.open_of[place[0] // len(SIDES)].values()
+    _tell_kernel(exchange, account, account.part(place[0])[0], before, now, orders)
+    for told in exchange.after_step: told(account, now)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #9c6fa7c7
+def _submit_to_kernel(exchange:Exchange, account:Account, order:ExchangeOrder, slot:int|None)->None:
+    "An accepted order arrives in the candle that is forming"
+    place = write_row(account, order.n, order.position_side, order.number, slot, **row_fields(order))
+    before = _meet(exchange, account, place)
+    part, _ = account.part(place[0])
+    if part.state.count[0] == before and not works(account, place, order.number): _refuse_lost(exchange, order)
+    order.place = place
+    exchange.register(account, order)
+    exchange.emit(account, order_event(order, "NEW"))
+    _settle(exchange, account, place, before)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #1af7b95f
+def _fill(exchange:Exchange, account:Account, order:ExchangeOrder, price:float, quantity:float, maker:bool)->None:
+    "Book one trade of an order"
+    rate = account.costs.maker_fee if maker else account.costs.taker_fee
+    fee = float(decimal8(quantity * price * rate))
+    trade = account.fill(order, Filled(order.sign * quantity, price, fee, maker), exchange.market.now)
+    exchange.tell_ended(account, [trade])
+    if account.held(order.n, order.position_side) != 0.: return
+    for other in list(account.open_of[order.n].values()):
+        if other.reduce_only and other.position_side == order.position_side and other is not order:
+            end(exchange, account, other, "EXPIRED", REDUCED)
+
+
+def _allowed(account:Account, order:ExchangeOrder)->float:
+    "What an order may still trade: all that is left, or no more than its position"
+    if not order.reduce_only: return order.left
+    return min(order.left, max(-order.sign * account.held(order.n, order.position_side), 0.))
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #b02111c6
+def fill_maker(exchange:Exchange, account:Account, order:ExchangeOrder, quantity:float, shown:bool)->None:
+    "Fill a resting order, at most so much of it; `market` if that is still in the book"
+    part, side = min(quantity, _allowed(account, order)), int(order.sign)
+    exchange.market.book(order.n).rest(order.price, side, -part if shown else quantity - part)
+    if part > 0.: _fill(exchange, account, order, order.price, part, True)
+    if order.left == 0.: _leave(exchange, order)
+    elif order.is_open and _allowed(account, order) == 0.: end(exchange, account, order, "EXPIRED", REDUCED)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #6efe49ef
+def _serve(exchange:Exchange, n:int, side:int, price:float, quantity:float)->None:
+    "A quantity was traded at a price: serve the orders that wait there; side 1 for bids"
+    for account, order in list(exchange.queues[n, side].get(price, {}).values()):
+        reached = float(decimal8(max(quantity - order.ahead, 0.)))
+        order.ahead = max(order.ahead - quantity, 0.)
+        if reached > 0. and order.is_open: fill_maker(exchange, account, order, min(reached, order.left), True)
+
+
+def _serve_taken(exchange:Exchange, n:int, side:int, price:float, theirs:float, ours:float)->None:
+    "One of us took from a level: so much of the market's quantity, and so much of our orders, in their sequence"
+    for account, order in list(exchange.queues[n, side].get(price, {}).values()):
+        order.ahead = max(order.ahead - theirs - ours, 0.)
+        part = min(ours, order.left)
+        ours = float(decimal8(ours - part))
+        if part > 0. and order.is_open: fill_maker(exchange, account, order, part, False)
+
+
+def _serve_passed(exchange:Exchange, n:int, price:float, side:int)->None:
+    "The market has traded beyond orders: all of them are filled, the nearest first"
+    passed = [each for each in exchange.queues[n, side] if side * (each - price) > 0.]
+    for each in sorted(passed, reverse=side > 0):
+        for account, order in list(exchange.queues[n, side].get(each, {}).values()):
+            if order.is_open: fill_maker(exchange, account, order, order.left, True)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #2bf4195d
+def _sweep(exchange:Exchange, account:Account, order:ExchangeOrder, limit:float|None)->None:
+    "Take from the book what an order may, down to a limit"
+    side, book = int(order.sign), exchange.market.book(order.n)
+    before = book.rested(-side)
+    levels = book.take(side, _allowed(account, order), limit)
+    after = book.rested(-side)
+    for price, quantity in levels:
+        ours = float(decimal8(before.get(price, 0.) - after.get(price, 0.)))
+        _fill(exchange, account, order, price, quantity, False)
+        exchange.market.traded(order.n, price, quantity, side < 0)
+        _serve_taken(exchange, order.n, -side, price, quantity - ours, ours)
+
+
+def _own_makers(exchange:Exchange, account:Account, order:ExchangeOrder)->list[ExchangeOrder]:
+    "Orders of the same account that an order would meet, the nearest first"
+    against = [each for each in account.open_of[order.n].values()
+               if each.side != order.side and each.kind == "LIMIT"
+               and each.price in exchange.queues[order.n, int(each.sign)]
+               and (order.kind == "MARKET" or order.sign * (order.price - each.price) >= 0.)]
+    return sorted(against, key=lambda each: order.sign * each.price)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #6d97c0e6
+def _hide(exchange:Exchange, order:ExchangeOrder)->None:
+    "Take an order out of the book for a moment"
+    exchange.market.book(order.n).rest(order.price, int(order.sign), -order.left)
+    _leave(exchange, order)
+
+
+def _show(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "Put a hidden order back where it was in its queue"
+    if not order.is_open: return
+    book, side = exchange.market.book(order.n), int(order.sign)
+    queues = exchange.queues[order.n, side]
+    order.ahead = min(order.ahead, book.quantity(side, order.price))
+    book.rest(order.price, side, order.left)
+    queue = queues.get(order.price, {}) | {order.number: (account, order)}
+    queues[order.price] = dict(sorted(queue.items(), key=lambda each: each[1][1].ahead))
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #f34aa642
+def _take(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "Take from the book, past orders of the same account"
+    makers = _own_makers(exchange, account, order) if order.self_trade != "NONE" else []
+    for maker in makers: _hide(exchange, maker)
+    while makers:
+        _sweep(exchange, account, order, makers[0].price)
+        if _allowed(account, order) == 0.: break
+        if order.self_trade != "EXPIRE_TAKER":
+            end(exchange, account, makers.pop(0), "EXPIRED_IN_MATCH", SELF_TRADE)
+        if order.self_trade != "EXPIRE_MAKER":
+            end(exchange, account, order, "EXPIRED_IN_MATCH", SELF_TRADE)
+            break
+    for maker in makers: _show(exchange, account, maker)
+    if order.is_open: _sweep(exchange, account, order, order.price or None)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #4941a7c7
+def _takeable(exchange:Exchange, order:ExchangeOrder)->float:
+    "How much of an order could be filled at once, base units"
+    side = int(order.sign)
+    return sum(quantity for price, quantity in exchange.market.book(order.n).levels(-side)
+               if not order.price or side * (order.price - price) >= 0.)
+
+
+def _work(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "Let an order take what it crosses; the rest waits, or expires"
+    _take(exchange, account, order)
+    if not order.is_open: return
+    held = account.held(order.n, order.position_side)
+    if order.in_force in ("IOC", "FOK") or order.kind == "MARKET" or _allowed(account, order) == 0.:
+        return end(exchange, account, order, "EXPIRED", reason_of(order, held))
+    _rest(exchange, account, order)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #5b5107f3
+def _submit_to_book(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "An accepted order meets the book"
+    there = _takeable(exchange, order) if order.in_force in ("GTX", "FOK") else order.left
+    if order.in_force == "GTX" and there > 0. or order.in_force == "FOK" and there < order.left:
+        _refuse_lost(exchange, order)
+    exchange.register(account, order)
+    exchange.emit(account, order_event(order, "NEW"))
+    if order.in_force == "FOK" and there < order.left: return end(exchange, account, order, "EXPIRED", KILLED)
+    _work(exchange, account, order)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #49aa257c
+def _shorten(exchange:Exchange, n:int, side:int)->None:
+    "What stood before an order in its queue may have been cancelled"
+    book = exchange.market.book(n)
+    rested = book.rested(side)
+    for price, queue in exchange.queues[n, side].items():
+        before = max(book.quantity(side, price) - rested.get(price, 0.), 0.)
+        for _, order in queue.values():
+            order.ahead = min(order.ahead, before)
+            before += order.left
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #e2990178
+def _meet_move(exchange:Exchange, move:Tick|Levels)->None:
+    "Resting orders meet a move of the market"
+    n = move.n
+    for side in (1, -1):
+        if not exchange.queues[n, side]: continue
+        book = exchange.market.book(n)
+        if isinstance(move, Levels): _shorten(exchange, n, side)
+        elif isinstance(move, Tick):
+            _serve_passed(exchange, n, move.price, side)
+            if (side > 0) == move.buyer_is_maker: _serve(exchange, n, side, move.price, move.quantity)
+        other, tick = book.market_best(-side), exchange.market.instruments[n].price_tick
+        if other == other: _serve_passed(exchange, n, other - side * tick / 2., side)
+
+
+def _guard(exchange:Exchange, time:int)->None:
+    "The mark price has moved: warn accounts, and liquidate those whose margin is gone unless the kernel does"
+    for account in exchange.accounts.values():
+        for rows in account.endangered(time):
+            if exchange.profile == "book": liquidate(exchange, account, rows)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #27a1d749
+def liquidate(exchange:Exchange, account:Account, rows:list[int])->None:
+    "Close the positions of one wallet"
+    market = exchange.market
+    for order in list(account.open.values()):
+        if account.row(order.n, order.position_side) in account.part(rows[0])[0].rows:
+            end(exchange, account, order, "EXPIRED", LIQUIDATED)
+    for told in exchange.wiped: told(account, None if rows[0] not in account.own else rows[0] // len(SIDES))
+    for row in rows:
+        part, k = account.part(row)
+        n, held = row // len(SIDES), float(part.state.positions[k]["quantity"])
+        mark = market.mark(n)
+        order = _force(exchange, account, part, {"symbol": k, "quantity": -held, "price": mark}, market.now)
+        levels = market.book(n).take(int(order.sign), order.left)
+        left = float(decimal8(order.left - sum(quantity for _, quantity in levels)))
+        for price, quantity in [*levels, (mark, left)]:
+            if quantity <= 0.: continue
+            fee = float(decimal8(quantity * price * market.instruments[n].liquidation_fee))
+            fee = min(fee, max(account.equity(), 0.))
+            account.fill(order, Filled(order.sign * quantity, price, fee, False, True), market.now)
+    lost = -account.cross.money()
+    if lost <= 0. or rows[0] in account.own: return
+    account.receive("INSURANCE_CLEAR", lost, None, market.now)
+    exchange.emit(account, account_event(account, "INSURANCE_CLEAR", market.now, lost))
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #bd3d9b50
+def _check_unique(account:Account, client_id:str)->None:
+    "Refuse the client's id of another open order"
+    if client_id and account.by_client.get(client_id) in account.open: raise RequestDeniedError(-4116)
+
+
+def _reduced(account:Account, order:ExchangeOrder, question:str)->float:
+    "The quantity of an order that may only reduce; RequestDeniedError if there is nothing to reduce"
+    held = -order.sign * account.held(order.n, order.position_side)
+    if held <= 0. or (order.quantity > held and question == "reject"): raise RequestDeniedError(-2022)
+    if order.kind != "MARKET" or order.quantity < held: _check_beside(account, order, min(order.quantity, held))
+    return min(order.quantity, held) if question == "shrink" else order.quantity
+
+
+def _check_beside(account:Account, order:ExchangeOrder, quantity:float)->None:
+    "Refuse to reduce a position that open orders would then turn round, if there is no margin for that"
+    row = account.row(order.n, order.position_side)
+    margin = account.margin(row)
+    left = margin.notional + order.sign * quantity * margin.price
+    more = exposed(left, margin.bids, margin.asks) - exposed(margin.notional, margin.bids, margin.asks)
+    if more > 0. and more / account.leverage[order.n] > account.available(): raise RequestDeniedError(-4118)
+
+
+def _check_value(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "Refuse an order that is too small, too large for its leverage, or not covered by the margin that is left"
+    market, row = exchange.market, account.row(order.n, order.position_side)
+    mark = market.mark(order.n)
+    price = order.price or mark
+    check_notional(order.left * price, market.instruments[order.n])
+    lost = max(order.sign * (price - mark), 0.) + price * account.costs.taker_fee
+    check_margin(account, row, order.sign * order.left, price, order.left * lost)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #2c09c093
+def _check_order(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
+    "Refuse an order that this account cannot have now; a reduce-only order is cut to its position"
+    market, n = exchange.market, order.n
+    if exchange.silent() and not order.reduce_only: raise RequestDeniedError(-1008)
+    if market.status(n) != "TRADING": raise RequestDeniedError(-4140)
+    if order.price: check_band(order.side, order.price, market.mark(n))
+    elif exchange.profile == "book" and order.kind == "MARKET": _check_counterparty(market, order)
+    _check_unique(account, order.client_id)
+    if order.reduce_only: order.quantity = _reduced(account, order, exchange.questions.reduce_only)
+    else: _check_value(exchange, account, order)
+    if len(account.open_of[n]) >= MAX_ORDERS: raise RequestDeniedError(-2025)
+
+
+def _check_counterparty(market:Market, order:ExchangeOrder)->None:
+    "Refuse a market order whose counterparty stands far from the mark price"
+    best, mark = market.book(order.n).best(-int(order.sign)), market.mark(order.n)
+    if order.sign * (best - mark) > BAND * mark: raise RequestDeniedError(-4131)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #83bdb66c
+def submit(
+    exchange:Exchange,
+    account:Account,
+    order:ExchangeOrder,   # its number is 0, or one that was reserved
+    slot:int|None=None,    # its place in the kernel's row; default: the first free one
+)->ExchangeOrder:
+    "Check an order, accept it and let it work; RequestDeniedError leaves no trace"
+    if exchange.profile == "backtest": begin(exchange, account)
+    if account.name in exchange.closed: raise RequestDeniedError(-2023)
+    _check_order(exchange, account, order)
+    order.number = order.number or exchange.next_order()
+    order.account = account.name
+    order.client_id = order.client_id or f"localnet-{order.number}"
+    if exchange.profile == "backtest": _submit_to_kernel(exchange, account, order, slot)
+    else: _submit_to_book(exchange, account, order)
+    return order
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
+def _apply_move(exchange:Exchange, move:Any)->None:
+    "One move of the market, and what it does to orders and accounts, unless the kernel has done that"
+    exchange.market.apply(move)
+    exchange.candle = None
+    for told in exchange.watchers: told(move)
+    if isinstance(move, Rate):
+        for account in exchange.accounts.values():
+            account.pay_funding(move.n, move.rate, exchange.market.mark(move.n), move.time)
+    elif not isinstance(move, Tick | Levels): _guard(exchange, move.time)
+    elif exchange.profile == "book": _meet_move(exchange, move)
+
+
+def _expire(exchange:Exchange, now:int)->None:
+    "End the orders that were good until now, ms of the market clock"
+    while exchange.good_till and exchange.good_till[0][0] <= now:
+        _, number, account = heappop(exchange.good_till)
+        if number in account.open: end(exchange, account, account.orders[number], "EXPIRED")
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #dc4a4686
+def _expire_countdowns(exchange:Exchange, now:int)->None:
+    "Cancel the orders of those who have been silent too long, ms of the session's clock"
+    for (name, n), due in list(exchange.countdowns.items()):
+        if due > now: continue
+        del exchange.countdowns[name, n]
+        exchange.cancel_all(exchange.accounts[name], n)
+
 # %% ../../nbs/60_localnet/08_engine.ipynb #4e36da80
 @contextmanager
 def clock_held(
@@ -786,7 +786,7 @@ def clock_held(
     finally: exchange.clock = clock
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #edd56581
-def place(exchange:"Exchange", account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
+def place(exchange:Exchange, account:Account, asked:dict, slot:int|None=None)->ExchangeOrder:
     "POST order"
     market = exchange.market
     n = market.find(asked)
@@ -800,7 +800,7 @@ def _matched(market, n, match, side):
     return matched_price(match, side, book.bids, book.asks)
 
 
-def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
+def check_only(exchange:Exchange, account:Account, asked:dict)->ExchangeOrder:
     "POST order/test: all checks of an order that is not placed"
     market = exchange.market
     n = market.find(asked)
@@ -810,7 +810,7 @@ def check_only(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #a578d264
 def find_order(
-    exchange:"Exchange",
+    exchange:Exchange,
     account:Account,
     asked:dict,
     refusal:int,        # its code if there is no such order
@@ -826,14 +826,14 @@ def find_order(
     return order
 
 
-def cancel(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
+def cancel(exchange:Exchange, account:Account, asked:dict)->ExchangeOrder:
     "DELETE order"
     order = find_order(exchange, account, asked, -2011, opened=True)
     end(exchange, account, order)
     return order
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #17d9144b
-def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple[float, float]:
+def _read_amendment(exchange:Exchange, order:ExchangeOrder, asked:dict)->tuple[float, float]:
     "The new quantity and price of an order; RequestDeniedError if they cannot be"
     market = exchange.market
     if order.kind != "LIMIT": raise RequestDeniedError(-5025)
@@ -851,7 +851,7 @@ def _read_amendment(exchange:"Exchange", order:ExchangeOrder, asked:dict)->tuple
     return quantity, price
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #05a7c216
-def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->None:
+def _check_amended(exchange:Exchange, account:Account, order:ExchangeOrder)->None:
     "Refuse a changed order that the account cannot have; what it ties up already is free for it"
     if order.reduce_only:
         order.quantity = order.executed + _reduced(account, replace(order, quantity=order.left, executed=0.),
@@ -863,13 +863,13 @@ def _check_amended(exchange:"Exchange", account:Account, order:ExchangeOrder)->N
     finally: account.open[order.number] = account.open_of[order.n][order.number] = before
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #56408bc2
-def _rearrive(exchange:"Exchange", account:Account, order:ExchangeOrder, place:Place)->None:
+def _rearrive(exchange:Exchange, account:Account, order:ExchangeOrder, place:Place)->None:
     "An amended order arrives in its old place, as a new one would"
     write_row(account, order.n, order.position_side, order.number, place[1], **row_fields(order))
     _settle(exchange, account, place, _meet(exchange, account, place))
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #c45bbb53
-def amend(exchange:"Exchange", account:Account, asked:dict)->ExchangeOrder:
+def amend(exchange:Exchange, account:Account, asked:dict)->ExchangeOrder:
     "PUT order"
     order = find_order(exchange, account, asked, -2013, opened=True)
     quantity, price = _read_amendment(exchange, order, asked)
@@ -922,7 +922,7 @@ def _read_cancellations(asked:dict)->list[dict]:
     return [{"symbol": mandatory(asked, "symbol"), key: each} for each in names[key]]
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #ee7fee7f
-def count_down(exchange:"Exchange", account:Account, asked:dict, now:int)->dict:
+def count_down(exchange:Exchange, account:Account, asked:dict, now:int)->dict:
     "POST countdownCancelAll; `now` is of the session's clock, ms"
     n = exchange.market.find(asked)
     left = whole(asked, "countdownTime")
@@ -941,7 +941,7 @@ def _is_kept(order:ExchangeOrder, now:int)->bool:
     return now - order.update_time < (90 * DAY if order.executed else 3 * DAY)
 
 
-def _orders_asked(exchange:"Exchange", account:Account, asked:dict)->list[ExchangeOrder]:
+def _orders_asked(exchange:Exchange, account:Account, asked:dict)->list[ExchangeOrder]:
     "The orders that GET allOrders lists"
     rows, now = exchange.history[account.name, exchange.market.find(asked)], exchange.market.now
     if not asked.get("orderId"): return [order for order in page(rows, asked, days=7) if _is_kept(order, now)]
@@ -950,12 +950,12 @@ def _orders_asked(exchange:"Exchange", account:Account, asked:dict)->list[Exchan
     return [order for order in rows[first:first + limit] if _is_kept(order, now)]
 
 
-def _open_orders(exchange:"Exchange", account:Account, asked:dict)->list[ExchangeOrder]:
+def _open_orders(exchange:Exchange, account:Account, asked:dict)->list[ExchangeOrder]:
     "The orders that GET openOrders lists"
     return [order for n in exchange.market.asked(asked) for order in account.open_of[n].values()]
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #ea6b87b1
-def _amendments_asked(exchange:"Exchange", account:Account, asked:dict)->list[dict]:
+def _amendments_asked(exchange:Exchange, account:Account, asked:dict)->list[dict]:
     "GET orderAmendment: newest first"
     rows = amendment_replies(find_order(exchange, account, asked, -2013))
     begin, end = whole(asked, "startTime", 0), whole(asked, "endTime", 2**62)

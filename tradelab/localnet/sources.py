@@ -8,9 +8,9 @@ __all__ = ['Move', 'PATH', 'BLOCK', 'logger', 'DAY', 'ETHER', 'INVENTED', 'EIGHT
            'paths', 'schedule', 'rates_of', 'first_to_close', 'Replay', 'Fold', 'listed_instruments',
            'captured_instruments', 'levels_move', 'trade_move', 'Opening', 'find_opening', 'Minutes', 'Recorded',
            'invented_day', 'invented_trades', 'minute_candles', 'invented_seconds', 'known_frame', 'WallClock',
-           'kline_candle', 'Closing', 'kline_ticks', 'forming_ticks', 'forming_in', 'flat', 'book_moves', 'Heard',
-           'Patience', 'streams_of', 'BusyError', 'ask', 'Line', 'Requests', 'news', 'Known', 'known_candles',
-           'rate_series', 'learn', 'known_from', 'Listening', 'Follow']
+           'kline_candle', 'Closing', 'kline_ticks', 'forming_ticks', 'forming_in', 'flat', 'book_moves',
+           'closed_candles', 'released', 'Heard', 'Patience', 'streams_of', 'BusyError', 'ask', 'news', 'Line',
+           'Requests', 'rate_series', 'known_candles', 'learn', 'Known', 'known_from', 'Listening', 'Follow']
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #46a04cfb
 import asyncio
@@ -364,13 +364,6 @@ def trade_move(trade: Trade, n: int, time: int) -> Tick:
     return Tick(time, n, trade.price, abs(trade.quantity), trade.quantity < 0)
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #e508abb4
-class Opening(NamedTuple):
-    "Where a capture begins"
-    events: int        # before it
-    now: int           # ms
-    moves: list[Move]
-
-
 def _time_of(event): return event.trade_time if isinstance(event, Trade) else event.time
 
 
@@ -384,6 +377,13 @@ def _first_moves(books, prices, now):
     return [*levels, *(price(n) for n in range(len(books)))]
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #3b371592
+class Opening(NamedTuple):
+    "Where a capture begins"
+    events: int        # before it
+    now: int           # ms
+    moves: list[Move]
+
+
 def find_opening(
     events: Sequence[BookUpdate | BookGap | Trade],  # of `follow_books`
     names: Sequence[str],                            # the exchange's names
@@ -728,62 +728,39 @@ def book_moves(
         else: logger.warning("gap in an order book", reason=str(event))
     return moves
 
-# %% ../../nbs/60_localnet/05_sources.ipynb #ac799009
+# %% ../../nbs/60_localnet/05_sources.ipynb #srcshow03
 PAGE = 1000 # candles in a reply at most; more are asked for again
 
 
-class Heard:
-    "What the public messages of another exchange say, as moves"
-    def __init__(
-        self,
-        names: Sequence[str],           # the exchange's names of the symbols
-        opened: Sequence[np.ndarray],   # the candle of each that is forming, (KNOWN,)
-        step: int,                      # ms
-    ):
-        self.names, self.forming = list(names), list(opened)
-        self.books = [OrderBook(name) for name in names]
-        self.closing = Closing(len(names), int(max(candle[OPEN_TIME] for candle in opened)), step)
-        self.now = self.closing.opened
-        self.trades = True                                # whether trades are told, or have to be read from candles
-        self.due: dict[int, tuple[int, float]] = {}       # next funding time and rate by symbol
-        self.waiting: list[Move] = []
+def closed_candles(
+    rows: Sequence[list],  # a reply of GET klines from the open candle on, the forming one last
+    last: np.ndarray,      # (KNOWN,), the candle before
+    opened: int,           # ms, open time of the first that is asked for
+    step: int,             # ms
+    now: int,              # ms
+) -> Iterator[np.ndarray]:
+    "The candles that have closed, one after another; one that is left out had no trade"
+    known = {int(row[0]): kline_candle(row) for row in rows}
+    newest = max([now, *known] if len(rows) < PAGE else known)
+    for at in range(opened, newest - step + 1, step):
+        last = known.get(at, flat(last, at))
+        yield last
 
-    def hear(self, payload: dict[str, Any]) -> list[Move]:
-        "The moves of a message, and those that waited for it"
-        told = _MESSAGES.get(payload.get("e", ""))
-        if told and payload.get("s") in self.names:
-            self.waiting += told(self, self.names.index(payload["s"]), payload)
-        return self.release()
 
-    def time(self, payload: dict[str, Any]) -> int:
-        self.now = max(self.now, int(payload.get("T", payload["E"])))
-        return self.now
-
-    def snapshot(self, n: int, reply: dict[str, Any]) -> None:
-        "Take a reply of GET depth"
-        self.waiting += book_moves(self.books[n], book_snapshot(self.names[n], reply, self.now), n, self.now)
-
-    def closed(self, n: int, rows: Sequence[list]) -> None:
-        "Take a reply of GET klines from the open one on: the last is forming; one that is left out had no trade"
-        known = {int(row[0]): kline_candle(row) for row in rows}
-        newest, last = max([self.now, *known] if len(rows) < PAGE else known), self.forming[n]
-        for at in range(self.closing.opened, newest - self.closing.step + 1, self.closing.step):
-            last = known.get(at, flat(last, at))
-            self.closing.put(n, last)
-
-    def lose(self) -> None:
-        "Forget the books, because diffs are missing"
-        for book in self.books: book.lose()
-
-    def release(self) -> list[Move]:
-        "What need not wait any longer: moves up to the next close that is not told"
-        done: list[Move] = []
-        for close in [*self.closing.take(), None]:
-            end = close.time if close else self.closing.end
-            done += [move for move in self.waiting if move.time < end]
-            self.waiting = [move for move in self.waiting if move.time >= end]
-            if close: done.append(close)
-        return done
+def released(
+    waiting: Iterable[Move],  # in order of time
+    closes: Sequence[Close],  # that are told
+    end: int,                 # ms, of the candle that forms
+) -> tuple[list[Move], list[Move]]:
+    "What need not wait any longer, closes in between, and what goes on waiting for the next close"
+    done: list[Move] = []
+    rest = list(waiting)
+    for close in [*closes, None]:
+        until = close.time if close else end
+        done += [move for move in rest if move.time < until]
+        rest = [move for move in rest if move.time >= until]
+        if close: done.append(close)
+    return done, rest
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #c78defb3
 def _diff(heard, n, payload):
@@ -818,6 +795,52 @@ def _mark(heard, n, payload):
 
 _MESSAGES = {"depthUpdate": _diff, "bookTicker": _quote, "aggTrade": _trade, "kline": _kline,
              "markPriceUpdate": _mark}
+
+# %% ../../nbs/60_localnet/05_sources.ipynb #ac799009
+class Heard:
+    "What the public messages of another exchange say, as moves"
+    def __init__(
+        self,
+        names: Sequence[str],           # the exchange's names of the symbols
+        opened: Sequence[np.ndarray],   # the candle of each that is forming, (KNOWN,)
+        step: int,                      # ms
+    ):
+        self.names, self.forming = list(names), list(opened)
+        self.books = [OrderBook(name) for name in names]
+        self.closing = Closing(len(names), int(max(candle[OPEN_TIME] for candle in opened)), step)
+        self.now = self.closing.opened
+        self.trades = True                                # whether trades are told, or have to be read from candles
+        self.due: dict[int, tuple[int, float]] = {}       # next funding time and rate by symbol
+        self.waiting: list[Move] = []
+
+    def hear(self, payload: dict[str, Any]) -> list[Move]:
+        "The moves of a message, and those that waited for it"
+        told = _MESSAGES.get(payload.get("e", ""))
+        if told and payload.get("s") in self.names:
+            self.waiting += told(self, self.names.index(payload["s"]), payload)
+        return self.release()
+
+    def time(self, payload: dict[str, Any]) -> int:
+        self.now = max(self.now, int(payload.get("T", payload["E"])))
+        return self.now
+
+    def snapshot(self, n: int, reply: dict[str, Any]) -> None:
+        "Take a reply of GET depth"
+        self.waiting += book_moves(self.books[n], book_snapshot(self.names[n], reply, self.now), n, self.now)
+
+    def closed(self, n: int, rows: Sequence[list]) -> None:
+        "Take a reply of GET klines from the open one on: the last is forming; one that is left out had no trade"
+        for candle in closed_candles(rows, self.forming[n], self.closing.opened, self.closing.step, self.now):
+            self.closing.put(n, candle)
+
+    def lose(self) -> None:
+        "Forget the books, because diffs are missing"
+        for book in self.books: book.lose()
+
+    def release(self) -> list[Move]:
+        "What need not wait any longer: moves up to the next close that is not told"
+        done, self.waiting = released(self.waiting, self.closing.take(), self.closing.end)
+        return done
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #4aab2aec
 @dataclass(frozen=True)
@@ -862,6 +885,18 @@ async def ask(
             return json.loads(text)
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise VenueConnectionError(f"{url} cannot be reached: {type(error).__name__} {error}") from None
+
+# %% ../../nbs/60_localnet/05_sources.ipynb #f3a99400
+async def news(
+    tell: asyncio.Queue,
+    seconds: float,
+) -> list[tuple]:     # what was told until now: at least one thing, or nothing in all that time
+    "Everything in a queue, waiting for the first thing"
+    try:
+        async with asyncio.timeout(seconds): told = [await tell.get()]
+    except TimeoutError: return []
+    while not tell.empty(): told.append(tell.get_nowait())
+    return told
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #b9a162f4
 class Line:
@@ -933,28 +968,15 @@ class Requests:
         await asyncio.sleep(self.pause)
         del self.running[path, n]
 
-# %% ../../nbs/60_localnet/05_sources.ipynb #f3a99400
-async def news(
-    tell: asyncio.Queue,
-    seconds: float,
-) -> list[tuple]:     # what was told until now: at least one thing, or nothing in all that time
-    "Everything in a queue, waiting for the first thing"
-    try:
-        async with asyncio.timeout(seconds): told = [await tell.get()]
-    except TimeoutError: return []
-    while not tell.empty(): told.append(tell.get_nowait())
-    return told
+# %% ../../nbs/60_localnet/05_sources.ipynb #0b8f5518
+def rate_series(
+    rows: Sequence[dict[str, Any]],  # a reply of GET fundingRate
+) -> pd.Series:                      # index UTC, whole seconds
+    "Funding rates as they were paid"
+    due = pd.to_datetime([int(row["fundingTime"]) // 1000 * 1000 for row in rows], unit="ms", utc=True)
+    return pd.Series([float(row["fundingRate"]) for row in rows], due, dtype="float64")
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #ef0eab2f
-@dataclass(frozen=True)
-class Known:
-    "What another exchange says before anything is heard"
-    instruments: tuple[Instrument, ...]
-    history: dict[str, pd.DataFrame]    # closed candles by symbol
-    funding: dict[str, pd.Series]       # rates by symbol
-    forming: list[np.ndarray]           # for each symbol the candle that is forming, (KNOWN,)
-
-
 def known_candles(
     symbols: Sequence[str],
     rows: Sequence[list],     # for each symbol its klines, the forming one last
@@ -964,14 +986,6 @@ def known_candles(
     first, opened = (pick(table[at, OPEN_TIME] for table in tables) for pick, at in ((max, 0), (min, -1)))
     tables = [table[(first <= table[:, OPEN_TIME]) & (table[:, OPEN_TIME] <= opened)] for table in tables]
     return ({symbol: known_frame(table[:-1]) for symbol, table in zip(symbols, tables)}, [each[-1] for each in tables])
-
-# %% ../../nbs/60_localnet/05_sources.ipynb #0b8f5518
-def rate_series(
-    rows: Sequence[dict[str, Any]],  # a reply of GET fundingRate
-) -> pd.Series:                      # index UTC, whole seconds
-    "Funding rates as they were paid"
-    due = pd.to_datetime([int(row["fundingTime"]) // 1000 * 1000 for row in rows], unit="ms", utc=True)
-    return pd.Series([float(row["fundingRate"]) for row in rows], due, dtype="float64")
 
 # %% ../../nbs/60_localnet/05_sources.ipynb #db13810e
 async def learn(
@@ -989,6 +1003,15 @@ async def learn(
     return {"symbols": [listed[name] for name in names],
             "klines": [await asked("klines", symbol=name, interval=interval, limit=PAGE) for name in names],
             "rates": [await asked("fundingRate", symbol=name, limit=100) for name in names]}
+
+# %% ../../nbs/60_localnet/05_sources.ipynb #srcshow13
+@dataclass(frozen=True)
+class Known:
+    "What another exchange says before anything is heard"
+    instruments: tuple[Instrument, ...]
+    history: dict[str, pd.DataFrame]    # closed candles by symbol
+    funding: dict[str, pd.Series]       # rates by symbol
+    forming: list[np.ndarray]           # for each symbol the candle that is forming, (KNOWN,)
 
 
 def known_from(

@@ -7,8 +7,9 @@ __all__ = ['Working', 'TradingRules', 'POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_
            'DONE', 'TARGET', 'COUNT', 'NUMBERS', 'BAD_ORDER', 'NO_PRICE', 'NO_TRIGGER', 'NO_CALLBACK', 'NO_EQUITY',
            'FAULTS', 'CHECKED', 'new_order', 'is_urgent', 'slice_of', 'write_parts', 'place_target', 'working_quantity',
            'is_unchanged', 'allowed_part', 'target_of_order', 'close_symbol', 'quantity_of_order', 'see_working',
-           'apply_orders', 'protect_position', 'is_active', 'apply_targets', 'apply_urgent', 'fault_of_order',
-           'fault_of_targets', 'fault_of_orders', 'told_fault', 'see_active', 'decide_orders', 'OrderGate']
+           'apply_orders', 'triggers', 'protect_position', 'write_triggers', 'is_active', 'apply_targets',
+           'apply_urgent', 'fault_of_order', 'fault_of_targets', 'fault_of_orders', 'told_fault', 'see_active',
+           'decide_orders', 'OrderGate']
 
 # %% ../../nbs/30_risk/09_execution.ipynb #c48089c6
 from collections import namedtuple
@@ -312,6 +313,19 @@ def apply_orders(
         if k == 0: record(row, open_time, candle, proposals, state.account, state.positions)
         _write_slot(k, answer, state, rules, proposals, unit, row)
 
+# %% ../../nbs/30_risk/09_execution.ipynb #levtick1
+@inlined
+def triggers(
+    position,    # a row of POSITION, not flat, that `enter` has seen
+    limits,      # a row of LIMITS
+    instrument,  # a row of INSTRUMENT
+)->tuple:        # stop, target, trailing stop; quote per base, NaN where there is none
+    "The levels of a position on the tick"
+    side = 1. if position["quantity"] > 0. else -1.
+    stop, target, trailing = levels(position, limits)
+    return (round_price(stop, -side, instrument), round_price(target, side, instrument),
+            round_price(trailing, -side, instrument))
+
 # %% ../../nbs/30_risk/09_execution.ipynb #e3b85a26
 @outlined
 def protect_position(
@@ -329,7 +343,7 @@ def protect_position(
         for k in range(first, len(orders)): orders[k]["kind"] = NONE
         return
     if position["best_price"] == 0.: enter(position, market["atr"], market["width"])
-    stop, target, trailing = levels(position, rules.limits)
+    stop, target, trailing = triggers(position, rules.limits, rules.instruments[n])
     for k, kind, level in ((first, STOP, stop), (first + 1, TAKE_PROFIT, target), (first + 2, STOP, trailing)):
         order = orders[k]
         if np.isnan(level): order["kind"] = NONE
@@ -337,6 +351,23 @@ def protect_position(
             new_order(order, kind, -held, 0., level, GTC, 1, level, rules)
             order["delay"] = 0
             order["resting"] = order["protects"] = 1
+
+# %% ../../nbs/30_risk/09_execution.ipynb #standst2
+@outlined
+def write_triggers(
+    positions,    # POSITION, (n,), changed: `enter`
+    market,       # MARKET, (n,)
+    limits,       # a row of LIMITS
+    instruments,  # INSTRUMENT, (n,)
+    prices,       # (n, 3), written: as `triggers`, NaN where nothing is held
+):
+    "The triggers of all positions"
+    for n in range(len(positions)):
+        position = positions[n]
+        for k in range(3): prices[n, k] = np.nan
+        if position["quantity"] == 0.: continue
+        if position["best_price"] == 0.: enter(position, market[n]["atr"], market[n]["width"])
+        prices[n, 0], prices[n, 1], prices[n, 2] = triggers(position, limits, instruments[n])
 
 # %% ../../nbs/30_risk/09_execution.ipynb #868c64e7
 @inlined
@@ -548,3 +579,9 @@ class OrderGate(Gate):
         if code == DONE: return
         raise InvalidOrderError(told_fault(wanted, self._symbols)
                                 or f"a policy answered with the targets {targets.tolist()}: {FAULTS[code]}")
+
+    def triggers(self, positions:np.ndarray)->np.ndarray:
+        "Of POSITION (n,): stop, target, trailing stop of each, quote per base, (n, 3); NaN where there is none"
+        prices = np.empty((len(positions), 3))
+        write_triggers(positions.copy(), self.market, self._rules.limits, self._rules.instruments, prices)
+        return prices

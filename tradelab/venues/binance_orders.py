@@ -106,7 +106,7 @@ def _report(reply):
     "Where an order is, by a reply of either endpoint"
     if "algoStatus" in reply:
         return algo_report(reply["clientAlgoId"], reply["algoStatus"], reply["quantity"], reply.get("actualQty"),
-                           (reply.get("actualOrderId"), reply["algoId"]))
+                           (reply.get("actualOrderId"), reply["algoId"]), reply.get("actualType"))
     if "clientAlgoId" in reply: # its cancellation
         return OrderReport(reply["clientAlgoId"], State.CANCELED, 0., f"{ALGO} {reply['algoId']}")
     return OrderReport(reply["clientOrderId"], STATES[reply["status"]], float(reply["executedQty"]),
@@ -150,11 +150,12 @@ async def of_child(
     children:Children,   # learn its number
 )->Answer:
     "What is answered about the order that a conditional one became; before that, the same answer"
-    number = answer.report.exchange_id if answer.report else ALGO
-    if number.startswith(ALGO): return answer
-    children.learn(number, order.order_id)
-    child = await about(request({"symbol": market["id"], "orderId": number}))
-    return replace(child, report=replace(child.report, order_id=order.order_id)) if child.report else child
+    known = answer.report
+    if not known or known.exchange_id.startswith(ALGO): return answer
+    children.learn(known.exchange_id, order.order_id)
+    child = await about(request({"symbol": market["id"], "orderId": known.exchange_id}))
+    if not child.report: return child
+    return replace(child, report=replace(child.report, order_id=order.order_id, kind=known.kind))
 
 # %% ../../nbs/75_venues/06_binance_orders.ipynb #b7a6148b
 class BinanceOrders:

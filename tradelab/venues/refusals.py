@@ -74,7 +74,7 @@ FORM = {-1013, -1014, -1020, -1100, -1101, -1102, -1103, -1104, -1105, -1106, -1
         -4000, -4001, -4002, -4003, -4004, -4005, -4006, -4007, -4013, -4014, -4015, -4016, -4023, -4024, -4031, -4060,
         -4061, -4062, -4104, -4120, -4135, -4136, -4137, -4138, -4139, -4144, -4183, -4184, -4210, -4211,  # filters
         -2007, -2026, -5025, -5037, -5038, -5039, -5040, -5041, -5047}
-ACCOUNT = {-2010, -2016, -2017, -2018, -2019, -2020, -2021, -2022, -2023, -2024, -2025, -2027, -2028,
+ACCOUNT = {-2010, -2016, -2017, -2018, -2019, -2020, -2022, -2023, -2024, -2025, -2027, -2028,
            -4045, -4050, -4051, -4087, -4088, -4109, -4118, -4131, -4140, -4141, -4142, -4164, -4192, -4400, -4401,
            -4509, -5021, -5022, -5024, -5026, -5027, -5029}  # it was read, and this account may not, or not now
 WRONG_KEYS = {-1002, -1022, -2008, -2014, -2015}
@@ -87,7 +87,7 @@ PROVEN: dict[tuple[int, int], Outcome] = {
     **{(400, code): Outcome.REJECTED for code in FORM | ACCOUNT},
     **{(status, code): Outcome.REJECTED for code in WRONG_KEYS for status in (400, 401)},
     (403, -1011): Outcome.REJECTED, (404, NO_SUCH_PATH): Outcome.REJECTED,
-    (400, -4116): Outcome.EXISTS,
+    (400, -4116): Outcome.EXISTS, (400, -2021): Outcome.PASSED,
     (400, -2011): Outcome.NOT_FOUND, (400, -2013): Outcome.NOT_FOUND,  # of a cancellation, of a query
     (400, OUR_CLOCK): Outcome.LATER, (400, -5028): Outcome.LATER,      # outside of recvWindow, at the door or behind it
     (400, AMENDING): Outcome.LATER,                                    # an earlier amendment is on its way

@@ -1,0 +1,133 @@
+"Getting out: everything is closed at once, whoever wants it and whatever breaks; nothing is opened, nothing flipped"
+import asyncio
+from dataclasses import replace
+from time import monotonic
+
+import pytest
+from test_live import localnet, venue
+
+from tradelab.features.observation import Observation
+from tradelab.instruments import BITCOIN as LISTED
+from tradelab.live.guards import is_emergency
+from tradelab.live.ledger import Ledger
+from tradelab.live.messages import Command
+from tradelab.live.session import Session
+from tradelab.policies import buy_and_hold
+from tradelab.risk.execution import OrderGate
+from tradelab.settings import NO_STOPS, Limits
+from tradelab.trader import Trader
+from tradelab.venues.binance import BinanceVenue
+
+FIVE = tuple(f"{name}/USDT:USDT" for name in ("BTC", "ETH", "BNB", "SOL", "XRP"))
+LIMITS = Limits(max_position=.15, max_drawdown=.9, max_daily_loss=None, stops=NO_STOPS)
+
+
+class Noting(BinanceVenue):
+    "Remembers when it was asked to place what"
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.placed = []
+
+    async def place(self, order):
+        self.placed.append((monotonic(), order))
+        return await super().place(order)
+
+    @property
+    def closing(self): return [(time, order) for time, order in self.placed if is_emergency(order)]
+
+
+def trader(symbols, limits=LIMITS):
+    instruments = tuple(replace(LISTED, symbol=symbol) for symbol in symbols)
+    return Trader(buy_and_hold(), Observation(()), OrderGate, limits, instruments)
+
+
+def session(exchange, folder, symbols=FIVE, limits=LIMITS, **options):
+    return Session(trader(symbols, limits), Noting(venue(exchange)), Ledger(f"sqlite:///{folder}/tradelab.db"),
+                   folder / "sessions", **({"id": "out", "timeframe": "1h", "say": str} | options))
+
+
+def halted_at(live, candle=3, word="halt", before=lambda: None):
+    "At this candle a person says a word"
+    def progress(statistics):
+        if statistics.candles != candle: return
+        before()
+        live.spoken = monotonic()
+        live.venue.events.put_nowait(Command(1, word, reason="an example", person="Ada"))
+    live.progress = progress
+    return live
+
+
+def held(exchange, symbols=FIVE):
+    return [exchange.exchange.accounts["main"].held(n, "BOTH") for n in range(len(symbols))]
+
+
+def out_in_order(live, exchange, symbols=FIVE):
+    "What holds after every emergency"
+    assert held(exchange, symbols) == [0.] * len(symbols)
+    account = exchange.exchange.accounts["main"]
+    assert not account.open
+    closing = [order for _, order in live.venue.closing]
+    assert all(order.reduce_only for order in closing)
+    for symbol in symbols:                                      # never more than was held
+        ours = {order.order_id for order in closing if order.symbol == symbol}
+        executed = {each.client_id: each.sign * each.executed for each in account.orders.values()
+                    if symbols[each.n] == symbol}
+        opened = sum(part for name, part in executed.items() if name not in ours)
+        assert sum(executed[name] for name in ours & set(executed)) == pytest.approx(-opened)
+    assert (live.trader.positions["quantity"] == 0).all()
+
+
+@pytest.mark.integration
+def test_five_symbols_are_flat_within_two_seconds_of_a_persons_halt(tmp_path):
+    with localnet(FIVE, deposit=20_000.) as exchange:
+        live = halted_at(session(exchange, tmp_path))
+        asyncio.run(live.run(8))
+        assert len(live.venue.closing) == 5
+        took = live.venue.closing[-1][0] - live.spoken
+        print(f"the last close of five was sent {1000 * took:.0f} ms after the word")
+        assert took < 2
+        out_in_order(live, exchange)
+        assert live.statistics.rejected == 0
+        assert live.statistics.orders == 10                   # five in, five out, and nothing after that
+        notices = live.ledger.notices("out")
+        assert list(notices["kind"]) == ["halt", "command", "emergency", "emergency"]
+        assert notices["text"].iloc[-1].endswith("XRP/USDT:USDT: flat")
+        again = session(exchange, tmp_path, id="", resume="out")
+        asyncio.run(again.run(3))
+        other = session(exchange, tmp_path, id="another")
+        asyncio.run(other.run(3))
+        assert again.statistics.orders == other.statistics.orders == 0
+
+
+@pytest.mark.integration
+def test_the_trouble_of_one_symbol_holds_up_no_other(tmp_path):
+    "15.8 s were seen"
+    symbols = FIVE[:2]
+    with localnet(symbols) as exchange:
+        def refuse():
+            exchange.faults.arm({"at": "request", "do": "reply", "method": "POST", "path": "v1/order", "symbol":
+                                 "BTCUSDT", "status": 503, "code": -1008, "msg": "busy", "times": 3})
+        live = halted_at(session(exchange, tmp_path, symbols), before=refuse)
+        asyncio.run(live.run(8))
+        first = [time for time, order in live.venue.closing if order.symbol == symbols[0]]
+        second = [time for time, order in live.venue.closing if order.symbol == symbols[1]]
+        assert len(first) == 4
+        assert len(second) == 1
+        print(f"the second close was sent {1000 * (second[0] - live.spoken):.0f} ms after the word, the first was "
+              f"taken after {1000 * (first[-1] - live.spoken):,.0f} ms")
+        assert second[0] - live.spoken < .1
+        out_in_order(live, exchange, symbols)
+
+
+@pytest.mark.integration
+def test_the_drawdown_limit_closes_all_before_the_next_candle(tmp_path):
+    symbols = FIVE[:2]
+    limits = replace(LIMITS, max_position=.45, max_drawdown=.003)
+    with localnet(symbols) as exchange:
+        live = session(exchange, tmp_path, symbols, limits)
+        asyncio.run(live.run(40))
+        assert live.trader.account["halted"][0] == 1
+        assert len(live.venue.closing) == 2
+        out_in_order(live, exchange, symbols)
+        assert live.statistics.rejected == 0
+        assert (live.ledger.journal("out").iloc[-2:]["position"] == 0).all()
