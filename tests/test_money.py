@@ -103,7 +103,7 @@ def test_flattened_it_is_closed_by_orders_that_only_reduce_and_trading_goes_on(t
     assert closing
     assert all(order.reduce_only for order in closing)
     assert sum(order.quantity for order in closing) <= -.5
-    assert list(notices["kind"])[:2] == ["foreign", "emergency"]
+    assert list(notices["kind"])[:3] == ["foreign", "over", "emergency"]
     assert account.held(0) == pytest.approx(own(live))
     assert live.statistics.orders > 10
     assert live.statistics.disagreements == 0

@@ -37,21 +37,23 @@ def trader():
 
 class Told:
     "What a session left"
-    def __init__(self, folder, faults=(), candles=CANDLES, **waits):
-        self.folder, self.faults = folder, faults
-        with Localnet({BITCOIN: MARKET}, {BITCOIN: funding(MARKET, seed=0)}, [replace(LISTED, symbol=BITCOIN)],
-                      CostModel(), start=int(times(MARKET)[40])) as self.exchange:
-            self.statistics = asyncio.run(self.session(waits).run(candles))
+    def __init__(self, folder, faults=(), parts=(CANDLES,), market=MARKET, gaps=False, **waits):
+        self.folder, self.faults, self.gaps = folder, faults, gaps
+        with Localnet({BITCOIN: market}, {BITCOIN: funding(MARKET, seed=0)}, [replace(LISTED, symbol=BITCOIN)],
+                      CostModel(), start=int(times(MARKET)[40]), gaps=True) as self.exchange:
+            for number, candles in enumerate(parts):
+                name = {"resume" if number else "id": "outage"}
+                self.statistics = asyncio.run(self.session(waits, **name).run(candles))
             account = self.exchange.exchange.accounts["main"]
             self.orders = Counter(order.client_id for order in account.orders.values())
             self.held = account.held(0, "BOTH")
 
-    def session(self, waits):
+    def session(self, waits, **name):
         venue = VenueSettings("localnet", "a test", self.exchange.url, self.exchange.url.replace("http", "ws"),
                               SecretStr("localnet-key"), SecretStr("localnet-secret"))
         self.ledger = Ledger(f"sqlite:///{self.folder}/tradelab.db")
-        live = Session(trader(), BinanceVenue(venue, timeout=1.), self.ledger, self.folder / "sessions", id="outage",
-                       waits=WAITS | waits, patience=2., say=lambda line: None)
+        live = Session(trader(), BinanceVenue(venue, timeout=1.), self.ledger, self.folder / "sessions",
+                       waits=WAITS | waits, patience=2., gaps=self.gaps, say=lambda line: None, **name)
         live.progress = self.progress
         self.live = live
         return live
@@ -105,3 +107,24 @@ def test_an_outage_ends_no_session(name, tmp_path, whole):
     told = Told(tmp_path, [(name, OUTAGES[name])])
     print(name, told.kinds, told.statistics.orders, told.statistics.late)
     check(told, whole)
+
+
+@pytest.mark.parametrize("parts", [(CANDLES,), (23, CANDLES - 23), (20, CANDLES - 20)],
+                         ids=["whole", "behind", "before"])
+def test_a_hole_that_the_exchange_proves_ends_no_session(tmp_path, parts):
+    """It goes on behind it as with `gaps`, is guarded until the window is whole, and says until when; a session that is
+    resumed there does so, too"""
+    market = MARKET.drop(MARKET.index[60:63])                               # behind the session's twentieth candle
+    (tmp_path / "carried").mkdir()
+    carried = Told(tmp_path / "carried", market=market, gaps=True)
+    told = Told(tmp_path, market=market, parts=parts)
+    assert told.live.ledger.session("outage")["state"] == "stopped"
+    assert first_difference(carried.journal, told.journal) is None
+    assert carried.kinds == {"hole": 1}
+    hole = told.ledger.notices("outage").query("kind == 'hole'")["text"].iloc[0]
+    assert "3 candles from 2024-01-03 12:00 UTC on are missing at the exchange: it goes on at 2024-01-03 15:00" in hole
+    assert "with gaps = true in tradelab.toml it would not be guarded" in hole
+    assert told.kinds["guarded"] == 1
+    if parts != (23, CANDLES - 23): assert told.kinds["trading"] == 1
+    assert (told.journal["order"][63 - 40:] != 0).any()                     # it trades again
+    assert told.held == pytest.approx(told.live.trader.positions["quantity"][0], abs=1e-9)

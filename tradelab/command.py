@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'run', 'session_of',
            'JobCommand', 'add_job', 'running_sessions', 'one_running', 'stop', 'answer_of', 'one_strategy', 'say_word',
-           'add_word', 'serve', 'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table',
-           'ask_first', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
-           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
-           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
+           'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of', 'localnet', 'config', 'import_settings',
+           'show_table', 'ask_first', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs',
+           'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions',
+           'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -304,6 +304,16 @@ def serve(
 # %% ../nbs/99_top/07_command.ipynb #fe042fbe
 FOLLOWED = {"binance": ("https://fapi.binance.com", "wss://fstream.binance.com")}
 
+# %% ../nbs/99_top/07_command.ipynb #cmdshow201
+def first_streamed(
+    opens:Any,        # int64 ms, open times of the candles
+    start:str|None,   # as it was asked for; None: after the first 500
+)->int:               # ms
+    "The open time of the first candle that localnet streams: the first one that opens then or later"
+    from tradelab.times import to_ms
+    asked = int(opens[min(500, len(opens) // 2)]) if start is None else to_ms(start)
+    return int(min(opens[opens >= asked], default=asked))
+
 # %% ../nbs/99_top/07_command.ipynb #54e7afd8
 def candle_source(
     candles:tuple[str, ...],   # files, exchanges or synthetic: one for all symbols, or one for each
@@ -320,7 +330,6 @@ def candle_source(
     from tradelab.market.filters import instruments_for
     from tradelab.sources.funding import funding_history
     from tradelab.sources.history import history, is_file
-    from tradelab.times import to_ms
     if len(candles) not in (1, len(symbols)): raise ValueError(
         f"give --candles once, or once for each --symbol: {len(candles)} for {len(symbols)} symbols")
     timeframe = timeframe or (usual_step(table_of(candles[0])) if is_file(candles[0]) else here.timeframe)
@@ -330,9 +339,7 @@ def candle_source(
         return history(name, timeframe, begin, end, source=source, gaps=here.gaps)
     frames = {name: read(name, source) for name, source in zip(symbols, candles * len(symbols), strict=False)}
     rates = {name: funding_history(name, source=funding) for name in symbols}
-    opens = times(frames[symbols[0]])
-    asked = int(opens[min(500, len(opens) // 2)]) if start is None else to_ms(start)
-    return Replay(frames, rates, int(min(opens[opens >= asked], default=asked)), here.gaps,
+    return Replay(frames, rates, first_streamed(times(frames[symbols[0]]), start), here.gaps,
                   instruments_for(frames, settings=here.instrument))
 
 # %% ../nbs/99_top/07_command.ipynb #9afb3ea5

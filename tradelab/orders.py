@@ -80,7 +80,7 @@ def exposure_left(
     if order["quantity"] == order["placed"]: return order["exposure"]
     return order["exposure"] * order["quantity"] / order["placed"]
 
-
+# %% ../nbs/00_ground/09_orders.ipynb #ordshow02
 @inlined
 def clear(
     order,  # a row of ORDER, changed

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'require_halt', 'halt_if_liquidated', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'ask_account', 'freeze', 'accept', 'agree', 'ask_suspended',
-           'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile', 'going',
-           'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
+           'compared', 'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree',
+           'ask_suspended', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
+           'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -16,8 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..account import decimal8, wallet
-from ..errors import FeedError
-from ..events import Fill, StateChange, TradingState
+from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
     Core,
@@ -27,16 +26,18 @@ from tradelab.live.core import (
     feed_in,
     mark_foreign,
     news,
+    over,
+    set_reason,
     sleep,
     take_ours,
     take_state,
     withhold,
 )
-from .guards import Condition, Phase
-from .ladder import alarm
+from .guards import EMERGENCY, Condition
+from .ladder import trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
-from .order_states import is_decided
+from .order_states import client_order_id, is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
 from ..notices import Notice
@@ -126,29 +127,28 @@ def look_for(core:Core)->Process:
         if name in manager.searches: core.do(*end_round(manager, name, knows(core, name, listed, account), core.now))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #8cf88822
-def require_halt(core:Core, reason:str)->None:
-    "Nothing is opened any more until a person says otherwise"
-    if core.trader.account["required_state"][0] == TradingState.HALT: return
-    core.trader.on(StateChange(TradingState.HALT, reason, core.now))
-    core.guards.ends = Phase.HALTED
-    core.do(Tell(Notice("halt", f"{reason}: everything is closed and stays closed until a person resets it")))
-    alarm(core, reason)
-
-
 def halt_if_liquidated(core:Core)->None:
     "Whoever was liquidated trades no more, as long as nobody has said what it was"
     for fill in core.foreign.waits.values():
         if forced(fill.order_id) == "liquidation":
-            require_halt(core, f"{fill.symbol}: the exchange has liquidated the position")
+            trip(core, "liquidation", f"{fill.symbol}: the exchange has liquidated the position")
+
+
+def is_forgotten(core:Core, fill:Fill)->bool:
+    "Whether a trade closed something in an emergency that the ledger could not write down before the process died"
+    mine = client_order_id(core.terms.session, fill.symbol, 0).split("-")[:2]
+    name = fill.order_id.split("-")
+    if fill.order_id in core.manager.blotter.known: return False
+    return len(name) == 5 and name[:2] == mine and name[3].isdecimal() and int(name[3]) >= EMERGENCY
 
 
 def take_trade(core:Core, fill:Fill)->None:
     "A trade of the account, under the name of its order, for ever: it is ours, or it is not"
     core.numbers.answered(fill)
-    if fill.order_id in core.manager.blotter.known:
+    if fill.order_id in core.manager.blotter.known or is_forgotten(core, fill):
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return take_ours(core, fill)
+        return core.books.add(fill) if is_forgotten(core, fill) else take_ours(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)
@@ -225,6 +225,13 @@ def rows_differ(core:Core, account:AccountSnapshot)->str:
     return (f"wallet {core.statement.wallet / UNITS:.8f} by the rows of {core.terms.venue} itself, {there / UNITS:.8f} "
             "by its account")
 
+
+def disagreement(core:Core, account:AccountSnapshot, found:str)->Tell:
+    "A person should know how the accounts differ, again where the difference is another one, to its first digit"
+    gaps = [f"{each.what} {each.there - each.here:.1g}" for each in compared(core, account, own_wallet(core))
+            if not each.agrees]
+    return Tell(Notice("disagreement", found), "account", ", ".join(gaps))
+
 # %% ../../nbs/70_live/13_agreement.ipynb #e91defbf
 ROWS_EVERY = 30_000 # ms: a question for rows weighs as much as six for the account
 
@@ -254,7 +261,7 @@ def freeze(core:Core, account:AccountSnapshot)->None:
         core.foreign.residual.pop(verdict.what, None)
         if verdict.agrees: continue
         core.foreign.residual[verdict.what] = float(decimal8(verdict.there - verdict.here))
-        core.do(frozen_by(core.foreign.evidence(verdict.what)))
+        core.do(frozen_by(verdict.what, core.foreign.evidence(verdict.what), f"{verdict.there - verdict.here:.6g}"))
     withhold(core)
 
 
@@ -277,7 +284,7 @@ def agree(core:Core)->Process:
             yield from sleep(core, core.terms.pause)
         elif (yield from news(core, until)): continue
         elif asked:
-            core.do(Tell(Notice("disagreement", found)))
+            core.do(disagreement(core, account, found))
             break
         else:
             for verdict in compared(core, account, before):
@@ -286,6 +293,7 @@ def agree(core:Core)->Process:
             asked = True
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
+    if account and not found: over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
     if account: freeze(core, account)
     if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 
@@ -302,9 +310,12 @@ def ask_suspended(core:Core)->Process:
 def go_on_behind(core:Core, feed:Feed, open_time:int)->None:
     "The exchange lists this candle and none between the last and it"
     first = (feed.last or 0) + feed.step
+    whole = open_time + (core.trader.warm_up + 1) * feed.step
     core.do(Tell(Notice("hole", f"{(open_time - first) // feed.step} candles from {format_time(first)} on are missing "
                         f"at the exchange: it goes on at {format_time(open_time)}, decided is again when the window of "
-                        f"{core.trader.policy.name} is whole behind it")))
+                        f"{core.trader.policy.name} is whole behind it, at {format_time(whole)} at the latest"
+                        + ("" if core.terms.gaps else "; with gaps = true in tradelab.toml it would not be guarded"))))
+    if not core.terms.gaps: set_reason(core, "hole")
     feed.skip(open_time)
     core.books.opening = open_time
 
@@ -319,17 +330,15 @@ def fill_gap(core:Core)->Process:
     answer, or does not list yet, is asked again later"""
     feed = core.feed
     if feed is None or feed.last is None: return
-    for _ in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         parts = yield from ask_all(core, history_questions(core, 10**9, feed.last + feed.step))
         if any(isinstance(part, Exception) for part in parts): return try_later(core)
-        times, _ = common_candles(core.trader.seen, core.terms.timeframe, parts, core.terms.gaps)
+        times, _ = common_candles(core.trader.seen, core.terms.timeframe, parts, gaps=True)
         for symbol, part in zip(core.trader.seen, parts): feed_in(core, feed, symbol, *part)
-        if core.terms.gaps and feed.gap and len(times): go_on_behind(core, feed, int(times[0]))
         if not feed.gap: return
         if not len(times) or times[0] == feed.last + feed.step: return try_later(core)
+        if core.terms.gaps or attempt == ATTEMPTS: return go_on_behind(core, feed, int(times[0]))
         yield from sleep(core, core.terms.pause)
-    raise FeedError(f"the candle of {format_time(feed.last + feed.step)} was missed, and the exchange does not give "
-                    "it: the session stops")
 
 # %% ../../nbs/70_live/13_agreement.ipynb #6391fc1e
 def try_later(core:Core)->None:

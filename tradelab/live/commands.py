@@ -7,10 +7,11 @@ __all__ = ['URGENT', 'explain', 'judge', 'close_by_hand', 'halt_by_hand', 'reset
 
 # %% ../../nbs/70_live/16_commands.ipynb #e746c231
 from ..account import decimal8
-from ..events import Fill, StateChange, TradingState
-from .agreement import ask_account, book, catch_up, keep, require_halt
+from ..events import Fill
+from .agreement import ask_account, book, catch_up, keep
 from .core import Core, Process, mark_foreign
 from .emergency import flatten_all
+from .ladder import reset, trip
 from .messages import Command, Done, Write
 from ..risk.trading_state import resume
 
@@ -59,7 +60,8 @@ def close_by_hand(core:Core, command:Command)->Process:
 
 def halt_by_hand(core:Core, command:Command)->str:
     "A person ends all trading of the strategy; returns a sentence"
-    require_halt(core, f"{command.person or 'a person'}: {command.reason or 'no reason given'}")
+    who, why = command.person or "a person", command.reason or "no reason given"
+    trip(core, "person", f"{who}: {why}", who=who)
     keep(core)
     return "halted: everything is closed now, and stays closed until a reset"
 
@@ -68,8 +70,7 @@ def reset_by_hand(core:Core, command:Command)->str:
     "A person leads out of a halt, and drawdown counts from here; returns a sentence"
     if not command.reason.strip(): return "refused: a reset needs a reason"
     resume(core.trader.account)
-    core.trader.on(StateChange(TradingState.NORMAL, command.reason, core.now))
-    core.halted, core.guards.ends = False, None
+    reset(core, command.person or "a person", command.reason)
     core.guards.miss()
     keep(core)
     return "reset: positions may be opened again, drawdown counts from here"

@@ -140,7 +140,7 @@ def changed(
     now:int,         # ms
 )->Standing:
     "Where a strategy is after a person's word"
-    said = replace(standing, reason=f"{asked.name} by {asked.person}: {asked.reason}", time=now, session="")
+    said = replace(standing, reason=f"{asked.name} by {asked.person}: {asked.reason}", time=now, session="", ladder="")
     if asked.name == "halt": return replace(said, required_state=HALT, trading_state=HALT)
     state = TradingState.REDUCE_ONLY if standing.day_stopped else TradingState.NORMAL
     return replace(said, halted=0, required_state=0, trading_state=int(state), peak=standing.last_equity)

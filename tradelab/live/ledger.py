@@ -33,7 +33,7 @@ from .. import __version__
 from ..errors import TradelabError
 from ..events import Fill, Funding
 from ..journal import EQUITY, JOURNAL
-from .messages import Foreign, Paid
+from .messages import EmergencyStep, Foreign, Paid
 from .order_states import Intent, State, transition
 from .venue import Income
 from ..orders import Order
@@ -184,9 +184,10 @@ class Alert:
     good:bool = True     # whether it arrived
 
 # %% ../../nbs/70_live/04_ledger.ipynb #led2005
-Measured = HeldPosition | Balance | SystemMetric | BreakerEvent | ExchangeHealth | Alert
+Measured = HeldPosition | Balance | SystemMetric | BreakerEvent | ExchangeHealth | Alert | EmergencyStep
 _NAMES = {HeldPosition: "positions", Balance: "balances", SystemMetric: "system_metrics",
-          BreakerEvent: "breaker_events", ExchangeHealth: "exchange_health", Alert: "alerts"}
+          BreakerEvent: "breaker_events", ExchangeHealth: "exchange_health", Alert: "alerts",
+          EmergencyStep: "emergencies"}
 MEASURED = {record: _table(name, _key("number", sql.BigInteger), *columns_of(record))
             for record, name in _NAMES.items()}
 
@@ -222,8 +223,9 @@ class Standing:
     orders:int = 0            # in that minute
     time:int = 0              # ms, when it was written
     session:str = ""          # that wrote it
+    ladder:str = ""           # which causes restrict it, as `live.ladder` writes them
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #ledshow02
 @dataclass(frozen=True)
 class Asked:
     "A command of a person; what is left empty means all of them"
@@ -255,7 +257,7 @@ COMMANDS = sql.Table("commands", TABLES, _key("number", sql.BigInteger), *column
 # days, and the column that tells a row's age; "session": rows of the market's own time are as old as their session
 RETENTION = (dict.fromkeys(("sessions", "snapshots", "intents", "order_events", "trades", "foreign_fills", "incomes",
                             "fundings", "decisions", "closes"), (3_650, "session"))
-             | dict.fromkeys(("notices", "commands"), (3_650, "time"))
+             | dict.fromkeys(("notices", "commands", "emergencies"), (3_650, "time"))
              | dict.fromkeys(("positions", "balances", "breaker_events", "alerts"), (365, "time"))
              | dict.fromkeys(("system_metrics", "exchange_health"), (30, "time"))
              | dict.fromkeys(("leases", "trading_states", "formats"), (None, ""))) # replaced in their place
@@ -406,7 +408,7 @@ def _appending(table):
     following = following.where(*(key == sql.bindparam(f"of_{key.name}") for key in scope))
     return table.insert().values(number=following.scalar_subquery()).returning(table.c.number), scope
 
-
+# %% ../../nbs/70_live/04_ledger.ipynb #ledshow03
 class DatabaseRows:
     "A table of a database"
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
-           'Step', 'First', 'Foreign', 'Paid', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake', 'Opening', 'Open',
-           'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered', 'Fetched',
-           'Unanswered', 'Opened', 'Lost', 'ClockSample', 'Status', 'Command', 'LedgerState', 'Woken', 'Stop', 'Failed',
-           'Received']
+           'Step', 'First', 'Foreign', 'Paid', 'EmergencyStep', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell',
+           'Say', 'Wake', 'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise',
+           'Done', 'Answered', 'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command',
+           'LedgerState', 'Woken', 'Stop', 'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -118,9 +118,31 @@ class Paid:
 
 
 @dataclass(frozen=True)
+class EmergencyStep:
+    "Something that was done to close everything"
+    time:int         # ms, our clock
+    step:str         # halted, closing, failed, flat, held or over
+    symbol:str = ""  # empty: all
+    text:str = ""    # for people
+
+
+@dataclass(frozen=True)
+class LadderMoved:
+    "A cause that restricts trading came or went (`live.ladder`)"
+    time:int           # ms
+    cause:str
+    symbol:str         # empty: all
+    what:str           # tripped, gone, restarted or reset
+    state:int          # of TradingState, required since
+    evidence:str
+    who:str = ""       # of a person
+    ladder:str = ""    # where it is after that, as the ledger keeps it
+
+
+@dataclass(frozen=True)
 class Write:
     "Keep a record in the ledger"
-    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid
+    record:Intents|Revised|Moved|Entry|Step|First|Foreign|Paid|LadderMoved|EmergencyStep
 
 # %% ../../nbs/70_live/03_messages.ipynb #7cb02778
 @dataclass(frozen=True)
@@ -142,6 +164,8 @@ class Decided:
 class Tell:
     "A person should know of it: it is kept, logged and said"
     notice:Notice
+    about:str = ""  # what lasts: it is told once, until it is over; empty: it is told each time
+    matter:str = "" # it is told again where this is another one
 
 
 @dataclass(frozen=True)
@@ -180,6 +204,7 @@ class StepDone:
     equity:float        # quote
     drawdown:float      # fraction
     quality_score:float = 1. # the share of live candles that nothing was wrong with
+    withheld:int = 0    # orders that could not be sent in time, since the session began to run
 
 
 @dataclass(frozen=True)
@@ -264,6 +289,16 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Mark:
+    "The price at which an exchange values positions, and liquidates them"
+    symbol:str
+    price:float                       # quote per base
+    event_time:int                    # ms, the exchange's
+    index:float = float("nan")        # quote per base
+    funding_rate:float = float("nan") # a fraction
+
+
+@dataclass(frozen=True)
 class ClockSample:
     "How far the exchange's clock is ahead of this machine's"
     offset:int          # ms, below zero: behind
@@ -312,7 +347,7 @@ class Failed:
 
 
 Event = (Candle | Fill | Funding | OrderReport | Notice | Answered | Fetched | Unanswered | Woken | Stop | Failed
-         | Opened | Lost | ClockSample | Status | Command | LedgerState | Quote | Depth | Trade | Timer | Series)
+         | Opened | Lost | Mark | ClockSample | Status | Command | LedgerState | Quote | Depth | Trade | Timer | Series)
 
 # %% ../../nbs/70_live/03_messages.ipynb #04213c83
 @dataclass(frozen=True)

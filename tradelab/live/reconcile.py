@@ -115,9 +115,14 @@ def evidence(fill:Fill)->str:
     return (f"{fill.symbol}: {fill.quantity:+g} at {fill.price:g} by {author(fill.order_id)}, order "
             f"{fill.order_id or 'of no name'}, trade {fill.trade_id}")
 
-def frozen_by(why:str)->Tell:
+def frozen_by(
+    symbol:str,
+    why:str,
+    matter:str,  # told again where this is another one
+)->Tell:
     "A person should know that something is not ours, and what to say"
-    return Tell(Notice("foreign", f"{why}: nothing is traded there until a person says adopt, ignore or flatten"))
+    return Tell(Notice("foreign", f"{why}: nothing is traded there until a person says adopt, ignore or flatten"),
+                symbol, matter)
 
 # %% ../../nbs/70_live/08_reconcile.ipynb #foreign4
 class ForeignFills:
@@ -128,7 +133,6 @@ class ForeignFills:
         self.suspects: dict[tuple[str, str], Fill] = {} # told by a stream, and not looked up yet
         self.residual: dict[str, float] = {}            # signed base units by symbol, that no trade explains
         self.offsets: dict[str, float] = {}             # signed base units by symbol, ignored
-        self.said: dict[str, str] = {}                  # why nothing was sent in a symbol, as it was told last
         self.profit = 0                                 # whole 1e-8, of what waits or was ignored
         self._known: set[tuple[str, str]] = set()
         for each in known: self._keep(each)
@@ -156,7 +160,7 @@ class ForeignFills:
         "A fill that is not ours, once"
         if (fill.symbol, fill.trade_id) in self._known: return []
         self._keep(Foreign(fill))
-        return [Write(Foreign(fill)), frozen_by(evidence(fill))]
+        return [Write(Foreign(fill)), frozen_by(fill.symbol, evidence(fill), fill.trade_id)]
 
     def of(self, symbol:str)->list[Fill]: return [fill for fill in self.waits.values() if fill.symbol == symbol]
 

@@ -264,34 +264,29 @@ class Recording:
     seal:bytes = b""     # of the last proven frame
 
     def __iter__(self)->Iterator[dict]:
-        self.lines = 0
-        self.decisions = 0
-        self.ended = False
-        self.damage = ""
-        self.lost = 0
-        self.kept = None
-        self.proven = 0
-        self.link = FORMAT
-        self.seal = b""
+        self.__init__(self.path) # type: ignore[misc]
         with open(self.path, "rb") as file:
             try:
                 while (frame := unframed(file, self.seal))[0]:
-                    for line in frame[0][:-1].split(b"\n"):
-                        if self.lines == 0: _refuse_another_format(line)
-                        content, self.link = unchained(line, self.lines, self.link)
-                        if self.lines == 0 and "format" not in content:
-                            raise RecordingError("it does not say its format")
-                        self.lines, self.ended, self.decisions = (self.lines + 1, content["kind"] == "end",
-                            self.decisions + (content["kind"] == "decision"))
-                        if content["kind"] == "hole": self.lost += content["lines"]
-                        if content["kind"] == "kept": self.kept = content
-                        yield content
+                    for line in frame[0][:-1].split(b"\n"): yield self._proven(line)
                     self.proven, self.seal = file.tell(), frame[1]
             except RecordingError as error:
                 behind = self.path.stat().st_size - self.proven
                 self.damage = (f"{self.path}: the first {self.lines} lines with {self.decisions} decisions are proven, "
                                f"{behind:,} bytes behind them are not ({error})")
                 self.ended = False
+
+    def _proven(self, line):
+        "What a line says, if its link is right"
+        if self.lines == 0: _refuse_another_format(line)
+        content, self.link = unchained(line, self.lines, self.link)
+        if self.lines == 0 and "format" not in content: raise RecordingError("it does not say its format")
+        self.lines += 1
+        self.ended = content["kind"] == "end"
+        self.decisions += content["kind"] == "decision"
+        if content["kind"] == "hole": self.lost += content["lines"]
+        if content["kind"] == "kept": self.kept = content
+        return content
 
 # %% ../../nbs/70_live/05_recorder.ipynb #b18a628b
 def read(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', 'StepFile', 'journal_lines', 'emergencies',
            'rebuild', 'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line', 'status_line', 'Forget',
-           'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of', 'pass_on', 'told', 'clock_sample',
-           'is_kept', 'event_when_kept', 'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver',
-           'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of',
-           'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status',
-           'hold', 'place_of', 'join', 'other_standing', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
-           'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'refuse_stale', 'know', 'unkept',
-           'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
-           'drive_to_the_end', 'Running', 'Session']
+           'breaker_event', 'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of', 'pass_on', 'told',
+           'clock_sample', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together', 'Signals', 'run_to_completion',
+           'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs',
+           'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell', 'say',
+           'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare', 'quietly', 'close_all',
+           'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look',
+           'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name',
+           'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..events import Fill, Funding
+from ..events import Fill, Funding, TradingState
 from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
 from .core import Core, Terms, mark_foreign
-from .lease import acquire, release, this_process
+from .lease import acquire, is_halted, release, strategy_of, this_process
 from tradelab.live.ledger import (
     Asked,
     Balance,
@@ -66,6 +66,7 @@ from tradelab.live.messages import (
     ClockSample,
     Command,
     Done,
+    EmergencyStep,
     End,
     Entry,
     Event,
@@ -75,6 +76,7 @@ from tradelab.live.messages import (
     First,
     Foreign,
     Intents,
+    LadderMoved,
     LedgerState,
     Lost,
     Moved,
@@ -114,9 +116,9 @@ from tradelab.live.start import (
     in_this_format,
     refuse_series,
     refuse_style,
+    rescue,
     standing_of,
     start_and_live,
-    strategy_of,
 )
 from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError, funding_of
 from ..lock import Lock
@@ -173,10 +175,12 @@ EMERGENCY = ("time", "level", "kind", "text") # columns of emergencies.csv
 
 
 def emergencies(ledger:Ledger|MemoryLedger, session:str)->list[list]:
-    "Notices of a session that are errors or worse, a line for each"
+    "Notices of a session that are errors or worse, and the steps of its emergencies, a line for each"
     told = ledger.notices(session)
     lines = [[row.time, NOTICES[row.kind][0], row.kind, row.text] for row in told.itertuples() if row.kind in NOTICES]
-    return [line for line in lines if line[1] in ("error", "critical")]
+    steps = [[each.time, "critical", each.step, f"{each.symbol} {each.text}".strip()]
+             for each in ledger.measured(session, EmergencyStep)]
+    return sorted([*(line for line in lines if line[1] in ("error", "critical")), *steps], key=lambda line: line[0])
 
 # %% ../../nbs/70_live/19_session.ipynb #cba737ec
 def rebuild(
@@ -218,7 +222,7 @@ class Statistics:
     late_fills:int = 0        # told after the candle in which they happened was decided on
     rejected:int = 0
     disagreements:int = 0     # with the exchange's account
-    withheld:int = 0          # entries that could not be sent in time, and were dropped
+    withheld:int = 0          # orders that could not be sent in time, and were dropped
     quality_score:float = 1.  # the share of live candles that nothing was wrong with
     fees:float = 0.           # quote, paid
     funding:float = 0.        # quote, received
@@ -257,12 +261,11 @@ def count(statistics:Statistics, action:Action)->None:
         case Write(Entry(Funding() as paid)): statistics.funding += paid.amount
         case Tell(Notice("rejected")): statistics.rejected += 1
         case Tell(Notice("disagreement")): statistics.disagreements += 1
-        case Tell(Notice("withheld")): statistics.withheld += 1
-        case StepDone(_, late, _, equity, drawdown, quality_score):
+        case StepDone(_, late, _, equity, drawdown, quality_score, withheld):
             statistics.candles += 1
             statistics.late += late
             statistics.equity, statistics.drawdown = equity, drawdown
-            statistics.quality_score = quality_score
+            statistics.quality_score, statistics.withheld = quality_score, withheld
 
 # %% ../../nbs/70_live/19_session.ipynb #cd253a6a
 QUIET = 60. # seconds after which a candle without an order is worth a line, too
@@ -292,9 +295,17 @@ class Forget:
     now:int # ms
 
 
-Record = Forget | Intents | Revised | Moved | Entry | Step | First | Foreign | Paid | Done | Notice | Measured
+Record = (Forget | Intents | Revised | Moved | Entry | Step | First | Foreign | Paid | LadderMoved | Done | Notice
+          | Measured)
 
 # %% ../../nbs/70_live/19_session.ipynb #10195d27
+def breaker_event(moved:LadderMoved)->BreakerEvent:
+    "A move of the ladder, as the ledger keeps it"
+    who = f" by {moved.who}" if moved.who else ""
+    return BreakerEvent(moved.time, f"{moved.cause} {moved.symbol}".strip(), moved.what,
+                        f"{TradingState(moved.state).name}{who}: {moved.evidence}")
+
+
 def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
     "Keep a record in the ledger; returns the link of a step"
     match record:
@@ -309,6 +320,7 @@ def write(ledger:Ledger|MemoryLedger, session:str, record:Record)->Link|None:
         case First(open_time, snapshot): ledger.keep(session, open_time, snapshot, 0)
         case Foreign(): ledger.judge(session, record)
         case Paid(): ledger.pay(session, record)
+        case LadderMoved(): ledger.measure(session, breaker_event(record))
         case Done(number, answer): ledger.commands.done(number, answer)
         case Notice(kind, text): ledger.notice(session, kind, text)
         case Forget(now): ledger.prune(now)
@@ -323,7 +335,8 @@ def precedes(record:Record|Standing)->bool:
 # %% ../../nbs/70_live/19_session.ipynb #469b8134
 def needed(record:Record|Standing)->bool:
     "Whether a session that is resumed cannot do without"
-    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid | Done | Standing)
+    return isinstance(record, Intents | Revised | Moved | Entry | First | Foreign | Paid | Done | EmergencyStep
+                      | Standing)
 
 # %% ../../nbs/70_live/19_session.ipynb #a320a405
 class Files:
@@ -493,7 +506,8 @@ class Driver:
             for task in self._tasks: task.cancel()
 
     def _do(self, action, kept):
-        self.carry_out(action)
+        try: self.carry_out(action)
+        except Exception as error: self._inbox.put_nowait(Failed(error)) # the core ends in order
         match action:
             case Send() | Amend(): self.spawn(event_when_kept(self.venue, action, kept))
             case Cancel() | Ask() | Fetch(): self.spawn(event_of(self.venue, action))
@@ -601,6 +615,7 @@ class CoreInputs:
     foreign:tuple[Foreign, ...] = ()
     deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
     standing:Standing|None = None           # where another session of this strategy left it
+    ladder:str = ""                         # which causes restrict the strategy, whichever session met them
 
 
 def opening_of(kept:Kept|None)->Opening|None:
@@ -610,12 +625,12 @@ def opening_of(kept:Kept|None)->Opening|None:
 
 # %% ../../nbs/70_live/19_session.ipynb #c8a1a5c8
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
-                words:str="", standing:Standing|None=None)->CoreInputs:
+                words:str="", standing:Standing|None=None, ladder:str="")->CoreInputs:
     "The same with all that the ledger knows of the orders and entries of a session"
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
                       tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
-                      kept.settings.get("deposit", 0.) if kept else 0., standing)
+                      kept.settings.get("deposit", 0.) if kept else 0., standing, ladder)
 
 # %% ../../nbs/70_live/19_session.ipynb #b5c1b2c1
 def restore_books(core:Core, inputs:CoreInputs)->None:
@@ -646,7 +661,9 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     manager = OrderManager(terms.session, Blotter(inputs.intents, fills), persistence, inputs.offer,
                            beside=trader.told_of_orders)
     process = partial(start_and_live, kept=step, words=inputs.words, standing=inputs.standing)
-    core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process)
+    core = Core(terms, trader, Bookkeeper(trader, terms.step, inputs.booked, sequence), manager, process,
+                inputs.ladder)
+    core.rescue = rescue
     if step: core.reserve = inputs.reserve
     restore_books(core, inputs)
     return core
@@ -735,6 +752,12 @@ def other_standing(session:"Session", lease:Lease)->Standing|None:
     standing = session.ledger.trading_states.find(lease.venue, lease.account, session.strategy)
     return None if standing is None or standing.session == session.id else standing
 
+
+def causes(session:"Session", lease:Lease)->str:
+    "What restricts the strategy, as `live.ladder` writes it, whichever session met it"
+    standing = session.ledger.trading_states.find(lease.venue, lease.account, session.strategy)
+    return standing.ladder if standing else ""
+
 # %% ../../nbs/70_live/19_session.ipynb #983d9dfc
 async def prepare(session:"Session", max_candles:int|None)->Core:
     "Connect, and make the core; of the session itself nothing is written"
@@ -750,12 +773,15 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
+    if kept: session.strategy = kept.settings.get("strategy", session.strategy)
+    session.settings["strategy"] = session.strategy
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)
     session.began_from = other_standing(session, lease)
+    session.ladder = causes(session, lease)
     session.inputs = core_inputs(ledger, terms, kept, Offer(venue.kinds, venue.amends, venue.expires),
-                                 f"{venue.name} at {venue.address} ({venue.why})", session.began_from)
+                                 f"{venue.name} at {venue.address} ({venue.why})", session.began_from, session.ladder)
     return make_core(trader, session.inputs)
 
 # %% ../../nbs/70_live/19_session.ipynb #5f25e3f8
@@ -844,8 +870,10 @@ def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
     if session.files: session.files.recorder.answered(actions)
     records: list[Record|Standing] = [action.record for action in actions if isinstance(action, Write)]
     records += [action for action in actions if isinstance(action, Done)]
-    if any(isinstance(record, Step) for record in records):
-        records.append(standing_of(session.trader.account, session.id, clock()))
+    for record in records:
+        if isinstance(record, LadderMoved): session.ladder = record.ladder
+    if any(isinstance(record, Step | LadderMoved) for record in records):
+        records.append(standing_of(session.trader.account, session.id, clock(), session.ladder))
     if session.files: records += [each for action in actions for each in measured(action, clock())]
     if not records or not session.writer: return None
     kept, began = session.writer.put(records), monotonic()
@@ -859,7 +887,7 @@ def keep_standing(session:"Session", lease:Lease, standing:Standing)->None:
     states, place = session.ledger.trading_states, (lease.venue, lease.account, session.strategy)
     known = states.find(*place)
     another = known is not None and known.session != session.id and known != session.began_from
-    if another and known.halted and not standing.halted: return
+    if another and is_halted(known) and not is_halted(standing): return
     states.keep(*place, standing)
 
 # %% ../../nbs/70_live/19_session.ipynb #65cffcf5
@@ -993,6 +1021,7 @@ class Running:
     link:Link|None = None    # of the last step that the ledger has
     inputs:CoreInputs|None = None
     began_from:Standing|None = None # where another session of this strategy left it
+    ladder:str = ""                 # which causes restrict the strategy now
     reserve:float = 0.       # quote, money of the account that the trader was not given
     settings:dict[str, Any] = field(default_factory=dict)
     early:list[Received] = field(default_factory=list) # received before there was a file to record it in
@@ -1020,7 +1049,7 @@ class Session(Running):
         strategy:str="",         # whose drawdown, daily loss and halt it goes on with  [default: the policy's name]
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
-        gaps:bool=False, # carry holes in the exchange's candles through; otherwise the first one ends the session
+        gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'LADDER', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'refuse_series',
-           'refuse_style', 'check_account', 'check_leverage', 'check_orders', 'check_offset', 'strategy_of',
-           'standing_of', 'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to', 'ask_again',
-           'hear_both', 'ask_history', 'see_history', 'ask_opening', 'open_books', 'explained', 'start',
-           'start_and_live']
+           'refuse_style', 'check_account', 'check_leverage', 'check_orders', 'check_offset', 'standing_of',
+           'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to', 'refuse_another', 'hear_both',
+           'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'rescue', 'start_and_live']
 
 # %% ../../nbs/70_live/18_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -19,15 +18,15 @@ import numpy as np
 from ..account import ACCOUNT, wallet
 from ..events import CLOSE, Candles, Series, TradingState
 from ..instruments import Instrument
-from .agreement import catch_up, history_questions
+from .agreement import history_questions, reconcile
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
-from .emergency import to_flatten
+from .emergency import emergency, to_flatten
 from .guards import clock_is_off
 from .ladder import alarm
-from .ledger import Standing
+from .lease import is_halted
+from .ledger import LeaseLostError, Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
-from .order_manager import ATTEMPTS
 from .order_states import client_order_id
 from .protection import PROTECTIVE, Protector
 from tradelab.live.reconcile import (
@@ -36,7 +35,6 @@ from tradelab.live.reconcile import (
     Statement,
     author,
     check_explained,
-    compare_accounts,
     reserve_of,
 )
 from .steps import go_on, live, look_ahead, under_watch
@@ -182,20 +180,17 @@ def check_offset(
 LADDER = tuple(each.name for each in fields(Standing) if each.name in (ACCOUNT.names or ()))
 
 
-def strategy_of(policy:str)->str:
-    "The name that a policy keeps whatever its parameters are, and however often it is trained anew"
-    return policy.partition("(")[0]
-
-
 def standing_of(
     account:np.ndarray,  # ACCOUNT, (1,)
     session:str,
     now:int,             # ms
+    ladder:str="",       # its causes
 )->Standing:
     "Where an account is on the ladder"
     row = account[0]
     reason = f"{TradingState(row['trading_state']).name}, drawdown {row['drawdown']:.2%}"
-    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session)
+    return Standing(**{name: row[name].item() for name in LADDER}, reason=reason, time=now, session=session,
+                    ladder=ladder)
 
 
 def go_on_from(
@@ -213,9 +208,9 @@ def go_on_from(
 # %% ../../nbs/70_live/18_start.ipynb #acc50013
 def say_standing(standing:Standing, venue:str)->Notice:
     "What a person should know of where a session begins"
-    text = f"this strategy goes on at {venue} where session {standing.session or 'nobody'} left it: {standing.reason}"
-    if standing.halted or standing.required_state == TradingState.HALT:
-        return Notice("halt", f"{text}; nothing is opened until a person resets it")
+    whose = f"session {standing.session}" if standing.session else "a person"
+    text = f"this strategy goes on at {venue} where {whose} left it: {standing.reason}"
+    if is_halted(standing): return Notice("halt", f"{text}; nothing is opened until a person resets it")
     return Notice("standing", text)
 
 # %% ../../nbs/70_live/18_start.ipynb #9f65a619
@@ -231,7 +226,7 @@ def precompile(trader:Trader, times:np.ndarray, candles:np.ndarray, step:int)->N
 # %% ../../nbs/70_live/18_start.ipynb #baec9f10
 def start_limit(core:Core)->int:
     "ms that a start waits for an exchange that does not answer: a session that is resumed may hold positions"
-    return core.terms.outage_limit if core.resumed else core.terms.patience
+    return core.terms.longest_wait if core.resumed else core.terms.patience
 
 
 def answers_to(core:Core, questions:Sequence[tuple])->Process:
@@ -246,15 +241,12 @@ def answers_to(core:Core, questions:Sequence[tuple])->Process:
         pause = min(2 * pause, core.terms.longest_pause)
 
 
-def ask_again(core:Core)->Process:
-    "What happened while nobody listened; refused by an exchange that contradicts what is known of our orders"
-    while not (yield from catch_up(core)):
-        if core.stopping: raise StartRefusedError(f"{core.terms.venue}: no answer on what happened meanwhile")
-        yield from sleep(core, core.terms.first_delay)
-    if core.manager.blotter.contradictions:
+def refuse_another(core:Core)->None:
+    "Refuse an exchange that contradicts what is known of our orders; in a session that runs it freezes the symbol"
+    if found := core.manager.blotter.contradictions:
         raise StartRefusedError(f"{core.terms.venue} contradicts what session {core.terms.session} knows of its orders "
-                                f"({'; '.join(core.manager.blotter.contradictions.values())}): it is another account, "
-                                "or an exchange that was begun anew; name the one that the session traded on")
+                                f"({'; '.join(found.values())}): it is another account, or an exchange that was begun "
+                                "anew; name the one that the session traded on")
 
 # %% ../../nbs/70_live/18_start.ipynb #75cf2648
 def hear_both(core:Core)->Process:
@@ -272,15 +264,17 @@ def ask_history(core:Core, last:int|None)->Process:
     open time of its last one"""
     trader, terms = core.trader, core.terms
     wanted = max(trader.warm_up, 1)
-    since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, terms.gaps)
     limit = wanted + 1 if last is None else 10**9 # one may close between two answers
-    parts = yield from answers_to(core, history_questions(core, limit, since))
-    times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps)
-    seen = times == times if last is None else times <= last
-    first = max(int(seen.sum()) - wanted, 0)
-    if seen.sum() < trader.warm_up:
+    for gaps in dict.fromkeys((terms.gaps, last is not None)): # a session that is resumed may have met a hole
+        since = None if last is None else warm_up_start(last + terms.step, wanted, terms.timeframe, gaps)
+        parts = yield from answers_to(core, history_questions(core, limit, since))
+        times, candles = common_candles(trader.seen, terms.timeframe, parts, terms.gaps or last is not None)
+        seen = times == times if last is None else times <= last
+        if seen.sum() >= trader.warm_up: break
+    else:
         raise StartRefusedError(f"{terms.venue} has {seen.sum()} closed candles of {', '.join(trader.seen)}, policy "
                                 f"{trader.policy.name} needs {trader.warm_up} before its first decision")
+    first = max(int(seen.sum()) - wanted, 0)
     return times[first:], candles[first:], seen[first:]
 
 # %% ../../nbs/70_live/18_start.ipynb #388bc3a6
@@ -320,7 +314,7 @@ def ask_opening(core:Core)->Process:
     else: time, = yield from answers_to(core, [("forming", symbols[0], core.terms.timeframe)])
     opening = Opening(units(account.wallet), time, trades)
     core.opening, core.statement = opening, Statement(opening, symbols, core.terms.quote)
-    core.numbers.first |= trades
+    if not core.resumed: core.numbers.first |= trades # it may be an older one's that nobody asked
     return account, core.statement.seen(rows)
 
 
@@ -329,20 +323,6 @@ def open_books(core:Core)->Process:
     if core.statement is None: return (yield from ask_opening(core))
     account, = yield from answers_to(core, [("account",)])
     return account, None
-
-# %% ../../nbs/70_live/18_start.ipynb #openbook5
-def explained(core:Core)->Process:
-    "What `open_books` returns, once what the exchange holds is explained; StartRefusedError if it cannot be"
-    account, seen = yield from open_books(core)
-    for _ in range(ATTEMPTS if core.resumed else 0):
-        held = {symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in core.trader.symbols}
-        if all(verdict.agrees for verdict in compare_accounts(account.wallet, held, account)): break
-        yield from sleep(core, core.terms.pause)
-        yield from catch_up(core)
-        account, = yield from answers_to(core, [("account",)])
-    held = {symbol: core.books.positions[symbol] + core.foreign.held(symbol) for symbol in core.trader.symbols}
-    check_explained(held, account)
-    return account, seen
 
 # %% ../../nbs/70_live/18_start.ipynb #78de3d19
 def start(
@@ -353,8 +333,8 @@ def start(
 )->Process:
     "Up to the moment at which the first candle may come"
     trader, terms, core.resumed = core.trader, core.terms, bool(kept)
-    if kept: yield from ask_again(core)
-    account, seen = yield from explained(core)
+    account, seen = yield from open_books(core)
+    if not kept: check_explained(dict.fromkeys(trader.symbols, 0.), account)
     working = yield from answers_to(core, [("open_orders", symbol) for symbol in trader.symbols])
     for symbol, reports in zip(trader.symbols, working):
         check_orders(terms.session, symbol, reports, core.manager.blotter.known)
@@ -362,17 +342,25 @@ def start(
     core.do(Say(f"session {terms.session}{' resumed' if kept else ''}: {words or terms.venue}, wallet "
                 f"{account.wallet:,.2f} {terms.quote}, {', '.join(trader.symbols)} {terms.timeframe}, leverage "
                 f"{trader.limits.leverage}, policy {trader.policy.name}"), Open(core.reserve, core.opening))
+    core.opened = True
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
     if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
         alarm(core, "it was halted before everything was closed")
     yield from hear_both(core)
-    if kept: yield from ask_again(core)
     yield from see_history(core, kept)
-    for silence in core.watch.silence.values(): silence.heard()
-    core.guards.asked(core.guards.troubles)
+    yield from reconcile(core)
+    if kept: refuse_another(core)
     core.protector = Protector()
     if kept and core.manager.beside: yield from go_on(core)
+
+
+def rescue(core:Core, error:Exception)->Process|None:
+    "What is done before an error ends a session: everything is closed, if it holds or has ordered anything"
+    mine = core.opened and not isinstance(error, LeaseLostError | StartRefusedError)
+    if not mine or not (any(core.books.positions.values()) or core.manager.blotter.open): return None
+    alarm(core, f"{type(error).__name__}: {error}")
+    return emergency(core)
 
 
 def start_and_live(core:Core, kept:dict|None=None, words:str="", standing:Standing|None=None)->Process:

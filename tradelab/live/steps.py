@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'under_watch', 'live']
+           'tell_of_resting', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from tradelab.live.agreement import (
     book,
     carry_out,
     catch_up,
+    disagreement,
     fill_gap,
     keep,
     may_reconcile,
@@ -33,14 +34,14 @@ from tradelab.live.agreement import (
 )
 from .bookkeeper import market_questions, with_funding_and_index
 from .commands import URGENT, obey
-from .core import Core, Process, ask_all, ask_until_answered, news, sleep
+from .core import Core, Process, ask_all, ask_until_answered, news, set_reason, sleep
 from .emergency import emergency, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
-from .ladder import alarm
+from .ladder import alarm, trip
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
 from .order_states import State, orders_from_decision, protects
-from .protection import secure
+from .protection import secure, unprotected
 from .venue import UNITS
 from ..notices import Notice
 from ..orders import Order
@@ -52,7 +53,7 @@ def known_at_close(core:Core, open_time:int, candles:np.ndarray)->Process:
     trader, terms = core.trader, core.terms
     questions = market_questions(core.needs, trader.seen, terms.timeframe, [open_time])
     began, pause = core.now, terms.pause
-    while core.now - began <= terms.outage_limit:
+    while core.now - began <= terms.longest_wait:
         answers = yield from ask_until_answered(core, [*questions.values()])
         if answers is None: return None
         told = dict(zip(questions, answers))
@@ -77,14 +78,9 @@ def look_ahead(core:Core)->Process:
 def watch_halt(core:Core)->None:
     "Tell of a halt, once"
     account = core.trader.account[0]
-    halted = bool(account["halted"])
-    if halted and not core.halted:
-        core.do(Tell(Notice("halt", f"drawdown {account['drawdown']:.2%} has reached the limit "
-                            f"{core.trader.limits.max_drawdown:.2%}: everything is closed and stays closed until a "
-                            "person resets it")))
-        alarm(core, f"drawdown {account['drawdown']:.2%}")
-    core.halted = halted
-    if halted: core.guards.ends = Phase.HALTED
+    if account["halted"]:
+        trip(core, "max_drawdown", f"drawdown {account['drawdown']:.2%} has reached the limit "
+                                   f"{core.trader.limits.max_drawdown:.2%}")
 
 # %% ../../nbs/70_live/17_steps.ipynb #90bf190f
 def drop(core:Core, orders:Sequence[Order])->None:
@@ -120,6 +116,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
     core.do(Decided(decision, trader.rows.copy(), candles))
+    if not trader.view.stream.waits: set_reason(core, "hole", False)
     watch_halt(core)
     orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session)
     if not late: return orders
@@ -155,7 +152,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     core.candles += 1
     account = core.trader.account[0]
     core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"]),
-                     core.watch.candles.score))
+                     core.watch.candles.score, core.withheld))
 
 # %% ../../nbs/70_live/17_steps.ipynb #b9af2efa
 def go_on(core:Core)->Process:
@@ -194,7 +191,8 @@ def wait(core:Core)->Process:
     if feed and feed.last is not None and core.waits != feed.last:
         core.waits = feed.last
         core.do(Waits(core.waits))
-        watch.fresh.expect(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+        watch.candle.came()
+        watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
     until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
     if (yield from news(core, min(until, default=None))): return
@@ -205,7 +203,7 @@ def close_books(core:Core)->Process:
     "The last rows of the exchange's own books, compared once more"
     account = (yield from ask_account(core, rows=True)) if core.statement else None
     found = rows_differ(core, account) if account else ""
-    if found: core.do(Tell(Notice("disagreement", found)))
+    if found and account: core.do(disagreement(core, account, found))
     if account and core.rows_asked == core.asked: accept(core, account)
 
 
@@ -215,6 +213,16 @@ def look_up(core:Core)->Process:
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
 
+def watch_outage(core:Core)->int|None:
+    "When an outage becomes an emergency (ms); None: not while every position has its stop at the exchange"
+    since, limit = core.watch.silent_since, core.terms.outage_limit
+    if since is None or not limit or not (alone := unprotected(core)): return None
+    if core.now >= since + limit:
+        alarm(core, f"{core.terms.venue} has answered nothing since {format_time(since)}, and {', '.join(alone)} has "
+              "no stop there")
+    return since + limit
+
+
 def under_watch(core:Core, process:Process)->Process:
     "Go on with a process; an emergency and what a person wants at once go before it, wherever it is"
     while True:
@@ -222,7 +230,8 @@ def under_watch(core:Core, process:Process)->Process:
         if core.emergency: yield from emergency(core)
         try: due = next(process)
         except StopIteration: break
-        if not core.emergency: yield due
+        limit = watch_outage(core)
+        if not core.emergency: yield min((time for time in (due, limit) if time is not None), default=None)
     if core.emergency: yield from emergency(core)
 
 

@@ -746,7 +746,7 @@ def closed_candles(
         last = known.get(at, flat(last, at))
         yield last
 
-
+# %% ../../nbs/60_localnet/05_sources.ipynb #srcshow18
 def released(
     waiting: Iterable[Move],  # in order of time
     closes: Sequence[Close],  # that are told

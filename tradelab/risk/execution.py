@@ -257,7 +257,9 @@ def quantity_of_order(wanted, n, state, rules, proposal, unit):
     asked = round_quantity(wanted["exposure"] * unit / proposal["price"], instrument)
     if wanted["reduce_only"] == 0:
         free = decimal8(proposal["quantity"] - working_quantity(state.orders[n], asked))
-        return round_quantity(allowed_part(asked, free), instrument)
+        allowed = round_quantity(allowed_part(asked, free), instrument)
+        price = wanted["price"] if wanted["price"] > 0. else proposal["price"]
+        return allowed if abs(allowed) * price >= instrument["min_notional"] else 0.
     return asked if abs(wanted["exposure"]) < 1. else np.sign(wanted["exposure"]) * instrument["max_quantity"]
 
 # %% ../../nbs/30_risk/09_execution.ipynb #edeefac3

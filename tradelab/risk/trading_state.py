@@ -117,9 +117,11 @@ CAUSES = {
     "unknown_order": Cause(TradingState.NO_ENTRY, True, 0, "the outcome of an order is not proven"),
     "disagreement": Cause(TradingState.REDUCE_ONLY, True, 5 * MINUTES, "the exchange's account and ours differ"),
     "margin_ratio": Cause(TradingState.REDUCE_ONLY, True, 5 * MINUTES, "equity is near the maintenance margin"),
+    "no_stop": Cause(TradingState.REDUCE_ONLY, True, 0, "a position is without its stop at the exchange"),
     "daily_loss": Cause(TradingState.REDUCE_ONLY, True, 0, "the day has lost too much; over at midnight UTC"),
     "max_drawdown": Cause(TradingState.HALT, False, 0, "the session has lost too much from its highest equity"),
     "liquidation": Cause(TradingState.HALT, False, 0, "the exchange has closed a position"),
+    "emergency": Cause(TradingState.HALT, False, 0, "everything had to be closed at once"),
     "person": Cause(TradingState.HALT, False, 0, "a person required it"),
 }
 

@@ -206,7 +206,7 @@ class Rule:
         sees = ", ".join(f"{name} = {text}" for name, text in self.features.items()) or "nothing"
         return f"rule {self.name}{inspect.signature(self)}, {self.form}: {sees}"
 
-
+# %% ../../nbs/45_runs/02_rule.ipynb #ruleshow02
 def _bound(rule, values, named):
     "The parameters by name, checked"
     unknown = [name for name in named if name not in rule.parameters]

@@ -9,9 +9,9 @@ __all__ = ['logger', 'BUSY', 'MAX_WAIT', 'ATTEMPTS', 'MAX_BYTES', 'MAX_ROWS', 'M
            'retry_after', 'read_bounded', 'fetch_url', 'refuse_page', 'parser_errors', 'decompressed', 'file_content',
            'as_utf8', 'refuse_long', 'csv_layout', 'parse_csv', 'parse_json', 'distance', 'proven_order',
            'to_milliseconds', 'klines', 'kline_frame', 'join_date_and_time', 'name_columns', 'volume_in_coins',
-           'rename_columns', 'parse_file', 'is_unnamed', 'read_table', 'refuse_zone', 'year_first', 'time_index',
-           'plain_name', 'rename_candle_columns', 'refuse_bad', 'format_bound', 'note_span', 'oldest_first',
-           'row_symbols', 'symbol_rows', 'from_file']
+           'rename_columns', 'parse_file', 'is_unnamed', 'read_table', 'refuse_zone', 'year_first', 'written_times',
+           'time_index', 'plain_name', 'rename_candle_columns', 'refuse_bad', 'format_bound', 'note_span',
+           'oldest_first', 'row_symbols', 'symbol_rows', 'inside_span', 'from_file']
 
 # %% ../../nbs/15_sources/01_tables.ipynb #4582458f
 import csv
@@ -532,6 +532,21 @@ def year_first(
     return (parts[2] + "-" + parts[1 if day_first else 0].str.zfill(2) + "-" + parts[0 if day_first else 1].str.zfill(2)
             + parts[3])
 
+# %% ../../nbs/15_sources/01_tables.ipynb #tabshow01
+def written_times(
+    values: pd.Series,  # text, or times
+    name: str,          # for messages
+    what: str,          # the same: the column
+) -> pd.DatetimeIndex:  # UTC, ms
+    "Times as somebody has written them"
+    refuse_zone(values, name, what)
+    known = pd.api.types.is_datetime64_any_dtype(values)
+    written = values if known else year_first(values.astype(str).str.strip(), name, what)
+    try: return pd.DatetimeIndex(pd.to_datetime(written, utc=True, format=None if known else "ISO8601")).as_unit("ms")
+    except (ValueError, TypeError) as error:
+        raise CandleError(f"{name}: {what} is not a time ({str(error).splitlines()[0][:100]}): write milliseconds or "
+                          "2022-01-01T00:00:00Z") from error
+
 # %% ../../nbs/15_sources/01_tables.ipynb #cd52e1c0
 def time_index(
     table: pd.DataFrame,             # as read
@@ -551,15 +566,7 @@ def time_index(
         numbers = pd.to_numeric(values, errors="coerce")
         if numbers.notna().all():
             return pd.DatetimeIndex(since_epoch(numbers.to_numpy(), name, what).astype("datetime64[ms]"), tz="UTC")
-    refuse_zone(values, name, what)
-    written = (values if pd.api.types.is_datetime64_any_dtype(values) else year_first(values.astype(str).str.strip(),
-        name, what))
-    try:
-        return pd.DatetimeIndex(pd.to_datetime(written, utc=True, format=None if written is values
-                                               else "ISO8601")).as_unit("ms")
-    except (ValueError, TypeError) as error:
-        raise CandleError(f"{name}: {what} is not a time ({str(error).splitlines()[0][:100]}): write milliseconds or "
-                          "2022-01-01T00:00:00Z") from error
+    return written_times(values, name, what)
 
 # %% ../../nbs/15_sources/01_tables.ipynb #983ba812
 SPELLINGS = {"open": ("o", "price_open", "open_price"), "high": ("h", "price_high", "high_price"),
@@ -698,6 +705,22 @@ def symbol_rows(
                           "give symbol one of the names that it holds")
     return table[(names == own[0]).to_numpy()]
 
+# %% ../../nbs/15_sources/01_tables.ipynb #tabshow03
+def inside_span(
+    table: pd.DataFrame,  # by open time, oldest first
+    start: int | None,    # ms
+    end: int | None,      # ms, exclusive
+    name: str,            # for messages
+) -> pd.DataFrame:
+    "The rows of a span; CandleError if there is none"
+    opens = times(table)
+    inside = table[(opens >= (opens.min() if start is None else start))
+                   & (opens < (opens.max() + 1 if end is None else end))]
+    if inside.empty:
+        raise CandleError(f"{name}: it holds {format_time(opens.min())} to {format_time(opens.max())}, nothing "
+                          f"from {format_bound(start)} to {format_bound(end)}: ask for a span inside")
+    return inside
+
 # %% ../../nbs/15_sources/01_tables.ipynb #f6443e5f
 def from_file(
     path: str | Path,          # one of FILES, perhaps packed; an address that begins with http
@@ -716,13 +739,7 @@ def from_file(
         notes = dict(table.attrs)
         table.index = time_index(table, name)
         if table.empty: raise CandleError(f"{name}: no rows: fetch it again")
-        table = oldest_first(table)
-        opens = times(table)
-        inside = table[(opens >= (opens.min() if start is None else start))
-                       & (opens < (opens.max() + 1 if end is None else end))]
-        if inside.empty:
-            raise CandleError(f"{name}: it holds {format_time(opens.min())} to {format_time(opens.max())}, nothing "
-                              f"from {format_bound(start)} to {format_bound(end)}: ask for a span inside")
+        inside = inside_span(oldest_first(table), start, end, name)
         candles = refuse_bad(check(inside, timeframe, name, gaps), timeframe, name)
     candles.attrs = {"source": f"file {name}"} | notes
     return note_span(candles, timeframe, start, end)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'refusal_of', 'MemoryOrders', 'name_of',
-           'rows_since', 'MemoryAccount', 'Inbox', 'MemoryMarket', 'MemoryVenue']
+           'rows_since', 'earned', 'MemoryAccount', 'Inbox', 'closed_rows', 'known_values', 'candle_at', 'MemoryMarket',
+           'MemoryVenue']
 
 # %% ../../nbs/75_venues/10_memory.ipynb #33c71e2c
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -187,6 +188,18 @@ def name_of(names:Sequence[str], number:str)->str:
 
 def rows_since(rows:Sequence[Income], since:int)->list[Income]: return [row for row in rows if row.time >= since]
 
+# %% ../../nbs/75_venues/10_memory.ipynb #memshow02
+def earned(
+    paid:Iterable[Funding],
+    symbol:str,               # under which profit and fees are booked
+    totals:Mapping[str, int], # whole 1e-8 of quote, by kind of income: what has come together by now
+    booked:Mapping[str, int], # of that, what has its rows already
+)->list[tuple[str, str, int]]:
+    "What the books have to tell anew: kind, symbol and amount of each row"
+    rows = [("FUNDING_FEE", each.symbol, units(each.amount)) for each in paid]
+    rows += [(kind, symbol, total - booked.get(kind, 0)) for kind, total in totals.items()]
+    return [row for row in rows if row[2]]
+
 # %% ../../nbs/75_venues/10_memory.ipynb #14fe1d4f
 class MemoryAccount(MemoryOrders):
     "Orders, what was filled and paid, and the money; `meet` lets it live through the next candle"
@@ -195,7 +208,7 @@ class MemoryAccount(MemoryOrders):
         super().__init__(simulation, symbols)
         self.fills: list[Fill] = []
         self.incomes: list[Income] = []
-        self._booked = {"REALIZED_PNL": 0, "COMMISSION": 0}
+        self._booked: dict[str, int] = {}
 
     def _fill(self, count, time):
         "A fill of the kernel as an exchange tells it"
@@ -208,14 +221,12 @@ class MemoryAccount(MemoryOrders):
                     name, str(count), bool(row["protects"]))
 
     def _book(self, paid, time):
-        "Rows of its books: what a candle has changed in the wallet; profit and fees of all symbols in one row each"
+        "Rows of its books: what a candle has changed in the wallet"
         money = self.simulation.state.account[0]
-        changed = [("FUNDING_FEE", each.symbol, units(each.amount)) for each in paid]
-        for kind, total in (("REALIZED_PNL", units(money["realised"])), ("COMMISSION", units(-money["fees"]))):
-            changed.append((kind, self.symbols[0], total - self._booked[kind]))
-            self._booked[kind] = total
-        for kind, symbol, amount in changed:
-            if amount: self.incomes.append(Income(kind, str(len(self.incomes)), symbol, amount, "USDT", time))
+        totals = {"REALIZED_PNL": units(money["realised"]), "COMMISSION": units(-money["fees"])}
+        for kind, symbol, amount in earned(paid, self.symbols[0], totals, self._booked):
+            self.incomes.append(Income(kind, str(len(self.incomes)), symbol, amount, "USDT", time))
+        self._booked = totals
 
     def meet(self,
         row:int,             # of the candle that has closed
@@ -265,6 +276,31 @@ class Inbox(asyncio.Queue):
             if self.empty() and not self.go_on(): break
         return await super().get()
 
+# %% ../../nbs/75_venues/10_memory.ipynb #memshow04
+def closed_rows(
+    data:MarketData,
+    row:int,          # of the last candle that has closed
+    since:int|None,   # ms
+)->np.ndarray:
+    "The rows of the candles that have closed, none that opened before `since`"
+    return np.flatnonzero(data.times[:row + 1] >= (since or 0))
+
+
+def known_values(
+    data:MarketData,
+    rows:np.ndarray,  # of `closed_rows`
+    n:int,            # which symbol
+    field:int,        # a column of a candle
+)->dict[int, float]:
+    "A column of these candles, by open time, where it is known"
+    values = data.known[rows, n, field]
+    return {int(time): float(value) for time, value in zip(data.times[rows], values) if np.isfinite(value)}
+
+
+def candle_at(data:MarketData, row:int, n:int)->Candle:
+    "A candle of a symbol, as a stream tells it"
+    return Candle(tuple(data.frames)[n], int(data.times[row]), tuple(data.known[row, n, :8].tolist()))
+
 # %% ../../nbs/75_venues/10_memory.ipynb #4387ecc7
 class MemoryMarket:
     "What is asked of a market, whether or not anybody trades: a `live.venue.MarketData`"
@@ -294,20 +330,8 @@ class MemoryMarket:
         if milliseconds(timeframe) != self.step:
             raise VenueError(f"{self.name} has candles of {self.data.timeframe}, not of {timeframe}")
 
-    def rows(self, since:int|None)->np.ndarray:
-        "Of the candles that have closed, none before `since` (ms)"
-        return np.flatnonzero(self.data.times[:self.row + 1] >= (since or 0))
-
-    def known(self, symbol:str, field:int, since:int)->dict[int, float]:
-        "A column of the candles that have closed, by open time"
-        rows = self.rows(since)
-        values = self.data.known[rows, self.column(symbol), field]
-        return {int(time): float(value) for time, value in zip(self.data.times[rows], values) if np.isfinite(value)}
-
-    def candle(self, symbol:str)->Candle:
-        "The last that has closed"
-        values = self.data.known[self.row, self.column(symbol), :8]
-        return Candle(symbol, int(self.data.times[self.row]), tuple(values.tolist()))
+    def _known(self, symbol, field, since):
+        return known_values(self.data, closed_rows(self.data, self.row, since), self.column(symbol), field)
 
     def instruments(self, symbols:Sequence[str])->tuple[Instrument, ...]:
         listed = {instrument.symbol: instrument for instrument in self.data.instruments}
@@ -315,7 +339,7 @@ class MemoryMarket:
 
     async def history(self, symbol:str, timeframe:str, limit:int, since:int|None=None)->tuple[np.ndarray, np.ndarray]:
         self.check_timeframe(timeframe)
-        rows = self.rows(since)[-limit:]
+        rows = closed_rows(self.data, self.row, since)[-limit:]
         return self.data.times[rows].copy(), self.data.known[rows, self.column(symbol), :8]
 
     async def forming(self, symbol:str, timeframe:str)->int:
@@ -323,10 +347,10 @@ class MemoryMarket:
         return int(self.data.times[self.row]) + self.step
 
     async def index_prices(self, symbol:str, timeframe:str, limit:int, since:int)->dict[int, float]:
-        return dict(list(self.known(symbol, INDEX_PRICE, since).items())[-limit:])
+        return dict(list(self._known(symbol, INDEX_PRICE, since).items())[-limit:])
 
     async def funding_rates(self, symbol:str, since:int)->dict[int, float]:
-        told = self.known(symbol, FUNDING_RATE, since - self.step)
+        told = self._known(symbol, FUNDING_RATE, since - self.step)
         return {time + self.step: rate for time, rate in told.items()}
 
 # %% ../../nbs/75_venues/10_memory.ipynb #d82fb468
@@ -362,7 +386,8 @@ class MemoryVenue(MemoryMarket):
         if not self._told or self.row + 1 >= len(self.data.times): return False
         if self._met: self.row += 1
         self._met = not self._met
-        events = self.held.meet(self.row, self.data.times) if self._met else map(self.candle, self._told)
+        events = (self.held.meet(self.row, self.data.times) if self._met
+                  else [candle_at(self.data, self.row, self.column(symbol)) for symbol in self._told])
         for event in events: self.events.put_nowait(event)
         return True
 
