@@ -266,7 +266,8 @@ def readers_on(
     keys = service.streams.keys.accounts
     readers = service.sockets.union(*service.streams.readers.values())
     return sorted((reader for reader in readers if route in ("*", reader.route) or not reader.route and any(
-        (route == "private") == (name in keys) for name in reader.names)), key=id)
+        (route == "private") == (name in keys) for name in reader.names)),
+                  key=lambda reader: (reader.opened, sorted(reader.names)))
 
 
 def _obey(service:Service, command:Any)->None:
