@@ -41,7 +41,7 @@ from .ladder import alarm, trip
 from .messages import Decided, StepDone, Tell, Waits
 from .order_manager import ended, still_wanted
 from .order_states import State, orders_from_decision, protects
-from .protection import secure, unprotected
+from .protection import look_after_stops, secure, unprotected
 from .venue import UNITS
 from ..notices import Notice
 from ..orders import Order
@@ -145,7 +145,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if core.manager.beside: keep(core) # what is wanted, before anything is sent: a restart goes on from here
     yield from look_ahead(core)
     yield from carry_out(core, orders)
-    if not late: yield from secure(core)
+    if not late: yield from look_after_stops(core)
     yield from ask_suspended(core)
     if not late: yield from agree(core)
     keep(core)
@@ -245,6 +245,7 @@ def live(core:Core)->Process:
         yield from secure(core)
         if may_reconcile(core):
             yield from reconcile(core)
+            yield from look_after_stops(core)
             continue
         ready = core.feed.take() if core.feed else None
         if ready: yield from step(core, *ready)

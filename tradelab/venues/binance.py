@@ -7,7 +7,7 @@ __all__ = ['without_key', 'BinanceVenue']
 
 # %% ../../nbs/75_venues/09_binance.ipynb #b1bc2dbd
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ..config import VenueSettings
@@ -80,6 +80,8 @@ class BinanceVenue(BinanceMarket):
         events = self._children.named(frame, frame_events(socket, frame, self._symbols, self.quote))
         for event in events: self.events.put_nowait(event)
         return events
+
+    async def news(self, asked:Collection[asyncio.Task])->Any: return await self.events.get()
 
     async def waits(self, open_time:int)->None:
         if self.settings.name == "localnet": await self._streams.waits(open_time)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'refusal_of', 'MemoryOrders', 'name_of',
-           'rows_since', 'earned', 'MemoryAccount', 'Inbox', 'closed_rows', 'known_values', 'candle_at', 'MemoryMarket',
-           'MemoryVenue']
+           'rows_since', 'earned', 'MemoryAccount', 'news_of', 'closed_rows', 'known_values', 'candle_at',
+           'MemoryMarket', 'MemoryVenue']
 
 # %% ../../nbs/75_venues/10_memory.ipynb #33c71e2c
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..account import POSITION, decimal8, mark, new_account, wallet
 from ..errors import InvalidOrderError
-from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Fill, Funding
+from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, Depth, Fill, Funding
 from ..instruments import Instrument
 from ..journal import JOURNAL
 from ..live.messages import Opened
@@ -263,18 +263,18 @@ class MemoryAccount(MemoryOrders):
         return AccountSnapshot(float(wallet(state.account)), {symbol: held[symbol] for symbol in held if held[symbol]})
 
 # %% ../../nbs/75_venues/10_memory.ipynb #7e952463
-class Inbox(asyncio.Queue):
-    "What a session is told; if there is nothing, time goes on"
-
-    def __init__(self, go_on:Callable[[], bool]):
-        super().__init__()
-        self.go_on = go_on
-
-    async def get(self)->Any:
-        while self.empty():
-            await asyncio.sleep(0) # requests on their way are answered first
-            if self.empty() and not self.go_on(): break
-        return await super().get()
+async def news_of(
+    events:asyncio.Queue,            # where answers come, too
+    asked:Collection[asyncio.Task],  # is changed by others meanwhile
+    go_on:Callable[[], bool],        # lets the next thing happen; False if there is none
+)->Any:
+    "What is told next; if there is nothing, and everything was answered, time goes on"
+    while events.empty():
+        await asyncio.sleep(0) # timers and other threads come in
+        under_way = [task for task in asked if not task.done()]
+        if under_way: await asyncio.wait(under_way)
+        elif events.empty() and not go_on(): break
+    return await events.get()
 
 # %% ../../nbs/75_venues/10_memory.ipynb #memshow04
 def closed_rows(
@@ -346,6 +346,9 @@ class MemoryMarket:
         if self.row + 1 < len(self.data.times): return int(self.data.times[self.row + 1])
         return int(self.data.times[self.row]) + self.step
 
+    async def depth(self, symbol:str)->Depth:
+        return Depth(symbol, (), (), int(self.data.times[self.row]) + self.step)
+
     async def index_prices(self, symbol:str, timeframe:str, limit:int, since:int)->dict[int, float]:
         return dict(list(self._known(symbol, INDEX_PRICE, since).items())[-limit:])
 
@@ -359,7 +362,6 @@ class MemoryVenue(MemoryMarket):
     kinds = amends = KINDS
     expires = True
     pace = inf
-    goes_on_when_asked = True # its time, when it is asked for news: what is on its way must be answered before
 
     def __init__(self,
         data:MarketData,
@@ -371,7 +373,7 @@ class MemoryVenue(MemoryMarket):
         super().__init__(data, row - 1)
         self.leverage = settings.limits.leverage
         self.held = MemoryAccount(simulation_of(data, settings, slots, row), data.symbols)
-        self.events: asyncio.Queue = Inbox(self.go_on)
+        self.events: asyncio.Queue = asyncio.Queue()
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
         self._told: list[str] = []   # whose candles are told
         self._met = True             # whether the orders have met the next candle
@@ -405,6 +407,7 @@ class MemoryVenue(MemoryMarket):
         self._told = list(symbols)
         for name in ("market", "user"): self.events.put_nowait(Opened(name))
 
+    async def news(self, asked:Collection[asyncio.Task])->Any: return await news_of(self.events, asked, self.go_on)
     async def waits(self, open_time:int)->None: pass # it goes on when nothing is on its way
     async def redial(self, stream:str)->None: self.events.put_nowait(Opened(stream))
     async def suspended(self)->list[str]: return []
@@ -422,7 +425,7 @@ class MemoryVenue(MemoryMarket):
     async def close(self)->None:
         "The session is gone, and what it has not heard is lost"
         self._told = []
-        self.events = Inbox(self.go_on)
+        self.events = asyncio.Queue()
 
 # %% ../../nbs/75_venues/10_memory.ipynb #f3687695
 _is_one: type[Venue] = MemoryVenue
