@@ -188,11 +188,13 @@ def tell_of_resting(core:Core)->None:
 def wait(core:Core)->Process:
     "Wait for what the exchange tells; it is told once that a candle has all it asked for"
     feed, watch = core.feed, core.watch
-    if feed and feed.last is not None and core.waits != feed.last:
-        core.waits = feed.last
-        core.do(Waits(core.waits))
-        watch.candle.came()
-        watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+    done = Waits(feed.last, core.books.traded if core.protector else None) if feed and feed.last is not None else None
+    if done and core.waits != done:
+        said, core.waits = core.waits, done
+        core.do(done)
+        if said is None or said.open_time != done.open_time:
+            watch.candle.came()
+            watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
     until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
     if (yield from news(core, min(until, default=None))): return

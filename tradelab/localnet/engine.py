@@ -249,12 +249,7 @@ class Exchange:
 
     def passes(self, moves:Iterable, waits:Collection[str]=())->Iterator[Account]:
         "`step`, halting where an account of these names may want to act"
-        _expire_countdowns(self, self.clock())
-        for move in moves:
-            if self.profile == "backtest" and isinstance(move, Close): yield from _close_candle(self, move, waits)
-            _apply_move(self, move)
-        _expire(self, self.market.now)
-        _expire_countdowns(self, self.clock())
+        return _passes(self, moves, waits)
 
     def expire_countdowns(self, now:int)->None: _expire_countdowns(self, now)
 
@@ -771,6 +766,16 @@ def _expire_countdowns(exchange:Exchange, now:int)->None:
         if due > now: continue
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
+
+
+def _passes(exchange:Exchange, moves:Iterable, waits:Collection[str])->Iterator[Account]:
+    "Let moves happen one after the other; yields an account where the candle waits for it"
+    _expire_countdowns(exchange, exchange.clock())
+    for move in moves:
+        if exchange.profile == "backtest" and isinstance(move, Close): yield from _close_candle(exchange, move, waits)
+        _apply_move(exchange, move)
+    _expire(exchange, exchange.market.now)
+    _expire_countdowns(exchange, exchange.clock())
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #4e36da80
 @contextmanager

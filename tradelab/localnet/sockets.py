@@ -176,6 +176,17 @@ def attended(service:Service)->bool:
     return any("@kline" in name for name in heard) and any(name in service.streams.keys.accounts for name in heard)
 
 
+PATIENCE = 10.   # s that a candle waits for a session that may never have heard of its fill
+
+
+async def _in_passes(net:"Hall", moves:list)->None:
+    "Let a step happen at once; in lockstep, wait on the way for those who act within a candle"
+    free = net.pace.interval_ms or net.pace.speed
+    for account in passes(net.service, moves, () if free else acting(net.service)):
+        def acted(account=account): return not is_behind(net.service, account)
+        with suppress(asyncio.TimeoutError): await asyncio.wait_for(net.until(acted), PATIENCE)
+
+
 async def _in_time(net:"Hall", moves:list)->None:
     "Let the moves of a step happen when their time has come; a change of pace counts at once"
     loop, now = asyncio.get_running_loop(), net.service.exchange.market.now
@@ -205,9 +216,6 @@ async def _steps_of(source:Any)->AsyncIterator[list]:
         for moves in source: yield moves
 
 # %% ../../nbs/60_localnet/14_sockets.ipynb #8d239773
-PATIENCE = 10.   # s that a candle waits for a session that may never have heard of its fill
-
-
 class Hall:
     "An exchange while it is open: its service, its source and its clock"
 
@@ -256,13 +264,6 @@ class Hall:
             await self.until(lambda: self.service.barrier.open or self.forced or self.pace.speed)
         self.forced = max(self.forced - 1, 0)
 
-    async def step(self, moves:list)->None:
-        "Let the market make a step; in lockstep, wait on the way for those who act within a candle"
-        free = self.pace.interval_ms or self.pace.speed
-        for account in passes(self.service, moves, () if free else acting(self.service)):
-            def acted(account=account): return not is_behind(self.service, account)
-            with suppress(TimeoutError): await asyncio.wait_for(self.until(acted), PATIENCE)
-
     async def play(self)->None:
         "Let the market make step after step, each at its turn"
         while True:
@@ -270,7 +271,7 @@ class Hall:
             try: moves = await anext(self.steps)
             except StopAsyncIteration: break
             if self.pace.speed and self.played and not self.live: await _in_time(self, moves)
-            else: await self.step(moves)
+            else: await _in_passes(self, moves)
             self.played += 1
             self.opened.set()
             await asyncio.sleep(0)
