@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'is_beside', 'free_place', 'make_room',
-           'refusal_of', 'MemoryOrders', 'name_of', 'rows_since', 'earned', 'live_through', 'left_open',
-           'MemoryAccount', 'news_of', 'closed_rows', 'known_values', 'candle_at', 'MemoryMarket', 'MemoryVenue']
+           'refusal_of', 'MemoryOrders', 'name_of', 'rows_since', 'earned', 'live_through', 'live_at_once', 'left_open',
+           'fill_of', 'MemoryAccount', 'news_of', 'closed_rows', 'known_values', 'candle_at', 'MemoryMarket',
+           'MemoryVenue']
 
 # %% ../../nbs/75_venues/10_memory.ipynb #33c71e2c
 import asyncio
@@ -265,9 +266,25 @@ def live_through(
     age(state().positions)
     yield
 
+def live_at_once(simulation:Simulation, row:int, journal:np.ndarray)->Iterator[None]:
+    "`live_through`, in one step"
+    simulation.step(row, np.zeros(0), journal)
+    yield
+
+
 def left_open(events:Iterable, positions:Mapping[str, float])->bool:
     "Whether a fill has left a position"
     return any(isinstance(each, Fill) and each.symbol in positions for each in events)
+
+def fill_of(orders:MemoryOrders, count:int, time:int)->Fill:
+    "A fill of the kernel as an exchange tells it"
+    row = orders.simulation.state.fills[count]
+    name = f"liquidation-{count}"
+    if row["kind"] != LIQUIDATION:
+        name = orders.names[int(row["decision_price"])]
+        row["decision_price"] = orders.held[name].order.decision_price
+    return Fill(orders.symbols[row["symbol"]], float(row["quantity"]), float(row["price"]), float(row["fee"]), time,
+                name, str(count), bool(row["protects"]))
 
 # %% ../../nbs/75_venues/10_memory.ipynb #14fe1d4f
 class MemoryAccount(MemoryOrders):
@@ -279,16 +296,6 @@ class MemoryAccount(MemoryOrders):
         self.incomes: list[Income] = []
         self.halfway = False   # through a candle
         self._booked: dict[str, int] = {}
-
-    def _fill(self, count, time):
-        "A fill of the kernel as an exchange tells it"
-        row = self.simulation.state.fills[count]
-        name = f"liquidation-{count}"
-        if row["kind"] != LIQUIDATION:
-            name = self.names[int(row["decision_price"])]
-            row["decision_price"] = self.held[name].order.decision_price
-        return Fill(self.symbols[row["symbol"]], float(row["quantity"]), float(row["price"]), float(row["fee"]), time,
-                    name, str(count), bool(row["protects"]))
 
     def _book(self, paid, time):
         "Rows of its books: what a candle has changed in the wallet"
@@ -304,7 +311,7 @@ class MemoryAccount(MemoryOrders):
                 for name, amount in zip(self.symbols, journal["funding"]) if amount]
         journal["funding"] = 0.
         known, count = len(self.fills), int(self.simulation.state.count[0])
-        self.fills += [self._fill(number, opened + 1 + number - first) for number in range(known, count)]
+        self.fills += [fill_of(self, number, opened + 1 + number - first) for number in range(known, count)]
         self._book(paid, opened)
         make_room(self.simulation)
         return [*paid, *self.fills[known:], *self.news()]
@@ -318,8 +325,7 @@ class MemoryAccount(MemoryOrders):
         journal, first, told = np.zeros(len(self.symbols), JOURNAL), len(self.fills), []
         make_room(self.simulation)
         self.halfway = halts
-        for _ in (live_through(self.simulation, row, journal) if halts
-                  else [self.simulation.step(row, np.zeros(0), journal)]):
+        for _ in (live_through if halts else live_at_once)(self.simulation, row, journal):
             new = self._told(int(times[row + 1]), first, journal)
             told += new
             if not halts or not left_open(new, self.snapshot().positions): continue
