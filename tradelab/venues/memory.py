@@ -444,6 +444,17 @@ class MemoryMarket:
         return {time + self.step: rate for time, rate in told.items()}
 
 # %% ../../nbs/75_venues/10_memory.ipynb #d82fb468
+def _next_events(venue:"MemoryVenue")->list:
+    "What happens next: a candle closes, or the orders meet the next one, or a part of it"
+    if venue._met:
+        venue._met, venue.row = False, venue.row + 1
+        return [candle_at(venue.data, venue.row, venue.column(symbol)) for symbol in venue._told]
+    if not venue.held.halfway: venue._meeting = venue.held.meet(venue.row, venue.data.times, venue._halts)
+    events = next(venue._meeting)
+    venue._met = not venue.held.halfway
+    return events
+
+
 class MemoryVenue(MemoryMarket):
     "An account in a market whose candles are known: a `live.venue.Venue`"
     kinds = amends = KINDS
@@ -475,14 +486,7 @@ class MemoryVenue(MemoryMarket):
     def go_on(self)->bool:
         "Let the next thing happen; False if there is none"
         if not self._told or self.row + 1 >= len(self.data.times): return False
-        if self._met:
-            self.row += 1
-            events = [candle_at(self.data, self.row, self.column(symbol)) for symbol in self._told]
-        else:
-            if not self.held.halfway: self._meeting = self.held.meet(self.row, self.data.times, self._halts)
-            events = next(self._meeting)
-        self._met = not self._met and not self.held.halfway
-        for event in events: self.events.put_nowait(event)
+        for event in _next_events(self): self.events.put_nowait(event)
         return True
 
     async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
