@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'REACH', 'SLICES', 'SHARE', 'left_to_close', 'slice_quantity', 'part_of', 'closing_orders', 'together', 'note',
            'waits_to_close', 'clear_orders', 'drop_waiting', 'left_of', 'may_move', 'unused', 'send_now', 'hear_ends',
-           'ask_for', 'is_plain', 'close_part', 'close_once', 'try_once', 'flatten', 'wait_for', 'hear_missed',
+           'ask_for', 'is_plain', 'close_part', 'close_once', 'try_once', 'wait_for', 'flatten', 'hear_missed',
            'listen', 'flatten_all', 'to_flatten', 'obey_state', 'emergency']
 
 # %% ../../nbs/70_live/15_emergency.ipynb #0e7709b4
@@ -110,7 +110,7 @@ def waits_to_close(order:Order)->bool:
     "Whether an order stands at the exchange until the price has come to it, and closes a position then"
     return order.reduce_only and order.kind in (Kind.STOP, Kind.TAKE_PROFIT, Kind.TRAILING)
 
-
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow02
 def clear_orders(core:Core, symbol:str, all_of_them:bool=False)->None:
     "Take back what works in a symbol, without those orders that protect it or with them; a later round asks again"
     manager = core.manager
@@ -164,7 +164,7 @@ def send_now(core:Core, orders:Sequence[Order])->None:
         manager.pursuits[order.order_id] = pursuit
         core.do(*send(pursuit, manager.blotter, core.now))
 
-
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow05
 def hear_ends(core:Core, orders:Sequence[Order])->Process:
     "Wait until each of these orders has ended, but not for long"
     manager, until = core.manager, core.now + core.terms.quiet
@@ -184,7 +184,7 @@ def ask_for(core:Core, *questions:tuple, within:int|None=None)->Process:
     answers = [core.answers.pop(number, None) for number in numbers]
     return [None if isinstance(answer, Exception) else answer for answer in answers]
 
-
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow08
 SHARE = .01 # of the volume of a candle: less than that is closed without a look at the book
 
 
@@ -209,7 +209,7 @@ def close_part(core:Core, symbol:str, left:float, most:float, depth:Depth|None)-
     until = core.now if part == left else core.now + core.terms.pause
     while core.now < until: yield until
 
-
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow11
 def close_once(core:Core, symbol:str, most:float|None=None)->Process:
     """One round in a symbol; returns signed base units that were left when it began, None if it is proven flat.
     `most`: the same of the first round; None: this is it"""
@@ -235,6 +235,12 @@ def try_once(core:Core, symbol:str, most:float|None)->Process:
         return 0.
 
 
+def wait_for(core:Core, symbol:str, pause:int)->Process:
+    "Wait so long (ms), or until an order of a symbol has ended: the stream may tell it sooner"
+    until, works = core.now + pause, may_move(core, symbol)
+    while core.now < until and may_move(core, symbol) == works: yield until
+
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow14
 def flatten(core:Core, symbol:str)->Process:
     "Close the position of a symbol, until the exchange itself says that it is flat; returns a sentence"
     pause, before, until, most = core.terms.pause, 0., None, None
@@ -250,12 +256,6 @@ def flatten(core:Core, symbol:str)->Process:
     core.closing.discard(symbol)
     note(core, "flat" if left is None else "held", symbol)
     return f"{symbol}: flat" if left is None else f"{symbol}: the session ends before it is flat"
-
-
-def wait_for(core:Core, symbol:str, pause:int)->Process:
-    "Wait so long (ms), or until an order of a symbol has ended: the stream may tell it sooner"
-    until, works = core.now + pause, may_move(core, symbol)
-    while core.now < until and may_move(core, symbol) == works: yield until
 
 # %% ../../nbs/70_live/15_emergency.ipynb #all002
 def hear_missed(core:Core)->Process:
@@ -275,7 +275,7 @@ def listen(core:Core)->Process:
         if core.closing: yield from hear_missed(core)
         pause = min(2 * pause, core.terms.longest_pause)
 
-
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow17
 def flatten_all(core:Core, symbols:Sequence[str], reason:str)->Process:
     "Close these positions, and go back to the phase that was before; returns a sentence for each"
     before, core.guards.ends = core.guards.ends, Phase.FLATTENING
@@ -299,7 +299,7 @@ def obey_state(core:Core, symbols:Sequence[str])->Process:
     state = TradingState(int(core.trader.account["trading_state"][0])).name
     yield from flatten_all(core, symbols, f"the trading state is {state}")
 
-
+# %% ../../nbs/70_live/15_emergency.ipynb #emgshow19
 def emergency(core:Core)->Process:
     "Halt, close everything, and stay halted"
     reason = core.emergency

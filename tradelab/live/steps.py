@@ -184,7 +184,7 @@ def tell_of_resting(core:Core)->None:
                if protects(order) else "resume the session, or cancel it there")
         core.do(Tell(Notice("resting", f"{what} stays at {core.terms.venue} ({order.order_id}): {why}")))
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow04
 def wait(core:Core)->Process:
     "Wait for what the exchange tells; it is told once that a candle has all it asked for"
     feed, watch = core.feed, core.watch
@@ -198,7 +198,7 @@ def wait(core:Core)->Process:
     if (yield from news(core, min(until, default=None))): return
     if core.manager.search_due is not None and core.now >= core.manager.search_due: yield from catch_up(core)
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow06
 def close_books(core:Core)->Process:
     "The last rows of the exchange's own books, compared once more"
     account = (yield from ask_account(core, rows=True)) if core.statement else None
@@ -212,7 +212,7 @@ def look_up(core:Core)->Process:
     yield from catch_up(core)
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow08
 def watch_outage(core:Core)->int|None:
     "When an outage becomes an emergency (ms); None: not while every position has its stop at the exchange"
     since, limit = core.watch.silent_since, core.terms.outage_limit
@@ -222,7 +222,7 @@ def watch_outage(core:Core)->int|None:
               "no stop there")
     return since + limit
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow09
 def under_watch(core:Core, process:Process)->Process:
     "Go on with a process; an emergency and what a person wants at once go before it, wherever it is"
     while True:
@@ -234,7 +234,7 @@ def under_watch(core:Core, process:Process)->Process:
         if not core.emergency: yield min((time for time in (due, limit) if time is not None), default=None)
     if core.emergency: yield from emergency(core)
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow11
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:
