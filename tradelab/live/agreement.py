@@ -413,7 +413,7 @@ def carry_out(core:Core, orders:Sequence)->Process:
     until = core.now + core.terms.patience
     while busy(manager.pursuits.values(), until):
         if not book(core): yield None
-    if before and manager.awaited: yield from catch_up(core)
+    if before and (manager.awaited or manager.searches): yield from catch_up(core) # all witnesses, at every candle
     manager.cautious = False
     yield from settle(core)
     while core.manager.waiting and core.guards.missed and core.now < core.deadline and not core.stopping:
