@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'is_beside', 'free_place', 'make_room',
            'refusal_of', 'MemoryOrders', 'name_of', 'rows_since', 'earned', 'live_through', 'live_at_once', 'left_open',
            'fill_of', 'MemoryAccount', 'news_of', 'closed_rows', 'known_values', 'candle_at', 'MemoryMarket',
-           'MemoryVenue']
+           'check_leverage', 'MemoryVenue']
 
 # %% ../../nbs/75_venues/10_memory.ipynb #33c71e2c
 import asyncio
@@ -443,6 +443,12 @@ class MemoryMarket:
         told = self._known(symbol, FUNDING_RATE, since - self.step)
         return {time + self.step: rate for time, rate in told.items()}
 
+# %% ../../nbs/75_venues/10_memory.ipynb #memshow06
+def check_leverage(venue:str, has:int, asked:int)->None:
+    "VenueError if a session wants another leverage than its account has"
+    if asked != has:
+        raise VenueError(f"{venue} has the leverage {has}, the session asks for {asked}: give both the same limits")
+
 # %% ../../nbs/75_venues/10_memory.ipynb #d82fb468
 def _next_events(venue:"MemoryVenue")->list:
     "What happens next: a candle closes, or the orders meet the next one, or a part of it"
@@ -494,9 +500,8 @@ class MemoryVenue(MemoryMarket):
         if leverage: await self.set_up(symbols, leverage)
 
     async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
-        if leverage == self.leverage: return []
-        raise VenueError(f"{self.name} has the leverage {self.leverage}, the session asks for {leverage}: give both "
-                         "the same limits")
+        check_leverage(self.name, self.leverage, leverage)
+        return []
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         self.check_timeframe(timeframe)
