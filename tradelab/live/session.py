@@ -424,10 +424,10 @@ async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|Non
     return Answered(action, Answer(Outcome.LATER, retry=0., text="the ledger takes nothing: it was not sent"))
 
 # %% ../../nbs/70_live/19_session.ipynb #ses18c07
-async def waits_when_kept(venue:Venue, open_time:int, kept:"Future[bool]|None")->None:
+async def waits_when_kept(venue:Venue, done:Waits, kept:"Future[bool]|None")->None:
     "Tell the exchange that the next candle may close"
     await is_kept(kept)
-    await venue.waits(open_time)
+    await venue.waits(done.open_time, done.trade)
 
 
 TURNS = 10 # of the loop: more than it takes to read what has come on another socket
@@ -523,7 +523,7 @@ class Driver:
                 delay = max(at - clock(), 0) / 1000
                 self._alarm = asyncio.get_running_loop().call_later(delay, self._inbox.put_nowait, Woken())
             case Open(): self.spawn(told(self.venue.stream(self.core.trader.seen, self.core.terms.timeframe)))
-            case Waits(open_time): self.spawn(told(waits_when_kept(self.venue, open_time, self._kept)))
+            case Waits(): self.spawn(told(waits_when_kept(self.venue, action, self._kept)))
             case Redial(stream): self.spawn(told(self.venue.redial(stream)))
             case Synchronise(): self.spawn(clock_sample(self.venue))
 
