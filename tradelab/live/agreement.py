@@ -135,11 +135,14 @@ def halt_if_liquidated(core:Core)->None:
 
 # %% ../../nbs/70_live/13_agreement.ipynb #agrshow04
 def is_forgotten(core:Core, fill:Fill)->bool:
-    "Whether a trade closed something in an emergency that the ledger could not write down before the process died"
+    """Whether a trade is of an order of ours that is not remembered: it ended long ago, or closed something in an
+    emergency that the ledger could not write down before the process died"""
     mine = client_order_id(core.terms.session, fill.symbol, 0).split("-")[:2]
     name = fill.order_id.split("-")
-    if fill.order_id in core.manager.blotter.known: return False
-    return len(name) == 5 and name[:2] == mine and name[3].isdecimal() and int(name[3]) >= EMERGENCY
+    blotter = core.manager.blotter
+    if fill.order_id in blotter.known or len(name) != 5 or name[:2] != mine: return False
+    if not (name[2].isalnum() and name[3].isdecimal()): return False
+    return int(name[3]) >= EMERGENCY or int(name[2], 36) <= blotter.forgotten
 
 
 def take_trade(core:Core, fill:Fill)->None:
@@ -419,7 +422,7 @@ def carry_out(core:Core, orders:Sequence)->Process:
     until = core.now + core.terms.patience
     while busy(manager.pursuits.values(), until):
         if not book(core): yield None
-    if before and manager.awaited: yield from catch_up(core)
+    if before and (manager.awaited or manager.searches): yield from catch_up(core) # all witnesses, at every candle
     manager.cautious = False
     yield from settle(core)
     while core.manager.waiting and core.guards.missed and core.now < core.deadline and not core.stopping:

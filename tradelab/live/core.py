@@ -64,6 +64,7 @@ from tradelab.live.messages import (
     Synchronise,
     Tell,
     Unanswered,
+    Waits,
     Wake,
     Woken,
 )
@@ -187,7 +188,7 @@ class Known:
         self.emergency = ""                     # why everything has to be closed; empty: it has not
         self.closing: set[str] = set()          # symbols whose positions are being closed
         self.candles = 0                        # steps done
-        self.waits: int|None = None             # for the candle after this one, and has said so
+        self.waits: Waits|None = None           # for the candle after this one, and has said so
         # row and column of what features look at in candles
         self.needs = sorted(need for need in trader.observation.needs if need[0] < len(trader.seen))
         self.ladder = Ladder(terms.venue, terms.breakers, terms.cool_downs) # which causes restrict trading

@@ -90,8 +90,8 @@ class BinanceVenue(BinanceMarket):
 
     async def news(self, asked:Collection[asyncio.Task])->Any: return await self.events.get()
 
-    async def waits(self, open_time:int)->None:
-        if self.settings.name == "localnet": await self._streams.waits(open_time)
+    async def waits(self, open_time:int, trade:int|None=None)->None:
+        if self.settings.name == "localnet": await self._streams.waits(open_time, trade)
 
     async def place(self, order:Order)->Answer:
         answer = await self._orders.place(order)
