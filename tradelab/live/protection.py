@@ -9,7 +9,7 @@ __all__ = ['PROTECTIVE', 'protective_order', 'wanted_stops', 'at_exchange', 'ser
            'Protector', 'on_their_way', 'secure', 'compare_stops', 'drop_orphans', 'check_stops', 'look_after_stops']
 
 # %% ../../nbs/70_live/14_protection.ipynb #protimp1
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -255,7 +255,7 @@ def see_candle(protection:Protection, core:Core)->None:
     protection.stood = standing
 
 # %% ../../nbs/70_live/14_protection.ipynb #protstu4
-def give_up_stuck(protection:Protection, core:Core)->None:
+def give_up_stuck(protection:Protection, core:Core, wanted:Mapping[tuple[str, int], Order])->None:
     "Close what an order should have closed of which nothing comes"
     blotter = core.manager.blotter
     due = {name for name in (*blotter.triggered, *protection.reached) if name in protection.stood
@@ -266,7 +266,8 @@ def give_up_stuck(protection:Protection, core:Core)->None:
         else:
             order = blotter.open[name].order
             protection.stuck.add(name)
-            protection.overdue.add((order.symbol, order.slot))
+            now = wanted.get((order.symbol, order.slot))
+            if now and serves(blotter.open[name], now): protection.overdue.add((order.symbol, order.slot))
             core.do(Tell(Notice("stop", f"{order.symbol}: the price of {name}, {order.trigger:g}, has come, and no "
                                 f"order came of it in {core.terms.stop_patience / 1_000:g} s")))
             retire(protection, core, [blotter.open[name]])
@@ -281,7 +282,7 @@ class Protector(Protection):
         orders = wanted_stops(core)
         wanted = {(order.symbol, order.slot): order for order in orders}
         see_candle(self, core)
-        give_up_stuck(self, core)
+        give_up_stuck(self, core, wanted)
         for symbol in core.trader.symbols:
             for slot in STOPS: serve(self, core, symbol, slot, wanted.get((symbol, slot)))
         watch_stops(self, core, orders)
@@ -320,8 +321,11 @@ def compare_stops(core:Core, symbol:str, listed:Sequence[OrderReport])->None:
                                 "is taken back")), Cancel(known.order))
     names = {report.order_id for report in listed}
     gone = [name for name, each in blotter.open.items() if protects(each.order) and each.order.symbol == symbol
-            and each.state is State.WORKING and name not in names | blotter.triggered]
-    core.do(*ask_about(manager, gone, core.now))
+            and each.state is State.WORKING and name not in names]
+    core.do(*ask_about(manager, [name for name in gone if name not in blotter.triggered], core.now))
+    stuck = core.protector.stuck if isinstance(core.protector, Protector) else ()
+    for name in gone:
+        if name in stuck: core.do(*blotter.move(name, State.EXPIRED, message="it triggered, and no order came of it"))
 
 
 def drop_orphans(core:Core, symbols:Sequence[str])->Process:
