@@ -1,8 +1,11 @@
 """Stops that stand at a real localnet, over sockets: where the simulation has them, replaced without a naked moment,
 found again by a session that was killed"""
 import asyncio
+import time
 from collections import Counter
 from dataclasses import replace
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
 
 import pytest
 from pydantic import SecretStr
@@ -15,6 +18,7 @@ from tradelab.live.ledger import Ledger
 from tradelab.live.order_states import State, protects
 from tradelab.live.recorder import read
 from tradelab.live.session import Session
+from tradelab.localnet.protocol import signature
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
@@ -31,6 +35,7 @@ pytestmark = pytest.mark.integration
 
 BITCOIN, HISTORY = "BTC/USDT:USDT", 40
 STOPPED = Limits(stops=Stops(stop_loss=.006, take_profit=.01, trailing_stop=.008), max_drawdown=.9, max_daily_loss=None)
+WIDE = replace(STOPPED, stops=Stops(stop_loss=.2, take_profit=0.))
 POLICY, HOLDING = Momentum(lookback=5, threshold=.002), buy_and_hold()
 
 
@@ -80,6 +85,13 @@ def moments_between(folder):
     return replaced, naked
 
 
+def signed(exchange, method, path, **asked):
+    "A request as the exchange's own web page would make it"
+    query = urlencode(asked | {"timestamp": int(time.time() * 1000)})
+    url = f"{exchange.url}/fapi/{path}?{query}&signature={signature('localnet-secret', query)}"
+    return urlopen(Request(url, method=method, headers={"X-MBX-APIKEY": "localnet-key"}), timeout=10).read()
+
+
 def standing(exchange):
     "The stops and targets that wait at the exchange"
     kept = exchange.exchange.conditional
@@ -112,15 +124,14 @@ def test_a_stop_is_replaced_without_a_moment_between(whole):
 
 def test_what_stands_when_a_session_ends_is_said_and_found_again(tmp_path):
     "A stop that no close moves: a session that is resumed keeps it under its name"
-    limits = replace(STOPPED, stops=Stops(stop_loss=.1, take_profit=0.))
     with localnet() as exchange:
-        live = session(exchange, tmp_path, limits=limits, policy=HOLDING)
+        live = session(exchange, tmp_path, limits=WIDE, policy=HOLDING)
         run(live, 5)
         first, = standing(exchange)
         said = live.ledger.notices("protected")
         assert list(said["kind"]) == ["resting"]
         assert "protects the position while nobody watches" in said["text"].iloc[0]
-        run(session(exchange, tmp_path, limits=limits, policy=HOLDING, id="", resume="protected"), 5)
+        run(session(exchange, tmp_path, limits=WIDE, policy=HOLDING, id="", resume="protected"), 5)
         assert standing(exchange) == [first]
         assert len(exchange.exchange.conditional.of(exchange.exchange.accounts["main"]).orders) == 1
 
@@ -138,15 +149,13 @@ FOUND = {  # faults after which it trades as if nothing had been
     "unavailable": [STOP | {"do": "reply", "commit": False, "status": 503, "text": "<html>503</html>"}],
     "overloaded": [STOP | {"do": "reply", "commit": False, "status": 503, "code": -1008, "msg": "Busy", "times": 2}],
     "the stream says nothing of it": [{"at": "user", "do": "lose", "event": "ALGO_UPDATE", "times": 6}],
-    "its fill is lost": [{"at": "user", "do": "lose", "event": ["ALGO_UPDATE", "ORDER_TRADE_UPDATE", "ACCOUNT_UPDATE"],
-                          "times": 12}],
     "the user stream is cut": [{"at": "server", "do": "close", "route": "private", "code": 1006}],
 }
 
 
-def through(rules, folder, candles=60, after=3, **options):
+def through(rules, folder, candles=60, after=3, length=260, **options):
     "A session through a fault: the exchange, the session, and its notices by kind"
-    with localnet(candles=900) as exchange:
+    with localnet(candles=length) as exchange:
         exchange.faults.arm([each | {"after": after} for each in rules])
         live = session(exchange, folder, patience=2., waits=WAITS | options.pop("waits", {}), **options)
         run(live, candles)
@@ -166,8 +175,42 @@ def test_a_stop_stands_after_each_fault(whole, tmp_path, name):
     assert moments_between(tmp_path)[1] == []
 
 
+def test_a_stop_whose_fill_is_lost_is_booked_late(tmp_path):
+    events = ["ALGO_UPDATE", "ORDER_TRADE_UPDATE", "ACCOUNT_UPDATE"]
+    _, live, _ = through([{"at": "user", "do": "lose", "event": events, "times": 12}], tmp_path)
+    assert live.ledger.journal("protected")["late"].sum() > 0.
+    assert [each for each in live.ledger.intents("protected") if each.works and not protects(each.order)] == []
+
+
+def test_a_stop_that_somebody_takes_back_is_put_up_again(tmp_path):
+    "Over REST, as a person would: nobody tells the session"
+    def by_hand(statistics):
+        if statistics.candles == 5: signed(exchange, "DELETE", "v1/algoOpenOrders", symbol="BTCUSDT")
+    with localnet() as exchange:
+        exchange.faults.arm([{"at": "user", "do": "lose", "event": "ALGO_UPDATE", "after": 1, "times": 1}])
+        live = session(exchange, tmp_path, policy=HOLDING, limits=WIDE, progress=by_hand)
+        run(live, 10)
+        placed = exchange.exchange.conditional.of(exchange.exchange.accounts["main"]).orders.values()
+        assert [each.status for each in placed] == ["CANCELED", "NEW"]
+    stops = [each for each in live.ledger.intents("protected") if protects(each.order)]
+    assert [each.state.name for each in stops] == ["CANCELED", "WORKING"]
+
+
+def test_a_stop_without_a_position_is_taken_back_though_the_symbol_waits_for_a_person(tmp_path):
+    with localnet(profile="book") as exchange:
+        exchange.faults.arm("orphaned_stop", after=5)
+        live = session(exchange, tmp_path, policy=HOLDING, limits=WIDE)
+        run(live, 12)
+        assert exchange.exchange.accounts["main"].held(0) == 0.
+        assert standing(exchange) == []
+    said = live.ledger.notices("protected")
+    assert "foreign" in set(said["kind"])
+    assert any("is gone, it is taken back" in text for text in said["text"])
+
+
 def test_a_refused_stop_restricts_its_symbol_until_one_stands(tmp_path):
-    _, live, notices = through([STOP | {"do": "reply", "commit": False, "times": 3} | FULL], tmp_path)
+    _, live, notices = through([STOP | {"do": "reply", "commit": False, "times": 3} | FULL], tmp_path, 200, 0,
+                               policy=HOLDING, limits=WIDE)
     said = live.ledger.notices("protected")
     moves = list(said["text"][said["kind"] == "ladder"])
     assert notices["rejected"] == 3
@@ -178,8 +221,7 @@ def test_a_refused_stop_restricts_its_symbol_until_one_stands(tmp_path):
 
 def test_a_stop_of_which_nothing_comes_is_not_waited_for(tmp_path):
     "TRIGGERING for ever: the position is closed at the market"
-    _, live, notices = through([{"at": "step", "do": "stick"}], tmp_path, candles=700, after=5,
-                               limits=replace(STOPPED, stops=Stops(stop_loss=.006, take_profit=0.)))
+    _, live, notices = through([{"at": "step", "do": "stick"}], tmp_path, 200, 5, policy=HOLDING, limits=WIDE)
     intents = live.ledger.intents("protected")
     stuck, = [each for each in intents if each.message == "it triggered, and no order came of it"]
     closed = [each for each in intents if protects(each.order) and each.order.kind is Kind.MARKET]

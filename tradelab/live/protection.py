@@ -20,7 +20,7 @@ from .core import Core, Process, ask_all
 from .guards import Phase
 from .ladder import clear, trip
 from .messages import Cancel, Tell
-from .order_manager import PAUSE, Pursuit, Stage, Turn, ask_about, send, still_wanted, take_back
+from .order_manager import PAUSE, Pursuit, Stage, Turn, ask_about, busy, send, still_wanted, take_back
 from .order_states import STOPS, Intent, State, client_order_id, is_decided, protects
 from .venue import OrderReport
 from ..notices import Notice
@@ -294,10 +294,10 @@ class Protector(Protection):
         watch_stops(self, core, orders)
 
 # %% ../../nbs/70_live/14_protection.ipynb #protsec2
-def on_their_way(core:Core)->bool:
-    "Whether the outcome of an order that protects is awaited"
+def on_their_way(core:Core, until:int)->bool:
+    "Whether the outcome of an order that protects is awaited, or it is sent again before then (ms)"
     manager = core.manager
-    asked = any(protects(each.order) and each.stage is not Stage.PAUSED and not is_unseen(core, name)
+    asked = any(protects(each.order) and busy([each], until) and not is_unseen(core, name)
                 for name, each in manager.pursuits.items())
     return asked or any(protects(each.order) and (each.state.ended or each.order.kind is Kind.MARKET)
                         for name, each in manager.blotter.open.items() if not is_unseen(core, name))
@@ -308,7 +308,7 @@ def secure(core:Core)->Process:
     if core.protector is None: return
     core.protector.tend(core)
     until, asks = core.now + core.terms.patience, core.now + core.terms.quiet
-    while on_their_way(core) and core.now < until:
+    while on_their_way(core, until) and core.now < until:
         yield min(until, asks)
         if core.now >= asks:
             yield from catch_up(core)
