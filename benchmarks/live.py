@@ -3,16 +3,18 @@
 sockets; `soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order"""
 import asyncio
 import gc
+import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic, process_time
+from time import monotonic, process_time, sleep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -34,7 +36,7 @@ from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 from tradelab.venues.binance import BinanceVenue
 
-HISTORY = 40
+HISTORY, KEY = 960, "benchmark"
 
 
 # --- seeds
@@ -86,18 +88,18 @@ def market(candles, instruments, timeframe="1m"):
 
 
 def session_on(url, folder, instruments, policy=None, timeframe="1m", **options):
-    settings = VenueSettings("localnet", "a benchmark", url, url.replace("http", "ws"), SecretStr("localnet-key"),
-                             SecretStr("localnet-secret"))
+    settings = VenueSettings("localnet", "a benchmark", url, url.replace("http", "ws"), SecretStr(KEY),
+                             SecretStr(KEY))
     return Session(trader(instruments, policy), BinanceVenue(settings), Ledger(f"sqlite:///{folder}/tradelab.db"),
                    Path(folder) / "sessions", timeframe=timeframe, say=lambda line: None, **options)
 
 
-def serve(candles, count, timeframe, ready, done):
+def serve(candles, count, timeframe, key, ready, done):
     "A localnet in a process of its own"
     instruments = symbols_of(count)
     frames = market(candles, instruments, timeframe)
     first = int(times(frames[instruments[0].symbol])[HISTORY])
-    with Localnet(frames, instruments=instruments, start=first) as exchange:
+    with Localnet(frames, instruments=instruments, start=first, api_key=key, api_secret=key) as exchange:
         ready.put(exchange.url)
         done.get()
         account = exchange.exchange.accounts["main"]
@@ -107,10 +109,10 @@ def serve(candles, count, timeframe, ready, done):
 
 class Served:
     "The address of a localnet; afterwards `orders` and `positions` of its account"
-    def __init__(self, candles, count=1, timeframe="1m"):
+    def __init__(self, candles, count=1, timeframe="1m", key=KEY):
         context = multiprocessing.get_context("spawn")
         self.ready, self.done = context.Queue(), context.Queue()
-        self.process = context.Process(target=serve, args=(candles, count, timeframe, self.ready, self.done))
+        self.process = context.Process(target=serve, args=(candles, count, timeframe, key, self.ready, self.done))
 
     def __enter__(self):
         self.process.start()
@@ -126,40 +128,97 @@ class Served:
         self.process.kill()
 
 
-def child(url, folder, candles, resumed):
-    "A session in a process of its own, which may be killed"
+def child(url, folder, candles, resumed, traded):
+    "A session in a process of its own, which may be killed; it says when it has traded"
     name = {"resume": "killed"} if resumed else {"id": "killed"}
-    live = session_on(url, folder, symbols_of(2), **name)
+    live = session_on(url, folder, symbols_of(2), **name, progress=lambda statistics: traded.set())
     asyncio.run(live.run(candles))
 
 
-def kills(count):
-    "A session is killed so often, at any moment, and resumed; it neither repeats nor loses an order"
-    context, chance, begin, done = multiprocessing.get_context("spawn"), random.Random(1), monotonic(), 0
-    with TemporaryDirectory() as folder, Served(40 * count, 2) as exchange:
+def kill_sessions(count):
+    "A session is killed so often, at any moment, and resumed; the server that forks it has compiled and imported all"
+    context, chance, begin, done = multiprocessing.get_context("forkserver"), random.Random(1), monotonic(), 0
+    with TemporaryDirectory() as folder, Served(100 * count, 2) as exchange:
         while True:
-            resumed = (Path(folder) / "sessions" / "killed").exists()
-            process = context.Process(target=child, args=(exchange.url, folder, 10 if done == count else None, resumed))
+            resumed, traded = (Path(folder) / "sessions" / "killed").exists(), context.Event()
+            process = context.Process(target=child, args=(exchange.url, folder, 10 if done == count else None, resumed,
+                                                          traded))
             process.start()
-            process.join(None if done == count else chance.uniform(2., 5.))
             if done == count: break
+            if not done or chance.random() < .8: traded.wait(60) # else it may die while it starts
+            process.join(chance.uniform(0., 1.))
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             done += 1
-            print(f"\r{done} of {count} kills", end="", flush=True)
+            print(f"\r{done} of {count} kills, {monotonic() - begin:,.0f} s", end="", flush=True)
+        process.join()
         exchange.end()
-        ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
-        held = Counter()
-        for _, entry in ledger.booked("killed"):
-            if hasattr(entry, "quantity"): held[entry.symbol] += entry.quantity
-        known = {intent.order.order_id for intent in ledger.intents("killed")}
-        steps = len(ledger.journal("killed")) // 2
-        agree = all(abs(held[symbol] - there) < 1e-9 for symbol, there in exchange.positions.items())
-        unknown, most = len(exchange.orders.keys() - known), max(exchange.orders.values())
-        print(f"\r{done} kills in {monotonic() - begin:,.0f} s: {steps:,} candles, {len(exchange.orders):,} orders, "
-              f"most under one name {most}, unknown to the ledger {unknown}, positions "
-              + ("agree" if agree else f"differ: {dict(held)} and {exchange.positions}"))
-        return not agree or unknown or most > 1
+        return verdict(f"{done} kills in {monotonic() - begin:,.0f} s", Ledger(f"sqlite:///{folder}/tradelab.db"),
+                       "killed", exchange)
+
+
+def verdict(done, ledger, name, exchange):
+    "Print what ledger and exchange say of each other; whether anything is wrong"
+    held = Counter()
+    for _, entry in ledger.booked(name):
+        if hasattr(entry, "quantity"): held[entry.symbol] += entry.quantity
+    known = {intent.order.order_id for intent in ledger.intents(name)}
+    steps = len(ledger.journal(name)) // len(exchange.positions)
+    agree = all(abs(held[symbol] - there) < 1e-9 for symbol, there in exchange.positions.items())
+    unknown, most = len(exchange.orders.keys() - known), max(exchange.orders.values())
+    print(f"\r{done}: {steps:,} candles, {len(exchange.orders):,} orders, most under one name {most}, unknown to the "
+          f"ledger {unknown}, positions "
+          + ("agree" if agree else f"differ: {dict(held)} and {exchange.positions}"))
+    return not agree or unknown or most > 1
+
+
+def job(folder, url, *parameters):
+    "papermill and the kernel in which live.ipynb trades"
+    words = [word for pair in (("venue", "localnet"), ("timeframe", "1m"), ("symbol", "BTC/USDT:USDT"),
+                               ("policy", "tradelab.strategies.example:Momentum"), *parameters)
+             for word in ("-p", *pair)]
+    return subprocess.Popen([sys.executable, "-m", "papermill", "--engine", "tradelab", "--no-progress-bar",
+                             str(Path(__file__).parents[1] / "nbs/live.ipynb"), "out.ipynb", *words], cwd=folder,
+                            env=os.environ | {"TRADELAB_LOCALNET_PORT": url.rpartition(":")[2]},
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_jobs(count):
+    "The same with papermill and its kernel, by turns: whoever is killed, nobody trades on"
+    chance, begin, done, resume = random.Random(2), monotonic(), 0, ()
+    with TemporaryDirectory() as folder, Served(400 * count + 1_000, 1, key="localnet") as exchange:
+        (Path(folder) / "tradelab.toml").touch()
+        while True:
+            process = job(folder, exchange.url, ("candles", "10" if done == count else "0"), *resume)
+            if done == count: break
+            pid = 0
+            while process.poll() is None and not pid: # until it has decided once
+                sleep(.1)
+                for path in Path(folder).glob("sessions/*/session.json"):
+                    told = json.loads(path.read_text())
+                    if told["state"] == "running" and alive(told["pid"]):
+                        pid, resume = told["pid"], (("resume", path.parent.name),)
+            sleep(chance.uniform(0., 2.))
+            os.kill(process.pid if done % 2 else pid, signal.SIGKILL)
+            process.wait()
+            while alive(pid): sleep(.05)
+            done += 1
+            print(f"\r{done} of {count} kills of jobs, {monotonic() - begin:,.0f} s", end="", flush=True)
+        ended = process.wait()
+        exchange.end()
+        wrong = verdict(f"{done} kills of papermill and kernel in {monotonic() - begin:,.0f} s",
+                        Ledger(f"sqlite:///{folder}/tradelab.db"), resume[0][1], exchange)
+        return ended or wrong
+
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+def kills(count):
+    "Sessions are killed so often, and the jobs that hold them once for fifty of those; nothing is repeated or lost"
+    return bool(kill_sessions(count)) | bool(kill_jobs(max(count // 50, 2)))
 
 
 def memory(): return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

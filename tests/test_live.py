@@ -394,7 +394,7 @@ def test_an_order_without_an_answer_holds_the_place_of_its_symbol(tmp_path, monk
     monkeypatch.setattr("tradelab.live.order_manager.PAUSE", 50)
     symbols, limits, waits = (BITCOIN, ETHER), Limits(max_positions=1), {"quiet": 100}
     with localnet(symbols) as exchange:
-        live = session(exchange, tmp_path, Mute, symbols, limits, patience=.2, waits=waits)
+        live = session(exchange, tmp_path, Mute, symbols, limits, patience=.5, waits=waits)
         run(live, 25)
     steps = journal(tmp_path)
     lost = steps["order"].ne(0) & steps["symbol"].eq(BITCOIN)

@@ -1,17 +1,23 @@
 "What a session finds before it trades: leases, halts of its strategy, commands, accounts that are set otherwise"
 import asyncio
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from test_bad_input import tradelab
 from test_live import BITCOIN, ETHER, localnet, orders_at, session, venue
+from test_trust import ID, make_run, reseal
 
+from tradelab.account import wallet
 from tradelab.events import TradingState
 from tradelab.live.lease import acquire, release, this_process
 from tradelab.live.ledger import Asked, Lease, LeaseLostError, Ledger, clock
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.venue import VenueError
 from tradelab.localnet.faults import Faults
+from tradelab.runs.formats import CONFIG, POLICY
+from tradelab.runs.registry import save
 from tradelab.settings import Limits
 from tradelab.venues.binance import BinanceVenue
 
@@ -202,11 +208,122 @@ def test_a_command_under_an_older_lease_is_refused(tmp_path):
 
 def test_an_exception_in_a_task_is_told(tmp_path):
     class Broken(BinanceVenue):
-        async def waits(self, open_time):
+        async def waits(self, open_time, trade=None):
             asyncio.get_running_loop().call_soon(lambda: 1 / 0)
-            await super().waits(open_time)
+            await super().waits(open_time, trade)
 
     with localnet() as exchange:
         run(session(exchange, tmp_path, broker=Broken, say=str), 2)
         notices = ledger_of(tmp_path).notices("momentum_test")
         assert notices[notices["kind"] == "task"]["text"].str.contains("ZeroDivisionError").any()
+
+
+def test_two_sessions_of_different_symbols_trade_in_one_account_and_neither_is_foreign_to_the_other(tmp_path):
+    with localnet((BITCOIN, ETHER), deposit=20_000.) as exchange:
+        one, two = (session(exchange, tmp_path, id=symbol[:3], symbols=(symbol,), say=str)
+                    for symbol in (BITCOIN, ETHER))
+        async def both(): await asyncio.gather(one.run(40), two.run(40))
+        asyncio.run(both())
+        account = account_of(exchange)
+        for number, live in enumerate((one, two)):
+            assert live.statistics.candles == 40
+            assert live.statistics.orders > 10
+            assert live.statistics.disagreements == 0
+            assert account.held(number) == pytest.approx(live.trader.positions["quantity"][0])
+            assert not len(live.ledger.notices(live.id))
+        own = sum(wallet(live.trader.account) for live in (one, two))
+        assert account.wallet() == pytest.approx(own)
+
+
+def of_another(one, other): shutil.copy(other / CONFIG, one / CONFIG)
+
+
+def of_another_sealed(one, other):
+    of_another(one, other)
+    reseal(one)
+
+
+def one_byte(one, other):
+    content = bytearray((one / POLICY).read_bytes())
+    content[-1] ^= 1
+    (one / POLICY).write_bytes(content)
+
+
+def trade_live(exchange, folder, train_id, **variables):
+    "The job as a person types it, on a localnet that is there already"
+    return tradelab(folder, "live", "--train-id", train_id, "-p", "venue", "localnet", "-p", "candles", "5",
+                    TRADELAB_LOCALNET_PORT=str(exchange.port), **variables)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (of_another, f"{CONFIG} was changed since the training"), (one_byte, f"{POLICY} was changed since the training"),
+    (of_another_sealed, f"{CONFIG} is that of run {ID.replace('seed7', 'seed8')}: restore its own")])
+def test_a_run_that_is_not_what_was_trained_is_refused_and_nothing_is_traded(tmp_path, change, sentence):
+    one, other = (make_run(tmp_path / "runs", name) for name in (ID, ID.replace("seed7", "seed8")))
+    change(one.folder, other.folder)
+    with localnet(api_key="localnet", api_secret="localnet") as exchange:
+        ran = trade_live(exchange, tmp_path, ID)
+        assert ran.returncode == 1
+        assert ran.stderr.strip().splitlines()[-1].startswith(f"Error: live: run {ID}: {sentence}")
+        assert not orders_at(exchange)
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_limits_that_a_run_brings_are_those_of_the_house_where_they_are_stricter(tmp_path):
+    run = make_run(tmp_path / "runs")
+    loose = Limits(leverage=100, max_leverage=100., max_position=50., max_drawdown=.9)
+    name = ID.replace("seed7", "loose")
+    save(replace(run, id=name, limits=loose), folder=tmp_path / "runs")
+    with localnet(api_key="localnet", api_secret="localnet") as exchange:
+        ran = trade_live(exchange, tmp_path, name)
+        assert ran.returncode == 0, ran.stderr
+        house = Limits()
+        for limit in ("leverage", "max_leverage", "max_position", "max_drawdown"):
+            theirs, ours = getattr(loose, limit), getattr(house, limit)
+            assert f"limits: {limit}: the run says {theirs}, [risk] says {ours}, {ours} is in force" in ran.stdout
+        ledger = ledger_of(tmp_path)
+        kept = ledger.session(ledger.sessions()[0])["settings"]["limits"]
+        assert Limits(**kept).max_leverage == house.max_leverage
+        assert account_of(exchange).leverage[0] == house.leverage
+
+
+def test_a_halt_that_a_person_resets_while_no_session_runs_is_lifted_for_the_next_one(tmp_path):
+    with localnet() as exchange:
+        run(halting(exchange, tmp_path, "one"), 60)
+        two = halting(exchange, tmp_path, "two")
+        run(two, 3)
+        assert two.trader.account["halted"][0] == 1
+        sent = len(orders_at(exchange))
+        said = tradelab(tmp_path, "reset", "--reason", " ")
+        assert "refused: a reset needs a reason" in said.stderr
+        said = tradelab(tmp_path, "reset", "--reason", "looked at it")
+        assert "reset: its next session may open positions again" in said.stdout, said.stderr
+        again = halting(exchange, tmp_path, "three", .5)
+        run(again, 15)
+        assert again.trader.account["halted"][0] == 0
+        assert len(orders_at(exchange)) > sent
+        told = ledger_of(tmp_path).notices("three")
+        assert told["text"].str.contains("where a person left it: reset by .*: looked at it").any()
+        assert "there is nothing to" not in said.stdout
+        assert "is not halted" in tradelab(tmp_path, "reset", "--reason", "once more").stderr
+
+
+def test_a_halt_that_a_person_says_while_no_session_runs_holds_for_the_next_one_and_for_one_that_is_resumed(tmp_path):
+    with localnet() as exchange:
+        run(session(exchange, tmp_path, id="one", say=str), 20)
+        said = tradelab(tmp_path, "halt", "one", "--reason", "the weekend")
+        assert "halted: its next session opens nothing until a reset" in said.stdout, said.stderr
+        sent = len(orders_at(exchange))
+        resumed = session(exchange, tmp_path, id="", resume="one", say=str)
+        run(resumed, 10)
+        assert resumed.trader.account["required_state"][0] == TradingState.HALT
+        entries = [each for each in resumed.ledger.intents("one")][sent:]
+        assert all(each.order.reduce_only for each in entries)
+        assert account_of(exchange).held(0) == 0
+        kept = [(row["name"], row["reason"], row["answer"][:6]) for row in resumed.ledger.commands.all()]
+        assert kept == [("halt", "the weekend", "halted")]
+        assert "reset: its next" in tradelab(tmp_path, "reset", "momentum", "--reason", "monday").stdout
+        again = session(exchange, tmp_path, id="", resume="one", say=str)
+        before = len(orders_at(exchange))
+        run(again, 15)
+        assert len(orders_at(exchange)) > before

@@ -186,11 +186,11 @@ def test_a_run_folder_that_names_foreign_code(path):
     assert "evil" not in sys.modules
 
 
-def test_latest_is_what_was_made_here(tmp_path):
+def test_latest_is_what_was_made_here(tmp_path, tmp_path_factory):
     first = make_run(tmp_path)
     second = make_run(tmp_path, ID.replace("seed7", "seed8"))
-    foreign = tmp_path / ID.replace("20240301", "20990101")
-    shutil.copytree(first.folder, foreign)
+    theirs = make_run(tmp_path_factory.mktemp("theirs"), ID.replace("20240301", "20990101"))
+    foreign = shutil.copytree(theirs.folder, tmp_path / theirs.id)
     assert load("latest", tmp_path).id == second.id
     assert load(foreign.name, tmp_path).id == foreign.name
     shutil.rmtree(second.folder)

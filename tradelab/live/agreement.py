@@ -6,7 +6,7 @@
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
            'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
            'compared', 'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree',
-           'ask_suspended', 'go_on_behind', 'history_questions', 'fill_gap', 'try_later', 'may_reconcile', 'reconcile',
+           'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap', 'may_reconcile', 'reconcile',
            'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
@@ -133,13 +133,16 @@ def halt_if_liquidated(core:Core)->None:
         if forced(fill.order_id) == "liquidation":
             trip(core, "liquidation", f"{fill.symbol}: the exchange has liquidated the position")
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow04
 def is_forgotten(core:Core, fill:Fill)->bool:
-    "Whether a trade closed something in an emergency that the ledger could not write down before the process died"
+    """Whether a trade is of an order of ours that is not remembered: it ended long ago, or closed something in an
+    emergency that the ledger could not write down before the process died"""
     mine = client_order_id(core.terms.session, fill.symbol, 0).split("-")[:2]
     name = fill.order_id.split("-")
-    if fill.order_id in core.manager.blotter.known: return False
-    return len(name) == 5 and name[:2] == mine and name[3].isdecimal() and int(name[3]) >= EMERGENCY
+    blotter = core.manager.blotter
+    if fill.order_id in blotter.known or len(name) != 5 or name[:2] != mine: return False
+    if not (name[2].isalnum() and name[3].isdecimal()): return False
+    return int(name[3]) >= EMERGENCY or int(name[2], 36) <= blotter.forgotten
 
 
 def take_trade(core:Core, fill:Fill)->None:
@@ -153,7 +156,7 @@ def take_trade(core:Core, fill:Fill)->None:
     halt_if_liquidated(core)
     withhold(core)
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow05
 def take_trades(core:Core, symbol:str, fills:Sequence[Fill])->Process:
     "Find the order of each trade, by what is known or by the exchange's number; returns whether all were found"
     blotter = core.manager.blotter
@@ -180,7 +183,7 @@ def take_rows(core:Core, rows:Sequence[Income])->None:
         if row.kind == "TRANSFER":
             core.do(Tell(Notice("transfer", f"{row.amount / UNITS:+,.2f} {row.asset} beside the trader's own")))
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow08
 def catch_up(core:Core)->Process:
     "Ask for what the sockets may have missed; returns whether all trades were told"
     core.do(*core.manager.resolve(core.now))
@@ -270,7 +273,7 @@ def accept(core:Core, account:AccountSnapshot)->None:
     left = core.statement.accept(units(account.wallet)) if core.statement else None
     if left: core.do(Write(left))
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow12
 def agree(core:Core)->Process:
     "Compare with the exchange until both say the same"
     before = own_wallet(core) # what comes after the question may be in the answer, or not
@@ -306,6 +309,13 @@ def ask_suspended(core:Core)->Process:
     for symbol in halted if not isinstance(still, Exception) else ():
         take_state(core, Status(symbol, symbol not in still, "as it was asked"))
 
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow13
+def try_later(core:Core)->None:
+    "What could not be asked is asked again, after twice as long"
+    watch = core.watch
+    watch.retry_at = max(watch.retry_at, core.now + watch.pause)
+    watch.pause = min(2 * watch.pause, core.terms.longest_pause)
+
 # %% ../../nbs/70_live/13_agreement.ipynb #7fa83be7
 def go_on_behind(core:Core, feed:Feed, open_time:int)->None:
     "The exchange lists this candle and none between the last and it"
@@ -324,7 +334,7 @@ def history_questions(core:Core, limit:int, since:int|None)->list[tuple]:
     "What to ask for the newest closed candles of all symbols, none before `since` (ms)"
     return [("history", symbol, core.terms.timeframe, limit, since) for symbol in core.trader.seen]
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow16
 def fill_gap(core:Core)->Process:
     """Fetch candles that the stream did not bring; those that the exchange lists no more are a hole. What it does not
     answer, or does not list yet, is asked again later"""
@@ -341,19 +351,12 @@ def fill_gap(core:Core)->Process:
         yield from sleep(core, core.terms.pause)
 
 # %% ../../nbs/70_live/13_agreement.ipynb #6391fc1e
-def try_later(core:Core)->None:
-    "What could not be asked is asked again, after twice as long"
-    watch = core.watch
-    watch.retry_at = max(watch.retry_at, core.now + watch.pause)
-    watch.pause = min(2 * watch.pause, core.terms.longest_pause)
-
-
 def may_reconcile(core:Core)->bool:
     "Whether there is something to ask for, and it makes sense to ask now: both streams are open"
     away = {"market", "user", "banned"} & core.guards.reasons
     return core.feed is not None and core.guards.missed and core.now >= core.watch.retry_at and not away
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow18
 def reconcile(core:Core)->Process:
     "Ask for everything that may have been missed"
     troubles, core.waits = core.guards.troubles, None
@@ -382,7 +385,7 @@ def settle(core:Core)->Process:
                           f"{intent.executed} executed, {intent.order.order_id}"))
               for intent in manager.awaited))
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow21
 def with_offset(core:Core, order:Order)->Order:
     """The same order; what only reduces the trader's part may enlarge the position that the exchange sees, if a part of
     it was ignored, and would be refused as what it is"""
@@ -401,7 +404,7 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     stays = [order for order in working if order.symbol in frozen]
     return wanted + (stays if core.manager.beside else [])
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #agrshow23
 def carry_out(core:Core, orders:Sequence)->Process:
     """Write down, send, and wait until each order has ended and is booked, or rests; entries wait for the guards.
     Symbols wait for nobody but themselves: what is awaited from before is asked about while the others are sent"""
@@ -410,7 +413,7 @@ def carry_out(core:Core, orders:Sequence)->Process:
     until = core.now + core.terms.patience
     while busy(manager.pursuits.values(), until):
         if not book(core): yield None
-    if before and manager.awaited: yield from catch_up(core)
+    if before and (manager.awaited or manager.searches): yield from catch_up(core) # all witnesses, at every candle
     manager.cautious = False
     yield from settle(core)
     while core.manager.waiting and core.guards.missed and core.now < core.deadline and not core.stopping:

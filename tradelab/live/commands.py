@@ -57,7 +57,7 @@ def close_by_hand(core:Core, command:Command)->Process:
     if not symbols: return f"{command.symbol} is not traded here, only {', '.join(core.trader.symbols)}"
     return "; ".join((yield from flatten_all(core, symbols, f"{command.person or 'a person'}: {command.reason}")))
 
-
+# %% ../../nbs/70_live/16_commands.ipynb #cmdsshow05
 def halt_by_hand(core:Core, command:Command)->str:
     "A person ends all trading of the strategy; returns a sentence"
     who, why = command.person or "a person", command.reason or "no reason given"
@@ -75,7 +75,7 @@ def reset_by_hand(core:Core, command:Command)->str:
     keep(core)
     return "reset: positions may be opened again, drawdown counts from here"
 
-
+# %% ../../nbs/70_live/16_commands.ipynb #cmdsshow07
 URGENT = ("halt", "flatten") # words that wait for nothing
 
 

@@ -6,7 +6,7 @@
 __all__ = ['EMERGENCY', 'BY_PHASE', 'BY_CONDITION', 'ALLOWED', 'REASONS', 'LONGEST_DEADLINE', 'NEVER', 'UNUSED', 'KNOWN_HOLES',
            'REMEMBERED', 'Phase', 'Condition', 'Deed', 'deed_of', 'is_emergency', 'allowed_table', 'reason_of',
            'Guards', 'decision_deadline', 'decided_at', 'stale_time', 'due_time', 'Overdue', 'Heard', 'flagged', 'same',
-           'CandleGuard', 'impossible', 'clock_is_off']
+           'impossible', 'judged', 'came_late', 'CandleGuard', 'clock_is_off']
 
 # %% ../../nbs/70_live/10_guards.ipynb #34d765ac
 from collections.abc import Iterable, Sequence
@@ -54,7 +54,7 @@ def deed_of(order:Order)->Deed:
     "What sending this order is"
     return Deed.REDUCE if order.reduce_only else Deed.ENTER
 
-
+# %% ../../nbs/70_live/10_guards.ipynb #grdshow02
 EMERGENCY = 900 # the first slot of orders that close a position without a decision; a policy's own are below it
 
 
@@ -245,6 +245,8 @@ class Heard:
 
 
 UNUSED = Heard(False)
+
+# %% ../../nbs/70_live/10_guards.ipynb #grdshow05
 KNOWN_HOLES = ("gap", "out_of_order") # the feed knows of those
 
 
@@ -255,13 +257,39 @@ def flagged(symbol:str, open_time:int, verdict:Verdict)->Notice|None:
     return Notice("flagged", f"{symbol} at {format_time(open_time)}: "
                   + "; ".join(f"{each.kind}, {each.evidence}" for each in found))
 
-# %% ../../nbs/70_live/10_guards.ipynb #ee6373ea
-REMEMBERED = 4 # candles of a symbol that a later version is compared with
-
-
+# %% ../../nbs/70_live/10_guards.ipynb #grdshow07
 def same(one:Sequence[float], other:Sequence[float])->bool:
     "Whether two versions of a candle agree; what neither tells is no difference"
     return all(a == b or a != a and b != b for a, b in zip(one, other))
+
+
+def impossible(values:Sequence[float])->bool:
+    "Whether no market can have open, high, low, close, volume like that"
+    opened, high, low, close, volume = values[:5]
+    return not (0 < low <= min(opened, close) and max(opened, close) <= high < inf and 0 <= volume < inf)
+
+# %% ../../nbs/70_live/10_guards.ipynb #grdshow10
+def judged(
+    judge:QualityStream,
+    open_time:int,              # ms
+    values:Sequence[float],     # five numbers or more
+    received_time:int|None=None,# ms
+)->Verdict:
+    "The verdict on a candle; one that is refused leaves no trace in the judge"
+    state, latest = judge.state.copy(), judge.latest
+    verdict = judge.accept(open_time, values[:5], received_time)
+    if verdict.status != "refused": return verdict
+    if judge.latest != latest: judge.recent.pop()
+    judge.state, judge.latest = state, latest
+    return verdict
+
+
+def came_late(verdict:Verdict)->bool:
+    "Whether nothing is wrong with a candle but that a later one was here before"
+    return bool(verdict.findings) and all(each.kind == "out_of_order" for each in verdict.findings)
+
+# %% ../../nbs/70_live/10_guards.ipynb #ee6373ea
+REMEMBERED = 4 # candles of a symbol that a later version is compared with
 
 
 class CandleGuard:
@@ -303,14 +331,9 @@ class CandleGuard:
             f"{symbol} at {format_time(open_time)} has changed" + (" after it was decided on" if old else "")))
 
     def _first(self, symbol, open_time, values, received_time):
-        judge = self.judges[symbol]
-        before = judge.state.copy(), judge.latest, len(judge.recent)
-        verdict = judge.accept(open_time, values[:5], received_time)
+        verdict = judged(self.judges[symbol], open_time, values, received_time)
         self.count += 1
-        late = bool(verdict.findings) and all(each.kind == "out_of_order" for each in verdict.findings)
-        if verdict.status == "refused" and (not late or impossible(values)):
-            if judge.latest != before[1]: judge.recent.pop()
-            judge.state, judge.latest = before[:2]
+        if verdict.status == "refused" and (not came_late(verdict) or impossible(values)):
             self.doubtful += 1
             return Heard(False, True, Notice("refused candle", f"{symbol} at {format_time(open_time)}: "
                                              f"{verdict.reason}; it is asked for again"))
@@ -323,12 +346,6 @@ class CandleGuard:
         seen = self.seen[symbol]
         seen[open_time] = values
         if len(seen) > REMEMBERED: seen.pop(min(seen))
-
-
-def impossible(values:Sequence[float])->bool:
-    "Whether no market can have open, high, low, close, volume like that"
-    opened, high, low, close, volume = values[:5]
-    return not (0 < low <= min(opened, close) and max(opened, close) <= high < inf and 0 <= volume < inf)
 
 # %% ../../nbs/70_live/10_guards.ipynb #2f894494
 def clock_is_off(

@@ -52,7 +52,7 @@ class Ask:
 class Fetch:
     "Ask the exchange for something that is not about one order"
     number:int
-    # account, open_orders, fills, name_of, incomes, history, forming, funding_rates or index_prices
+    # account, open_orders, fills, name_of, incomes, history, forming, depth, funding_rates or index_prices
     what:str
     arguments:tuple = ()
 
@@ -211,6 +211,7 @@ class StepDone:
 class Waits:
     "Whatever this candle asked for is done: the next one may close"
     open_time:int
+    trade:int|None = None # number of the last trade that was acted upon (0: none); None: no trade is acted upon
 
 # %% ../../nbs/70_live/03_messages.ipynb #abbdb9e8
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ Action = (Send | Amend | Cancel | Ask | Fetch | Write | Warmed | Decided | Tell 
 
 # %% ../../nbs/70_live/03_messages.ipynb #8a962d4a
 Content = (AccountSnapshot | list[Fill | Income] | list[OrderReport] | list[str] | tuple[np.ndarray, np.ndarray]
-           | dict[int, float] | str | int)
+           | dict[int, float] | Depth | str | int)
 
 
 @dataclass(frozen=True)

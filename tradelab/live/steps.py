@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch', 'live']
+           'tell_of_resting', 'say_done', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -184,21 +184,29 @@ def tell_of_resting(core:Core)->None:
                if protects(order) else "resume the session, or cancel it there")
         core.do(Tell(Notice("resting", f"{what} stays at {core.terms.venue} ({order.order_id}): {why}")))
 
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow04
+def say_done(core:Core)->None:
+    "Tell the exchange, once, that a candle has all it asked for, and which trade was acted upon if stops stand there"
+    feed, said, watch = core.feed, core.waits, core.watch
+    if not feed or feed.last is None: return
+    done = core.waits = Waits(feed.last, core.books.traded if core.protector else None)
+    if said == done: return
+    core.do(done)
+    if said and said.open_time == done.open_time: return
+    watch.candle.came()
+    watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+
 
 def wait(core:Core)->Process:
-    "Wait for what the exchange tells; it is told once that a candle has all it asked for"
+    "Wait for what the exchange tells"
     feed, watch = core.feed, core.watch
-    if feed and feed.last is not None and core.waits != feed.last:
-        core.waits = feed.last
-        core.do(Waits(core.waits))
-        watch.candle.came()
-        watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+    say_done(core)
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
     until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
     if (yield from news(core, min(until, default=None))): return
     if core.manager.search_due is not None and core.now >= core.manager.search_due: yield from catch_up(core)
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow06
 def close_books(core:Core)->Process:
     "The last rows of the exchange's own books, compared once more"
     account = (yield from ask_account(core, rows=True)) if core.statement else None
@@ -212,7 +220,7 @@ def look_up(core:Core)->Process:
     yield from catch_up(core)
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow08
 def watch_outage(core:Core)->int|None:
     "When an outage becomes an emergency (ms); None: not while every position has its stop at the exchange"
     since, limit = core.watch.silent_since, core.terms.outage_limit
@@ -222,7 +230,7 @@ def watch_outage(core:Core)->int|None:
               "no stop there")
     return since + limit
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow09
 def under_watch(core:Core, process:Process)->Process:
     "Go on with a process; an emergency and what a person wants at once go before it, wherever it is"
     while True:
@@ -234,7 +242,7 @@ def under_watch(core:Core, process:Process)->Process:
         if not core.emergency: yield min((time for time in (due, limit) if time is not None), default=None)
     if core.emergency: yield from emergency(core)
 
-
+# %% ../../nbs/70_live/17_steps.ipynb #stpshow11
 def live(core:Core)->Process:
     "Trade, candle after candle, until the session is to end"
     while not core.stopping and core.candles != core.terms.max_candles:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import InvalidOrderError, LimitExceededError, TradelabError, UnknownOutcomeError
-from ..events import Fill, Funding
+from ..events import Depth, Fill, Funding
 from ..instruments import Instrument
 from .order_states import State
 from ..orders import Kind, Order
@@ -162,6 +162,9 @@ class MarketData(Protocol):
     async def forming(self, symbol:str, timeframe:str)->int:
         "The open time (ms) of the candle that has not closed yet"
 
+    async def depth(self, symbol:str)->Depth:
+        "The best levels of the order book, no level where there is no book"
+
     async def index_prices(self, symbol:str, timeframe:str, limit:int, since:int)->dict[int, float]:
         "The index price at the close of the newest `limit` closed candles, none before `since`, by open time"
 
@@ -185,8 +188,11 @@ class Venue(MarketData, Protocol):
         "Set the account to one position a symbol and this leverage; returns what a person should know of it"
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         "Open the market and the user stream; `live.messages.Opened` tells of each"
-    async def waits(self, open_time:int)->None:
-        "Whatever this candle asked for is done: an exchange that replays the past lets the next one close"
+    async def news(self, asked:Collection[asyncio.Task])->Any:
+        "What it tells next in `events`, where answers come, too; of what is `asked` some may not have reached it yet"
+    async def waits(self, open_time:int, trade:int|None=None)->None:
+        """Whatever this candle asked for is done: an exchange that replays the past lets the next one close. With the
+        last trade that was acted upon (0: none), it halts in that candle behind each fill until this names it"""
     async def redial(self, stream:str)->None: "Give up the market or the user stream, and open it anew"
     async def suspended(self)->list[str]: "Those of the symbols that are not traded now"
     async def synchronise(self)->int|None: "Learn the exchange's clock anew; ms by which it is ahead of ours"

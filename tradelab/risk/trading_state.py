@@ -117,6 +117,7 @@ CAUSES = {
     "unknown_order": Cause(TradingState.NO_ENTRY, True, 0, "the outcome of an order is not proven"),
     "disagreement": Cause(TradingState.REDUCE_ONLY, True, 5 * MINUTES, "the exchange's account and ours differ"),
     "margin_ratio": Cause(TradingState.REDUCE_ONLY, True, 5 * MINUTES, "equity is near the maintenance margin"),
+    "mark_price": Cause(TradingState.REDUCE_ONLY, True, 5 * MINUTES, "the mark price has left the book"),
     "no_stop": Cause(TradingState.REDUCE_ONLY, True, 0, "a position is without its stop at the exchange"),
     "daily_loss": Cause(TradingState.REDUCE_ONLY, True, 0, "the day has lost too much; over at midnight UTC"),
     "max_drawdown": Cause(TradingState.HALT, False, 0, "the session has lost too much from its highest equity"),
@@ -261,10 +262,11 @@ class StateMachine:
             self._tell(time, symbol, cause, "gone", row[3])
         self.step(time)
 
+    def cool_down(self, cause:str)->int: return CAUSES[cause].cool_down # ms
     def step(self, time:int)->list[StateChange]:
         "Let time pass, so that causes with a cool-down end"
         over = [key for key, row in self.active.items() if CAUSES[key[0]].restarts and row[2] is not None
-                and time >= row[2] + CAUSES[key[0]].cool_down]
+                and time >= row[2] + self.cool_down(key[0])]
         rows = {key: self.active.pop(key) for key in over}
         return [self._tell(time, scope, cause, "restarted", rows[cause, scope][3]) for cause, scope in sorted(over)]
 

@@ -169,9 +169,9 @@ def configuration(run:Run)->dict:
     missing = [key for key in PROVENANCE if key not in run.config]
     if missing:
         raise ValueError(f"the run's config lacks {', '.join(missing)}: without it nobody can repeat the training")
-    said = {key: value for key, value in run.config.items() if key not in (*DERIVED, "format")}
+    said = {key: value for key, value in run.config.items() if key not in (*DERIVED, "format", "train_id")}
     policy = run.policy
-    return {"format": FORMAT, **{key: said[key] for key in PROVENANCE}, **said,
+    return {"format": FORMAT, "train_id": run.id, **{key: said[key] for key in PROVENANCE}, **said,
             "symbols": list(run.symbols), "timeframe": run.timeframe, "features": list(policy.features),
             "window": policy.window, "observation_sha256": run.observation.sha256, "sources": _sources(run),
             "costs": asdict(run.costs), "limits": asdict(run.limits),

@@ -177,6 +177,9 @@ def write(
 # %% ../../nbs/45_runs/05_registry.ipynb #04_regis023
 def _run(folder, config):
     "The run of a folder that matches its manifest"
+    if (written := str(config.get("train_id", folder.name))) != folder.name:
+        raise DamagedRunError(f"{CONFIG} is that of run {written[:150]}: restore its own, or name the run that is "
+                              "meant")
     instruments = tuple(read_record(Instrument, values) for values in config["instruments"])
     scaler = read_scaler(folder / SCALER, config["features"])
     seen = replace(flat(), features=tuple(config["features"]), window=config["window"], scaler=scaler)

@@ -39,24 +39,24 @@ async def hold(
 
 # %% ../../nbs/75_venues/08_binance_streams.ipynb #448584b2
 class LastCall:
-    "Names the candle that is done with, until the exchange has answered: in lockstep it waits for that"
+    "Names what is done with, until the exchange has answered: in lockstep it waits for that"
 
     def __init__(self)->None:
-        self._waits: int|None = None
+        self._waits: int|str|None = None
         self._noticed = asyncio.Event()
 
-    async def call(self, clients:Callable[[], list], open_time:int, pause:float)->None:
+    async def call(self, clients:Callable[[], list], name:int|str, pause:float)->None:
         "Again after each pause (s)"
-        self._waits = open_time
+        self._waits = name
         self._noticed.clear()
-        while self._waits == open_time:
+        while self._waits == name:
             for client in clients():
                 with suppress(ConnectionError):
-                    await client.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": open_time})
+                    await client.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": name})
             with suppress(TimeoutError): await asyncio.wait_for(self._noticed.wait(), pause)
 
     def heard(self, frame:Any)->None:
-        "A frame of a market stream may be the answer"
+        "A frame of a stream may be the answer"
         if not (isinstance(frame, dict) and "result" in frame and frame.get("id") == self._waits is not None): return
         self._waits = None
         self._noticed.set()
@@ -87,7 +87,7 @@ class Streams:
     ):
         self._exchange, self._events, self._hear = exchange, events, hear
         self._tasks: list[asyncio.Future] = []
-        self._last_call = LastCall()
+        self._last_call, self._last_trade = LastCall(), LastCall()
         exchange.heard, exchange.opened = self._heard, self._opened
 
     def open(self, symbols:Sequence[str], timeframe:str)->None:
@@ -102,14 +102,14 @@ class Streams:
         for url in list(self._exchange.clients):
             if socket_of(url) == name: self._drop(url, "nothing was told for too long")
 
-    async def waits(self, open_time:int, pause:float=2.)->None:
-        "Name the candle that is done with, until it is answered; `pause` is in seconds"
-        clients = self._exchange.clients
-        await self._last_call.call(lambda: [each for url, each in clients.items() if socket_of(url) == "market"],
-                                   open_time, pause)
+    async def waits(self, open_time:int, trade:int|None=None, pause:float=2.)->None:
+        "Name the last trade that was acted upon, then the candle that is done with, until each is answered"
+        def on(name): return [each for url, each in self._exchange.clients.items() if socket_of(url) == name]
+        if trade is not None: await self._last_trade.call(lambda: on("user"), f"acted{trade}", pause)
+        await self._last_call.call(lambda: on("market"), open_time, pause)
 
     def _heard(self, url, frame):
-        self._last_call.heard(frame)
+        for call in (self._last_call, self._last_trade): call.heard(frame)
         events = self._hear(socket_of(url), frame)
         if any(isinstance(event, Notice) and event.kind == "expired" for event in events):
             self._drop(url, "the key of the user stream expired")
