@@ -145,7 +145,7 @@ def kill_sessions(count):
                                                           traded))
             process.start()
             if done == count: break
-            if chance.random() < .8: traded.wait(60)  # else it may die while it starts
+            if not done or chance.random() < .8: traded.wait(60) # else it may die while it starts
             process.join(chance.uniform(0., 1.))
             os.kill(process.pid, signal.SIGKILL)
             process.join()

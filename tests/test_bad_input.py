@@ -58,6 +58,7 @@ def refused(place, *words, **variables):
     (("run", "live", "-p", "venue", "mainnet"), 'venue is "mainnet", which is real money, and this version does not '
      'start there'),
     (("run", "live", "-p", "venue", "manet"), "venue must be 'localnet', 'testnet' or 'mainnet', was 'manet'"),
+    (("run", "drill", "-p", "venue", "mainnet"), "a drill closes every position of an account"),
     (("run", "train", "-p", "agent", "SAK"), "did you mean SAC"),
     (("run", "train", "-p", "features", "rsj(14)"), "did you mean 'rsi'"),
     (("run", "replay"), "no session 'latest'"),

@@ -1,17 +1,24 @@
 "Getting out: everything is closed at once, whoever wants it and whatever breaks; nothing is opened, nothing flipped"
 import asyncio
+from collections import Counter
 from dataclasses import replace
+from functools import cache, partial
 from time import monotonic
 
 import pytest
+from simulated import simulate
+from simulated import trader as a_trader
 from test_live import localnet, venue
+from test_simulation_live import AT_START, FOR_PERSONS, NOT_HEARD, wrong_in
 
+from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
-from tradelab.live.guards import is_emergency
+from tradelab.live.guards import EMERGENCY, is_emergency
 from tradelab.live.ledger import Ledger
-from tradelab.live.messages import Command
+from tradelab.live.messages import Command, EmergencyStep
 from tradelab.live.session import Session
+from tradelab.localnet.faults import OUTCOMES, REPLIES, SESSIONS, STREAMS, UNAVAILABLE, WIRES
 from tradelab.policies import buy_and_hold
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import NO_STOPS, Limits
@@ -131,3 +138,93 @@ def test_the_drawdown_limit_closes_all_before_the_next_candle(tmp_path):
         out_in_order(live, exchange, symbols)
         assert live.statistics.rejected == 0
         assert (live.ledger.journal("out").iloc[-2:]["position"] == 0).all()
+
+
+# --- in virtual time, a seed each
+
+HALTING = Limits(stops=NO_STOPS, max_drawdown=.0008, max_daily_loss=None)  # at the thirteenth close
+CANDLES = 18
+
+
+def emergency_of(seed=1, candles=CANDLES, **settings):
+    "A run whose drawdown limit is reached, with whatever goes wrong"
+    return simulate(seed, make_trader=partial(a_trader, HALTING), candles=candles, market_seed=1, **settings)
+
+
+def steps_of(run): return [each for name in run.names for each in run.ledger.measured(name, EmergencyStep)]
+
+
+def halted_at_door(run):
+    "The numbers of the doors that were gone through from the halt until everything was flat"
+    begin, *_, end = (each.time for each in steps_of(run))
+    return [n for n, (time, _) in enumerate(run.world.trace, 1) if begin <= time <= end]
+
+
+def is_of_emergency(name): return int(name.split("-")[3]) >= EMERGENCY
+
+
+def wrong_in_emergency(run):
+    "What must never be after an emergency, in sentences"
+    found = wrong_in(run)
+    if any(run.world.positions().values()): found.append(f"it is not flat: {run.world.positions()}")
+    if not any(each.step == "halted" for each in steps_of(run)): return [*found, "there was no emergency"]
+    begin, orders = min(each.time for each in steps_of(run)), run.world.account().orders
+    found += [f"{each.client_id} opens after the halt" for each in orders.values()
+              if each.time > begin and not each.reduce_only]
+    held = Counter()
+    for trade in run.world.account().trades:
+        before, name = held[trade.n], orders[trade.order].client_id
+        held[trade.n] = round(before + trade.quantity, 8)
+        closes = before * held[trade.n] >= 0 and abs(held[trade.n]) < abs(before)
+        if is_of_emergency(name) and not closes: found.append(f"{name}: {before} became {held[trade.n]}")
+    standing = run.ledger.trading_states.all()[0]
+    if standing["trading_state"] != TradingState.HALT: found.append(f"the ledger says {standing}")
+    if run.trader.account["trading_state"][0] != TradingState.HALT: found.append("the trader is not halted")
+    return found
+
+
+@cache
+def undisturbed(): return emergency_of()
+
+
+def test_the_drawdown_limit_is_an_emergency_of_half_a_second():
+    run = undisturbed()
+    assert wrong_in_emergency(run) == []
+    steps = steps_of(run)
+    assert [each.step for each in steps] == ["halted", "closing", "closing", "flat", "flat", "over"]
+    assert steps[2].time == steps[0].time                       # both are sent with the halt
+    assert steps[-1].time - steps[0].time < 500
+    assert run.notices["rejected"] == 0
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_killed_anywhere_in_an_emergency_it_goes_on(part):
+    doors = halted_at_door(undisturbed())
+    assert len(doors) > 12
+    for door in doors[part::4]:
+        run = emergency_of(kills=(door,), downtime=lambda: .5)
+        assert len(run.processes) == 2
+        assert (door, wrong_in_emergency(run)) == (door, [])
+
+
+def test_killed_again_and_again_it_still_gets_out():
+    first = halted_at_door(undisturbed())[0]
+    run = emergency_of(kills=range(first, first + 120, 13), downtime=lambda: .5)
+    assert len(run.processes) > 4
+    assert wrong_in_emergency(run) == []
+
+
+async def arm_at_the_halt(world, name, lasts=3.):
+    await asyncio.sleep(12.9 * world.step / 1000 - world.loop.time())
+    world.faults.arm(name)
+    await asyncio.sleep(lasts * world.step / 1000)
+    world.faults.disarm()
+
+
+HARD = sorted({*OUTCOMES, *UNAVAILABLE, *STREAMS, *REPLIES, *WIRES, *SESSIONS} - AT_START - FOR_PERSONS - NOT_HEARD)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_whatever_breaks_in_an_emergency_it_gets_out(name):
+    run = emergency_of(candles=CANDLES + 4, script=lambda world: arm_at_the_halt(world, name)) # until it is absent
+    assert wrong_in_emergency(run) == []

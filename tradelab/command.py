@@ -134,12 +134,13 @@ def add_job(
     @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Where the executed notebook goes "
                   f" [default: reports/{name}/{name}-<time>.ipynb]")
     @click.pass_context
-    def job(context, train_id, parameters, output, real=False):
+    def job(context, parameters, output, train_id="", real=False):
         given = [("session", session_of(train_id)) if name == "replay" else ("policy", train_id)] if train_id else []
         given += [("venue", "mainnet")] if real else []
         twice = {key for key, _ in given} & {key for key, _ in parameters}
         if twice: raise click.UsageError(f"{' and '.join(sorted(twice))} is given twice: by an option and by -p")
         context.invoke(run, job=name, parameters=(*parameters, *given), output=output)
+    if name == "drill": job.params = [each for each in job.params if each.name != "train_id"]
     if name == "live":
         job.params.append(click.Option(["--live", "real"], is_flag=True, help="Real money: the same as -p venue "
                                        "mainnet, with all that it asks for."))
@@ -147,6 +148,7 @@ def add_job(
 # %% ../nbs/99_top/07_command.ipynb #1efaad20
 _JOBS = {"backtest": "What a policy would have done, beside doing nothing and holding.",
          "live": "Trade: localnet, the testnet; the notebook is the record.",
+         "drill": "Rehearse the emergency on a localnet of its own, and say how long each step took.",
          "replay": "Decide a recorded session again: the same bits.",
          "report": "A policy beside simple rules, and a live session beside what was expected."}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
            'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree',
+           'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account', 'freeze', 'accept', 'agree',
            'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap', 'may_reconcile', 'reconcile',
            'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
@@ -34,7 +34,7 @@ from tradelab.live.core import (
     withhold,
 )
 from .guards import EMERGENCY, Condition
-from .ladder import trip
+from .ladder import clear, trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import client_order_id, is_decided
@@ -135,11 +135,14 @@ def halt_if_liquidated(core:Core)->None:
 
 # %% ../../nbs/70_live/13_agreement.ipynb #agrshow04
 def is_forgotten(core:Core, fill:Fill)->bool:
-    "Whether a trade closed something in an emergency that the ledger could not write down before the process died"
+    """Whether a trade is of an order of ours that is not remembered: it ended long ago, or closed something in an
+    emergency that the ledger could not write down before the process died"""
     mine = client_order_id(core.terms.session, fill.symbol, 0).split("-")[:2]
     name = fill.order_id.split("-")
-    if fill.order_id in core.manager.blotter.known: return False
-    return len(name) == 5 and name[:2] == mine and name[3].isdecimal() and int(name[3]) >= EMERGENCY
+    blotter = core.manager.blotter
+    if fill.order_id in blotter.known or len(name) != 5 or name[:2] != mine: return False
+    if not (name[2].isalnum() and name[3].isdecimal()): return False
+    return int(name[3]) >= EMERGENCY or int(name[2], 36) <= blotter.forgotten
 
 
 def take_trade(core:Core, fill:Fill)->None:
@@ -232,6 +235,12 @@ def disagreement(core:Core, account:AccountSnapshot, found:str)->Tell:
             if not each.agrees]
     return Tell(Notice("disagreement", found), "account", ", ".join(gaps))
 
+
+def restrict(core:Core, account:AccountSnapshot, found:str)->None:
+    "As long as accounts differ, nothing is opened: in the symbol that differs, or at all where it is the money"
+    gaps = [each.what for each in compared(core, account, own_wallet(core)) if not each.agrees] or ["wallet"]
+    for what in gaps: trip(core, "disagreement", found, "" if what == "wallet" else what)
+
 # %% ../../nbs/70_live/13_agreement.ipynb #e91defbf
 ROWS_EVERY = 30_000 # ms: a question for rows weighs as much as six for the account
 
@@ -285,6 +294,7 @@ def agree(core:Core)->Process:
         elif (yield from news(core, until)): continue
         elif asked:
             core.do(disagreement(core, account, found))
+            restrict(core, account, found)
             break
         else:
             for verdict in compared(core, account, before):
@@ -293,7 +303,9 @@ def agree(core:Core)->Process:
             asked = True
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
-    if account and not found: over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
+    if account and not found:
+        for symbol in ("", *core.trader.symbols): clear(core, "disagreement", symbol)
+        over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
     if account: freeze(core, account)
     if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 
@@ -410,7 +422,7 @@ def carry_out(core:Core, orders:Sequence)->Process:
     until = core.now + core.terms.patience
     while busy(manager.pursuits.values(), until):
         if not book(core): yield None
-    if before and manager.awaited: yield from catch_up(core)
+    if before and (manager.awaited or manager.searches): yield from catch_up(core) # all witnesses, at every candle
     manager.cautious = False
     yield from settle(core)
     while core.manager.waiting and core.guards.missed and core.now < core.deadline and not core.stopping:

@@ -168,7 +168,9 @@ def send_now(core:Core, orders:Sequence[Order])->None:
 def hear_ends(core:Core, orders:Sequence[Order])->Process:
     "Wait until each of these orders has ended, but not for long"
     manager, until = core.manager, core.now + core.terms.quiet
-    def goes(order): return order.order_id in manager.pursuits and not manager.blotter.known[order.order_id].state.ended
+    def goes(order):
+        state = manager.blotter.known[order.order_id].state
+        return order.order_id in manager.pursuits and not state.ended and state is not State.UNKNOWN
     while core.now < until and any(map(goes, orders)): yield until
     refused = [order.order_id for order in orders if order.order_id in manager.pursuits
                and manager.pursuits[order.order_id].stage is Stage.PAUSED]

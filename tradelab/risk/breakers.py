@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOSED', 'OPEN', 'HALF_OPEN', 'DEFAULTS', 'VERSION', 'Breaker', 'RateWindow', 'RangeWindow', 'BreakerEvent',
-           'Breakers', 'breakers_of']
+           'moves_after', 'Breakers', 'breakers_of']
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #a6cd95cd
 from collections import deque
@@ -149,6 +149,25 @@ def _check_version(saved:dict)->None:
         raise ValueError(f"the breakers were saved as version {saved.get('version')}, this is version {VERSION}: "
                          "reset them by hand")
 
+# %% ../../nbs/30_risk/10_breakers.ipynb #brkshow02
+def moves_after(
+    breaker:Breaker,
+    state:list,              # of `Breakers`: state, violations (counted here), since, last time, held by a person
+    value:float,             # the measurement, in the breaker's unit
+    time:int,                # ms
+)->list[tuple[str, str]]:    # the states that follow, and why
+    "What a measurement does to a breaker"
+    good, said, now = value <= breaker.threshold, _measured(breaker, value), state[0]
+    moves: list[tuple[str, str]] = []
+    if now == OPEN and not state[4] and time >= state[2] + breaker.cool_down:
+        moves.append((HALF_OPEN, f"cooled down for {breaker.cool_down / 1000:g} s"))
+        now = HALF_OPEN
+    if now == HALF_OPEN: return [*moves, (CLOSED if good else OPEN, f"probe: {said}")]
+    if now == OPEN: return moves
+    state[1] = 0 if good else state[1] + 1
+    if good or state[1] < breaker.consecutive and isfinite(value): return moves
+    return [(OPEN, said + (f", {state[1]} times in a row" if isfinite(value) else ""))]
+
 # %% ../../nbs/30_risk/10_breakers.ipynb #5a9aa75c
 class Breakers:
     "Breakers by kind, venue and symbol"
@@ -182,21 +201,9 @@ class Breakers:
         "The changes that one measurement makes, in the breaker's unit"
         key = (kind, venue, symbol)
         state = self._state(*key)
-        breaker = self.of(*key)
         _check_order(key, time, state[3])
         state[3] = time
-        good = value <= breaker.threshold
-        said = _measured(breaker, value)
-        events = []
-        if state[0] == OPEN and not state[4] and time >= state[2] + breaker.cool_down:
-            events.append(self._move(key, HALF_OPEN, time, f"cooled down for {breaker.cool_down / 1000:g} s"))
-        if state[0] == HALF_OPEN: events.append(self._move(key, CLOSED if good else OPEN, time, f"probe: {said}"))
-        elif state[0] == CLOSED:
-            state[1] = 0 if good else state[1] + 1
-            if not good and (state[1] >= breaker.consecutive or not isfinite(value)):
-                times = f", {state[1]} times in a row" if isfinite(value) else ""
-                events.append(self._move(key, OPEN, time, said + times))
-        return events
+        return [self._move(key, after, time, why) for after, why in moves_after(self.of(*key), state, value, time)]
 
     def trip(self, kind:str, who:str, why:str, time:int, venue:str="", symbol:str="")->BreakerEvent:
         return self._by_hand((kind, venue, symbol), who, why, time, OPEN)
