@@ -50,7 +50,7 @@ class Lockstep(MemoryVenue):
         if self._met and self.waited < self.data.times[self.row]: return False
         return super().go_on()
 
-    async def waits(self, open_time):
+    async def waits(self, open_time, trade=None):
         self.waited = open_time
         if self.events.empty(): self.go_on()
 

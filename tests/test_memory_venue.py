@@ -460,7 +460,7 @@ def test_the_table_of_what_a_row_means_holds_in_kernel_trader_and_order_manager(
 
     before = decide(START, first)
     kernel.step(START, np.zeros(0), np.zeros(1, JOURNAL))
-    for event in venue.held.meet(START, data.times):
+    for event in next(venue.held.meet(START, data.times)):
         if isinstance(event, Fill): trader.on(event)
         if isinstance(event, OrderReport): manager.blotter.on_update(event)
     for name, report in manager.blotter.news.items():

@@ -208,9 +208,9 @@ def test_a_command_under_an_older_lease_is_refused(tmp_path):
 
 def test_an_exception_in_a_task_is_told(tmp_path):
     class Broken(BinanceVenue):
-        async def waits(self, open_time):
+        async def waits(self, open_time, trade=None):
             asyncio.get_running_loop().call_soon(lambda: 1 / 0)
-            await super().waits(open_time)
+            await super().waits(open_time, trade)
 
     with localnet() as exchange:
         run(session(exchange, tmp_path, broker=Broken, say=str), 2)

@@ -187,6 +187,7 @@ class Bookkeeper:
         self.trader = trader
         self.step = step
         self.sequence = sequence
+        self.traded = 0  # the highest number of a trade that was booked
         self.opening = 0 # ms: of the candle that follows the present step, where it is known to come behind a hole
         self._waiting: list[tuple[Fill|Funding, int|None]] = [] # with the numbers of the ledger
         self._seen: set[tuple] = set()
@@ -230,6 +231,7 @@ class Bookkeeper:
         entry = marked(entry, self.trader.open_time + self.step)
         if number is None: self.sequence += 1
         self.trader.on(entry)
+        if isinstance(entry, Fill) and entry.trade_id.isdecimal(): self.traded = max(self.traded, int(entry.trade_id))
         return Entry(entry, self.sequence if number is None else number, number is not None)
 
     @property

@@ -211,6 +211,7 @@ class StepDone:
 class Waits:
     "Whatever this candle asked for is done: the next one may close"
     open_time:int
+    trade:int|None = None # number of the last trade that was acted upon (0: none); None: no trade is acted upon
 
 # %% ../../nbs/70_live/03_messages.ipynb #abbdb9e8
 @dataclass(frozen=True)

@@ -318,6 +318,7 @@ class Pursuit:
     until:int = 0          # ms, end of patience
     due:int|None = None    # ms, when to go on; None: when there is an answer
     pause:int = 0          # ms, before it was asked about last
+    unseen:int = 0         # how often the exchange did not know its name
 
     def ask_later(self, now:int)->None:
         "Ask again after twice as long as before, and a last time when patience ends"
@@ -364,6 +365,7 @@ def on_asked(
     "What the answer to a question about an order means"
     order = pursuit.order
     pursuit.stage = Stage.DONE
+    pursuit.unseen += answer.outcome is Outcome.NOT_FOUND
     if answer.report: return blotter.settle(answer.report)
     if order.order_id in blotter.open and now < pursuit.until: pursuit.ask_later(now)
     return []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'decide', 'deadline_of', 'step', 'go_on',
-           'tell_of_resting', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch', 'live']
+           'tell_of_resting', 'say_done', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -185,14 +185,22 @@ def tell_of_resting(core:Core)->None:
         core.do(Tell(Notice("resting", f"{what} stays at {core.terms.venue} ({order.order_id}): {why}")))
 
 # %% ../../nbs/70_live/17_steps.ipynb #stpshow04
+def say_done(core:Core)->None:
+    "Tell the exchange, once, that a candle has all it asked for, and which trade was acted upon if stops stand there"
+    feed, said, watch = core.feed, core.waits, core.watch
+    if not feed or feed.last is None: return
+    done = core.waits = Waits(feed.last, core.books.traded if core.protector else None)
+    if said == done: return
+    core.do(done)
+    if said and said.open_time == done.open_time: return
+    watch.candle.came()
+    watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+
+
 def wait(core:Core)->Process:
-    "Wait for what the exchange tells; it is told once that a candle has all it asked for"
+    "Wait for what the exchange tells"
     feed, watch = core.feed, core.watch
-    if feed and feed.last is not None and core.waits != feed.last:
-        core.waits = feed.last
-        core.do(Waits(core.waits))
-        watch.candle.came()
-        watch.candle.owes(due_time(feed.last + feed.step, feed.step, core.now, core.terms.pace, watch.offset))
+    say_done(core)
     later = core.now < watch.retry_at and (core.guards.missed or feed is not None and feed.gap)
     until = [time for time in (watch.retry_at if later else None, core.manager.search_due) if time is not None]
     if (yield from news(core, min(until, default=None))): return

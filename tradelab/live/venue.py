@@ -190,8 +190,9 @@ class Venue(MarketData, Protocol):
         "Open the market and the user stream; `live.messages.Opened` tells of each"
     async def news(self, asked:Collection[asyncio.Task])->Any:
         "What it tells next in `events`, where answers come, too; of what is `asked` some may not have reached it yet"
-    async def waits(self, open_time:int)->None:
-        "Whatever this candle asked for is done: an exchange that replays the past lets the next one close"
+    async def waits(self, open_time:int, trade:int|None=None)->None:
+        """Whatever this candle asked for is done: an exchange that replays the past lets the next one close. With the
+        last trade that was acted upon (0: none), it halts in that candle behind each fill until this names it"""
     async def redial(self, stream:str)->None: "Give up the market or the user stream, and open it anew"
     async def suspended(self)->list[str]: "Those of the symbols that are not traded now"
     async def synchronise(self)->int|None: "Learn the exchange's clock anew; ms by which it is ahead of ours"

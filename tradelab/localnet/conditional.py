@@ -17,7 +17,7 @@ from math import nan
 from typing import Any
 
 from ..account import decimal8, round_price
-from ..events import CLOSE
+from ..events import CLOSE, OPEN
 from ..instruments import Instrument
 from .accounts import Account, page
 from .engine import FORCES as KERNEL_FORCES
@@ -294,9 +294,11 @@ def last_close(market:Market, n:int)->float:
     return float(candles.rows[candles.count - 1, n, CLOSE]) if candles.count else market.last(n)
 
 
-def seen_prices(exchange:Exchange, algo:AlgoOrder)->list[float]:
+def seen_prices(kept:AlgoOrders, algo:AlgoOrder)->list[float]:
     "What a client could have seen of the price that it waits for"
-    market = exchange.market
+    exchange, market = kept.exchange, kept.exchange.market
+    halfway = exchange.halfway.get(kept.account.name)
+    if halfway: return [float(halfway.prices[kept.account.row(algo.n, algo.position_side), OPEN])]
     now = market.mark(algo.n) if algo.working_type == "MARK_PRICE" else market.last(algo.n)
     return [now] if exchange.profile == "book" else [now, last_close(market, algo.n)]
 
@@ -318,7 +320,7 @@ def check_algo(kept:AlgoOrders, algo:AlgoOrder)->None:
     same = kept.by_client.get(algo.client_id)
     if same and same.waits: raise RequestDeniedError(-4116)
     if len(kept.open) >= MAX_CONDITIONAL: raise RequestDeniedError(-4045)
-    prices = seen_prices(kept.exchange, algo)
+    prices = seen_prices(kept, algo)
     if not algo.reduce_only:
         check_notional(algo.quantity * (algo.price or algo.trigger or prices[0]),
                        kept.exchange.market.instruments[algo.n])

@@ -12,7 +12,7 @@ __all__ = ['ANSWERS', 'NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'L
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -24,6 +24,7 @@ import numpy as np
 
 from ..account import decimal8
 from ..compiled import outlined
+from ..events import OPEN
 from ..journal import JOURNAL
 from .accounts import SIDES, Account, Collateral, Filled, account_event, check_margin, exposed, page
 from .market import MAX_ORDERS, Close, Levels, Market, Rate, Tick
@@ -60,7 +61,7 @@ from ..orders import FOK, GTC, GTX, IOC, LIMIT, LIQUIDATION, MARKET, NONE
 from ..risk.execution import new_order
 from ..risk.market_state import MARKET as MARKET_ROW
 from ..settings import CostModel
-from ..sim.kernel import fade_all, gap, match_open, traverse
+from ..sim.kernel import depart, fade_all, gap, match_open, meet_open, prices_there, proceed, traverse
 from ..sim.margin import threatened
 from ..sim.matching import MET, Candle, match_one_at_open
 
@@ -202,6 +203,7 @@ class Exchange:
         self.candle: Candle|None = None                      # that is forming
         self.begun: set[str] = set()                         # accounts that have met its open
         self.closed: set[str] = set()                        # accounts that were liquidated at it
+        self.halfway: dict[str, Candle] = {}                 # by account within a candle: its open is the price there
         self.queues: dict = defaultdict(dict)                # (n, side) -> price -> number -> account, order
         self.history: dict = defaultdict(list)               # (account, n) -> orders as they came
         self.good_till: list = []                            # heap of (ms, number, account)
@@ -243,10 +245,11 @@ class Exchange:
 
     def step(self, moves:Iterable)->None:
         "What the source says of the market: orders meet it, accounts live through it"
-        _expire_countdowns(self, self.clock())
-        for move in moves: _apply_move(self, move)
-        _expire(self, self.market.now)
-        _expire_countdowns(self, self.clock())
+        for _ in self.passes(moves): pass
+
+    def passes(self, moves:Iterable, waits:Collection[str]=())->Iterator[Account]:
+        "`step`, halting where an account of these names may want to act"
+        return _passes(self, moves, waits)
 
     def expire_countdowns(self, now:int)->None: _expire_countdowns(self, now)
 
@@ -376,27 +379,59 @@ def begin(exchange:Exchange, account:Account)->None:
             _tell_kernel(exchange, account, part, before, exchange.market.now, account.open.values())
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #9e932312
+def _tell_part(exchange:Exchange, account:Account, part:Collateral, before:int, time:int)->bool:
+    "Tell what a part of a candle has done; true if a fill has left a position"
+    filled = part.state.fills["symbol"][before:int(part.state.count[0])]
+    _tell_kernel(exchange, account, part, before, time, account.open.values())
+    return bool(part.state.positions["quantity"][filled].any())
+
+
+def _settled(exchange:Exchange, account:Account, time:int)->Account:
+    for told in exchange.after_step: told(account, time)
+    return account
+
+
 def _live_through(exchange:Exchange, account:Account, candle:Candle, time:int)->None:
     "Take an account through the candle that has closed"
     account.lend()
     for part in account.parts():
         before = int(part.state.count[0])
         _finish_candle(part.state, part.rules, NOBODY, _part_candle(candle, part))
-        _tell_kernel(exchange, account, part, before, time, account.open.values())
-    for told in exchange.after_step: told(account, time)
+        _tell_part(exchange, account, part, before, time)
+    _settled(exchange, account, time)
+
+# %% ../../nbs/60_localnet/08_engine.ipynb #e2eng002
+def _live_in_parts(exchange:Exchange, account:Account, candle:Candle, time:int)->Iterator[Account]:
+    "Take an account through the candle that has closed; yields it behind each fill that leaves a position"
+    account.lend()
+    exchange.market.now = max(exchange.market.now, time)
+    there = exchange.halfway[account.name] = candle._replace(prices=candle.prices.copy())
+    for part in account.parts():
+        seen, ways, before = _part_candle(candle, part), np.full((len(part.rows), 4), np.nan), int(part.state.count[0])
+        meet_open(part.state, part.rules, NOBODY, seen)
+        if _tell_part(exchange, account, part, before, time): yield _settled(exchange, account, time)
+        depart(part.state, part.rules, seen, ways)
+        going = True
+        while going:
+            going = proceed(part.state, part.rules, NOBODY, seen, ways)
+            there.prices[part.rows, OPEN] = prices_there(seen, ways)
+            _tell_part(exchange, account, part, before, time)
+            if going: yield _settled(exchange, account, time)
+    _settled(exchange, account, time)
 
 
-def _close_candle(exchange:Exchange, move:Close)->None:
-    "A candle has closed: accounts live through it"
+def _close_candle(exchange:Exchange, move:Close, waits:Collection[str]=())->Iterator[Account]:
+    "A candle has closed: accounts live through it, first those that are waited for"
     prices = np.ascontiguousarray(move.candles[:, :5])
     candle = candle_of(move.open_time, prices, exchange.market.condition_rows)
     exchange.candle = candle
-    for account in exchange.accounts.values():
+    for account in sorted(exchange.accounts.values(), key=lambda each: each.name not in waits):
         begin(exchange, account)
-        if account.name not in exchange.closed: _live_through(exchange, account, candle, move.time - 1)
+        if account.name in exchange.closed: continue
+        if account.name in waits: yield from _live_in_parts(exchange, account, candle, move.time - 1)
+        else: _live_through(exchange, account, candle, move.time - 1)
     exchange.candle = None
-    exchange.begun.clear()
-    exchange.closed.clear()
+    for known in (exchange.begun, exchange.closed, exchange.halfway): known.clear()
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #21bc2ef3
 FORCES = {"GTC": GTC, "GTD": GTC, "IOC": IOC, "FOK": FOK, "GTX": GTX}
@@ -420,7 +455,8 @@ def _meet(exchange:Exchange, account:Account, place:Place)->int:
     if account.name in exchange.closed: raise RequestDeniedError(-2023)
     part, k = account.part(place[0])
     before = int(part.state.count[0])
-    _meet_open(part.state, part.rules, NOBODY, k, place[1], _part_candle(_forming(exchange), part))
+    candle = exchange.halfway.get(account.name) or _forming(exchange)
+    _meet_open(part.state, part.rules, NOBODY, k, place[1], _part_candle(candle, part))
     return before
 
 
@@ -706,8 +742,7 @@ def submit(
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #484ffd24
 def _apply_move(exchange:Exchange, move:Any)->None:
-    "One move of the market, and what it does to orders and accounts"
-    if exchange.profile == "backtest" and isinstance(move, Close): _close_candle(exchange, move)
+    "One move of the market, and what it does to orders and accounts, unless the kernel has done that"
     exchange.market.apply(move)
     exchange.candle = None
     for told in exchange.watchers: told(move)
@@ -731,6 +766,16 @@ def _expire_countdowns(exchange:Exchange, now:int)->None:
         if due > now: continue
         del exchange.countdowns[name, n]
         exchange.cancel_all(exchange.accounts[name], n)
+
+
+def _passes(exchange:Exchange, moves:Iterable, waits:Collection[str])->Iterator[Account]:
+    "Let moves happen one after the other; yields an account where the candle waits for it"
+    _expire_countdowns(exchange, exchange.clock())
+    for move in moves:
+        if exchange.profile == "backtest" and isinstance(move, Close): yield from _close_candle(exchange, move, waits)
+        _apply_move(exchange, move)
+    _expire(exchange, exchange.market.now)
+    _expire_countdowns(exchange, exchange.clock())
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #4e36da80
 @contextmanager

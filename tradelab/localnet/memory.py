@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'MOST_MEMORY', 'LostMemoryError', 'checked_line', 'checked_
 # %% ../../nbs/60_localnet/12_memory.ipynb #f0806671
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
@@ -111,12 +111,18 @@ class _Again:
     "Does the lines of a file again"
     def __init__(self, exchange, carry_out, steps, kinds):
         self.exchange, self.carry_out, self.steps, self.kinds = exchange, carry_out, steps, kinds
+        self.halts: Any = iter(())   # of the step that was made last
+        self.halfway = False         # whether it has not come to its end
 
     def step(self, content):
         moves = self.steps.take(content["source"])
         if len(moves) < content["source"]: raise LostMemoryError("the source ends before what was seen")
         if "hash" in content and _hash_of(moves) != content["hash"]: raise LostMemoryError("its prices are others now")
-        self.exchange.step(moves_from_json(content["moves"], self.kinds) if "moves" in content else moves)
+        if "moves" in content: moves = moves_from_json(content["moves"], self.kinds)
+        self.halts = self.exchange.passes(moves, content.get("waits", ()))
+        self.go_on(content)
+
+    def go_on(self, content): self.halfway = next(self.halts, None) is not None
 
     def request(self, content):
         try: self.carry_out(content["account"], tuple(content["name"]), content["asked"])
@@ -207,15 +213,23 @@ class Memory:
             if loss: self._journal.write(now)   # the first one starts the file of a new life
             elif now != content: raise _lost(path, number, f"was {content['then']} and is {now['then']} now")
         if not loss: self._journal.go_on(whole, check)
+        while again.halfway:   # whoever was waited for is gone
+            again.go_on({})
+            self.go_on()
 
     def _write(self, what, **content):
         self._journal.write({"do": what, "clock": int(self.exchange.clock()), **content, "then": state(self.exchange)})
 
-    def step(self, moves:list, seen:list|None=None)->None:
-        "Write down moves that the market has made; `seen`: what a fault made of them"
+    def step(self, moves:list, seen:list|None=None, waits:Iterable[str]=())->None:
+        "Write down moves that the market makes; `seen`: what a fault made of them; `waits`: if it halts, for whom"
         if seen is None: seen = moves
         kept = {"moves": moves_as_json(seen)} if self.keep or seen is not moves else {"hash": _hash_of(moves)}
-        self._write("step", source=0 if self.keep else len(moves), **kept)
+        halting = {"waits": sorted(waits)} if waits else {}
+        self._write("step", source=0 if self.keep else len(moves), **kept, **halting)
+
+    def go_on(self)->None:
+        "Write down that a step has gone on to where it halts next, or to its end"
+        self._write("go_on")
 
     def request(self, account:str, name:tuple[str, str], asked:dict, refused:bool=False)->None:
         "Write down a request that may have changed something; a refused one has used up a number, or met an open"

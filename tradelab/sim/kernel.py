@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MarketArrays', 'SIZES', 'ARRAYS', 'SIMULATION', 'SimulationArrays', 'adopt', 'decide', 'pay_funding', 'has_position',
-           'has_orders', 'gap', 'fade_all', 'match_open', 'traverse', 'advance', 'arrays_of', 'step_function',
-           'market_arrays', 'trading_rules', 'check_piece', 'point', 'Simulation', 'step', 'steps']
+           'has_orders', 'gap', 'fade_all', 'match_open', 'traverse', 'advance', 'begin_candle', 'arrive', 'meet_open',
+           'depart', 'proceed', 'prices_there', 'arrays_of', 'step_function', 'market_arrays', 'trading_rules',
+           'check_piece', 'point', 'Simulation', 'step', 'steps']
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #b29d0000
 from collections import namedtuple
@@ -19,7 +20,7 @@ from numba import types
 from ..account import ACCOUNT, POSITION, age, apply_funding, decimal8, funding_amount, mark
 from ..compiled import c_function, fetch_ahead, inlined, outlined
 from ..errors import InvalidOrderError
-from ..events import CLOSE, COLUMNS
+from ..events import CLOSE, COLUMNS, OPEN
 from ..instruments import INSTRUMENT, Instrument
 from ..journal import JOURNAL
 from ..native import NUMBER, UNCOUNTED, WHOLE, address_of, array_at, call_at
@@ -43,7 +44,7 @@ from ..risk.market_state import market_history
 from ..settings import COSTS, EXECUTION, LIMITS, CostModel, Execution, Limits, instrument_rows
 from .costs import CONDITION, conditions, fade
 from .margin import cushion, liquidate, liquidation_share, stop_share, threatened
-from .matching import Candle, State, match_new, match_rested, traverse_candle
+from .matching import Candle, State, extremes, match_new, match_rested, rest, traverse_candle, walk_candle
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #d369bf30
 # (T,), (T, n, 5), (T, n, dues), then MARKET, covariances, CONDITION and whether nobody can be asked by candle, or of
@@ -152,9 +153,9 @@ def match_open(
     met = working = False
     if rules.execution["protect"] == 0 and not is_active(state.execution_state): return met, working
     for n in range(len(state.execution_state)):
-        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
-        elif state.execution_state[n]["active"] == 0: continue
+        if rules.execution["protect"] == 0 and state.execution_state[n]["active"] == 0: continue
         match_new(state, rules, row, n, candle)
+        if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
     for n in range(len(state.execution_state)):
         if rules.execution["protect"] == 0 and state.execution_state[n]["active"] == 0: continue
         match_rested(state, rules, row, n, candle)
@@ -200,6 +201,70 @@ def advance(
     met, working = match_open(state, rules, row, candle)
     if met: threat = threatened(state, candle.prices)
     traverse(state, rules, row, candle, threat, working)
+
+# %% ../../nbs/50_sim/04_kernel.ipynb #e2part02
+@outlined
+def begin_candle(
+    state, rules, row,
+    rates,   # (n, dues): funding rates due until the next close, 0 for none
+    closed,  # (n, 5): the candle of that close
+    candle,  # Candle: the next one
+)->bool:     # whether the account was liquidated
+    "The open comes"
+    pay_funding(state, rules, row, rates, closed)
+    if threatened(state, candle.prices) and gap(state, rules, row, candle): return True
+    fade_all(state.execution_state, rules.costs)
+    return False
+
+
+@outlined
+def arrive(state, rules, row, candle):
+    "New orders meet the price that the candle has for its open"
+    for n in range(len(state.orders)): match_new(state, rules, row, n, candle)
+
+
+@outlined
+def meet_open(state, rules, row, candle): match_open(state, rules, row, candle)
+
+# %% ../../nbs/50_sim/04_kernel.ipynb #e2part03
+@outlined
+def depart(
+    state, rules, candle,
+    ways,   # (n, 4), written: as `walk_candle` takes them; NaN: nothing happens to the symbol on the way
+):
+    "Set out from the open, unless the account is liquidated before anything else"
+    threat = threatened(state, candle.prices)
+    sets_out = not threat or liquidation_share(state, rules, candle.prices) >= stop_share(state, candle)
+    for n in range(len(ways)):
+        ways[n] = np.nan
+        if not (sets_out and has_orders(state, n)): continue
+        first, second = extremes(state, n, candle)
+        ways[n, 0], ways[n, 1], ways[n, 2], ways[n, 3] = candle.prices[n, OPEN], first, second, candle.prices[n, CLOSE]
+
+
+@outlined
+def proceed(
+    state, rules, row, candle,
+    ways,    # (n, 4), changed
+)->bool:     # whether it has stopped on the way
+    "Take all symbols on, to the next fill that leaves a position or to the close"
+    for n in range(len(ways)):
+        if not np.isnan(ways[n, 3]) and walk_candle(state, rules, row, n, candle, ways[n]): return True
+    for n in range(len(ways)): rest(state.orders[n])
+    traverse(state, rules, row, candle, threatened(state, candle.prices), False)
+    return False
+
+
+def prices_there(
+    candle:Candle,
+    ways:np.ndarray,   # (n, 4)
+)->np.ndarray:         # (n,), quote per base
+    "Where the symbols are on their ways; at the close, where one has come to its end"
+    there = candle.prices[:, CLOSE].copy()
+    for n, way in enumerate(ways):
+        ahead = way[~np.isnan(way)]
+        if len(ahead): there[n] = ahead[0]
+    return there
 
 # %% ../../nbs/50_sim/04_kernel.ipynb #cb639bec
 # of what follows: `known` and `seen` are 1 where nobody looks at the market, `held` where the candles have no hole,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['State', 'Candle', 'FILLS_PER_SYMBOL', 'UNREACHED', 'MOST_SLOTS', 'MET', 'new_state', 'side_of', 'is_triggered',
            'trigger_order', 'fillable', 'write_fill', 'cancel_reduce_only', 'fill', 'match_one_at_open', 'match_new',
-           'match_rested', 'match_at_open', 'touch_price', 'reached', 'priority', 'next_order', 'match', 'trail_stops',
-           'price_leg', 'high_comes_first', 'traverse_candle']
+           'rest', 'match_rested', 'match_at_open', 'touch_price', 'reached', 'priority', 'next_order', 'match',
+           'trail_stops', 'price_leg', 'high_comes_first', 'extremes', 'expire', 'traverse_candle', 'walk_candle']
 
 # %% ../../nbs/50_sim/02_matching.ipynb #f7c3e6be
 from collections import namedtuple
@@ -213,6 +213,13 @@ def match_new(state, rules, row, n, candle):
 
 
 @inlined
+def rest(orders):
+    "Let orders that have arrived in a candle rest, at its end"
+    for k in range(len(orders)):
+        if orders[k]["resting"] == MET: orders[k]["resting"] = 1
+
+
+@inlined
 def match_rested(state, rules, row, n, candle):
     "Match the orders of a symbol that rested before the open with it"
     for k in range(state.orders.shape[1]):
@@ -282,13 +289,12 @@ def next_order(
 # %% ../../nbs/50_sim/02_matching.ipynb #455f3666
 @outlined
 def match(state, rules, row, n, order, price, candle):
-    "Match an order that the price has reached"
+    "Match an order that the price has reached; whether anything was filled"
     kind = order["kind"]
-    if kind == LIMIT: fill(state, rules, row, n, order, order["price"], True, kind, candle)
-    else:
-        trigger_order(order)
-        if order["kind"] == MARKET or side_of(order) * (price - order["price"]) <= 0.:
-            fill(state, rules, row, n, order, price, False, kind, candle)
+    if kind == LIMIT: return fill(state, rules, row, n, order, order["price"], True, kind, candle)
+    trigger_order(order)
+    if order["kind"] != MARKET and side_of(order) * (price - order["price"]) > 0.: return False
+    return fill(state, rules, row, n, order, price, False, kind, candle)
 
 
 @outlined
@@ -303,16 +309,21 @@ def trail_stops(orders, price, instrument):
 
 # %% ../../nbs/50_sim/02_matching.ipynb #ff62a6bc
 @outlined
-def price_leg(state, rules, row, n, start, end, candle):
+def price_leg(
+    state, rules, row, n, start, end, candle,
+    pauses,   # whether a fill that leaves a position ends it
+)->float:     # quote per base: where it was ended; NaN: it has come to its end
     "Match the orders between two prices, in the sequence in which they are reached"
     done, orders = UNREACHED, state.orders[n]
     while start != end:
         k, price = next_order(orders, done, start, end)
         if k < 0: break
         done, start = reached(done, k), price
-        match(state, rules, row, n, orders[k], price, candle)
+        filled = match(state, rules, row, n, orders[k], price, candle)
         if rules.execution["protect"] != 0: protect_position(state, rules, n, candle.market[n])
+        if pauses and filled and state.positions[n]["quantity"] != 0.: return start
     trail_stops(orders, end, rules.instruments[n])
+    return np.nan
 
 # %% ../../nbs/50_sim/02_matching.ipynb #8a89a9c5
 @inlined
@@ -324,15 +335,42 @@ def high_comes_first(position, orders):
     return held < 0.
 
 
-@outlined
-def traverse_candle(state, rules, row, n, candle):
-    "Take a symbol from the open to the close of a candle"
-    prices, orders = candle.prices[n], state.orders[n]
-    high_first = high_comes_first(state.positions[n], orders)
-    first, second = (prices[HIGH], prices[LOW]) if high_first else (prices[LOW], prices[HIGH])
-    price_leg(state, rules, row, n, prices[OPEN], first, candle)
-    price_leg(state, rules, row, n, first, second, candle)
-    price_leg(state, rules, row, n, second, prices[CLOSE], candle)
+@inlined
+def extremes(state, n, candle)->tuple:
+    "The two extremes of a candle in the sequence in which a symbol meets them"
+    prices = candle.prices[n]
+    high_first = high_comes_first(state.positions[n], state.orders[n])
+    return (prices[HIGH], prices[LOW]) if high_first else (prices[LOW], prices[HIGH])
+
+
+@inlined
+def expire(orders):
+    "The candle is over for the orders of a symbol"
     for k in range(len(orders)):
         orders[k]["expires_in"] -= 1.
         if orders[k]["expires_in"] <= 0.: orders[k]["kind"] = NONE
+
+
+@outlined
+def traverse_candle(state, rules, row, n, candle):
+    "Take a symbol from the open to the close of a candle"
+    first, second = extremes(state, n, candle)
+    price_leg(state, rules, row, n, candle.prices[n, OPEN], first, candle, False)
+    price_leg(state, rules, row, n, first, second, candle, False)
+    price_leg(state, rules, row, n, second, candle.prices[n, CLOSE], candle, False)
+    expire(state.orders[n])
+
+# %% ../../nbs/50_sim/02_matching.ipynb #e2walk02
+@outlined
+def walk_candle(
+    state, rules, row, n, candle,
+    way,    # (4,), quote per base, changed: from here to the close; NaN: what is behind
+)->bool:    # whether it has stopped on the way
+    "Take a symbol on through a candle, to the next fill that leaves a position or to the close"
+    for leg in range(3):
+        if np.isnan(way[leg]): continue
+        way[leg] = price_leg(state, rules, row, n, way[leg], way[leg + 1], candle, True)
+        if not np.isnan(way[leg]): return True
+    if not np.isnan(way[3]): expire(state.orders[n])
+    way[3] = np.nan
+    return False
