@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Process', 'CAUSE_OF', 'Terms', 'Watch', 'Told', 'Keeper', 'Known', 'over', 'is_news', 'note_question', 'Core', 'hear',
            'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_phase', 'tended', 'watch_candles',
-           'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in', 'take_answer',
-           'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen', 'withhold',
-           'take_ours', 'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered']
+           'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in', 'tell_unknown',
+           'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen',
+           'withhold', 'take_ours', 'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -69,7 +69,7 @@ from tradelab.live.messages import (
     Woken,
 )
 from .order_manager import OrderManager, Turn, may_open
-from .order_states import protects
+from .order_states import State, protects
 from .reconcile import ForeignFills, Statement, TradeNumbers
 from .venue import Candle, OrderReport, Outcome, VenueLimitError
 from ..notices import Notice
@@ -278,6 +278,7 @@ class Core(Known):
             hear(self, received.events)
             due = next(self._process)
             if self.protector and not self.error: self.protector.tend(self)
+            tell_unknown(self)
             tell_phase(self)
             self._set_alarm(due)
         except StopIteration: self._end(End("failed" if self.error else "stopped", self.error))
@@ -434,7 +435,9 @@ def hear_candle(core:"Core", feed:Feed, candle:Candle, streamed:bool=True)->None
     heard = core.watch.candles.hear(symbol, open_time, values, feed.last, received)
     if heard.notice: core.do(Tell(heard.notice))
     if heard.again and streamed: ask_for_candles(core, [symbol])
+    if heard.again and heard.notice and not streamed: trip(core, "bad_data", heard.notice.text, symbol)
     if not heard.use: return
+    clear(core, "bad_data", symbol)
     feed.add(symbol, open_time, values)
     core.heard += 1
     if not streamed: core.watch.streams["market"].owes(core.now)
@@ -449,6 +452,15 @@ def feed_in(core:"Core", feed:Feed, symbol:str, times:np.ndarray, candles:np.nda
         hear_candle(core, feed, Candle(symbol, open_time, tuple(values)), streamed=False)
 
 # %% ../../nbs/70_live/12_core.ipynb #b0acefc7
+def tell_unknown(core:"Core")->None:
+    "Orders of which nobody knows what became of them are a cause of their symbol, until something proves it"
+    unknown = {each.order.symbol: name for name, each in core.manager.blotter.open.items()
+               if each.state is State.UNKNOWN}
+    for symbol, name in unknown.items(): trip(core, "unknown_order", f"nobody knows what became of {name}", symbol)
+    for cause, symbol in [*core.ladder.active]:
+        if cause == "unknown_order" and symbol not in unknown: clear(core, cause, symbol)
+
+
 def take_answer(core:"Core", event:Answered)->None:
     "Take in an answer about an order"
     order, came = event.action.order, event.answer.outcome is not Outcome.UNKNOWN
@@ -478,7 +490,8 @@ def take_unanswered(core:"Core", number:int, error:Exception)->None:
 
 # %% ../../nbs/70_live/12_core.ipynb #e30f14d7
 def take_stream(core:"Core", event:Opened|Lost)->None:
-    "A stream is open, or gone: what it told meanwhile, or would have told, is missed"
+    "A stream is open, or gone: what it told meanwhile, or would have told, is missed; the book is only measured"
+    if event.stream not in core.watch.streams: return core.gauges.middles.clear()
     if isinstance(event, Lost):
         if set_reason(core, event.stream): core.do(Tell(Notice("lost", f"{event.stream}: {event.text}")))
         return
