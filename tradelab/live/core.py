@@ -316,7 +316,7 @@ def hear(core:"Core", events:Sequence[Event])->None:
         except Exception:
             if not core.error: raise
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow02
 def has_room(core:"Core", order:Order)->bool:
     "Whether one more symbol may be opened, those counted of which nobody knows whether they are"
     most = core.trader.limits.max_positions
@@ -334,7 +334,7 @@ def is_restricted(core:"Core", order:Order)->bool:
     larger = core.books.positions[order.symbol] * order.quantity > 0
     return not allowed(state, "increase" if larger else "entry")
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow04
 def turn_by_guards(core:"Core", order:Order)->Turn:
     "Whether an order may leave"
     deed = deed_of(order)
@@ -375,7 +375,7 @@ def tended(core:"Core")->Iterator[int|None]:
     entries = any(deed_of(order) is Deed.ENTER for order in core.manager.waiting)
     if entries and core.now < core.deadline: yield core.deadline
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow07
 def watch_candles(core:"Core", feed:Feed)->None:
     "Ask for candles that are late, and mark symbols whose candles are stale"
     candle, stale_at = core.watch.candle, core.watch.stale_at
@@ -544,7 +544,7 @@ def withhold(core:Core)->None:
     for order in held: manager.waiting.remove(order)
     drop_frozen(core, held)
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow14
 def take_ours(core:Core, fill:Fill)->None:
     "A fill of an order of ours: the trader is told whether that was a stop or target"
     order = core.manager.blotter.known[fill.order_id].order
