@@ -25,7 +25,7 @@ def _exchange_class():
     import ccxt.pro
 
     class Heard(ccxt.pro.binanceusdm):
-        "ccxt's client; `heard(url, frame)` and `opened(url)` are told what happens on its sockets"
+        "ccxt's client; `heard(url, frame)` says whether a frame is dealt with, `opened(url)` is told of a socket"
         async def fetch(self, url, method="GET", headers=None, body=None):
             check_allowed(self.allowance, method, url, body or "", self.nonce())
             try: return await super().fetch(url, method, headers, body)
@@ -44,7 +44,7 @@ def _exchange_class():
                 raise
 
         def handle_message(self, client, message):
-            self.heard(client.url, message)
+            if self.heard(client.url, message): return
             try: super().handle_message(client, message)
             except Exception as error: self.logger.warning("ccxt cannot handle a frame: %s", type(error).__name__)
 
