@@ -89,7 +89,6 @@ class BinanceVenue(BinanceMarket):
         return events
 
     async def news(self, asked:Collection[asyncio.Task])->Any: return await self.events.get()
-
     async def waits(self, open_time:int, trade:int|None=None)->None:
         if self.settings.name == "localnet": await self._streams.waits(open_time, trade)
 

@@ -507,7 +507,6 @@ class MemoryVenue(MemoryMarket):
         self.check_timeframe(timeframe)
         self._told = list(symbols)
         for name in ("market", "user"): self.events.put_nowait(Opened(name))
-
     async def news(self, asked:Collection[asyncio.Task])->Any: return await news_of(self.events, asked, self.go_on)
     async def waits(self, open_time:int, trade:int|None=None)->None: self._halts = trade is not None
     async def redial(self, stream:str)->None: self.events.put_nowait(Opened(stream))
