@@ -128,7 +128,7 @@ def moved(
     "What is written and told of a move"
     record = LadderMoved(now, move.cause, move.scope, move.what, int(move.state), move.evidence, move.who,
                          ladder.text())
-    halts = move.state is TradingState.HALT and move.what == "tripped"
+    halts = move.what == "tripped" and ladder.active[move.cause, move.scope][0] == TradingState.HALT
     said = Notice("halt", f"{move.evidence}: everything is closed and stays closed until a person resets it")
     tell = [] if move.what == "gone" else [Tell(said if halts else Notice("ladder", str(move)))]
     return [Write(record), *tell]
