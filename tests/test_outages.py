@@ -10,7 +10,7 @@ from tradelab.config import VenueSettings
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
-from tradelab.live.ledger import Ledger
+from tradelab.live.ledger import ExchangeHealth, Ledger
 from tradelab.live.replay import replay
 from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
@@ -73,7 +73,8 @@ class Told:
 def whole(tmp_path_factory): return Told(tmp_path_factory.mktemp("whole"))
 
 
-SAID = {"withheld", "blocked", "revised", "late", "unknown", "given up", "rejected", "flagged"} # why it differs
+SAID = {"withheld", "blocked", "revised", "late", "unknown", "given up", "rejected", "flagged",
+        "ladder"} # why it differs
 
 
 def check(told, whole):
@@ -128,3 +129,12 @@ def test_a_hole_that_the_exchange_proves_ends_no_session(tmp_path, parts):
     if parts != (23, CANDLES - 23): assert told.kinds["trading"] == 1
     assert (told.journal["order"][63 - 40:] != 0).any()                     # it trades again
     assert told.held == pytest.approx(told.live.trader.positions["quantity"][0], abs=1e-9)
+
+
+def test_what_lasts_is_told_once_and_that_it_is_over(tmp_path):
+    "The account is asked for at every candle and again while it is not told: that is one thing that lasts"
+    told = Told(tmp_path, [("account_is_empty_list", {"times": 12})])
+    asked = sum(not each.good for each in told.ledger.measured("outage", ExchangeHealth) if each.what == "question")
+    assert asked > 5
+    assert told.kinds["unanswered"] == told.kinds["over"] == 1
+    assert told.ledger.notices("outage").query("kind == 'over'")["text"].item() == "localnet says account again"

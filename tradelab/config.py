@@ -86,6 +86,11 @@ def _instrument(table):
     return table
 
 
+def _breakers(table):
+    "The table with its values as numbers; a table inside it belongs to the venue or the symbol that names it"
+    return {name: _breakers(value) if isinstance(value, dict) else _number(value) for name, value in table.items()}
+
+
 def _of_instrument(key):
     "Whether a dotted key belongs to [instrument], for all symbols or for one"
     first, _, rest = key.partition(".")
@@ -141,6 +146,8 @@ class Settings(BaseSettings):
     trust: Trust = Trust()                                # [trust]
     execution: Execution = Execution()                    # [execution]: how a backtest turns targets into orders
     training: Training = Training()                       # [training]
+    # [breakers]: what is measured, with threshold, consecutive, cool_down and window, and tables by venue or symbol
+    breakers: Annotated[dict, AfterValidator(_breakers)] = {}
     # [instrument]: values by the fields of an Instrument, and tables of them by symbol
     instrument: Annotated[dict, AfterValidator(_instrument)] = {}
     symbol: str = "BTC/USDT:USDT"   # of a job that is given none and whose policy names none
@@ -178,7 +185,8 @@ def known_keys() -> list[str]:
     tables = ({name: _names(kind, name) for name, kind in TABLES.items()}
               | {"instrument": [f"instrument.{name}" for name in _OF_INSTRUMENT]})
     # a series has a name of its own
-    return [key for name in Settings.model_fields if name != "series" for key in tables.get(name, [name])]
+    return [key for name in Settings.model_fields if name not in ("series", "breakers")
+            for key in tables.get(name, [name])]
 
 # %% ../nbs/00_ground/12_config.ipynb #48545982
 def nearest(
@@ -236,6 +244,9 @@ SECTIONS = "settings"
 _SERIES = re.compile(rf"series\.[A-Za-z_]\w*\.({'|'.join(each.name for each in fields(SeriesDefinition))})", re.ASCII)
 
 
+_BREAKER = re.compile(r"breakers\.\w+\.(.+\.)?(threshold|consecutive|cool_down|window)", re.ASCII)
+
+
 RENAMED: dict[str, str] = {} # old key: new key
 
 # %% ../nbs/00_ground/12_config.ipynb #80f95e84
@@ -246,7 +257,7 @@ def _refuse_unknown(where, keys):
             raise ConfigurationError(f"{written(key)} in {where} is called {written(RENAMED[key])} now: "
                                      "rename it there")
         if (key not in known_keys() and not key.startswith("risk.sectors.") and not _of_instrument(key)
-            and not _SERIES.fullmatch(key)):
+            and not _SERIES.fullmatch(key) and not _BREAKER.fullmatch(key)):
             raise ConfigurationError(f"{written(key)} in {where} is not a setting: did you mean "
                                      f"{written(nearest(key, known_keys()))}?")
         if key.startswith("risk.sectors.") and "risk.sectors" in keys:

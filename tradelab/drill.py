@@ -94,7 +94,7 @@ def steps_of(ledger:Ledger|MemoryLedger)->pd.DataFrame:
              for each in ledger.measured("drill", EmergencyStep)]
     return pd.DataFrame(rows, columns=["step", "symbol", "text", "after [ms]"])
 
-
+# %% ../nbs/99_top/09_drill.ipynb #drlshow03
 async def rehearse(symbols:Sequence[str])->Drill:
     "Hold a drill with a position in each of these symbols"
     before: dict[str, float] = {}

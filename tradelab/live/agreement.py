@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
            'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'disagreement', 'ask_account', 'freeze', 'accept', 'agree',
+           'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account', 'freeze', 'accept', 'agree',
            'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap', 'may_reconcile', 'reconcile',
            'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
@@ -34,7 +34,7 @@ from tradelab.live.core import (
     withhold,
 )
 from .guards import EMERGENCY, Condition
-from .ladder import trip
+from .ladder import clear, trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import client_order_id, is_decided
@@ -235,6 +235,12 @@ def disagreement(core:Core, account:AccountSnapshot, found:str)->Tell:
             if not each.agrees]
     return Tell(Notice("disagreement", found), "account", ", ".join(gaps))
 
+
+def restrict(core:Core, account:AccountSnapshot, found:str)->None:
+    "As long as accounts differ, nothing is opened: in the symbol that differs, or at all where it is the money"
+    gaps = [each.what for each in compared(core, account, own_wallet(core)) if not each.agrees] or ["wallet"]
+    for what in gaps: trip(core, "disagreement", found, "" if what == "wallet" else what)
+
 # %% ../../nbs/70_live/13_agreement.ipynb #e91defbf
 ROWS_EVERY = 30_000 # ms: a question for rows weighs as much as six for the account
 
@@ -288,6 +294,7 @@ def agree(core:Core)->Process:
         elif (yield from news(core, until)): continue
         elif asked:
             core.do(disagreement(core, account, found))
+            restrict(core, account, found)
             break
         else:
             for verdict in compared(core, account, before):
@@ -296,7 +303,9 @@ def agree(core:Core)->Process:
             asked = True
         before = own_wallet(core)
         account = yield from ask_account(core, rows=True)
-    if account and not found: over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
+    if account and not found:
+        for symbol in ("", *core.trader.symbols): clear(core, "disagreement", symbol)
+        over(core, "disagreement", "account", f"{core.terms.venue} and the ledger agree again")
     if account: freeze(core, account)
     if account and core.statement and core.rows_asked == core.asked: accept(core, account)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Process', 'CAUSE_OF', 'Terms', 'Watch', 'Told', 'Keeper', 'Known', 'over', 'is_news', 'note_question', 'Core', 'hear',
            'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_phase', 'tended', 'watch_candles',
-           'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in', 'take_answer',
-           'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen', 'withhold',
-           'take_ours', 'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered']
+           'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in', 'tell_unknown',
+           'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen',
+           'withhold', 'take_ours', 'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -69,7 +69,7 @@ from tradelab.live.messages import (
     Woken,
 )
 from .order_manager import OrderManager, Turn, may_open
-from .order_states import protects
+from .order_states import State, protects
 from .reconcile import ForeignFills, Statement, TradeNumbers
 from .venue import Candle, OrderReport, Outcome, VenueLimitError
 from ..notices import Notice
@@ -133,6 +133,7 @@ class Watch:
         self.pause = terms.pause             # ms
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
+        self.silent_until = 0                # ms, when the last of those was given up
 
     @property
     def stale_at(self)->int|None:
@@ -278,6 +279,7 @@ class Core(Known):
             hear(self, received.events)
             due = next(self._process)
             if self.protector and not self.error: self.protector.tend(self)
+            tell_unknown(self)
             tell_phase(self)
             self._set_alarm(due)
         except StopIteration: self._end(End("failed" if self.error else "stopped", self.error))
@@ -314,7 +316,7 @@ def hear(core:"Core", events:Sequence[Event])->None:
         except Exception:
             if not core.error: raise
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow02
 def has_room(core:"Core", order:Order)->bool:
     "Whether one more symbol may be opened, those counted of which nobody knows whether they are"
     most = core.trader.limits.max_positions
@@ -332,7 +334,7 @@ def is_restricted(core:"Core", order:Order)->bool:
     larger = core.books.positions[order.symbol] * order.quantity > 0
     return not allowed(state, "increase" if larger else "entry")
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow04
 def turn_by_guards(core:"Core", order:Order)->Turn:
     "Whether an order may leave"
     deed = deed_of(order)
@@ -373,7 +375,7 @@ def tended(core:"Core")->Iterator[int|None]:
     entries = any(deed_of(order) is Deed.ENTER for order in core.manager.waiting)
     if entries and core.now < core.deadline: yield core.deadline
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow07
 def watch_candles(core:"Core", feed:Feed)->None:
     "Ask for candles that are late, and mark symbols whose candles are stale"
     candle, stale_at = core.watch.candle, core.watch.stale_at
@@ -434,7 +436,9 @@ def hear_candle(core:"Core", feed:Feed, candle:Candle, streamed:bool=True)->None
     heard = core.watch.candles.hear(symbol, open_time, values, feed.last, received)
     if heard.notice: core.do(Tell(heard.notice))
     if heard.again and streamed: ask_for_candles(core, [symbol])
+    if heard.again and heard.notice and not streamed: trip(core, "bad_data", heard.notice.text, symbol)
     if not heard.use: return
+    clear(core, "bad_data", symbol)
     feed.add(symbol, open_time, values)
     core.heard += 1
     if not streamed: core.watch.streams["market"].owes(core.now)
@@ -449,6 +453,15 @@ def feed_in(core:"Core", feed:Feed, symbol:str, times:np.ndarray, candles:np.nda
         hear_candle(core, feed, Candle(symbol, open_time, tuple(values)), streamed=False)
 
 # %% ../../nbs/70_live/12_core.ipynb #b0acefc7
+def tell_unknown(core:"Core")->None:
+    "Orders of which nobody knows what became of them are a cause of their symbol, until something proves it"
+    unknown = {each.order.symbol: name for name, each in core.manager.blotter.open.items()
+               if each.state is State.UNKNOWN}
+    for symbol, name in unknown.items(): trip(core, "unknown_order", f"nobody knows what became of {name}", symbol)
+    for cause, symbol in [*core.ladder.active]:
+        if cause == "unknown_order" and symbol not in unknown: clear(core, cause, symbol)
+
+
 def take_answer(core:"Core", event:Answered)->None:
     "Take in an answer about an order"
     order, came = event.action.order, event.answer.outcome is not Outcome.UNKNOWN
@@ -468,7 +481,7 @@ def take_fetched(core:"Core", number:int, content:Any)->None:
 
 def take_unanswered(core:"Core", number:int, error:Exception)->None:
     "Take in that a question has no answer"
-    core.watch.silent_since = core.watch.silent_since or core.now
+    core.watch.silent_since, core.watch.silent_until = core.watch.silent_since or core.now, core.now
     if isinstance(error, VenueLimitError):
         set_reason(core, "banned" if error.banned else "limited")
         core.watch.retry_at = max(core.watch.retry_at, core.now + int(1_000 * error.retry))
@@ -478,7 +491,8 @@ def take_unanswered(core:"Core", number:int, error:Exception)->None:
 
 # %% ../../nbs/70_live/12_core.ipynb #e30f14d7
 def take_stream(core:"Core", event:Opened|Lost)->None:
-    "A stream is open, or gone: what it told meanwhile, or would have told, is missed"
+    "A stream is open, or gone: what it told meanwhile, or would have told, is missed; the book is only measured"
+    if event.stream not in core.watch.streams: return core.gauges.middles.clear()
     if isinstance(event, Lost):
         if set_reason(core, event.stream): core.do(Tell(Notice("lost", f"{event.stream}: {event.text}")))
         return
@@ -530,7 +544,7 @@ def withhold(core:Core)->None:
     for order in held: manager.waiting.remove(order)
     drop_frozen(core, held)
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow14
 def take_ours(core:Core, fill:Fill)->None:
     "A fill of an order of ours: the trader is told whether that was a stop or target"
     order = core.manager.blotter.known[fill.order_id].order

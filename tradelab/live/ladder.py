@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'Ladder', 'begin_at', 'Restricted', 'alarm', 'moved', 'tell_moves', 'trip', 'clear', 'tick', 'reset',
-           'observe', 'Gauges', 'measure_answer', 'hear_quote', 'check_mark', 'margin_tiers', 'maintenance',
-           'check_drawdown', 'check_margin', 'look']
+           'observe', 'ladder_settings', 'Gauges', 'measure_answer', 'hear_quote', 'check_mark', 'margin_tiers',
+           'maintenance', 'check_drawdown', 'check_margin', 'look']
 
 # %% ../../nbs/70_live/11_ladder.ipynb #e81ec06d
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite, nan
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..account import wallet
+from ..errors import ConfigurationError
 from ..events import Quote, StateChange, TradingState
 from ..instruments import Instrument
 from .guards import Guards, Phase
 from .messages import Action, LadderMoved, Mark, Tell, Write
 from ..notices import Notice
-from ..risk.breakers import CLOSED, DEFAULTS, OPEN, Breaker, Breakers, RangeWindow, RateWindow
+from ..risk.breakers import CLOSED, DEFAULTS, OPEN, Breaker, Breakers, RangeWindow, RateWindow, breakers_of
 from ..risk.trading_state import CAUSES, StateMachine
 from ..risk.trading_state import StateChange as Move
 from ..trader import Trader
@@ -99,6 +100,7 @@ class Restricted(Protocol):
     trader:Trader
     guards:Guards
     heard:int            # counts what may wake its process
+    now:int              # ms, our clock
     emergency:str        # why everything is to be closed; empty: it is not
     reserve:float        # quote, money of the account that the trader was not given
     deposit:float        # quote, that it was given
@@ -118,13 +120,18 @@ def alarm(
     core.heard += 1
 
 # %% ../../nbs/70_live/11_ladder.ipynb #lad00019
-def moved(move:Move, ladder:Ladder)->list[Action]:
+def moved(
+    move:Move,
+    ladder:Ladder,
+    now:int,        # ms, our clock: what is kept is as old as we say
+)->list[Action]:
     "What is written and told of a move"
-    record = LadderMoved(move.time, move.cause, move.scope, move.what, int(move.state), move.evidence, move.who,
+    record = LadderMoved(now, move.cause, move.scope, move.what, int(move.state), move.evidence, move.who,
                          ladder.text())
-    halts = move.state is TradingState.HALT and move.what == "tripped"
+    halts = move.what == "tripped" and ladder.active[move.cause, move.scope][0] == TradingState.HALT
     said = Notice("halt", f"{move.evidence}: everything is closed and stays closed until a person resets it")
-    return [Write(record), Tell(said if halts else Notice("ladder", str(move)))]
+    tell = [] if move.what == "gone" else [Tell(said if halts else Notice("ladder", str(move)))]
+    return [Write(record), *tell]
 
 
 def tell_moves(core:Restricted)->None:
@@ -132,7 +139,7 @@ def tell_moves(core:Restricted)->None:
     ladder = core.ladder
     news, ladder.news = ladder.news, []
     for move in news:
-        core.do(*moved(move, ladder))
+        core.do(*moved(move, ladder, core.now))
         if ladder.active.get((move.cause, move.scope), [0])[0] == TradingState.HALT: alarm(core, move.evidence)
     core.heard += len(news)
     if ladder.halts: core.guards.ends = core.guards.ends or Phase.HALTED
@@ -189,6 +196,20 @@ def observe(
     for event in ladder.breakers.observe(kind, value, ladder.at(core.time), ladder.venue, symbol):
         if event.after == OPEN: trip(core, kind, event.evidence, symbol)
         if event.after == CLOSED: clear(core, kind, symbol)
+
+# %% ../../nbs/70_live/11_ladder.ipynb #lad00063
+def ladder_settings(
+    table:Mapping[str, Any], # [breakers]: by breaker or cause
+)->dict[str, Any]:           # `breakers` and `cool_downs` of `core.Terms`
+    "What a person has set; ConfigurationError in one sentence"
+    measured = {each.kind for each in DEFAULTS}
+    others = [name for name in table if name not in measured and name in CAUSES and CAUSES[name].restarts]
+    try:
+        breakers = breakers_of({name: table[name] for name in table if name not in others})
+        return {"breakers": breakers, "cool_downs": {name: int(table[name]["cool_down"]) for name in others}}
+    except (TypeError, KeyError, ValueError) as error:
+        said = f"a cause needs a {error}" if isinstance(error, KeyError) else error
+        raise ConfigurationError(f"[breakers]: {said}: change it in tradelab.toml") from None
 
 # %% ../../nbs/70_live/11_ladder.ipynb #lad00046
 class Gauges:

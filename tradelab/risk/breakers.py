@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOSED', 'OPEN', 'HALF_OPEN', 'DEFAULTS', 'VERSION', 'Breaker', 'RateWindow', 'RangeWindow', 'BreakerEvent',
-           'moves_after', 'Breakers', 'breakers_of']
+           'breaker_at', 'moves_after', 'Breakers', 'breakers_of']
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #a6cd95cd
 from collections import deque
@@ -149,6 +149,19 @@ def _check_version(saved:dict)->None:
         raise ValueError(f"the breakers were saved as version {saved.get('version')}, this is version {VERSION}: "
                          "reset them by hand")
 
+# %% ../../nbs/30_risk/10_breakers.ipynb #brkshow04
+def breaker_at(
+    breakers:Mapping[tuple[str, str, str], Breaker],  # by kind, venue and symbol
+    kind:str,
+    venue:str="",
+    symbol:str="",
+)->Breaker:
+    "The breaker that counts there: the symbol's own, the venue's, or that of all"
+    for place in ((kind, venue, symbol), (kind, "", symbol), (kind, venue, ""), (kind, "", "")):
+        if place in breakers: return breakers[place]
+    kinds = dict.fromkeys(known for known, _, _ in breakers)
+    raise ValueError(f"there is no breaker {kind!r}: there are {', '.join(kinds)}")
+
 # %% ../../nbs/30_risk/10_breakers.ipynb #brkshow02
 def moves_after(
     breaker:Breaker,
@@ -181,10 +194,7 @@ class Breakers:
 
     def of(self, kind:str, venue:str="", symbol:str="")->Breaker:
         "The breaker that counts there: the symbol's own, the venue's, or that of all"
-        for place in ((kind, venue, symbol), (kind, "", symbol), (kind, venue, ""), (kind, "", "")):
-            if place in self.breakers: return self.breakers[place]
-        kinds = dict.fromkeys(known for known, _, _ in self.breakers)
-        raise ValueError(f"there is no breaker {kind!r}: there are {', '.join(kinds)}")
+        return breaker_at(self.breakers, kind, venue, symbol)
 
     def _state(self, kind:str, venue:str, symbol:str)->list:
         self.of(kind, venue, symbol)

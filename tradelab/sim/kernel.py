@@ -183,7 +183,7 @@ def traverse(
         share = liquidation_share(state, rules, candle.prices)
         if share <= 1. and has_position(state.positions): liquidate(state, rules, row, candle, share)
 
-
+# %% ../../nbs/50_sim/04_kernel.ipynb #krnshow03
 @inlined
 def advance(
     state,   # State, changed

@@ -55,6 +55,7 @@ class BinanceVenue(BinanceMarket):
         self.events: asyncio.Queue = asyncio.Queue()
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
         self._symbols: dict[str, str] = {}
+        self._traded: list[str] = []
         self._children = Children()
         self._account = BinanceAccount(self._exchange, settings, self._children)
         self._orders = BinanceOrders(self._exchange, self._children)
@@ -68,6 +69,7 @@ class BinanceVenue(BinanceMarket):
             self._symbols = {market["id"]: market["symbol"] for market in (*markets, *map(self._listed, watched))}
             for market in markets: check_trading(market, self.name)
             self._account.traded = [market["id"] for market in markets]
+            self._traded = list(symbols)
             self.quote = self._account.quote = markets[0]["settle"]
             await self.synchronise()
             if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
@@ -87,7 +89,6 @@ class BinanceVenue(BinanceMarket):
         return events
 
     async def news(self, asked:Collection[asyncio.Task])->Any: return await self.events.get()
-
     async def waits(self, open_time:int, trade:int|None=None)->None:
         if self.settings.name == "localnet": await self._streams.waits(open_time, trade)
 
@@ -96,7 +97,8 @@ class BinanceVenue(BinanceMarket):
         if answer.text.startswith(str(NOT_TRADED)): self.events.put_nowait(Status(order.symbol, False, answer.text))
         return answer
 
-    async def stream(self, symbols:Sequence[str], timeframe:str)->None: self._streams.open(symbols, timeframe)
+    async def stream(self, symbols:Sequence[str], timeframe:str)->None:
+        self._streams.open(symbols, timeframe, self._traded)
     async def redial(self, stream:str)->None: self._streams.redial(stream)
     async def suspended(self)->list[str]: return await suspended(self._exchange, self.settings, self._symbols)
     async def synchronise(self)->int: return await synchronise(self._exchange, self.settings)

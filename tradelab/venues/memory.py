@@ -517,7 +517,6 @@ class MemoryVenue(MemoryMarket):
         self.check_timeframe(timeframe)
         self._told = list(symbols)
         for name in ("market", "user"): self.events.put_nowait(Opened(name))
-
     async def news(self, asked:Collection[asyncio.Task])->Any: return await news_of(self.events, asked, self.go_on)
     async def waits(self, open_time:int, trade:int|None=None)->None:
         if trade is not None and not self._halts: compile_parts()
