@@ -133,6 +133,7 @@ class Watch:
         self.pause = terms.pause             # ms
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
+        self.silent_until = 0                # ms, when the last of those was given up
 
     @property
     def stale_at(self)->int|None:
@@ -315,7 +316,7 @@ def hear(core:"Core", events:Sequence[Event])->None:
         except Exception:
             if not core.error: raise
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow02
 def has_room(core:"Core", order:Order)->bool:
     "Whether one more symbol may be opened, those counted of which nobody knows whether they are"
     most = core.trader.limits.max_positions
@@ -333,7 +334,7 @@ def is_restricted(core:"Core", order:Order)->bool:
     larger = core.books.positions[order.symbol] * order.quantity > 0
     return not allowed(state, "increase" if larger else "entry")
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow04
 def turn_by_guards(core:"Core", order:Order)->Turn:
     "Whether an order may leave"
     deed = deed_of(order)
@@ -374,7 +375,7 @@ def tended(core:"Core")->Iterator[int|None]:
     entries = any(deed_of(order) is Deed.ENTER for order in core.manager.waiting)
     if entries and core.now < core.deadline: yield core.deadline
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow07
 def watch_candles(core:"Core", feed:Feed)->None:
     "Ask for candles that are late, and mark symbols whose candles are stale"
     candle, stale_at = core.watch.candle, core.watch.stale_at
@@ -480,7 +481,7 @@ def take_fetched(core:"Core", number:int, content:Any)->None:
 
 def take_unanswered(core:"Core", number:int, error:Exception)->None:
     "Take in that a question has no answer"
-    core.watch.silent_since = core.watch.silent_since or core.now
+    core.watch.silent_since, core.watch.silent_until = core.watch.silent_since or core.now, core.now
     if isinstance(error, VenueLimitError):
         set_reason(core, "banned" if error.banned else "limited")
         core.watch.retry_at = max(core.watch.retry_at, core.now + int(1_000 * error.retry))
@@ -543,7 +544,7 @@ def withhold(core:Core)->None:
     for order in held: manager.waiting.remove(order)
     drop_frozen(core, held)
 
-
+# %% ../../nbs/70_live/12_core.ipynb #corshow14
 def take_ours(core:Core, fill:Fill)->None:
     "A fill of an order of ours: the trader is told whether that was a stop or target"
     order = core.manager.blotter.known[fill.order_id].order
