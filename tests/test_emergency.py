@@ -4,9 +4,10 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
 from time import monotonic
+from unittest.mock import patch
 
 import pytest
-from simulated import simulate
+from simulated import SYMBOLS, simulate
 from simulated import trader as a_trader
 from test_live import localnet, venue
 from test_simulation_live import AT_START, FOR_PERSONS, NOT_HEARD, wrong_in
@@ -14,15 +15,18 @@ from test_simulation_live import AT_START, FOR_PERSONS, NOT_HEARD, wrong_in
 from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
+from tradelab.live import core as cores
+from tradelab.live import emergency as emergencies
 from tradelab.live.guards import EMERGENCY, is_emergency
 from tradelab.live.ledger import Ledger
-from tradelab.live.messages import Command, EmergencyStep
+from tradelab.live.messages import Command, EmergencyStep, Failed
 from tradelab.live.session import Session
 from tradelab.localnet.faults import OUTCOMES, REPLIES, SESSIONS, STREAMS, UNAVAILABLE, WIRES
 from tradelab.policies import buy_and_hold
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import NO_STOPS, Limits
 from tradelab.trader import Trader
+from tradelab.venues import binance_market as markets
 from tradelab.venues.binance import BinanceVenue
 
 FIVE = tuple(f"{name}/USDT:USDT" for name in ("BTC", "ETH", "BNB", "SOL", "XRP"))
@@ -228,3 +232,110 @@ HARD = sorted({*OUTCOMES, *UNAVAILABLE, *STREAMS, *REPLIES, *WIRES, *SESSIONS} -
 def test_whatever_breaks_in_an_emergency_it_gets_out(name):
     run = emergency_of(candles=CANDLES + 4, script=lambda world: arm_at_the_halt(world, name)) # until it is absent
     assert wrong_in_emergency(run) == []
+
+
+async def say(world, *events, at=8.5):
+    "Something is put into the inbox of the session"
+    await asyncio.sleep(at * world.step / 1000 - world.loop.time())
+    for event in events: world.process.session.venue.events.put_nowait(event)
+
+
+MISTAKE = Failed(RuntimeError("a mistake in the program"))
+
+
+def closed_before_the_end(run):
+    "What an error leaves of a session: nothing, a halt, and the error itself"
+    assert run.world.positions() == dict.fromkeys(SYMBOLS, 0.)
+    assert not run.world.account().open
+    assert [each.step for each in steps_of(run)][-1] == "over"
+    assert run.ledger.trading_states.all()[0]["trading_state"] == TradingState.HALT
+    assert sum(entry.quantity for _, entry in run.ledger.booked(run.names[-1]) if hasattr(entry, "trade_id")) == (
+        pytest.approx(0.))
+
+
+def test_an_error_ends_a_session_only_when_everything_is_closed():
+    run = simulate(1, candles=10, market_seed=1, script=lambda world: say(world, MISTAKE, MISTAKE))
+    assert run.processes[0].end is MISTAKE.error
+    assert steps_of(run)[0].text == "RuntimeError: a mistake in the program"
+    assert run.notices["failed"] == 1
+    closed_before_the_end(run)
+    run = simulate(1, candles=10, market_seed=1, script=lambda world: say(world, MISTAKE, at=.3))
+    assert run.processes[0].end is MISTAKE.error
+    assert steps_of(run) == []                                  # nothing was held: nothing had to be closed
+
+
+def test_a_core_that_fails_at_every_event_still_gets_out():
+    def failing(core):
+        if core.error: raise ValueError("it fails at everything")
+        return tends(core)
+    tends = cores.tend
+    with patch.object(cores, "tend", failing):
+        run = simulate(1, candles=10, market_seed=1, script=lambda world: say(world, MISTAKE))
+    assert run.processes[0].end is MISTAKE.error
+    closed_before_the_end(run)
+
+
+def test_killed_while_an_error_closes_everything_it_goes_on_and_stays_halted():
+    whole = simulate(1, candles=10, market_seed=1, script=lambda world: say(world, MISTAKE))
+    for door in halted_at_door(whole)[::3]:
+        run = simulate(1, candles=12, market_seed=1, script=lambda world: say(world, MISTAKE), kills=(door,),
+                       downtime=lambda: .5)
+        closed_before_the_end(run)
+
+
+def test_an_outage_is_an_emergency_where_no_stop_stands():
+    def away(limit):
+        async def script(world):
+            await asyncio.sleep(8.5 * world.step / 1000)
+            world.faults.arm("dns_outage", lasts_ms=100_000)
+        return simulate(1, candles=15, market_seed=1, options={"waits": {"outage_limit": limit}}, script=script)
+    run = away(60_000)
+    assert "has answered nothing since" in steps_of(run)[0].text
+    assert "BTC/USDT:USDT, ETH/USDT:USDT has no stop there" in steps_of(run)[0].text
+    closed_before_the_end(run)
+    for limit in (0, 120_000):
+        run = away(limit)
+        assert steps_of(run) == []
+        assert any(run.world.positions().values())
+
+
+def test_the_error_of_one_symbol_is_not_the_end_of_it():
+    "Its rounds fail three times, before anything is sent"
+    def failing(core, symbol, account):
+        if symbol == SYMBOLS[0] and len(failed) < 3:
+            failed.append(core.now)
+            raise ArithmeticError("an example")
+        return left(core, symbol, account)
+    failed, left = [], emergencies.left_of
+    with patch.object(emergencies, "left_of", failing): run = emergency_of()
+    assert len(failed) == 3
+    assert wrong_in_emergency(run) == []
+    assert [each.text for each in steps_of(run) if each.step == "failed"] == 3 * ["ArithmeticError: an example"]
+    first, second = (next(each.time for each in steps_of(run) if (each.step, each.symbol) == ("flat", symbol))
+                     for symbol in SYMBOLS)
+    assert second < first
+
+
+def test_a_thin_book_is_closed_in_slices():
+    def thin(symbol, told):
+        book = shown(symbol, told)
+        return replace(book, bids=tuple((price, .001) for price, _ in book.bids[:5]),
+                       asks=tuple((price, .001) for price, _ in book.asks[:5]))
+    shown = markets.depth_of
+    with patch.object(markets, "depth_of", thin), patch.object(emergencies, "SHARE", 0.): run = emergency_of()
+    assert wrong_in_emergency(run) == []
+    closing = [each for each in steps_of(run) if (each.step, each.symbol) == ("closing", SYMBOLS[0])]
+    print(*closing, sep="\n")
+    assert 4 <= len(closing) <= 10
+    assert closing[0].text == "-0.005 of -0.024"
+
+
+def test_a_reset_needs_a_reason():
+    def reset(reason):
+        async def script(world):
+            await say(world, Command(7, "reset", reason=reason, person="Ada"), at=14.5)
+        return emergency_of(script=script)
+    assert wrong_in_emergency(reset(" ")) == []
+    assert "refused: a reset needs a reason" in reset("").ledger.notices("simulated-0")["text"].iloc[-1]
+    told = reset("looked at it").ledger.notices("simulated-0")
+    assert "7: reset: positions may be opened again, drawdown counts from here" in set(told["text"])

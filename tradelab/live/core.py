@@ -133,6 +133,7 @@ class Watch:
         self.pause = terms.pause             # ms
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
+        self.silent_until = 0                # ms, when the last of those was given up
 
     @property
     def stale_at(self)->int|None:
@@ -480,7 +481,7 @@ def take_fetched(core:"Core", number:int, content:Any)->None:
 
 def take_unanswered(core:"Core", number:int, error:Exception)->None:
     "Take in that a question has no answer"
-    core.watch.silent_since = core.watch.silent_since or core.now
+    core.watch.silent_since, core.watch.silent_until = core.watch.silent_since or core.now, core.now
     if isinstance(error, VenueLimitError):
         set_reason(core, "banned" if error.banned else "limited")
         core.watch.retry_at = max(core.watch.retry_at, core.now + int(1_000 * error.retry))

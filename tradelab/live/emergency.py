@@ -246,13 +246,14 @@ def wait_for(core:Core, symbol:str, pause:int)->Process:
 def flatten(core:Core, symbol:str)->Process:
     "Close the position of a symbol, until the exchange itself says that it is flat; returns a sentence"
     pause, before, until, most = core.terms.pause, 0., None, None
+    longest = min(core.terms.pause * max(8, len(core.trader.symbols)), core.terms.longest_pause)
     core.closing.add(symbol)
     while (left := (yield from try_once(core, symbol, most))) is not None:
         most = most or left
         if core.stopping: until = until or core.now + core.terms.patience
         if until and core.now >= until: break
         smaller = not before or 0. < abs(left) < abs(before)
-        pause = core.terms.pause if smaller else min(2 * pause, core.terms.longest_pause)
+        pause = core.terms.pause if smaller else min(2 * pause, longest)
         if not (left and smaller): yield from wait_for(core, symbol, pause)
         before = left or before
     core.closing.discard(symbol)

@@ -221,14 +221,14 @@ def look_up(core:Core)->Process:
     if core.foreign.suspects: yield from sleep(core, core.terms.pause)
 
 # %% ../../nbs/70_live/17_steps.ipynb #stpshow08
-def watch_outage(core:Core)->int|None:
-    "When an outage becomes an emergency (ms); None: not while every position has its stop at the exchange"
-    since, limit = core.watch.silent_since, core.terms.outage_limit
-    if since is None or not limit or not (alone := unprotected(core)): return None
-    if core.now >= since + limit:
+def watch_outage(core:Core)->None:
+    "A long outage is an emergency, unless every position has its stop at the exchange"
+    watch, limit = core.watch, core.terms.outage_limit
+    since = watch.silent_since
+    if since is None or not limit or watch.silent_until < since + limit: return
+    if alone := unprotected(core):
         alarm(core, f"{core.terms.venue} has answered nothing since {format_time(since)}, and {', '.join(alone)} has "
               "no stop there")
-    return since + limit
 
 # %% ../../nbs/70_live/17_steps.ipynb #stpshow09
 def under_watch(core:Core, process:Process)->Process:
@@ -238,8 +238,8 @@ def under_watch(core:Core, process:Process)->Process:
         if core.emergency: yield from emergency(core)
         try: due = next(process)
         except StopIteration: break
-        limit = watch_outage(core)
-        if not core.emergency: yield min((time for time in (due, limit) if time is not None), default=None)
+        watch_outage(core)
+        if not core.emergency: yield due
     if core.emergency: yield from emergency(core)
 
 # %% ../../nbs/70_live/17_steps.ipynb #stpshow11
