@@ -124,7 +124,8 @@ class Streams:
     )->None:
         "Hold the sockets from now on"
         pairs = [[symbol, timeframe] for symbol in symbols]
-        self._also_asked = [STATUSES, *(f"{self._exchange.market(each)['id'].lower()}@markPrice@1s" for each in traded)]
+        ids = [self._exchange.markets[each]["id"].lower() for each in traded]
+        self._also_asked = [STATUSES, *(f"{each}@markPrice@1s" for each in ids)]
         market = hold("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs), self._events)
         user = hold("user", self._exchange.watch_orders, self._events, forget=self._forget_key)
         book = hold("book", lambda: self._exchange.watch_bids_asks(list(traded)), self._events)
