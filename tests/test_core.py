@@ -1,4 +1,6 @@
-"The live core against an exchange in memory: killed between any two actions, it neither repeats nor loses an order"
+"""The live core against an exchange in memory: killed between any two actions, it neither repeats nor loses an order.
+`tests/simulated.py` plays whole sessions on localnet's exchange and kills at their doors; here the core is alone, what
+goes wrong hangs on an order's name, and a restart is compared with the run that was not killed, row by row"""
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count

@@ -227,14 +227,13 @@ def test_an_ordinary_session_trips_nothing_and_its_marks_are_heard(tmp_path):
 
 @pytest.mark.integration
 def test_slow_answers_open_the_breaker_of_a_session_and_quick_ones_close_it(tmp_path):
-    slow = (Breaker("latency", 60., "ms", consecutive=2, cool_down=1),)
+    delay = {"delay_ms": 400, "times": 4}
+    slow = (Breaker("latency", 300., "ms", consecutive=2, cool_down=1),)
     with localnet() as exchange:
         live = session(exchange, tmp_path, say=lambda line: None,
                        waits=WAITS | {"breakers": (*slow, *[each for each in Terms("x", "1h").breakers
                                                             if each.kind != "latency"])})
-        delay = {"at": "request", "do": "delay", "method": "POST", "path": "v1/order", "commit": True, "delay_ms": 150,
-                 "times": 4}
-        live.progress = lambda statistics: exchange.faults.arm(delay) if statistics.candles == 5 else None
+        live.progress = lambda done: done.candles == 5 and exchange.faults.arm("late_reply", **delay)
         run(live, 40)
     moves = [(event.name, event.state) for event in live.ledger.measured(live.id, BreakerEvent)
              if event.name.startswith("latency")]

@@ -100,6 +100,7 @@ class Restricted(Protocol):
     trader:Trader
     guards:Guards
     heard:int            # counts what may wake its process
+    now:int              # ms, our clock
     emergency:str        # why everything is to be closed; empty: it is not
     reserve:float        # quote, money of the account that the trader was not given
     deposit:float        # quote, that it was given
@@ -119,9 +120,13 @@ def alarm(
     core.heard += 1
 
 # %% ../../nbs/70_live/11_ladder.ipynb #lad00019
-def moved(move:Move, ladder:Ladder)->list[Action]:
+def moved(
+    move:Move,
+    ladder:Ladder,
+    now:int,        # ms, our clock: what is kept is as old as we say
+)->list[Action]:
     "What is written and told of a move"
-    record = LadderMoved(move.time, move.cause, move.scope, move.what, int(move.state), move.evidence, move.who,
+    record = LadderMoved(now, move.cause, move.scope, move.what, int(move.state), move.evidence, move.who,
                          ladder.text())
     halts = move.what == "tripped" and ladder.active[move.cause, move.scope][0] == TradingState.HALT
     said = Notice("halt", f"{move.evidence}: everything is closed and stays closed until a person resets it")
@@ -134,7 +139,7 @@ def tell_moves(core:Restricted)->None:
     ladder = core.ladder
     news, ladder.news = ladder.news, []
     for move in news:
-        core.do(*moved(move, ladder))
+        core.do(*moved(move, ladder, core.now))
         if ladder.active.get((move.cause, move.scope), [0])[0] == TradingState.HALT: alarm(core, move.evidence)
     core.heard += len(news)
     if ladder.halts: core.guards.ends = core.guards.ends or Phase.HALTED

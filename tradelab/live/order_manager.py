@@ -81,6 +81,7 @@ class KnownOrders:
         self.doubts: dict[str, str] = {} # by order: what cannot be right, until the exchange has been asked
         self.triggered: set[str] = set() # conditional orders whose price has come, and that are no order yet
         self.passed: set[str] = set()    # refused, because the market was beyond their trigger
+        self.moves = 0                   # counts what was heard
         self.newest = {(each.order.symbol, each.order.slot): name for name, each in self.known.items()}
         self.news: dict[str, OrderReport|None] = {} # of which orders the trader was not told yet
         for fill in fills: self.filled[fill.order_id] += abs(fill.quantity)
@@ -139,6 +140,7 @@ class Blotter(KnownOrders):
 
     def _follow(self, before, after):
         name = after.order.order_id
+        self.moves += 1
         self.known[name] = self.open[name] = after
         self.news.setdefault(name, None)
         self.release(name)
@@ -715,6 +717,7 @@ class OrderManager:
 
     def on_answer(self, answered:Answered, now:int)->list[Action]:
         "The exchange answered about an order"
+        self.blotter.moves += 1
         pursuit = self.pursuits.get(answered.action.order.order_id)
         return [*take_answer(self, pursuit, answered, now), *self.on_time(now)]
 

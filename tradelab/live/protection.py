@@ -6,8 +6,8 @@
 __all__ = ['PROTECTIVE', 'protective_order', 'wanted_stops', 'is_unseen', 'at_exchange', 'serves', 'unprotected', 'Refused',
            'Protection', 'place_stop', 'retire', 'paused', 'came_to_nothing', 'is_overdue', 'is_being_closed',
            'close_now', 'renew', 'is_changing', 'serve', 'was_refused', 'watch_stops', 'is_beyond', 'see_candle',
-           'give_up_stuck', 'Protector', 'on_their_way', 'secure', 'compare_stops', 'drop_orphans', 'check_stops',
-           'look_after_stops']
+           'see_marks', 'give_up_stuck', 'orders_of', 'Protector', 'on_their_way', 'secure', 'compare_stops',
+           'drop_orphans', 'check_stops', 'look_after_stops']
 
 # %% ../../nbs/70_live/14_protection.ipynb #protimp1
 from collections.abc import Mapping, Sequence
@@ -101,6 +101,7 @@ class Protection:
         self.naked: dict[str, int] = {}                   # by symbol: since when a position is without its stop
         self.stood: dict[str, int] = {}                   # by order: open time of the last candle when it came to stand
         self.reached: dict[str, int] = {}                 # by order: since when its price has come
+        self.marked: dict[str, int] = {}                  # by order: since when the mark price is beyond it
         self.stuck: set[str] = set()                      # orders of which nothing came
         self.overdue: set[tuple[str, int]] = set()        # symbols and slots of which something has to be closed now
 
@@ -261,6 +262,20 @@ def see_candle(protection:Protection, core:Core)->None:
     protection.stood = standing
 
 # %% ../../nbs/70_live/14_protection.ipynb #protstu4
+def see_marks(protection:Protection, core:Core)->None:
+    "Ask about orders that the mark price has been beyond for a while"
+    for name in protection.stood:
+        order = core.manager.blotter.known[name].order
+        mark = core.gauges.marks.get(order.symbol)
+        if mark is None or not is_beyond(order, mark.price, mark.price): protection.marked.pop(name, None)
+        else:
+            again = protection.marked.setdefault(name, core.now) + core.terms.stop_patience
+            if core.now >= again:
+                protection.marked[name] = core.now
+                core.do(*ask_about(core.manager, [name], core.now))
+            else: protection.later(again)
+
+
 def give_up_stuck(protection:Protection, core:Core, wanted:Mapping[tuple[str, int], Order])->None:
     "Close what an order should have closed of which nothing comes"
     blotter = core.manager.blotter
@@ -279,12 +294,29 @@ def give_up_stuck(protection:Protection, core:Core, wanted:Mapping[tuple[str, in
             retire(protection, core, [blotter.open[name]])
 
 # %% ../../nbs/70_live/14_protection.ipynb #protect1
+def orders_of(core:Core)->list[Order]:
+    "All that have not ended, or whose fills are not booked"
+    return [each.order for each in core.manager.blotter.open.values()]
+
+
 class Protector(Protection):
-    "Makes the wanted stops stand at the exchange, after every event"
+    "Makes the wanted stops stand at the exchange, after every event that may have changed something"
+
+    key: tuple = ()
 
     def tend(self, core:Core)->None:
+        "Look at the market, and at the orders if anything is new of them"
+        manager = core.manager
+        key = (core.heard, manager.blotter.moves, len(manager.pursuits), core.trader.open_time, core.books.sequence,
+               core.guards.phase)
+        if key != self.key or self.due is not None and core.now >= self.due: self.see_to_orders(core)
+        self.key = key
+        if core.gauges.marks: see_marks(self, core)
+
+    def see_to_orders(self, core:Core)->None:
         "Send, replace and take back"
         self.due = None
+        if not core.trader.execution.protect and not any(map(protects, orders_of(core))): return
         orders = wanted_stops(core)
         wanted = {(order.symbol, order.slot): order for order in orders}
         see_candle(self, core)
