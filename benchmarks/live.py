@@ -1,6 +1,7 @@
 """Live trading at length: `python benchmarks/live.py simulation 100000` runs so many seeds of the simulation in
 `tests/simulated.py` and prints what went wrong in them and what was found; `kills 1000` kills real sessions over
-sockets; `soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order"""
+sockets; `soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order;
+`emergency 10` holds so many drills and measures from a halt to flat"""
 import asyncio
 import gc
 import json
@@ -23,6 +24,7 @@ from pydantic import SecretStr
 from test_simulation_live import check, plan, run_of
 
 from tradelab.config import VenueSettings
+from tradelab.drill import rehearse
 from tradelab.features.observation import PORTFOLIO, Observation
 from tradelab.instruments import BITCOIN
 from tradelab.live.core import Core
@@ -326,8 +328,19 @@ def latency(candles):
     return bool(np.median(close) > 2. or np.percentile(close, 99) > 10. or took["torch was imported"][0])
 
 
+def emergency(times):
+    "From a person's `halt` to the exchange's word that five positions are flat, over sockets and SQLite, so often"
+    drills = [asyncio.run(rehearse([each.symbol for each in symbols_of(5)])) for _ in range(times)]
+    sent = [drill.steps.query("step == 'closing'")["after [ms]"].max() for drill in drills]
+    for name, values in (("halt to the last order [ms]", sent), ("halt to flat [ms]", [each.took for each in drills])):
+        print(f"{name:<32} median {np.median(values):8.0f}   most {max(values):8.0f}   of {times}")
+    return not all(drill.flat and drill.took < 2_000 for drill in drills)
+
+
 if __name__ == "__main__":
     what, count = (*sys.argv[1:], "simulation", "1000")[:2] if len(sys.argv) > 2 else (
-        sys.argv[1] if len(sys.argv) > 1 else "simulation", {"kills": "20", "soak": "1000", "latency": "300"}.get(
+        sys.argv[1] if len(sys.argv) > 1 else "simulation", {"kills": "20", "soak": "1000", "latency": "300",
+                                                                        "emergency": "10"}.get(
             sys.argv[1] if len(sys.argv) > 1 else "", "1000"))
-    sys.exit(bool({"simulation": simulation, "kills": kills, "soak": soak, "latency": latency}[what](int(count))))
+    sys.exit(bool({"simulation": simulation, "kills": kills, "soak": soak, "latency": latency,
+                   "emergency": emergency}[what](int(count))))

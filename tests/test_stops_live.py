@@ -10,18 +10,27 @@ import aiohttp
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import SecretStr
 
 from tradelab.account import POSITION, apply_fill, mark, new_account
+from tradelab.config import VenueSettings
+from tradelab.evaluation.difference import first_difference
 from tradelab.events import CLOSE, HIGH, LOW
+from tradelab.live.ledger import Ledger
+from tradelab.live.session import Session
 from tradelab.localnet.protocol import signature
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
+from tradelab.policies import Policy
 from tradelab.risk.execution import triggers
 from tradelab.risk.stops import enter, track
+from tradelab.runs.run import make_trader
 from tradelab.settings import CostModel, Execution, Limits, Stops
 from tradelab.sim.backtest import backtest
-from tradelab.sim.prepared import market_data
+from tradelab.sim.prepared import SimulationSettings, market_data
+from tradelab.venues.binance import BinanceVenue
+from tradelab.venues.memory import MemoryVenue
 
 pytestmark = pytest.mark.integration
 HISTORY, LIVE = 300, 1_000
@@ -31,6 +40,8 @@ LIMITS = Limits(max_position=.8, max_daily_loss=None, max_drawdown=.9, max_parti
 KEY = {"X-MBX-APIKEY": "key"}
 FRAMES = {symbol: ar1(HISTORY + LIVE + 2, volatility=.008, seed=21 + n) for n, symbol in enumerate(SYMBOLS)}
 RATES = {symbol: funding(frame, seed=3) for symbol, frame in FRAMES.items()}
+DATA = market_data(FRAMES, funding=RATES)
+START, BEGIN = FRAMES[SYMBOLS[0]].index[HISTORY], int(times(FRAMES[SYMBOLS[0]])[HISTORY])
 
 
 def targets(seed):
@@ -162,15 +173,12 @@ class ByHand:
 
 def test_stops_that_stand_at_localnet_fill_as_the_kernel_says():
     costs = CostModel.realistic()
-    data = market_data(FRAMES, funding=RATES)
-    start = FRAMES[SYMBOLS[0]].index[HISTORY]
-    expected = backtest(targets(5), FRAMES, start, costs=costs, limits=LIMITS, funding=RATES,
+    expected = backtest(targets(5), FRAMES, START, costs=costs, limits=LIMITS, funding=RATES,
                         execution=Execution(protect=True), baselines=())
     journal = expected.rows
     orders = {int(row["open_time"][0]): row["order"].tolist() for row in journal[:LIVE]}
-    with Localnet(FRAMES, RATES, start=int(times(FRAMES[SYMBOLS[0]])[HISTORY]), api_key="key", api_secret="secret",
-                  costs=costs) as exchange:
-        client = ByHand(exchange, orders, data.instruments)
+    with Localnet(FRAMES, RATES, start=BEGIN, api_key="key", api_secret="secret", costs=costs) as exchange:
+        client = ByHand(exchange, orders, DATA.instruments)
         client.begin = exchange.exchange.market.open_time - 3_600_000
         asyncio.run(client.run())
     wanted = [(int(row["symbol"]), float(row["quantity"]), float(row["price"]), float(row["fee"]), bool(row["maker"]))
@@ -183,3 +191,65 @@ def test_stops_that_stand_at_localnet_fill_as_the_kernel_says():
     of_the_entry = [row for row in expected.fill_rows[protects] if (row["symbol"], row["open_time"]) in entered]
     assert protects.sum() > 100
     assert len(of_the_entry) > 20
+
+
+def wander(parameters, memory, observation, prices, targets):
+    "Targets that stay for some candles, turn round, grow and go, as a seed and the number of the decision say"
+    memory[0] += 1.
+    random = np.random.default_rng([int(parameters[0]), int(memory[0])])
+    for n in range(len(prices)):
+        if memory[0] == 1. or random.random() < .2: memory[n + 1] = random.choice([-.9, -.4, 0., .3, .5, 1.]) / 2
+        targets[n] = memory[n + 1]
+
+
+def told(fill_rows):
+    "Symbol by symbol: which of two is filled first at one open is of no account"
+    rows = [(SYMBOLS[row["symbol"]], float(row["quantity"]), float(row["price"]), float(row["fee"]))
+            for row in fill_rows]
+    return by_symbol(rows)
+
+
+def by_symbol(rows): return sorted(rows, key=lambda row: row[0])
+
+
+def live(folder, venue, execution, count):
+    "The journal of a session that protects itself"
+    trader = make_trader(Policy("wander", wander, np.array([5.]), memory=3), LIMITS, DATA.instruments, timeframe="1h",
+                         execution=execution)
+    ledger = Ledger(f"sqlite:///{folder}/tradelab.db")
+    asyncio.run(Session(trader, venue, ledger, folder, origin="stops", id="stops", say=lambda line: None).run(count))
+    return ledger.journal("stops")
+
+
+def of_the_backtest(execution):
+    return backtest(Policy("wander", wander, np.array([5.]), memory=3), FRAMES, START, costs=CostModel.realistic(),
+                    limits=LIMITS, funding=RATES, execution=execution, baselines=())
+
+
+def test_a_session_that_protects_itself_is_its_backtest(tmp_path):
+    "Over sockets: decisions bit for bit, fills to the last digit, those of stops in the candle of their entry, too"
+    execution = Execution(protect=True)
+    costs = CostModel.realistic()
+    with Localnet(FRAMES, RATES, start=BEGIN, api_key="key", api_secret="secret", costs=costs) as exchange:
+        settings = VenueSettings("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"),
+                                 SecretStr("key"), SecretStr("secret"))
+        journal = live(tmp_path, BinanceVenue(settings), execution, LIVE)
+        trades = exchange.exchange.accounts["main"].trades
+    expected = of_the_backtest(execution)
+    assert first_difference(expected.journal[:len(journal) - 2], journal[:-2]) is None
+    fills = [(SYMBOLS[trade.n], trade.quantity, trade.price, trade.fee) for trade in trades]
+    assert by_symbol(fills) == told(expected.fill_rows[:len(trades)])
+    assert np.abs(journal["equity"].to_numpy() - expected.journal["equity"].to_numpy()[:len(journal)]).max() < 1e-9
+    assert expected.fill_rows["protects"][:len(trades)].sum() > 100
+
+
+@pytest.mark.parametrize("style", ["market", "post_only"])
+def test_in_memory_too(tmp_path, style):
+    "Post-only, positions are bought within a candle, and protected in the rest of it"
+    execution = Execution(style, patience=2, protect=True)
+    venue = MemoryVenue(DATA, SimulationSettings(CostModel.realistic(), LIMITS), start=BEGIN)
+    live(tmp_path, venue, execution, 250)
+    expected = of_the_backtest(execution).fill_rows
+    fills = [(fill.symbol, fill.quantity, fill.price, fill.fee) for fill in venue.held.fills]
+    assert by_symbol(fills) == told(expected[:len(fills)])
+    assert expected["protects"][:len(fills)].sum() > 20

@@ -108,4 +108,5 @@ async def rehearse(symbols:Sequence[str])->Drill:
             if line.startswith("emergency: over"): session.stop()
         session.progress, session.say = say, hear
         await session.run()
+        if not before: raise RuntimeError("the session has ended before anybody said halt: hold the drill again")
         return Drill(steps_of(session.ledger), held_at(exchange, symbols), before)

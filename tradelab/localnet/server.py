@@ -111,7 +111,7 @@ def compile_matching(profile:str)->None:
     exchange = make_exchange(source, Terms(profile=profile))
     order = {"symbol": "BTCUSDT", "side": "BUY", "quantity": "1"}
     for moves in source.steps():
-        exchange.step(moves)
+        for _ in exchange.passes(moves, exchange.accounts if len(exchange.accounts["main"].orders) > 1 else ()): pass
         for more in ({"type": "MARKET"}, {"type": "LIMIT", "price": "99.5", "timeInForce": "GTC"}):
             ENDPOINTS["POST", "v1/order"].reply(exchange, exchange.accounts["main"], order | more)
         exchange.market.book(0)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'is_beside', 'free_place', 'make_room',
-           'refusal_of', 'MemoryOrders', 'name_of', 'rows_since', 'earned', 'live_through', 'live_at_once', 'left_open',
-           'fill_of', 'MemoryAccount', 'news_of', 'closed_rows', 'known_values', 'candle_at', 'MemoryMarket',
-           'check_leverage', 'MemoryVenue']
+           'refusal_of', 'MemoryOrders', 'name_of', 'rows_since', 'earned', 'live_through', 'live_at_once',
+           'compile_parts', 'left_open', 'fill_of', 'MemoryAccount', 'news_of', 'closed_rows', 'known_values',
+           'candle_at', 'MemoryMarket', 'check_leverage', 'MemoryVenue']
 
 # %% ../../nbs/75_venues/10_memory.ipynb #33c71e2c
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -36,6 +37,7 @@ from tradelab.live.venue import (
     check_order,
     units,
 )
+from ..market.candles import frame
 from ..orders import LIQUIDATION, NONE, ORDER, Kind, Order
 from tradelab.sim.kernel import (
     Simulation,
@@ -50,7 +52,7 @@ from tradelab.sim.kernel import (
 )
 from ..sim.matching import FILLS_PER_SYMBOL, new_state
 from ..sim.matching import Candle as Passage
-from ..sim.prepared import MarketData, SimulationSettings, first_row
+from ..sim.prepared import MarketData, SimulationSettings, first_row, market_data
 from ..times import TimeLike, milliseconds
 
 # %% ../../nbs/75_venues/10_memory.ipynb #71a5f4f4
@@ -272,6 +274,14 @@ def live_at_once(simulation:Simulation, row:int, journal:np.ndarray)->Iterator[N
     yield
 
 
+@cache
+def compile_parts()->None:
+    "Compile what a candle in parts calls, before a session counts the seconds"
+    rows = np.column_stack([np.full((3, 4), 100.), np.ones(3)])
+    simulation = simulation_of(market_data(frame(3_600_000 * np.arange(3), rows)), SimulationSettings(), 0, 1)
+    for _ in live_through(simulation, 1, np.zeros(1, JOURNAL)): pass
+
+
 def left_open(events:Iterable, positions:Mapping[str, float])->bool:
     "Whether a fill has left a position"
     return any(isinstance(each, Fill) and each.symbol in positions for each in events)
@@ -460,7 +470,7 @@ def _next_events(venue:"MemoryVenue")->list:
     venue._met = not venue.held.halfway
     return events
 
-
+# %% ../../nbs/75_venues/10_memory.ipynb #e2mem006
 class MemoryVenue(MemoryMarket):
     "An account in a market whose candles are known: a `live.venue.Venue`"
     kinds = amends = KINDS
@@ -508,7 +518,9 @@ class MemoryVenue(MemoryMarket):
         self._told = list(symbols)
         for name in ("market", "user"): self.events.put_nowait(Opened(name))
     async def news(self, asked:Collection[asyncio.Task])->Any: return await news_of(self.events, asked, self.go_on)
-    async def waits(self, open_time:int, trade:int|None=None)->None: self._halts = trade is not None
+    async def waits(self, open_time:int, trade:int|None=None)->None:
+        if trade is not None and not self._halts: compile_parts()
+        self._halts = trade is not None
     async def redial(self, stream:str)->None: self.events.put_nowait(Opened(stream))
     async def suspended(self)->list[str]: return []
     async def synchronise(self)->None: return None
