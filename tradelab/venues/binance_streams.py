@@ -145,6 +145,7 @@ class Streams:
 
     def _heard(self, url, frame):
         for call in (self._last_call, self._last_trade): call.heard(frame)
+        if isinstance(frame, dict) and str(frame.get("id")).startswith("acted"): return True   # ccxt knows no such name
         event = frame.get("e") if isinstance(frame, dict) else None
         if event == "bookTicker" and not is_due(self._quoted, frame): return True
         events = self._hear(socket_of(url), frame)
