@@ -128,10 +128,9 @@ class Streams:
         self._also_asked = [STATUSES, *(f"{each}@markPrice@1s" for each in ids)]
         market = hold("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs), self._events)
         user = hold("user", self._exchange.watch_orders, self._events, forget=self._forget_key)
-        book = hold("book", lambda: self._exchange.watch_bids_asks(list(traded)), self._events)
-        self._tasks += [asyncio.ensure_future(each) for each in (market, user)]
-        if traded: self._tasks.append(asyncio.ensure_future(book))
-        else: book.close()
+        held = [market, user]
+        if traded: held.append(hold("book", lambda: self._exchange.watch_bids_asks(list(traded)), self._events))
+        self._tasks += [asyncio.ensure_future(each) for each in held]
 
     def redial(self, name:str)->None:
         "Give up a stream that is open and tells nothing; it is held, so it is dialled anew"
