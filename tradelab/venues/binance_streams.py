@@ -124,8 +124,7 @@ class Streams:
     )->None:
         "Hold the sockets from now on"
         pairs = [[symbol, timeframe] for symbol in symbols]
-        ids = [self._exchange.markets[each]["id"].lower() for each in traded]
-        self._also_asked = [STATUSES, *(f"{each}@markPrice@1s" for each in ids)]
+        self._also_asked = [STATUSES, *(f"{self._exchange.markets[n]['id'].lower()}@markPrice@1s" for n in traded)]
         market = hold("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs), self._events)
         user = hold("user", self._exchange.watch_orders, self._events, forget=self._forget_key)
         held = [market, user]
