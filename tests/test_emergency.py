@@ -131,13 +131,13 @@ def test_the_trouble_of_one_symbol_holds_up_no_other(tmp_path):
 
 
 @pytest.mark.integration
-def test_the_drawdown_limit_closes_all_before_the_next_candle(tmp_path):
+def test_the_drawdown_limit_closes_all_at_once_on_the_mark_or_at_the_close(tmp_path):
     symbols = FIVE[:2]
     limits = replace(LIMITS, max_position=.45, max_drawdown=.003)
     with localnet(symbols) as exchange:
         live = session(exchange, tmp_path, symbols, limits)
         asyncio.run(live.run(40))
-        assert live.trader.account["halted"][0] == 1
+        assert live.trader.account["trading_state"][0] == TradingState.HALT
         assert len(live.venue.closing) == 2
         out_in_order(live, exchange, symbols)
         assert live.statistics.rejected == 0
