@@ -124,10 +124,10 @@ class Streams:
     )->None:
         "Hold the sockets from now on"
         pairs = [[symbol, timeframe] for symbol in symbols]
-        self._also_asked = [STATUSES, *(f"{self._exchange.markets[n]['id'].lower()}@markPrice@1s" for n in traded)]
-        market = hold("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs), self._events)
-        user = hold("user", self._exchange.watch_orders, self._events, forget=self._forget_key)
-        held = [market, user]
+        ids = [self._exchange.markets[each]["id"].lower() for each in traded]
+        self._also_asked = [STATUSES, *(f"{each}@markPrice@1s" for each in ids)]
+        held = [hold("market", lambda: self._exchange.watch_ohlcv_for_symbols(pairs), self._events),
+                hold("user", self._exchange.watch_orders, self._events, forget=self._forget_key)]
         if traded: held.append(hold("book", lambda: self._exchange.watch_bids_asks(list(traded)), self._events))
         self._tasks += [asyncio.ensure_future(each) for each in held]
 
