@@ -25,6 +25,7 @@ from tradelab.live.messages import (
     End,
     Fetch,
     Fetched,
+    LadderMoved,
     Open,
     Opened,
     Received,
@@ -44,6 +45,7 @@ from tradelab.live.session import Kept, core_inputs, make_core, restore, write
 from tradelab.live.venue import AccountSnapshot, Answer, Candle, Income, OrderReport, Outcome, VenueError, units
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
+from tradelab.risk.breakers import DEFAULTS
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
 from tradelab.strategies.example import Momentum
@@ -55,6 +57,10 @@ TIMES, CANDLES, _ = matrix({symbol: ar1(HISTORY + STEPS + 1, volatility=.01, see
                             for n, symbol in enumerate(SYMBOLS)})
 FAULTS = ("none", "none", "answer lost", "never arrived", "later", "rejected", "fill lost", "fill twice", "fill first",
           "silent")
+
+# half of the orders go wrong here: which requests a killed session has counted is not what is compared
+TERMS = Terms("s", "1h", breakers=tuple(replace(each, threshold=1.) if each.kind == "error_rate" else each
+                                        for each in DEFAULTS))
 
 
 def trader():
@@ -163,6 +169,7 @@ class Driver:
         self.done = 0                # actions
         self.notices = []
         self.steps = 0
+        self.ladder = ""             # which causes restrict the strategy, as its standing keeps them
         self.number = count()
         self.recorder = MemoryRecorder()
 
@@ -171,7 +178,7 @@ class Driver:
         kept = self.ledger.snapshot("s")
         again = trader()
         if kept: restore(again, "s", {}, kept)
-        inputs = core_inputs(self.ledger, Terms("s", "1h"), kept and Kept({"reserve": 0.}, kept))
+        inputs = core_inputs(self.ledger, TERMS, kept and Kept({"reserve": 0.}, kept), ladder=self.ladder)
         self.core = make_core(again, inputs)
         self.recorder.start({}, encode(inputs))
         self.waiting = []
@@ -210,6 +217,7 @@ class Driver:
         match action:
             case Write(record):
                 write(self.ledger, "s", record)
+                if isinstance(record, LadderMoved): self.ladder = record.ladder
             case Send(order):
                 written = {intent.order.order_id: intent for intent in self.ledger.intents("s")}
                 assert written[order.order_id].state is State.SENT
