@@ -64,7 +64,7 @@ def record_of(record:type, row:dict)->Any:
 TABLES = sql.MetaData()
 
 
-FORMAT = 3 # of these tables; counts up when an older version could misread what this one writes
+FORMAT = 4 # of these tables; counts up when an older version could misread what this one writes
 
 
 _FIELDS = JOURNAL.names or ()
