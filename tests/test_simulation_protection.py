@@ -8,9 +8,11 @@ from unittest.mock import patch
 
 import pytest
 from simulated import SYMBOLS, simulate, trader
+from test_emergency import wrong_in_emergency
 from test_simulation_live import SHAPES, plan, wrong_in
 
 from tradelab.live import session as sessions
+from tradelab.live.messages import EmergencyStep
 from tradelab.live.order_states import STOPS
 from tradelab.live.protection import unprotected
 from tradelab.localnet.faults import SCENARIOS
@@ -99,4 +101,29 @@ CHUNK = 10
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_a_position_has_its_stop_or_the_ladder_says_why(first):
     wrong = [line for seed in range(first, first + CHUNK) for line in protected_run(seed)]
+    assert not wrong, "\n".join(wrong)
+
+
+HALTING = Limits(stops=LIMITS.stops, max_drawdown=.0006, max_daily_loss=None)
+
+
+def closed_run(seed):
+    "What was wrong in a run whose drawdown limit is reached while its stops stand, and whether it was"
+    timeframe, faults, kills, slow = plan(seed)
+    shape = SHAPES[timeframe]
+    run = simulate(seed, make_trader=lambda: trader(HALTING, Execution(protect=True)), timeframe=timeframe,
+                   candles=sum(shape) + 2, market_seed=seed % 5, kills=kills, slow=slow,
+                   script=lambda world: script(world, faults, shape))
+    halted = any(each.step == "halted" for name in run.names for each in run.ledger.measured(name, EmergencyStep))
+    wrong = wrong_in_emergency(run) if halted else wrong_in(run)
+    if halted:
+        wrong += [f"{each.client_id} stands, and nothing is held"
+                  for each in run.world.exchange.conditional.of(run.world.account()).open.values()]
+    return halted, [f"seed {seed} ({timeframe}, {faults}, kills {kills}, slow {slow}): {each}" for each in wrong]
+
+
+def test_an_emergency_closes_what_stops_protect_and_takes_them_back():
+    runs = [closed_run(seed) for seed in range(SEEDS)]
+    assert sum(halted for halted, _ in runs) > SEEDS / 2
+    wrong = [line for _, lines in runs for line in lines]
     assert not wrong, "\n".join(wrong)
