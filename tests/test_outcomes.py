@@ -86,6 +86,15 @@ def through(scenario, folder, timeout=10., waits=(), **changes):
         return exchange, journal, proven(exchange, live, journal), live
 
 
+def some_candles_after(live, kind):
+    "Ends a session when it has traded on for a while behind a notice"
+    first = {}
+    def look(statistics):
+        told = kind in set(live.ledger.notices("session")["kind"])
+        if told and statistics.candles >= first.setdefault("at", statistics.candles) + 20: live.stop()
+    return look
+
+
 @pytest.mark.parametrize("scenario, changes", [
     ("commit_then_timeout", {}), ("unknown_code_5xx", {}), ("bus_1006", {}), ("unavailable_with_commit", {}),
     ("timeout_after_fill", {}), ("read_lag", {}), ("late_reply", {"delay_ms": 1_500})])
@@ -99,7 +108,12 @@ def test_an_order_that_arrived_is_found(whole, tmp_path, scenario, changes):
 
 @pytest.mark.parametrize("scenario", ["timeout_before_accept", "unavailable_without_commit", "tcp_drop"])
 def test_an_order_that_never_arrived_is_absent_and_never_sent_again(whole, tmp_path, scenario):
-    exchange, journal, notices, live = through(scenario, tmp_path)
+    with localnet(candles=900) as exchange:
+        exchange.faults.arm(scenario, after=3)
+        live = session(exchange, tmp_path)
+        live.progress = some_candles_after(live, "absent")
+        journal = run(live, None)
+        notices = proven(exchange, live, journal)
     lost, = [intent.order.order_id for intent in live.ledger.intents("session") if intent.state is State.ABSENT]
     assert lost not in names(exchange)
     assert notices["unknown"] == notices["absent"] == 1
@@ -117,16 +131,10 @@ def test_an_order_that_is_matched_seconds_late_is_sent_once(whole, tmp_path):
 
 def test_an_order_that_is_matched_after_it_was_called_absent_is_still_ours(tmp_path):
     "Late evidence overrules: it is booked, the symbol is frozen until the exchange has been asked, and trades on"
-    def told(): return Counter(live.ledger.notices("session")["kind"])
-    def until_it_trades_on(statistics):
-        if told()["contradiction"] and statistics.candles >= contradicted.setdefault("at", statistics.candles) + 20:
-            live.stop()
-
-    contradicted = {}
     with localnet(candles=900) as exchange:
         exchange.faults.arm("matched_late", after=2, later_ms=9_000) # an entry: a late close is refused
         live = session(exchange, tmp_path, absent_after=50)
-        live.progress = until_it_trades_on
+        live.progress = some_candles_after(live, "contradiction")
         journal = run(live, None)
         notices = proven(exchange, live, journal)
     assert notices["absent"] == 1

@@ -144,12 +144,15 @@ FULL = {"status": 400, "code": -4045, "msg": "Reach max stop order limit."}
 WAITS = {"absent_after": 500, "first_delay": 50, "quiet": 300, "stop_patience": 300, "stop_deadline": 600}
 FOUND = {  # faults after which it trades as if nothing had been
     "accepted, and not said": [STOP | {"do": "reply", "commit": True} | UNSAID],
-    "never accepted, and not said": [STOP | {"do": "reply", "commit": False} | UNSAID],
     "half the answer is lost": [STOP | {"do": "drop", "commit": True}],
-    "unavailable": [STOP | {"do": "reply", "commit": False, "status": 503, "text": "<html>503</html>"}],
     "overloaded": [STOP | {"do": "reply", "commit": False, "status": 503, "code": -1008, "msg": "Busy", "times": 2}],
     "the stream says nothing of it": [{"at": "user", "do": "lose", "event": "ALGO_UPDATE", "times": 6}],
     "the user stream is cut": [{"at": "server", "do": "close", "route": "private", "code": 1006}],
+}
+
+MISSED = {  # faults after which there was no stop for some candles
+    "never accepted, and not said": [STOP | {"do": "reply", "commit": False} | UNSAID],
+    "unavailable": [STOP | {"do": "reply", "commit": False, "status": 503, "text": "<html>503</html>"}],
 }
 
 
@@ -173,6 +176,13 @@ def test_a_stop_stands_after_each_fault(whole, tmp_path, name):
     _, live, _ = through(FOUND[name], tmp_path)
     assert first_difference(whole[1].ledger.journal("protected")[:60], live.ledger.journal("protected")) is None
     assert moments_between(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_a_stop_that_never_arrived_is_put_up_again(tmp_path, name):
+    _, live, _ = through(MISSED[name], tmp_path, 200, policy=HOLDING, limits=WIDE, after=0)
+    states = [each.state.name for each in live.ledger.intents("protected") if protects(each.order)]
+    assert states == ["ABSENT", "WORKING"]
 
 
 def test_a_stop_whose_fill_is_lost_is_booked_late(tmp_path):

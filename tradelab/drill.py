@@ -28,7 +28,6 @@ from .market.synthetic import ar1
 from .policies import buy_and_hold
 from .risk.execution import OrderGate
 from .settings import NO_STOPS, Limits
-from .texts import html_text
 from .trader import Trader
 
 # %% ../nbs/99_top/09_drill.ipynb #drill008
@@ -52,9 +51,6 @@ class Drill:
     def __str__(self)->str:
         end = "flat" if self.flat else f"NOT flat, {self.held}"
         return f"{end} after {self.took} ms, {len(self.before)} positions\n{self.steps.to_string(index=False)}"
-
-    def _repr_html_(self)->str:
-        return f"<p>{html_text(str(self).partition(chr(10))[0])}</p>{self.steps.to_html(index=False, border=0)}"
 
 # %% ../nbs/99_top/09_drill.ipynb #drill011
 HISTORY, AT = 20, 3 # candles before the first; closes after which the word is said

@@ -237,7 +237,8 @@ class Statement:
 
     def take(self, rows:Iterable[Income])->Paid|None:
         "Add rows, each once; what is new, or None"
-        new = tuple(row for row in rows if _key(row) not in self._recent and row.time >= self.begin)
+        oldest = max(self.begin, self.since - OVERLAP) # before that every row was told, and its key is forgotten
+        new = tuple(row for row in rows if _key(row) not in self._recent and row.time >= oldest)
         if not new: return None
         ours = [row for row in new if row.asset == self.quote]
         others = sum(row.amount for row in ours if not is_traders(row, self.symbols))
