@@ -22,7 +22,7 @@ from tradelab.sim.backtest import backtest
 from tradelab.strategies.example import Momentum
 
 pytestmark = pytest.mark.integration
-SYMBOL, HISTORY, CANDLES = "BTC/USDT:USDT", 960, 40
+SYMBOL, HISTORY, CANDLES = "BTC/USDT:USDT", 960, 600
 MARKET = ar1(HISTORY + CANDLES + 20, seed=3)
 
 
