@@ -139,7 +139,9 @@ def test_an_order_that_is_matched_after_it_was_called_absent_is_still_ours(tmp_p
         notices = proven(exchange, live, journal)
     assert notices["absent"] == 1
     assert notices["contradiction"] == 1
-    assert {intent.state for intent in live.ledger.intents("session")} <= {State.FILLED, State.INTENT}
+    refused = [intent for intent in live.ledger.intents("session") if intent.state is State.REJECTED]
+    assert all(intent.order.reduce_only for intent in refused) # the late order has changed what it was to close
+    assert {intent.state for intent in live.ledger.intents("session")} <= {State.FILLED, State.INTENT, State.REJECTED}
     assert (journal["order"].iloc[-15:] != 0).any()
 
 
