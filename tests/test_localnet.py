@@ -352,7 +352,7 @@ def test_the_market_waits_between_two_sessions():
 def test_a_name_that_is_lost_repeated_or_wrong_lets_no_candle_pass_that_nobody_saw():
     async def talk(client):
         await connect(client)
-        for hour in (0, 5, 5, 5, 9): await done(client, FIRST + hour * HOUR)
+        for hour in (0, *[5] * 20, 9): await done(client, FIRST + hour * HOUR) # more than ten frames a second
         seen = [await client.closed.get() for _ in range(2)]
         await client.fetch_balance()
         disconnect(client)
@@ -374,7 +374,9 @@ def test_plain_ccxt_sees_candles_move():
             await done(client, sim(venue)["step"])
         orders.cancel()
         return first[-1][0], second[-1][0]
-    with localnet() as venue: assert visit(venue, talk) == (FIRST + 6 * HOUR, FIRST + 7 * HOUR)
+    with localnet() as venue: first, second = visit(venue, talk)
+    assert first == FIRST + 6 * HOUR < second                 # one candle may pass unseen while ccxt tells of another
+    assert second % HOUR == 0
 
 
 def test_out_of_lockstep_candles_come_by_the_clock():

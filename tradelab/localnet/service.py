@@ -81,9 +81,9 @@ class Barrier:
         self._look()
 
     def name(self, reader:Reader, number:Any)->bool:
-        "A reader names a step; true if it is the latest"
+        "A reader names a step; true if it is the latest, or the one that it has named last"
         latest = self.expected(reader, self.step)
-        if str(number) != str(latest): return False
+        if str(number) != str(latest): return str(number) == str(self.named.get(reader))
         self.calls += self.named.get(reader) != latest
         self.named[reader] = latest
         self._look()
