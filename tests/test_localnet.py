@@ -352,9 +352,11 @@ def test_the_market_waits_between_two_sessions():
 def test_a_name_that_is_lost_repeated_or_wrong_lets_no_candle_pass_that_nobody_saw():
     async def talk(client):
         await connect(client)
-        for hour in (0, *[5] * 20, 9): await done(client, FIRST + hour * HOUR) # more than ten frames a second
+        for hour in (0, 5, 5, 5, 9): await done(client, FIRST + hour * HOUR)
         seen = [await client.closed.get() for _ in range(2)]
+        for _ in range(20): await done(client, FIRST + 5 * HOUR) # more than ten frames a second
         await client.fetch_balance()
+        assert not any(task.done() for task in client.held)
         disconnect(client)
         return seen, client.closed.qsize()
     with localnet() as venue:
