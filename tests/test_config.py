@@ -88,9 +88,9 @@ def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
 
 ADDRESSES = st.builds("{}://{}{}{}".format, st.sampled_from(["https", "http", "wss", "ws", "HTTPS"]),
                       st.sampled_from(["", "www.", "key:secret@", "fapi.binance.com@"]),
-                      st.sampled_from(["fapi.binance.com", "FAPI.BINANCE.COM.", "fapi.binance.com:443", "fapi1.binance.com",
-                                       "binance.us", "ｆapi.binance.com", "fapi%2ebinance.com", "example.com",
-                                       "fapi.binance.com\\.example.com"]),
+                      st.sampled_from(["fapi.binance.com", "FAPI.BINANCE.COM.", "fapi.binance.com:443", "binance.us",
+                                       "fapi1.binance.com", "\uff46api.binance.com", "fapi%2ebinance.com",
+                                       "example.com", "fapi.binance.com\\.example.com"]),
                       st.sampled_from(["", "/", "/fapi", "#x", "?x"]))
 
 

@@ -6,9 +6,9 @@
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML',
            'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'UNCONFIRMED', 'FORBIDDING',
            'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
-           'read_variables', 'read_places', 'settings', 'job_settings', 'one_section', 'overridden', 'host_of',
-           'is_here', 'is_mainnet', 'is_confirmed', 'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys',
-           'venue_for']
+           'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings', 'one_section',
+           'overridden', 'host_of', 'is_here', 'is_mainnet', 'is_confirmed', 'VenueSettings', 'foreign_variables',
+           'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -335,6 +335,13 @@ def read_variables(
             raise ConfigurationError(f"line {binding.original.line} of {path.name} cannot be read: write NAME=value, "
                                      "in quotes where the value has spaces or a #")
     return {name: value for name, value in dotenv_values(stream=StringIO(text)).items() if value is not None}
+
+# %% ../nbs/00_ground/12_config.ipynb #k5config05
+def name_passphrase_file(
+    path: str,
+) -> None:
+    "Set `passphrase_file` for this process and its children"
+    os.environ[f"{PREFIX}PASSPHRASE_FILE"] = path
 
 # %% ../nbs/00_ground/12_config.ipynb #d1e96f84
 FORMAT = 1 # of tradelab.toml; it counts up when a file for an older version could be misread
