@@ -24,7 +24,7 @@ from tradelab.settings import CostModel
 pytestmark = pytest.mark.integration
 SYMBOL = "BTC/USDT:USDT"
 MARKET = ar1(200, seed=3)
-KEY, SECRET, PASSPHRASE = "Kq7planted/key+0123=", 'Zs9planted"secret/0123', "Wp3 planted passphrase %"
+KEY, SECRET, PASSPHRASE = "Kq7planted_key-0123", 'Zs9planted"secret/0123', "Wp3 planted passphrase %"
 WRONG = "Xx5 planted and wrong"
 PLANTED = KEY, SECRET, PASSPHRASE, WRONG
 
@@ -113,7 +113,7 @@ def live(name, **variables):
 
 
 SHOWN = f"""
-import asyncio, pickle
+import asyncio
 from tradelab.config import settings, venue_for
 from tradelab.inputs import venue_at
 from tradelab.live.ledger import Ledger
@@ -137,7 +137,7 @@ async def look():
     for name, value in vars(session).items(): print(name, repr(value))
     await venue.close()
 asyncio.run(look())
-""
+"""
 
 REFUSED = """
 from tradelab.config import settings, venue_for
@@ -174,7 +174,7 @@ def good_and_failing(project, exchange, keep):
     keep("rotate", tradelab("secrets", "rotate"), b"has a new data key", 0)
     keep("shown", python(SHOWN), code=0)
     keep("wrong passphrase", live("wrong", TRADELAB_PASSPHRASE_FILE=plant(project / "wrong", WRONG)), b"does not open")
-    keep("a passphrase for its file", live("mistaken", TRADELAB_PASSPHRASE_FILE=PASSPHRASE), b"a file that is not there")
+    keep("a passphrase, not its file", live("mistaken", TRADELAB_PASSPHRASE_FILE=PASSPHRASE), b"that is not there")
     keep("no such setting", live("setting", TRADELAB_PASSPHRASE=PASSPHRASE), b"is not a setting")
     keep("mainnet", live("mainnet", TRADELAB_VENUE="mainnet", TRADELAB_MAINNET_KEY=KEY, TRADELAB_MAINNET_SECRET=SECRET),
          b"this version does not start there")
