@@ -23,7 +23,8 @@ OWNERS = {  # a library lives in one named place
                    "tradelab.database.migrations", "tradelab.live.ledger"},
     "alembic": {"tradelab.database.migrations"}, "psycopg": {"tradelab.database.engine"},
     "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
-    "cryptography": {"tradelab.localnet.protocol"}, "papermill": {"tradelab.jobs"},
+    "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
+    "papermill": {"tradelab.jobs"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}
