@@ -36,6 +36,7 @@ from tradelab.events import (
     StateChange,
     Timer,
     Trade,
+    TradingState,
     figure_row,
 )
 from .instruments import Instrument
@@ -470,6 +471,11 @@ class Trader(Holdings):
         "A trader like this one, before its first candle"
         return Trader(self.policy, self.observation, self.gate, self.limits, self.instruments,
                       float(self.account["deposit"][0]), self.execution, self.view.figures.definitions)
+
+    @property
+    def trading_state(self) -> TradingState:
+        "What may be done now, as the gate has written it"
+        return TradingState(int(self.account["trading_state"][0]))
 
     @property
     def told_of_orders(self) -> bool:

@@ -425,15 +425,18 @@ def on_cancelled(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list
     return [Tell(Notice("unanswered", f"{pursuit.order.order_id}, to be cancelled: {answer.text or answer.outcome}"))]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #76e7cd53
+def _name(session, order, attempt): return client_order_id(session, order.symbol, order.open_time, order.slot, attempt)
+
+
 def attempt_at(session:str, order:Order, attempt:int)->Order:
     "The order under the name of this attempt"
-    name = client_order_id(session, order.symbol, order.open_time, order.slot, attempt)
+    name = _name(session, order, attempt)
     return order if name == order.order_id else replace(order, order_id=name)
 
 
 def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
     "The first attempt from this one on that no other follows"
-    while attempt_at(session, order, attempt + 1).order_id in blotter.known: attempt += 1
+    while _name(session, order, attempt + 1) in blotter.known: attempt += 1
     return attempt
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #ed39f20e
@@ -700,8 +703,9 @@ class OrderManager:
         "Make the orders that work those that are wanted; InvalidOrderError if the venue does not take one"
         blotter = self.blotter
         newest = {slot: blotter.known[name] for slot, name in blotter.newest.items()} if self.beside else {}
-        working = [each for each in blotter.open.values() if each.works and is_decided(each.order)]
-        difference = compare(orders, newest, working if self.beside else [], self.offer.amends)
+        open_orders = blotter.open.values() if self.beside else ()
+        working = [each for each in open_orders if each.works and is_decided(each.order)]
+        difference = compare(orders, newest, working, self.offer.amends)
         for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
         return [*change(self, difference, now), *self.on_time(now)]
 
@@ -728,6 +732,7 @@ class OrderManager:
             if pursuit.stage is Stage.DONE: self.pursuits.pop(name)
             elif pursuit.due and pursuit.due <= now: actions += go_on(self, name, pursuit, now)
         for order in list(self.waiting): actions += begin(self, order, now)
+        if self.blotter.doubts == self.doubted: return actions
         new = self.blotter.doubts.items() - self.doubted.items()
         self.doubted = dict(self.blotter.doubts)
         return actions + ask_about(self, [name for name, _ in sorted(new)], now)
