@@ -21,7 +21,8 @@ OWNERS = {  # a library lives in one named place
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
     "sqlalchemy": {"tradelab.live.ledger"},
     "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
-    "cryptography": {"tradelab.localnet.protocol"}, "papermill": {"tradelab.jobs"},
+    "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
+    "papermill": {"tradelab.jobs"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}
