@@ -181,6 +181,9 @@ class Holdings:
         self.orders = np.zeros((len(symbols), OWN + slots), ORDER)
         self.execution_state = np.zeros(len(symbols), EXECUTION_STATE)
 
+    @property
+    def trading_state(self) -> TradingState: return TradingState(int(self.account["trading_state"][0]))
+
     def on(self, event: Fill | Funding | OrderUpdate) -> None:
         "Write down what happened"
         match event:
@@ -471,11 +474,6 @@ class Trader(Holdings):
         "A trader like this one, before its first candle"
         return Trader(self.policy, self.observation, self.gate, self.limits, self.instruments,
                       float(self.account["deposit"][0]), self.execution, self.view.figures.definitions)
-
-    @property
-    def trading_state(self) -> TradingState:
-        "What may be done now, as the gate has written it"
-        return TradingState(int(self.account["trading_state"][0]))
 
     @property
     def told_of_orders(self) -> bool:

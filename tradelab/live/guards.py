@@ -174,10 +174,10 @@ def decision_deadline(
 def decided_at(
     close_time:int,  # ms, of the candle
     arrived:int,     # ms, our clock
-    pace:float,      # of the venue's market: 1 is real time
+    real_time:bool,  # whether the market keeps our time
 )->int:              # ms, our clock
     "When the deadline began: at the close in real time; on an exchange that replays the past, as the candle came"
-    return min(close_time, arrived) if pace == 1. else arrived
+    return min(close_time, arrived) if real_time else arrived
 
 # %% ../../nbs/70_live/10_guards.ipynb #5ee919b0
 NEVER = 2**60 # ms

@@ -8,7 +8,8 @@ __all__ = ['MOST_KNOWN', 'OVER', 'ATTEMPTS', 'PAUSE', 'LONGEST_PAUSE', 'is_one_s
            'update_of', 'ended', 'Persistence', 'Stage', 'Pursuit', 'busy', 'on_sent', 'on_asked', 'send', 'on_checked',
            'pause_of', 'on_amended', 'on_cancelled', 'attempt_at', 'next_attempt', 'Turn', 'turn_of', 'blocked',
            'withheld', 'given_up', 'revise', 'take_back', 'announce', 'try_order', 'Search', 'search_on', 'end_round',
-           'take_answer', 'go_on', 'begin', 'drop_old', 'change', 'ask_about', 'Offer', 'OrderManager']
+           'take_answer', 'go_on', 'begin', 'drop_old', 'change', 'ask_about', 'ask_about_doubts', 'Offer',
+           'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
@@ -657,6 +658,14 @@ def ask_about(manager:"OrderManager", names:Iterable[str], now:int)->list[Action
         if name in manager.searches: manager.searches[name].asked = now
     return [Ask(manager.blotter.known[name].order) for name in new]
 
+
+def ask_about_doubts(manager:"OrderManager", now:int)->list[Action]:
+    "Ask about the orders that have just come to be in doubt"
+    doubts, before = manager.blotter.doubts, manager.doubted
+    if doubts == before: return []
+    manager.doubted = dict(doubts)
+    return ask_about(manager, [name for name, _ in sorted(doubts.items() - before.items())], now)
+
 # %% ../../nbs/70_live/07_order_manager.ipynb #da98d22b
 @dataclass(frozen=True)
 class Offer:
@@ -703,8 +712,7 @@ class OrderManager:
         "Make the orders that work those that are wanted; InvalidOrderError if the venue does not take one"
         blotter = self.blotter
         newest = {slot: blotter.known[name] for slot, name in blotter.newest.items()} if self.beside else {}
-        open_orders = blotter.open.values() if self.beside else ()
-        working = [each for each in open_orders if each.works and is_decided(each.order)]
+        working = [each for each in blotter.open.values() if self.beside and each.works and is_decided(each.order)]
         difference = compare(orders, newest, working, self.offer.amends)
         for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
         return [*change(self, difference, now), *self.on_time(now)]
@@ -732,7 +740,4 @@ class OrderManager:
             if pursuit.stage is Stage.DONE: self.pursuits.pop(name)
             elif pursuit.due and pursuit.due <= now: actions += go_on(self, name, pursuit, now)
         for order in list(self.waiting): actions += begin(self, order, now)
-        if self.blotter.doubts == self.doubted: return actions
-        new = self.blotter.doubts.items() - self.doubted.items()
-        self.doubted = dict(self.blotter.doubts)
-        return actions + ask_about(self, [name for name, _ in sorted(new)], now)
+        return actions + ask_about_doubts(self, now)

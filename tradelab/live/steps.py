@@ -129,7 +129,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
 def deadline_of(core:Core, open_time:int, arrived:int)->int:
     "Until when the entries decided on this candle may be sent, ms of our clock"
     terms = core.terms
-    began = decided_at(open_time + terms.step - core.watch.offset, arrived, terms.pace)
+    began = decided_at(open_time + terms.step - core.watch.offset, arrived, core.real_time)
     return began + decision_deadline(terms.step, terms.decision_deadline)
 
 # %% ../../nbs/70_live/17_steps.ipynb #b2e5d7bd
