@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..account import decimal8, wallet
+from ..database.records import Income
 from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
@@ -39,7 +40,7 @@ from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import client_order_id, is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
-from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
+from .venue import UNITS, AccountSnapshot, OrderReport, forced, funding_of, units
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
 from ..times import format_time

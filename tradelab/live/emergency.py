@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from math import ceil, copysign
 
 from ..account import decimal8
+from ..database.records import EmergencyStep
 from ..events import Depth, TradingState
 from ..instruments import Instrument
 from .agreement import book, catch_up, keep
 from .core import Core, Process
 from .guards import EMERGENCY, Deed, Phase, is_emergency
 from .ladder import trip
-from .messages import EmergencyStep, Tell, Write
+from .messages import Tell, Write
 from .order_manager import Pursuit, Stage, is_one_shot, send, take_back, withheld
 from .order_states import State, client_order_id
 from .venue import AccountSnapshot
