@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from tradelab import secrets
 from tradelab.config import settings
 from tradelab.instruments import BITCOIN
 from tradelab.localnet.server import Localnet
+from tradelab.localnet.sources import WallClock
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1
 from tradelab.secrets import COSTS, set_secret
@@ -75,15 +77,24 @@ class Watcher:
         self.thread.join()
 
 
+PROGRAM = (sys.executable, "-c",
+           "from tradelab import command, secrets; secrets.COST = secrets.COSTS[0]; command.main()")
+
+
 def tradelab(*words, **given):
     "The command of a person; what it shows"
-    program = "from tradelab import command, secrets; secrets.COST = secrets.COSTS[0]; command.main()"
-    return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, timeout=300,
-                          stdin=subprocess.DEVNULL, **given)
+    return subprocess.run([*PROGRAM, *words], capture_output=True, timeout=120, stdin=subprocess.DEVNULL, **given)
 
 
 @pytest.fixture
 def exchange():
+    "In the place of the testnet, which keeps real time"
+    with Localnet(source=WallClock(), profile="book", api_key=KEY, api_secret=SECRET) as net: yield net
+
+
+@pytest.fixture
+def replayed():
+    "With candles that wait for nobody's clock"
     with Localnet({SYMBOL: MARKET}, {}, [BITCOIN], CostModel(), start=int(times(MARKET)[100]), api_key=KEY,
                   api_secret=SECRET) as net:
         yield net
@@ -106,37 +117,60 @@ def kept(project, exchange, monkeypatch):
     return project
 
 
+LIVE = "live", "-p", "symbol", SYMBOL, "-p", "timeframe", "1m", "-p", "candles", "0", "--output"
+
+
 def live(name, **variables):
     "The job of a live session, with these variables beside those that there are"
-    return tradelab("live", "-p", "symbol", SYMBOL, "-p", "timeframe", "1h", "-p", "candles", "3", "--output",
-                    f"{name}.planted.ipynb", env=os.environ | variables)
+    return tradelab(*LIVE, f"{name}.planted.ipynb", env=os.environ | variables)
 
 
-SHOWN = f"""
+def live_and_stopped(name, project):
+    "The same, until it runs and a person stops it"
+    ran = subprocess.Popen([*PROGRAM, *LIVE, f"{name}.planted.ipynb"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    timer = threading.Timer(120, ran.kill)
+    timer.start()
+    while not any(b"running" in path.read_bytes() for path in project.glob("sessions/*/session.json")):
+        assert ran.poll() is None, ran.communicate()
+        time.sleep(.05)
+    tradelab("stop")
+    stdout, stderr = ran.communicate()
+    timer.cancel()
+    return subprocess.CompletedProcess(ran.args, ran.returncode, stdout, stderr)
+
+
+SHOWN = """
 import asyncio
+import gc
+from dataclasses import replace
 from tradelab.config import settings, venue_for
 from tradelab.inputs import venue_at
 from tradelab.live.ledger import Ledger
 from tradelab.live.session import Session
+from tradelab.log import configure
 from tradelab.runs.registry import load
-from tradelab.secrets import File, open_box, passphrase_for, with_keys
+from tradelab.secrets import open_box, passphrase_for, with_keys
+configure()
 here = with_keys(settings())
-place = venue_for(here)
+place = replace(venue_for(here), name="localnet", rest="{url}", stream="{url}".replace("http", "ws"))
 box = open_box(here.secrets_file, passphrase_for(here))
-async def look():
+async def trade():
     venue = venue_at(place)
-    await venue.connect([{SYMBOL!r}])
-    run = load("tradelab.strategies.example:SmaCross")
-    session = Session(run.trader(10_000., venue.instruments([{SYMBOL!r}])), venue, Ledger(here.database), here.sessions,
-                      id="shown", timeframe="1h")
-    await session.run(2)
-    for each in (here, place, box, File(here), venue, session, session.core, session.core.trader,
-                 here.model_dump(), vars(place)):
-        print(repr(each), str(each))
-    for name, value in vars(session.core).items(): print(name, repr(value))
-    for name, value in vars(session).items(): print(name, repr(value))
-    await venue.close()
-asyncio.run(look())
+    await venue.connect(["BTC/USDT:USDT"])
+    run = load("tradelab.strategies.example:SmaCross(fast=2, slow=5)")
+    session = Session(run.trader(10_000., venue.instruments(["BTC/USDT:USDT"])), venue, Ledger(here.database),
+                      here.sessions, id="shown", timeframe="1h")
+    asked = asyncio.create_task(session.run(20))
+    while asked.done() is False and not any(type(each).__name__ == "Core" for each in gc.get_objects()):
+        await asyncio.sleep(.01)
+    core = next(each for each in gc.get_objects() if type(each).__name__ == "Core")
+    print(await asked)
+    parts = [each for each in gc.get_objects() if str(type(each).__module__).startswith("tradelab")]
+    assert {{"Core", "Session", "BinanceVenue", "VenueSettings", "Box"}} <= {{type(each).__name__ for each in parts}}
+    for each in parts: print(repr(each), str(each), *map(repr, getattr(each, "__dict__", {{}}).values()))
+    print(here.model_dump(), venue._exchange)
+asyncio.run(trade())
 """
 
 REFUSED = """
@@ -146,7 +180,7 @@ venue_for(with_keys(settings({})))
 """
 
 
-def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
 
 
 def plant(path, words):
@@ -167,12 +201,12 @@ class Runs:
         assert sentence in ran.stdout + ran.stderr, (name, ran.stderr[-2000:])
 
 
-def good_and_failing(project, exchange, keep):
+def good_and_failing(project, exchange, replayed, keep):
     "Runs that trade, are refused before they start, and fail while they run"
-    keep("live", live("good"), code=0)
+    keep("live", live_and_stopped("good", project), code=0)
     keep("list", tradelab("secrets", "list"), b"testnet_secret", 0)
     keep("rotate", tradelab("secrets", "rotate"), b"has a new data key", 0)
-    keep("shown", python(SHOWN), code=0)
+    keep("shown", python(SHOWN.format(url=replayed.url)), b"fills", 0)
     keep("wrong passphrase", live("wrong", TRADELAB_PASSPHRASE_FILE=plant(project / "wrong", WRONG)), b"does not open")
     keep("a passphrase, not its file", live("mistaken", TRADELAB_PASSPHRASE_FILE=PASSPHRASE), b"that is not there")
     keep("no such setting", live("setting", TRADELAB_PASSPHRASE=PASSPHRASE), b"is not a setting")
@@ -183,7 +217,7 @@ def good_and_failing(project, exchange, keep):
     keep("traceback", python(REFUSED.format('passphrase_file="wrong"')), b"Traceback")
     keep("traceback of mainnet", python(REFUSED.format(f'venue="mainnet", mainnet_key={KEY!r}')), b"Traceback")
     keep("refused by the exchange", live("keys", TRADELAB_TESTNET_SECRET=WRONG))
-    exchange.close()
+    exchange.__exit__(None, None, None)
     keep("nobody there", live("nobody"))
     whole = (project / "tradelab.secrets").read_text()
     (project / "tradelab.secrets").write_text(whole[:-20])
@@ -195,9 +229,9 @@ KINDS = ("tradelab.jsonl", "tradelab.db", ".zst", "session.json", "journal.csv",
          "arguments", "stderr")
 
 
-def test_what_is_planted_is_found_nowhere(kept, exchange):
+def test_what_is_planted_is_found_nowhere(kept, exchange, replayed):
     runs = Runs()
-    with Watcher() as watcher: good_and_failing(kept, exchange, runs.keep)
+    with Watcher() as watcher: good_and_failing(kept, exchange, replayed, runs.keep)
     artefacts = runs.shown | {f"process {number}: arguments": words for number, words in watcher.seen.items()}
     artefacts |= {str(path.relative_to(kept)): plain(path) for path in kept.rglob("*")
                   if path.is_file() and path.name not in ("word", "wrong")}
