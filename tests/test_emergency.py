@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from time import monotonic
 from unittest.mock import patch
+from urllib.request import Request, urlopen
 
 import pytest
 from simulated import SYMBOLS, simulate
@@ -210,6 +211,41 @@ def test_an_exchange_that_is_restored_during_an_emergency_is_left_flat(tmp_path)
         live, before = halted_at(session(exchange, tmp_path, FIVE[:2], patience=2.), before=forget), exchange.exchange
         asyncio.run(live.run(8))
         assert exchange.exchange is not before
+        flat_and_halted(live, exchange, FIVE[:2])
+
+
+def status_of(status): return {"at": "step", "do": "suspend", "symbol": "BTCUSDT", "status": status}
+
+
+class Reopening(Noting):
+    "When the second symbol is closed, the exchange trades the first one again at its next step"
+    def reopen(self):
+        self.exchange.faults.arm([status_of("TRADING")])
+        step = Request(f"{self.exchange.control_url}/step", b"{}", {"X-Localnet-Token": self.exchange.token})
+        urlopen(step, timeout=10).read()
+
+    async def place(self, order):
+        answer = await super().place(order)
+        if is_emergency(order) and order.symbol == FIVE[1]: await asyncio.to_thread(self.reopen)
+        return answer
+
+
+@pytest.mark.integration
+def test_a_symbol_that_is_not_traded_is_closed_when_it_is_and_holds_up_no_other(tmp_path):
+    "The exchange suspends it before the halt: nothing is sent there, and the other one is closed at once"
+    with localnet(FIVE[:2]) as exchange:
+        live = session(exchange, tmp_path, FIVE[:2], broker=Reopening, waits=QUICK)
+        live.venue.exchange = exchange
+        live.progress = lambda done: done.candles == 3 and exchange.faults.arm([status_of("BREAK")])
+
+        def halt(line):
+            if line.startswith("suspended: BTC/USDT:USDT is not traded"):
+                live.venue.events.put_nowait(Command(1, "halt", reason="an example", person="Ada"))
+        live.say = halt
+        asyncio.run(live.run(8))
+        assert [order.symbol for _, order in live.venue.closing] == [FIVE[1], FIVE[0]]
+        out_in_order(live, exchange, FIVE[:2])
+        assert live.statistics.rejected == 0
         flat_and_halted(live, exchange, FIVE[:2])
 
 
