@@ -17,6 +17,7 @@ from simulated import trader as a_trader
 from test_live import localnet, venue
 from test_simulation_live import AT_START, FOR_PERSONS, NOT_HEARD, wrong_in
 
+from tradelab.database.records import EmergencyStep
 from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
@@ -24,7 +25,7 @@ from tradelab.live import core as cores
 from tradelab.live import emergency as emergencies
 from tradelab.live.guards import EMERGENCY, is_emergency
 from tradelab.live.ledger import Ledger
-from tradelab.live.messages import Command, EmergencyStep, Failed
+from tradelab.live.messages import Command, Failed
 from tradelab.live.session import Session
 from tradelab.localnet.faults import OUTCOMES, REPLIES, SESSIONS, STREAMS, UNAVAILABLE, WIRES
 from tradelab.policies import buy_and_hold

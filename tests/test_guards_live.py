@@ -8,13 +8,14 @@ from test_core import HOUR
 from test_live import BITCOIN, ETHER, LISTED, localnet, run, session, trader, venue
 
 from tradelab.config import settings
+from tradelab.database.records import BreakerEvent
 from tradelab.errors import ConfigurationError
 from tradelab.events import Candles, Fill, Quote, TradingState
 from tradelab.features.observation import Observation
 from tradelab.live.bookkeeper import Feed
 from tradelab.live.core import Terms
 from tradelab.live.ladder import ladder_settings
-from tradelab.live.ledger import BreakerEvent, Ledger
+from tradelab.live.ledger import Ledger
 from tradelab.live.messages import Answered, LadderMoved, Mark, Received, Send, Tell, Write
 from tradelab.live.recorder import read
 from tradelab.live.replay import first_other_action, retell

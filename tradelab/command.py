@@ -224,8 +224,9 @@ def one_strategy(
     name:str|None,  # of the strategy, or of a session of it; None: the only one that the word changes
 )->dict:            # where it stands, with venue, account and strategy
     "The strategy that a word is about; ClickException that lists them if it is none, or not one"
+    from tradelab.database.records import Standing
+    from tradelab.database.schema import record_of
     from tradelab.live.lease import is_halted, strategy_traded
-    from tradelab.live.ledger import Standing, record_of
     rows = ledger.trading_states.all()
     names = {name, strategy_traded(ledger, name)} if name else {row["strategy"] for row in rows}
     meant = [row for row in rows if row["strategy"] in names and asked.venue in ("", row["venue"])
@@ -248,7 +249,8 @@ def say_word(
 )->None:
     "Tell a running session something, or change a strategy that no session trades with, and print the answer"
     from tradelab.config import settings
-    from tradelab.live.ledger import Ledger, clock
+    from tradelab.database.records import clock
+    from tradelab.live.ledger import Ledger
     with one_sentence():
         here = settings()
         running, ledger = running_sessions(here.sessions), Ledger(here.database)
@@ -274,7 +276,7 @@ def add_word(name:str, words:str)->None:
     @click.option("--symbol", default="", help="Only this one  [default: all of the session]")
     @click.option("--reason", required=True, help="Why; it is kept with the command.")
     def ask(session, symbol, reason, venue="", account=""):
-        from tradelab.live.ledger import Asked
+        from tradelab.database.records import Asked
         say_word(Asked(name, reason, getpass.getuser(), venue, account, symbol=symbol), session)
 
     command = main.command(name=name, help=words)(ask)

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..database.records import Asked, Lease, LeaseLostError, Standing
 from ..events import TradingState
-from .ledger import Asked, Lease, LeaseLostError, Ledger, MemoryLedger, Standing
+from .ledger import Ledger, MemoryLedger
 from .reconcile import StartRefusedError
 
 # %% ../../nbs/70_live/09_lease.ipynb #2e54208e

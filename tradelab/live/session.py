@@ -35,6 +35,19 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from tradelab.database.records import (
+    Asked,
+    Balance,
+    BreakerEvent,
+    EmergencyStep,
+    ExchangeHealth,
+    HeldPosition,
+    Lease,
+    Standing,
+    SystemMetric,
+    clock,
+)
+from ..database.schema import Measured
 from ..events import Fill, Funding, TradingState
 from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
@@ -43,21 +56,7 @@ from .bookkeeper import Bookkeeper
 from .core import Core, Terms, mark_foreign
 from .guards import is_emergency
 from .lease import acquire, is_halted, release, strategy_of, this_process
-from tradelab.live.ledger import (
-    Asked,
-    Balance,
-    BreakerEvent,
-    ExchangeHealth,
-    HeldPosition,
-    Lease,
-    Ledger,
-    Link,
-    Measured,
-    MemoryLedger,
-    Standing,
-    SystemMetric,
-    clock,
-)
+from .ledger import Ledger, Link, MemoryLedger
 from tradelab.live.messages import (
     Action,
     Amend,
@@ -67,7 +66,6 @@ from tradelab.live.messages import (
     ClockSample,
     Command,
     Done,
-    EmergencyStep,
     End,
     Entry,
     Event,
@@ -900,9 +898,10 @@ def keep(session:"Session", records:Sequence[Record|Standing])->None:
     """Keep records in one transaction, under the session's lease; called on the writer's thread. The recording is on
     the disk before the ledger says that a step is done"""
     if session.files and any(isinstance(record, Step) for record in records): session.files.recorder.sync()
-    with session.ledger.transaction(session.lease, any(map(precedes, records))):
-        links = [write(session.ledger, session.id, each) for each in records if not isinstance(each, Standing)]
-        for each in records:
+    with session.ledger.transaction(session.lease, any(map(precedes, records))) as fresh:
+        left = records if fresh else ()
+        links = [write(session.ledger, session.id, each) for each in left if not isinstance(each, Standing)]
+        for each in left:
             if session.lease and isinstance(each, Standing): keep_standing(session, session.lease, each)
     for link in filter(None, links): know(session, link)
     if session.lease and monotonic() > session.looked + session.heartbeat: look(session, session.lease)
