@@ -11,7 +11,7 @@ __all__ = ['Process', 'CAUSE_OF', 'Terms', 'Watch', 'Keeper', 'Known', 'over', '
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -77,7 +77,7 @@ from ..orders import Order
 from ..risk.breakers import DEFAULTS, Breaker
 from ..risk.trading_state import allowed
 from ..times import milliseconds
-from ..trader import Trader
+from ..trader import Trader, kept
 
 # %% ../../nbs/70_live/12_core.ipynb #9649cd0a
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class Core(Known):
         manager.passes = lambda order, cancels: passes_guards(self, order, cancels)
         begin_at(self.ladder, ladder, TradingState(int(trader.account["required_state"][0])))
         trader.on(StateChange(self.ladder.required, "as it was kept", 0))
-        if trader.account["trading_state"][0] == TradingState.HALT: self.guards.ends = Phase.HALTED
+        if trader.trading_state is TradingState.HALT: self.guards.ends = Phase.HALTED
         self.rescue: Callable[[Core, Exception], Process|None] = lambda core, error: None # before an error ends it
         self._actions: list[Action] = []
         self._process: Process = process(self)
@@ -299,9 +299,9 @@ class Core(Known):
         self.do(end)
 
     def _set_alarm(self, due):
-        times = [time for time in (due, self.manager.due, *tended(self)) if time is not None]
-        if times and min(times) != self.alarm: self.do(Wake(min(times)))
-        self.alarm = min(times, default=None)
+        alarm = min(filter(None, (due, self.manager.due, *tended(self))), default=None)
+        if alarm is not None and alarm != self.alarm: self.do(Wake(alarm))
+        self.alarm = alarm
 
 # %% ../../nbs/70_live/12_core.ipynb #fbf76a32
 def hear(core:"Core", events:Sequence[Event])->None:
@@ -359,17 +359,18 @@ def tell_phase(core:"Core")->None:
         core.do(Tell(Notice("trading", "everything was asked for again, entries are sent again")))
 
 # %% ../../nbs/70_live/12_core.ipynb #3d6a95ed
-def tended(core:"Core")->Iterator[int|None]:
+def tended(core:"Core")->list[int|None]:
     "The times at which something is due by the clock"
-    if core.feed is None: return
-    watch = core.watch
-    if core.protector: yield core.protector.due
-    if "banned" in core.guards.reasons: yield watch.retry_at
-    yield from (watch.sample_at or None, watch.candle.next, *(each.next for each in watch.streams.values()))
-    known = {reason_of("stale", symbol) for symbol in core.feed.missing} & core.guards.reasons
-    if not known: yield watch.stale_at
-    entries = any(deed_of(order) is Deed.ENTER for order in core.manager.waiting)
-    if entries and core.now < core.deadline: yield core.deadline
+    if core.feed is None: return []
+    watch, reasons = core.watch, core.guards.reasons
+    times = [watch.sample_at, watch.candle.next, *(each.next for each in watch.streams.values())]
+    if core.protector: times.append(core.protector.due)
+    if "banned" in reasons: times.append(watch.retry_at)
+    if not (reasons and any(reason_of("stale", symbol) in reasons for symbol in core.feed.missing)):
+        times.append(watch.stale_at)
+    if core.now < core.deadline and any(deed_of(order) is Deed.ENTER for order in core.manager.waiting):
+        times.append(core.deadline)
+    return times
 
 # %% ../../nbs/70_live/12_core.ipynb #corshow07
 def watch_candles(core:"Core", feed:Feed)->None:
@@ -401,7 +402,7 @@ def hear_market(core:Core, event:Quote|Depth|Trade|Timer)->None:
     "Tell the trader what happens between two closes; what it decides then is recorded, and not carried out yet"
     if isinstance(event, Quote) and core.feed: hear_quote(core, event)
     decision = core.trader.on(event) if core.feed and core.trader.policy.clock != "close" else None
-    if decision: core.do(Decided(decision, core.trader.rows.copy()))
+    if decision: core.do(Decided(decision, kept(core.trader.rows)))
 
 # %% ../../nbs/70_live/12_core.ipynb #lad00032
 CAUSE_OF = {"stale": "stale_stream", "clock": "clock"} # of the ladder, by the reason to be guarded
@@ -555,10 +556,14 @@ def hear_fill(core:Core, fill:Fill)->None:
         withhold(core)
 
 # %% ../../nbs/70_live/12_core.ipynb #3499759f
+_NO_NEWS = Woken, Answered, Fetched, Unanswered, ClockSample, Mark, Quote # wake nobody who waits for news
+_OF_USER = Fill, Funding, OrderReport
+
+
 def take(core:Core, event:Event)->None:
     "Take in one event"
-    if not isinstance(event, Woken | Answered | Fetched | Unanswered | ClockSample | Mark | Quote): core.heard += 1
-    if isinstance(event, Fill | Funding | OrderReport): core.watch.streams["user"].came()
+    if not isinstance(event, _NO_NEWS): core.heard += 1
+    if isinstance(event, _OF_USER): core.watch.streams["user"].came()
     match event:
         case Candle() if core.feed: hear_candle(core, core.feed, event)
         case Candle(): core.early.append(event)

@@ -292,22 +292,21 @@ def flatten_all(core:Core, symbols:Sequence[str], reason:str)->Process:
 # %% ../../nbs/70_live/15_emergency.ipynb #ladder002
 def to_flatten(core:Core)->list[str]:
     "Symbols whose positions the trading state does not allow any more, once a candle"
-    account, positions = core.trader.account[0], core.books.positions
-    if account["trading_state"] < TradingState.FLATTEN or core.flattened == core.trader.open_time: return []
+    if core.trader.trading_state < TradingState.FLATTEN or core.flattened == core.trader.open_time: return []
+    positions = core.books.positions
     return [symbol for symbol in core.trader.symbols if positions[symbol] and symbol not in core.foreign.frozen]
 
 
 def obey_state(core:Core, symbols:Sequence[str])->Process:
     "Close these positions, because the trading state leaves nothing else"
     core.flattened = core.trader.open_time
-    state = TradingState(int(core.trader.account["trading_state"][0])).name
-    yield from flatten_all(core, symbols, f"the trading state is {state}")
+    yield from flatten_all(core, symbols, f"the trading state is {core.trader.trading_state.name}")
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emgshow19
 def emergency(core:Core)->Process:
     "Halt, close everything, and stay halted"
     reason = core.emergency
-    if core.trader.account["trading_state"][0] < TradingState.HALT: trip(core, "emergency", reason)
+    if core.trader.trading_state is not TradingState.HALT: trip(core, "emergency", reason)
     note(core, "halted", text=reason)
     said = yield from flatten_all(core, core.trader.symbols, reason)
     if core.error: yield from hear_missed(core) # nobody will ask for it afterwards

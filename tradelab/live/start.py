@@ -345,7 +345,7 @@ def start(
     core.opened = True
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
-    if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
+    if trader.trading_state is TradingState.HALT and to_flatten(core):
         alarm(core, "it was halted before everything was closed")
     yield from hear_both(core)
     yield from see_history(core, kept)
