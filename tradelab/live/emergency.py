@@ -23,6 +23,7 @@ from .ladder import trip
 from .messages import Tell, Write
 from .order_manager import Pursuit, Stage, is_one_shot, send, take_back, withheld
 from .order_states import State, client_order_id
+from .protection import reducible
 from .venue import AccountSnapshot
 from ..notices import Notice
 from ..orders import Kind, Order
@@ -34,9 +35,7 @@ def left_to_close(
     offset:float=0.,          # signed base units that are not ours, and stay
 )->float:                     # signed base units to order; 0: it is flat, or nothing that only reduces would help
     "What closes our part of a position"
-    held = account.positions.get(symbol, 0.)
-    wanted = float(decimal8(offset - held))
-    return copysign(min(abs(wanted), abs(held)), wanted) if wanted * held < 0. else 0.
+    return -reducible(float(decimal8(account.positions.get(symbol, 0.) - offset)), offset)
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emerg009
 MOST = 100 # slices of one round
