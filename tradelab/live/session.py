@@ -11,8 +11,8 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
            'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare', 'quietly',
            'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep',
-           'look', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out',
-           'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
+           'look', 'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables',
+           'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -915,12 +915,20 @@ def look(session:"Session", lease:Lease)->None:
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
         if row["number"] in session.commands or not here: continue
         session.commands.add(row["number"])
-        if row["epoch"] >= lease.epoch:
-            command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
-            session.hand(partial(session.venue.events.put_nowait, command))
-        else: refuse_stale(session, lease, row)
+        command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
+        if row["epoch"] < lease.epoch: refuse_stale(session, lease, row)
+        elif command.name == "stop": stop_by_hand(session, command)
+        else: session.hand(partial(session.venue.events.put_nowait, command))
 
 # %% ../../nbs/70_live/19_session.ipynb #98afd654
+def stop_by_hand(session:"Session", command:Command)->None:
+    "A person ends the session in order; it is answered first, so that a resumed one does not end by it"
+    text = f"stopping in order, as {command.person or 'a person'} asked: {command.reason or 'no reason given'}"
+    session.ledger.commands.done(command.number, text)
+    session.hand(partial(tell, session, Notice("command", f"{command.number}: {text}")))
+    session.stop()
+
+
 def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
     "A person had another session before their eyes: what they asked for is not done to this one"
     text = (f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has "
