@@ -1,12 +1,19 @@
 """Getting out over real sockets and SQLite, of positions whose stops stand at the exchange beside orders that rest: one
 fault of each family, and processes that are killed in the midst of it"""
 import asyncio
+import csv
 import json
+import multiprocessing
+import os
+import signal
 import sqlite3
+import sys
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +25,7 @@ from tradelab.compiled import compiled
 from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
+from tradelab.live.guards import EMERGENCY, is_emergency
 from tradelab.live.ledger import Asked, Ledger
 from tradelab.live.messages import Command, EmergencyStep
 from tradelab.live.session import Session
@@ -33,7 +41,7 @@ pytestmark = pytest.mark.integration
 SYMBOLS = "BTC/USDT:USDT", "ETH/USDT:USDT"
 LIMITS = Limits(max_position=.4, max_drawdown=.9, max_daily_loss=None, price_band=None, max_orders=None,
                 stops=Stops(stop_loss=.2, take_profit=.4, trailing_stop=.25))
-WITHIN = WAITS | dict(stop_deadline=300, stop_patience=300, heartbeat=20)
+WITHIN = WAITS | dict(stop_deadline=300, stop_patience=300, heartbeat=20, pause=100, quiet=300)
 
 
 @compiled
@@ -61,13 +69,15 @@ def session(url, folder, broker=BinanceVenue, ledger=Ledger, **options):
 
 # --- what the exchange holds
 
+def names(exchange): return {each.client_id for each in exchange.exchange.accounts["main"].orders.values()}
 def held(exchange): return [exchange.exchange.accounts["main"].held(n, "BOTH") for n in range(len(SYMBOLS))]
 def stops(exchange): return exchange.exchange.conditional.of(exchange.exchange.accounts["main"]).open.values()
 
 
 def unguarded(exchange, live):
     "Positions without their stop of which the ladder says nothing"
-    said = {symbol for cause, symbol, *_ in json.loads(live.ladder)["active"] if cause == "no_stop"} if live.ladder else ()
+    active = json.loads(live.ladder)["active"] if live.ladder else []
+    said = [symbol for cause, symbol, *_ in active if cause == "no_stop"]
     there = Counter()
     for each in stops(exchange):
         if each.kind == "STOP_MARKET": there[each.n] += each.quantity / 2   # the stop and the trailing stop
@@ -150,21 +160,140 @@ def test_whatever_breaks_stops_stand_and_an_emergency_gets_out(family, tmp_path)
         live, naked, before, hits = session(exchange.url, tmp_path), [], set(), []
 
         def progress(statistics):
-            if statistics.candles == 4: break_it(family, exchange, tmp_path)
-            if statistics.candles == 10:
-                assert all(held(exchange))
+            if statistics.candles in (4, 9 if family == "suspended" else 10): break_it(family, exchange, tmp_path)
+            if statistics.candles == 8:
                 naked.extend(unguarded(exchange, live))
                 exchange.faults.disarm()
                 hits.append(len(exchange.faults.log))
-                before.update(each.client_id for each in exchange.exchange.accounts["main"].orders.values())
-                break_it(family, exchange, tmp_path)
+            if statistics.candles == 10:
+                assert all(held(exchange))
+                before.update(names(exchange))
                 live.venue.events.put_nowait(WORD)
         live.progress = progress
-        asyncio.run(live.run(14))
+        asyncio.run(live.run(16))
         assert naked == []
         assert family == "ledger locked" or 0 < hits[0] < len(exchange.faults.log)
         assert wrong_in(exchange, live, before) == []
-        orders = len(exchange.exchange.accounts["main"].orders)
+        before = names(exchange)
+        again = session(exchange.url, tmp_path, id="", resume="out")
+        asyncio.run(again.run(2))
+        assert wrong_in(exchange, again, before) == []
+        assert names(exchange) == before
+
+
+# --- killed in the midst of it
+
+PASSED, DEATH = Counter(), []   # doors of this process; the one that it dies at, and for the how manieth time
+
+
+def door(name):
+    PASSED[name] += 1
+    if DEATH == [name, PASSED[name]]: os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(BinanceVenue):
+    async def place(self, order):
+        if is_emergency(order): door("close sent")
+        answer = await super().place(order)
+        if is_emergency(order): door("close answered")
+        return answer
+
+
+class MortalLedger(Ledger):
+    "Dies in front of the end of a transaction of the session's, or behind it"
+    steps = ()
+
+    def measure(self, session, *records):
+        super().measure(session, *records)
+        self.steps += tuple(each.step for each in records if isinstance(each, EmergencyStep))
+
+    @contextmanager
+    def transaction(self, lease=None, durable=False):
+        with super().transaction(lease, durable):
+            yield
+            for step in self.steps if lease else (): door(f"{step} unwritten")
+        written, self.steps = (self.steps, ()) if lease else ((), self.steps)
+        for step in written: door(f"{step} written")
+
+
+def halting(live, candle=4):
+    "At this candle a person writes the word into the ledger"
+    def progress(statistics):
+        if statistics.candles == candle: live.ledger.commands.ask(Asked("halt", "an example", "Ada", session=live.id))
+    live.progress = progress
+    return live
+
+
+def dying(url, folder, name, nth, resume):
+    "A session in a process of its own, until it dies at a door"
+    DEATH[:] = [name, nth]
+    given = {"id": "", "resume": "out"} if resume else {}
+    live = session(url, folder, Mortal, MortalLedger, **given)
+    asyncio.run((live if resume else halting(live)).run(12))
+
+
+DOORS = [("halted unwritten", 1), ("halted written", 1), ("close sent", 2), ("close answered", 1),
+         ("flat unwritten", 1), ("flat written", 2), ("over unwritten", 1), ("over written", 1)]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    "Processes from a server that has imported everything already"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)): yield context
+
+
+def kill(exchange, folder, processes, name, nth=1, resume=False):
+    "A session dies at a door of its emergency; returns the names of its orders that are not of the emergency"
+    process = processes.Process(target=dying, args=(exchange.url, folder, name, nth, resume))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return {each for each in names(exchange) if int(each.split("-")[3]) < EMERGENCY}
+
+
+def told_wrong(live):
+    "What the ledger and emergencies.csv tell amiss of an emergency that is over, in sentences"
+    steps = live.ledger.measured("out", EmergencyStep)
+    counts, last = Counter(each.step for each in steps), {each.symbol: each.step for each in steps}
+    found = [] if len(set(steps)) == len(steps) else ["a step is written twice"]
+    if counts["halted"] > 1: found.append("it began more than once")
+    if set(last.values()) != {"flat", "over"}: found.append(f"it ended with {last}")
+    with open(live.folder / "emergencies.csv", newline="") as file: lines = list(csv.DictReader(file))
+    shown = Counter((int(each["time"]), each["kind"], each["text"]) for each in lines)
+    if any(shown[each.time, each.step, f"{each.symbol} {each.text}".strip()] != 1 for each in steps):
+        found.append("emergencies.csv has not each step once")
+    return found
+
+
+@pytest.mark.parametrize("name, nth", DOORS)
+def test_killed_in_an_emergency_it_gets_out_when_it_is_resumed(name, nth, processes, tmp_path):
+    with localnet(SYMBOLS, deposit=20_000.) as exchange:
+        before = kill(exchange, tmp_path, processes, name, nth)
+        again = session(exchange.url, tmp_path, id="", resume="out")
+        asyncio.run(again.run(3))
+        assert wrong_in(exchange, again, before) == []
+        assert told_wrong(again) == []
+
+
+def test_its_halt_outlives_the_process_and_the_session_until_a_reset_with_a_reason(processes, tmp_path):
+    def other(live):
+        def progress(statistics):
+            reasons = {3: " ", 5: "looked at it"}
+            orders.append(len(names(exchange)))
+            if statistics.candles not in reasons: return
+            live.ledger.commands.ask(Asked("reset", reasons[statistics.candles], "Ada", session="other"))
+        live.progress = progress
+        return live
+    with localnet(SYMBOLS, deposit=20_000.) as exchange:
+        kill(exchange, tmp_path, processes, "closing written")
+        kill(exchange, tmp_path, processes, "flat written", resume=True)
         asyncio.run(session(exchange.url, tmp_path, id="", resume="out").run(2))
-        assert wrong_in(exchange, live, before) == []
-        assert len(exchange.exchange.accounts["main"].orders) == orders
+        assert not any(held(exchange))
+        orders, live = [], session(exchange.url, tmp_path, id="other")
+        asyncio.run(other(live).run(20))
+        answers = [row["answer"] for row in live.ledger.commands.all()]
+        assert answers[1:] == ["refused: a reset needs a reason",
+                               "reset: positions may be opened again, drawdown counts from here"]
+        assert orders[0] == orders[4] < orders[-1]

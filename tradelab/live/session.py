@@ -916,7 +916,8 @@ def look(session:"Session", lease:Lease)->None:
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
         if row["number"] in session.commands or not here: continue
         session.commands.add(row["number"])
-        if row["epoch"] >= lease.epoch:
+        # a halt outlives the process that died before it heard it
+        if row["epoch"] >= lease.epoch or row["name"] == "halt" and session.resumed:
             command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
             session.hand(partial(session.venue.events.put_nowait, command))
         else: refuse_stale(session, lease, row)
