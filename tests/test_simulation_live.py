@@ -15,7 +15,7 @@ from random import Random
 import pytest
 from simulated import SYMBOLS, simulate, trader, trader_of_orders
 
-from tradelab.live.ledger import Asked
+from tradelab.database.records import Asked
 from tradelab.live.order_states import State
 from tradelab.live.replay import first_other_action
 from tradelab.localnet.faults import ORDERS as ABOUT_ORDERS

@@ -16,11 +16,11 @@ import pandas as pd
 from pydantic import SecretStr
 
 from .config import VenueSettings
+from .database.records import Asked, EmergencyStep
 from .features.observation import Observation
 from .inputs import venue_at
 from .instruments import BITCOIN
-from .live.ledger import Asked, Ledger, MemoryLedger
-from .live.messages import EmergencyStep
+from .live.ledger import Ledger, MemoryLedger
 from .live.session import Session
 from .localnet.server import Localnet
 from .market.candles import times
