@@ -22,12 +22,14 @@ from test_outages import WAITS
 from test_simulation_protection import of_stops
 
 from tradelab.compiled import compiled
+from tradelab.database.records import Asked, EmergencyStep
+from tradelab.drill import rehearse
 from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.live.guards import EMERGENCY, is_emergency
-from tradelab.live.ledger import Asked, Ledger
-from tradelab.live.messages import Command, EmergencyStep
+from tradelab.live.ledger import Ledger
+from tradelab.live.messages import Command
 from tradelab.live.session import Session
 from tradelab.localnet.faults import SCENARIOS
 from tradelab.orders import LIMIT, MARKET
@@ -181,6 +183,16 @@ def test_whatever_breaks_stops_stand_and_an_emergency_gets_out(family, tmp_path)
         assert names(exchange) == before
 
 
+def test_a_signal_ends_a_drill_and_is_no_drill():
+    async def interrupted():
+        before, drill = signal.getsignal(signal.SIGTERM), asyncio.ensure_future(rehearse(SYMBOLS[:1]))
+        while signal.getsignal(signal.SIGTERM) == before: await asyncio.sleep(.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await drill
+    with pytest.raises(RuntimeError, match="a signal has ended the drill before everything was closed"):
+        asyncio.run(interrupted())
+
+
 # --- killed in the midst of it
 
 PASSED, DEATH = Counter(), []   # doors of this process; the one that it dies at, and for the how manieth time
@@ -209,8 +221,8 @@ class MortalLedger(Ledger):
 
     @contextmanager
     def transaction(self, lease=None, durable=False):
-        with super().transaction(lease, durable):
-            yield
+        with super().transaction(lease, durable) as new:
+            yield new
             for step in self.steps if lease else (): door(f"{step} unwritten")
         written, self.steps = (self.steps, ()) if lease else ((), self.steps)
         for step in written: door(f"{step} written")

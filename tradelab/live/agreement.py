@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..account import decimal8, wallet
+from ..database.records import Income
 from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
@@ -39,10 +40,11 @@ from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import client_order_id, is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
-from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
+from .venue import UNITS, AccountSnapshot, OrderReport, forced, funding_of, units
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
 from ..times import format_time
+from ..trader import kept
 
 # %% ../../nbs/70_live/13_agreement.ipynb #cb9cce5e
 def row_of(core:Core, order:Order)->np.void:
@@ -100,8 +102,8 @@ def keep(core:Core)->None:
     "Keep the present step, unless something in it is open that the ledger knows already"
     trader = core.trader
     if not core.books.settled or trader.rows["open_time"][0] != trader.open_time: return
-    core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence,
-                       trader.closed.copy())))
+    core.do(Write(Step(trader.symbols, kept(trader.rows), trader.snapshot(), core.books.sequence,
+                       kept(trader.closed))))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #503355e6
 def knows(core:Core, name:str, listed:Sequence[OrderReport], account:AccountSnapshot)->bool:
@@ -274,7 +276,7 @@ def ask_account(core:Core, rows:bool=False)->Process:
 def freeze(core:Core, account:AccountSnapshot)->None:
     "A position that no trade explains is not only ours; one that has an open order may still become so"
     unproven = {intent.order.symbol for intent in core.manager.blotter.unproven}
-    for verdict in compared(core, account, own_wallet(core)):
+    for verdict in compared(core, account, account.wallet): # of the money nothing is asked here
         if verdict.what == "wallet" or verdict.what in unproven: continue
         core.foreign.residual.pop(verdict.what, None)
         if verdict.agrees: continue
@@ -408,9 +410,9 @@ def with_offset(core:Core, order:Order)->Order:
     """The same order; what only reduces the trader's part may enlarge the position that the exchange sees, if a part of
     it was ignored, and would be refused as what it is"""
     offset = core.foreign.offsets.get(order.symbol, 0.)
+    if not (offset and order.reduce_only): return order
     held = core.books.positions[order.symbol] + offset
-    allowed = not offset or order.quantity * held < 0. and abs(order.quantity) <= abs(held)
-    return replace(order, reduce_only=order.reduce_only and allowed)
+    return replace(order, reduce_only=order.quantity * held < 0. and abs(order.quantity) <= abs(held))
 
 
 def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
@@ -418,9 +420,9 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     frozen = core.foreign.frozen
     drop_frozen(core, [order for order in orders if order.symbol in frozen])
     wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
-    working = [each.order for each in core.manager.blotter.open.values() if each.works and is_decided(each.order)]
-    stays = [order for order in working if order.symbol in frozen]
-    return wanted + (stays if core.manager.beside else [])
+    if not core.manager.beside: return wanted
+    return wanted + [each.order for each in core.manager.blotter.open.values() if each.works
+                     and is_decided(each.order) and each.order.symbol in frozen]
 
 # %% ../../nbs/70_live/13_agreement.ipynb #agrshow23
 def carry_out(core:Core, orders:Sequence)->Process:

@@ -14,15 +14,17 @@ from collections.abc import Sequence
 from math import ceil, copysign
 
 from ..account import decimal8
+from ..database.records import EmergencyStep
 from ..events import Depth, TradingState
 from ..instruments import Instrument
 from .agreement import ask_suspended, book, catch_up, keep
 from .core import Core, Process
 from .guards import EMERGENCY, Condition, Deed, Phase
 from .ladder import trip
-from .messages import EmergencyStep, Tell, Write
+from .messages import Tell, Write
 from .order_manager import Pursuit, Stage, is_one_shot, send, take_back, withheld
 from .order_states import State, client_order_id
+from .protection import reducible
 from .venue import AccountSnapshot
 from ..notices import Notice
 from ..orders import Kind, Order
@@ -34,9 +36,7 @@ def left_to_close(
     offset:float=0.,          # signed base units that are not ours, and stay
 )->float:                     # signed base units to order; 0: it is flat, or nothing that only reduces would help
     "What closes our part of a position"
-    held = account.positions.get(symbol, 0.)
-    wanted = float(decimal8(offset - held))
-    return copysign(min(abs(wanted), abs(held)), wanted) if wanted * held < 0. else 0.
+    return -reducible(float(decimal8(account.positions.get(symbol, 0.) - offset)), offset)
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emerg009
 MOST = 100 # slices of one round
@@ -305,8 +305,8 @@ def flatten_all(core:Core, symbols:Sequence[str], reason:str)->Process:
 # %% ../../nbs/70_live/15_emergency.ipynb #ladder002
 def to_flatten(core:Core)->list[str]:
     "Symbols whose positions the trading state does not allow any more, once a candle"
-    account, positions = core.trader.account[0], core.books.positions
-    if account["trading_state"] < TradingState.FLATTEN or core.flattened == core.trader.open_time: return []
+    if core.trader.trading_state < TradingState.FLATTEN or core.flattened == core.trader.open_time: return []
+    positions = core.books.positions
     return [symbol for symbol in core.trader.symbols if positions[symbol] and symbol not in core.foreign.frozen
             and not is_suspended(core, symbol)]
 
@@ -314,8 +314,7 @@ def to_flatten(core:Core)->list[str]:
 def obey_state(core:Core, symbols:Sequence[str])->Process:
     "Close these positions, because the trading state leaves nothing else"
     core.flattened = core.trader.open_time
-    state = TradingState(int(core.trader.account["trading_state"][0])).name
-    yield from flatten_all(core, symbols, f"the trading state is {state}")
+    yield from flatten_all(core, symbols, f"the trading state is {core.trader.trading_state.name}")
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emgshow19
 RESUMED = "it was halted before everything was closed"
@@ -324,7 +323,7 @@ RESUMED = "it was halted before everything was closed"
 def emergency(core:Core)->Process:
     "Halt, close everything, and stay halted"
     reason = core.emergency
-    if core.trader.account["trading_state"][0] < TradingState.HALT: trip(core, "emergency", reason)
+    if core.trader.trading_state is not TradingState.HALT: trip(core, "emergency", reason)
     note(core, "resumed" if reason == RESUMED else "halted", text=reason)
     said = yield from flatten_all(core, core.trader.symbols, reason)
     if core.error: yield from hear_missed(core) # nobody will ask for it afterwards
