@@ -266,6 +266,8 @@ def keep_network(folder, instruments, window=30, width=256):
     random = np.random.default_rng(7)
     sizes = [len(instruments) * (window * len(FEATURES) + len(PORTFOLIO)), width, width, len(instruments)]
     layers = [(random.normal(size=(out, into)) / np.sqrt(into), np.zeros(out)) for into, out in zip(sizes, sizes[1:])]
+    names = Observation(FEATURES, window, timeframe="1m").columns * len(instruments)
+    layers[0][0][:, [name.startswith("return(1)") for name in names]] *= 1e5 # it changes its mind, often on all symbols
     policy = Policy("network", mlp, pack(layers, "relu", "tanh"), FEATURES, window)
     save(Run(NETWORK, policy, Limits(max_drawdown=.9, max_daily_loss=None, max_orders=None), instruments=instruments,
              timeframe="1m", config=TRAINED), folder=folder)
