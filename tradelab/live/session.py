@@ -916,7 +916,8 @@ def look(session:"Session", lease:Lease)->None:
         if row["number"] in session.commands or not here: continue
         session.commands.add(row["number"])
         command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
-        if row["epoch"] < lease.epoch: refuse_stale(session, lease, row)
+        unheard = row["name"] == "halt" and session.resumed # by a process that died before it heard it
+        if row["epoch"] < lease.epoch and not unheard: refuse_stale(session, lease, row)
         elif command.name == "stop": stop_by_hand(session, command)
         else: session.hand(partial(session.venue.events.put_nowait, command))
 
