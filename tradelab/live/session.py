@@ -208,7 +208,7 @@ def median_and_p99(
     values:Sequence[float],  # ms
 )->list[float|None]:         # each None where there is no value
     "The usual, and the one that only one in a hundred exceeds, rounded as they are printed"
-    return [round(float(np.percentile(values, share)), 2) for share in (50, 99)] if values else [None, None]
+    return [round(float(each), 2) for each in np.percentile(values, (50, 99))] if values else [None, None]
 
 # %% ../../nbs/70_live/19_session.ipynb #988f3aae
 @dataclass
@@ -722,7 +722,7 @@ def save_status(session:"Session", state:str)->None:
     "Write session.json"
     write_status(session.folder / "session.json", pid=os.getpid(), state=state, session=session.id,
                  venue=session.venue.name, symbols=list(session.trader.symbols), timeframe=session.timeframe,
-                 statistics=session.statistics.summary(), kept=session.link and asdict(session.link))
+                 statistics=session.statistics.summary(), kept=session.link and vars(session.link))
 
 # %% ../../nbs/70_live/19_session.ipynb #050b72c9
 def hold(session:"Session")->None:
@@ -916,7 +916,8 @@ def look(session:"Session", lease:Lease)->None:
         if row["number"] in session.commands or not here: continue
         session.commands.add(row["number"])
         command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
-        if row["epoch"] < lease.epoch: refuse_stale(session, lease, row)
+        unheard = row["name"] == "halt" and session.resumed # by a process that died before it heard it
+        if row["epoch"] < lease.epoch and not unheard: refuse_stale(session, lease, row)
         elif command.name == "stop": stop_by_hand(session, command)
         else: session.hand(partial(session.venue.events.put_nowait, command))
 
@@ -940,7 +941,7 @@ def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
 def know(session:"Session", link:Link)->None:
     "The ledger has a step: recording and session.json know its link from now on, the latter at most once a second"
     session.link = link
-    if session.files: session.hand(partial(session.files.recorder.line, "kept", **asdict(link)))
+    if session.files: session.hand(partial(session.files.recorder.line, "kept", **vars(link)))
     if monotonic() < session.saved + 1: return
     session.saved = monotonic()
     try: save_status(session, "running")
