@@ -608,7 +608,7 @@ def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing(act, of
 
 
 @pytest.mark.parametrize("kind, missing", [(LIMIT, "a limit order needs a price"), (STOP, "needs a trigger"),
-                                           (TRAILING, "the callback of a trailing stop is a fraction")])
+                                           (TRAILING, "the callback of a trailing stop is .001 to .2")])
 def test_an_order_that_lacks_what_its_kind_needs_is_never_sent(kind, missing):
     def wanting(parameters, memory, observation, prices, answer):
         answer[0, 0]["kind"], answer[0, 0]["exposure"] = kind, .25

@@ -660,7 +660,7 @@ class Offer:
     "What a venue takes of orders"
     kinds:frozenset[Kind] = frozenset(Kind)
     amends:frozenset[Kind] = frozenset(Kind) # others are cancelled and placed anew
-    expires:bool = True                      # whether it ends an order by itself after so many candles
+    expires:bool = True                      # whether it ends an order by itself; else the session counts candles
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #2debcb78
 class OrderManager:
@@ -702,7 +702,7 @@ class OrderManager:
         newest = {slot: blotter.known[name] for slot, name in blotter.newest.items()} if self.beside else {}
         working = [each for each in blotter.open.values() if each.works and is_decided(each.order)]
         difference = compare(orders, newest, working if self.beside else [], self.offer.amends)
-        for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
+        for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds)
         return [*change(self, difference, now), *self.on_time(now)]
 
     @property
