@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'NOBODY', 'Place', 'SELF_TRADE', 'IOC_LEFT', 'REDUCED', 'LIQUIDATED', 'NO_LIQUIDITY', 'KILLED',
            'WOULD_TAKE', 'FORCES', 'MOST_PLACED', 'MOST_CANCELLED', 'DAY', 'ENDPOINTS', 'Questions', 'candle_of',
-           'free_slot', 'write_row', 'row_of', 'works', 'clear_row', 'Exchange', 'reason_of', 'end', 'begin',
-           'row_fields', 'fill_maker', 'liquidate', 'submit', 'clock_held', 'place', 'check_only', 'find_order',
-           'cancel', 'amend', 'count_down']
+           'write_row', 'row_of', 'works', 'clear_row', 'Exchange', 'reason_of', 'end', 'begin', 'row_fields',
+           'fill_maker', 'liquidate', 'submit', 'clock_held', 'place', 'check_only', 'find_order', 'cancel', 'amend',
+           'count_down']
 
 # %% ../../nbs/60_localnet/08_engine.ipynb #da5cc88d
 from bisect import bisect_left
@@ -145,29 +145,20 @@ def _part_candle(candle:Candle, part:Collateral)->Candle:
 Place = tuple[int, int]   # row of the account, and slot
 
 
-def free_slot(
-    kinds:np.ndarray,  # (slots,), of a row
-)->int:
-    "The slot behind all orders, or the first free one where there is none; RequestDeniedError if all are taken"
-    taken = np.flatnonzero(kinds)
-    behind = int(taken[-1]) + 1 if len(taken) else 0
-    if behind < len(kinds): return behind
-    if len(taken) == len(kinds): raise RequestDeniedError(-2025)
-    return int(np.argmin(kinds != NONE))
-
-
 def write_row(
     account:Account,
     n:int,                # which symbol
     position_side:str,
     number:int,
-    slot:int|None=None,   # default: behind all that work, who are first at the same price
+    slot:int|None=None,   # default: the first free one
     **fields:Any,         # of ORDER; the quantity is signed
 )->Place:
     "Put an order into the kernel; RequestDeniedError if there is no room"
     row = account.row(n, position_side)
     state, k, rules = account.view(row)
-    if slot is None: slot = free_slot(state.orders["kind"][k])
+    kinds = state.orders["kind"][k].tolist()
+    if slot is None and NONE not in kinds: raise RequestDeniedError(-2025)
+    if slot is None: slot = kinds.index(NONE)
     order = state.orders[k, slot]
     plain = {"price": 0., "trigger": 0., "in_force": GTC, "reduce_only": 0} | fields
     new_order(order, plain["kind"], plain["quantity"], plain["price"], plain["trigger"], plain["in_force"],

@@ -6,8 +6,8 @@
 __all__ = ['State', 'Candle', 'FILLS_PER_SYMBOL', 'UNREACHED', 'MOST_SLOTS', 'MET', 'new_state', 'side_of', 'is_triggered',
            'trigger_order', 'fillable', 'write_fill', 'cancel_reduce_only', 'fill', 'meets', 'take',
            'match_one_at_open', 'match_new', 'rest', 'match_rested', 'match_at_open', 'touch_price', 'reached',
-           'priority', 'next_order', 'match', 'price_leg', 'high_comes_first', 'extremes', 'expire', 'traverse_candle',
-           'walk_candle']
+           'priority', 'goes_first', 'next_order', 'match', 'price_leg', 'high_comes_first', 'extremes', 'expire',
+           'traverse_candle', 'walk_candle']
 
 # %% ../../nbs/50_sim/02_matching.ipynb #f7c3e6be
 from collections import namedtuple
@@ -290,6 +290,16 @@ def reached(
 def priority(kind): return 0 if kind == STOP or kind == TRAILING else 1 if kind == LIMIT else 2
 
 
+@inlined
+def goes_first(
+    order, other,  # rows of ORDER, reached at the same price
+)->bool:
+    first, second = priority(order["kind"]), priority(other["kind"])
+    if first != second: return first < second
+    if order["reduce_only"] != other["reduce_only"]: return order["reduce_only"] > other["reduce_only"]
+    return abs(order["quantity"]) > abs(other["quantity"])
+
+
 @outlined
 def next_order(
     orders,  # ORDER, (slots,)
@@ -303,8 +313,7 @@ def next_order(
         level = touch_price(orders[k], start, end)
         if np.isnan(level): continue
         nearer = abs(level - start) - abs(at - start)
-        if best < 0 or nearer < 0. or (nearer == 0. and priority(orders[k]["kind"]) < priority(orders[best]["kind"])):
-            best, at = k, level
+        if best < 0 or nearer < 0. or (nearer == 0. and goes_first(orders[k], orders[best])): best, at = k, level
     return best, at
 
 # %% ../../nbs/50_sim/02_matching.ipynb #455f3666
@@ -337,11 +346,12 @@ def price_leg(
 # %% ../../nbs/50_sim/02_matching.ipynb #8a89a9c5
 @inlined
 def high_comes_first(position, orders):
-    "Whether the high comes before the low: for a short position, or if a flat account can buy in this candle"
+    "Whether the high comes before the low: for a short position, or if a flat account could buy more than sell"
     held = position["quantity"]
+    if held != 0.: return held < 0.
     for k in range(len(orders)):
-        if held == 0. and orders[k]["kind"] > MARKET and orders[k]["reduce_only"] == 0: held = -orders[k]["quantity"]
-    return held < 0.
+        if orders[k]["kind"] > MARKET and orders[k]["reduce_only"] == 0: held -= orders[k]["quantity"]
+    return decimal8(held) < 0.
 
 
 @inlined
