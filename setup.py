@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(ROOT / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: shlex.split(settings[f"{name}_requirements"]) for name in ("learn", "ops", "yahoo", "dev", "docs")}
+extras = {name: shlex.split(settings[f"{name}_requirements"]) for name in ("learn", "ops", "yahoo", "keyring", "dev", "docs")}
 
 
 class WithNotebooks(build_py):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numba
 import pytest
+from postgres import database_url, own_server, postgres, server_url  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[1]
 # the chapters run compiled under nbval, uncompiled here

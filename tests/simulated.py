@@ -563,7 +563,7 @@ class Process:
     async def run(self):
         "Returns what it ended with: an exception, or nothing"
         PROCESS.set(self)
-        settings = VenueSettings("simulated", "a simulation", "http://simulated", "ws://simulated", SecretStr(KEY),
+        settings = VenueSettings("simulated", "a simulation", "https://simulated", "wss://simulated", SecretStr(KEY),
                                  SecretStr(SECRET))
         self.client = Client(self)
         with patch.object(binance_market, "exchange_for", lambda *arguments: self.client):

@@ -31,6 +31,7 @@ from tradelab.settings import Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
+UNSET = {"venue", "mainnet_confirmation", "passphrase_file"}
 
 
 @contextmanager
@@ -74,6 +75,7 @@ def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sent
 def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
     "Until the testnet has shown for weeks what localnet shows, real money is refused, with all that stands in the way"
     (project / ".env").write_text("TRADELAB_MAINNET_KEY=0123456789abcdef\nTRADELAB_MAINNET_SECRET=fedcba9876543210")
+    (project / ".env").chmod(0o600)
     assert venue_for(settings()).name == "localnet"
     (project / "tradelab.toml").write_text('venue = "mainnet"')
     with pytest.raises(ConfigurationError, match="mainnet_confirmation does not name the account"):
@@ -82,6 +84,44 @@ def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
     with pytest.raises(ConfigurationError) as refused: venue_for(settings())
     assert str(refused.value) == NOT_YET
     assert NOT_YET.split("there: ")[1].split(";")[0] in (ROOT / "README.md").read_text().replace("\n", " ")
+
+
+ADDRESSES = st.builds("{}://{}{}{}".format, st.sampled_from(["https", "http", "wss", "ws", "HTTPS"]),
+                      st.sampled_from(["", "www.", "key:secret@", "fapi.binance.com@"]),
+                      st.sampled_from(["fapi.binance.com", "FAPI.BINANCE.COM.", "fapi.binance.com:443", "binance.us",
+                                       "fapi1.binance.com", "\uff46api.binance.com", "fapi%2ebinance.com",
+                                       "example.com", "fapi.binance.com\\.example.com"]),
+                      st.sampled_from(["", "/", "/fapi", "#x", "?x"]))
+
+
+@given(st.sampled_from(["testnet_rest", "testnet_stream", "localnet_host"]), ADDRESSES)
+def test_no_spelling_of_mainnets_address_is_reached_under_another_name(setting, address):
+    "And nothing beyond this machine without TLS; an address that is refused is not repeated with its password"
+    keys = dict(testnet_key="0123456789abcdef", testnet_secret="fedcba9876543210", mainnet_confirmation="01234567")
+    value = address.split("//")[1] if setting == "localnet_host" else address
+    with place():
+        try: found = venue_for(settings(venue=setting.split("_")[0], **keys, **{setting: value}))
+        except ConfigurationError as refused: assert "secret@" not in str(refused)
+        else:
+            assert "binance" not in (found.rest + found.stream).replace(settings().testnet_rest, "").replace(
+                settings().testnet_stream, "").lower()
+            assert setting != "localnet_host" and address.lower().startswith(("https", "wss"))
+
+
+@pytest.mark.parametrize("name", ["tradelab.toml", ".env"])
+@pytest.mark.parametrize("mode, way", [(0o602, "written by all"), (0o620, "written by a group"),
+                                       (0o600, "owned by another")])
+def test_settings_that_others_could_have_written_are_refused(project, name, mode, way):
+    (project / name).write_text('log_level = "DEBUG"' if name.endswith("toml") else "TRADELAB_LOG_LEVEL=DEBUG")
+    if way != "written by all" and os.geteuid(): pytest.skip("only root can give a file away")
+    if way == "written by a group": os.chown(project / name, -1, 54321)
+    if way == "owned by another": os.chown(project / name, 54321, -1)
+    (project / name).chmod(mode)
+    with pytest.raises(ConfigurationError, match=f"{name} is not read: (others may write it|another user owns it)"):
+        settings()
+    if way == "owned by another": return
+    (project / name).chmod(0o644)
+    assert settings().log_level == "DEBUG"
 
 
 @pytest.mark.parametrize("value, forbids", [("true", True), ("True", True), ("1", True), ("yes", True), ("tru", True),
@@ -158,8 +198,8 @@ def test_the_examples_name_every_setting_and_its_default(project):
         "format")}))
     unlimited = ({f"{table}.{field.name}" for table, record in TABLES.items() for field in fields(record)
                   if field.default is None} | {key for key in known_keys() if key.startswith("instrument.")})
-    assert written == set(known_keys()) - SECRETS - {"venue", "mainnet_confirmation"} - unlimited
-    assert all(name.rpartition(".")[2] in text for name in SECRETS | {"venue", "mainnet_confirmation"} | unlimited)
+    assert written == set(known_keys()) - SECRETS - UNSET - unlimited
+    assert all(name.rpartition(".")[2] in text for name in SECRETS | UNSET | unlimited)
     example = settings()
     (project / "tradelab.toml").write_text("")
     assert example == settings()

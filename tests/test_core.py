@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.account import wallet
+from tradelab.database.records import Income
 from tradelab.evaluation.difference import first_difference
 from tradelab.events import Candles, Fill, Funding, Quote
 from tradelab.features.observation import Observation
@@ -42,7 +43,7 @@ from tradelab.live.order_states import State
 from tradelab.live.recorder import MemoryRecorder, encode
 from tradelab.live.replay import replay
 from tradelab.live.session import Kept, core_inputs, make_core, restore, write
-from tradelab.live.venue import AccountSnapshot, Answer, Candle, Income, OrderReport, Outcome, VenueError, units
+from tradelab.live.venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, VenueError, units
 from tradelab.market.candles import matrix
 from tradelab.market.synthetic import ar1
 from tradelab.risk.breakers import DEFAULTS

@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 from sqlalchemy import event
 
+from tradelab.database.engine import LedgerError
+from tradelab.database.records import Lease, LeaseLostError, clock
 from tradelab.evaluation.difference import first_difference
 from tradelab.live.lease import acquire, this_process
-from tradelab.live.ledger import Lease, LeaseLostError, Ledger, LedgerError, MemoryLedger, clock
+from tradelab.live.ledger import Ledger, MemoryLedger
 from tradelab.live.messages import LedgerState
 from tradelab.live.order_states import State
 from tradelab.live.reconcile import StartRefusedError

@@ -1,10 +1,15 @@
 "Getting out: everything is closed at once, whoever wants it and whatever breaks; nothing is opened, nothing flipped"
 import asyncio
+import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from time import monotonic
 from unittest.mock import patch
+from urllib.request import Request, urlopen
 
 import pytest
 from simulated import SYMBOLS, simulate
@@ -12,6 +17,7 @@ from simulated import trader as a_trader
 from test_live import localnet, venue
 from test_simulation_live import AT_START, FOR_PERSONS, NOT_HEARD, wrong_in
 
+from tradelab.database.records import EmergencyStep
 from tradelab.events import TradingState
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
@@ -19,7 +25,7 @@ from tradelab.live import core as cores
 from tradelab.live import emergency as emergencies
 from tradelab.live.guards import EMERGENCY, is_emergency
 from tradelab.live.ledger import Ledger
-from tradelab.live.messages import Command, EmergencyStep, Failed
+from tradelab.live.messages import Command, Failed
 from tradelab.live.session import Session
 from tradelab.localnet.faults import OUTCOMES, REPLIES, SESSIONS, STREAMS, UNAVAILABLE, WIRES
 from tradelab.policies import buy_and_hold
@@ -52,8 +58,8 @@ def trader(symbols, limits=LIMITS):
     return Trader(buy_and_hold(), Observation(()), OrderGate, limits, instruments)
 
 
-def session(exchange, folder, symbols=FIVE, limits=LIMITS, **options):
-    return Session(trader(symbols, limits), Noting(venue(exchange)), Ledger(f"sqlite:///{folder}/tradelab.db"),
+def session(exchange, folder, symbols=FIVE, limits=LIMITS, broker=Noting, **options):
+    return Session(trader(symbols, limits), broker(venue(exchange)), Ledger(f"sqlite:///{folder}/tradelab.db"),
                    folder / "sessions", **({"id": "out", "timeframe": "1h", "say": str} | options))
 
 
@@ -140,6 +146,108 @@ def test_the_drawdown_limit_closes_all_at_once_on_the_mark_or_at_the_close(tmp_p
         assert len(live.venue.closing) >= 2
         out_in_order(live, exchange, symbols)
         assert (live.ledger.journal("out").iloc[-2:]["position"] == 0).all()
+
+
+QUICK = {"heartbeat": 50, "quiet": 100, "pause": 20}
+WITH_ITS_EXCHANGE = """
+import asyncio, os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_emergency import FIVE, QUICK, Noting, is_emergency, localnet, session
+from tradelab.live.ledger import Asked
+
+class Killed(Noting):
+    async def place(self, order):
+        if is_emergency(order) and {when!r} == "before": os.kill(os.getpid(), signal.SIGKILL)
+        answer = await super().place(order)
+        if is_emergency(order): os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+folder = Path({folder!r})
+with localnet(FIVE[:2], memory=folder / "localnet.jsonl") as exchange:
+    live = session(exchange, folder, FIVE[:2], broker=Killed, waits=QUICK)
+    live.progress = lambda done: done.candles == 3 and live.ledger.commands.ask(Asked("halt", "an example", "Ada"))
+    asyncio.run(live.run(90))
+"""
+
+
+def flat_and_halted(live, exchange, symbols):
+    "What holds after an emergency that was interrupted, by the trades of the exchange itself"
+    account = exchange.exchange.accounts["main"]
+    left = Counter()
+    for trade in account.trades:
+        before, left[trade.n] = left[trade.n], round(left[trade.n] + trade.quantity, 8)
+        if not is_of_emergency(account.orders[trade.order].client_id): continue
+        assert before * left[trade.n] >= 0
+        assert abs(left[trade.n]) < abs(before)
+    assert set(left.values()) == {0.}
+    assert held(exchange, symbols) == [0.] * len(symbols)
+    assert not account.open
+    assert live.trader.account["trading_state"][0] == TradingState.HALT
+    newest = max(live.ledger.trading_states.all(), key=lambda row: row["time"])
+    assert newest["trading_state"] == TradingState.HALT
+    assert [each.step for each in live.ledger.measured("out", EmergencyStep)][-1] == "over"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_session_that_died_in_an_emergency_with_its_exchange_gets_out_of_the_restored_one(tmp_path, when):
+    "Killed as the first close goes out, or when it is answered; what the ledger did not get is asked for there still"
+    script = WITH_ITS_EXCHANGE.format(tests=str(Path(__file__).parent), folder=str(tmp_path), when=when)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    with localnet(FIVE[:2], memory=tmp_path / "localnet.jsonl") as exchange:
+        assert all(held(exchange, FIVE[:2])) == (when == "before") # both closes go out together
+        live = session(exchange, tmp_path, FIVE[:2], id="", resume="out", patience=2., waits=QUICK)
+        live.progress = lambda done: live.trader.account["trading_state"][0] == TradingState.HALT and live.stop()
+        asyncio.run(live.run(90))
+        flat_and_halted(live, exchange, FIVE[:2])
+        assert not [order for _, order in live.venue.placed if not is_emergency(order)]
+
+
+@pytest.mark.integration
+def test_an_exchange_that_is_restored_during_an_emergency_is_left_flat(tmp_path):
+    with localnet(FIVE[:2], memory=tmp_path / "localnet.jsonl") as exchange:
+        def forget(): exchange.faults.arm("server_forgets", loss=False)
+        live, before = halted_at(session(exchange, tmp_path, FIVE[:2], patience=2.), before=forget), exchange.exchange
+        asyncio.run(live.run(8))
+        assert exchange.exchange is not before
+        flat_and_halted(live, exchange, FIVE[:2])
+
+
+def status_of(status): return {"at": "step", "do": "suspend", "symbol": "BTCUSDT", "status": status}
+
+
+class Reopening(Noting):
+    "When the second symbol is closed, the exchange trades the first one again at its next step"
+    def reopen(self):
+        self.exchange.faults.arm([status_of("TRADING")])
+        step = Request(f"{self.exchange.control_url}/step", b"{}", {"X-Localnet-Token": self.exchange.token})
+        urlopen(step, timeout=10).read()
+
+    async def place(self, order):
+        answer = await super().place(order)
+        if is_emergency(order) and order.symbol == FIVE[1]: await asyncio.to_thread(self.reopen)
+        return answer
+
+
+@pytest.mark.integration
+def test_a_symbol_that_is_not_traded_is_closed_when_it_is_and_holds_up_no_other(tmp_path):
+    "The exchange suspends it before the halt: nothing is sent there, and the other one is closed at once"
+    with localnet(FIVE[:2]) as exchange:
+        live = session(exchange, tmp_path, FIVE[:2], broker=Reopening, waits=QUICK)
+        live.venue.exchange = exchange
+        live.progress = lambda done: done.candles == 3 and exchange.faults.arm([status_of("BREAK")])
+
+        def halt(line):
+            if line.startswith("suspended: BTC/USDT:USDT is not traded"):
+                live.venue.events.put_nowait(Command(1, "halt", reason="an example", person="Ada"))
+        live.say = halt
+        asyncio.run(live.run(8))
+        assert [order.symbol for _, order in live.venue.closing] == [FIVE[1], FIVE[0]]
+        out_in_order(live, exchange, FIVE[:2])
+        assert live.statistics.rejected == 0
+        flat_and_halted(live, exchange, FIVE[:2])
 
 
 # --- in virtual time, a seed each

@@ -1,30 +1,33 @@
 "What restricts a session between two candles: marks, spreads, slow and missing answers, and a restart in between"
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_core import HOUR
-from test_live import BITCOIN, LISTED, localnet, run, session, trader
+from test_live import BITCOIN, ETHER, LISTED, localnet, run, session, trader, venue
 
 from tradelab.config import settings
+from tradelab.database.records import BreakerEvent
 from tradelab.errors import ConfigurationError
 from tradelab.events import Candles, Fill, Quote, TradingState
 from tradelab.features.observation import Observation
 from tradelab.live.bookkeeper import Feed
 from tradelab.live.core import Terms
 from tradelab.live.ladder import ladder_settings
-from tradelab.live.ledger import BreakerEvent
-from tradelab.live.messages import Answered, Mark, Received, Send, Tell, Write
+from tradelab.live.ledger import Ledger
+from tradelab.live.messages import Answered, LadderMoved, Mark, Received, Send, Tell, Write
 from tradelab.live.recorder import read
-from tradelab.live.replay import first_other_action
-from tradelab.live.session import CoreInputs, make_core
+from tradelab.live.replay import first_other_action, retell
+from tradelab.live.session import CoreInputs, Session, make_core
 from tradelab.live.venue import Answer, Outcome
 from tradelab.orders import Order
 from tradelab.policies import buy_and_hold
-from tradelab.risk.breakers import Breaker
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import Limits
+from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
+from tradelab.venues.binance import BinanceVenue
 
 ONE = 60_000 # ms
 
@@ -225,16 +228,62 @@ def test_an_ordinary_session_trips_nothing_and_its_marks_are_heard(tmp_path):
     assert first_other_action(folder, trader()) == ""
 
 
+EAGER = Momentum(lookback=1, threshold=1e-6) # it turns with every candle that does
+QUIET = Terms("x", "1h").breakers
+
+
+def breakers(kind, threshold, **values):
+    "The usual ones; this one after two violations, for four candles, of this venue"
+    own = next(replace(each, threshold=threshold, consecutive=2, cool_down=4 * HOUR, venue="localnet", **values)
+               for each in QUIET if each.kind == kind)
+    calm = [replace(each, threshold=.9) for each in QUIET if each.kind == "drawdown"]
+    return *[each for each in QUIET if each.kind != "drawdown"], *calm, own
+
+
+def opened(live):
+    "By symbol: entries that were sent while a cause was there, and otherwise; from the session's own recording"
+    causes, held, sent = set(), Counter(), {True: Counter(), False: Counter()}
+    for _, _, actions in retell(live.folder / "recording.zst", live.trader):
+        for each in actions:
+            if isinstance(each, Write) and isinstance(each.record, LadderMoved):
+                move = each.record
+                (causes.discard if move.what == "restarted" else causes.add)((move.cause, move.symbol))
+            if isinstance(each, Send):
+                order = each.order
+                if not order.reduce_only and held[order.symbol] * order.quantity <= 0:
+                    sent[bool(causes)][order.symbol] += 1
+                held[order.symbol] += order.quantity
+    return sent[True], sent[False]
+
+
+BAD = { # what goes wrong, and where it restricts: thresholds of this venue, those of all others do nothing here
+    "latency": ({"at": "request", "do": "delay", "method": "POST", "path": "v1/order", "symbol": "BTCUSDT",
+                 "commit": True, "delay_ms": 400, "times": 2}, breakers("latency", 300.), BITCOIN),
+    "spread": ({"at": "market", "do": "revise", "stream": "btcusdt@bookTicker", "field": "a", "by": .01, "times": 2},
+               breakers("spread", 30.), BITCOIN),
+    "volatility": ({"at": "market", "do": "revise", "stream": "btcusdt@markPrice@1s", "field": "p", "by": .12},
+                   breakers("volatility", .1, window=2 * HOUR), BITCOIN),
+    "error_rate": ({"at": "request", "do": "reply", "method": "GET", "path": "v3/account", "commit": False,
+                    "status": 503, "text": "<html>503</html>", "times": 6},
+                   breakers("error_rate", .15, window=8 * HOUR), ""),
+}
+
+
 @pytest.mark.integration
-def test_slow_answers_open_the_breaker_of_a_session_and_quick_ones_close_it(tmp_path):
-    delay = {"delay_ms": 400, "times": 4}
-    slow = (Breaker("latency", 300., "ms", consecutive=2, cool_down=1),)
-    with localnet() as exchange:
-        live = session(exchange, tmp_path, say=lambda line: None,
-                       waits=WAITS | {"breakers": (*slow, *[each for each in Terms("x", "1h").breakers
-                                                            if each.kind != "latency"])})
-        live.progress = lambda done: done.candles == 5 and exchange.faults.arm("late_reply", **delay)
-        run(live, 40)
+@pytest.mark.parametrize("kind", BAD)
+def test_a_breaker_of_a_session_opens_withholds_entries_and_closes(tmp_path, kind):
+    fault, measured, symbol = BAD[kind]
+    with localnet((BITCOIN, ETHER)) as exchange:
+        exchange.faults.arm([fault | {"after": 6}])
+        traded = Trader(EAGER, Observation.from_policy(EAGER), OrderGate, Limits(max_drawdown=.9),
+                        tuple(replace(LISTED, symbol=each) for each in (BITCOIN, ETHER)))
+        live = Session(traded, BinanceVenue(venue(exchange)), Ledger(f"sqlite:///{tmp_path}/tradelab.db"),
+                       tmp_path, id="eager", say=lambda line: None, waits=WAITS | {"breakers": measured})
+        run(live, 30)
     moves = [(event.name, event.state) for event in live.ledger.measured(live.id, BreakerEvent)
-             if event.name.startswith("latency")]
-    assert moves[:3] == [(f"latency {BITCOIN}", state) for state in ("tripped", "gone", "restarted")]
+             if event.name != "phase"]
+    assert moves == [(f"{kind} {symbol}".strip(), what) for what in ("tripped", "gone", "restarted")]
+    restricted, free = opened(live)
+    assert restricted[BITCOIN] == 0
+    assert (restricted[ETHER] > 0) == (symbol != "")
+    assert min(free[BITCOIN], free[ETHER]) > 3

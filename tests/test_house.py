@@ -19,9 +19,12 @@ OWNERS = {  # a library lives in one named place
     "ccxt": {"tradelab.sources.exchange", "tradelab.venues.binance_client"}, "yfinance": {"tradelab.sources.yahoo"},
     "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
-    "sqlalchemy": {"tradelab.live.ledger"},
+    "sqlalchemy": {"tradelab.database.schema", "tradelab.database.engine", "tradelab.database.rows",
+                   "tradelab.database.migrations", "tradelab.live.ledger"},
+    "alembic": {"tradelab.database.migrations"}, "psycopg": {"tradelab.database.engine"},
     "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
-    "cryptography": {"tradelab.localnet.protocol"}, "papermill": {"tradelab.jobs"},
+    "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
+    "papermill": {"tradelab.jobs"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}
@@ -234,6 +237,12 @@ def test_only_trading_state_changes_what_is_allowed():
                and re.search(r"\[\"(required_state|halted|day_stopped)\"\]", path.read_text())}
     # for the sentence that says why, never for what is allowed
     assert readers <= {"order_limits.py", "core.py", "agreement.py", "emergency.py", "steps.py"}
+
+
+def test_no_process_is_signalled_by_its_number():
+    "A number may be another process by now. What a session is told is in the ledger; a job's kernel is a child; 0 asks"
+    sends = re.compile(r"\b(os\.kill(?!\(.*, 0\))|killpg|pidfd_send_signal|pthread_kill|raise_signal|send_signal)\b")
+    assert [path.stem for path in MODULES for _ in sends.findall(path.read_text())] == ["jobs"]
 
 
 def test_no_clock_where_it_decides():

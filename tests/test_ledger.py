@@ -1,5 +1,4 @@
-"Every ledger is asked the same questions: the one in memory, SQLite, and PostgreSQL at LEDGER_TEST_URL"
-import os
+"Every ledger is asked the same questions: the one in memory, SQLite, and a real PostgreSQL"
 from dataclasses import astuple, fields, replace
 from math import inf
 
@@ -9,27 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tradelab.database.records import Balance, Income, SystemMetric, clock
+from tradelab.database.schema import FUNDINGS, INTENTS, TRADES, columns_of, record_of
 from tradelab.events import Fill, Funding
 from tradelab.journal import EQUITY, JOURNAL
-from tradelab.live.ledger import (
-    FUNDINGS,
-    INTENTS,
-    TABLES,
-    TRADES,
-    Balance,
-    Ledger,
-    MemoryLedger,
-    SystemMetric,
-    clock,
-    columns_of,
-    record_of,
-)
+from tradelab.live.ledger import Ledger, MemoryLedger
 from tradelab.live.messages import Foreign, Paid
 from tradelab.live.order_states import Intent, State
-from tradelab.live.venue import Income
 from tradelab.orders import Kind, Order, TimeInForce
 
-SERVER = os.environ.get("LEDGER_TEST_URL", "") # such as postgresql+psycopg://user@localhost/empty
 BITCOIN, ETHER = "BTC/USDT:USDT", "ETH/USDT:USDT"
 STOP = Order("tl-2", ETHER, .1 + .2, True, 3_600_000, 1 / 3, 1, Kind.STOP, 19.5, 20.25, .015, TimeInForce.FOK, 24., 3)
 ORDER = Order("tl-1", BITCOIN, -.003, False, 0, 16_529.6)
@@ -37,19 +24,11 @@ FILL = Fill(BITCOIN, -.1 - .2, 1 / 3, .07, 5, "tl-1", "9", True, True, -3, 7)
 PAID = Funding(BITCOIN, -.5, 28_800_000)
 
 
-def emptied(url):
-    "A ledger at a server, without what an earlier test left"
-    ledger = Ledger(url)
-    TABLES.drop_all(ledger._database.engine)
-    ledger.close()
-    return Ledger(url)
-
-
-@pytest.fixture(params=["memory", "sqlite", *(["postgresql"] if SERVER else [])])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def ledger(request, tmp_path):
     if request.param == "memory": made = MemoryLedger()
-    elif request.param == "sqlite": made = Ledger(f"sqlite:///{tmp_path}/tradelab.db")
-    else: made = emptied(SERVER)
+    else: made = Ledger(f"sqlite:///{tmp_path}/tradelab.db" if request.param == "sqlite"
+                        else request.getfixturevalue("postgres"))
     yield made
     made.close()
 

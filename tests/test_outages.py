@@ -7,10 +7,11 @@ import pytest
 from pydantic import SecretStr
 
 from tradelab.config import VenueSettings
+from tradelab.database.records import ExchangeHealth
 from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
-from tradelab.live.ledger import ExchangeHealth, Ledger
+from tradelab.live.ledger import Ledger
 from tradelab.live.replay import replay
 from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet

@@ -15,6 +15,7 @@ from tradelab.evaluation.difference import first_difference
 from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.live.ledger import Ledger
+from tradelab.live.messages import Command
 from tradelab.live.order_states import State, protects
 from tradelab.live.recorder import read
 from tradelab.live.session import Session
@@ -238,3 +239,25 @@ def test_a_stop_of_which_nothing_comes_is_not_waited_for(tmp_path):
     assert stuck.state is State.EXPIRED
     assert notices["stop"]
     assert {each.state for each in closed} == {State.FILLED}
+
+
+def test_beside_what_a_person_ignored_a_stop_is_for_what_the_exchange_holds_and_that_is_said_once(tmp_path):
+    with localnet() as exchange:
+        exchange.faults.arm([{"at": "step", "do": "trade", "side": "SELL", "quantity": .01, "client_id": "web_",
+                              "after": 4}])
+        live = session(exchange, tmp_path, policy=HOLDING, limits=WIDE, patience=2., waits=WAITS)
+
+        def ignore(line):
+            if not line.startswith("foreign:"): return
+            live.venue.events.put_nowait(Command(1, "ignore", BITCOIN, "an example", "Ada"))
+        live.say = ignore
+        run(live, 12)
+        held = exchange.exchange.accounts["main"].held(0)
+        assert held == pytest.approx(live.trader.positions["quantity"][0] - .01)
+        assert [each.quantity for each in standing(exchange)] == [pytest.approx(held)]
+    said = live.ledger.notices("protected")
+    told, = said["text"][said["kind"] == "ladder"]
+    assert "is held without its stop, beside -0.01 that was ignored: the exchange holds" in told
+    assert "rejected" not in set(said["kind"])
+    answered = said["text"][said["kind"] == "command"].iloc[0]
+    assert answered.endswith("is ours, and no stop or close of ours is for more than that")

@@ -415,7 +415,7 @@ def test_a_session_syncs_its_recording_before_it_keeps_a_step():
                             journal=SimpleNamespace(write=noting("write")),
                             equity=SimpleNamespace(write=noting("equity")))
     live = SimpleNamespace(id="s", files=files, statistics=Statistics(), stopwatch=Stopwatch(Statistics()), lease=None,
-                           ledger=SimpleNamespace(step=noting("step"), transaction=lambda *_: nullcontext()))
+                           ledger=SimpleNamespace(step=noting("step"), transaction=lambda *_: nullcontext(True)))
     step = Step(("BTC/USDT:USDT",), np.zeros(1, JOURNAL), {}, 0, np.zeros(1, EQUITY))
     keep(live, [step])
     carry_out(live, Write(step))

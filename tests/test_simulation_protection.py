@@ -11,8 +11,8 @@ from simulated import SYMBOLS, simulate, trader
 from test_emergency import wrong_in_emergency
 from test_simulation_live import SHAPES, plan, wrong_in
 
+from tradelab.database.records import EmergencyStep
 from tradelab.live import session as sessions
-from tradelab.live.messages import EmergencyStep
 from tradelab.live.order_states import STOPS
 from tradelab.live.protection import unprotected
 from tradelab.localnet.faults import SCENARIOS

@@ -10,9 +10,10 @@ from test_live import BITCOIN, ETHER, localnet, orders_at, session, venue
 from test_trust import ID, make_run, reseal
 
 from tradelab.account import wallet
+from tradelab.database.records import Asked, Lease, LeaseLostError, clock
 from tradelab.events import TradingState
 from tradelab.live.lease import acquire, release, this_process
-from tradelab.live.ledger import Asked, Lease, LeaseLostError, Ledger, clock
+from tradelab.live.ledger import Ledger
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.venue import VenueError
 from tradelab.localnet.faults import Faults

@@ -20,7 +20,8 @@ from tradelab.market.synthetic import ar1
 from tradelab.notices import Notice
 from tradelab.orders import Kind, Order, TimeInForce
 from tradelab.venues.binance import BinanceVenue
-from tradelab.venues.binance_messages import Children, normalise
+from tradelab.venues.binance_client import exchange_for
+from tradelab.venues.binance_messages import OURS, Children, frame_events, normalise
 from tradelab.venues.binance_orders import (
     CONDITIONAL,
     amend_request,
@@ -29,6 +30,7 @@ from tradelab.venues.binance_orders import (
     format_quantity,
     order_request,
 )
+from tradelab.venues.binance_streams import Streams
 
 BITCOIN = "BTC/USDT:USDT"
 SELL = Order("tl-1", BITCOIN, -.003, True, 0, 20_000.)
@@ -152,6 +154,56 @@ def test_a_real_stop_is_heard_from_its_trigger_to_its_end(shared):
     assert children.named({"e": "ORDER_TRADE_UPDATE", "o": {"i": 1}}, [fill]) == [fill]
     ended = json.loads((folder / "ws_futures_algo_update_finished_canceled.json").read_text())["data"]
     assert normalise(ended, symbols)[0].state is State.WORKING      # the order that it became tells of its end
+
+
+@pytest.fixture
+def sockets(client):
+    "ccxt as a venue has it, subscribed as it is in a session, without a connection"
+    nowhere = VenueSettings("localnet", "a test", "http://127.0.0.1:9", "ws://127.0.0.1:9", SecretStr("k"),
+                            SecretStr("s"))
+    exchange = exchange_for(nowhere, paced=False, timeout=5)
+    exchange.set_markets(client.markets)
+    exchange.streams = Streams(exchange, asyncio.Queue(), lambda socket, frame: frame_events(socket, frame, {}, "USDT"))
+    yield exchange
+    asyncio.run(exchange.close())
+
+
+USER, MARKET = "ws://127.0.0.1:9/private/ws?listenKey=x", "ws://127.0.0.1:9/market/ws/0"
+ANSWER = {"result": ["x@markPrice@1s"], "id": "acted57"}
+OUR_FRAMES = [(USER, ANSWER), (USER, {"e": "TRADE_LITE"}),
+              (USER, {"e": "ACCOUNT_UPDATE", "a": {"m": "ORDER", "B": [None]}}),
+              (MARKET, {"result": [], "id": 3_600_000}), (MARKET, {"result": None, "id": OURS}),
+              (MARKET, {"error": {"code": 2, "msg": "Invalid request"}, "id": OURS}),
+              (MARKET, {"e": "contractInfo", "s": "BTCUSDT", "cs": "TRADING"}),
+              (MARKET, {"e": "markPriceUpdate", "s": "X"}),
+              (MARKET.replace("market", "public"), {"e": "bookTicker", "s": "X", "T": 1})]
+
+
+def test_what_ccxt_did_not_ask_for_never_reaches_it(sockets, caplog):
+    "An answer on the user stream: of its subscriptions there ccxt keeps True, and looks for a number in it"
+    async def hear(frames):
+        for url, frame in frames:
+            client = sockets.client(url)
+            client.subscriptions["linear" if url == USER else "ohlcv"] = True if url == USER else {"id": 1}
+            sockets.handle_message(client, frame)
+        return {hash: error for client in sockets.clients.values() for hash, error in client.rejections.items()}
+    assert asyncio.run(hear(OUR_FRAMES)) == {}
+    assert caplog.messages == []
+    sockets.heard = lambda url, frame: False # as if nobody heard them before ccxt
+    assert list(asyncio.run(hear([OUR_FRAMES[5]]))) == [str(OURS)]
+    asyncio.run(hear([OUR_FRAMES[0]]))
+    assert caplog.messages == ["ccxt cannot handle a frame: AttributeError"]
+
+
+def test_what_ccxt_asked_for_reaches_it(sockets):
+    async def hear():
+        client = sockets.client(MARKET)
+        client.subscriptions["ohlcv"] = {"id": 1}
+        candle, refused = client.future("ohlcv::BTC/USDT:USDT::1h"), client.future("ohlcv")
+        sockets.handle_message(client, {"e": "kline", "k": {"s": "BTCUSDT", "i": "1h", "t": 0, "x": False}})
+        sockets.handle_message(client, {"error": {"code": 2, "msg": "Invalid request"}, "id": 1})
+        return candle.done(), str(refused.exception())
+    assert asyncio.run(hear()) == (True, 'binanceusdm {"code":2,"msg":"Invalid request"}')
 
 
 def test_every_method_of_the_protocol_is_there_and_takes_the_same():

@@ -16,6 +16,7 @@ from rapidfuzz import process
 from .config import job_settings, nearest, venue_for
 from .log import warnings_as_sentences
 from .market.symbols import symbols_of
+from .secrets import with_keys
 from .settings import AGENT_NAMES
 from .trust import parse_source
 
@@ -128,14 +129,14 @@ def check_job(*,
     source:str="synthetic",
     funding:str="none",
     span:str="",
-    venue:str="",
+    venue:str|None=None,    # None: the job has none; empty: that of the settings
     session:str="",
     resume:str="",
 )->None:
     "Check the parameters of a job; ValueError, LookupError or OSError in one sentence"
     warnings_as_sentences()
     here = job_settings(settings, **({"venue": venue} if venue else {}))
-    if venue: venue_for(here)
+    if venue is not None: venue_for(with_keys(here))
     _check_agent(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)

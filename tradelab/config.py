@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML',
-           'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'FORBIDDING', 'NOT_YET', 'FALSE',
-           'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables', 'read_places',
-           'settings', 'job_settings', 'one_section', 'overridden', 'VenueSettings', 'foreign_variables', 'forbidding',
-           'venue_for']
+           'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'UNCONFIRMED', 'FORBIDDING',
+           'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
+           'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings', 'one_section',
+           'overridden', 'host_of', 'is_here', 'is_mainnet', 'is_confirmed', 'VenueSettings', 'foreign_variables',
+           'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from io import StringIO
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
@@ -29,7 +33,7 @@ from rapidfuzz import process
 
 from . import __version__
 from .errors import ConfigurationError
-from .files import UnreadableFileError, check_bounded, read_text
+from .files import UnreadableFileError, check_bounded, others_may, read_text
 from .instruments import Instrument
 from .settings import CostModel, Execution, Limits, SeriesDefinition, Stops, Training
 
@@ -141,6 +145,10 @@ class Settings(BaseSettings):
     mainnet_key: SecretStr | None = None
     mainnet_secret: SecretStr | None = None
     mainnet_confirmation: str = ""                        # real money: the first eight characters of mainnet_key
+    # where `tradelab secrets` keeps what is secret: secrets_file, encrypted, or the keyring of the system
+    secrets: Literal["file", "keyring"] = "file"
+    secrets_file: Folder = Path("tradelab.secrets")
+    passphrase_file: Folder | None = None                 # of secrets_file; not set: it is asked for
     risk: Limits = Limits()                               # [risk]
     costs: CostModel = CostModel()                        # [costs]
     trust: Trust = Trust()                                # [trust]
@@ -175,9 +183,9 @@ TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training"
 
 def _names(record, prefix):
     "The fields of a record and of the records in it, with dots"
-    for field in fields(record):
-        inner = field.default
-        yield from _names(type(inner), f"{prefix}.{field.name}") if is_dataclass(inner) else [f"{prefix}.{field.name}"]
+    for each in fields(record):
+        inner, name = each.default, f"{prefix}.{each.name}"
+        yield from _names(type(inner), name) if is_dataclass(inner) else [name]
 
 
 def known_keys() -> list[str]:
@@ -296,8 +304,8 @@ logging.getLogger("dotenv.main").setLevel(logging.ERROR) # it warns of every lin
 
 
 def _text_of(path):
-    "The text of a file; empty if there is none"
-    try: return read_text(path)
+    "The text of a file that is ours; empty if there is none"
+    try: return read_text(path, own=True)
     except FileNotFoundError: return ""
     except UnreadableFileError as error: raise ConfigurationError(str(error)) from None
 
@@ -327,6 +335,13 @@ def read_variables(
             raise ConfigurationError(f"line {binding.original.line} of {path.name} cannot be read: write NAME=value, "
                                      "in quotes where the value has spaces or a #")
     return {name: value for name, value in dotenv_values(stream=StringIO(text)).items() if value is not None}
+
+# %% ../nbs/00_ground/12_config.ipynb #k5config05
+def name_passphrase_file(
+    path: str,
+) -> None:
+    "Set `passphrase_file` for this process and its children"
+    os.environ[f"{PREFIX}PASSPHRASE_FILE"] = path
 
 # %% ../nbs/00_ground/12_config.ipynb #d1e96f84
 FORMAT = 1 # of tradelab.toml; it counts up when a file for an older version could be misread
@@ -431,7 +446,61 @@ def overridden(
     return getattr(settings(**_nested(kept | {key: value for key, value in said.items()
                                               if key.startswith(f"{table}.")})), table)
 
+# %% ../nbs/00_ground/12_config.ipynb #k5config01
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f:.]*:[0-9a-f:.]*")
+_MAINNET = re.compile(r"(?!demo-)([a-z0-9-]+\.)*binance\.[a-z]+") # demo-fapi.binance.com is the testnet
+
+
+def host_of(
+    url: str,
+    scheme: str,  # https or wss; http or ws too on this machine
+) -> str:         # lower case
+    "The host of an address; ConfigurationError unless what is said there stays between the two"
+    try: parts, port = (found := urlsplit(url)), found.port
+    except ValueError: parts, port = urlsplit(""), None
+    host = (parts.hostname or "").rstrip(".")
+    if not _HOST.fullmatch(host) or "@" in parts.netloc or port == 0:
+        raise ConfigurationError(f"an address must look like {scheme}://host or {scheme}://host:port, without a user "
+                                 "or a password: correct it in the settings")
+    if parts.scheme != scheme and not (parts.scheme == scheme[:-1] and is_here(host)):
+        raise ConfigurationError(f"{parts.scheme}://{host} can be read and changed on the way: beyond this machine an "
+                                 f"address must begin with {scheme}://")
+    return host
+
+
+def is_here(host: str) -> bool:
+    "Whether a host is this machine, by its loopback"
+    try: return host == "localhost" or ip_address(host).is_loopback
+    except ValueError: return False
+
+
+def is_mainnet(host: str) -> bool:
+    "Whether orders at a host are real money"
+    return bool(_MAINNET.fullmatch(host))
+
 # %% ../nbs/00_ground/12_config.ipynb #80919a7b
+def _check_place(place):
+    "Refuse an address that is not safe, and real money that nobody has confirmed"
+    hosts = host_of(place.rest, "https"), host_of(place.stream, "wss")
+    real = next(filter(is_mainnet, hosts), "")
+    if place.name != "mainnet" and real:
+        raise ConfigurationError(f'{real} is mainnet, which is real money, and venue is "{place.name}": give that '
+                                 'venue its own address, or set venue = "mainnet" with all that it asks for')
+    if place.name == "mainnet" and not is_confirmed(place.key, place.confirmation):
+        raise ConfigurationError(UNCONFIRMED)
+
+
+UNCONFIRMED = "mainnet_confirmation does not name the account: it would be the first eight characters of mainnet_key"
+
+
+def is_confirmed(
+    key: SecretStr | None,  # of mainnet
+    confirmation: str,      # its first eight characters
+) -> bool:
+    "Whether a person has named this account"
+    return key is not None and len(confirmation) == 8 and key.get_secret_value()[:8] == confirmation
+
+
 @dataclass(frozen=True)
 class VenueSettings:
     "Where orders go, and why"
@@ -442,7 +511,9 @@ class VenueSettings:
     key: SecretStr
     secret: SecretStr
     adapter: str = "tradelab.venues.binance:BinanceVenue" # module and class
+    confirmation: str = field(default="", repr=False)     # mainnet's
 
+    def __post_init__(self) -> None: _check_place(self)
     def __str__(self) -> str: return self.name
 
 # %% ../nbs/00_ground/12_config.ipynb #8be86c08
@@ -464,6 +535,16 @@ def forbidding() -> list[str]:
     return [f"{name} in {where}" for name, value, where in foreign_variables() if name in FORBIDDING
             and value.strip().lower() not in FALSE]
 
+# %% ../nbs/00_ground/12_config.ipynb #k5config03
+def exposed_keys(
+    name: str,  # of a venue
+) -> list[str]: # sentences
+    "The settings files that hold keys of a venue and that others may read"
+    holding = {where.split(" ")[0] for where, keys in read_places() for key in keys
+               if key in (f"{name}_key", f"{name}_secret") and where != ENVIRONMENT}
+    return [f"others may read {file}, which holds keys of {name}: chmod go-r {file}" for file in sorted(holding)
+            if others_may((project_root() / file).stat(), stat.S_IROTH)]
+
 # %% ../nbs/00_ground/12_config.ipynb #c65cd320
 def _check_mainnet(here):
     "Refuse real money, naming every reason; for now there is always one"
@@ -471,10 +552,9 @@ def _check_mainnet(here):
     secret = here.mainnet_secret
     lacks = [f"{' and '.join(found)} forbids it"] if (found := forbidding()) else []
     if key is None or secret is None:
-        lacks.append(f"its keys are not configured: set {PREFIX}MAINNET_KEY and {PREFIX}MAINNET_SECRET in {DOTENV}")
-    elif here.mainnet_confirmation != key.get_secret_value()[:8]:
-        lacks.append("mainnet_confirmation does not name the account: it would be the first eight characters of "
-                     "mainnet_key")
+        lacks.append("its keys are not configured: tradelab secrets set mainnet_key, and mainnet_secret")
+    elif not is_confirmed(key, here.mainnet_confirmation): lacks.append(UNCONFIRMED)
+    lacks += exposed_keys("mainnet")
     raise ConfigurationError(NOT_YET + "".join(f"; also, {each}" for each in lacks))
 
 # %% ../nbs/00_ground/12_config.ipynb #fabee90a
@@ -493,9 +573,10 @@ def venue_for(
         return VenueSettings(name, why, f"http://{address}", f"ws://{address}", keys, keys)
     if name == "mainnet": _check_mainnet(here)
     if key is None or secret is None:
-        raise ConfigurationError(f'venue is "testnet" but its keys are not configured: set {PREFIX}TESTNET_KEY and '
-                                 f'{PREFIX}TESTNET_SECRET in {DOTENV}, or venue = "localnet"')
-    if {here.testnet_rest, here.testnet_stream} & {here.mainnet_rest, here.mainnet_stream, *REAL}:
+        raise ConfigurationError('venue is "testnet" but its keys are not configured: tradelab secrets set '
+                                 'testnet_key, and testnet_secret; or venue = "localnet"')
+    if {here.testnet_rest, here.testnet_stream} & {here.mainnet_rest, here.mainnet_stream}:
         raise ConfigurationError(f"testnet_rest {here.testnet_rest} or testnet_stream {here.testnet_stream} is the "
                                  "address of mainnet, which is real money: set the testnet's own")
+    for each in exposed_keys(name): logging.getLogger("tradelab.config").warning(each)
     return VenueSettings(name, why, here.testnet_rest, here.testnet_stream, key, secret)

@@ -36,6 +36,7 @@ from tradelab.events import (
     StateChange,
     Timer,
     Trade,
+    TradingState,
     figure_row,
 )
 from .instruments import Instrument
@@ -179,6 +180,9 @@ class Holdings:
         self.memory = np.zeros(memory)
         self.orders = np.zeros((len(symbols), OWN + slots), ORDER)
         self.execution_state = np.zeros(len(symbols), EXECUTION_STATE)
+
+    @property
+    def trading_state(self) -> TradingState: return TradingState(int(self.account["trading_state"][0]))
 
     def on(self, event: Fill | Funding | OrderUpdate) -> None:
         "Write down what happened"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account', 'freeze', 'accept', 'agree',
-           'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap', 'may_reconcile', 'reconcile',
-           'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'halt_if_liquidated', 'is_forgotten', 'halt_if_it_was_closing', 'take_trade', 'take_trades', 'take_rows',
+           'catch_up', 'own_wallet', 'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account',
+           'freeze', 'accept', 'agree', 'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap',
+           'may_reconcile', 'reconcile', 'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..account import decimal8, wallet
+from ..database.records import Income
 from ..events import Fill
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
@@ -39,10 +40,11 @@ from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import client_order_id, is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
-from .venue import UNITS, AccountSnapshot, Income, OrderReport, forced, funding_of, units
+from .venue import UNITS, AccountSnapshot, OrderReport, forced, funding_of, units
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
 from ..times import format_time
+from ..trader import kept
 
 # %% ../../nbs/70_live/13_agreement.ipynb #cb9cce5e
 def row_of(core:Core, order:Order)->np.void:
@@ -100,8 +102,8 @@ def keep(core:Core)->None:
     "Keep the present step, unless something in it is open that the ledger knows already"
     trader = core.trader
     if not core.books.settled or trader.rows["open_time"][0] != trader.open_time: return
-    core.do(Write(Step(trader.symbols, trader.rows.copy(), trader.snapshot(), core.books.sequence,
-                       trader.closed.copy())))
+    core.do(Write(Step(trader.symbols, kept(trader.rows), trader.snapshot(), core.books.sequence,
+                       kept(trader.closed))))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #503355e6
 def knows(core:Core, name:str, listed:Sequence[OrderReport], account:AccountSnapshot)->bool:
@@ -145,13 +147,22 @@ def is_forgotten(core:Core, fill:Fill)->bool:
     return int(name[3]) >= EMERGENCY or int(name[2], 36) <= blotter.forgotten
 
 
+def halt_if_it_was_closing(core:Core, fill:Fill)->None:
+    "An emergency of which the ledger knows nothing goes on: the exchange alone tells that it began"
+    _, _, time, slot, _ = fill.order_id.split("-")
+    if int(slot) >= EMERGENCY and int(time, 36) > core.manager.blotter.forgotten and not core.ladder.halts:
+        trip(core, "emergency", f"{fill.symbol}: {fill.order_id} closed it, and the ledger does not know why")
+
+
 def take_trade(core:Core, fill:Fill)->None:
     "A trade of the account, under the name of its order, for ever: it is ours, or it is not"
     core.numbers.answered(fill)
     if fill.order_id in core.manager.blotter.known or is_forgotten(core, fill):
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return core.books.add(fill) if is_forgotten(core, fill) else take_ours(core, fill)
+        if not is_forgotten(core, fill): return take_ours(core, fill)
+        core.books.add(fill)
+        return halt_if_it_was_closing(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)
@@ -265,7 +276,7 @@ def ask_account(core:Core, rows:bool=False)->Process:
 def freeze(core:Core, account:AccountSnapshot)->None:
     "A position that no trade explains is not only ours; one that has an open order may still become so"
     unproven = {intent.order.symbol for intent in core.manager.blotter.unproven}
-    for verdict in compared(core, account, own_wallet(core)):
+    for verdict in compared(core, account, account.wallet): # of the money nothing is asked here
         if verdict.what == "wallet" or verdict.what in unproven: continue
         core.foreign.residual.pop(verdict.what, None)
         if verdict.agrees: continue
@@ -399,9 +410,9 @@ def with_offset(core:Core, order:Order)->Order:
     """The same order; what only reduces the trader's part may enlarge the position that the exchange sees, if a part of
     it was ignored, and would be refused as what it is"""
     offset = core.foreign.offsets.get(order.symbol, 0.)
+    if not (offset and order.reduce_only): return order
     held = core.books.positions[order.symbol] + offset
-    allowed = not offset or order.quantity * held < 0. and abs(order.quantity) <= abs(held)
-    return replace(order, reduce_only=order.reduce_only and allowed)
+    return replace(order, reduce_only=order.quantity * held < 0. and abs(order.quantity) <= abs(held))
 
 
 def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
@@ -409,9 +420,9 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
     frozen = core.foreign.frozen
     drop_frozen(core, [order for order in orders if order.symbol in frozen])
     wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
-    working = [each.order for each in core.manager.blotter.open.values() if each.works and is_decided(each.order)]
-    stays = [order for order in working if order.symbol in frozen]
-    return wanted + (stays if core.manager.beside else [])
+    if not core.manager.beside: return wanted
+    return wanted + [each.order for each in core.manager.blotter.open.values() if each.works
+                     and is_decided(each.order) and each.order.symbol in frozen]
 
 # %% ../../nbs/70_live/13_agreement.ipynb #agrshow23
 def carry_out(core:Core, orders:Sequence)->Process:

@@ -52,6 +52,7 @@ class Feed:
         self.symbols = list(symbols)
         self.step = step
         self.last = last
+        self.missing = self.symbols # whose candle is not here yet of those that come next; all before the first one
         self._known: dict[int, dict[str, tuple]] = defaultdict(dict)
 
     def add(self, symbol:str, open_time:int, values:tuple)->None:
@@ -60,17 +61,16 @@ class Feed:
         if self.last is None: self.last = open_time - self.step
         check_on_grid(symbol, open_time, self.last, self.step)
         if open_time > self.last: self._known[open_time][symbol] = values
+        self._go_on_at(self.last)
 
-    def _complete(self, open_time): return len(self._known.get(open_time, ())) == len(self.symbols)
+    def _go_on_at(self, last):
+        "This candle was the last one"
+        self.last = last
+        known = self._known.get(last + self.step, ())
+        self.missing = [symbol for symbol in self.symbols if symbol not in known]
 
     @property
-    def missing(self)->list[str]:
-        "Whose candle is not here yet of those that come next; all before the first one"
-        return [symbol for symbol in self.symbols
-                if self.last is None or symbol not in self._known.get(self.last + self.step, ())]
-
-    @property
-    def ready(self)->bool: return self.last is not None and self._complete(self.last + self.step)
+    def ready(self)->bool: return not self.missing
 
     @property
     def gap(self)->bool:
@@ -79,15 +79,16 @@ class Feed:
     def skip(self, open_time:int)->None:
         "Go on at a candle behind a hole; what is known of those before is dropped"
         for early in [time for time in self._known if time < open_time]: self._known.pop(early)
-        self.last = open_time - self.step
+        self._go_on_at(open_time - self.step)
 
     def take(self)->tuple[int, np.ndarray, bool]|None:
         """The next step: open time, candles (n_symbols, numbers of each), and whether it is late; None where it is not
         complete"""
-        if self.last is None or not self.ready: return None
-        self.last += self.step
-        rows = self._known.pop(self.last)
-        return self.last, np.array([rows[symbol] for symbol in self.symbols]), any(map(self._complete, self._known))
+        if self.last is None or self.missing: return None
+        rows = self._known.pop(self.last + self.step)
+        self._go_on_at(self.last + self.step)
+        late = any(len(known) == len(self.symbols) for known in self._known.values())
+        return self.last, np.array([rows[symbol] for symbol in self.symbols]), late
 
 # %% ../../nbs/70_live/06_bookkeeper.ipynb #7db226fe
 def common_candles(

@@ -46,7 +46,8 @@ def judge(core:Core, command:Command, verdict:str)->Process:
             core.do(Write(each))
             if verdict == "adopted": core.books.add(each.fill)
         book(core)
-        said.append(f"{symbol}: {len(judged)} fills {verdict}, {core.books.positions[symbol]:g} is ours")
+        alone = ", and no stop or close of ours is for more than that" if verdict == "ignored" else ""
+        said.append(f"{symbol}: {len(judged)} fills {verdict}, {core.books.positions[symbol]:g} is ours{alone}")
     return "; ".join(said)
 
 # %% ../../nbs/70_live/16_commands.ipynb #person0c

@@ -21,6 +21,7 @@ from ..market.quality import QualityStream, Verdict
 from ..notices import Notice
 from ..orders import Order
 from ..times import format_time
+from ..trader import kept
 
 # %% ../../nbs/70_live/10_guards.ipynb #56cd8f95
 class Phase(StrEnum):
@@ -145,7 +146,8 @@ class Guards:
 
     def condition(self, symbol:str)->Condition:
         "The gravest of a symbol"
-        return max(self.conditions.get(symbol, ()), key=list(Condition).index, default=Condition.CLEAR)
+        known = self.conditions.get(symbol)
+        return max(known, key=list(Condition).index) if known else Condition.CLEAR
 
     def allow(self,
         deed:Deed,
@@ -172,10 +174,10 @@ def decision_deadline(
 def decided_at(
     close_time:int,  # ms, of the candle
     arrived:int,     # ms, our clock
-    pace:float,      # of the venue's market: 1 is real time
+    real_time:bool,  # whether the market keeps our time
 )->int:              # ms, our clock
     "When the deadline began: at the close in real time; on an exchange that replays the past, as the candle came"
-    return min(close_time, arrived) if pace == 1. else arrived
+    return min(close_time, arrived) if real_time else arrived
 
 # %% ../../nbs/70_live/10_guards.ipynb #5ee919b0
 NEVER = 2**60 # ms
@@ -215,25 +217,22 @@ class Overdue:
         self.after = after
         self.longest = longest or after
         self.due: int|None = None     # ms; None: nothing is awaited
-        self._pause = self._done = 0
+        self.next: int|None = None    # ms, when something has to be done about it; None: never
+        self._pause = after
 
     def owes(self, due:int)->None:
         "It should have come by then, unless it should have come before that"
-        if self.due is None: self.due, self._done, self._pause = due, due, self.after
+        if self.due is None: self.due, self.next, self._pause = due, due + self.after, self.after
 
     def came(self)->None:
         "It is here"
-        self.due = None
-
-    @property
-    def next(self)->int|None:
-        "When something has to be done about it; None: never"
-        return None if self.due is None else self._done + self._pause
+        self.due = self.next = None
 
     def act(self, now:int)->bool:
         "Whether to do something about it now"
         if self.next is None or now < self.next: return False
-        self._done, self._pause = now, min(2 * self._pause, self.longest)
+        self._pause = min(2 * self._pause, self.longest)
+        self.next = now + self._pause
         return True
 
 # %% ../../nbs/70_live/10_guards.ipynb #7dedb990
@@ -277,11 +276,11 @@ def judged(
     received_time:int|None=None,# ms
 )->Verdict:
     "The verdict on a candle; one that is refused leaves no trace in the judge"
-    state, latest = judge.state.copy(), judge.latest
+    state, latest = kept(judge.state), judge.latest
     verdict = judge.accept(open_time, values[:5], received_time)
     if verdict.status != "refused": return verdict
     if judge.latest != latest: judge.recent.pop()
-    judge.state, judge.latest = state, latest
+    judge.state, judge.latest = state.copy(), latest
     return verdict
 
 

@@ -106,6 +106,8 @@ class Restricted(Protocol):
     deposit:float        # quote, that it was given
 
     @property
+    def real_time(self)->bool: "Whether the market keeps our time"
+    @property
     def time(self)->int: "ms: our clock, or the market's where it does not keep real time"
     def do(self, *actions:Action)->None: "Answer with these"
 
@@ -257,8 +259,8 @@ def hear_quote(core:Restricted, quote:Quote)->None:
 def check_mark(core:Restricted, mark:Mark)->float:
     "The price that a position is worth: the mark, or the book's middle where the mark has left it"
     middle, band = core.gauges.middles.get(mark.symbol, nan), core.trader.limits.price_band or inf
-    real = core.time == core.now # in a market that is replayed, mark and book are not of one moment
-    off = abs(mark.price / middle - 1.) if real and middle > 0. else 0.
+    together = core.real_time and middle > 0. # in a market that is replayed, mark and book are not of one moment
+    off = abs(mark.price / middle - 1.) if together else 0.
     if off <= band:
         clear(core, "mark_price", mark.symbol)
         return mark.price
@@ -312,10 +314,10 @@ def look(core:Restricted, mark:Mark)->None:
     worth = at_mark = float(wallet(core.trader.account))
     needed = 0.
     for n, symbol in enumerate(core.trader.symbols):
+        if not held[n] and symbol != mark.symbol: continue
         newest = gauges.marks.get(symbol)
         price = newest.price if newest else closes[n]
         fair = check_mark(core, newest) if newest else price
-        if not held[n]: continue
         worth += held[n] * (fair - entries[n])
         at_mark += held[n] * (price - entries[n])
         needed += maintenance(gauges.tiers[n], abs(held[n]) * price)

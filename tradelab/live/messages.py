@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Action', 'Content', 'Event', 'Send', 'Amend', 'Cancel', 'Ask', 'Fetch', 'Intents', 'Revised', 'Moved', 'Entry',
-           'Step', 'First', 'Foreign', 'Paid', 'EmergencyStep', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell',
-           'Say', 'Wake', 'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise',
-           'Done', 'Answered', 'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command',
-           'LedgerState', 'Woken', 'Stop', 'Failed', 'Received']
+           'Step', 'First', 'Foreign', 'Paid', 'LadderMoved', 'Write', 'Warmed', 'Decided', 'Tell', 'Say', 'Wake',
+           'Opening', 'Open', 'StepDone', 'Waits', 'End', 'PhaseChanged', 'Redial', 'Synchronise', 'Done', 'Answered',
+           'Fetched', 'Unanswered', 'Opened', 'Lost', 'Mark', 'ClockSample', 'Status', 'Command', 'LedgerState',
+           'Woken', 'Stop', 'Failed', 'Received']
 
 # %% ../../nbs/70_live/03_messages.ipynb #285d84d1
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..database.records import EmergencyStep, Income
 from ..events import Depth, Fill, Funding, Quote, Series, Timer, Trade
 from ..journal import Decision
 from .order_states import Intent
-from .venue import AccountSnapshot, Answer, Candle, Income, OrderReport
+from .venue import AccountSnapshot, Answer, Candle, OrderReport
 from ..notices import Notice
 from ..orders import Order
 
@@ -115,15 +116,6 @@ class Paid:
     wallet:int            # whole 1e-8: what the wallet must be behind them
     others:int            # whole 1e-8, since the session began: of it not the trader's
     place:int = 0         # counts what was kept
-
-
-@dataclass(frozen=True)
-class EmergencyStep:
-    "Something that was done to close everything"
-    time:int         # ms, our clock
-    step:str         # halted, closing, failed, flat, held or over
-    symbol:str = ""  # empty: all
-    text:str = ""    # for people
 
 
 @dataclass(frozen=True)

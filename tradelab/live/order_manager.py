@@ -8,7 +8,8 @@ __all__ = ['MOST_KNOWN', 'OVER', 'ATTEMPTS', 'PAUSE', 'LONGEST_PAUSE', 'is_one_s
            'update_of', 'ended', 'Persistence', 'Stage', 'Pursuit', 'busy', 'on_sent', 'on_asked', 'send', 'on_checked',
            'pause_of', 'on_amended', 'on_cancelled', 'attempt_at', 'next_attempt', 'Turn', 'turn_of', 'blocked',
            'withheld', 'given_up', 'revise', 'take_back', 'announce', 'try_order', 'Search', 'search_on', 'end_round',
-           'take_answer', 'go_on', 'overtakes', 'begin', 'drop_old', 'change', 'ask_about', 'Offer', 'OrderManager']
+           'take_answer', 'go_on', 'overtakes', 'begin', 'drop_old', 'change', 'ask_about', 'ask_about_doubts', 'Offer',
+           'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
@@ -425,15 +426,18 @@ def on_cancelled(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list
     return [Tell(Notice("unanswered", f"{pursuit.order.order_id}, to be cancelled: {answer.text or answer.outcome}"))]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #76e7cd53
+def _name(session, order, attempt): return client_order_id(session, order.symbol, order.open_time, order.slot, attempt)
+
+
 def attempt_at(session:str, order:Order, attempt:int)->Order:
     "The order under the name of this attempt"
-    name = client_order_id(session, order.symbol, order.open_time, order.slot, attempt)
+    name = _name(session, order, attempt)
     return order if name == order.order_id else replace(order, order_id=name)
 
 
 def next_attempt(session:str, order:Order, attempt:int, blotter:Blotter)->int:
     "The first attempt from this one on that no other follows"
-    while attempt_at(session, order, attempt + 1).order_id in blotter.known: attempt += 1
+    while _name(session, order, attempt + 1) in blotter.known: attempt += 1
     return attempt
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #ed39f20e
@@ -665,6 +669,14 @@ def ask_about(manager:"OrderManager", names:Iterable[str], now:int)->list[Action
         if name in manager.searches: manager.searches[name].asked = now
     return [Ask(manager.blotter.known[name].order) for name in new]
 
+
+def ask_about_doubts(manager:"OrderManager", now:int)->list[Action]:
+    "Ask about the orders that have just come to be in doubt"
+    doubts, before = manager.blotter.doubts, manager.doubted
+    if doubts == before: return []
+    manager.doubted = dict(doubts)
+    return ask_about(manager, [name for name, _ in sorted(doubts.items() - before.items())], now)
+
 # %% ../../nbs/70_live/07_order_manager.ipynb #da98d22b
 @dataclass(frozen=True)
 class Offer:
@@ -711,8 +723,8 @@ class OrderManager:
         "Make the orders that work those that are wanted; InvalidOrderError if the venue does not take one"
         blotter = self.blotter
         newest = {slot: blotter.known[name] for slot, name in blotter.newest.items()} if self.beside else {}
-        working = [each for each in blotter.open.values() if each.works and is_decided(each.order)]
-        difference = compare(orders, newest, working if self.beside else [], self.offer.amends)
+        working = [each for each in blotter.open.values() if self.beside and each.works and is_decided(each.order)]
+        difference = compare(orders, newest, working, self.offer.amends)
         for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds)
         return [*change(self, difference, now), *self.on_time(now)]
 
@@ -739,6 +751,4 @@ class OrderManager:
             if pursuit.stage is Stage.DONE: self.pursuits.pop(name)
             elif pursuit.due and pursuit.due <= now: actions += go_on(self, name, pursuit, now)
         for order in list(self.waiting): actions += begin(self, order, now)
-        new = self.blotter.doubts.items() - self.doubted.items()
-        self.doubted = dict(self.blotter.doubts)
-        return actions + ask_about(self, [name for name, _ in sorted(new)], now)
+        return actions + ask_about_doubts(self, now)

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..account import decimal8
+from ..database.records import Income
 from ..errors import InsufficientBalanceError, TradelabError
 from ..events import Fill
 from .messages import Action, Foreign, Opening, Paid, Tell, Write
 from .order_states import Intent
-from .venue import AccountSnapshot, Income, forced
+from .venue import AccountSnapshot, forced
 from ..notices import Notice
 
 # %% ../../nbs/70_live/08_reconcile.ipynb #e1dbd477

@@ -33,7 +33,6 @@ import zstandard
 from .. import __version__
 from ..errors import TradelabError
 from ..instruments import Instrument
-from ..journal import Decision
 from .messages import Action, Amend, Cancel, Decided, Received, Send, Tell, Write
 from .venue import VenueError, VenueLimitError, VenueUnknownError
 from ..settings import Execution, Limits
@@ -53,7 +52,8 @@ def unpacked(text:dict)->np.ndarray:
 # %% ../../nbs/70_live/05_recorder.ipynb #f2146955
 @cache
 def _types(kind):
-    "What the fields of a record are declared to be, by name"
+    "What the fields of a record are declared to be, by name; None of what is no record"
+    if not is_dataclass(kind): return None
     types = get_type_hints(kind)
     return {each.name: types[each.name] for each in fields(kind)}
 
@@ -62,8 +62,8 @@ def encode(value:Any)->Any:
     "A record, and what it is made of, as JSON takes it"
     kind: Any = type(value)
     if value is None or kind in (str, int, float, bool): return value
-    if is_dataclass(value):
-        return {"type": kind.__name__} | {name: encode(getattr(value, name)) for name in _types(kind)}
+    if (types := _types(kind)) is not None:
+        return {"type": kind.__name__} | {name: encode(getattr(value, name)) for name in types}
     if isinstance(value, np.ndarray): return packed(value)
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, dict): return {key: encode(each) for key, each in value.items()}
@@ -75,11 +75,12 @@ def encode(value:Any)->Any:
     return value.value if isinstance(value, Enum) else value
 
 # %% ../../nbs/70_live/05_recorder.ipynb #7bcd2ff8
-def fingerprint(action:Any)->str:
+def fingerprint(
+    action:dict[str, Any], # as `encode` says it
+)->str:
     "What an action is, and a digest of all that it says"
-    record = getattr(action, "record", None)
-    name = type(action).__name__ + (f" {type(record).__name__}" if record is not None else "")
-    return f"{name} {blake2b(json.dumps(encode(action)).encode(), digest_size=6).hexdigest()}"
+    name = " ".join(each["type"] for each in (action, action.get("record")) if each)
+    return f"{name} {blake2b(json.dumps(action).encode(), digest_size=6).hexdigest()}"
 
 # %% ../../nbs/70_live/05_recorder.ipynb #80528e77
 # what a line of another version, or of no session, raises while it is read
@@ -483,17 +484,17 @@ class Recorder:
 
     def answered(self, actions:Sequence[Action])->None:
         "What the core answered: all of it by name and digest, its decisions, and what it asks about orders"
-        self.line("answered", actions=[*map(fingerprint, actions)])
-        for action in actions:
-            if isinstance(action, Decided): self.decision(action.decision, action.rows)
-            elif isinstance(action, Send | Amend | Cancel): self.line("request", action=encode(action))
+        told = [encode(action) for action in actions]
+        self.line("answered", actions=[*map(fingerprint, told)])
+        for action, said in zip(actions, told):
+            if isinstance(action, Decided): self.decision(said["decision"], said["rows"])
+            elif isinstance(action, Send | Amend | Cancel): self.line("request", action=said)
         if any(isinstance(action, Write | Send | Amend | Cancel | Tell) for action in actions): self.flush()
 
-    def decision(self, decision:Decision, rows:np.ndarray)->None:
-        "What was decided, and the left half of the journal's rows with it"
-        self.line("decision", open_time=decision.open_time, rows=packed(rows),
-                  **{name: packed(getattr(decision, name)) for name in ("observation", "targets", "quantities",
-            "reasons")})
+    def decision(self, decision:dict[str, Any], rows:dict[str, Any])->None:
+        "What was decided, and the left half of the journal's rows with it, as `encode` says both"
+        said = {name: decision[name] for name in ("observation", "targets", "quantities", "reasons")}
+        self.line("decision", open_time=decision["open_time"], rows=rows, **said)
 
     def flush(self)->None:
         "To the file, where the end of this process cannot take it"

@@ -169,7 +169,7 @@ def first_other_action(
     for number, line, actions in retell(recording, trader):
         if line["kind"] == "received": answered = actions
         if line["kind"] != "answered": continue
-        then, now = line["actions"], [*map(fingerprint, answered)]
+        then, now = line["actions"], [fingerprint(encode(action)) for action in answered]
         for place, (was, is_now) in enumerate(zip_longest(then, now, fillvalue="nothing")):
             if was == is_now: continue
             said = str(answered[place])[:200] if place < len(now) else "nothing"

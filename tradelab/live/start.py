@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from ..account import ACCOUNT, wallet
+from ..database.records import LeaseLostError, Standing
 from ..events import CLOSE, Candles, Series, TradingState
 from ..instruments import Instrument
 from .agreement import history_questions, reconcile
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
-from .emergency import emergency, to_flatten
+from .emergency import RESUMED, emergency, to_flatten
 from .guards import clock_is_off
 from .ladder import alarm
 from .lease import is_halted
-from .ledger import LeaseLostError, Standing
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_states import client_order_id
 from .protection import PROTECTIVE, Protector
@@ -345,8 +345,8 @@ def start(
     core.opened = True
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
-    if trader.account["trading_state"][0] == TradingState.HALT and to_flatten(core):
-        alarm(core, "it was halted before everything was closed")
+    if trader.trading_state is TradingState.HALT and to_flatten(core):
+        alarm(core, RESUMED)
     yield from hear_both(core)
     yield from see_history(core, kept)
     yield from reconcile(core)

@@ -47,11 +47,13 @@ from .venue import UNITS
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
 from ..times import format_time
+from ..trader import kept
 
 # %% ../../nbs/70_live/17_steps.ipynb #d3eea3a1
 def known_at_close(core:Core, open_time:int, candles:np.ndarray)->Process:
     "Returns the candles of one close with all that a feature asks for; None if the session is to end before"
     trader, terms = core.trader, core.terms
+    if not core.needs: return candles
     questions = market_questions(core.needs, trader.seen, terms.timeframe, [open_time])
     began, pause = core.now, terms.pause
     while core.now - began <= terms.longest_wait:
@@ -101,7 +103,7 @@ def resize(core:Core)->None:
     money, others = core.trader.account[0], core.statement.others if core.statement else 0
     short = max(-(core.reserve + others / UNITS), 0.)
     change = core.deposit - short - money["deposit"]
-    if abs(change) < 1e-8 or money["trading_state"] == TradingState.HALT or money["equity"] + change <= 0.: return
+    if abs(change) < 1e-8 or core.trader.trading_state is TradingState.HALT or money["equity"] + change <= 0.: return
     for name in ("deposit", "equity", "peak", "day_equity", "last_equity"):
         if money[name]: money[name] = decimal8(money[name] + change)
 
@@ -128,7 +130,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     working = None if core.manager.beside else np.zeros(len(trader.symbols), bool)
     decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
-    core.do(Decided(decision, trader.rows.copy(), candles))
+    core.do(Decided(decision, kept(trader.rows), candles))
     if not trader.view.stream.waits: set_reason(core, "hole", False)
     watch_halt(core)
     orders = orders_from_decision(decision.orders, trader.symbols, open_time, core.terms.session)
@@ -140,7 +142,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
 def deadline_of(core:Core, open_time:int, arrived:int)->int:
     "Until when the entries decided on this candle may be sent, ms of our clock"
     terms = core.terms
-    began = decided_at(open_time + terms.step - core.watch.offset, arrived, terms.pace)
+    began = decided_at(open_time + terms.step - core.watch.offset, arrived, core.real_time)
     return began + decision_deadline(terms.step, terms.decision_deadline)
 
 # %% ../../nbs/70_live/17_steps.ipynb #b2e5d7bd
@@ -151,7 +153,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     if known is None: return
     core.deadline = deadline_of(core, open_time, arrived)
     orders = decide(core, open_time, known, late)
-    if core.trader.account["trading_state"][0] == TradingState.HALT:
+    if core.trader.trading_state is TradingState.HALT:
         core.manager.dropped += orders # `live.emergency` closes what is held
         orders = []
         if core.emergency: yield arrived
@@ -164,7 +166,7 @@ def step(core:Core, open_time:int, candles:np.ndarray, late:bool)->Process:
     keep(core)
     core.candles += 1
     account = core.trader.account[0]
-    core.do(StepDone(open_time, late, core.trader.rows.copy(), float(account["equity"]), float(account["drawdown"]),
+    core.do(StepDone(open_time, late, kept(core.trader.rows), float(account["equity"]), float(account["drawdown"]),
                      core.watch.candles.score, core.withheld))
 
 # %% ../../nbs/70_live/17_steps.ipynb #b9af2efa

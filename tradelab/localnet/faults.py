@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -491,15 +491,17 @@ def _market_facts(event):
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #fa1d862e
 def _revised(event, values):
-    "A copy of a candle's event with one number changed, which stays a number between low and high where it is a price"
+    "A copy of an event with one number changed; a candle's close stays between its low and high"
     stream, payload = deepcopy(event)
-    candle, name = payload.get("k", {}) if isinstance(payload, dict) else {}, values.get("field", "c")
-    if not isinstance(candle.get(name), str) or name in "si": return event    # not a number
-    value = float(candle[name]) * (1 + values.get("by", .002))
-    if name == "c":
-        candle["h"] = max(candle["h"], format_number(value), key=float)
-        candle["l"] = min(candle["l"], format_number(value), key=float)
-    candle[name] = format_number(float(f"{value:.8g}"))
+    told = payload.get("k", payload) if isinstance(payload, dict) else {}
+    name = values.get("field", "c")
+    try: value = float(told[name]) * (1 + values.get("by", .002)) if isinstance(told.get(name), str) else nan
+    except ValueError: value = nan
+    if not isfinite(value): return event
+    if name == "c" and "k" in payload:
+        told["h"] = max(told["h"], format_number(value), key=float)
+        told["l"] = min(told["l"], format_number(value), key=float)
+    told[name] = format_number(float(f"{value:.8g}"))
     return stream, payload
 
 # %% ../../nbs/60_localnet/11_faults.ipynb #016ecc03

@@ -9,7 +9,7 @@ __all__ = ['CLOSED', 'OPEN', 'HALF_OPEN', 'DEFAULTS', 'VERSION', 'Breaker', 'Rat
 # %% ../../nbs/30_risk/10_breakers.ipynb #a6cd95cd
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -91,8 +91,9 @@ class RangeWindow:
     def add(self, time:int, value:float)->tuple[float, float]:
         "(highest over lowest less 1, fall from the highest) after one more value, fractions"
         if not isfinite(value) or value <= 0: return float("nan"), float("nan")
-        for queue, beaten in ((self._high, lambda last: last <= value), (self._low, lambda last: last >= value)):
-            while queue and beaten(queue[-1][1]): queue.pop()
+        while self._high and self._high[-1][1] <= value: self._high.pop()
+        while self._low and self._low[-1][1] >= value: self._low.pop()
+        for queue in (self._high, self._low):
             queue.append((time, value))
             while queue[0][0] <= time - self.span: queue.popleft()
         return self._high[0][1] / self._low[0][1] - 1, 1 - value / self._high[0][1]
@@ -136,7 +137,7 @@ def _check_order(key:tuple[str, str, str], time:int, last:int)->None:
 
 def _saved(breakers:dict[tuple[str, str, str], Breaker], states:dict[tuple[str, str, str], list])->dict:
     "Breakers and their states as JSON"
-    kept = [asdict(each) | {"requires": int(each.requires)} for each in breakers.values()]
+    kept = [vars(each) | {"requires": int(each.requires)} for each in breakers.values()]
     return {"version": VERSION, "breakers": kept, "states": [[*key, *row] for key, row in states.items()]}
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #3f7e1dd1
@@ -170,16 +171,16 @@ def moves_after(
     time:int,                # ms
 )->list[tuple[str, str]]:    # the states that follow, and why
     "What a measurement does to a breaker"
-    good, said, now = value <= breaker.threshold, _measured(breaker, value), state[0]
+    good, now = value <= breaker.threshold, state[0]
     moves: list[tuple[str, str]] = []
     if now == OPEN and not state[4] and time >= state[2] + breaker.cool_down:
         moves.append((HALF_OPEN, f"cooled down for {breaker.cool_down / 1000:g} s"))
         now = HALF_OPEN
-    if now == HALF_OPEN: return [*moves, (CLOSED if good else OPEN, f"probe: {said}")]
+    if now == HALF_OPEN: return [*moves, (CLOSED if good else OPEN, f"probe: {_measured(breaker, value)}")]
     if now == OPEN: return moves
     state[1] = 0 if good else state[1] + 1
     if good or state[1] < breaker.consecutive and isfinite(value): return moves
-    return [(OPEN, said + (f", {state[1]} times in a row" if isfinite(value) else ""))]
+    return [(OPEN, _measured(breaker, value) + (f", {state[1]} times in a row" if isfinite(value) else ""))]
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #5a9aa75c
 class Breakers:
@@ -210,10 +211,10 @@ class Breakers:
     def observe(self, kind:str, value:float, time:int, venue:str="", symbol:str="")->list[BreakerEvent]:
         "The changes that one measurement makes, in the breaker's unit"
         key = (kind, venue, symbol)
-        state = self._state(*key)
+        breaker, state = self.of(*key), self._states.setdefault(key, [CLOSED, 0, 0, -1, False])
         _check_order(key, time, state[3])
         state[3] = time
-        return [self._move(key, after, time, why) for after, why in moves_after(self.of(*key), state, value, time)]
+        return [self._move(key, after, time, why) for after, why in moves_after(breaker, state, value, time)]
 
     def trip(self, kind:str, who:str, why:str, time:int, venue:str="", symbol:str="")->BreakerEvent:
         return self._by_hand((kind, venue, symbol), who, why, time, OPEN)

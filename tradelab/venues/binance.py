@@ -12,16 +12,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from ..config import VenueSettings
+from ..database.records import Income
 from ..events import Fill
 from ..live.messages import Status
-from tradelab.live.venue import (
-    AccountSnapshot,
-    Answer,
-    Income,
-    OrderReport,
-    Venue,
-    VenueError,
-)
+from ..live.venue import AccountSnapshot, Answer, OrderReport, Venue, VenueError
 from ..orders import Kind, Order
 from .binance_account import BinanceAccount, brackets_of, set_up
 from .binance_client import pace_of, synchronise

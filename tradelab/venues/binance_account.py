@@ -13,15 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import VenueSettings
+from ..database.records import Income
 from ..events import Fill
-from tradelab.live.venue import (
-    AccountSnapshot,
-    Income,
-    OrderReport,
-    PositionSnapshot,
-    VenueError,
-    units,
-)
+from ..live.venue import AccountSnapshot, OrderReport, PositionSnapshot, VenueError, units
 from .binance_messages import Children, order_name, signed
 from .binance_orders import open_orders
 from .refusals import NO_SUCH_PATH, asked, readable

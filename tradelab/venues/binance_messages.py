@@ -145,8 +145,10 @@ def frame_events(
     quote:str,      # the currency of the account
 )->list:            # of Candle, Fill, OrderReport, Funding, Notice
     "What a session is told of a frame"
-    opened = (socket == "market" and isinstance(frame, dict) and frame.get("id", OURS) != OURS
-              and frame.get("result", 0) is None)
+    number = frame.get("id") if isinstance(frame, dict) and socket == "market" else None
+    if number == OURS and "error" in frame:
+        return [Notice("unanswered", f"no mark prices, and no news of symbols: {frame['error']}")]
+    opened = number not in (None, OURS) and frame.get("result", 0) is None
     try: events = normalise(frame, symbols, quote)
     except (KeyError, TypeError, ValueError) as error:
         events = [Notice("unreadable", f"{socket} frame: {type(error).__name__} {error}")]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..account import POSITION, age, decimal8, mark, new_account, wallet
+from ..database.records import Income
 from ..errors import InvalidOrderError
 from ..events import CLOSE, FUNDING_RATE, INDEX_PRICE, OPEN, Depth, Fill, Funding
 from ..instruments import Instrument
@@ -29,7 +30,6 @@ from tradelab.live.venue import (
     AccountSnapshot,
     Answer,
     Candle,
-    Income,
     OrderReport,
     Outcome,
     Venue,
