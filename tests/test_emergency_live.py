@@ -256,12 +256,17 @@ def processes():
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)): yield context
 
 
-def kill(exchange, folder, processes, name, nth=1, resume=False):
-    "A session dies at a door of its emergency; returns the names of its orders that are not of the emergency"
+def die(exchange, folder, processes, name, nth=1, resume=False):
+    "A session in a process of its own, which dies at this door if it comes to it; whether it died"
     process = processes.Process(target=dying, args=(exchange.url, folder, name, nth, resume))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill(exchange, folder, processes, name, nth=1):
+    "A session dies at a door of its emergency; returns the names of its orders that are not of the emergency"
+    assert die(exchange, folder, processes, name, nth)
     return {each for each in names(exchange) if int(each.split("-")[3]) < EMERGENCY}
 
 
@@ -300,7 +305,7 @@ def test_its_halt_outlives_the_process_and_the_session_until_a_reset_with_a_reas
         return live
     with localnet(SYMBOLS, deposit=20_000.) as exchange:
         kill(exchange, tmp_path, processes, "closing written")
-        kill(exchange, tmp_path, processes, "flat written", resume=True)
+        assert die(exchange, tmp_path, processes, "flat written", resume=True)
         asyncio.run(session(exchange.url, tmp_path, id="", resume="out").run(2))
         assert not any(held(exchange))
         orders, live = [], session(exchange.url, tmp_path, id="other")
