@@ -78,7 +78,7 @@ def step(core, exchange, recorder, open_time, values):
     return spent, recording, exchange.orders > before
 
 
-def looks(core, count=5_000):
+def looks(core, count=3_000):
     "Microseconds of the processor for each look at a mark price, with a position held"
     core.trader.on(Fill(BITCOIN.symbol, .01, 20_000., .01, core.now, "tl-held", "held"))
     spent = []
@@ -107,7 +107,11 @@ if __name__ == "__main__":
             print(f"{what:<9} of a candle {name:<17} median {median(chosen) / 1e6:.3f} ms, p99 "
                   f"{np.percentile(chosen, 99) / 1e6:.3f} ms, {len(chosen):,} candles")
     print(f"{size / CANDLES:,.0f} bytes a candle, without the frames of the sockets")
-    core = core_of(times, candles)
-    core.on(Received(int(times[HISTORY]) + HOUR))
-    marks = looks(core)
-    print(f"a look at a mark price: median {median(marks):.0f} us, 99th percentile {np.percentile(marks, 99):.0f} us")
+    passes = []
+    for _ in range(8): # the same looks again: the least of each is the work, the rest is what else the machine does
+        core = core_of(times, candles)
+        core.on(Received(int(times[HISTORY]) + HOUR))
+        passes.append(looks(core))
+    for what, marks in (("as measured", np.ravel(passes)), ("least of 8 passes", np.min(passes, axis=0))):
+        print(f"a look at a mark price, {what:<17} median {median(marks):.0f} us, 99th percentile "
+              f"{np.percentile(marks, 99):.0f} us, most {max(marks):.0f} us")

@@ -13,8 +13,10 @@ from urllib.request import Request, urlopen
 import nbformat
 import pytest
 
-from tradelab.command import running_sessions
+from tradelab.live.ledger import Ledger
 from tradelab.localnet.protocol import signature
+from tradelab.localnet.server import Localnet
+from tradelab.localnet.sources import WallClock
 
 pytestmark = pytest.mark.integration
 TRADELAB = Path(sys.executable).parent / "tradelab"
@@ -62,21 +64,25 @@ def test_bad_input_is_one_sentence_and_exit_code_1(project, words, sentence):
 
 
 def test_stop_closes_a_running_session(project, monkeypatch):
+    "Through the ledger: the job, its kernel and the session in it hear no signal"
     monkeypatch.setenv("TRADELAB_STOP_GRACE", "1e6")
-    session = ("import asyncio, signal\nfrom pathlib import Path\nfrom tradelab.lock import Lock\nfolder = "
-               "Path('sessions/momentum')\nfolder.mkdir(parents=True)\nstop = asyncio.Event()\n" \
-              "asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)\nwith Lock(folder / 'lock', "
-              "'momentum'):\n    await stop.wait()\n    (folder / 'ended').touch()")
-    write_job(project / "nbs/live.ipynb", session, "print('statistics of the session')")
-    job = subprocess.Popen([TRADELAB, "run", "live", "--output", "out.ipynb"], stdout=subprocess.PIPE, text=True)
-    while not running_sessions(project / "sessions") and job.poll() is None: time.sleep(.05)
-    stopped = tradelab("stop")
-    assert stopped.returncode == 0
-    assert "asked momentum to stop" in stopped.stdout
-    assert "momentum has stopped" in stopped.stdout
-    assert (project / "sessions/momentum/ended").exists()
-    assert "statistics of the session" in job.communicate()[0]
-    assert job.returncode == 0
+    with Localnet(source=WallClock(), profile="book", api_key="localnet", api_secret="localnet") as net:
+        monkeypatch.setenv("TRADELAB_LOCALNET_PORT", net.url.rpartition(":")[2])
+        words = ["live", *"-p venue localnet -p timeframe 1m -p candles 0 --output out.ipynb".split()]
+        job = subprocess.Popen([TRADELAB, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not any(b"running" in path.read_bytes() for path in project.glob("sessions/*/session.json")):
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(.05)
+        stopped = tradelab("stop", "--reason", "a new version")
+        said = job.communicate()[0]
+    name, = (path.name for path in (project / "sessions").iterdir())
+    assert (stopped.returncode, stopped.stdout) == (0, f"asked {name} to stop\n{name} has stopped\n"), stopped.stderr
+    assert job.returncode == 0, said
+    assert "stopping in order, as " in said
+    assert json.loads((project / "sessions" / name / "session.json").read_text())["state"] == "stopped"
+    row, = Ledger(f"sqlite:///{project}/tradelab.db").commands.all()
+    assert (row["name"], row["reason"]) == ("stop", "a new version")
+    assert row["answer"].endswith(": a new version")
 
 
 def free_port():

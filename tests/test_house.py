@@ -239,6 +239,12 @@ def test_only_trading_state_changes_what_is_allowed():
     assert readers <= {"order_limits.py", "core.py", "agreement.py", "emergency.py", "steps.py"}
 
 
+def test_no_process_is_signalled_by_its_number():
+    "A number may be another process by now. What a session is told is in the ledger; a job's kernel is a child; 0 asks"
+    sends = re.compile(r"\b(os\.kill(?!\(.*, 0\))|killpg|pidfd_send_signal|pthread_kill|raise_signal|send_signal)\b")
+    assert [path.stem for path in MODULES for _ in sends.findall(path.read_text())] == ["jobs"]
+
+
 def test_no_clock_where_it_decides():
     clock = re.compile(r"\b(time\.time|time\.monotonic|datetime\.now|Timestamp\.now|Timestamp\.utcnow|perf_counter)\(")
     rooms = ("features", "risk", "evaluation", "sim")

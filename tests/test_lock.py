@@ -1,4 +1,4 @@
-"Who runs a session: nothing that a stranger can do to its folder makes `tradelab stop` signal somebody else"
+"Who runs a session: nothing that a stranger can do to its folder makes somebody else a session"
 import fcntl
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tradelab.command import LOCK, running_sessions
-from tradelab.lock import InUseError, Lock, holder, interrupt
+from tradelab.lock import InUseError, Lock, holder
 
 HOLDER = ("import signal, sys; from tradelab.lock import Lock; lock = Lock(*sys.argv[1:]); print('held', flush=True); "
           "signal.pause()")
@@ -40,14 +40,13 @@ def session(tmp_path):
     return tmp_path / "momentum"
 
 
-def test_the_process_that_holds_the_lock_is_signalled_and_nobody_else(session):
+def test_the_process_that_holds_the_lock_is_the_session_and_nobody_else(session):
     with Process(HOLDER, session / LOCK, "momentum") as process, Process(HOLDER, session.parent / "other",
             "other") as other:
         assert running_sessions(session.parent) == {"momentum": process.pid}
-        assert interrupt(session / LOCK, "momentum", signal.SIGTERM)
+        process.terminate()
         assert process.wait() == -signal.SIGTERM
         assert running_sessions(session.parent) == {}
-        assert not interrupt(session / LOCK, "momentum")
         assert other.poll() is None
 
 
@@ -58,7 +57,6 @@ def test_a_stranger_who_has_or_locks_the_file_is_not_the_session(session, call):
         (session / LOCK).write_text(str(stranger.pid))
         (session / "session.json").write_text(json.dumps({"pid": stranger.pid, "state": "running"}))
         assert running_sessions(session.parent) == {}
-        assert not interrupt(session / LOCK, "momentum")
         assert stranger.poll() is None
 
 
@@ -74,7 +72,6 @@ def test_what_leads_to_another_sessions_lock_proves_nothing(session, way):
         if way == "pipe": os.mkfifo(other / LOCK)
         if way == "directory": (other / LOCK).mkdir()
         assert running_sessions(session.parent) == {"momentum": process.pid}
-        assert not interrupt(other / LOCK, "carry")
         assert process.poll() is None
 
 

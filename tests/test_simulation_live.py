@@ -58,6 +58,11 @@ def person_of(seed):
             for _ in range(random.randint(1, 5))] if seed % 8 == 7 else []
 
 
+def trade_by_hand(world, word):
+    "Unless no session has begun yet: the first one refuses to start beside what the ledger does not explain"
+    if world.process.ledger.snapshot(world.process.name): world.faults.arm(word)
+
+
 def ask(world, word, symbol=""):
     return world.process.ledger.commands.ask(Asked(word, "as it was drawn", "somebody", symbol=symbol))
 
@@ -77,7 +82,7 @@ async def script(world, faults, shape, person=()):
     "Do what was planned, and end it all; a person judges at last what is not ours, and leads out of a halt"
     before, length, _ = shape
     planned = [(share, partial(world.faults.arm, name)) for share, name in faults]
-    planned += [(share, partial(world.faults.arm, word) if word in DONE else partial(ask, world, word, symbol))
+    planned += [(share, partial(trade_by_hand, world, word) if word in DONE else partial(ask, world, word, symbol))
                 for share, word, symbol in person]
     for share, do in sorted(planned, key=itemgetter(0)):
         await asyncio.sleep((before + share * length) * world.step / 1000 - world.loop.time())

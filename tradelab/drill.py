@@ -94,6 +94,7 @@ def steps_of(ledger:Ledger|MemoryLedger)->pd.DataFrame:
 async def rehearse(symbols:Sequence[str])->Drill:
     "Hold a drill with a position in each of these symbols"
     before: dict[str, float] = {}
+    ended = []
     with TemporaryDirectory() as folder, drill_market(symbols) as exchange:
         session = drill_session(exchange, symbols, Path(folder))
         def say(statistics):
@@ -101,8 +102,10 @@ async def rehearse(symbols:Sequence[str])->Drill:
             before.update(held_at(exchange, symbols))
             session.ledger.commands.ask(Asked("halt", "a drill", getpass.getuser(), session="drill"))
         def hear(line):
-            if line.startswith("emergency: over"): session.stop()
+            if not line.startswith("emergency: over"): return
+            ended.append(line)
+            session.stop()
         session.progress, session.say = say, hear
         await session.run()
-        if not before: raise RuntimeError("the session has ended before anybody said halt: hold the drill again")
+        if not ended: raise RuntimeError("a signal has ended the drill before everything was closed: hold it again")
         return Drill(steps_of(session.ledger), held_at(exchange, symbols), before)

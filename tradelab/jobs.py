@@ -10,7 +10,6 @@ __all__ = ['RUNNING', 'ParameterError', 'JobFailedError', 'Parameter', 'tagged',
 # %% ../nbs/99_top/01_jobs.ipynb #c42fe5fb
 import ast
 import builtins
-import os
 import re
 import signal
 import sys
@@ -251,9 +250,9 @@ def _prepare():
 
 def _interrupt(client):
     "Interrupt the kernel; False if there is none yet"
-    pid = getattr(getattr(client.km, "provisioner", None), "pid", None)
-    if pid is None: return False
-    os.kill(pid, signal.SIGINT)
+    kernel = getattr(getattr(client.km, "provisioner", None), "process", None)
+    if kernel is None: return False
+    kernel.send_signal(signal.SIGINT) # by the handle of our own child: it sends nothing once that has ended
     # a message wakes an event loop that sleeps: ipykernel's handler cancels the cell's task, but does not
     if client.kc is not None: client.kc.kernel_info()
     return True

@@ -71,7 +71,7 @@ def wrapping_key(
     cost: int,       # of COSTS
 ) -> bytes:          # 32
     "The key that wraps the data key"
-    return Scrypt(salt=salt, length=32, n=cost, r=8, p=1).derive(passphrase.encode())
+    return Scrypt(salt=salt, length=32, n=cost, r=8, p=1).derive(passphrase.encode(errors="surrogatepass"))
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec013
 FORMAT = 1  # of the file
@@ -194,7 +194,7 @@ def _remember(passphrase):
     if not hasattr(os, "memfd_create"): return
     memory = os.memfd_create("passphrase")
     os.fchmod(memory, 0o600)
-    os.write(memory, passphrase.encode())
+    os.write(memory, passphrase.encode(errors="surrogatepass"))
     name_passphrase_file(f"/proc/{os.getpid()}/fd/{memory}")
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec0221

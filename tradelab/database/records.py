@@ -75,7 +75,7 @@ class Alert:
 class EmergencyStep:
     "Something that was done to close everything"
     time:int         # ms, our clock
-    step:str         # halted, closing, failed, flat, held or over
+    step:str         # halted, resumed, closing, failed, flat, held or over
     symbol:str = ""  # empty: all
     text:str = ""    # for people
 

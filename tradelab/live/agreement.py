@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_next', 'book', 'keep', 'knows', 'look_for',
-           'halt_if_liquidated', 'is_forgotten', 'take_trade', 'take_trades', 'take_rows', 'catch_up', 'own_wallet',
-           'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account', 'freeze', 'accept', 'agree',
-           'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap', 'may_reconcile', 'reconcile',
-           'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'halt_if_liquidated', 'is_forgotten', 'halt_if_it_was_closing', 'take_trade', 'take_trades', 'take_rows',
+           'catch_up', 'own_wallet', 'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account',
+           'freeze', 'accept', 'agree', 'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap',
+           'may_reconcile', 'reconcile', 'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -147,13 +147,22 @@ def is_forgotten(core:Core, fill:Fill)->bool:
     return int(name[3]) >= EMERGENCY or int(name[2], 36) <= blotter.forgotten
 
 
+def halt_if_it_was_closing(core:Core, fill:Fill)->None:
+    "An emergency of which the ledger knows nothing goes on: the exchange alone tells that it began"
+    _, _, time, slot, _ = fill.order_id.split("-")
+    if int(slot) >= EMERGENCY and int(time, 36) > core.manager.blotter.forgotten and not core.ladder.halts:
+        trip(core, "emergency", f"{fill.symbol}: {fill.order_id} closed it, and the ledger does not know why")
+
+
 def take_trade(core:Core, fill:Fill)->None:
     "A trade of the account, under the name of its order, for ever: it is ours, or it is not"
     core.numbers.answered(fill)
     if fill.order_id in core.manager.blotter.known or is_forgotten(core, fill):
         core.foreign.found_ours(fill)
         mark_foreign(core)
-        return core.books.add(fill) if is_forgotten(core, fill) else take_ours(core, fill)
+        if not is_forgotten(core, fill): return take_ours(core, fill)
+        core.books.add(fill)
+        return halt_if_it_was_closing(core, fill)
     core.do(*core.foreign.add(fill))
     halt_if_liquidated(core)
     withhold(core)

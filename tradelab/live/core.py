@@ -512,6 +512,7 @@ def take_state(core:"Core", event:ClockSample|Status|LedgerState)->None:
         case Status(symbol, trades, text):
             if (core.guards.condition(symbol) is Condition.SUSPENDED) != trades: return
             core.guards.mark(symbol, Condition.SUSPENDED, not trades)
+            if trades: core.flattened = None # what was left is closed now, if it is to be
             core.do(Tell(Notice("suspended", f"{symbol} {'is traded again' if trades else 'is not traded'} ({text})")))
         case LedgerState(ok, text, what):
             if set_reason(core, what, not ok): core.do(Tell(Notice("ledger", f"{what}: {text}")))

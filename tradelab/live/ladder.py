@@ -314,10 +314,10 @@ def look(core:Restricted, mark:Mark)->None:
     worth = at_mark = float(wallet(core.trader.account))
     needed = 0.
     for n, symbol in enumerate(core.trader.symbols):
+        if not held[n] and symbol != mark.symbol: continue
         newest = gauges.marks.get(symbol)
         price = newest.price if newest else closes[n]
         fair = check_mark(core, newest) if newest else price
-        if not held[n]: continue
         worth += held[n] * (fair - entries[n])
         at_mark += held[n] * (price - entries[n])
         needed += maintenance(gauges.tiers[n], abs(held[n]) * price)

@@ -11,7 +11,7 @@ from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from itertools import groupby
@@ -111,7 +111,7 @@ class TradingStates:
 
     def keep(self, venue:str, account:str, strategy:str, standing:Standing)->None:
         place = dict(venue=venue, account=account, strategy=strategy)
-        if not self._rows.change(place, **asdict(standing)): self._rows.add(**place, **asdict(standing))
+        if not self._rows.change(place, **vars(standing)): self._rows.add(**place, **vars(standing))
 
 # %% ../../nbs/70_live/04_ledger.ipynb #led2030
 class Commands:
@@ -123,7 +123,7 @@ class Commands:
 
     def ask(self, asked:Asked)->int:
         "Write down a command, with the epoch of the lease that it is about; returns its number"
-        return self._rows.append(**asdict(asked), time=clock(), epoch=self._leases.epoch(asked), answered=0, answer="")
+        return self._rows.append(**vars(asked), time=clock(), epoch=self._leases.epoch(asked), answered=0, answer="")
 
     def pending(self, place:Asked)->list[dict]:
         "Those without an answer that are meant for this venue, account, session and strategy, oldest first"
@@ -397,7 +397,7 @@ class _Shared:
 
     def measure(self, session:str, *records:Measured)->None:
         "Keep what was measured"
-        for record in records: self._rows(MEASURED[type(record)]).append(session=session, **asdict(record))
+        for record in records: self._rows(MEASURED[type(record)]).append(session=session, **vars(record))
 
     def measured(self, session:str, record:type)->list:
         "What was measured of one kind, oldest first"
@@ -406,7 +406,7 @@ class _Shared:
     def judge(self, session:str, foreign:Foreign)->None:
         "Write down a fill that is not ours, and what a person said of it last"
         fill, rows = foreign.fill, self._rows(FOREIGN)
-        if not rows.add(session=session, verdict=foreign.verdict, **asdict(fill)):
+        if not rows.add(session=session, verdict=foreign.verdict, **vars(fill)):
             rows.change(dict(session=session, symbol=fill.symbol, trade_id=fill.trade_id), verdict=foreign.verdict)
 
     def foreign(self, session:str)->list[Foreign]:
@@ -418,7 +418,7 @@ class _Shared:
         "Write down rows of the venue's own books, each once"
         for row in paid.rows:
             self._rows(INCOMES).add(session=session, place=paid.place, wallet=paid.wallet, others=paid.others,
-                                    **asdict(row))
+                                    **vars(row))
 
     def paid(self, session:str)->list[Paid]:
         "The rows of the venue's own books, as they were written down"

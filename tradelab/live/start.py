@@ -22,7 +22,7 @@ from ..instruments import Instrument
 from .agreement import history_questions, reconcile
 from .bookkeeper import Feed, common_candles, market_questions, with_funding_and_index
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
-from .emergency import emergency, to_flatten
+from .emergency import RESUMED, emergency, to_flatten
 from .guards import clock_is_off
 from .ladder import alarm
 from .lease import is_halted
@@ -346,7 +346,7 @@ def start(
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
     if trader.trading_state is TradingState.HALT and to_flatten(core):
-        alarm(core, "it was halted before everything was closed")
+        alarm(core, RESUMED)
     yield from hear_both(core)
     yield from see_history(core, kept)
     yield from reconcile(core)

@@ -9,7 +9,7 @@ __all__ = ['CLOSED', 'OPEN', 'HALF_OPEN', 'DEFAULTS', 'VERSION', 'Breaker', 'Rat
 # %% ../../nbs/30_risk/10_breakers.ipynb #a6cd95cd
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -137,7 +137,7 @@ def _check_order(key:tuple[str, str, str], time:int, last:int)->None:
 
 def _saved(breakers:dict[tuple[str, str, str], Breaker], states:dict[tuple[str, str, str], list])->dict:
     "Breakers and their states as JSON"
-    kept = [asdict(each) | {"requires": int(each.requires)} for each in breakers.values()]
+    kept = [vars(each) | {"requires": int(each.requires)} for each in breakers.values()]
     return {"version": VERSION, "breakers": kept, "states": [[*key, *row] for key, row in states.items()]}
 
 # %% ../../nbs/30_risk/10_breakers.ipynb #3f7e1dd1

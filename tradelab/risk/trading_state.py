@@ -9,7 +9,7 @@ __all__ = ['ALLOWED', 'NORMAL', 'NO_ENTRY', 'REDUCE_ONLY', 'FLATTEN', 'HALT', 'D
 
 # %% ../../nbs/30_risk/04_trading_state.ipynb #6f80b3a1
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -217,7 +217,7 @@ def _check_reset(cause:str, symbol:str, who:str, why:str, active:dict[tuple[str,
 def _saved(machine:"StateMachine")->dict:
     "A state machine as JSON"
     return {"version": VERSION, "active": [[*key, *row] for key, row in machine.active.items()],
-            "history": [asdict(move) | {"state": int(move.state)} for move in machine.history]}
+            "history": [vars(move) | {"state": int(move.state)} for move in machine.history]}
 
 
 def _held_text(state:TradingState, active:dict[tuple[str, str], list])->str:
