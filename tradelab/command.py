@@ -188,20 +188,28 @@ def one_running(
 # %% ../nbs/99_top/07_command.ipynb #e736ce9d
 @main.command()
 @click.argument("session", required=False)
-def stop(session:str|None)->None:
+@click.option("--reason", default="", help="Why; it is kept with the command.")
+def stop(session:str|None, reason:str)->None:
     "Close a running session in order: no new candles, open intents settle, everything is written."
     from tradelab.config import settings
-    from tradelab.lock import holder, interrupt
+    from tradelab.database.records import Asked
+    from tradelab.live.ledger import Ledger
+    from tradelab.lock import holder
     with one_sentence(): here = settings()
     session = one_running(session, here.sessions)
     lock = here.sessions / session / LOCK
     process = holder(lock, session)
-    with one_sentence(): asked = interrupt(lock, session)
-    click.echo(f"asked {session} to stop" if asked else f"{session} had just ended")
+    with one_sentence():
+        ledger = Ledger(here.database)
+        number = ledger.commands.ask(Asked("stop", reason, getpass.getuser(), session=session))
+    click.echo(f"asked {session} to stop")
     until = time.monotonic() + here.stop_grace
     while process and holder(lock, session) == process:
+        if (answer := answer_of(ledger, number, 0)).startswith("refused"):
+            raise click.ClickException(f"{session}: {answer}")
         if time.monotonic() > until:
-            raise click.ClickException(f"{session} did not stop within {here.stop_grace:g} s (process {process})")
+            raise click.ClickException(f"{session} did not stop within {here.stop_grace:g} s (process {process}): it "
+                                       "will be told when it looks")
         time.sleep(.2)
     click.echo(f"{session} has stopped")
 

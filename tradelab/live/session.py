@@ -11,8 +11,8 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
            'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare', 'quietly',
            'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep',
-           'look', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out',
-           'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
+           'look', 'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables',
+           'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -209,7 +209,7 @@ def median_and_p99(
     values:Sequence[float],  # ms
 )->list[float|None]:         # each None where there is no value
     "The usual, and the one that only one in a hundred exceeds, rounded as they are printed"
-    return [round(float(np.percentile(values, share)), 2) for share in (50, 99)] if values else [None, None]
+    return [round(float(each), 2) for each in np.percentile(values, (50, 99))] if values else [None, None]
 
 # %% ../../nbs/70_live/19_session.ipynb #988f3aae
 @dataclass
@@ -723,7 +723,7 @@ def save_status(session:"Session", state:str)->None:
     "Write session.json"
     write_status(session.folder / "session.json", pid=os.getpid(), state=state, session=session.id,
                  venue=session.venue.name, symbols=list(session.trader.symbols), timeframe=session.timeframe,
-                 statistics=session.statistics.summary(), kept=session.link and asdict(session.link))
+                 statistics=session.statistics.summary(), kept=session.link and vars(session.link))
 
 # %% ../../nbs/70_live/19_session.ipynb #050b72c9
 def hold(session:"Session")->None:
@@ -916,13 +916,22 @@ def look(session:"Session", lease:Lease)->None:
     for row in session.ledger.commands.pending(place):
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
         if row["number"] in session.commands or not here: continue
-        if row["epoch"] >= lease.epoch:
-            command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
-            session.hand(partial(session.venue.events.put_nowait, command))
-        else: refuse_stale(session, lease, row)
+        command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
+        unheard = row["name"] == "halt" and session.resumed # by a process that died before it heard it
+        if row["epoch"] < lease.epoch and not unheard: refuse_stale(session, lease, row)
+        elif command.name == "stop": stop_by_hand(session, command)
+        else: session.hand(partial(session.venue.events.put_nowait, command))
         session.commands.add(row["number"])
 
 # %% ../../nbs/70_live/19_session.ipynb #98afd654
+def stop_by_hand(session:"Session", command:Command)->None:
+    "A person ends the session in order; it is answered first, so that a resumed one does not end by it"
+    text = f"stopping in order, as {command.person or 'a person'} asked: {command.reason or 'no reason given'}"
+    session.ledger.commands.done(command.number, text)
+    session.hand(partial(tell, session, Notice("command", f"{command.number}: {text}")))
+    session.stop()
+
+
 def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
     "A person had another session before their eyes: what they asked for is not done to this one"
     text = (f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has "
@@ -934,7 +943,7 @@ def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
 def know(session:"Session", link:Link)->None:
     "The ledger has a step: recording and session.json know its link from now on, the latter at most once a second"
     session.link = link
-    if session.files: session.hand(partial(session.files.recorder.line, "kept", **asdict(link)))
+    if session.files: session.hand(partial(session.files.recorder.line, "kept", **vars(link)))
     if monotonic() < session.saved + 1: return
     session.saved = monotonic()
     try: save_status(session, "running")
