@@ -455,10 +455,10 @@ def host_of(
     url: str,
 ) -> str:     # lower case
     "The host of an address; ConfigurationError, which does not repeat it, if it is none or holds a password"
-    try: parts, port = (found := urlsplit(url)), found.port
-    except ValueError: parts, port = urlsplit(""), None
+    try: parts, _ = (found := urlsplit(url)), found.port
+    except ValueError: parts = urlsplit("")
     host = (parts.hostname or "").rstrip(".")
-    if not _HOST.fullmatch(host) or "@" in parts.netloc or port == 0:
+    if not _HOST.fullmatch(host) or "@" in parts.netloc:
         raise ConfigurationError("an address must look like https://host or wss://host:port, without a user or a "
                                  "password: correct it in the settings")
     return host
