@@ -7,7 +7,7 @@ __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VEN
            'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'UNCONFIRMED', 'FORBIDDING',
            'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
            'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings', 'one_section',
-           'overridden', 'host_of', 'check_private', 'is_here', 'is_mainnet', 'is_confirmed', 'VenueSettings',
+           'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed', 'VenueSettings',
            'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
@@ -451,6 +451,17 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f:.]*:[0-9a-f:.]*")
 _MAINNET = re.compile(r"(?!demo-)([a-z0-9-]+\.)*binance\.[a-z]+") # demo-fapi.binance.com is the testnet
 
 
+def is_here(host: str) -> bool:
+    "Whether a host is this machine, by its loopback"
+    try: return host == "localhost" or ip_address(host).is_loopback
+    except ValueError: return False
+
+
+def is_mainnet(host: str) -> bool:
+    "Whether orders at a host are real money"
+    return bool(_MAINNET.fullmatch(host))
+
+# %% ../nbs/00_ground/12_config.ipynb #k5config08
 def host_of(
     url: str,
 ) -> str:     # lower case
@@ -473,17 +484,6 @@ def check_private(
     if said != scheme and not (said == scheme[:-1] and is_here(host)):
         raise ConfigurationError(f"{said}://{host} can be read and changed on the way: beyond this machine an address "
                                  f"must begin with {scheme}://")
-
-
-def is_here(host: str) -> bool:
-    "Whether a host is this machine, by its loopback"
-    try: return host == "localhost" or ip_address(host).is_loopback
-    except ValueError: return False
-
-
-def is_mainnet(host: str) -> bool:
-    "Whether orders at a host are real money"
-    return bool(_MAINNET.fullmatch(host))
 
 # %% ../nbs/00_ground/12_config.ipynb #80919a7b
 def _check_place(place):
@@ -508,7 +508,7 @@ def is_confirmed(
     "Whether a person has named this account"
     return key is not None and len(confirmation) == 8 and key.get_secret_value()[:8] == confirmation
 
-
+# %% ../nbs/00_ground/12_config.ipynb #k5config10
 @dataclass(frozen=True)
 class VenueSettings:
     "Where orders go, and why"
