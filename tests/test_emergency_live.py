@@ -324,7 +324,7 @@ def test_its_halt_outlives_the_process_and_the_session_until_a_reset_with_a_reas
         asyncio.run(session(exchange.url, tmp_path, id="", resume="out").run(2))
         assert not any(held(exchange))
         orders, live = [], session(exchange.url, tmp_path, id="other")
-        asyncio.run(other(live).run(20))
+        asyncio.run(other(live).run(10))
         answers = [row["answer"] for row in live.ledger.commands.all()]
         assert answers[1:] == ["refused: a reset needs a reason",
                                "reset: positions may be opened again, drawdown counts from here"]

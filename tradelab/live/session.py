@@ -531,6 +531,7 @@ class Driver:
         task = asyncio.ensure_future(pass_on(question, self._inbox))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: question.close()) # it may have been cancelled before it began
 
     async def _receive(self):
         events = await together(self.venue, self._tasks)
