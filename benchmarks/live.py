@@ -1,7 +1,7 @@
 """Live trading at length: `python benchmarks/live.py simulation 100000` runs so many seeds of the simulation in
 `tests/simulated.py` and prints what went wrong in them and what was found; `kills 1000` kills real sessions over
 sockets; `soak 10000` watches the memory of one; `latency 500` measures from a candle's arrival to its order;
-`emergency 10` holds so many drills and measures from a halt to flat"""
+`emergency 10` holds so many drills, measures from a halt to flat, and kills as many sessions inside an emergency"""
 import asyncio
 import gc
 import json
@@ -21,6 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 from pydantic import SecretStr
+from test_emergency_live import DOORS, die, kill, told_wrong, wrong_in
+from test_emergency_live import SYMBOLS as PROTECTED
+from test_emergency_live import session as closing_session
+from test_live import localnet
 from test_simulation_live import check, plan, run_of
 
 from tradelab.config import VenueSettings
@@ -338,13 +342,40 @@ def latency(candles):
     return bool(np.median(close) > 2. or np.percentile(close, 99) > 10. or took["torch was imported"][0])
 
 
-def emergency(times):
+def kill_emergencies(count):
+    "A session dies so often inside an emergency, some of them again when they are resumed; whether any did not get out"
+    context, chance, begin = multiprocessing.get_context("forkserver"), random.Random(3), monotonic()
+    kills, wrong = 0, []
+    for number in range(count):
+        with TemporaryDirectory() as name, localnet(PROTECTED, deposit=20_000.) as exchange:
+            folder = Path(name)
+            before = kill(exchange, folder, context, *chance.choice(DOORS))
+            kills += 1 + sum(die(exchange, folder, context, *chance.choice(DOORS), resume=True)
+                             for _ in range(chance.choice((0, 0, 1, 2))))
+            again = closing_session(exchange.url, folder, id="", resume="out")
+            asyncio.run(again.run(3))
+            found = *wrong_in(exchange, again, before), *told_wrong(again)
+            wrong += [f"emergency {number}: {each}" for each in found]
+    print(*wrong, f"{kills} kills in {count} emergencies, {monotonic() - begin:,.0f} s: {len(wrong)} things wrong",
+          sep="\n")
+    return bool(wrong)
+
+
+def drill(times):
     "From a person's `halt` to the exchange's word that five positions are flat, over sockets and SQLite, so often"
-    drills = [asyncio.run(rehearse([each.symbol for each in symbols_of(5)])) for _ in range(times)]
+    drills = []
+    for _ in range(times):
+        gc.collect()    # what the drills before have left would be collected in the midst of one, for a second
+        drills.append(asyncio.run(rehearse([each.symbol for each in symbols_of(5)])))
     sent = [drill.steps.query("step == 'closing'")["after [ms]"].max() for drill in drills]
     for name, values in (("halt to the last order [ms]", sent), ("halt to flat [ms]", [each.took for each in drills])):
         print(f"{name:<32} median {np.median(values):8.0f}   most {max(values):8.0f}   of {times}")
     return not all(drill.flat and drill.took < 2_000 for drill in drills)
+
+
+def emergency(times):
+    "So many drills, and as many emergencies whose process is killed"
+    return drill(times) | kill_emergencies(times)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def binaries():
 def as_its_user(*command):
     "It refuses root"
     if os.geteuid() == 0: command = ("setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", *command)
-    return subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, cwd="/")
+    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    return subprocess.run(list(map(str, command)), check=True, cwd="/", timeout=60, **nowhere)
 
 
 class Server:
@@ -70,7 +71,8 @@ def server_url(request): return GIVEN or request.getfixturevalue("own_server").u
 @contextmanager
 def database_at(url, name):
     "An empty database of a server; its URL"
-    engine = sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    engine = sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT",
+                               poolclass=sql.pool.NullPool)
     name = re.sub(r"\W", "_", name.lower())[:40] + f"_{os.getpid()}"
     with engine.connect() as connection:
         connection.execute(sql.text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))

@@ -298,8 +298,8 @@ def test_a_session_whose_lease_is_gone_writes_and_sends_nothing_more(ledger, tmp
     assert set(placed) <= {intent.order.order_id for intent in sent}
 
 
-def test_of_many_that_want_a_lease_at_once_one_gets_it(tmp_path):
-    url = f"sqlite:///{tmp_path}/tradelab.db"
+def test_of_many_that_want_a_lease_at_once_one_gets_it(database_url):
+    url = database_url
     Ledger(url).close()
 
     def want(number):
@@ -311,8 +311,8 @@ def test_of_many_that_want_a_lease_at_once_one_gets_it(tmp_path):
     assert sum(isinstance(each, Lease) for each in got) == 1
 
 
-def test_both_ledgers_keep_leases_states_and_commands_alike(ledger):
-    for each in (ledger, MemoryLedger()):
+def test_all_ledgers_keep_leases_states_and_commands_alike(ledger, postgres):
+    for each in (ledger, MemoryLedger(), Ledger(postgres)):
         first = acquire(each, Lease("testnet", "a", (BITCOIN,), "one", this_process()), 1_000)
         second = acquire(each, Lease("testnet", "a", (BITCOIN,), "two", this_process()), 60_000)
         assert (first.epoch, second.epoch) == (1, 2)

@@ -154,7 +154,7 @@ import asyncio, os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_emergency import FIVE, QUICK, Noting, is_emergency, localnet, session
-from tradelab.live.ledger import Asked
+from tradelab.database.records import Asked
 
 class Killed(Noting):
     async def place(self, order):

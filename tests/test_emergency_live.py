@@ -5,6 +5,7 @@ import csv
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sqlite3
 import sys
@@ -137,7 +138,6 @@ FAMILIES = {
     "maintenance": [MAINTENANCE, *brief("day_is_over")],
     "server again": [{"at": "server", "do": "restart", "loss": False}],
     "suspended": brief("symbol_suspended"),
-    "ledger locked": [],
 }
 
 
@@ -145,24 +145,39 @@ def lock(folder):
     "Another process writes to the ledger for a while"
     other = sqlite3.connect(folder / "tradelab.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    threading.Timer(.7, other.close).start()
+    return threading.Timer(.7, other.close)
+
+
+def fill_disk(folder):
+    "The ledger's file cannot grow for a while"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "tradelab.db-wal").stat().st_size, limits[1]))
+    return threading.Timer(.4, resource.setrlimit, (resource.RLIMIT_FSIZE, limits))
+
+
+DISK = {"ledger locked": lock, "disk full": fill_disk}
 
 
 def break_it(family, exchange, folder):
-    if family == "ledger locked": lock(folder)
-    else: exchange.faults.arm(FAMILIES[family])
+    "Returns what waits for the end of it"
+    if family not in DISK: return exchange.faults.arm(FAMILIES[family])
+    mended = DISK[family](folder)
+    mended.start()
+    return mended.join
 
 
 WORD = Command(1, "halt", reason="an example", person="Ada")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *DISK])
 def test_whatever_breaks_stops_stand_and_an_emergency_gets_out(family, tmp_path):
     with localnet(SYMBOLS, deposit=20_000.) as exchange:
-        live, naked, before, hits = session(exchange.url, tmp_path), [], set(), []
+        live, naked, before, hits, over = session(exchange.url, tmp_path), [], set(), [], []
 
         def progress(statistics):
-            if statistics.candles in (4, 9 if family == "suspended" else 10): break_it(family, exchange, tmp_path)
+            if statistics.candles in (4, 9 if family == "suspended" else 10):
+                over.append(break_it(family, exchange, tmp_path))
+            if statistics.candles in (7, 15) and over[-1]: over[-1]()
             if statistics.candles == 8:
                 naked.extend(unguarded(exchange, live))
                 exchange.faults.disarm()
@@ -174,7 +189,7 @@ def test_whatever_breaks_stops_stand_and_an_emergency_gets_out(family, tmp_path)
         live.progress = progress
         asyncio.run(live.run(16))
         assert naked == []
-        assert family == "ledger locked" or 0 < hits[0] < len(exchange.faults.log)
+        assert family in DISK or 0 < hits[0] < len(exchange.faults.log)
         assert wrong_in(exchange, live, before) == []
         before = names(exchange)
         again = session(exchange.url, tmp_path, id="", resume="out")
@@ -256,12 +271,17 @@ def processes():
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)): yield context
 
 
-def kill(exchange, folder, processes, name, nth=1, resume=False):
-    "A session dies at a door of its emergency; returns the names of its orders that are not of the emergency"
+def die(exchange, folder, processes, name, nth=1, resume=False):
+    "A session in a process of its own, which dies at this door if it comes to it; whether it died"
     process = processes.Process(target=dying, args=(exchange.url, folder, name, nth, resume))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill(exchange, folder, processes, name, nth=1):
+    "A session dies at a door of its emergency; returns the names of its orders that are not of the emergency"
+    assert die(exchange, folder, processes, name, nth)
     return {each for each in names(exchange) if int(each.split("-")[3]) < EMERGENCY}
 
 
@@ -300,11 +320,11 @@ def test_its_halt_outlives_the_process_and_the_session_until_a_reset_with_a_reas
         return live
     with localnet(SYMBOLS, deposit=20_000.) as exchange:
         kill(exchange, tmp_path, processes, "closing written")
-        kill(exchange, tmp_path, processes, "flat written", resume=True)
+        assert die(exchange, tmp_path, processes, "flat written", resume=True)
         asyncio.run(session(exchange.url, tmp_path, id="", resume="out").run(2))
         assert not any(held(exchange))
         orders, live = [], session(exchange.url, tmp_path, id="other")
-        asyncio.run(other(live).run(20))
+        asyncio.run(other(live).run(10))
         answers = [row["answer"] for row in live.ledger.commands.all()]
         assert answers[1:] == ["refused: a reset needs a reason",
                                "reset: positions may be opened again, drawdown counts from here"]

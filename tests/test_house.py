@@ -20,7 +20,7 @@ OWNERS = {  # a library lives in one named place
     "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
     "sqlalchemy": {"tradelab.database.schema", "tradelab.database.engine", "tradelab.database.rows",
-                   "tradelab.database.migrations", "tradelab.live.ledger"},
+                   "tradelab.database.migrations", "tradelab.live.ledger", "tradelab.live.audit"},
     "alembic": {"tradelab.database.migrations"}, "psycopg": {"tradelab.database.engine"},
     "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
     "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},

@@ -351,7 +351,7 @@ def wanted(**fields):
     (0, np.ones(3), "an answer is a target per symbol"), (1, np.ones(7), "answer must be one piece of .1, 1."),
     (1, wanted(price=0.), "slot 0: a limit order needs a price; was kind 2, .*price 0.0"),
     (1, wanted(kind=STOP), "a conditional order needs a trigger"),
-    (1, wanted(kind=Kind.TRAILING, callback=1.), "the callback of a trailing stop is a fraction"),
+    (1, wanted(kind=Kind.TRAILING, callback=1.), "the callback of a trailing stop is .001 to .2"),
     (1, wanted(exposure=2.), "its exposure in .-1, 1."),
     (1, wanted(exposure=np.inf), "the numbers of an order are finite"),
     (1, wanted(kind=7), "the kind of an order is one of 0 to 5"), (1, wanted(in_force=4), "its time in force one of 0"),

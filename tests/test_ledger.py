@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradelab.database.records import Balance, Income, SystemMetric, clock
-from tradelab.database.schema import FUNDINGS, INTENTS, TRADES, columns_of, record_of
+from tradelab.database.schema import FUNDINGS, INTENTS, TABLES, TRADES, columns_of, record_of
 from tradelab.events import Fill, Funding
 from tradelab.journal import EQUITY, JOURNAL
+from tradelab.live.audit import export, faults, summary
 from tradelab.live.ledger import Ledger, MemoryLedger
 from tradelab.live.messages import Foreign, Paid
 from tradelab.live.order_states import Intent, State
@@ -247,3 +248,25 @@ def test_memory_and_database_tell_the_same(done):
     database = Ledger("sqlite://")
     try: assert told(MemoryLedger(), done) == told(database, done)
     finally: database.close()
+
+
+def test_a_ledger_is_looked_at_and_written_into_files_whatever_keeps_it(database_url, tmp_path):
+    ledger = Ledger(database_url)
+    ledger.open_session("one", {})
+    ledger.intend("one", [ORDER, STOP])
+    ledger.book("one", FILL, 1)
+    ledger.step("one", [ETHER, BITCOIN], rows(0), {}, 1, worth(0))
+    assert faults(database_url) == []
+    assert summary(database_url) == "1 sessions, 2 orders, 1 fills"
+    made = export(database_url, tmp_path / "all")
+    assert len(made) == len(TABLES.tables) + 3
+    trades = pd.read_csv(tmp_path / "all/tables/trades.csv", dtype=str)
+    assert float(trades["quantity"][0]) == FILL.quantity
+    journal = pd.read_csv(tmp_path / "all/sessions/one/journal.csv")
+    assert list(journal["symbol"]) == [ETHER, BITCOIN]
+    with ledger._database.transaction() as connection: connection.exec_driver_sql("UPDATE trades SET price = '9'")
+    assert faults(database_url) == ["session one: its close of 1970-01-01 00:00 UTC is not as it was written"]
+    with ledger._database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE order_events SET number = 3 WHERE number = 2")
+    assert faults(database_url) == ["1 rows of order_events are missing in session one"]
+    ledger.close()

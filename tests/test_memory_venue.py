@@ -587,28 +587,24 @@ def test_no_fill_of_a_backtest_is_late():
     assert (expected(1, True)[0]["late"] == 0).all()
 
 
-@pytest.mark.parametrize("act, offered, message", [
-    (stopped, dict(kinds=frozenset({Kind.MARKET, Kind.LIMIT})),
-     "slot 2, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"),
-    (lambda row, price: (limit(row, price), lasting(row)), dict(expires=False),
-     "slot 2, order .*: expires_in is 3 candles, and this venue ends no order by itself")])
-def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing(act, offered, message):
+def test_a_venue_that_does_not_offer_what_an_order_needs_is_sent_nothing():
     def wanting(parameters, memory, observation, prices, answer):
         market(answer[0, 1], prices[0])
         answer[0, 0]["exposure"] = .25
-        act(answer[0, 0], prices[0])
+        stopped(answer[0, 0], prices[0])
     driver = Driver(0, False, policy=Policy("wanting", wanting, order_slots=SLOTS))
-    for name, value in offered.items(): setattr(driver.venue, name, value)
+    driver.venue.kinds = frozenset({Kind.MARKET, Kind.LIMIT})
     end = driver.run()
     assert end.state == "failed"
     assert isinstance(end.error, InvalidOrderError)
+    message = "slot 2, order .*: kind is STOP, and this venue takes LIMIT, MARKET only"
     assert re.search(message, str(end.error)), end.error
     assert not {Send, Amend, Cancel} & set(driver.kinds)
     assert not driver.venue.held.held
 
 
 @pytest.mark.parametrize("kind, missing", [(LIMIT, "a limit order needs a price"), (STOP, "needs a trigger"),
-                                           (TRAILING, "the callback of a trailing stop is a fraction")])
+                                           (TRAILING, "the callback of a trailing stop is .001 to .2 of the price")])
 def test_an_order_that_lacks_what_its_kind_needs_is_never_sent(kind, missing):
     def wanting(parameters, memory, observation, prices, answer):
         answer[0, 0]["kind"], answer[0, 0]["exposure"] = kind, .25

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 from hypothesis import given
 from hypothesis import settings as effort
@@ -290,6 +291,35 @@ def test_what_a_person_types_is_not_seen(project):
     assert typing.end() == 1
     assert "the passphrase does not open" in typing.shown
     assert "Traceback" not in typing.shown
+
+
+@pytest.mark.integration
+def test_a_job_that_a_person_starts_asks_once(project):
+    "Before it starts; its kernel, which nobody sits at, reads the passphrase from the memory of the process that asked"
+    (project / "tradelab.secrets").write_text(sealed_text(with_secret(BOX, "testnet_secret", SecretStr(PLANTED), 0)))
+    check = "from tradelab.checks import check_job\ncheck_job(venue='testnet')"
+    code = ("from tradelab.config import settings\nfrom tradelab.secrets import with_keys\nkey = "
+            "with_keys(settings(venue='testnet')).testnet_key.get_secret_value()\nprint(len(key), 'letters:', key)")
+    cells = [nbformat.v4.new_code_cell("steps:int = 1", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell(check, metadata={"tags": ["check"]}), nbformat.v4.new_code_cell(code)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), project / "job.ipynb")
+    typing = Terminal("run", "job.ipynb", "--output", "out.ipynb")
+    typing.answer("Passphrase of tradelab.secrets: ", PASSPHRASE)
+    assert typing.end() == 0, typing.shown
+    assert f"{len(PLANTED)} letters: [redacted]" in typing.shown
+    for shown in (typing.shown, *(path.read_text() for path in project.glob("out.*"))):
+        assert PLANTED not in shown and PASSPHRASE not in shown
+
+
+def test_an_old_key_is_reminded_of_when_it_is_used(here, caplog):
+    file = File(here)
+    for name in ("testnet_key", "testnet_secret"): file.put(name, SecretStr(f"{PLANTED}-{name}"), 0)
+    with_keys(here, now=secrets.REMINDED_AFTER - 1)
+    assert "days old" not in caplog.text
+    with_keys(here, now=secrets.REMINDED_AFTER)
+    assert "testnet_secret is 90 days old: make a new one at the exchange, then tradelab secrets set" in caplog.text
+    assert PLANTED not in caplog.text
 
 
 @pytest.mark.integration

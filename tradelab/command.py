@@ -9,7 +9,8 @@ __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unh
            'show_table', 'ask_first', 'secrets', 'set_one_secret', 'list_secrets', 'rotate_secrets', 'names_running',
            'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions',
            'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session', 'data',
-           'list_data', 'download_data', 'check_kept', 'delete_data']
+           'list_data', 'download_data', 'check_kept', 'delete_data', 'ledger', 'upgrade_ledger', 'check_ledger',
+           'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -191,7 +192,8 @@ def one_running(
 def stop(session:str|None, reason:str)->None:
     "Close a running session in order: no new candles, open intents settle, everything is written."
     from tradelab.config import settings
-    from tradelab.live.ledger import Asked, Ledger
+    from tradelab.database.records import Asked
+    from tradelab.live.ledger import Ledger
     from tradelab.lock import holder
     with one_sentence(): here = settings()
     session = one_running(session, here.sessions)
@@ -669,3 +671,37 @@ def delete_data(source:str, symbol:str, timeframe:str, yes:bool)->None:
         ask_first(f"{source} {symbol} {timeframe}", yes)
         delete_series(source, symbol, timeframe)
     click.echo(f"deleted {source} {symbol} {timeframe}")
+
+# %% ../nbs/99_top/07_command.ipynb #bfadb8b9
+@main.group()
+def ledger()->None:
+    "Look after the database of all sessions."
+
+
+@ledger.command("upgrade")
+def upgrade_ledger()->None:
+    "Bring a ledger that an older version has written to the format of this one; a file is copied first."
+    from tradelab.config import settings
+    from tradelab.database.migrations import upgrade
+    with one_sentence(): click.echo(upgrade(settings().database))
+
+
+@ledger.command("check")
+@click.pass_context
+def check_ledger(context:click.Context)->None:
+    "Say what in the ledger is not as it was written; the exit code is 1 if there is anything."
+    from tradelab.config import settings
+    from tradelab.live.audit import faults, summary
+    with one_sentence(): said = faults(settings().database)
+    click.echo("\n".join(said) or f"the ledger is as it was written: {summary(settings().database)}")
+    if said: context.exit(1)
+
+
+@ledger.command("export")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def export_ledger(folder:Path)->None:
+    "Write all tables, and the journal and emergencies of each session, as CSV to a new FOLDER."
+    from tradelab.config import settings
+    from tradelab.live.audit import export
+    with one_sentence(): made = export(settings().database, folder)
+    click.echo(f"{len(made)} files in {folder}")

@@ -7,8 +7,8 @@ __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VEN
            'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'UNCONFIRMED', 'FORBIDDING',
            'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
            'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings', 'one_section',
-           'overridden', 'host_of', 'is_here', 'is_mainnet', 'is_confirmed', 'VenueSettings', 'foreign_variables',
-           'forbidding', 'exposed_keys', 'venue_for']
+           'overridden', 'host_of', 'check_private', 'is_here', 'is_mainnet', 'is_confirmed', 'VenueSettings',
+           'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     sessions: Folder = Path("sessions")                   # journals and recordings
     reports: Folder = Path("reports")                     # executed notebooks
     logs: Folder = Path("logs")                           # tradelab.jsonl
-    # the ledger, any SQLAlchemy URL
+    # the ledger, SQLite or PostgreSQL
     database: Annotated[str, AfterValidator(_database_in_project)] = "sqlite:///tradelab.db"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # asked for history in this order (ccxt names)
@@ -453,19 +453,26 @@ _MAINNET = re.compile(r"(?!demo-)([a-z0-9-]+\.)*binance\.[a-z]+") # demo-fapi.bi
 
 def host_of(
     url: str,
-    scheme: str,  # https or wss; http or ws too on this machine
-) -> str:         # lower case
-    "The host of an address; ConfigurationError unless what is said there stays between the two"
-    try: parts, port = (found := urlsplit(url)), found.port
-    except ValueError: parts, port = urlsplit(""), None
+) -> str:     # lower case
+    "The host of an address; ConfigurationError, which does not repeat it, if it is none or holds a password"
+    try: parts, _ = (found := urlsplit(url)), found.port
+    except ValueError: parts = urlsplit("")
     host = (parts.hostname or "").rstrip(".")
-    if not _HOST.fullmatch(host) or "@" in parts.netloc or port == 0:
-        raise ConfigurationError(f"an address must look like {scheme}://host or {scheme}://host:port, without a user "
-                                 "or a password: correct it in the settings")
-    if parts.scheme != scheme and not (parts.scheme == scheme[:-1] and is_here(host)):
-        raise ConfigurationError(f"{parts.scheme}://{host} can be read and changed on the way: beyond this machine an "
-                                 f"address must begin with {scheme}://")
+    if not _HOST.fullmatch(host) or "@" in parts.netloc:
+        raise ConfigurationError("an address must look like https://host or wss://host:port, without a user or a "
+                                 "password: correct it in the settings")
     return host
+
+
+def check_private(
+    url: str,
+    scheme: str,  # https or wss; http or ws will do on this machine
+) -> None:
+    "Refuse an address where others on the way can read and change what is said"
+    said, host = urlsplit(url).scheme, host_of(url)
+    if said != scheme and not (said == scheme[:-1] and is_here(host)):
+        raise ConfigurationError(f"{said}://{host} can be read and changed on the way: beyond this machine an address "
+                                 f"must begin with {scheme}://")
 
 
 def is_here(host: str) -> bool:
@@ -481,13 +488,14 @@ def is_mainnet(host: str) -> bool:
 # %% ../nbs/00_ground/12_config.ipynb #80919a7b
 def _check_place(place):
     "Refuse an address that is not safe, and real money that nobody has confirmed"
-    hosts = host_of(place.rest, "https"), host_of(place.stream, "wss")
-    real = next(filter(is_mainnet, hosts), "")
+    real = next(filter(is_mainnet, map(host_of, (place.rest, place.stream))), "")
     if place.name != "mainnet" and real:
         raise ConfigurationError(f'{real} is mainnet, which is real money, and venue is "{place.name}": give that '
                                  'venue its own address, or set venue = "mainnet" with all that it asks for')
     if place.name == "mainnet" and not is_confirmed(place.key, place.confirmation):
         raise ConfigurationError(UNCONFIRMED)
+    check_private(place.rest, "https")
+    check_private(place.stream, "wss")
 
 
 UNCONFIRMED = "mainnet_confirmation does not name the account: it would be the first eight characters of mainnet_key"

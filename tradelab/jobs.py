@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import SecretStr
 
 from .config import TOML, known_keys, nearest, one_section, project_root, settings
 from .errors import ConfigurationError, TradelabError
 from .files import asset, replace_files
-from .log import redact, register_secret
+from .log import redact, register_settings
 from .texts import printable
 
 # %% ../nbs/99_top/01_jobs.ipynb #5e78badd
@@ -243,8 +242,7 @@ def _prepare():
     "Secrets are registered before the first cell runs; wrong settings stop a job before it starts"
     try: here = settings()
     except ConfigurationError as error: raise ParameterError(str(error)) from None
-    for _, value in here:
-        if isinstance(value, SecretStr): register_secret(value)
+    register_settings(here)
     return here.stop_grace
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'register_secret', 'redact', 'hide_secret_names', 'without_commands', 'RedactingFormatter', 'formatter',
-           'get_logger', 'configure', 'in_a_sentence', 'warnings_as_sentences']
+           'get_logger', 'register_settings', 'configure', 'in_a_sentence', 'warnings_as_sentences']
 
 # %% ../nbs/00_ground/13_log.ipynb #18b29d3b
 import io
@@ -16,7 +16,7 @@ import warnings
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal, TextIO
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 import structlog
 from pydantic import SecretStr
@@ -123,6 +123,15 @@ def get_logger(
                                  processors=[structlog.stdlib.filter_by_level, *_before,
                                              structlog.stdlib.ProcessorFormatter.wrap_for_formatter])
 
+# %% ../nbs/00_ground/13_log.ipynb #k5log001
+def register_settings(
+    here: Settings,
+) -> None:
+    "Hide from now on whatever is secret in the settings"
+    for _, value in here:
+        if isinstance(value, SecretStr): register_secret(value)
+    register_secret(unquote(urlsplit(here.database).password or ""))
+
 # %% ../nbs/00_ground/13_log.ipynb #29f3f2a5
 _handlers: list[logging.Handler] = []
 
@@ -151,8 +160,7 @@ def configure(
 ) -> Path:                                         # the file
     "Send events to `logs/tradelab.jsonl` and to the console"
     here = here or settings()
-    for _, value in here:
-        if isinstance(value, SecretStr): register_secret(value)
+    register_settings(here)
     here.logs.mkdir(parents=True, exist_ok=True)
     file = here.logs / "tradelab.jsonl"
     stream = sys.stderr if console is None else console

@@ -280,8 +280,8 @@ _SERVICE = "tradelab"
 def _keyring():
     try:
         import keyring
-    except ImportError: raise SecretsError('secrets = "keyring" needs the library keyring: pip install '
-                                           "'tradelab[keyring]', or secrets = \"file\"") from None
+    except ImportError: raise SecretsError('secrets = "keyring" needs the library keyring: pip install -e '
+                                           "'.[keyring]' in the folder of tradelab, or secrets = \"file\"") from None
     return keyring
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec0311

@@ -431,6 +431,7 @@ def _close(trader, closed):
     _see(trader, closed.open_time, closed.values)
     value(trader.account, trader.positions, trader.view.traded, trader.prices, closed.open_time,
           trader.closed)
+    if trader.policy.order_slots: trader.rules.trail(trader.orders, trader.view.traded)
     if not strikes(trader.policy.clock, closed): return None
     return _decide(trader, closed.open_time, trader.view.traded, closed.marks, closed.working)
 

@@ -74,22 +74,20 @@ def _heard_connection():
 
 # %% ../../nbs/65_database/03_engine.ipynb #3d38b9c9
 def server_options(
-    durable:bool,
-    patience:int,    # ms
+    patience:int, # ms
 )->str:
     "Settings of a connection, as PostgreSQL takes them"
-    told = {"lock_timeout": patience, "idle_in_transaction_session_timeout": 10 * patience,
-            "synchronous_commit": "on" if durable else "off"}
+    told = {"lock_timeout": patience, "idle_in_transaction_session_timeout": 10 * patience, "synchronous_commit": "on"}
     return " ".join(f"-c {name}={value}" for name, value in told.items())
 
 
-def _postgresql(url, durable, patience):
-    engine = sql.create_engine(url.set(drivername="postgresql+psycopg"))
+def _postgresql(url, _, patience):
+    engine = sql.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
 
     @sql.event.listens_for(engine, "do_connect")
     def _connect(dialect, record, cargs, cparams):
         given = {"connect_timeout": max(2, ceil(patience / 1000)), "application_name": "tradelab"} | cparams
-        given["options"] = f"{given.get('options', '')} {server_options(durable, patience)}".strip()
+        given["options"] = f"{given.get('options', '')} {server_options(patience)}".strip()
         connection = _heard_connection().connect(*cargs, **given)
         connection.silence = patience / 1000
         return connection

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sql
@@ -28,6 +29,8 @@ OLDEST = 4 # format from which there is a way to the present one
 
 def format_of(engine:sql.Engine)->tuple[int, str]|None:
     "The format of a ledger and the version that wrote it; 0 if it says neither, None if there is no ledger yet"
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if file and not Path(file).exists(): return None # and none is made by looking
     known = sql.inspect(engine)
     if not known.has_table(FORMATS.name): return (0, "") if known.has_table(SESSIONS.name) else None
     with engine.connect() as connection:
@@ -102,7 +105,8 @@ class Database:
     def __init__(self, url:str="sqlite:///tradelab.db", patience:int=PATIENCE):
         self.engine = open_database(url, patience)
         inside = isinstance(self.engine.pool, sql.pool.StaticPool)
-        self._durable = self.engine if inside else connected(url, True, patience)
+        split = self.engine.dialect.name == "sqlite" and not inside # a server keeps every commit
+        self._durable = connected(url, True, patience) if split else self.engine
         self._here = _Here()
         self._one: Any = threading.RLock() if inside else nullcontext() # one connection, one thread at a time
 

@@ -8,7 +8,7 @@ __all__ = ['MOST_KNOWN', 'OVER', 'ATTEMPTS', 'PAUSE', 'LONGEST_PAUSE', 'is_one_s
            'update_of', 'ended', 'Persistence', 'Stage', 'Pursuit', 'busy', 'on_sent', 'on_asked', 'send', 'on_checked',
            'pause_of', 'on_amended', 'on_cancelled', 'attempt_at', 'next_attempt', 'Turn', 'turn_of', 'blocked',
            'withheld', 'given_up', 'revise', 'take_back', 'announce', 'try_order', 'Search', 'search_on', 'end_round',
-           'take_answer', 'go_on', 'begin', 'drop_old', 'change', 'ask_about', 'ask_about_doubts', 'Offer',
+           'take_answer', 'go_on', 'overtakes', 'begin', 'drop_old', 'change', 'ask_about', 'ask_about_doubts', 'Offer',
            'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
@@ -615,8 +615,19 @@ def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Acti
     return [withheld(pursuit.order)]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #0fa9ab9e
+def overtakes(manager:"OrderManager", order:Order)->bool:
+    """Whether an order that reduces would go before an order of a lower slot, which may make the position first. It
+    waits for none that is withheld, and for none while an order of the symbol is in doubt"""
+    if not (manager.beside and order.reduce_only): return False
+    if manager.blotter.conditions().get(order.symbol) is Standing.UNKNOWN: return False
+    amended = [each.order for each in manager.pursuits.values() if each.stage is Stage.AMENDING]
+    waiting = [each for each in manager.waiting if manager.gate(each) is Turn.NOW]
+    return any(each.symbol == order.symbol and each.slot < order.slot for each in (*amended, *waiting))
+
+
 def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
     "Send an order that waits, if it may be sent now"
+    if overtakes(manager, order): return []
     turn = manager.gate(order)
     if turn is Turn.NOW: turn = turn_of(order, manager.blotter, manager.pursuits.values(), manager.beside)
     if turn is Turn.WAITS: return []
@@ -672,7 +683,7 @@ class Offer:
     "What a venue takes of orders"
     kinds:frozenset[Kind] = frozenset(Kind)
     amends:frozenset[Kind] = frozenset(Kind) # others are cancelled and placed anew
-    expires:bool = True                      # whether it ends an order by itself after so many candles
+    expires:bool = True                      # whether it ends an order by itself; else the session counts candles
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #2debcb78
 class OrderManager:
@@ -714,7 +725,7 @@ class OrderManager:
         newest = {slot: blotter.known[name] for slot, name in blotter.newest.items()} if self.beside else {}
         working = [each for each in blotter.open.values() if self.beside and each.works and is_decided(each.order)]
         difference = compare(orders, newest, working, self.offer.amends)
-        for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds, self.offer.expires)
+        for order in (*difference.place, *difference.amend): check_order(order, self.offer.kinds)
         return [*change(self, difference, now), *self.on_time(now)]
 
     @property

@@ -165,7 +165,7 @@ class Venue(MarketData, Protocol):
     "An exchange account: what a session may do with it"
     kinds:frozenset[Kind]                       # orders that it takes
     amends:frozenset[Kind]                      # orders that it can amend; others are cancelled and placed anew
-    expires:bool                                # whether it ends an order by itself after so many candles
+    expires:bool                # whether it ends an order by itself after so many candles; else the session counts
     pace:float                                  # of its market: 1 in real time, inf if the next candle may wait for us
     events:asyncio.Queue                        # what the sockets told, in order
     on_frame:Callable[[str, Any], object]       # is told (socket, frame) of each raw frame, for the recording
@@ -210,7 +210,6 @@ NEEDS = {Kind.LIMIT: ("price",), Kind.STOP: ("trigger",), Kind.TAKE_PROFIT: ("tr
 def check_order(
     order:Order,
     kinds:Collection[Kind],   # that the venue takes
-    expires:bool=True,        # whether the venue ends an order by itself after so many candles
 )->None:
     "InvalidOrderError if a venue does not take an order, or the order lacks what its kind needs"
     said = f"{order.symbol}, slot {order.slot}, order {order.order_id}"
@@ -223,6 +222,3 @@ def check_order(
         if not 0 < getattr(order, name) < inf:
             raise InvalidOrderError(f"{said}: a {order.kind.name} needs a {name} above 0, its {name} is "
                                     f"{getattr(order, name)}")
-    if order.expires_in < inf and not expires:
-        raise InvalidOrderError(f"{said}: expires_in is {order.expires_in:g} candles, and this venue ends no order by "
-                                "itself")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WORKING', 'KINDS', 'FIRST_NUMBER', 'LIMITED', 'CLOSING', 'CALLBACK', 'WITH_POSITION', 'PROTECT', 'REASONS', 'ALL',
            'ENDPOINTS', 'AlgoOrder', 'algo_reply', 'algo_event', 'follow', 'level', 'is_reached', 'read_callback',
-           'read_close', 'read_algo', 'AlgoOrders', 'last_close', 'seen_prices', 'would_trigger', 'family',
-           'check_algo', 'child_of', 'is_protected', 'trigger', 'see', 'first_level', 'looked', 'write', 'closing',
-           'adopt', 'emptied', 'settle', 'Conditional', 'place']
+           'read_close', 'read_algo', 'AlgoOrders', 'last_close', 'met_price', 'would_trigger', 'family', 'check_algo',
+           'child_of', 'is_protected', 'trigger', 'see', 'first_level', 'looked', 'write', 'closing', 'adopt',
+           'emptied', 'settle', 'Conditional', 'place']
 
 # %% ../../nbs/60_localnet/09_conditional.ipynb #6acb3c01
 from dataclasses import dataclass
@@ -294,13 +294,13 @@ def last_close(market:Market, n:int)->float:
     return float(candles.rows[candles.count - 1, n, CLOSE]) if candles.count else market.last(n)
 
 
-def seen_prices(kept:AlgoOrders, algo:AlgoOrder)->list[float]:
-    "What a client could have seen of the price that it waits for"
+def met_price(kept:AlgoOrders, algo:AlgoOrder)->float:
+    "The price that it would meet now, quote per base"
     exchange, market = kept.exchange, kept.exchange.market
     halfway = exchange.halfway.get(kept.account.name)
-    if halfway: return [float(halfway.prices[kept.account.row(algo.n, algo.position_side), OPEN])]
-    now = market.mark(algo.n) if algo.working_type == "MARK_PRICE" else market.last(algo.n)
-    return [now] if exchange.profile == "book" else [now, last_close(market, algo.n)]
+    if halfway: return float(halfway.prices[kept.account.row(algo.n, algo.position_side), OPEN])
+    if exchange.profile == "backtest": return market.opening(algo.n)[0]
+    return market.mark(algo.n) if algo.working_type == "MARK_PRICE" else market.last(algo.n)
 
 # %% ../../nbs/60_localnet/09_conditional.ipynb #c77bb951
 def would_trigger(algo:AlgoOrder, price:float)->bool:
@@ -320,11 +320,11 @@ def check_algo(kept:AlgoOrders, algo:AlgoOrder)->None:
     same = kept.by_client.get(algo.client_id)
     if same and same.waits: raise RequestDeniedError(-4116)
     if len(kept.open) >= MAX_CONDITIONAL: raise RequestDeniedError(-4045)
-    prices = seen_prices(kept, algo)
+    price = met_price(kept, algo)
     if not algo.reduce_only:
-        check_notional(algo.quantity * (algo.price or algo.trigger or prices[0]),
+        check_notional(algo.quantity * (algo.price or price),
                        kept.exchange.market.instruments[algo.n])
-    if all(would_trigger(algo, price) for price in prices): raise RequestDeniedError(-2021)
+    if would_trigger(algo, price): raise RequestDeniedError(-2021)
     if algo.in_force == WITH_POSITION and kept.held(algo) <= 0.: raise RequestDeniedError(-4509)
     if algo.close_position and any(each.close_position and family(each) == family(algo) for each in kept.open.values()):
         raise RequestDeniedError(-4130)

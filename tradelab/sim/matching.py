@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['State', 'Candle', 'FILLS_PER_SYMBOL', 'UNREACHED', 'MOST_SLOTS', 'MET', 'new_state', 'side_of', 'is_triggered',
-           'trigger_order', 'fillable', 'write_fill', 'cancel_reduce_only', 'fill', 'match_one_at_open', 'match_new',
-           'rest', 'match_rested', 'match_at_open', 'touch_price', 'reached', 'priority', 'next_order', 'match',
-           'trail_stops', 'price_leg', 'high_comes_first', 'extremes', 'expire', 'traverse_candle', 'walk_candle']
+           'trigger_order', 'fillable', 'write_fill', 'cancel_reduce_only', 'fill', 'meets', 'take',
+           'match_one_at_open', 'match_new', 'rest', 'match_rested', 'match_at_open', 'touch_price', 'reached',
+           'priority', 'goes_first', 'next_order', 'match', 'price_leg', 'high_comes_first', 'extremes', 'expire',
+           'traverse_candle', 'walk_candle']
 
 # %% ../../nbs/50_sim/02_matching.ipynb #f7c3e6be
 from collections import namedtuple
 
 import numpy as np
 
-from ..account import apply_fill, decimal8, round_price, round_quantity
+from ..account import apply_fill, decimal8, round_quantity
 from ..compiled import inlined, outlined
 from ..events import CLOSE, HIGH, LOW, OPEN, VOLUME
 from tradelab.orders import (
@@ -31,7 +32,7 @@ from tradelab.orders import (
     TAKE_PROFIT,
     TRAILING,
 )
-from ..risk.execution import protect_position
+from ..risk.execution import protect_position, trail_stops
 from .costs import fee, paid
 from ..trader import record_fill
 
@@ -173,28 +174,48 @@ def fill(
     if position["quantity"] == 0.: cancel_reduce_only(state.orders[n])
     return True
 
+# %% ../../nbs/50_sim/02_matching.ipynb #k2take01
+@inlined
+def meets(
+    order,   # a row of ORDER, a limit order
+    price,   # quote per base, of the market
+    spread,  # from there to the side of the book that it would take, a fraction
+)->bool:
+    "Whether a limit order meets a price"
+    side = side_of(order)
+    beyond = side * (order["price"] - price * (1. + side * spread))
+    return beyond > 0. or (beyond == 0. and order["in_force"] != GTX)
+
+
+@outlined
+def take(state, rules, row, n, order, price, kind, candle):
+    "A market or limit order arrives in a market at this price; whether anything was filled"
+    if order["reduce_only"] != 0 and order["quantity"] * state.positions[n]["quantity"] >= 0.: order["kind"] = NONE
+    if order["kind"] == MARKET: return fill(state, rules, row, n, order, price, False, kind, candle)
+    if order["kind"] == NONE: return False
+    filled = False
+    takes = meets(order, price, candle.conditions[n]["spread"] * rules.costs["spread_scale"])
+    if takes and order["in_force"] == GTX: order["kind"] = NONE
+    elif takes: filled = fill(state, rules, row, n, order, price, False, kind, candle)
+    if order["in_force"] == IOC or order["in_force"] == FOK: order["kind"] = NONE
+    return filled
+
 # %% ../../nbs/50_sim/02_matching.ipynb #e3367f90
 @inlined
 def match_one_at_open(state, rules, row, n, order, candle):
     "Match one order with the open"
     opened = candle.prices[n, OPEN]
     kind = order["kind"]
-    market_price = 0.
-    maker = False
-    if kind >= STOP and is_triggered(order, opened): trigger_order(order)
-    limit = order["kind"] == LIMIT
-    if order["kind"] == MARKET: market_price = opened
-    elif limit:
-        beyond = (side_of(order) * (order["price"] - opened * (1. + side_of(order) * candle.conditions[n]["spread"]
-                                                               * rules.costs["spread_scale"])) if order["resting"] == 0
-                                                               else side_of(order) * (order["price"] - opened))
-        if beyond > 0. or (beyond == 0. and order["in_force"] != GTX):
-            if order["resting"] != 0: market_price, maker = order["price"], True
-            elif order["in_force"] == GTX: order["kind"] = NONE
-            else: market_price = opened
-    if market_price > 0.: fill(state, rules, row, n, order, market_price, maker, kind, candle)
-    if limit and (order["in_force"] == IOC or order["in_force"] == FOK): order["kind"] = NONE
+    new = order["resting"] == 0
     order["resting"] = 1
+    if kind >= STOP:
+        if is_triggered(order, opened):
+            if new and kind != TRAILING and order["protects"] == 0: order["kind"] = NONE
+            else:
+                trigger_order(order)
+                take(state, rules, row, n, order, opened, kind, candle)
+    elif new or kind == MARKET: take(state, rules, row, n, order, opened, kind, candle)
+    elif meets(order, opened, 0.): fill(state, rules, row, n, order, order["price"], True, kind, candle)
 
 # %% ../../nbs/50_sim/02_matching.ipynb #b292112e
 MET = 2   # of `resting`: a new order that has met the open of this candle, and rests from the next one on
@@ -269,6 +290,16 @@ def reached(
 def priority(kind): return 0 if kind == STOP or kind == TRAILING else 1 if kind == LIMIT else 2
 
 
+@inlined
+def goes_first(
+    order, other,  # rows of ORDER, reached at the same price
+)->bool:
+    first, second = priority(order["kind"]), priority(other["kind"])
+    if first != second: return first < second
+    if order["reduce_only"] != other["reduce_only"]: return order["reduce_only"] > other["reduce_only"]
+    return abs(order["quantity"]) > abs(other["quantity"])
+
+
 @outlined
 def next_order(
     orders,  # ORDER, (slots,)
@@ -282,8 +313,7 @@ def next_order(
         level = touch_price(orders[k], start, end)
         if np.isnan(level): continue
         nearer = abs(level - start) - abs(at - start)
-        if best < 0 or nearer < 0. or (nearer == 0. and priority(orders[k]["kind"]) < priority(orders[best]["kind"])):
-            best, at = k, level
+        if best < 0 or nearer < 0. or (nearer == 0. and goes_first(orders[k], orders[best])): best, at = k, level
     return best, at
 
 # %% ../../nbs/50_sim/02_matching.ipynb #455f3666
@@ -293,19 +323,7 @@ def match(state, rules, row, n, order, price, candle):
     kind = order["kind"]
     if kind == LIMIT: return fill(state, rules, row, n, order, order["price"], True, kind, candle)
     trigger_order(order)
-    if order["kind"] != MARKET and side_of(order) * (price - order["price"]) > 0.: return False
-    return fill(state, rules, row, n, order, price, False, kind, candle)
-
-
-@outlined
-def trail_stops(orders, price, instrument):
-    "Move trailing stops after the price at the end of a leg"
-    for k in range(len(orders)):
-        order = orders[k]
-        if order["kind"] != TRAILING or order["delay"] > 0: continue
-        side = side_of(order)
-        level = round_price(price * (1. + side * order["callback"]), -side, instrument)
-        if side * (level - order["trigger"]) < 0. or order["trigger"] == 0.: order["trigger"] = level
+    return take(state, rules, row, n, order, price, kind, candle)
 
 # %% ../../nbs/50_sim/02_matching.ipynb #ff62a6bc
 @outlined
@@ -328,11 +346,12 @@ def price_leg(
 # %% ../../nbs/50_sim/02_matching.ipynb #8a89a9c5
 @inlined
 def high_comes_first(position, orders):
-    "Whether the high comes before the low: for a short position, or if a flat account can buy in this candle"
+    "Whether the high comes before the low: for a short position, or if a flat account could buy more than sell"
     held = position["quantity"]
+    if held != 0.: return held < 0.
     for k in range(len(orders)):
-        if held == 0. and orders[k]["kind"] > MARKET and orders[k]["reduce_only"] == 0: held = -orders[k]["quantity"]
-    return held < 0.
+        if orders[k]["kind"] > MARKET and orders[k]["reduce_only"] == 0: held -= orders[k]["quantity"]
+    return decimal8(held) < 0.
 
 
 @inlined

@@ -91,12 +91,13 @@ def write_order(
     order:Order,     # its quantity is what is still wanted
     number:int,
 )->None:
-    "Put an order to work; whatever was in its place, it comes last in the queue"
+    "Put an order to work; whatever was in its place, it comes last in the queue; one that protects is not refused"
     for name in ("kind", "in_force", "quantity", "price", "trigger", "callback", "reduce_only", "expires_in"):
         row[name] = getattr(order, name)
     row["placed"] = order.quantity
     row["decision_price"] = number
-    row["delay"] = row["resting"] = row["protects"] = 0
+    row["delay"] = row["resting"] = 0
+    row["protects"] = order.slot in STOPS
     row["revision"] += 1
 
 # %% ../../nbs/75_venues/10_memory.ipynb #ddcddd8b

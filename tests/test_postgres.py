@@ -1,0 +1,273 @@
+"A real PostgreSQL that is killed, stopped, stalled and cut off along the order path: nothing is lost, nothing is twice"
+import asyncio
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+from socket import create_connection, create_server
+
+import psycopg
+import pytest
+import sqlalchemy as sql
+from postgres import database_at, go_on, pause
+from simulated import simulate, trader_of_orders
+from test_disk import BITCOIN, the_session, the_venue
+from test_simulation_live import wrong_in
+
+from tradelab.database.engine import LedgerError
+from tradelab.database.records import Asked
+from tradelab.live.ledger import Ledger
+from tradelab.live.messages import LedgerState
+from tradelab.writer import Writer
+
+pytestmark = pytest.mark.integration
+
+
+@contextmanager
+def asked(url):
+    "A person at the server, on a connection that nothing here ends"
+    with psycopg.connect(url, autocommit=True) as connection: yield connection
+
+
+def others(connection):
+    "The server's processes that work for somebody else in this database"
+    found = connection.execute("SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND "
+                               "backend_type = 'client backend' AND pid <> pg_backend_pid()")
+    return [row[0] for row in found]
+
+
+def terminate(connection):
+    for process in others(connection): connection.execute("SELECT pg_terminate_backend(%s, 5000)", (process,))
+
+
+def at(ledger, moment, do):
+    "Do something at each first or last statement of a transaction, or at its commit"
+    fresh = threading.local()
+
+    def beginning(connection): fresh.yes = True
+
+    def before(connection, cursor, statement, *_):
+        first, last = getattr(fresh, "yes", False), "pg_current_xact_id" in statement
+        fresh.yes = False
+        if moment == "first" and first or moment == "last" and last: do()
+
+    def committing(connection):
+        if moment == "commit": do()
+    for what, do_it in (("begin", beginning), ("before_cursor_execute", before), ("commit", committing)):
+        sql.event.listen(ledger._database.engine, what, do_it)
+
+
+def doubled(ledger, name):
+    "What was learned of an order twice running; an amendment and its proof are written alike"
+    last, amended, found = {}, set(), []
+    for row in ledger.order_events(name):
+        event = {key: value for key, value in row.items() if key not in ("number", "time")}
+        order, before = row["order_id"], last.get(row["order_id"])
+        if before == event and order not in amended: found.append(row)
+        amended.discard(order)
+        if before and before["revision"] != event["revision"]: amended.add(order)
+        last[order] = event
+    return found
+
+
+@pytest.mark.parametrize("moment, seed", [("first", 0), ("last", 1), ("commit", 2)])
+def test_a_connection_that_is_killed_at_each_action_loses_and_doubles_nothing(postgres, moment, seed):
+    "Every seventh transaction meets it, whatever it is about"
+    ledger, met = Ledger(postgres), []
+    with asked(postgres) as person:
+        def kill():
+            world = met[0]
+            if world is None or not world.process or world.process.dead: return
+            met.append(world.happened)
+            if len(met) % 7 == seed and not world.over: terminate(person)
+
+        async def script(world):
+            await asyncio.sleep(3 * world.step / 1000)
+            met.append(world)
+            at(ledger, moment, kill)
+            await asyncio.sleep(5 * world.step / 1000)
+            met[0] = None
+        run = simulate(seed, lambda: trader_of_orders(seed), ledger=ledger, candles=10, market_seed=seed, script=script)
+    assert not wrong_in(run)
+    assert len(met) > 40
+    assert run.notices["ledger"] >= 4                   # it was said, and that it was over
+    assert len(ledger.intents(run.names[-1])) > 10
+    assert [ledger.check(name) for name in run.names] == [""] * len(run.names)
+    assert doubled(ledger, run.names[-1]) == []
+    kept = ledger.notices(run.names[-1])
+    assert len(kept) == len(kept.drop_duplicates(["time", "kind", "text"]))
+    ledger.close()
+
+
+class Wire:
+    "Between client and server; when `cut` is set, the next COMMIT is passed on, and its answer is not"
+    def __init__(self, port):
+        self.port, self.cut, self.listening = port, False, create_server(("127.0.0.1", 0))
+        self.address = self.listening.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try: near, _ = self.listening.accept()
+            except OSError: return
+            far, lost = create_connection(("127.0.0.1", self.port)), threading.Event()
+            for way in (partial(self.pass_on, near, far, lost, True), partial(self.pass_on, far, near, lost, False)):
+                threading.Thread(target=way, daemon=True).start()
+
+    def pass_on(self, source, target, lost, asking):
+        try:
+            while data := source.recv(65_536):
+                if asking and self.cut and b"COMMIT" in data:
+                    self.cut = False
+                    lost.set()
+                if not asking and lost.is_set(): break # the server has answered
+                target.sendall(data)
+        except OSError: pass
+        for each in (source, target): each.close()
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(own_server):
+    with database_at(own_server.url, "lost") as url:
+        wire = Wire(own_server.port)
+        ledger = Ledger(url.replace(str(own_server.port), str(wire.address)), patience=500)
+        attempts = []
+
+        def keep(records):
+            with ledger.transaction(durable=True) as fresh:
+                attempts.append(fresh)
+                for record in records if fresh else (): ledger.notice("one", "halt", record)
+        told = []
+        writer = Writer(keep, told.append, told.append, retry=.01)
+        writer.put(["first"]).result(5)
+        wire.cut = True
+        assert writer.put(["second"]).result(5) is False
+        while writer.down: time.sleep(.001)
+        assert writer.put(["third"]).result(5) is True
+        assert writer.close() == 0
+        assert list(ledger.notices("one")["text"]) == ["first", "second", "third"]
+        assert attempts == [True, True, False, True]
+        assert "the ledger takes nothing: " in str(told[0])
+        assert told[1] == "nothing is lost"
+        ledger.close()
+        wire.listening.close()
+
+
+@pytest.mark.parametrize("moment", ["first", "last", "commit"])
+def test_a_server_that_is_silent_is_said_soon_and_what_it_does_later_counts_once(own_server, moment):
+    "The process behind the connection is stopped, as by a disk that does not answer; it goes on after some attempts"
+    with database_at(own_server.url, f"silent_{moment}") as url, asked(url) as person:
+        ledger, stopped, told = Ledger(url, patience=100), [], []
+
+        def stall():
+            if stopped: return
+            stopped.extend(others(person))
+            for process in stopped: pause(process)
+
+        def keep(records):
+            if told: attempts.append(records)
+            with ledger.transaction(durable=True) as fresh:
+                for record in records if fresh else (): ledger.notice("one", "halt", record)
+        attempts = []
+        writer = Writer(keep, told.append, told.append, retry=.05)
+        writer.put(["first"]).result(5)
+        at(ledger, moment, stall)
+        begun = time.monotonic()
+        assert writer.put(["second"]).result(20) is False
+        assert time.monotonic() - begun < 5.
+        assert "has said nothing for 0.1 s" in str(told[0])
+        while len(attempts) < 2 and writer.down: time.sleep(.001)
+        for process in stopped: go_on(process)
+        while writer.down: time.sleep(.001)
+        assert writer.put(["third"]).result(5) is True
+        assert writer.close() == 0
+        assert list(ledger.notices("one")["text"]) == ["first", "second", "third"]
+        ledger.close()
+
+
+@pytest.mark.parametrize("trouble", ["stopped", "stalled", "read only"])
+def test_a_session_outlives_a_server_that_takes_nothing(own_server, tmp_path, trouble, capsys):
+    "What opens is not sent meanwhile, what reduces is; in the end the ledger holds all of it"
+    with database_at(own_server.url, f"session_{trouble}") as url:
+        ledger, venue, heard, placed, stalled = Ledger(url, patience=200), the_venue(), [], [], []
+        place, put, name = venue.place, venue.events.put_nowait, url.rpartition("/")[2]
+
+        async def noting(order):
+            placed.append((live.writer.down, order.reduce_only))
+            return await place(order)
+
+        def hearing(news):
+            if isinstance(news, LedgerState): heard.append(news)
+            put(news)
+
+        def begin():
+            if trouble == "stopped": return own_server.stop()
+            with asked(url) as person:
+                if trouble == "stalled":
+                    stalled.extend(others(person))
+                    for process in stalled: pause(process)
+                    with asked(own_server.url) as admin:
+                        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+                else:
+                    person.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+                    terminate(person)
+
+        def end():
+            if trouble == "stopped": own_server.start()
+            with asked(own_server.url) as person:
+                for process in stalled: go_on(process)
+                if trouble == "stalled": person.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+                if trouble == "read only":
+                    person.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+                    person.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s",
+                                   (name,))
+
+        def progress(statistics):
+            if statistics.candles == 10: begin()
+            if statistics.candles == 25:
+                end()
+                while live.writer.down: time.sleep(.001)
+        venue.place, venue.events.put_nowait = noting, hearing
+        live = the_session(ledger, tmp_path, venue, progress=progress)
+        assert asyncio.run(live.run(50)).candles == 50
+        assert (heard[0].ok, heard[-1].ok) == (False, True)
+        assert "the ledger takes nothing" in heard[0].text
+        assert (True, False) not in placed                  # nothing was opened that the ledger does not know
+        assert len(placed) > 20
+        assert ledger.check("disk") == ""
+        assert len(ledger.closes("disk")) == 50
+        assert not any(intent.works for intent in ledger.intents("disk"))
+        assert doubled(ledger, "disk") == []
+        held = sum(fill.quantity for _, fill in ledger.booked("disk"))
+        assert held == pytest.approx(venue.held.snapshot().positions.get(BITCOIN, 0.))
+        assert '"type": ' in capsys.readouterr().err        # what could not be written was said
+        ledger.close()
+
+
+def test_a_server_that_is_away_is_one_sentence_at_a_start(own_server):
+    own_server.stop()
+    try:
+        with pytest.raises(LedgerError, match="the ledger postgresql.* cannot be opened .*refused.*check that its "
+                           "folder or server exists"):
+            Ledger(own_server.url)
+    finally: own_server.start()
+
+
+def test_a_password_is_in_no_sentence(own_server):
+    with pytest.raises(LedgerError) as told:
+        Ledger(own_server.url.replace("postgres@", "trader:hidden1@").replace(f":{own_server.port}", ":1"))
+    assert "hidden1" not in str(told.value)
+
+
+def test_many_who_write_at_once_have_a_number_each(postgres):
+    "Commands belong to no session: people ask from several processes at once"
+    Ledger(postgres).close()
+    numbers = []
+
+    def ask():
+        ledger = Ledger(postgres, patience=10_000)
+        numbers.extend(ledger.commands.ask(Asked("halt", "an example", "Ada")) for _ in range(10))
+        ledger.close()
+    people = [threading.Thread(target=ask) for _ in range(4)]
+    for each in people: each.start()
+    for each in people: each.join()
+    assert sorted(numbers) == list(range(1, 41))
