@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..database.engine import LedgerError
 from tradelab.database.records import (
     Asked,
     Balance,
@@ -536,6 +537,7 @@ class Driver:
         task = asyncio.ensure_future(pass_on(question, self._inbox))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: question.close()) # it may have been cancelled before it began
 
     async def _receive(self):
         events = await together(self.venue, self._tasks)
@@ -910,7 +912,8 @@ def keep(session:"Session", records:Sequence[Record|Standing])->None:
         for each in left:
             if session.lease and isinstance(each, Standing): keep_standing(session, session.lease, each)
     for link in filter(None, links): know(session, link)
-    if session.lease and monotonic() > session.looked + session.heartbeat: look(session, session.lease)
+    if session.lease and monotonic() > session.looked + session.heartbeat:
+        with suppress(LedgerError): look(session, session.lease) # the records are kept, and are not kept once more
 
 
 def look(session:"Session", lease:Lease)->None:
@@ -920,12 +923,12 @@ def look(session:"Session", lease:Lease)->None:
     for row in session.ledger.commands.pending(place):
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
         if row["number"] in session.commands or not here: continue
-        session.commands.add(row["number"])
         command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
         unheard = row["name"] == "halt" and session.resumed # by a process that died before it heard it
         if row["epoch"] < lease.epoch and not unheard: refuse_stale(session, lease, row)
         elif command.name == "stop": stop_by_hand(session, command)
         else: session.hand(partial(session.venue.events.put_nowait, command))
+        session.commands.add(row["number"])
 
 # %% ../../nbs/70_live/19_session.ipynb #98afd654
 def stop_by_hand(session:"Session", command:Command)->None:
