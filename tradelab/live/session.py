@@ -408,14 +408,18 @@ async def clock_sample(venue:Venue)->Event|None:
 SLOW, PRESSING = 5., .05 # seconds after which a disk counts as one that takes nothing; the same in an emergency
 
 
-async def is_kept(kept:"Future[bool]|None", slow:float=SLOW)->bool:
+async def is_kept(kept:"Future[bool]|asyncio.Future[bool]|None", slow:float=SLOW)->bool:
     "Whether what was written is on the disk; the error of what may not be written at all"
     if kept is None: return True
     done, _ = await asyncio.wait([asyncio.wrap_future(kept)], timeout=slow)
     return bool(done) and done.pop().result()
 
 
-async def event_when_kept(venue:Venue, action:Send|Amend, kept:"Future[bool]|None")->Event:
+async def event_when_kept(
+    venue:Venue,
+    action:Send|Amend,
+    kept:"Future[bool]|asyncio.Future[bool]|None", # one for all that leaves together
+)->Event:
     "Ask the exchange when the ledger holds what is asked"
     try: durable = await is_kept(kept, PRESSING if is_emergency(action.order) else SLOW)
     except Exception as error: return Failed(error)
@@ -503,9 +507,11 @@ class Driver:
                 actions = self.core.on(received)
                 kept = self.answered(actions)
                 self._kept = kept or self._kept
+                asks = any(isinstance(action, Send | Amend) for action in actions)
+                shared = asyncio.wrap_future(kept) if kept and asks else None # they leave together
                 for action in actions:
                     if isinstance(action, End): return action
-                    self._do(action, kept)
+                    self._do(action, shared)
                 received = await self._receive()
         finally:
             if self._alarm: self._alarm.cancel()
