@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     sessions: Folder = Path("sessions")                   # journals and recordings
     reports: Folder = Path("reports")                     # executed notebooks
     logs: Folder = Path("logs")                           # tradelab.jsonl
-    # the ledger, any SQLAlchemy URL
+    # the ledger, SQLite or PostgreSQL
     database: Annotated[str, AfterValidator(_database_in_project)] = "sqlite:///tradelab.db"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # asked for history in this order (ccxt names)
