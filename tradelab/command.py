@@ -197,8 +197,7 @@ def stop(session:str|None, reason:str)->None:
     from tradelab.lock import holder
     with one_sentence(): here = settings()
     session = one_running(session, here.sessions)
-    lock = here.sessions / session / LOCK
-    process = holder(lock, session)
+    process = holder(lock := here.sessions / session / LOCK, session)
     with one_sentence():
         ledger = Ledger(here.database)
         number = ledger.commands.ask(Asked("stop", reason, getpass.getuser(), session=session))

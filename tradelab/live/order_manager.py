@@ -7,9 +7,8 @@ __all__ = ['MOST_KNOWN', 'OVER', 'ATTEMPTS', 'PAUSE', 'LONGEST_PAUSE', 'is_one_s
            'droppable', 'KnownOrders', 'Blotter', 'under_our_name', 'may_open', 'still_wanted', 'Difference', 'compare',
            'update_of', 'ended', 'Persistence', 'Stage', 'Pursuit', 'busy', 'on_sent', 'on_asked', 'send', 'on_checked',
            'pause_of', 'on_amended', 'on_cancelled', 'attempt_at', 'next_attempt', 'Turn', 'turn_of', 'blocked',
-           'withheld', 'given_up', 'revise', 'take_back', 'announce', 'try_order', 'Search', 'search_on', 'end_round',
-           'take_answer', 'go_on', 'overtakes', 'begin', 'drop_old', 'change', 'ask_about', 'ask_about_doubts', 'Offer',
-           'OrderManager']
+           'withheld', 'given_up', 'revise', 'take_back', 'Search', 'end_round', 'take_answer', 'go_on', 'begin',
+           'change', 'ask_about', 'Offer', 'OrderManager']
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b2e6c151
 from collections import defaultdict
@@ -508,14 +507,14 @@ def take_back(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Act
     return [Cancel(order) for order in orders]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #b275c310
-def announce(manager:"OrderManager", pursuit:Pursuit)->list[Action]:
+def _announce(manager:"OrderManager", pursuit:Pursuit)->list[Action]:
     "Write down the attempt that follows a refusal, before the refusal"
     follows = (pursuit.attempt or 0) + 1
     if follows > manager.persistence.retries: return []
     return manager.blotter.intend([attempt_at(manager.session, pursuit.order, follows)])
 
 
-def try_order(manager:"OrderManager", order:Order, attempt:int, now:int)->list[Action]:
+def _try_order(manager:"OrderManager", order:Order, attempt:int, now:int)->list[Action]:
     "Send an order under the name of this attempt, or of the first after it that may still be sent"
     blotter = manager.blotter
     attempt = next_attempt(manager.session, order, attempt, blotter)
@@ -540,7 +539,7 @@ class Search:
     first:int|None = None   # ms: when the first round ended that found nothing
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #3b707eab
-def search_on(manager:"OrderManager", pursuit:Pursuit, answer:Answer, now:int)->list[Action]:
+def _search_on(manager:"OrderManager", pursuit:Pursuit, answer:Answer, now:int)->list[Action]:
     "A question about an order has been answered, perhaps without proof"
     name, blotter = pursuit.order.order_id, manager.blotter
     intent = blotter.open.get(name)
@@ -587,13 +586,13 @@ def take_answer(manager:"OrderManager", pursuit:Pursuit|None, answered:Answered,
     if pursuit is None: return blotter.on_update(answer.report) if answer.report else []
     match answered.action:
         case Send():
-            follows = announce(manager, pursuit) if answer.outcome is Outcome.LATER else []
+            follows = _announce(manager, pursuit) if answer.outcome is Outcome.LATER else []
             return [*follows, *on_sent(pursuit, answer, blotter, now, manager.persistence)]
         case Amend(): return on_amended(pursuit, answer, blotter, now)
         case Cancel(): return on_cancelled(pursuit, answer, blotter, now)
     if pursuit.stage is Stage.CHECKING: return on_checked(pursuit, answer, blotter, now)
     actions = on_asked(pursuit, answer, blotter, now)
-    return actions + (search_on(manager, pursuit, answer, now) if pursuit.stage is Stage.DONE else [])
+    return actions + (_search_on(manager, pursuit, answer, now) if pursuit.stage is Stage.DONE else [])
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #2ccc641b
 def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Action]:
@@ -607,7 +606,7 @@ def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Acti
     manager.pursuits.pop(name)
     if pursuit.stage is not Stage.PAUSED: return []
     turn = manager.gate(pursuit.order)
-    if turn is Turn.NOW: return try_order(manager, pursuit.order, (pursuit.attempt or 0) + 1, now)
+    if turn is Turn.NOW: return _try_order(manager, pursuit.order, (pursuit.attempt or 0) + 1, now)
     if turn is Turn.WAITS:
         manager.pursuits[name], pursuit.due = pursuit, now + PAUSE
         return []
@@ -615,7 +614,7 @@ def go_on(manager:"OrderManager", name:str, pursuit:Pursuit, now:int)->list[Acti
     return [withheld(pursuit.order)]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #0fa9ab9e
-def overtakes(manager:"OrderManager", order:Order)->bool:
+def _overtakes(manager:"OrderManager", order:Order)->bool:
     """Whether an order that reduces would go before an order of a lower slot, which may make the position first. It
     waits for none that is withheld, and for none while an order of the symbol is in doubt"""
     if not (manager.beside and order.reduce_only): return False
@@ -627,17 +626,17 @@ def overtakes(manager:"OrderManager", order:Order)->bool:
 
 def begin(manager:"OrderManager", order:Order, now:int)->list[Action]:
     "Send an order that waits, if it may be sent now"
-    if overtakes(manager, order): return []
+    if _overtakes(manager, order): return []
     turn = manager.gate(order)
     if turn is Turn.NOW: turn = turn_of(order, manager.blotter, manager.pursuits.values(), manager.beside)
     if turn is Turn.WAITS: return []
     manager.waiting.remove(order)
-    if turn is Turn.NOW: return try_order(manager, order, 0, now)
+    if turn is Turn.NOW: return _try_order(manager, order, 0, now)
     manager.dropped.append(order)
     return [withheld(order) if turn is Turn.TOO_LATE else blocked(order)]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #fbe18dcc
-def drop_old(manager:"OrderManager", wanted:Iterable[Order])->list[Action]:
+def _drop_old(manager:"OrderManager", wanted:Iterable[Order])->list[Action]:
     "Forget what an earlier decision still wanted to send, unless it is wanted again"
     slots = {(order.symbol, order.slot, order.revision) for order in wanted}
     paused = [each.order for each in manager.pursuits.values()
@@ -654,7 +653,7 @@ def change(manager:"OrderManager", difference:Difference, now:int)->list[Action]
     amend = [order for order in difference.amend if manager.passes(order, False)]
     cancel = [order for order in difference.cancel if manager.passes(order, True)]
     for order in difference.amend: manager.blotter.news.setdefault(order.order_id, None) # some stay as they were
-    dropped = drop_old(manager, difference.place)
+    dropped = _drop_old(manager, difference.place)
     manager.waiting = list(difference.place)
     return [*dropped, *manager.blotter.intend(difference.place), *revise(manager, amend, now),
             *take_back(manager, cancel, now)]
@@ -670,7 +669,7 @@ def ask_about(manager:"OrderManager", names:Iterable[str], now:int)->list[Action
     return [Ask(manager.blotter.known[name].order) for name in new]
 
 
-def ask_about_doubts(manager:"OrderManager", now:int)->list[Action]:
+def _ask_about_doubts(manager:"OrderManager", now:int)->list[Action]:
     "Ask about the orders that have just come to be in doubt"
     doubts, before = manager.blotter.doubts, manager.doubted
     if doubts == before: return []
@@ -751,4 +750,4 @@ class OrderManager:
             if pursuit.stage is Stage.DONE: self.pursuits.pop(name)
             elif pursuit.due and pursuit.due <= now: actions += go_on(self, name, pursuit, now)
         for order in list(self.waiting): actions += begin(self, order, now)
-        return actions + ask_about_doubts(self, now)
+        return actions + _ask_about_doubts(self, now)
