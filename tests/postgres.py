@@ -1,4 +1,4 @@
-"A real PostgreSQL for tests: the one at TRADELAB_TEST_POSTGRES, or one that is started from the machine's binaries"
+"A real PostgreSQL for tests: the one at POSTGRES_FOR_TESTS, or one that is started from the machine's binaries"
 import os
 import re
 import shutil
@@ -12,7 +12,7 @@ from socket import socket
 import pytest
 import sqlalchemy as sql
 
-GIVEN = os.environ.get("TRADELAB_TEST_POSTGRES", "") # such as postgresql://postgres@127.0.0.1:15432/postgres
+GIVEN = os.environ.get("POSTGRES_FOR_TESTS", "") # such as postgresql://postgres@127.0.0.1:15432/postgres
 
 
 def binaries():

@@ -13,7 +13,7 @@ from tradelab.settings import CostModel
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[1]
-FOLDER = Path(os.environ.get("TRADELAB_CLIENTS", ROOT / ".cache/clients"))
+FOLDER = Path(os.environ.get("CLIENTS_FOR_TESTS", ROOT / ".cache/clients"))
 OWN = ("ccxt_async", "ccxt_pro")                                   # live in the project's own environment
 OTHERS = ("python_binance", "connector", "sdk", "nautilus")
 STEPS = ["load", "candles", "leverage", "market", "limit", "partial fill", "cancel", "conditional", "reduce-only",

@@ -25,8 +25,8 @@ from tradelab.sim.backtest import backtest
 from tradelab.venues.binance import BinanceVenue
 
 pytestmark = pytest.mark.integration
-CANDLES, HISTORY = int(os.environ.get("TRADELAB_PARITY_CANDLES", 1_000)), 1_000
-SEEDS = int(os.environ.get("TRADELAB_PARITY_SEEDS", 6))
+CANDLES, HISTORY = int(os.environ.get("PARITY_CANDLES", 1_000)), 1_000
+SEEDS = int(os.environ.get("PARITY_SEEDS", 6))
 SYMBOLS = "BTC/USDT:USDT", "ETH/USDT:USDT"
 INSTRUMENTS = tuple(replace(BITCOIN, symbol=symbol) for symbol in SYMBOLS)
 COSTS = CostModel(spread_volatility=.5, spread_volume=.3, impact=.5) # with fees, slippage and funding
