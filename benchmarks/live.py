@@ -144,8 +144,8 @@ class Served:
 def child(url, folder, candles, resumed, traded):
     "A session in a process of its own, which may be killed; it says when it has traded"
     name = {"resume": "killed"} if resumed else {"id": "killed"}
-    live = session_on(url, folder, symbols_of(2), **name, waits={"absent_after": 2_000}, # a minute each, otherwise
-                      progress=lambda statistics: traded.set())
+    quick = {"patience": 1., "waits": {"absent_after": 500}} # or the next kill comes before an order is proven absent
+    live = session_on(url, folder, symbols_of(2), **name, **quick, progress=lambda statistics: traded.set())
     asyncio.run(live.run(candles))
 
 

@@ -304,3 +304,9 @@ def test_a_ban_ends_when_it_is_over():
 def test_no_candle_that_comes_at_its_close_is_flagged():
     run = simulate(1, market_seed=1, candles=6)
     assert "flagged" not in run.notices
+
+
+@pytest.mark.parametrize("seed", [6095, 103_047])
+def test_what_a_long_run_has_found(seed):
+    "A hand trade before the first session; a person's `flatten` under a ban, beside what nobody has judged yet"
+    assert check(seed, run_of(seed)) == []

@@ -53,10 +53,14 @@ def judge(core:Core, command:Command, verdict:str)->Process:
 # %% ../../nbs/70_live/16_commands.ipynb #person0c
 def close_by_hand(core:Core, command:Command)->Process:
     "Adopt what is not ours, and close it with what is; returns a sentence"
-    if core.foreign.frozen: yield from judge(core, command, "adopted")
     symbols = [symbol for symbol in core.trader.symbols if command.symbol in ("", symbol)]
     if not symbols: return f"{command.symbol} is not traded here, only {', '.join(core.trader.symbols)}"
-    return "; ".join((yield from flatten_all(core, symbols, f"{command.person or 'a person'}: {command.reason}")))
+    why = f"{command.person or 'a person'}: {command.reason}"
+    if core.foreign.frozen: yield from judge(core, command, "adopted")
+    said = yield from flatten_all(core, symbols, why)
+    if not core.foreign.frozen & set(symbols): return "; ".join(said)
+    judged = yield from judge(core, command, "adopted") # the exchange could not be asked before, or more has come
+    return "; ".join([judged, *(yield from flatten_all(core, symbols, why))])
 
 # %% ../../nbs/70_live/16_commands.ipynb #cmdsshow05
 def halt_by_hand(core:Core, command:Command)->str:
