@@ -208,9 +208,8 @@ class Known:
     def time(self)->int:
         "ms: our clock, or the market's where it does not keep real time"
         if self.real_time: return self.now
-        newest = max((mark.event_time for mark in self.gauges.marks.values()), default=0)
-        seen = self.trader.open_time >= 0 # else it is as late as the session before has left it
-        return max(self.trader.open_time + self.terms.step if seen else self.ladder.time, newest)
+        closed = self.trader.open_time + self.terms.step if self.trader.open_time >= 0 else self.ladder.time
+        return max([closed, *(mark.event_time for mark in self.gauges.marks.values())])
 
 # %% ../../nbs/70_live/12_core.ipynb #8c745e5a
 def over(core:Known, kind:str, about:str, text:str)->None:
