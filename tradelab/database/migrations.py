@@ -48,7 +48,15 @@ def _to_decimals(operations):
                        primary_key=column.primary_key) for column in table.c])
 
 
-MIGRATIONS: dict[int, Callable[[Operations], None]] = {5: _to_decimals}
+def _to_named_commands(operations):
+    "Format 6: each command has an id and arguments"
+    for column in (sql.Column("arguments", sql.Text()), sql.Column("id", sql.Text())):
+        operations.add_column("commands", column)
+    operations.execute("UPDATE commands SET arguments = '{}', id = 'old-' || number")
+    operations.create_index("commands_id", "commands", ["id"], unique=True)
+
+
+MIGRATIONS: dict[int, Callable[[Operations], None]] = {5: _to_decimals, 6: _to_named_commands}
 
 # %% ../../nbs/65_database/05_migrations.ipynb #ca22184c
 def differences(connection:sql.Connection)->list[str]:
@@ -60,7 +68,8 @@ def differences(connection:sql.Connection)->list[str]:
 
 def _named(part):
     "The table, and the column, that a difference is about"
-    return part[1].name if part[0] == "add_table" else f"{part[2]}.{getattr(part[3], 'name', part[3])}"
+    whole = part[0] in ("add_table", "add_index", "remove_index")
+    return part[1].name if whole else f"{part[2]}.{getattr(part[3], 'name', part[3])}"
 
 # %% ../../nbs/65_database/05_migrations.ipynb #d38e80ab
 def _refuse_running(connection, where, now):
