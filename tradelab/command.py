@@ -6,11 +6,11 @@
 __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'ask_for_real', 'run',
            'session_of', 'JobCommand', 'add_job', 'running_sessions', 'one_running', 'stop', 'answer_of',
            'one_strategy', 'say_word', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of', 'localnet',
-           'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret', 'list_secrets',
-           'rotate_secrets', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
-           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
-           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'ledger',
-           'upgrade_ledger', 'check_ledger', 'export_ledger']
+           'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret', 'remove_one_secret',
+           'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'names_running', 'runs', 'list_runs',
+           'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions',
+           'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data',
+           'download_data', 'check_kept', 'delete_data', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -473,7 +473,7 @@ def ask_first(
 # %% ../nbs/99_top/07_command.ipynb #k5cmd001
 @main.group()
 def secrets()->None:
-    "Keys of an exchange, kept encrypted: set, list, rotate."
+    "Keys of an exchange, kept encrypted: set, remove, list, rotate, passphrase."
 
 
 @secrets.command("set")
@@ -485,6 +485,15 @@ def set_one_secret(name:str)->None:
     with one_sentence():
         value = asked(f"{name}: ") if sys.stdin.isatty() else sys.stdin.read(20_000)
         click.echo(set_secret(settings(), name, value))
+
+
+@secrets.command("remove")
+@click.argument("name")
+def remove_one_secret(name:str)->None:
+    "Keep the value under NAME no longer."
+    from tradelab.config import settings
+    from tradelab.secrets import remove_secret
+    with one_sentence(): click.echo(remove_secret(settings(), name))
 
 
 @secrets.command("list")
@@ -504,6 +513,15 @@ def rotate_secrets()->None:
     from tradelab.config import settings
     from tradelab.secrets import rotate
     with one_sentence(): click.echo(rotate(settings()))
+
+
+@secrets.command("passphrase")
+def change_the_passphrase()->None:
+    "Keep the secrets under another passphrase, which is asked for, or read from stdin."
+    from tradelab.config import settings
+    from tradelab.secrets import change_passphrase
+    typed = "" if sys.stdin.isatty() else sys.stdin.read(20_000).strip("\n")
+    with one_sentence(): click.echo(change_passphrase(settings(), typed))
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:

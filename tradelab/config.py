@@ -200,9 +200,11 @@ def known_keys() -> list[str]:
 def nearest(
     word: str,             # what was written
     known: Iterable[str],  # what could have been meant, at least one word
-) -> str:
+    least: float = 0.,     # how much it must look like it, up to 100
+) -> str:                  # empty if none does
     "The known word that looks most like this one"
-    return process.extractOne(word, list(known))[0]
+    found = process.extractOne(word, list(known), score_cutoff=least)
+    return found[0] if found else ""
 
 # %% ../nbs/00_ground/12_config.ipynb #e6177fce
 PREFIX = "TRADELAB_"
