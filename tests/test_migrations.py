@@ -215,7 +215,7 @@ def test_two_who_upgrade_at_once_do_it_once(old):
     both = [threading.Thread(target=lambda: said.append(upgrade(old))) for _ in range(2)]
     for each in both: each.start()
     for each in both: each.join()
-    assert sum("is of format 5 now" in each for each in said) == 1
+    assert sum("is of format 6 now" in each for each in said) == 1
     assert sum("by somebody else" in each or "nothing was done" in each for each in said) == 1
     with connected(old).connect() as connection:
         assert connection.exec_driver_sql("SELECT format FROM formats ORDER BY format").scalars().all() == [4, 6]
