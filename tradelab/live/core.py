@@ -112,6 +112,8 @@ class Terms:
     breakers:tuple[Breaker, ...] = DEFAULTS
     cool_downs:dict[str, int] = field(default_factory=dict) # ms, by cause  [default: risk.trading_state.CAUSES]
     danger:float = 1.2             # equity over maintenance margin, below which everything is closed
+    at_end:str = "keep"            # positions at an ordered end: keep, or flatten
+    end_patience:int = 30_000      # ms that closing them may take
     heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
 
@@ -180,6 +182,7 @@ class Known:
         self.flattened: int|None = None         # open time of the candle at which it was flattened last
         self.emergency = ""                     # why everything has to be closed; empty: it has not
         self.closing: set[str] = set()          # symbols whose positions are being closed
+        self.leaves_at: int|None = None         # ms, when a session that closes them at its end leaves what is not
         self.candles = 0                        # steps done
         self.waits: Waits|None = None           # for the candle after this one, and has said so
         # row and column of what features look at in candles
