@@ -175,5 +175,5 @@ def decides_twice(
     "What of two passes over the same candles differs; a policy that keeps something outside its memory shows here"
     times, candles = made_candles(trader.warm_up + DECISIONS, len(trader.seen), step)
     again = trader.afresh()
-    both = [decided(each, times, candles) for each in (trader, again)]
-    return difference(*both, trader.observation.columns, trader.symbols)
+    was, now = (decided(each, times, candles) for each in (trader, again))
+    return difference(was, now, trader.observation.columns, trader.symbols)
