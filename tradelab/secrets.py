@@ -153,7 +153,8 @@ def read_head(
     try:
         head = json.loads(text)
         found = head["format"]
-        whole = found != FORMAT or head["sha256"] == sha256(_beside(head, *_OPEN, "content")).hexdigest()
+        whole = found != FORMAT or (text.strip() == json.dumps(head)
+                                    and head["sha256"] == sha256(_beside(head, *_OPEN, "content")).hexdigest())
         usable = found != FORMAT or head["cost"] in COSTS and bytes.fromhex(head["salt"]) and head["made"] + 1 and all(
             int(when) == when for when in head["names"].values())
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError): raise _spoilt(path) from None
