@@ -136,6 +136,7 @@ class Watch:
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
         self.silent_until = 0                # ms, when the last of those was given up
+        self.leaves_at: int|None = None      # ms, when a session that closes all at its end leaves what it could not
 
     @property
     def stale_at(self)->int|None:
@@ -182,7 +183,6 @@ class Known:
         self.flattened: int|None = None         # open time of the candle at which it was flattened last
         self.emergency = ""                     # why everything has to be closed; empty: it has not
         self.closing: set[str] = set()          # symbols whose positions are being closed
-        self.leaves_at: int|None = None         # ms, when a session that closes them at its end leaves what is not
         self.candles = 0                        # steps done
         self.waits: Waits|None = None           # for the candle after this one, and has said so
         # row and column of what features look at in candles

@@ -151,7 +151,7 @@ def may_move(core:Core, symbol:str)->bool:
 # %% ../../nbs/70_live/15_emergency.ipynb #round007
 def first_slot(core:Core)->int:
     "Of the orders that close now: their names say whether it is an emergency"
-    return AT_END if core.leaves_at and not core.emergency else EMERGENCY
+    return AT_END if core.watch.leaves_at and not core.emergency else EMERGENCY
 
 
 def unused(core:Core, symbol:str)->int:
@@ -263,7 +263,7 @@ def is_suspended(core:Core, symbol:str)->bool:
 # %% ../../nbs/70_live/15_emergency.ipynb #emgshow14
 def gives_up(core:Core)->int|None:
     "ms, when a session that is to end leaves what it could not close; None: never"
-    if core.leaves_at: return core.leaves_at
+    if core.watch.leaves_at: return core.watch.leaves_at
     return core.now + core.terms.patience if core.stopping else None
 
 
@@ -335,8 +335,8 @@ def flatten_at_end(core:Core)->Process:
     symbols = [symbol for symbol in core.trader.symbols if symbol not in core.foreign.frozen
                and not is_suspended(core, symbol) and (core.books.positions[symbol] or may_move(core, symbol))]
     if not symbols: return
-    core.leaves_at = core.now + core.terms.end_patience
-    yield from until_then(core, close_and_book(core, symbols), core.leaves_at + core.terms.patience)
+    core.watch.leaves_at = core.now + core.terms.end_patience
+    yield from until_then(core, close_and_book(core, symbols), core.watch.leaves_at + core.terms.patience)
     core.closing.clear()
     core.guards.ends = Phase.CLOSING
     core.books.end()
