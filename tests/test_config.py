@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tradelab.config import (
     FORBIDDING,
-    NOT_YET,
+    REAL,
     TABLES,
     _flat,
     _variables,
@@ -72,18 +72,24 @@ def test_an_unknown_key_is_an_error_everywhere(project, monkeypatch, place, sent
         settings(**({"risk": {"max_levrage": 2}} if place == "parameters" else {}))
 
 
-def test_a_session_says_where_it_goes_and_never_to_mainnet(project):
-    "Until the testnet has shown for weeks what localnet shows, real money is refused, with all that stands in the way"
+def test_a_session_says_where_it_goes_and_to_mainnet_by_two_deliberate_acts(project):
+    "The venue that is set, and a sentence that names the account"
     (project / ".env").write_text("TRADELAB_MAINNET_KEY=0123456789abcdef\nTRADELAB_MAINNET_SECRET=fedcba9876543210")
     (project / ".env").chmod(0o600)
     assert venue_for(settings()).name == "localnet"
     (project / "tradelab.toml").write_text('venue = "mainnet"')
     with pytest.raises(ConfigurationError, match="mainnet_confirmation does not name the account"):
         venue_for(settings())
-    (project / "tradelab.toml").write_text('venue = "mainnet"\nmainnet_confirmation = "01234567"')
-    with pytest.raises(ConfigurationError) as refused: venue_for(settings())
-    assert str(refused.value) == NOT_YET
-    assert NOT_YET.split("there: ")[1].split(";")[0] in (ROOT / "README.md").read_text().replace("\n", " ")
+    sentence = "I trade real money with the key {}"
+    for wrong in ("76543210", "ABCDEFGH", "0123456789abcdef"):
+        (project / "tradelab.toml").write_text(f'venue = "mainnet"\nmainnet_confirmation = "{sentence.format(wrong)}"')
+        with pytest.raises(ConfigurationError, match="mainnet_confirmation does not name the account"):
+            venue_for(settings())
+    confirmed = f'mainnet_confirmation = "{sentence.format("01234567")}"'
+    (project / "tradelab.toml").write_text(confirmed)
+    assert venue_for(settings()).name == "localnet"
+    (project / "tradelab.toml").write_text(f'venue = "mainnet"\n{confirmed}')
+    assert venue_for(settings()).rest == REAL[0]
 
 
 ADDRESSES = st.builds("{}://{}{}{}".format, st.sampled_from(["https", "http", "wss", "ws", "HTTPS"]),
@@ -97,7 +103,8 @@ ADDRESSES = st.builds("{}://{}{}{}".format, st.sampled_from(["https", "http", "w
 @given(st.sampled_from(["testnet_rest", "testnet_stream", "localnet_host"]), ADDRESSES)
 def test_no_spelling_of_mainnets_address_is_reached_under_another_name(setting, address):
     "And nothing beyond this machine without TLS; an address that is refused is not repeated with its password"
-    keys = dict(testnet_key="0123456789abcdef", testnet_secret="fedcba9876543210", mainnet_confirmation="01234567")
+    keys = dict(testnet_key="0123456789abcdef", testnet_secret="fedcba9876543210", mainnet_key="0123456789abcdef",
+                mainnet_confirmation="I trade real money with the key 01234567")
     value = address.split("//")[1] if setting == "localnet_host" else address
     with place():
         try: found = venue_for(settings(venue=setting.split("_")[0], **keys, **{setting: value}))
@@ -133,7 +140,7 @@ def test_a_switch_of_another_system_forbids_real_money_and_never_opens_it(projec
     assert bool(forbidding()) == forbids
     assert venue_for(settings()).name == "localnet"
     with pytest.raises(ConfigurationError, match=f"{name} in the environment forbids it" if forbids
-                       else "does not start there"):
+                       else "real money: its keys are not configured"):
         venue_for(settings(venue="mainnet"))
     monkeypatch.delenv(name)
     (project / ".env").write_text(f"{name}={value}")

@@ -214,7 +214,7 @@ def good_and_failing(project, exchange, replayed, keep):
     keep("a passphrase, not its file", live("mistaken", TRADELAB_PASSPHRASE_FILE=PASSPHRASE), b"that is not there")
     keep("no such setting", live("setting", TRADELAB_PASSPHRASE=PASSPHRASE), b"is not a setting")
     keep("mainnet", live("mainnet", TRADELAB_VENUE="mainnet", TRADELAB_MAINNET_KEY=KEY, TRADELAB_MAINNET_SECRET=SECRET),
-         b"this version does not start there")
+         b"mainnet_confirmation does not name the account")
     address = f"https://{quote(KEY, safe='')}:{quote(SECRET, safe='')}@fapi.binance.com"
     keep("keys in an address", live("address", TRADELAB_TESTNET_REST=address), b"without a user")
     keep("traceback", python(REFUSED.format('passphrase_file="wrong"')), b"Traceback")

@@ -271,3 +271,22 @@ def test_many_who_write_at_once_have_a_number_each(postgres):
     for each in people: each.start()
     for each in people: each.join()
     assert sorted(numbers) == list(range(1, 41))
+
+
+def test_who_ask_at_once_under_one_id_ask_once(database_url):
+    Ledger(database_url).close()
+    numbers = []
+
+    def ask():
+        ledger = Ledger(database_url, patience=10_000)
+        numbers.append(ledger.commands.ask(Asked("order", "an example", "Ada", arguments='{"side": "buy"}', id="a-1")))
+        ledger.close()
+    people = [threading.Thread(target=ask) for _ in range(6)]
+    for each in people: each.start()
+    for each in people: each.join()
+    assert numbers == [1] * 6
+    ledger = Ledger(database_url)
+    with pytest.raises(ValueError, match="order was asked for under the id a-1, which is that of command 1, another "):
+        ledger.commands.ask(Asked("order", "an example", "Ada", arguments='{"side": "sell"}', id="a-1"))
+    assert [(row["id"], row["arguments"]) for row in ledger.commands.all()] == [("a-1", '{"side": "buy"}')]
+    ledger.close()

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from tradelab import secrets
 from tradelab.config import settings, venue_for
+from tradelab.files import StorageError
 from tradelab.secrets import (
     COSTS,
     DAY,
@@ -28,10 +29,13 @@ from tradelab.secrets import (
     File,
     SecretsError,
     alone,
+    change_passphrase,
     new_box,
     open_box,
     read_head,
+    remove_secret,
     sealed_text,
+    set_secret,
     with_keys,
     with_secret,
 )
@@ -152,6 +156,93 @@ def test_a_file_that_cannot_be_renewed_still_opens(here, monkeypatch, caplog):
     assert file.get(RENEWED_AFTER + 1)["testnet_key"] == SecretStr(PLANTED)
     assert "is due for a new data key, which cannot be written" in caplog.text
     assert read_head(file.path)["made"] == 0
+
+
+NEW = "another horse, another battery"
+
+
+def test_a_new_passphrase_opens_all_and_the_old_one_nothing_that_is_written_now(here, project):
+    set_secret(here, "testnet_key", PLANTED, now=0)
+    before = open_box(here.secrets_file, PASSPHRASE)
+    assert "has a new passphrase and a new data key; word holds it" in change_passphrase(here, NEW, now=1)
+    assert (project / "word").read_text() == NEW + "\n"
+    assert oct((project / "word").stat().st_mode)[-3:] == "600"
+    after = open_box(here.secrets_file, NEW)
+    assert (after.values, after.times) == (before.values, before.times)
+    assert after.salt != before.salt and after.key != before.key and after.made == 1
+    with pytest.raises(SecretsError, match="does not open"): open_box(here.secrets_file, PASSPHRASE)
+
+
+def whole(project): return {each.name: each.read_bytes() for each in filter(Path.is_file, project.iterdir())}
+
+
+@pytest.mark.parametrize("change", [lambda here: change_passphrase(here, NEW),
+                                    lambda here: remove_secret(here, "testnet_key")])
+def test_a_wrong_passphrase_or_a_disk_that_fails_changes_nothing(here, project, change, monkeypatch):
+    set_secret(here, "testnet_key", PLANTED, now=0)
+    (project / "word").write_text("a wrong passphrase\n")
+    before = whole(project)
+    with pytest.raises(SecretsError, match="the passphrase does not open"): change(here)
+    assert whole(project) == before
+    (project / "word").write_text(PASSPHRASE + "\n")
+    before = whole(project)
+    for name in ("write", "fsync", "replace"):
+        with monkeypatch.context() as patch:
+            def fail(*words): raise OSError(28, "No space left on device")
+            patch.setattr(os, name, fail)
+            if name == "write": patch.setattr("tradelab.files._write_to_disk", fail)
+            with pytest.raises(StorageError, match="No space left on device"): change(here)
+        assert whole(project) == before
+
+
+def test_a_passphrase_file_that_cannot_be_written_leaves_the_secrets_as_they_were(here, project):
+    set_secret(here, "testnet_key", PLANTED, now=0)
+    (project / "fixed").mkdir()
+    (project / "fixed" / "word").write_text(PASSPHRASE)
+    here = settings(passphrase_file=Path("fixed/word"))
+    (project / "fixed" / f".word.{os.getpid()}.part").mkdir() # as in a folder that nobody may write
+    before = here.secrets_file.read_bytes()
+    with pytest.raises(OSError): change_passphrase(here, NEW)
+    assert here.secrets_file.read_bytes() == before
+    assert (project / "fixed" / "word").read_text() == PASSPHRASE
+
+
+CHANGER = """
+import sys
+from pathlib import Path
+from tradelab import secrets
+from tradelab.config import settings
+secrets.COST = secrets.COSTS[0]
+here = settings(passphrase_file=Path("word"))
+print("ready", flush=True)
+for number in range(10_000):
+    secrets.change_passphrase(here, f"a passphrase of number {number}", number)
+    secrets.set_secret(here, "testnet_secret", f"value-{number}", number)
+    secrets.remove_secret(here, "testnet_secret")
+"""
+
+
+@pytest.mark.integration
+def test_killed_while_the_passphrase_changes_one_of_the_two_opens_it(here, project):
+    "Two files cannot be replaced at once: in between, the new passphrase is the one that a person has typed"
+    set_secret(here, "testnet_key", PLANTED, now=0)
+    for pause in (.05, .15, .3, .55):
+        changer = subprocess.Popen([sys.executable, "-c", CHANGER], stdout=subprocess.PIPE, text=True)
+        assert changer.stdout.readline() == "ready\n"
+        time.sleep(pause)
+        changer.kill()
+        changer.wait()
+        said = (project / "word").read_text().strip()
+        number = int(said.rpartition(" ")[2]) if "number" in said else -1
+        opened = [word for word in (said, f"a passphrase of number {number + 1}") if opens(here, word)]
+        assert len(opened) == 1
+        assert open_box(here.secrets_file, opened[0]).values["testnet_key"] == SecretStr(PLANTED)
+        (project / "word").write_text(opened[0])
+
+
+def opens(here, passphrase):
+    try: return bool(open_box(here.secrets_file, passphrase))
+    except SecretsError: return False
 
 
 PLANS = st.lists(st.lists(st.sampled_from(["put", "renew", "get"]), min_size=1, max_size=4), min_size=2, max_size=4)
@@ -331,3 +422,16 @@ def test_nobody_is_asked_where_nobody_sits(project):
     assert "nobody can be asked here: let TRADELAB_PASSPHRASE_FILE name a file" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert (project / "tradelab.secrets").read_text() == TEXT
+
+
+@pytest.mark.integration
+def test_a_person_changes_the_passphrase_and_is_seen_by_nobody(project):
+    (project / "tradelab.secrets").write_text(TEXT)
+    typing = Terminal("secrets", "passphrase")
+    typing.answer("Passphrase of tradelab.secrets: ", PASSPHRASE)
+    typing.answer("New passphrase of tradelab.secrets: ", NEW)
+    typing.answer("Again: ", NEW)
+    assert typing.end() == 0, typing.shown
+    assert "tradelab.secrets has a new passphrase" in typing.shown
+    assert PASSPHRASE not in typing.shown and NEW not in typing.shown
+    assert open_box(project / "tradelab.secrets", NEW).values["testnet_key"] == SecretStr(PLANTED)

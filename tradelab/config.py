@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML',
-           'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'UNCONFIRMED', 'FORBIDDING',
-           'NOT_YET', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
+           'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED',
+           'FORBIDDING', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
            'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings', 'one_section',
            'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed', 'VenueSettings',
            'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     mainnet_stream: Address = REAL[1]
     mainnet_key: SecretStr | None = None
     mainnet_secret: SecretStr | None = None
-    mainnet_confirmation: str = ""                        # real money: the first eight characters of mainnet_key
+    mainnet_confirmation: str = ""      # real money: "I trade real money with the key ", and its first eight characters
     # where `tradelab secrets` keeps what is secret: secrets_file, encrypted, or the keyring of the system
     secrets: Literal["file", "keyring"] = "file"
     secrets_file: Folder = Path("tradelab.secrets")
@@ -200,9 +200,11 @@ def known_keys() -> list[str]:
 def nearest(
     word: str,             # what was written
     known: Iterable[str],  # what could have been meant, at least one word
-) -> str:
+    least: float = 0.,     # how much it must look like it, up to 100
+) -> str:                  # empty if none does
     "The known word that looks most like this one"
-    return process.extractOne(word, list(known))[0]
+    found = process.extractOne(word, list(known), score_cutoff=least)
+    return found[0] if found else ""
 
 # %% ../nbs/00_ground/12_config.ipynb #e6177fce
 PREFIX = "TRADELAB_"
@@ -498,15 +500,18 @@ def _check_place(place):
     check_private(place.stream, "wss")
 
 
-UNCONFIRMED = "mainnet_confirmation does not name the account: it would be the first eight characters of mainnet_key"
+CONFIRMATION = "I trade real money with the key {}" # and the first eight characters of mainnet_key
+UNCONFIRMED = (f'mainnet_confirmation does not name the account: write mainnet_confirmation = "'
+               f'{CONFIRMATION.format("ABCDEFGH")}", with the first eight characters of mainnet_key for ABCDEFGH')
 
 
 def is_confirmed(
     key: SecretStr | None,  # of mainnet
-    confirmation: str,      # its first eight characters
+    confirmation: str,
 ) -> bool:
     "Whether a person has named this account"
-    return key is not None and len(confirmation) == 8 and key.get_secret_value()[:8] == confirmation
+    first = key.get_secret_value()[:8] if key else ""
+    return len(first) == 8 and confirmation == CONFIRMATION.format(first)
 
 # %% ../nbs/00_ground/12_config.ipynb #k5config10
 @dataclass(frozen=True)
@@ -526,8 +531,6 @@ class VenueSettings:
 
 # %% ../nbs/00_ground/12_config.ipynb #8be86c08
 FORBIDDING = ("DRY_RUN", "SANDBOX", "BINANCE_TESTNET")  # of other systems: true means no real money
-NOT_YET = ('venue is "mainnet", which is real money, and this version does not start there: what a live session '
-           'promises is proved on localnet, not yet by weeks on the testnet; choose venue = "testnet"')
 FALSE = ("", "0", "false", "no", "off")
 
 
@@ -554,16 +557,17 @@ def exposed_keys(
             if others_may((project_root() / file).stat(), stat.S_IROTH)]
 
 # %% ../nbs/00_ground/12_config.ipynb #c65cd320
-def _check_mainnet(here):
-    "Refuse real money, naming every reason; for now there is always one"
-    key = here.mainnet_key
-    secret = here.mainnet_secret
+def _mainnet(here, why):
+    "Real money; ConfigurationError naming everything that stands in its way"
+    key, secret = here.mainnet_key, here.mainnet_secret
     lacks = [f"{' and '.join(found)} forbids it"] if (found := forbidding()) else []
     if key is None or secret is None:
         lacks.append("its keys are not configured: tradelab secrets set mainnet_key, and mainnet_secret")
     elif not is_confirmed(key, here.mainnet_confirmation): lacks.append(UNCONFIRMED)
     lacks += exposed_keys("mainnet")
-    raise ConfigurationError(NOT_YET + "".join(f"; also, {each}" for each in lacks))
+    if lacks: raise ConfigurationError(f'venue is "mainnet", which is real money: {"; also, ".join(lacks)}')
+    return VenueSettings("mainnet", why, here.mainnet_rest, here.mainnet_stream, key, secret,
+                         confirmation=here.mainnet_confirmation)
 
 # %% ../nbs/00_ground/12_config.ipynb #fabee90a
 def venue_for(
@@ -579,7 +583,7 @@ def venue_for(
         address = f"{here.localnet_host}:{here.localnet_port}"
         keys = SecretStr("localnet")
         return VenueSettings(name, why, f"http://{address}", f"ws://{address}", keys, keys)
-    if name == "mainnet": _check_mainnet(here)
+    if name == "mainnet": return _mainnet(here, why)
     if key is None or secret is None:
         raise ConfigurationError('venue is "testnet" but its keys are not configured: tradelab secrets set '
                                  'testnet_key, and testnet_secret; or venue = "localnet"')

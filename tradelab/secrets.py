@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COST', 'COSTS', 'FORMAT', 'LEAST', 'DAY', 'RENEWED_AFTER', 'REMINDED_AFTER', 'SecretsError', 'seal', 'unseal',
-           'wrapping_key', 'Box', 'sealed_text', 'new_box', 'with_secret', 'renewed', 'read_head', 'open_box', 'asked',
-           'passphrase_for', 'alone', 'File', 'Keyring', 'secret_names', 'store_of', 'reminder', 'with_keys',
-           'set_secret', 'rotate', 'secrets_table']
+           'wrapping_key', 'Box', 'sealed_text', 'new_box', 'with_secret', 'without_secret', 'renewed', 'rewrapped',
+           'read_head', 'open_box', 'asked', 'new_passphrase', 'passphrase_for', 'alone', 'File', 'Keyring',
+           'secret_names', 'store_of', 'reminder', 'with_keys', 'set_secret', 'remove_secret', 'change_passphrase',
+           'rotate', 'secrets_table']
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec003
 import base64
@@ -17,9 +18,10 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
@@ -120,9 +122,20 @@ def with_secret(box: Box, name: str, value: SecretStr, now: int) -> Box:
     return replace(box, times={**box.times, name: now}, values={**box.values, name: value})
 
 
+def without_secret(box: Box, name: str) -> Box:
+    "The box without this secret"
+    left = {each: value for each, value in box.values.items() if each != name}
+    return replace(box, times={each: box.times[each] for each in left}, values=left)
+
+
 def renewed(box: Box, now: int) -> Box:
     "The box with a new data key"
     return replace(box, key=AESGCM.generate_key(256), made=now)
+
+
+def rewrapped(box: Box, passphrase: str, now: int) -> Box:
+    "The box under another passphrase, with a new data key: whoever knows the old one reads nothing of it"
+    return replace(new_box(passphrase, now), times=box.times, values=box.values)
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec017
 def _spoilt(path):
@@ -140,7 +153,8 @@ def read_head(
     try:
         head = json.loads(text)
         found = head["format"]
-        whole = found != FORMAT or head["sha256"] == sha256(_beside(head, *_OPEN, "content")).hexdigest()
+        whole = found != FORMAT or (text.strip() == json.dumps(head)
+                                    and head["sha256"] == sha256(_beside(head, *_OPEN, "content")).hexdigest())
         usable = found != FORMAT or head["cost"] in COSTS and bytes.fromhex(head["salt"]) and head["made"] + 1 and all(
             int(when) == when for when in head["names"].values())
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError): raise _spoilt(path) from None
@@ -201,19 +215,29 @@ def _remember(passphrase):
 LEAST = 12 # characters of a new passphrase
 
 
+def _long_enough(passphrase):
+    register_secret(passphrase)
+    if len(passphrase) >= LEAST: return passphrase
+    raise SecretsError(f"a passphrase must have at least {LEAST} characters: nothing was written")
+
+
+def new_passphrase(here: Settings) -> str:
+    "A passphrase that a person types twice"
+    passphrase = asked(f"New passphrase of {here.secrets_file.name}: ")
+    if asked("Again: ") != passphrase: raise SecretsError("the two passphrases differ: nothing was written")
+    return _long_enough(passphrase)
+
+
 def passphrase_for(
     here: Settings,
     new: bool = False,   # there is no file yet
 ) -> str:
     "The passphrase, from its file or a person"
-    if here.passphrase_file: passphrase = _from_file(here.passphrase_file)
-    else:
-        passphrase = asked(f"{'New passphrase' if new else 'Passphrase'} of {here.secrets_file.name}: ")
-        if new and asked("Again: ") != passphrase: raise SecretsError("the two passphrases differ: nothing was written")
-    if new and len(passphrase) < LEAST:
-        raise SecretsError(f"a passphrase must have at least {LEAST} characters: nothing was written")
+    if new and not here.passphrase_file: return new_passphrase(here)
+    passphrase = (_from_file(here.passphrase_file) if here.passphrase_file
+                  else asked(f"Passphrase of {here.secrets_file.name}: "))
     register_secret(passphrase)
-    return passphrase
+    return _long_enough(passphrase) if new else passphrase
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec028
 @contextmanager
@@ -259,12 +283,15 @@ class File:
             if now - box.made > RENEWED_AFTER: box = renewed(box, now)
             replace_files({self.path: sealed_text(with_secret(box, name, value, now))}, 0o600)
 
-    def renew(self, now: int, passphrase: str = "") -> None:
-        "A new data key"
+    def change(self, made: Callable[[Box], Box], passphrase: str = "", beside: Mapping[Path, str] = {}) -> None:
+        "Replace the box by what is made of it, with what stands `beside` it: each file completely or not at all"
         if not self.path.exists(): raise SecretsError(f"there is no {self.path} yet: tradelab secrets set makes it")
         passphrase = passphrase or passphrase_for(self.here)
-        with alone(self.path): replace_files({self.path: sealed_text(renewed(open_box(self.path, passphrase), now))},
-                                             0o600)
+        with alone(self.path):
+            replace_files({self.path: sealed_text(made(open_box(self.path, passphrase))), **beside}, 0o600)
+
+    def renew(self, now: int, passphrase: str = "") -> None: self.change(partial(renewed, now=now), passphrase)
+    def remove(self, name: str) -> None: self.change(partial(without_secret, name=name))
 
 
 def _renew_by_the_way(file, passphrase, now):
@@ -306,6 +333,10 @@ class Keyring:
     def put(self, name: str, value: SecretStr, now: int) -> None:
         self._ask("set_password", name, value.get_secret_value())
         self._ask("set_password", f"{name} set at", str(now))
+
+    def remove(self, name: str) -> None:
+        for each in (name, f"{name} set at"):
+            if self._ask("get_password", each) is not None: self._ask("delete_password", each)
 
 
 def secret_names() -> list[str]:
@@ -361,6 +392,17 @@ def with_keys(
     return here.model_copy(update={name: values[name] for name in lacking if name in values})
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec039
+def _no_such(name):
+    known = secret_names()
+    near = nearest(name.lower(), known, 70.)
+    return SecretsError(f"there is no secret of the name {name[:40]!r}: " + (
+        f"did you mean {near}?" if near else f"there are {', '.join(known)}"))
+
+
+def _elsewhere(name):
+    return " and ".join(where for where, keys in read_places() if name in keys)
+
+
 def set_secret(
     here: Settings,
     name: str,
@@ -368,19 +410,47 @@ def set_secret(
     now: int | None = None, # ms
 ) -> str:                   # a sentence
     "Keep a secret; SecretsError if there is none of this name or it is empty"
-    if name not in (known := secret_names()):
-        raise SecretsError(f"there is no secret of the name {name[:40]!r}: did you mean {nearest(name, known)}?")
+    if name not in secret_names(): raise _no_such(name)
     value = value.strip()
     if not value or len(value) > 10_000:
         raise SecretsError(f"{name} must have 1 to 10,000 characters, had {len(value):,}: nothing was written")
     register_secret(value)
     store = store_of(here)
     store.put(name, SecretStr(value), int(time.time() * 1000) if now is None else now)
-    before = [where for where, keys in read_places() if name in keys]
-    return (f"{name} is kept in {store}" + (f"; {' and '.join(before)} sets it, too, and counts more: take it out there"
-                                            if before else ""))
+    before = _elsewhere(name)
+    return f"{name} is kept in {store}" + (f"; {before} sets it, too, and counts more: take it out there" if before
+                                           else "")
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec0391
+def remove_secret(here: Settings, name: str) -> str:
+    "Keep a secret no longer; returns a sentence, SecretsError if it is not kept"
+    store = store_of(here)
+    if name not in store.times():
+        raise SecretsError(f"{name} is not kept in {store}: nothing was changed") if name in secret_names() else (
+            _no_such(name))
+    store.remove(name)
+    left = _elsewhere(name)
+    return f"{name} is removed from {store}" + (f"; {left} sets it still" if left else "")
+
+# %% ../nbs/00_ground/23_secrets.ipynb #k5sec0394
+def change_passphrase(
+    here: Settings,
+    typed: str = "",        # the new one; empty: a person is asked, twice
+    now: int | None = None, # ms
+) -> str:                   # a sentence
+    "Keep the secrets under another passphrase; SecretsError if the old one is wrong or the new one too short"
+    store = store_of(here)
+    if isinstance(store, Keyring): raise SecretsError("the keyring of the system has no passphrase of ours")
+    if not store.path.exists(): raise SecretsError(f"there is no {store.path} yet: tradelab secrets set makes it")
+    old = passphrase_for(here)
+    open_box(store.path, old) # a wrong one is said before a new one is asked for
+    new = _long_enough(typed) if typed else new_passphrase(here)
+    file = here.passphrase_file
+    store.change(lambda box: rewrapped(box, new, int(time.time() * 1000) if now is None else now), old,
+                 {file: f"{new}\n"} if file else {})
+    return f"{store} has a new passphrase and a new data key" + (f"; {file.name} holds it" if file else "")
+
+# %% ../nbs/00_ground/23_secrets.ipynb #k5sec0396
 def rotate(here: Settings, now: int | None = None) -> str:
     "Encrypt all secrets anew, under a new data key; returns a sentence"
     store = store_of(here)

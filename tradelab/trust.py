@@ -116,7 +116,9 @@ def parse_source(
 ) -> ast.Module:
     "The syntax tree of a source file; NotTrustedError if it cannot be read"
     try:
-        return ast.parse(read_bytes(file, SOURCE_LIMIT))
+        source = read_bytes(file, SOURCE_LIMIT)
+        try: return ast.parse(source)
+        except SystemError: return ast.parse(source) # before Python 3.11.8 a parse within a parse ends the outer one
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotTrustedError(f"{file} cannot be looked at ({error}): nothing of it is run") from None
 

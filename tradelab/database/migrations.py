@@ -6,8 +6,10 @@
 __all__ = ['MIGRATIONS', 'differences', 'copy_of', 'upgrade']
 
 # %% ../../nbs/65_database/05_migrations.ipynb #048f6887
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sql
@@ -48,7 +50,15 @@ def _to_decimals(operations):
                        primary_key=column.primary_key) for column in table.c])
 
 
-MIGRATIONS: dict[int, Callable[[Operations], None]] = {5: _to_decimals}
+def _to_named_commands(operations):
+    "Format 6: each command has an id and arguments"
+    for column in (sql.Column("arguments", sql.Text()), sql.Column("id", sql.Text())):
+        operations.add_column("commands", column)
+    operations.execute("UPDATE commands SET arguments = '{}', id = 'old-' || number")
+    operations.create_index("commands_id", "commands", ["id"], unique=True)
+
+
+MIGRATIONS: dict[int, Callable[[Operations], None]] = {5: _to_decimals, 6: _to_named_commands}
 
 # %% ../../nbs/65_database/05_migrations.ipynb #ca22184c
 def differences(connection:sql.Connection)->list[str]:
@@ -60,7 +70,8 @@ def differences(connection:sql.Connection)->list[str]:
 
 def _named(part):
     "The table, and the column, that a difference is about"
-    return part[1].name if part[0] == "add_table" else f"{part[2]}.{getattr(part[3], 'name', part[3])}"
+    whole = part[0] in ("add_table", "add_index", "remove_index")
+    return part[1].name if whole else f"{part[2]}.{getattr(part[3], 'name', part[3])}"
 
 # %% ../../nbs/65_database/05_migrations.ipynb #d38e80ab
 def _refuse_running(connection, where, now):
@@ -96,6 +107,18 @@ def copy_of(file:Path, number:int)->Path: # number: of the format
     names = (file.with_name(f"{file.name}.format-{number}{n and f'-{n}' or ''}") for n in range(1_000))
     return next(name for name in names if not name.exists())
 
+# %% ../../nbs/65_database/05_migrations.ipynb #mend0001
+@contextmanager
+def _spare(engine, file):
+    "The ledger in a file beside it, which is gone afterwards if nobody has moved it; None where a server keeps it"
+    if not file:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        made = Path(folder) / file.name
+        with engine.connect() as connection: connection.exec_driver_sql("VACUUM INTO ?", (str(made),))
+        yield made
+
 # %% ../../nbs/65_database/05_migrations.ipynb #0761f815
 def upgrade(
     url:str,                 # of the ledger
@@ -116,13 +139,11 @@ def _upgraded(engine, where):
     if found[0] == FORMAT: return f"the ledger {where} is of format {FORMAT} already: nothing was done"
     if not OLDEST <= found[0] < FORMAT: raise ValueError(refusal(where, found))
     with engine.begin() as connection: _refuse_running(connection, where, clock())
-    begun, copy = time.monotonic(), copy_of(file, found[0]) if file else None
-    if copy:
-        with engine.connect() as connection: connection.exec_driver_sql("VACUUM INTO ?", (str(copy),))
-    with engine.begin() as connection:
+    begun, kept = time.monotonic(), "a copy of it is the server's business: pg_dump"
+    with _spare(engine, file) as made, engine.begin() as connection:
         alone(connection)
         _refuse_running(connection, where, clock())
-        if format_of(engine) == found: _migrate(connection, found[0])
-    took = f"in {time.monotonic() - begun:.1f} s"
-    kept = f"as it was it is in {copy}" if copy else "a copy of it is the server's business: pg_dump"
-    return f"the ledger {where} is of format {FORMAT} now, {took}; {kept}"
+        if format_of(engine) != found: return f"the ledger {where} was upgraded by somebody else just now"
+        _migrate(connection, found[0])
+        if made: kept = f"as it was it is in {made.rename(copy_of(file, found[0]))}"
+    return f"the ledger {where} is of format {FORMAT} now, in {time.monotonic() - begun:.1f} s; {kept}"

@@ -140,3 +140,5 @@ class Asked:
     session:str = ""
     strategy:str = ""
     symbol:str = ""
+    arguments:str = "{}"      # whatever else the word takes, as JSON
+    id:str = ""               # of whoever asks: what is asked twice under one id is done once; empty: a new one

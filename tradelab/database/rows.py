@@ -92,6 +92,9 @@ def was_kept(connection:sql.Connection, number:str)->bool:
     return status == "committed"
 
 # %% ../../nbs/65_database/04_rows.ipynb #cded7491
+_INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert} # a conflict may be no error
+
+
 class _Here(threading.local):
     "What a thread is doing"
     connection:sql.Connection|None = None
@@ -153,8 +156,7 @@ class Database:
 
     def insert(self, table:sql.Table, *rows:dict)->int:
         "Write rows; returns how many were new, what is known already stays as it is"
-        dialect = {"sqlite": sqlite, "postgresql": postgresql}[self.engine.dialect.name]
-        statement = dialect.insert(table).on_conflict_do_nothing() # one for all rows: it is compiled once
+        statement = _INSERTS[self.engine.dialect.name](table).on_conflict_do_nothing() # compiled once for all rows
         statement = statement.execution_options(preserve_rowcount=True)
         with self.transaction() as connection: return sum(connection.execute(statement, row).rowcount for row in rows)
 
@@ -169,8 +171,8 @@ class Rows(Protocol):
     def add(self, **row:Any)->bool:
         "Keep a row; False if its key is taken"
 
-    def append(self, **row:Any)->int:
-        "Keep a row under the next number, and return that"
+    def append(self, **row:Any)->int|None:
+        "Keep a row under the next number, and return that; None if something of it that is unique is taken"
 
     def change(self, where:Mapping[str, Any], **values:Any)->int:
         "Change the rows that are so; returns how many"
@@ -186,12 +188,13 @@ class Rows(Protocol):
 
 # %% ../../nbs/65_database/04_rows.ipynb #led2022
 @cache
-def _appending(table):
+def _appending(table, dialect):
     "The statement that adds a row under the next number; it is made once, which takes longer than to carry it out"
     scope = [key for key in table.primary_key if key.name != "number"]
     following = sql.select(sql.func.coalesce(sql.func.max(table.c.number), 0) + 1)
     following = following.where(*(key == sql.bindparam(f"of_{key.name}") for key in scope))
-    return table.insert().values(number=following.scalar_subquery()).returning(table.c.number), scope
+    new = _INSERTS[dialect](table).values(number=following.scalar_subquery())
+    return new.on_conflict_do_nothing().returning(table.c.number), scope
 
 # %% ../../nbs/65_database/04_rows.ipynb #ledshow03
 class DatabaseRows:
@@ -205,13 +208,13 @@ class DatabaseRows:
 
     def add(self, **row:Any)->bool: return bool(self._database.insert(self._table, row))
 
-    def append(self, **row:Any)->int:
-        statement, scope = _appending(self._table)
+    def append(self, **row:Any)->int|None:
+        statement, scope = _appending(self._table, self._database.engine.dialect.name)
         with self._database.transaction() as connection:
             if not scope and connection.dialect.name != "sqlite": # else two who count at once count alike
                 connection.exec_driver_sql(f"LOCK TABLE {self._table.name} IN SHARE ROW EXCLUSIVE MODE")
             given = row | {f"of_{key.name}": row[key.name] for key in scope}
-            return connection.execute(statement, given).scalar_one()
+            return connection.execute(statement, given).scalar()
 
     def change(self, where:Mapping[str, Any], **values:Any)->int:
         return self._database.write(self._table.update().where(*self._meets(where)).values(values))
@@ -231,6 +234,7 @@ class MemoryRows:
 
     def __init__(self, table:sql.Table):
         self._keys = [column.name for column in table.primary_key]
+        self._unique = [[column.name for column in index.columns] for index in table.indexes if index.unique]
         self._columns = dict.fromkeys(table.c.keys())
         self._rows: dict[tuple, dict] = {}
         self._last: dict[tuple, int] = defaultdict(int)
@@ -241,7 +245,8 @@ class MemoryRows:
         self._rows[key] = self._columns | row
         return True
 
-    def append(self, **row:Any)->int:
+    def append(self, **row:Any)->int|None:
+        if any(self._met({name: row[name] for name in names}) for names in self._unique): return None
         scope = tuple(row[name] for name in self._keys if name != "number")
         self._last[scope] += 1
         self.add(number=self._last[scope], **row)

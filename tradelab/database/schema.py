@@ -72,7 +72,7 @@ def record_of(record:type, row:dict)->Any:
 TABLES = sql.MetaData()
 
 
-FORMAT = 5 # of these tables; counts up when an older version could misread what this one writes
+FORMAT = 6 # of these tables; counts up when an older version could misread what this one writes
 
 
 FIELDS = JOURNAL.names or ()
@@ -159,7 +159,8 @@ TRADING_STATES = sql.Table("trading_states", TABLES,
 
 
 COMMANDS = sql.Table("commands", TABLES, _key("number", sql.BigInteger), *columns_of(Asked),
-                     *_columns(sql.BigInteger, "time", "epoch", "answered"), sql.Column("answer", sql.Text))
+                     *_columns(sql.BigInteger, "time", "epoch", "answered"), sql.Column("answer", sql.Text),
+                     sql.Index("commands_id", "id", unique=True))
 
 # %% ../../nbs/65_database/02_schema.ipynb #led2012
 # days, and the column that tells a row's age; "session": rows of the market's own time are as old as their session

@@ -16,6 +16,7 @@ from functools import cache
 from hashlib import sha256
 from itertools import groupby
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -122,8 +123,15 @@ class Commands:
         self._leases = leases
 
     def ask(self, asked:Asked)->int:
-        "Write down a command, with the epoch of the lease that it is about; returns its number"
-        return self._rows.append(**vars(asked), time=clock(), epoch=self._leases.epoch(asked), answered=0, answer="")
+        """Write down a command, with the epoch of the lease that it is about; returns its number. Under an id that is
+        known nothing is written: it is the number of that row, or a ValueError if something else was asked"""
+        named = asked if asked.id else replace(asked, id=uuid4().hex)
+        number = self._rows.append(**vars(named), time=clock(), epoch=self._leases.epoch(asked), answered=0, answer="")
+        if number is not None: return number
+        known, = self._rows.find(id=asked.id)
+        if record_of(Asked, known) == asked: return known["number"]
+        raise ValueError(f"{asked.name} was asked for under the id {asked.id}, which is that of command "
+                         f"{known['number']}, another {known['name']}: give what is new an id of its own")
 
     def pending(self, place:Asked)->list[dict]:
         "Those without an answer that are meant for this venue, account, session and strategy, oldest first"
@@ -134,6 +142,10 @@ class Commands:
     def done(self, number:int, answer:str)->None:
         "Answer a command; the first answer counts"
         self._rows.change({"number": number, "answered": 0}, answered=clock(), answer=answer)
+
+    def find(self, **where:Any)->list[dict]:
+        "Those that are so, oldest first"
+        return self._rows.find(**where)
 
     def all(self)->list[dict]: return self._rows.find()
 

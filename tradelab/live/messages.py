@@ -313,6 +313,9 @@ class Command:
     symbol:str = ""     # empty: all
     reason:str = ""
     person:str = ""
+    arguments:dict[str, str|float|bool] = field(default_factory=dict) # whatever else it takes
+    time:int = 0        # ms, when it was asked for
+    stale:str = ""      # why it is not done any more, unless it has been: it was said to a process that has ended
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@
 __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', 'PRESSING', 'TURNS', 'journal_lines', 'StepFile',
            'emergencies', 'rebuild', 'write_status', 'median_and_p99', 'Statistics', 'count', 'symbol_line',
            'status_line', 'Forget', 'breaker_event', 'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of',
-           'pass_on', 'told', 'clock_sample', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together', 'Signals',
-           'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links', 'refuse_changed',
-           'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'tell',
-           'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare', 'quietly',
-           'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep',
-           'look', 'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables',
-           'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
+           'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together',
+           'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links',
+           'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock',
+           'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare',
+           'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing',
+           'keep', 'look', 'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again',
+           'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -408,10 +408,17 @@ async def clock_sample(venue:Venue)->Event|None:
 SLOW, PRESSING = 5., .05 # seconds after which a disk counts as one that takes nothing; the same in an emergency
 
 
+def in_loop(kept:"Future[bool]|asyncio.Future[bool]")->"asyncio.Future[bool]":
+    "The same to wait for; its error is told by who writes, so that it may also be left unheard"
+    future = asyncio.wrap_future(kept)
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
+
+
 async def is_kept(kept:"Future[bool]|asyncio.Future[bool]|None", slow:float=SLOW)->bool:
     "Whether what was written is on the disk; the error of what may not be written at all"
     if kept is None: return True
-    done, _ = await asyncio.wait([asyncio.wrap_future(kept)], timeout=slow)
+    done, _ = await asyncio.wait([in_loop(kept)], timeout=slow)
     return bool(done) and done.pop().result()
 
 
@@ -508,7 +515,7 @@ class Driver:
                 kept = self.answered(actions)
                 self._kept = kept or self._kept
                 asks = any(isinstance(action, Send | Amend) for action in actions)
-                shared = asyncio.wrap_future(kept) if kept and asks else None # they leave together
+                shared = in_loop(kept) if kept and asks else None # they leave together
                 for action in actions:
                     if isinstance(action, End): return action
                     self._do(action, shared)
