@@ -226,6 +226,7 @@ class Word:
     number:int
     name:str
     symbol:str
+    arguments:str # as JSON
     person:str
     reason:str
     time:int      # ms
@@ -233,8 +234,8 @@ class Word:
     answer:str
 
     def __str__(self)->str:
-        said = f"{_clock(self.time)}  {self.name}{f' {self.symbol}' if self.symbol else ''} by {self.person}"
-        return f"{said} ({one_line(self.reason, 60)}): {one_line(self.answer, 160) or 'not answered yet'}"
+        what = " ".join(filter(None, (self.name, self.symbol, self.arguments.strip("{}"))))
+        return f"{_clock(self.time)}  {one_line(what, 120)} by {self.person} ({one_line(self.reason, 60)}): {one_line(self.answer, 160) or 'not answered yet'}"
 
 
 def words(look:Reading, place:Asked, newest:int=1_000)->list[Word]:
@@ -400,8 +401,8 @@ def _of_ledger(look, session, settings):
 # %% ../../nbs/70_live/22_status.ipynb #3de1f865
 def status_of(look:Reading, folder:Path, session:str, now:int)->Status:
     "The status of a session; the folder is that of all sessions"
-    row = (look.rows(SESSIONS, session=session) or [None])[0]
-    lease = (look.rows(LEASES, session=session) or [None])[-1]
+    row = next(iter(look.rows(SESSIONS, session=session)), None)
+    lease = next(iter(look.rows(LEASES, session=session)), None)
     settings = json.loads(row["settings"]) if row else {}
     strategy = settings.get("strategy", strategy_of(settings.get("policy", "")))
     standing = _standing_of(look, session, lease, strategy)
