@@ -235,7 +235,8 @@ class Word:
 
     def __str__(self)->str:
         what = " ".join(filter(None, (self.name, self.symbol, self.arguments.strip("{}"))))
-        return f"{_clock(self.time)}  {one_line(what, 120)} by {self.person} ({one_line(self.reason, 60)}): {one_line(self.answer, 160) or 'not answered yet'}"
+        who = f"{self.person} ({one_line(self.reason, 60)})"
+        return f"{_clock(self.time)}  {one_line(what, 120)} by {who}: {one_line(self.answer, 160) or 'no answer yet'}"
 
 
 def words(look:Reading, place:Asked, newest:int=1_000)->list[Word]:
