@@ -57,7 +57,7 @@ from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
 from .commands import stricter_by_hand
 from .core import Core, Terms, mark_foreign
-from .guards import is_emergency
+from .guards import Phase, is_emergency
 from .lease import acquire, is_halted, release, strategy_of, this_process
 from .ledger import Ledger, Link, MemoryLedger
 from tradelab.live.messages import (
@@ -764,16 +764,16 @@ def place_of(venue:Venue)->str:
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
 async def join(session:"Session", terms:Terms)->Lease:
-    "Find the account in order, take the right to trade these symbols on it, and only then set it up"
+    "Find the account in order, and take the right to trade these symbols on it; nothing of the account is changed"
     venue, trader = session.venue, session.trader
     check_offset(await venue.synchronise(), terms.clock_limit, venue.name)
     account = await venue.account()
     check_account(account, trader.symbols, venue.name)
-    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), venue.quote)
+    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), account,
+                   venue.quote)
     wanted = Lease(place_of(venue), account.alias, trader.symbols, session.id, this_process())
     session.lease = acquire(session.ledger, wanted, clock(), terms.lease_expires)
     session.heartbeat = terms.heartbeat / 1000
-    for text in await venue.set_up(trader.symbols, trader.limits.leverage): tell(session, Notice("account", text))
     return session.lease
 
 # %% ../../nbs/70_live/19_session.ipynb #f919cbef
@@ -838,6 +838,8 @@ def open_files(session:"Session", opened:Open)->None:
         session.ledger.open_session(session.id, session.settings | dict(reserve=opened.reserve,
                                                                                opening=asdict(opened.opening)))
     session.ledger.set_state(session.id, "running")
+    begins = "the session goes on" if session.resumed else "the session begins"
+    session.ledger.measure(session.id, BreakerEvent(clock(), "phase", Phase.RECONCILING, begins))
     session.files = Files(session.folder, session.ledger.rows(session.id), session.ledger.closes(session.id))
     if session.writer: session.writer.put([Forget(clock())])
     session.files.recorder.tape.on_trouble = partial(recorder_trouble, session)
