@@ -9,10 +9,11 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together',
            'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links',
            'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock',
-           'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare',
-           'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing',
-           'keep', 'look', 'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again',
-           'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
+           'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join',
+           'other_standing', 'causes', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step',
+           'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'stop_by_hand', 'refuse_stale', 'know',
+           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
+           'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -107,6 +108,8 @@ from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
     FORMAT,
+    Finding,
+    Verdict,
     check_account,
     check_instruments,
     check_leverage,
@@ -116,6 +119,7 @@ from tradelab.live.start import (
     in_this_format,
     refuse_series,
     refuse_style,
+    refuse_wrong,
     rescue,
     standing_of,
     start_and_live,
@@ -737,7 +741,8 @@ def save_status(session:"Session", state:str)->None:
     "Write session.json"
     write_status(session.folder / "session.json", pid=os.getpid(), state=state, session=session.id,
                  venue=session.venue.name, symbols=list(session.trader.symbols), timeframe=session.timeframe,
-                 statistics=session.statistics.summary(), kept=session.link and vars(session.link))
+                 statistics=session.statistics.summary(), kept=session.link and vars(session.link),
+                 checks=[asdict(each) for each in session.findings])
 
 # %% ../../nbs/70_live/19_session.ipynb #050b72c9
 def hold(session:"Session")->None:
@@ -751,6 +756,27 @@ def place_of(venue:Venue)->str:
     return f"{venue.name} {venue.address}" if venue.name == "localnet" else venue.name
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
+async def look_first(session:"Session")->None:
+    "Look at what has to be right before anything is traded; the record of the session says what was found"
+    if session.check_on_start is None: return
+    session.findings = list(await session.check_on_start(session))
+    refuse_wrong(session.findings)
+    session.settings["checks"] = [asdict(each) for each in session.findings]
+    for each in session.findings:
+        if each.verdict is not Verdict.OK: session.say(str(each))
+
+
+def told_of_start(session:"Session", events:Sequence[Event])->Notice|None:
+    "What was looked at, once each stream has answered"
+    opened = {event.stream for event in events if isinstance(event, Opened)} - session.opened
+    session.opened |= opened
+    if not (session.findings and opened and {"market", "user"} <= session.opened): return None
+    streams = Finding("streams", Verdict.OK, f"{', '.join(sorted(session.opened))} opened")
+    if any(each.name == streams.name for each in session.findings): return None
+    session.findings.append(streams)
+    return Notice("check", "; ".join(f"{each} ({each.verdict})" for each in session.findings))
+
+# %% ../../nbs/70_live/19_session.ipynb #sesshw121
 async def join(session:"Session", terms:Terms)->Lease:
     "Find the account in order, and take the right to trade these symbols on it; nothing of the account is changed"
     venue, trader = session.venue, session.trader
@@ -793,6 +819,7 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     if kept: session.settings["origin"] = kept.settings["origin"]
     if kept: session.strategy = kept.settings.get("strategy", session.strategy)
     session.settings["strategy"] = session.strategy
+    await look_first(session)
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)
@@ -882,6 +909,7 @@ def hear(session:"Session", received:Received)->None:
     if found and session.writer and session.files: session.writer.put(found)
     if session.files: session.files.recorder.received(received)
     else: session.early.append(received)
+    if notice := told_of_start(session, received.events): tell(session, notice)
 
 # %% ../../nbs/70_live/19_session.ipynb #ses18c09
 def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
@@ -1056,6 +1084,8 @@ class Running:
     reserve:float = 0.       # quote, money of the account that the trader was not given
     settings:dict[str, Any] = field(default_factory=dict)
     early:list[Received] = field(default_factory=list) # received before there was a file to record it in
+    findings:list[Finding] = field(default_factory=list) # of what was looked at before it began
+    opened:set[str] = field(default_factory=set)       # streams that have opened
     commands:set[int] = field(default_factory=set)     # numbers of those that were handed on
     heartbeat:float = 1.     # s between two looks for commands, which are signs of life, too
     looked:float = 0.        # monotonic s, when that was
@@ -1082,6 +1112,7 @@ class Session(Running):
         patience:float=15.,      # seconds to wait for the outcome of an order
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
+        check_on_start:"Callable[[Session], Awaitable[Sequence[Finding]]]|None"=None, # what is looked at first
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
@@ -1094,6 +1125,7 @@ class Session(Running):
         self.patience = patience
         self.gaps = gaps
         self.waits = dict(waits)
+        self.check_on_start = check_on_start
         self.say = say
         self.progress = progress
         self.id = one_name(id, resume)
