@@ -49,7 +49,7 @@ NOTICES = { # kind: (level, when it is told)
     "stop": ("error", "a stop did not do what it is there for, or a position is without one"),
     "standing": ("info", "a new session goes on where the strategy was"),
     "replayed": ("info", "a session goes on under other code, which has decided as the old one did"),
-    "account": ("warning", "the account was set up in another way"),
+    "check": ("info", "what was looked at before a session began"),
     "command": ("warning", "what a person asked for, and what came of it"),
     "task": ("error", "something beside the session broke"),
     "failed": ("critical", "the session ended by an error"),

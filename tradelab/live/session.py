@@ -756,16 +756,16 @@ def place_of(venue:Venue)->str:
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
 async def join(session:"Session", terms:Terms)->Lease:
-    "Find the account in order, take the right to trade these symbols on it, and only then set it up"
+    "Find the account in order, and take the right to trade these symbols on it; nothing of the account is changed"
     venue, trader = session.venue, session.trader
     check_offset(await venue.synchronise(), terms.clock_limit, venue.name)
     account = await venue.account()
     check_account(account, trader.symbols, venue.name)
-    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), venue.quote)
+    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), account,
+                   venue.quote)
     wanted = Lease(place_of(venue), account.alias, trader.symbols, session.id, this_process())
     session.lease = acquire(session.ledger, wanted, clock(), terms.lease_expires)
     session.heartbeat = terms.heartbeat / 1000
-    for text in await venue.set_up(trader.symbols, trader.limits.leverage): tell(session, Notice("account", text))
     return session.lease
 
 # %% ../../nbs/70_live/19_session.ipynb #f919cbef

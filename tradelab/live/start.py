@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'LADDER', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'code_of',
-           'other_code', 'refuse_series', 'refuse_style', 'check_account', 'check_leverage', 'check_orders',
-           'check_offset', 'standing_of', 'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to',
-           'refuse_another', 'hear_both', 'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'rescue',
-           'start_and_live']
+           'other_code', 'refuse_series', 'refuse_style', 'wrongly_set', 'check_account', 'wrong_leverage',
+           'check_leverage', 'check_orders', 'check_offset', 'standing_of', 'go_on_from', 'say_standing', 'precompile',
+           'start_limit', 'answers_to', 'refuse_another', 'hear_both', 'ask_history', 'see_history', 'ask_opening',
+           'open_books', 'start', 'rescue', 'start_and_live']
 
 # %% ../../nbs/70_live/18_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
@@ -155,27 +155,64 @@ def refuse_style(
                                 "slices")
 
 # %% ../../nbs/70_live/18_start.ipynb #acc50002
+def wrongly_set(
+    account:AccountSnapshot,
+    symbols:Sequence[str],
+    venue:str,
+)->dict[str, str]: # by what is set: why it will not do, and what to do; empty if it will
+    "The modes and the margin of an account"
+    held = sorted(name for name, each in account.held.items() if each.quantity)
+    first = f" once {', '.join(held)} is closed" if held else ""
+    isolated = [symbol for symbol in symbols if symbol in account.held and account.held[symbol].isolated]
+    said = {
+        "position mode": account.hedge_mode and f"the account is in hedge mode at {venue}, a session keeps one "
+            f"position a symbol: switch it to one-way mode there{first}",
+        "multi-assets mode": account.multi_assets and f"the account is in multi-assets mode at {venue}, a session "
+            f"knows one currency as margin: switch it to single-asset mode there{first}",
+        "margin type": isolated and f"{', '.join(isolated)} has isolated margin at {venue}, a session computes with "
+            "cross margin: switch it to cross there, once nothing of it is open"}
+    return {name: sentence for name, sentence in said.items() if sentence}
+
+
 def check_account(account:AccountSnapshot, symbols:Sequence[str], venue:str)->None:
     "Refuse margin and modes that a trader does not compute with"
-    held = {name: each for name, each in account.held.items() if each.quantity}
-    if account.hedge_mode and held:
-        raise StartRefusedError(f"the account is in hedge mode and holds {', '.join(sorted(held))}: close that, and a "
-                                "session switches it to one-way mode; it keeps one position a symbol")
-    isolated = [symbol for symbol in symbols if symbol in account.held and account.held[symbol].isolated]
-    if isolated:
-        raise StartRefusedError(f"{', '.join(isolated)} has isolated margin at {venue}, a session computes with cross "
-                                "margin: switch it to cross there, once nothing of it is open")
+    for sentence in wrongly_set(account, symbols, venue).values(): raise StartRefusedError(sentence)
 
-
-def check_leverage(instruments:Sequence[Instrument], limits:Limits, equity:float, quote:str="USDT")->None:
-    "Refuse a leverage that the exchange does not give to positions of the size that the limits allow"
+# %% ../../nbs/70_live/18_start.ipynb #acc50105
+def wrong_leverage(
+    instrument:Instrument, # as the exchange lists it
+    has:int,               # leverage of the symbol at the exchange; 0: it does not say
+    limits:Limits,
+    equity:float,          # quote
+    quote:str="USDT",
+)->str:                    # empty if it will do
+    "Why the leverage of a symbol will not do, and what to do"
     wanted = limits.max_position * min(equity, limits.capital or equity)
+    said = f"max_position allows {wanted:,.0f} {quote}"
+    room, most = instrument.max_notional(limits.leverage), max(leverage for _, leverage, _ in instrument.brackets)
+    if room < wanted:
+        return (f"{instrument.symbol}: leverage {limits.leverage} goes up to {room:,.0f} {quote} at this exchange "
+                f"(at most {most}x for any size), {said}: lower risk.leverage")
+    if has and has < limits.leverage:
+        return (f"{instrument.symbol} has the leverage {has} at this exchange, the trader computes with "
+                f"{limits.leverage}: set it to {limits.leverage} there, or risk.leverage to {has}")
+    if has and instrument.max_notional(has) < wanted:
+        return (f"{instrument.symbol} has the leverage {has} at this exchange, which goes up to "
+                f"{instrument.max_notional(has):,.0f} {quote}, {said}: set it to {limits.leverage} there")
+    return ""
+
+
+def check_leverage(
+    instruments:Sequence[Instrument],
+    limits:Limits,
+    equity:float,              # quote
+    account:AccountSnapshot,
+    quote:str="USDT",
+)->None:
+    "Refuse a leverage that does not bear what the limits allow"
     for each in instruments:
-        room, most = each.max_notional(limits.leverage), max(leverage for _, leverage, _ in each.brackets)
-        if room < wanted:
-            raise StartRefusedError(f"{each.symbol}: leverage {limits.leverage} goes up to {room:,.0f} {quote} at this "
-                                    f"exchange (at most {most}x for any size), max_position allows {wanted:,.0f} "
-                                    f"{quote}: lower risk.leverage")
+        has = account.held[each.symbol].leverage if each.symbol in account.held else 0
+        if sentence := wrong_leverage(each, has, limits, equity, quote): raise StartRefusedError(sentence)
 
 # %% ../../nbs/70_live/18_start.ipynb #acc50006
 def check_orders(
