@@ -107,13 +107,14 @@ def in_this_format(
                                 f"({error}): {advice}") from None
 
 # %% ../../nbs/70_live/18_start.ipynb #ee3a9f89
+_DIGESTED = ("function", "parameters") # by their source and their bits; the rest as it is written
+
+
 def _digest(policy):
     "16 digits that change with the source of a policy, its numbers and what it sees"
-    seen = {name: value for name, value in vars(policy).items() if name not in ("function", "parameters", "scaler")}
-    found = sha256(f"{source_sha256(policy.function.__module__)} {seen}".encode())
-    scaler = vars(policy.scaler).values() if policy.scaler else ()
-    for numbers in (policy.parameters, *scaler): found.update(np.asarray(numbers).tobytes())
-    return found.hexdigest()[:16]
+    seen = [getattr(policy, each.name) for each in fields(policy) if each.name not in _DIGESTED]
+    words = f"{source_sha256(policy.function.__module__)} {seen}"
+    return sha256(words.encode() + policy.parameters.tobytes()).hexdigest()[:16]
 
 
 def code_of(policy:Policy)->dict[str, str]:
