@@ -56,7 +56,7 @@ from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
 from .core import Core, Terms, mark_foreign
-from .guards import is_emergency
+from .guards import Phase, is_emergency
 from .lease import acquire, is_halted, release, strategy_of, this_process
 from .ledger import Ledger, Link, MemoryLedger
 from tradelab.live.messages import (
@@ -842,6 +842,8 @@ def open_files(session:"Session", opened:Open)->None:
         session.ledger.open_session(session.id, session.settings | dict(reserve=opened.reserve,
                                                                                opening=asdict(opened.opening)))
     session.ledger.set_state(session.id, "running")
+    begins = "the session goes on" if session.resumed else "the session begins"
+    session.ledger.measure(session.id, BreakerEvent(clock(), "phase", Phase.RECONCILING, begins))
     session.files = Files(session.folder, session.ledger.rows(session.id), session.ledger.closes(session.id))
     if session.writer: session.writer.put([Forget(clock())])
     session.files.recorder.tape.on_trouble = partial(recorder_trouble, session)
