@@ -72,7 +72,8 @@ def ask(world, word, symbol=""):
     chance, takes = Random(f"{word} {symbol} {len(commands.all())}"), WORDS[word]
     symbol = symbol if takes.symbol == "may" else takes.symbol == "must" and (symbol or SYMBOLS[0]) or ""
     base = .002 if symbol == SYMBOLS[0] else .05
-    given = {"state": {"state": chance.choice(("ACTIVE", "REDUCING", "REDUCING", "HALTED"))}, "cancel": {"order": "all"},
+    states = "ACTIVE", "REDUCING", "REDUCING", "HALTED"
+    given = {"state": {"state": chance.choice(states)}, "cancel": {"order": "all"},
              "limits": {"max_position": .04}, "order": {"side": chance.choice(("buy", "sell")), "quantity": round(
                  base * chance.randint(1, 6), 3), "reduce_only": chance.random() < .2}}.get(word, {})
     return commands.ask(Asked(word, "as it was drawn", "somebody", symbol=symbol, arguments=json.dumps(given)))
