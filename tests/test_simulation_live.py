@@ -49,8 +49,8 @@ def plan(seed):
     return timeframe, sorted(faults), kills, random.choice((0., 0., .03, .1))
 
 
-SAID = ("halt", "reset", "adopt", "ignore", "flatten", "resume", "state", "close", "order", "cancel", "release", "limits",
-        "breaker_reset")
+SAID = ("halt", "reset", "adopt", "ignore", "flatten", "resume", "state", "close", "order", "cancel", "release",
+        "limits", "breaker_reset")
 DONE = "hand_trade", "external_close"
 
 
