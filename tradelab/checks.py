@@ -132,10 +132,11 @@ def check_job(*,
     venue:str|None=None,    # None: the job has none; empty: that of the settings
     session:str="",
     resume:str="",
+    at_end:str="",          # keep or flatten; empty: that of the settings
 )->None:
     "Check the parameters of a job; ValueError, LookupError or OSError in one sentence"
     warnings_as_sentences()
-    here = job_settings(settings, **({"venue": venue} if venue else {}))
+    here = job_settings(settings, **{name: said for name, said in (("venue", venue), ("at_end", at_end)) if said})
     if venue is not None: venue_for(with_keys(here))
     _check_agent(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")

@@ -34,7 +34,7 @@ from tradelab.live.core import (
     take_state,
     withhold,
 )
-from .guards import EMERGENCY, Condition
+from .guards import AT_END, EMERGENCY, Condition
 from .ladder import clear, trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
@@ -150,7 +150,7 @@ def is_forgotten(core:Core, fill:Fill)->bool:
 def halt_if_it_was_closing(core:Core, fill:Fill)->None:
     "An emergency of which the ledger knows nothing goes on: the exchange alone tells that it began"
     _, _, time, slot, _ = fill.order_id.split("-")
-    if int(slot) >= EMERGENCY and int(time, 36) > core.manager.blotter.forgotten and not core.ladder.halts:
+    if EMERGENCY <= int(slot) < AT_END and int(time, 36) > core.manager.blotter.forgotten and not core.ladder.halts:
         trip(core, "emergency", f"{fill.symbol}: {fill.order_id} closed it, and the ledger does not know why")
 
 

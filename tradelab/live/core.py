@@ -112,6 +112,8 @@ class Terms:
     breakers:tuple[Breaker, ...] = DEFAULTS
     cool_downs:dict[str, int] = field(default_factory=dict) # ms, by cause  [default: risk.trading_state.CAUSES]
     danger:float = 1.2             # equity over maintenance margin, below which everything is closed
+    at_end:str = "keep"            # positions at an ordered end: keep, or flatten
+    end_patience:int = 30_000      # ms that closing them may take
     heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
 
@@ -134,6 +136,7 @@ class Watch:
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
         self.silent_until = 0                # ms, when the last of those was given up
+        self.leaves_at: int|None = None      # ms, when a session that closes all at its end leaves what it could not
 
     @property
     def stale_at(self)->int|None:
