@@ -7,11 +7,11 @@ __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unh
            'session_of', 'JobCommand', 'add_job', 'running_sessions', 'one_running', 'stop', 'status', 'seen_now',
            'on_screen', 'watch', 'answer_of', 'one_strategy', 'say_word', 'add_word', 'serve', 'first_streamed',
            'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets',
-           'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'ledger', 'upgrade_ledger',
-           'check_ledger', 'export_ledger']
+           'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts',
+           'test_alerts', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
+           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
+           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'ledger',
+           'upgrade_ledger', 'check_ledger', 'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -584,6 +584,19 @@ def change_the_passphrase()->None:
     from tradelab.secrets import change_passphrase
     typed = "" if sys.stdin.isatty() else sys.stdin.read(20_000).strip("\n")
     with one_sentence(): click.echo(change_passphrase(settings(), typed))
+
+# %% ../nbs/99_top/07_command.ipynb #cmdalrt1
+@main.group()
+def alerts()->None:
+    "What a person hears who does not look: alert_url and [alerts] of the settings."
+
+
+@alerts.command("test")
+def test_alerts()->None:
+    "Send one message to alert_url, and say whether it was taken."
+    from tradelab.config import settings
+    from tradelab.live.alerts import send_test
+    with one_sentence(): click.echo(send_test(settings()))
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
