@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     exchanges: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("binanceusdm", "okx", "bybit")
     exchange_timeout: Annotated[float, Field(gt=0)] = 5.  # seconds for one request
     stop_grace: Annotated[float, Field(gt=0)] = 60.       # seconds that a stopped job may take to close in order
+    # whether model, clock, keys, streams and database are looked at before a session begins
+    check_on_start: bool = True
     at_end: Literal["keep", "flatten"] = "keep"           # positions at the ordered end of a live session
     localnet_host: str = "127.0.0.1"
     localnet_port: Annotated[int, Field(ge=0, le=65535)] = 18080

@@ -51,6 +51,7 @@ NOTICES = { # kind: (level, when it is told)
     "ladder": ("warning", "a cause that restricts trading came or went"),
     "stop": ("error", "a stop did not do what it is there for, or a position is without one"),
     "standing": ("info", "a new session goes on where the strategy was"),
+    "replayed": ("info", "a session goes on under other code, which has decided as the old one did"),
     "check": ("info", "what was looked at before a session began"),
     "command": ("warning", "what a person asked for, and what came of it"),
     "task": ("error", "something beside the session broke"),

@@ -9,11 +9,11 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together',
            'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links',
            'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock',
-           'Stopwatch', 'Away', 'tell', 'say', 'begin_alerts', 'save_status', 'hold', 'place_of', 'join',
-           'other_standing', 'causes', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step',
-           'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'stop_by_hand', 'refuse_stale', 'know',
-           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
-           'drive_to_the_end', 'Running', 'Session']
+           'Stopwatch', 'Away', 'tell', 'say', 'begin_alerts', 'save_status', 'hold', 'place_of', 'look_first',
+           'told_of_start', 'join', 'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all',
+           'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look',
+           'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables',
+           'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -109,15 +109,20 @@ from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
     FORMAT,
+    Finding,
+    Verdict,
     check_account,
     check_instruments,
     check_leverage,
     check_offset,
     check_same,
+    code_of,
     go_on_from,
     in_this_format,
+    other_code,
     refuse_series,
     refuse_style,
+    refuse_wrong,
     rescue,
     standing_of,
     start_and_live,
@@ -557,6 +562,7 @@ def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)
     "What is kept of a session, so that it can be resumed as it was"
     return dict(format=FORMAT, venue=venue, symbols=list(trader.symbols), timeframe=timeframe,
                 policy=trader.policy.name, origin=origin, source=source or venue, version=__version__,
+                code=code_of(trader.policy),
                 execution=asdict(trader.execution),
                 deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits),
                 instruments=[asdict(instrument) for instrument in trader.instruments])
@@ -754,7 +760,8 @@ def save_status(session:"Session", state:str)->None:
     "Write session.json"
     write_status(session.folder / "session.json", pid=os.getpid(), state=state, session=session.id,
                  venue=session.venue.name, symbols=list(session.trader.symbols), timeframe=session.timeframe,
-                 statistics=session.statistics.summary(), kept=session.link and vars(session.link))
+                 statistics=session.statistics.summary(), kept=session.link and vars(session.link),
+                 checks=[asdict(each) for each in session.findings])
 
 # %% ../../nbs/70_live/19_session.ipynb #050b72c9
 def hold(session:"Session")->None:
@@ -768,6 +775,27 @@ def place_of(venue:Venue)->str:
     return f"{venue.name} {venue.address}" if venue.name == "localnet" else venue.name
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
+async def look_first(session:"Session")->None:
+    "Look at what has to be right before anything is traded; the record of the session says what was found"
+    if session.check_on_start is None: return
+    session.findings = list(await session.check_on_start(session))
+    refuse_wrong(session.findings)
+    session.settings["checks"] = [asdict(each) for each in session.findings]
+    for each in session.findings:
+        if each.verdict is not Verdict.OK: session.say(str(each))
+
+
+def told_of_start(session:"Session", events:Sequence[Event])->Notice|None:
+    "What was looked at, once each stream has answered"
+    opened = {event.stream for event in events if isinstance(event, Opened)} - session.opened
+    session.opened |= opened
+    if not (session.findings and opened and {"market", "user"} <= session.opened): return None
+    streams = Finding("streams", Verdict.OK, f"{', '.join(sorted(session.opened))} opened")
+    if any(each.name == streams.name for each in session.findings): return None
+    session.findings.append(streams)
+    return Notice("check", "; ".join(f"{each} ({each.verdict})" for each in session.findings))
+
+# %% ../../nbs/70_live/19_session.ipynb #sesshw121
 async def join(session:"Session", terms:Terms)->Lease:
     "Find the account in order, and take the right to trade these symbols on it; nothing of the account is changed"
     venue, trader = session.venue, session.trader
@@ -793,6 +821,17 @@ def causes(session:"Session", lease:Lease)->str:
     standing = session.ledger.trading_states.find(lease.venue, lease.account, session.strategy)
     return standing.ladder if standing else ""
 
+# %% ../../nbs/70_live/19_session.ipynb #d700c45a
+async def refuse_unproven(session:"Session", known:dict[str, Any])->None:
+    "StartRefusedError if the code is not that of then, and nothing proves that it decides alike"
+    changed = other_code(known.get("code", {}), session.settings["code"])
+    if not changed: return
+    check_same(session.id, in_this_format(session.id, known), session.settings)
+    if session.proof is None:
+        raise StartRefusedError(f"session {session.id} ran under other code ({changed}), and nothing proves that this "
+                                "one decides alike: resume it with proof=live.proof.prove, or under the code of then")
+    session.proven = await asyncio.to_thread(session.proof, session, changed)
+
 # %% ../../nbs/70_live/19_session.ipynb #983d9dfc
 async def prepare(session:"Session", max_candles:int|None)->Core:
     "Connect, and make the core; of the session itself nothing is written"
@@ -800,16 +839,18 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     refuse_style(session.trader, session.venue.kinds)
     ledger, venue, trader = session.ledger, session.venue, session.trader
     ledger.session(session.id) if session.resumed else ledger.check_new(session.id)
+    session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     if session.resumed:
         hold(session)
         refuse_changed(ledger, session.id, session.folder)
+        await refuse_unproven(session, ledger.session(session.id)["settings"])
     await venue.connect(trader.symbols, watched=trader.observation.extra)
     check_instruments(trader.instruments, venue.instruments(trader.symbols))
-    session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
     if kept: session.strategy = kept.settings.get("strategy", session.strategy)
     session.settings["strategy"] = session.strategy
+    await look_first(session)
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)
@@ -852,6 +893,9 @@ def open_files(session:"Session", opened:Open)->None:
     for received in session.early: session.files.recorder.received(received)
     session.venue.on_frame = session.files.recorder.frame
     if session.files.recorder.mended: tell(session, Notice("recording", session.files.recorder.mended))
+    if session.proven:
+        session.ledger.set_settings(session.id, **{name: session.settings[name] for name in ("code", "version")})
+        tell(session, Notice("replayed", session.proven))
     save_status(session, "running")
 
 # %% ../../nbs/70_live/19_session.ipynb #f80c4cac
@@ -901,6 +945,7 @@ def hear(session:"Session", received:Received)->None:
     if found and session.writer and session.files: session.writer.put(found)
     if session.files: session.files.recorder.received(received)
     else: session.early.append(received)
+    if notice := told_of_start(session, received.events): tell(session, notice)
 
 # %% ../../nbs/70_live/19_session.ipynb #ses18c09
 def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
@@ -1078,7 +1123,10 @@ class Running:
     reserve:float = 0.       # quote, money of the account that the trader was not given
     settings:dict[str, Any] = field(default_factory=dict)
     early:list[Received] = field(default_factory=list) # received before there was a file to record it in
+    findings:list[Finding] = field(default_factory=list) # of what was looked at before it began
+    opened:set[str] = field(default_factory=set)       # streams that have opened
     commands:set[int] = field(default_factory=set)     # numbers of those that were handed on
+    proven:str = ""          # what was replayed, because the code is not that of then
     heartbeat:float = 1.     # s between two looks for commands, which are signs of life, too
     looked:float = 0.        # monotonic s, when that was
     said:float = 0.          # when a step was
@@ -1102,9 +1150,11 @@ class Session(Running):
         strategy:str="",         # whose drawdown, daily loss and halt it goes on with  [default: the policy's name]
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
+        proof:Callable[["Session", str], str]|None=None, # resumed under other code: `live.proof.prove`
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
         alerts:Away|None=None,   # hears notices for people who are away; None: nobody does
+        check_on_start:"Callable[[Session], Awaitable[Sequence[Finding]]]|None"=None, # what is looked at first
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
@@ -1114,10 +1164,11 @@ class Session(Running):
         self.venue = venue
         self.ledger = ledger
         self.timeframe = timeframe or trader.observation.timeframe or "1h"
-        self.patience = patience
+        self.patience, self.proof = patience, proof
         self.gaps = gaps
         self.waits = dict(waits)
         self.alerts = alerts
+        self.check_on_start = check_on_start
         self.say = say
         self.progress = progress
         self.id = one_name(id, resume)
