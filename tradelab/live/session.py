@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..config import OURS
 from ..database.engine import LedgerError
 from tradelab.database.records import (
     Asked,
@@ -752,7 +753,7 @@ def hold(session:"Session")->None:
 
 def place_of(venue:Venue)->str:
     "What leases and commands call an exchange; each localnet is one of its own"
-    return f"{venue.name} {venue.address}" if venue.name == "localnet" else venue.name
+    return f"{venue.name} {venue.address}" if venue.name in OURS else venue.name
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
 async def join(session:"Session", terms:Terms)->Lease:
