@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAME', 'FORMAT', 'LADDER', 'check_instruments', 'coarse_ticks', 'check_same', 'in_this_format', 'code_of',
-           'other_code', 'refuse_series', 'refuse_style', 'wrongly_set', 'check_account', 'wrong_leverage',
-           'check_leverage', 'check_orders', 'check_offset', 'standing_of', 'go_on_from', 'say_standing', 'precompile',
-           'start_limit', 'answers_to', 'refuse_another', 'hear_both', 'ask_history', 'see_history', 'ask_opening',
-           'open_books', 'start', 'rescue', 'start_and_live']
+           'other_code', 'refuse_series', 'refuse_style', 'Verdict', 'Finding', 'refuse_wrong', 'wrongly_set',
+           'check_account', 'wrong_leverage', 'check_leverage', 'check_orders', 'check_offset', 'standing_of',
+           'go_on_from', 'say_standing', 'precompile', 'start_limit', 'answers_to', 'refuse_another', 'hear_both',
+           'ask_history', 'see_history', 'ask_opening', 'open_books', 'start', 'rescue', 'start_and_live']
 
 # %% ../../nbs/70_live/18_start.ipynb #7692d94d
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from hashlib import sha256
 from typing import Any
 
@@ -26,7 +27,7 @@ from .bookkeeper import Feed, common_candles, market_questions, with_funding_and
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
 from .emergency import RESUMED, emergency, to_flatten
 from .guards import clock_is_off
-from .ladder import alarm
+from .ladder import alarm, in_hand
 from .lease import is_halted
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_states import client_order_id
@@ -154,6 +155,30 @@ def refuse_style(
     if style.style == "post_only" and Kind.LIMIT not in kinds:
         raise StartRefusedError("execution.style is post_only, and this venue takes no LIMIT orders: choose market or "
                                 "slices")
+
+# %% ../../nbs/70_live/18_start.ipynb #find0002
+class Verdict(StrEnum):
+    "How a check ended"
+    OK = "ok"
+    WARNING = "warning"
+    WRONG = "wrong"
+    UNCHECKED = "not checked"
+
+
+@dataclass(frozen=True)
+class Finding:
+    "What a check found"
+    name:str         # of the check
+    verdict:Verdict
+    text:str         # and what to do, if it is not as it should be
+
+    def __str__(self)->str: return f"{self.name}: {self.text}"
+
+
+def refuse_wrong(findings:Sequence[Finding])->None:
+    "Refuse to begin where something is wrong; what is only worth a warning is told"
+    for each in findings:
+        if each.verdict is Verdict.WRONG: raise StartRefusedError(str(each))
 
 # %% ../../nbs/70_live/18_start.ipynb #acc50002
 def wrongly_set(
@@ -411,6 +436,9 @@ def start(
     core.opened = True
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
+    for symbol in sorted(in_hand(core)):
+        core.do(Tell(Notice("ladder", f"{symbol} is a person's still ({core.ladder.active['by_hand', symbol][3]}): no "
+                            "decision trades it until a release")))
     if trader.trading_state is TradingState.HALT and to_flatten(core):
         alarm(core, RESUMED)
     yield from hear_both(core)
