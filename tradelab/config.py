@@ -135,6 +135,8 @@ class Settings(BaseSettings):
     exchanges: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("binanceusdm", "okx", "bybit")
     exchange_timeout: Annotated[float, Field(gt=0)] = 5.  # seconds for one request
     stop_grace: Annotated[float, Field(gt=0)] = 60.       # seconds that a stopped job may take to close in order
+    # whether model, clock, keys, streams and database are looked at before a session begins
+    check_on_start: bool = True
     at_end: Literal["keep", "flatten"] = "keep"           # positions at the ordered end of a live session
     localnet_host: str = "127.0.0.1"
     localnet_port: Annotated[int, Field(ge=0, le=65535)] = 18080
@@ -583,7 +585,8 @@ def _ours(here, name, why):
         check_private(here.dry_run_stream, "wss")
         address, why = f"127.0.0.1:{here.dry_run_port}", (f"{why}: a dry run, live public prices of "
                                                           f"{here.dry_run_rest}, simulated fills")
-    return VenueSettings(name, why, f"http://{address}", f"ws://{address}", SecretStr("localnet"), SecretStr("localnet"))
+    keys = SecretStr("localnet")
+    return VenueSettings(name, why, f"http://{address}", f"ws://{address}", keys, keys)
 
 # %% ../nbs/00_ground/12_config.ipynb #fabee90a
 def venue_for(
