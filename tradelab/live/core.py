@@ -7,8 +7,8 @@ __all__ = ['Process', 'CAUSE_OF', 'Terms', 'Watch', 'Keeper', 'Known', 'over', '
            'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_stuck', 'tell_phase', 'tended',
            'watch_candles', 'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in',
            'tell_unknown', 'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state',
-           'mark_foreign', 'drop_frozen', 'withhold', 'take_ours', 'hear_fill', 'take', 'news', 'sleep', 'ask_all',
-           'ask_until_answered']
+           'mark_foreign', 'drop_frozen', 'withhold', 'take_ours', 'hear_fill', 'hear_command', 'take', 'news', 'sleep',
+           'ask_all', 'ask_until_answered']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..database.words import WORDS
 from ..events import Depth, Fill, Funding, Quote, Series, StateChange, Timer, Trade, TradingState
 from .bookkeeper import Bookkeeper, Feed
 from tradelab.live.guards import (
@@ -46,6 +47,7 @@ from tradelab.live.messages import (
     ClockSample,
     Command,
     Decided,
+    Done,
     End,
     Event,
     Failed,
@@ -70,7 +72,7 @@ from tradelab.live.messages import (
     Woken,
 )
 from .order_manager import OrderManager, Turn, may_open
-from .order_states import State, protects
+from .order_states import State, id_by_hand, protects
 from .reconcile import ForeignFills, Statement, TradeNumbers
 from .venue import Candle, OrderReport, Outcome, VenueLimitError
 from ..notices import Notice
@@ -302,7 +304,8 @@ class Core(Known):
 
     def _end(self, end):
         self.end = end
-        self.do(end)
+        text = "refused: the session ends, and has not done it"
+        self.do(*(Done(command.number, text) for command in self.commands), end)
 
     def _set_alarm(self, due):
         alarm = min(filter(None, (due, self.manager.due, *tended(self))), default=None)
@@ -577,6 +580,17 @@ def hear_fill(core:Core, fill:Fill)->None:
         core.foreign.suspect(fill)
         withhold(core)
 
+# %% ../../nbs/70_live/12_core.ipynb #0d0cca3b
+def hear_command(core:Core, command:Command)->None:
+    "A person wants something"
+    sent = id_by_hand(core.terms.session, command.symbol, command.number, command.time) in core.manager.blotter.known
+    word, who = WORDS.get(command.name), command.person or "a person"
+    if command.stale and not sent: core.do(Done(command.number, command.stale))
+    elif word is None or not word.ends: core.commands.append(command)
+    else:
+        core.stopping = True
+        core.do(Done(command.number, f"stopping in order, as {who} asked: {command.reason or 'no reason given'}"))
+
 # %% ../../nbs/70_live/12_core.ipynb #3499759f
 _NO_NEWS = Woken, Answered, Fetched, Unanswered, ClockSample, Mark, Quote # wake nobody who waits for news
 _OF_USER = Fill, Funding, OrderReport
@@ -594,7 +608,7 @@ def take(core:Core, event:Event)->None:
         case Fill(): hear_fill(core, event)
         case Funding(): core.books.add(event)
         case Mark() if core.feed: look(core, event)
-        case Command(): core.commands.append(event)
+        case Command(): hear_command(core, event)
         case OrderReport(): core.do(*core.manager.blotter.on_update(event))
         case Answered(): take_answer(core, event)
         case Fetched(number, content): take_fetched(core, number, content)
