@@ -16,6 +16,7 @@ from pathlib import Path
 from rapidfuzz import process
 
 from .config import job_settings, nearest, venue_for
+from .live.alerts import check_alerts
 from .log import warnings_as_sentences
 from .market.symbols import symbols_of
 from .secrets import with_keys
@@ -155,7 +156,9 @@ def check_job(*,
     "Check the parameters of a job; ValueError, LookupError or OSError in one sentence"
     warnings_as_sentences()
     here = job_settings(settings, **{name: said for name, said in (("venue", venue), ("at_end", at_end)) if said})
-    if venue is not None: venue_for(with_keys(here))
+    if venue is not None:
+        venue_for(here := with_keys(here))
+        check_alerts(here)
     _check_agent(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)
