@@ -296,7 +296,7 @@ def test_a_halt_that_a_person_resets_while_no_session_runs_is_lifted_for_the_nex
         assert two.trader.account["halted"][0] == 1
         sent = len(orders_at(exchange))
         said = tradelab(tmp_path, "reset", "--reason", " ")
-        assert "refused: a reset needs a reason" in said.stderr
+        assert "a reset needs a reason" in said.stderr
         said = tradelab(tmp_path, "reset", "--reason", "looked at it")
         assert "reset: its next session may open positions again" in said.stdout, said.stderr
         again = halting(exchange, tmp_path, "three", .5)

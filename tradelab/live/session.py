@@ -8,12 +8,12 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'status_line', 'Forget', 'breaker_event', 'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of',
            'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together',
            'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links',
-           'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock',
-           'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join',
-           'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
-           'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'stop_by_hand', 'refuse_stale',
-           'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
-           'drive_to_the_end', 'Running', 'Session']
+           'refuse_changed', 'CoreInputs', 'opening_of', 'limits_by_hand', 'core_inputs', 'restore_books', 'make_core',
+           'refuse_clock', 'Stopwatch', 'Away', 'tell', 'say', 'begin_alerts', 'save_status', 'hold', 'place_of',
+           'look_first', 'told_of_start', 'join', 'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly',
+           'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep',
+           'look', 'command_of', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out',
+           'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -31,13 +31,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .. import __version__
+from ..config import OURS
 from ..database.engine import LedgerError
 from tradelab.database.records import (
+    Alert,
     Asked,
     Balance,
     BreakerEvent,
@@ -50,11 +52,13 @@ from tradelab.database.records import (
     clock,
 )
 from ..database.schema import Measured
+from ..database.words import WORDS, arguments_of
 from ..events import Fill, Funding, TradingState
 from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
+from .commands import stricter_by_hand
 from .core import Core, Terms, mark_foreign
 from .guards import Phase, is_emergency
 from .lease import acquire, is_halted, release, strategy_of, this_process
@@ -641,12 +645,20 @@ class CoreInputs:
     deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
     standing:Standing|None = None           # where another session of this strategy left it
     ladder:str = ""                         # which causes restrict the strategy, whichever session met them
+    limits:dict[str, float] = field(default_factory=dict) # that a person has made stricter in this session
 
 
 def opening_of(kept:Kept|None)->Opening|None:
     "Where the exchange's own books began for a session; None if it is older than that question"
     known = kept.settings.get("opening") if kept else None
     return Opening(**known) if known else None
+
+# %% ../../nbs/70_live/19_session.ipynb #39288b91
+def limits_by_hand(ledger:Ledger|MemoryLedger, session:str)->dict[str, float]:
+    "Those that a person has made stricter"
+    done = [row for row in ledger.commands.find(session=session, name="limits")
+            if row["answered"] and not row["answer"].startswith("refused")]
+    return {name: value for row in done for name, value in arguments_of(row["arguments"]).items()}
 
 # %% ../../nbs/70_live/19_session.ipynb #c8a1a5c8
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
@@ -655,7 +667,8 @@ def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, of
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
                       tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
-                      kept.settings.get("deposit", 0.) if kept else 0., standing, ladder)
+                      kept.settings.get("deposit", 0.) if kept else 0., standing, ladder,
+                      limits_by_hand(ledger, terms.session) if kept else {})
 
 # %% ../../nbs/70_live/19_session.ipynb #b5c1b2c1
 def restore_books(core:Core, inputs:CoreInputs)->None:
@@ -680,6 +693,7 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     "The core of a session; the trader of one that is resumed is restored already"
     terms, step = inputs.terms, inputs.step
     if inputs.standing: go_on_from(inputs.standing, trader.account)
+    if inputs.limits: trader.limit(stricter_by_hand(trader.limits, inputs.limits))
     sequence = step["sequence"] if step else 0
     fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
     persistence = Persistence(terms.patience, terms.absent_after, terms.retries, terms.first_delay)
@@ -727,9 +741,17 @@ class Stopwatch:
         self._sent = None
 
 # %% ../../nbs/70_live/19_session.ipynb #fdfa55a0
+class Away(Protocol):
+    "Tells people who are away; `live.alerts` has one"
+    def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
+    def tell(self, notice:Notice)->None: "Something that they should hear; returns at once"
+    def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
+
+
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
     if session.writer and (session.files or session.resumed): session.writer.put([notice])
+    if session.alerts: session.alerts.tell(notice)
     getattr(logger, notice.level)(str(notice), session=session.id)
     session.say(str(notice))
 
@@ -738,6 +760,13 @@ def say(session:"Session", line:str)->None:
     "A line for whoever watches"
     logger.info(line, session=session.id)
     session.say(line)
+
+
+def begin_alerts(session:"Session", alerts:Away)->None:
+    "Let people who are away hear of this session; what becomes of an alert is told on another thread"
+    def kept(alert): return session.writer and (session.files or session.resumed) and session.writer.put([alert])
+    def said(text): session.hand(partial(tell, session, Notice("alerts", text)))
+    alerts.begin(f"tradelab: session {session.id} on {session.venue.name}", kept, said)
 
 
 def save_status(session:"Session", state:str)->None:
@@ -756,7 +785,7 @@ def hold(session:"Session")->None:
 
 def place_of(venue:Venue)->str:
     "What leases and commands call an exchange; each localnet is one of its own"
-    return f"{venue.name} {venue.address}" if venue.name == "localnet" else venue.name
+    return f"{venue.name} {venue.address}" if venue.name in OURS else venue.name
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
 async def look_first(session:"Session")->None:
@@ -887,6 +916,8 @@ async def finish(session:"Session", state:str)->None:
     "Whatever happened, the files are closed and the state is written"
     try: await session.venue.close()
     finally:
+        untold = await asyncio.to_thread(session.alerts.end) if session.alerts else 0
+        if untold: say(session, f"{untold} alerts could not be told")
         lost = await asyncio.to_thread(session.writer.close) if session.writer else 0
         if lost: say(session, f"{lost} records did not reach the ledger: they stand on stderr")
         if session.lease: quietly(session, partial(release, session.ledger, session.lease))
@@ -978,28 +1009,23 @@ def look(session:"Session", lease:Lease)->None:
     for row in session.ledger.commands.pending(place):
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
         if row["number"] in session.commands or not here: continue
-        command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
-        unheard = row["name"] == "halt" and session.resumed # by a process that died before it heard it
-        if row["epoch"] < lease.epoch and not unheard: refuse_stale(session, lease, row)
-        elif command.name == "stop": stop_by_hand(session, command)
-        else: session.hand(partial(session.venue.events.put_nowait, command))
+        session.hand(partial(session.venue.events.put_nowait, command_of(row, session, lease)))
         session.commands.add(row["number"])
 
 # %% ../../nbs/70_live/19_session.ipynb #98afd654
-def stop_by_hand(session:"Session", command:Command)->None:
-    "A person ends the session in order; it is answered first, so that a resumed one does not end by it"
-    text = f"stopping in order, as {command.person or 'a person'} asked: {command.reason or 'no reason given'}"
-    session.ledger.commands.done(command.number, text)
-    session.hand(partial(tell, session, Notice("command", f"{command.number}: {text}")))
-    session.stop()
-
-
-def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
-    "A person had another session before their eyes: what they asked for is not done to this one"
-    text = (f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has "
-            f"epoch {lease.epoch}: look at it, and ask again")
-    session.ledger.commands.done(row["number"], text)
-    session.hand(partial(tell, session, Notice("command", f"{row['number']}: {text}")))
+def command_of(
+    row:Mapping[str, Any],  # of the command table
+    session:"Session",
+    lease:Lease,
+)->Command:
+    "What a person asked for; one who had another session before their eyes is told so"
+    word = WORDS.get(row["name"])
+    lasts = word is not None and word.lasts and session.resumed # said to a process that died before it heard it
+    stale = "" if row["epoch"] >= lease.epoch or lasts else (
+        f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has epoch "
+        f"{lease.epoch}: look at it, and ask again")
+    return Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"],
+                   arguments_of(row["arguments"]), row["time"], stale)
 
 
 def know(session:"Session", link:Link)->None:
@@ -1079,12 +1105,15 @@ async def drive(session:"Session", max_candles:int|None)->str:
 async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     "The same; whatever happens, it is told, and the files are closed"
     state = "failed"
+    if session.alerts: begin_alerts(session, session.alerts)
     try: state = await drive(session, max_candles)
     except asyncio.CancelledError:
         state = "stopped"
         raise
     except Exception as error:
-        if session.files: tell(session, Notice("failed", f"{type(error).__name__}: {error}"))
+        told = f"{type(error).__name__}: {error}"
+        if session.files: tell(session, Notice("failed", told))
+        elif session.alerts: session.alerts.tell(Notice("refused", told)) # who started it reads the error
         raise
     finally: await finish(session, state)
 
@@ -1132,6 +1161,7 @@ class Session(Running):
         proof:Callable[["Session", str], str]|None=None, # resumed under other code: `live.proof.prove`
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
+        alerts:Away|None=None,   # hears notices for people who are away; None: nobody does
         check_on_start:"Callable[[Session], Awaitable[Sequence[Finding]]]|None"=None, # what is looked at first
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
@@ -1145,6 +1175,7 @@ class Session(Running):
         self.patience, self.proof = patience, proof
         self.gaps = gaps
         self.waits = dict(waits)
+        self.alerts = alerts
         self.check_on_start = check_on_start
         self.say = say
         self.progress = progress

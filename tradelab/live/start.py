@@ -27,7 +27,7 @@ from .bookkeeper import Feed, common_candles, market_questions, with_funding_and
 from .core import Core, Process, ask_all, feed_in, news, sleep, take
 from .emergency import RESUMED, emergency, to_flatten
 from .guards import clock_is_off
-from .ladder import alarm
+from .ladder import alarm, in_hand
 from .lease import is_halted
 from .messages import First, Open, Opening, Say, Tell, Warmed, Write
 from .order_states import client_order_id
@@ -436,6 +436,9 @@ def start(
     core.opened = True
     if seen: core.do(Write(seen))
     if standing: core.do(Tell(say_standing(standing, terms.venue)))
+    for symbol in sorted(in_hand(core)):
+        core.do(Tell(Notice("ladder", f"{symbol} is a person's still ({core.ladder.active['by_hand', symbol][3]}): no "
+                            "decision trades it until a release")))
     if trader.trading_state is TradingState.HALT and to_flatten(core):
         alarm(core, RESUMED)
     yield from hear_both(core)

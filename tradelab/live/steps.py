@@ -27,6 +27,7 @@ from tradelab.live.agreement import (
     fill_gap,
     keep,
     may_reconcile,
+    note_by_hand,
     reconcile,
     row_of,
     rows_differ,
@@ -130,6 +131,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     working = None if core.manager.beside else np.zeros(len(trader.symbols), bool)
     decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
+    note_by_hand(core)
     core.do(Decided(decision, kept(trader.rows), candles))
     if not trader.view.stream.waits: set_reason(core, "hole", False)
     watch_halt(core)
