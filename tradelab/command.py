@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'ask_for_real', 'run',
-           'session_of', 'JobCommand', 'add_job', 'running_sessions', 'one_running', 'stop', 'status', 'seen_now',
-           'on_screen', 'watch', 'answer_of', 'one_strategy', 'say_word', 'add_word', 'serve', 'first_streamed',
-           'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets',
-           'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'ledger', 'upgrade_ledger',
-           'check_ledger', 'export_ledger']
+           'session_of', 'JobCommand', 'add_job', 'running_sessions', 'one_running', 'status', 'seen_now', 'on_screen',
+           'watch', 'answer_of', 'one_strategy', 'ask_for', 'say_word', 'parameters_of', 'number_of_pair', 'add_word',
+           'serve', 'first_streamed', 'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table',
+           'ask_first', 'secrets', 'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets',
+           'change_the_passphrase', 'alerts', 'test_alerts', 'names_running', 'runs', 'list_runs', 'show_one_run',
+           'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
+           'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
+           'check_kept', 'delete_data', 'doctor', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
+import json
 import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .database.words import WORDS, Word, arguments_of, wrong_with
 from .texts import printable
 
 if TYPE_CHECKING:
@@ -202,33 +204,6 @@ def one_running(
         raise click.ClickException(f"no session {session} is running: did you mean {nearest(session, running)}?")
     return session
 
-# %% ../nbs/99_top/07_command.ipynb #e736ce9d
-@main.command()
-@click.argument("session", required=False)
-@click.option("--reason", default="", help="Why; it is kept with the command.")
-def stop(session:str|None, reason:str)->None:
-    "Close a running session in order: no new candles, open intents settle, everything is written."
-    from tradelab.config import settings
-    from tradelab.database.records import Asked
-    from tradelab.live.ledger import Ledger
-    from tradelab.lock import holder
-    with one_sentence(): here = settings()
-    session = one_running(session, here.sessions)
-    process = holder(lock := here.sessions / session / LOCK, session)
-    with one_sentence():
-        ledger = Ledger(here.database)
-        number = ledger.commands.ask(Asked("stop", reason, getpass.getuser(), session=session))
-    click.echo(f"asked {session} to stop")
-    until = time.monotonic() + here.stop_grace
-    while process and holder(lock, session) == process:
-        if (answer := answer_of(ledger, number, 0)).startswith("refused"):
-            raise click.ClickException(f"{session}: {answer}")
-        if time.monotonic() > until:
-            raise click.ClickException(f"{session} did not stop within {here.stop_grace:g} s (process {process}): it "
-                                       "will be told when it looks")
-        time.sleep(.2)
-    click.echo(f"{session} has stopped")
-
 # %% ../nbs/99_top/07_command.ipynb #74b922b5
 @main.command()
 @click.argument("session", required=False)
@@ -294,12 +269,14 @@ def answer_of(
     ledger:Any,      # Ledger
     number:int,      # of a command
     patience:float,  # seconds
+    ended:Callable[[], bool]=lambda: False, # whether nobody is there any more who would answer
 )->str:              # empty if there is none by then
     "What a session answered to a command"
     until = time.monotonic() + patience
     while True:
-        row = next(row for row in ledger.commands.all() if row["number"] == number)
-        if row["answered"] or time.monotonic() > until: return row["answer"]
+        over = ended() or time.monotonic() > until
+        row, = ledger.commands.find(number=number)
+        if row["answered"] or over: return row["answer"]
         time.sleep(.1)
 
 # %% ../nbs/99_top/07_command.ipynb #de7c7980
@@ -328,56 +305,98 @@ def one_strategy(
         f"{shlex.quote(row['account'])}` ({row['reason']})" for row in fit))
 
 # %% ../nbs/99_top/07_command.ipynb #c0mmand3
+def ask_for(
+    ledger:Any,          # Ledger
+    asked:Any,           # Asked, without the one that it is for
+    name:str|None,       # of a session, or of a strategy
+    sessions:Path,       # the folder of all
+)->tuple[str, int]:      # whom, and the number of the command
+    "Write a command down for the one that it is for; what was asked before under its id is that"
+    from tradelab.database.records import clock
+    known = ledger.commands.find(id=asked.id) if asked.id else ()
+    if known: asked = replace(asked, **{key: known[0][key] for key in ("venue", "account", "session", "strategy")})
+    elif WORDS[asked.name].alone and name not in ([None] * bool(running := running_sessions(sessions)) + [*running]):
+        from tradelab.live.lease import tell_strategy
+        row = one_strategy(ledger, asked, name)
+        asked = replace(asked, **{key: row[key] for key in ("venue", "account", "strategy")})
+        return f"{asked.strategy} on {asked.venue}", tell_strategy(ledger, asked, clock())
+    else: asked = replace(asked, session=one_running(name, sessions))
+    if not known and asked.session in ledger.sessions(): # one that is only starting says it itself
+        traded = ledger.session(asked.session)["settings"]["symbols"]
+        if asked.symbol not in ("", *traded):
+            raise ValueError(f"{asked.symbol} is not traded by {asked.session}, only {', '.join(traded)}")
+    return asked.session or f"{asked.strategy} on {asked.venue}", ledger.commands.ask(asked)
+
+# %% ../nbs/99_top/07_command.ipynb #12645d30
 def say_word(
     asked:Any,         # Asked, without the one that it is for
     name:str|None,     # of a session, or of a strategy
 )->None:
     "Tell a running session something, or change a strategy that no session trades with, and print the answer"
     from tradelab.config import settings
-    from tradelab.database.records import clock
     from tradelab.live.ledger import Ledger
+    from tradelab.lock import holder
+    wrong = wrong_with(asked.name, asked.symbol, asked.reason, arguments_of(asked.arguments))
+    if wrong: raise click.ClickException(wrong)
     with one_sentence():
         here = settings()
-        running, ledger = running_sessions(here.sessions), Ledger(here.database)
-        if asked.name in ("halt", "reset") and (not running or name not in (None, *running)):
-            from tradelab.live.lease import tell_strategy
-            row = one_strategy(ledger, asked, name)
-            asked = replace(asked, **{key: row[key] for key in ("venue", "account", "strategy")})
-            whose, number = f"{asked.strategy} on {asked.venue}", tell_strategy(ledger, asked, clock())
-        else:
-            whose = one_running(name, here.sessions)
-            number = ledger.commands.ask(replace(asked, session=whose))
-    answer = answer_of(ledger, number, here.stop_grace)
+        ledger = Ledger(here.database)
+        whose, number = ask_for(ledger, asked, name, here.sessions)
+    lock = here.sessions / whose / LOCK
+    process, until = lock.exists() and holder(lock, whose), time.monotonic() + here.stop_grace
+    def ended(): return not process or holder(lock, whose) != process
+    answer = answer_of(ledger, number, here.stop_grace, ended)
     if answer.startswith("refused"): raise click.ClickException(f"{whose}: {answer}")
-    if not answer:
-        raise click.ClickException(f"{whose} has not answered within {here.stop_grace:g} s: it will be told when it "
-                                   "looks")
-    click.echo(f"{whose}: {answer}")
+    if answer: click.echo(f"{whose}: {answer}")
+    while WORDS[asked.name].ends and not ended() and time.monotonic() < until: time.sleep(.1)
+    if WORDS[asked.name].ends and ended(): return click.echo(f"{whose} has stopped")
+    if answer and not WORDS[asked.name].ends: return
+    raise click.ClickException(f"{whose} has ended, and has not done it" if ended() else f"{whose} has not "
+        f"{'stopped' if answer else 'answered'} within {here.stop_grace:g} s: it will be told when it looks")
 
 # %% ../nbs/99_top/07_command.ipynb #b4ceaee4
-def add_word(name:str, words:str)->None:
-    "A command that is told to a running session; two of them need none"
-    @click.argument("session", required=False)
-    @click.option("--symbol", default="", help="Only this one  [default: all of the session]")
-    @click.option("--reason", required=True, help="Why; it is kept with the command.")
-    def ask(session, symbol, reason, venue="", account=""):
-        from tradelab.database.records import Asked
-        say_word(Asked(name, reason, getpass.getuser(), venue, account, symbol=symbol), session)
+_TYPES = {float: click.FLOAT, str: click.STRING, bool: click.BOOL}
 
-    command = main.command(name=name, help=words)(ask)
-    if name not in ("halt", "reset"): return
-    command.help = f"{words} SESSION may also be a strategy that no session trades with now."
-    command.params += [click.Option(["--venue"], default="", help="Where several have it: of this one."),
-                       click.Option(["--account"], default="", help="The same, by the venue's name for it.")]
+
+def parameters_of(word:Word)->list[click.Parameter]:
+    "What is typed behind a word"
+    types = {said: click.Choice(each.choices) if each.choices else _TYPES[each.kind]
+             for said, each in word.takes.items()}
+    given: list[click.Parameter] = [click.Argument(["symbol"])] if word.symbol == "must" else []
+    given += [click.Argument([said], type=types[said]) for said, each in word.takes.items() if each.needed]
+    given += [click.Argument(["pairs"], nargs=-1, metavar="[NAME=VALUE]...") if word.more else
+              click.Argument(["session"], required=False)]
+    given += [click.Option([f"--{said.replace('_', '-')}"], type=types[said], is_flag=each.kind is bool,
+                           help=each.words) for said, each in word.takes.items() if not each.needed]
+    if word.more: given.append(click.Option(["--session"], help="Which one, where several run."))
+    if word.symbol == "may": given.append(click.Option(["--symbol"], default="", help="Only this one  [default: all]"))
+    reason: dict[str, Any] = {"required": True} if word.reason else {"default": ""}
+    given += [click.Option(["--reason"], help="Why; it is kept with the command.", **reason),
+              click.Option(["--id"], default="", help="Asked again under the same id, it is done once.")]
+    return given + [click.Option([f"--{name}"], default="", help="Of a strategy that no session trades with.")
+                    for name in ("venue", "account") if word.alone]
+
+
+def number_of_pair(text:str)->tuple[str, float]:
+    "NAME=VALUE"
+    name, _, value = text.partition("=")
+    try: return name, float(value)
+    except ValueError: raise click.UsageError(f"{text!r} is not NAME=VALUE, such as max_position=0.02") from None
 
 # %% ../nbs/99_top/07_command.ipynb #cmdshow09
-_WORDS = {"adopt": "Take what was traded by hand into the session's own account.",
-          "ignore": "Leave what was traded by hand to whoever did it, and trade on beside it.",
-          "flatten": "Close the positions of a session, until the exchange says that they are gone.",
-          "halt": "Open nothing more, in this session and those after it, until a reset.",
-          "reset": "Lift a halt."}
+def add_word(name:str, word:Word)->None:
+    "A command that is told to a running session; two of them need none"
+    def ask(session=None, symbol="", reason="", id="", venue="", account="", pairs=(), **others):
+        from tradelab.database.records import Asked
+        arguments = {said: value for said, value in others.items() if value} | dict(map(number_of_pair, pairs))
+        say_word(Asked(name, reason, getpass.getuser(), venue, account, symbol=symbol, id=id,
+                       arguments=json.dumps(arguments, sort_keys=True)), session)
+    more = " SESSION may also be a strategy that no session trades with now." if word.alone else ""
+    main.add_command(click.Command(name.replace("_", "-"), callback=ask, params=parameters_of(word),
+                                   help=word.words + more))
 
-for _name, _words in _WORDS.items(): add_word(_name, _words)
+
+for _name, _word in WORDS.items(): add_word(_name, _word)
 
 # %% ../nbs/99_top/07_command.ipynb #2c43bbae
 def serve(
@@ -584,6 +603,19 @@ def change_the_passphrase()->None:
     from tradelab.secrets import change_passphrase
     typed = "" if sys.stdin.isatty() else sys.stdin.read(20_000).strip("\n")
     with one_sentence(): click.echo(change_passphrase(settings(), typed))
+
+# %% ../nbs/99_top/07_command.ipynb #cmdalrt1
+@main.group()
+def alerts()->None:
+    "What a person hears who does not look: alert_url and [alerts] of the settings."
+
+
+@alerts.command("test")
+def test_alerts()->None:
+    "Send one message to alert_url, and say whether it was taken."
+    from tradelab.config import settings
+    from tradelab.live.alerts import send_test
+    with one_sentence(): click.echo(send_test(settings()))
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
