@@ -392,7 +392,11 @@ def case_of(
 
 
 async def _connected(case):
-    await case.venue.connect(case.symbols)
+    try: await case.venue.connect(case.symbols)
+    except VenueError as error:
+        if not str(error).startswith("the list of markets"): raise
+        raise VenueError(f"{error}: " + ("start one with `tradelab localnet`, or let `tradelab live` start its own"
+            if case.place.name == "localnet" else "see what is said of the hosts, and try again")) from None
     return Finding("connection", OK, f"{case.venue.name} at {case.venue.address}")
 
 
