@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ..config import VenueSettings
+from ..config import OURS, VenueSettings
 from ..database.records import Income
 from ..events import Fill
 from ..live.messages import Status
@@ -66,7 +66,7 @@ class BinanceVenue(BinanceMarket):
             self._traded = list(symbols)
             self.quote = self._account.quote = markets[0]["settle"]
             await self.synchronise()
-            if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
+            if self.name in OURS: self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
             self._brackets = await brackets_of(self.settings, self._exchange, markets)
 
