@@ -91,7 +91,7 @@ def test_a_killed_session_is_seen_as_dead_with_what_it_left(tmp_path):
     code, text = said(tmp_path, "status")
     assert code == 0
     assert text.startswith(f"{NAME}  DIED  heard of ")
-    assert f"`tradelab live -p resume {NAME}` goes on" in text
+    assert f"`tradelab live -p resume {NAME} -p venue localnet -p policy " in text
     found, = json.loads(said(tmp_path, "status", NAME, "--json")[1])
     assert found["state"] == "died"
     assert len(found["orders"]) == len(died.orders)
