@@ -152,7 +152,7 @@ class SessionRecord:
         "What a person reads first, by name"
         return {"ended": self.ended, "ledger": self.ledger or "its rows are as they were written",
                 "recording": self.recording, "replay": self.replayed,
-                **{f"next {n}": text for n, text in enumerate(self.next, 1)},
+                **{f"next {n}" if n else "next": text for n, text in enumerate(self.next, len(self.next) > 1)},
                 **({"not read": self.status.unread} if self.status.unread else {})}
 
     def __str__(self)->str:

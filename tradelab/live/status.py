@@ -310,8 +310,9 @@ def resume_command(
     settings:Mapping[str, Any],   # as it began with
 )->str:
     "What to type to go on with a session as it was"
+    deposit = settings.get("deposit")
     said = {"venue": settings.get("venue"), "policy": settings.get("origin"), "symbol": ",".join(settings.get("symbols",
-        ())), "timeframe": settings.get("timeframe"), "deposit": settings.get("deposit")}
+        ())), "timeframe": settings.get("timeframe"), "deposit": deposit and f"{deposit:.15g}"}
     return " ".join(["tradelab live -p resume", session, *(f"-p {name} {shlex.quote(str(value))}" for name, value in
                                                            said.items() if value)])
 
