@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OK', 'WARNING', 'WRONG', 'UNCHECKED', 'FREE', 'SLOW', 'FAR', 'PORTS', 'LIMIT', 'MODES', 'PATIENCE', 'looked', 'model',
            'disk', 'database', 'files', 'secrets', 'host', 'Rights', 'Examined', 'clocks', 'keys', 'modes', 'leverage',
-           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'placed', 'Report', 'Case', 'examine', 'at_start']
+           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'placed', 'Report', 'Case', 'case_of', 'examine',
+           'at_start']
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor03
 import asyncio
@@ -17,6 +18,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from inspect import isawaitable
 from math import ceil
 from pathlib import Path
@@ -37,11 +39,12 @@ from .order_states import State
 from .session import Session, place_of
 from .start import Finding, Verdict, wrong_leverage, wrongly_set
 from .venue import AccountSnapshot, Outcome, Venue, VenueError
+from ..market.symbols import symbols_of
 from ..orders import Kind, Order, TimeInForce
 from ..runs.run import Run
 from ..runs.self_test import DECISIONS, decides_twice, self_test
 from ..secrets import reminder, store_of
-from ..settings import CostModel, Limits
+from ..settings import CostModel, Limits, stricter
 from ..texts import html_rows, one_line
 from ..times import format_time
 
@@ -149,19 +152,20 @@ async def host(
 )->Finding:
     "Whether a host answers, and how long it takes"
     parts, began = urlsplit(url), monotonic()
-    name, port = f"host {parts.netloc}", parts.port or PORTS[parts.scheme]
-    try:
-        _, line = await asyncio.wait_for(asyncio.open_connection(
-            parts.hostname, port, ssl=parts.scheme in ("https", "wss") or None), patience)
-        line.close()
+    name, port = f"host {parts.scheme}://{parts.netloc}", parts.port or PORTS[parts.scheme]
+    try: _, line = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port), patience)
     except socket.gaierror as error:
         return Finding(name, WRONG, f"{parts.hostname} is not found ({error.strerror}): check the address, and DNS")
-    except ssl.SSLError as error:
-        return Finding(name, WRONG, f"{url} does not prove who it is ({error.reason or error}): check the address, and "
-                       "what stands between here and there")
     except (OSError, TimeoutError) as error:
         return Finding(name, WRONG, f"{url} takes no connection ({one_line(str(error)) or 'time-out'}): check the "
                        "address, the network and the firewall")
+    try:
+        if parts.scheme in ("https", "wss"): await asyncio.wait_for(line.start_tls(ssl.create_default_context(),
+            server_hostname=parts.hostname), patience)
+    except (OSError, TimeoutError) as error:
+        return Finding(name, WRONG, f"{url} does not prove who it is ({one_line(str(error)) or 'no certificate'}): "
+                       "check the address, and what stands between here and there")
+    finally: line.close()
     took = 1000 * (monotonic() - began)
     said = f"connected in {took:.0f} ms"
     return Finding(name, OK, said) if took < FAR else Finding(name, WARNING, f"{said}: orders are as late; trade from "
@@ -295,7 +299,7 @@ async def stream(ears:Ears, name:str, patience:float=PATIENCE)->Finding:
                    "address of the stream, and what stands between here and there")
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor29
-def far_orders(instrument:Instrument, price:float, leverage:int, now:int)->dict[str, Order]:
+def far_orders(instrument:Instrument, price:float, now:int)->dict[str, Order]:
     "A smallest order and a smallest stop at half the price, on the grid, by what they are"
     tick, step = instrument.price_tick, instrument.quantity_step
     at = float(decimal8(round(price / 2 / tick) * tick))
@@ -350,7 +354,7 @@ class Report:
     def keep(self, folder:Path)->Path:
         "Write it to a file that its time names"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{format_time(self.time)[:16].replace(' ', 'T').replace(':', '')}-{self.time % 60_000}.json"
+        path = folder / f"doctor-{datetime.fromtimestamp(self.time / 1000, UTC):%Y%m%dT%H%M%S.%fZ}.json"
         replace_files({path: self.json()})
         return path
 
@@ -363,13 +367,36 @@ class Case:
     venue:Any                     # Examined, not connected
     runs:Sequence[Run]
     symbols:Sequence[str]
+    limits:Limits = Limits()
     timeframe:str = "1h"
     orders:bool = True            # whether orders may be placed
     patience:float = PATIENCE     # seconds, for a stream
 
 
+def case_of(
+    here:Settings,
+    place:VenueSettings,
+    venue:Any,               # Examined, at that place
+    runs:Sequence[Run],
+    symbol:str="",           # names with commas  [default: those of the runs, or of the settings]
+    orders:bool=True,        # whether orders may be placed
+)->Case:
+    "The case of runs that shall trade, under the stricter limits of theirs and the house's"
+    known = dict.fromkeys(name for run in runs for name in run.symbols)
+    limits = here.risk
+    for run in runs:
+        if run.fitted_until: limits = stricter(run.limits, limits)
+    timeframe = next((run.timeframe for run in runs if run.timeframe), here.timeframe)
+    return Case(here, place, venue, runs, symbols_of(symbol) or tuple(known) or symbols_of(here.symbol), limits,
+                timeframe, orders)
+
+
 async def _connected(case):
-    await case.venue.connect(case.symbols)
+    try: await case.venue.connect(case.symbols)
+    except VenueError as error:
+        if not str(error).startswith("the list of markets"): raise
+        raise VenueError(f"{error}: " + ("start one with `tradelab localnet`, or let `tradelab live` start its own"
+            if case.place.name == "localnet" else "see what is said of the hosts, and try again")) from None
     return Finding("connection", OK, f"{case.venue.name} at {case.venue.address}")
 
 
@@ -380,7 +407,7 @@ async def _of_machine(case, ledger):
                "age of keys": lambda: secrets(here, name, clock())}
     if isinstance(ledger, str): checks["database"] = lambda: ledger
     else: checks["database"] = lambda: database(ledger)
-    for url in (case.place.rest, case.place.stream): checks[f"host {urlsplit(url).netloc}"] = lambda url=url: host(url)
+    for url in (case.place.rest, case.place.stream): checks[f"host {url}"] = lambda url=url: host(url)
     return [await looked(name, check) for name, check in checks.items()]
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor35
@@ -389,7 +416,7 @@ async def _of_account(case, account):
     found = modes(account, case.symbols, venue.name)
     checks = {"money": lambda: money(account, here.deposit, venue.quote)}
     for each in venue.instruments(case.symbols):
-        checks[f"leverage {each.symbol}"] = lambda each=each: leverage(each, account, here.risk, here.deposit,
+        checks[f"leverage {each.symbol}"] = lambda each=each: leverage(each, account, case.limits, here.deposit,
                                                                        venue.quote)
         checks[f"fees {each.symbol}"] = lambda each=each: fees(venue, each.symbol, here.costs)
     return found + [await looked(name, check) for name, check in checks.items()]
@@ -400,7 +427,7 @@ async def _of_orders(case, may_place, why):
     candles = (await venue.history(symbol, case.timeframe, 1))[1] if may_place else ()
     if not len(candles):
         return [Finding(name, UNCHECKED, why or f"{symbol} has no closed candle yet") for name in ("order", "stop")]
-    orders = far_orders(venue.instruments([symbol])[0], float(candles[-1, 3]), case.here.risk.leverage, clock())
+    orders = far_orders(venue.instruments([symbol])[0], float(candles[-1, 3]), clock())
     return [await looked(name, lambda name=name, order=order: placed(venue, name, order))
             for name, order in orders.items()]
 
