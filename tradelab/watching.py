@@ -78,6 +78,7 @@ def _example(exchange, folder, pace):
 def example_session(
     candles:int=60,   # that are traded
     pace:float=.03,   # seconds a candle
+    finished:bool=False,  # wait until it has ended
 )->Iterator[Place]:
     "A session of an invented market that trades meanwhile, or has traded; everything is thrown away at the end"
     market = ar1(400, rho=.1, volatility=.008, seed=4)
@@ -87,7 +88,7 @@ def example_session(
         trading = threading.Thread(target=lambda: asyncio.run(session.run(candles)))
         trading.start()
         try:
-            while trading.is_alive() and not session.statistics.candles: sleep(.01)
+            while trading.is_alive() and (finished or not session.statistics.candles): sleep(.01)
             yield Place(f"sqlite:///{name}/tradelab.db", Path(name) / "sessions", session.id,
                         "no session has run here: this is an example with SYNTHETIC prices, on a localnet of its own")
         finally:
@@ -283,6 +284,7 @@ def session_figure(track:Track, status:Status|None=None)->"Figure":
 def attached(
     here:Settings,
     session:str="",   # empty: the only one that runs, or the newest
+    finished:bool=False,  # where there is none: wait until the example has ended
 )->Iterator[Place]:
     "Where a session can be looked at; LookupError if nobody knows the one that is named"
     try: found = statuses(here.database, here.sessions, clock(), session)
@@ -293,7 +295,7 @@ def attached(
         runs = f"; {sum(each.alive for each in found)} sessions run" if sum(each.alive for each in found) > 1 else ""
         yield Place(here.database, here.sessions, found[0].session, f"session {found[0].session}{runs}")
         return
-    with example_session() as place: yield place
+    with example_session(pace=0. if finished else .03, finished=finished) as place: yield place
 
 # %% ../nbs/99_top/10_watching.ipynb #b169fe00
 async def looks(
