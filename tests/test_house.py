@@ -25,7 +25,7 @@ OWNERS = {  # a library lives in one named place
     "alembic": {"tradelab.database.migrations"}, "psycopg": {"tradelab.database.engine"},
     "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
     "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
-    "papermill": {"tradelab.jobs"},
+    "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}

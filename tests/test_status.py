@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,16 @@ from pathlib import Path
 import pytest
 from test_live import localnet, run, session, start
 
+from tradelab.aftermath import record_of
 from tradelab.database.reading import MissingLedgerError, reading
 from tradelab.database.records import Asked, clock
 from tradelab.database.rows import Database
-from tradelab.database.schema import FORMAT, FORMATS
+from tradelab.database.schema import CLOSES, FORMAT, FORMATS
 from tradelab.events import Fill
 from tradelab.live.ledger import Ledger
 from tradelab.live.messages import LedgerState
 from tradelab.live.status import screen, statuses
+from tradelab.watching import Place, session_figure, track_of
 
 pytestmark = pytest.mark.integration
 NAME = "momentum_test"
@@ -49,7 +52,7 @@ def tradelab(folder, *words, **options):
 
 def said(folder, *words):
     process = tradelab(folder, *words)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=200)
     assert "Traceback" not in error
     return process.returncode, out + error
 
@@ -91,7 +94,7 @@ def test_a_killed_session_is_seen_as_dead_with_what_it_left(tmp_path):
     code, text = said(tmp_path, "status")
     assert code == 0
     assert text.startswith(f"{NAME}  DIED  heard of ")
-    assert f"`tradelab live -p resume {NAME}` goes on" in text
+    assert f"`tradelab live -p resume {NAME} -p venue localnet -p policy " in text
     found, = json.loads(said(tmp_path, "status", NAME, "--json")[1])
     assert found["state"] == "died"
     assert len(found["orders"]) == len(died.orders)
@@ -179,3 +182,58 @@ def test_watch_sees_a_session_come_and_die_and_ends_by_ctrl_c(tmp_path):
         out, error = watching.communicate(timeout=30)
     assert watching.returncode == 0
     assert error == ""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    "The folder of a session that was killed after its twelfth order"
+    folder = tmp_path_factory.mktemp("killed")
+    with localnet() as exchange: assert start(exchange, folder, "after", 12).wait() == -signal.SIGKILL
+    return folder
+
+
+def place(folder): return Place(url(folder), folder / "sessions", NAME)
+
+
+def test_the_record_of_a_killed_session_says_what_it_left_and_what_to_do(killed):
+    record = record_of(place(killed))
+    decided = Ledger(url(killed)).journal(NAME).index.nunique()
+    assert record.ended.startswith("it died without a word while trading, its last sign of life was at ")
+    assert record.ledger == ""
+    assert "its process ended before it was closed" in record.recording
+    assert record.replayed.startswith("cannot be replayed: ") # its origin is no import name: a test has made it
+    assert "orders were sent and not answered" in " ".join(record.next) or not record.status.orders
+    assert record.next[-1].startswith(f"to go on: `tradelab live -p resume {NAME} -p venue localnet")
+    with reading(url(killed)) as look: track = track_of(look, NAME)
+    assert track.prices.index.nunique() == decided
+    assert len(session_figure(track, record.status).axes) == 4
+
+
+def test_a_record_without_recording_or_status_and_of_a_changed_ledger_says_so(killed, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(killed, folder)
+    recording = folder / "sessions" / NAME / "recording.zst"
+    content = recording.read_bytes()
+    recording.write_bytes(content[:len(content) // 2] + b"damage" + content[len(content) // 2:])
+    (folder / "sessions" / NAME / "session.json").write_text("{torn")
+    record = record_of(place(folder))
+    assert "decisions are proven, " in record.recording
+    assert "session.json" in record.status.unread
+    shutil.rmtree(folder / "sessions" / NAME)
+    assert record_of(place(folder)).recording.startswith("there is no recording.zst in ")
+    Database(url(folder)).write(CLOSES.update().values(equity=1.))
+    changed = record_of(place(folder))
+    assert "is not as it was written" in changed.ledger
+    assert any("bring back the ledger" in each for each in changed.next)
+
+
+def test_the_report_of_a_killed_session_is_made_by_its_job(killed):
+    code, text = said(killed, "run", "session_report", "--output", "report.ipynb")
+    assert code == 0, text
+    told = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    assert told["session"] == NAME
+    assert told["state"] == "died"
+    assert told["ended"].startswith("it died without a word")
+    code, text = said(killed, "run", "session_report", "-p", "session", "nobody")
+    assert code == 1
+    assert text == f"Error: there is no session nobody: did you mean {NAME}?\n"

@@ -8,10 +8,10 @@ __all__ = ['LOCK', 'FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unh
            'watch', 'answer_of', 'one_strategy', 'ask_for', 'say_word', 'parameters_of', 'number_of_pair', 'add_word',
            'serve', 'first_streamed', 'candle_source', 'told_of', 'localnet', 'config', 'import_settings', 'show_table',
            'ask_first', 'secrets', 'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets',
-           'change_the_passphrase', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
-           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
-           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'ledger',
-           'upgrade_ledger', 'check_ledger', 'export_ledger']
+           'change_the_passphrase', 'alerts', 'test_alerts', 'names_running', 'runs', 'list_runs', 'show_one_run',
+           'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
+           'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
+           'check_kept', 'delete_data', 'doctor', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -604,6 +604,19 @@ def change_the_passphrase()->None:
     typed = "" if sys.stdin.isatty() else sys.stdin.read(20_000).strip("\n")
     with one_sentence(): click.echo(change_passphrase(settings(), typed))
 
+# %% ../nbs/99_top/07_command.ipynb #cmdalrt1
+@main.group()
+def alerts()->None:
+    "What a person hears who does not look: alert_url and [alerts] of the settings."
+
+
+@alerts.command("test")
+def test_alerts()->None:
+    "Send one message to alert_url, and say whether it was taken."
+    from tradelab.config import settings
+    from tradelab.live.alerts import send_test
+    with one_sentence(): click.echo(send_test(settings()))
+
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
     "The sessions that run, as a set"
@@ -784,6 +797,34 @@ def delete_data(source:str, symbol:str, timeframe:str, yes:bool)->None:
         ask_first(f"{source} {symbol} {timeframe}", yes)
         delete_series(source, symbol, timeframe)
     click.echo(f"deleted {source} {symbol} {timeframe}")
+
+# %% ../nbs/99_top/07_command.ipynb #doctcmd2
+@main.command()
+@click.option("policies", "-p", "--policy", multiple=True, metavar="POLICY", help="A train id, latest, or an import "
+              "name, that shall trade; may be repeated.")
+@click.option("--venue", default="", help="localnet, testnet or mainnet  [default: that of the settings]")
+@click.option("--symbol", default="", help="Names with commas  [default: those of the policies, or of the settings]")
+@click.option("--no-orders", is_flag=True, help="Do not place (and cancel) an order and a stop far from the market.")
+@click.option("as_json", "--json", is_flag=True, help="Print the whole report.")
+@click.pass_context
+def doctor(context:click.Context, policies:tuple[str, ...], venue:str, symbol:str, no_orders:bool,
+           as_json:bool)->None:
+    "Look at all that a session needs, and say what to do about what is wrong; the exit code is 1 if anything is."
+    import asyncio
+
+    from tradelab.config import settings, venue_for
+    from tradelab.inputs import venue_at
+    from tradelab.live.doctor import case_of, examine
+    from tradelab.runs.registry import load
+    from tradelab.secrets import with_keys
+    with one_sentence():
+        here = settings(**({"venue": venue} if venue else {}))
+        place = venue_for(with_keys(here))
+        runs = [load(policy) for policy in policies]
+        report = asyncio.run(examine(case_of(here, place, venue_at(place), runs, symbol, not no_orders)))
+        report.keep(here.reports / "doctor")
+    click.echo(report.json() if as_json else str(report))
+    if report.wrong: context.exit(1)
 
 # %% ../nbs/99_top/07_command.ipynb #bfadb8b9
 @main.group()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENTS', 'VENUES', 'REAL', 'TABLES', 'PREFIX', 'TOML',
            'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS', 'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED',
-           'FORBIDDING', 'FALSE', 'project_root', 'Trust', 'Settings', 'known_keys', 'nearest', 'read_table',
-           'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings', 'one_section',
-           'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed', 'VenueSettings',
-           'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
+           'FORBIDDING', 'FALSE', 'project_root', 'Trust', 'AlertSettings', 'Settings', 'known_keys', 'nearest',
+           'read_table', 'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings',
+           'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed',
+           'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -116,6 +116,13 @@ class Trust:
     # beside tradelab's own and those in the project's folder
     modules: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
 
+
+@dataclass(frozen=True)
+class AlertSettings:
+    "What is told to a person who is away, at `alert_url`"
+    level: Literal["info", "warning", "error", "critical"] = "error"             # of the notices that are told
+    minutes: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = 15. # between two of the same kind
+
 # %% ../nbs/00_ground/12_config.ipynb #85769e7f
 class Settings(BaseSettings):
     "All settings"
@@ -159,6 +166,8 @@ class Settings(BaseSettings):
     risk: Limits = Limits()                               # [risk]
     costs: CostModel = CostModel()                        # [costs]
     trust: Trust = Trust()                                # [trust]
+    alert_url: SecretStr | None = None                    # an address of apprise; empty: nobody is told
+    alerts: AlertSettings = AlertSettings()               # [alerts]
     execution: Execution = Execution()                    # [execution]: how a backtest turns targets into orders
     training: Training = Training()                       # [training]
     # [breakers]: what is measured, with threshold, consecutive, cool_down and window, and tables by venue or symbol
@@ -185,7 +194,8 @@ class Settings(BaseSettings):
 
 # %% ../nbs/00_ground/12_config.ipynb #c6716410
 # records by the table that they are read from
-TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training, "trust": Trust}
+TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training, "trust": Trust,
+          "alerts": AlertSettings}
 
 
 def _names(record, prefix):
@@ -400,7 +410,7 @@ def _sentence(detail, parameters):
     if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, Instrument, SeriesDefinition))):
         key = f"{key}.{what.split('.', 1)[1].split(' ')[0]}"
         what = what.split(" ", 1)[1]
-    elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret")):
+    elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret", "_url")):
         what += f", was {detail['input']!r}"
     places = [*read_places(parameters.get("environment")), (PARAMETERS, _flat(parameters))]
     where = next((where for where, keys in reversed(places)

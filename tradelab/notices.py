@@ -55,6 +55,9 @@ NOTICES = { # kind: (level, when it is told)
     "check": ("info", "what was looked at before a session began"),
     "command": ("warning", "what a person asked for, and what came of it"),
     "task": ("error", "something beside the session broke"),
+    "alerts": ("warning", "what a person away should hear does not reach them, or does so again"),
+    "stuck": ("error", "something has been wrong for long, and only what reduces is sent"),
+    "refused": ("error", "a session was not begun"),
     "failed": ("critical", "the session ended by an error"),
 }
 

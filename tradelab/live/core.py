@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Process', 'CAUSE_OF', 'Terms', 'Watch', 'Keeper', 'Known', 'over', 'is_news', 'note_question', 'Core', 'hear',
-           'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_phase', 'tended', 'watch_candles',
-           'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in', 'tell_unknown',
-           'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen',
-           'withhold', 'take_ours', 'hear_fill', 'hear_command', 'take', 'news', 'sleep', 'ask_all',
-           'ask_until_answered']
+           'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_stuck', 'tell_phase', 'tended',
+           'watch_candles', 'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in',
+           'tell_unknown', 'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state',
+           'mark_foreign', 'drop_frozen', 'withhold', 'take_ours', 'hear_fill', 'hear_command', 'take', 'news', 'sleep',
+           'ask_all', 'ask_until_answered']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -79,7 +79,7 @@ from ..notices import Notice
 from ..orders import Order
 from ..risk.breakers import DEFAULTS, Breaker
 from ..risk.trading_state import allowed
-from ..times import milliseconds
+from ..times import format_time, milliseconds
 from ..trader import Trader, kept
 
 # %% ../../nbs/70_live/12_core.ipynb #9649cd0a
@@ -116,6 +116,7 @@ class Terms:
     cool_downs:dict[str, int] = field(default_factory=dict) # ms, by cause  [default: risk.trading_state.CAUSES]
     danger:float = 1.2             # equity over maintenance margin, below which everything is closed
     at_end:str = "keep"            # positions at an ordered end: keep, or flatten
+    stuck_after:int = 600_000      # ms of not trading freely, after which a person is told
     end_patience:int = 30_000      # ms that closing them may take
     heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
@@ -139,6 +140,7 @@ class Watch:
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
         self.silent_until = 0                # ms, when the last of those was given up
+        self.guarded_since: int|None = None  # ms, from when it has not traded freely
         self.leaves_at: int|None = None      # ms, when a session that closes all at its end leaves what it could not
 
     @property
@@ -353,9 +355,22 @@ def passes_guards(core:"Core", order:Order, cancels:bool)->bool:
     return core.guards.allow(Deed.CANCEL if cancels else deed_of(order), order.symbol, is_emergency(order))
 
 # %% ../../nbs/70_live/12_core.ipynb #3357c10a
+def tell_stuck(core:"Core", phase:Phase)->None:
+    "A session that has been guarded for long needs a person, who may not look"
+    watch = core.watch
+    if phase is Phase.GUARDED: watch.guarded_since = watch.guarded_since or core.now
+    elif phase is not Phase.RECONCILING: watch.guarded_since = None
+    since, reasons = watch.guarded_since, ", ".join(sorted(core.guards.reasons))
+    if since is None: over(core, "stuck", "phase", "what had been wrong for long is over")
+    elif reasons and core.now >= since + core.terms.stuck_after:
+        core.do(Tell(Notice("stuck", f"guarded since {format_time(since)}, now by {reasons}: nothing is opened until "
+                            "that is over"), "phase"))
+
+
 def tell_phase(core:"Core")->None:
     "Say that the phase has changed, or why it is guarded"
     phase, reasons = core.guards.phase, tuple(sorted(core.guards.reasons))
+    tell_stuck(core, phase)
     if (core.phase.after, core.phase.reasons) == (phase, reasons): return
     core.phase = PhaseChanged(core.phase.after, phase.value, reasons)
     core.do(core.phase)
@@ -372,6 +387,8 @@ def tended(core:"Core")->list[int|None]:
     watch, reasons = core.watch, core.guards.reasons
     times = [watch.sample_at, watch.candle.next, *(each.next for each in watch.streams.values())]
     if core.protector: times.append(core.protector.due)
+    if watch.guarded_since and reasons and ("stuck", "phase") not in core.said:
+        times.append(watch.guarded_since + core.terms.stuck_after)
     if "banned" in reasons: times.append(watch.retry_at)
     if not (reasons and any(reason_of("stale", symbol) in reasons for symbol in core.feed.missing)):
         times.append(watch.stale_at)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OK', 'WARNING', 'WRONG', 'UNCHECKED', 'FREE', 'SLOW', 'FAR', 'PORTS', 'LIMIT', 'MODES', 'PATIENCE', 'looked', 'model',
            'disk', 'database', 'files', 'secrets', 'host', 'Rights', 'Examined', 'clocks', 'keys', 'modes', 'leverage',
-           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'placed', 'Report', 'Case', 'examine', 'at_start']
+           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'taken_back', 'placed', 'Report', 'Case',
+           'case_of', 'examine', 'at_start']
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor03
 import asyncio
@@ -17,6 +18,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from inspect import isawaitable
 from math import ceil
 from pathlib import Path
@@ -36,12 +38,13 @@ from .ledger import Ledger, MemoryLedger
 from .order_states import State
 from .session import Session, place_of
 from .start import Finding, Verdict, wrong_leverage, wrongly_set
-from .venue import AccountSnapshot, Outcome, Venue, VenueError
+from .venue import AccountSnapshot, Answer, Outcome, Venue, VenueError
+from ..market.symbols import symbols_of
 from ..orders import Kind, Order, TimeInForce
 from ..runs.run import Run
 from ..runs.self_test import DECISIONS, decides_twice, self_test
 from ..secrets import reminder, store_of
-from ..settings import CostModel, Limits
+from ..settings import CostModel, Limits, stricter
 from ..texts import html_rows, one_line
 from ..times import format_time
 
@@ -149,19 +152,20 @@ async def host(
 )->Finding:
     "Whether a host answers, and how long it takes"
     parts, began = urlsplit(url), monotonic()
-    name, port = f"host {parts.netloc}", parts.port or PORTS[parts.scheme]
-    try:
-        _, line = await asyncio.wait_for(asyncio.open_connection(
-            parts.hostname, port, ssl=parts.scheme in ("https", "wss") or None), patience)
-        line.close()
+    name, port = f"host {parts.scheme}://{parts.netloc}", parts.port or PORTS[parts.scheme]
+    try: _, line = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port), patience)
     except socket.gaierror as error:
         return Finding(name, WRONG, f"{parts.hostname} is not found ({error.strerror}): check the address, and DNS")
-    except ssl.SSLError as error:
-        return Finding(name, WRONG, f"{url} does not prove who it is ({error.reason or error}): check the address, and "
-                       "what stands between here and there")
     except (OSError, TimeoutError) as error:
         return Finding(name, WRONG, f"{url} takes no connection ({one_line(str(error)) or 'time-out'}): check the "
                        "address, the network and the firewall")
+    try:
+        if parts.scheme in ("https", "wss"): await asyncio.wait_for(line.start_tls(ssl.create_default_context(),
+            server_hostname=parts.hostname), patience)
+    except (OSError, TimeoutError) as error:
+        return Finding(name, WRONG, f"{url} does not prove who it is ({one_line(str(error)) or 'no certificate'}): "
+                       "check the address, and what stands between here and there")
+    finally: line.close()
     took = 1000 * (monotonic() - began)
     said = f"connected in {took:.0f} ms"
     return Finding(name, OK, said) if took < FAR else Finding(name, WARNING, f"{said}: orders are as late; trade from "
@@ -202,7 +206,10 @@ async def clocks(venue:Venue, limit:int=LIMIT)->Finding:
 
 async def keys(venue:Any)->Finding: # Examined, or a venue that tells nothing of keys
     "What the key may do: trade, and nothing that a thief would want"
-    may: Rights|None = await venue.rights() if hasattr(venue, "rights") else None
+    try: may: Rights|None = await venue.rights() if hasattr(venue, "rights") else None
+    except VenueError as error:
+        return Finding("keys", WARNING, f"accepted, but what they may do is not known ({error}): look at the exchange "
+                       "that they may not withdraw")
     if may is None:
         return Finding("keys", OK if venue.name != "mainnet" else UNCHECKED, "accepted; the exchange does not say what "
                        "they may do")
@@ -295,7 +302,7 @@ async def stream(ears:Ears, name:str, patience:float=PATIENCE)->Finding:
                    "address of the stream, and what stands between here and there")
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor29
-def far_orders(instrument:Instrument, price:float, leverage:int, now:int)->dict[str, Order]:
+def far_orders(instrument:Instrument, price:float, now:int)->dict[str, Order]:
     "A smallest order and a smallest stop at half the price, on the grid, by what they are"
     tick, step = instrument.price_tick, instrument.quantity_step
     at = float(decimal8(round(price / 2 / tick) * tick))
@@ -306,16 +313,25 @@ def far_orders(instrument:Instrument, price:float, leverage:int, now:int)->dict[
                                             trigger=at, in_force=TimeInForce.GTC)}
 
 
+async def taken_back(venue:Venue, order:Order, attempts:int=3)->Answer:
+    "The last answer to the cancellation of an order, which is asked for until it is proven"
+    for attempt in range(attempts):
+        answer = await venue.cancel(order)
+        if answer.outcome in (Outcome.ACCEPTED, Outcome.NOT_FOUND): break
+        if attempt + 1 < attempts: await asyncio.sleep(min(answer.retry or .2, 2.))
+    return answer
+
+
 async def placed(venue:Venue, name:str, order:Order)->Finding:
     "Place an order, ask for it, take it back, and see that it is gone"
     what = f"{order.quantity:+g} {order.symbol} at {order.price or order.trigger:g}"
     sent = await venue.place(order)
     try: known = await venue.query(order)
-    finally: gone = await venue.cancel(order)
-    left = [each for each in await venue.open_orders(order.symbol) if each.order_id == order.order_id]
-    if left or gone.outcome not in (Outcome.ACCEPTED, Outcome.NOT_FOUND):
-        return Finding(name, WRONG, f"{what} could not be cancelled ({gone.text or gone.outcome}): cancel "
-                       f"{order.order_id} at the exchange by hand")
+    finally: gone = await taken_back(venue, order)
+    lost = sent.outcome is Outcome.UNKNOWN and gone.outcome is not Outcome.ACCEPTED # it may come yet
+    if lost or gone.outcome not in (Outcome.ACCEPTED, Outcome.NOT_FOUND):
+        return Finding(name, WRONG, f"{what} could not be cancelled ({gone.text or sent.text}): look for "
+                       f"{order.order_id} at the exchange, and cancel it there by hand")
     if sent.outcome is not Outcome.ACCEPTED:
         return Finding(name, WRONG, f"{what} was not taken ({sent.text or sent.outcome}), and does not work there: an "
                        "order of a session would not be, either")
@@ -350,7 +366,7 @@ class Report:
     def keep(self, folder:Path)->Path:
         "Write it to a file that its time names"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{format_time(self.time)[:16].replace(' ', 'T').replace(':', '')}-{self.time % 60_000}.json"
+        path = folder / f"doctor-{datetime.fromtimestamp(self.time / 1000, UTC):%Y%m%dT%H%M%S.%fZ}.json"
         replace_files({path: self.json()})
         return path
 
@@ -363,13 +379,36 @@ class Case:
     venue:Any                     # Examined, not connected
     runs:Sequence[Run]
     symbols:Sequence[str]
+    limits:Limits = Limits()
     timeframe:str = "1h"
     orders:bool = True            # whether orders may be placed
     patience:float = PATIENCE     # seconds, for a stream
 
 
+def case_of(
+    here:Settings,
+    place:VenueSettings,
+    venue:Any,               # Examined, at that place
+    runs:Sequence[Run],
+    symbol:str="",           # names with commas  [default: those of the runs, or of the settings]
+    orders:bool=True,        # whether orders may be placed
+)->Case:
+    "The case of runs that shall trade, under the stricter limits of theirs and the house's"
+    known = dict.fromkeys(name for run in runs for name in run.symbols)
+    limits = here.risk
+    for run in runs:
+        if run.fitted_until: limits = stricter(run.limits, limits)
+    timeframe = next((run.timeframe for run in runs if run.timeframe), here.timeframe)
+    return Case(here, place, venue, runs, symbols_of(symbol) or tuple(known) or symbols_of(here.symbol), limits,
+                timeframe, orders)
+
+
 async def _connected(case):
-    await case.venue.connect(case.symbols)
+    try: await case.venue.connect(case.symbols)
+    except VenueError as error:
+        if not str(error).startswith("the list of markets"): raise
+        raise VenueError(f"{error}: " + ("start one with `tradelab localnet`, or let `tradelab live` start its own"
+            if case.place.name == "localnet" else "see what is said of the hosts, and try again")) from None
     return Finding("connection", OK, f"{case.venue.name} at {case.venue.address}")
 
 
@@ -380,7 +419,7 @@ async def _of_machine(case, ledger):
                "age of keys": lambda: secrets(here, name, clock())}
     if isinstance(ledger, str): checks["database"] = lambda: ledger
     else: checks["database"] = lambda: database(ledger)
-    for url in (case.place.rest, case.place.stream): checks[f"host {urlsplit(url).netloc}"] = lambda url=url: host(url)
+    for url in (case.place.rest, case.place.stream): checks[f"host {url}"] = lambda url=url: host(url)
     return [await looked(name, check) for name, check in checks.items()]
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor35
@@ -389,7 +428,7 @@ async def _of_account(case, account):
     found = modes(account, case.symbols, venue.name)
     checks = {"money": lambda: money(account, here.deposit, venue.quote)}
     for each in venue.instruments(case.symbols):
-        checks[f"leverage {each.symbol}"] = lambda each=each: leverage(each, account, here.risk, here.deposit,
+        checks[f"leverage {each.symbol}"] = lambda each=each: leverage(each, account, case.limits, here.deposit,
                                                                        venue.quote)
         checks[f"fees {each.symbol}"] = lambda each=each: fees(venue, each.symbol, here.costs)
     return found + [await looked(name, check) for name, check in checks.items()]
@@ -400,30 +439,33 @@ async def _of_orders(case, may_place, why):
     candles = (await venue.history(symbol, case.timeframe, 1))[1] if may_place else ()
     if not len(candles):
         return [Finding(name, UNCHECKED, why or f"{symbol} has no closed candle yet") for name in ("order", "stop")]
-    orders = far_orders(venue.instruments([symbol])[0], float(candles[-1, 3]), case.here.risk.leverage, clock())
+    orders = far_orders(venue.instruments([symbol])[0], float(candles[-1, 3]), clock())
     return [await looked(name, lambda name=name, order=order: placed(venue, name, order))
             for name, order in orders.items()]
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor36
-async def _of_exchange(case, ledger):
-    "What only a connected venue tells"
+async def _of_exchange(case, ledger, found):
+    "What only a connected venue tells, added to what was found"
     venue, ears = case.venue, Ears(case.venue)
-    found = [await looked("clock", lambda: clocks(venue)), await looked("keys", lambda: keys(venue))]
+    found += [await looked("clock", lambda: clocks(venue)), await looked("keys", lambda: keys(venue))]
     account = await venue.account()
     found += await _of_account(case, account)
-    held = await looked("lease", lambda: lease(ledger, venue, account, case.symbols, clock()))
+    held = Finding("lease", UNCHECKED, "the ledger cannot tell whether a session trades there")
+    if not isinstance(ledger, str):
+        held = await looked(held.name, lambda: lease(ledger, venue, account, case.symbols, clock()))
+    found.append(held)
     await venue.stream(case.symbols, case.timeframe)
-    market = await asyncio.gather(*(looked(f"{name} stream", lambda name=name: stream(ears, name, case.patience))
+    found += await asyncio.gather(*(looked(f"{name} stream", lambda name=name: stream(ears, name, case.patience))
                                     for name in ("market", "book")))
     one_way = not account.hedge_mode
     free = case.orders and held.verdict is OK and one_way
-    why = ("" if free else "nothing is to be placed" if not case.orders else "a session trades there" if one_way
-           else "the account is in hedge mode")
+    why = ("" if free else "nothing is to be placed" if not case.orders else "the account is in hedge mode"
+           if not one_way else held.text)
     orders = await _of_orders(case, free, why)
     if any(each.verdict is OK for each in orders): user = await looked("user stream", lambda: stream(ears, "user",
         case.patience))
     else: user = Finding("user stream", UNCHECKED, "it only tells of orders, and none was placed")
-    return [*found, held, *market, *orders, user]
+    found += [*orders, user]
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor37
 async def examine(case:Case)->Report:
@@ -434,8 +476,8 @@ async def examine(case:Case)->Report:
         found = await _of_machine(case, ledger)
         found.append(await looked("connection", lambda: _connected(case)))
         if found[-1].verdict is OK:
-            try: found += await _of_exchange(case, MemoryLedger() if isinstance(ledger, str) else ledger)
-            except Exception as error: found.append(Finding("exchange", WRONG, one_line(f"{error}")))
+            broken = await looked("exchange", lambda: _of_exchange(case, ledger, found))
+            if broken.verdict is not OK: found.append(broken)
     finally:
         await case.venue.close()
         if not isinstance(ledger, str): ledger.close()

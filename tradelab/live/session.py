@@ -9,11 +9,11 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together',
            'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links',
            'refuse_changed', 'CoreInputs', 'opening_of', 'limits_by_hand', 'core_inputs', 'restore_books', 'make_core',
-           'refuse_clock', 'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start',
-           'join', 'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files',
-           'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'command_of', 'know',
-           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
-           'drive_to_the_end', 'Running', 'Session']
+           'refuse_clock', 'Stopwatch', 'Away', 'tell', 'say', 'begin_alerts', 'save_status', 'hold', 'place_of',
+           'look_first', 'told_of_start', 'join', 'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly',
+           'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep',
+           'look', 'command_of', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out',
+           'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from .. import __version__
 from ..config import OURS
 from ..database.engine import LedgerError
 from tradelab.database.records import (
+    Alert,
     Asked,
     Balance,
     BreakerEvent,
@@ -740,9 +741,17 @@ class Stopwatch:
         self._sent = None
 
 # %% ../../nbs/70_live/19_session.ipynb #fdfa55a0
+class Away(Protocol):
+    "Tells people who are away; `live.alerts` has one"
+    def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
+    def tell(self, notice:Notice)->None: "Something that they should hear; returns at once"
+    def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
+
+
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
     if session.writer and (session.files or session.resumed): session.writer.put([notice])
+    if session.alerts: session.alerts.tell(notice)
     getattr(logger, notice.level)(str(notice), session=session.id)
     session.say(str(notice))
 
@@ -751,6 +760,13 @@ def say(session:"Session", line:str)->None:
     "A line for whoever watches"
     logger.info(line, session=session.id)
     session.say(line)
+
+
+def begin_alerts(session:"Session", alerts:Away)->None:
+    "Let people who are away hear of this session; what becomes of an alert is told on another thread"
+    def kept(alert): return session.writer and (session.files or session.resumed) and session.writer.put([alert])
+    def said(text): session.hand(partial(tell, session, Notice("alerts", text)))
+    alerts.begin(f"tradelab: session {session.id} on {session.venue.name}", kept, said)
 
 
 def save_status(session:"Session", state:str)->None:
@@ -900,6 +916,8 @@ async def finish(session:"Session", state:str)->None:
     "Whatever happened, the files are closed and the state is written"
     try: await session.venue.close()
     finally:
+        untold = await asyncio.to_thread(session.alerts.end) if session.alerts else 0
+        if untold: say(session, f"{untold} alerts could not be told")
         lost = await asyncio.to_thread(session.writer.close) if session.writer else 0
         if lost: say(session, f"{lost} records did not reach the ledger: they stand on stderr")
         if session.lease: quietly(session, partial(release, session.ledger, session.lease))
@@ -1087,12 +1105,15 @@ async def drive(session:"Session", max_candles:int|None)->str:
 async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     "The same; whatever happens, it is told, and the files are closed"
     state = "failed"
+    if session.alerts: begin_alerts(session, session.alerts)
     try: state = await drive(session, max_candles)
     except asyncio.CancelledError:
         state = "stopped"
         raise
     except Exception as error:
-        if session.files: tell(session, Notice("failed", f"{type(error).__name__}: {error}"))
+        told = f"{type(error).__name__}: {error}"
+        if session.files: tell(session, Notice("failed", told))
+        elif session.alerts: session.alerts.tell(Notice("refused", told)) # who started it reads the error
         raise
     finally: await finish(session, state)
 
@@ -1140,6 +1161,7 @@ class Session(Running):
         proof:Callable[["Session", str], str]|None=None, # resumed under other code: `live.proof.prove`
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
+        alerts:Away|None=None,   # hears notices for people who are away; None: nobody does
         check_on_start:"Callable[[Session], Awaitable[Sequence[Finding]]]|None"=None, # what is looked at first
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
@@ -1153,6 +1175,7 @@ class Session(Running):
         self.patience, self.proof = patience, proof
         self.gaps = gaps
         self.waits = dict(waits)
+        self.alerts = alerts
         self.check_on_start = check_on_start
         self.say = say
         self.progress = progress
