@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OK', 'WARNING', 'WRONG', 'UNCHECKED', 'FREE', 'SLOW', 'FAR', 'PORTS', 'LIMIT', 'MODES', 'PATIENCE', 'looked', 'model',
            'disk', 'database', 'files', 'secrets', 'host', 'Rights', 'Examined', 'clocks', 'keys', 'modes', 'leverage',
-           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'placed', 'Report', 'Case', 'case_of', 'examine',
-           'at_start']
+           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'taken_back', 'placed', 'Report', 'Case',
+           'case_of', 'examine', 'at_start']
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor03
 import asyncio
@@ -38,7 +38,7 @@ from .ledger import Ledger, MemoryLedger
 from .order_states import State
 from .session import Session, place_of
 from .start import Finding, Verdict, wrong_leverage, wrongly_set
-from .venue import AccountSnapshot, Outcome, Venue, VenueError
+from .venue import AccountSnapshot, Answer, Outcome, Venue, VenueError
 from ..market.symbols import symbols_of
 from ..orders import Kind, Order, TimeInForce
 from ..runs.run import Run
@@ -206,7 +206,10 @@ async def clocks(venue:Venue, limit:int=LIMIT)->Finding:
 
 async def keys(venue:Any)->Finding: # Examined, or a venue that tells nothing of keys
     "What the key may do: trade, and nothing that a thief would want"
-    may: Rights|None = await venue.rights() if hasattr(venue, "rights") else None
+    try: may: Rights|None = await venue.rights() if hasattr(venue, "rights") else None
+    except VenueError as error:
+        return Finding("keys", WARNING, f"accepted, but what they may do is not known ({error}): look at the exchange "
+                       "that they may not withdraw")
     if may is None:
         return Finding("keys", OK if venue.name != "mainnet" else UNCHECKED, "accepted; the exchange does not say what "
                        "they may do")
@@ -310,16 +313,25 @@ def far_orders(instrument:Instrument, price:float, now:int)->dict[str, Order]:
                                             trigger=at, in_force=TimeInForce.GTC)}
 
 
+async def taken_back(venue:Venue, order:Order, attempts:int=3)->Answer:
+    "The last answer to the cancellation of an order, which is asked for until it is proven"
+    for attempt in range(attempts):
+        answer = await venue.cancel(order)
+        if answer.outcome in (Outcome.ACCEPTED, Outcome.NOT_FOUND): break
+        if attempt + 1 < attempts: await asyncio.sleep(min(answer.retry or .2, 2.))
+    return answer
+
+
 async def placed(venue:Venue, name:str, order:Order)->Finding:
     "Place an order, ask for it, take it back, and see that it is gone"
     what = f"{order.quantity:+g} {order.symbol} at {order.price or order.trigger:g}"
     sent = await venue.place(order)
     try: known = await venue.query(order)
-    finally: gone = await venue.cancel(order)
-    left = [each for each in await venue.open_orders(order.symbol) if each.order_id == order.order_id]
-    if left or gone.outcome not in (Outcome.ACCEPTED, Outcome.NOT_FOUND):
-        return Finding(name, WRONG, f"{what} could not be cancelled ({gone.text or gone.outcome}): cancel "
-                       f"{order.order_id} at the exchange by hand")
+    finally: gone = await taken_back(venue, order)
+    lost = sent.outcome is Outcome.UNKNOWN and gone.outcome is not Outcome.ACCEPTED # it may come yet
+    if lost or gone.outcome not in (Outcome.ACCEPTED, Outcome.NOT_FOUND):
+        return Finding(name, WRONG, f"{what} could not be cancelled ({gone.text or sent.text}): look for "
+                       f"{order.order_id} at the exchange, and cancel it there by hand")
     if sent.outcome is not Outcome.ACCEPTED:
         return Finding(name, WRONG, f"{what} was not taken ({sent.text or sent.outcome}), and does not work there: an "
                        "order of a session would not be, either")
@@ -432,25 +444,28 @@ async def _of_orders(case, may_place, why):
             for name, order in orders.items()]
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor36
-async def _of_exchange(case, ledger):
-    "What only a connected venue tells"
+async def _of_exchange(case, ledger, found):
+    "What only a connected venue tells, added to what was found"
     venue, ears = case.venue, Ears(case.venue)
-    found = [await looked("clock", lambda: clocks(venue)), await looked("keys", lambda: keys(venue))]
+    found += [await looked("clock", lambda: clocks(venue)), await looked("keys", lambda: keys(venue))]
     account = await venue.account()
     found += await _of_account(case, account)
-    held = await looked("lease", lambda: lease(ledger, venue, account, case.symbols, clock()))
+    held = Finding("lease", UNCHECKED, "the ledger cannot tell whether a session trades there")
+    if not isinstance(ledger, str):
+        held = await looked(held.name, lambda: lease(ledger, venue, account, case.symbols, clock()))
+    found.append(held)
     await venue.stream(case.symbols, case.timeframe)
-    market = await asyncio.gather(*(looked(f"{name} stream", lambda name=name: stream(ears, name, case.patience))
+    found += await asyncio.gather(*(looked(f"{name} stream", lambda name=name: stream(ears, name, case.patience))
                                     for name in ("market", "book")))
     one_way = not account.hedge_mode
     free = case.orders and held.verdict is OK and one_way
-    why = ("" if free else "nothing is to be placed" if not case.orders else "a session trades there" if one_way
-           else "the account is in hedge mode")
+    why = ("" if free else "nothing is to be placed" if not case.orders else "the account is in hedge mode"
+           if not one_way else held.text)
     orders = await _of_orders(case, free, why)
     if any(each.verdict is OK for each in orders): user = await looked("user stream", lambda: stream(ears, "user",
         case.patience))
     else: user = Finding("user stream", UNCHECKED, "it only tells of orders, and none was placed")
-    return [*found, held, *market, *orders, user]
+    found += [*orders, user]
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor37
 async def examine(case:Case)->Report:
@@ -461,8 +476,8 @@ async def examine(case:Case)->Report:
         found = await _of_machine(case, ledger)
         found.append(await looked("connection", lambda: _connected(case)))
         if found[-1].verdict is OK:
-            try: found += await _of_exchange(case, MemoryLedger() if isinstance(ledger, str) else ledger)
-            except Exception as error: found.append(Finding("exchange", WRONG, one_line(f"{error}")))
+            broken = await looked("exchange", lambda: _of_exchange(case, ledger, found))
+            if broken.verdict is not OK: found.append(broken)
     finally:
         await case.venue.close()
         if not isinstance(ledger, str): ledger.close()

@@ -172,6 +172,7 @@ async def ask_rights(
     exchange:Any,             # of `exchange_for`
 )->KeyRights|None:            # None: it does not say, as the testnet does not
     "What the exchange says of the key"
+    if settings.name == "testnet": return None
     said = await asked(settings, "the rights of the key", exchange.sapiGetAccountApiRestrictions(), fine=NO_SUCH_PATH)
     return None if said is None else readable("the rights of the key", rights_of, said)
 
