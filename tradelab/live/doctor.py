@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ..account import decimal8
-from ..config import DOTENV, TOML, Settings, VenueSettings, exposed_keys, project_root
+from ..config import DOTENV, OURS, TOML, Settings, VenueSettings, exposed_keys, project_root
 from ..database.records import SystemMetric, clock
 from ..files import others_may, replace_files
 from ..instruments import BITCOIN, Instrument
@@ -135,7 +135,7 @@ def secrets(
     now:int,        # ms
 )->Finding:
     "Whether the keys of a venue are old"
-    if venue == "localnet": return Finding("age of keys", OK, "localnet needs none")
+    if venue in OURS: return Finding("age of keys", OK, f"{venue} needs none")
     known = store_of(here).times()
     told = [text for name in (f"{venue}_key", f"{venue}_secret") if name in known
             and (text := reminder(name, known[name], now))]
@@ -408,7 +408,7 @@ async def _connected(case):
     except VenueError as error:
         if not str(error).startswith("the list of markets"): raise
         raise VenueError(f"{error}: " + ("start one with `tradelab localnet`, or let `tradelab live` start its own"
-            if case.place.name == "localnet" else "see what is said of the hosts, and try again")) from None
+            if case.place.name in OURS else "see what is said of the hosts, and try again")) from None
     return Finding("connection", OK, f"{case.venue.name} at {case.venue.address}")
 
 
