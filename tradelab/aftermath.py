@@ -57,12 +57,12 @@ def _at_risk(status):
     bare = [each.symbol for each in status.positions if each.symbol not in guarded]
     if bare: yield f"{', '.join(bare)} is held and no stop of it stands at the exchange: resume soon, or close it there"
     unsure = [order for order in status.orders if order.state in ("sent", "unknown")]
-    if unsure: yield (f"{len(unsure)} orders were sent and not answered: a resumed session asks the exchange what "
-                      "became of them, and sends none again")
+    if unsure: yield (f"orders sent and not answered: {len(unsure)}; a resumed session asks the exchange what became "
+                      "of each, and sends none again")
     resting = [order for order in status.orders if order.state == "working" and not order.stands]
-    if resting: yield f"{len(resting)} orders work at the exchange and may be filled: resume soon, or cancel them there"
+    if resting: yield f"orders that work at the exchange: {len(resting)}; resume soon, or cancel them there"
 
-
+# %% ../nbs/99_top/11_aftermath.ipynb #280d9a34
 def what_next(status:Status, damage:str="")->list[str]:
     "What to do about a session, what presses most first"
     if status.alive: return [f"it is {status.state}: `tradelab status {status.session}`"]
@@ -70,8 +70,8 @@ def what_next(status:Status, damage:str="")->list[str]:
     found = [f"look at {status.owner} first: two sessions must not trade one account"] * (status.state == "silent")
     found += _at_risk(status)
     if damage: found.append(f"{damage}: bring back the ledger that it traded with; a resume refuses this one")
-    if status.foreign: found.append(f"{len(status.foreign)} trades are not ours: once it is resumed, say `tradelab "
-                                    "adopt`, `ignore` or `flatten`, with a --reason")
+    if status.foreign: found.append(f"trades that are not ours: {len(status.foreign)}; once it is resumed, say "
+                                    "`tradelab adopt`, `ignore` or `flatten`, with a --reason")
     if status.trading_state == "HALT": found.append("it is halted, and so is every later session of its strategy: when "
                                                     f"you know why, `tradelab reset {status.strategy} --reason ...`")
     goes_on = f"to go on: `{resume_command(status.session, status.settings)}`"
@@ -86,7 +86,7 @@ def trader_then(path:Path)->Trader:
     return run.trader(then["deposit"], tuple(Instrument(**each) for each in then["instruments"]),
                       Limits(**then["limits"]), Execution(**then["execution"]))
 
-
+# %% ../nbs/99_top/11_aftermath.ipynb #a9e8109e
 def _decided_again(path, journal, newest):
     "What the newest decisions are when they are made again, in a sentence"
     last = journal.loc[journal.index.unique()[-newest:]]
@@ -96,7 +96,7 @@ def _decided_again(path, journal, newest):
     count = last.index.nunique()
     return f"not the same: {wrong}" if wrong else f"the last {count:,} decisions come out the same, bit for bit"
 
-
+# %% ../nbs/99_top/11_aftermath.ipynb #7f475601
 def verdict_on(
     path:Path,               # recording.zst
     journal:pd.DataFrame,    # of the session, from the ledger

@@ -244,7 +244,7 @@ def on_screen(
     lines = [line[:size.columns - 1] for line in text.splitlines()][:size.lines - 1]
     return "\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
 
-
+# %% ../nbs/99_top/07_command.ipynb #9832dae1
 @main.command()
 @click.argument("session", required=False)
 @click.option("--every", default=1., show_default=True, type=click.FloatRange(.1), help="Seconds between two looks.")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OK', 'WARNING', 'WRONG', 'UNCHECKED', 'FREE', 'SLOW', 'FAR', 'PORTS', 'LIMIT', 'MODES', 'PATIENCE', 'looked', 'model',
-           'disk', 'database', 'files', 'secrets', 'host', 'Rights', 'Examined', 'clocks', 'keys', 'modes', 'leverage',
-           'money', 'fees', 'lease', 'Ears', 'stream', 'far_orders', 'taken_back', 'placed', 'Report', 'Case',
-           'case_of', 'examine', 'at_start']
+           'disk', 'database', 'files', 'secrets', 'host', 'clocks', 'keys', 'modes', 'leverage', 'money', 'fees',
+           'lease', 'Ears', 'stream', 'far_orders', 'taken_back', 'placed', 'Report', 'Case', 'case_of', 'examine',
+           'at_start']
 
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor03
 import asyncio
@@ -23,11 +23,11 @@ from inspect import isawaitable
 from math import ceil
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..account import decimal8
-from ..config import DOTENV, TOML, Settings, VenueSettings, exposed_keys, project_root
+from ..config import DOTENV, OURS, TOML, Settings, VenueSettings, exposed_keys, project_root
 from ..database.records import SystemMetric, clock
 from ..files import others_may, replace_files
 from ..instruments import BITCOIN, Instrument
@@ -135,7 +135,7 @@ def secrets(
     now:int,        # ms
 )->Finding:
     "Whether the keys of a venue are old"
-    if venue == "localnet": return Finding("age of keys", OK, "localnet needs none")
+    if venue in OURS: return Finding("age of keys", OK, f"{venue} needs none")
     known = store_of(here).times()
     told = [text for name in (f"{venue}_key", f"{venue}_secret") if name in known
             and (text := reminder(name, known[name], now))]
@@ -171,24 +171,6 @@ async def host(
     return Finding(name, OK, said) if took < FAR else Finding(name, WARNING, f"{said}: orders are as late; trade from "
         "a machine that is nearer")
 
-# %% ../../nbs/70_live/24_doctor.ipynb #doctor20
-class Rights(Protocol):
-    "What a key may do"
-    @property
-    def trade(self)->bool: ...
-    @property
-    def withdraw(self)->bool: ...
-    @property
-    def transfer(self)->bool: ...
-    @property
-    def ip_restricted(self)->bool: ...
-
-
-class Examined(Venue, Protocol):
-    "A venue that also tells of its key and fees"
-    async def rights(self)->Rights|None: "What the key may do; None: the exchange does not say"
-    async def fees(self, symbol:str)->tuple[float, float]: "Maker and taker, fractions of the notional"
-
 # %% ../../nbs/70_live/24_doctor.ipynb #doctor21
 LIMIT = Terms.clock_limit # ms
 
@@ -204,9 +186,9 @@ async def clocks(venue:Venue, limit:int=LIMIT)->Finding:
     return Finding("clock", OK, said)
 
 
-async def keys(venue:Any)->Finding: # Examined, or a venue that tells nothing of keys
+async def keys(venue:Any)->Finding: # a Venue, with `rights` if it tells of its key
     "What the key may do: trade, and nothing that a thief would want"
-    try: may: Rights|None = await venue.rights() if hasattr(venue, "rights") else None
+    try: may = await venue.rights() if hasattr(venue, "rights") else None
     except VenueError as error:
         return Finding("keys", WARNING, f"accepted, but what they may do is not known ({error}): look at the exchange "
                        "that they may not withdraw")
@@ -248,7 +230,7 @@ def money(account:AccountSnapshot, deposit:float, quote:str)->Finding:
     return Finding("money", WRONG, f"{said}, a session is given {deposit:,.2f}: lower deposit")
 
 
-async def fees(venue:Any, symbol:str, costs:CostModel)->Finding:
+async def fees(venue:Any, symbol:str, costs:CostModel)->Finding: # a Venue that tells its fees
     "Whether backtests pay what the exchange takes"
     name, ours = f"fees {symbol}", (costs.maker_fee, costs.taker_fee)
     theirs = await venue.fees(symbol)
@@ -376,7 +358,7 @@ class Case:
     "What is examined"
     here:Settings
     place:VenueSettings
-    venue:Any                     # Examined, not connected
+    venue:Any                     # a Venue, not connected, with `rights` and `fees`
     runs:Sequence[Run]
     symbols:Sequence[str]
     limits:Limits = Limits()
@@ -388,7 +370,7 @@ class Case:
 def case_of(
     here:Settings,
     place:VenueSettings,
-    venue:Any,               # Examined, at that place
+    venue:Any,               # at that place
     runs:Sequence[Run],
     symbol:str="",           # names with commas  [default: those of the runs, or of the settings]
     orders:bool=True,        # whether orders may be placed
@@ -408,7 +390,7 @@ async def _connected(case):
     except VenueError as error:
         if not str(error).startswith("the list of markets"): raise
         raise VenueError(f"{error}: " + ("start one with `tradelab localnet`, or let `tradelab live` start its own"
-            if case.place.name == "localnet" else "see what is said of the hosts, and try again")) from None
+            if case.place.name in OURS else "see what is said of the hosts, and try again")) from None
     return Finding("connection", OK, f"{case.venue.name} at {case.venue.address}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import nearest
 from ..database.reading import Reading, reading
-from ..database.records import EXPIRES, Asked, BreakerEvent, EmergencyStep, Standing
+from ..database.records import EXPIRES, Alert, Asked, BreakerEvent, EmergencyStep, Standing
 from tradelab.database.schema import (
     CLOSES,
     COMMANDS,
@@ -276,6 +276,7 @@ class Status:
     notices:tuple[Told, ...] = ()             # the newest
     commands:tuple[CommandNow, ...] = ()            # those that wait, and the newest
     statistics:tuple[tuple[str, Any], ...] = () # as session.json has them
+    alert:str = ""                # the last one, if it did not arrive
     unread:str = ""               # what could not be read, and why
 
     @property
@@ -364,6 +365,7 @@ def lines(status:Status)->list[tuple[str, str]]:
     said = [*_about(status), *_standing(status)]
     said += [("" if n else "notices", str(each)) for n, each in enumerate(status.notices)]
     said += [("" if n else "commands", str(each)) for n, each in enumerate(status.commands)]
+    if status.alert: said.append(("alert", f"the last one did not arrive: {status.alert}"))
     if status.unread: said.append(("unread", status.unread))
     if status.state == "died": said.append(("next", f"`tradelab run session_report -p session {status.session}` says "
         f"what it left, `{resume_command(status.session, status.settings)}` goes on"))
@@ -410,10 +412,12 @@ def _of_ledger(look, session, settings):
     except (ValueError, KeyError, TypeError) as error:
         positions, unread = [], f"what it holds cannot be read: {one_line(str(error), 160)}"
     steps = look.rows(MEASURED[EmergencyStep], session=session, newest=5)
+    unheard = [row for row in look.rows(MEASURED[Alert], session=session, newest=1) if not row["good"]]
     return dict(candle=last.get("open_time"), equity=_number(last.get("equity")), unread=unread,
                 drawdown=_number(last.get("drawdown")), positions=tuple(positions),
                 phase=(phases(look, session, 1) or [PhaseNow()])[0], orders=tuple(working_orders(look, session)),
                 foreign=tuple(waiting(look, session)), notices=tuple(told(look, session, 8)),
+                alert="".join(f"{_clock(row['time'])}  {one_line(row['text'], 160)}" for row in unheard),
                 emergency=tuple({name: row[name] for name in ("time", "step", "symbol", "text")} for row in steps))
 
 # %% ../../nbs/70_live/22_status.ipynb #3de1f865

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'DECISIONS', 'SELF_TEST', 'MOST', 'STEPS', 'made_candles', 'decided', 'surroundings', 'made', 'files_with',
-           'difference', 'moved', 'SelfTestError', 'self_test', 'decides_twice']
+           'difference', 'moved', 'SelfTestError', 'as_saved', 'self_test', 'decides_twice']
 
 # %% ../../nbs/45_runs/05_self_test.ipynb #selftst03
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import safetensors.numpy
@@ -18,7 +19,9 @@ from safetensors import SafetensorError
 from ..errors import RunError
 from ..events import Candles, Fill
 from ..files import UnreadableFileError, read_bytes
+from .formats import read_record
 from .run import Run, versions
+from ..settings import Limits
 from ..times import milliseconds
 from ..trader import Trader
 
@@ -153,6 +156,12 @@ class SelfTestError(RunError):
     "A run decides otherwise here than where it was trained"
 
 
+def as_saved(run:Run)->Run:
+    "The run under the limits that it was saved with, whichever a session trades it under"
+    if "limits" not in run.config: return run
+    return replace(run, limits=read_record(Limits, run.config["limits"]), timeframe=run.config["timeframe"])
+
+
 def self_test(
     run:Run,
 )->bool:      # False if it has none: a rule, or a run of an older version
@@ -160,6 +169,7 @@ def self_test(
     found = _kept(run)
     if found is None: return False
     kept, header = found
+    run = as_saved(run)
     try: said = difference(kept, decided(run.trader(), kept["times"], kept["candles"]), run.observation.columns,
                            run.symbols)
     except (KeyError, IndexError, ValueError, TypeError) as error: said = f"{type(error).__name__}: {error}"
