@@ -262,7 +262,7 @@ def test_a_job_is_wiring_only(path):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     tagged = [tree for tree, (_, tags) in zip(trees, parts, strict=True) if "parameters" in tags]
     assert len(tagged) == 1
-    assert 1 <= len(tagged[0].body) <= 10
+    assert 1 <= len(tagged[0].body) <= 11
     for line in tagged[0].body: ast.literal_eval(line.value)
     assert "default_exp" not in "".join(source for source, _ in parts)
 

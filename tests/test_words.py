@@ -1,4 +1,5 @@
 "What a person asks of a session from another process, over sockets: done once, or answered with why not"
+import asyncio
 import json
 import os
 import signal
@@ -31,11 +32,11 @@ REFUSED = {"at": "request", "do": "reply", "method": "POST", "path": "v1/order",
            "code": -4131, "msg": "The counterparty's best price does not meet the filter limit.", "times": 0}
 
 
-def localnet():
+def localnet(interval_ms=150):
     "A market that is long enough for slow machines"
     candles = ar1(3_000, seed=3)
     return Localnet({BITCOIN: candles}, {BITCOIN: funding(candles, seed=0)}, [replace(LISTED, symbol=BITCOIN)],
-                    CostModel(), start=int(times(candles)[40]), interval_ms=150)
+                    CostModel(), start=int(times(candles)[40]), interval_ms=interval_ms)
 
 
 # --- the session, in a process of its own
@@ -75,6 +76,13 @@ sys.path.insert(0, {tests!r})
 from test_words import live
 asyncio.run(live({url!r}, {folder!r}, {resume!r}, {death!r}).run())
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    "A session that compiles while its market goes on begins behind it"
+    with localnet(0) as exchange:
+        asyncio.run(live(exchange.url, tmp_path_factory.mktemp("compiled"), False, "").run(2))
 
 
 @contextmanager

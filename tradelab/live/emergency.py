@@ -306,14 +306,15 @@ def listen(core:Core)->Process:
         pause = min(2 * pause, core.terms.longest_pause)
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emgshow17
-def flatten_all(core:Core, symbols:Sequence[str], reason:str, kind:str="emergency")->Process:
+def flatten_all(core:Core, symbols:Sequence[str], reason:str, at_end:bool=False)->Process:
     "Close these positions, and go back to the phase that was before; returns a sentence for each"
     before, core.guards.ends = core.guards.ends, Phase.FLATTENING
-    core.do(Tell(Notice(kind, f"{', '.join(symbols)}: everything is closed, {reason}")))
+    said = f"{', '.join(symbols)}: everything is closed, {reason}"
+    core.do(Tell(Notice("closing", said) if at_end else Notice("emergency", said)))
     drop_waiting(core, symbols)
-    *said, _ = yield from together([*(flatten(core, symbol) for symbol in symbols), listen(core)])
+    *ends, _ = yield from together([*(flatten(core, symbol) for symbol in symbols), listen(core)])
     core.guards.ends = before
-    return said
+    return ends
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emgend01
 def until_then(core:Core, process:Process, until:int)->Process:
@@ -326,7 +327,7 @@ def until_then(core:Core, process:Process, until:int)->Process:
 
 def close_and_book(core:Core, symbols:Sequence[str])->Process:
     "Close these positions, and hear what nobody will ask for afterwards"
-    yield from flatten_all(core, symbols, "the session ends", "closing")
+    yield from flatten_all(core, symbols, "the session ends", at_end=True)
     yield from hear_missed(core)
 
 

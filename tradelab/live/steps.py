@@ -232,8 +232,8 @@ def tell_of_held(core:Core)->None:
         stop = "without a stop there" if symbol in alone else "with its stop there"
         why = (core.foreign.evidence(symbol) if symbol in core.foreign.frozen else "it could not be closed in time"
                if closes else 'at_end is "keep"')
-        core.do(Tell(Notice("left" if closes else "kept", f"{symbol} {held:+g} stays at {core.terms.venue}, {stop} "
-                            f"({why}): resume the session, or close it there")))
+        said = f"{symbol} {held:+g} stays at {core.terms.venue}, {stop} ({why}): resume the session, or close it there"
+        core.do(Tell(Notice("left", said) if closes else Notice("kept", said)))
 
 # %% ../../nbs/70_live/17_steps.ipynb #stpshow06
 def close_books(core:Core)->Process:
