@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
 
+import psycopg
 import pytest
 import sqlalchemy as sql
 
@@ -98,3 +99,33 @@ def database_url(request, tmp_path):
 
 def pause(process): os.kill(process, signal.SIGSTOP)
 def go_on(process): os.kill(process, signal.SIGCONT)
+
+
+@contextmanager
+def asked(url):
+    "A person at the server, on a connection that nothing here ends"
+    with psycopg.connect(url, autocommit=True) as connection: yield connection
+
+
+def others(connection):
+    "The server's processes that work for somebody else in this database"
+    found = connection.execute("SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND "
+                               "backend_type = 'client backend' AND pid <> pg_backend_pid()")
+    return [row[0] for row in found]
+
+
+def terminate(connection):
+    for process in others(connection): connection.execute("SELECT pg_terminate_backend(%s, 5000)", (process,))
+
+
+def doubled(ledger, name):
+    "What was learned of an order twice running; an amendment and its proof are written alike"
+    last, amended, found = {}, set(), []
+    for row in ledger.order_events(name):
+        event = {key: value for key, value in row.items() if key not in ("number", "time")}
+        order, before = row["order_id"], last.get(row["order_id"])
+        if before == event and order not in amended: found.append(row)
+        amended.discard(order)
+        if before and before["revision"] != event["revision"]: amended.add(order)
+        last[order] = event
+    return found

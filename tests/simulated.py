@@ -200,6 +200,11 @@ class World:
         if self.happened in self.kills: process.kill()
         return not process.dead
 
+    def doors(self, begin, end):
+        "The numbers of those that were gone through from this time to that one (ms)"
+        gone = [time for time, what in self.trace if not what.startswith("arrives ")]
+        return [n for n, time in enumerate(gone, 1) if begin <= time <= end]
+
     def account(self): return self.exchange.accounts["main"]
 
     def positions(self):

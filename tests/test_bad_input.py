@@ -56,7 +56,7 @@ def refused(place, *words, **variables):
     (("run", "live", "-p", "candles", "many"), "parameter candles must be int, was 'many'"),
     (("run", "lvie"), "did you mean live"),
     (("run", "live", "-p", "venue", "mainnet"), 'venue is "mainnet", which is real money: its keys are not configured'),
-    (("run", "live", "-p", "venue", "manet"), "venue must be 'localnet', 'testnet' or 'mainnet', was 'manet'"),
+    (("run", "live", "-p", "venue", "manet"), "'localnet', 'dry_run', 'testnet' or 'mainnet', was 'manet'"),
     (("run", "drill", "-p", "venue", "mainnet"), "a drill closes every position of an account"),
     (("run", "train", "-p", "agent", "SAK"), "did you mean SAC"),
     (("run", "train", "-p", "features", "rsj(14)"), "did you mean 'rsi'"),

@@ -30,7 +30,7 @@ from tradelab.errors import ConfigurationError
 from tradelab.settings import Limits
 
 ROOT = Path(__file__).parents[1]
-SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret"}
+SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret", "alert_url"}
 UNSET = {"venue", "mainnet_confirmation", "passphrase_file"}
 
 

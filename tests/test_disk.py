@@ -19,7 +19,6 @@ from tradelab.database.records import Lease, LeaseLostError, clock
 from tradelab.evaluation.difference import first_difference
 from tradelab.live.lease import acquire, this_process
 from tradelab.live.ledger import Ledger, MemoryLedger
-from tradelab.live.messages import LedgerState
 from tradelab.live.order_states import State
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.recorder import Recording, read
@@ -110,51 +109,6 @@ def test_a_locked_database_is_outlived_by_the_writer(ledger, tmp_path, capsys):
     assert [str(each) for each in told] == ["the ledger takes nothing: database is locked", "nothing is lost"]
     assert capsys.readouterr().err.split()[0] == "tl-0"
     other.close()
-
-
-@pytest.mark.parametrize("trouble", ["full", "locked"])
-def test_a_session_outlives_a_ledger_that_takes_nothing(ledger, tmp_path, trouble, capsys):
-    "What opens is not sent meanwhile, what reduces is; in the end the ledger holds all of it"
-    other = sqlite3.connect(tmp_path / "tradelab.db", check_same_thread=False, isolation_level=None)
-    venue, heard, placed = the_venue(), [], []
-    place, put = venue.place, venue.events.put_nowait
-
-    async def noting(order):
-        placed.append((live.writer.down, order.reduce_only))
-        return await place(order)
-
-    def hearing(news):
-        if isinstance(news, LedgerState): heard.append(news)
-        put(news)
-
-    def progress(statistics):
-        if statistics.candles == 10:
-            if trouble == "full": pages(ledger, 1)
-            else: other.execute("BEGIN EXCLUSIVE")
-        if statistics.candles == 25:
-            if trouble == "full": pages(ledger, 1_000_000)
-            else: other.rollback()
-            while live.writer.down: time.sleep(.001)
-    venue.place = noting
-    venue.events.put_nowait = hearing
-    live = the_session(ledger, tmp_path, venue, progress=progress)
-    statistics = asyncio.run(live.run(50))
-    other.close()
-    assert statistics.candles == 50
-    assert (heard[0].ok, heard[-1].ok) == (False, True)     # a small batch may find room meanwhile
-    assert ("full" if trouble == "full" else "locked") in heard[0].text
-    assert (True, False) not in placed                      # nothing was opened that the ledger does not know
-    assert len(placed) > 20
-    assert ledger.check("disk") == ""
-    assert len(ledger.closes("disk")) == 50
-    assert not any(intent.works for intent in ledger.intents("disk"))
-    assert list(ledger.notices("disk")["kind"])[-1] == "trading"
-    held = sum(fill.quantity for _, fill in ledger.booked("disk"))
-    assert held == pytest.approx(float(live.trader.positions["quantity"][0]))
-    assert held == pytest.approx(venue.held.snapshot().positions.get(BITCOIN, 0.))
-    assert '"type": ' in capsys.readouterr().err          # what could not be written was said
-    table = pd.read_csv(tmp_path / "disk" / "journal.csv")
-    assert len(table) == 50
 
 
 CHILD = """

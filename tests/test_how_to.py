@@ -18,7 +18,7 @@ PAGES = {path.stem: path for path in sorted((ROOT / "nbs/how_to").glob("*.ipynb"
 TOUCHED = {"add_an_indicator": {"20_features/06_momentum"},
            "add_a_limit": {"00_ground/08_settings"}, # the entry, and the rule below it
            "add_an_order_type": {"00_ground/09_orders", "50_sim/02_matching"},
-           "add_a_venue": {"00_ground/12_config", "75_venues/11_dry"},    # its settings, its adapter
+           "add_a_venue": {"00_ground/12_config", "75_venues/11_shadow"},    # its settings, its adapter
            "add_a_job": set()}
 BESIDES = {"add_a_limit": {"tradelab.toml.example"},
            "add_an_order_type": {"tests/test_kernel.py"}, "add_a_job": {"nbs/stress.ipynb"}}

@@ -212,7 +212,7 @@ def test_every_job_of_ours_says_what_its_parameters_are(root):
     for path in root.glob("nbs/*.ipynb"):
         if path.stem == "index": continue
         taken = jobs.parameters_of(nbformat.read(path, as_version=4))
-        assert "settings" in taken and len(taken) <= 10 and all(each.comment for each in taken.values()), path
+        assert "settings" in taken and len(taken) <= 11 and all(each.comment for each in taken.values()), path
         assert all(f"  {name}" in jobs.help_of(path) for name in taken)
 
 
@@ -226,7 +226,10 @@ def test_every_job_of_ours_says_what_its_parameters_are(root):
                                         ("report", {"symbol": "BTC/USDT:USDT-241227"}), ("live", {"venue": "moon"}),
                                         ("live", {"resume": "nobody"}), ("replay", {"session": "nobody"}),
                                         ("drill", {"venue": "mainnet"}), ("drill", {"venue": "testnet"}),
-                                        ("drill", {"symbol": "BTC"})])
+                                        ("drill", {"symbol": "BTC"}), ("watch", {"session": "nobody"}),
+                                        ("watch", {"minutes": -1}), ("watch", {"settings": "nobody"}),
+                                        ("session_report", {"session": "nobody"}),
+                                        ("session_report", {"replayed": -1})])
 def test_our_jobs_refuse_what_is_wrong_before_a_kernel_starts(project, root, job, wrong, monkeypatch):
     def started(*_, **__): raise AssertionError("a kernel was started")
     monkeypatch.setattr("papermill.execute.execute_notebook", started)

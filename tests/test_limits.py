@@ -371,7 +371,7 @@ def test_codes_of_reasons_never_change():
     "Journals store them: a number that is given keeps its meaning, a new reason takes the next"
     names = """ACCEPTED TOO_SMALL LEVERAGE BALANCE MAX_QUANTITY HALTED STATE DAILY_LOSS CONFIDENCE PRICE_BAND
         ORDER_SIZE PARTICIPATION SECTOR GROUP NET VALUE_AT_RISK MARGIN_RATIO ORDER_RATE UNKNOWN VOLATILITY DRAWDOWN
-        STOP_LOSS TAKE_PROFIT TRAILING_STOP TIME_STOP STOPPED_OUT BRACKET NO_DECISION MAX_POSITIONS""".split()
+        STOP_LOSS TAKE_PROFIT TRAILING_STOP TIME_STOP STOPPED_OUT BRACKET NO_DECISION MAX_POSITIONS BY_HAND""".split()
     assert [Reason(code).name for code in range(len(names))] == names
     assert sorted(Reason) == list(range(len(Reason)))
 

@@ -115,10 +115,10 @@ def test_no_combination_of_switches_leads_to_real_money(switches, exchange, keys
         Path("tradelab.toml").touch()
         taken, _ = translate(found)
         write(taken)
-        assert settings().venue in (None, "localnet", "testnet")
+        assert settings().venue in (None, "dry_run", "testnet")
         assert settings().mainnet_confirmation == ""
         on = [name for name, value in switches.items() if str(value).lower() in ("true", "1", "yes")]
-        if "DRY_RUN" in on: assert settings().venue == "localnet"
+        if "DRY_RUN" in on: assert settings().venue == "dry_run"
         elif on: assert settings().venue == "testnet"
         with pytest.raises(ConfigurationError) as refused: venue_for(settings(venue="mainnet"))
         assert str(refused.value).startswith('venue is "mainnet", which is real money: ')

@@ -236,9 +236,9 @@ def test_many_who_open_a_new_ledger_at_once_make_it_once(database_url):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_session_with_open_orders_goes_on_over_a_migration(tmp_path, seed):
+def test_a_session_with_open_orders_goes_on_over_a_migration(database_url, tmp_path, seed):
     "Killed under the old version, the ledger upgraded, resumed under the new one: as if nothing had been"
-    url, chance, open_orders = f"sqlite:///{tmp_path}/tradelab.db", random.Random(seed), []
+    url, chance, open_orders = database_url, random.Random(seed), []
     ledger = Ledger(url)
 
     def downtime():
@@ -251,7 +251,8 @@ def test_a_session_with_open_orders_goes_on_over_a_migration(tmp_path, seed):
     run = simulate(seed, lambda: trader_of_orders(seed), downtime, ledger=ledger, candles=20, market_seed=seed,
                    kills=[chance.randint(100, 400) for _ in range(3)])
     assert not wrong_in(run)
-    assert len(list(tmp_path.glob("*.format-4*"))) == len(run.processes) - 1 > 0
+    assert len(run.processes) > 1
+    if url.startswith("sqlite"): assert len(list(tmp_path.glob("*.format-4*"))) == len(run.processes) - 1
     assert open_orders
     assert [ledger.check(name) for name in run.names] == [""] * len(run.names)
     ledger.close()

@@ -166,7 +166,7 @@ def test_a_lost_fill_is_found_by_the_number_of_the_trade(tmp_path, undisturbed):
 def test_the_account_says_its_settings(tmp_path):
     async def told(exchange):
         broker = BinanceVenue(venue(exchange))
-        await broker.connect([BITCOIN], 5)
+        await broker.connect([BITCOIN])
         before = await broker.account()
         await broker.place(Order("by-hand", BITCOIN, .1, False, 0, 20_000.))
         after = await broker.account()

@@ -122,7 +122,7 @@ def test_a_hole_that_the_exchange_proves_ends_no_session(tmp_path, parts):
     told = Told(tmp_path, market=market, parts=parts)
     assert told.live.ledger.session("outage")["state"] == "stopped"
     assert first_difference(carried.journal, told.journal) is None
-    assert carried.kinds == {"hole": 1}
+    assert carried.kinds == {"hole": 1, "kept": 1}
     hole = told.ledger.notices("outage").query("kind == 'hole'")["text"].iloc[0]
     assert "3 candles from 2024-01-03 12:00 UTC on are missing at the exchange: it goes on at 2024-01-03 15:00" in hole
     assert "with gaps = true in tradelab.toml it would not be guarded" in hole

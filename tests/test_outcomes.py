@@ -157,7 +157,7 @@ def test_a_server_that_is_overloaded_is_asked_again_later(whole, tmp_path):
 def test_nothing_is_asked_before_the_exchange_wants_it(tmp_path, scenario):
     async def asked(exchange):
         broker = venue(exchange)
-        await broker.connect([BITCOIN], 5)
+        await broker.connect([BITCOIN])
         seconds = 2
         exchange.faults.arm(scenario, lasts_ms=1_000 * seconds)
         entry = Order("tl-entry", BITCOIN, .1, False, 0, 20_000.)
@@ -184,7 +184,7 @@ def test_a_refusal_for_the_clock_sets_the_clock(tmp_path):
     "Of any request: a question does it"
     async def asked(exchange):
         broker = venue(exchange)
-        await broker.connect([BITCOIN], 5)
+        await broker.connect([BITCOIN])
         exchange.faults.arm([{"at": "clock", "do": "skew", "ms": 15_000}])
         order = Order("tl-1", BITCOIN, .1, False, 0, 20_000.)
         answers = [await broker.query(order), await broker.query(order), await broker.place(order)]

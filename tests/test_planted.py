@@ -28,7 +28,8 @@ SYMBOL = "BTC/USDT:USDT"
 MARKET = ar1(200, seed=3)
 KEY, SECRET, PASSPHRASE = "Kq7planted_key-0123", 'Zs9planted"secret/0123', "Wp3 planted passphrase %"
 WRONG = "Xx5 planted and wrong"
-PLANTED = KEY, SECRET, PASSPHRASE, WRONG
+TOKEN = "Tk4planted-token-0123"
+PLANTED = KEY, SECRET, PASSPHRASE, WRONG, TOKEN
 
 
 def spellings(word):
@@ -112,8 +113,9 @@ def kept(project, exchange, monkeypatch):
     (project / "word").write_text(PASSPHRASE)
     (project / "word").chmod(0o600)
     monkeypatch.setenv("TRADELAB_PASSPHRASE_FILE", str(project / "word"))
-    configure(project, exchange)
-    for name, value in (("testnet_key", KEY), ("testnet_secret", SECRET)): set_secret(settings(), name, value)
+    configure(project, exchange, '[alerts]\nlevel = "info"\n')
+    for name, value in (("testnet_key", KEY), ("testnet_secret", SECRET), ("alert_url", f"json://127.0.0.1:9/{TOKEN}")):
+        set_secret(settings(), name, value)
     return project
 
 
@@ -208,6 +210,9 @@ def good_and_failing(project, exchange, replayed, keep):
     "Runs that trade, are refused before they start, and fail while they run"
     keep("live", live_and_stopped("good", project), code=0)
     keep("list", tradelab("secrets", "list"), b"testnet_secret", 0)
+    keep("alerts", tradelab("alerts", "test"), b"json did not take the message: ")
+    keep("no alerts", live("alerts", TRADELAB_ALERT_URL=f"nonsense://{TOKEN}"), b"is no address that apprise knows")
+    keep("no token", live("token", TRADELAB_ALERT_URL=TOKEN), b"is no address that apprise knows")
     keep("rotate", tradelab("secrets", "rotate"), b"has a new data key", 0)
     keep("shown", python(SHOWN.format(url=replayed.url)), b"fills", 0)
     keep("wrong passphrase", live("wrong", TRADELAB_PASSPHRASE_FILE=plant(project / "wrong", WRONG)), b"does not open")
@@ -241,6 +246,7 @@ def test_what_is_planted_is_found_nowhere(kept, exchange, replayed):
     print(*artefacts, sep="\n")
     assert [kind for kind in KINDS if not any(kind in name for name in artefacts)] == []
     assert len(artefacts) >= 30
+    assert b"json did not take an alert (" in b"".join(artefacts.values())
     assert {name: found_in(content) for name, content in artefacts.items() if found_in(content)} == {}
 
 

@@ -141,7 +141,7 @@ def test_a_confirmed_account_is_traded(there, mainnet):
     place = venue_for(settings(venue="mainnet", mainnet_confirmation=YES))
     async def trade():
         venue = venue_at(place)
-        await venue.connect([SYMBOL], leverage=5)
+        await venue.connect([SYMBOL])
         try:
             bought = await venue.place(Order("tl-real-1", SYMBOL, .01, False, 0, 20_000.))
             return bought, await venue.account()

@@ -16,7 +16,8 @@ import pytest
 from simulated import SYMBOLS, simulate, trader, trader_of_orders
 
 from tradelab.database.records import Asked
-from tradelab.live.order_states import State
+from tradelab.database.words import WORDS
+from tradelab.live.order_states import State, is_decided
 from tradelab.live.replay import first_other_action
 from tradelab.localnet.faults import ORDERS as ABOUT_ORDERS
 from tradelab.localnet.faults import (
@@ -48,7 +49,9 @@ def plan(seed):
     return timeframe, sorted(faults), kills, random.choice((0., 0., .03, .1))
 
 
-SAID, DONE = ("halt", "reset", "adopt", "ignore", "flatten"), ("hand_trade", "external_close")
+SAID = ("halt", "reset", "adopt", "ignore", "flatten", "resume", "state", "close", "order", "cancel", "release",
+        "limits", "breaker_reset")
+DONE = "hand_trade", "external_close"
 
 
 def person_of(seed):
@@ -64,7 +67,16 @@ def trade_by_hand(world, word):
 
 
 def ask(world, word, symbol=""):
-    return world.process.ledger.commands.ask(Asked(word, "as it was drawn", "somebody", symbol=symbol))
+    "Ask for a word, with arguments that follow from the moment"
+    commands = world.process.ledger.commands
+    chance, takes = Random(f"{word} {symbol} {len(commands.all())}"), WORDS[word]
+    symbol = symbol if takes.symbol == "may" else takes.symbol == "must" and (symbol or SYMBOLS[0]) or ""
+    base = .002 if symbol == SYMBOLS[0] else .05
+    states = "ACTIVE", "REDUCING", "REDUCING", "HALTED"
+    given = {"state": {"state": chance.choice(states)}, "cancel": {"order": "all"},
+             "limits": {"max_position": .04}, "order": {"side": chance.choice(("buy", "sell")), "quantity": round(
+                 base * chance.randint(1, 6), 3), "reduce_only": chance.random() < .2}}.get(word, {})
+    return commands.ask(Asked(word, "as it was drawn", "somebody", symbol=symbol, arguments=json.dumps(given)))
 
 
 async def settle(world, word):
@@ -77,7 +89,7 @@ async def settle(world, word):
             await asyncio.sleep(1)
             waits -= 1
         said = answers().get(number, "")
-        if not ("under epoch" in said or "does not say" in said): return
+        if not any(each in said for each in ("under epoch", "does not say", "is being closed")): return
         await asyncio.sleep(20)
 
 
@@ -113,10 +125,28 @@ def reference(timeframe, market_seed):
     return run.world.positions()
 
 
+def traded_back(run):
+    "Orders of decisions in symbols that a person traded, in sentences"
+    theirs, found = {}, [] # symbol: since when
+    for row in sorted(run.ledger.commands.all(), key=itemgetter("answered")):
+        done = row["answered"] and not row["answer"].startswith("refused")
+        if done and row["name"] in ("close", "order"): theirs.setdefault(row["symbol"], row["answered"])
+        since = theirs.pop(row["symbol"], None) if done and row["name"] == "release" else None
+        if since: found += decided_between(run, row["symbol"], since, row["answered"] - 1_000)
+    return found + [each for symbol, since in theirs.items() for each in decided_between(run, symbol, since, 2**62)]
+
+
+def decided_between(run, symbol, since, until):
+    return [f"{symbol} is a person's, {intent.order.order_id} traded it" for name in run.names
+            for intent in run.ledger.intents(name) if intent.order.symbol == symbol and is_decided(intent.order)
+            and not intent.order.reduce_only and since < intent.sent_time < until]
+
+
 def wrong_in(run):
     "What must never be, in sentences; empty if all is well"
     world, found = run.world, list(run.broken)
     if run.error: found.append(run.error)
+    found += traded_back(run)
     end = run.processes[-1].end
     if end: return [*found, f"it ended with {end!r}"]
     name, trader, at_venue = run.names[-1], run.trader, world.positions()

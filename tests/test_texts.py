@@ -29,7 +29,9 @@ from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.export import TABLES, export
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.inventory import Comparison
+from tradelab.live.doctor import Report
 from tradelab.live.session import Statistics
+from tradelab.live.start import Finding, Verdict
 from tradelab.live.venue import VenueError
 from tradelab.log import formatter
 from tradelab.market.quality import check_quality
@@ -111,6 +113,7 @@ def shown(run, tmp_path_factory):
                                 folder=learnt),
             "sources.universe.Universe": Universe(check_listings(pd.DataFrame({"listed": [0], "delisted": [10**12]},
                                                                               [EVIL]), EVIL), EVIL),
+            "live.doctor.Report": Report(0, EVIL, (Finding(EVIL, Verdict.WRONG, EVIL),)),
             "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL),
                                 "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
 

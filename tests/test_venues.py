@@ -219,7 +219,7 @@ def test_every_method_of_the_protocol_is_there_and_takes_the_same():
 def test_orders_on_localnet():
     limit, stop = replace(RESTING, order_id="tl-2"), replace(STOP, order_id="tl-3")
     async def trade(venue):
-        await venue.connect([BITCOIN], 5)
+        await venue.connect([BITCOIN])
         bought = replace(SELL, quantity=.1, reduce_only=False)
         answers = {"placed": await venue.place(bought), "again": await venue.query(bought),
                    "ended": await venue.cancel(bought),

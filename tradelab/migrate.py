@@ -228,8 +228,8 @@ def _venue(name, value, said):
     answer = truth(value)
     if answer is None: raise ValueError("is neither true nor false")
     if not answer:
-        raise ValueError("opens nothing here: real money is chosen by venue alone, and this version refuses it")
-    if name == "DRY_RUN": return "localnet"
+        raise ValueError("opens nothing here: real money is chosen by venue, and confirmed by a sentence")
+    if name == "DRY_RUN": return "dry_run"
     if truth(said.get("DRY_RUN", "")): raise ValueError("gives way to DRY_RUN, which is stricter")
     return "testnet"
 

@@ -6,8 +6,8 @@
 __all__ = ['COST', 'COSTS', 'FORMAT', 'LEAST', 'DAY', 'RENEWED_AFTER', 'REMINDED_AFTER', 'SecretsError', 'seal', 'unseal',
            'wrapping_key', 'Box', 'sealed_text', 'new_box', 'with_secret', 'without_secret', 'renewed', 'rewrapped',
            'read_head', 'open_box', 'asked', 'new_passphrase', 'passphrase_for', 'alone', 'File', 'Keyring',
-           'secret_names', 'store_of', 'reminder', 'with_keys', 'set_secret', 'remove_secret', 'change_passphrase',
-           'rotate', 'secrets_table']
+           'secret_names', 'store_of', 'reminder', 'with_secrets', 'with_keys', 'set_secret', 'remove_secret',
+           'change_passphrase', 'rotate', 'secrets_table']
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec003
 import base64
@@ -18,7 +18,7 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -359,7 +359,7 @@ def reminder(
     now: int,
 ) -> str:               # empty if there is nothing to say
     "What to do about a key that is old"
-    days = (now - since) // DAY if since is not None else 0
+    days = (now - since) // DAY if since is not None and name.endswith(("_key", "_secret")) else 0
     return (f"{name} is {days} days old: make a new one at the exchange, then tradelab secrets set {name}"
             if days * DAY >= REMINDED_AFTER else "")
 
@@ -373,23 +373,42 @@ def _check_readers(here, venue):
         get_logger("secrets").warning(said)
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec0362
+def with_secrets(
+    here: Settings,
+    names: Collection[str],
+    now: int | None = None, # ms; None: the clock of this machine
+) -> Settings:
+    "The settings with those of these secrets that no setting says, as far as they are kept"
+    store, now = store_of(here), int(time.time() * 1000) if now is None else now
+    times = store.times()
+    lacking = [name for name in names if getattr(here, name) is None and name in times]
+    if not lacking: return here
+    values = store.get(now)
+    for name in lacking:
+        register_secret(values[name])
+        if said := reminder(name, times[name], now): get_logger("secrets").warning(said)
+    return here.model_copy(update={name: values[name] for name in lacking})
+
+
+def _keys_wanted(here, times):
+    "The names of the venue's keys that have to be looked up; where no venue is named, both or none"
+    venue = here.venue or "testnet"
+    lacking = [name for name in (f"{venue}_key", f"{venue}_secret") if getattr(here, name, here) is None]
+    return [] if here.venue is None and not set(lacking) <= set(times) else [*set(lacking) & set(times)]
+
+
 def with_keys(
     here: Settings,
     now: int | None = None, # ms; None: the clock of this machine
 ) -> Settings:
-    "The settings with the keys of their venue, as far as they are kept; SecretsError if they cannot be opened"
-    venue = here.venue or "testnet"
-    lacking = [name for name in (f"{venue}_key", f"{venue}_secret") if getattr(here, name, here) is None]
-    if not lacking: return here
-    store, now = store_of(here), int(time.time() * 1000) if now is None else now
-    times = store.times()
-    if not set(lacking) & set(times) or here.venue is None and not set(lacking) <= set(times): return here
-    if isinstance(store, File): _check_readers(here, venue)
-    values = store.get(now)
-    for name in set(lacking) & set(values):
-        register_secret(values[name])
-        if said := reminder(name, times[name], now): get_logger("secrets").warning(said)
-    return here.model_copy(update={name: values[name] for name in lacking if name in values})
+    """The settings with the keys of their venue and where alerts go, as far as they are kept; SecretsError if they
+    cannot be opened. For alerts alone nobody is asked for a passphrase"""
+    if here.venue == "localnet" and not here.passphrase_file and here.secrets == "file": return here
+    store = store_of(here)
+    wanted = _keys_wanted(here, times := store.times())
+    if wanted or here.passphrase_file or isinstance(store, Keyring): wanted += ["alert_url"] * ("alert_url" in times)
+    if wanted and isinstance(store, File): _check_readers(here, here.venue or "testnet")
+    return with_secrets(here, wanted, now) if wanted else here
 
 # %% ../nbs/00_ground/23_secrets.ipynb #k5sec039
 def _no_such(name):

@@ -328,6 +328,7 @@ class Reason(IntEnum, metaclass=_WithEntries):
     STOPPED_OUT = 25, "denied: a stop closed this side, the policy asks for it still"
     BRACKET = 26, "reduced: the position would be {value:,.0f}, the exchange allows {limit:,.0f} at this leverage"
     NO_DECISION = 27, "not asked: the window reaches over a hole in the candles, what is held stays"
+    BY_HAND = 29, "not carried out: a person trades the symbol, until a release"
     vars().update(_reasons_of_entries())
 
     _words: str

@@ -471,9 +471,9 @@ class Trader(Holdings):
         self.view = MarketView(self.observation, len(self.symbols), series)
         self.seen = self.view.names
 
-    def afresh(self) -> "Trader":
-        "A trader like this one, before its first candle"
-        return Trader(self.policy, self.observation, self.gate, self.limits, self.instruments,
+    def afresh(self, instruments: Sequence[Instrument] = ()) -> "Trader":
+        "A trader like this one, before its first candle, or with the instruments of another time"
+        return Trader(self.policy, self.observation, self.gate, self.limits, instruments or self.instruments,
                       float(self.account["deposit"][0]), self.execution, self.view.figures.definitions)
 
     @property

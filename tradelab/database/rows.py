@@ -87,7 +87,9 @@ def number_of(connection:sql.Connection)->str|None:
 def was_kept(connection:sql.Connection, number:str)->bool:
     "Whether an earlier transaction was committed; LedgerError if the server is still at it"
     asked = sql.text("SELECT pg_xact_status(CAST(:number AS xid8))")
-    status = connection.execute(asked, {"number": number}).scalar()
+    try:
+        with connection.begin_nested(): status = connection.execute(asked, {"number": number}).scalar()
+    except sql.exc.DataError: return False # it was killed, and has forgotten that anybody had this number
     if status == "in progress": raise LedgerError("the ledger takes nothing: the server is still at an earlier commit")
     return status == "committed"
 

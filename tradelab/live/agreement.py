@@ -7,17 +7,19 @@ __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_
            'halt_if_liquidated', 'is_forgotten', 'halt_if_it_was_closing', 'take_trade', 'take_trades', 'take_rows',
            'catch_up', 'own_wallet', 'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account',
            'freeze', 'accept', 'agree', 'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap',
-           'may_reconcile', 'reconcile', 'going', 'settle', 'with_offset', 'unfrozen', 'carry_out']
+           'may_reconcile', 'reconcile', 'going', 'settle', 'is_by_hand', 'note_by_hand', 'with_offset', 'unfrozen',
+           'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from ..account import decimal8, wallet
 from ..database.records import Income
-from ..events import Fill
+from ..events import Fill, TradingState
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
     Core,
@@ -34,8 +36,8 @@ from tradelab.live.core import (
     take_state,
     withhold,
 )
-from .guards import EMERGENCY, Condition
-from .ladder import clear, trip
+from .guards import AT_END, EMERGENCY, Condition
+from .ladder import clear, in_hand, trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
 from .order_states import client_order_id, is_decided
@@ -43,6 +45,7 @@ from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, OrderReport, forced, funding_of, units
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
+from ..settings import Reason
 from ..times import format_time
 from ..trader import kept
 
@@ -150,7 +153,7 @@ def is_forgotten(core:Core, fill:Fill)->bool:
 def halt_if_it_was_closing(core:Core, fill:Fill)->None:
     "An emergency of which the ledger knows nothing goes on: the exchange alone tells that it began"
     _, _, time, slot, _ = fill.order_id.split("-")
-    if int(slot) >= EMERGENCY and int(time, 36) > core.manager.blotter.forgotten and not core.ladder.halts:
+    if EMERGENCY <= int(slot) < AT_END and int(time, 36) > core.manager.blotter.forgotten and not core.ladder.halts:
         trip(core, "emergency", f"{fill.symbol}: {fill.order_id} closed it, and the ledger does not know why")
 
 
@@ -405,6 +408,20 @@ def settle(core:Core)->Process:
                           f"{intent.executed} executed, {intent.order.order_id}"))
               for intent in manager.awaited))
 
+# %% ../../nbs/70_live/13_agreement.ipynb #6aefc9fc
+def is_by_hand(core:Core, symbol:str)->bool:
+    "Whether the decision of a symbol is not carried out"
+    reason = int(core.trader.rows["reason"][core.trader.symbols.index(symbol)])
+    closes = Reason.STOP_LOSS <= reason <= Reason.TIME_STOP or core.trader.trading_state >= TradingState.FLATTEN
+    return symbol in in_hand(core) and not closes
+
+
+def note_by_hand(core:Core)->None:
+    "Say in the journal why what was decided is not carried out"
+    for symbol in filter(partial(is_by_hand, core), core.trader.symbols):
+        row = core.trader.rows[core.trader.symbols.index(symbol)]
+        if row["order"]: row["reason"], row["value"], row["limit"] = Reason.BY_HAND, 0., 0.
+
 # %% ../../nbs/70_live/13_agreement.ipynb #agrshow21
 def with_offset(core:Core, order:Order)->Order:
     """The same order; what only reduces the trader's part may enlarge the position that the exchange sees, if a part of
@@ -416,8 +433,11 @@ def with_offset(core:Core, order:Order)->Order:
 
 
 def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
-    "The orders that may go; in a frozen symbol what works stays as it is"
-    frozen = core.foreign.frozen
+    "The orders that may go; in a frozen symbol what works stays as it is, in a person's only what closes stays"
+    theirs = [order for order in orders if is_by_hand(core, order.symbol)
+              or order.symbol in in_hand(core) and not order.reduce_only]
+    core.manager.dropped += theirs
+    orders, frozen = [order for order in orders if order not in theirs], core.foreign.frozen
     drop_frozen(core, [order for order in orders if order.symbol in frozen])
     wanted = [with_offset(core, order) for order in orders if order.symbol not in frozen]
     if not core.manager.beside: return wanted

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import sqlalchemy as sql
 
-from ..database.engine import PASSING, connected, trouble
+from ..database.engine import PASSING, trouble
 from ..database.migrations import differences
-from ..database.rows import format_of, refusal
+from ..database.reading import existing
 from ..database.schema import COMMANDS, INTENTS, NOTICES, ORDER_EVENTS, SESSIONS, TABLES, TRADES
 from .ledger import Ledger
 from .session import rebuild
@@ -32,18 +32,9 @@ def holes(
             for row in connection.execute(asked) if row.missing]
 
 # %% ../../nbs/70_live/21_audit.ipynb #63a54a00
-def _opened(url):
-    "An engine of a ledger that is there; ValueError if there is none, or of another format"
-    engine = connected(url)
-    where, found = engine.url.render_as_string(hide_password=True), format_of(engine)
-    if not found: raise ValueError(f"there is no ledger at {where}: the first session makes one")
-    if wrong := refusal(where, found): raise ValueError(wrong)
-    return engine
-
-
 def faults(url:str)->list[str]:
     "What is wrong with a ledger, a sentence each; ValueError if there is none, or of another format"
-    engine = _opened(url)
+    engine = existing(url)
     try:
         with engine.connect() as connection:
             found = [f"its tables are not those of its format: {each}" for each in differences(connection)]
@@ -68,7 +59,7 @@ def _changed(url):
 # %% ../../nbs/70_live/21_audit.ipynb #abad7c7d
 def summary(url:str)->str:
     "What a ledger holds, in one line"
-    engine = _opened(url)
+    engine = existing(url)
     with engine.connect() as connection:
         counts = [connection.execute(sql.select(sql.func.count()).select_from(table)).scalar()
                   for table in (SESSIONS, INTENTS, TRADES)]
@@ -91,7 +82,7 @@ def export(
 )->list[Path]:      # what was written
     "Write a ledger into files; ValueError if the folder has something in it already"
     if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder} is not empty: name a new folder")
-    engine, made = _opened(url), []
+    engine, made = existing(url), []
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     try:
         with engine.connect() as connection:

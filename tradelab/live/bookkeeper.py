@@ -205,6 +205,10 @@ class Bookkeeper:
 
     def has(self, entry:Fill|Funding)->bool: return _key(entry) in self._seen
 
+    def end(self)->None:
+        "No step follows: everything that waits belongs to the present one"
+        self.opening = max([self.opening, *(_time(entry) for entry, _ in self._waiting)])
+
     @property
     def holds_fills(self)->bool: return any(isinstance(entry, Fill) for entry, _ in self._waiting)
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Process', 'CAUSE_OF', 'Terms', 'Watch', 'Keeper', 'Known', 'over', 'is_news', 'note_question', 'Core', 'hear',
-           'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_phase', 'tended', 'watch_candles',
-           'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in', 'tell_unknown',
-           'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state', 'mark_foreign', 'drop_frozen',
-           'withhold', 'take_ours', 'hear_fill', 'take', 'news', 'sleep', 'ask_all', 'ask_until_answered']
+           'has_room', 'is_restricted', 'turn_by_guards', 'passes_guards', 'tell_stuck', 'tell_phase', 'tended',
+           'watch_candles', 'tend', 'hear_market', 'set_reason', 'ask_for_candles', 'hear_candle', 'feed_in',
+           'tell_unknown', 'take_answer', 'take_fetched', 'take_unanswered', 'take_stream', 'take_state',
+           'mark_foreign', 'drop_frozen', 'withhold', 'take_ours', 'hear_fill', 'hear_command', 'take', 'news', 'sleep',
+           'ask_all', 'ask_until_answered']
 
 # %% ../../nbs/70_live/12_core.ipynb #3207a853
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..database.words import WORDS
 from ..events import Depth, Fill, Funding, Quote, Series, StateChange, Timer, Trade, TradingState
 from .bookkeeper import Bookkeeper, Feed
 from tradelab.live.guards import (
@@ -45,6 +47,7 @@ from tradelab.live.messages import (
     ClockSample,
     Command,
     Decided,
+    Done,
     End,
     Event,
     Failed,
@@ -69,14 +72,14 @@ from tradelab.live.messages import (
     Woken,
 )
 from .order_manager import OrderManager, Turn, may_open
-from .order_states import State, protects
+from .order_states import State, id_by_hand, protects
 from .reconcile import ForeignFills, Statement, TradeNumbers
 from .venue import Candle, OrderReport, Outcome, VenueLimitError
 from ..notices import Notice
 from ..orders import Order
 from ..risk.breakers import DEFAULTS, Breaker
 from ..risk.trading_state import allowed
-from ..times import milliseconds
+from ..times import format_time, milliseconds
 from ..trader import Trader, kept
 
 # %% ../../nbs/70_live/12_core.ipynb #9649cd0a
@@ -112,6 +115,9 @@ class Terms:
     breakers:tuple[Breaker, ...] = DEFAULTS
     cool_downs:dict[str, int] = field(default_factory=dict) # ms, by cause  [default: risk.trading_state.CAUSES]
     danger:float = 1.2             # equity over maintenance margin, below which everything is closed
+    at_end:str = "keep"            # positions at an ordered end: keep, or flatten
+    stuck_after:int = 600_000      # ms of not trading freely, after which a person is told
+    end_patience:int = 30_000      # ms that closing them may take
     heartbeat:int = 1_000          # ms between two signs of life in the lease, and looks for commands
     lease_expires:int = 20_000     # ms without one
 
@@ -134,6 +140,8 @@ class Watch:
         self.retry_at = 0                    # ms, when to reconcile, or to look for a gap, if it failed before
         self.silent_since: int|None = None   # ms, from when the exchange answers no question
         self.silent_until = 0                # ms, when the last of those was given up
+        self.guarded_since: int|None = None  # ms, from when it has not traded freely
+        self.leaves_at: int|None = None      # ms, when a session that closes all at its end leaves what it could not
 
     @property
     def stale_at(self)->int|None:
@@ -296,7 +304,8 @@ class Core(Known):
 
     def _end(self, end):
         self.end = end
-        self.do(end)
+        text = "refused: the session ends, and has not done it"
+        self.do(*(Done(command.number, text) for command in self.commands), end)
 
     def _set_alarm(self, due):
         alarm = min(filter(None, (due, self.manager.due, *tended(self))), default=None)
@@ -346,9 +355,22 @@ def passes_guards(core:"Core", order:Order, cancels:bool)->bool:
     return core.guards.allow(Deed.CANCEL if cancels else deed_of(order), order.symbol, is_emergency(order))
 
 # %% ../../nbs/70_live/12_core.ipynb #3357c10a
+def tell_stuck(core:"Core", phase:Phase)->None:
+    "A session that has been guarded for long needs a person, who may not look"
+    watch = core.watch
+    if phase is Phase.GUARDED: watch.guarded_since = watch.guarded_since or core.now
+    elif phase is not Phase.RECONCILING: watch.guarded_since = None
+    since, reasons = watch.guarded_since, ", ".join(sorted(core.guards.reasons))
+    if since is None: over(core, "stuck", "phase", "what had been wrong for long is over")
+    elif reasons and core.now >= since + core.terms.stuck_after:
+        core.do(Tell(Notice("stuck", f"guarded since {format_time(since)}, now by {reasons}: nothing is opened until "
+                            "that is over"), "phase"))
+
+
 def tell_phase(core:"Core")->None:
     "Say that the phase has changed, or why it is guarded"
     phase, reasons = core.guards.phase, tuple(sorted(core.guards.reasons))
+    tell_stuck(core, phase)
     if (core.phase.after, core.phase.reasons) == (phase, reasons): return
     core.phase = PhaseChanged(core.phase.after, phase.value, reasons)
     core.do(core.phase)
@@ -365,6 +387,8 @@ def tended(core:"Core")->list[int|None]:
     watch, reasons = core.watch, core.guards.reasons
     times = [watch.sample_at, watch.candle.next, *(each.next for each in watch.streams.values())]
     if core.protector: times.append(core.protector.due)
+    if watch.guarded_since and reasons and ("stuck", "phase") not in core.said:
+        times.append(watch.guarded_since + core.terms.stuck_after)
     if "banned" in reasons: times.append(watch.retry_at)
     if not (reasons and any(reason_of("stale", symbol) in reasons for symbol in core.feed.missing)):
         times.append(watch.stale_at)
@@ -556,6 +580,17 @@ def hear_fill(core:Core, fill:Fill)->None:
         core.foreign.suspect(fill)
         withhold(core)
 
+# %% ../../nbs/70_live/12_core.ipynb #0d0cca3b
+def hear_command(core:Core, command:Command)->None:
+    "A person wants something"
+    sent = id_by_hand(core.terms.session, command.symbol, command.number, command.time) in core.manager.blotter.known
+    word, who = WORDS.get(command.name), command.person or "a person"
+    if command.stale and not sent: core.do(Done(command.number, command.stale))
+    elif word is None or not word.ends: core.commands.append(command)
+    else:
+        core.stopping = True
+        core.do(Done(command.number, f"stopping in order, as {who} asked: {command.reason or 'no reason given'}"))
+
 # %% ../../nbs/70_live/12_core.ipynb #3499759f
 _NO_NEWS = Woken, Answered, Fetched, Unanswered, ClockSample, Mark, Quote # wake nobody who waits for news
 _OF_USER = Fill, Funding, OrderReport
@@ -573,7 +608,7 @@ def take(core:Core, event:Event)->None:
         case Fill(): hear_fill(core, event)
         case Funding(): core.books.add(event)
         case Mark() if core.feed: look(core, event)
-        case Command(): core.commands.append(event)
+        case Command(): hear_command(core, event)
         case OrderReport(): core.do(*core.manager.blotter.on_update(event))
         case Answered(): take_answer(core, event)
         case Fetched(number, content): take_fetched(core, number, content)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST', 'REACH', 'SLICES', 'SHARE', 'RESUMED', 'left_to_close', 'slice_quantity', 'part_of', 'closing_orders',
-           'together', 'note', 'waits_to_close', 'clear_orders', 'drop_waiting', 'left_of', 'may_move', 'unused',
-           'may_close', 'send_now', 'hear_ends', 'ask_for', 'is_plain', 'close_part', 'close_once', 'try_once',
-           'wait_for', 'is_suspended', 'flatten', 'hear_missed', 'listen', 'flatten_all', 'to_flatten', 'obey_state',
-           'emergency']
+           'together', 'note', 'waits_to_close', 'clear_orders', 'drop_waiting', 'left_of', 'may_move', 'first_slot',
+           'unused', 'may_close', 'send_now', 'hear_ends', 'ask_for', 'is_plain', 'close_part', 'close_once',
+           'try_once', 'wait_for', 'is_suspended', 'gives_up', 'flatten', 'hear_missed', 'listen', 'flatten_all',
+           'until_then', 'close_and_book', 'flatten_at_end', 'to_flatten', 'obey_state', 'emergency']
 
 # %% ../../nbs/70_live/15_emergency.ipynb #0e7709b4
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ..events import Depth, TradingState
 from ..instruments import Instrument
 from .agreement import ask_suspended, book, catch_up, keep
 from .core import Core, Process
-from .guards import EMERGENCY, Condition, Deed, Phase
+from .guards import AT_END, EMERGENCY, Condition, Deed, Phase
 from .ladder import trip
 from .messages import Tell, Write
 from .order_manager import Pursuit, Stage, is_one_shot, send, take_back, withheld
@@ -77,13 +77,14 @@ def closing_orders(
     instrument:Instrument,
     price:float,           # quote per base: the last, for the records
     now:int,               # ms
+    first:int=EMERGENCY,   # slot
 )->list[Order]:
     "Market orders that only reduce, and together are this quantity"
     part, left = slice_quantity(quantity, instrument), quantity
     orders: list[Order] = []
     while left and len(orders) < MOST:
         one = part if abs(part) < abs(left) else left
-        slot = EMERGENCY + len(orders)
+        slot = first + len(orders)
         name = client_order_id(session, instrument.symbol, now, slot)
         orders.append(Order(name, instrument.symbol, one, True, now, price, slot=slot))
         left = float(decimal8(left - one))
@@ -148,10 +149,15 @@ def may_move(core:Core, symbol:str)->bool:
                for each in core.manager.blotter.open.values())
 
 # %% ../../nbs/70_live/15_emergency.ipynb #round007
+def first_slot(core:Core)->int:
+    "Of the orders that close now: their names say whether it is an emergency"
+    return AT_END if core.watch.leaves_at and not core.emergency else EMERGENCY
+
+
 def unused(core:Core, symbol:str)->int:
     "A time (ms) that names no order of this symbol yet: now, most often"
     now, session, known = core.now, core.terms.session, core.manager.blotter.known
-    while client_order_id(session, symbol, now, EMERGENCY) in known: now += 1
+    while client_order_id(session, symbol, now, first_slot(core)) in known: now += 1
     return now
 
 
@@ -211,7 +217,8 @@ def close_part(core:Core, symbol:str, left:float, most:float, depth:Depth|None)-
     part = part_of(left, most, depth, core.trader.instruments[number])
     note(core, "closing", symbol, f"{part:+g}" if part == left else f"{part:+g} of {left:+g}")
     orders = closing_orders(core.terms.session, part, core.trader.instruments[number],
-                            float(core.trader.positions["mark_price"][number]), unused(core, symbol))
+                            float(core.trader.positions["mark_price"][number]), unused(core, symbol),
+                            first_slot(core))
     send_now(core, orders)
     yield from hear_ends(core, orders)
     until = core.now if part == left else core.now + core.terms.pause
@@ -254,6 +261,12 @@ def is_suspended(core:Core, symbol:str)->bool:
     return core.guards.condition(symbol) is Condition.SUSPENDED
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emgshow14
+def gives_up(core:Core)->int|None:
+    "ms, when a session that is to end leaves what it could not close; None: never"
+    if core.watch.leaves_at: return core.watch.leaves_at
+    return core.now + core.terms.patience if core.stopping else None
+
+
 def flatten(core:Core, symbol:str)->Process:
     "Close the position of a symbol, until the exchange itself says that it is flat; returns a sentence"
     pause, before, until, most = core.terms.pause, 0., None, None
@@ -261,7 +274,7 @@ def flatten(core:Core, symbol:str)->Process:
     core.closing.add(symbol)
     while (left := (yield from try_once(core, symbol, most))) is not None:
         most = most or left
-        if core.stopping: until = until or core.now + core.terms.patience
+        until = until or gives_up(core)
         if until and core.now >= until or left and is_suspended(core, symbol) and not core.error: break
         smaller = not before or 0. < abs(left) < abs(before)
         pause = core.terms.pause if smaller else min(2 * pause, longest)
@@ -293,14 +306,43 @@ def listen(core:Core)->Process:
         pause = min(2 * pause, core.terms.longest_pause)
 
 # %% ../../nbs/70_live/15_emergency.ipynb #emgshow17
-def flatten_all(core:Core, symbols:Sequence[str], reason:str)->Process:
+def flatten_all(core:Core, symbols:Sequence[str], reason:str, at_end:bool=False)->Process:
     "Close these positions, and go back to the phase that was before; returns a sentence for each"
     before, core.guards.ends = core.guards.ends, Phase.FLATTENING
-    core.do(Tell(Notice("emergency", f"{', '.join(symbols)}: everything is closed, {reason}")))
+    said = f"{', '.join(symbols)}: everything is closed, {reason}"
+    core.do(Tell(Notice("closing", said) if at_end else Notice("emergency", said)))
     drop_waiting(core, symbols)
-    *said, _ = yield from together([*(flatten(core, symbol) for symbol in symbols), listen(core)])
+    *ends, _ = yield from together([*(flatten(core, symbol) for symbol in symbols), listen(core)])
     core.guards.ends = before
-    return said
+    return ends
+
+# %% ../../nbs/70_live/15_emergency.ipynb #emgend01
+def until_then(core:Core, process:Process, until:int)->Process:
+    "Go on with a process, but not beyond this time (ms)"
+    while core.now < until:
+        try: due = next(process)
+        except StopIteration: return
+        yield until if due is None else min(due, until)
+
+
+def close_and_book(core:Core, symbols:Sequence[str])->Process:
+    "Close these positions, and hear what nobody will ask for afterwards"
+    yield from flatten_all(core, symbols, "the session ends", at_end=True)
+    yield from hear_missed(core)
+
+
+def flatten_at_end(core:Core)->Process:
+    "Close what is held because the session ends, within `end_patience`, and halt nobody"
+    symbols = [symbol for symbol in core.trader.symbols if symbol not in core.foreign.frozen
+               and not is_suspended(core, symbol) and (core.books.positions[symbol] or may_move(core, symbol))]
+    if not symbols: return
+    core.watch.leaves_at = core.now + core.terms.end_patience
+    yield from until_then(core, close_and_book(core, symbols), core.watch.leaves_at + core.terms.patience)
+    core.closing.clear()
+    core.guards.ends = Phase.CLOSING
+    core.books.end()
+    book(core)
+    keep(core)
 
 # %% ../../nbs/70_live/15_emergency.ipynb #ladder002
 def to_flatten(core:Core)->list[str]:

@@ -7,6 +7,7 @@ __all__ = ['HALT', 'machine', 'began', 'this_process', 'is_dead', 'may_live', 'a
            'strategy_traded', 'traders', 'is_halted', 'changed', 'refusal_of', 'tell_strategy']
 
 # %% ../../nbs/70_live/09_lease.ipynb #dfdb55d9
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..database.records import EXPIRES, Asked, Lease, LeaseLostError, Standing
+from ..database.words import WORDS, arguments_of, wrong_with
 from ..events import TradingState
 from .ledger import Ledger, MemoryLedger
 from .reconcile import StartRefusedError
@@ -132,13 +134,24 @@ def is_halted(standing:Standing)->bool:
     return bool(standing.halted) or standing.required_state == HALT
 
 
+def _ladder_after(ladder, asked, now):
+    "What stays of a ladder: symbols that a person trades, and the halt"
+    kept = json.loads(ladder) if ladder else {"active": []}
+    kept["active"] = [row for row in kept["active"] if row[0] == "by_hand"]
+    if not kept["active"]: return ""
+    said = f"{asked.person}: {asked.reason}"
+    if asked.name == "halt": kept["active"].append(["person", "", HALT, min(now, kept["time"]), None, said])
+    return json.dumps(kept)
+
+
 def changed(
     standing:Standing,
     asked:Asked,     # halt, or reset
     now:int,         # ms
 )->Standing:
     "Where a strategy is after a person's word"
-    said = replace(standing, reason=f"{asked.name} by {asked.person}: {asked.reason}", time=now, session="", ladder="")
+    said = replace(standing, reason=f"{asked.name} by {asked.person}: {asked.reason}", time=now, session="",
+                   ladder=_ladder_after(standing.ladder, asked, now))
     if asked.name == "halt": return replace(said, required_state=HALT, trading_state=HALT)
     state = TradingState.REDUCE_ONLY if standing.day_stopped else TradingState.NORMAL
     return replace(said, halted=0, required_state=0, trading_state=int(state), peak=standing.last_equity)
@@ -150,8 +163,9 @@ def refusal_of(
 )->str:
     "Why a word changes nothing; empty if it does"
     where = f"{asked.strategy} on {asked.venue}"
-    if asked.name not in ("halt", "reset"): return f"refused: {asked.name} asks the exchange, and no session runs"
-    if not asked.reason.strip(): return f"refused: a {asked.name} needs a reason"
+    wrong = wrong_with(asked.name, asked.symbol, asked.reason, arguments_of(asked.arguments))
+    if wrong: return f"refused: {wrong}"
+    if not WORDS[asked.name].alone: return f"refused: {asked.name} asks the exchange, and no session runs"
     if standing is None: return f"refused: {where} has never traded in the account {asked.account}"
     if is_halted(standing) == (asked.name == "reset"): return ""
     return f"refused: {where} is {'halted already' if asked.name == 'halt' else 'not halted'} ({standing.reason})"
@@ -167,6 +181,7 @@ def tell_strategy(
     place = asked.venue, asked.account, asked.strategy
     with ledger.transaction(durable=True):
         number = ledger.commands.ask(asked)
+        if ledger.commands.find(number=number)[0]["answered"]: return number
         if traders(ledger, asked, now, expires): return number
         standing = ledger.trading_states.find(*place)
         answer = refusal_of(standing, asked)

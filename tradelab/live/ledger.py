@@ -400,6 +400,11 @@ class _Shared:
 
     def set_state(self, session:str, state:str)->None: self._rows(SESSIONS).change({"session": session}, state=state)
 
+    def set_settings(self, session:str, **settings:Any)->None:
+        "Change some of what is kept of how a session runs"
+        changed = json.dumps(self.session(session)["settings"] | settings)
+        self._rows(SESSIONS).change({"session": session}, settings=changed)
+
     def notice(self, session:str, kind:str, text:str)->None:
         "Write down something that a person should know"
         self._rows(NOTICES).append(session=session, time=clock(), kind=kind, text=text)

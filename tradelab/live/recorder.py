@@ -17,7 +17,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from hashlib import blake2b, sha256
@@ -97,8 +97,10 @@ def _record(text, kind, name):
     "A record of one class"
     types = _types(kind)
     if not isinstance(text, dict) or text.get("type") != kind.__name__: raise _wrong(text, name or kind.__name__)
-    if set(text) != {"type", *types}: raise TypeError(f"{kind.__name__} has {', '.join(text)}, not {', '.join(types)}")
-    try: return kind(**{each: decode(text[each], types[each], each) for each in types})
+    needed = {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
+    if not {"type", *needed} <= set(text) <= {"type", *types}: # an older version did not know all there is today
+        raise TypeError(f"{kind.__name__} has {', '.join(text)}, not {', '.join(types)}")
+    try: return kind(**{each: decode(text[each], types[each], each) for each in types if each in text})
     except MISREAD as error: raise TypeError(f"{kind.__name__}.{error}") from None
 
 # %% ../../nbs/70_live/05_recorder.ipynb #3fb89c1b

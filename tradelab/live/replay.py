@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..evaluation.difference import first_difference
 from ..events import KNOWN
+from ..instruments import Instrument
 from ..journal import JOURNAL, Decision
 from .core import Core
 from .messages import Action, Amend, Cancel, Decided, Event, Received, Send, Warmed
@@ -30,7 +31,7 @@ from ..trader import Trader
 def _began(line, trader):
     "The core of a part of the session, as it was made then"
     inputs = decode(line["core"], CoreInputs, "core")
-    again = trader.afresh()
+    again = trader.afresh([Instrument(**each) for each in line.get("settings", {}).get("instruments", ())])
     if inputs.step: again.restore(inputs.step["content"])
     return make_core(again, inputs)
 
@@ -91,9 +92,14 @@ def decided(
 class Told:
     "What was decided, and what was asked of the exchange about orders, by the time of the decision"
 
-    def __init__(self, symbols:Sequence[str], columns:Sequence[str])->None:
+    def __init__(self,
+        symbols:Sequence[str],
+        columns:Sequence[str],
+        since:int=0,              # ms: decisions of earlier candles are not kept
+    )->None:
         self.symbols = symbols
         self.columns = columns
+        self.since = since
         self.steps: dict[int, list[dict[str, Any]]] = {}
         self._requests: dict[tuple[int, str], list[str]] = defaultdict(list)
         self._time = -1
@@ -101,11 +107,11 @@ class Told:
     def decision(self, decision:Decision, rows:np.ndarray)->None:
         "Something was decided"
         self._time = int(decision.open_time)
-        self.steps[self._time] = decided(decision, rows, self.symbols, self.columns)
+        if self._time >= self.since: self.steps[self._time] = decided(decision, rows, self.symbols, self.columns)
 
     def request(self, action:dict[str, Any])->None:
         "Something was asked for, as `encode` says it"
-        self._requests[self._time, action["order"]["symbol"]].append(json.dumps(action))
+        if self._time >= self.since: self._requests[self._time, action["order"]["symbol"]].append(json.dumps(action))
 
     def differs(self, other:"Told")->bool:
         "Whether another was told something else of what was decided"
@@ -146,9 +152,10 @@ def _recomputed(told, actions):
 def replay(
     recording:Lines,
     trader:Trader,    # as the session was given it; only its settings are used
+    since:int=0,      # ms: decisions of earlier candles are made, and not compared
 )->tuple[pd.DataFrame, pd.DataFrame]: # index open_time: recorded, recomputed
     "Tell a core what was recorded; the frames are equal where nothing else decided"
-    recorded, recomputed = (Told(trader.symbols, trader.observation.columns) for _ in range(2))
+    recorded, recomputed = (Told(trader.symbols, trader.observation.columns, since) for _ in range(2))
     try:
         for number, line, actions in retell(recording, trader):
             try:
@@ -181,6 +188,7 @@ def unproven(
     recording:Recording,     # read to its end
     recorded:pd.DataFrame,   # its decisions, from `replay`
     journal:pd.DataFrame,    # of the session, from the ledger
+    whole:bool=True,         # whether damage and holes count that no decision of the ledger is lost by
 )->str:
     "Why a recording does not prove every decision of the ledger, with their number; empty where it does"
     keys = [pd.MultiIndex.from_arrays([frame.index, frame["symbol"]]) for frame in (journal, recorded)]
@@ -190,8 +198,8 @@ def unproven(
         return (f"{len(lost)} of {journal.index.nunique()} decisions of the ledger cannot be read in the recording, "
                 f"the first is that of {date(int(lost[0].timestamp() * 1000))}" + (f"; {recording.damage}"
             if recording.damage else "") + hole)
-    if recording.damage or hole: return recording.damage or f"the recording is not whole{hole}"
-    if journal.empty and not recording.ended:
+    if whole and (recording.damage or hole): return recording.damage or f"the recording is not whole{hole}"
+    if whole and journal.empty and not recording.ended:
         return ("the ledger knows no decision of this session and the recording was not closed: nothing says how many "
                 "decisions there were")
     both = recorded[keys[1].isin(keys[0])]

@@ -8,11 +8,12 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'status_line', 'Forget', 'breaker_event', 'write', 'precedes', 'needed', 'Files', 'answer_to', 'event_of',
            'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept', 'event_when_kept', 'waits_when_kept', 'together',
            'Signals', 'run_to_completion', 'Driver', 'settings_of', 'restore', 'Kept', 'remember', 'known_links',
-           'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs', 'restore_books', 'make_core', 'refuse_clock',
-           'Stopwatch', 'tell', 'say', 'save_status', 'hold', 'place_of', 'join', 'other_standing', 'causes', 'prepare',
-           'quietly', 'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing',
-           'keep', 'look', 'stop_by_hand', 'refuse_stale', 'know', 'unkept', 'recorder_trouble', 'kept_again',
-           'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
+           'refuse_changed', 'CoreInputs', 'opening_of', 'limits_by_hand', 'core_inputs', 'restore_books', 'make_core',
+           'refuse_clock', 'Stopwatch', 'Away', 'tell', 'say', 'begin_alerts', 'save_status', 'hold', 'place_of',
+           'look_first', 'told_of_start', 'join', 'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly',
+           'close_all', 'open_files', 'finish', 'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep',
+           'look', 'command_of', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out',
+           'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -30,13 +31,15 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .. import __version__
+from ..config import OURS
 from ..database.engine import LedgerError
 from tradelab.database.records import (
+    Alert,
     Asked,
     Balance,
     BreakerEvent,
@@ -49,13 +52,15 @@ from tradelab.database.records import (
     clock,
 )
 from ..database.schema import Measured
+from ..database.words import WORDS, arguments_of
 from ..events import Fill, Funding, TradingState
 from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
+from .commands import take_limits
 from .core import Core, Terms, mark_foreign
-from .guards import is_emergency
+from .guards import Phase, is_emergency
 from .lease import acquire, is_halted, release, strategy_of, this_process
 from .ledger import Ledger, Link, MemoryLedger
 from tradelab.live.messages import (
@@ -107,15 +112,20 @@ from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
     FORMAT,
+    Finding,
+    Verdict,
     check_account,
     check_instruments,
     check_leverage,
     check_offset,
     check_same,
+    code_of,
     go_on_from,
     in_this_format,
+    other_code,
     refuse_series,
     refuse_style,
+    refuse_wrong,
     rescue,
     standing_of,
     start_and_live,
@@ -555,6 +565,7 @@ def settings_of(trader:Trader, venue:str, timeframe:str, origin:str, source:str)
     "What is kept of a session, so that it can be resumed as it was"
     return dict(format=FORMAT, venue=venue, symbols=list(trader.symbols), timeframe=timeframe,
                 policy=trader.policy.name, origin=origin, source=source or venue, version=__version__,
+                code=code_of(trader.policy),
                 execution=asdict(trader.execution),
                 deposit=float(trader.account["deposit"][0]), limits=asdict(trader.limits),
                 instruments=[asdict(instrument) for instrument in trader.instruments])
@@ -634,12 +645,20 @@ class CoreInputs:
     deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
     standing:Standing|None = None           # where another session of this strategy left it
     ladder:str = ""                         # which causes restrict the strategy, whichever session met them
+    limits:dict[str, float] = field(default_factory=dict) # that a person has made stricter in this session
 
 
 def opening_of(kept:Kept|None)->Opening|None:
     "Where the exchange's own books began for a session; None if it is older than that question"
     known = kept.settings.get("opening") if kept else None
     return Opening(**known) if known else None
+
+# %% ../../nbs/70_live/19_session.ipynb #39288b91
+def limits_by_hand(ledger:Ledger|MemoryLedger, session:str)->dict[str, float]:
+    "Those that a person has made stricter"
+    done = [row for row in ledger.commands.find(session=session, name="limits")
+            if row["answered"] and not row["answer"].startswith("refused")]
+    return {name: value for row in done for name, value in arguments_of(row["arguments"]).items()}
 
 # %% ../../nbs/70_live/19_session.ipynb #c8a1a5c8
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
@@ -648,7 +667,8 @@ def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, of
     return CoreInputs(terms, offer, words, kept.settings["reserve"] if kept else 0., kept.step if kept else None,
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
                       tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
-                      kept.settings.get("deposit", 0.) if kept else 0., standing, ladder)
+                      kept.settings.get("deposit", 0.) if kept else 0., standing, ladder,
+                      limits_by_hand(ledger, terms.session) if kept else {})
 
 # %% ../../nbs/70_live/19_session.ipynb #b5c1b2c1
 def restore_books(core:Core, inputs:CoreInputs)->None:
@@ -673,6 +693,7 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     "The core of a session; the trader of one that is resumed is restored already"
     terms, step = inputs.terms, inputs.step
     if inputs.standing: go_on_from(inputs.standing, trader.account)
+    if inputs.limits: take_limits(trader, inputs.limits)
     sequence = step["sequence"] if step else 0
     fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
     persistence = Persistence(terms.patience, terms.absent_after, terms.retries, terms.first_delay)
@@ -720,9 +741,17 @@ class Stopwatch:
         self._sent = None
 
 # %% ../../nbs/70_live/19_session.ipynb #fdfa55a0
+class Away(Protocol):
+    "Tells people who are away; `live.alerts` has one"
+    def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
+    def tell(self, notice:Notice)->None: "Something that they should hear; returns at once"
+    def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
+
+
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
     if session.writer and (session.files or session.resumed): session.writer.put([notice])
+    if session.alerts: session.alerts.tell(notice)
     getattr(logger, notice.level)(str(notice), session=session.id)
     session.say(str(notice))
 
@@ -733,11 +762,19 @@ def say(session:"Session", line:str)->None:
     session.say(line)
 
 
+def begin_alerts(session:"Session", alerts:Away)->None:
+    "Let people who are away hear of this session; what becomes of an alert is told on another thread"
+    def kept(alert): return session.writer and (session.files or session.resumed) and session.writer.put([alert])
+    def said(text): session.hand(partial(tell, session, Notice("alerts", text)))
+    alerts.begin(f"tradelab: session {session.id} on {session.venue.name}", kept, said)
+
+
 def save_status(session:"Session", state:str)->None:
     "Write session.json"
     write_status(session.folder / "session.json", pid=os.getpid(), state=state, session=session.id,
                  venue=session.venue.name, symbols=list(session.trader.symbols), timeframe=session.timeframe,
-                 statistics=session.statistics.summary(), kept=session.link and vars(session.link))
+                 statistics=session.statistics.summary(), kept=session.link and vars(session.link),
+                 checks=[asdict(each) for each in session.findings])
 
 # %% ../../nbs/70_live/19_session.ipynb #050b72c9
 def hold(session:"Session")->None:
@@ -748,20 +785,41 @@ def hold(session:"Session")->None:
 
 def place_of(venue:Venue)->str:
     "What leases and commands call an exchange; each localnet is one of its own"
-    return f"{venue.name} {venue.address}" if venue.name == "localnet" else venue.name
+    return f"{venue.name} {venue.address}" if venue.name in OURS else venue.name
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow12
+async def look_first(session:"Session")->None:
+    "Look at what has to be right before anything is traded; the record of the session says what was found"
+    if session.check_on_start is None: return
+    session.findings = list(await session.check_on_start(session))
+    refuse_wrong(session.findings)
+    session.settings["checks"] = [asdict(each) for each in session.findings]
+    for each in session.findings:
+        if each.verdict is not Verdict.OK: session.say(str(each))
+
+
+def told_of_start(session:"Session", events:Sequence[Event])->Notice|None:
+    "What was looked at, once each stream has answered"
+    opened = {event.stream for event in events if isinstance(event, Opened)} - session.opened
+    session.opened |= opened
+    if not (session.findings and opened and {"market", "user"} <= session.opened): return None
+    streams = Finding("streams", Verdict.OK, f"{', '.join(sorted(session.opened))} opened")
+    if any(each.name == streams.name for each in session.findings): return None
+    session.findings.append(streams)
+    return Notice("check", "; ".join(f"{each} ({each.verdict})" for each in session.findings))
+
+# %% ../../nbs/70_live/19_session.ipynb #sesshw121
 async def join(session:"Session", terms:Terms)->Lease:
-    "Find the account in order, take the right to trade these symbols on it, and only then set it up"
+    "Find the account in order, and take the right to trade these symbols on it; nothing of the account is changed"
     venue, trader = session.venue, session.trader
     check_offset(await venue.synchronise(), terms.clock_limit, venue.name)
     account = await venue.account()
     check_account(account, trader.symbols, venue.name)
-    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), venue.quote)
+    check_leverage(venue.instruments(trader.symbols), trader.limits, float(trader.account["equity"][0]), account,
+                   venue.quote)
     wanted = Lease(place_of(venue), account.alias, trader.symbols, session.id, this_process())
     session.lease = acquire(session.ledger, wanted, clock(), terms.lease_expires)
     session.heartbeat = terms.heartbeat / 1000
-    for text in await venue.set_up(trader.symbols, trader.limits.leverage): tell(session, Notice("account", text))
     return session.lease
 
 # %% ../../nbs/70_live/19_session.ipynb #f919cbef
@@ -776,6 +834,17 @@ def causes(session:"Session", lease:Lease)->str:
     standing = session.ledger.trading_states.find(lease.venue, lease.account, session.strategy)
     return standing.ladder if standing else ""
 
+# %% ../../nbs/70_live/19_session.ipynb #d700c45a
+async def refuse_unproven(session:"Session", known:dict[str, Any])->None:
+    "StartRefusedError if the code is not that of then, and nothing proves that it decides alike"
+    changed = other_code(known.get("code", {}), session.settings["code"])
+    if not changed: return
+    check_same(session.id, in_this_format(session.id, known), session.settings)
+    if session.proof is None:
+        raise StartRefusedError(f"session {session.id} ran under other code ({changed}), and nothing proves that this "
+                                "one decides alike: resume it with proof=live.proof.prove, or under the code of then")
+    session.proven = await asyncio.to_thread(session.proof, session, changed)
+
 # %% ../../nbs/70_live/19_session.ipynb #983d9dfc
 async def prepare(session:"Session", max_candles:int|None)->Core:
     "Connect, and make the core; of the session itself nothing is written"
@@ -783,16 +852,18 @@ async def prepare(session:"Session", max_candles:int|None)->Core:
     refuse_style(session.trader, session.venue.kinds)
     ledger, venue, trader = session.ledger, session.venue, session.trader
     ledger.session(session.id) if session.resumed else ledger.check_new(session.id)
+    session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     if session.resumed:
         hold(session)
         refuse_changed(ledger, session.id, session.folder)
+        await refuse_unproven(session, ledger.session(session.id)["settings"])
     await venue.connect(trader.symbols, watched=trader.observation.extra)
     check_instruments(trader.instruments, venue.instruments(trader.symbols))
-    session.settings = settings_of(trader, venue.name, session.timeframe, session.origin, session.source)
     kept = remember(ledger, session.id, session.settings, trader) if session.resumed else None
     if kept: session.settings["origin"] = kept.settings["origin"]
     if kept: session.strategy = kept.settings.get("strategy", session.strategy)
     session.settings["strategy"] = session.strategy
+    await look_first(session)
     terms = Terms(session.id, session.timeframe, int(1_000 * session.patience), session.gaps, max_candles, venue.name,
                   venue.quote, **{"pace": venue.pace} | session.waits)
     lease = await join(session, terms)
@@ -826,6 +897,8 @@ def open_files(session:"Session", opened:Open)->None:
         session.ledger.open_session(session.id, session.settings | dict(reserve=opened.reserve,
                                                                                opening=asdict(opened.opening)))
     session.ledger.set_state(session.id, "running")
+    begins = "the session goes on" if session.resumed else "the session begins"
+    session.ledger.measure(session.id, BreakerEvent(clock(), "phase", Phase.RECONCILING, begins))
     session.files = Files(session.folder, session.ledger.rows(session.id), session.ledger.closes(session.id))
     if session.writer: session.writer.put([Forget(clock())])
     session.files.recorder.tape.on_trouble = partial(recorder_trouble, session)
@@ -833,6 +906,9 @@ def open_files(session:"Session", opened:Open)->None:
     for received in session.early: session.files.recorder.received(received)
     session.venue.on_frame = session.files.recorder.frame
     if session.files.recorder.mended: tell(session, Notice("recording", session.files.recorder.mended))
+    if session.proven:
+        session.ledger.set_settings(session.id, **{name: session.settings[name] for name in ("code", "version")})
+        tell(session, Notice("replayed", session.proven))
     save_status(session, "running")
 
 # %% ../../nbs/70_live/19_session.ipynb #f80c4cac
@@ -840,6 +916,8 @@ async def finish(session:"Session", state:str)->None:
     "Whatever happened, the files are closed and the state is written"
     try: await session.venue.close()
     finally:
+        untold = await asyncio.to_thread(session.alerts.end) if session.alerts else 0
+        if untold: say(session, f"{untold} alerts could not be told")
         lost = await asyncio.to_thread(session.writer.close) if session.writer else 0
         if lost: say(session, f"{lost} records did not reach the ledger: they stand on stderr")
         if session.lease: quietly(session, partial(release, session.ledger, session.lease))
@@ -880,6 +958,7 @@ def hear(session:"Session", received:Received)->None:
     if found and session.writer and session.files: session.writer.put(found)
     if session.files: session.files.recorder.received(received)
     else: session.early.append(received)
+    if notice := told_of_start(session, received.events): tell(session, notice)
 
 # %% ../../nbs/70_live/19_session.ipynb #ses18c09
 def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
@@ -930,28 +1009,23 @@ def look(session:"Session", lease:Lease)->None:
     for row in session.ledger.commands.pending(place):
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
         if row["number"] in session.commands or not here: continue
-        command = Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"])
-        unheard = row["name"] == "halt" and session.resumed # by a process that died before it heard it
-        if row["epoch"] < lease.epoch and not unheard: refuse_stale(session, lease, row)
-        elif command.name == "stop": stop_by_hand(session, command)
-        else: session.hand(partial(session.venue.events.put_nowait, command))
+        session.hand(partial(session.venue.events.put_nowait, command_of(row, session, lease)))
         session.commands.add(row["number"])
 
 # %% ../../nbs/70_live/19_session.ipynb #98afd654
-def stop_by_hand(session:"Session", command:Command)->None:
-    "A person ends the session in order; it is answered first, so that a resumed one does not end by it"
-    text = f"stopping in order, as {command.person or 'a person'} asked: {command.reason or 'no reason given'}"
-    session.ledger.commands.done(command.number, text)
-    session.hand(partial(tell, session, Notice("command", f"{command.number}: {text}")))
-    session.stop()
-
-
-def refuse_stale(session:"Session", lease:Lease, row:Mapping[str, Any])->None:
-    "A person had another session before their eyes: what they asked for is not done to this one"
-    text = (f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has "
-            f"epoch {lease.epoch}: look at it, and ask again")
-    session.ledger.commands.done(row["number"], text)
-    session.hand(partial(tell, session, Notice("command", f"{row['number']}: {text}")))
+def command_of(
+    row:Mapping[str, Any],  # of the command table
+    session:"Session",
+    lease:Lease,
+)->Command:
+    "What a person asked for; one who had another session before their eyes is told so"
+    word = WORDS.get(row["name"])
+    lasts = word is not None and word.lasts and session.resumed # said to a process that died before it heard it
+    stale = "" if row["epoch"] >= lease.epoch or lasts else (
+        f"refused: {row['name']} was asked for under epoch {row['epoch']} of the lease, session {session.id} has epoch "
+        f"{lease.epoch}: look at it, and ask again")
+    return Command(row["number"], row["name"], row["symbol"], row["reason"], row["person"],
+                   arguments_of(row["arguments"]), row["time"], stale)
 
 
 def know(session:"Session", link:Link)->None:
@@ -1031,12 +1105,15 @@ async def drive(session:"Session", max_candles:int|None)->str:
 async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     "The same; whatever happens, it is told, and the files are closed"
     state = "failed"
+    if session.alerts: begin_alerts(session, session.alerts)
     try: state = await drive(session, max_candles)
     except asyncio.CancelledError:
         state = "stopped"
         raise
     except Exception as error:
-        if session.files: tell(session, Notice("failed", f"{type(error).__name__}: {error}"))
+        told = f"{type(error).__name__}: {error}"
+        if session.files: tell(session, Notice("failed", told))
+        elif session.alerts: session.alerts.tell(Notice("refused", told)) # who started it reads the error
         raise
     finally: await finish(session, state)
 
@@ -1054,7 +1131,10 @@ class Running:
     reserve:float = 0.       # quote, money of the account that the trader was not given
     settings:dict[str, Any] = field(default_factory=dict)
     early:list[Received] = field(default_factory=list) # received before there was a file to record it in
+    findings:list[Finding] = field(default_factory=list) # of what was looked at before it began
+    opened:set[str] = field(default_factory=set)       # streams that have opened
     commands:set[int] = field(default_factory=set)     # numbers of those that were handed on
+    proven:str = ""          # what was replayed, because the code is not that of then
     heartbeat:float = 1.     # s between two looks for commands, which are signs of life, too
     looked:float = 0.        # monotonic s, when that was
     said:float = 0.          # when a step was
@@ -1078,8 +1158,11 @@ class Session(Running):
         strategy:str="",         # whose drawdown, daily loss and halt it goes on with  [default: the policy's name]
         source:str="",           # whose prices the venue has, for the reports: "localnet, synthetic ..."
         patience:float=15.,      # seconds to wait for the outcome of an order
+        proof:Callable[["Session", str], str]|None=None, # resumed under other code: `live.proof.prove`
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
+        alerts:Away|None=None,   # hears notices for people who are away; None: nobody does
+        check_on_start:"Callable[[Session], Awaitable[Sequence[Finding]]]|None"=None, # what is looked at first
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
     )->None:
@@ -1089,9 +1172,11 @@ class Session(Running):
         self.venue = venue
         self.ledger = ledger
         self.timeframe = timeframe or trader.observation.timeframe or "1h"
-        self.patience = patience
+        self.patience, self.proof = patience, proof
         self.gaps = gaps
         self.waits = dict(waits)
+        self.alerts = alerts
+        self.check_on_start = check_on_start
         self.say = say
         self.progress = progress
         self.id = one_name(id, resume)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['known_at_close', 'look_ahead', 'watch_halt', 'drop', 'resize', 'count_candle', 'decide', 'deadline_of', 'step',
-           'go_on', 'tell_of_resting', 'say_done', 'wait', 'close_books', 'look_up', 'watch_outage', 'under_watch',
-           'live']
+           'go_on', 'tell_of_resting', 'say_done', 'wait', 'tell_of_held', 'close_books', 'look_up', 'watch_outage',
+           'under_watch', 'live']
 
 # %% ../../nbs/70_live/17_steps.ipynb #745382a6
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from tradelab.live.agreement import (
     fill_gap,
     keep,
     may_reconcile,
+    note_by_hand,
     reconcile,
     row_of,
     rows_differ,
@@ -36,7 +37,7 @@ from tradelab.live.agreement import (
 from .bookkeeper import market_questions, with_funding_and_index
 from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, set_reason, sleep
-from .emergency import emergency, obey_state, to_flatten
+from .emergency import emergency, flatten_at_end, obey_state, to_flatten
 from .guards import Phase, decided_at, decision_deadline, due_time
 from .ladder import alarm, trip
 from .messages import Decided, StepDone, Tell, Waits
@@ -130,6 +131,7 @@ def decide(core:Core, open_time:int, candles:np.ndarray, late:bool)->list:
     working = None if core.manager.beside else np.zeros(len(trader.symbols), bool)
     decision = trader.on(Candles(open_time, candles, working=working))
     if decision is None: return [] # its clock names other events
+    note_by_hand(core)
     core.do(Decided(decision, kept(trader.rows), candles))
     if not trader.view.stream.waits: set_reason(core, "hole", False)
     watch_halt(core)
@@ -221,6 +223,18 @@ def wait(core:Core)->Process:
     if (yield from news(core, min(until, default=None))): return
     if core.manager.search_due is not None and core.now >= core.manager.search_due: yield from catch_up(core)
 
+# %% ../../nbs/70_live/17_steps.ipynb #stpend01
+def tell_of_held(core:Core)->None:
+    "A person should know which positions stay, and whether a stop watches over them when nobody else does"
+    alone, closes = unprotected(core), core.terms.at_end == "flatten"
+    for symbol, held in core.books.positions.items():
+        if not held: continue
+        stop = "without a stop there" if symbol in alone else "with its stop there"
+        why = (core.foreign.evidence(symbol) if symbol in core.foreign.frozen else "it could not be closed in time"
+               if closes else 'at_end is "keep"')
+        said = f"{symbol} {held:+g} stays at {core.terms.venue}, {stop} ({why}): resume the session, or close it there"
+        core.do(Tell(Notice("left", said) if closes else Notice("kept", said)))
+
 # %% ../../nbs/70_live/17_steps.ipynb #stpshow06
 def close_books(core:Core)->Process:
     "The last rows of the exchange's own books, compared once more"
@@ -276,5 +290,7 @@ def live(core:Core)->Process:
         else: yield from wait(core)
     core.guards.ends = Phase.CLOSING
     yield from secure(core)
+    if core.terms.at_end == "flatten": yield from flatten_at_end(core)
     yield from close_books(core)
+    tell_of_held(core)
     tell_of_resting(core)

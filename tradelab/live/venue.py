@@ -170,11 +170,9 @@ class Venue(MarketData, Protocol):
     events:asyncio.Queue                        # what the sockets told, in order
     on_frame:Callable[[str, Any], object]       # is told (socket, frame) of each raw frame, for the recording
 
-    async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
+    async def connect(self, symbols:Sequence[str], watched:Sequence[str]=())->None:
         """Look at the account and at `symbols`, which are to be traded; of `watched` symbols only the candles are
-        wanted. With a leverage, `set_up` the account, too"""
-    async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
-        "Set the account to one position a symbol and this leverage; returns what a person should know of it"
+        wanted. Nothing of the account is changed"""
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         "Open the market and the user stream; `live.messages.Opened` tells of each"
     async def news(self, asked:Collection[asyncio.Task])->Any:

@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from aiohttp import web
 
-from ..config import VenueSettings
+from ..config import OURS, VenueSettings
 from .accounts import ENDPOINTS as ACCOUNT_ENDPOINTS
 from .accounts import Account
 from .conditional import ENDPOINTS as CONDITIONAL_ENDPOINTS
@@ -497,7 +497,7 @@ def candles_left(
     venue:VenueSettings,
 )->int|None:               # None if it is not a localnet
     "How many candles a localnet can still close; None, too, if its market has no end"
-    return _state_of(venue).get("left") if venue.name == "localnet" else None
+    return _state_of(venue).get("left") if venue.name in OURS else None
 
 # %% ../../nbs/60_localnet/16_server.ipynb #74f9e317
 @contextmanager
@@ -507,8 +507,8 @@ def find_or_start(
     continued:bool=False,       # the session is resumed: a new one needs its memory
     **options:Any,              # of `Localnet`
 )->Iterator[VenueSettings]:     # with the address that answers
-    "The localnet at this address, or a new one for as long as the `with` block lasts"
-    if venue.name != "localnet" or listens(venue):
+    "The localnet at this address, or a new one for as long as the `with` block lasts; a dry run has one of its own"
+    if venue.name not in OURS or venue.name == "localnet" and listens(venue):
         yield venue
         return
     if continued and not (options.get("memory") and Path(options["memory"]).exists()):

@@ -9,20 +9,22 @@ __all__ = ['Working', 'TradingRules', 'POST_ONLY', 'SLICES', 'STOP_LOSS', 'TIME_
            'working_quantity', 'keep_to_kind', 'is_unchanged', 'allowed_part', 'target_of_order', 'close_symbol',
            'quantity_of_order', 'see_working', 'apply_orders', 'triggers', 'protect_position', 'write_triggers',
            'is_active', 'apply_targets', 'apply_urgent', 'fault_of_order', 'fault_of_targets', 'fault_of_orders',
-           'told_fault', 'see_active', 'trail_stops', 'trail_candle', 'decide_orders', 'OrderGate']
+           'told_fault', 'see_active', 'trail_stops', 'trail_candle', 'decide_orders', 'OrderGate', 'judge_order']
 
 # %% ../../nbs/30_risk/09_execution.ipynb #c48089c6
 from collections import namedtuple
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from ..account import decimal8, round_price, round_quantity
 from ..compiled import inlined, outlined
-from ..errors import InvalidOrderError
+from ..errors import ConfigurationError, InvalidOrderError
 from ..events import CLOSE, HIGH, LOW, VOLUME
 from ..instruments import Instrument
+from ..journal import JOURNAL
 from tradelab.orders import (
     CLOSING,
     GTC,
@@ -40,6 +42,7 @@ from tradelab.orders import (
     exposure_left,
 )
 from .limits import Gate, gate, propose, stand_by
+from .market_state import warm_up
 from .order_limits import capital
 from .stops import enter, levels
 from ..settings import COSTS, STYLES, Execution, Limits, Reason
@@ -608,6 +611,15 @@ class OrderGate(Gate):
         self._no_orders = np.zeros((0, slots), ORDER)
         self._counts_working = limits.max_positions is not None
 
+    def limit(self, limits:Limits)->None:
+        "Other limits from the next decision on; ConfigurationError if they look further back than these"
+        if warm_up(limits) > self.warm_up:
+            raise ConfigurationError(f"these limits look at {warm_up(limits)} candles before the first decision, those "
+                                     f"in force at {self.warm_up}: set them in tradelab.toml, and start anew")
+        self.limits, self._limits = limits, limits.row()
+        self._rules = self._rules._replace(limits=self._limits)
+        self._counts_working = limits.max_positions is not None
+
     def order(self,
         open_time:int,           # ms, of the candle that closed
         candle:np.ndarray,       # (n, 5 or more)
@@ -636,3 +648,34 @@ class OrderGate(Gate):
         prices = np.empty((len(positions), 3))
         write_triggers(positions.copy(), self.market, self._rules.limits, self._rules.instruments, prices)
         return prices
+
+# %% ../../nbs/30_risk/09_execution.ipynb #fdacfe69
+def judge_order(
+    rules:OrderGate,
+    trader:Any,            # with account, positions and the last candles; only the orders of the minute are counted
+    n:int,                 # which symbol
+    quantity:float,        # signed base units
+    others:np.ndarray,     # ORDER, (n_symbols, any), what else works and may open something
+)->str:
+    "Why an order that does not only reduce may not be sent as it is, in a sentence; empty if it may"
+    closed = trader.view.traded.copy()
+    closed[:, HIGH] = closed[:, LOW] = closed[:, CLOSE]
+    unit = rules.limits.max_position * capital(trader.account[0], rules._limits)
+    wanted = np.zeros((len(closed), 1), ORDER)
+    wanted[n]["kind"], wanted[n]["exposure"] = MARKET, quantity * closed[n, CLOSE] / unit if unit else np.inf
+    there = trader.positions[n]["quantity"] + others[n]["quantity"][others[n]["quantity"] * quantity > 0.].sum()
+    held = abs(there + quantity) * closed[n, CLOSE] / trader.account["equity"][0]
+    large = f"the position would be {held:.4g} times equity, max_position allows {rules.limits.max_position:g}"
+    if not abs(wanted[n, 0]["exposure"]) <= 1.: return large
+    trial = SimpleNamespace(account=trader.account.copy(), positions=trader.positions.copy(), rows=np.zeros(len(closed),
+        JOURNAL), execution_state=trader.execution_state.copy(), orders=np.zeros((len(closed), OWN + 1), ORDER))
+    trial.orders = np.concatenate([trial.orders, others], 1)
+    trial.positions["stopped"] = 0.
+    gate = OrderGate(rules.limits, trader.instruments, slots=1)
+    gate._memory = gate.requests, rules.market, rules.covariance
+    gate.order(trader.open_time, closed, wanted, trial)
+    row, reason = trial.orders[n, OWN], Reason(int(trial.rows["reason"][n]))
+    if row["kind"] != NONE and abs(row["quantity"] - quantity) < 1e-9:
+        for name in ("minute", "orders"): trader.account[name] = trial.account[name]
+        return ""
+    return large if reason is Reason.ACCEPTED else reason.sentence(*trial.rows[n][["value", "limit"]].tolist())

@@ -124,6 +124,7 @@ CAUSES = {
     "liquidation": Cause(TradingState.HALT, False, 0, "the exchange has closed a position"),
     "emergency": Cause(TradingState.HALT, False, 0, "everything had to be closed at once"),
     "person": Cause(TradingState.HALT, False, 0, "a person required it"),
+    "by_hand": Cause(TradingState.NORMAL, False, 0, "a person trades the symbol, and no decision does"),
 }
 
 # %% ../../nbs/30_risk/04_trading_state.ipynb #325213f7

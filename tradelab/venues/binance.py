@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ..config import VenueSettings
+from ..config import OURS, VenueSettings
 from ..database.records import Income
 from ..events import Fill
 from ..live.messages import Status
 from ..live.venue import AccountSnapshot, Answer, OrderReport, Venue, VenueError
 from ..orders import Kind, Order
-from .binance_account import BinanceAccount, brackets_of, set_up
+from .binance_account import BinanceAccount, KeyRights, ask_fees, ask_rights, brackets_of
 from .binance_client import pace_of, synchronise
 from .binance_market import BinanceMarket, check_trading, suspended
 from .binance_messages import Children, frame_events
@@ -55,8 +55,8 @@ class BinanceVenue(BinanceMarket):
         self._orders = BinanceOrders(self._exchange, self._children)
         self._streams = Streams(self._exchange, self.events, self._hear)
 
-    async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
-        "Markets, clock, keys; of `watched` symbols the candles only; with a leverage the account is set up, too"
+    async def connect(self, symbols:Sequence[str], watched:Sequence[str]=())->None:
+        "Markets, clock, keys; of `watched` symbols the candles only"
         async with closed_if_refused(self._exchange):
             await self._ask("the list of markets", self._exchange.load_markets())
             markets = [self._listed(symbol) for symbol in symbols]
@@ -66,14 +66,9 @@ class BinanceVenue(BinanceMarket):
             self._traded = list(symbols)
             self.quote = self._account.quote = markets[0]["settle"]
             await self.synchronise()
-            if self.name == "localnet": self.pace = await pace_of(self._exchange, self.settings, markets[0])
+            if self.name in OURS: self.pace = await pace_of(self._exchange, self.settings, markets[0])
             await self.account()
             self._brackets = await brackets_of(self.settings, self._exchange, markets)
-            if leverage: await self.set_up(symbols, leverage)
-
-    async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
-        self._account.set = None
-        return await set_up(self.settings, self._exchange, [self._listed(symbol) for symbol in symbols], leverage)
 
     def _hear(self, socket, frame):
         if isinstance(frame, dict) and frame.get("e") == "ACCOUNT_CONFIG_UPDATE": self._account.set = None
@@ -101,6 +96,9 @@ class BinanceVenue(BinanceMarket):
     async def query(self, order:Order)->Answer: return await self._orders.query(order)
     async def open_orders(self, symbol:str)->list[OrderReport]: return await self._account.open_orders(symbol)
     async def account(self)->AccountSnapshot: return await self._account.account()
+    async def rights(self)->KeyRights|None: return await ask_rights(self.settings, self._exchange)
+    async def fees(self, symbol:str)->tuple[float, float]:
+        return await ask_fees(self.settings, self._exchange, self._listed(symbol))
     async def fills(self, symbol:str, first:int|None=None)->list[Fill]: return await self._account.fills(symbol, first)
     async def name_of(self, symbol:str, number:str)->str: return await self._account.name_of(symbol, number)
     async def incomes(self, since:int|None=None)->list[Income]: return await self._account.incomes(since)

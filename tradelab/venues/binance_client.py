@@ -12,7 +12,7 @@ from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..config import VenueSettings
+from ..config import REAL, VenueSettings
 from .pacing import Allowance, check_allowed
 from .refusals import OUR_CLOCK, Reply, asked, error_code
 
@@ -69,6 +69,8 @@ def exchange_for(
     api = exchange.urls["api"]
     for name, url in api.items():
         if name.startswith("fapi"): api[name] = settings.rest.rstrip("/") + urlsplit(url).path
+    # what a key may do is told by another host, at Binance itself; whoever stands in for it tells it, too
+    api["sapi"] = ("https://api.binance.com" if settings.rest == REAL[0] else settings.rest.rstrip("/")) + "/sapi/v1"
     api["ws"]["linear"] = settings.stream.rstrip("/") + "/ws"
     exchange.exceptions["exact"].update(exchange.exceptions["linear"]["exact"])
     exchange.options.update(fetchCurrencies=False, recvWindow=RECEIVE_WINDOW,

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'simulation_of', 'HeldOrder', 'write_order', 'report_of', 'is_beside', 'free_place', 'make_room',
            'refusal_of', 'MemoryOrders', 'name_of', 'rows_since', 'earned', 'live_through', 'live_at_once',
            'compile_parts', 'left_open', 'fill_of', 'MemoryAccount', 'news_of', 'closed_rows', 'known_values',
-           'candle_at', 'MemoryMarket', 'check_leverage', 'MemoryVenue']
+           'candle_at', 'MemoryMarket', 'MemoryVenue']
 
 # %% ../../nbs/75_venues/10_memory.ipynb #33c71e2c
 import asyncio
@@ -32,6 +32,7 @@ from tradelab.live.venue import (
     Candle,
     OrderReport,
     Outcome,
+    PositionSnapshot,
     Venue,
     VenueError,
     check_order,
@@ -357,8 +358,11 @@ class MemoryAccount(MemoryOrders):
 
     def snapshot(self)->AccountSnapshot:
         state = self.simulation.state
-        held = dict(zip(self.symbols, state.positions["quantity"].tolist()))
-        return AccountSnapshot(float(wallet(state.account)), {symbol: held[symbol] for symbol in held if held[symbol]})
+        leverage = int(self.simulation.rules.limits["leverage"])
+        held = {symbol: PositionSnapshot(row["quantity"].item(), row["entry_price"].item(), leverage=leverage)
+                for symbol, row in zip(self.symbols, state.positions)}
+        return AccountSnapshot(float(wallet(state.account)), {symbol: each.quantity for symbol, each in held.items()
+                                                              if each.quantity}, held=held)
 
 # %% ../../nbs/75_venues/10_memory.ipynb #7e952463
 async def news_of(
@@ -454,12 +458,6 @@ class MemoryMarket:
         told = self._known(symbol, FUNDING_RATE, since - self.step)
         return {time + self.step: rate for time, rate in told.items()}
 
-# %% ../../nbs/75_venues/10_memory.ipynb #memshow06
-def check_leverage(venue:str, has:int, asked:int)->None:
-    "VenueError if a session wants another leverage than its account has"
-    if asked != has:
-        raise VenueError(f"{venue} has the leverage {has}, the session asks for {asked}: give both the same limits")
-
 # %% ../../nbs/75_venues/10_memory.ipynb #d82fb468
 def _next_events(venue:"MemoryVenue")->list:
     "What happens next: a candle closes, or the orders meet the next one, or a part of it"
@@ -486,7 +484,6 @@ class MemoryVenue(MemoryMarket):
     ):
         row = first_row(data.times, start, 1)
         super().__init__(data, row - 1)
-        self.leverage = settings.limits.leverage
         self.held = MemoryAccount(simulation_of(data, settings, slots, row), data.symbols)
         self.events: asyncio.Queue = asyncio.Queue()
         self.on_frame: Callable[[str, Any], object] = lambda socket, frame: None
@@ -506,13 +503,8 @@ class MemoryVenue(MemoryMarket):
         for event in _next_events(self): self.events.put_nowait(event)
         return True
 
-    async def connect(self, symbols:Sequence[str], leverage:int=0, watched:Sequence[str]=())->None:
+    async def connect(self, symbols:Sequence[str], watched:Sequence[str]=())->None:
         for symbol in (*symbols, *watched): self.column(symbol)
-        if leverage: await self.set_up(symbols, leverage)
-
-    async def set_up(self, symbols:Sequence[str], leverage:int)->list[str]:
-        check_leverage(self.name, self.leverage, leverage)
-        return []
 
     async def stream(self, symbols:Sequence[str], timeframe:str)->None:
         self.check_timeframe(timeframe)
