@@ -79,14 +79,13 @@ def ask_for_real(
     parameters:Mapping[str, str],  # of the live job
 )->None:
     "Have a person at a terminal name the account of mainnet, if the settings do not"
-    from tradelab.config import CONFIRMATION, job_settings, one_section
+    from tradelab.config import confirm_real, job_settings, one_section
     with one_sentence(), one_section():
         here = job_settings(parameters.get("settings", ""))
         real = (parameters.get("venue") or here.venue) == "mainnet"
         if not real or here.mainnet_confirmation or not sys.stdin.isatty(): return
     with_what = f" with {parameters['policy']}" if parameters.get("policy") else ""
-    typed = click.prompt(f"This trades real money{with_what}. The first eight characters of mainnet_key")
-    os.environ["TRADELAB_MAINNET_CONFIRMATION"] = CONFIRMATION.format(typed)
+    confirm_real(click.prompt(f"This trades real money{with_what}. The first eight characters of mainnet_key"))
 
 # %% ../nbs/99_top/07_command.ipynb #bce7165b
 @main.command(context_settings={"help_option_names": []})

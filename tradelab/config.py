@@ -8,7 +8,7 @@ __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENT
            'FORBIDDING', 'FALSE', 'project_root', 'Trust', 'AlertSettings', 'Settings', 'known_keys', 'nearest',
            'read_table', 'read_variables', 'name_passphrase_file', 'read_places', 'settings', 'job_settings',
            'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed',
-           'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
+           'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -529,6 +529,13 @@ def is_confirmed(
     "Whether a person has named this account"
     first = key.get_secret_value()[:8] if key else ""
     return len(first) == 8 and confirmation == CONFIRMATION.format(first)
+
+
+def confirm_real(
+    first: str,  # eight characters of mainnet_key
+) -> None:
+    "Name the account of mainnet for this process and what it starts, and not for the next one"
+    os.environ[f"{PREFIX}MAINNET_CONFIRMATION"] = CONFIRMATION.format(first)
 
 # %% ../nbs/00_ground/12_config.ipynb #k5config10
 @dataclass(frozen=True)
