@@ -1,4 +1,5 @@
 "What a person asks of a session from another process, over sockets: done once, or answered with why not"
+import asyncio
 import json
 import os
 import signal
@@ -31,11 +32,11 @@ REFUSED = {"at": "request", "do": "reply", "method": "POST", "path": "v1/order",
            "code": -4131, "msg": "The counterparty's best price does not meet the filter limit.", "times": 0}
 
 
-def localnet():
+def localnet(interval_ms=150):
     "A market that is long enough for slow machines"
     candles = ar1(3_000, seed=3)
     return Localnet({BITCOIN: candles}, {BITCOIN: funding(candles, seed=0)}, [replace(LISTED, symbol=BITCOIN)],
-                    CostModel(), start=int(times(candles)[40]), interval_ms=150)
+                    CostModel(), start=int(times(candles)[40]), interval_ms=interval_ms)
 
 
 # --- the session, in a process of its own
@@ -77,6 +78,13 @@ asyncio.run(live({url!r}, {folder!r}, {resume!r}, {death!r}).run())
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    "A session that compiles while its market goes on begins behind it"
+    with localnet(0) as exchange:
+        asyncio.run(live(exchange.url, tmp_path_factory.mktemp("compiled"), False, "").run(2))
+
+
 @contextmanager
 def running(exchange, folder, resume=False, death=""):
     "A session that trades, in another process"
@@ -92,10 +100,10 @@ def running(exchange, folder, resume=False, death=""):
 
 def until(fact, process):
     "What becomes true, while the session lives"
-    late = time.monotonic() + 600.
+    late = time.monotonic() + 300.
     while not (found := fact()):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < late, "it has not become true in ten minutes"
+        assert time.monotonic() < late, "it has not become true in five minutes"
         time.sleep(.02)
     return found
 
@@ -131,10 +139,17 @@ class Person:
         moves = [each.state for each in self.ledger.measured("one", BreakerEvent) if each.name == "phase"]
         return moves[-1] if moves else ""
 
-    def theirs(self):
-        "Symbols that a person trades, by the ledger"
-        ladder = self.ledger.trading_states.all()[0]["ladder"]
-        return [symbol for cause, symbol, *_ in json.loads(ladder or '{"active": []}')["active"] if cause == "by_hand"]
+    def causes(self):
+        "What restricts the session, with its symbols, by the ledger"
+        ladder = next((row["ladder"] for row in self.ledger.trading_states.all()), "") or '{"active": []}'
+        return [(cause, symbol) for cause, symbol, *_ in json.loads(ladder)["active"]]
+
+    def theirs(self): return [symbol for cause, symbol in self.causes() if cause == "by_hand"]
+
+    def ready(self):
+        "Whether the session trades, and nothing restricts it"
+        started = "one" in self.ledger.sessions() and self.candles() > 5
+        return started and self.phase() == "trading" and not self.causes()
 
 
 def hand_orders(person): return sum(slot in PERSON for slot in person.slots())
@@ -143,7 +158,7 @@ def hand_orders(person): return sum(slot in PERSON for slot in person.slots())
 def test_words_are_done_once_while_the_session_trades(tmp_path):
     with localnet() as exchange, running(exchange, tmp_path) as process:
         person = Person(exchange, tmp_path)
-        until(lambda: "one" in person.ledger.sessions() and person.candles() > 10 and person.held(), process)
+        until(lambda: person.ready() and person.held(), process)
         assert f"{BITCOIN}: flat; no decision trades it until a release" in person.says("close", BITCOIN)
         sent, began = len(person.slots()), person.candles()
         until(lambda: person.candles() > began + 12, process)
@@ -179,7 +194,7 @@ def test_words_are_done_once_while_the_session_trades(tmp_path):
 def test_what_cannot_be_done_is_refused_and_changes_nothing(tmp_path):
     with localnet() as exchange, running(exchange, tmp_path) as process:
         person = Person(exchange, tmp_path)
-        until(lambda: "one" in person.ledger.sessions() and person.candles() > 10, process)
+        until(person.ready, process)
         assert f"Error: {ETHER} is not traded by one, only {BITCOIN}" in person.says("close", ETHER)
         assert "no session onw is running: did you mean one?" in person.says("close", BITCOIN, "onw")
         assert "is not one of 'buy', 'sell'" in person.says("order", BITCOIN, "long", "1")
@@ -209,7 +224,7 @@ def test_killed_in_the_midst_of_an_order_it_is_not_sent_again(death, tmp_path):
     with localnet() as exchange:
         person = Person(exchange, tmp_path)
         with running(exchange, tmp_path, death=death) as process:
-            until(lambda: "one" in person.ledger.sessions() and person.candles() > 5 and not person.held(), process)
+            until(lambda: person.ready() and not person.held(), process)
             number = person.asks("order", BITCOIN, "mine", side="buy", quantity=.01)
             assert process.wait() == -signal.SIGKILL
         assert not person.answer(number)
@@ -229,7 +244,7 @@ def test_killed_in_the_midst_of_a_close_it_is_not_traded_back(tmp_path):
     with localnet() as exchange:
         person = Person(exchange, tmp_path)
         with running(exchange, tmp_path, death="behind it") as process:
-            until(lambda: "one" in person.ledger.sessions() and person.candles() > 5 and person.held(), process)
+            until(lambda: person.ready() and person.held(), process)
             number = person.asks("close", BITCOIN)
             assert process.wait() == -signal.SIGKILL
         with running(exchange, tmp_path, resume=True) as process:

@@ -486,11 +486,6 @@ class Trader(Holdings):
         "The number of candles of history that the first decision needs"
         return max(self.observation.warm_up, self.rules.warm_up)
 
-    def limit(self, limits: Limits) -> None:
-        "Decide under other limits from now on; ValueError if they look further back than these"
-        self.rules.limit(limits)
-        self.limits = limits
-
     def warm(self, times: Iterable[int], candles: Iterable[np.ndarray], series: Iterable[Series] = ()) -> None:
         "See history without deciding: open times, (T,), `Candles.values`, (T, n_seen, 5 or 11), figures until then"
         _warm(self, times, candles, series)

@@ -242,7 +242,7 @@ def _draw_ladder(axis:"Axes", track:Track)->None:
     axis.set_yticks(range(-1, len(TradingState)), ["phase", *(state.name for state in TradingState)], fontsize=7)
     axis.set_ylim(-1.6, 4.6)
     axis.set_xlabel("This machine's clock [UTC]")
-    axis.legend(frameon=False, fontsize=7, ncols=6, loc="upper right")
+    if track.phases: axis.legend(frameon=False, fontsize=7, ncols=6, loc="upper right")
 
 # %% ../nbs/99_top/10_watching.ipynb #e8c64232
 MOST = 3 # symbols that are drawn

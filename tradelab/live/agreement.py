@@ -19,7 +19,7 @@ import numpy as np
 
 from ..account import decimal8, wallet
 from ..database.records import Income
-from ..events import Fill
+from ..events import Fill, TradingState
 from .bookkeeper import Feed, common_candles
 from tradelab.live.core import (
     Core,
@@ -45,7 +45,6 @@ from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, OrderReport, forced, funding_of, units
 from ..notices import Notice
 from ..orders import NONE, Kind, Order
-from ..risk.execution import is_urgent
 from ..settings import Reason
 from ..times import format_time
 from ..trader import kept
@@ -412,8 +411,9 @@ def settle(core:Core)->Process:
 # %% ../../nbs/70_live/13_agreement.ipynb #6aefc9fc
 def is_by_hand(core:Core, symbol:str)->bool:
     "Whether the decision of a symbol is not carried out"
-    row = core.trader.rows[core.trader.symbols.index(symbol)]
-    return symbol in in_hand(core) and not is_urgent(int(row["reason"]))
+    reason = int(core.trader.rows["reason"][core.trader.symbols.index(symbol)])
+    closes = Reason.STOP_LOSS <= reason <= Reason.TIME_STOP or core.trader.trading_state >= TradingState.FLATTEN
+    return symbol in in_hand(core) and not closes
 
 
 def note_by_hand(core:Core)->None:

@@ -58,7 +58,7 @@ from ..files import read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
-from .commands import stricter_by_hand
+from .commands import take_limits
 from .core import Core, Terms, mark_foreign
 from .guards import Phase, is_emergency
 from .lease import acquire, is_halted, release, strategy_of, this_process
@@ -693,7 +693,7 @@ def make_core(trader:Trader, inputs:CoreInputs)->Core:
     "The core of a session; the trader of one that is resumed is restored already"
     terms, step = inputs.terms, inputs.step
     if inputs.standing: go_on_from(inputs.standing, trader.account)
-    if inputs.limits: trader.limit(stricter_by_hand(trader.limits, inputs.limits))
+    if inputs.limits: take_limits(trader, inputs.limits)
     sequence = step["sequence"] if step else 0
     fills = [entry for number, entry in inputs.booked if number <= sequence and isinstance(entry, Fill)]
     persistence = Persistence(terms.patience, terms.absent_after, terms.retries, terms.first_delay)
