@@ -236,7 +236,7 @@ def compare(driver, seed, scarce):
     ours = driver.venue.held.simulation.state
     assert np.array_equal(fills, ours.fills[:ours.count[0]])
     assert seen == shown()[:len(seen)]
-    assert {notice.kind for notice in driver.notices} <= {"unanswered", "resting"}, driver.notices
+    assert {notice.kind for notice in driver.notices} <= {"unanswered", "resting", "kept"}, driver.notices
     works = sum(order["kind"] != NONE for order in driver.venue.held.simulation.state.orders.ravel())
     told = {notice.text for notice in driver.notices if notice.kind == "resting"} # killed meanwhile, it tells again
     assert len(told) == works
