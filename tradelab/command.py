@@ -387,7 +387,8 @@ def add_word(name:str, word:Word)->None:
     "A command that is told to a running session; two of them need none"
     def ask(session=None, symbol="", reason="", id="", venue="", account="", pairs=(), **others):
         from tradelab.database.records import Asked
-        arguments = {said: value for said, value in others.items() if value} | dict(map(number_of_pair, pairs))
+        given = {said: value for said, value in others.items() if value is not None and value is not False}
+        arguments = given | dict(map(number_of_pair, pairs))
         say_word(Asked(name, reason, getpass.getuser(), venue, account, symbol=symbol, id=id,
                        arguments=json.dumps(arguments, sort_keys=True)), session)
     more = " SESSION may also be a strategy that no session trades with now." if word.alone else ""
