@@ -90,7 +90,9 @@ def test_whatever_a_verb_returns_shows_itself_in_the_same_words():
 
 
 PARTS = {"Missing": "a part of a page", "Statistics": "printed while a session runs", # and why it needs no picture
-         "Regimes": "fitted, and drawn over candles that it is given"}
+         "Regimes": "fitted, and drawn over candles that it is given", "Status": "read again as things happen",
+         "Report": "a list of what is wrong", "Track": "the picture of a session, beside its status",
+         "SessionRecord": "beside the picture and the result of its session"}
 
 
 def test_no_other_class_shows_itself_in_part(root):

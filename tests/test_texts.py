@@ -19,6 +19,7 @@ from matplotlib.cbook import is_math_text
 
 import tradelab
 from tradelab.account import POSITION
+from tradelab.aftermath import SessionRecord
 from tradelab.errors import CandleError
 from tradelab.evaluation.difference import LookAhead
 from tradelab.evaluation.intervals import Intervals
@@ -32,6 +33,7 @@ from tradelab.inventory import Comparison
 from tradelab.live.doctor import Report
 from tradelab.live.session import Statistics
 from tradelab.live.start import Finding, Verdict
+from tradelab.live.status import CommandNow, Status, Told, Waiting
 from tradelab.live.venue import VenueError
 from tradelab.log import formatter
 from tradelab.market.quality import check_quality
@@ -90,6 +92,9 @@ def shown(run, tmp_path_factory):
     candles = ar1(200, seed=1)
     candles.iloc[100, 1] = candles.iloc[100, 0] / 2
     evil = pd.DataFrame({"A": [EVIL], "B": [EVIL]}, [EVIL])
+    status = Status(EVIL, 0, "died", {"symbols": [EVIL]}, notices=(Told(0, "error", EVIL, EVIL),),
+                    commands=(CommandNow(1, EVIL, EVIL, EVIL, EVIL, EVIL, 0, 0, EVIL),),
+                    foreign=(Waiting(EVIL, 1., 1., EVIL, 0),), statistics=((EVIL, EVIL),))
     return {"evaluation.metrics.Metrics": run.summary(),
             "evaluation.difference.LookAhead": LookAhead(pd.DataFrame({
                 "rerun": [EVIL], "cut": [returns.index[9]], "difference": [EVIL]})),
@@ -113,6 +118,8 @@ def shown(run, tmp_path_factory):
                                 folder=learnt),
             "sources.universe.Universe": Universe(check_listings(pd.DataFrame({"listed": [0], "delisted": [10**12]},
                                                                               [EVIL]), EVIL), EVIL),
+            "live.status.Status": status, "aftermath.SessionRecord": SessionRecord(status, EVIL, EVIL, EVIL, EVIL,
+                                                                                   (EVIL, EVIL), *4 * [evil]),
             "live.doctor.Report": Report(0, EVIL, (Finding(EVIL, Verdict.WRONG, EVIL),)),
             "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL),
                                 "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}
