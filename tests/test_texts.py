@@ -92,7 +92,8 @@ def shown(run, tmp_path_factory):
     candles = ar1(200, seed=1)
     candles.iloc[100, 1] = candles.iloc[100, 0] / 2
     evil = pd.DataFrame({"A": [EVIL], "B": [EVIL]}, [EVIL])
-    status = Status(EVIL, 0, "died", {"symbols": [EVIL]}, notices=(Told(0, "error", EVIL, EVIL),),
+    known = dict.fromkeys(("venue", "policy", "timeframe", "origin"), EVIL) | {"symbols": [EVIL]}
+    status = Status(EVIL, 0, "died", known, notices=(Told(0, "error", EVIL, EVIL),),
                     commands=(CommandNow(1, EVIL, EVIL, EVIL, EVIL, EVIL, 0, 0, EVIL),),
                     foreign=(Waiting(EVIL, 1., 1., EVIL, 0),), statistics=((EVIL, EVIL),))
     return {"evaluation.metrics.Metrics": run.summary(),
