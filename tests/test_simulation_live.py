@@ -339,7 +339,7 @@ def test_no_candle_that_comes_at_its_close_is_flagged():
     assert "flagged" not in run.notices
 
 
-@pytest.mark.parametrize("seed", [6095, 103_047, 105_039])
+@pytest.mark.parametrize("seed", [6095, 103_047, 105_039, 203_047])
 def test_what_a_long_run_has_found(seed):
     "A hand trade before the first session; a person's `flatten`, and `ignore`, under a ban"
     assert check(seed, run_of(seed)) == []

@@ -31,6 +31,7 @@ class Word:
     reason:bool = True            # whether it needs one
     more:str = ""                 # what it takes besides `takes`, numbers under any name; empty: nothing
     urgent:bool = False           # whether it waits for nothing that the session is doing
+    opens:bool = False            # whether something may be opened by it that could not be before
     alone:bool = False            # whether it is heard where no session runs
     lasts:bool = False            # whether a session that is resumed obeys it, if the process before had not heard it
     ends:bool = False             # whether the session ends by it
@@ -49,7 +50,8 @@ _STATES = "ACTIVE", "REDUCING", "HALTED"
 WORDS: dict[str, Word] = {
     "halt": Word("Close everything and open nothing more, in this session and those after it.", urgent=True, alone=True,
                  lasts=True),
-    "resume": Word("Take back a person's own halt or state; what else restricts the session stays."),
+    "resume": Word("Take back a person's own halt or state; what else restricts the session stays.",
+                   opens=True),
     "state": Word("Set the trading state that a person requires; what requires more still counts.",
                   {"state": Argument("HALTED is a halt, ACTIVE takes it back", choices=_STATES, needed=True)},
                   urgent=True),
@@ -57,14 +59,16 @@ WORDS: dict[str, Word] = {
     "close": Word("Close a position; its symbol is yours until a release.", symbol="must", urgent=True),
     "cancel": Word("Take back a working order, or all; stops that protect a position stay.",
                    {"order": Argument("its id, or all", needed=True)}, "may", urgent=True),
-    "order": Word("Trade by hand within the limits; the symbol is yours until a release.", _ORDER, "must"),
-    "release": Word("Give a symbol back to the policy, as it is.", symbol="must"),
+    "order": Word("Trade by hand within the limits; the symbol is yours until a release.", _ORDER, "must",
+                  opens=True),
+    "release": Word("Give a symbol back to the policy, as it is.", symbol="must", opens=True),
     "adopt": Word("Take what was traded by hand elsewhere into the session's own account.", symbol="may"),
     "ignore": Word("Leave what was traded by hand elsewhere to whoever did it, and trade on beside it.", symbol="may"),
     "limits": Word("Show the limits in force, or make some of them stricter.", more="limits", reason=False),
     "breaker_reset": Word("Close breakers that are open, and end cool-downs.",
-                          {"name": Argument("of one breaker or cause; all, if it is not said")}, "may"),
-    "reset": Word("Lead out of every halt; drawdown counts from here.", alone=True),
+                          {"name": Argument("of one breaker or cause; all, if it is not said")}, "may",
+                          opens=True),
+    "reset": Word("Lead out of every halt; drawdown counts from here.", alone=True, opens=True),
     "stop": Word("End a session in order: open orders settle, everything is written.", reason=False, ends=True)}
 
 # %% ../../nbs/65_database/07_words.ipynb #f86aac80

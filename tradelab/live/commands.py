@@ -6,10 +6,11 @@
 __all__ = ['DEEDS', 'FIXED', 'URGENT', 'carries_out', 'who', 'explain', 'judge', 'adopt', 'ignore', 'flatten_by_hand',
            'halt_by_hand', 'reset_by_hand', 'restrictions', 'resume_by_hand', 'set_state', 'take_over', 'close_by_hand',
            'release', 'order_of', 'unfit', 'withheld_because', 'others_of', 'outcome', 'order_by_hand',
-           'cancel_by_hand', 'stricter_by_hand', 'take_limits', 'limit_by_hand', 'reset_breakers', 'refusal', 'obey']
+           'cancel_by_hand', 'stricter_by_hand', 'take_limits', 'limit_by_hand', 'reset_breakers', 'refusal',
+           'overtaken', 'obey']
 
 # %% ../../nbs/70_live/16_commands.ipynb #e746c231
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -372,9 +373,22 @@ def refusal(core:Core, command:Command)->str:
     return wrong and f"refused: {wrong}"
 
 
+def overtaken(
+    commands:Sequence[Command], # in the order in which they were said
+    command:Command,            # one of them, which is carried out now
+)->list[Command]:
+    "Those said before it that could undo it, if they were carried out behind it"
+    return [each for each in commands[:commands.index(command)] if each.name in WORDS and WORDS[each.name].opens
+            and (not each.symbol or not command.symbol or each.symbol == command.symbol)]
+
+
 def obey(core:Core, *names:str)->Process:
     "Carry out what a person said, or what of it has one of these names, in order; each is answered"
     while command := next((each for each in core.commands if not names or each.name in names), None):
+        for each in overtaken(core.commands, command):
+            core.commands.remove(each)
+            core.do(Done(each.number, f"refused: {command.name} came behind it, and waited for nothing: say it again "
+                                      "if it is still wanted"))
         core.commands.remove(command)
         said = refusal(core, command) or DEEDS[command.name](core, command)
         if not isinstance(said, str): said = yield from said
