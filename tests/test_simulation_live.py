@@ -341,5 +341,5 @@ def test_no_candle_that_comes_at_its_close_is_flagged():
 
 @pytest.mark.parametrize("seed", [6095, 103_047, 105_039, 203_047])
 def test_what_a_long_run_has_found(seed):
-    "A hand trade before the first session; a person's `flatten`, and `ignore`, under a ban"
+    "A hand trade before the first session; `flatten`, and `ignore`, under a ban; a release that a close overtakes"
     assert check(seed, run_of(seed)) == []

@@ -167,7 +167,7 @@ def add_job(
 
 # %% ../nbs/99_top/07_command.ipynb #1efaad20
 _JOBS = {"backtest": "What a policy would have done, beside doing nothing and holding.",
-         "live": "Trade: localnet, the testnet; the notebook is the record.",
+         "live": "Trade on localnet, dry, on the testnet, with real money; the notebook is the record.",
          "drill": "Rehearse the emergency on a localnet of its own, and say how long each step took.",
          "replay": "Decide a recorded session again: the same bits.",
          "report": "A policy beside simple rules, and a live session beside what was expected."}
