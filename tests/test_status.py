@@ -172,7 +172,8 @@ def test_both_databases_are_read_while_they_are_written(database_url, tmp_path):
 
 
 def test_watch_sees_a_session_come_and_die_and_ends_by_ctrl_c(tmp_path):
-    with tradelab(tmp_path, "watch", "--every", ".1") as watching:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # the tests may have been started where it is ignored
+    with tradelab(tmp_path, "watch", "--every", ".1", preexec_fn=heard) as watching:
         assert "the first session makes one; waiting" in watching.stdout.readline()
         with localnet() as exchange: assert start(exchange, tmp_path, "after", 12).wait() == -signal.SIGKILL
         lines = iter(watching.stdout.readline, "")
