@@ -416,7 +416,7 @@ def test_a_live_session_over_holes_is_its_backtest(features, window, timeframe, 
         )))) is None
     events = ledger.notices("holes")
     assert (events["kind"] == "hole").sum() == len(behind)
-    assert not set(events["kind"]) - {"hole"}
+    assert not set(events["kind"]) - {"hole", "kept"}
     assert (journal["reason"] == Reason.NO_DECISION).any() == (window > 1)
     assert (journal["order"] != 0).sum() > 20
     paid = (journal["funding"] != 0).sum()

@@ -2,7 +2,6 @@
 import asyncio
 import os
 import pty
-import shutil
 import subprocess
 import sys
 import time
@@ -113,7 +112,8 @@ def typed(project, words):
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     os.write(here, words.encode() + b"\n")
     while ran.poll() is None and not any(project.glob("sessions/*/session.json")): time.sleep(.05)
-    if ran.poll() is None: subprocess.run([shutil.which("tradelab"), "stop"], check=True, capture_output=True)
+    stop = [Path(sys.executable).parent / "tradelab", "stop"]
+    if ran.poll() is None: subprocess.run(stop, check=True, capture_output=True)
     said = ran.communicate(timeout=120)
     for end in (here, there): os.close(end)
     return ran.returncode, *said
