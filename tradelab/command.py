@@ -339,6 +339,7 @@ def say_word(
     if wrong: raise click.ClickException(wrong)
     with one_sentence():
         here = settings()
+        if not WORDS[asked.name].alone and not asked.id: one_running(name, here.sessions) # before a ledger is made
         ledger = Ledger(here.database)
         whose, number = ask_for(ledger, asked, name, here.sessions)
     lock = here.sessions / whose / LOCK
