@@ -340,8 +340,7 @@ def say_word(
     with one_sentence():
         here = settings()
         if not WORDS[asked.name].alone and not asked.id: one_running(name, here.sessions) # before a ledger is made
-        ledger = Ledger(here.database)
-        whose, number = ask_for(ledger, asked, name, here.sessions)
+        whose, number = ask_for(ledger := Ledger(here.database), asked, name, here.sessions)
     lock = here.sessions / whose / LOCK
     process, until = lock.exists() and holder(lock, whose), time.monotonic() + here.stop_grace
     def ended(): return not process or holder(lock, whose) != process
@@ -376,7 +375,7 @@ def parameters_of(word:Word)->list[click.Parameter]:
     return given + [click.Option([f"--{name}"], default="", help="Of a strategy that no session trades with.")
                     for name in ("venue", "account") if word.alone]
 
-
+# %% ../nbs/99_top/07_command.ipynb #pair0002
 def number_of_pair(text:str)->tuple[str, float]:
     "NAME=VALUE"
     name, _, value = text.partition("=")
@@ -851,7 +850,7 @@ def check_ledger(context:click.Context)->None:
     click.echo("\n".join(said) or f"the ledger is as it was written: {summary(settings().database)}")
     if said: context.exit(1)
 
-
+# %% ../nbs/99_top/07_command.ipynb #ledg0002
 @ledger.command("export")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def export_ledger(folder:Path)->None:

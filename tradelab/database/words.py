@@ -46,7 +46,7 @@ _ORDER = {"side": Argument("buy or sell", choices=("buy", "sell"), needed=True),
           "reduce_only": Argument("it may only bring the position nearer to zero", bool)}
 _STATES = "ACTIVE", "REDUCING", "HALTED"
 
-
+# %% ../../nbs/65_database/07_words.ipynb #wordsp02
 WORDS: dict[str, Word] = {
     "halt": Word("Close everything and open nothing more, in this session and those after it.", urgent=True, alone=True,
                  lasts=True),

@@ -70,7 +70,7 @@ def _overheard()->Iterator[_Said]:
     try: yield said
     finally: logger.removeHandler(said)
 
-
+# %% ../../nbs/70_live/25_alerts.ipynb #alrtsp02
 def service_for(url:str)->Any:
     "What apprise sends with; ConfigurationError, which does not repeat the address, if it knows none like it"
     import apprise  # a tenth of a second, and only for who wants alerts
@@ -83,10 +83,6 @@ def service_for(url:str)->Any:
     return service
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0010
-LIMIT = 10.  # seconds that a channel may take
-HANGING = 3  # attempts that may still hang, beyond which there is no other one
-
-
 def send(
     url:str,
     title:str,
@@ -98,6 +94,10 @@ def send(
         with _overheard() as said: good = service.notify(body=text, title=title)
         return "" if good else without(url, said.words) or "it was not taken"
     except Exception as error: return without(url, f"{type(error).__name__}: {error}")
+
+# %% ../../nbs/70_live/25_alerts.ipynb #alrtsp04
+LIMIT = 10.  # seconds that a channel may take
+HANGING = 3  # attempts that may still hang, beyond which there is no other one
 
 
 class Sender:
@@ -184,7 +184,7 @@ class Line:
     text:str
     failed:bool=False # whether that stands in the ledger
 
-
+# %% ../../nbs/70_live/25_alerts.ipynb #alrtsp06
 class Waiting:
     "Lines between those who tell and the one who sends; each method holds the lock for a moment"
 

@@ -98,7 +98,7 @@ def disk(
     return Finding("disk", OK, said) if free >= least else Finding("disk", WRONG, f"{said}: make room, a session that "
         "cannot write is guarded and opens nothing")
 
-
+# %% ../../nbs/70_live/24_doctor.ipynb #doctsp02
 SLOW = 250. # ms
 
 
@@ -128,7 +128,7 @@ def files(
     if told: return Finding("files", WRONG if venue == "mainnet" else WARNING, told[0])
     return Finding("files", OK, "nobody else may write the settings, or read keys")
 
-
+# %% ../../nbs/70_live/24_doctor.ipynb #doctsp04
 def secrets(
     here:Settings,
     venue:str,      # its name
@@ -185,7 +185,7 @@ async def clocks(venue:Venue, limit:int=LIMIT)->Finding:
     if abs(offset) > limit / 2: return Finding("clock", WARNING, f"{said}, {limit:,} ms are borne: set the clock (NTP)")
     return Finding("clock", OK, said)
 
-
+# %% ../../nbs/70_live/24_doctor.ipynb #doctsp06
 async def keys(venue:Any)->Finding: # a Venue, with `rights` if it tells of its key
     "What the key may do: trade, and nothing that a thief would want"
     try: may = await venue.rights() if hasattr(venue, "rights") else None
@@ -229,7 +229,7 @@ def money(account:AccountSnapshot, deposit:float, quote:str)->Finding:
     if account.wallet >= deposit: return Finding("money", OK, said)
     return Finding("money", WRONG, f"{said}, a session is given {deposit:,.2f}: lower deposit")
 
-
+# %% ../../nbs/70_live/24_doctor.ipynb #doctsp08
 async def fees(venue:Any, symbol:str, costs:CostModel)->Finding: # a Venue that tells its fees
     "Whether backtests pay what the exchange takes"
     name, ours = f"fees {symbol}", (costs.maker_fee, costs.taker_fee)
@@ -294,7 +294,7 @@ def far_orders(instrument:Instrument, price:float, now:int)->dict[str, Order]:
     return {"order": first, "stop": replace(first, order_id=f"doctor-{now}-2", quantity=-size, kind=Kind.STOP, price=0.,
                                             trigger=at, in_force=TimeInForce.GTC)}
 
-
+# %% ../../nbs/70_live/24_doctor.ipynb #doctsp10
 async def taken_back(venue:Venue, order:Order, attempts:int=3)->Answer:
     "The last answer to the cancellation of an order, which is asked for until it is proven"
     for attempt in range(attempts):
