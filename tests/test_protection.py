@@ -162,7 +162,7 @@ def through(rules, folder, candles=60, after=3, length=260, **options):
     "A session through a fault: the exchange, the session, and its notices by kind"
     with localnet(candles=length) as exchange:
         exchange.faults.arm([each | {"after": after} for each in rules])
-        live = session(exchange, folder, patience=2., waits=WAITS | options.pop("waits", {}), **options)
+        live = session(exchange, folder, patience=5., waits=WAITS | options.pop("waits", {}), **options)
         run(live, candles)
         assert exchange.faults.log, "the fault was not met"
         held = exchange.exchange.accounts["main"].held(0)
