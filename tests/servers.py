@@ -1,5 +1,5 @@
 """Real servers for tests, each on a free port of this machine and in a folder of its own: Prometheus, Alertmanager,
-InfluxDB, VictoriaMetrics, Redis; and what no real one does on demand: to refuse, to hang, to be slow, to be overheard"""
+InfluxDB, VictoriaMetrics, Redis; and what no real one does on demand: to refuse, to hang, to be slow, to tell all"""
 import json
 import shutil
 import signal
@@ -78,7 +78,7 @@ class Process:
         self.process = None
 
     def start(self):
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, cwd="/")
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         until(self._answers)
         return self
 
@@ -122,7 +122,7 @@ def at(route):
 
 
 def prometheus(config=NOT_SCRAPING):
-    "`.url`; what it reads is either the text of its configuration or the path of a file, which may name rules beside it"
+    "It reads the text of a configuration, or the file at a path, which may name rules beside it"
     found = program("prometheus")
     def make(folder, port):
         file = config if isinstance(config, Path) else folder / "prometheus.yml"
@@ -180,8 +180,8 @@ def pong(server):
 def redis():
     found = program("redis-server")
     def make(folder, port):
-        return Process((found, "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", folder),
-                       port, pong, "redis")
+        return Process((found, "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
+                        "--dir", folder), port, pong, "redis")
     return running(make)
 
 
