@@ -85,7 +85,8 @@ WORDING: dict[str, dict[str, str]] = { # of trading; more below
      "**Estado de operativa {state}**, antes {before}: {reason}"),
     ("position opened", "**Position opened**: {side} {quantity:,.8g} {base} at {price:,.8g} {quote}, worth "
      "{value:,.2f} {quote}",
-     "**Posición abierta**: {side} de {quantity:,.8g} {base} a {price:,.8g} {quote}, por valor de {value:,.2f} {quote}"),
+     "**Posición abierta**: {side} de {quantity:,.8g} {base} a {price:,.8g} {quote}, por valor de "
+     "{value:,.2f} {quote}"),
     ("position closed", "**Position closed**: {side} {quantity:,.8g} {base} from {entry:,.8g} to {price:,.8g} {quote}, "
      "profit {profit:+,.2f} {quote} ({ratio:+.2%})",
      "**Posición cerrada**: {side} de {quantity:,.8g} {base}, de {entry:,.8g} a {price:,.8g} {quote}, resultado "
