@@ -359,11 +359,10 @@ class Files:
         steps:Iterable[tuple[Sequence[str], np.ndarray]]=(), # of earlier runs: symbols and JOURNAL rows
         closes:np.ndarray=np.zeros(0, EQUITY),               # and theirs
     )->None:
-        self.session = folder.name
         self.recorder = Recorder(folder / "recording.zst")
         self.journal = StepFile(folder / "journal.csv", COLUMNS)
         self.equity = StepFile(folder / "equity.csv", EQUITY.names or ())
-        for symbols, rows in steps: self.journal.write(journal_lines(symbols, rows, self.session))
+        for symbols, rows in steps: self.journal.write(journal_lines(symbols, rows, folder.name))
         for close in closes.tolist(): self.equity.write([close])
 
     @property
@@ -747,14 +746,16 @@ class Stopwatch:
 class Away(Protocol):
     "Tells people who are away; `live.alerts` has one"
     def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
-    def tell(self, notice:Notice)->None: "Something that they should hear; returns at once"
+    def tell(self, notice:Notice, alone:bool=False)->None:
+        "Something that they should hear; alone: it is not in the ledger, so nobody else can tell it. Returns at once"
     def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
 
 
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
-    if session.writer and (session.files or session.resumed): session.writer.put([notice])
-    if session.alerts: session.alerts.tell(notice)
+    kept = bool(session.writer and (session.files or session.resumed))
+    if session.writer and kept: session.writer.put([notice])
+    if session.alerts: session.alerts.tell(notice, alone=not kept)
     named = {"id": ids} if (ids := " ".join(ids_in(notice.text))) else {}
     getattr(logger, notice.level)(str(notice), session=session.id, **named)
     session.say(str(notice))
@@ -1082,9 +1083,9 @@ def kept_again(session:"Session", text:str)->None:
     session.hand(partial(session.venue.events.put_nowait, LedgerState(True, text)))
 
 # %% ../../nbs/70_live/19_session.ipynb #ses18c12
-def show_tables(files:Files, record:Step)->None:
+def show_tables(files:Files, record:Step, session:str)->None:
     "A step in the tables for people"
-    files.journal.write(journal_lines(record.symbols, record.rows, files.session))
+    files.journal.write(journal_lines(record.symbols, record.rows, session))
     files.equity.write(record.closed.tolist())
 
 
@@ -1094,7 +1095,7 @@ def carry_out(session:"Session", action:Action)->None:
     log_order(session.id, action)
     session.stopwatch.did(action)
     match action:
-        case Write(Step() as record) if session.files: show_tables(session.files, record)
+        case Write(Step() as record) if session.files: show_tables(session.files, record, session.id)
         case Tell(notice): tell(session, notice)
         case Say(line): say(session, line)
         case Done(number, answer): tell(session, Notice("command", f"{number}: {answer}"))
@@ -1140,7 +1141,7 @@ async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
         if session.files: tell(session, Notice("failed", told))
-        elif session.alerts: session.alerts.tell(Notice("refused", told)) # who started it reads the error
+        elif session.alerts: session.alerts.tell(Notice("refused", told), alone=True) # who started it reads the error
         raise
     finally: await finish(session, state)
 
