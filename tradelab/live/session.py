@@ -202,8 +202,8 @@ def rebuild(
 )->list[Path]:      # journal.csv and so on
     "Make the tables of a session again from the ledger, each of them completely or not at all"
     tables: dict[str, Callable[[], list]] = {
-        "journal": lambda: [COLUMNS, *(line for step in ledger.rows(session)
-                                        for line in journal_lines(*step, session))],
+        "journal": lambda: [COLUMNS, *(line for symbols, rows in ledger.rows(session)
+                                        for line in journal_lines(symbols, rows, session))],
         "equity": lambda: [EQUITY.names, *ledger.closes(session).tolist()],
         "emergencies": lambda: [EMERGENCY, *emergencies(ledger, session)]}
     texts = {Path(folder) / f"{name}.csv": io.StringIO(newline="") for name in names}
