@@ -191,12 +191,12 @@ def _closed(status:Status, old:Position, trade:Trade|None, large_loss:float)->It
     if trade:
         values |= {"quantity": abs(trade.quantity), "entry": trade.entry, "price": trade.price, "profit": trade.profit,
                    "ratio": trade.profit / abs(trade.quantity * trade.entry)}
-    about = {"session": status.session, "subject": old.symbol, "time": status.time}
-    yield Happening("position closed", arguments=values, **about)
+    closed = Happening("position closed", "", status.session, old.symbol, values, status.time)
+    yield closed
     lost, equity = -trade.profit if trade else 0., status.equity or 0.
     if equity > 0. and lost >= large_loss * equity:
-        yield Happening("large loss", arguments=values | {"loss": lost, "ratio": lost / equity, "limit": large_loss},
-                        **about)
+        values = values | {"loss": lost, "ratio": lost / equity, "limit": large_loss}
+        yield replace(closed, kind="large loss", level="", arguments=values)
 
 # %% ../../nbs/90_ops/10_happenings.ipynb #f6a6c743
 def of_positions(before:Status, after:Status, trades:Trades, large_loss:float)->Iterator[Happening]:
@@ -216,10 +216,9 @@ _DATA = ("stale", "hole")
 def _of_reason(status, reason, here):
     word, _, symbol = reason.partition(" ")
     values = {"venue": status.venue, "what": REASONS[word], "scope": symbol or "all symbols"}
-    about = {"session": status.session, "subject": reason, "arguments": values, "time": status.phase.since}
-    if word in _VENUE and here: return Happening("venue disconnected", _VENUE[word], **about)
-    if word in _VENUE: return Happening("venue connected", **about)
-    return Happening("data stale" if here else "data fresh", **about)
+    kind = ("venue disconnected" if here else "venue connected") if word in _VENUE else (
+        "data stale" if here else "data fresh")
+    return Happening(kind, _VENUE.get(word, "") if here else "", status.session, reason, values, status.phase.since)
 
 
 def _watched(status):
