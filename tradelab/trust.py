@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'SOURCE_LIMIT', 'InvalidNameError', 'check_id', 'locate', 'NotTrustedError', 'check_trusted',
-           'parse_source', 'bindings', 'declares', 'UnnamedError', 'bring']
+           'parse_source', 'bindings', 'declares', 'UnnamedError', 'bring', 'bring_function']
 
 # %% ../nbs/00_ground/19_trust.ipynb #2b7e4d90
 import ast
@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 import sysconfig
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -140,7 +141,7 @@ def bindings(
     "The names that a module binds"
     bound: dict[str, _Bound] = {}
     for node in _statements(tree.body):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): bound[node.name] = node
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): bound[node.name] = node
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): bound[node.target.id] = node
         if isinstance(node, ast.Assign):
             bound |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
@@ -250,3 +251,18 @@ def bring(
     if isinstance(target, kind) or inspect.isfunction(target) or inspect.isclass(target): return target
     if isinstance(getattr(target, word.lower(), None), kind): return target # a rule, which has a policy
     raise NotTrustedError(f"{module}:{attribute} is {type(target).__name__}, not a{'n' * (word[0] in 'AEIOU')} {word}")
+
+# %% ../nbs/00_ground/19_trust.ipynb #bringf02
+def bring_function(
+    name: str,          # module:function
+) -> Callable[..., Any]:
+    "A function, imported only when its module is trusted; UnnamedError or NotTrustedError otherwise"
+    module, _, attribute = name.partition(":")
+    if not attribute.isidentifier(): raise UnnamedError(f"{name[:200]!r} names no function: write module:function")
+    file = locate(module)
+    if file is None: raise UnnamedError(f"there is no module {module[:200]!r}")
+    check_trusted(module, file)
+    if attribute not in bindings(parse_source(file)): raise UnnamedError(f"{module} has no {attribute[:200]!r}")
+    target = getattr(_import_from(module, file), attribute, None)
+    if callable(target) and not inspect.isclass(target): return target
+    raise NotTrustedError(f"{name[:200]} is {type(target).__name__}, not a function")
