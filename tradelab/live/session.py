@@ -39,10 +39,10 @@ from .. import __version__
 from ..config import OURS
 from ..database.engine import LedgerError
 from tradelab.database.records import (
-    Alert,
     Asked,
     Balance,
     BreakerEvent,
+    Delivery,
     EmergencyStep,
     ExchangeHealth,
     HeldPosition,
@@ -743,7 +743,9 @@ class Stopwatch:
 # %% ../../nbs/70_live/19_session.ipynb #fdfa55a0
 class Away(Protocol):
     "Tells people who are away; `live.alerts` has one"
-    def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
+    def begin(self, title:str, kept:Callable[[Delivery], object], said:Callable[[str], object])->None:
+        "Send from now on"
+
     def tell(self, notice:Notice, alone:bool=False)->None:
         "Something that they should hear; alone: it is not in the ledger, so nobody else can tell it. Returns at once"
     def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
