@@ -6,10 +6,10 @@
 __all__ = ['logger', 'TRIED', 'Message', 'joined', 'Channel', 'AppriseChannel', 'apprise_channels', 'Delivered', 'with_dropped',
            'attempt', 'Posted', 'Outbox', 'send_next']
 
-# %% ../../nbs/90_ops/12_channels.ipynb #d67ba2e8
+# %% ../../nbs/90_ops/12_channels.ipynb #d6e5d5f2
 import asyncio
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
@@ -23,7 +23,7 @@ from ..log import get_logger
 from .wording import phrase
 from ..texts import one_line
 
-# %% ../../nbs/90_ops/12_channels.ipynb #f97997f7
+# %% ../../nbs/90_ops/12_channels.ipynb #b40170c9
 @dataclass(frozen=True)
 class Message:
     "What a person reads"
@@ -49,7 +49,7 @@ def joined(messages:list[Message])->Message:
     return replace(messages[0], title="tradelab" if titled else messages[0].title, text="\n\n".join(texts),
                    plain="\n".join(plains), alert=0)
 
-# %% ../../nbs/90_ops/12_channels.ipynb #1d9acc56
+# %% ../../nbs/90_ops/12_channels.ipynb #b42af8c4
 class Channel(Protocol):
     "A way to people"
     name:str
@@ -77,7 +77,7 @@ def apprise_channels(addresses:SecretStr|None)->list[Channel]: # separated by bl
     "The channels of a setting"
     return [AppriseChannel(name, url) for name, url in channels_of(addresses).items()]
 
-# %% ../../nbs/90_ops/12_channels.ipynb #c012dd2a
+# %% ../../nbs/90_ops/12_channels.ipynb #91cc9972
 logger = get_logger("ops.channels")
 
 
@@ -105,8 +105,8 @@ async def attempt(channel:Channel, message:Message, limit:float)->str:
     except TimeoutError: return f"no answer within {limit:g} s"
     except Exception as error: return one_line(f"{type(error).__name__}: {error}", 200)
 
-# %% ../../nbs/90_ops/12_channels.ipynb #16a13600
-TRIED = 5 # attempts after which a message lets others go first
+# %% ../../nbs/90_ops/12_channels.ipynb #3c7c0739
+TRIED = 2 # attempts after which a message lets others go first
 
 
 @dataclass(eq=False)
@@ -143,13 +143,12 @@ class Outbox:
     def put(self, message:Message)->None: self.back([Posted(message)])
 
     def back(self, posted:list[Posted])->None:
-        "Let messages wait; where there is no room the last ones go"
+        "Let messages wait; where there is no room the least urgent go"
         for each in posted: insort(self._waiting, each, key=lambda each: each.turn)
-        lost = len(self._waiting) - self.most
-        if lost > 0:
-            del self._waiting[-lost:]
-            self.delivered.dropped += lost
-            self.untold += lost
+        while len(self._waiting) > self.most:
+            self._waiting.remove(max(self._waiting, key=lambda each: each.message.urgency))
+            self.delivered.dropped += 1
+            self.untold += 1
         self._awake.set()
 
     async def take(self, most:int)->list[Posted]:
@@ -164,7 +163,7 @@ class Outbox:
         "Send what waits, for ever"
         while True: await asyncio.sleep(await send_next(self))
 
-# %% ../../nbs/90_ops/12_channels.ipynb #3ab03cc0
+# %% ../../nbs/90_ops/12_channels.ipynb #cf598418
 def _took(outbox, posted):
     "These arrived"
     outbox.delivered.sent += len(posted)
