@@ -25,7 +25,7 @@ from urllib.parse import unquote
 from pydantic import SecretStr
 
 from ..config import AlertSettings, Settings
-from ..database.records import Alert, clock
+from ..database.records import Delivery, clock
 from ..errors import ConfigurationError, TradelabError
 from ..log import HIDDEN, redact, register_secret
 from ..notices import Notice
@@ -303,7 +303,7 @@ def own_lines(alerts:"Alerts", lines:list[Line])->list[Line]:
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0022
 def keep_failed(alerts:"Alerts", line:Line)->None:
     "Write down that a line did not arrive, once"
-    if not line.failed: alerts.kept(Alert(clock(), alerts.name, line.text, False))
+    if not line.failed: alerts.kept(Delivery(clock(), alerts.name, line.text, False))
     line.failed = True
 
 
@@ -321,7 +321,7 @@ def deliver(alerts:"Alerts", lines:list[Line])->bool:
         alerts.failures += 1
         return False
     alerts.waiting.done(lines)
-    for line in lines: alerts.kept(Alert(clock(), alerts.name, line.text))
+    for line in lines: alerts.kept(Delivery(clock(), alerts.name, line.text))
     if alerts.failures: alerts.said(f"{alerts.name} takes alerts again")
     alerts.failures = 0
     return True
@@ -357,7 +357,7 @@ class Alerts:
 
     def begin(self,
         title:str,
-        kept:Callable[[Alert], object],  # is told what was sent or failed, on the thread
+        kept:Callable[[Delivery], object],  # is told what was sent or failed, on the thread
         said:Callable[[str], object],    # is told that the channel fails, and that it is back, likewise
     )->None:
         "Send from now on"
@@ -387,7 +387,7 @@ class AllAlerts:
         self.each = each
         for name, alerts in each.items(): alerts.name = name
 
-    def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None:
+    def begin(self, title:str, kept:Callable[[Delivery], object], said:Callable[[str], object])->None:
         "Send from now on"
         for alerts in self.each.values(): alerts.begin(title, kept, said)
 
