@@ -153,7 +153,7 @@ _REQUIRED = {"NO_ENTRY": (TradingState.NO_ENTRY, "no entries: no new position is
 @_carries_out("state")
 def _set_state(core:Core, command:Command)->str:
     "A person requires a trading state; returns a sentence"
-    wanted = command.arguments["state"]
+    wanted = str(command.arguments["state"])
     if wanted == "ACTIVE": return _resume_by_hand(core, command)
     if wanted == "HALTED": return _halt_by_hand(core, command)
     if core.emergency: return f"refused: everything is being closed ({core.emergency}): say it when that is over"
