@@ -744,14 +744,16 @@ class Stopwatch:
 class Away(Protocol):
     "Tells people who are away; `live.alerts` has one"
     def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
-    def tell(self, notice:Notice)->None: "Something that they should hear; returns at once"
+    def tell(self, notice:Notice, alone:bool=False)->None:
+        "Something that they should hear; alone: it is not in the ledger, so nobody else can tell it. Returns at once"
     def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
 
 
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
-    if session.writer and (session.files or session.resumed): session.writer.put([notice])
-    if session.alerts: session.alerts.tell(notice)
+    kept = bool(session.writer and (session.files or session.resumed))
+    if session.writer and kept: session.writer.put([notice])
+    if session.alerts: session.alerts.tell(notice, alone=not kept)
     getattr(logger, notice.level)(str(notice), session=session.id)
     session.say(str(notice))
 
@@ -1113,7 +1115,7 @@ async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
         if session.files: tell(session, Notice("failed", told))
-        elif session.alerts: session.alerts.tell(Notice("refused", told)) # who started it reads the error
+        elif session.alerts: session.alerts.tell(Notice("refused", told), alone=True) # who started it reads the error
         raise
     finally: await finish(session, state)
 
