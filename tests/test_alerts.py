@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from test_live import localnet, session
 
 from tradelab.config import AlertSettings, settings
-from tradelab.database.records import Alert
+from tradelab.database.records import Delivery
 from tradelab.errors import ConfigurationError
 from tradelab.live.alerts import Alerts, Sieve, Waiting, send
 from tradelab.live.session import tell
@@ -94,7 +94,7 @@ def alone(tmp_path_factory):
     return traded(tmp_path_factory.mktemp("alone"))
 
 
-def alerts_of(live): return live.ledger.measured(live.id, Alert)
+def alerts_of(live): return live.ledger.measured(live.id, Delivery)
 def notices_of(live, kind):
     told = live.ledger.notices(live.id)
     return told["text"][told["kind"] == kind].tolist()

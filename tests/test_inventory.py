@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tradelab.command import LOCK, main
+from tradelab.command import main
 from tradelab.instruments import Instrument
+from tradelab.live.asking import LOCK
 from tradelab.live.ledger import Ledger
 from tradelab.lock import Lock
 from tradelab.market.store import Store

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tradelab.command import LOCK, running_sessions
+from tradelab.live.asking import LOCK, running_sessions
 from tradelab.lock import InUseError, Lock, holder
 
 HOLDER = ("import signal, sys; from tradelab.lock import Lock; lock = Lock(*sys.argv[1:]); print('held', flush=True); "

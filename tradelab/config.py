@@ -224,6 +224,8 @@ class Settings(BaseSettings):
     notices: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     alert_url: SecretStr | None = None     # addresses of apprise, separated by blanks; empty: nobody is told
     escalation_url: SecretStr | None = None # who is told what nobody acknowledged; empty: alert_url again
+    # called by `tradelab watchdog` while all is well, so that whoever stands there hears its silence; empty: nobody
+    watchdog_url: SecretStr | None = None
     alerts: AlertSettings = AlertSettings()               # [alerts]
     telegram_token: SecretStr | None = None               # of the bot; empty: there is none
     telegram_api: Address = "https://api.telegram.org"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'FORMAT', 'FIELDS', 'SESSIONS', 'FORMATS', 'INTENTS', 'ORDER_EVENTS', 'TRADES', 'FUNDINGS', 'FOREIGN',
            'INCOMES', 'DECISIONS', 'CLOSES', 'SNAPSHOTS', 'NOTICES', 'Measured', 'MEASURED', 'LEASES', 'TRADING_STATES',
-           'COMMANDS', 'RETENTION', 'Exact', 'columns_of', 'record_of']
+           'COMMANDS', 'ALERTS', 'THRESHOLDS', 'AUDIT', 'SERVICES', 'RETENTION', 'Exact', 'columns_of', 'record_of']
 
 # %% ../../nbs/65_database/02_schema.ipynb #27db2caa
 from collections.abc import Sequence
@@ -17,14 +17,18 @@ import sqlalchemy as sql
 from tradelab.database.records import (
     Alert,
     Asked,
+    Audited,
     Balance,
     BreakerEvent,
+    Delivery,
     EmergencyStep,
     ExchangeHealth,
     HeldPosition,
     Income,
+    Service,
     Standing,
     SystemMetric,
+    Threshold,
 )
 from ..events import Fill, Funding
 from ..journal import EQUITY, JOURNAL
@@ -72,7 +76,7 @@ def record_of(record:type, row:dict)->Any:
 TABLES = sql.MetaData()
 
 
-FORMAT = 6 # of these tables; counts up when an older version could misread what this one writes
+FORMAT = 7 # of these tables; counts up when an older version could misread what this one writes
 
 
 FIELDS = JOURNAL.names or ()
@@ -139,9 +143,9 @@ NOTICES = _table("notices", _key("number", sql.BigInteger), sql.Column("time", s
                  *_columns(sql.Text, "kind", "text"))
 
 # %% ../../nbs/65_database/02_schema.ipynb #led2005
-Measured = HeldPosition | Balance | SystemMetric | BreakerEvent | ExchangeHealth | Alert | EmergencyStep
+Measured = HeldPosition | Balance | SystemMetric | BreakerEvent | ExchangeHealth | Delivery | EmergencyStep
 _NAMES = {HeldPosition: "positions", Balance: "balances", SystemMetric: "system_metrics",
-          BreakerEvent: "breaker_events", ExchangeHealth: "exchange_health", Alert: "alerts",
+          BreakerEvent: "breaker_events", ExchangeHealth: "exchange_health", Delivery: "deliveries",
           EmergencyStep: "emergencies"}
 MEASURED = {record: _table(name, _key("number", sql.BigInteger), *columns_of(record))
             for record, name in _NAMES.items()}
@@ -162,11 +166,24 @@ COMMANDS = sql.Table("commands", TABLES, _key("number", sql.BigInteger), *column
                      *_columns(sql.BigInteger, "time", "epoch", "answered"), sql.Column("answer", sql.Text),
                      sql.Index("commands_id", "id", unique=True))
 
+# %% ../../nbs/65_database/02_schema.ipynb #opssch02
+ALERTS = sql.Table("alerts", TABLES, *columns_of(Alert, ("number",)))
+
+
+THRESHOLDS = sql.Table("thresholds", TABLES, *columns_of(Threshold, ("metric",)))
+
+
+AUDIT = sql.Table("audit", TABLES, _key("number", sql.BigInteger), *columns_of(Audited))
+
+
+SERVICES = sql.Table("services", TABLES, *columns_of(Service, ("name", "owner")))
+
 # %% ../../nbs/65_database/02_schema.ipynb #led2012
 # days, and the column that tells a row's age; "session": rows of the market's own time are as old as their session
 RETENTION = (dict.fromkeys(("sessions", "snapshots", "intents", "order_events", "trades", "foreign_fills", "incomes",
                             "fundings", "decisions", "closes"), (3_650, "session"))
-             | dict.fromkeys(("notices", "commands", "emergencies"), (3_650, "time"))
-             | dict.fromkeys(("positions", "balances", "breaker_events", "alerts"), (365, "time"))
+             | dict.fromkeys(("notices", "commands", "emergencies", "alerts", "audit"), (3_650, "time"))
+             | dict.fromkeys(("positions", "balances", "breaker_events", "deliveries"), (365, "time"))
              | dict.fromkeys(("system_metrics", "exchange_health"), (30, "time"))
-             | dict.fromkeys(("leases", "trading_states", "formats"), (None, ""))) # replaced in their place
+             # replaced in their place
+             | dict.fromkeys(("leases", "trading_states", "formats", "thresholds", "services"), (None, "")))

@@ -64,6 +64,10 @@ class Leases:
         "By symbol: session, owner, epoch, and when its heart beat last (ms; 0: it has been given back)"
         return {row["symbol"]: row for row in self._rows.find(venue=venue, account=account)}
 
+    def all(self)->list[dict]:
+        "Every one, with its venue, account and symbol"
+        return self._rows.find()
+
     def epoch(self, asked:Asked)->int:
         "The newest epoch among those that a command is about"
         about = {name: getattr(asked, name) for name in ("venue", "account", "session", "symbol")}

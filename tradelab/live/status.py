@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import nearest
 from ..database.reading import Reading, reading
-from ..database.records import EXPIRES, Alert, Asked, BreakerEvent, EmergencyStep, Standing
+from ..database.records import EXPIRES, Asked, BreakerEvent, Delivery, EmergencyStep, Standing
 from tradelab.database.schema import (
     CLOSES,
     COMMANDS,
@@ -412,7 +412,7 @@ def _of_ledger(look, session, settings):
     except (ValueError, KeyError, TypeError) as error:
         positions, unread = [], f"what it holds cannot be read: {one_line(str(error), 160)}"
     steps = look.rows(MEASURED[EmergencyStep], session=session, newest=5)
-    unheard = [row for row in look.rows(MEASURED[Alert], session=session, newest=1) if not row["good"]]
+    unheard = [row for row in look.rows(MEASURED[Delivery], session=session, newest=1) if not row["good"]]
     return dict(candle=last.get("open_time"), equity=_number(last.get("equity")), unread=unread,
                 drawdown=_number(last.get("drawdown")), positions=tuple(positions),
                 phase=(phases(look, session, 1) or [PhaseNow()])[0], orders=tuple(working_orders(look, session)),
