@@ -40,10 +40,10 @@ from .. import __version__
 from ..config import OURS
 from ..database.engine import LedgerError
 from tradelab.database.records import (
-    Alert,
     Asked,
     Balance,
     BreakerEvent,
+    Delivery,
     EmergencyStep,
     ExchangeHealth,
     HeldPosition,
@@ -86,6 +86,7 @@ from tradelab.live.messages import (
     LadderMoved,
     LedgerState,
     Lost,
+    Mark,
     Moved,
     Open,
     Opened,
@@ -132,7 +133,7 @@ from tradelab.live.start import (
     standing_of,
     start_and_live,
 )
-from .venue import AccountSnapshot, Answer, Candle, Outcome, Venue, VenueError, funding_of
+from .venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, Venue, VenueError, funding_of
 from ..lock import Lock
 from ..log import get_logger
 from ..notices import NOTICES, Notice
@@ -141,7 +142,7 @@ from ..texts import html_rows
 from ..times import format_time
 from ..trader import Trader
 from ..trust import check_id
-from ..vitals import Drift, Vitals
+from ..vitals import Drift, Vitals, named
 from ..writer import Writer
 
 logger = get_logger("live.session")
@@ -727,18 +728,24 @@ class Stopwatch:
         self._sent: float|None = None
         self._answered = 0.
         self._told = 0.                         # when the core began to think
-        self._asked: dict[str, float] = {}      # when each order was sent
+        self._asked: dict[str|int, float] = {}  # when each order was sent, and each question
         self._took: list[tuple[str, float]] = []
+        self.news: dict[str, float] = {}        # when each stream last told anything
 
     def heard(self, events:Sequence[Event])->None:
         "Note when a candle and an answer arrived"
         for event in events:
-            if isinstance(event, Candle): self._arrived[event.open_time] = monotonic()
-            if isinstance(event, Answered) and isinstance(event.action, Send):
-                self._answered = monotonic()
-                sent = self._asked.pop(event.action.order.order_id, None)
-                if sent and event.answer.outcome not in (Outcome.UNKNOWN, Outcome.LATER):
-                    self._took.append(("order_ack_seconds", self._answered - sent))
+            match event:
+                case Candle(): self._arrived[event.open_time] = self.news["market"] = monotonic()
+                case Mark(): self.news["market"] = monotonic()
+                case OrderReport() | Fill() | Funding(): self.news["user"] = monotonic()
+                case Answered(Send(order), answer):
+                    self._answered, sent = monotonic(), self._asked.pop(order.order_id, None)
+                    if sent and answer.outcome not in (Outcome.UNKNOWN, Outcome.LATER):
+                        self._took.append(("order_ack_seconds", self._answered - sent))
+                case Fetched(number) if asked := self._asked.pop(number, None):
+                    self._took.append(("venue_latency_seconds", monotonic() - asked))
+                case Unanswered(number): self._asked.pop(number, None)
 
     def thinks(self)->None:
         "The core is told now"
@@ -757,9 +764,11 @@ class Stopwatch:
 
     def did(self, action:Action)->None:
         "Note when an order was sent; at the end of its step both durations are known"
-        if isinstance(action, Send):
-            self._asked[action.order.order_id] = monotonic()
-            self._sent = self._sent or monotonic()
+        match action:
+            case Send(order):
+                self._asked[order.order_id] = monotonic()
+                self._sent = self._sent or monotonic()
+            case Fetch(number): self._asked[number] = monotonic()
         if not isinstance(action, StepDone): return
         arrived = self._arrived.pop(action.open_time, None)
         if self._sent and arrived:
@@ -794,21 +803,29 @@ def weigh(session:"Session")->None:
     if not session.writer or not session.files or monotonic() < session.weighed + WEIGH: return
     session.weighed, time = monotonic(), clock()
     try: needs = session.vitals.read() | {"tasks": float(len(asyncio.all_tasks(session._loop)))}
-    except Exception as error: logger.debug(f"what the process needs cannot be read: {error}", session=session.id)
-    else: session.writer.put([SystemMetric(time, *each) for each in needs.items()])
+    except Exception as error: # a number for people is missing, which is no reason to trade less
+        needs = {}
+        logger.debug(f"what the process needs cannot be read: {error}", session=session.id)
+    ages = {named("stream_age_seconds", {"stream": stream}): session.weighed - told
+            for stream, told in list(session.stopwatch.news.items())}
+    session.writer.put([SystemMetric(time, *each) for each in (needs | ages).items()])
 
 # %% ../../nbs/70_live/19_session.ipynb #fdfa55a0
 class Away(Protocol):
     "Tells people who are away; `live.alerts` has one"
-    def begin(self, title:str, kept:Callable[[Alert], object], said:Callable[[str], object])->None: "Send from now on"
-    def tell(self, notice:Notice)->None: "Something that they should hear; returns at once"
+    def begin(self, title:str, kept:Callable[[Delivery], object], said:Callable[[str], object])->None:
+        "Send from now on"
+
+    def tell(self, notice:Notice, alone:bool=False)->None:
+        "Something that they should hear; alone: it is not in the ledger, so nobody else can tell it. Returns at once"
     def end(self)->int: "Send what waits, for a short time; returns how much could not be told"
 
 
 def tell(session:"Session", notice:Notice)->None:
     "Something that a person should know"
-    if session.writer and (session.files or session.resumed): session.writer.put([notice])
-    if session.alerts: session.alerts.tell(notice)
+    kept = bool(session.writer and (session.files or session.resumed))
+    if session.writer and kept: session.writer.put([notice])
+    if session.alerts: session.alerts.tell(notice, alone=not kept)
     getattr(logger, notice.level)(str(notice), session=session.id)
     session.say(str(notice))
 
@@ -1175,7 +1192,7 @@ async def drive_to_the_end(session:"Session", max_candles:int|None)->None:
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
         if session.files: tell(session, Notice("failed", told))
-        elif session.alerts: session.alerts.tell(Notice("refused", told)) # who started it reads the error
+        elif session.alerts: session.alerts.tell(Notice("refused", told), alone=True) # who started it reads the error
         raise
     finally: await finish(session, state)
 
