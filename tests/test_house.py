@@ -23,7 +23,8 @@ OWNERS = {  # a library lives in one named place
                    "tradelab.database.reading", "tradelab.database.migrations",
                    "tradelab.live.ledger", "tradelab.live.audit"},
     "alembic": {"tradelab.database.migrations"}, "psycopg": {"tradelab.database.engine"},
-    "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")},
+    "aiohttp": {f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")} | {
+        "tradelab.ops.health"},
     "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
     "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},
     "click": {"tradelab.jobs", "tradelab.command"},

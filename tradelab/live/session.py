@@ -12,8 +12,8 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'timed', 'weigh', 'Away', 'tell',
            'say', 'begin_alerts', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join',
            'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
-           'show_step', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'command_of', 'know', 'unkept',
-           'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
+           'show_step', 'log_order', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'command_of', 'know',
+           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
            'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
@@ -110,7 +110,7 @@ from tradelab.live.messages import (
     Write,
 )
 from .order_manager import Blotter, Offer, OrderManager, Persistence
-from .order_states import Intent, State
+from .order_states import Intent, State, decision_id, ids_in
 from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
@@ -148,12 +148,13 @@ from ..writer import Writer
 logger = get_logger("live.session")
 
 # %% ../../nbs/70_live/19_session.ipynb #7745eded
-COLUMNS = ("open_time", "symbol", *(JOURNAL.names or ())[1:]) # of journal.csv
+COLUMNS = ("open_time", "symbol", *(JOURNAL.names or ())[1:], "decision") # of journal.csv
 
 
-def journal_lines(symbols:Sequence[str], rows:np.ndarray)->list[list]:
-    "Rows of JOURNAL, one per symbol, as lines"
-    return [[row[0], symbol, *row[1:]] for symbol, row in zip(symbols, rows.tolist())]
+def journal_lines(symbols:Sequence[str], rows:np.ndarray, session:str)->list[list]:
+    "Rows of JOURNAL, one per symbol, as lines; the last column names the decision, as its orders begin"
+    return [[row[0], symbol, *row[1:], decision_id(session, symbol, row[0])]
+            for symbol, row in zip(symbols, rows.tolist())]
 
 # %% ../../nbs/70_live/19_session.ipynb #29b471e5
 class StepFile:
@@ -205,7 +206,8 @@ def rebuild(
 )->list[Path]:      # journal.csv and so on
     "Make the tables of a session again from the ledger, each of them completely or not at all"
     tables: dict[str, Callable[[], list]] = {
-        "journal": lambda: [COLUMNS, *(line for step in ledger.rows(session) for line in journal_lines(*step))],
+        "journal": lambda: [COLUMNS, *(line for symbols, rows in ledger.rows(session)
+                                        for line in journal_lines(symbols, rows, session))],
         "equity": lambda: [EQUITY.names, *ledger.closes(session).tolist()],
         "emergencies": lambda: [EMERGENCY, *emergencies(ledger, session)]}
     texts = {Path(folder) / f"{name}.csv": io.StringIO(newline="") for name in names}
@@ -364,7 +366,7 @@ class Files:
         self.recorder = Recorder(folder / "recording.zst")
         self.journal = StepFile(folder / "journal.csv", COLUMNS)
         self.equity = StepFile(folder / "equity.csv", EQUITY.names or ())
-        for symbols, rows in steps: self.journal.write(journal_lines(symbols, rows))
+        for symbols, rows in steps: self.journal.write(journal_lines(symbols, rows, folder.name))
         for close in closes.tolist(): self.equity.write([close])
 
     @property
@@ -826,13 +828,14 @@ def tell(session:"Session", notice:Notice)->None:
     kept = bool(session.writer and (session.files or session.resumed))
     if session.writer and kept: session.writer.put([notice])
     if session.alerts: session.alerts.tell(notice, alone=not kept)
-    getattr(logger, notice.level)(str(notice), session=session.id)
+    named = {"id": ids} if (ids := " ".join(ids_in(notice.text))) else {}
+    getattr(logger, notice.level)(str(notice), session=session.id, **named)
     session.say(str(notice))
 
 
-def say(session:"Session", line:str)->None:
-    "A line for whoever watches"
-    logger.info(line, session=session.id)
+def say(session:"Session", line:str, **named:Any)->None:
+    "A line for whoever watches; the log gets what is named, too"
+    logger.info(line, session=session.id, **named)
     session.say(line)
 
 
@@ -1004,9 +1007,30 @@ async def finish(session:"Session", state:str)->None:
 def show_step(session:"Session", done:StepDone)->None:
     "Say what a step did, if anything happened or nothing was said for a minute"
     if done.rows["order"].any() or monotonic() > session.said + QUIET:
-        say(session, status_line(done))
+        say(session, status_line(done), id=" ".join(decision_id(session.id, symbol, done.open_time)
+                                                    for symbol in session.trader.symbols))
         session.said = monotonic()
     session.progress(session.statistics)
+
+# %% ../../nbs/70_live/19_session.ipynb #lgord002
+_SAID = {Send: "order sent", Amend: "order amended", Cancel: "order to be cancelled"}
+
+
+def log_order(
+    session:str,        # its id
+    each:Event|Action,
+)->None:
+    "Log what is asked and told of an order; nothing if it is about something else"
+    match each:
+        case Send(order) | Amend(order) | Cancel(order):
+            logger.info(_SAID[type(each)], session=session, id=order.order_id, symbol=order.symbol,
+                        quantity=order.quantity)
+        case Answered(Send(order) | Amend(order) | Cancel(order), answer):
+            logger.info("order answered", session=session, id=order.order_id, outcome=answer.outcome.value,
+                        text=answer.text)
+        case Write(Entry(Fill() as fill, known=False)):
+            logger.info("order filled", session=session, id=fill.order_id, symbol=fill.symbol, quantity=fill.quantity,
+                        price=fill.price, trade=fill.trade_id)
 
 # %% ../../nbs/70_live/19_session.ipynb #sesshow17
 def measured(event:Event|Action, now:int)->list[Measured]:
@@ -1028,6 +1052,7 @@ def measured(event:Event|Action, now:int)->list[Measured]:
 def hear(session:"Session", received:Received)->None:
     "Record what the core is about to be told; what comes before there is a file waits for it"
     session.stopwatch.heard(received.events)
+    for event in received.events: log_order(session.id, event)
     found = [each for event in received.events for each in measured(event, received.time)]
     if found and session.writer and session.files: session.writer.put(found)
     if session.files: session.files.recorder.received(received)
@@ -1134,19 +1159,20 @@ def kept_again(session:"Session", text:str)->None:
     session.hand(partial(session.venue.events.put_nowait, LedgerState(True, text)))
 
 # %% ../../nbs/70_live/19_session.ipynb #ses18c12
-def show_tables(files:Files, record:Step)->None:
+def show_tables(files:Files, record:Step, session:str)->None:
     "A step in the tables for people"
-    files.journal.write(journal_lines(record.symbols, record.rows))
+    files.journal.write(journal_lines(record.symbols, record.rows, session))
     files.equity.write(record.closed.tolist())
 
 
 def carry_out(session:"Session", action:Action)->None:
     "Do what the core answered, except for what is asked of the exchange"
     count(session.statistics, action)
+    log_order(session.id, action)
     session.stopwatch.did(action)
     match action:
         case Decided(decision) if session.drift: session.drift.see(decision.observation)
-        case Write(Step() as record) if session.files: show_tables(session.files, record)
+        case Write(Step() as record) if session.files: show_tables(session.files, record, session.id)
         case Tell(notice): tell(session, notice)
         case Say(line): say(session, line)
         case Done(number, answer): tell(session, Notice("command", f"{number}: {answer}"))
