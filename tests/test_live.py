@@ -23,7 +23,7 @@ from tradelab.features.observation import Observation
 from tradelab.instruments import BITCOIN as LISTED
 from tradelab.instruments import Instrument
 from tradelab.live.ledger import Ledger
-from tradelab.live.order_states import State
+from tradelab.live.order_states import State, decision_id
 from tradelab.live.reconcile import StartRefusedError
 from tradelab.live.recorder import Recording, find_session, read, recorded_settings
 from tradelab.live.replay import first_other_action, replay, unproven
@@ -114,6 +114,8 @@ def test_what_a_session_leaves(whole):
     for name in ("equity", "drawdown"): # this policy decides at every close
         assert (worth[name].to_numpy() == whole["journal"][name].to_numpy()).all()
     table = pd.read_csv(folder / "journal.csv")
+    assert list(table.pop("decision")) == [decision_id("momentum_test", symbol, open_time)
+                                           for symbol, open_time in zip(table.symbol, table.open_time)]
     table.index = pd.DatetimeIndex(table.pop("open_time").to_numpy().astype("datetime64[ms]"), tz="UTC",
                                    name="open_time")
     pd.testing.assert_frame_equal(table, whole["journal"], check_exact=True, check_dtype=False, check_index_type=False)

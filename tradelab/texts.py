@@ -27,7 +27,8 @@ def printable(
     text: str,
 ) -> str:       # lines stay lines
     "The text without anything that would command a terminal"
-    text = _SEQUENCE.sub("", str(text).replace("\r\n", "\n"))
+    if (text := str(text)).isprintable(): return text
+    text = _SEQUENCE.sub("", text.replace("\r\n", "\n"))
     return "".join(sign for sign in text if sign in _KEPT or sign.isprintable()
                    or unicodedata.category(sign) in ("Zs", "Zl", "Zp"))
 

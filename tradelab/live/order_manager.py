@@ -350,7 +350,8 @@ def on_sent(
         if answer.outcome is Outcome.LATER:
             pursuit.stage = Stage.PAUSED
             pursuit.due = now + persistence.delay(pursuit.attempt or 0, answer.retry)
-        return [*blotter.move(order.order_id, State.REJECTED, message=answer.text), Tell(Notice("rejected", what))]
+        return [*blotter.move(order.order_id, State.REJECTED, message=answer.text),
+                Tell(Notice("rejected", f"{what} ({order.order_id})"))]
     pursuit.stage = Stage.ASKING
     pursuit.until = now + persistence.patience
     unproven = blotter.known[order.order_id].state is State.SENT
@@ -410,7 +411,8 @@ def on_amended(pursuit:Pursuit, answer:Answer, blotter:Blotter, now:int)->list[A
         pursuit.stage = Stage.DONE
         return blotter.move(order.order_id, State.WORKING, amending=False)
     pursuit.stage = Stage.CANCELLING
-    said = Notice("rejected", f"{order.symbol}, slot {order.slot}: not amended, it is cancelled: {answer.text}")
+    said = Notice("rejected", f"{order.symbol}, slot {order.slot}: not amended, it is cancelled: {answer.text} "
+                  f"({order.order_id})")
     return [Tell(said), Cancel(order)]
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #77f14190
@@ -470,20 +472,21 @@ def turn_of(order:Order, blotter:Blotter, pursuits:Iterable[Pursuit], beside:boo
 # %% ../../nbs/70_live/07_order_manager.ipynb #397ca830
 def blocked(order:Order)->Tell:
     "A person should know that an order was not sent"
-    return Tell(Notice("blocked", f"{order.symbol}: no new order while an earlier one has no proven outcome"),
-                order.symbol)
+    return Tell(Notice("blocked", f"{order.symbol}: no new order while an earlier one has no proven outcome "
+                       f"({order.order_id})"), order.symbol)
 
 
 def withheld(order:Order)->Tell:
     "A person should know that an entry was dropped, and why nothing makes up for it"
     return Tell(Notice("withheld", f"{order.symbol}: an order of {order.quantity:+g} could not be sent before its "
-                       "deadline and is dropped: the next decision says what is wanted then"), order.symbol)
+                       "deadline and is dropped: the next decision says what is wanted then "
+                       f"({order.order_id})"), order.symbol)
 
 
 def given_up(order:Order)->Tell:
     "A person should know that an order will not be sent any more"
     return Tell(Notice("given up", f"{order.symbol}: refused too often, the position stays as it is until the next "
-                       "candle"))
+                       f"candle ({order.order_id})"))
 
 # %% ../../nbs/70_live/07_order_manager.ipynb #cd60e467
 def revise(manager:"OrderManager", orders:Iterable[Order], now:int)->list[Action]:
