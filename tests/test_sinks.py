@@ -27,8 +27,12 @@ from servers import (
 )
 
 from tradelab.config import settings
-from tradelab.database.records import clock
-from tradelab.ops.line_protocol import LineSink, target_of
+from tradelab.database.operations import Operations
+from tradelab.database.reading import reading
+from tradelab.database.records import SystemMetric, clock
+from tradelab.database.schema import MEASURED
+from tradelab.live.ledger import Ledger
+from tradelab.ops.line_protocol import AGAIN, HOUR, LedgerSink, LineSink, target_of
 from tradelab.ops.metrics import METRICS, Sample
 from tradelab.ops.provision import BOARDS, RULES, Places, dashboard_of, provision
 
@@ -167,6 +171,56 @@ def test_a_server_that_answers_nonsense_is_a_failure_like_others():
         sink.pause = 1.
         assert sent(sink, MANY[:1]).trouble.startswith("999")
         assert len(sink.waiting.lines) == 1
+
+
+def kept(url, session):
+    "What the ledger keeps of the figures of a session, newest last"
+    with reading(url) as look: rows = look.rows(MEASURED[SystemMetric], session=session)
+    return [(row["time"], row["name"], row["value"]) for row in sorted(rows, key=lambda row: row["time"])]
+
+
+def test_gauges_are_kept_in_the_ledger_for_so_many_days(database_url):
+    Ledger(database_url).close()
+    operations = Operations(database_url)
+    sink = LedgerSink(operations, .01, days=2)
+    exposure = {"session": "one", "symbol": "BTC/USDT:USDT"}
+    async def at(time, value):
+        sink.take([sample("equity_quote", value, {"session": "one"}, time),
+                   sample("exposure_quote", value, exposure, time),
+                   sample("memory_ratio", .5, {}, time), sample("process_cpu_ratio", .1, {"session": "one"}, time),
+                   sample("orders_total", 1., {"session": "one"}, time)])
+        await sink.write()
+    for time, value in ((NOW, 1.), (NOW + 1_000, 1.), (NOW + 2_000, 2.)): asyncio.run(at(time, value))
+    first = [(time, name, value) for time, value in ((NOW, 1.), (NOW + 2_000, 2.))
+             for name in ("equity_quote", 'exposure_quote{symbol="BTC/USDT:USDT"}')]
+    assert sorted(kept(database_url, "one")) == sorted(first)
+    assert kept(database_url, "") == [(NOW, "memory_ratio", .5)]
+    asyncio.run(at(late := NOW + 48 * HOUR + 1_500, 3.))
+    assert {row[0] for row in kept(database_url, "one")} == {NOW + 2_000, late}  # the older ones are two days old
+    assert kept(database_url, "") == [(late, "memory_ratio", .5)]
+    assert sink.trouble == ""
+    operations.close()
+
+
+def test_a_ledger_that_is_not_there_ends_nothing(tmp_path):
+    async def life(sink):
+        part = asyncio.create_task(sink.run())
+        async with asyncio.timeout(20):
+            while not sink.dropped:
+                sink.take([sample("equity_quote", 1.)])
+                await asyncio.sleep(.01)
+            assert "there is no ledger at" in sink.trouble
+            await asyncio.to_thread(lambda: Ledger(sink.url).close())
+            while sink.trouble:
+                sink.take([sample("equity_quote", 2., {}, NOW + AGAIN)])
+                await asyncio.sleep(.01)
+        part.cancel()
+        await asyncio.gather(part, return_exceptions=True)
+    sink = LedgerSink(Operations(url := f"sqlite:///{tmp_path}/tradelab.db"), .01)
+    sink.url = url
+    asyncio.run(life(sink))
+    assert kept(url, "") == [(NOW + AGAIN, "equity_quote", 2.)]
+    sink.operations.close()
 
 
 def checked(name, *arguments, folder):

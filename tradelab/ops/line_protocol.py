@@ -291,8 +291,9 @@ class LedgerSink:
         due = {key: each for key, each in newest.items()
                if key not in self.written or self.written[key].value != each.value}
         before = now - self.days * 24 * HOUR if now - self.tidied >= HOUR else None
+        if not due: return
         try:
-            if due: await asyncio.to_thread(write_rows, self.operations, rows_of(due.values()), before)
+            await asyncio.to_thread(write_rows, self.operations, rows_of(due.values()), before)
             self.written, self.trouble = self.written | due, ""
             if before is not None: self.tidied = now
         except (TradelabError, ValueError) as error:
