@@ -10,8 +10,8 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
            'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
            'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'ledger',
-           'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
+           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'serve_sessions',
+           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -745,6 +745,15 @@ def health(context:click.Context, as_json:bool)->None:
     with one_sentence(): found = asyncio.run(Examiner(with_secrets(settings(), ("alert_url", "telegram_token")))())
     click.echo(found.json() if as_json else printable(str(found)))
     if not found.ready: context.exit(1)
+
+# %% ../nbs/99_top/07_command.ipynb #opscmd02
+@main.command("serve")
+def serve_sessions()->None:
+    "Alerts, Telegram, figures and thresholds of all sessions, as the settings ask for, until Ctrl-C."
+    from tradelab.config import settings
+    from tradelab.ops.serve import SECRETS, serve
+    from tradelab.secrets import with_secrets
+    with one_sentence(): serve(with_secrets(settings(), SECRETS), click.echo)
 
 # %% ../nbs/99_top/07_command.ipynb #bfadb8b9
 @main.group()

@@ -27,7 +27,7 @@ from ..database.records import Service, clock
 from ..errors import ConfigurationError
 from ..live.lease import this_process
 from ..lock import Lock
-from ..log import get_logger, redact
+from ..log import configure, get_logger, redact
 from .feed import Feed, OnThread
 from .happenings import Happening
 from ..texts import one_line
@@ -199,6 +199,7 @@ def serve(
     here.logs.mkdir(parents=True, exist_ok=True)
     with Lock(here.logs / "serve.lock", "tradelab serve"):
         server = server_for(here)
+        configure(here)
         for line in server.lines: say(line)
         say("tradelab serve is at work: Ctrl-C ends it")
         _run(server)
