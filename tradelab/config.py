@@ -132,7 +132,8 @@ def _quiet(text):
 
 def _zone(name):
     try: ZoneInfo(name)
-    except (ValueError, OSError): raise ValueError("must be a time zone such as UTC or Europe/Madrid") from None
+    except (LookupError, ValueError, OSError):
+        raise ValueError("must be a time zone such as UTC or Europe/Madrid") from None
     return name
 
 
@@ -144,6 +145,7 @@ class AlertSettings:
     quiet: Annotated[str, AfterValidator(_quiet)] = "" # such as 22:00-07:00: what is below critical waits until it ends
     timezone: Annotated[str, AfterValidator(_zone)] = "UTC" # of quiet
     escalate_after: Minutes = 10. # minutes until an alert that nobody acknowledged is told at `escalation_url`
+    large_loss: Annotated[float, Field(gt=0, le=1)] = .02 # fraction of the equity that a told loss has at least
     templates: Mapping[str, str] = field(default_factory=dict) # by kind: words of one's own, with {keys}
     levels: Mapping[str, Level] = field(default_factory=dict)  # by kind: another level than its usual one
 

@@ -44,7 +44,7 @@ _ORDER = {"side": Argument("buy or sell", choices=("buy", "sell"), needed=True),
           "price": Argument("of a limit order, quote per base", float),
           "trigger": Argument("of a stop or take_profit, quote per base", float),
           "reduce_only": Argument("it may only bring the position nearer to zero", bool)}
-_STATES = "ACTIVE", "REDUCING", "HALTED"
+_STATES = "ACTIVE", "NO_ENTRY", "REDUCING", "HALTED"
 
 # %% ../../nbs/65_database/07_words.ipynb #wordsp02
 WORDS: dict[str, Word] = {
@@ -53,7 +53,8 @@ WORDS: dict[str, Word] = {
     "resume": Word("Take back a person's own halt or state; what else restricts the session stays.",
                    opens=True),
     "state": Word("Set the trading state that a person requires; what requires more still counts.",
-                  {"state": Argument("HALTED is a halt, ACTIVE takes it back", choices=_STATES, needed=True)},
+                  {"state": Argument("HALTED is a halt, ACTIVE takes it back", choices=_STATES, needed=True),
+                   "stricter": Argument("refused where a person requires more already", bool)},
                   urgent=True),
     "flatten": Word("Close the positions of a session; the policy trades on.", symbol="may", urgent=True),
     "close": Word("Close a position; its symbol is yours until a release.", symbol="must", urgent=True),

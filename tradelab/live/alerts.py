@@ -9,6 +9,7 @@ __all__ = ['LIMIT', 'HANGING', 'Result', 'LEVELS', 'MOST', 'TOGETHER', 'PAUSE', 
            'AllAlerts', 'AlertError', 'check_alerts', 'alerts_for', 'send_test']
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0003
+import asyncio
 import logging
 import re
 import threading
@@ -90,14 +91,14 @@ def _overheard()->Iterator[_Said]:
     finally: logger.removeHandler(said)
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrtsp02
-def service_for(url:str)->Any:
+def service_for(url:str, name:str="alert_url")->Any: # name: of the setting
     "What apprise sends with; ConfigurationError, which does not repeat the address, if it knows none like it"
     import apprise  # a tenth of a second, and only for who wants alerts
     with _overheard(): service = apprise.Apprise.instantiate(url, suppress_exceptions=True)
     if service is None:
-        raise ConfigurationError("alert_url is no address that apprise knows, such as tgram://TOKEN/CHAT or "
+        raise ConfigurationError(f"{name} is no address that apprise knows, such as tgram://TOKEN/CHAT or "
                                  "mailto://USER:PASSWORD@HOST: correct it where it is set, or tradelab secrets set "
-                                 "alert_url")
+                                 f"{name}; several addresses are separated by blanks")
     service.overflow_mode = apprise.common.OverflowMode.SPLIT
     return service
 
@@ -166,6 +167,12 @@ class Attempts:
         future = self.begin(work)
         if not wait([future], self.limit).done: raise TimeoutError(f"no answer within {self.limit:g} s")
         return future.result()
+
+    async def awaited(self, work:Callable[[], Result])->Result:
+        "The same for who must not wait: the loop goes on meanwhile"
+        future = asyncio.wrap_future(self.begin(work))
+        try: return await asyncio.wait_for(future, self.limit)
+        except TimeoutError: raise TimeoutError(f"no answer within {self.limit:g} s") from None
 
     def send(self, url:str, title:str, text:str, markdown:str="")->str:
         "Why a message did not arrive, in time; empty: it did"
@@ -408,7 +415,8 @@ class AlertError(TradelabError, RuntimeError):
 
 def check_alerts(here:Settings)->None:
     "ConfigurationError if an address of alerts is none"
-    for url in channels_of(here.alert_url).values(): service_for(url)
+    for name in ("alert_url", "escalation_url"):
+        for url in channels_of(getattr(here, name)).values(): service_for(url, name)
 
 
 def alerts_for(here:Settings)->AllAlerts|None:

@@ -146,19 +146,27 @@ def _resume_by_hand(core:Core, command:Command)->str:
     return f"resumed: {_restrictions(core)}"
 
 # %% ../../nbs/70_live/16_commands.ipynb #9c814739
+_REQUIRED = {"NO_ENTRY": (TradingState.NO_ENTRY, "no entries: no new position is opened"),
+             "REDUCING": (TradingState.REDUCE_ONLY, "reducing: nothing is opened or enlarged")}
+
+
 @_carries_out("state")
 def _set_state(core:Core, command:Command)->str:
     "A person requires a trading state; returns a sentence"
-    wanted = command.arguments["state"]
+    wanted = str(command.arguments["state"])
     if wanted == "ACTIVE": return _resume_by_hand(core, command)
     if wanted == "HALTED": return _halt_by_hand(core, command)
     if core.emergency: return f"refused: everything is being closed ({core.emergency}): say it when that is over"
+    state, said = _REQUIRED[wanted]
     row = core.ladder.active.get(("person", ""))
-    if row and row[0] > TradingState.REDUCE_ONLY: lift(core, [("person", "")], _who(command), command.reason)
-    trip(core, "person", f"{_who(command)}: {command.reason}", requires=TradingState.REDUCE_ONLY, who=_who(command))
+    if row and row[0] > state:
+        if command.arguments.get("stricter"):
+            return f"refused: a person requires {TradingState(row[0]).name} already, which allows less ({row[3]})"
+        lift(core, [("person", "")], _who(command), command.reason)
+    trip(core, "person", f"{_who(command)}: {command.reason}", requires=state, who=_who(command))
     core.guards.miss()
     keep(core)
-    return f"reducing: nothing is opened or enlarged until it is resumed ({_restrictions(core)})"
+    return f"{said} until it is resumed ({_restrictions(core)})"
 
 # %% ../../nbs/70_live/16_commands.ipynb #455d428a
 def _take_over(core:Core, command:Command)->None:
