@@ -10,8 +10,9 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
            'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
            'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'ledger',
-           'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
+           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'thresholds',
+           'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog', 'ledger', 'upgrade_ledger',
+           'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -745,6 +746,78 @@ def health(context:click.Context, as_json:bool)->None:
     with one_sentence(): found = asyncio.run(Examiner(with_secrets(settings(), ("alert_url", "telegram_token")))())
     click.echo(found.json() if as_json else printable(str(found)))
     if not found.ready: context.exit(1)
+
+# %% ../nbs/99_top/07_command.ipynb #helthc05
+@main.group()
+def thresholds()->None:
+    "From which value on a figure concerns people: list, set, remove."
+
+
+@thresholds.command("list")
+def list_thresholds()->None:
+    "Those in force: the defaults, and those that people have set over them."
+    import pandas as pd
+
+    from tradelab.config import settings
+    from tradelab.ops.monitor import thresholds_table
+    with one_sentence(): show_table(pd.DataFrame(thresholds_table(settings().database)), "there is none")
+
+# %% ../nbs/99_top/07_command.ipynb #helthc06
+@thresholds.command("set", context_settings={"ignore_unknown_options": True})
+@click.argument("metric")
+@click.argument("operator")
+@click.argument("warning", type=float)
+@click.argument("critical", type=float)
+@click.option("--type", "kind", default="CUSTOM", show_default=True, help="SYSTEM, TRADING, RISK, PERFORMANCE or "
+              "CUSTOM.")
+@click.option("--description", default="", help="What it means, for who reads the alert.")
+def set_one_threshold(metric:str, operator:str, warning:float, critical:float, kind:str, description:str)->None:
+    """Concern people when METRIC is beyond WARNING, or CRITICAL.
+
+    METRIC is a name, such as drawdown_ratio or portfolio_var_95, or one with labels, such as
+    'exposure_quote{symbol="BTC/USDT:USDT"}'; OPERATOR one of > >= < <= == !=, quoted for the shell; ratios are
+    fractions: 10 % is 0.1.
+    """
+    from tradelab.config import settings
+    from tradelab.database.records import Threshold, clock
+    from tradelab.ops.monitor import set_threshold
+    with one_sentence():
+        asked = Threshold(metric, kind.upper(), operator, warning, critical, description, getpass.getuser(), clock())
+        click.echo(printable(set_threshold(settings().database, asked)))
+
+
+@thresholds.command("remove")
+@click.argument("metric")
+def remove_one_threshold(metric:str)->None:
+    "Forget what people have set for METRIC; a default is in force again."
+    from tradelab.config import settings
+    from tradelab.database.records import clock
+    from tradelab.ops.monitor import remove_threshold
+    with one_sentence():
+        click.echo(printable(remove_threshold(settings().database, metric, getpass.getuser(), clock())))
+
+# %% ../nbs/99_top/07_command.ipynb #helthc09
+@main.command()
+@click.option("--every", default=5., show_default=True, type=click.FloatRange(.1, 60.), help="Seconds between two "
+              "looks.")
+def watchdog(every:float)->None:
+    "Tell alert_url when a session or tradelab serve falls silent, until Ctrl-C or SIGTERM."
+    import threading
+
+    from tradelab.config import settings
+    from tradelab.lock import Lock
+    from tradelab.log import configure
+    from tradelab.ops.watchdog import Watchdog
+    from tradelab.secrets import with_secrets
+    over = threading.Event()
+    with one_sentence():
+        here = with_secrets(settings(), ("alert_url", "escalation_url", "watchdog_url"))
+        dog = Watchdog(here, every)
+        configure(here)
+        with Lock(here.logs / "watchdog.lock", "watchdog"):
+            for each in (signal.SIGTERM, signal.SIGINT): signal.signal(each, lambda *_: over.set())
+            click.echo(f"watching every {every:g} s, telling {', '.join(dog.channels)}")
+            dog.run(over)
 
 # %% ../nbs/99_top/07_command.ipynb #bfadb8b9
 @main.group()
