@@ -350,7 +350,7 @@ class SignalEngine:
         check_first(nb, values)
         manager = NotebookExecutionManager(nb, output_path, log_output, progress_bar=False,
                                            autosave_cell_every=autosave_cell_every)
-        manager.save = partial(_save, manager) # type: ignore[method-assign]
+        manager.save = partial(_save, manager)
         manager.notebook_start()
         try: _execute(manager, grace, kernel_name=kernel_name, log_output=log_output, **options)
         finally: manager.notebook_complete()

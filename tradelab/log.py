@@ -275,7 +275,7 @@ class SharedFile(RotatingFileHandler):
         return bool(0 < self.maxBytes <= self._open_now().st_size)
 
     def doRollover(self) -> None:
-        fcntl.flock(self.stream.fileno(), fcntl.LOCK_EX) # it ends when the file is closed
+        if self.stream: fcntl.flock(self.stream.fileno(), fcntl.LOCK_EX) # it ends when the file is closed
         if self.shouldRollover(None): super().doRollover() # type: ignore[arg-type]
 
 # %% ../nbs/00_ground/13_log.ipynb #lgrot002
