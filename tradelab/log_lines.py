@@ -74,7 +74,8 @@ def since(
 )->int:        # ms
     "From when on"
     units = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
-    if ago := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", word.strip()): return now - int(float(ago[1]) * units[ago[2]])
+    ago = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", word.strip())
+    if ago: return now - int(float(ago[1]) * units[ago[2]])
     try: return to_ms(word)
     except (ValueError, TypeError, OverflowError):
         raise LogError(f"{word} is no time: write how long ago, such as 30m, 2h or 1d, or when, such as "
