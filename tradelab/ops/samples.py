@@ -11,7 +11,7 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'told_to_all',
            'gather_again_and_again', 'Gatherer']
 
-# %% ../../nbs/90_ops/03_samples.ipynb #aa7061e4
+# %% ../../nbs/90_ops/03_samples.ipynb #e79bddcf
 import asyncio
 import math
 from collections import Counter, deque
@@ -23,7 +23,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import sqlalchemy as sql
 
 from ..account import maintenance_margin
 from ..config import Settings
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("ops.samples")
 
-# %% ../../nbs/90_ops/03_samples.ipynb #eaac4112
+# %% ../../nbs/90_ops/03_samples.ipynb #57e035a5
 CLOSES_KEPT = 100_000  # equity, for the ratios
 PRICES_KEPT = 1_000    # closes of a symbol, for value at risk and regimes
 FIRST = 20_000         # decisions that are read at the first look
@@ -95,11 +94,11 @@ class Followed:
 
     def count(self, name:str, by:int=1, **labels:str)->None: self.totals[name, tuple(labels.items())] += by
 
-# %% ../../nbs/90_ops/03_samples.ipynb #13566a88
+# %% ../../nbs/90_ops/03_samples.ipynb #b215a1b1
 def fresh(
     look:Reading,
     known:Followed,
-    table:sql.Table,    # whose rows have numbers
+    table:Any,          # of the schema, whose rows have numbers
     most:int|None=None, # at the first look: only so many, the newest
 )->Iterator[dict]:
     "The rows that are new since the look before; each is handed out once, also if the ledger goes away meanwhile"
@@ -112,7 +111,7 @@ def fresh(
             known.cursors[table.name] = row["number"]
             yield row
 
-# %% ../../nbs/90_ops/03_samples.ipynb #5229b68d
+# %% ../../nbs/90_ops/03_samples.ipynb #ab06e2dd
 _TAKEN = {State.REJECTED: False, State.ABSENT: False}
 
 
@@ -137,7 +136,7 @@ def read_deliveries(look:Reading, known:Followed)->None:
     for row in fresh(look, known, MEASURED[Delivery]):
         known.count("alerts_sent_total", channel=row["channel"], outcome="arrived" if row["good"] else "failed")
 
-# %% ../../nbs/90_ops/03_samples.ipynb #cca4821b
+# %% ../../nbs/90_ops/03_samples.ipynb #f2c595ac
 _OLDER = {"clock [ms]": ("clock_offset_seconds", .001)}
 
 
@@ -163,7 +162,7 @@ def read_measured(look:Reading, known:Followed, venue:str)->list[Sample]: # new 
         if sample.name == "inference_seconds": known.decided = row["time"]
     return found
 
-# %% ../../nbs/90_ops/03_samples.ipynb #e7e552ab
+# %% ../../nbs/90_ops/03_samples.ipynb #6c5e0a28
 BEGINS = ("the session begins", "the session goes on") # of a phase: a process was started
 
 
@@ -195,7 +194,7 @@ def availability(
     traded = sum(max(end - since, 0) for (since, name, _), end in zip(known.phases, ends) if name == "trading")
     return traded / (now - known.phases[0][0])
 
-# %% ../../nbs/90_ops/03_samples.ipynb #eaf60a90
+# %% ../../nbs/90_ops/03_samples.ipynb #f8c88b01
 @dataclass
 class Trip:
     "A round trip, so far"
@@ -223,7 +222,7 @@ def settled(
         trip.profit = 0.
     return ended
 
-# %% ../../nbs/90_ops/03_samples.ipynb #58e0f9f1
+# %% ../../nbs/90_ops/03_samples.ipynb #ddf1c8cf
 def _decided_prices(look, session, ids):
     "The close on which each market order was decided, by its id"
     rows = look.rows(INTENTS, INTENTS.c.order_id.in_(ids), session=session)
@@ -262,7 +261,7 @@ def _told_of(known, entry, decided, now):
         found.append(("slippage_ratio", (entry.price / decided - 1.) * math.copysign(1., entry.quantity)))
     return [Sample(name, value, labels, now) for name, value in found]
 
-# %% ../../nbs/90_ops/03_samples.ipynb #7f076b32
+# %% ../../nbs/90_ops/03_samples.ipynb #02ad1204
 @lru_cache
 def _outcome(reason:int)->str:
     try: return Reason(reason).name.lower()
@@ -297,7 +296,7 @@ def read_closes(look:Reading, known:Followed)->None:
     else: rows = look.rows(CLOSES, CLOSES.c.open_time >= known.equity.pop()[0], session=known.session)
     known.equity.extend((row["open_time"], row["equity"], row["drawdown"]) for row in rows)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #219170a9
+# %% ../../nbs/90_ops/03_samples.ipynb #2a5edc7d
 LEAST_CLOSES = 500
 AHEAD = 24 # candles
 
@@ -327,7 +326,7 @@ def regime_of(
     return RegimeNow(known, dict(zip(REGIMES, read[-1, 2:].tolist())),
                      float(right[counts].mean()) if counts.any() else None, seen)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #62fc31a8
+# %% ../../nbs/90_ops/03_samples.ipynb #dc7e3407
 def read_regimes(known:Followed, decided:int)->None: # candles of the session so far
     "Recognise the regimes anew, where something has closed and enough is known; a market that never moved has none"
     for symbol, closes in known.prices.items():
@@ -336,7 +335,7 @@ def read_regimes(known:Followed, decided:int)->None: # candles of the session so
         try: known.regimes[symbol] = regime_of(closes, decided, before)
         except ValueError as error: logger.debug(f"{symbol}: {error}", session=known.session)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #23b88d5e
+# %% ../../nbs/90_ops/03_samples.ipynb #fce6e8c5
 Figure = tuple[str, float|None, dict[str, str]] # metric, value, labels
 
 
@@ -365,7 +364,7 @@ def of_orders(known:Followed, status:Status)->Iterator[Figure]:
     hour = status.candle + milliseconds(status.settings.get("timeframe", "1h")) - 3_600_000
     yield "trade_frequency_per_minute", sum(each > hour for each in known.fills) / 60, {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #cd769121
+# %% ../../nbs/90_ops/03_samples.ipynb #22a216f0
 LEAST_RETURNS = 30
 
 
@@ -393,7 +392,7 @@ def tail_figures(past:np.ndarray, weights:np.ndarray)->Iterator[Figure]:
     related = np.corrcoef(past[:, held].T) * np.outer(signs, signs)
     yield "correlation_ratio", float(np.mean([related[pair] for pair in combinations(range(len(held)), 2)])), {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #215dd110
+# %% ../../nbs/90_ops/03_samples.ipynb #5197f955
 def of_risk(known:Followed, status:Status)->Iterator[Figure]:
     "What is held, what it could lose, and what restricts trading"
     yield "equity_quote", status.equity, {}
@@ -416,7 +415,7 @@ def of_risk(known:Followed, status:Status)->Iterator[Figure]:
                  if notional and symbol in rows)
     if needed: yield "margin_ratio", equity / needed, {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #7464f9a2
+# %% ../../nbs/90_ops/03_samples.ipynb #c8bbd753
 def equity_series(known:Followed)->"pd.Series":
     "The equity at closes, as evaluation wants it"
     import pandas as pd
@@ -440,7 +439,7 @@ def of_performance(known:Followed, status:Status)->Iterator[Figure]:
     except ValueError as error: logger.debug(f"no performance: {error}", session=known.session)
     else: yield from ((name, found[of], {}) for name, of in _CURVE.items())
 
-# %% ../../nbs/90_ops/03_samples.ipynb #3e01999c
+# %% ../../nbs/90_ops/03_samples.ipynb #1afa24bb
 def divergence(mean:float, deviation:float)->float:
     "Jeffreys' divergence of a normal law from that with mean 0 and deviation 1"
     variance = max(deviation, 1e-3) ** 2
@@ -463,7 +462,7 @@ def replace_name(sample:Sample, name:str)->Sample:
     "The same of another metric"
     return Sample(name, sample.value, sample.labels, sample.time)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #629952a8
+# %% ../../nbs/90_ops/03_samples.ipynb #2bab68ff
 _LIVING = ("process_cpu_ratio", "process_memory_bytes", "open_files", "threads", "tasks", "stream_age_seconds",
            "clock_offset_seconds")
 
@@ -507,7 +506,7 @@ def read_session(look:Reading, known:Followed, status:Status)->list[Sample]: # n
     read_regimes(known, decided)
     return read_measured(look, known, venue) + read_fills(look, known, status.time)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #5e9bf290
+# %% ../../nbs/90_ops/03_samples.ipynb #7a1b63ea
 @dataclass
 class Buckets:
     "The observations of one histogram"
@@ -522,7 +521,7 @@ class Buckets:
         self.counts[next((n for n, bound in enumerate(bounds) if value <= bound), len(bounds))] += 1
         self.sum += value
 
-# %% ../../nbs/90_ops/03_samples.ipynb #df076024
+# %% ../../nbs/90_ops/03_samples.ipynb #226bc416
 def machine(here:Settings, time:int)->Iterator[Sample]:
     "What the machine has left"
     import psutil  # when something is read
@@ -570,7 +569,7 @@ def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
         except Exception as error: logger.warning(f"samples were not taken: {one_line(str(error), 300)}")
     return samples
 
-# %% ../../nbs/90_ops/03_samples.ipynb #769372da
+# %% ../../nbs/90_ops/03_samples.ipynb #4fce6be7
 LIMIT = 10. # seconds that a look at the ledger may take
 
 
@@ -585,7 +584,7 @@ async def gather_again_and_again(gatherer:"Gatherer")->None:
         except Exception as error: logger.warning(f"samples wait: {one_line(str(error), 300)}")
         await asyncio.sleep(max(.02, gatherer.every + began - monotonic()))
 
-# %% ../../nbs/90_ops/03_samples.ipynb #8e0237c7
+# %% ../../nbs/90_ops/03_samples.ipynb #4b17a3c0
 class Gatherer:
     "Makes samples of what sessions write; a part of `tradelab serve`"
     name = "samples"
