@@ -91,3 +91,55 @@ def test_nothing_starts_where_a_setting_is_wrong(project):
         said = refused(metrics_port=taken.getsockname()[1])
         assert said.startswith("Error: metrics_port: nobody can listen at 127.0.0.1:")
         assert said.count("\n") == 1
+
+
+class Door:
+    "A port in front of another one: open, shut, hanging (accepts and never answers) or slow"
+
+    def __init__(self, behind):
+        self.behind, self.manner, self.met, self._lines = behind, "open", 0, []
+        with socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._listen()
+
+    def _listen(self):
+        self._server = create_server(("127.0.0.1", self.port), backlog=50, reuse_port=False)
+        threading.Thread(target=self._accept, args=(self._server,), daemon=True).start()
+
+    def _accept(self, server):
+        while True:
+            try: line, _ = server.accept()
+            except OSError: return
+            self.met += 1
+            self._lines.append(line)
+            if self.manner == "hanging": continue
+            try: other = create_connection(("127.0.0.1", self.behind), 5)
+            except OSError:
+                line.close()
+                continue
+            self._lines.append(other)
+            for a, b in ((line, other), (other, line)):
+                threading.Thread(target=self._carry, args=(a, b), daemon=True).start()
+
+    def _carry(self, a, b):
+        try:
+            while data := a.recv(65_536):
+                if self.manner == "slow": threading.Event().wait(.3)
+                b.sendall(data)
+            b.shutdown(SHUT_WR)
+        except OSError: pass
+
+    def be(self, manner):
+        "Be like this from now on, also to those who are inside"
+        was, self.manner, self.met = self.manner, manner, 0
+        for line in self._lines:
+            with suppress(OSError): line.shutdown(SHUT_RDWR)
+            line.close()
+        self._lines.clear()
+        if manner == "shut":
+            with suppress(OSError): self._server.shutdown(SHUT_RDWR)
+            self._server.close()
+        elif was == "shut": self._listen()
+
+    def close(self): self.be("shut")
