@@ -103,6 +103,15 @@ def service_for(url:str, name:str="alert_url")->Any: # name: of the setting
     return service
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0010
+_ENTITIES = {"&lt;": "\\<", "&gt;": "\\>", "&#126;": "\\~", "&#124;": "|", "&amp;": "&"}
+
+
+def _without_entities(markdown):
+    "The same for who reads Markdown, but not HTML in it"
+    for entity, words in _ENTITIES.items(): markdown = markdown.replace(entity, words)
+    return markdown
+
+
 def body_for(
     service:Any,     # as `service_for` makes it
     text:str,
@@ -112,7 +121,8 @@ def body_for(
     from apprise.conversion import convert_between
     reads = service.resolve_format().value
     if not markdown or reads == "text": return {"body": text, "body_format": "text"}
-    return {"body": convert_between("markdown", reads, markdown), "body_format": reads}
+    body = convert_between("markdown", reads, markdown) if reads == "html" else _without_entities(markdown)
+    return {"body": body, "body_format": reads}
 
 
 def send(
