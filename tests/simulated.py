@@ -591,6 +591,7 @@ def _patches(world):
         if getattr(module, "clock", None) is ledgers_clock:
             found.enter_context(patch.object(module, "clock", world.loop.now))
     for name, stand_in in (("logger", _Quiet()), ("Files", files), ("Writer", writer), ("hold", lambda session: None),
+                           ("weigh", lambda session: None),
                            ("write_status", lambda path, **status: None), ("rebuild", lambda *arguments: None),
                            ("monotonic", world.loop.time), ("this_process", lambda: PROCESS.get().owner)):
         if hasattr(sessions, name): found.enter_context(patch.object(sessions, name, stand_in))

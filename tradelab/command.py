@@ -10,8 +10,8 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
            'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
            'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'ledger', 'upgrade_ledger',
-           'check_ledger', 'export_ledger']
+           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'ledger',
+           'upgrade_ledger', 'check_ledger', 'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -730,6 +730,21 @@ def doctor(context:click.Context, policies:tuple[str, ...], venue:str, symbol:st
         report.keep(here.reports / "doctor")
     click.echo(report.json() if as_json else str(report))
     if report.wrong: context.exit(1)
+
+# %% ../nbs/99_top/07_command.ipynb #helthc02
+@main.command()
+@click.option("as_json", "--json", is_flag=True, help="For scripts: each dependency, and what degrades without it.")
+@click.pass_context
+def health(context:click.Context, as_json:bool)->None:
+    "Whether all that tradelab leans on is there; the exit code is 1 if nothing can be traded."
+    import asyncio
+
+    from tradelab.config import settings
+    from tradelab.ops.health import Examiner
+    from tradelab.secrets import with_secrets
+    with one_sentence(): found = asyncio.run(Examiner(with_secrets(settings(), ("alert_url", "telegram_token")))())
+    click.echo(found.json() if as_json else printable(str(found)))
+    if not found.ready: context.exit(1)
 
 # %% ../nbs/99_top/07_command.ipynb #bfadb8b9
 @main.group()

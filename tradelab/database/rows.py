@@ -191,10 +191,11 @@ class Rows(Protocol):
 # %% ../../nbs/65_database/04_rows.ipynb #led2022
 @cache
 def _appending(table, dialect):
-    "The statement that adds a row under the next number; it is made once, which takes longer than to carry it out"
+    """The statement that adds a row under the next number above 0; it is made once, which takes longer than to carry it
+    out"""
     scope = [key for key in table.primary_key if key.name != "number"]
     following = sql.select(sql.func.coalesce(sql.func.max(table.c.number), 0) + 1)
-    following = following.where(*(key == sql.bindparam(f"of_{key.name}") for key in scope))
+    following = following.where(table.c.number > 0, *(key == sql.bindparam(f"of_{key.name}") for key in scope))
     new = _INSERTS[dialect](table).values(number=following.scalar_subquery())
     return new.on_conflict_do_nothing().returning(table.c.number), scope
 
