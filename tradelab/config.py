@@ -132,7 +132,8 @@ def _quiet(text):
 
 def _zone(name):
     try: ZoneInfo(name)
-    except (ValueError, OSError): raise ValueError("must be a time zone such as UTC or Europe/Madrid") from None
+    except (LookupError, ValueError, OSError):
+        raise ValueError("must be a time zone such as UTC or Europe/Madrid") from None
     return name
 
 
