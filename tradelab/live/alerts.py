@@ -181,7 +181,8 @@ class Attempts:
     async def awaited(self, work:Callable[[], Result])->Result:
         "The same for who must not wait: the loop goes on meanwhile"
         future = asyncio.wrap_future(self.begin(work))
-        try: return await asyncio.wait_for(future, self.limit)
+        try:
+            async with asyncio.timeout(self.limit): return await future
         except TimeoutError: raise TimeoutError(f"no answer within {self.limit:g} s") from None
 
     def send(self, url:str, title:str, text:str, markdown:str="")->str:
