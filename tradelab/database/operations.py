@@ -202,9 +202,10 @@ def serving(
     url:str,                # of the ledger
     now:int,                # ms
     patience:int=PATIENCE,  # ms
+    name:str="serve",       # of the service
 )->bool:
-    "Whether `tradelab serve` beats; False where the ledger does not say"
+    "Whether `tradelab serve`, or a part of it, beats; False where the ledger does not say"
     try:
-        with reading(url, patience) as look: rows = look.rows(SERVICES, name="serve")
+        with reading(url, patience) as look: rows = look.rows(SERVICES, name=name)
     except (TradelabError, ValueError): return False
     return any(abs(now - row["beat"]) < EXPIRES for row in rows)

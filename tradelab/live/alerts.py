@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'HANGING', 'Result', 'LEVELS', 'MOST', 'TOGETHER', 'PAUSE', 'LONGEST', 'AT_END', 'ASKED', 'HANDED', 'AGAIN',
            'parts_of', 'name_of', 'channels_of', 'hide_parts', 'without', 'service_for', 'body_for', 'send', 'Attempts',
            'Held', 'alike', 'line_of', 'Sieve', 'Line', 'Waiting', 'own_lines', 'keep_failed', 'deliver', 'Alerts',
-           'AllAlerts', 'AlertError', 'check_alerts', 'alerts_for', 'send_test']
+           'AllAlerts', 'AlertError', 'check_alerts', 'others_tell', 'alerts_for', 'send_test']
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0003
 import asyncio
@@ -430,10 +430,18 @@ def check_alerts(here:Settings)->None:
         for url in channels_of(getattr(here, name)).values(): service_for(url, name)
 
 
+def others_tell(url:str)->bool: # of the ledger
+    "Whether the part of `tradelab serve` that tells people beats, which it does only if it has a channel"
+    from tradelab.database.operations import serving
+    return serving(url, clock(), name="alerts")
+
+
 def alerts_for(here:Settings)->AllAlerts|None:
     "Where these settings send alerts; None: nowhere"
-    return AllAlerts({name: Alerts(SecretStr(url), here.alerts) for name, url in channels_of(here.alert_url).items()}
-                     ) if here.alert_url else None
+    if not here.alert_url: return None
+    asked = partial(others_tell, here.database)
+    return AllAlerts({name: Alerts(SecretStr(url), here.alerts, serving=asked)
+                      for name, url in channels_of(here.alert_url).items()})
 
 
 def send_test(here:Settings)->str:

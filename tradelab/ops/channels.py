@@ -7,7 +7,7 @@ __all__ = ['logger', 'TRIED', 'NAME', 'KEPT', 'DAY', 'Identity', 'EVERY', 'BEATS
            'AppriseChannel', 'apprise_channels', 'Delivered', 'with_dropped', 'attempt', 'Posted', 'Outbox',
            'send_next', 'message_for', 'identity', 'Unwritten', 'keep', 'answers', 'Recalled', 'untold', 'recall',
            'state_of', 'samples_of', 'channel_lines', 'found_in', 'without_told', 'take_look', 'recall_once', 'write',
-           'step', 'post', 'AlertCentre']
+           'close', 'step', 'post', 'AlertCentre']
 
 # %% ../../nbs/90_ops/12_channels.ipynb #d6e5d5f2
 import asyncio
@@ -445,7 +445,8 @@ async def write(centre:"AlertCentre")->None:
     now = monotonic()
     if not centre.recalled or now < centre.again or not (centre.unwritten or now >= centre.beats): return
     batch, centre.unwritten = centre.unwritten, Unwritten()
-    service = replace(centre.service, beat=clock() if centre.outboxes else 0) # whom nobody hears does not beat
+    heard = bool(centre.outboxes) and not centre.ended # whom nobody hears does not beat
+    service = replace(centre.service, beat=clock() if heard else 0)
     states = {each.channel.name: state_of(each) for each in centre.all_outboxes()}
     changed = {name: state for name, state in states.items() if centre.states.get(name) != state}
     try: new, rows = await centre.thread.awaited(partial(_exchange, centre, batch, service, changed))
@@ -457,6 +458,13 @@ async def write(centre:"AlertCentre")->None:
     for alert in batch.raised: centre.incidents.numbered(alert, new[identity(alert)])
     centre.numbers = dict([*{**centre.numbers, **new}.items()][-KEPT:])
     centre.incidents.heard(rows, clock())
+
+
+async def close(centre:"AlertCentre", within:float=2.)->None: # seconds
+    "Write down what waits, and that nobody tells any more"
+    centre.ended, centre.again, centre.beats = True, 0., 0.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within): await write(centre)
 
 # %% ../../nbs/90_ops/12_channels.ipynb #7ec57033
 async def step(centre:"AlertCentre", within:float=EVERY)->None:
@@ -504,7 +512,7 @@ class AlertCentre:
         self.failing: set[str] = set()          # channels
         self.states: dict[str, Any] = {}        # of the channels, as the ledger has them
         self.unwritten = Unwritten()
-        self.recalled = False                   # whether the ledger was read once
+        self.recalled = self.ended = False      # whether the ledger was read once
         self.again = self.beats = 0.            # monotonic s
         self.dropped = 0                        # happenings that had no room
         self.awake = asyncio.Event()
@@ -538,11 +546,13 @@ class AlertCentre:
 
     async def run(self)->None:
         "Tell, for ever"
-        self._loop = asyncio.get_running_loop()
-        async with asyncio.TaskGroup() as group:
-            for outbox in self.all_outboxes(): group.create_task(outbox.run())
-            group.create_task(self._listen())
-            while True: await step(self)
+        self._loop, self.ended = asyncio.get_running_loop(), False
+        try:
+            async with asyncio.TaskGroup() as group:
+                for outbox in self.all_outboxes(): group.create_task(outbox.run())
+                group.create_task(self._listen())
+                while True: await step(self)
+        finally: await close(self)
 
     def samples(self)->list[Sample]:
         "What was sent, what failed and what was dropped, by channel"
