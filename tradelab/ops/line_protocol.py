@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['NEVER', 'BATCH', 'PAUSE', 'LONGEST', 'MOST', 'AT_END', 'AGAIN', 'SERIES', 'HOUR', 'escaped', 'field_of', 'line_of',
            'lines_of', 'Target', 'target_of', 'Waiting', 'Answer', 'post', 'heed', 'LineSink', 'is_kept', 'rows_of',
-           'write_rows', 'LedgerSink']
+           'write_rows', 'LedgerSink', 'sinks_for', 'dropped_by']
 
 # %% ../../nbs/90_ops/05_line_protocol.ipynb #ebfc380d
 import asyncio
 import base64
 import math
 import re
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -25,6 +27,7 @@ from ..database.operations import Operations
 from ..database.records import SystemMetric
 from ..errors import ConfigurationError, TradelabError
 from ..log import get_logger, redact, register_secret
+from .feed import OnThread
 from .metrics import METRICS, Sample
 from ..texts import one_line
 
@@ -110,24 +113,26 @@ class Waiting:
         self.most = most
         self.lines: deque[str] = deque()
         self.dropped = 0
+        self._lock = threading.Lock()
 
     def put(self, lines:Iterable[str])->None:
         "Take lines; the oldest give way"
-        self.lines.extend(lines)
-        while len(self.lines) > self.most: self.drop(self.lines.popleft())
+        with self._lock:
+            self.lines.extend(lines)
+            while len(self.lines) > self.most: self.drop(self.lines.popleft())
 
     def drop(self, *lines:str)->None: self.dropped += len(lines)
 
     def batch(self, most:int)->list[str]:
         "The first lines, which are out"
-        return [self.lines.popleft() for _ in range(min(most, len(self.lines)))]
+        with self._lock: return [self.lines.popleft() for _ in range(min(most, len(self.lines)))]
 
     def back(self, batch:Sequence[str])->None:
         "What was not taken is first again, as far as there is room"
-        room = max(self.most - len(self.lines), 0)
-        kept = batch[len(batch) - room:] if room < len(batch) else batch
-        self.drop(*batch[:len(batch) - len(kept)])
-        self.lines.extendleft(reversed(kept))
+        with self._lock:
+            lost = max(len(self.lines) + len(batch) - self.most, 0)
+            self.drop(*batch[:lost])
+            self.lines.extendleft(reversed(batch[lost:]))
 
 # %% ../../nbs/90_ops/05_line_protocol.ipynb #41c26ff1
 NEVER = (400, 413, 422)    # answers after which the same lines are not sent again
@@ -269,23 +274,26 @@ class LedgerSink:
     "A part of `tradelab serve`: the newest value of each gauge goes to the ledger, once an interval"
     name = "ledger"
 
-    def __init__(self, operations:Operations, every:float, days:int=30)->None: # every: seconds
+    def __init__(self, operations:Operations, every:float, days:int=30, limit:float=10.)->None: # seconds
         self.operations, self.every, self.days = operations, every, days
         self.newest: dict[str, Sample] = {}
         self.written: dict[str, Sample] = {}
         self.trouble = ""    # why the ledger takes nothing; empty: it does
         self.dropped = 0
         self.tidied = 0      # ms, when old rows were deleted last
+        self._lock = threading.Lock()
+        self._thread = OnThread("the ledger", limit)
 
     def take(self, samples:Iterable[Sample])->None:
         "Hear samples; of each series the newest counts"
-        for sample in filter(is_kept, samples):
-            if len(self.newest) < SERIES or sample.key in self.newest: self.newest[sample.key] = sample
-            else: self.dropped += 1
+        with self._lock:
+            for sample in filter(is_kept, samples):
+                if len(self.newest) < SERIES or sample.key in self.newest: self.newest[sample.key] = sample
+                else: self.dropped += 1
 
     async def write(self)->None:
         "Write what is new; what the ledger does not take is dropped, because the next interval has a newer one"
-        newest, self.newest = self.newest, {}
+        with self._lock: newest, self.newest = self.newest, {}
         now = max((sample.time for sample in newest.values()), default=0)
         self.written = {key: old for key, old in self.written.items() if now - old.time < AGAIN}
         due = {key: each for key, each in newest.items()
@@ -293,10 +301,10 @@ class LedgerSink:
         before = now - self.days * 24 * HOUR if now - self.tidied >= HOUR else None
         if not due: return
         try:
-            await asyncio.to_thread(write_rows, self.operations, rows_of(due.values()), before)
+            await self._thread(partial(write_rows, self.operations, rows_of(due.values()), before))
             self.written, self.trouble = self.written | due, ""
             if before is not None: self.tidied = now
-        except (TradelabError, ValueError) as error:
+        except (TradelabError, ValueError, OSError) as error: # a TimeoutError is one
             self.dropped, self.trouble = self.dropped + len(due), one_line(redact(str(error)), 200)
 
     async def run(self)->None:
@@ -304,3 +312,15 @@ class LedgerSink:
         while True:
             await asyncio.sleep(self.every)
             await self.write()
+
+# %% ../../nbs/90_ops/05_line_protocol.ipynb #63d2f7ff
+def sinks_for(here:Settings, operations:Operations)->list[LineSink|LedgerSink]:
+    "The parts that these settings ask for; ConfigurationError if influx_url is no address"
+    target = target_of(here)
+    ledger = LedgerSink(operations, here.telemetry.interval, here.monitor.retention)
+    return [LineSink(target), ledger] if target else [ledger]
+
+
+def dropped_by(sinks:Iterable[LineSink|LedgerSink], now:int)->list[Sample]: # ms
+    "How much each has dropped so far"
+    return [Sample("events_dropped_total", float(sink.dropped), {"sink": sink.name}, now) for sink in sinks]

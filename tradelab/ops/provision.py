@@ -19,6 +19,7 @@ import yaml
 
 from ..config import Settings
 from ..errors import ConfigurationError
+from ..files import read_text, replace_files
 from .metrics import METRICS
 
 # %% ../../nbs/90_ops/06_provision.ipynb #e100ba87
@@ -59,12 +60,19 @@ class Rule:
     summary:str      # one sentence, with the labels in braces
 
     @property
+    def labels(self)->tuple[str, ...]: return METRICS[self.metric].labels if self.metric else ("job",)
+
+    @property
+    def of_the_living(self)->bool: return "session" in self.labels and self.metric != "up"
+
+    @property
     def expression(self)->str:
         "PromQL"
         if not self.metric: return f'up{{job="tradelab"}} {self.operator} {self.limit:g}'
         window = "10m" if METRICS[self.metric].kind == "counter" else "15m"
         *_, asked = queries(self.metric, False, window).values()
-        return f"{asked} {self.operator} {self.limit:g}"
+        living = " and on (session) tradelab_up == 1" if self.of_the_living else ""
+        return f"{asked} {self.operator} {self.limit:g}{living}"
 
 # %% ../../nbs/90_ops/06_provision.ipynb #9f96be7b
 _RED = "critical"
@@ -102,14 +110,11 @@ _SHOWN = {"ratio": "humanizePercentage", "bytes": "humanize1024", "seconds": "hu
 def _unit(name): return "" if name in _PLAIN or not name else METRICS[name].unit
 
 
-def _labels(rule): return METRICS[rule.metric].labels if rule.metric else ("job",)
-
-
 def _summary(rule):
     "The sentence in the words of Prometheus' templates"
     shown = _SHOWN.get(_unit(rule.metric), "humanize")
     words = rule.summary.replace("{value}", f"{{{{ $value | {shown} }}}}")
-    for label in _labels(rule):
+    for label in rule.labels:
         words = words.replace(f"{{{label}}}", f"{{{{ $labels.{label} }}}}")
     return words
 
@@ -133,21 +138,23 @@ def _values(rule, beyond):
     return {(name, ""): f"{rule.limit + step * beyond:g}x60"}
 
 
-def _test(rule, beyond):
+def _test(rule, beyond, up):
     "A unit test: whether the rule fires after 40 minutes"
-    labels = dict.fromkeys(_labels(rule), "tradelab")
+    labels = dict.fromkeys(rule.labels, "tradelab")
     given = {name + json.dumps(labels | ({"le": edge} if edge else {})): values
              for (name, edge), values in _values(rule, beyond).items()}
+    if rule.of_the_living: given['tradelab_up{"session": "tradelab"}'] = f"{up:d}x60"
     series = [{"series": re.sub(r'"(\w+)": ', r"\1=", name), "values": values} for name, values in given.items()]
+    fires = beyond and (up or not rule.of_the_living)
     return {"interval": "1m", "input_series": series, "promql_expr_test": [{
         "expr": f'count(ALERTS{{alertname="{rule.name}", alertstate="firing"}})', "eval_time": "40m",
-        "exp_samples": [{"labels": "{}", "value": 1}] if beyond else []}]}
+        "exp_samples": [{"labels": "{}", "value": 1}] if fires else []}]}
 
 
 def rule_tests()->dict:
-    "Two unit tests for each rule, as promtool reads them"
+    "Three unit tests for each rule, as promtool reads them"
     return {"rule_files": ["rules.yml"], "evaluation_interval": "1m",
-            "tests": [_test(rule, beyond) for rule in RULES for beyond in (True, False)]}
+            "tests": [_test(rule, *case) for rule in RULES for case in ((True, True), (False, True), (True, False))]}
 
 # %% ../../nbs/90_ops/06_provision.ipynb #2715c558
 BOARDS: dict[str, dict[str, str]] = {
@@ -311,13 +318,11 @@ def provision(
     "Write all files; ConfigurationError, and nothing is written, if one is there that is another"
     folder = Path(folder).absolute()
     made = {folder / name: text for name, text in files_of(here, places, folder).items()}
-    others = [path for path, text in made.items() if path.exists() and path.read_text(errors="replace") != text]
+    others = [path for path, text in made.items() if path.exists() and read_text(path) != text]
     if others and not replace:
         raise ConfigurationError(f"{others[0]} is there and would be another: --replace writes it anew, or choose "
                                  "another folder")
     for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(0o600 if path.name in SECRET else 0o644)
-        if path.name in SECRET: path.chmod(0o600)
-        path.write_text(text)
+        replace_files({path: text}, 0o600 if path.name in SECRET else None)
     return [*made]
