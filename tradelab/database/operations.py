@@ -201,10 +201,10 @@ _FIGURES = MEASURED[SystemMetric]
 def serving(
     url:str,                # of the ledger
     now:int,                # ms
-    patience:int=PATIENCE,  # ms
     name:str="serve",       # of the service
+    patience:int=PATIENCE,  # ms
 )->bool:
-    "Whether `tradelab serve`, or a part of it, beats; False where the ledger does not say"
+    "Whether a service beats; False where the ledger does not say"
     try:
         with reading(url, patience) as look: rows = look.rows(SERVICES, name=name)
     except (TradelabError, ValueError): return False
