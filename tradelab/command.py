@@ -8,10 +8,10 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
            'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'ledger',
-           'upgrade_ledger', 'check_ledger', 'export_ledger']
+           'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs',
+           'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions',
+           'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data',
+           'doctor', 'health', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -520,6 +520,19 @@ def test_alerts()->None:
     from tradelab.config import settings
     from tradelab.live.alerts import send_test
     with one_sentence(): click.echo(send_test(settings()))
+
+# %% ../nbs/99_top/07_command.ipynb #eed7cb6d
+@main.group()
+def telegram()->None:
+    "The bot: telegram_token and [telegram] of the settings."
+
+
+@telegram.command("test")
+def test_telegram()->None:
+    "Say whether telegram_token works, and whom the bot would answer."
+    from tradelab.config import settings
+    from tradelab.ops.telegram import check_bot
+    with one_sentence(): click.echo(check_bot(settings()))
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
