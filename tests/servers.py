@@ -157,12 +157,14 @@ def influx_query(server, words, database=""):
     return found["results"][0].get("series", [])
 
 
-def victoria_metrics():
-    "Takes line protocol at /write and at /api/v2/write, and answers PromQL at /api/v1/query"
+def victoria_metrics(config=None):
+    """Takes line protocol at /write and at /api/v2/write, scrapes what the file at a path tells Prometheus to, and
+    answers PromQL at /api/v1/query"""
     found = program("victoria-metrics")
+    scraping = (f"-promscrape.config={config}", "-promscrape.config.strictParse=false") if config else ()
     def make(folder, port):
         return Process((found, f"-storageDataPath={folder}", f"-httpListenAddr=127.0.0.1:{port}", "-retentionPeriod=1",
-                        "-search.latencyOffset=0s"), port, at("/health"))
+                        "-search.latencyOffset=0s", *scraping), port, at("/health"))
     return running(make)
 
 

@@ -8,10 +8,12 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
            'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
-           'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs',
-           'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions',
-           'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data',
-           'doctor', 'health', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger']
+           'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert', 'resolve_alert', 'telegram',
+           'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run',
+           'delete_one_run', 'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session',
+           'delete_one_session', 'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health',
+           'serve_sessions', 'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog',
+           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -521,7 +523,90 @@ def test_alerts()->None:
     from tradelab.live.alerts import send_test
     with one_sentence(): click.echo(send_test(settings()))
 
-# %% ../nbs/99_top/07_command.ipynb #eed7cb6d
+# %% ../nbs/99_top/07_command.ipynb #05aef149
+def alert_lines(
+    rows:list[dict],  # of the table of alerts
+)->list[str]:
+    "Alerts as a person reads them, a line each"
+    from tradelab.texts import one_line
+    from tradelab.times import format_time
+    def line(row):
+        who = row[f"{row['state']}_by"] if row["state"] != "open" else ""
+        often = f" ({row['count']} times)" if row["count"] > 1 else ""
+        return (f"{row['number']:>5}  {format_time(row['last_time'])}  {row['level']:<8}  {row['state']}"
+                f"{f' by {who}' if who else ''}  {' '.join(filter(None, (row['session'], row['text'])))}{often}")
+    return [one_line(line(row), 300) for row in rows]
+
+
+@alerts.command("list")
+@click.option("everything", "--all", is_flag=True, help="Also those that are resolved, the newest 1,000.")
+def list_alerts(everything:bool)->None:
+    "The alerts that wait for somebody, oldest first; --all: also those that are over."
+    from tradelab.config import settings
+    from tradelab.database.reading import reading
+    from tradelab.database.schema import ALERTS
+    with one_sentence(), reading(settings().database) as look:
+        rows = (look.rows(ALERTS, newest=1_000) if everything else look.rows(ALERTS, ALERTS.c.state != "resolved"))
+    click.echo("\n".join(alert_lines(rows)) or f"no alert {'has been raised yet' if everything else 'is open'}")
+
+# %% ../nbs/99_top/07_command.ipynb #2408b98e
+@alerts.command("show")
+@click.argument("number", type=int)
+def show_alert(number:int)->None:
+    "One alert, who has answered it, and what was sent of it."
+    from tradelab.config import settings
+    from tradelab.database.reading import reading
+    from tradelab.database.records import Delivery
+    from tradelab.database.schema import ALERTS, MEASURED
+    from tradelab.texts import one_line
+    from tradelab.times import format_time
+    with one_sentence(), reading(settings().database) as look:
+        rows = look.rows(ALERTS, number=number)
+        if not rows: raise LookupError(f"there is no alert {number}: `tradelab alerts list --all` shows them")
+        sent = sorted(look.rows(MEASURED[Delivery], alert=number), key=lambda row: row["time"])
+    row, times = rows[0], ("time", "last_time", "told", "acknowledged", "resolved")
+    for name, value in row.items():
+        shown = format_time(value) if name in times and value else value
+        if value not in ("", 0, None): click.echo(f"{name:<16}{one_line(shown, 300)}")
+    for each in sent:
+        click.echo(f"{'sent' if each['good'] else 'not sent':<16}{format_time(each['time'])}  {each['channel']}: "
+                   f"{one_line(each['text'], 200)}")
+
+# %% ../nbs/99_top/07_command.ipynb #8dc3dee4
+def answer_alert(
+    word:str,     # acknowledge or resolve
+    number:int,
+)->None:
+    "Write down that a person knows of an alert or has resolved it, and audit it; ClickException if it cannot be"
+    from tradelab.config import settings
+    from tradelab.database.operations import Operations
+    from tradelab.database.records import Audited, clock
+    with one_sentence():
+        operations, person, now = Operations(settings().database), getpass.getuser(), clock()
+        try:
+            said = getattr(operations, word)(number, person, now)
+            refused = said.startswith("refused: ")
+            operations.audit(Audited(now, person, "command line", word, f"alert {number}",
+                                     "refused" if refused else "done", said))
+        finally: operations.close()
+    if refused: raise click.ClickException(said.removeprefix("refused: "))
+    click.echo(said)
+
+
+@alerts.command("ack")
+@click.argument("number", type=int)
+def acknowledge_alert(number:int)->None:
+    "Say that you know of an alert: it is not told again unless it gets worse."
+    answer_alert("acknowledge", number)
+
+
+@alerts.command("resolve")
+@click.argument("number", type=int)
+def resolve_alert(number:int)->None:
+    "Say that an alert is over: what happens after that is a new one."
+    answer_alert("resolve", number)
+
+# %% ../nbs/99_top/07_command.ipynb #tgcmd001
 @main.group()
 def telegram()->None:
     "The bot: telegram_token and [telegram] of the settings."
@@ -759,6 +844,87 @@ def health(context:click.Context, as_json:bool)->None:
     click.echo(found.json() if as_json else printable(str(found)))
     if not found.ready: context.exit(1)
 
+# %% ../nbs/99_top/07_command.ipynb #opscmd02
+@main.command("serve")
+def serve_sessions()->None:
+    "Alerts, Telegram, figures and thresholds of all sessions, as the settings ask for, until Ctrl-C."
+    from tradelab.config import settings
+    from tradelab.ops.serve import SECRETS, serve
+    from tradelab.secrets import with_secrets
+    with one_sentence(): serve(with_secrets(settings(), SECRETS), click.echo)
+
+# %% ../nbs/99_top/07_command.ipynb #helthc05
+@main.group()
+def thresholds()->None:
+    "From which value on a figure concerns people: list, set, remove."
+
+
+@thresholds.command("list")
+def list_thresholds()->None:
+    "Those in force: the defaults, and those that people have set over them."
+    import pandas as pd
+
+    from tradelab.config import settings
+    from tradelab.ops.monitor import thresholds_table
+    with one_sentence(): show_table(pd.DataFrame(thresholds_table(settings().database)), "there is none")
+
+# %% ../nbs/99_top/07_command.ipynb #helthc06
+@thresholds.command("set", context_settings={"ignore_unknown_options": True})
+@click.argument("metric")
+@click.argument("operator")
+@click.argument("warning", type=float)
+@click.argument("critical", type=float)
+@click.option("--type", "kind", default="CUSTOM", show_default=True, help="SYSTEM, TRADING, RISK, PERFORMANCE or "
+              "CUSTOM.")
+@click.option("--description", default="", help="What it means, for who reads the alert.")
+def set_one_threshold(metric:str, operator:str, warning:float, critical:float, kind:str, description:str)->None:
+    """Concern people when METRIC is beyond WARNING, or CRITICAL.
+
+    METRIC is a name, such as drawdown_ratio or portfolio_var_95, or one with labels, such as
+    'exposure_quote{symbol="BTC/USDT:USDT"}'; OPERATOR one of > >= < <= == !=, quoted for the shell; ratios are
+    fractions: 10 % is 0.1.
+    """
+    from tradelab.config import settings
+    from tradelab.database.records import Threshold, clock
+    from tradelab.ops.monitor import set_threshold
+    with one_sentence():
+        asked = Threshold(metric, kind.upper(), operator, warning, critical, description, getpass.getuser(), clock())
+        click.echo(printable(set_threshold(settings().database, asked)))
+
+
+@thresholds.command("remove")
+@click.argument("metric")
+def remove_one_threshold(metric:str)->None:
+    "Forget what people have set for METRIC; a default is in force again."
+    from tradelab.config import settings
+    from tradelab.database.records import clock
+    from tradelab.ops.monitor import remove_threshold
+    with one_sentence():
+        click.echo(printable(remove_threshold(settings().database, metric, getpass.getuser(), clock())))
+
+# %% ../nbs/99_top/07_command.ipynb #helthc09
+@main.command()
+@click.option("--every", default=5., show_default=True, type=click.FloatRange(.1, 60.), help="Seconds between two "
+              "looks.")
+def watchdog(every:float)->None:
+    "Tell alert_url when a session or tradelab serve falls silent, until Ctrl-C or SIGTERM."
+    import threading
+
+    from tradelab.config import settings
+    from tradelab.lock import Lock
+    from tradelab.log import configure
+    from tradelab.ops.watchdog import Watchdog
+    from tradelab.secrets import with_secrets
+    over = threading.Event()
+    with one_sentence():
+        here = with_secrets(settings(), ("alert_url", "escalation_url", "watchdog_url"))
+        dog = Watchdog(here, every)
+        configure(here)
+        with Lock(here.logs / "watchdog.lock", "watchdog"):
+            for each in (signal.SIGTERM, signal.SIGINT): signal.signal(each, lambda *_: over.set())
+            click.echo(f"watching every {every:g} s, telling {', '.join(dog.channels)}")
+            dog.run(over)
+
 # %% ../nbs/99_top/07_command.ipynb #bfadb8b9
 @main.group()
 def ledger()->None:
@@ -792,3 +958,25 @@ def export_ledger(folder:Path)->None:
     from tradelab.live.audit import export
     with one_sentence(): made = export(settings().database, folder)
     click.echo(f"{len(made)} files in {folder}")
+
+# %% ../nbs/99_top/07_command.ipynb #tele0001
+@main.group()
+def telemetry()->None:
+    "Figures for Prometheus and Grafana."
+
+
+@telemetry.command("provision")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--prometheus", default="http://127.0.0.1:9090", show_default=True, help="Where Grafana finds it.")
+@click.option("--alertmanager", default="127.0.0.1:9093", show_default=True, help="Where Prometheus finds it.")
+@click.option("--webhook", default="", help="What Alertmanager tells  [default: nobody]")
+@click.option("--dashboards", default="", help="Where Grafana finds the dashboards  [default: in FOLDER]")
+@click.option("--replace", is_flag=True, help="Write files anew that somebody has changed.")
+def provision_telemetry(folder:Path, replace:bool, **places:str)->None:
+    "Write what Prometheus, Alertmanager and Grafana need to FOLDER."
+    from tradelab.config import settings
+    from tradelab.ops.provision import Places, provision
+    from tradelab.secrets import with_secrets
+    with one_sentence():
+        made = provision(folder, with_secrets(settings(), ("metrics_token",)), Places(**places), replace)
+    click.echo(f"{len(made)} files in {folder}: start prometheus --config.file={folder}/prometheus.yml")

@@ -165,7 +165,7 @@ class Alert:
     resolved_by:str = ""
     resolved:int = 0         # ms
     escalations:int = 0      # how often somebody else was told, because nobody acknowledged it
-    told:int = 0             # ms, when it was told first; 0: not yet
+    told:int = 0             # ms, when it was told last; 0: not yet
 
 # %% ../../nbs/65_database/01_records.ipynb #opsrec04
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ HAPPENINGS = { # kind: (level, priority)
     "session heard": ("info", 3), "venue disconnected": ("error", 2), "venue connected": ("info", 3),
     "ledger away": ("error", 1), "ledger back": ("info", 3), "job failed": ("error", 2), "job done": ("info", 4),
     "condition": ("warning", 2), "condition over": ("info", 3), "service silent": ("critical", 1),
-    "service heard": ("info", 3), "part failed": ("error", 2), "security": ("error", 1),
+    "service heard": ("info", 3), "part failed": ("error", 2), "resource": ("warning", 2),
+    "resource over": ("info", 3), "security": ("error", 1),
     "unknown person": ("error", 1), "failed login": ("error", 1), "new address": ("warning", 1),
 } | {kind: (level, {"critical": 1, "error": 2, "warning": 3, "info": 4}[level])
      for kind, (level, _) in NOTICES.items()}
@@ -47,7 +48,7 @@ RESTORES = { # kind: what it ends, about the same subject
     "breaker closed": ("breaker open",), "limit kept": ("limit exceeded",), "data fresh": ("data stale",),
     "model steady": ("model drift",), "session heard": ("session silent",), "venue connected": ("venue disconnected",),
     "ledger back": ("ledger away",), "job done": ("job failed",), "condition over": ("condition",),
-    "service heard": ("service silent",), "trading": ("guarded", "stuck")}
+    "service heard": ("service silent",), "resource over": ("resource",), "trading": ("guarded", "stuck")}
 _OF_SESSION = ("breaker open", "limit exceeded", "data stale", "session silent", "venue disconnected", "guarded",
                "stuck")
 ENDS = { # kind: what it ends of its session, whatever the subject

@@ -82,7 +82,7 @@ def owes(
     level:str,    # from which on alerts are told
 )->str:           # news, over, or nothing
     "What has not been told of it yet"
-    if urgency(alert.level) < urgency(level) or alert.state == "acknowledged": return ""
+    if urgency(alert.level) < urgency(level): return ""
     if alert.state == "resolved" and not ended_itself(alert): return ""
     if alert.last_time > alert.told and not alert.acknowledged: return "news"
     twice = alert.resolved_by not in RESTORES and level == "info"  # the end is told on its own

@@ -131,6 +131,8 @@ WORDING |= {kind: {"en": en, "es": es} for kind, en, es in (
     ("service heard", "**{name} is heard of again**", "**{name} vuelve a dar señal**"),
     ("part failed", "**Part {part} of tradelab serve failed**, it is started again: {text}",
      "**Ha fallado la parte {part} de tradelab serve**, se reinicia: {text}"),
+    ("resource", "**{resource} runs out**: {text}", "**Se agota {resource}**: {text}"),
+    ("resource over", "**{resource} suffices again**", "**{resource} vuelve a bastar**"),
     ("security", "**Security**: {text}", "**Seguridad**: {text}"),
     ("unknown person", "**Security**: {channel} message of the unknown id {person}, which gets no answer",
      "**Seguridad**: mensaje de {channel} del identificador desconocido {person}, que no recibe respuesta"),
@@ -162,6 +164,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("job failed", "job done"), {"job": "backtest", "text": "no candles"}),
     **dict.fromkeys(("service silent", "service heard"), {"name": "serve", "seconds": 25.}),
     "part failed": {"part": "monitor", "text": "OSError: no space left"},
+    **dict.fromkeys(("resource", "resource over"), {"resource": "disk", "text": "1.20 GB are free"}),
     **dict.fromkeys(("security", "unknown person", "failed login", "new address"), _WHO),
 }
 
