@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'SECRETS', 'Part', 'words_of', 'keep', 'Server', 'Beats', 'check_port', 'check_ledger', 'Plan',
-           'plan_figures', 'server_for', 'serve']
+           'plan_figures', 'plan_people', 'server_for', 'serve']
 
 # %% ../../nbs/90_ops/18_serve.ipynb #opssv003
 import asyncio
@@ -26,15 +26,20 @@ from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, existing
 from ..database.records import Service, clock
 from ..errors import ConfigurationError
+from ..live.alerts import check_alerts
 from ..live.lease import this_process
 from ..lock import Lock
 from ..log import configure, get_logger, redact
+from .channels import AlertCentre, apprise_channels
 from .feed import Feed, OnThread
 from .happenings import Happening
 from .health import Examiner, HealthWatch
+from .hearers import Hearers, hearers_of
 from .line_protocol import LedgerSink, LineSink, target_of
-from .metrics import Sample
+from .metrics import METRICS, Sample
+from .monitor import Monitor
 from .samples import Gatherer
+from .telegram import TelegramBot, check_telegram
 from ..texts import one_line
 
 # %% ../../nbs/90_ops/18_serve.ipynb #opssv006
@@ -184,6 +189,29 @@ def plan_figures(plan:Plan, here:Settings, operations:Operations)->Gatherer:
                           for each in sinks])
     return gatherer
 
+# %% ../../nbs/90_ops/18_serve.ipynb #opssv027
+def plan_people(plan:Plan, here:Settings, feed:Feed, gatherer:Gatherer)->Callable[[Happening], None]:
+    "Who is told, and who may ask; returns what takes something to tell"
+    check_alerts(here)
+    check_telegram(here)
+    def hear(happening): centre.hear(happening)
+    channels = apprise_channels(here.alert_url)
+    if here.telegram_token:
+        people = f"{len(here.telegram.admins)} may act, {len(here.telegram.viewers)} may ask"
+        bot = TelegramBot(here, hear, lambda: [*gatherer.latest.values()],
+                          {name: each.unit for name, each in METRICS.items()})
+        channels.append(plan.add(bot, f"a bot answers at Telegram: {people}"))
+    centre = plan.add(AlertCentre(here, feed, channels))
+    gatherer.add(centre.samples)
+    names = ", ".join(each.name for each in channels)
+    plan.lines.append(f"alerts from {here.alerts.level} on go to {names}" if names else
+                      "alerts are kept, and go nowhere: no alert_url or telegram_token is set")
+    if here.notices:
+        looks = feed.subscribe("notices")
+        plan.add(Hearers(hearers_of(here.notices), looks, hear), f"notices go to {', '.join(here.notices)}")
+    plan.add(Monitor(here, gatherer, centre), f"thresholds are watched every {here.monitor.interval:g} s")
+    return hear
+
 # %% ../../nbs/90_ops/18_serve.ipynb #opssv020
 SECRETS = ("alert_url", "escalation_url", "telegram_token", "influx_token", "metrics_token") # that it may need
 
@@ -195,9 +223,10 @@ def server_for(here:Settings)->Server: # here: with its secrets
     plan, operations = Plan([], []), Operations(here.database)
     feed = plan.add(Feed(here))
     plan.add(HealthWatch(Examiner(here)))
-    plan_figures(plan, here, operations)
+    gatherer = plan_figures(plan, here, operations)
+    hear = plan_people(plan, here, feed, gatherer)
     plan.add(Beats(operations))
-    return Server(plan.parts, plan.lines)
+    return Server(plan.parts, plan.lines, hear)
 
 # %% ../../nbs/90_ops/18_serve.ipynb #opssv022
 def _leave(within):
