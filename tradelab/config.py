@@ -193,6 +193,7 @@ class Settings(BaseSettings):
     # the ledger, SQLite or PostgreSQL
     database: Annotated[str, AfterValidator(_database_in_project)] = "sqlite:///tradelab.db"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_console: Literal["auto", "human", "json", "off"] = "auto" # auto: for people; in a container JSON on stdout
     # asked for history in this order (ccxt names)
     exchanges: Annotated[tuple[str, ...], BeforeValidator(_split)] = ("binanceusdm", "okx", "bybit")
     exchange_timeout: Annotated[float, Field(gt=0)] = 5.  # seconds for one request

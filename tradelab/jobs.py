@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUNNING', 'ParameterError', 'JobFailedError', 'Parameter', 'tagged', 'parameters_of', 'read', 'fits', 'read_notebook',
-           'check_parameters', 'signals_to', 'clean', 'hear', 'failure', 'SignalEngine', 'help_of', 'check_first',
-           'notebooks', 'find', 'write_page', 'run']
+           'check_parameters', 'signals_to', 'clean', 'Screen', 'hear', 'cleaned', 'failure', 'SignalEngine', 'help_of',
+           'check_first', 'notebooks', 'find', 'write_page', 'run']
 
 # %% ../nbs/99_top/01_jobs.ipynb #c42fe5fb
 import ast
@@ -30,7 +30,7 @@ import click
 from .config import TOML, known_keys, nearest, one_section, project_root, settings
 from .errors import ConfigurationError, TradelabError
 from .files import asset, replace_files
-from .log import redact, register_settings
+from .log import HIDDEN, names_secret, redact, redact_split, register_settings, unfinished
 from .texts import printable
 
 # %% ../nbs/99_top/01_jobs.ipynb #5e78badd
@@ -203,27 +203,72 @@ def signals_to(
 def clean(
     content:Any,  # of a message from the kernel
 )->Any:
-    "Values with secrets removed from all texts in them; pictures are left alone"
+    "Values with secrets removed from all texts, names and values of secret names in them; pictures of dots are left"
     if isinstance(content, dict):
-        return {key: value if str(key).startswith("image/") else clean(value) for key, value in content.items()}
-    if isinstance(content, list): return [clean(value) for value in content]
+        return {redact(str(name)): _clean_named(str(name), each) for name, each in content.items()}
+    if isinstance(content, list):
+        return redact_split(content) if all(isinstance(each, str) for each in content) else [*map(clean, content)]
     return redact(content) if isinstance(content, str) else content
+
+
+def _clean_named(name, value):
+    if name.startswith("image/") and name != "image/svg+xml": return value
+    return HIDDEN if names_secret(name) and isinstance(value, str | int | float) else clean(value)
+
+# %% ../nbs/99_top/01_jobs.ipynb #jobscr02
+class Screen:
+    "Shows what cells print"
+    def __init__(self): self._held: dict[str, str] = {}
+
+    def show(self, name:str, text:str)->None:
+        "Text of stdout or stderr, in the order in which it came"
+        text = self._held.pop(name, "") + text
+        end = len(text) - unfinished(text)
+        if text[end:]: self._held[name] = text[end:]
+        self._print(name, redact(text[:end]))
+
+    def flush(self)->None:
+        "What was held back: nothing more comes"
+        for name, text in self._held.items(): self._print(name, redact(text))
+        self._held.clear()
+
+    def _print(self, name, text):
+        # a bar of progress goes back to the start of its line, nothing else moves
+        shown = "\r".join(map(printable, text.split("\r")))
+        print(shown, end="", file=sys.stderr if name == "stderr" else sys.stdout, flush=True)
 
 # %% ../nbs/99_top/01_jobs.ipynb #91334b77
 def hear(
     process_message:Callable,   # of papermill's client
     log_output:bool,        # papermill shows the output itself
     message:dict, cell:nbformat.NotebookNode, cell_index:int,
+    screen:Screen|None=None, # [default: one for this message alone]
 )->Any:
     "Clean a message of the kernel and show what it prints, before papermill's client puts it into the notebook"
+    shown, streams = screen or Screen(), message["msg_type"] == "stream" and not log_output
+    if streams: shown.show(message["content"]["name"], message["content"]["text"])
+    if screen is None: shown.flush()
     if message["msg_type"] in ("stream", "error", "display_data", "update_display_data", "execute_result"):
         message["content"] = clean(message["content"])
-    if message["msg_type"] == "stream" and not log_output:
-        stream = sys.stderr if message["content"]["name"] == "stderr" else sys.stdout
-        # a bar of progress goes back to the start of its line, nothing else moves
-        shown = "\r".join(map(printable, message["content"]["text"].split("\r")))
-        print(shown, end="", file=stream, flush=True)
     return process_message(message, cell, cell_index)
+
+# %% ../nbs/99_top/01_jobs.ipynb #jobcln02
+def cleaned(
+    notebook:nbformat.NotebookNode, # its outputs were heard by `hear`
+)->nbformat.NotebookNode:           # a copy
+    "The notebook without secrets in parameters, sources and what is printed in pieces"
+    cells = [{**cell, "source": redact(cell.source), "metadata": clean(cell.metadata)} for cell in notebook.cells]
+    made = nbformat.from_dict({**notebook, "metadata": clean(notebook.metadata), "cells": cells})
+    streams = [each for cell in made.cells for each in cell.get("outputs", ()) if each.output_type == "stream"]
+    for each, text in zip(streams, redact_split([each.text for each in streams])): each.text = text
+    return made
+
+
+def _save(manager, **_):
+    "In the place of papermill's own: what it writes is clean"
+    from papermill.iorw import write_ipynb
+    if manager.output_path: write_ipynb(cleaned(manager.nb), manager.output_path)
+    manager.last_save_time = manager.now()
 
 # %% ../nbs/99_top/01_jobs.ipynb #322e8a09
 def failure(
@@ -259,17 +304,19 @@ def _interrupt(client):
 def _execute(manager, grace, log_output, start_timeout=60, execution_timeout=None, input_path=None, **options):
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.log import logger
+    screen = Screen()
     for again in (True, True, False):
         client = PapermillNotebookClient(manager, log=logger, log_output=log_output,
                                          startup_timeout=max(start_timeout, 600), timeout=execution_timeout,
                                          coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=50"],
                                          **options)
-        client.process_message = partial(hear, client.process_message, log_output)
+        client.process_message = partial(hear, client.process_message, log_output, screen=screen)
         with signals_to(partial(_interrupt, client), grace) as asked:
             try: return client.execute()
             # two jobs that begin at once may be given the same port; one that was asked to stop stays down
             except RuntimeError as error:
                 if asked or not again or "before replying to kernel_info" not in str(error): raise
+            finally: screen.flush()
 
 # %% ../nbs/99_top/01_jobs.ipynb #26983fb5
 RUNNING = ".running.ipynb"   # how the record of a job ends that is not complete
@@ -303,15 +350,17 @@ class SignalEngine:
         check_first(nb, values)
         manager = NotebookExecutionManager(nb, output_path, log_output, progress_bar=False,
                                            autosave_cell_every=autosave_cell_every)
+        manager.save = partial(_save, manager)
         manager.notebook_start()
         try: _execute(manager, grace, kernel_name=kernel_name, log_output=log_output, **options)
         finally: manager.notebook_complete()
-        try: raise_for_execution_errors(manager.nb, output_path)
+        made = cleaned(manager.nb)
+        try: raise_for_execution_errors(made, output_path)
         except PapermillExecutionError as error: raise JobFailedError(failure(error, output_path)) from None
         finally:
             if output_path and Path(output_path).is_file() and not str(output_path).endswith(RUNNING):
                 write_page(Path(output_path))
-        return manager.nb
+        return made
 
 # %% ../nbs/99_top/01_jobs.ipynb #3cdc6abf
 def help_of(
