@@ -8,12 +8,13 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
            'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
-           'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert', 'resolve_alert',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'health', 'serve_sessions',
-           'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog', 'ledger',
-           'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
+           'show_channels', 'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert',
+           'resolve_alert', 'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run',
+           'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
+           'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
+           'check_kept', 'delete_data', 'doctor', 'health', 'serve_sessions', 'thresholds', 'list_thresholds',
+           'set_one_threshold', 'remove_one_threshold', 'watchdog', 'ledger', 'upgrade_ledger', 'check_ledger',
+           'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -534,6 +535,14 @@ def test_alerts()->None:
     from tradelab.live.alerts import send_test
     with one_sentence(): click.echo(send_test(settings()))
 
+
+@alerts.command("channels")
+def show_channels()->None:
+    "What each channel of tradelab serve has sent, and what failed."
+    from tradelab.config import settings
+    from tradelab.ops.channels import channel_lines
+    with one_sentence(): click.echo("\n".join(channel_lines(settings().database)) or "no channel has been used yet")
+
 # %% ../nbs/99_top/07_command.ipynb #05aef149
 def alert_lines(
     rows:list[dict],  # of the table of alerts
@@ -616,6 +625,19 @@ def acknowledge_alert(number:int)->None:
 def resolve_alert(number:int)->None:
     "Say that an alert is over: what happens after that is a new one."
     answer_alert("resolve", number)
+
+# %% ../nbs/99_top/07_command.ipynb #tgcmd001
+@main.group()
+def telegram()->None:
+    "The bot: telegram_token and [telegram] of the settings."
+
+
+@telegram.command("test")
+def test_telegram()->None:
+    "Say whether telegram_token works, and whom the bot would answer."
+    from tradelab.config import settings
+    from tradelab.ops.telegram import check_bot
+    with one_sentence(): click.echo(check_bot(settings()))
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
