@@ -6,7 +6,7 @@
 __all__ = ['logger', 'PREFIX', 'METHODS', 'family', 'text_of', 'Requests', 'check_address', 'is_allowed', 'measured', 'make_app',
            'Exposition']
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #bb015588
+# %% ../../nbs/90_ops/04_exposition.ipynb #a86aeaad
 import asyncio
 import hmac
 import threading
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("ops.exposition")
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #5154d956
+# %% ../../nbs/90_ops/04_exposition.ipynb #97316810
 PREFIX = "tradelab_"
 
 
@@ -72,10 +72,10 @@ def text_of(gatherer:Gatherer)->bytes:
     "What was gathered, in the text format of Prometheus"
     from prometheus_client import CollectorRegistry, generate_latest
     registry = CollectorRegistry()
-    registry.register(_Collected(gatherer)) # type: ignore[arg-type]
+    registry.register(_Collected(gatherer))
     return generate_latest(registry)
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #1f9755af
+# %% ../../nbs/90_ops/04_exposition.ipynb #500ed54f
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 
 
@@ -106,7 +106,7 @@ class Requests:
         return [*found, Sample("errors_ratio", share, {}, time),
                 Sample("auth_failures_total", float(self._strangers), {}, time)]
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #f2a73473
+# %% ../../nbs/90_ops/04_exposition.ipynb #aee5d786
 def check_address(here:Settings)->None:
     "ConfigurationError if everybody could read the figures"
     if here.metrics_token is None and not is_here(here.metrics_host):
@@ -120,7 +120,7 @@ def is_allowed(here:Settings, said:str)->bool:
     wanted = f"Bearer {here.metrics_token.get_secret_value()}"
     return hmac.compare_digest(said.encode("utf-8", "replace"), wanted.encode())
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #61d9fb0f
+# %% ../../nbs/90_ops/04_exposition.ipynb #b8c947a1
 def measured(requests:Requests)->Any:
     "The middleware that counts requests, whatever becomes of them"
     from aiohttp import web
@@ -159,7 +159,7 @@ def make_app(here:Settings, gatherer:Gatherer, requests:Requests)->"web.Applicat
     app.router.add_get("/metrics", metrics)
     return app
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #d2dcd368
+# %% ../../nbs/90_ops/04_exposition.ipynb #47d0fbe5
 class Exposition:
     "Answers at metrics_host and metrics_port; a part of `tradelab serve`"
     name = "metrics"
