@@ -235,8 +235,7 @@ def of_phase(before:Status|None, after:Status)->Iterator[Happening]:
 
 # %% ../../nbs/90_ops/10_happenings.ipynb #831b1b0c
 def _left(status):
-    positions = ", ".join(f"{each.symbol} {each.quantity:+.8g}" for each in status.positions)
-    return {"positions": positions or "none", "orders": len(status.orders),
+    return {"positions": {each.symbol: each.quantity for each in status.positions}, "orders": len(status.orders),
             "heard": format_time(status.heard) if status.heard else None}
 
 
