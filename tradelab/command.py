@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'ask_for_real', 'run',
-           'session_of', 'JobCommand', 'add_job', 'status', 'seen_now', 'on_screen', 'watch', 'say_word',
+           'session_of', 'JobCommand', 'add_job', 'status', 'metrics', 'seen_now', 'on_screen', 'watch', 'say_word',
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
            'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
@@ -189,6 +189,17 @@ def status(session:str|None, as_json:bool)->None:
         here = settings()
         found = statuses(here.database, here.sessions, clock(), session or "")
     click.echo(f"[{', '.join(each.json() for each in found)}]" if as_json else printable(screen(found)))
+
+# %% ../nbs/99_top/07_command.ipynb #telmet01
+@main.command()
+@click.argument("session", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For scripts: a list of all figures, with labels and units.")
+def metrics(session:str|None, as_json:bool)->None:
+    "The figures of each session as they are now; or of SESSION."
+    from tradelab.config import settings
+    from tradelab.ops.samples import gathered_once, screen_of, told_now
+    with one_sentence(): found = gathered_once(settings(), session or "")
+    click.echo(json.dumps(told_now(found)) if as_json else printable(screen_of(found)))
 
 # %% ../nbs/99_top/07_command.ipynb #c6b36c05
 def seen_now(
