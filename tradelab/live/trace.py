@@ -115,8 +115,8 @@ def trace(
     except LogError: pass # the same of the ledger
     told = [each for each in found if each.time >= wanted.since and wanted.session in ("", each.session)]
     if told: return sorted(told, key=lambda each: (each.time, SOURCES.index(each.source)))
-    raise LogError(f"neither log nor ledger knows {wanted.id}: take the name of an order or a decision from journal.csv, "
-                   "a notice or the log, such as tl-0123456789abcd-lk3j2l3a")
+    raise LogError(f"neither log nor ledger knows {wanted.id}: take the name of an order or a decision from "
+                   "journal.csv, a notice or the log, such as tl-0123456789abcd-lk3j2l3a")
 
 
 def _logged(line):
