@@ -196,9 +196,9 @@ def refusing():
 
 
 @contextmanager
-def hanging():
+def hanging(port=0):
     "A port that accepts and never answers"
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+    with socket.create_server(("127.0.0.1", port), backlog=100) as server:
         yield server.getsockname()[1]
 
 
@@ -206,8 +206,8 @@ class Webhook(ThreadingHTTPServer):
     "Takes whatever is sent to it: `.heard` are (path, headers, body); it answers with `.status` and `.answer`"
     daemon_threads = True
 
-    def __init__(self, status=200, answer=b"{}", delay=0.):
-        super().__init__(("127.0.0.1", 0), Taking)
+    def __init__(self, status=200, answer=b"{}", delay=0., port=0):
+        super().__init__(("127.0.0.1", port), Taking)
         self.status, self.answer, self.delay, self.heard = status, answer, delay, []
         self.headers, self.over = {}, threading.Event()  # of its answers; set when it closes
         self.port = self.server_port
@@ -234,8 +234,8 @@ class Taking(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def webhook(status=200, answer=b"{}", delay=0.):
-    server = Webhook(status, answer, delay)
+def webhook(status=200, answer=b"{}", delay=0., port=0):
+    server = Webhook(status, answer, delay, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .05}, daemon=True)
     thread.start()
     try: yield server

@@ -201,10 +201,11 @@ _FIGURES = MEASURED[SystemMetric]
 def serving(
     url:str,                # of the ledger
     now:int,                # ms
+    name:str="serve",       # of the service
     patience:int=PATIENCE,  # ms
 )->bool:
-    "Whether `tradelab serve` beats; False where the ledger does not say"
+    "Whether a service beats; False where the ledger does not say"
     try:
-        with reading(url, patience) as look: rows = look.rows(SERVICES, name="serve")
+        with reading(url, patience) as look: rows = look.rows(SERVICES, name=name)
     except (TradelabError, ValueError): return False
     return any(abs(now - row["beat"]) < EXPIRES for row in rows)

@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'HANGING', 'Result', 'LEVELS', 'MOST', 'TOGETHER', 'PAUSE', 'LONGEST', 'AT_END', 'ASKED', 'HANDED', 'AGAIN',
            'parts_of', 'name_of', 'channels_of', 'hide_parts', 'without', 'service_for', 'body_for', 'send', 'Attempts',
            'Held', 'alike', 'line_of', 'Sieve', 'Line', 'Waiting', 'own_lines', 'keep_failed', 'deliver', 'Alerts',
-           'AllAlerts', 'AlertError', 'check_alerts', 'alerts_for', 'send_test']
+           'AllAlerts', 'AlertError', 'check_alerts', 'others_tell', 'alerts_for', 'send_test']
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0003
 import asyncio
@@ -103,6 +103,15 @@ def service_for(url:str, name:str="alert_url")->Any: # name: of the setting
     return service
 
 # %% ../../nbs/70_live/25_alerts.ipynb #alrt0010
+_ENTITIES = {"&lt;": "\\<", "&gt;": "\\>", "&#126;": "\\~", "&#124;": "|", "&amp;": "&"}
+
+
+def _without_entities(markdown):
+    "The same for who reads Markdown, but not HTML in it"
+    for entity, words in _ENTITIES.items(): markdown = markdown.replace(entity, words)
+    return markdown
+
+
 def body_for(
     service:Any,     # as `service_for` makes it
     text:str,
@@ -112,7 +121,8 @@ def body_for(
     from apprise.conversion import convert_between
     reads = service.resolve_format().value
     if not markdown or reads == "text": return {"body": text, "body_format": "text"}
-    return {"body": convert_between("markdown", reads, markdown), "body_format": reads}
+    body = convert_between("markdown", reads, markdown) if reads == "html" else _without_entities(markdown)
+    return {"body": body, "body_format": reads}
 
 
 def send(
@@ -171,7 +181,8 @@ class Attempts:
     async def awaited(self, work:Callable[[], Result])->Result:
         "The same for who must not wait: the loop goes on meanwhile"
         future = asyncio.wrap_future(self.begin(work))
-        try: return await asyncio.wait_for(future, self.limit)
+        try:
+            async with asyncio.timeout(self.limit): return await future
         except TimeoutError: raise TimeoutError(f"no answer within {self.limit:g} s") from None
 
     def send(self, url:str, title:str, text:str, markdown:str="")->str:
@@ -419,10 +430,18 @@ def check_alerts(here:Settings)->None:
         for url in channels_of(getattr(here, name)).values(): service_for(url, name)
 
 
+def others_tell(url:str)->bool: # of the ledger
+    "Whether the part of `tradelab serve` that tells people beats, which it does only if it has a channel"
+    from tradelab.database.operations import serving
+    return serving(url, clock(), name="alerts")
+
+
 def alerts_for(here:Settings)->AllAlerts|None:
     "Where these settings send alerts; None: nowhere"
-    return AllAlerts({name: Alerts(SecretStr(url), here.alerts) for name, url in channels_of(here.alert_url).items()}
-                     ) if here.alert_url else None
+    if not here.alert_url: return None
+    asked = partial(others_tell, here.database)
+    return AllAlerts({name: Alerts(SecretStr(url), here.alerts, serving=asked)
+                      for name, url in channels_of(here.alert_url).items()})
 
 
 def send_test(here:Settings)->str:

@@ -32,7 +32,8 @@ def call(
     limit:float,                # seconds that an async function gets
 )->str:                         # why it failed; empty: it did not
     "Call a function, async or not, whatever it does"
-    async def waited(result): return await asyncio.wait_for(result, limit)
+    async def waited(result):
+        async with asyncio.timeout(limit): await result
     try:
         result = function(heard)
         if inspect.iscoroutine(result): asyncio.run(waited(result))

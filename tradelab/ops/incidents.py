@@ -148,13 +148,16 @@ def message_of(
 )->str:                             # one line or more
     "What a person reads of an alert"
     first = worded(act.kind, arguments_of_alert(act.alert), language, templates.get(act.kind, ""), dialect)
-    return "\n".join([first, *(phrase(name, values, language, dialect) for name, values in _below(act, now))])
+    between = "\n\n" if dialect == "markdown" else "\n"  # one would be a blank
+    return between.join([first, *(phrase(name, values, language, dialect) for name, values in _below(act, now))])
 
 # %% ../../nbs/90_ops/11_incidents.ipynb #92e28f18
 def _kept(arguments):
     "Arguments as JSON"
-    def short(value): return value if isinstance(value, int | float | None) else one_line(redact(str(value)), 500)
-    return json.dumps({one_line(name, 60): short(value) for name, value in arguments.items()})
+    def short(value):
+        if isinstance(value, Mapping): return {one_line(name, 60): short(each) for name, each in value.items()}
+        return value if isinstance(value, int | float | None) else one_line(redact(str(value)), 500)
+    return json.dumps(short(arguments))
 
 
 def _english(kind, arguments): return one_line(plain(kind, arguments), 500)

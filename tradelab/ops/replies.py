@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'LONGEST', 'PAGES', 'DAY', 'QUESTIONS', 'line', 'pages', 'qu
            'Made', 'made_with', 'performance_lines', 'trade_lines', 'balance_lines', 'open_alerts', 'alert_lines',
            'metric_lines', 'log_lines', 'Question', 'answer']
 
-# %% ../../nbs/90_ops/16_replies.ipynb #0eca1be5
+# %% ../../nbs/90_ops/16_replies.ipynb #f4c9e454
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from ..settings import Reason
 from ..texts import html_text, one_line
 from ..times import format_time
 
-# %% ../../nbs/90_ops/16_replies.ipynb #68ce0c60
+# %% ../../nbs/90_ops/16_replies.ipynb #aca73737
 TEXTS: dict[str, tuple[str, str]] = { # English, Spanish
     "session": ("**{session}**: {state}", "**{session}**: {state}"),
     "phase": ("Phase {phase}, trading state {state}", "Fase {phase}, estado de operativa {state}"),
@@ -56,7 +56,7 @@ TEXTS: dict[str, tuple[str, str]] = { # English, Spanish
                   "El exchange aún no ha indicado el saldo de la cuenta"),
 }
 
-# %% ../../nbs/90_ops/16_replies.ipynb #6977ac72
+# %% ../../nbs/90_ops/16_replies.ipynb #9d775c8f
 TEXTS |= {
     "profit": ("**{since}**: {profit:+,.2f} {quote} ({ratio:+.2%})",
                "**{since}**: {profit:+,.2f} {quote} ({ratio:+.2%})"),
@@ -86,7 +86,7 @@ TEXTS |= {
     "and more": ("... and {count:,} more lines", "... y {count:,} líneas más"),
 }
 
-# %% ../../nbs/90_ops/16_replies.ipynb #588da4d4
+# %% ../../nbs/90_ops/16_replies.ipynb #70ed32f6
 TEXTS |= { # why it does not trade; what is in brackets is the code
     "why state": ("[{code}] It does not run", "[{code}] No se está ejecutando"),
     "why phase": ("[{code}] {because}", "[{code}] {because}"),
@@ -106,12 +106,44 @@ TEXTS |= { # why it does not trade; what is in brackets is the code
     "guards": ("Only what reduces is sent now", "Ahora solo se envía lo que reduce"),
 }
 
-# %% ../../nbs/90_ops/16_replies.ipynb #167ceafb
+# %% ../../nbs/90_ops/16_replies.ipynb #79ee669e
+TEXTS |= { # of a conversation
+    "hello": ("This is tradelab {version}. You may {may}.", "Soy tradelab {version}. Usted puede {may}."),
+    "ask": ("ask", "consultar"), "act": ("ask and act", "consultar y actuar"),
+    "help": ("/{name}: {words}", "/{name}: {words}"),
+    "too soon": ("Not done: one command in {every:g} s, say it again in {seconds:.0f} s",
+                 "No se ha hecho: una instrucción cada {every:g} s, repítala en {seconds:.0f} s"),
+    "too old": ("Not done: this is too old, it was sent {age}. Say it again if it is still wanted",
+                "No se ha hecho: es demasiado antigua, se envió {age}. Repítala si aún procede"),
+    "not yours": ("Not done: only an admin may do that", "No se ha hecho: solo puede hacerlo un administrador"),
+    "no command": ("There is no /{name}: /help lists what there is", "No existe /{name}: /help muestra lo que hay"),
+    "which": ("/{name}: which session?", "/{name}: ¿qué sesión?"),
+    "confirm": ("**{name}, {whose}**: {words}. Send {code} within {seconds:.0f} s, or press the button",
+                "**{name}, {whose}**: {words}. Envíe {code} antes de {seconds:.0f} s, o pulse el botón"),
+    "button": ("Confirm {code}", "Confirmar {code}"),
+    "no code": ("Not done: nothing of yours waits for a code",
+                "No se ha hecho: ninguna instrucción suya espera un código"),
+    "late code": ("Not done: the code has expired, say the command again",
+                  "No se ha hecho: el código ha caducado, repita la instrucción"),
+    "wrong code": ("Not done: that is not the code, {left} tries left",
+                   "No se ha hecho: el código no es correcto, quedan {left} intentos"),
+    "busy": ("{whose} is busy and has not answered yet: it is told when it looks, its answer follows",
+             "{whose} está ocupada y aún no ha respondido: se le dirá cuando mire, su respuesta llegará después"),
+    "answered": ("**{whose}**: {text}", "**{whose}**: {text}"),
+    "silent": ("{whose} has not answered, and is not waited for any longer",
+               "{whose} no ha respondido, y ya no se espera su respuesta"),
+    "failed": ("Not done: {text}", "No se ha hecho: {text}"),
+    "no answer": ("The ledger does not answer: {text}", "El registro de operaciones no responde: {text}"),
+    "acknowledge": ("Acknowledge {number}", "Confirmar {number}"),
+    "which alert": ("Which alert? /ack NUMBER, /alerts lists them", "¿Qué aviso? /ack NÚMERO, /alerts los muestra"),
+}
+
+# %% ../../nbs/90_ops/16_replies.ipynb #93e2e70f
 def line(name:str, language:str, /, **values:Any)->str:
     "A line of TEXTS, HTML"
     return worded("command", values, language, TEXTS[name][language == "es"], "html")
 
-# %% ../../nbs/90_ops/16_replies.ipynb #53e3a715
+# %% ../../nbs/90_ops/16_replies.ipynb #85acc795
 LONGEST = 4_096 # UTF-16 units of a message
 PAGES = 4       # of one answer
 
@@ -133,7 +165,7 @@ def pages(
         made[-1] = f"{made[-1]}\n{left.pop(0)}".strip("\n")
     return made
 
-# %% ../../nbs/90_ops/16_replies.ipynb #100b46b8
+# %% ../../nbs/90_ops/16_replies.ipynb #29d7fef2
 def quote_of(status:Status)->str:
     "The currency of a session's money"
     symbols = status.settings.get("symbols") or [""]
@@ -156,7 +188,7 @@ def status_lines(status:Status, language:str)->list[str]:
                                             orders=len([each for each in status.orders if not each.stands]))]
     return told + ([line("unread", language, text=status.unread)] if status.unread else [])
 
-# %% ../../nbs/90_ops/16_replies.ipynb #1f733321
+# %% ../../nbs/90_ops/16_replies.ipynb #b8982239
 def position_lines(status:Status, language:str)->list[str]:
     "What a session holds, and the stops that stand for it"
     def stop(symbol): return ", ".join(said(each.trigger, ",.8g", language) for each in status.orders
@@ -175,7 +207,7 @@ def order_lines(status:Status, language:str)->list[str]:
                  state=each.state, executed=each.executed, id=each.order_id)
             for each in status.orders] or [line("no orders", language)]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #234c2724
+# %% ../../nbs/90_ops/16_replies.ipynb #843e7e56
 def version_lines(statuses:Iterable[Status], language:str)->list[str]:
     "Which versions run"
     mine = line("version", language, version=__version__, python=platform.python_version())
@@ -193,7 +225,7 @@ def risk_lines(status:Status, language:str)->list[str]:
     return told + [line("limit", language, name=name, value=float(value)) for name, value in limits.items()
                    if isinstance(value, int | float) and not isinstance(value, bool)]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #a5ab569d
+# %% ../../nbs/90_ops/16_replies.ipynb #8730617e
 def _cause_line(name, cause, language, code=""):
     gone = line("gone", language, time=format_time(cause.gone)) if cause.gone is not None else ""
     because = CAUSES[cause.name].sentence if cause.name in CAUSES else ""
@@ -218,7 +250,7 @@ def _restriction_lines(status, language):
         yield line("why ladder", language, code=f"ladder.{status.trading_state}", state=status.trading_state,
                    reason=status.reason)
 
-# %% ../../nbs/90_ops/16_replies.ipynb #2e94eb7b
+# %% ../../nbs/90_ops/16_replies.ipynb #e8857292
 def _decision_line(row, language):
     "What came of the last decision about a symbol"
     reason, values = row["reason"], dict(symbol=row["symbol"], target=row["target"], position=row["position"])
@@ -240,13 +272,13 @@ def why_lines(
     if decisions: told.append(line("decided", language, candle=format_time(decisions[0]["open_time"])))
     return told + [_decision_line(row, language) for row in decisions]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #804cf569
+# %% ../../nbs/90_ops/16_replies.ipynb #f45e0641
 def breaker_lines(status:Status, language:str)->list[str]:
     "The breakers that are open: causes of the ladder that may end by themselves"
     found = [each for each in status.causes if each.name in CAUSES and CAUSES[each.name].restarts]
     return [_cause_line("breaker", each, language) for each in found] or [line("no breakers", language)]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #735feaf4
+# %% ../../nbs/90_ops/16_replies.ipynb #200e95b8
 DAY = 86_400_000 # ms
 
 
@@ -279,7 +311,7 @@ def profit_lines(
     return told + [line("profit", language, since=format_time(time)[:10], **made(equity, before))
                    for (time, equity), (_, before) in zip(worth, worth[1:])]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #3a957f19
+# %% ../../nbs/90_ops/16_replies.ipynb #855add96
 @dataclass(frozen=True)
 class Made:
     "What was made with a symbol"
@@ -304,7 +336,7 @@ def made_with(
                 cash = 0.
     return Made(len(profits), sum(each > 0. for each in profits), sum(profits))
 
-# %% ../../nbs/90_ops/16_replies.ipynb #66e45878
+# %% ../../nbs/90_ops/16_replies.ipynb #af7597f2
 def performance_lines(
     status:Status,
     fills:Sequence[Mapping[str, Any]],  # rows of the trades
@@ -324,7 +356,7 @@ def trade_lines(fills:Sequence[Mapping[str, Any]], most:int, language:str)->list
     return [line("trade", language, **{name: row[name] for name in ("symbol", "quantity", "price", "fee")},
                  time=format_time(row["fill_time"])) for row in newest] or [line("no trades", language)]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #a85c07dc
+# %% ../../nbs/90_ops/16_replies.ipynb #2fa12b8e
 def balance_lines(
     status:Status,
     balances:Sequence[Mapping[str, Any]],  # the newest row, if there is one
@@ -351,7 +383,7 @@ def alert_lines(
              for row in sorted(alerts, key=lambda row: -row["number"]) if row["state"] != "resolved"]
     return found or [line("no alerts", language)]
 
-# %% ../../nbs/90_ops/16_replies.ipynb #d34529b3
+# %% ../../nbs/90_ops/16_replies.ipynb #e8b0995b
 def metric_lines(
     samples:Iterable[Any],     # name, value and labels of each
     units:Mapping[str, str],   # by name
@@ -385,7 +417,7 @@ def _log_line(text):
     first = [str(found.pop(name, "")) for name in ("timestamp", "level", "event")]
     return " ".join([*filter(None, first), *(f"{name}={value}" for name, value in found.items())])
 
-# %% ../../nbs/90_ops/16_replies.ipynb #5fd55ae3
+# %% ../../nbs/90_ops/16_replies.ipynb #b42968d0
 @dataclass(frozen=True)
 class Question:
     "Something that may be asked of a session"
@@ -403,7 +435,7 @@ def _decisions(look, status):
 
 def _newest_balance(look, status): return look.rows(MEASURED[Balance], session=status.session, newest=1)
 
-# %% ../../nbs/90_ops/16_replies.ipynb #50488485
+# %% ../../nbs/90_ops/16_replies.ipynb #afa3679f
 QUESTIONS: dict[str, Question] = {
     "status": Question(("what each session is doing", "qué hace cada sesión"),
                        lambda look, status, _, language: status_lines(status, language)),
@@ -427,7 +459,7 @@ QUESTIONS: dict[str, Question] = {
     "breakers": Question(("breakers that are open", "cortacircuitos abiertos"),
                          lambda look, status, _, language: breaker_lines(status, language))}
 
-# %% ../../nbs/90_ops/16_replies.ipynb #2ae531e3
+# %% ../../nbs/90_ops/16_replies.ipynb #e05503f0
 def answer(
     name:str,                    # of QUESTIONS
     look:Reading,

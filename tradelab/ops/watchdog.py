@@ -261,8 +261,10 @@ def glance(url:str, folder:Path)->Glance:
 
 
 def known_before(call:Call, row:dict|None, now:float)->None:
-    "Let a call be the alert that the ledger has of it"
-    if not row: return
+    "Let a call be the alert that the ledger has of it; one that somebody resolved too early has none"
+    if not row:
+        if call.over is None: call.number, call.acknowledged = 0, False
+        return
     if not call.number and row["told"] and not call.told: call.told, call.next = 1, now + AGAIN
     call.number = row["number"]
     call.acknowledged = row["state"] == "acknowledged"

@@ -146,7 +146,7 @@ WORDING |= {kind: {"en": f"**{en}**: {{text}}", "es": f"**{es}**: {{text}}"} for
 _ABOUT = {"scope": "BTC/USDT:USDT", "because": "the venue answers slowly", "evidence": "812 ms", "state": "NO_ENTRY"}
 _TRADE = {"symbol": "BTC/USDT:USDT", "side": "long", "quantity": .5, "base": "BTC", "quote": "USDT", "entry": 60_000.,
           "price": 61_250.}
-_LEFT = {"positions": "BTC/USDT:USDT +0.5", "orders": 2, "heard": "2026-11-30 12:45 UTC"}
+_LEFT = {"positions": {"BTC/USDT:USDT": .5}, "orders": 2, "heard": "2026-11-30 12:45 UTC"}
 _METRIC = {"metric": "drawdown_ratio", "value": .12, "limit": .1, "threshold": .1, "operator": ">", "unit": "",
            "state": "WARNING"}
 _WHO = {"channel": "telegram", "person": "4711", "address": "203.0.113.7", "text": "what it was"}
@@ -231,6 +231,9 @@ def said(
 )->str:
     "A value as a person reads it, on one line, without secrets"
     if value is None: return "?"
+    if isinstance(value, Mapping):
+        rows = [f"{said(name, '', language)} {said(each, form or '+,.8g', language)}" for name, each in value.items()]
+        return ", ".join(rows) or said("none", "", language)
     if isinstance(value, int | float) and not isinstance(value, bool):
         try: text = format(value, form or (",.8g" if isinstance(value, float) else ""))
         except ValueError: text = str(value)
@@ -271,7 +274,7 @@ def _pieces(template:str, values:Mapping[str, Any], language:str, dialect:Dialec
                 yield dialect.bold[opened]
                 opened = not opened
             yield dialect.words(part)
-        if key is not None: yield dialect.value(said(values.get(key), form or "", language))
+        if key is not None: yield dialect.value(said(values.get(key), form or "", language) or "?" * opened)
 
 
 def _quiet_begin(text):
