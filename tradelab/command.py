@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'ask_for_real', 'run',
-           'session_of', 'JobCommand', 'add_job', 'status', 'seen_now', 'on_screen', 'watch', 'say_word',
+           'session_of', 'JobCommand', 'add_job', 'status', 'metrics', 'seen_now', 'on_screen', 'watch', 'say_word',
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
            'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
            'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
-           'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert', 'resolve_alert',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'check_kept', 'delete_data', 'doctor', 'print_lines', 'in_colour',
-           'log_asked', 'logs', 'health', 'serve_sessions', 'thresholds', 'list_thresholds', 'set_one_threshold',
-           'remove_one_threshold', 'watchdog', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry',
-           'provision_telemetry']
+           'show_channels', 'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert',
+           'resolve_alert', 'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run',
+           'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
+           'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
+           'check_kept', 'delete_data', 'doctor', 'print_lines', 'in_colour', 'log_asked', 'logs', 'health',
+           'serve_sessions', 'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog',
+           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -189,6 +189,17 @@ def status(session:str|None, as_json:bool)->None:
         here = settings()
         found = statuses(here.database, here.sessions, clock(), session or "")
     click.echo(f"[{', '.join(each.json() for each in found)}]" if as_json else printable(screen(found)))
+
+# %% ../nbs/99_top/07_command.ipynb #telmet01
+@main.command()
+@click.argument("session", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For scripts: a list of all figures, with labels and units.")
+def metrics(session:str|None, as_json:bool)->None:
+    "The figures of each session as they are now; or of SESSION."
+    from tradelab.config import settings
+    from tradelab.ops.samples import gathered_once, screen_of, told_now
+    with one_sentence(): found = gathered_once(settings(), session or "")
+    click.echo(json.dumps(told_now(found)) if as_json else printable(screen_of(found)))
 
 # %% ../nbs/99_top/07_command.ipynb #c6b36c05
 def seen_now(
@@ -524,6 +535,14 @@ def test_alerts()->None:
     from tradelab.live.alerts import send_test
     with one_sentence(): click.echo(send_test(settings()))
 
+
+@alerts.command("channels")
+def show_channels()->None:
+    "What each channel of tradelab serve has sent, and what failed."
+    from tradelab.config import settings
+    from tradelab.ops.channels import channel_lines
+    with one_sentence(): click.echo("\n".join(channel_lines(settings().database)) or "no channel has been used yet")
+
 # %% ../nbs/99_top/07_command.ipynb #05aef149
 def alert_lines(
     rows:list[dict],  # of the table of alerts
@@ -606,6 +625,19 @@ def acknowledge_alert(number:int)->None:
 def resolve_alert(number:int)->None:
     "Say that an alert is over: what happens after that is a new one."
     answer_alert("resolve", number)
+
+# %% ../nbs/99_top/07_command.ipynb #tgcmd001
+@main.group()
+def telegram()->None:
+    "The bot: telegram_token and [telegram] of the settings."
+
+
+@telegram.command("test")
+def test_telegram()->None:
+    "Say whether telegram_token works, and whom the bot would answer."
+    from tradelab.config import settings
+    from tradelab.ops.telegram import check_bot
+    with one_sentence(): click.echo(check_bot(settings()))
 
 # %% ../nbs/99_top/07_command.ipynb #ec10f4e6
 def names_running()->set[str]:
