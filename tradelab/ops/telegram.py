@@ -36,7 +36,6 @@ from ..live.status import age, names, status_of, statuses
 from ..log import get_logger, redact, register_secret
 from .channels import Message
 from .happenings import Happening
-from .metrics import METRICS
 from tradelab.ops.replies import (
     QUESTIONS,
     TEXTS,
@@ -504,15 +503,12 @@ def _alerts(here):
     with reading(here.database) as look: return open_alerts(look)
 
 
-_UNITS = {name: each.unit for name, each in METRICS.items()}
-
-
 async def _told_of(bot:"TelegramBot", name:str, words:list[str], role:str)->tuple[list[str], Any]: # texts and buttons
     "What is answered to a question"
     here, language = bot.here, bot.language
     match name:
         case "help" | "start": return pages(help_lines(role, language), language), None
-        case "metrics": return pages(metric_lines(bot.samples(), _UNITS, language), language), None
+        case "metrics": return pages(metric_lines(bot.samples(), bot.units, language), language), None
         case "logs": return pages(await bot.thread("ask", log_lines, here.logs / "tradelab.jsonl",
                                                    _number_in(words, 10, 50), language), language), None
         case "version": return pages(version_lines(await bot.thread("ask", statuses, here.database, here.sessions,
@@ -640,12 +636,13 @@ class TelegramBot:
         here:Settings,
         hear:Callable[[Happening], None]=lambda happening: None, # told of strangers, and of a token that others have
         samples:Callable[[], Iterable[Any]]=tuple,               # figures as they are now
+        units:Mapping[str, str]={},                              # of them, by name
         now:Callable[[], int]=clock,                             # ms
         limit:float=5., poll:float=25., # seconds that an answer of Telegram may take, that a question may stay open
         patience:float=8., pause:float=1., # seconds that a command is waited for, the unit of pauses
     )->None:
         self.here, self.language, self.hear = here, here.language, hear
-        self.samples, self.now = samples, now
+        self.samples, self.units, self.now = samples, units, now
         self.limit, self.poll, self.patience, self.pause = limit, poll, patience, pause
         self.ears, self.voice = ears_and_voice(here, limit)
         self.operations = Operations(here.database)
