@@ -9,9 +9,9 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'read_closes', 'RegimeNow', 'regime_of', 'read_regimes', 'of_process', 'of_orders', 'past_returns',
            'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'replace_name',
            'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'told_to_all',
-           'gather_again_and_again', 'Gatherer']
+           'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
 
-# %% ../../nbs/90_ops/03_samples.ipynb #e79bddcf
+# %% ../../nbs/90_ops/03_samples.ipynb #3ba31f73
 import asyncio
 import math
 from collections import Counter, deque
@@ -44,11 +44,11 @@ from ..evaluation.round_trips import cut_at_zero
 from ..events import Fill, Funding, TradingState
 from ..instruments import Instrument
 from ..live.order_states import State, is_decided
-from ..live.status import Status, names, status_of
+from ..live.status import Status, names, status_of, statuses
 from ..log import get_logger
 from ..notices import NOTICES as KINDS
 from .feed import Look, OnThread
-from .metrics import METRICS, Sample, Wanted, metric_of
+from .metrics import METRICS, Sample, Wanted, metric_of, said_of
 from ..orders import Kind, Order
 from ..risk.portfolio import Exposures
 from ..risk.trading_state import CAUSES
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("ops.samples")
 
-# %% ../../nbs/90_ops/03_samples.ipynb #57e035a5
+# %% ../../nbs/90_ops/03_samples.ipynb #fa261e8b
 CLOSES_KEPT = 100_000  # equity, for the ratios
 PRICES_KEPT = 1_000    # closes of a symbol, for value at risk and regimes
 FIRST = 20_000         # decisions that are read at the first look
@@ -94,7 +94,7 @@ class Followed:
 
     def count(self, name:str, by:int=1, **labels:str)->None: self.totals[name, tuple(labels.items())] += by
 
-# %% ../../nbs/90_ops/03_samples.ipynb #b215a1b1
+# %% ../../nbs/90_ops/03_samples.ipynb #0659851a
 def fresh(
     look:Reading,
     known:Followed,
@@ -111,7 +111,7 @@ def fresh(
             known.cursors[table.name] = row["number"]
             yield row
 
-# %% ../../nbs/90_ops/03_samples.ipynb #ab06e2dd
+# %% ../../nbs/90_ops/03_samples.ipynb #5ca6f3b7
 _TAKEN = {State.REJECTED: False, State.ABSENT: False}
 
 
@@ -136,7 +136,7 @@ def read_deliveries(look:Reading, known:Followed)->None:
     for row in fresh(look, known, MEASURED[Delivery]):
         known.count("alerts_sent_total", channel=row["channel"], outcome="arrived" if row["good"] else "failed")
 
-# %% ../../nbs/90_ops/03_samples.ipynb #f2c595ac
+# %% ../../nbs/90_ops/03_samples.ipynb #1bec936d
 _OLDER = {"clock [ms]": ("clock_offset_seconds", .001)}
 
 
@@ -162,7 +162,7 @@ def read_measured(look:Reading, known:Followed, venue:str)->list[Sample]: # new 
         if sample.name == "inference_seconds": known.decided = row["time"]
     return found
 
-# %% ../../nbs/90_ops/03_samples.ipynb #6c5e0a28
+# %% ../../nbs/90_ops/03_samples.ipynb #782c62b1
 BEGINS = ("the session begins", "the session goes on") # of a phase: a process was started
 
 
@@ -194,7 +194,7 @@ def availability(
     traded = sum(max(end - since, 0) for (since, name, _), end in zip(known.phases, ends) if name == "trading")
     return traded / (now - known.phases[0][0])
 
-# %% ../../nbs/90_ops/03_samples.ipynb #f8c88b01
+# %% ../../nbs/90_ops/03_samples.ipynb #e4c4c79f
 @dataclass
 class Trip:
     "A round trip, so far"
@@ -222,7 +222,7 @@ def settled(
         trip.profit = 0.
     return ended
 
-# %% ../../nbs/90_ops/03_samples.ipynb #ddf1c8cf
+# %% ../../nbs/90_ops/03_samples.ipynb #57424d01
 def _decided_prices(look, session, ids):
     "The close on which each market order was decided, by its id"
     rows = look.rows(INTENTS, INTENTS.c.order_id.in_(ids), session=session)
@@ -261,7 +261,7 @@ def _told_of(known, entry, decided, now):
         found.append(("slippage_ratio", (entry.price / decided - 1.) * math.copysign(1., entry.quantity)))
     return [Sample(name, value, labels, now) for name, value in found]
 
-# %% ../../nbs/90_ops/03_samples.ipynb #02ad1204
+# %% ../../nbs/90_ops/03_samples.ipynb #e18ebb0f
 @lru_cache
 def _outcome(reason:int)->str:
     try: return Reason(reason).name.lower()
@@ -296,7 +296,7 @@ def read_closes(look:Reading, known:Followed)->None:
     else: rows = look.rows(CLOSES, CLOSES.c.open_time >= known.equity.pop()[0], session=known.session)
     known.equity.extend((row["open_time"], row["equity"], row["drawdown"]) for row in rows)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #2a5edc7d
+# %% ../../nbs/90_ops/03_samples.ipynb #2db138f1
 LEAST_CLOSES = 500
 AHEAD = 24 # candles
 
@@ -326,7 +326,7 @@ def regime_of(
     return RegimeNow(known, dict(zip(REGIMES, read[-1, 2:].tolist())),
                      float(right[counts].mean()) if counts.any() else None, seen)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #dc7e3407
+# %% ../../nbs/90_ops/03_samples.ipynb #71e30d38
 def read_regimes(known:Followed, decided:int)->None: # candles of the session so far
     "Recognise the regimes anew, where something has closed and enough is known; a market that never moved has none"
     for symbol, closes in known.prices.items():
@@ -335,13 +335,13 @@ def read_regimes(known:Followed, decided:int)->None: # candles of the session so
         try: known.regimes[symbol] = regime_of(closes, decided, before)
         except ValueError as error: logger.debug(f"{symbol}: {error}", session=known.session)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #fce6e8c5
+# %% ../../nbs/90_ops/03_samples.ipynb #5197462f
 Figure = tuple[str, float|None, dict[str, str]] # metric, value, labels
 
 
 def of_process(known:Followed, status:Status)->Iterator[Figure]:
     "Whether it lives, since when, and how much of the time it traded"
-    yield "up", float(status.alive), {}
+    if status.state != "stopped": yield "up", float(status.alive), {}
     since = began(known)
     if status.alive and since: yield "uptime_seconds", (status.time - since) / 1000, {}
     last = known.phases[-1][0] if known.phases else 0
@@ -364,7 +364,7 @@ def of_orders(known:Followed, status:Status)->Iterator[Figure]:
     hour = status.candle + milliseconds(status.settings.get("timeframe", "1h")) - 3_600_000
     yield "trade_frequency_per_minute", sum(each > hour for each in known.fills) / 60, {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #22a216f0
+# %% ../../nbs/90_ops/03_samples.ipynb #995ebcb0
 LEAST_RETURNS = 30
 
 
@@ -392,7 +392,7 @@ def tail_figures(past:np.ndarray, weights:np.ndarray)->Iterator[Figure]:
     related = np.corrcoef(past[:, held].T) * np.outer(signs, signs)
     yield "correlation_ratio", float(np.mean([related[pair] for pair in combinations(range(len(held)), 2)])), {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #5197f955
+# %% ../../nbs/90_ops/03_samples.ipynb #b62fca61
 def of_risk(known:Followed, status:Status)->Iterator[Figure]:
     "What is held, what it could lose, and what restricts trading"
     yield "equity_quote", status.equity, {}
@@ -415,7 +415,7 @@ def of_risk(known:Followed, status:Status)->Iterator[Figure]:
                  if notional and symbol in rows)
     if needed: yield "margin_ratio", equity / needed, {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #c8bbd753
+# %% ../../nbs/90_ops/03_samples.ipynb #486d54bb
 def equity_series(known:Followed)->"pd.Series":
     "The equity at closes, as evaluation wants it"
     import pandas as pd
@@ -439,7 +439,7 @@ def of_performance(known:Followed, status:Status)->Iterator[Figure]:
     except ValueError as error: logger.debug(f"no performance: {error}", session=known.session)
     else: yield from ((name, found[of], {}) for name, of in _CURVE.items())
 
-# %% ../../nbs/90_ops/03_samples.ipynb #1afa24bb
+# %% ../../nbs/90_ops/03_samples.ipynb #5fc2b72b
 def divergence(mean:float, deviation:float)->float:
     "Jeffreys' divergence of a normal law from that with mean 0 and deviation 1"
     variance = max(deviation, 1e-3) ** 2
@@ -462,7 +462,7 @@ def replace_name(sample:Sample, name:str)->Sample:
     "The same of another metric"
     return Sample(name, sample.value, sample.labels, sample.time)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #2bab68ff
+# %% ../../nbs/90_ops/03_samples.ipynb #d9095b72
 _LIVING = ("process_cpu_ratio", "process_memory_bytes", "open_files", "threads", "tasks", "stream_age_seconds",
            "clock_offset_seconds")
 
@@ -506,7 +506,7 @@ def read_session(look:Reading, known:Followed, status:Status)->list[Sample]: # n
     read_regimes(known, decided)
     return read_measured(look, known, venue) + read_fills(look, known, status.time)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #7a1b63ea
+# %% ../../nbs/90_ops/03_samples.ipynb #bac04408
 @dataclass
 class Buckets:
     "The observations of one histogram"
@@ -521,7 +521,7 @@ class Buckets:
         self.counts[next((n for n, bound in enumerate(bounds) if value <= bound), len(bounds))] += 1
         self.sum += value
 
-# %% ../../nbs/90_ops/03_samples.ipynb #226bc416
+# %% ../../nbs/90_ops/03_samples.ipynb #d0f8d6e0
 def machine(here:Settings, time:int)->Iterator[Sample]:
     "What the machine has left"
     import psutil  # when something is read
@@ -569,7 +569,7 @@ def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
         except Exception as error: logger.warning(f"samples were not taken: {one_line(str(error), 300)}")
     return samples
 
-# %% ../../nbs/90_ops/03_samples.ipynb #4fce6be7
+# %% ../../nbs/90_ops/03_samples.ipynb #a2ea9064
 LIMIT = 10. # seconds that a look at the ledger may take
 
 
@@ -584,7 +584,7 @@ async def gather_again_and_again(gatherer:"Gatherer")->None:
         except Exception as error: logger.warning(f"samples wait: {one_line(str(error), 300)}")
         await asyncio.sleep(max(.02, gatherer.every + began - monotonic()))
 
-# %% ../../nbs/90_ops/03_samples.ipynb #4b17a3c0
+# %% ../../nbs/90_ops/03_samples.ipynb #f001a888
 class Gatherer:
     "Makes samples of what sessions write; a part of `tradelab serve`"
     name = "samples"
@@ -648,3 +648,44 @@ class Gatherer:
 
     def gather(self)->list[Sample]: return told_to_all(self, samples_or_none(self))
     async def run(self)->None: await gather_again_and_again(self)
+
+# %% ../../nbs/90_ops/03_samples.ipynb #cbba2a3c
+def gathered_once(
+    here:Settings,
+    session:str="",  # only this one; LookupError if nobody knows it
+)->Gatherer:
+    "Figures as they are now; ValueError if there is no ledger, LedgerError if it is out of reach"
+    time, gatherer = clock(), Gatherer(here)
+    found = statuses(here.database, here.sessions, time, session)
+    with reading(here.database) as look: samples = gatherer.look(look, Look(time, tuple(found)))
+    told_to_all(gatherer, samples)
+    return gatherer
+
+
+def told_now(gatherer:Gatherer)->list[dict[str, Any]]: # in the order of METRICS
+    "Each figure: area, name, labels, value, unit, and of a histogram, whose value is the mean, the count"
+    found = []
+    for key, sample in gatherer.latest.items():
+        metric, buckets = METRICS[sample.name], gatherer.histograms.get(key)
+        count = {"count": sum(buckets.counts)} if buckets else {}
+        value = buckets.sum / sum(buckets.counts) if buckets else sample.value
+        found.append({"area": metric.area, "name": sample.name, "labels": sample.labels, "value": value,
+                      "unit": metric.unit, "kind": metric.kind, "time": sample.time} | count)
+    places = {name: place for place, name in enumerate(METRICS)}
+    return sorted(found, key=lambda each: (places[each["name"]], sorted(each["labels"].items())))
+
+
+def screen_of(gatherer:Gatherer)->str:
+    "The same as a person reads it"
+    found = told_now(gatherer)
+    sessions = list(dict.fromkeys(each["labels"]["session"] for each in found if "session" in each["labels"]))
+    shown = [f"session {sessions[0]}"] if len(sessions) == 1 else []
+    area = ""
+    for each in found:
+        if each["name"] == "breaker_state" and not each["value"]: continue # those that restrict are enough
+        if each["area"] != area: shown.append(area := each["area"])
+        labels = ", ".join(f"{name} {value}" for name, value in each["labels"].items()
+                           if value and (name != "session" or len(sessions) > 1))
+        mean = f"  mean of {each['count']:,}" if "count" in each else ""
+        shown.append(f"  {each['name']:<28} {said_of(each['value'], each['unit']):>12}  {labels}{mean}".rstrip())
+    return "\n".join(shown)
