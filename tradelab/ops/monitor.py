@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TYPES', 'OPERATORS', 'DEFAULTS', 'LOW', 'MEDIUM', 'HIGH', 'MOST', 'SEVERITIES', 'LEVEL', 'LATE', 'NEVER', 'logger',
            'State', 'judge', 'checked_threshold', 'stale_after', 'in_force', 'metric_of_known', 'threshold_for',
-           'severity_of', 'Figure', 'looked_again', 'must_tell', 'late_after', 'of_figure', 'strains_of', 'of_strains',
-           'thresholds_kept', 'set_threshold', 'remove_threshold', 'thresholds_table', 'timeframes_of', 'Monitor']
+           'severity_of', 'Figure', 'looked_again', 'must_tell', 'late_after', 'awaited', 'to_judge', 'of_figure',
+           'Rhythm', 'judge_all', 'strains_of', 'of_strains', 'thresholds_kept', 'set_threshold', 'remove_threshold',
+           'thresholds_table', 'timeframes_of', 'Monitor']
 
 # %% ../../nbs/90_ops/14_monitor.ipynb #a6e58c0f
 import asyncio
@@ -14,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from math import isfinite
+from math import isfinite, isnan, nan
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any
 
@@ -163,9 +164,35 @@ def late_after(
 )->int:                           # ms
     "From which age on a figure is missing"
     metric = METRICS[sample.name]
-    if metric.kind != "gauge": return NEVER
-    timeframe = timeframes.get(sample.labels.get("session", ""), "1m")
-    return LATE if metric.area in ("system", "api", "telemetry") else max(LATE, 3 * milliseconds(timeframe))
+    steady = metric.area in ("system", "data", "telemetry") or sample.name in ("equity_quote", "drawdown_ratio")
+    if metric.kind != "gauge" or not steady: return NEVER
+    if metric.area in ("system", "telemetry"): return LATE
+    session = sample.labels.get("session", "")
+    known = [timeframes[session]] if session in timeframes else timeframes.values()
+    return max([LATE, *(3 * milliseconds(each) for each in known)])
+
+# %% ../../nbs/90_ops/14_monitor.ipynb #f63643cf
+def awaited(own:Iterable[Threshold], known:Sequence[Sample], now:int)->list[Sample]: # ms
+    "A sample without a value for each threshold of a person that no sample meets"
+    wanted = {each.metric: found for each in own if (found := metric_of_known(each.metric))}
+    return [Sample(each.metric.name, nan, each.labels, now) for each in wanted.values()
+            if not any(each.meets(sample) for sample in known)]
+
+
+def to_judge(
+    latest:Sequence[Sample],
+    figures:Mapping[str, Figure],  # of the look before
+    own:Sequence[Threshold],       # of people
+    alive:set[str],                # sessions
+    now:int,                       # ms
+)->dict[str, Sample]:              # by key
+    "What is judged now"
+    here = alive | {""}
+    known = [each for each in latest if each.labels.get("session", "") in here]
+    before = [each.sample for each in figures.values()]
+    missing = [each for each in before if each.labels.get("session", "") in here and late_after(each, {}) < NEVER
+               and not (isnan(each.value) and any(other.name == each.name for other in known))]
+    return {each.key: each for each in (*awaited(own, [*known, *missing], now), *missing, *known)}
 
 # %% ../../nbs/90_ops/14_monitor.ipynb #b239745f
 _KINDS = {"candle_age_seconds": ("data stale", "data fresh"), "stream_age_seconds": ("data stale", "data fresh"),
@@ -189,6 +216,33 @@ def of_figure(figure:Figure, was:State, now:int)->list[Happening]: # was: as it 
     level = LEVEL.get(severity_of(limit, figure.state), "")
     session = sample.labels.get("session", "")
     return [Happening(kind, "" if kind == "service heard" else level, session, subject, said, now) for kind in kinds]
+
+# %% ../../nbs/90_ops/14_monitor.ipynb #b8311578
+@dataclass(frozen=True)
+class Rhythm:
+    "Of one look"
+    now:int                       # ms
+    cooldown:int                  # ms
+    timeframes:Mapping[str, str]  # by session that runs
+
+
+def judge_all(
+    figures:Mapping[str, Figure],     # of the look before
+    found:Mapping[str, Sample],       # as `to_judge` says
+    force:Mapping[str, Threshold],
+    rhythm:Rhythm,
+)->tuple[dict[str, Figure], list[Happening]]:
+    "The figures of this look, and what must be told; of those that are gone, that it is over"
+    limits = {key: limit for key, each in found.items() if (limit := threshold_for(each, force))}
+    judged = {key: looked_again(figures.get(key), found[key], limit, rhythm.now,
+                                late_after(found[key], rhythm.timeframes)) for key, limit in limits.items()}
+    ended = [replace(each, state=State.HEALTHY, healthy=2) for key, each in figures.items() if key not in judged]
+    told = []
+    for each in (*judged.values(), *ended):
+        if not must_tell(each, rhythm.now, rhythm.cooldown): continue
+        told += of_figure(each, each.told, rhythm.now)
+        if each.sample.key in judged: judged[each.sample.key] = replace(each, told=each.state, told_at=rhythm.now)
+    return judged, told
 
 # %% ../../nbs/90_ops/14_monitor.ipynb #e5ec5f90
 def strains_of(
@@ -283,6 +337,7 @@ class Monitor:
         self.operations = Operations(here.database)
         self.own: list[Threshold] = []
         self.timeframes: dict[str, str] = {}
+        self.alive: set[str] = set()
         self.figures: dict[str, Figure] = {}
         self.strained: dict[tuple[str, str], Strain] = {}
         budget = memory_budget(here.telemetry.memory_budget, psutil.virtual_memory().total, container_limit())
@@ -290,24 +345,20 @@ class Monitor:
         self.files = float(psutil.Process().rlimit(psutil.RLIMIT_NOFILE)[0]) if hasattr(psutil, "RLIMIT_NOFILE") else 0.
 
     def look(self, latest:Sequence[Sample])->list[Happening]:
-        "What must be told now"
-        now, told = self.now(), []
-        alive = {each.labels["session"] for each in latest if each.name == "up" and each.value}
-        mine = [each for each in latest if each.labels.get("session", "") in alive | {""}]
-        force = in_force(self.own, {session: each for session, each in self.timeframes.items() if session in alive})
-        limits = {each.key: limit for each in mine if (limit := threshold_for(each, force))}
-        judged = {each.key: looked_again(self.figures.get(each.key), each, limits[each.key], now,
-                                         late_after(each, self.timeframes)) for each in mine if each.key in limits}
-        ended = [replace(each, state=State.HEALTHY, healthy=2) for key, each in self.figures.items()
-                 if key not in judged]
-        for figure in (*judged.values(), *ended):
-            if not must_tell(figure, now, int(1_000 * self.here.monitor.cooldown)): continue
-            told += of_figure(figure, figure.told, now)
-            if figure.sample.key in judged: judged[figure.sample.key] = replace(figure, told=figure.state, told_at=now)
-        self.figures = judged
-        self.resources.forget(list(alive | {""}))
-        was, self.strained = self.strained, strains_of(mine, self.resources, self.files)
-        return told + of_strains(was, self.strained, now)
+        "What must be told now; of sessions nothing while the ledger cannot be read, which the centre tells"
+        now, was = self.now(), self.strained
+        away = any(each.name == "ledger_up" and not each.value for each in latest)
+        self.strained = strains_of(latest, self.resources, self.files)
+        if away: self.strained |= {key: each for key, each in was.items() if key[0]}
+        told = of_strains(was, self.strained, now)
+        if away: return told
+        self.alive = {each.labels["session"] for each in latest if each.name == "up" and each.value}
+        self.timeframes = {session: each for session, each in self.timeframes.items() if session in self.alive}
+        self.resources.forget(list(self.alive | {""}))
+        found = to_judge(latest, self.figures, self.own, self.alive, now)
+        self.figures, more = judge_all(self.figures, found, in_force(self.own, self.timeframes),
+                                       Rhythm(now, int(1_000 * self.here.monitor.cooldown), self.timeframes))
+        return told + more
 
     def read(self)->None:
         "Thresholds of people, and the timeframes of the sessions"
@@ -317,7 +368,8 @@ class Monitor:
 
     def keep(self)->None:
         "Write down what was judged, and forget what is old"
-        rows = [SystemMetric(self.now(), key, each.sample.value) for key, each in self.figures.items()]
+        rows = [SystemMetric(self.now(), key, each.sample.value) for key, each in self.figures.items()
+                if isfinite(each.sample.value)]
         try:
             self.operations.measure("", rows)
             self.operations.forget_measured(self.now() - 86_400_000 * self.here.monitor.retention)
