@@ -142,9 +142,9 @@ def test_orders_and_fills(traded):
     for state, count in rows(traded.ledger, "select state, count(*) from intents group by state"):
         if state not in ("intent", "sent", "unknown", "working"):
             assert value(traded, "orders_total", outcome=state) == count
-    fills = pd.DataFrame(rows(traded.ledger, "select t.quantity, t.price, i.decision_price, i.kind, i.slot, t.fill_time "
-                                      "from trades t left join intents i using (session, order_id) order by sequence"),
-                         columns=["quantity", "price", "decided", "kind", "slot", "time"]).astype(float)
+    told = rows(traded.ledger, "select t.quantity, t.price, i.decision_price, i.kind, i.slot, t.fill_time "
+                               "from trades t left join intents i using (session, order_id) order by sequence")
+    fills = pd.DataFrame(told, columns=["quantity", "price", "decided", "kind", "slot", "time"]).astype(float)
     assert value(traded, "trades_total", symbol=SYMBOL) == len(fills)
     market = fills[(fills["kind"] == 1) & (fills["slot"] < 600)]
     slipped = (market["price"] / market["decided"] - 1) * np.sign(market["quantity"])
