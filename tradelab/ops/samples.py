@@ -341,7 +341,7 @@ Figure = tuple[str, float|None, dict[str, str]] # metric, value, labels
 
 def of_process(known:Followed, status:Status)->Iterator[Figure]:
     "Whether it lives, since when, and how much of the time it traded"
-    yield "up", float(status.alive), {}
+    if status.state != "stopped": yield "up", float(status.alive), {}
     since = began(known)
     if status.alive and since: yield "uptime_seconds", (status.time - since) / 1000, {}
     last = known.phases[-1][0] if known.phases else 0
