@@ -1,6 +1,9 @@
 """A secret appears nowhere: in the log of a real process that fails in every way that leaked before, in whatever a text
 makes of it, in what a job leaves. And the log as it is read"""
+import asyncio
 import json
+import logging
+import signal
 import subprocess
 import sys
 from base64 import b64encode
@@ -8,6 +11,7 @@ from html import escape
 from urllib.parse import quote, quote_plus
 
 import nbformat
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import settings as effort
@@ -15,7 +19,18 @@ from hypothesis import strategies as st
 from markupsafe import escape as escape_in_page
 
 from tradelab import log
-from tradelab.log import HIDDEN, redact, redact_split, register_secret, unfinished
+from tradelab.config import settings
+from tradelab.live.ledger import Ledger
+from tradelab.live.order_states import decision_id
+from tradelab.live.session import Session
+from tradelab.live.trace import trace
+from tradelab.log import HIDDEN, SharedFile, configure, formatter, redact, redact_split, register_secret, unfinished
+from tradelab.log_lines import Wanted, lines
+from tradelab.market.synthetic import ar1
+from tradelab.runs.run import Run
+from tradelab.sim.prepared import market_data
+from tradelab.strategies.example import Momentum
+from tradelab.venues.memory import MemoryVenue
 
 SECRET = 'top"secret/0123456789+abc'
 SIGNATURE = "c8db56825ae71d6d79447849e617115f"
@@ -209,3 +224,82 @@ def test_what_a_job_leaves_holds_no_secret(project):
                       for each in cell.get("outputs", ()) if each.output_type == "stream")
     assert word not in printed.replace("\n", "")
     assert printed.count(HIDDEN) >= 4
+
+
+@pytest.fixture
+def logged(project):
+    "The log of this project, which ends with the test"
+    here = settings()
+    configure(here, console=False)
+    yield here
+    log._install([])
+    logging.getLogger("tradelab").setLevel("NOTSET")
+
+
+def test_one_grep_follows_a_decision_from_candle_to_fill(logged):
+    data = market_data(ar1(80, volatility=.01, seed=3))
+    trader = Run("memory", Momentum(2, .001), timeframe="1h").trader(instruments=data.instruments)
+    live = Session(trader, MemoryVenue(data, start=int(data.times[20])), Ledger(logged.database), logged.sessions,
+                   id="demo", say=lambda line: None)
+    done = asyncio.run(live.run(40))
+    fills = [each for _, each in live.ledger.booked("demo") if hasattr(each, "order_id")]
+    assert done.fills == len(fills) > 5
+    journal = pd.read_csv(logged.sessions / "demo" / "journal.csv")
+    said = [each for each in lines(logged.logs) if each.module == "live.session"]
+    orders = {each.order.order_id: each.order for each in live.ledger.intents("demo")}
+    for event in ("order sent", "order answered", "order filled"):
+        assert {each.named["id"] for each in said if each.text == event} == set(orders), event
+    for fill in fills:
+        order = orders[fill.order_id]
+        name = decision_id("demo", order.symbol, order.open_time)
+        assert journal.open_time[journal.decision == name].tolist() == [order.open_time]
+        found = trace(logged.database, logged.logs, Wanted(id=name))
+        told = [each.source for each in found]
+        assert {"decision", "order", "state", "fill", "log"} <= set(told)
+        assert told.count("decision") == 1
+        assert told.count("fill") == sum(each.order_id.startswith(f"{name}-") for each in fills)
+        assert sum("order" in each.text for each in found if each.source == "log") >= 3
+        assert any(name in each.raw and "equity" in each.text for each in said), "the line of the candle"
+
+
+TRADELAB = sys.executable, "-c", "from tradelab.command import main; main()"
+
+
+def write_line(file, number):
+    record = logging.LogRecord("tradelab.example", logging.INFO, "", 1, f"line {number}", (), None)
+    file.emit(record)
+
+
+def test_a_reader_follows_over_rotations_until_ctrl_c(project):
+    (project / "logs").mkdir()
+    files = [SharedFile(project / "logs" / log.LOG, maxBytes=1_000, backupCount=50) for _ in range(2)]
+    for each in files: each.setFormatter(formatter(readable=False))
+    write_line(files[0], -1)
+    reader = subprocess.Popen([*TRADELAB, "logs", "--follow", "--json", "--since", "1h"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, bufsize=1)
+    seen = [json.loads(reader.stdout.readline())["event"]]
+    for number in range(60):
+        write_line(files[number % 2], number)
+        if number % 20 == 7: files[0].stream.write('{"torn\nno JSON\n')
+    while len(seen) < 61: seen.append(json.loads(reader.stdout.readline())["event"])
+    reader.send_signal(signal.SIGINT)
+    assert reader.wait(60) == 0
+    assert reader.stderr.read() == ""
+    assert seen == [f"line {n}" for n in range(-1, 60)]
+    assert len([*(project / "logs").iterdir()]) > 5
+    for each in files: each.close()
+
+
+@pytest.mark.parametrize("look, stdout, stderr", [("json", "{", ""), ("human", "", "begun"), ("off", "", "")])
+def test_the_console_gets_what_the_setting_says(project, look, stdout, stderr):
+    (project / "tradelab.toml").write_text(f'log_console = "{look}"')
+    program = "from tradelab.log import configure, get_logger; configure({}); get_logger('x').info('begun')"
+    ran = subprocess.run([sys.executable, "-c", program.format("")], capture_output=True, text=True)
+    assert ran.stdout[:1] == stdout
+    assert (stderr in ran.stderr) if stderr else ran.stderr == ""
+    assert [each.text for each in lines(project / "logs")] == ["begun"]
+    program = program.format("console='job'")
+    runner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}], stdout=subprocess.DEVNULL)"
+    ran = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True)
+    assert ran.stdout[:1] == stdout
+    assert ran.stderr == ""

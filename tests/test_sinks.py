@@ -32,9 +32,11 @@ from tradelab.database.reading import reading
 from tradelab.database.records import SystemMetric, clock
 from tradelab.database.schema import MEASURED
 from tradelab.live.ledger import Ledger
+from tradelab.ops.exposition import text_of
 from tradelab.ops.line_protocol import AGAIN, HOUR, LedgerSink, LineSink, target_of
 from tradelab.ops.metrics import METRICS, Sample
 from tradelab.ops.provision import BOARDS, RULES, Places, dashboard_of, provision
+from tradelab.ops.samples import Gatherer
 
 pytestmark = pytest.mark.integration
 NOW = clock() // 60_000 * 60_000
@@ -252,17 +254,14 @@ def test_each_rule_fires_beyond_its_limit_and_not_before(tmp_path):
 
 
 def page(times):
-    "Every metric of the table as Prometheus reads it, its counters so many times increased"
-    lines = []
+    "Every metric of the table as `tradelab serve` shows it, its counters so many times increased"
+    gatherer = Gatherer(settings())
     for metric in METRICS.values():
-        labels = ",".join(f'{label}="one"' for label in metric.labels)
-        name = f"tradelab_{metric.name}"
-        lines.append(f"# TYPE {name} {metric.kind}")
+        each = sample(metric.name, float(times), dict.fromkeys(metric.labels, "one"))
         if metric.kind == "histogram":
-            lines += [f'{name}_bucket{{{labels},le="{edge}"}} {times}' for edge in (*metric.bounds, "+Inf")]
-            lines += [f"{name}_sum{{{labels}}} {.1 * times}", f"{name}_count{{{labels}}} {times}"]
-        else: lines.append(f"{name}{{{labels}}} {times}")
-    return ("\n".join(lines) + "\n").encode()
+            for _ in range(times): gatherer.observe(each)
+        else: gatherer.latest[each.key] = each
+    return text_of(gatherer)
 
 
 def check_dashboards(found):
@@ -300,7 +299,7 @@ def test_victoria_metrics_answers_the_dashboards_too(tmp_path):
 
 def test_each_query_of_the_dashboards_is_answered_and_an_alert_arrives(tmp_path):
     with webhook(answer=page(1)) as trader, webhook() as hook:
-        here = settings(metrics_port=trader.port, telemetry={"interval": .1})
+        here = settings(metrics_port=trader.port, metrics_token=TOKEN, telemetry={"interval": .1})
         provision(tmp_path, here, Places(webhook=f"{hook.url}/hook"))
         hurried = (tmp_path / "alertmanager.yml").read_text().replace("group_wait: 10s", "group_wait: 10ms")
         with alertmanager(hurried) as teller:
@@ -313,6 +312,7 @@ def test_each_query_of_the_dashboards_is_answered_and_an_alert_arrives(tmp_path)
                 (alert, *_) = json.loads(body)["alerts"]
                 assert alert["labels"]["session"] == "one"
                 assert alert["annotations"]["summary"] == "session one is 100% below its peak"
+                assert {headers["Authorization"] for _, headers, _ in trader.heard} == {f"Bearer {TOKEN}"}
                 trader.status = 500
                 until(lambda: found('up{job="tradelab"} == 0'))
 

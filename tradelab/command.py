@@ -12,9 +12,9 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'resolve_alert', 'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run',
            'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
            'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
-           'check_kept', 'delete_data', 'doctor', 'health', 'serve_sessions', 'thresholds', 'list_thresholds',
-           'set_one_threshold', 'remove_one_threshold', 'watchdog', 'ledger', 'upgrade_ledger', 'check_ledger',
-           'export_ledger', 'telemetry', 'provision_telemetry']
+           'check_kept', 'delete_data', 'doctor', 'print_lines', 'in_colour', 'log_asked', 'logs', 'health',
+           'serve_sessions', 'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog',
+           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -24,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -848,6 +848,53 @@ def doctor(context:click.Context, policies:tuple[str, ...], venue:str, symbol:st
         report.keep(here.reports / "doctor")
     click.echo(report.json() if as_json else str(report))
     if report.wrong: context.exit(1)
+
+# %% ../nbs/99_top/07_command.ipynb #lgcmd002
+def print_lines(found:Iterable[object])->None:
+    "Print lines until there are none, or nobody reads them any more"
+    try:
+        for each in found: click.echo(printable(str(each)))
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # such as `| head`
+    except KeyboardInterrupt: click.echo()
+
+
+def in_colour(line:Any)->str:
+    "A line of the log, as urgent as it looks"
+    colour = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red", "DEBUG": "bright_black"}.get(line.level)
+    return click.style(printable(str(line)), fg=colour)
+
+# %% ../nbs/99_top/07_command.ipynb #lgcmd003
+def log_asked(wanted:Any, following:bool, as_json:bool)->Iterator[str]:
+    "The lines of `tradelab logs`; with a name of an order also what ledger and notices say of it"
+    from tradelab.config import settings
+    from tradelab.live.trace import trace
+    from tradelab.log_lines import follow, lines
+    here, whole = settings(), bool(wanted.since)
+    if wanted.id:
+        known = trace(here.database, here.logs, wanted)
+        yield from (each.json() if as_json else str(each) for each in known)
+        whole, wanted = True, replace(wanted, since=max(each.time for each in known) + 1)
+        if not following: return
+    found = follow(here.logs, wanted, whole=whole) if following else lines(here.logs, wanted)
+    yield from (each.raw if as_json else in_colour(each) for each in found)
+
+# %% ../nbs/99_top/07_command.ipynb #lgcmd004
+@main.command()
+@click.option("--module", default="", metavar="NAME", help="Such as live, or live.session.")
+@click.option("--level", default="", metavar="LEVEL", help="DEBUG, INFO, WARNING, ERROR or CRITICAL, and what is more "
+              "urgent.")
+@click.option("--since", "when", default="", metavar="WHEN", help="How long ago, such as 30m, 2h or 1d, or a time.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+@click.option("--id", default="", metavar="NAME", help="Of an order or a decision: what log, ledger and notices say.")
+@click.option("--session", default="", metavar="ID", help="Only of this one.")
+@click.option("--json", "as_json", is_flag=True, help="For scripts: a JSON object a line.")
+def logs(module:str, level:str, when:str, following:bool, id:str, session:str, as_json:bool)->None:
+    "What was logged; or what became of a decision or an order."
+    from tradelab.database.records import clock
+    from tradelab.log_lines import Wanted, level_of, since
+    with one_sentence():
+        wanted = Wanted(module, level_of(level) if level else "", since(when, clock()) if when else 0, id, session)
+        print_lines(log_asked(wanted, following, as_json))
 
 # %% ../nbs/99_top/07_command.ipynb #helthc02
 @main.command()

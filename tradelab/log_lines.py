@@ -156,13 +156,14 @@ def follow(
     wanted:Wanted=Wanted(),
     pause:float=.2,                           # seconds between two looks
     ended:Callable[[], bool]=lambda: False,   # whether to stop
+    whole:bool=False,                         # begin with the oldest line, not with the next one
 )->Iterator[LogLine]:
     "What is added to the log from now on, until it is stopped"
     while not (folder / LOG).exists():
         if ended(): return
         time.sleep(pause)
-    file:TextIO = open(folder / LOG, errors="replace")
-    file.seek(0, os.SEEK_END)
+    file:TextIO = open(files(folder)[0] if whole else folder / LOG, errors="replace")
+    if not whole: file.seek(0, os.SEEK_END)
     half = [""]
     try:
         while True:

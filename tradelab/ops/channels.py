@@ -7,7 +7,7 @@ __all__ = ['logger', 'TRIED', 'NAME', 'KEPT', 'DAY', 'Identity', 'EVERY', 'BEATS
            'AppriseChannel', 'apprise_channels', 'Delivered', 'with_dropped', 'attempt', 'Posted', 'Outbox',
            'send_next', 'message_for', 'identity', 'Unwritten', 'keep', 'answers', 'Recalled', 'untold', 'recall',
            'state_of', 'samples_of', 'channel_lines', 'found_in', 'without_told', 'take_look', 'recall_once', 'write',
-           'close', 'step', 'post', 'AlertCentre']
+           'close', 'step', 'listen', 'post', 'AlertCentre']
 
 # %% ../../nbs/90_ops/12_channels.ipynb #d6e5d5f2
 import asyncio
@@ -303,6 +303,7 @@ class Recalled:
     notices:tuple[Heard, ...] = ()  # that came while there was none, and nobody has told
     alerts:tuple[Alert, ...] = ()
     owed:Mapping[str, list[Alert]] = field(default_factory=dict) # by channel: those that did not arrive there
+    first:bool = False              # there was none
 
 
 def untold(look:Reading, notices:Sequence[Heard])->list[Heard]:
@@ -330,7 +331,7 @@ def recall(url:str, now:int)->Recalled:
         seen = [json.loads(row["state"]) for row in services]
         newest = {row["session"]: (look.rows(NOTICES, session=row["session"], newest=1) or [{"number": 0}])[0]["number"]
                   for row in look.rows(SESSIONS)}
-        if not services: return Recalled(newest, alerts=tuple(alerts))
+        if not services: return Recalled(newest, alerts=tuple(alerts), first=True)
         cursors = {session: max((each.get(session, 0) for each in seen), default=0) for session in newest}
         notices = [Heard(session, row["number"], Told(row["time"], KINDS.get(row["kind"], ("warning",))[0],
                                                       row["kind"], row["text"]))
@@ -371,14 +372,14 @@ def channel_lines(url:str)->list[str]:
 EVERY, BEATS, AGAIN = 1., 5., 5. # s between two looks at what is due, two signs of life, two attempts to write
 
 
-def found_in(url:str, before:Look|None, after:Look)->list[Happening]:
+def found_in(url:str, before:Look|None, after:Look, large_loss:float)->list[Happening]: # fraction of the equity
     "What of two looks is worth telling, with the trades that the ledger knows; may take long"
     settings = {each.session: each.settings for each in after.statuses}
 
     def trades(session, symbol):
         with suppress(Exception), reading(url) as look:
             return trade_of(look, session, settings[session], symbol, after.time)
-    return happenings(before, after, trades)
+    return happenings(before, after, trades, large_loss)
 
 
 def without_told(url:str, notices:Sequence[Heard])->list[Heard]:
@@ -393,7 +394,8 @@ async def take_look(centre:"AlertCentre", look:Look)->list[Raise|Change]:
     if any(each.told.time < clock() - EXPIRES for each in fresh): # a session may have told meanwhile
         with suppress(TimeoutError): fresh = await centre.thread.awaited(partial(without_told, centre.url, fresh))
     after = settled(centre.before, replace(look, notices=tuple(fresh)))
-    try: found = await centre.thread.awaited(partial(found_in, centre.url, centre.before, after))
+    try: found = await centre.thread.awaited(partial(found_in, centre.url, centre.before, after,
+                                                           centre.large_loss))
     except TimeoutError: found = happenings(centre.before, after)
     centre.before = after
     for each in look.notices:
@@ -414,8 +416,8 @@ def _of_channels(centre):
 
 
 async def recall_once(centre:"AlertCentre")->None:
-    "Take in what the ledger knows of before, as soon as it can be read"
-    if centre.recalled: return
+    "Take in what the ledger knows of before, as soon as the feed has read it, and so hears what comes from now on"
+    if centre.recalled or not any(not each.unread for each in centre.seen): return
     try: found = await centre.thread.awaited(partial(recall, centre.url, clock()))
     except Exception: return
     centre.recalled = True
@@ -425,16 +427,17 @@ async def recall_once(centre:"AlertCentre")->None:
     missed = [each for each in found.notices if each.number < centre.first.get(each.session, inf)]
     acts = [act for each in missed for happening in of_notice(each.session, each.told)
             for act in centre.incidents.take(happening, clock())]
-    centre.cursors = {**found.cursors, **{session: max(number, found.cursors.get(session, 0))
-                                          for session, number in centre.cursors.items()}}
     centre.unwritten.add(in_batch(acts))
+    centre.known = found.cursors
+    for session, number in ({} if found.first else found.cursors).items():
+        centre.cursors[session] = max(number, centre.cursors.get(session, 0))
 
 # %% ../../nbs/90_ops/12_channels.ipynb #bddbda37
 def _exchange(centre, batch, service, states):
     "Tell the ledger, and hear what people have answered; on a thread"
     open_ones = [each.number for each in centre.incidents.alerts.values() if each.number and each.state != "resolved"]
     rows = answers(centre.url, open_ones)
-    new = keep(centre.operations, service, batch, dict(centre.cursors), centre.numbers)
+    new = keep(centre.operations, service, batch, {**centre.known, **centre.cursors}, centre.numbers)
     for name, state in states.items(): centre.operations.beat(Service(f"channel {name}", "", service.began, 0,
                                                                       json.dumps(state)))
     return new, rows
@@ -481,6 +484,13 @@ async def step(centre:"AlertCentre", within:float=EVERY)->None:
     for act in centre.incidents.tick(clock()): post(centre, act)
 
 
+async def listen(centre:"AlertCentre")->None:
+    "Let looks wait, for ever"
+    while True:
+        centre.seen.append(await centre.looks.next())
+        centre.awake.set()
+
+
 def post(centre:"AlertCentre", act:Tell)->None:
     "Let an act wait for the channels that it is for"
     message = centre.message(act)
@@ -496,7 +506,7 @@ class AlertCentre:
     def __init__(self, here:Settings, feed:Feed, channels:Sequence[Channel])->None:
         self.url, self.language = here.database, here.language
         self.templates = templates_of(here.alerts.templates)
-        self.incidents = Incidents(here.alerts)
+        self.incidents, self.large_loss = Incidents(here.alerts), here.alerts.large_loss
         self.outboxes = [Outbox(each, self._told, here.language) for each in channels]
         self.escalation = [Outbox(each, self._told, here.language)
                            for each in apprise_channels(here.escalation_url, "escalation ")]
@@ -507,6 +517,7 @@ class AlertCentre:
         self.seen: deque[Look] = deque()
         self.cursors: dict[str, int] = {}       # the last notice of each session that was looked at
         self.first: dict[str, int] = {}         # and the first
+        self.known: Mapping[str, int] = {}      # the last that there was when the ledger was read first
         self.numbers: dict[Identity, int] = {}  # of alerts
         self.acts: dict[Message, Tell] = {}
         self.failing: set[str] = set()          # channels
@@ -539,18 +550,13 @@ class AlertCentre:
         self.unwritten.delivered.append((act.alert, delivery))
         if not why: self.unwritten.changed.append((act.alert, act.columns))
 
-    async def _listen(self):
-        while True:
-            self.seen.append(await self.looks.next())
-            self.awake.set()
-
     async def run(self)->None:
         "Tell, for ever"
         self._loop, self.ended = asyncio.get_running_loop(), False
         try:
             async with asyncio.TaskGroup() as group:
                 for outbox in self.all_outboxes(): group.create_task(outbox.run())
-                group.create_task(self._listen())
+                group.create_task(listen(self))
                 while True: await step(self)
         finally: await close(self)
 

@@ -300,6 +300,9 @@ def settled(
         and status.session in was else status for status in after.statuses))
 
 # %% ../../nbs/90_ops/10_happenings.ipynb #b32619d0
+_JUST = 10_000 # ms: a session that is younger at the first look of all has just begun
+
+
 def _of_ledger(before, after):
     if before is None or bool(before.unread) != bool(after.unread):
         yield Happening("ledger away" if after.unread else "ledger back", arguments={"text": after.unread},
@@ -317,7 +320,8 @@ def _first(status):
 def _new(status, first):
     "Of a session that was not there in the look before"
     yield from _first(status)
-    if status.state == "running" and not first: yield _started(status)
+    begins = not first or status.time - (status.started or 0) < _JUST
+    if status.state == "running" and begins: yield _started(status)
 
 
 def _between(before, after, trades, large_loss):
