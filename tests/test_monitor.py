@@ -1,11 +1,13 @@
 "Thresholds over a real session: set while it trades, judged by the monitor, told by the alert centre, acknowledged"
 import asyncio
-import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 from servers import webhook
+from test_watchdog import SESSION, address, child, messages
 
 from tradelab.config import settings
 from tradelab.database.operations import Operations
@@ -15,22 +17,20 @@ from tradelab.database.schema import ALERTS
 from tradelab.errors import ConfigurationError
 from tradelab.ops.channels import AlertCentre, apprise_channels
 from tradelab.ops.feed import Feed
-from tradelab.ops.metrics import Sample
 from tradelab.ops.monitor import Monitor, remove_threshold, set_threshold, thresholds_kept
 from tradelab.ops.samples import Gatherer
-from tradelab.watching import example_session
 
 pytestmark = pytest.mark.integration
 
 
 async def served(here, deeds):
     "Gatherer, monitor and alert centre, while a generator of a test runs; it yields what it waits for"
-    feed, gatherer = Feed(here, .05), Gatherer(here, .05)
+    feed, gatherer = Feed(here, .3), Gatherer(here, .3)
     centre = AlertCentre(here, feed, apprise_channels(here.alert_url))
     tasks = [asyncio.create_task(each.run()) for each in (feed, gatherer, centre, Monitor(here, gatherer, centre))]
     try:
         for true in deeds(gatherer):
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(15):
                 while not await asyncio.to_thread(true): await asyncio.sleep(.05)
     finally:
         for task in tasks: task.cancel()
@@ -38,30 +38,30 @@ async def served(here, deeds):
 
 
 def test_a_threshold_set_while_a_session_trades_is_told_acknowledged_and_over():
-    with example_session(200, .05) as place, webhook() as hook:
-        url = f"json://127.0.0.1:{hook.port}/"
-        here = settings().model_copy(update={"database": place.database, "sessions": place.sessions,
-                                             "alert_url": SecretStr(url), "monitor": replace(settings().monitor, interval=.05),
-                                             "alerts": replace(settings().alerts, level="warning")})
-        limit = Threshold('tasks', "RISK", ">", .5, 10_000., "of its process", "ada", clock())
+    with child(SESSION) as process, webhook() as hook:
+        database, sessions, name = process.stdout.readline().split()
+        here = settings().model_copy(update={
+            "database": database, "sessions": Path(sessions), "alert_url": SecretStr(address(hook)),
+            "monitor": replace(settings().monitor, interval=.3), "alerts": replace(settings().alerts, level="warning")})
+        limit = Threshold("equity_quote", "RISK", ">", 1., 1e9, "more than nothing", "ada", clock())
         def alerts():
-            with reading(place.database) as look: rows = look.rows(ALERTS, session=place.session, subject="tasks")
+            with reading(database) as look: rows = look.rows(ALERTS, session=name, subject="equity_quote")
             return rows
-        def told(words): return lambda: any(words in json.loads(body)["message"] for body in hook.bodies())
+        def told(words): return lambda: any(words in message for message in messages(hook))
 
         def deeds(gatherer):
-            yield lambda: f'equity_quote{{session="{place.session}"}}' in gatherer.latest
+            yield lambda: f'equity_quote{{session="{name}"}}' in gatherer.latest
             assert alerts() == []
-            gatherer.add(lambda: [Sample("tasks", 7., {"session": place.session}, clock())])
-            set_threshold(place.database, limit)                           # nothing is started again
-            yield told("tasks WARNING: 7 > 0.5 tasks")
+            set_threshold(database, limit)                           # nothing is started again
+            yield told("equity_quote WARNING: ")
             alert, = alerts()
             assert (alert["kind"], alert["level"], alert["state"]) == ("condition", "warning", "open")
-            Operations(place.database).acknowledge(alert["number"], "ada", clock())
+            Operations(database).acknowledge(alert["number"], "ada", clock())
             assert [(each["state"], each["acknowledged_by"]) for each in alerts()] == [("acknowledged", "ada")]
-            remove_threshold(place.database, "tasks", "ada", clock())
+            remove_threshold(database, "equity_quote", "ada", clock())
             yield lambda: alerts()[0]["state"] == "resolved"
         asyncio.run(served(here, deeds))
         with pytest.raises(ConfigurationError, match="critical must be above warning"):
-            set_threshold(place.database, replace(limit, critical=.1))
-        assert thresholds_kept(place.database) == []
+            set_threshold(database, replace(limit, critical=.1))
+        assert thresholds_kept(database) == []
+        shutil.rmtree(Path(sessions).parent)
