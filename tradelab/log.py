@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'LOG', 'spellings', 'register_secret', 'names_secret', 'redact', 'redact_split', 'unfinished',
            'hide_secret_names', 'without_commands', 'RedactingFormatter', 'formatter', 'get_logger',
-           'register_settings', 'SharedFile', 'in_container', 'console_for', 'configure', 'in_a_sentence',
+           'register_settings', 'SharedFile', 'console_for', 'Aside', 'configure', 'in_a_sentence',
            'warnings_as_sentences']
 
 # %% ../nbs/00_ground/13_log.ipynb #18b29d3b
@@ -19,7 +19,7 @@ import sys
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable
-from html import escape
+from functools import lru_cache
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -29,8 +29,8 @@ import structlog
 from pydantic import SecretStr
 from structlog.typing import EventDict, Processor
 
-from .config import Settings, settings
-from .texts import printable
+from .config import Settings, in_container, settings
+from .texts import html_text, printable
 
 # %% ../nbs/00_ground/13_log.ipynb #lgspl001
 HIDDEN = "[redacted]"
@@ -41,8 +41,8 @@ def spellings(
 ) -> set[str]:
     "The ways in which a program may write a word"
     said = {value, repr(value)[1:-1], *(json.dumps(value, ensure_ascii=each)[1:-1] for each in (True, False))}
-    said |= {json.dumps(each)[1:-1] for each in said} | {escape(each) for each in said} | {
-        escape(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
+    said |= {json.dumps(each)[1:-1] for each in said} | {html_text(each) for each in said} | {
+        html_text(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
     raw = value.encode(errors="surrogatepass")
     coded = {quote(raw, safe=""), quote(raw), quote_plus(raw), quote(raw, safe="@:")}
     lower = {re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), each) for each in coded}
@@ -132,8 +132,8 @@ _formed: list[_Rule] = [
     (re.compile(rf"(?i)(https?://[^\s/\"'<>]*hooks?\.[^\s/\"'<>]+/){_REST}"), _BEHIND),
     (re.compile(rf"(?i)(https?://[^\s\"'<>]*?/(?:web)?hooks?\w*/){_REST}"), _BEHIND),
     (re.compile(rf"(?i)(?<![\w+.-])((?:{_APPRISE})://){_REST}"), _BEHIND),
-    (re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)?|\bxox[a-z]-[\w-]{10,}|\bgh[opsu]_\w{20,}|\bAKIA[0-9A-Z]{16}\b"),
-     HIDDEN),
+    (re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)?|\bxox[a-z]-[\w-]{10,}"), HIDDEN),
+    (re.compile(r"\bgh[opsu]_\w{20,}|\bAKIA[0-9A-Z]{16}\b"), HIDDEN),
     (re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.S), _BEHIND)]
 _CUES = ("secret", "signature", "pass", "pwd", "token", "key", "authorization", "cookie", "bearer", "basic ", "://",
          "eyj", "xox", "gho_", "ghp_", "ghs_", "ghu_", "akia")
@@ -185,9 +185,12 @@ def unfinished(text: str) -> int:
     return max(len(text) - start, *begun, 0)
 
 # %% ../nbs/00_ground/13_log.ipynb #b972b358
+_keys_secret = lru_cache(1_000)(_secret_key.match) # the names of a log are few
+
+
 def _hide(name, value):
     if isinstance(value, dict): return {key: _hide(str(key), inner) for key, inner in value.items()}
-    if _secret_key.match(name) and value is not None: return HIDDEN
+    if _keys_secret(name) and value is not None: return HIDDEN
     return [_hide("", inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -298,11 +301,6 @@ def _install(handlers):
         _handlers.append(handler)
 
 # %% ../nbs/00_ground/13_log.ipynb #lgcon002
-def in_container() -> bool:
-    "Whether this process runs in a container"
-    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "KUBERNETES_SERVICE_HOST" in os.environ
-
-
 def console_for(
     here: Settings,
     contained: bool | None = None,  # [default: `in_container`, and stdout is no terminal]
@@ -312,9 +310,35 @@ def console_for(
     contained = in_container() and not sys.stdout.isatty() if contained is None else contained
     return "json" if contained else "human"
 
+# %% ../nbs/00_ground/13_log.ipynb #lgcon005
+class Aside(logging.Handler):
+    "Writes to a pipe of which somebody else has the other end; what it does not take at once is dropped"
+    def __init__(self, place: int) -> None: # an open file
+        super().__init__()
+        self.place = place
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try: os.write(self.place, f"{self.format(record)}\n".encode(errors="replace"))
+        except OSError: pass
+
+    def close(self) -> None:
+        os.close(self.place)
+        super().close()
+
+
+def _runner(here):
+    "The stdout of the process that runs this notebook, where that gets JSON and can be opened"
+    if console_for(here, in_container()) != "json": return []
+    try: place = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+    except OSError: return []
+    if here.log_console == "json" or not os.isatty(place): return [place]
+    os.close(place)
+    return []
+
 # %% ../nbs/00_ground/13_log.ipynb #528a9a4a
 def _console(here, console):
     "The stream, and the look of its lines; none for no console"
+    if console == "job": return [(Aside(place), formatter(False)) for place in _runner(here)]
     look = "off" if console is False else "human" if console else console_for(here)
     if look == "off": return []
     stream = console or (sys.stdout if look == "json" else sys.stderr)
@@ -323,7 +347,7 @@ def _console(here, console):
 
 def configure(
     here: Settings | None = None,                  # by default the settings that are in force now
-    console: TextIO | Literal[False] | None = None,  # a stream for people, False for none; by default `log_console`
+    console: TextIO | Literal[False, "job"] | None = None, # a stream for people, False: none; [default: log_console]
     max_bytes: int = 10_000_000,                   # the file is rotated beyond this size
     backups: int = 5,                              # rotated files that are kept
 ) -> Path:                                         # the file
