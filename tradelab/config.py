@@ -7,10 +7,10 @@ __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENT
            'Seconds', 'Person', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS',
            'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED', 'FORBIDDING', 'FALSE', 'project_root', 'Trust',
            'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings', 'Settings',
-           'known_keys', 'nearest', 'read_table', 'read_variables', 'name_passphrase_file', 'read_places', 'settings',
-           'job_settings', 'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private',
-           'is_confirmed', 'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys',
-           'venue_for']
+           'known_keys', 'nearest', 'read_table', 'read_variables', 'name_passphrase_file', 'in_container',
+           'read_places', 'settings', 'job_settings', 'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of',
+           'check_private', 'is_confirmed', 'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding',
+           'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -463,6 +463,11 @@ def name_passphrase_file(
 ) -> None:
     "Set `passphrase_file` for this process and its children"
     os.environ[f"{PREFIX}PASSPHRASE_FILE"] = path
+
+# %% ../nbs/00_ground/12_config.ipynb #cfgcont2
+def in_container() -> bool:
+    "Whether this process runs in a container"
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "KUBERNETES_SERVICE_HOST" in os.environ
 
 # %% ../nbs/00_ground/12_config.ipynb #d1e96f84
 FORMAT = 1 # of tradelab.toml; it counts up when a file for an older version could be misread
