@@ -38,8 +38,9 @@ class Served:
         self.port = variables["metrics_port"]
         given = {f"TRADELAB_{name.upper()}": str(value) for name, value in variables.items()}
         self.out = open("serve.out", "w+")
-        self.process = subprocess.Popen([sys.executable, "-c", before + COMMAND, "serve"], stdout=self.out, stderr=subprocess.STDOUT,
-                                        stdin=subprocess.DEVNULL, env=os.environ | given | {"PYTHONUNBUFFERED": "1"})
+        self.process = subprocess.Popen([sys.executable, "-c", before + COMMAND, "serve"], stdout=self.out,
+                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                        env=os.environ | given | {"PYTHONUNBUFFERED": "1"})
 
     @property
     def said(self): return Path("serve.out").read_text()
