@@ -293,8 +293,13 @@ def test_a_reader_follows_over_rotations_until_ctrl_c(project):
 @pytest.mark.parametrize("look, stdout, stderr", [("json", "{", ""), ("human", "", "begun"), ("off", "", "")])
 def test_the_console_gets_what_the_setting_says(project, look, stdout, stderr):
     (project / "tradelab.toml").write_text(f'log_console = "{look}"')
-    ran = subprocess.run([sys.executable, "-c", "from tradelab.log import configure, get_logger; configure(); "
-                          "get_logger('x').info('begun')"], capture_output=True, text=True)
+    program = "from tradelab.log import configure, get_logger; configure({}); get_logger('x').info('begun')"
+    ran = subprocess.run([sys.executable, "-c", program.format("")], capture_output=True, text=True)
     assert ran.stdout[:1] == stdout
     assert (stderr in ran.stderr) if stderr else ran.stderr == ""
     assert [each.text for each in lines(project / "logs")] == ["begun"]
+    program = program.format("console='job'")
+    runner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}], stdout=subprocess.DEVNULL)"
+    ran = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True)
+    assert ran.stdout[:1] == stdout
+    assert ran.stderr == ""

@@ -280,7 +280,6 @@ def test_alerts_come_once_to_each_and_are_acknowledged_by_a_button(tmp_path, led
         lab.double.answers["sendMessage"].append((502, "Bad Gateway"))
         lab.double.blocked.add(OTHER_ADMIN)
         assert lab.send(told).startswith("1: Telegram cannot be asked: NetworkError: Bad Gateway")
-        assert lab.send(told) == ""
         assert lab.send(told) == "" # nobody gets it twice
         assert [each.user for each in lab.double.sent] == [VIEWER, ADMIN]
         assert [list(each.keys.values()) for each in lab.double.sent] == [[], [f"ack:{number}"]]

@@ -1,4 +1,5 @@
 "The watchdog hears the silence of real processes: killed, stopped, with a clock that stands still; and of the ledger"
+import asyncio
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from tradelab.database.reading import reading
 from tradelab.database.records import Delivery, clock
 from tradelab.database.schema import ALERTS, MEASURED, SERVICES
 from tradelab.live.ledger import Ledger
+from tradelab.ops.health import Examiner
 from tradelab.ops.watchdog import Watchdog, signs
 
 pytestmark = pytest.mark.integration
@@ -108,7 +110,10 @@ def test_a_session_whose_clock_stands_that_is_stopped_and_is_killed():
             was = getattr(seen(database, sessions), field)
             until(lambda: getattr(seen(database, sessions), field) != was)
 
+        health = Examiner(dog.here)
+        def states(): return {each.name: each.state for each in asyncio.run(health()).found}
         steps(dog, time, 15, lambda: moved("beat"))
+        assert {"session": "up", "venue": "up", "watchdog": "down"}.items() <= states().items()
         later(dog, time, 60)                                              # it was stopped itself, and blames nobody
         assert messages(hook) == []
 
@@ -149,6 +154,8 @@ def test_a_session_whose_clock_stands_that_is_stopped_and_is_killed():
         assert messages(other) == []
 
         process.kill()
+        process.wait()
+        assert {"session": "down", "venue": "off"}.items() <= states().items()
         again, now = watchdog(database, sessions, address(hook))
         steps(again, now, 30)
         assert len(messages(hook)) == 4                                   # nor does another watchdog begin anew

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'LOG', 'spellings', 'register_secret', 'names_secret', 'redact', 'redact_split', 'unfinished',
            'hide_secret_names', 'without_commands', 'RedactingFormatter', 'formatter', 'get_logger',
-           'register_settings', 'SharedFile', 'in_container', 'console_for', 'configure', 'in_a_sentence',
+           'register_settings', 'SharedFile', 'in_container', 'console_for', 'Aside', 'configure', 'in_a_sentence',
            'warnings_as_sentences']
 
 # %% ../nbs/00_ground/13_log.ipynb #18b29d3b
@@ -19,6 +19,7 @@ import sys
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from html import escape
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -185,9 +186,12 @@ def unfinished(text: str) -> int:
     return max(len(text) - start, *begun, 0)
 
 # %% ../nbs/00_ground/13_log.ipynb #b972b358
+_keys_secret = lru_cache(1_000)(_secret_key.match) # the names of a log are few
+
+
 def _hide(name, value):
     if isinstance(value, dict): return {key: _hide(str(key), inner) for key, inner in value.items()}
-    if _secret_key.match(name) and value is not None: return HIDDEN
+    if _keys_secret(name) and value is not None: return HIDDEN
     return [_hide("", inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -312,9 +316,35 @@ def console_for(
     contained = in_container() and not sys.stdout.isatty() if contained is None else contained
     return "json" if contained else "human"
 
+# %% ../nbs/00_ground/13_log.ipynb #lgcon005
+class Aside(logging.Handler):
+    "Writes to a pipe of which somebody else has the other end; what it does not take at once is dropped"
+    def __init__(self, place: int) -> None: # an open file
+        super().__init__()
+        self.place = place
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try: os.write(self.place, f"{self.format(record)}\n".encode(errors="replace"))
+        except OSError: pass
+
+    def close(self) -> None:
+        os.close(self.place)
+        super().close()
+
+
+def _runner(here):
+    "The stdout of the process that runs this notebook, where that gets JSON and can be opened"
+    if console_for(here, in_container()) != "json": return []
+    try: place = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+    except OSError: return []
+    if here.log_console == "json" or not os.isatty(place): return [place]
+    os.close(place)
+    return []
+
 # %% ../nbs/00_ground/13_log.ipynb #528a9a4a
 def _console(here, console):
     "The stream, and the look of its lines; none for no console"
+    if console == "job": return [(Aside(place), formatter(False)) for place in _runner(here)]
     look = "off" if console is False else "human" if console else console_for(here)
     if look == "off": return []
     stream = console or (sys.stdout if look == "json" else sys.stderr)
@@ -323,7 +353,7 @@ def _console(here, console):
 
 def configure(
     here: Settings | None = None,                  # by default the settings that are in force now
-    console: TextIO | Literal[False] | None = None,  # a stream for people, False for none; by default `log_console`
+    console: TextIO | Literal[False, "job"] | None = None, # a stream for people, False: none; [default: log_console]
     max_bytes: int = 10_000_000,                   # the file is rotated beyond this size
     backups: int = 5,                              # rotated files that are kept
 ) -> Path:                                         # the file

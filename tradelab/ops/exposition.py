@@ -6,7 +6,7 @@
 __all__ = ['logger', 'PREFIX', 'METHODS', 'family', 'text_of', 'Requests', 'check_address', 'is_allowed', 'measured', 'make_app',
            'Exposition']
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #a86aeaad
+# %% ../../nbs/90_ops/04_exposition.ipynb #cd6cf603
 import asyncio
 import hmac
 import threading
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("ops.exposition")
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #97316810
+# %% ../../nbs/90_ops/04_exposition.ipynb #ba439e48
 PREFIX = "tradelab_"
 
 
@@ -41,6 +41,12 @@ def _bounds(metric, buckets):
     return rows
 
 
+def _whole(found, buckets):
+    "What prometheus_client leaves out of a histogram of signed numbers: its sum may fall, its mean is still a mean"
+    found.add_sample(f"{found.name}_count", buckets.labels, float(sum(buckets.counts)))
+    found.add_sample(f"{found.name}_sum", buckets.labels, buckets.sum)
+
+
 def family(metric:Metric, samples:list[Sample], histograms:list[Buckets])->"Family":
     "A metric with its samples, for Prometheus"
     from prometheus_client import core
@@ -48,6 +54,7 @@ def family(metric:Metric, samples:list[Sample], histograms:list[Buckets])->"Fami
         found = core.HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=metric.labels)
         for each in histograms:
             found.add_metric([each.labels.get(label, "") for label in metric.labels], _bounds(metric, each), each.sum)
+            if metric.bounds[0] < 0: _whole(found, each)
         return found
     kind = core.CounterMetricFamily if metric.kind == "counter" else core.GaugeMetricFamily
     plain = kind(PREFIX + metric.name, metric.help, labels=metric.labels)
@@ -75,7 +82,7 @@ def text_of(gatherer:Gatherer)->bytes:
     registry.register(_Collected(gatherer))
     return generate_latest(registry)
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #500ed54f
+# %% ../../nbs/90_ops/04_exposition.ipynb #a8a3975c
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 
 
@@ -106,7 +113,7 @@ class Requests:
         return [*found, Sample("errors_ratio", share, {}, time),
                 Sample("auth_failures_total", float(self._strangers), {}, time)]
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #aee5d786
+# %% ../../nbs/90_ops/04_exposition.ipynb #ce2a399f
 def check_address(here:Settings)->None:
     "ConfigurationError if everybody could read the figures"
     if here.metrics_token is None and not is_here(here.metrics_host):
@@ -120,7 +127,7 @@ def is_allowed(here:Settings, said:str)->bool:
     wanted = f"Bearer {here.metrics_token.get_secret_value()}"
     return hmac.compare_digest(said.encode("utf-8", "replace"), wanted.encode())
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #b8c947a1
+# %% ../../nbs/90_ops/04_exposition.ipynb #6b69326c
 def measured(requests:Requests)->Any:
     "The middleware that counts requests, whatever becomes of them"
     from aiohttp import web
@@ -159,7 +166,7 @@ def make_app(here:Settings, gatherer:Gatherer, requests:Requests)->"web.Applicat
     app.router.add_get("/metrics", metrics)
     return app
 
-# %% ../../nbs/90_ops/04_exposition.ipynb #47d0fbe5
+# %% ../../nbs/90_ops/04_exposition.ipynb #e787452f
 class Exposition:
     "Answers at metrics_host and metrics_port; a part of `tradelab serve`"
     name = "metrics"
@@ -177,10 +184,11 @@ class Exposition:
         "Answer, until it is cancelled; ConfigurationError if the port is taken"
         from aiohttp import web
         if self._runner is None: # an app runs once, and is kept if only the port was taken
-            self._runner = web.AppRunner(self.app, access_log=None, handle_signals=False, keepalive_timeout=30.)
+            self._runner = web.AppRunner(self.app, access_log=None, handle_signals=False, keepalive_timeout=30.,
+                                         shutdown_timeout=1.)
             await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, self.here.metrics_host, self.here.metrics_port, shutdown_timeout=1.)
+            site = web.TCPSite(self._runner, self.here.metrics_host, self.here.metrics_port)
             await site.start()
         except OSError as error:
             raise ConfigurationError(f"the figures cannot be served at {self.here.metrics_host}:"

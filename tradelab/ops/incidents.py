@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo
 
 from ..config import AlertSettings
 from ..database.records import Alert
+from ..errors import ConfigurationError
 from ..live.alerts import LEVELS
 from ..log import redact
 from .happenings import ENDS, HAPPENINGS, LASTING, RESTORES, Happening
@@ -215,9 +216,13 @@ class Rules:
 
 
 def rules_of(asked:AlertSettings)->Rules:
-    "ConfigurationError if a level is of no kind"
+    "ConfigurationError if a level is of no kind, or of one that is told wherever its opposite was"
+    levels = levels_of(asked.levels)
+    for kind in levels.keys() & RESTORES.keys():
+        raise ConfigurationError(f"alerts.levels, {kind}: it is told to whom {RESTORES[kind][0]!r} was told: set the "
+                                 "level of that")
     return Rules(asked.level, int(MINUTE * asked.minutes), int(MINUTE * asked.escalate_after), asked.quiet,
-                 asked.timezone, levels_of(asked.levels))
+                 asked.timezone, levels)
 
 
 def escalates_at(alert:Alert, rules:Rules)->int|None:
@@ -278,7 +283,7 @@ Alerts = Mapping[tuple[str, str, str], Alert] # by kind, session and subject
 
 
 def key_for(happening:Happening)->tuple[str, str, str]:
-    return happening.kind, happening.session, one_line(happening.subject, 200)
+    return happening.kind, happening.session, one_line(redact(happening.subject), 200)
 
 
 def ends(happening:Happening, alerts:Alerts)->list[Alert]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEVER', 'BATCH', 'PAUSE', 'LONGEST', 'MOST', 'AT_END', 'AGAIN', 'SERIES', 'HOUR', 'escaped', 'field_of', 'line_of',
            'lines_of', 'Target', 'target_of', 'Waiting', 'Answer', 'post', 'heed', 'LineSink', 'is_kept', 'rows_of',
-           'write_rows', 'LedgerSink', 'sinks_for', 'dropped_by']
+           'write_rows', 'LedgerSink']
 
 # %% ../../nbs/90_ops/05_line_protocol.ipynb #ebfc380d
 import asyncio
@@ -312,15 +312,3 @@ class LedgerSink:
         while True:
             await asyncio.sleep(self.every)
             await self.write()
-
-# %% ../../nbs/90_ops/05_line_protocol.ipynb #63d2f7ff
-def sinks_for(here:Settings, operations:Operations)->list[LineSink|LedgerSink]:
-    "The parts that these settings ask for; ConfigurationError if influx_url is no address"
-    target = target_of(here)
-    ledger = LedgerSink(operations, here.telemetry.interval, here.monitor.retention)
-    return [LineSink(target), ledger] if target else [ledger]
-
-
-def dropped_by(sinks:Iterable[LineSink|LedgerSink], now:int)->list[Sample]: # ms
-    "How much each has dropped so far"
-    return [Sample("events_dropped_total", float(sink.dropped), {"sink": sink.name}, now) for sink in sinks]

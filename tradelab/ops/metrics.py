@@ -197,7 +197,7 @@ class Wanted:
         "Whether a sample is one of those that are meant"
         return sample.name == self.metric.name and self.labels.items() <= sample.labels.items()
 
-
+# %% ../../nbs/90_ops/02_metrics.ipynb #23b0579d
 _OWNERS = {each.owner: each.name for each in METRICS.values() if each.owner}
 _WORDS = re.compile(r'(?P<name>\w+)\s*(?:\{(?P<labels>.*)\})?', re.DOTALL)
 _LABEL = re.compile(r'\s*(\w+)\s*=\s*"((?:[^"\\]|\\.)*)"\s*(?:,|$)', re.DOTALL)

@@ -11,7 +11,7 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'told_to_all',
            'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
 
-# %% ../../nbs/90_ops/03_samples.ipynb #3ba31f73
+# %% ../../nbs/90_ops/03_samples.ipynb #e29471da
 import asyncio
 import math
 from collections import Counter, deque
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("ops.samples")
 
-# %% ../../nbs/90_ops/03_samples.ipynb #fa261e8b
+# %% ../../nbs/90_ops/03_samples.ipynb #9948ee55
 CLOSES_KEPT = 100_000  # equity, for the ratios
 PRICES_KEPT = 1_000    # closes of a symbol, for value at risk and regimes
 FIRST = 20_000         # decisions that are read at the first look
@@ -94,7 +94,7 @@ class Followed:
 
     def count(self, name:str, by:int=1, **labels:str)->None: self.totals[name, tuple(labels.items())] += by
 
-# %% ../../nbs/90_ops/03_samples.ipynb #0659851a
+# %% ../../nbs/90_ops/03_samples.ipynb #5e34a0f0
 def fresh(
     look:Reading,
     known:Followed,
@@ -111,7 +111,7 @@ def fresh(
             known.cursors[table.name] = row["number"]
             yield row
 
-# %% ../../nbs/90_ops/03_samples.ipynb #5ca6f3b7
+# %% ../../nbs/90_ops/03_samples.ipynb #c0d9c3ee
 _TAKEN = {State.REJECTED: False, State.ABSENT: False}
 
 
@@ -124,7 +124,9 @@ def read_orders(look:Reading, known:Followed, venue:str)->None:
 
 
 def read_notices(look:Reading, known:Followed)->None:
-    "Count notices, and what is told by them"
+    "Count notices, and what is told by them: it is 0 until there is one"
+    for name in ("gaps_total", "decisions_dropped_total"): known.count(name, 0)
+    for level in ("info", "warning", "error", "critical"): known.count("notices_total", 0, level=level)
     for row in fresh(look, known, NOTICES):
         known.count("notices_total", level=KINDS.get(row["kind"], ("warning",))[0])
         if row["kind"] == "hole": known.count("gaps_total")
@@ -136,7 +138,7 @@ def read_deliveries(look:Reading, known:Followed)->None:
     for row in fresh(look, known, MEASURED[Delivery]):
         known.count("alerts_sent_total", channel=row["channel"], outcome="arrived" if row["good"] else "failed")
 
-# %% ../../nbs/90_ops/03_samples.ipynb #1bec936d
+# %% ../../nbs/90_ops/03_samples.ipynb #12aa4cc3
 _OLDER = {"clock [ms]": ("clock_offset_seconds", .001)}
 
 
@@ -162,7 +164,7 @@ def read_measured(look:Reading, known:Followed, venue:str)->list[Sample]: # new 
         if sample.name == "inference_seconds": known.decided = row["time"]
     return found
 
-# %% ../../nbs/90_ops/03_samples.ipynb #782c62b1
+# %% ../../nbs/90_ops/03_samples.ipynb #ff1de2e4
 BEGINS = ("the session begins", "the session goes on") # of a phase: a process was started
 
 
@@ -194,7 +196,7 @@ def availability(
     traded = sum(max(end - since, 0) for (since, name, _), end in zip(known.phases, ends) if name == "trading")
     return traded / (now - known.phases[0][0])
 
-# %% ../../nbs/90_ops/03_samples.ipynb #e4c4c79f
+# %% ../../nbs/90_ops/03_samples.ipynb #5313dbcd
 @dataclass
 class Trip:
     "A round trip, so far"
@@ -222,7 +224,7 @@ def settled(
         trip.profit = 0.
     return ended
 
-# %% ../../nbs/90_ops/03_samples.ipynb #57424d01
+# %% ../../nbs/90_ops/03_samples.ipynb #7076c0ec
 def _decided_prices(look, session, ids):
     "The close on which each market order was decided, by its id"
     rows = look.rows(INTENTS, INTENTS.c.order_id.in_(ids), session=session)
@@ -261,7 +263,7 @@ def _told_of(known, entry, decided, now):
         found.append(("slippage_ratio", (entry.price / decided - 1.) * math.copysign(1., entry.quantity)))
     return [Sample(name, value, labels, now) for name, value in found]
 
-# %% ../../nbs/90_ops/03_samples.ipynb #e18ebb0f
+# %% ../../nbs/90_ops/03_samples.ipynb #93a663fa
 @lru_cache
 def _outcome(reason:int)->str:
     try: return Reason(reason).name.lower()
@@ -296,7 +298,7 @@ def read_closes(look:Reading, known:Followed)->None:
     else: rows = look.rows(CLOSES, CLOSES.c.open_time >= known.equity.pop()[0], session=known.session)
     known.equity.extend((row["open_time"], row["equity"], row["drawdown"]) for row in rows)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #2db138f1
+# %% ../../nbs/90_ops/03_samples.ipynb #fc7900b1
 LEAST_CLOSES = 500
 AHEAD = 24 # candles
 
@@ -326,7 +328,7 @@ def regime_of(
     return RegimeNow(known, dict(zip(REGIMES, read[-1, 2:].tolist())),
                      float(right[counts].mean()) if counts.any() else None, seen)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #71e30d38
+# %% ../../nbs/90_ops/03_samples.ipynb #ba38bb46
 def read_regimes(known:Followed, decided:int)->None: # candles of the session so far
     "Recognise the regimes anew, where something has closed and enough is known; a market that never moved has none"
     for symbol, closes in known.prices.items():
@@ -335,7 +337,7 @@ def read_regimes(known:Followed, decided:int)->None: # candles of the session so
         try: known.regimes[symbol] = regime_of(closes, decided, before)
         except ValueError as error: logger.debug(f"{symbol}: {error}", session=known.session)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #5197462f
+# %% ../../nbs/90_ops/03_samples.ipynb #b127c88b
 Figure = tuple[str, float|None, dict[str, str]] # metric, value, labels
 
 
@@ -364,7 +366,7 @@ def of_orders(known:Followed, status:Status)->Iterator[Figure]:
     hour = status.candle + milliseconds(status.settings.get("timeframe", "1h")) - 3_600_000
     yield "trade_frequency_per_minute", sum(each > hour for each in known.fills) / 60, {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #995ebcb0
+# %% ../../nbs/90_ops/03_samples.ipynb #d655e916
 LEAST_RETURNS = 30
 
 
@@ -392,7 +394,7 @@ def tail_figures(past:np.ndarray, weights:np.ndarray)->Iterator[Figure]:
     related = np.corrcoef(past[:, held].T) * np.outer(signs, signs)
     yield "correlation_ratio", float(np.mean([related[pair] for pair in combinations(range(len(held)), 2)])), {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #b62fca61
+# %% ../../nbs/90_ops/03_samples.ipynb #96bda749
 def of_risk(known:Followed, status:Status)->Iterator[Figure]:
     "What is held, what it could lose, and what restricts trading"
     yield "equity_quote", status.equity, {}
@@ -415,7 +417,7 @@ def of_risk(known:Followed, status:Status)->Iterator[Figure]:
                  if notional and symbol in rows)
     if needed: yield "margin_ratio", equity / needed, {}
 
-# %% ../../nbs/90_ops/03_samples.ipynb #486d54bb
+# %% ../../nbs/90_ops/03_samples.ipynb #e2911b37
 def equity_series(known:Followed)->"pd.Series":
     "The equity at closes, as evaluation wants it"
     import pandas as pd
@@ -439,7 +441,7 @@ def of_performance(known:Followed, status:Status)->Iterator[Figure]:
     except ValueError as error: logger.debug(f"no performance: {error}", session=known.session)
     else: yield from ((name, found[of], {}) for name, of in _CURVE.items())
 
-# %% ../../nbs/90_ops/03_samples.ipynb #5fc2b72b
+# %% ../../nbs/90_ops/03_samples.ipynb #41d0d1c6
 def divergence(mean:float, deviation:float)->float:
     "Jeffreys' divergence of a normal law from that with mean 0 and deviation 1"
     variance = max(deviation, 1e-3) ** 2
@@ -462,7 +464,7 @@ def replace_name(sample:Sample, name:str)->Sample:
     "The same of another metric"
     return Sample(name, sample.value, sample.labels, sample.time)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #d9095b72
+# %% ../../nbs/90_ops/03_samples.ipynb #a82a23e5
 _LIVING = ("process_cpu_ratio", "process_memory_bytes", "open_files", "threads", "tasks", "stream_age_seconds",
            "clock_offset_seconds")
 
@@ -506,7 +508,7 @@ def read_session(look:Reading, known:Followed, status:Status)->list[Sample]: # n
     read_regimes(known, decided)
     return read_measured(look, known, venue) + read_fills(look, known, status.time)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #bac04408
+# %% ../../nbs/90_ops/03_samples.ipynb #3cc69e42
 @dataclass
 class Buckets:
     "The observations of one histogram"
@@ -521,7 +523,7 @@ class Buckets:
         self.counts[next((n for n, bound in enumerate(bounds) if value <= bound), len(bounds))] += 1
         self.sum += value
 
-# %% ../../nbs/90_ops/03_samples.ipynb #d0f8d6e0
+# %% ../../nbs/90_ops/03_samples.ipynb #a3e104b5
 def machine(here:Settings, time:int)->Iterator[Sample]:
     "What the machine has left"
     import psutil  # when something is read
@@ -569,7 +571,7 @@ def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
         except Exception as error: logger.warning(f"samples were not taken: {one_line(str(error), 300)}")
     return samples
 
-# %% ../../nbs/90_ops/03_samples.ipynb #a2ea9064
+# %% ../../nbs/90_ops/03_samples.ipynb #e2c14c44
 LIMIT = 10. # seconds that a look at the ledger may take
 
 
@@ -584,7 +586,7 @@ async def gather_again_and_again(gatherer:"Gatherer")->None:
         except Exception as error: logger.warning(f"samples wait: {one_line(str(error), 300)}")
         await asyncio.sleep(max(.02, gatherer.every + began - monotonic()))
 
-# %% ../../nbs/90_ops/03_samples.ipynb #f001a888
+# %% ../../nbs/90_ops/03_samples.ipynb #6e40d3fb
 class Gatherer:
     "Makes samples of what sessions write; a part of `tradelab serve`"
     name = "samples"
@@ -649,7 +651,7 @@ class Gatherer:
     def gather(self)->list[Sample]: return told_to_all(self, samples_or_none(self))
     async def run(self)->None: await gather_again_and_again(self)
 
-# %% ../../nbs/90_ops/03_samples.ipynb #cbba2a3c
+# %% ../../nbs/90_ops/03_samples.ipynb #a9d2d276
 def gathered_once(
     here:Settings,
     session:str="",  # only this one; LookupError if nobody knows it

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'EVERY', 'FRESH', 'HOUR', 'ACTIONS', 'TRIES', 'ATTEMPTS', 'LONGEST_WAIT', 'COMMANDS_OF', 'ACK', 'FAILED',
            'ALLOWED', 'Said', 'said_in', 'role_of', 'Pace', 'Action', 'Plan', 'breaker_of', 'plan_of', 'Codes',
-           'reply_now', 'choices', 'Outcome', 'carry_out', 'answer_now', 'pause_after', 'quiet_library',
-           'ears_and_voice', 'buttons', 'speak', 'help_lines', 'command_in', 'note', 'refuse', 'in_words', 'act',
-           'later', 'settled', 'want', 'which', 'confirm', 'acknowledge', 'pressed', 'number_in', 'told_of', 'obey',
-           'respond', 'meet_stranger', 'updates_of', 'hear_next', 'trouble', 'tell_people', 'TelegramBot',
-           'TelegramError', 'check_telegram', 'bot_for', 'check_bot']
+           'reply_now', 'choices', 'Outcome', 'carry_out', 'answer_now', 'pause_after', 'buttons', 'ears_and_voice',
+           'speak', 'help_lines', 'command_in', 'TelegramBot', 'TelegramError', 'check_telegram', 'bot_for',
+           'check_bot']
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #2f5bdfbe
 import asyncio
@@ -287,8 +285,15 @@ def _seconds(error):
         asked = error.retry_after
     return asked.total_seconds() if isinstance(asked, timedelta) else float(asked)
 
+# %% ../../nbs/90_ops/17_telegram.ipynb #914bf5f5
+def buttons(*rows:tuple[str, str])->"InlineKeyboardMarkup|None": # text and data of each
+    "A column of buttons; what is too long for one is left out"
+    from telegram import InlineKeyboardButton, InlineKeyboardMarkup
+    made = [[InlineKeyboardButton(text, callback_data=data)] for text, data in rows if len(data.encode()) <= 64]
+    return InlineKeyboardMarkup(made) if made else None
+
 # %% ../../nbs/90_ops/17_telegram.ipynb #05fde12c
-def quiet_library()->None:
+def _quiet_library()->None:
     "What the library says itself would be said twice, and httpx shows addresses with the token in them"
     from telegram.warnings import PTBDeprecationWarning, PTBUserWarning
     logging.getLogger("telegram").setLevel(logging.CRITICAL + 1)
@@ -305,7 +310,7 @@ def ears_and_voice(
     from telegram import Bot
     from telegram.ext import AIORateLimiter, ExtBot
     from telegram.request import HTTPXRequest
-    quiet_library()
+    _quiet_library()
     token = here.telegram_token.get_secret_value() if here.telegram_token else ""
     register_secret(token)
     def patient(): return HTTPXRequest(8, limit, limit, limit, limit)
@@ -313,13 +318,6 @@ def ears_and_voice(
     return (Bot(token, where, request=patient(), get_updates_request=patient()),
             ExtBot(token, where, request=patient(), get_updates_request=patient(),
                    rate_limiter=AIORateLimiter(max_retries=1)))
-
-# %% ../../nbs/90_ops/17_telegram.ipynb #914bf5f5
-def buttons(*rows:tuple[str, str])->"InlineKeyboardMarkup|None": # text and data of each
-    "A column of buttons; what is too long for one is left out"
-    from telegram import InlineKeyboardButton, InlineKeyboardMarkup
-    made = [[InlineKeyboardButton(text, callback_data=data)] for text, data in rows if len(data.encode()) <= 64]
-    return InlineKeyboardMarkup(made) if made else None
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #874dbf70
 ATTEMPTS = 3     # of a reply
@@ -377,7 +375,7 @@ def command_in(text:str, username:str)->tuple[str, list[str]]:
     return ("", words) if name[:1] != "/" or bot.lower() not in ("", username.lower()) else (name[1:].lower(), words)
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #60b3fdc4
-async def note(bot:"TelegramBot", said:Said, action:str, outcome:str, text:str="", target:str="")->None:
+async def _note(bot:"TelegramBot", said:Said, action:str, outcome:str, text:str="", target:str="")->None:
     "Leave a row in the audit; where the ledger takes none, the log has it"
     row = Audited(bot.now(), said.person, "telegram", action, target, outcome, one_line(redact(text), 300))
     logger.info("telegram", person=row.person, action=action, target=target, outcome=outcome, answer=row.text)
@@ -385,38 +383,38 @@ async def note(bot:"TelegramBot", said:Said, action:str, outcome:str, text:str="
     except (OSError, ValueError) as error: logger.warning("the audit was not kept", action=action, why=str(error))
 
 
-async def refuse(bot:"TelegramBot", said:Said, action:str, name:str, target:str="", /, **values:Any)->None:
+async def _refuse(bot:"TelegramBot", said:Said, action:str, name:str, target:str="", /, **values:Any)->None:
     "Say that something is not done, and keep that it was wanted"
     text = line(name, bot.language, **values)
     await bot.reply(said, [text])
-    await note(bot, said, action, "refused", line(name, "en", **values), target)
+    await _note(bot, said, action, "refused", line(name, "en", **values), target)
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #0cf12373
 FAILED = LookupError, ValueError, OSError, RuntimeError # of what is asked of a ledger, each with a sentence
 
 
-def in_words(error:Exception)->str:
+def _in_words(error:Exception)->str:
     "An error for people"
     return one_line(redact(str(error)), 300) or "it took too long"
 
 
-async def act(bot:"TelegramBot", said:Said, plan:Plan)->None:
+async def _act(bot:"TelegramBot", said:Said, plan:Plan)->None:
     "Do what is wanted, and tell what came of it; the answer of a session that is busy follows"
     action, target = f"/{plan.name}", plan.session
     try: outcome = await bot.thread("act", carry_out, bot.here, plan, bot.patience)
-    except FAILED as error: return await refuse(bot, said, action, "failed", target, text=in_words(error))
+    except FAILED as error: return await _refuse(bot, said, action, "failed", target, text=_in_words(error))
     told = outcome.answer
     if not told and not outcome.over:
         await bot.reply(said, [line("busy", bot.language, whose=outcome.whose)])
-        await note(bot, said, action, "asked", "no answer yet", outcome.whose)
-        told = await later(bot, outcome.number)
+        await _note(bot, said, action, "asked", "no answer yet", outcome.whose)
+        told = await _later(bot, outcome.number)
     name = "answered" if told else "silent"
     await bot.reply(said, pages([line(name, bot.language, whose=outcome.whose, text=told)]))
     good = "failed" if not told else "refused" if told.startswith("refused") else "done"
-    await note(bot, said, action, good, told, outcome.whose)
+    await _note(bot, said, action, good, told, outcome.whose)
 
 
-async def later(bot:"TelegramBot", number:int)->str:
+async def _later(bot:"TelegramBot", number:int)->str:
     "The answer to a command that came late; empty if there is none for ten minutes"
     for _ in range(300):
         await asyncio.sleep(bot.pause)
@@ -426,74 +424,77 @@ async def later(bot:"TelegramBot", number:int)->str:
     return ""
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #617f903c
-def settled(plan:Plan, sessions:Sequence[str], folder:Any)->Plan:
+def _settled(plan:Plan, sessions:Sequence[str], folder:Any)->Plan:
     "The plan with the one session that it can be for; LookupError if there is none for it"
     if plan.session or not sessions and WORDS[plan.asked.name].alone: return plan
     return replace(plan, session=one_running(None, sessions, folder))
 
 
-async def want(bot:"TelegramBot", said:Said, name:str, words:list[str])->None:
+async def _want(bot:"TelegramBot", said:Said, name:str, words:list[str])->None:
     "An admin wants something: find out of which session, and do it, or ask for a code"
     action = " ".join(filter(None, (f"/{name}", *words)))[:120]
     try:
         sessions, strategies = await bot.thread("act", choices, bot.here, WORDS[ACTIONS[name].word].alone, bot.now())
         plan = plan_of(said, name, words, [*sessions, *strategies])
-        if not plan.session and len(sessions) > 1: return await which(bot, said, name, words, sessions)
-        plan = settled(plan, sessions, bot.here.sessions)
-    except FAILED as error: return await refuse(bot, said, action, "failed", text=in_words(error))
-    if not plan.action.confirmed: return await act(bot, said, plan)
+        if not plan.session and len(known := sessions or strategies) > 1:
+            return await _which(bot, said, name, words, known)
+        plan = _settled(plan, sessions, bot.here.sessions)
+    except FAILED as error: return await _refuse(bot, said, action, "failed", text=_in_words(error))
+    if not plan.action.confirmed: return await _act(bot, said, plan)
     code = bot.codes.ask(said.user, plan, bot.now())
     whose = plan.session or ", ".join(strategies) or "-"
     await bot.reply(said, [line("confirm", bot.language, name=name, whose=whose, code=code, seconds=FRESH / 1_000,
                                 words=plan.action.words[bot.language == "es"])],
                     buttons((line("button", bot.language, code=code), f"code:{code}")))
-    await note(bot, said, action, "asked", "waits for a code", whose)
+    await _note(bot, said, action, "asked", "waits for a code", whose)
 
 
-async def which(bot:"TelegramBot", said:Said, name:str, words:list[str], sessions:list[str])->None:
+async def _which(bot:"TelegramBot", said:Said, name:str, words:list[str], sessions:list[str])->None:
     "Ask which session is meant"
     about = " ".join([name, *words[:2]]) if name == "breakers" else name
     text = f"{line('which', bot.language, name=about)} {html_text(', '.join(sessions))}"
     await bot.reply(said, [text], buttons(*((each, f"do:{about}:{each}") for each in sessions[:20])))
-    await note(bot, said, f"/{about}", "asked", "which session?")
+    await _note(bot, said, f"/{about}", "asked", "which session?")
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #0db791b8
-async def confirm(bot:"TelegramBot", said:Said, code:str)->None:
+async def _confirm(bot:"TelegramBot", said:Said, code:str)->None:
     "A code was said, or its button pressed"
     found = bot.codes.take(said.user, code, bot.now())
     if isinstance(found, Plan):
-        return await act(bot, said, replace(found, asked=replace(found.asked, id=f"telegram-{said.number}")))
+        return await _act(bot, said, replace(found, asked=replace(found.asked, id=f"telegram-{said.number}")))
     name, values = found
-    await refuse(bot, said, "code", name, **values)
+    await _refuse(bot, said, "code", name, **values)
 
 
-async def acknowledge(bot:"TelegramBot", said:Said, number:str)->str:
+async def _acknowledge(bot:"TelegramBot", said:Said, number:str)->str:
     "Somebody looks after an alert"
     if not number.isdecimal() or len(number) > 12:
-        await refuse(bot, said, "/ack", "which alert")
+        await _refuse(bot, said, "/ack", "which alert")
         return ""
     try: told = await bot.thread("act", bot.operations.acknowledge, int(number), said.person, bot.now())
-    except FAILED as error: told = f"refused: {in_words(error)}"
+    except FAILED as error: told = f"refused: {_in_words(error)}"
     await bot.reply(said, [html_text(told)])
-    await note(bot, said, "/ack", "refused" if told.startswith("refused") else "done", told, number)
+    await _note(bot, said, "/ack", "refused" if told.startswith("refused") else "done", told, number)
     return told
 
 
-async def pressed(bot:"TelegramBot", said:Said, role:str)->None:
+async def _pressed(bot:"TelegramBot", said:Said, role:str)->None:
     "A button of the bot was pressed"
     kind, _, rest = said.data.partition(":")
     await bot.stop_spinning(said)
-    if role != "admin": return await refuse(bot, said, kind, "not yours")
-    if kind == "code": return await confirm(bot, said, rest)
+    if role != "admin":
+        if not bot.pace.take(said.user, bot.now()): await _refuse(bot, said, kind, "not yours")
+        return
+    if kind == "code": return await _confirm(bot, said, rest)
     if kind == "ack":
-        await acknowledge(bot, said, rest)
+        await _acknowledge(bot, said, rest)
         return
     about, _, session = rest.partition(":")
     name, *words = about.split() or [""]
-    if kind == "do" and name in ACTIONS: await want(bot, said, name, [*words, session])
+    if kind == "do" and name in ACTIONS: await _want(bot, said, name, [*words, session])
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #45a9fa96
-def number_in(words:Sequence[str], usual:int, most:int)->int:
+def _number_in(words:Sequence[str], usual:int, most:int)->int:
     "How many are wanted"
     return min(max(int(words[0]), 1), most) if words and words[0].isdecimal() and len(words[0]) < 6 else usual
 
@@ -502,14 +503,14 @@ def _alerts(here):
     with reading(here.database) as look: return open_alerts(look)
 
 
-async def told_of(bot:"TelegramBot", name:str, words:list[str], role:str)->tuple[list[str], Any]: # texts and buttons
+async def _told_of(bot:"TelegramBot", name:str, words:list[str], role:str)->tuple[list[str], Any]: # texts and buttons
     "What is answered to a question"
     here, language = bot.here, bot.language
     match name:
         case "help" | "start": return pages(help_lines(role, language), language), None
         case "metrics": return pages(metric_lines(bot.samples(), bot.units, language), language), None
         case "logs": return pages(await bot.thread("ask", log_lines, here.logs / "tradelab.jsonl",
-                                                   number_in(words, 10, 50), language), language), None
+                                                   _number_in(words, 10, 50), language), language), None
         case "version": return pages(version_lines(await bot.thread("ask", statuses, here.database, here.sessions,
                                                                     bot.now()), language), language), None
         case "alerts":
@@ -520,56 +521,56 @@ async def told_of(bot:"TelegramBot", name:str, words:list[str], role:str)->tuple
     return await bot.thread("ask", reply_now, here, name, words, bot.now()), None
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #68dbc02f
-async def obey(bot:"TelegramBot", said:Said, role:str, name:str, words:list[str])->None:
+async def _obey(bot:"TelegramBot", said:Said, role:str, name:str, words:list[str])->None:
     "See to a command"
     acts = name in ACTIONS and (name != "breakers" or bool(words)) or name == "ack"
-    if acts and role != "admin": return await refuse(bot, said, f"/{name}", "not yours")
+    if acts and role != "admin": return await _refuse(bot, said, f"/{name}", "not yours")
     if name == "ack":
-        await acknowledge(bot, said, words[0] if words else "")
+        await _acknowledge(bot, said, words[0] if words else "")
         return
-    if acts: return await want(bot, said, name, words)
+    if acts: return await _want(bot, said, name, words)
     if name not in (*QUESTIONS, *COMMANDS_OF, "start"):
-        return await refuse(bot, said, f"/{name}"[:60], "no command", name=name[:40])
-    try: texts, keys = await told_of(bot, name, words, role)
-    except FAILED as error: return await refuse(bot, said, f"/{name}", "failed", text=in_words(error))
+        return await _refuse(bot, said, f"/{name}"[:60], "no command", name=name[:40])
+    try: texts, keys = await _told_of(bot, name, words, role)
+    except FAILED as error: return await _refuse(bot, said, f"/{name}", "failed", text=_in_words(error))
     await bot.reply(said, texts, keys)
-    await note(bot, said, f"/{name}", "done", target=" ".join(words)[:60])
+    await _note(bot, said, f"/{name}", "done", target=" ".join(words)[:60])
 
 
-async def respond(bot:"TelegramBot", said:Said, role:str)->None:
+async def _respond(bot:"TelegramBot", said:Said, role:str)->None:
     "Answer somebody who is known"
     now, text = bot.now(), said.text.strip()
-    if said.query: return await pressed(bot, said, role)
-    if len(text) == 4 and text.isdecimal() and role == "admin": return await confirm(bot, said, text)
+    if said.query: return await _pressed(bot, said, role)
+    if len(text) == 4 and text.isdecimal() and role == "admin": return await _confirm(bot, said, text)
     name, words = command_in(text, bot.username)
     if now - said.time > FRESH:
         if bot.pace.take((said.user, "old"), now): return
-        return await refuse(bot, said, f"/{name}"[:60], "too old", age=age(now - said.time))
+        return await _refuse(bot, said, f"/{name}"[:60], "too old", age=age(now - said.time))
     if left := bot.pace.take(said.user, now):
         if bot.pace.first(said.user):
-            await refuse(bot, said, f"/{name}"[:60], "too soon", every=EVERY / 1_000, seconds=max(left / 1_000, 1.))
+            await _refuse(bot, said, f"/{name}"[:60], "too soon", every=EVERY / 1_000, seconds=max(left / 1_000, 1.))
         return
-    await obey(bot, said, role, name, words)
+    await _obey(bot, said, role, name, words)
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #7b288f75
-async def meet_stranger(bot:"TelegramBot", said:Said)->None:
+async def _meet_stranger(bot:"TelegramBot", said:Said)->None:
     "Say nothing, and tell the owner once an hour"
     if bot.strangers.take("", bot.now()): return
     bot.hear(Happening("unknown person", subject="telegram", time=bot.now(),
                        arguments={"channel": "Telegram", "person": str(said.user)}))
-    await note(bot, said, "message of an unknown id", "refused")
+    await _note(bot, said, "message of an unknown id", "refused")
 
 
-def updates_of(bot:"TelegramBot", found:Any)->list[Said]:
+def _updates_of(bot:"TelegramBot", found:Any)->list[Said]:
     "What was said in an answer of Telegram; what cannot be understood is passed over"
     from telegram import Update
     if not isinstance(found, list): raise ValueError("its answer is no list of updates")
     heard = []
     for each in found:
         try:
-            update = Update.de_json(each, bot.ears)
+            update, before = Update.de_json(each, bot.ears), bot.offset
             bot.offset = max(bot.offset, update.update_id + 1)
-            if said := said_in(update): heard.append(said)
+            if update.update_id >= before and (said := said_in(update)): heard.append(said)
         except Exception as error: # whatever it may hold
             logger.warning("a message of Telegram cannot be understood", why=type(error).__name__)
             if isinstance(each, dict) and isinstance(each.get("update_id"), int):
@@ -580,26 +581,26 @@ def updates_of(bot:"TelegramBot", found:Any)->list[Said]:
 ALLOWED = ["message", "callback_query"]
 
 
-async def hear_next(bot:"TelegramBot")->float: # seconds to leave Telegram alone
+async def _hear_next(bot:"TelegramBot")->float: # seconds to leave Telegram alone
     "Wait for what is said, and begin to answer it"
     try:
         if not bot.username: bot.username = (await bot.ears.get_me()).username or "-"
         asked = {"offset": bot.offset, "timeout": int(bot.poll), "allowed_updates": json.dumps(ALLOWED)}
-        heard = updates_of(bot, await bot.ears.do_api_request("getUpdates", asked, read_timeout=bot.limit + bot.poll))
+        heard = _updates_of(bot, await bot.ears.do_api_request("getUpdates", asked, read_timeout=bot.limit + bot.poll))
     except Exception as error: # of the library, of httpx, or of what the answer holds
         pause, sentence = pause_after(error, bot.failures)
         bot.failures += 1
-        if sentence != bot.trouble: trouble(bot, error, sentence)
+        if sentence != bot.trouble: _trouble(bot, error, sentence)
         return pause * bot.pause
     if bot.failures: logger.info("Telegram answers again")
     bot.failures, bot.trouble = 0, ""
     for said in heard:
         role = role_of(said.user, bot.here.telegram)
-        bot.begin(respond(bot, said, role) if role else meet_stranger(bot, said))
-    return 0.
+        bot.begin(_respond(bot, said, role) if role else _meet_stranger(bot, said))
+    return .02 # also where it does not keep a question open
 
 
-def trouble(bot:"TelegramBot", error:Exception, sentence:str)->None:
+def _trouble(bot:"TelegramBot", error:Exception, sentence:str)->None:
     "Say what is the matter, once; who holds the token beside us is a matter of security"
     from telegram import error as telegram
     bot.trouble = sentence
@@ -608,9 +609,9 @@ def trouble(bot:"TelegramBot", error:Exception, sentence:str)->None:
         bot.hear(Happening("security", subject="telegram token", arguments={"text": sentence}, time=bot.now()))
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #d7bf3b3d
-async def tell_people(bot:"TelegramBot", message:Message)->str: # why somebody has not got it; empty: it arrived
+async def _tell_people(bot:"TelegramBot", message:Message)->str: # why somebody has not got it; empty: it arrived
     "Send an alert to all admins and viewers"
-    got = bot.got.setdefault((message.title, message.plain), set())
+    got = bot.got.setdefault(message, set())
     while len(bot.got) > 200: bot.got.popitem(last=False)
     text = pages([f"<b>{html_text(one_line(message.title, 200))}</b>", *(
         html_text(one_line(each, 1_000)) for each in message.plain.splitlines())], bot.language)
@@ -623,6 +624,7 @@ async def tell_people(bot:"TelegramBot", message:Message)->str: # why somebody h
         reason, for_good = await speak(bot.voice, user, text, buttons(*keys) if message.alert and admin else None)
         if not reason: got.add(user)
         else: (never if for_good else why).append(f"{user}: {reason}")
+    if not why: del bot.got[message]
     return "; ".join(why or ([] if got else never))
 
 # %% ../../nbs/90_ops/17_telegram.ipynb #fb1179fc
@@ -646,14 +648,14 @@ class TelegramBot:
         self.operations = Operations(here.database)
         self.codes, self.pace, self.strangers = Codes(), Pace(), Pace(HOUR)
         self.username, self.trouble, self.offset, self.failures = "", "", 0, 0
-        self.got: OrderedDict[tuple[str, str], set[int]] = OrderedDict() # who has got an alert
+        self.got: OrderedDict[Message, set[int]] = OrderedDict() # who has got it, where others have not
         self._threads = {"ask": ThreadPoolExecutor(2, "telegram-ask"), "act": ThreadPoolExecutor(4, "telegram-act")}
         self._tasks: set[asyncio.Task] = set()
 
     async def run(self)->None:
         "Hear and answer until cancelled"
         try:
-            while True: await asyncio.sleep(await hear_next(self))
+            while True: await asyncio.sleep(await _hear_next(self))
         finally:
             for task in self._tasks: task.cancel()
 
@@ -682,7 +684,7 @@ class TelegramBot:
         try: await asyncio.wait_for(self.voice.answer_callback_query(said.query), self.limit)
         except Exception as error: logger.info("a button stays pressed", why=type(error).__name__)
 
-    async def send(self, message:Message)->str: return await tell_people(self, message)
+    async def send(self, message:Message)->str: return await _tell_people(self, message)
 
     def close(self)->None:
         for each in self._threads.values(): each.shutdown(wait=False, cancel_futures=True)
