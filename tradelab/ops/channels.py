@@ -363,14 +363,14 @@ def channel_lines(url:str)->list[str]:
 EVERY, BEATS, AGAIN = 1., 5., 5. # s between two looks at what is due, two signs of life, two attempts to write
 
 
-def found_in(url:str, before:Look|None, after:Look)->list[Happening]:
+def found_in(url:str, before:Look|None, after:Look, large_loss:float)->list[Happening]: # fraction of the equity
     "What of two looks is worth telling, with the trades that the ledger knows; may take long"
     settings = {each.session: each.settings for each in after.statuses}
 
     def trades(session, symbol):
         with suppress(Exception), reading(url) as look:
             return trade_of(look, session, settings[session], symbol, after.time)
-    return happenings(before, after, trades)
+    return happenings(before, after, trades, large_loss)
 
 
 def without_told(url:str, notices:Sequence[Heard])->list[Heard]:
@@ -385,7 +385,8 @@ async def take_look(centre:"AlertCentre", look:Look)->list[Raise|Change]:
     if any(each.told.time < clock() - EXPIRES for each in fresh): # a session may have told meanwhile
         with suppress(TimeoutError): fresh = await centre.thread.awaited(partial(without_told, centre.url, fresh))
     after = settled(centre.before, replace(look, notices=tuple(fresh)))
-    try: found = await centre.thread.awaited(partial(found_in, centre.url, centre.before, after))
+    try: found = await centre.thread.awaited(partial(found_in, centre.url, centre.before, after,
+                                                           centre.large_loss))
     except TimeoutError: found = happenings(centre.before, after)
     centre.before = after
     for each in look.notices:
@@ -496,7 +497,7 @@ class AlertCentre:
     def __init__(self, here:Settings, feed:Feed, channels:Sequence[Channel])->None:
         self.url, self.language = here.database, here.language
         self.templates = templates_of(here.alerts.templates)
-        self.incidents = Incidents(here.alerts)
+        self.incidents, self.large_loss = Incidents(here.alerts), here.alerts.large_loss
         self.outboxes = [Outbox(each, self._told, here.language) for each in channels]
         self.escalation = [Outbox(each, self._told, here.language)
                            for each in apprise_channels(here.escalation_url, "escalation ")]

@@ -56,7 +56,8 @@ class OnThread:
         future: asyncio.Future = loop.create_future()
         self._since, self._over = monotonic(), threading.Event()
         threading.Thread(target=_carry, args=(future, loop, call, self._over), name=self.name, daemon=True).start()
-        try: return await asyncio.wait_for(future, self.limit)
+        try:
+            async with asyncio.timeout(self.limit): return await future # wait_for may swallow a cancellation
         except TimeoutError:
             if future.done() and not future.cancelled(): raise # its own
             raise TimeoutError(f"{self.name} has not answered for {self.limit:g} s") from None
