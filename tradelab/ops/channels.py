@@ -414,7 +414,7 @@ async def recall_once(centre:"AlertCentre")->None:
     centre.recalled = True
     centre.incidents.heard(found.alerts, clock())
     for outbox in centre.all_outboxes():
-        for alert in found.owed.get(outbox.channel.name, ()): outbox.put(centre.message(Tell(alert)))
+        for alert in found.owed.get(outbox.channel.name, ()): post(centre, Tell(alert), [outbox])
     missed = [each for each in found.notices if each.number < centre.first.get(each.session, inf)]
     acts = [act for each in missed for happening in of_notice(each.session, each.told)
             for act in centre.incidents.take(happening, clock())]
@@ -482,12 +482,13 @@ async def listen(centre:"AlertCentre")->None:
         centre.awake.set()
 
 
-def post(centre:"AlertCentre", act:Tell)->None:
-    "Let an act wait for the channels that it is for"
+def post(centre:"AlertCentre", act:Tell, outboxes:Sequence[Outbox]=())->None:
+    "Let an act wait for these channels, or for those that it is for"
     message = centre.message(act)
     centre.acts[message] = act
     while len(centre.acts) > KEPT: del centre.acts[next(iter(centre.acts))]
-    for outbox in (centre.escalation if isinstance(act, Escalate) else []) or centre.outboxes: outbox.put(message)
+    escalation = centre.escalation if isinstance(act, Escalate) else []
+    for outbox in outboxes or escalation or centre.outboxes: outbox.put(message)
 
 # %% ../../nbs/90_ops/12_channels.ipynb #9299ff6e
 class AlertCentre:
