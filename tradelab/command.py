@@ -554,8 +554,9 @@ def alert_lines(
         who = row[f"{row['state']}_by"] if row["state"] != "open" else ""
         often = f" ({row['count']} times)" if row["count"] > 1 else ""
         return (f"{row['number']:>5}  {format_time(row['last_time'])}  {row['level']:<8}  {row['state']}"
-                f"{f' by {who}' if who else ''}  {' '.join(filter(None, (row['session'], row['text'])))}{often}")
-    return [one_line(line(row), 300) for row in rows]
+                f"{f' by {one_line(who, 60)}' if who else ''}  {one_line(' '.join((row['session'], row['text'])), 300)}"
+                f"{often}")
+    return [*map(line, rows)]
 
 
 @alerts.command("list")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'LOG', 'spellings', 'register_secret', 'names_secret', 'redact', 'redact_split', 'unfinished',
            'hide_secret_names', 'without_commands', 'RedactingFormatter', 'formatter', 'get_logger',
-           'register_settings', 'SharedFile', 'in_container', 'console_for', 'Aside', 'configure', 'in_a_sentence',
+           'register_settings', 'SharedFile', 'console_for', 'Aside', 'configure', 'in_a_sentence',
            'warnings_as_sentences']
 
 # %% ../nbs/00_ground/13_log.ipynb #18b29d3b
@@ -20,7 +20,6 @@ import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from html import escape
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -30,8 +29,8 @@ import structlog
 from pydantic import SecretStr
 from structlog.typing import EventDict, Processor
 
-from .config import Settings, settings
-from .texts import printable
+from .config import Settings, in_container, settings
+from .texts import html_text, printable
 
 # %% ../nbs/00_ground/13_log.ipynb #lgspl001
 HIDDEN = "[redacted]"
@@ -42,8 +41,8 @@ def spellings(
 ) -> set[str]:
     "The ways in which a program may write a word"
     said = {value, repr(value)[1:-1], *(json.dumps(value, ensure_ascii=each)[1:-1] for each in (True, False))}
-    said |= {json.dumps(each)[1:-1] for each in said} | {escape(each) for each in said} | {
-        escape(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
+    said |= {json.dumps(each)[1:-1] for each in said} | {html_text(each) for each in said} | {
+        html_text(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")}
     raw = value.encode(errors="surrogatepass")
     coded = {quote(raw, safe=""), quote(raw), quote_plus(raw), quote(raw, safe="@:")}
     lower = {re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), each) for each in coded}
@@ -133,8 +132,8 @@ _formed: list[_Rule] = [
     (re.compile(rf"(?i)(https?://[^\s/\"'<>]*hooks?\.[^\s/\"'<>]+/){_REST}"), _BEHIND),
     (re.compile(rf"(?i)(https?://[^\s\"'<>]*?/(?:web)?hooks?\w*/){_REST}"), _BEHIND),
     (re.compile(rf"(?i)(?<![\w+.-])((?:{_APPRISE})://){_REST}"), _BEHIND),
-    (re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)?|\bxox[a-z]-[\w-]{10,}|\bgh[opsu]_\w{20,}|\bAKIA[0-9A-Z]{16}\b"),
-     HIDDEN),
+    (re.compile(r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)?|\bxox[a-z]-[\w-]{10,}"), HIDDEN),
+    (re.compile(r"\bgh[opsu]_\w{20,}|\bAKIA[0-9A-Z]{16}\b"), HIDDEN),
     (re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.S), _BEHIND)]
 _CUES = ("secret", "signature", "pass", "pwd", "token", "key", "authorization", "cookie", "bearer", "basic ", "://",
          "eyj", "xox", "gho_", "ghp_", "ghs_", "ghu_", "akia")
@@ -302,11 +301,6 @@ def _install(handlers):
         _handlers.append(handler)
 
 # %% ../nbs/00_ground/13_log.ipynb #lgcon002
-def in_container() -> bool:
-    "Whether this process runs in a container"
-    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "KUBERNETES_SERVICE_HOST" in os.environ
-
-
 def console_for(
     here: Settings,
     contained: bool | None = None,  # [default: `in_container`, and stdout is no terminal]

@@ -236,7 +236,7 @@ def of_phase(before:Status|None, after:Status)->Iterator[Happening]:
 # %% ../../nbs/90_ops/10_happenings.ipynb #831b1b0c
 def _left(status):
     return {"positions": {each.symbol: each.quantity for each in status.positions}, "orders": len(status.orders),
-            "heard": format_time(status.heard) if status.heard else None}
+            "heard": format_time(last) if (last := status.heard or status.started) else None}
 
 
 def _started(status):

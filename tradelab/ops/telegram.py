@@ -32,13 +32,14 @@ from ..database.words import WORDS
 from ..errors import ConfigurationError, TradelabError
 from ..live.alerts import TOGETHER
 from ..live.asking import answer_of, ask_for, has_ended, ledger_at, one_running, sessions_alive
-from ..live.status import age, names, status_of, statuses
+from ..live.status import names, status_of, statuses
 from ..log import get_logger, redact, register_secret
 from .channels import Message
 from .happenings import Happening
 from tradelab.ops.replies import (
     QUESTIONS,
     TEXTS,
+    ago,
     alert_lines,
     answer,
     line,
@@ -545,7 +546,7 @@ async def _respond(bot:"TelegramBot", said:Said, role:str)->None:
     name, words = command_in(text, bot.username)
     if now - said.time > FRESH:
         if bot.pace.take((said.user, "old"), now): return
-        return await _refuse(bot, said, f"/{name}"[:60], "too old", age=age(now - said.time))
+        return await _refuse(bot, said, f"/{name}"[:60], "too old", age=ago(now - said.time, bot.language))
     if left := bot.pace.take(said.user, now):
         if bot.pace.first(said.user):
             await _refuse(bot, said, f"/{name}"[:60], "too soon", every=EVERY / 1_000, seconds=max(left / 1_000, 1.))
