@@ -76,7 +76,7 @@ def test_a_ledger_of_another_format_is_left_as_it_is(tmp_path):
         connection.execute(FORMATS.update().values(format=2, version="7.8.9"))
         connection.exec_driver_sql("DROP TABLE notices")
     with pytest.raises(ValueError, match="^the ledger sqlite:////.*tradelab.db is of format 2, written by tradelab "
-                       "7.8.9: this version reads format 7, use the version that wrote it"):
+                       "7.8.9: this version reads format 8, use the version that wrote it"):
         Ledger(url)
     import sqlalchemy as sql
     assert not sql.inspect(sql.create_engine(url)).has_table("notices")
@@ -88,7 +88,7 @@ def test_a_ledger_before_the_numbers_is_refused_in_a_sentence(tmp_path):
     ledger.open_session("before", {"venue": "localnet"})
     with open_database(url).begin() as connection: connection.exec_driver_sql("DROP TABLE formats")
     with pytest.raises(ValueError, match="tradelab.db is of format 1 or 2, and does not say which: this version reads "
-                       "format 7, use the version that wrote it"):
+                       "format 8, use the version that wrote it"):
         Ledger(url)
 
 

@@ -14,13 +14,14 @@ import psutil
 import pytest
 from postgres import database_at
 from pydantic import SecretStr
-from servers import hanging, until, webhook
+from servers import free_port, hanging, until, webhook
 
 from tradelab.config import settings
 from tradelab.database.operations import Operations
 from tradelab.database.reading import reading
-from tradelab.database.records import Delivery, clock
+from tradelab.database.records import Delivery, Service, clock
 from tradelab.database.schema import ALERTS, MEASURED, SERVICES
+from tradelab.live.lease import this_process
 from tradelab.live.ledger import Ledger
 from tradelab.ops.health import Examiner
 from tradelab.ops.watchdog import Watchdog, signs
@@ -37,23 +38,13 @@ with example_session(1_000, .2) as place:
     print(place.database, place.sessions, place.session, flush=True)
     sys.stdin.read()
 """
-SERVICE = """
-import sys, time
-from tradelab.database.operations import Operations
-from tradelab.database.records import Service, clock
-from tradelab.live.lease import this_process
-operations, began = Operations(sys.argv[1]), clock()
-while True:
-    operations.beat(Service("serve", this_process(), began, clock()))
-    print("beat", flush=True)
-    time.sleep(.05)
-"""
+COMMAND = [sys.executable, "-c", "from tradelab.command import main; main()"]
 
 
 @contextmanager
-def child(script, *words):
+def child(script, *words, **options):
     process = subprocess.Popen([sys.executable, "-c", script, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True)
+                               text=True, **options)
     try: yield process
     finally:
         process.kill()
@@ -166,15 +157,16 @@ def test_a_session_whose_clock_stands_that_is_stopped_and_is_killed():
         shutil.rmtree(Path(sessions).parent)
 
 
-def test_what_nobody_acknowledges_goes_to_others_and_a_channel_that_hangs_keeps_no_other(tmp_path):
-    database = f"sqlite:///{tmp_path}/tradelab.db"
+def test_a_killed_serve_is_told_to_others_too_and_a_channel_that_hangs_keeps_none_of_them(project):
+    database = f"sqlite:///{project}/tradelab.db"
     Ledger(database).close()
-    with webhook() as hook, webhook() as other, hanging() as port, child(SERVICE, database) as process:
-        dog, time = watchdog(database, tmp_path, f"json://127.0.0.1:{port}/", address(hook),
+    clean = os.environ | {"TRADELAB_METRICS_PORT": str(free_port())}
+    with webhook() as hook, webhook() as other, hanging() as port, child(COMMAND[-1], "serve", env=clean) as process:
+        dog, time = watchdog(database, project, f"json://127.0.0.1:{port}/", address(hook),
                              escalation_url=SecretStr(address(other)))
         for each in dog.attempts.values(): each.limit = .2
-        process.stdout.readline()
-        steps(dog, time, 30, process.stdout.readline)
+        until(lambda: rows(database, SERVICES, name="serve"))
+        steps(dog, time, 10)
         assert messages(hook) == []
         process.kill()
         process.wait()
@@ -190,9 +182,8 @@ def test_what_nobody_acknowledges_goes_to_others_and_a_channel_that_hangs_keeps_
         sent = rows(database, MEASURED[Delivery])
         assert {(row["channel"], row["good"]) for row in sent} == {("json", False), ("json 2", True),
                                                                    ("escalation json", True)}
-        with child(SERVICE, database) as newer:
-            newer.stdout.readline()
-            steps(dog, time, 5)
+        Operations(database).beat(Service("serve", this_process(), clock(), clock()))
+        steps(dog, time, 5)
         assert messages(hook)[-1].startswith("serve is back after ")
 
 
@@ -216,7 +207,7 @@ def test_the_process_beats_calls_outside_and_ends_in_order(project):
     Ledger("sqlite:///tradelab.db").close()
     with webhook() as hook, webhook() as outside:
         clean = os.environ | {"TRADELAB_ALERT_URL": address(hook), "TRADELAB_WATCHDOG_URL": f"{outside.url}/ping"}
-        command = [sys.executable, "-c", "from tradelab.command import main; main()", "watchdog", "--every", "0.1"]
+        command = [*COMMAND, "watchdog", "--every", "0.1"]
         with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "watching every 0.1 s, telling json\n"
             until(lambda: rows("sqlite:///tradelab.db", SERVICES, name="watchdog"))

@@ -6,11 +6,11 @@
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENTS', 'VENUES', 'REAL', 'Level', 'Minutes',
            'Seconds', 'Person', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS',
            'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED', 'FORBIDDING', 'FALSE', 'project_root', 'Trust',
-           'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'Settings', 'known_keys',
-           'nearest', 'read_table', 'read_variables', 'name_passphrase_file', 'in_container', 'read_places', 'settings',
-           'job_settings', 'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private',
-           'is_confirmed', 'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys',
-           'venue_for']
+           'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings', 'Settings',
+           'known_keys', 'nearest', 'read_table', 'read_variables', 'name_passphrase_file', 'in_container',
+           'read_places', 'settings', 'job_settings', 'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of',
+           'check_private', 'is_confirmed', 'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding',
+           'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from io import StringIO
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -179,6 +179,29 @@ class MonitorSettings:
     cooldown: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 300. # s until the same one is told again
     retention: Annotated[int, Field(gt=0, le=3_650)] = 30 # days that figures are kept
 
+# %% ../nbs/00_ground/12_config.ipynb #opsset10
+def _networks(places):
+    "Networks as they are written; an address is one of a single host"
+    for each in places:
+        try: ip_network(each)
+        except ValueError:
+            raise ValueError(f"must hold addresses and networks such as 10.0.0.0/8, was {each!r}") from None
+    return places
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    "Where `tradelab serve` answers programs and the dashboard, if `api_secret` is set"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    access: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 3_600. # s that a token of access is taken
+    refresh: Annotated[float, Field(gt=0, le=365, allow_inf_nan=False)] = 30.      # days, of one that brings a new one
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60. # requests a minute, of one token and of one address
+    burst: Annotated[int, Field(gt=0)] = 10                        # of them at once
+    allowed: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_networks)] = () # empty: everybody
+    certificate: Folder | None = None     # file, PEM; beyond this machine TLS is needed, here or before it
+    certificate_key: Folder | None = None # likewise
+
 # %% ../nbs/00_ground/12_config.ipynb #85769e7f
 class Settings(BaseSettings):
     "All settings"
@@ -241,6 +264,8 @@ class Settings(BaseSettings):
     metrics_token: SecretStr | None = None                # that Prometheus must show; needed beyond this machine
     telemetry: TelemetrySettings = TelemetrySettings()    # [telemetry]
     monitor: MonitorSettings = MonitorSettings()          # [monitor]
+    api_secret: SecretStr | None = None                   # what tokens are signed with; not set: there is no API
+    api: ApiSettings = ApiSettings()                      # [api]
     execution: Execution = Execution()                    # [execution]: how a backtest turns targets into orders
     training: Training = Training()                       # [training]
     # [breakers]: what is measured, with threshold, consecutive, cool_down and window, and tables by venue or symbol
@@ -269,7 +294,7 @@ class Settings(BaseSettings):
 # records by the table that they are read from
 TABLES = {"risk": Limits, "costs": CostModel, "execution": Execution, "training": Training, "trust": Trust,
           "alerts": AlertSettings, "telegram": TelegramSettings, "telemetry": TelemetrySettings,
-          "monitor": MonitorSettings}
+          "monitor": MonitorSettings, "api": ApiSettings}
 
 
 def _names(record, prefix):

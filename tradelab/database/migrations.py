@@ -80,7 +80,21 @@ def _to_operations(operations):
     _with(operations, "services", ("name", "owner"), name=text, owner=text, began=number, beat=number, state=text)
 
 
-MIGRATIONS: dict[int, Callable[[Operations], None]] = {5: _to_decimals, 6: _to_named_commands, 7: _to_operations}
+def _to_people(operations):
+    "Format 8: who uses the API, tokens and keys that are not taken, requests and their answers; runs of jobs"
+    number, text = sql.BigInteger, sql.Text
+    _with(operations, "people", ("name",), name=text, role=text, password=text, disabled=sql.Boolean, person=text,
+          time=number)
+    _with(operations, "revoked", ("token",), token=text, expires=number, person=text, reason=text)
+    _with(operations, "generations", ("number",), number=number, time=number, person=text)
+    _with(operations, "requests", ("person", "key"), person=text, key=text, route=text, digest=text, time=number,
+          status=number, answer=text)
+    _with(operations, "job_runs", ("number",), number=number, job=text, started=number, ended=number, state=text,
+          attempt=number, output=text, text=text)
+
+
+MIGRATIONS: dict[int, Callable[[Operations], None]] = {5: _to_decimals, 6: _to_named_commands, 7: _to_operations,
+                                                       8: _to_people}
 RENAMED = {(7, "alerts"): "deliveries"} # tables, by the format that renames them
 
 # %% ../../nbs/65_database/05_migrations.ipynb #ca22184c

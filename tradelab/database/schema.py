@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'FORMAT', 'FIELDS', 'SESSIONS', 'FORMATS', 'INTENTS', 'ORDER_EVENTS', 'TRADES', 'FUNDINGS', 'FOREIGN',
            'INCOMES', 'DECISIONS', 'CLOSES', 'SNAPSHOTS', 'NOTICES', 'Measured', 'MEASURED', 'LEASES', 'TRADING_STATES',
-           'COMMANDS', 'ALERTS', 'THRESHOLDS', 'AUDIT', 'SERVICES', 'RETENTION', 'Exact', 'columns_of', 'record_of']
+           'COMMANDS', 'ALERTS', 'THRESHOLDS', 'AUDIT', 'SERVICES', 'PEOPLE', 'REVOKED', 'GENERATIONS', 'REQUESTS',
+           'JOB_RUNS', 'RETENTION', 'Exact', 'columns_of', 'record_of']
 
 # %% ../../nbs/65_database/02_schema.ipynb #27db2caa
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any, get_type_hints
 import sqlalchemy as sql
 
 from tradelab.database.records import (
+    Account,
     Alert,
     Asked,
     Audited,
@@ -23,8 +25,12 @@ from tradelab.database.records import (
     Delivery,
     EmergencyStep,
     ExchangeHealth,
+    Generation,
     HeldPosition,
     Income,
+    JobRun,
+    Requested,
+    Revoked,
     Service,
     Standing,
     SystemMetric,
@@ -76,7 +82,7 @@ def record_of(record:type, row:dict)->Any:
 TABLES = sql.MetaData()
 
 
-FORMAT = 7 # of these tables; counts up when an older version could misread what this one writes
+FORMAT = 8 # of these tables; counts up when an older version could misread what this one writes
 
 
 FIELDS = JOURNAL.names or ()
@@ -178,12 +184,29 @@ AUDIT = sql.Table("audit", TABLES, _key("number", sql.BigInteger), *columns_of(A
 
 SERVICES = sql.Table("services", TABLES, *columns_of(Service, ("name", "owner")))
 
+# %% ../../nbs/65_database/02_schema.ipynb #opssch04
+PEOPLE = sql.Table("people", TABLES, *columns_of(Account, ("name",)))
+
+
+REVOKED = sql.Table("revoked", TABLES, *columns_of(Revoked, ("token",)))
+
+
+GENERATIONS = sql.Table("generations", TABLES, *columns_of(Generation, ("number",)))
+
+
+REQUESTS = sql.Table("requests", TABLES, *columns_of(Requested, ("person", "key")))
+
+
+JOB_RUNS = sql.Table("job_runs", TABLES, _key("number", sql.BigInteger), *columns_of(JobRun))
+
 # %% ../../nbs/65_database/02_schema.ipynb #led2012
 # days, and the column that tells a row's age; "session": rows of the market's own time are as old as their session
 RETENTION = (dict.fromkeys(("sessions", "snapshots", "intents", "order_events", "trades", "foreign_fills", "incomes",
                             "fundings", "decisions", "closes"), (3_650, "session"))
              | dict.fromkeys(("notices", "commands", "emergencies", "alerts", "audit"), (3_650, "time"))
              | dict.fromkeys(("positions", "balances", "breaker_events", "deliveries"), (365, "time"))
-             | dict.fromkeys(("system_metrics", "exchange_health"), (30, "time"))
+             | dict.fromkeys(("system_metrics", "exchange_health", "requests"), (30, "time"))
+             | {"job_runs": (365, "started"), "revoked": (1, "expires")}
              # replaced in their place
-             | dict.fromkeys(("leases", "trading_states", "formats", "thresholds", "services"), (None, "")))
+             | dict.fromkeys(("leases", "trading_states", "formats", "thresholds", "services", "people", "generations"),
+                             (None, "")))

@@ -24,7 +24,7 @@ import psutil
 from ..config import Settings, nearest
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, reading
-from ..database.records import Audited, SystemMetric, Threshold, clock
+from ..database.records import Audited, Threshold, clock
 from ..database.schema import SESSIONS, THRESHOLDS, record_of
 from ..errors import ConfigurationError
 from ..log import get_logger
@@ -334,7 +334,6 @@ class Monitor:
         now:Callable[[], int]=clock,    # ms
     )->None:
         self.here, self.gatherer, self.centre, self.now = here, gatherer, centre, now
-        self.operations = Operations(here.database)
         self.own: list[Threshold] = []
         self.timeframes: dict[str, str] = {}
         self.alive: set[str] = set()
@@ -366,20 +365,9 @@ class Monitor:
         except MissingLedgerError: pass
         except (OSError, ValueError) as error: logger.warning(str(error))
 
-    def keep(self)->None:
-        "Write down what was judged, and forget what is old"
-        rows = [SystemMetric(self.now(), key, each.sample.value) for key, each in self.figures.items()
-                if isfinite(each.sample.value)]
-        try:
-            self.operations.measure("", rows)
-            self.operations.forget_measured(self.now() - 86_400_000 * self.here.monitor.retention)
-        except MissingLedgerError: pass
-        except (OSError, ValueError) as error: logger.warning(str(error))
-
     async def run(self)->None:
         "Look again and again, until cancelled"
         while True:
             await asyncio.to_thread(self.read)
             for happening in self.look([*self.gatherer.latest.values()]): self.centre.hear(happening)
-            await asyncio.to_thread(self.keep)
             await asyncio.sleep(self.here.monitor.interval)
