@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from servers import until, victoria_metrics, webhook
 from telegram_double import TOKEN, telegram_double
 from test_live import localnet, session
-from test_serve import eventually, served
+from test_serve import served
 
 from tradelab.database.operations import serving
 from tradelab.database.records import clock
@@ -52,7 +52,7 @@ def trade(beside):
     with project() as folder, localnet() as exchange, ExitStack() as stack:
         live, times = session(exchange, folder, say=lambda line: None), []
         heard = stack.enter_context(everything(folder)) if beside else None
-        if beside: eventually(lambda: serving(f"sqlite:///{folder}/tradelab.db", clock()))
+        if beside: until(lambda: serving(f"sqlite:///{folder}/tradelab.db", clock()))
         live.progress = lambda done: times.append(monotonic())
         asyncio.run(live.run(CANDLES))
         if beside: until(lambda: heard[0].heard and heard[1].sent)
