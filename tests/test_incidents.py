@@ -181,7 +181,7 @@ class Histories(RuleBasedStateMachine):
             assert quiet or self.now <= waits + MINUTE, key
 
 
-Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestHistories = Histories.TestCase
 
 

@@ -135,7 +135,7 @@ from tradelab.live.start import (
 )
 from .venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, Venue, VenueError, funding_of
 from ..lock import Lock
-from ..log import get_logger
+from ..log import get_logger, redact
 from ..notices import NOTICES, Notice
 from ..settings import Reason
 from ..texts import html_rows
@@ -824,7 +824,8 @@ class Away(Protocol):
 
 
 def tell(session:"Session", notice:Notice)->None:
-    "Something that a person should know"
+    "Something that a person should know, without secrets: it is kept for years, and told far away"
+    notice = Notice(notice.kind, redact(notice.text))
     kept = bool(session.writer and (session.files or session.resumed))
     if session.writer and kept: session.writer.put([notice])
     if session.alerts: session.alerts.tell(notice, alone=not kept)

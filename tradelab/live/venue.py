@@ -23,6 +23,7 @@ from ..errors import InvalidOrderError, LimitExceededError, TradelabError, Unkno
 from ..events import Depth, Fill, Funding
 from ..instruments import Instrument
 from .order_states import State
+from ..log import redact
 from ..orders import Kind, Order
 from ..texts import one_line
 
@@ -119,7 +120,7 @@ class Answer:
 # %% ../../nbs/70_live/02_venue.ipynb #d75f4564
 class VenueError(TradelabError, RuntimeError):
     "The exchange could not be reached, refused, or answered with something that cannot be right"
-    def __init__(self, message:str=""): super().__init__(one_line(message))
+    def __init__(self, message:str=""): super().__init__(redact(one_line(message))) # it is recorded
 
 
 class VenueLimitError(VenueError, LimitExceededError):

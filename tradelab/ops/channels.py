@@ -6,8 +6,8 @@
 __all__ = ['logger', 'TRIED', 'NAME', 'KEPT', 'DAY', 'Identity', 'EVERY', 'BEATS', 'AGAIN', 'Message', 'joined', 'Channel',
            'AppriseChannel', 'apprise_channels', 'Delivered', 'with_dropped', 'attempt', 'Posted', 'Outbox',
            'send_next', 'message_for', 'identity', 'Unwritten', 'keep', 'answers', 'Recalled', 'untold', 'recall',
-           'state_of', 'samples_of', 'channel_lines', 'found_in', 'without_told', 'take_look', 'recall_once', 'write',
-           'close', 'step', 'listen', 'post', 'AlertCentre']
+           'state_of', 'channel_lines', 'found_in', 'without_told', 'take_look', 'recall_once', 'write', 'close',
+           'step', 'listen', 'post', 'AlertCentre']
 
 # %% ../../nbs/90_ops/12_channels.ipynb #d6e5d5f2
 import asyncio
@@ -348,15 +348,6 @@ def state_of(outbox:Outbox)->dict[str, Any]:
     return asdict(outbox.delivered) | {"waiting": len(outbox)}
 
 
-def samples_of(outboxes:Sequence[Outbox], now:int)->Iterator[Sample]:
-    "The same as samples"
-    for each in outboxes:
-        name, done = each.channel.name, each.delivered
-        for outcome in ("sent", "failed", "dropped"):
-            yield Sample("alerts_sent_total", getattr(done, outcome), {"channel": name, "outcome": outcome}, now)
-        yield Sample("events_dropped_total", done.dropped, {"sink": f"channel {name}"}, now)
-
-
 def channel_lines(url:str)->list[str]:
     "What the channels of the last `tradelab serve` have done, a line each"
     with reading(url) as look: rows = look.rows(SERVICES, SERVICES.c.name.startswith("channel "))
@@ -423,7 +414,7 @@ async def recall_once(centre:"AlertCentre")->None:
     centre.recalled = True
     centre.incidents.heard(found.alerts, clock())
     for outbox in centre.all_outboxes():
-        for alert in found.owed.get(outbox.channel.name, ()): outbox.put(centre.message(Tell(alert)))
+        for alert in found.owed.get(outbox.channel.name, ()): post(centre, Tell(alert), [outbox])
     missed = [each for each in found.notices if each.number < centre.first.get(each.session, inf)]
     acts = [act for each in missed for happening in of_notice(each.session, each.told)
             for act in centre.incidents.take(happening, clock())]
@@ -491,12 +482,13 @@ async def listen(centre:"AlertCentre")->None:
         centre.awake.set()
 
 
-def post(centre:"AlertCentre", act:Tell)->None:
-    "Let an act wait for the channels that it is for"
+def post(centre:"AlertCentre", act:Tell, outboxes:Sequence[Outbox]=())->None:
+    "Let an act wait for these channels, or for those that it is for"
     message = centre.message(act)
     centre.acts[message] = act
     while len(centre.acts) > KEPT: del centre.acts[next(iter(centre.acts))]
-    for outbox in (centre.escalation if isinstance(act, Escalate) else []) or centre.outboxes: outbox.put(message)
+    escalation = centre.escalation if isinstance(act, Escalate) else []
+    for outbox in outboxes or escalation or centre.outboxes: outbox.put(message)
 
 # %% ../../nbs/90_ops/12_channels.ipynb #9299ff6e
 class AlertCentre:
@@ -561,7 +553,7 @@ class AlertCentre:
         finally: await close(self)
 
     def samples(self)->list[Sample]:
-        "What was sent, what failed and what was dropped, by channel"
-        return [*samples_of(self.all_outboxes(), clock()),
-                Sample("events_dropped_total", self.dropped + self.looks.dropped + self.unwritten.lost,
-                       {"sink": NAME}, clock())]
+        "What was dropped, here and by channel; what was sent is counted from the ledger's deliveries"
+        lost = {f"channel {each.channel.name}": each.delivered.dropped for each in self.all_outboxes()}
+        lost[NAME] = self.dropped + self.looks.dropped + self.unwritten.lost
+        return [Sample("events_dropped_total", float(number), {"sink": sink}, clock()) for sink, number in lost.items()]

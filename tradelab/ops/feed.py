@@ -56,9 +56,10 @@ class OnThread:
         future: asyncio.Future = loop.create_future()
         self._since, self._over = monotonic(), threading.Event()
         threading.Thread(target=_carry, args=(future, loop, call, self._over), name=self.name, daemon=True).start()
-        try: return await asyncio.wait_for(future, self.limit)
+        try:
+            async with asyncio.timeout(self.limit) as limit: return await future # wait_for may lose a cancellation
         except TimeoutError:
-            if future.done() and not future.cancelled(): raise # its own
+            if not limit.expired(): raise # its own
             raise TimeoutError(f"{self.name} has not answered for {self.limit:g} s") from None
 
 # %% ../../nbs/90_ops/01_feed.ipynb #opsfd009

@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 from ..live.alerts import HANGING, LIMIT, Attempts
 from ..log import get_logger
 from .happenings import Happening
+from .metrics import Sample
 from ..texts import one_line
 from ..trust import bring_function
 
@@ -131,6 +132,11 @@ class Hearers:
                 look = await self.looks.next()
                 for heard in look.notices:
                     for hearer in self.each: hearer.put(heard)
+
+    def samples(self)->list[Sample]:
+        "Notices that a function did not hear"
+        return [Sample("events_dropped_total", float(each.dropped), {"sink": f"notices {each.name}"}, clock())
+                for each in self.each]
 
     def counted(self)->dict[str, dict[str, int]]: # heard, failed, hung and dropped, by function
         "What became of the calls"

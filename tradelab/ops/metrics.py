@@ -167,7 +167,7 @@ _TELEMETRY = _area("telemetry",
     ("notices_total", "notices", "c", "session level", "notices", "notices, by their level"),
     ("events_dropped_total", "events", "c", "sink", "line_protocol", "samples that a sink could not take"),
     ("alerts_sent_total", "messages", "c", "channel outcome", "deliveries",
-     "messages to people: arrived, or failed"))
+     "messages to people: sent, failed, or dropped"))
 
 # %% ../../nbs/90_ops/02_metrics.ipynb #655a0ed0
 METRICS: dict[str, Metric] = {**_SYSTEM, **_API, **_TRADING, **_RISK, **_PERFORMANCE, **_MODEL, **_DATA, **_TELEMETRY}

@@ -8,8 +8,8 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'read_measured', 'read_phases', 'began', 'availability', 'Trip', 'settled', 'read_fills', 'read_decisions',
            'read_closes', 'RegimeNow', 'regime_of', 'read_regimes', 'of_process', 'of_orders', 'past_returns',
            'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'replace_name',
-           'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'told_to_all',
-           'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
+           'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed',
+           'told_to_all', 'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e29471da
 import asyncio
@@ -134,9 +134,10 @@ def read_notices(look:Reading, known:Followed)->None:
 
 
 def read_deliveries(look:Reading, known:Followed)->None:
-    "Count messages to people; those of no session are known under the empty name"
+    "Count the messages that a session sent itself; what tells alerts counts its own"
     for row in fresh(look, known, MEASURED[Delivery]):
-        known.count("alerts_sent_total", channel=row["channel"], outcome="arrived" if row["good"] else "failed")
+        if not row["alert"]:
+            known.count("alerts_sent_total", channel=row["channel"], outcome="sent" if row["good"] else "failed")
 
 # %% ../../nbs/90_ops/03_samples.ipynb #12aa4cc3
 _OLDER = {"clock [ms]": ("clock_offset_seconds", .001)}
@@ -554,6 +555,17 @@ def lost(gatherer:"Gatherer", error:Exception)->list[Sample]:
     return [Sample("ledger_up", 0., {}, clock())]
 
 
+def summed(samples:Iterable[Sample])->list[Sample]:
+    "What two parts count under one name is one sum"
+    found: dict[str, Sample] = {}
+    others = []
+    for each in samples:
+        if METRICS[each.name].kind != "counter": others.append(each)
+        elif each.key not in found: found[each.key] = each
+        else: found[each.key] = Sample(each.name, each.value + found[each.key].value, each.labels, each.time)
+    return [*others, *found.values()]
+
+
 def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
     "Add the figures of this machine and of other parts, and tell who wants every sample; an error of theirs is theirs"
     samples = list(samples)
@@ -565,6 +577,7 @@ def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
         samples += found
         for each in found:
             if METRICS[each.name].kind == "histogram": gatherer.observe(each)
+    samples = summed(samples)
     gatherer.latest = gatherer.latest | {each.key: each for each in samples}
     for hearer in gatherer.hearers:
         try: hearer(samples)
@@ -597,7 +610,6 @@ class Gatherer:
         self.histograms: dict[str, Buckets] = {}
         self.unread = "nobody has looked yet"        # why the ledger could not be read; empty: it could
         self._followed: dict[str, Followed] = {}
-        self._unsent = Followed("")                  # messages of no session
         self.sources: list[Callable[[], Iterable[Sample]]] = [lambda: machine(here, clock())]
         self.hearers: list[Callable[[list[Sample]], object]] = []
 
@@ -632,9 +644,8 @@ class Gatherer:
         "What belongs to no session, and the messages of all"
         yield Sample("ledger_up", 1., {}, found.time)
         yield Sample("processes", float(sum(each.alive for each in found.statuses)), {}, found.time)
-        read_deliveries(look, self._unsent)
         sums: Counter = Counter()
-        for known in (self._unsent, *self._followed.values()):
+        for known in self._followed.values():
             for (name, labels), total in known.totals.items():
                 if name == "alerts_sent_total": sums[labels] += total
         for labels, total in sums.items(): yield Sample("alerts_sent_total", float(total), dict(labels), found.time)

@@ -31,9 +31,10 @@ from ..live.lease import this_process
 from ..lock import Lock
 from ..log import configure, get_logger, redact
 from .channels import AlertCentre, apprise_channels
+from .exposition import Exposition
 from .feed import Feed, OnThread
 from .happenings import Happening
-from .health import Examiner, HealthWatch
+from .health import Examiner, HealthWatch, add_routes
 from .hearers import Hearers, hearers_of
 from .line_protocol import LedgerSink, LineSink, target_of
 from .metrics import METRICS, Sample
@@ -222,9 +223,13 @@ def server_for(here:Settings)->Server: # here: with its secrets
     check_ledger(here.database)
     plan, operations = Plan([], []), Operations(here.database)
     feed = plan.add(Feed(here))
-    plan.add(HealthWatch(Examiner(here)))
+    health = plan.add(HealthWatch(Examiner(here)))
     gatherer = plan_figures(plan, here, operations)
     hear = plan_people(plan, here, feed, gatherer)
+    shown = f"[{here.metrics_host}]" if ":" in here.metrics_host else here.metrics_host
+    exposition = plan.add(Exposition(here, gatherer), f"figures at http://{shown}:{here.metrics_port}/metrics, health "
+                          "at /health, /health/live and /health/ready")
+    add_routes(exposition.app, health)
     plan.add(Beats(operations))
     return Server(plan.parts, plan.lines, hear)
 
