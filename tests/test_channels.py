@@ -141,7 +141,7 @@ async def serving(here, channels, killed=False):
         await until(lambda: centre.recalled)
         yield centre
     finally:
-        with patch("tradelab.ops.channels.close") if killed else nullcontext():
+        with patch("tradelab.ops.channels._close") if killed else nullcontext():
             for task in tasks: task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         centre.operations.close()

@@ -7,16 +7,16 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'Figure', 'LEAST_RETURNS', 'LIMIT', 'Followed', 'fresh', 'read_orders', 'read_notices', 'read_deliveries',
            'read_measured', 'read_phases', 'began', 'availability', 'Trip', 'settled', 'read_fills', 'read_decisions',
            'read_closes', 'RegimeNow', 'regime_of', 'read_regimes', 'of_process', 'of_orders', 'past_returns',
-           'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'replace_name',
-           'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed',
-           'told_to_all', 'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
+           'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'levels',
+           'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed', 'told_to_all',
+           'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e29471da
 import asyncio
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
 from time import monotonic
@@ -453,17 +453,12 @@ def of_model(known:Followed)->Iterator[Figure]:
     "How far features lie from their training, and the regimes"
     means = [each for each in known.measured.values() if each.name == "feature_mean"]
     for mean in means:
-        other = known.measured.get(replace_name(mean, "feature_deviation").key)
+        other = known.measured.get(replace(mean, name="feature_deviation").key)
         feature = {"feature": mean.labels["feature"]}
         if other: yield "feature_drift", divergence(mean.value, other.value), feature
     for symbol, now in known.regimes.items():
         for name, share in now.probabilities.items(): yield "regime", share, {"symbol": symbol, "name": name}
         yield "regime_accuracy_ratio", now.accuracy, {"symbol": symbol}
-
-
-def replace_name(sample:Sample, name:str)->Sample:
-    "The same of another metric"
-    return Sample(name, sample.value, sample.labels, sample.time)
 
 # %% ../../nbs/90_ops/03_samples.ipynb #a82a23e5
 _LIVING = ("process_cpu_ratio", "process_memory_bytes", "open_files", "threads", "tasks", "stream_age_seconds",
@@ -483,15 +478,10 @@ def levels(known:Followed, status:Status)->list[Sample]:
     own = {"session": known.session}
     said = [Sample(name, float(value), own | labels, status.time) for name, value, labels in found
             if value is not None and math.isfinite(value)]
-    said += [replace_time(each, status.time) for each in known.measured.values()
+    said += [replace(each, time=status.time) for each in known.measured.values()
              if status.alive or each.name not in _LIVING]
     return said + [Sample(name, float(total), own | dict(labels), status.time)
                    for (name, labels), total in known.totals.items() if name != "alerts_sent_total"]
-
-
-def replace_time(sample:Sample, time:int)->Sample:
-    "The same, known at another time"
-    return Sample(sample.name, sample.value, sample.labels, time)
 
 
 def read_session(look:Reading, known:Followed, status:Status)->list[Sample]: # new observations of histograms
