@@ -55,7 +55,7 @@ from tradelab.database.records import (
 from ..database.schema import Measured
 from ..database.words import WORDS, arguments_of
 from ..events import Fill, Funding, TradingState
-from ..files import read_json, replace_files
+from ..files import owner_only, read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
@@ -161,7 +161,7 @@ class StepFile:
     "A table on the disk, written step by step; it can be made again from the ledger, so a full disk stops nobody"
 
     def __init__(self, path:Path, columns:Sequence[str])->None:
-        self._file = open(path, "w", newline="")
+        self._file = open(path, "w", newline="", opener=owner_only)
         self._writer = csv.writer(self._file)
         self._last: int|None = None
         self._start = 0
