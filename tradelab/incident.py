@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'MOST', 'COLUMNS', 'open_settings', 'Incident', 'incident_
 # %% ../nbs/99_top/12_incident.ipynb #rbinc003
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
