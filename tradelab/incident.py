@@ -164,7 +164,8 @@ def open_settings(here:Settings)->dict[str, str]:
     found = {}
     for name, value in here:
         hidden = isinstance(value, SecretStr) or names_secret(name) or name == "mainnet_confirmation"
-        if not hidden and value != type(here).model_fields[name].default: found[name] = one_line(redact(str(value)), 300)
+        if hidden or value == type(here).model_fields[name].default: continue
+        found[name] = one_line(redact(str(value)), 300)
     return found
 
 # %% ../nbs/99_top/12_incident.ipynb #rbinc020
