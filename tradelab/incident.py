@@ -132,10 +132,10 @@ def _of_log(folder, session, begin, end, missing):
                     torn += bool(raw.strip())
                     continue
                 oldest = oldest or line.time
-                if begin <= line.time < end and str(line.named.get("session", session)) == (session or str(
-                        line.named.get("session", ""))): found.append(line)
+                mine = not session or line.named.get("session", session) == session # of none: everybody's
+                if mine and begin <= line.time < end: found.append(line)
     if torn: missing.append(f"log: {torn:,} lines of it cannot be read")
-    if oldest and oldest > begin: missing.append(f"log: it begins at {moment(oldest)} UTC, of what was before it says nothing")
+    if oldest and oldest > begin: missing.append(f"log: it begins at {moment(oldest)} UTC only")
     if len(found) > MOST: missing.append(f"log: {len(found) - MOST:,} older lines of this time are left out")
     return [(line.time, "log", str(line.named.get("session", "")), line.level.lower(), _logged(line))
             for line in found[-MOST:]]
