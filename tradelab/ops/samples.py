@@ -8,14 +8,15 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'read_measured', 'read_phases', 'began', 'availability', 'Trip', 'settled', 'read_fills', 'read_decisions',
            'read_closes', 'RegimeNow', 'regime_of', 'read_regimes', 'of_process', 'of_orders', 'past_returns',
            'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'levels',
-           'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed', 'told_to_all',
-           'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
+           'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed', 'told_to_all', 'warm_up',
+           'compiled_apart', 'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e29471da
 import asyncio
 import math
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
@@ -575,11 +576,31 @@ def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
     return samples
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e2c14c44
+def warm_up()->None:
+    "Compile what figures are computed with, into the cache"
+    steps = .01 * np.random.default_rng(0).standard_normal(600)
+    known = Followed("none")
+    known.equity.extend((n * 3_600_000, 100. + n % 7, 0.) for n in range(50))
+    regime_of(np.exp(np.cumsum(steps)).tolist(), 600)
+    list(tail_figures(steps[:, None], np.ones(1)))
+    list(of_performance(known, Status("none", 0, "", {"timeframe": "1h"})))
+
+
+async def compiled_apart()->None:
+    "Have another process do so, as compiling holds up every thread of its own"
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", f"from {warm_up.__module__} import warm_up; "
+                                                 "warm_up()", stdout=asyncio.subprocess.DEVNULL)
+    try: await child.wait()
+    finally:
+        if child.returncode is None: child.kill()
+
+# %% ../../nbs/90_ops/03_samples.ipynb #warmup03
 LIMIT = 10. # seconds that a look at the ledger may take
 
 
 async def gather_again_and_again(gatherer:"Gatherer")->None:
     "Look, and tell; a ledger that hangs is one that cannot be read, and holds up nobody"
+    await gatherer.ready()
     ledger, others = OnThread("the ledger", LIMIT), OnThread("what else is measured", LIMIT)
     while True:
         began = monotonic()
@@ -594,8 +615,13 @@ class Gatherer:
     "Makes samples of what sessions write; a part of `tradelab serve`"
     name = "samples"
 
-    def __init__(self, here:Settings, every:float|None=None)->None: # s between two looks  [default: telemetry.interval]
+    def __init__(self,
+        here:Settings,
+        every:float|None=None, # s between two looks  [default: telemetry.interval]
+        ready:Callable[[], Awaitable[None]]=partial(asyncio.sleep, 0.), # before the first one
+    )->None:
         self.here, self.every = here, every or here.telemetry.interval
+        self.ready = ready
         self.latest: dict[str, Sample] = {}
         self.histograms: dict[str, Buckets] = {}
         self.unread = "nobody has looked yet"        # why the ledger could not be read; empty: it could
