@@ -39,7 +39,7 @@ from .hearers import Hearers, hearers_of
 from .line_protocol import LedgerSink, LineSink, target_of
 from .metrics import METRICS, Sample
 from .monitor import Monitor
-from .samples import Gatherer
+from .samples import Gatherer, compiled_apart
 from .telegram import TelegramBot, check_telegram
 from ..texts import one_line
 
@@ -180,7 +180,7 @@ class Plan:
 
 def plan_figures(plan:Plan, here:Settings, operations:Operations)->Gatherer:
     "Figures of all sessions, and where they go"
-    gatherer = plan.add(Gatherer(here))
+    gatherer = plan.add(Gatherer(here, ready=compiled_apart))
     sinks: list[LedgerSink|LineSink] = [plan.add(LedgerSink(operations, here.telemetry.interval,
                                                             here.monitor.retention))]
     if target := target_of(here):
