@@ -310,7 +310,7 @@ def incident_place(
         with reading(here.database) as look: rows = look.rows(SESSIONS)
     except MissingLedgerError: rows = []
     except (OSError, ValueError): rows = [{}]
-    if rows or session or list(here.logs.glob("tradelab.jsonl*")):
+    if rows or session or any(here.logs.glob("tradelab.jsonl*")):
         yield Place(here.database, here.sessions, session)
         return
     with example_session(pace=0., finished=True) as place: yield place
