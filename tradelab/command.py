@@ -464,7 +464,8 @@ def secrets_asked(
     from io import StringIO
 
     from dotenv import dotenv_values
-    if given: return {name: value for name, value in dotenv_values(stream=StringIO(given.read(100_000))).items() if value}
+    if given: return {name: value for name, value in dotenv_values(stream=StringIO(given.read(100_000))).items()
+                      if value}
     names = {f"{venue}_{each}": f"{each} of {venue}" for each in ("key", "secret") if venue in ("testnet", "mainnet")}
     names |= {"alert_url": "Addresses of apprise that are told (tgram://..., mailto://...)",
               "telegram_token": "Token of a bot at Telegram"}
@@ -495,7 +496,8 @@ def init_settings(secrets_from:Any, yes:bool, force:bool, admins:tuple[int, ...]
             raise ValueError("tradelab.toml is there already: nothing was written; --force replaces it")
         environment = asked("environment", "Environment", "development",
                             click.Choice(["development", "staging", "production"]))
-        venue = asked("venue", "Venue (mainnet is real money)", "localnet" if environment == "development" else "testnet",
+        venue = asked("venue", "Venue (mainnet is real money)",
+                      "localnet" if environment == "development" else "testnet",
                       click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
         plain = {"symbols": asked("symbols", "Symbols, with commas", "BTC/USDT:USDT"),
                  "timeframe": asked("timeframe", "Timeframe", "1h"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'SECRETS', 'Part', 'words_of', 'keep', 'Server', 'Beats', 'check_port', 'check_ledger', 'Plan',
-           'plan_figures', 'plan_people', 'plan_schedule', 'server_for', 'serve']
+           'plan_figures', 'plan_people', 'plan_schedule', 'plan_api', 'server_for', 'serve']
 
 # %% ../../nbs/90_ops/30_serve.ipynb #opssv003
 import asyncio
@@ -39,7 +39,7 @@ from .hearers import Hearers, hearers_of
 from .line_protocol import LedgerSink, LineSink, target_of
 from .metrics import METRICS, Sample
 from .monitor import Monitor
-from .samples import Gatherer
+from .samples import Gatherer, compiled_apart
 from .schedule import Schedule, check_schedule
 from .telegram import TelegramBot, check_telegram
 from ..texts import one_line
@@ -181,7 +181,7 @@ class Plan:
 
 def plan_figures(plan:Plan, here:Settings, operations:Operations)->Gatherer:
     "Figures of all sessions, and where they go"
-    gatherer = plan.add(Gatherer(here))
+    gatherer = plan.add(Gatherer(here, ready=compiled_apart))
     sinks: list[LedgerSink|LineSink] = [plan.add(LedgerSink(operations, here.telemetry.interval,
                                                             here.monitor.retention))]
     if target := target_of(here):
@@ -222,7 +222,23 @@ def plan_schedule(plan:Plan, here:Settings, hear:Callable[[Happening], None])->S
     return plan.add(Schedule(here, hear), f"jobs that are run: {', '.join(here.schedule)}")
 
 # %% ../../nbs/90_ops/30_serve.ipynb #opssv020
-SECRETS = ("alert_url", "escalation_url", "telegram_token", "influx_token", "metrics_token") # that it may need
+SECRETS = ("alert_url", "escalation_url", "telegram_token", "influx_token", "metrics_token",
+           "api_secret") # that it may need
+
+
+def plan_api(plan:Plan, here:Settings, feed:Feed, gatherer:Gatherer, watch:HealthWatch,
+             hear:Callable[[Happening], None])->None:
+    "The API, if there is a secret for it"
+    if here.api_secret is None:
+        plan.lines.append("there is no API: tradelab api secret makes the secret that it needs")
+        return
+    try:
+        from tradelab.ops.routes import api_for, check_api
+    except ImportError as error:
+        raise ConfigurationError(f"api_secret is set, and {error.name} is not installed: pip install "
+                                 "'tradelab[ops]'") from None
+    line = check_api(here)
+    plan.add(api_for(here, feed, gatherer, watch, hear), line)
 
 
 def server_for(here:Settings)->Server: # here: with its secrets
@@ -239,6 +255,7 @@ def server_for(here:Settings)->Server: # here: with its secrets
     exposition = plan.add(Exposition(here, gatherer), f"figures at http://{shown}:{here.metrics_port}/metrics, health "
                           "at /health, /health/live and /health/ready")
     add_routes(exposition.app, health)
+    plan_api(plan, here, feed, gatherer, health, hear)
     plan.add(Beats(operations))
     return Server(plan.parts, plan.lines, hear)
 

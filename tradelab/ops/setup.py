@@ -24,7 +24,6 @@ from tradelab.config import (
     PREFIX,
     SECTIONS,
     TOML,
-    Settings,
     job_settings,
     nearest,
     one_section,
@@ -33,7 +32,7 @@ from tradelab.config import (
     settings,
 )
 from ..errors import ConfigurationError
-from ..files import read_text, replace_files
+from ..files import replace_files
 from ..live.alerts import check_alerts
 from ..log import HIDDEN, names_secret, register_secret
 from ..market.symbols import symbols_of
@@ -78,8 +77,8 @@ TEMPLATES:dict[str, str] = {
     "development": 'log_level = "DEBUG"\n',
     "staging": 'log_level = "INFO"\n' + _SERVED.format(level="warning"),
     "production": 'log_level = "INFO"\ncheck_on_start = true\n' + _SERVED.format(level="warning")
-                  + "[risk]                            # of one symbol, of all together, and what ends a day, or everything"
-                    "\nmax_position = 0.02\nmax_leverage = 0.5\nmax_daily_loss = 0.02\nmax_drawdown = 0.1\n"}
+                  + "[risk]                            # of one symbol, of all, and what ends a day, or everything\n"
+                    "max_position = 0.02\nmax_leverage = 0.5\nmax_daily_loss = 0.02\nmax_drawdown = 0.1\n"}
 
 
 def settings_text(answers:Answers)->str:
@@ -182,7 +181,8 @@ def set_up(
 def in_force()->list[str]:
     "What is set, by which place, a line each; what is not set is as in tradelab.toml.example"
     said = {key: (value, where) for where, keys in read_places() for key, value in keys.items()}
-    def shown(key, value): return HIDDEN if names_secret(key) or key in secret_names() else json.dumps(value, default=str)
+    def shown(key, value):
+        return HIDDEN if names_secret(key) or key in secret_names() else json.dumps(value, default=str)
     lines = [f"{key} = {shown(key, value)}" for key, (value, _) in said.items()]
     width = max(map(len, lines), default=0)
     return [f"{line:<{width}}  # {where}" for line, (_, where) in zip(lines, said.values(), strict=True)]
