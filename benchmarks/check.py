@@ -110,7 +110,8 @@ def main(arguments:list[str])->int:
     found = {name: round(MEASURES[name](), 3) for name in names}
     kept = json.loads(BASELINES.read_text()) if BASELINES.exists() else {}
     if "--write" in arguments: BASELINES.write_text(json.dumps(kept | found, indent=1) + "\n")
-    for name, ratio in found.items(): print(f"{name:14} {ratio:8.2f} times its peer, baseline {kept.get(name, 0.):8.2f}")
+    for name, ratio in found.items():
+        print(f"{name:14} {ratio:8.2f} times its peer, baseline {kept.get(name, 0.):8.2f}")
     wrong = [] if "--write" in arguments else slower(found, kept)
     for line in wrong: print(f"SLOWER  {line}")
     return bool(wrong)
