@@ -169,11 +169,10 @@ def words_of(
     output:Path|None=None, # the executed notebook
 )->list[str]:
     "What a person would type behind tradelab"
-    if job.command:
-        given = ((f"--{key.replace('_', '-')}", str(value)) for key, value in job.parameters.items())
-    else: given = (("-p", key, str(value)) for key, value in job.parameters.items())
+    def said(key, value): return [f"--{key.replace('_', '-')}", str(value)] if job.command else ["-p", key, str(value)]
+    given = [word for each in job.parameters.items() for word in said(*each)]
     where = ["--output", str(output)] if output else []
-    return [*(job.command.split() or ["run", job.notebook]), *(word for words in given for word in words), *where]
+    return [*(job.command.split() or ["run", job.notebook]), *given, *where]
 
 
 def _is_secret(name):
