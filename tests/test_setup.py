@@ -55,7 +55,7 @@ def test_each_template_is_in_order_and_private(empty, environment):
 
 
 def test_answers_make_both_files_and_show_no_secret(empty):
-    answers = "staging\ntestnet\nBTC,ETH\n15m\n500\nthe-key\nthe-secret\njson://127.0.0.1/the-hook\n123456:ABCdef\n77\n"
+    answers = "staging\ntestnet\nBTCUSDT,ETHUSDT\n15m\n500\nthe-key\nthe-secret\njson://127.0.0.1/the-hook\n123456:ABCdef\n77\n"
     code, said = typed("config", "init", input=answers)
     assert code == 0, said
     assert files() == ["tradelab.secrets", "tradelab.secrets.lock", "tradelab.toml"] or files() == [
