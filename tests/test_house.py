@@ -27,7 +27,7 @@ OWNERS = {  # a library lives in one named place
                 *(f"tradelab.ops.{name}" for name in ("exposition", "line_protocol", "health", "serve"))},
     "prometheus_client": {"tradelab.ops.exposition"}, "telegram": {"tradelab.ops.telegram"},
     "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
-    "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},
+    "anywidget": {"tradelab.ops.dashboard"}, "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}
