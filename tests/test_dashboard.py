@@ -199,7 +199,7 @@ def test_it_shows_the_session_and_goes_on_with_it(scene):
 
 def test_it_reads_well_in_each_size_and_light(scene):
     page = scene.page
-    for width in (1280, 390):
+    for width in (1280, 700, 390):
         page.size(width)
         for scheme in ("light", "dark"):
             page.scheme(scheme)
