@@ -14,13 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from servers import until, victoria_metrics, webhook
 from telegram_double import TOKEN, telegram_double
-from test_live import localnet, session
+from test_live import HISTORY, LISTED, session, times
 from test_serve import served
 
 from tradelab.database.operations import serving
 from tradelab.database.records import clock
+from tradelab.instruments import BITCOIN
+from tradelab.localnet.server import Localnet
+from tradelab.market.synthetic import ar1
+from tradelab.settings import CostModel
 
 CANDLES, MOST = 300, 1.05
+
+
+def localnet():
+    "A market in lockstep, long enough"
+    candles = ar1(HISTORY + CANDLES + 10, seed=3)
+    return Localnet({BITCOIN.symbol: candles}, {}, [LISTED], CostModel(), start=int(times(candles)[HISTORY]))
 
 
 @contextmanager
@@ -68,8 +78,8 @@ if __name__ == "__main__":
         times, more = trade(True)
         beside.append(median(times))
         said += more
-    ratio = median(beside) / median(alone)
+    ratio = min(beside) / min(alone) # of the quietest turns: others use this machine, too
     for name, found in (("alone", alone), ("beside tradelab serve", beside)):
-        print(f"{name:<24} median {median(found):7.2f} ms a candle   {'  '.join(f'{each:.2f}' for each in found)}")
+        print(f"{name:<24} quietest {min(found):7.2f} ms a candle   {'  '.join(f'{each:.2f}' for each in found)}")
     print(f"{'ratio':<24} {ratio:.3f}, at most {MOST}; people got {said} messages")
     sys.exit(ratio > MOST)

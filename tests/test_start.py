@@ -1,10 +1,12 @@
 "What a session finds before it trades: leases, halts of its strategy, commands, accounts that are set otherwise"
 import asyncio
 import shutil
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from servers import until
 from test_bad_input import tradelab
 from test_live import BITCOIN, ETHER, localnet, orders_at, session, venue
 from test_trust import ID, make_run, reseal
@@ -156,6 +158,28 @@ def test_a_session_whose_lease_was_taken_stops_and_sends_nothing_more(tmp_path):
             assert other.leases.of(lease.venue, lease.account)[BITCOIN]["session"] == "other"
             return sent
         assert asyncio.run(overtaken()) == len(orders_at(exchange))
+
+
+def test_a_session_whose_loop_hangs_shows_no_sign_of_life_until_it_turns_again(tmp_path):
+    hanging, release_it = threading.Event(), threading.Event()
+
+    def progress(statistics):
+        if statistics.candles != 3: return
+        hanging.set()
+        release_it.wait()
+    with localnet() as exchange:
+        live = session(exchange, tmp_path, say=str, waits={"heartbeat": 20}, progress=progress)
+        live.hangs = .2
+        trading = threading.Thread(target=run, args=(live, 6))
+        trading.start()
+        try:
+            assert hanging.wait(60)
+            def beat(): return ledger_of(tmp_path).leases.of(live.lease.venue, live.lease.account)[BITCOIN]["beat"]
+            until(lambda: clock() - beat() > 1_000)
+        finally: release_it.set()
+        trading.join(60)
+        assert live.statistics.candles == 6
+        assert beat() == 0 # given back: nobody had taken it
 
 
 def halting(exchange, folder, name, most=.02, **options):

@@ -125,7 +125,7 @@ def test_who_may_do_what_and_how_often(tmp_path, ledger):
             assert "<b>one</b>" in lab.asks(user, "/status")
             assert lab.at_once(user, "/profit").startswith("Not done: one command in 5 s, say it again in ")
         before = len(lab.double.sent)
-        for command in ("/status", "/stop"): lab.double.say(ADMIN, command)
+        for command in ("/status", "/profit"): lab.double.say(ADMIN, command)
         for command in (*READ, *ACT): lab.double.say(STRANGER, f"/{command}")
         lab.double.press(STRANGER, "code:0042")
         until(lambda: lab.told)
@@ -147,7 +147,9 @@ def test_who_may_do_what_and_how_often(tmp_path, ledger):
 
 def test_a_busy_session_is_told_and_its_answer_follows(tmp_path, ledger):
     with silent_session(ledger, tmp_path, "one"), world(tmp_path) as lab:
-        assert "one is busy and has not answered yet" in lab.asks(ADMIN, "/stop the train is late")
+        assert "<b>one</b>" in lab.asks(ADMIN, "/status")
+        assert "one is busy and has not answered yet" in lab.at_once(ADMIN, "/stop the train is late") # no 5 s
+        assert lab.at_once(ADMIN, "/stop once more").startswith("Not done: one command in 5 s")
         row, = ledger.commands.all()
         assert (row["name"], row["session"], row["reason"]) == ("state", "one", "the train is late")
         assert json.loads(row["arguments"]) == {"state": "NO_ENTRY", "stricter": True}
@@ -156,7 +158,7 @@ def test_a_busy_session_is_told_and_its_answer_follows(tmp_path, ledger):
         ledger.commands.done(row["number"], "no entries: <until> it is resumed")
         assert lab.double.after(seen)[0].text == "<b>one</b>: no entries: &lt;until&gt; it is resumed"
         assert [(each.action, each.outcome, each.target) for each in lab.audit()] == [
-            ("/stop", "asked", "one"), ("/stop", "done", "one")]
+            ("/status", "done", ""), ("/stop", "asked", "one"), ("/stop", "refused", ""), ("/stop", "done", "one")]
         seen, asked = len(lab.double.sent), len(ledger.commands.all())
         lab.later()
         lab.double.say(ADMIN, "/reduce one")

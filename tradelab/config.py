@@ -6,11 +6,11 @@
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENTS', 'VENUES', 'REAL', 'Level', 'Minutes',
            'Seconds', 'Person', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS',
            'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED', 'FORBIDDING', 'FALSE', 'project_root', 'Trust',
-           'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings', 'Settings',
-           'known_keys', 'nearest', 'read_table', 'read_variables', 'name_passphrase_file', 'in_container',
-           'read_places', 'settings', 'job_settings', 'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of',
-           'check_private', 'is_confirmed', 'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding',
-           'exposed_keys', 'venue_for']
+           'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings',
+           'OperationsSettings', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables',
+           'name_passphrase_file', 'in_container', 'read_places', 'settings', 'job_settings', 'one_section',
+           'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed', 'confirm_real',
+           'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -202,8 +202,30 @@ class ApiSettings:
     certificate: Folder | None = None     # file, PEM; beyond this machine TLS is needed, here or before it
     certificate_key: Folder | None = None # likewise
 
+# %% ../nbs/00_ground/12_config.ipynb #opsset08
+class OperationsSettings(BaseSettings):
+    "Of those who serve sessions, and never of a decision"
+    language: Literal["en", "es"] = "en"                  # of what people are told; logs and errors are English
+    # functions of one's own, module:name, that hear every notice, in tradelab serve
+    notices: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    alert_url: SecretStr | None = None     # addresses of apprise, separated by blanks; empty: nobody is told
+    escalation_url: SecretStr | None = None # who is told what nobody acknowledged; empty: alert_url again
+    # called by `tradelab watchdog` while all is well, so that whoever stands there hears its silence; empty: nobody
+    watchdog_url: SecretStr | None = None
+    alerts: AlertSettings = AlertSettings()               # [alerts]
+    telegram_token: SecretStr | None = None               # of the bot; empty: there is none
+    telegram_api: Address = "https://api.telegram.org"
+    telegram: TelegramSettings = TelegramSettings()       # [telegram]
+    influx_url: Address = ""                              # of InfluxDB or VictoriaMetrics; empty: figures go nowhere
+    influx_token: SecretStr | None = None
+    metrics_host: str = "127.0.0.1"                       # where tradelab serve answers Prometheus
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    metrics_token: SecretStr | None = None                # that Prometheus must show; needed beyond this machine
+    telemetry: TelemetrySettings = TelemetrySettings()    # [telemetry]
+    monitor: MonitorSettings = MonitorSettings()          # [monitor]
+
 # %% ../nbs/00_ground/12_config.ipynb #85769e7f
-class Settings(BaseSettings):
+class Settings(OperationsSettings):
     "All settings"
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -246,24 +268,6 @@ class Settings(BaseSettings):
     risk: Limits = Limits()                               # [risk]
     costs: CostModel = CostModel()                        # [costs]
     trust: Trust = Trust()                                # [trust]
-    language: Literal["en", "es"] = "en"                  # of what people are told; logs and errors are English
-    # functions of one's own, module:name, that hear every notice, in tradelab serve
-    notices: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
-    alert_url: SecretStr | None = None     # addresses of apprise, separated by blanks; empty: nobody is told
-    escalation_url: SecretStr | None = None # who is told what nobody acknowledged; empty: alert_url again
-    # called by `tradelab watchdog` while all is well, so that whoever stands there hears its silence; empty: nobody
-    watchdog_url: SecretStr | None = None
-    alerts: AlertSettings = AlertSettings()               # [alerts]
-    telegram_token: SecretStr | None = None               # of the bot; empty: there is none
-    telegram_api: Address = "https://api.telegram.org"
-    telegram: TelegramSettings = TelegramSettings()       # [telegram]
-    influx_url: Address = ""                              # of InfluxDB or VictoriaMetrics; empty: figures go nowhere
-    influx_token: SecretStr | None = None
-    metrics_host: str = "127.0.0.1"                       # where tradelab serve answers Prometheus
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    metrics_token: SecretStr | None = None                # that Prometheus must show; needed beyond this machine
-    telemetry: TelemetrySettings = TelemetrySettings()    # [telemetry]
-    monitor: MonitorSettings = MonitorSettings()          # [monitor]
     api_secret: SecretStr | None = None                   # what tokens are signed with; not set: there is no API
     api: ApiSettings = ApiSettings()                      # [api]
     execution: Execution = Execution()                    # [execution]: how a backtest turns targets into orders

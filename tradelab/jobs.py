@@ -29,7 +29,7 @@ import click
 
 from .config import TOML, known_keys, nearest, one_section, project_root, settings
 from .errors import ConfigurationError, TradelabError
-from .files import asset, replace_files
+from .files import asset, owner_only, replace_files
 from .log import HIDDEN, names_secret, redact, redact_split, register_settings, unfinished
 from .texts import printable
 
@@ -471,11 +471,13 @@ def run(
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_suffix(RUNNING)
     from papermill.execute import execute_notebook
+    with open(running, "w", opener=owner_only): pass # papermill writes into it
     try:
         execute_notebook(notebook, running, parameters, engine_name="tradelab", kernel_name="python3",
                          cwd=project_root())
     except JobFailedError as error:
         raise JobFailedError(f"{job}: {error.message.replace(str(running), str(output))}") from None
     finally:
-        if running.exists(): write_page(running.replace(output))
+        if running.stat().st_size: write_page(running.replace(output))
+        else: running.unlink()
     return output

@@ -30,6 +30,7 @@ from pydantic import SecretStr
 from structlog.typing import EventDict, Processor
 
 from .config import Settings, in_container, settings
+from .files import owner_only
 from .texts import html_text, printable
 
 # %% ../nbs/00_ground/13_log.ipynb #lgspl001
@@ -262,7 +263,10 @@ LOG = "tradelab.jsonl" # in the folder of logs
 
 
 class SharedFile(RotatingFileHandler):
-    "A file that several processes write and rotate"
+    "A file that several processes write and rotate, and that nobody else reads"
+
+    def _open(self):
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=owner_only)
 
     def _open_now(self):
         "The file of that name, which another process may have rotated"

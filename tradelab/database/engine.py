@@ -6,7 +6,9 @@
 __all__ = ['PASSING', 'PATIENCE', 'LedgerError', 'trouble', 'heard', 'server_options', 'connected', 'alone']
 
 # %% ../../nbs/65_database/03_engine.ipynb #a7763e4d
+import os
 from collections.abc import Generator
+from contextlib import suppress
 from math import ceil
 from time import monotonic
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from ..errors import TradelabError
+from ..files import OWN
 from ..texts import one_line
 
 # %% ../../nbs/65_database/03_engine.ipynb #389191f0
@@ -30,6 +33,12 @@ def trouble(error:sql.exc.DBAPIError)->LedgerError:
     return LedgerError(f"the ledger takes nothing: {one_line(str(error.orig))}")
 
 # %% ../../nbs/65_database/03_engine.ipynb #cf5c789d
+def _keep_own(file):
+    "A file that has just been made is its owner's alone, and so are those that SQLite puts beside it"
+    with suppress(OSError):
+        if not os.stat(file).st_size: os.chmod(file, OWN)
+
+
 def _sqlite(url, durable, patience):
     "One in memory is the same for all threads"
     inside = not url.database or url.database == ":memory:"
@@ -38,6 +47,7 @@ def _sqlite(url, durable, patience):
 
     @sql.event.listens_for(engine, "connect")
     def _pragmas(connection, _):
+        if not inside: _keep_own(url.database)
         for pragma in ("journal_mode=WAL", f"synchronous={'FULL' if durable else 'NORMAL'}"):
             connection.execute(f"PRAGMA {pragma}")
     return engine

@@ -49,11 +49,13 @@ class Reading:
         table:sql.Table,
         *conditions:Any,         # of SQLAlchemy, such as INTENTS.c.state.in_(...)
         newest:int|None=None,    # only so many, by the key
+        by:Any=None,             # a column that comes before the key in the order
         **where:Any,             # the value of a column
     )->list[dict]:               # in the order of the key
         "The rows that are so"
         asked = table.select().where(*conditions, *(table.c[name] == value for name, value in where.items()))
-        keys = [key.desc() if newest is not None else key for key in table.primary_key]
+        order = [*([] if by is None else [by]), *table.primary_key]
+        keys = [key.desc() if newest is not None else key for key in order]
         found = [dict(row) for row in self._connection.execute(asked.order_by(*keys).limit(newest)).mappings()]
         return found[::-1] if newest is not None else found
 

@@ -402,7 +402,7 @@ class AllAlerts:
     "The alerts of a session over all channels"
 
     def __init__(self, each:dict[str, Alerts])->None: # by the name of the channel
-        self.each = each
+        self.each, self.name = each, ", ".join(each)
         for name, alerts in each.items(): alerts.name = name
 
     def begin(self, title:str, kept:Callable[[Delivery], object], said:Callable[[str], object])->None:

@@ -15,6 +15,7 @@ from ..database.engine import PASSING, trouble
 from ..database.migrations import differences
 from ..database.reading import existing
 from ..database.schema import COMMANDS, INTENTS, NOTICES, ORDER_EVENTS, SESSIONS, TABLES, TRADES
+from ..files import owner_only
 from .ledger import Ledger
 from .session import rebuild
 from ..trust import check_id
@@ -70,7 +71,7 @@ def summary(url:str)->str:
 def _write_table(connection, table, path):
     "Row by row"
     rows = connection.execution_options(yield_per=1_000).execute(table.select().order_by(*table.primary_key))
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", opener=owner_only) as file:
         lines = csv.writer(file)
         lines.writerow(table.c.keys())
         lines.writerows(rows)

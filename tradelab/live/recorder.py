@@ -32,6 +32,7 @@ import zstandard
 
 from .. import __version__
 from ..errors import TradelabError
+from ..files import owner_only
 from ..instruments import Instrument
 from .messages import Action, Amend, Cancel, Decided, Received, Send, Tell, Write
 from .venue import VenueError, VenueLimitError, VenueUnknownError
@@ -316,7 +317,7 @@ def repair(
     aside = _aside(found.path)
     whole = found.path.with_suffix(".mended")
     again = Recording(whole)
-    with open(found.path, "rb") as source, open(whole, "wb") as target:
+    with open(found.path, "rb") as source, open(whole, "wb", opener=owner_only) as target:
         target.write(source.read(found.proven))
         target.flush()
         os.fsync(target.fileno())
@@ -347,7 +348,7 @@ class FrameFile:
 
     def __init__(self, path:Path, seal:bytes=b""):
         self.seal = seal
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0, opener=owner_only)
         self._end = self._file.seek(0, os.SEEK_END)
         self._compress = zstandard.ZstdCompressor().compress # a new one for each frame would take eight times as long
         self._unsynced = False

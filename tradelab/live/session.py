@@ -12,8 +12,8 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'timed', 'weigh', 'Away', 'tell',
            'say', 'begin_alerts', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join',
            'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
-           'show_step', 'log_order', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'look', 'command_of', 'know',
-           'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
+           'show_step', 'log_order', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'turn', 'look', 'command_of',
+           'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
            'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
@@ -55,7 +55,7 @@ from tradelab.database.records import (
 from ..database.schema import Measured
 from ..database.words import WORDS, arguments_of
 from ..events import Fill, Funding, TradingState
-from ..files import read_json, replace_files
+from ..files import owner_only, read_json, replace_files
 from ..journal import EQUITY, JOURNAL
 from .agreement import halt_if_liquidated
 from .bookkeeper import Bookkeeper
@@ -161,7 +161,7 @@ class StepFile:
     "A table on the disk, written step by step; it can be made again from the ledger, so a full disk stops nobody"
 
     def __init__(self, path:Path, columns:Sequence[str])->None:
-        self._file = open(path, "w", newline="")
+        self._file = open(path, "w", newline="", opener=owner_only)
         self._writer = csv.writer(self._file)
         self._last: int|None = None
         self._start = 0
@@ -1094,6 +1094,7 @@ def keep_standing(session:"Session", lease:Lease, standing:Standing)->None:
 def keep(session:"Session", records:Sequence[Record|Standing])->None:
     """Keep records in one transaction, under the session's lease; called on the writer's thread. The recording is on
     the disk before the ledger says that a step is done"""
+    if not records and monotonic() > session.turned + session.hangs: return # no sign of life for one that hangs
     if session.files and any(isinstance(record, Step) for record in records): session.files.recorder.sync()
     with session.ledger.transaction(session.lease, any(map(precedes, records))) as fresh:
         left = records if fresh else ()
@@ -1106,9 +1107,15 @@ def keep(session:"Session", records:Sequence[Record|Standing])->None:
         weigh(session)
 
 
+def turn(session:"Session")->None:
+    "The loop of the session still turns; called on it"
+    session.turned = monotonic()
+
+
 def look(session:"Session", lease:Lease)->None:
     "Hand on what people have asked for; called on the writer's thread"
     session.looked = monotonic()
+    session.hand(partial(turn, session))
     place = Asked("", "", "", lease.venue, lease.account, session.id, session.strategy)
     for row in session.ledger.commands.pending(place):
         here = row["session"] or row["symbol"] in ("", *lease.symbols)
@@ -1201,6 +1208,7 @@ async def drive(session:"Session", max_candles:int|None)->str:
     core = await prepare(session, max_candles)
     session.writer = Writer(partial(keep, session), partial(unkept, session), partial(kept_again, session),
                             lambda record: json.dumps(encode(record)), needed, idle=session.heartbeat)
+    session.turned = monotonic()
     if session._stopping: session.stop()
     driver = Driver(core, session.venue, partial(carry_out, session), partial(hear, session), partial(note, session))
     end = await run_to_completion(driver.run(), session.stop)
@@ -1243,6 +1251,8 @@ class Running:
     proven:str = ""          # what was replayed, because the code is not that of then
     heartbeat:float = 1.     # s between two looks for commands, which are signs of life, too
     looked:float = 0.        # monotonic s, when that was
+    turned:float = 0.        # monotonic s, when the loop last turned
+    hangs:float = 60.        # s without that, after which the session shows no sign of life any more
     said:float = 0.          # when a step was
     saved:float = 0.         # when session.json was
     times:deque[tuple[str, float]] = field(default_factory=partial(deque, maxlen=MOST_TIMES)) # not written yet

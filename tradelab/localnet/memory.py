@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TradelabError
-from ..files import read_bytes
+from ..files import owner_only, read_bytes
 from .engine import clock_held
 from .faults import Action, act
 from .protocol import RequestDeniedError
@@ -162,7 +162,7 @@ class _Journal:
     def go_on(self, size, check):
         "Write after so many bytes, whose last line has this hash"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self.check = open(self.path, "ab", buffering=0), check
+        self._file, self.check = open(self.path, "ab", buffering=0, opener=owner_only), check
         self._file.truncate(size)
 
     def start(self):

@@ -358,7 +358,7 @@ def _kept(folder, candles, step, now, span, revisable):
         contents, written = _merged(folder, candles)
         found = [hole for hole in holes(candles, step, span) if now is None or hole[1] + revisable <= now]
         if found: contents[folder / "absent.json"] = json.dumps(sorted({*absent(folder), *found})).encode()
-        replace_files(contents)
+        replace_files(contents, None)
     return written
 
 
@@ -430,7 +430,7 @@ class Store:
         "Keep what the source lists of the symbol, beside its candles"
         if instrument == self.instrument(source, symbol, timeframe): return
         folder = self.series(source, symbol, timeframe)
-        with only_writer(folder): replace_files({folder / "instrument.json": json.dumps(instrument).encode()})
+        with only_writer(folder): replace_files({folder / "instrument.json": json.dumps(instrument).encode()}, None)
 
     def instrument(self, source: str, symbol: str, timeframe: str) -> dict[str, Any] | None:
         "What was kept of the symbol; None if nothing was"

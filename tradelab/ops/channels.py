@@ -6,8 +6,7 @@
 __all__ = ['logger', 'TRIED', 'NAME', 'KEPT', 'DAY', 'Identity', 'EVERY', 'BEATS', 'AGAIN', 'Message', 'joined', 'Channel',
            'AppriseChannel', 'apprise_channels', 'Delivered', 'with_dropped', 'attempt', 'Posted', 'Outbox',
            'send_next', 'message_for', 'identity', 'Unwritten', 'keep', 'answers', 'Recalled', 'untold', 'recall',
-           'state_of', 'channel_lines', 'found_in', 'without_told', 'take_look', 'recall_once', 'write', 'close',
-           'step', 'listen', 'post', 'AlertCentre']
+           'state_of', 'channel_lines', 'listen', 'post', 'AlertCentre']
 
 # %% ../../nbs/90_ops/12_channels.ipynb #d6e5d5f2
 import asyncio
@@ -363,7 +362,7 @@ def channel_lines(url:str)->list[str]:
 EVERY, BEATS, AGAIN = 1., 5., 5. # s between two looks at what is due, two signs of life, two attempts to write
 
 
-def found_in(url:str, before:Look|None, after:Look, large_loss:float)->list[Happening]: # fraction of the equity
+def _found_in(url:str, before:Look|None, after:Look, large_loss:float)->list[Happening]: # fraction of the equity
     "What of two looks is worth telling, with the trades that the ledger knows; may take long"
     settings = {each.session: each.settings for each in after.statuses}
 
@@ -373,19 +372,19 @@ def found_in(url:str, before:Look|None, after:Look, large_loss:float)->list[Happ
     return happenings(before, after, trades, large_loss)
 
 
-def without_told(url:str, notices:Sequence[Heard])->list[Heard]:
+def _without_told(url:str, notices:Sequence[Heard])->list[Heard]:
     "Those that their session did not tell itself, as far as the ledger knows"
     with suppress(Exception), reading(url) as look: return untold(look, notices)
     return [*notices]
 
 
-async def take_look(centre:"AlertCentre", look:Look)->list[Raise|Change]:
+async def _take_look(centre:"AlertCentre", look:Look)->list[Raise|Change]:
     "What a look changes"
     fresh = [each for each in look.notices if each.number > centre.cursors.get(each.session, 0)]
     if any(each.told.time < clock() - EXPIRES for each in fresh): # a session may have told meanwhile
-        with suppress(TimeoutError): fresh = await centre.thread.awaited(partial(without_told, centre.url, fresh))
+        with suppress(TimeoutError): fresh = await centre.thread.awaited(partial(_without_told, centre.url, fresh))
     after = settled(centre.before, replace(look, notices=tuple(fresh)))
-    try: found = await centre.thread.awaited(partial(found_in, centre.url, centre.before, after,
+    try: found = await centre.thread.awaited(partial(_found_in, centre.url, centre.before, after,
                                                            centre.large_loss))
     except TimeoutError: found = happenings(centre.before, after)
     centre.before = after
@@ -406,7 +405,7 @@ def _of_channels(centre):
                         time=clock())
 
 
-async def recall_once(centre:"AlertCentre")->None:
+async def _recall_once(centre:"AlertCentre")->None:
     "Take in what the ledger knows of before, as soon as the feed has read it, and so hears what comes from now on"
     if centre.recalled or not any(not each.unread for each in centre.seen): return
     try: found = await centre.thread.awaited(partial(recall, centre.url, clock()))
@@ -434,7 +433,7 @@ def _exchange(centre, batch, service, states):
     return new, rows
 
 
-async def write(centre:"AlertCentre")->None:
+async def _write(centre:"AlertCentre")->None:
     "Let the ledger have what waits for it, if it takes it"
     now = monotonic()
     if not centre.recalled or now < centre.again or not (centre.unwritten or now >= centre.beats): return
@@ -454,24 +453,24 @@ async def write(centre:"AlertCentre")->None:
     centre.incidents.heard(rows, clock())
 
 
-async def close(centre:"AlertCentre", within:float=2.)->None: # seconds
+async def _close(centre:"AlertCentre", within:float=2.)->None: # seconds
     "Write down what waits, and that nobody tells any more"
     centre.ended, centre.again, centre.beats = True, 0., 0.
     with suppress(TimeoutError):
-        async with asyncio.timeout(within): await write(centre)
+        async with asyncio.timeout(within): await _write(centre)
 
 # %% ../../nbs/90_ops/12_channels.ipynb #7ec57033
-async def step(centre:"AlertCentre", within:float=EVERY)->None:
+async def _step(centre:"AlertCentre", within:float=EVERY)->None:
     "What has come, as soon as something has, and what is due"
     with suppress(TimeoutError):
         async with asyncio.timeout(within): await centre.awake.wait()
     centre.awake.clear()
-    await recall_once(centre)
+    await _recall_once(centre)
     acts: list[Raise|Change] = []
-    while centre.seen: acts += await take_look(centre, centre.seen.popleft())
+    while centre.seen: acts += await _take_look(centre, centre.seen.popleft())
     for each in [*_of_channels(centre), *centre.drained()]: acts += centre.incidents.take(each, clock())
     centre.unwritten.add(in_batch(acts))
-    await write(centre)
+    await _write(centre)
     for act in centre.incidents.tick(clock()): post(centre, act)
 
 
@@ -549,8 +548,8 @@ class AlertCentre:
             async with asyncio.TaskGroup() as group:
                 for outbox in self.all_outboxes(): group.create_task(outbox.run())
                 group.create_task(listen(self))
-                while True: await step(self)
-        finally: await close(self)
+                while True: await _step(self)
+        finally: await _close(self)
 
     def samples(self)->list[Sample]:
         "What was dropped, here and by channel; what was sent is counted from the ledger's deliveries"

@@ -261,7 +261,7 @@ def strains_of(
         if each.name == "disk_free_bytes": found["", "disk"] = disk_strain(each.value)
     return {key: strain for key, strain in found.items() if strain}
 
-
+# %% ../../nbs/90_ops/14_monitor.ipynb #d99eab2c
 def of_strains(
     was:Mapping[tuple[str, str], Strain],
     now_is:Mapping[tuple[str, str], Strain],

@@ -7,16 +7,17 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'Figure', 'LEAST_RETURNS', 'LIMIT', 'Followed', 'fresh', 'read_orders', 'read_notices', 'read_deliveries',
            'read_measured', 'read_phases', 'began', 'availability', 'Trip', 'settled', 'read_fills', 'read_decisions',
            'read_closes', 'RegimeNow', 'regime_of', 'read_regimes', 'of_process', 'of_orders', 'past_returns',
-           'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'replace_name',
-           'levels', 'replace_time', 'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed',
-           'told_to_all', 'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
+           'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'levels',
+           'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed', 'told_to_all', 'warm_up',
+           'compiled_apart', 'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e29471da
 import asyncio
 import math
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
 from time import monotonic
@@ -453,17 +454,12 @@ def of_model(known:Followed)->Iterator[Figure]:
     "How far features lie from their training, and the regimes"
     means = [each for each in known.measured.values() if each.name == "feature_mean"]
     for mean in means:
-        other = known.measured.get(replace_name(mean, "feature_deviation").key)
+        other = known.measured.get(replace(mean, name="feature_deviation").key)
         feature = {"feature": mean.labels["feature"]}
         if other: yield "feature_drift", divergence(mean.value, other.value), feature
     for symbol, now in known.regimes.items():
         for name, share in now.probabilities.items(): yield "regime", share, {"symbol": symbol, "name": name}
         yield "regime_accuracy_ratio", now.accuracy, {"symbol": symbol}
-
-
-def replace_name(sample:Sample, name:str)->Sample:
-    "The same of another metric"
-    return Sample(name, sample.value, sample.labels, sample.time)
 
 # %% ../../nbs/90_ops/03_samples.ipynb #a82a23e5
 _LIVING = ("process_cpu_ratio", "process_memory_bytes", "open_files", "threads", "tasks", "stream_age_seconds",
@@ -483,15 +479,10 @@ def levels(known:Followed, status:Status)->list[Sample]:
     own = {"session": known.session}
     said = [Sample(name, float(value), own | labels, status.time) for name, value, labels in found
             if value is not None and math.isfinite(value)]
-    said += [replace_time(each, status.time) for each in known.measured.values()
+    said += [replace(each, time=status.time) for each in known.measured.values()
              if status.alive or each.name not in _LIVING]
     return said + [Sample(name, float(total), own | dict(labels), status.time)
                    for (name, labels), total in known.totals.items() if name != "alerts_sent_total"]
-
-
-def replace_time(sample:Sample, time:int)->Sample:
-    "The same, known at another time"
-    return Sample(sample.name, sample.value, sample.labels, time)
 
 
 def read_session(look:Reading, known:Followed, status:Status)->list[Sample]: # new observations of histograms
@@ -585,11 +576,31 @@ def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
     return samples
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e2c14c44
+def warm_up()->None:
+    "Compile what figures are computed with, into the cache"
+    steps = .01 * np.random.default_rng(0).standard_normal(600)
+    known = Followed("none")
+    known.equity.extend((n * 3_600_000, 100. + n % 7, 0.) for n in range(50))
+    regime_of(np.exp(np.cumsum(steps)).tolist(), 600)
+    list(tail_figures(steps[:, None], np.ones(1)))
+    list(of_performance(known, Status("none", 0, "", {"timeframe": "1h"})))
+
+
+async def compiled_apart()->None:
+    "Have another process do so, as compiling holds up every thread of its own"
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", f"from {warm_up.__module__} import warm_up; "
+                                                 "warm_up()", stdout=asyncio.subprocess.DEVNULL)
+    try: await child.wait()
+    finally:
+        if child.returncode is None: child.kill()
+
+# %% ../../nbs/90_ops/03_samples.ipynb #warmup03
 LIMIT = 10. # seconds that a look at the ledger may take
 
 
 async def gather_again_and_again(gatherer:"Gatherer")->None:
     "Look, and tell; a ledger that hangs is one that cannot be read, and holds up nobody"
+    await gatherer.ready()
     ledger, others = OnThread("the ledger", LIMIT), OnThread("what else is measured", LIMIT)
     while True:
         began = monotonic()
@@ -604,8 +615,13 @@ class Gatherer:
     "Makes samples of what sessions write; a part of `tradelab serve`"
     name = "samples"
 
-    def __init__(self, here:Settings, every:float|None=None)->None: # s between two looks  [default: telemetry.interval]
+    def __init__(self,
+        here:Settings,
+        every:float|None=None, # s between two looks  [default: telemetry.interval]
+        ready:Callable[[], Awaitable[None]]=partial(asyncio.sleep, 0.), # before the first one
+    )->None:
         self.here, self.every = here, every or here.telemetry.interval
+        self.ready = ready
         self.latest: dict[str, Sample] = {}
         self.histograms: dict[str, Buckets] = {}
         self.unread = "nobody has looked yet"        # why the ledger could not be read; empty: it could
