@@ -14,6 +14,7 @@ import getpass
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from hashlib import sha256
 from html import escape, unescape
 from importlib.resources import files
 from itertools import pairwise
@@ -523,17 +524,19 @@ async def shown(widget:"AnyWidget", seconds:float=0.)->dict[str, Any]:
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0048
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-           "Cache-Control": "no-cache"}
+HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 PAGES = 20 # streams at once
 
 
 def page_files(language:str)->dict[str, tuple[str, str]]:
     "Text and type of each file below /dashboard"
+    made = {"/view.js": (module_text(), "text/javascript"), "/view.css": (style_text(), "text/css"),
+            "/page.js": (_asset("page.js"), "text/javascript"), "/icon.svg": (_asset("icon.svg"), "image/svg+xml")}
+    version = sha256("".join(text for text, _ in made.values()).encode()).hexdigest()[:12]
     words = {name: escape(text) for name, text in words_of(language).items()}
-    return {"": (_asset("page.html").format(**words), "text/html"), "/page.js": (_asset("page.js"), "text/javascript"),
-            "/view.js": (module_text(), "text/javascript"), "/view.css": (style_text(), "text/css"),
-            "/icon.svg": (_asset("icon.svg"), "image/svg+xml")}
+    script = made["/page.js"][0].replace("/dashboard/view.js", f"/dashboard/view.js?{version}")
+    return made | {"/page.js": (script, "text/javascript"),
+                   "": (_asset("page.html").format(**words, of=version), "text/html")}
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0050
 async def stream_of(
@@ -562,7 +565,8 @@ def add_dashboard(
     "Serve the page at /dashboard, and what it shows at PREFIX/dashboard and PREFIX/dashboard/stream"
     from starlette.exceptions import HTTPException  # when a page is served
     from starlette.responses import JSONResponse, Response, StreamingResponse
-    views, pages = Views(here), []
+    views = Views(here)
+    pages: list[Request] = []
     no_store = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
     async def stream(request):
@@ -580,8 +584,9 @@ def add_dashboard(
         await allowed(request)
         return JSONResponse(await views.now(), headers=no_store)
 
-    def file(content, kind):
-        async def answer(request): return Response(content, media_type=kind, headers=HEADERS)
+    def file(content, kind): # what has its version in its address is kept for good
+        kept = "no-cache" if kind == "text/html" else "public, max-age=31536000, immutable"
+        async def answer(request): return Response(content, media_type=kind, headers=HEADERS | {"Cache-Control": kept})
         return answer
     for path, (text, kind) in page_files(here.language).items():
         app.add_route(f"/dashboard{path}", file(text.encode(), kind), methods=["GET"], include_in_schema=False)
