@@ -13,8 +13,10 @@ __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', '
            'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
            'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
            'check_kept', 'delete_data', 'doctor', 'print_lines', 'in_colour', 'log_asked', 'logs', 'health',
-           'serve_sessions', 'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog',
-           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'telemetry', 'provision_telemetry']
+           'serve_sessions', 'accounts_of', 'password_asked', 'change_of_people', 'api', 'make_api_secret', 'api_user',
+           'list_people', 'add_person', 'change_password', 'remove_person', 'thresholds', 'list_thresholds',
+           'set_one_threshold', 'remove_one_threshold', 'watchdog', 'ledger', 'upgrade_ledger', 'check_ledger',
+           'export_ledger', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -920,6 +922,107 @@ def serve_sessions()->None:
     from tradelab.ops.serve import SECRETS, serve
     from tradelab.secrets import with_secrets
     with one_sentence(): serve(with_secrets(settings(), SECRETS), click.echo)
+
+# %% ../nbs/99_top/07_command.ipynb #apicm002
+@contextmanager
+def accounts_of()->Iterator[Any]:
+    "The accounts of the API; a ledger is made if there is none"
+    from tradelab.config import settings
+    from tradelab.database.accounts import Accounts
+    from tradelab.database.rows import open_database
+    with one_sentence():
+        open_database(url := settings().database).dispose()
+        accounts = Accounts(url)
+        try: yield accounts
+        finally: accounts.close()
+
+
+def password_asked()->str:
+    "A password, typed twice, or the first line of stdin"
+    from tradelab.secrets import SecretsError, asked
+    if not sys.stdin.isatty(): return sys.stdin.readline(2_000).rstrip("\n")
+    typed = asked("password: ")
+    if typed != asked("again: "): raise SecretsError("these are two different passwords: nothing was written")
+    return typed
+
+
+def change_of_people(action:str, name:str, said:str)->None:
+    "Audit a change, and say it"
+    from tradelab.config import settings
+    from tradelab.database.operations import Operations
+    from tradelab.database.records import Audited, clock
+    operations = Operations(settings().database)
+    try: operations.audit(Audited(clock(), getpass.getuser(), "command line", action, name, "done", said))
+    finally: operations.close()
+    click.echo(said)
+
+# %% ../nbs/99_top/07_command.ipynb #apicm003
+@main.group()
+def api()->None:
+    "The web API of tradelab serve: its secret, and who may use it."
+
+
+@api.command("secret")
+def make_api_secret()->None:
+    "Make a new api_secret and keep it; tokens of the one before are refused once tradelab serve starts again."
+    from tradelab.config import settings
+    from tradelab.ops.people import new_secret
+    from tradelab.secrets import set_secret
+    with one_sentence(): click.echo(set_secret(settings(), "api_secret", new_secret()))
+
+
+@api.group("user")
+def api_user()->None:
+    "People of the API: add, list, password, remove."
+
+
+@api_user.command("list")
+def list_people()->None:
+    "Who may use the API."
+    import pandas as pd
+
+    from tradelab.times import format_time
+    with accounts_of() as accounts:
+        rows = [{"name": each.name, "role": each.role, "since": format_time(each.time), "set by": each.person,
+                 "disabled": each.disabled} for each in accounts.register().people.values()]
+    show_table(pd.DataFrame(rows), "there is nobody yet: tradelab api user add NAME --role viewer")
+
+# %% ../nbs/99_top/07_command.ipynb #apicm004
+@api_user.command("add")
+@click.argument("name")
+@click.option("--role", default="viewer", show_default=True, help="viewer reads, trader acts, admin loosens.")
+def add_person(name:str, role:str)->None:
+    "Let NAME use the API; the password is asked for, or read from stdin."
+    from tradelab.database.records import clock
+    from tradelab.errors import ConfigurationError
+    from tradelab.ops.people import new_account
+    with accounts_of() as accounts:
+        if name in accounts.register().people:
+            raise ConfigurationError(f"{name} is there already: tradelab api user password {name}, or remove")
+        accounts.put(new_account(name, role, password_asked(), getpass.getuser(), clock()))
+        change_of_people("add person", name, f"{name} may use the API as {role}")
+
+
+@api_user.command("password")
+@click.argument("name")
+def change_password(name:str)->None:
+    "Give NAME another password: every token of theirs is refused from then on."
+    from tradelab.database.records import clock
+    from tradelab.ops.people import new_account
+    with accounts_of() as accounts:
+        known = accounts.register().people.get(name)
+        if known is None: raise LookupError(f"there is no {name}: tradelab api user list")
+        accounts.put(new_account(name, known.role, password_asked(), getpass.getuser(), clock()))
+        change_of_people("change password", name, f"{name} has another password")
+
+
+@api_user.command("remove")
+@click.argument("name")
+def remove_person(name:str)->None:
+    "Let NAME use the API no longer, at once."
+    with accounts_of() as accounts:
+        if not accounts.remove(name): raise LookupError(f"there is no {name}: tradelab api user list")
+        change_of_people("remove person", name, f"{name} may use the API no longer")
 
 # %% ../nbs/99_top/07_command.ipynb #helthc05
 @main.group()

@@ -389,7 +389,7 @@ def with_secrets(
         if said := reminder(name, times[name], now): get_logger("secrets").warning(said)
     return here.model_copy(update={name: values[name] for name in lacking})
 
-
+# %% ../nbs/00_ground/23_secrets.ipynb #d0a96d46
 def _keys_wanted(here, times):
     "The names of the venue's keys that have to be looked up; where no venue is named, both or none"
     venue = here.venue or "testnet"

@@ -149,7 +149,7 @@ def is_forgotten(core:Core, fill:Fill)->bool:
     if not (name[2].isalnum() and name[3].isdecimal()): return False
     return int(name[3]) >= EMERGENCY or int(name[2], 36) <= blotter.forgotten
 
-
+# %% ../../nbs/70_live/13_agreement.ipynb #0a15531b
 def halt_if_it_was_closing(core:Core, fill:Fill)->None:
     "An emergency of which the ledger knows nothing goes on: the exchange alone tells that it began"
     _, _, time, slot, _ = fill.order_id.split("-")

@@ -124,7 +124,7 @@ def body_for(
     body = convert_between("markdown", reads, markdown) if reads == "html" else _without_entities(markdown)
     return {"body": body, "body_format": reads}
 
-
+# %% ../../nbs/70_live/25_alerts.ipynb #48711df4
 def send(
     url:str,
     title:str,
@@ -443,7 +443,7 @@ def alerts_for(here:Settings)->AllAlerts|None:
     return AllAlerts({name: Alerts(SecretStr(url), here.alerts, serving=asked)
                       for name, url in channels_of(here.alert_url).items()})
 
-
+# %% ../../nbs/70_live/25_alerts.ipynb #b1abf3d8
 def send_test(here:Settings)->str:
     "Send one message to each channel, and say that it arrived; AlertError, ConfigurationError or SecretsError if not"
     here = with_secrets(here, ("alert_url",))

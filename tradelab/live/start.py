@@ -227,7 +227,7 @@ def wrong_leverage(
                 f"{instrument.max_notional(has):,.0f} {quote}, {said}: set it to {limits.leverage} there")
     return ""
 
-
+# %% ../../nbs/70_live/18_start.ipynb #33a9bc7b
 def check_leverage(
     instruments:Sequence[Instrument],
     limits:Limits,

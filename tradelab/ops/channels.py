@@ -201,7 +201,7 @@ def _refused(outbox, posted, why):
     outbox.failures += 1
     return min(outbox.pause * 2 ** min(outbox.failures - 1, 9), LONGEST)
 
-
+# %% ../../nbs/90_ops/12_channels.ipynb #cee36fec
 async def send_next(outbox:Outbox)->float:
     "Send what is first; returns the seconds until more may be sent"
     posted = await outbox.take(1 if outbox.failures else getattr(outbox.channel, "together", 1))
@@ -239,7 +239,7 @@ def identity(alert:Alert)->Identity:
     "What makes an alert the same, also before it has a number"
     return *key_of(alert), alert.time
 
-
+# %% ../../nbs/90_ops/12_channels.ipynb #cf2a83da
 @dataclass
 class Unwritten:
     "What the ledger has yet to take"
@@ -295,6 +295,9 @@ def answers(url:str, numbers:Sequence[int])->list[Alert]:
     with reading(url) as look: return [record_of(Alert, row) for row in look.rows(ALERTS, ALERTS.c.number.in_(numbers))]
 
 # %% ../../nbs/90_ops/12_channels.ipynb #0ae2b16f
+_DELIVERIES = MEASURED[Delivery]
+
+
 @dataclass(frozen=True)
 class Recalled:
     "What a service that begins finds"
@@ -313,7 +316,7 @@ def untold(look:Reading, notices:Sequence[Heard])->list[Heard]:
                                   and f", {each.told.kind}: " in row["text"] for row in told)
     return [each for each in notices if not is_told(each)]
 
-
+# %% ../../nbs/90_ops/12_channels.ipynb #7dc5b0c5
 def _owed(look, alerts, now):
     "Alerts that failed at a channel and did not arrive there later"
     last = {(row["channel"], row["alert"]): row["good"] for row in sorted(
@@ -337,9 +340,6 @@ def recall(url:str, now:int)->Recalled:
                    for session, number in newest.items() if number > cursors[session]
                    for row in look.rows(NOTICES, NOTICES.c.number > cursors[session], session=session, newest=1_000)]
         return Recalled(newest, tuple(untold(look, notices)), tuple(alerts), _owed(look, alerts, now))
-
-
-_DELIVERIES = MEASURED[Delivery]
 
 # %% ../../nbs/90_ops/12_channels.ipynb #8aeed684
 def state_of(outbox:Outbox)->dict[str, Any]:

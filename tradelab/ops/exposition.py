@@ -46,7 +46,7 @@ def _whole(found, buckets):
     found.add_sample(f"{found.name}_count", buckets.labels, float(sum(buckets.counts)))
     found.add_sample(f"{found.name}_sum", buckets.labels, buckets.sum)
 
-
+# %% ../../nbs/90_ops/04_exposition.ipynb #300bf4f4
 def family(metric:Metric, samples:list[Sample], histograms:list[Buckets])->"Family":
     "A metric with its samples, for Prometheus"
     from prometheus_client import core
@@ -61,7 +61,7 @@ def family(metric:Metric, samples:list[Sample], histograms:list[Buckets])->"Fami
     for sample in samples: plain.add_metric([sample.labels.get(label, "") for label in metric.labels], sample.value)
     return plain
 
-
+# %% ../../nbs/90_ops/04_exposition.ipynb #d9079305
 class _Collected:
     "What was gathered, as a collector of prometheus_client"
 
@@ -150,7 +150,7 @@ def measured(requests:Requests)->Any:
             requests.note(resource.canonical if resource else "unknown", request.method, code, monotonic() - began)
     return measure
 
-
+# %% ../../nbs/90_ops/04_exposition.ipynb #ce65526a
 def make_app(here:Settings, gatherer:Gatherer, requests:Requests)->"web.Application":
     "The server's routes; more may be added until it runs"
     from aiohttp import web
@@ -167,6 +167,23 @@ def make_app(here:Settings, gatherer:Gatherer, requests:Requests)->"web.Applicat
     return app
 
 # %% ../../nbs/90_ops/04_exposition.ipynb #e787452f
+async def _runner_of(app):
+    "What runs an app, once"
+    from aiohttp import web
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=30., shutdown_timeout=1.)
+    await runner.setup()
+    return runner
+
+
+async def _listen(runner, here):
+    "Open the port; ConfigurationError if it is taken"
+    from aiohttp import web
+    try: await web.TCPSite(runner, here.metrics_host, here.metrics_port).start()
+    except OSError as error:
+        raise ConfigurationError(f"the figures cannot be served at {here.metrics_host}:{here.metrics_port} "
+                                 f"({error.strerror}): set metrics_port") from None
+
+# %% ../../nbs/90_ops/04_exposition.ipynb #6f353717
 class Exposition:
     "Answers at metrics_host and metrics_port; a part of `tradelab serve`"
     name = "metrics"
@@ -182,17 +199,8 @@ class Exposition:
 
     async def run(self)->None:
         "Answer, until it is cancelled; ConfigurationError if the port is taken"
-        from aiohttp import web
-        if self._runner is None: # an app runs once, and is kept if only the port was taken
-            self._runner = web.AppRunner(self.app, access_log=None, handle_signals=False, keepalive_timeout=30.,
-                                         shutdown_timeout=1.)
-            await self._runner.setup()
-        try:
-            site = web.TCPSite(self._runner, self.here.metrics_host, self.here.metrics_port)
-            await site.start()
-        except OSError as error:
-            raise ConfigurationError(f"the figures cannot be served at {self.here.metrics_host}:"
-                                     f"{self.here.metrics_port} ({error.strerror}): set metrics_port") from None
+        if self._runner is None: self._runner = await _runner_of(self.app) # it is kept if only the port was taken
+        await _listen(self._runner, self.here)
         try:
             self.port = self._runner.addresses[0][1]
             self.ready.set()

@@ -38,7 +38,7 @@ def _carry(future, loop, call, over):
     try: loop.call_soon_threadsafe(settle)
     except RuntimeError: pass # the loop has ended
 
-
+# %% ../../nbs/90_ops/01_feed.ipynb #766c9cf0
 class OnThread:
     "Calls on a thread, one at a time, with a time limit"
 

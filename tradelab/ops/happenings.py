@@ -137,7 +137,7 @@ def _trade(parts):
     return Trade(parts[0][0].symbol, decimal8(sum(part for _, part in entries)), _average(entries), _average(exits),
                  -sum(fill.price * part for fill, part in parts) - fees)
 
-
+# %% ../../nbs/90_ops/10_happenings.ipynb #a41435dd
 def trades_in(
     fills:Sequence[Fill],  # of one symbol, oldest first
     held:float,            # signed base units, behind the last of them

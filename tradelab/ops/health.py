@@ -108,7 +108,8 @@ async def looked_at(
     began = monotonic()
     def found(state, text):
         return Found(name, state, one_line(redact(text), 200), round(1_000 * (monotonic() - began), 1))
-    try: said = await asyncio.wait_for(check(), limit)
+    try:
+        async with asyncio.timeout(limit): said = await check()
     except TimeoutError as error: return found(DOWN, str(error) or f"no answer within {limit:g} s")
     except Exception as error: return found(DOWN, str(error) or type(error).__name__)
     return found(OFF, "not set up") if said is None else found(UP, said)
@@ -199,7 +200,8 @@ async def channel_words(
     limit:float=LIMIT,
 )->str:
     "That a channel can be reached and took its last message; an error if not"
-    try: said = await asyncio.wait_for(_reachable(url), limit)
+    try:
+        async with asyncio.timeout(limit): said = await _reachable(url)
     except TimeoutError: raise OSError(f"no answer within {limit:g} s") from None
     except OSError as error: raise OSError(without(url, str(error))) from None
     last = known.deliveries.get(name)

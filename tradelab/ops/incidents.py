@@ -224,7 +224,7 @@ def rules_of(asked:AlertSettings)->Rules:
     return Rules(asked.level, int(MINUTE * asked.minutes), int(MINUTE * asked.escalate_after), asked.quiet,
                  asked.timezone, levels)
 
-
+# %% ../../nbs/90_ops/11_incidents.ipynb #6c73e794
 def escalates_at(alert:Alert, rules:Rules)->int|None:
     "When an alert is escalated, ms; None: not any more, or nobody has to answer"
     escalates = (alert.state == "open" and alert.told and alert.level in PERSONAL

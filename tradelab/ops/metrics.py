@@ -50,7 +50,7 @@ def _area(area:Area, *rows:tuple)->dict[str, Metric]:
 
 # %% ../../nbs/90_ops/02_metrics.ipynb #c24d7313
 _SYSTEM = _area("system",
-    ("up", "bool", "g", "session", "status", "whether the process of a session lives, 1 or 0; none if it was stopped"),
+    ("up", "bool", "g", "session", "status", "1 while a session lives, 0 once it died; none if it stopped in order"),
     ("uptime_seconds", "seconds", "g", "session", "breaker_events", "since the process of the session began"),
     ("availability_ratio", "ratio", "g", "session", "breaker_events",
      "share of the time since the session first began in which it was in the phase trading; a process that was killed "

@@ -296,7 +296,7 @@ def _check(places):
         raise ConfigurationError(f"--alertmanager must be a host and a port such as 127.0.0.1:9093, was "
                                  f"{places.alertmanager!r}")
 
-
+# %% ../../nbs/90_ops/06_provision.ipynb #cb5159ec
 def files_of(
     here:Settings,
     places:Places=Places(),

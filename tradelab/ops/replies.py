@@ -20,11 +20,10 @@ from ..database.reading import Reading
 from ..database.records import Balance
 from ..database.schema import ALERTS, CLOSES, DECISIONS, MEASURED, TRADES
 from ..events import TradingState
-from ..files import read_text
 from ..live.guards import REASONS
 from ..live.status import Status, age
 from ..log import redact
-from ..log_lines import line_of
+from ..log_lines import LogError, newest
 from .wording import said, worded
 from ..risk.answers import sentence, word
 from ..risk.trading_state import CAUSES
@@ -194,7 +193,7 @@ def _worth(status, language):
     return line("worth", language, equity=status.equity, quote=quote_of(status), drawdown=status.drawdown,
                 candle=format_time(status.candle))
 
-
+# %% ../../nbs/90_ops/16_replies.ipynb #223fb6b4
 def status_lines(status:Status, language:str)->list[str]:
     "What a session is doing"
     told = [line("session", language, session=status.session, state=state_in(status.state, language))]
@@ -313,7 +312,7 @@ def equities(
         if len(found) <= day: break
     return [(row["open_time"], row["equity"]) for row in found]
 
-
+# %% ../../nbs/90_ops/16_replies.ipynb #27d2dfa9
 def profit_lines(
     status:Status,
     worth:Sequence[tuple[int, float]],  # as `equities` reads it
@@ -416,14 +415,14 @@ def metric_lines(
 
 
 def log_lines(
-    file:Path,     # logs/tradelab.jsonl
+    folder:Path,   # of logs
     most:int,
     language:str,
 )->list[str]:
     "The newest lines of the log, newest last"
-    try: found = read_text(file).splitlines()[-most:]
-    except FileNotFoundError: found = []
-    told = [f"<code>{html_text(one_line(redact(str(line_of(each) or each)), 300))}</code>" for each in found]
+    try: found = newest(folder, most)
+    except LogError: found = []
+    told = [f"<code>{html_text(one_line(redact(str(each)), 300))}</code>" for each in found]
     return told or [line("no log", language)]
 
 # %% ../../nbs/90_ops/16_replies.ipynb #b42968d0

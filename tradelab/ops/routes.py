@@ -157,6 +157,7 @@ async def _invalid(request:Request, error:RequestValidationError)->Response:
 
 
 async def _of_http(request:Request, error:HTTPException)->Response:
+    if isinstance(error.__cause__, RefusedError): return await _refused(request, error.__cause__) # while reading a body
     words = {404: f"there is no {request.url.path}", 405: f"{request.method} is not for {request.url.path}",
              400: "the body is no JSON"}
     return problem(error.status_code, words.get(error.status_code, str(error.detail)), **(error.headers or {}))
@@ -228,16 +229,7 @@ def router_of(role:str)->APIRouter: # of ROLES; empty: everybody's
                 if role: admit(api_of(request), request, role)
                 return await inner(request)
             return handler
-    known = {"openapi_extra": {"security": [{"bearer": []}], "x-role": role}} if role else {}
-    router = APIRouter(route_class=Guarded, responses=ERRORS)
-    return _with_extra(router, known)
-
-
-def _with_extra(router, known):
-    "Each of its routes says whose it is"
-    plain = router.add_api_route
-    router.add_api_route = lambda path, endpoint, **given: plain(path, endpoint, **known | given)
-    return router
+    return APIRouter(route_class=Guarded, responses=ERRORS)
 
 
 everybody, viewer, trader, admin = (router_of(role) for role in ("", *ROLES))
@@ -868,7 +860,7 @@ async def _live(request:Request)->Response:
 
 
 @health.get("/health/ready", tags=["health"])
-@health.get("/health", tags=["health"])
+@health.get("/health", include_in_schema=False)
 async def _ready(request:Request)->Response:
     "Whether anything can be traded"
     good = api_of(request).watch.latest.ready
@@ -1019,11 +1011,15 @@ def _document(app):
 def app_for(api:Api)->FastAPI:
     "The application"
     app = FastAPI(title="tradelab", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
-                  redirect_slashes=False, generate_unique_id_function=lambda route: route.name + route.path,
+                  redirect_slashes=False, generate_unique_id_function=lambda route: route.name.strip("_"),
                   exception_handlers={RefusedError: _refused, RequestValidationError: _invalid, HTTPException: _of_http,
                                       LedgerError: _ledger_away, MissingLedgerError: _ledger_away, Exception: _broken})
     app.state.api = api
-    for router in (everybody, viewer, trader, admin): app.include_router(router, prefix=BASE)
+    for role, router in zip(("", *ROLES), (everybody, viewer, trader, admin)):
+        for route in router.routes:
+            if role and isinstance(route, APIRoute):
+                route.openapi_extra = {"security": [{"bearer": []}], "x-role": role}
+        app.include_router(router, prefix=BASE)
     app.include_router(health)
     app.openapi = partial(_document, app) # type: ignore[method-assign]
     app.add_middleware(Door, api=api)

@@ -69,7 +69,7 @@ FIRST = 20_000         # decisions that are read at the first look
 MEASURED_FIRST = 2_000 # measurements, likewise
 CHUNK = 5_000          # rows of a table at once
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #8d71829d
 def _newest(most): return field(default_factory=lambda: deque(maxlen=most))
 
 
@@ -234,22 +234,6 @@ def _decided_prices(look, session, ids):
     return {each.order_id: each.decision_price for each in orders if each.kind is Kind.MARKET and is_decided(each)}
 
 
-def read_fills(look:Reading, known:Followed, now:int)->list[Sample]: # observations of histograms, of this time [ms]
-    "Take in fills and payments, in the order in which they were booked"
-    since = known.cursors.get("booked", -1)
-    rows = sorted(((row["sequence"], record_of(record, row)) for table, record in ((TRADES, Fill), (FUNDINGS, Funding))
-                   for row in look.rows(table, table.c.sequence > since, session=known.session)),
-                  key=lambda pair: pair[0])
-    ids = [entry.order_id for _, entry in rows if isinstance(entry, Fill)]
-    prices: dict[str, float] = {}
-    for place in range(0, len(ids), 500): prices |= _decided_prices(look, known.session, ids[place:place + 500])
-    found = []
-    for number, entry in rows:
-        known.cursors["booked"] = number
-        found += _told_of(known, entry, prices.get(getattr(entry, "order_id", ""), 0.), now)
-    return found
-
-
 def _told_of(known, entry, decided, now):
     "The observations that an entry is"
     labels = {"session": known.session, "symbol": entry.symbol}
@@ -264,6 +248,22 @@ def _told_of(known, entry, decided, now):
     if decided:
         found.append(("slippage_ratio", (entry.price / decided - 1.) * math.copysign(1., entry.quantity)))
     return [Sample(name, value, labels, now) for name, value in found]
+
+# %% ../../nbs/90_ops/03_samples.ipynb #702a667b
+def read_fills(look:Reading, known:Followed, now:int)->list[Sample]: # observations of histograms, of this time [ms]
+    "Take in fills and payments, in the order in which they were booked"
+    since = known.cursors.get("booked", -1)
+    rows = sorted(((row["sequence"], record_of(record, row)) for table, record in ((TRADES, Fill), (FUNDINGS, Funding))
+                   for row in look.rows(table, table.c.sequence > since, session=known.session)),
+                  key=lambda pair: pair[0])
+    ids = [entry.order_id for _, entry in rows if isinstance(entry, Fill)]
+    prices: dict[str, float] = {}
+    for place in range(0, len(ids), 500): prices |= _decided_prices(look, known.session, ids[place:place + 500])
+    found = []
+    for number, entry in rows:
+        known.cursors["booked"] = number
+        found += _told_of(known, entry, prices.get(getattr(entry, "order_id", ""), 0.), now)
+    return found
 
 # %% ../../nbs/90_ops/03_samples.ipynb #93a663fa
 @lru_cache
@@ -282,7 +282,7 @@ def _take_decision(known, row):
     closes.append(close)
     known.wishes[symbol] = wish if math.isfinite(wish) else 0.
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #8db094e9
 def read_decisions(look:Reading, known:Followed, step:int)->None: # ms, of the candles
     "Take in what was decided"
     newest = look.rows(DECISIONS, session=known.session, newest=1)
@@ -484,7 +484,7 @@ def levels(known:Followed, status:Status)->list[Sample]:
     return said + [Sample(name, float(total), own | dict(labels), status.time)
                    for (name, labels), total in known.totals.items() if name != "alerts_sent_total"]
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #4449581d
 def read_session(look:Reading, known:Followed, status:Status)->list[Sample]: # new observations of histograms
     "Take in what a session has written since the look before"
     venue = status.venue or status.settings.get("venue", "")
@@ -523,7 +523,7 @@ def machine(here:Settings, time:int)->Iterator[Sample]:
     folder = next(each for each in (here.sessions, *here.sessions.parents) if each.exists())
     yield Sample("disk_free_bytes", float(psutil.disk_usage(str(folder)).free), {}, time)
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #2bf385a1
 def samples_or_none(gatherer:"Gatherer")->list[Sample]:
     "Look at the ledger once; if it cannot be read, that is the sample"
     began, time = monotonic(), clock()
@@ -545,7 +545,7 @@ def lost(gatherer:"Gatherer", error:Exception)->list[Sample]:
     gatherer.latest = {key: each for key, each in gatherer.latest.items() if "session" not in each.labels}
     return [Sample("ledger_up", 0., {}, clock())]
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #b43c13cc
 def summed(samples:Iterable[Sample])->list[Sample]:
     "What two parts count under one name is one sum"
     found: dict[str, Sample] = {}
@@ -556,7 +556,7 @@ def summed(samples:Iterable[Sample])->list[Sample]:
         else: found[each.key] = Sample(each.name, each.value + found[each.key].value, each.labels, each.time)
     return [*others, *found.values()]
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #097170d1
 def told_to_all(gatherer:"Gatherer", samples:list[Sample])->list[Sample]:
     "Add the figures of this machine and of other parts, and tell who wants every sample; an error of theirs is theirs"
     samples = list(samples)
@@ -690,7 +690,7 @@ def gathered_once(
     told_to_all(gatherer, samples)
     return gatherer
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #665768c0
 def told_now(gatherer:Gatherer)->list[dict[str, Any]]: # in the order of METRICS
     "Each figure: area, name, labels, value, unit, and of a histogram, whose value is the mean, the count"
     found = []
@@ -703,7 +703,7 @@ def told_now(gatherer:Gatherer)->list[dict[str, Any]]: # in the order of METRICS
     places = {name: place for place, name in enumerate(METRICS)}
     return sorted(found, key=lambda each: (places[each["name"]], sorted(each["labels"].items())))
 
-
+# %% ../../nbs/90_ops/03_samples.ipynb #3a61787f
 def screen_of(gatherer:Gatherer)->str:
     "The same as a person reads it"
     found = told_now(gatherer)

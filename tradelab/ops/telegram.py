@@ -153,7 +153,7 @@ def breaker_of(words:Sequence[str])->str:
              else "")
     raise ValueError(f"{wrong}say /breakers reset KIND, with one of {', '.join(known)}")
 
-
+# %% ../../nbs/90_ops/17_telegram.ipynb #4d4b84d2
 def plan_of(
     said:Said,
     name:str,                # of ACTIONS
@@ -179,7 +179,7 @@ class _Waiting:
     until:int       # ms
     left:int=TRIES
 
-
+# %% ../../nbs/90_ops/17_telegram.ipynb #fc57949f
 class Codes:
     "Plans that wait for a code, one of each person"
 
@@ -339,9 +339,9 @@ async def speak(
     for n, text in enumerate(texts):
         for attempt in range(attempts):
             try:
-                await asyncio.wait_for(voice.send_message(user, text, parse_mode="HTML", disable_notification=n > 0,
-                                                          reply_markup=keys if n == len(texts) - 1 else None),
-                                       LONGEST_WAIT)
+                async with asyncio.timeout(LONGEST_WAIT):
+                    await voice.send_message(user, text, parse_mode="HTML", disable_notification=n > 0,
+                                             reply_markup=keys if n == len(texts) - 1 else None)
                 break
             except (telegram.Forbidden, telegram.BadRequest) as error: return one_line(redact(str(error)), 160), True
             except (telegram.TelegramError, TimeoutError) as error: why = pause_after(error, 0)[1]
@@ -511,7 +511,7 @@ async def _told_of(bot:"TelegramBot", name:str, words:list[str], role:str)->tupl
     match name:
         case "help" | "start": return pages(help_lines(role, language), language), None
         case "metrics": return pages(metric_lines(bot.samples(), bot.units, language), language), None
-        case "logs": return pages(await bot.thread("ask", log_lines, here.logs / "tradelab.jsonl",
+        case "logs": return pages(await bot.thread("ask", log_lines, here.logs,
                                                    _number_in(words, 10, 50), language), language), None
         case "version": return pages(version_lines(await bot.thread("ask", statuses, here.database, here.sessions,
                                                                     bot.now()), language), language), None
@@ -676,7 +676,7 @@ class TelegramBot:
     async def thread(self, kind:str, work:Callable[..., Any], *given:Any)->Any:
         "Do it on a thread; TimeoutError if it takes too long"
         running = asyncio.get_running_loop().run_in_executor(self._threads[kind], work, *given)
-        return await asyncio.wait_for(running, self.patience + 20.)
+        async with asyncio.timeout(self.patience + 20.): return await running
 
     async def reply(self, said:Said, texts:Sequence[str], keys:Any=None)->None:
         "Answer in the private chat with whoever has asked"
@@ -684,7 +684,8 @@ class TelegramBot:
         if why: logger.warning("an answer did not arrive at Telegram", person=said.person, why=why)
 
     async def stop_spinning(self, said:Said)->None:
-        try: await asyncio.wait_for(self.voice.answer_callback_query(said.query), self.limit)
+        try:
+            async with asyncio.timeout(self.limit): await self.voice.answer_callback_query(said.query)
         except Exception as error: logger.info("a button stays pressed", why=type(error).__name__)
 
     async def send(self, message:Message)->str: return await _tell_people(self, message)

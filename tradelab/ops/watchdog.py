@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'STILL', 'JUMP', 'UNREAD', 'AGAIN', 'LONGEST', 'RETRY', 'KIND', 'logger', 'EVERY', 'CALLED', 'Sign',
-           'process_state', 'signs', 'Seen', 'seen_again', 'silence', 'Clocks', 'Trouble', 'Watch', 'trouble_of',
-           'Call', 'calls_after', 'Glance', 'glance', 'known_before', 'note', 'check_watchdog', 'call_outside',
+           'process_state', 'signs', 'Seen', 'seen_again', 'silence', 'Clocks', 'Trouble', 'trouble_of', 'Watch',
+           'Call', 'heed', 'calls_after', 'Glance', 'glance', 'known_before', 'note', 'check_watchdog', 'call_outside',
            'is_late', 'send_all', 'read_again', 'try_to', 'Watchdog']
 
 # %% ../../nbs/90_ops/15_watchdog.ipynb #1207d1c1
@@ -142,15 +142,25 @@ class Clocks:
                     "machine slept")
 
 # %% ../../nbs/90_ops/15_watchdog.ipynb #3984b13d
-UNREAD = 60. # s that the ledger may be out of reach
-
-
 @dataclass(frozen=True)
 class Trouble:
     "Something that a person must hear of"
     subject:str      # session ID, serve, ledger, clock
     text:str         # one line
     session:str = ""
+
+
+def trouble_of(seen:Seen, silent:float=SILENT, unread:str="")->Trouble:
+    "The silence of something, in words"
+    what, session = seen.sign.name, seen.sign.session
+    heard = f"{what} has not been heard of since {format_time(seen.sign.beat)}: {silence(seen, silent)}"
+    if unread: heard += ", as far as this machine can see while the ledger cannot be read"
+    next_ = (f"what it holds is at the exchange; `tradelab status {session}` says what" if session else
+             "sessions tell their own alerts meanwhile; start it again")
+    return Trouble(what, f"{heard}; {next_}", session)
+
+# %% ../../nbs/90_ops/15_watchdog.ipynb #10d09cd8
+UNREAD = 60. # s that the ledger may be out of reach
 
 
 class Watch:
@@ -174,16 +184,6 @@ class Watch:
         if self.dark >= self.unread: troubles.append(Trouble("ledger", f"the ledger cannot be read for {self.dark:.0f} "
             f"s ({one_line(unread, 160)}): nobody can tell whether a session lives"))
         return troubles + ([Trouble("clock", stands)] if stands else []), jumped
-
-# %% ../../nbs/90_ops/15_watchdog.ipynb #b2d1974a
-def trouble_of(seen:Seen, silent:float=SILENT, unread:str="")->Trouble:
-    "The silence of something, in words"
-    what, session = seen.sign.name, seen.sign.session
-    heard = f"{what} has not been heard of since {format_time(seen.sign.beat)}: {silence(seen, silent)}"
-    if unread: heard += ", as far as this machine can see while the ledger cannot be read"
-    next_ = (f"what it holds is at the exchange; `tradelab status {session}` says what" if session else
-             "sessions tell their own alerts meanwhile; start it again")
-    return Trouble(what, f"{heard}; {next_}", session)
 
 # %% ../../nbs/90_ops/15_watchdog.ipynb #b50c2500
 AGAIN, LONGEST, RETRY = 300., 14_400., 10. # s
@@ -214,14 +214,15 @@ class Call:
         if self.over is not None: return f"{self.trouble.subject} is back after {self.over - self.since:,.0f} s"
         return f"still, after {now - self.since:,.0f} s: {self.trouble.text}" if self.told else self.trouble.text
 
-    def sent(self, good:bool, now:float)->None:
-        "It was told, or could not be"
-        self.failed = 0 if good else self.failed + 1
-        if not good: self.retry = now + min(RETRY * 2 ** min(self.failed - 1, 9), AGAIN)
-        elif self.over is not None: self.back = True
-        else:
-            self.told += 1
-            self.next = now + min(AGAIN * 2 ** min(self.told - 1, 9), LONGEST)
+
+def heed(call:Call, good:bool, now:float)->None: # monotonic s
+    "It was told, or could not be"
+    call.failed = 0 if good else call.failed + 1
+    if not good: call.retry = now + min(RETRY * 2 ** min(call.failed - 1, 9), AGAIN)
+    elif call.over is not None: call.back = True
+    else:
+        call.told += 1
+        call.next = now + min(AGAIN * 2 ** min(call.told - 1, 9), LONGEST)
 
 # %% ../../nbs/90_ops/15_watchdog.ipynb #1424f20d
 def calls_after(
@@ -393,7 +394,7 @@ class Watchdog:
         sent = send_all(self.channels | (self.further if is_late(due, self.here, now) else {}), self.attempts,
                         "tradelab watchdog", "\n".join([*self.once, *(call.line(now) for call in due)]))
         good = not all(sent.values())
-        for call in due: call.sent(good, now)
+        for call in due: heed(call, good, now)
         if good: self.once.clear()
         else: self.later = now + RETRY
         for name, why in sent.items(): logger.log(40 if why else 20, why or "told", channel=name)

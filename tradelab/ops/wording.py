@@ -150,6 +150,8 @@ _LEFT = {"positions": {"BTC/USDT:USDT": .5}, "orders": 2, "heard": "2026-11-30 1
 _METRIC = {"metric": "drawdown_ratio", "value": .12, "limit": .1, "threshold": .1, "operator": ">", "unit": "",
            "state": "WARNING"}
 _WHO = {"channel": "telegram", "person": "4711", "address": "203.0.113.7", "text": "what it was"}
+
+# %% ../../nbs/90_ops/09_wording.ipynb #885cf27e
 EXAMPLES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("breaker open", "breaker closed"), {"breaker": "latency", **_ABOUT}),
     **dict.fromkeys(("limit exceeded", "limit kept"), {"limit": "daily_loss", **_ABOUT}),
