@@ -1,6 +1,8 @@
 # `make help` lists the verbs. Each sets up what it needs from nothing: Python 3.11, make and gcc are enough.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch~=2.13.0
+# what is installed must be the files that were locked; `make setup HASHES=` takes what another index has instead
+HASHES ?= requirements.hashes
 BIN    := .venv/bin
 READY  := .venv/ready
 DOCS   := .venv/docs-ready
@@ -16,18 +18,21 @@ APART  := CI=1 TRADELAB_VENUE=localnet TRADELAB_DATA=.cache/test/data TRADELAB_R
 # dozens of processes read the modules that the first of them has compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test compiled beside notebooks export docs readme lab benchmark lock clean
+.PHONY: help setup demo test compiled beside notebooks export docs readme lab benchmark degraded audit lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 | \2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|' 2>/dev/null || grep -E '^[a-z]+:.*##' Makefile
 
-setup: $(READY) ## install everything into .venv (TORCH="..." chooses another build of torch)
+setup: $(READY) ## install everything into .venv (TORCH="..." chooses another build of torch; HASHES= checks no hashes)
 
+# torch has many builds: it and what it brings for a graphics card are the only files that are not checked
 $(READY): settings.ini setup.py requirements.lock
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "tradelab needs Python 3.11 and did not find it: install it, or say make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(HASHES),$(BIN)/python -m pip install --disable-pip-version-check -q --require-hashes --no-deps -r $(HASHES) || \
+	  { echo "a package is not the file that was locked: see above; make setup HASHES= takes it all the same"; exit 1; })
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock "$(TORCH)"
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.lock -e ".[dev]"
 	@touch $@
@@ -93,9 +98,18 @@ lab: $(READY) ## open JupyterLab
 benchmark: $(READY) ## print what was measured
 	$(BIN)/python benchmarks/measure.py
 
-lock: $(READY) ## write the versions of .venv into requirements.lock
+degraded: $(READY) ## compare what was measured with benchmarks/baselines.json
+	$(BIN)/python benchmarks/check.py
+
+audit: $(READY) ## is it what was locked, and does anybody know a weakness of it?
+	$(BIN)/python .ci/audit.py
+
+lock: $(READY) ## write the versions of .venv into requirements.lock, and the hashes of their files beside it
 	@echo "# Exact versions that were tested together; made with: make lock" > requirements.lock
 	@$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -v ' @ ' >> requirements.lock
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --target .cache/uv "uv~=0.13.9"
+	@grep -v '^torch==' requirements.lock | .cache/uv/bin/uv pip compile - -q --no-config --generate-hashes --no-deps \
+	  --no-annotate --no-header --python-version 3.11 -o requirements.hashes
 	@touch $(READY)
 
 clean: ## remove what can be made again; data, runs, sessions, reports and settings stay

@@ -1,4 +1,5 @@
 "For tests and notebooks alike: the bridge from nbdev to nbval, and a summary that names what was skipped and why"
+import gc
 import json
 import os
 import re
@@ -21,15 +22,23 @@ hypothesis.settings.register_profile("tradelab", deadline=None, suppress_health_
 hypothesis.settings.load_profile("tradelab")
 
 
+# what numba, pandas and sqlalchemy make is never garbage: to look through it again and again took a fifth of the CPU
+gc.set_threshold(50_000, 20, 50)
+
+
 # Each notebook has a kernel of its own. It is forked from a process that has imported what most of them import, though
 # nothing of tradelab: to start a kernel from nothing and to import took most of the CPU time of most notebooks.
 WARM = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline" # as ipykernel sets it before matplotlib comes
-import ccxt.pro, hypothesis, matplotlib.pyplot, numba, pandas, pydantic_settings, sqlalchemy.orm, structlog
+import ccxt.pro, hypothesis, matplotlib.pyplot, numba, pandas, pydantic_settings, rapidfuzz, sqlalchemy.orm, structlog
+import sqlalchemy.dialects.postgresql, sqlalchemy.dialects.sqlite, zstandard
 from ipykernel.kernelapp import launch_new_instance
 numba.njit("f8(f8)")(lambda x: x)                # numba reads its tables of types when it first compiles
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)    # nobody waits for a kernel that has ended
+gc.set_threshold(50_000, 20, 50)                 # as for the tests
+gc.collect()
+gc.freeze()                                      # what is here already is not looked through, and so not copied
 for line in sys.stdin:
     asked = json.loads(line)
     if not os.fork(): break
@@ -83,6 +92,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"#| {directive[1]}"))
         # nbdev_clean removes the counts, nbval asks for them
         if item.cell.outputs and item.cell.execution_count is None: item.cell.execution_count = 1
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart(session):

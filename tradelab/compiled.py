@@ -58,7 +58,7 @@ def imported(
         found |= {place.with_suffix(".py"), *(place / f"{name}.py" for name in re.findall(r"\w+", names))}
     return {each for each in found if each.is_file()}
 
-
+# %% ../nbs/00_ground/02_compiled.ipynb #fedc5c8f
 def compiled_sources(
     folder: Path = PACKAGE,
 ) -> set[Path]:
