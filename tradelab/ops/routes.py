@@ -192,7 +192,7 @@ def caller_of(api:Api, request:Any)->Caller: # a request or a WebSocket
         raise RefusedError(403, "with a cookie a change needs the header X-Requested-With: tradelab")
     return Caller(account, token)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #786a1fcb
 def admit(api:Api, request:Any, role:str)->Caller:
     "Who asks, if it may; RefusedError if not"
     caller = caller_of(api, request)
@@ -304,7 +304,7 @@ _PAIR = {"access_token": "eyJ...", "refresh_token": "eyJ...", "token_type": "bea
          "role": "viewer"}
 _NO_STORE = {"Cache-Control": "no-store"}
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #e6a37906
 def _may_try(api, request, name):
     "RefusedError if somebody has failed too often, under this name or from there"
     wait = max(api.delays.left(each, monotonic()) for each in (f"name {name}", f"from {_host(request)}"))
@@ -433,7 +433,7 @@ class Order(_Strict):
     session:Annotated[str, Field(max_length=200)] = ""
     model_config = _like(symbol="BTCUSDT", side="buy", quantity=.01, kind="limit", price=50_000., reason="by hand")
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #dde9ac69
 @trader.post("/orders/create", responses=_DONE, tags=["orders"])
 async def _create(request:Request, body:Order)->Response:
     "Trade by hand; needs Idempotency-Key and X-Confirm"
@@ -467,7 +467,7 @@ class Mode(_Strict):
     session:Annotated[str, Field(max_length=200)] = ""
     model_config = _like(mode="NO_ENTRY", reason="news at 14:00")
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #87049369
 def _needs(request, role, why):
     "RefusedError if who asks may not"
     account = request.state.caller.account
@@ -533,7 +533,7 @@ async def _answer_alert(request, word, number):
     def do(id): return answer_alert(api.operations, word, number, person, api.now())
     return await act(request, f"POST /alerts/{word}", f"alert {number}", do)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #3178d391
 class NewThreshold(_Strict):
     "From which value on a figure concerns people"
     operator:Literal[">", ">=", "<", "<=", "==", "!="] = ">"
@@ -732,7 +732,7 @@ async def _breakers(request:Request, session:Session="")->Response:
     return of_look(request, "breakers", session, make=lambda: (
         [row for each in seen(request, session) for row in answers.breakers(each)]))
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #cfdc994c
 class Signal(_Strict):
     "What a policy would want"
     symbol:Annotated[str, Field(max_length=40)]
@@ -770,7 +770,7 @@ async def _sources(request:Request)->Response:
     return told({"exchanges": api.here.exchanges,
                  "sessions": {each.session: each.settings.get("source") for each in api.look.statuses}})
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #df49dcb2
 Row = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=6, max_length=6)]
 
 
@@ -998,7 +998,7 @@ class Door:
         route = getattr(scope.get("route"), "path", "none")
         self.api.requests.note(route, scope["method"], status[0], monotonic() - began)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #c89d0dbf
 async def _note_at_door(api, scope, refused):
     "Once a minute for each address"
     host = scope["client"][0] if scope.get("client") else ""
@@ -1116,7 +1116,7 @@ async def _serve(api):
         await asyncio.wait([running], timeout=3.)
         heard.close()
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #db70f0e9
 def api_for(here:Settings, feed:Feed, gatherer:Gatherer, watch:HealthWatch,
             hear:Callable[[Happening], object])->Api|None:
     "The API of these settings; None if there is none"
