@@ -214,7 +214,8 @@ def test_a_stress_says_who_was_halted():
     assert made.plot().axes[0].get_legend().get_texts()[0].get_text() == "as it was, halted"
 
 
-@pytest.mark.parametrize("job", ["backtest", "report", "live", "drill", "watch", "dashboard", "session_report"])
+@pytest.mark.parametrize("job", ["backtest", "report", "live", "drill", "watch", "dashboard", "session_report",
+                                 "incident", "testnet_day"])
 def test_a_job_says_which_cell_is_its_answer(root, job):
     assert sum("answer" in cell.metadata.get("tags", []) for cell in nbformat.read(root / f"nbs/{job}.ipynb",
         4).cells) == 1
