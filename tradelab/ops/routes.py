@@ -6,7 +6,7 @@
 __all__ = ['logger', 'BASE', 'COOKIE', 'ERRORS', 'everybody', 'viewer', 'trader', 'admin', 'Session', 'Cursor', 'Most', 'Hours',
            'Number', 'Reason', 'Positive', 'Row', 'health', 'LARGEST', 'DEPRECATED', 'HEADERS', 'Api', 'told',
            'problem', 'api_of', 'Caller', 'caller_of', 'admit', 'too_often', 'router_of', 'example', 'seen', 'of_look',
-           'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'NewLimits', 'NewThreshold',
+           'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'LimitsToSet', 'ThresholdToSet',
            'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening', 'check_api',
            'api_for']
 
@@ -486,7 +486,7 @@ async def _set_mode(request:Request, body:Mode)->Response:
                       not stricter or mode == "HALTED")
 
 
-class NewLimits(_Strict):
+class LimitsToSet(_Strict):
     "Limits for the rest of a session"
     limits:Annotated[dict[Annotated[str, Field(max_length=40)], Positive], Field(min_length=1, max_length=30)]
     reason:Reason
@@ -495,7 +495,7 @@ class NewLimits(_Strict):
 
 
 @admin.post("/risk/update-limits", responses=_DONE, tags=["risk"])
-async def _set_limits(request:Request, body:NewLimits)->Response:
+async def _set_limits(request:Request, body:LimitsToSet)->Response:
     "Other limits from the next candle on; looser ones need Idempotency-Key and X-Confirm"
     status = one_of(api_of(request).look, body.session)
     return await tell(request, "POST /risk/update-limits",
@@ -534,7 +534,7 @@ async def _answer_alert(request, word, number):
     return await act(request, f"POST /alerts/{word}", f"alert {number}", do)
 
 # %% ../../nbs/90_ops/23_routes.ipynb #3178d391
-class NewThreshold(_Strict):
+class ThresholdToSet(_Strict):
     "From which value on a figure concerns people"
     operator:Literal[">", ">=", "<", "<=", "==", "!="] = ">"
     warning:Annotated[float, Field(allow_inf_nan=False)]
@@ -546,7 +546,7 @@ class NewThreshold(_Strict):
 
 @admin.put("/thresholds/{metric:path}", tags=["alerts"],
            responses=example({"metric": "drawdown_ratio", "answer": "drawdown_ratio: > 0.05 is a warning"}))
-async def _set_threshold(request:Request, metric:str, body:NewThreshold)->Response:
+async def _set_threshold(request:Request, metric:str, body:ThresholdToSet)->Response:
     "Set a threshold of a metric"
     api, person = api_of(request), request.state.caller.account.name
     wanted = Threshold(metric[:200], body.type, body.operator, body.warning, body.critical,
