@@ -233,12 +233,17 @@ def plan_api(plan:Plan, here:Settings, feed:Feed, gatherer:Gatherer, watch:Healt
         plan.lines.append("there is no API: tradelab api secret makes the secret that it needs")
         return
     try:
-        from tradelab.ops.routes import api_for, check_api
+        from tradelab.ops.dashboard import add_dashboard
+        from tradelab.ops.routes import admit, api_for, check_api
     except ImportError as error:
         raise ConfigurationError(f"api_secret is set, and {error.name} is not installed: pip install "
                                  "'tradelab[ops]'") from None
     line = check_api(here)
-    plan.add(api_for(here, feed, gatherer, watch, hear), line)
+    api = plan.add(api_for(here, feed, gatherer, watch, hear), line)
+
+    async def viewer(request): admit(api, request, "viewer")
+    add_dashboard(api.app, here, viewer)
+    plan.lines.append("the dashboard is at /dashboard there")
 
 
 def server_for(here:Settings)->Server: # here: with its secrets

@@ -40,7 +40,7 @@ from .schedule import check_schedule
 from .telegram import check_telegram
 from .wording import templates_of
 from ..secrets import Box, File, new_box, passphrase_for, sealed_text, secret_names, with_secret
-from ..times import duration
+from ..times import milliseconds
 
 # %% ../../nbs/90_ops/26_setup.ipynb #schst006
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Answers:
     secrets:Mapping[str, SecretStr] = field(default_factory=dict, repr=False) # by name
 
     def __post_init__(self)->None:
-        try: symbols_of(self.symbols), duration(self.timeframe)
+        try: symbols_of(self.symbols), milliseconds(self.timeframe)
         except ValueError as error: raise ConfigurationError(str(error)) from None
         for name in self.secrets:
             if name not in secret_names(): raise ConfigurationError(
