@@ -46,7 +46,7 @@ class World:
     "The API in a thread of its own, a client for it, and a clock that is turned by hand"
 
     def __init__(self, database, sessions, api=WIDE, **given):
-        self.ahead, self.told, self.database = 0, [], database
+        self.ahead, self.logins, self.told, self.database = 0, 0, [], database
         here = Settings(database=database, sessions=sessions, api_secret=SecretStr(SECRET), api=api, **given)
         accounts = Accounts(database)
         for name, role in PEOPLE.items(): accounts.put(replace(ACCOUNTS[role], name=name))
@@ -75,8 +75,9 @@ class World:
     def token(self, name, **changed):
         "A token of somebody, without the second that a password takes"
         now = clock() + self.ahead
-        return issue(replace(Token(name, "access", f"{name}-{now}", f"login-{name}", now, now + 3_600_000), **changed),
-                     SECRET, self.api.register.generation)
+        self.logins += 1
+        made = Token(name, "access", f"token-{self.logins}", f"login-{self.logins}", now, now + 3_600_000)
+        return issue(replace(made, **changed), SECRET, self.api.register.generation)
 
     def ask(self, method, path, name="", body=None, token="", **headers):
         "An answer, and its JSON"
