@@ -1,6 +1,6 @@
 """Whether any request of the documented kinds meets a 500 or an answer that is not documented, by schemathesis:
-`pip install 'schemathesis~=4.32' -c requirements.lock` in an environment of its own (its plugin would be loaded by every
-run of pytest), then `python benchmarks/api_schema.py [EXAMPLES]`, of each route"""
+`pip install 'schemathesis~=4.32' -c requirements.lock` in an environment of its own (its plugin would be loaded by
+every run of pytest), then `python benchmarks/api_schema.py [EXAMPLES]`, of each route"""
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -389,6 +389,17 @@ def test_a_session_that_trades_is_seen_and_asked():
             runner.run(websockets.connect(f"ws://127.0.0.1:{here.api.port}/api/v1/stream").__aenter__())
 
 
+def test_candles_are_judged_and_not_kept(alone):
+    def ask(*candles): return alone.ask("POST", "/data/validate", "vera", {"candles": candles})
+    good, bad = [1704067200000, 100, 101, 99, 100.5, 12], [1704070800000, 100, 90, 99, 101, 9]
+    found, said = ask(good, bad)
+    assert found.status_code == 200
+    assert said["findings"]
+    assert said["consistency"] < 1.
+    assert "whole milliseconds" in ask(good, [1e300, *bad[1:]])[1]["error"]
+    assert "at most 20,000" in ask([0, *good[1:]], bad)[1]["error"]
+
+
 def test_what_a_token_says_is_read_the_same_by_everybody(alone):
     token, account = read_token(alone.token("vera"), "access", SECRET, alone.api.register, clock())
     assert (token.person, account.role) == ("vera", "viewer")

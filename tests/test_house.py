@@ -26,10 +26,11 @@ OWNERS = {  # a library lives in one named place
     "aiohttp": {*(f"tradelab.localnet.{name}" for name in ("server", "sockets", "sources")),
                 *(f"tradelab.ops.{name}" for name in ("exposition", "line_protocol", "health", "serve"))},
     "prometheus_client": {"tradelab.ops.exposition"}, "telegram": {"tradelab.ops.telegram"},
-    "fastapi": {"tradelab.ops.routes"}, "starlette": {"tradelab.ops.routes"}, "uvicorn": {"tradelab.ops.routes"},
+    "fastapi": {"tradelab.ops.routes"}, "starlette": {"tradelab.ops.routes", "tradelab.ops.dashboard"},
+    "uvicorn": {"tradelab.ops.routes"},
     "jwt": {"tradelab.ops.people"},
     "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
-    "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},
+    "anywidget": {"tradelab.ops.dashboard"}, "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},
     "click": {"tradelab.jobs", "tradelab.command"},
     "dotenv": {"tradelab.config"}, "pydantic_settings": {"tradelab.config"}, "tomllib": {"tradelab.config"},
     "nbdev": set(), "fastcore": set(), "execnb": set()}

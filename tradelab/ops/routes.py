@@ -6,9 +6,9 @@
 __all__ = ['logger', 'BASE', 'COOKIE', 'ERRORS', 'everybody', 'viewer', 'trader', 'admin', 'Session', 'Cursor', 'Most', 'Hours',
            'Number', 'Reason', 'Positive', 'Row', 'health', 'LARGEST', 'DEPRECATED', 'HEADERS', 'Api', 'told',
            'problem', 'api_of', 'Caller', 'caller_of', 'admit', 'too_often', 'router_of', 'example', 'seen', 'of_look',
-           'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'NewLimits', 'NewThreshold',
-           'Signal', 'Candles', 'judged_candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening',
-           'check_api', 'api_for']
+           'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'LimitsToSet', 'ThresholdToSet',
+           'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening', 'check_api',
+           'api_for']
 
 # %% ../../nbs/90_ops/23_routes.ipynb #apirt003
 import asyncio
@@ -193,7 +193,7 @@ def caller_of(api:Api, request:Any)->Caller: # a request or a WebSocket
         raise RefusedError(403, "with a cookie a change needs the header X-Requested-With: tradelab")
     return Caller(account, token)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #786a1fcb
 def admit(api:Api, request:Any, role:str)->Caller:
     "Who asks, if it may; RefusedError if not"
     caller = caller_of(api, request)
@@ -305,7 +305,7 @@ _PAIR = {"access_token": "eyJ...", "refresh_token": "eyJ...", "token_type": "bea
          "role": "viewer"}
 _NO_STORE = {"Cache-Control": "no-store"}
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #e6a37906
 def _may_try(api, request, name):
     "RefusedError if somebody has failed too often, under this name or from there"
     wait = max(api.delays.left(each, monotonic()) for each in (f"name {name}", f"from {_host(request)}"))
@@ -434,7 +434,7 @@ class Order(_Strict):
     session:Annotated[str, Field(max_length=200)] = ""
     model_config = _like(symbol="BTCUSDT", side="buy", quantity=.01, kind="limit", price=50_000., reason="by hand")
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #dde9ac69
 @trader.post("/orders/create", responses=_DONE, tags=["orders"])
 async def _create(request:Request, body:Order)->Response:
     "Trade by hand; needs Idempotency-Key and X-Confirm"
@@ -468,7 +468,7 @@ class Mode(_Strict):
     session:Annotated[str, Field(max_length=200)] = ""
     model_config = _like(mode="NO_ENTRY", reason="news at 14:00")
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #87049369
 def _needs(request, role, why):
     "RefusedError if who asks may not"
     account = request.state.caller.account
@@ -487,7 +487,7 @@ async def _set_mode(request:Request, body:Mode)->Response:
                       not stricter or mode == "HALTED")
 
 
-class NewLimits(_Strict):
+class LimitsToSet(_Strict):
     "Limits for the rest of a session"
     limits:Annotated[dict[Annotated[str, Field(max_length=40)], Positive], Field(min_length=1, max_length=30)]
     reason:Reason
@@ -496,7 +496,7 @@ class NewLimits(_Strict):
 
 
 @admin.post("/risk/update-limits", responses=_DONE, tags=["risk"])
-async def _set_limits(request:Request, body:NewLimits)->Response:
+async def _set_limits(request:Request, body:LimitsToSet)->Response:
     "Other limits from the next candle on; looser ones need Idempotency-Key and X-Confirm"
     status = one_of(api_of(request).look, body.session)
     return await tell(request, "POST /risk/update-limits",
@@ -534,8 +534,8 @@ async def _answer_alert(request, word, number):
     def do(id): return answer_alert(api.operations, word, number, person, api.now())
     return await act(request, f"POST /alerts/{word}", f"alert {number}", do)
 
-
-class NewThreshold(_Strict):
+# %% ../../nbs/90_ops/23_routes.ipynb #3178d391
+class ThresholdToSet(_Strict):
     "From which value on a figure concerns people"
     operator:Literal[">", ">=", "<", "<=", "==", "!="] = ">"
     warning:Annotated[float, Field(allow_inf_nan=False)]
@@ -547,7 +547,7 @@ class NewThreshold(_Strict):
 
 @admin.put("/thresholds/{metric:path}", tags=["alerts"],
            responses=example({"metric": "drawdown_ratio", "answer": "drawdown_ratio: > 0.05 is a warning"}))
-async def _set_threshold(request:Request, metric:str, body:NewThreshold)->Response:
+async def _set_threshold(request:Request, metric:str, body:ThresholdToSet)->Response:
     "Set a threshold of a metric"
     api, person = api_of(request), request.state.caller.account.name
     wanted = Threshold(metric[:200], body.type, body.operator, body.warning, body.critical,
@@ -733,7 +733,7 @@ async def _breakers(request:Request, session:Session="")->Response:
     return of_look(request, "breakers", session, make=lambda: (
         [row for each in seen(request, session) for row in answers.breakers(each)]))
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #cfdc994c
 class Signal(_Strict):
     "What a policy would want"
     symbol:Annotated[str, Field(max_length=40)]
@@ -771,7 +771,7 @@ async def _sources(request:Request)->Response:
     return told({"exchanges": api.here.exchanges,
                  "sessions": {each.session: each.settings.get("source") for each in api.look.statuses}})
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #df49dcb2
 Row = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=6, max_length=6)]
 
 
@@ -784,7 +784,7 @@ class Candles(_Strict):
                                                   [1704070800000, 100.5, 102, 100, 101, 9]])
 
 
-def judged_candles(timeframe:str, candles:list[list[float]])->dict[str, Any]: # rows as in `Candles`
+def _judged_candles(timeframe:str, candles:list[list[float]])->dict[str, Any]: # rows as in `Candles`
     "What is wrong with candles; ValueError if they cannot be judged"
     table = pd.DataFrame(candles, columns=["time", "open", "high", "low", "close", "volume"])
     if not table["time"].between(0, 4_102_444_800_000).all() or (table["time"] % 1).any():
@@ -800,7 +800,7 @@ def judged_candles(timeframe:str, candles:list[list[float]])->dict[str, Any]: # 
              responses=example({"completeness": 1., "consistency": 1., "accuracy": 1., "findings": []}))
 async def _check(request:Request, body:Candles)->Response:
     "What is wrong with candles; nothing is kept of them"
-    try: return told(await api_of(request).threads(judged_candles, body.timeframe, body.candles))
+    try: return told(await api_of(request).threads(_judged_candles, body.timeframe, body.candles))
     except (ValueError, OverflowError) as error:
         if isinstance(error, RefusedError): raise
         raise RefusedError(422, one_line(str(error), 300)) from None
@@ -1007,7 +1007,7 @@ class Door:
         route = getattr(scope.get("route"), "path", "none")
         self.api.requests.note(route, scope["method"], status[0], monotonic() - began)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #c89d0dbf
 async def _note_at_door(api, scope, refused):
     "Once a minute for each address"
     host = scope["client"][0] if scope.get("client") else ""
@@ -1125,7 +1125,7 @@ async def _serve(api):
         await asyncio.wait([running], timeout=3.)
         heard.close()
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #db70f0e9
 def api_for(here:Settings, feed:Feed, gatherer:Gatherer, watch:HealthWatch,
             hear:Callable[[Happening], object])->Api|None:
     "The API of these settings; None if there is none"
