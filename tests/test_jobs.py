@@ -228,6 +228,7 @@ def test_every_job_of_ours_says_what_its_parameters_are(root):
                                         ("drill", {"venue": "mainnet"}), ("drill", {"venue": "testnet"}),
                                         ("drill", {"symbol": "BTC"}), ("watch", {"session": "nobody"}),
                                         ("watch", {"minutes": -1}), ("watch", {"settings": "nobody"}),
+                                        ("dashboard", {"minutes": -1}), ("dashboard", {"settings": "nobody"}),
                                         ("session_report", {"session": "nobody"}),
                                         ("session_report", {"replayed": -1}),
                                         ("incident", {"since": "soon"}), ("incident", {"minutes": 0}),
