@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'SECRETS', 'Part', 'words_of', 'keep', 'Server', 'Beats', 'check_port', 'check_ledger', 'Plan',
-           'plan_figures', 'plan_people', 'plan_api', 'server_for', 'serve']
+           'plan_figures', 'plan_people', 'plan_schedule', 'plan_api', 'server_for', 'serve']
 
 # %% ../../nbs/90_ops/30_serve.ipynb #opssv003
 import asyncio
@@ -40,6 +40,7 @@ from .line_protocol import LedgerSink, LineSink, target_of
 from .metrics import METRICS, Sample
 from .monitor import Monitor
 from .samples import Gatherer, compiled_apart
+from .schedule import Schedule, check_schedule
 from .telegram import TelegramBot, check_telegram
 from ..texts import one_line
 
@@ -213,6 +214,13 @@ def plan_people(plan:Plan, here:Settings, feed:Feed, gatherer:Gatherer)->Callabl
     plan.add(Monitor(here, gatherer, centre), f"thresholds are watched every {here.monitor.interval:g} s")
     return hear
 
+# %% ../../nbs/90_ops/30_serve.ipynb #schsv002
+def plan_schedule(plan:Plan, here:Settings, hear:Callable[[Happening], None])->Schedule|None:
+    "Jobs at their hours"
+    check_schedule(here)
+    if not here.schedule: return None
+    return plan.add(Schedule(here, hear), f"jobs that are run: {', '.join(here.schedule)}")
+
 # %% ../../nbs/90_ops/30_serve.ipynb #opssv020
 SECRETS = ("alert_url", "escalation_url", "telegram_token", "influx_token", "metrics_token",
            "api_secret") # that it may need
@@ -247,6 +255,7 @@ def server_for(here:Settings)->Server: # here: with its secrets
     health = plan.add(HealthWatch(Examiner(here)))
     gatherer = plan_figures(plan, here, operations)
     hear = plan_people(plan, here, feed, gatherer)
+    plan_schedule(plan, here, hear)
     shown = f"[{here.metrics_host}]" if ":" in here.metrics_host else here.metrics_host
     exposition = plan.add(Exposition(here, gatherer), f"figures at http://{shown}:{here.metrics_port}/metrics, health "
                           "at /health, /health/live and /health/ready")
