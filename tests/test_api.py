@@ -46,7 +46,7 @@ class World:
     "The API in a thread of its own, a client for it, and a clock that is turned by hand"
 
     def __init__(self, database, sessions, api=WIDE, **given):
-        self.ahead, self.told, self.database = 0, [], database
+        self.ahead, self.logins, self.told, self.database = 0, 0, [], database
         here = Settings(database=database, sessions=sessions, api_secret=SecretStr(SECRET), api=api, **given)
         accounts = Accounts(database)
         for name, role in PEOPLE.items(): accounts.put(replace(ACCOUNTS[role], name=name))
@@ -75,8 +75,9 @@ class World:
     def token(self, name, **changed):
         "A token of somebody, without the second that a password takes"
         now = clock() + self.ahead
-        return issue(replace(Token(name, "access", f"{name}-{now}", f"login-{name}", now, now + 3_600_000), **changed),
-                     SECRET, self.api.register.generation)
+        self.logins += 1
+        made = Token(name, "access", f"token-{self.logins}", f"login-{self.logins}", now, now + 3_600_000)
+        return issue(replace(made, **changed), SECRET, self.api.register.generation)
 
     def ask(self, method, path, name="", body=None, token="", **headers):
         "An answer, and its JSON"
@@ -386,6 +387,17 @@ def test_a_session_that_trades_is_seen_and_asked():
             confirmed(here, place.session)
         with pytest.raises(websockets.InvalidStatus), asyncio.Runner() as runner:
             runner.run(websockets.connect(f"ws://127.0.0.1:{here.api.port}/api/v1/stream").__aenter__())
+
+
+def test_candles_are_judged_and_not_kept(alone):
+    def ask(*candles): return alone.ask("POST", "/data/validate", "vera", {"candles": candles})
+    good, bad = [1704067200000, 100, 101, 99, 100.5, 12], [1704070800000, 100, 90, 99, 101, 9]
+    found, said = ask(good, bad)
+    assert found.status_code == 200
+    assert said["findings"]
+    assert said["consistency"] < 1.
+    assert "whole milliseconds" in ask(good, [1e300, *bad[1:]])[1]["error"]
+    assert "at most 20,000" in ask([0, *good[1:]], bad)[1]["error"]
 
 
 def test_what_a_token_says_is_read_the_same_by_everybody(alone):

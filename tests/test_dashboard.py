@@ -1,25 +1,21 @@
 "The dashboard in a real browser, over a session that trades: one browser, one session, each test goes on from the last"
-import asyncio
 import json
 import os
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from browser import browser
 from servers import free_port, until
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from test_api import PASSWORD, World
 
-from tradelab.config import Settings
+from tradelab.config import ApiSettings
 from tradelab.database.operations import Operations
 from tradelab.database.reading import reading
 from tradelab.database.records import Alert, clock
 from tradelab.database.schema import ALERTS, COMMANDS
-from tradelab.ops.dashboard import Desk, add_dashboard
+from tradelab.ops.dashboard import add_dashboard
+from tradelab.ops.routes import admit
 from tradelab.watching import example_session
 
 pytestmark = pytest.mark.integration
@@ -58,74 +54,35 @@ FOCUS = """(() => { const each = document.activeElement, style = getComputedStyl
 BODY = "document.getElementById('view').innerText"
 
 
-class Api:
-    "What answers the page: the dashboard, and the routes it asks, over the desk of one person"
+class Served:
+    "The API with the dashboard, which ends and comes back at the same port"
 
-    def __init__(self, here):
-        self.desk, self.app, self.port, self.token = Desk(here, "ada"), Starlette(), free_port(), "one"
-        self.views = add_dashboard(self.app, here, self.allowed)
-        for path, method, answer in (("/auth/token", "POST", self.sign_in), ("/auth/refresh", "POST", self.renew),
-                                     ("/risk/mode", "PUT", self.mode), ("/emergency", "POST", self.emergency),
-                                     ("/alerts/{number:int}/acknowledge", "POST", self.acknowledge)):
-            self.app.add_route(f"/api/v1{path}", answer, methods=[method])
-        self.thread = None
+    def __init__(self, place):
+        self.place, self.port = place, free_port()
+        self.begin()
 
     @property
     def url(self): return f"http://127.0.0.1:{self.port}"
 
-    async def allowed(self, request):
-        if request.headers.get("authorization") != f"Bearer {self.token}": raise HTTPException(401, "sign in again")
-
-    async def sign_in(self, request):
-        if (await request.json())["password"] != "correct horse":
-            return JSONResponse({"error": "name and password do not fit"}, 401)
-        return JSONResponse({"access_token": self.token, "refresh_token": "again", "expires_in": 3_600})
-
-    async def renew(self, request):
-        if (await request.json())["refresh_token"] != "again": return JSONResponse({"error": "sign in again"}, 401)
-        return JSONResponse({"access_token": self.token, "refresh_token": "again"})
-
-    async def done(self, request, **asked):
-        await self.allowed(request)
-        asked |= {"id": request.headers["idempotency-key"], "code": request.headers.get("x-confirm", "")}
-        found = await asyncio.to_thread(self.desk, asked)
-        return JSONResponse(found, 409 if "error" in found else 202 if "confirm" in found else 200)
-
-    async def mode(self, request):
-        body = await request.json()
-        act = {"NO_ENTRY": "stop", "REDUCING": "reduce"}[body["mode"]]
-        return await self.done(request, act=act, session=body["session"], reason=body["reason"])
-
-    async def emergency(self, request): return await self.done(request, act="emergency", **await request.json())
-
-    async def acknowledge(self, request):
-        return await self.done(request, act="acknowledge", number=request.path_params["number"])
-
     def begin(self):
-        self.server = uvicorn.Server(uvicorn.Config(self.app, port=self.port, log_level="error", lifespan="off",
-                                                    timeout_graceful_shutdown=0))
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        until(lambda: self.server.started)
+        wide = ApiSettings(port=self.port, rate=1e6, burst=100_000)
+        self.world = World(self.place.database, self.place.sessions, wide, logs=self.place.sessions.parent / "logs")
 
-    def end(self):
-        self.server.should_exit = True
-        self.thread.join(10)
-        assert not self.thread.is_alive()
+        async def viewer(request): admit(self.world.api, request, "viewer")
+        add_dashboard(self.world.api.app, self.world.api.here, viewer)
+
+    def end(self): self.world.close()
 
 
 @contextmanager
-def api_of(here):
-    made = Api(here)
-    made.begin()
+def served(place):
+    made = Served(place)
     try: yield made
-    finally:
-        made.end()
-        made.desk.operations.close()
+    finally: made.end()
 
 
 class Scene:
-    def __init__(self, page, api, place, here): self.page, self.api, self.place, self.here = page, api, place, here
+    def __init__(self, page, api, place): self.page, self.api, self.place = page, api, place
 
     def rows(self, table):
         with reading(self.place.database) as look: return look.rows(table)
@@ -133,7 +90,7 @@ class Scene:
     def shot(self, name):
         if SHOTS: self.page.picture(Path(SHOTS) / f"{name}.png")
 
-    def sign_in(self, password="correct horse"):
+    def sign_in(self, password=PASSWORD):
         self.page.js("document.getElementById('password').value = ''; document.getElementById('name').focus()")
         self.page.js("document.getElementById('name').value = ''")
         self.page.type("ada")
@@ -157,16 +114,15 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene():
     with browser() as page, example_session(candles=330, pace=.12) as place:
-        here = Settings(database=place.database, sessions=place.sessions, logs=place.sessions.parent / "logs")
         operations = Operations(place.database)
         operations.raise_alert(Alert(0, clock(), "margin", "critical", place.session, text="margin is <b>thin</b>"))
         operations.close()
-        with api_of(here) as api:
+        with served(place) as api:
             page.size(1280)
             page.scheme("light")
             page.call("Page.navigate", url=f"{api.url}/dashboard")
             page.wait("document.getElementById('login')?.checkVisibility() || false")
-            yield Scene(page, api, place, here)
+            yield Scene(page, api, place)
 
 
 def test_who_is_not_known_sees_nothing(scene):
@@ -244,7 +200,7 @@ def test_stop_asks_once_more_and_reaches_the_ledger(scene):
     page.press() # on its main button
     until(lambda: scene.rows(COMMANDS))
     row, = scene.rows(COMMANDS)
-    assert (row["name"], row["person"], row["session"]) == ("state", "ada", scene.place.session)
+    assert (row["name"], row["person"], row["session"]) == ("state", "ada (api)", scene.place.session)
     assert json.loads(row["arguments"]) == {"state": "NO_ENTRY", "stricter": True}
     page.wait("document.querySelector('dialog [role=status]')?.textContent.startsWith('✓') || false")
     page.press() # close
@@ -264,7 +220,7 @@ def test_emergency_needs_the_word_and_the_code(scene):
     page.wait("document.querySelector('dialog strong') !== null")
     assert len(scene.rows(COMMANDS)) == 1 # nothing has happened yet
     code = page.js("document.querySelector('dialog strong').textContent").split()[-1]
-    page.type("0000" if code != "0000" else "1111")
+    page.type("000000" if code != "000000" else "111111")
     page.press()
     page.wait(f"{wrong}.includes('not the code')")
     page.size(390)
@@ -290,7 +246,6 @@ def test_a_lost_stream_is_said_and_comes_back(scene):
     assert "OLD" in page.js(BODY)
     assert page.js(FAINT) == []
     scene.shot("lost")
-    scene.api.token = "two" # what it had counts no longer
     scene.api.begin()
     page.wait("!document.getElementById('view').classList.contains('old')")
     assert "Live" in page.js(BODY)
@@ -299,7 +254,7 @@ def test_a_lost_stream_is_said_and_comes_back(scene):
 def test_it_asks_nobody_else_is_quick_and_says_no_error(scene):
     page, times = scene.page, []
     assert [each for each in page.requests if not each.startswith((scene.api.url, "about:"))] == []
-    known = ("401", "409", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED", "ERR_CONNECTION_RESET") # made above
+    known = ("401", "403", "503", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED", "ERR_CONNECTION_RESET") # above
     assert [each for each in page.console if not any(word in each for word in known)] == []
     page.call("Network.setCacheDisabled", cacheDisabled=True)
     while len(times) < 3 and not any(each < 1.5 for each in times):

@@ -151,7 +151,9 @@ READERS = {  # who reads files in another way, and why
     "tradelab/live/recorder.py": "frame by frame, each of bounded size and proven",
     "tradelab/runs/registry.py": "the last byte of a log that it appends to",
     "tradelab/live/lease.py": "what the system says of a process",
+    "tradelab/log.py": "the log, which it appends to",
     "tradelab/log_lines.py": "the log, line by line, while others write it",
+    "tradelab/incident.py": "the same, of one hour",
     "tradelab/localnet/memory.py": "the first line of a file, of bounded length",
     "tradelab/localnet/server.py": "the answer of a localnet on this machine"}
 

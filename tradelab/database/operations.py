@@ -115,7 +115,8 @@ class Place:
         except OSError: return None
         return found and (found.st_dev, found.st_ino)
 
-    def database(self):
+    def database(self)->Database:
+        "The ledger as it is now; MissingLedgerError if there is none"
         with self._one:
             if self._opened and self._opened[0] != self._file(): self._close()
             if not self._opened:
@@ -127,7 +128,7 @@ class Place:
         if self._opened: self._opened[1].close()
         self._opened = None
 
-    def close(self):
+    def close(self)->None:
         with self._one: self._close()
 
     @contextmanager

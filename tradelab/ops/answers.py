@@ -9,11 +9,9 @@ __all__ = ['MODES', 'HISTORIES', 'plain', 'json_bytes', 'exchange_id', 'symbol_o
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian003
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from html import unescape
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from .replies import why_lines
 from ..risk.answers import word
 from ..risk.trading_state import CAUSES
 from ..runs.registry import trials
+from ..texts import without_html
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian006
 def plain(value:Any)->Any:
@@ -281,7 +280,7 @@ HISTORIES: dict[str, Any] = { # what has happened, by its time
 def why_now(look:Reading, status:Status)->list[str]:
     "Why a session trades, or does not: codes, words and numbers"
     rows = look.rows(DECISIONS, session=status.session, newest=max(1, len(status.settings.get("symbols", ()))))
-    return [unescape(re.sub("<[^>]+>", "", each)) for each in why_lines(status, rows, "en")]
+    return [without_html(each) for each in why_lines(status, rows, "en")]
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian037
 def models(folder:Path)->list[dict]: # of all runs

@@ -15,7 +15,7 @@ import asyncio
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from socket import AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SO_REUSEADDR, SOL_SOCKET, getaddrinfo, socket
 from time import monotonic
@@ -67,6 +67,7 @@ from .replies import open_alerts
 from .requests import Act, Answer, Buckets, Networks, RefusedError, Threads, Writes
 from .samples import Gatherer, told_now
 from ..texts import one_line
+from ..times import milliseconds
 
 logger = get_logger("ops.api")
 
@@ -783,15 +784,23 @@ class Candles(_Strict):
                                                   [1704070800000, 100.5, 102, 100, 101, 9]])
 
 
-@viewer.post("/data/validate", responses=example({"score": 1., "findings": []}), tags=["data"])
+def _judged_candles(timeframe:str, candles:list[list[float]])->dict[str, Any]: # rows as in `Candles`
+    "What is wrong with candles; ValueError if they cannot be judged"
+    table = pd.DataFrame(candles, columns=["time", "open", "high", "low", "close", "volume"])
+    if not table["time"].between(0, 4_102_444_800_000).all() or (table["time"] % 1).any():
+        raise ValueError("candles: a time is whole milliseconds since 1970")
+    if table["time"].max() - table["time"].min() > 20_000 * milliseconds(timeframe):
+        raise ValueError("candles: from the first to the last there must be at most 20,000")
+    report = check_quality(table.astype({"time": "int64"}), timeframe, "candles")
+    return {name: getattr(report, name) for name in ("completeness", "consistency", "accuracy")} | {
+        "findings": [asdict(each) for each in report.findings[:1_000]]}
+
+
+@viewer.post("/data/validate", tags=["data"],
+             responses=example({"completeness": 1., "consistency": 1., "accuracy": 1., "findings": []}))
 async def _check(request:Request, body:Candles)->Response:
     "What is wrong with candles; nothing is kept of them"
-    def look():
-        table = pd.DataFrame(body.candles, columns=["time", "open", "high", "low", "close", "volume"])
-        table["time"] = table["time"].astype("int64")
-        report = check_quality(table, body.timeframe, "candles")
-        return {"score": report.score, "findings": [str(each) for each in report.findings]}
-    try: return told(await api_of(request).threads(look))
+    try: return told(await api_of(request).threads(_judged_candles, body.timeframe, body.candles))
     except (ValueError, OverflowError) as error:
         if isinstance(error, RefusedError): raise
         raise RefusedError(422, one_line(str(error), 300)) from None
