@@ -3,18 +3,23 @@ Whatever is refused is in the audit, and nobody meets a 500 or a route that asks
 import asyncio
 import json
 import re
+import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from socket import create_server
 
 import httpx
 import pytest
 import websockets
 from pydantic import SecretStr
 from servers import until
+from test_live import session
+from test_serve import free_port, localnet, orders_at, run_alone, served
+from test_serve import refused as said_by_refused
 
-from tradelab.config import ApiSettings, Settings
+from tradelab.config import ApiSettings, Settings, settings
 from tradelab.database.accounts import Accounts
 from tradelab.database.operations import Operations
 from tradelab.database.reading import reading
@@ -24,9 +29,10 @@ from tradelab.database.schema import AUDIT, COMMANDS
 from tradelab.errors import ConfigurationError
 from tradelab.ops.feed import Feed
 from tradelab.ops.health import Health, HealthWatch
-from tradelab.ops.people import ROLES, issue, new_account, read_token
+from tradelab.ops.people import ROLES, Token, issue, new_account, read_token
 from tradelab.ops.routes import Api, check_api
 from tradelab.ops.samples import Gatherer
+from tradelab.venues.binance import BinanceVenue
 from tradelab.watching import example_session
 
 pytestmark = pytest.mark.integration
@@ -40,7 +46,7 @@ class World:
     "The API in a thread of its own, a client for it, and a clock that is turned by hand"
 
     def __init__(self, database, sessions, api=WIDE, **given):
-        self.ahead, self.told, self.database = 0, [], database
+        self.ahead, self.logins, self.told, self.database = 0, 0, [], database
         here = Settings(database=database, sessions=sessions, api_secret=SecretStr(SECRET), api=api, **given)
         accounts = Accounts(database)
         for name, role in PEOPLE.items(): accounts.put(replace(ACCOUNTS[role], name=name))
@@ -69,9 +75,9 @@ class World:
     def token(self, name, **changed):
         "A token of somebody, without the second that a password takes"
         now = clock() + self.ahead
-        from tradelab.ops.people import Token
-        return issue(replace(Token(name, "access", f"{name}-{now}", f"login-{name}", now, now + 3_600_000), **changed),
-                     SECRET, self.api.register.generation)
+        self.logins += 1
+        made = Token(name, "access", f"token-{self.logins}", f"login-{self.logins}", now, now + 3_600_000)
+        return issue(replace(made, **changed), SECRET, self.api.register.generation)
 
     def ask(self, method, path, name="", body=None, token="", **headers):
         "An answer, and its JSON"
@@ -246,7 +252,6 @@ def test_what_cannot_be_is_one_sentence_before_anything_starts(tmp_path):
         check_api(Settings(api_secret=SecretStr("x")))
     assert "belong together" in refused(api=ApiSettings(certificate=Path("a.pem")))
     assert "cannot be used" in refused(api=ApiSettings(certificate=Path("a.pem"), certificate_key=Path("b.pem")))
-    from socket import create_server
     with create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"api: nobody can listen at 127.0.0.1:{port}" in refused(api=ApiSettings(port=port))
@@ -384,6 +389,64 @@ def test_a_session_that_trades_is_seen_and_asked():
             runner.run(websockets.connect(f"ws://127.0.0.1:{here.api.port}/api/v1/stream").__aenter__())
 
 
+def test_candles_are_judged_and_not_kept(alone):
+    def ask(*candles): return alone.ask("POST", "/data/validate", "vera", {"candles": candles})
+    good, bad = [1704067200000, 100, 101, 99, 100.5, 12], [1704070800000, 100, 90, 99, 101, 9]
+    found, said = ask(good, bad)
+    assert found.status_code == 200
+    assert said["findings"]
+    assert said["consistency"] < 1.
+    assert "whole milliseconds" in ask(good, [1e300, *bad[1:]])[1]["error"]
+    assert "at most 20,000" in ask([0, *good[1:]], bad)[1]["error"]
+
+
 def test_what_a_token_says_is_read_the_same_by_everybody(alone):
     token, account = read_token(alone.token("vera"), "access", SECRET, alone.api.register, clock())
     assert (token.person, account.role) == ("vera", "viewer")
+
+
+def test_an_api_that_is_asked_hangs_and_is_killed_changes_no_session(project):
+    "What it decides and orders is what it decides and orders where there is none"
+    (project / "alone").mkdir()
+    journal, orders = run_alone(project / "alone", 30)
+    port = free_port()
+    with localnet() as exchange, served(api_secret=SECRET, api__port=port, api__rate=1e6, api__burst=1000) as process:
+        accounts = Accounts(settings().database)
+        met: list[str] = []
+
+        def ask():
+            accounts.put(replace(ACCOUNTS["viewer"], name="vera"))
+            now = clock()
+            token = issue(Token("vera", "access", "x", "y", now, now + 60_000), SECRET, 0)
+            headers = {"Authorization": f"Bearer {token}"}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", headers=headers) as client:
+                until(lambda: client.get("/sessions").status_code == 200)
+                assert {client.get("/system/status").status_code for _ in range(50)} == {200}
+
+        def hang(): process.process.send_signal(signal.SIGSTOP)
+
+        def kill(): process.process.kill()
+        deeds = {5: ask, 12: hang, 20: kill}
+
+        class Pausing(BinanceVenue):
+            async def waits(self, open_time, trade=None):
+                steps.setdefault(open_time, len(steps))
+                if (deed := deeds.get(steps[open_time])) and deed.__name__ not in met:
+                    met.append(deed.__name__)
+                    await asyncio.to_thread(deed)
+                await super().waits(open_time, trade)
+        steps: dict[int, int] = {}
+        live = session(exchange, project, Pausing, say=lambda line: None)
+        asyncio.run(live.run(30))
+        accounts.close()
+    assert met == ["ask", "hang", "kill"]
+    assert live.ledger.journal(live.id).equals(journal)
+    assert orders_at(exchange) == orders
+
+
+def test_serve_says_where_it_answers_and_starts_nothing_where_it_cannot(project):
+    assert "api_secret is too weak" in said_by_refused(metrics_port=free_port(), api_secret="secret")
+    with create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"nobody can listen at 127.0.0.1:{port}" in said_by_refused(metrics_port=free_port(), api_secret=SECRET,
+                                                                          api__port=port)

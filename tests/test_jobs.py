@@ -228,8 +228,12 @@ def test_every_job_of_ours_says_what_its_parameters_are(root):
                                         ("drill", {"venue": "mainnet"}), ("drill", {"venue": "testnet"}),
                                         ("drill", {"symbol": "BTC"}), ("watch", {"session": "nobody"}),
                                         ("watch", {"minutes": -1}), ("watch", {"settings": "nobody"}),
+                                        ("dashboard", {"minutes": -1}), ("dashboard", {"settings": "nobody"}),
                                         ("session_report", {"session": "nobody"}),
-                                        ("session_report", {"replayed": -1})])
+                                        ("session_report", {"replayed": -1}),
+                                        ("incident", {"since": "soon"}), ("incident", {"minutes": 0}),
+                                        ("testnet_day", {"hours": -1}), ("testnet_day", {"candles": 0}),
+                                        ("testnet_day", {"session": "nobody"})])
 def test_our_jobs_refuse_what_is_wrong_before_a_kernel_starts(project, root, job, wrong, monkeypatch):
     def started(*_, **__): raise AssertionError("a kernel was started")
     monkeypatch.setattr("papermill.execute.execute_notebook", started)

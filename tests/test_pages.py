@@ -214,14 +214,15 @@ def test_a_stress_says_who_was_halted():
     assert made.plot().axes[0].get_legend().get_texts()[0].get_text() == "as it was, halted"
 
 
-@pytest.mark.parametrize("job", ["backtest", "report", "live", "drill", "watch", "session_report"])
+@pytest.mark.parametrize("job", ["backtest", "report", "live", "drill", "watch", "dashboard", "session_report",
+                                 "incident", "testnet_day"])
 def test_a_job_says_which_cell_is_its_answer(root, job):
     assert sum("answer" in cell.metadata.get("tags", []) for cell in nbformat.read(root / f"nbs/{job}.ipynb",
         4).cells) == 1
 
 
 @pytest.mark.parametrize("job", ("train", "backtest", "live", "replay", "report", "drill", "watch",
-                                 "session_report"))
+                                 "dashboard", "session_report"))
 def test_the_lab_saves_a_job_as_it_is_kept(job):
     "What Run All has added is left out, so that git sees no change"
     strip = runpy.run_path(str(ROOT / ".ci/jupyter_server_config.py"))["strip"]

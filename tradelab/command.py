@@ -6,17 +6,19 @@
 __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'ask_for_real', 'run',
            'session_of', 'JobCommand', 'add_job', 'status', 'metrics', 'seen_now', 'on_screen', 'watch', 'say_word',
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
-           'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
-           'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
-           'show_channels', 'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert',
-           'resolve_alert', 'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run',
-           'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
-           'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
-           'check_kept', 'delete_data', 'doctor', 'print_lines', 'in_colour', 'log_asked', 'logs', 'health',
-           'serve_sessions', 'accounts_of', 'password_asked', 'change_of_people', 'api', 'make_api_secret', 'api_user',
-           'list_people', 'add_person', 'change_password', 'remove_person', 'thresholds', 'list_thresholds',
-           'set_one_threshold', 'remove_one_threshold', 'watchdog', 'ledger', 'upgrade_ledger', 'check_ledger',
-           'export_ledger', 'telemetry', 'provision_telemetry']
+           'localnet', 'config', 'import_settings', 'secrets_asked', 'init_settings', 'check_settings', 'show_table',
+           'ask_first', 'secrets', 'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets',
+           'change_the_passphrase', 'alerts', 'test_alerts', 'show_channels', 'alert_lines', 'list_alerts',
+           'show_alert', 'answer_alert', 'acknowledge_alert', 'resolve_alert', 'telegram', 'test_telegram',
+           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
+           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
+           'data', 'list_data', 'download_data', 'refresh_data', 'check_kept', 'delete_data', 'doctor', 'print_lines',
+           'in_colour', 'log_asked', 'logs', 'health', 'refuse_job', 'serve_sessions', 'accounts_of', 'password_asked',
+           'change_of_people', 'api', 'make_api_secret', 'api_user', 'list_people', 'add_person', 'change_password',
+           'remove_person', 'schedule', 'scheduled', 'list_schedule', 'next_in_schedule', 'run_scheduled',
+           'show_history', 'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog',
+           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'backup_ledger', 'maintain_ledger', 'telemetry',
+           'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -454,6 +456,77 @@ def import_settings(files:tuple[Path, ...], force:bool, dry_run:bool)->None:
         if entries: click.echo("\n  ".join([f"{title}:", *map(str, entries)]))
     if not taken: click.echo("nothing was taken")
 
+# %% ../nbs/99_top/07_command.ipynb #schcm011
+def secrets_asked(
+    venue:str,
+    yes:bool,         # nobody is asked
+    given:Any=None,   # an open file of lines NAME=value
+)->dict[str, str]:    # those that are not empty
+    "Keys of a venue, and where people are told"
+    lines = given.read(100_000).splitlines() if given else []
+    if given: return {line.partition("=")[0].strip(): line.partition("=")[2].strip() for line in lines if line.strip()}
+    names = {f"{venue}_{each}": f"{each} of {venue}" for each in ("key", "secret") if venue in ("testnet", "mainnet")}
+    names |= {"alert_url": "Addresses of apprise that are told (tgram://..., mailto://...)",
+              "telegram_token": "Token of a bot at Telegram"}
+    asked = {} if yes else {name: click.prompt(f"{words}; empty: none", default="", show_default=False, hide_input=True)
+                            for name, words in names.items()}
+    return {name: value for name, value in asked.items() if value}
+
+# %% ../nbs/99_top/07_command.ipynb #schcm012
+@config.command("init")
+@click.option("--environment", type=click.Choice(["development", "staging", "production"]))
+@click.option("--venue", type=click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
+@click.option("--symbols", help="Names with commas.")
+@click.option("--timeframe", help="Such as 1h.")
+@click.option("--deposit", type=click.FloatRange(0, min_open=True), help="Quote.")
+@click.option("--admin", "admins", type=click.IntRange(1), multiple=True, help="Id of one who may act at Telegram.")
+@click.option("--secrets-from", type=click.File(), help="Lines NAME=value, such as testnet_key=...; -: stdin.")
+@click.option("--yes", is_flag=True, help="Ask nothing: what is not given is the default.")
+@click.option("--force", is_flag=True, help="Replace a tradelab.toml that is there.")
+def init_settings(secrets_from:Any, yes:bool, force:bool, admins:tuple[int, ...], **given:Any)->None:
+    "Write a tradelab.toml into this folder, and keys and tokens encrypted beside it."
+    from pydantic import SecretStr
+
+    from tradelab.ops.setup import Answers, set_up
+    def asked(name, words, default, kind=None):
+        return given[name] or (default if yes else click.prompt(words, default=default, type=kind))
+    with one_sentence():
+        if os.path.lexists("tradelab.toml") and not force:
+            raise ValueError("tradelab.toml is there already: nothing was written; --force replaces it")
+        environment = asked("environment", "Environment", "development",
+                            click.Choice(["development", "staging", "production"]))
+        venue = asked("venue", "Venue (mainnet is real money)",
+                      "localnet" if environment == "development" else "testnet",
+                      click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
+        plain = {"symbols": asked("symbols", "Symbols, with commas", "BTC/USDT:USDT"),
+                 "timeframe": asked("timeframe", "Timeframe", "1h"),
+                 "deposit": asked("deposit", "Money that a session may use, quote", 10_000., click.FLOAT)}
+        kept = secrets_asked(venue, yes, secrets_from)
+        if "telegram_token" in kept and not admins:
+            admins = (click.prompt("Your id at Telegram, which @userinfobot tells", type=click.IntRange(1)),)
+        answers = Answers(environment, venue, admins=admins, **plain,
+                          secrets={name: SecretStr(value) for name, value in kept.items()})
+        click.echo(set_up(Path.cwd(), answers, force))
+
+# %% ../nbs/99_top/07_command.ipynb #schcm013
+@config.command("check")
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.pass_context
+def check_settings(context:click.Context, file:Path|None)->None:
+    "Say what is wrong with FILE, in any environment; without FILE, what is in force here, and which place says so."
+    from tradelab.config import settings
+    from tradelab.files import read_text
+    from tradelab.ops.schedule import check_schedule
+    from tradelab.ops.setup import in_force, wrong_with
+    with one_sentence():
+        if file is None:
+            check_schedule(settings(), refuse_job)
+            return click.echo("\n".join(map(printable, in_force())) or "nothing is set: all is by default")
+        wrong = wrong_with(read_text(file, own=True), refuse_job)
+    for each in wrong: click.echo(f"Error: {printable(each)}", err=True)
+    if wrong: context.exit(1)
+    click.echo(f"{file} is in order")
+
 # %% ../nbs/99_top/07_command.ipynb #a4a05279
 def show_table(
     table:"pd.DataFrame",         # pandas DataFrame
@@ -794,6 +867,13 @@ def download_data(symbol:str, timeframe:str, span:str, source:str)->None:
     from tradelab.inventory import download
     with one_sentence(): click.echo(download(symbol, timeframe, span, source))
 
+# %% ../nbs/99_top/07_command.ipynb #schcm001
+@data.command("refresh")
+def refresh_data()->None:
+    "Fetch what has come since into each series of the store."
+    from tradelab.inventory import refresh
+    with one_sentence(): click.echo(refresh())
+
 # %% ../nbs/99_top/07_command.ipynb #0073f628
 @data.command("check")
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
@@ -914,14 +994,36 @@ def health(context:click.Context, as_json:bool)->None:
     click.echo(found.json() if as_json else printable(str(found)))
     if not found.ready: context.exit(1)
 
+# %% ../nbs/99_top/07_command.ipynb #schcm003
+def refuse_job(
+    job:Any,  # ScheduledJob
+)->None:
+    "Raise ParameterError if there is no such job, or if it does not take these parameters"
+    from tradelab import jobs
+    if job.notebook:
+        words = {name: str(value) for name, value in job.parameters.items()}
+        jobs.check_parameters(jobs.find(job.notebook), words, text=True)
+        return
+    group, name = job.command.split()
+    command: Any = main.commands[group]
+    options = {each.name: each for each in command.commands[name].params}
+    for given, value in job.parameters.items():
+        if given not in options: raise jobs.ParameterError(
+            f"{job.command} has no option {given}: it takes {', '.join(options) or 'none'}")
+        try: options[given].type.convert(str(value), None, None)
+        except click.BadParameter as error: raise jobs.ParameterError(f"{given}: {error.message}") from None
+
 # %% ../nbs/99_top/07_command.ipynb #opscmd02
 @main.command("serve")
 def serve_sessions()->None:
     "Alerts, Telegram, figures and thresholds of all sessions, as the settings ask for, until Ctrl-C."
     from tradelab.config import settings
+    from tradelab.ops.schedule import check_schedule
     from tradelab.ops.serve import SECRETS, serve
     from tradelab.secrets import with_secrets
-    with one_sentence(): serve(with_secrets(settings(), SECRETS), click.echo)
+    with one_sentence():
+        check_schedule(here := settings(), refuse_job)
+        serve(with_secrets(here, SECRETS), click.echo)
 
 # %% ../nbs/99_top/07_command.ipynb #apicm002
 @contextmanager
@@ -1023,6 +1125,75 @@ def remove_person(name:str)->None:
     with accounts_of() as accounts:
         if not accounts.remove(name): raise LookupError(f"there is no {name}: tradelab api user list")
         change_of_people("remove person", name, f"{name} may use the API no longer")
+
+# %% ../nbs/99_top/07_command.ipynb #schcm004
+@main.group()
+def schedule()->None:
+    "Jobs at their hours, of the tables [schedule.NAME] of the settings; tradelab serve runs them."
+
+
+def scheduled(name:str="")->Any:
+    "The settings, with their schedule looked at; LookupError if it has no such job"
+    from tradelab.config import nearest, settings
+    from tradelab.ops.schedule import check_schedule
+    check_schedule(here := settings(), refuse_job)
+    if not name or name in here.schedule: return here
+    near = f"did you mean {nearest(name, here.schedule)}?" if here.schedule else "there is none"
+    raise LookupError(f"there is no job {name} in the schedule: {near}")
+
+
+@schedule.command("list")
+def list_schedule()->None:
+    "All jobs, when each comes next and how it went last."
+    import pandas as pd
+
+    from tradelab.database.records import clock
+    from tradelab.ops.schedule import schedule_table
+    with one_sentence(): show_table(pd.DataFrame(schedule_table(scheduled(), clock())),
+                                    "there is no job yet: write a table [schedule.NAME] in tradelab.toml")
+
+# %% ../nbs/99_top/07_command.ipynb #schcm005
+@schedule.command("next")
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 1_000))
+def next_in_schedule(count:int)->None:
+    "The next runs of all jobs, the soonest first; UTC."
+    from tradelab.database.records import clock
+    from tradelab.ops.schedule import coming
+    from tradelab.times import format_time
+    with one_sentence(): found = coming(scheduled(), clock(), count)
+    for when, name in found: click.echo(f"{format_time(when)}  {name}")
+
+
+@schedule.command("run")
+@click.argument("name")
+def run_scheduled(name:str)->None:
+    "Run the job NAME now, as the schedule would, and wait for it."
+    import asyncio
+
+    from tradelab.database.records import clock
+    from tradelab.ops.schedule import RunBook, run_job
+    with one_sentence():
+        here = scheduled(name)
+        run = asyncio.run(run_job(name, here, RunBook(here.database, clock())))
+    if run.state != "done": raise click.ClickException(f"job {name} has failed: {printable(run.text)}")
+    click.echo(f"job {name} is done{run.output and f': {os.path.relpath(run.output)}'}")
+
+# %% ../nbs/99_top/07_command.ipynb #schcm006
+@schedule.command("history")
+@click.argument("name", default="")
+@click.option("--newest", default=50, show_default=True, type=click.IntRange(1))
+def show_history(name:str, newest:int)->None:
+    "What was run, or missed, oldest first; of NAME, or of all."
+    from tradelab.config import settings
+    from tradelab.ops.schedule import history
+    from tradelab.texts import one_line
+    from tradelab.times import format_time
+    with one_sentence(): found = history(settings().database, name, newest=newest)
+    for run in found:
+        took = f"{(run.ended - run.started) / 1000:,.0f} s" if run.ended > run.started and run.state != "missed" else ""
+        click.echo(f"{format_time(run.started)}  {run.job:<16} {run.state:<8} {took:>8}  "
+                   f"{f'attempt {run.attempt}: ' if run.attempt > 1 else ''}{one_line(run.text, 200)}".rstrip())
+    if not found: click.echo("nothing has been run yet")
 
 # %% ../nbs/99_top/07_command.ipynb #helthc05
 @main.group()
@@ -1129,6 +1300,39 @@ def export_ledger(folder:Path)->None:
     from tradelab.live.audit import export
     with one_sentence(): made = export(settings().database, folder)
     click.echo(f"{len(made)} files in {folder}")
+
+# %% ../nbs/99_top/07_command.ipynb #schcm007
+@ledger.command("backup")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="[default: backups in the project]")
+@click.option("--keep", default=14, show_default=True, type=click.IntRange(1, 10_000), help="Copies; older ones are "
+              "deleted.")
+def backup_ledger(folder:Path|None, keep:int)->None:
+    "Copy the ledger while sessions go on, check the copy, and write its sha256 beside it."
+    from tradelab.config import project_root, settings
+    from tradelab.database.backup import backup
+    from tradelab.database.records import clock
+    with one_sentence(): made = backup(settings().database, folder or project_root() / "backups", clock(), keep)
+    click.echo(f"the ledger is copied to {os.path.relpath(made)}, {made.stat().st_size:,} bytes")
+
+
+@ledger.command("maintain")
+@click.pass_context
+def maintain_ledger(context:click.Context)->None:
+    "Delete what is older than its table keeps it, give back its room, and check the rest; sessions go on."
+    from tradelab.config import settings
+    from tradelab.database.backup import compact
+    from tradelab.database.reading import existing
+    from tradelab.database.records import clock
+    from tradelab.live.ledger import Ledger
+    with one_sentence():
+        url = settings().database
+        existing(url).dispose()
+        kept = Ledger(url)
+        gone = kept.prune(clock())
+        kept.close()
+        click.echo(f"deleted: {', '.join(f'{count:,} {name}' for name, count in gone.items()) or 'nothing is too old'}")
+        click.echo(compact(url, clock()))
+    context.invoke(check_ledger)
 
 # %% ../nbs/99_top/07_command.ipynb #tele0001
 @main.group()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENTS', 'VENUES', 'REAL', 'Level', 'Minutes',
-           'Seconds', 'Person', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT', 'PARAMETERS', 'SECTIONS',
-           'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED', 'FORBIDDING', 'FALSE', 'project_root', 'Trust',
-           'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings',
-           'OperationsSettings', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables',
+           'Seconds', 'Person', 'SCHEDULED', 'TABLES', 'PREFIX', 'TOML', 'DOTENV', 'ENVIRONMENT', 'PARAMETERS',
+           'SECTIONS', 'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED', 'FORBIDDING', 'FALSE', 'project_root',
+           'Trust', 'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings',
+           'ScheduledJob', 'OperationsSettings', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables',
            'name_passphrase_file', 'in_container', 'read_places', 'settings', 'job_settings', 'one_section',
            'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed', 'confirm_real',
            'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
@@ -202,6 +202,44 @@ class ApiSettings:
     certificate: Folder | None = None     # file, PEM; beyond this machine TLS is needed, here or before it
     certificate_key: Folder | None = None # likewise
 
+# %% ../nbs/00_ground/12_config.ipynb #schset02
+SCHEDULED = "ledger maintain", "ledger backup", "data refresh" # commands that a schedule may run
+_JOB = re.compile(r"[A-Za-z][\w-]{0,60}", re.ASCII)
+
+
+def _named_notebook(name):
+    if name and not _JOB.fullmatch(name): raise ValueError("must be the name of a job such as replay, not a path")
+    return name
+
+
+@dataclass(frozen=True)
+class ScheduledJob:
+    "What is run again and again"
+    cron: str = ""               # minute hour day month weekday, such as "30 2 * * *"
+    notebook: Annotated[str, AfterValidator(_named_notebook)] = "" # a job such as replay; or a command
+    command: Literal["", "ledger maintain", "ledger backup", "data refresh"] = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict) # of the notebook, or options of the command
+    timezone: Annotated[str, AfterValidator(_zone)] = "UTC"     # of cron
+    time_limit: Minutes = 60.    # then it is asked to end, and killed if it does not
+    retry: Annotated[int, Field(ge=0, le=10)] = 0 # times, after a failure
+    pause: Minutes = 5.          # before that
+    keys: bool = False           # whether it trades: else it has no keys in its environment
+
+    def __post_init__(self) -> None:
+        if not self.cron: raise ValueError('must have a cron such as "30 2 * * *"')
+        if bool(self.notebook) == bool(self.command):
+            raise ValueError("must have a notebook, or a command, and not both")
+
+# %% ../nbs/00_ground/12_config.ipynb #schset05
+def _with_zone(table):
+    "The jobs, each with its time zone"
+    if not isinstance(table, dict): return table
+    zone, jobs = table.get("timezone", "UTC"), {name: each for name, each in table.items() if name != "timezone"}
+    for name, each in jobs.items():
+        if not _JOB.fullmatch(name) or not isinstance(each, (dict, ScheduledJob)):
+            raise ValueError(f"must hold tables such as [schedule.nightly], and timezone; {name[:60]!r} is neither")
+    return {name: {"timezone": zone} | each if isinstance(each, dict) else each for name, each in jobs.items()}
+
 # %% ../nbs/00_ground/12_config.ipynb #opsset08
 class OperationsSettings(BaseSettings):
     "Of those who serve sessions, and never of a decision"
@@ -223,6 +261,7 @@ class OperationsSettings(BaseSettings):
     metrics_token: SecretStr | None = None                # that Prometheus must show; needed beyond this machine
     telemetry: TelemetrySettings = TelemetrySettings()    # [telemetry]
     monitor: MonitorSettings = MonitorSettings()          # [monitor]
+    schedule: Annotated[dict[str, ScheduledJob], BeforeValidator(_with_zone)] = {} # [schedule.NAME]
 
 # %% ../nbs/00_ground/12_config.ipynb #85769e7f
 class Settings(OperationsSettings):
@@ -313,7 +352,7 @@ def known_keys() -> list[str]:
     tables = ({name: _names(kind, name) for name, kind in TABLES.items()}
               | {"instrument": [f"instrument.{name}" for name in _OF_INSTRUMENT]})
     # a series has a name of its own
-    return [key for name in Settings.model_fields if name not in ("series", "breakers")
+    return [key for name in Settings.model_fields if name not in ("series", "breakers", "schedule")
             for key in tables.get(name, [name])]
 
 # %% ../nbs/00_ground/12_config.ipynb #48545982
@@ -380,6 +419,12 @@ _ALERT = re.compile(r"alerts\.(templates|levels)\.\w+", re.ASCII)
 _BREAKER = re.compile(r"breakers\.\w+\.(.+\.)?(threshold|consecutive|cool_down|window)", re.ASCII)
 
 
+_OF_JOB = tuple(each.name for each in fields(ScheduledJob))
+
+
+_SCHEDULE = re.compile(rf"schedule\.(timezone|[A-Za-z][\w-]*\.({'|'.join(_OF_JOB)}|parameters\.\w+))", re.ASCII)
+
+
 RENAMED: dict[str, str] = {} # old key: new key
 
 # %% ../nbs/00_ground/12_config.ipynb #80f95e84
@@ -390,9 +435,10 @@ def _refuse_unknown(where, keys):
             raise ConfigurationError(f"{written(key)} in {where} is called {written(RENAMED[key])} now: "
                                      "rename it there")
         if (key not in known_keys() and not key.startswith("risk.sectors.") and not _of_instrument(key)
-            and not any(each.fullmatch(key) for each in (_SERIES, _BREAKER, _ALERT))):
+            and not any(each.fullmatch(key) for each in (_SERIES, _BREAKER, _ALERT, _SCHEDULE))):
+            meant = [f"{key.rpartition('.')[0]}.{name}" for name in _OF_JOB if key.startswith("schedule.")]
             raise ConfigurationError(f"{written(key)} in {where} is not a setting: did you mean "
-                                     f"{written(nearest(key, known_keys()))}?")
+                                     f"{written(nearest(key, meant or known_keys()))}?")
         if key.startswith("risk.sectors.") and "risk.sectors" in keys:
             raise ConfigurationError(
                 f"{written('risk.sectors')} in {where} is set whole and in parts: take one of them")
@@ -516,9 +562,10 @@ def read_places(
 def _sentence(detail, parameters):
     "An error of pydantic as one sentence"
     key = ".".join(str(part) for part in detail["loc"] if part in ".".join(known_keys()).split("."))
-    if detail["loc"][0] in ("series", "alerts"): key = ".".join(map(str, detail["loc"]))
+    if detail["loc"][0] in ("series", "alerts", "schedule"): key = ".".join(map(str, detail["loc"]))
     what = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, Instrument, SeriesDefinition))):
+    if what.startswith(tuple(f"{kind.__name__}." for kind in (*TABLES.values(), Stops, Instrument, SeriesDefinition,
+                                                       ScheduledJob))):
         key = f"{key}.{what.split('.', 1)[1].split(' ')[0]}"
         what = what.split(" ", 1)[1]
     elif not isinstance(detail["input"], dict) and not key.endswith(("_key", "_secret", "_url", "_token")):

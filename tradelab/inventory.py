@@ -6,7 +6,7 @@
 __all__ = ['TAGS', 'tags_of', 'tag', 'known', 'runs_here', 'runs_table', 'show_run', 'measured', 'learnt', 'flat_settings',
            'differing_settings', 'Comparison', 'compare_runs', 'delete_run', 'sessions_here', 'session_status',
            'session_facts', 'sessions_table', 'show_session', 'traded_by', 'compare_sessions', 'held_by',
-           'delete_session', 'data_table', 'download', 'series_of', 'usual_step', 'table_of', 'check_data',
+           'delete_session', 'data_table', 'download', 'refresh', 'series_of', 'usual_step', 'table_of', 'check_data',
            'delete_series']
 
 # %% ../nbs/99_top/05_inventory.ipynb #b657f49b
@@ -430,6 +430,19 @@ def download(
             f"{here.data}")
 
 # %% ../nbs/99_top/05_inventory.ipynb #ce07103e
+def refresh()->str:
+    "Fetch what has come since into each series of the store; a line for each, or ValueError if one fails"
+    held = Store(settings().data).held()
+    lines, failed = [], 0
+    for row in held[~held.source.isin(("synthetic", "file"))].itertuples():
+        try: lines.append(download(row.symbol, row.timeframe, f"{row.last:%Y-%m-%dT%H:%M:%S}/", row.source))
+        except (ValueError, OSError, RuntimeError) as error:
+            failed += 1
+            lines.append(f"{row.source} {row.symbol} {row.timeframe}: {one_line(str(error), 300)}")
+    if failed: raise ValueError("\n".join([*lines, f"{failed} of {len(lines)} series could not be refreshed"]))
+    return "\n".join(lines) or "the store is empty: tradelab data download fills it"
+
+
 def series_of(
     source:str="",        # only of this one
     symbol:str="",

@@ -18,9 +18,18 @@ import sqlalchemy as sql
 
 from .engine import PATIENCE, alone, trouble
 from .reading import existing, reading
-from .records import EXPIRES, Alert, Audited, Delivery, Service, SystemMetric, Threshold
+from tradelab.database.records import (
+    EXPIRES,
+    Alert,
+    Audited,
+    Delivery,
+    JobRun,
+    Service,
+    SystemMetric,
+    Threshold,
+)
 from .rows import Database, DatabaseRows
-from .schema import ALERTS, AUDIT, MEASURED, SERVICES, THRESHOLDS
+from .schema import ALERTS, AUDIT, JOB_RUNS, MEASURED, SERVICES, THRESHOLDS
 from ..errors import TradelabError
 from ..times import format_time
 
@@ -80,6 +89,10 @@ def _succeed(database, service, *conditions):
                                            SERVICES.c.beat < service.beat - EXPIRES, *conditions))
 
 # %% ../../nbs/65_database/08_operations.ipynb #opsdb021
+def _keep_run(rows, row):
+    if not rows.change({name: row[name] for name in ("job", "started", "attempt")}, **row): rows.append(**row)
+
+
 def _furthest(rows):
     "The largest number of each session among what services remember"
     found: dict[str, int] = {}
@@ -102,7 +115,8 @@ class Place:
         except OSError: return None
         return found and (found.st_dev, found.st_ino)
 
-    def database(self):
+    def database(self)->Database:
+        "The ledger as it is now; MissingLedgerError if there is none"
         with self._one:
             if self._opened and self._opened[0] != self._file(): self._close()
             if not self._opened:
@@ -114,7 +128,7 @@ class Place:
         if self._opened: self._opened[1].close()
         self._opened = None
 
-    def close(self):
+    def close(self)->None:
         with self._one: self._close()
 
     @contextmanager
@@ -193,6 +207,11 @@ class Operations:
 
     def audit(self, audited:Audited)->int:
         with self._alone() as database: return DatabaseRows(database, AUDIT).append(**_row(audited)) or 0
+
+    def keep_runs(self, runs:Iterable[JobRun])->None:
+        "Keep runs of jobs, each over what was kept of it before"
+        with self._alone() as database:
+            for run in runs: _keep_run(DatabaseRows(database, JOB_RUNS), _row(run))
 
 
 _FIGURES = MEASURED[SystemMetric]

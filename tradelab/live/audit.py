@@ -77,6 +77,17 @@ def _write_table(connection, table, path):
         lines.writerows(rows)
 
 
+def _write_sessions(url, folder):
+    "The tables of each session, for people"
+    ledger, made = Ledger(url), []
+    try:
+        for session in ledger.sessions():
+            (folder / check_id(session)).mkdir(parents=True)
+            made += rebuild(ledger, session, folder / session)
+    finally: ledger.close()
+    return made
+
+# %% ../../nbs/70_live/21_audit.ipynb #31583b93
 def export(
     url:str,
     folder:Path,    # a new one
@@ -93,14 +104,3 @@ def export(
     except PASSING as error: raise trouble(error) from None
     finally: engine.dispose()
     return made + _write_sessions(url, folder / "sessions")
-
-
-def _write_sessions(url, folder):
-    "The tables of each session, for people"
-    ledger, made = Ledger(url), []
-    try:
-        for session in ledger.sessions():
-            (folder / check_id(session)).mkdir(parents=True)
-            made += rebuild(ledger, session, folder / session)
-    finally: ledger.close()
-    return made

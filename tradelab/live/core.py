@@ -489,7 +489,7 @@ def take_answer(core:"Core", event:Answered)->None:
     measure_answer(core, (type(event.action).__name__, order.order_id), came, core.now, order.symbol)
     core.do(*core.manager.on_answer(event, core.now))
 
-
+# %% ../../nbs/70_live/12_core.ipynb #28c674f0
 def take_fetched(core:"Core", number:int, content:Any)->None:
     "Take in the answer to a question"
     core.watch.silent_since = None

@@ -186,7 +186,7 @@ class Open:
     reserve:float       # quote, money of the account that the trader was not given
     opening:Opening = Opening()
 
-
+# %% ../../nbs/70_live/03_messages.ipynb #6b684c0b
 @dataclass(frozen=True)
 class StepDone:
     "A step has ended"
@@ -280,7 +280,7 @@ class Lost:
     stream:str
     text:str = ""       # why, for people
 
-
+# %% ../../nbs/70_live/03_messages.ipynb #a9c9576b
 @dataclass(frozen=True)
 class Mark:
     "The price at which an exchange values positions, and liquidates them"

@@ -113,7 +113,7 @@ class Delivered:
 
 
 def with_dropped(message:Message, dropped:int, language:str)->Message:
-    "The same, with a word of those that could not wait"
+    "The same message, with a note of how many were dropped before it"
     if not dropped: return message
     words = partial(phrase, "dropped", {"count": dropped}, language)
     return replace(message, text=f"{message.text}\n\n{words()}", plain=f"{message.plain}\n{words(dialect='plain')}")

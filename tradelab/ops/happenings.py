@@ -36,6 +36,7 @@ HAPPENINGS = { # kind: (level, priority)
     "session stopped": ("info", 3), "session died": ("critical", 1), "session silent": ("error", 1),
     "session heard": ("info", 3), "venue disconnected": ("error", 2), "venue connected": ("info", 3),
     "ledger away": ("error", 1), "ledger back": ("info", 3), "job failed": ("error", 2), "job done": ("info", 4),
+    "job missed": ("warning", 3),
     "condition": ("warning", 2), "condition over": ("info", 3), "service silent": ("critical", 1),
     "service heard": ("info", 3), "part failed": ("error", 2), "resource": ("warning", 2),
     "resource over": ("info", 3), "security": ("error", 1),

@@ -12,6 +12,7 @@ import hmac
 import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import scrypt, sha256
 from typing import Any, Literal
 
@@ -77,6 +78,7 @@ def derived(secret:bytes, salt:bytes, info:bytes)->bytes: # 32
     return hmac.digest(extracted, info + b"\x01", sha256)
 
 
+@lru_cache(64)
 def signing_key(secret:str, generation:int, period:int)->bytes:
     "The key of a month"
     return derived(secret.encode(), b"", f"tradelab api {generation} {period}".encode())

@@ -83,7 +83,7 @@ class _Waiting:
     until:int
     left:int = TRIES
 
-
+# %% ../../nbs/90_ops/19_requests.ipynb #e0458be8
 class Confirmations:
     "Codes that somebody has been given for something"
 

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['logger', 'BASE', 'COOKIE', 'ERRORS', 'everybody', 'viewer', 'trader', 'admin', 'Session', 'Cursor', 'Most', 'Hours',
            'Number', 'Reason', 'Positive', 'Row', 'health', 'LARGEST', 'DEPRECATED', 'HEADERS', 'Api', 'told',
-           'problem', 'api_of', 'Caller', 'caller_of', 'admit', 'too_often', 'router_of', 'example', 'seen', 'rows',
-           'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'NewLimits', 'NewThreshold', 'Signal',
-           'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening', 'check_api', 'api_for']
+           'problem', 'api_of', 'Caller', 'caller_of', 'admit', 'too_often', 'router_of', 'example', 'seen', 'of_look',
+           'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'LimitsToSet', 'ThresholdToSet',
+           'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening', 'check_api',
+           'api_for']
 
 # %% ../../nbs/90_ops/23_routes.ipynb #apirt003
 import asyncio
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from socket import AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SO_REUSEADDR, SOL_SOCKET, getaddrinfo, socket
 from time import monotonic
@@ -66,6 +67,7 @@ from .replies import open_alerts
 from .requests import Act, Answer, Buckets, Networks, RefusedError, Threads, Writes
 from .samples import Gatherer, told_now
 from ..texts import one_line
+from ..times import milliseconds
 
 logger = get_logger("ops.api")
 
@@ -99,6 +101,7 @@ class Api:
         self.noted = Buckets(1., 1)                 # refusals for their number, of which one a minute is written down
         self.register: Register|None = None
         self.alerts: list[dict] = []
+        self.kept: tuple[Any, dict] = None, {}      # answers, and of what was seen
         self.port = here.api.port                   # of 0 another one, when it answers
         self.app = app_for(self)
 
@@ -190,7 +193,7 @@ def caller_of(api:Api, request:Any)->Caller: # a request or a WebSocket
         raise RefusedError(403, "with a cookie a change needs the header X-Requested-With: tradelab")
     return Caller(account, token)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #786a1fcb
 def admit(api:Api, request:Any, role:str)->Caller:
     "Who asks, if it may; RefusedError if not"
     caller = caller_of(api, request)
@@ -253,6 +256,16 @@ def seen(request:Request, session:str)->tuple:
     except LookupError as error: raise RefusedError(404, str(error)) from None
 
 
+def of_look(request:Request, *question:str, make:Callable[[], Any])->Response:
+    "An answer that is the same for all who ask until something new is seen"
+    api = api_of(request)
+    seen_now = api.feed.last, api.alerts
+    if api.kept[0] is None or any(a is not b for a, b in zip(api.kept[0], seen_now)) or seen_now[0] is None:
+        api.kept = seen_now, {}
+    if (found := api.kept[1].get(question)) is None: found = api.kept[1][question] = answers.json_bytes(make())
+    return Response(found, media_type="application/json")
+
+
 async def rows(request:Request, name:str, session:str, most:int, cursor:str, *conditions:Any)->Response:
     "A page of what has happened"
     column = answers.HISTORIES[name]
@@ -292,7 +305,7 @@ _PAIR = {"access_token": "eyJ...", "refresh_token": "eyJ...", "token_type": "bea
          "role": "viewer"}
 _NO_STORE = {"Cache-Control": "no-store"}
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #e6a37906
 def _may_try(api, request, name):
     "RefusedError if somebody has failed too often, under this name or from there"
     wait = max(api.delays.left(each, monotonic()) for each in (f"name {name}", f"from {_host(request)}"))
@@ -421,7 +434,7 @@ class Order(_Strict):
     session:Annotated[str, Field(max_length=200)] = ""
     model_config = _like(symbol="BTCUSDT", side="buy", quantity=.01, kind="limit", price=50_000., reason="by hand")
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #dde9ac69
 @trader.post("/orders/create", responses=_DONE, tags=["orders"])
 async def _create(request:Request, body:Order)->Response:
     "Trade by hand; needs Idempotency-Key and X-Confirm"
@@ -455,7 +468,7 @@ class Mode(_Strict):
     session:Annotated[str, Field(max_length=200)] = ""
     model_config = _like(mode="NO_ENTRY", reason="news at 14:00")
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #87049369
 def _needs(request, role, why):
     "RefusedError if who asks may not"
     account = request.state.caller.account
@@ -474,7 +487,7 @@ async def _set_mode(request:Request, body:Mode)->Response:
                       not stricter or mode == "HALTED")
 
 
-class NewLimits(_Strict):
+class LimitsToSet(_Strict):
     "Limits for the rest of a session"
     limits:Annotated[dict[Annotated[str, Field(max_length=40)], Positive], Field(min_length=1, max_length=30)]
     reason:Reason
@@ -483,7 +496,7 @@ class NewLimits(_Strict):
 
 
 @admin.post("/risk/update-limits", responses=_DONE, tags=["risk"])
-async def _set_limits(request:Request, body:NewLimits)->Response:
+async def _set_limits(request:Request, body:LimitsToSet)->Response:
     "Other limits from the next candle on; looser ones need Idempotency-Key and X-Confirm"
     status = one_of(api_of(request).look, body.session)
     return await tell(request, "POST /risk/update-limits",
@@ -521,8 +534,8 @@ async def _answer_alert(request, word, number):
     def do(id): return answer_alert(api.operations, word, number, person, api.now())
     return await act(request, f"POST /alerts/{word}", f"alert {number}", do)
 
-
-class NewThreshold(_Strict):
+# %% ../../nbs/90_ops/23_routes.ipynb #3178d391
+class ThresholdToSet(_Strict):
     "From which value on a figure concerns people"
     operator:Literal[">", ">=", "<", "<=", "==", "!="] = ">"
     warning:Annotated[float, Field(allow_inf_nan=False)]
@@ -534,7 +547,7 @@ class NewThreshold(_Strict):
 
 @admin.put("/thresholds/{metric:path}", tags=["alerts"],
            responses=example({"metric": "drawdown_ratio", "answer": "drawdown_ratio: > 0.05 is a warning"}))
-async def _set_threshold(request:Request, metric:str, body:NewThreshold)->Response:
+async def _set_threshold(request:Request, metric:str, body:ThresholdToSet)->Response:
     "Set a threshold of a metric"
     api, person = api_of(request), request.state.caller.account.name
     wanted = Threshold(metric[:200], body.type, body.operator, body.warning, body.critical,
@@ -562,7 +575,7 @@ async def _rotate(request:Request)->Response:
 async def _status(request:Request)->Response:
     "How everything is: HEALTHY, WARNING, CRITICAL or DOWN, and the alerts that nobody has resolved"
     api = api_of(request)
-    return told(answers.system_status(api.look, api.alerts, api.now()))
+    return of_look(request, "status", make=lambda: answers.system_status(api.look, api.alerts, api.now()))
 
 
 @viewer.get("/system/metrics", tags=["system"], responses=example(
@@ -623,7 +636,7 @@ async def _logs(request:Request, level:Annotated[str, Query(max_length=20)]="", 
 @viewer.get("/sessions", responses=example([{"session": "demo", "state": "running"}]), tags=["sessions"])
 async def _sessions(request:Request)->Response:
     "All sessions in sight"
-    return told([answers.session_row(each) for each in api_of(request).look.statuses])
+    return of_look(request, "sessions", make=lambda: list(map(answers.session_row, api_of(request).look.statuses)))
 
 
 @viewer.get("/sessions/{session}", responses=example({"session": "demo", "state": "running"}), tags=["sessions"])
@@ -670,7 +683,7 @@ async def _balance(request:Request, session:Session="", limit:Most=100, cursor:C
             tags=["positions"])
 async def _positions(request:Request, session:Session="")->Response:
     "What is held, with the stops that stand for it"
-    return told(answers.positions(seen(request, session)))
+    return of_look(request, "positions", session, make=lambda: answers.positions(seen(request, session)))
 
 
 @viewer.get("/orders", responses=example(_ITEMS), tags=["orders"])
@@ -678,7 +691,8 @@ async def _orders(request:Request, state:Literal["open", "all"]="open", session:
                   cursor:Cursor="")->Response:
     "Orders of which the end is not known, or all, newest first"
     if state == "all": return await rows(request, "orders", session, limit, cursor)
-    return told({"items": answers.orders(seen(request, session)), "cursor": None})
+    return of_look(request, "orders", session, make=lambda: {"items": answers.orders(seen(request, session)),
+                                                             "cursor": None})
 
 
 @viewer.get("/orders/{id}", responses=example({"order_id": "tl-1", "state": "filled"}), tags=["orders"])
@@ -694,28 +708,32 @@ async def _order(request:Request, id:str)->Response:
 @viewer.get("/risk/limits", responses=example([{"session": "demo", "limits": {"max_position": .05}}]), tags=["risk"])
 async def _limits(request:Request, session:Session="")->Response:
     "The limits in force"
-    return told([{"session": each.session, "limits": answers.limits_of(each)} for each in seen(request, session)])
+    return of_look(request, "limits", session, make=lambda: (
+        [{"session": each.session, "limits": answers.limits_of(each)} for each in seen(request, session)]))
 
 
 @viewer.get("/risk/report", responses=example([{"session": "demo", "leverage": .2}]), tags=["risk"])
 async def _report(request:Request, session:Session="")->Response:
     "What is at stake, and how much of the limits is in use"
-    return told([answers.risk_report(each) for each in seen(request, session)])
+    return of_look(request, "report", session, make=lambda: (
+        [answers.risk_report(each) for each in seen(request, session)]))
 
 
 @viewer.get("/risk/mode", responses=example([{"session": "demo", "mode": "NORMAL"}]), tags=["risk"])
 async def _mode(request:Request, session:Session="")->Response:
     "What each session may do, and why not more"
-    return told([answers.risk_mode(each) for each in seen(request, session)])
+    return of_look(request, "mode", session, make=lambda: (
+        [answers.risk_mode(each) for each in seen(request, session)]))
 
 
 @viewer.get("/risk/breakers", tags=["risk"],
             responses=example([{"session": "demo", "kind": "price_move", "state": "closed"}]))
 async def _breakers(request:Request, session:Session="")->Response:
     "Each breaker, open or not"
-    return told([row for each in seen(request, session) for row in answers.breakers(each)])
+    return of_look(request, "breakers", session, make=lambda: (
+        [row for each in seen(request, session) for row in answers.breakers(each)]))
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #cfdc994c
 class Signal(_Strict):
     "What a policy would want"
     symbol:Annotated[str, Field(max_length=40)]
@@ -753,7 +771,7 @@ async def _sources(request:Request)->Response:
     return told({"exchanges": api.here.exchanges,
                  "sessions": {each.session: each.settings.get("source") for each in api.look.statuses}})
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #df49dcb2
 Row = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=6, max_length=6)]
 
 
@@ -766,15 +784,23 @@ class Candles(_Strict):
                                                   [1704070800000, 100.5, 102, 100, 101, 9]])
 
 
-@viewer.post("/data/validate", responses=example({"score": 1., "findings": []}), tags=["data"])
+def _judged_candles(timeframe:str, candles:list[list[float]])->dict[str, Any]: # rows as in `Candles`
+    "What is wrong with candles; ValueError if they cannot be judged"
+    table = pd.DataFrame(candles, columns=["time", "open", "high", "low", "close", "volume"])
+    if not table["time"].between(0, 4_102_444_800_000).all() or (table["time"] % 1).any():
+        raise ValueError("candles: a time is whole milliseconds since 1970")
+    if table["time"].max() - table["time"].min() > 20_000 * milliseconds(timeframe):
+        raise ValueError("candles: from the first to the last there must be at most 20,000")
+    report = check_quality(table.astype({"time": "int64"}), timeframe, "candles")
+    return {name: getattr(report, name) for name in ("completeness", "consistency", "accuracy")} | {
+        "findings": [asdict(each) for each in report.findings[:1_000]]}
+
+
+@viewer.post("/data/validate", tags=["data"],
+             responses=example({"completeness": 1., "consistency": 1., "accuracy": 1., "findings": []}))
 async def _check(request:Request, body:Candles)->Response:
     "What is wrong with candles; nothing is kept of them"
-    def look():
-        table = pd.DataFrame(body.candles, columns=["time", "open", "high", "low", "close", "volume"])
-        table["time"] = table["time"].astype("int64")
-        report = check_quality(table, body.timeframe, "candles")
-        return {"score": report.score, "findings": [str(each) for each in report.findings]}
-    try: return told(await api_of(request).threads(look))
+    try: return told(await api_of(request).threads(_judged_candles, body.timeframe, body.candles))
     except (ValueError, OverflowError) as error:
         if isinstance(error, RefusedError): raise
         raise RefusedError(422, one_line(str(error), 300)) from None
@@ -981,7 +1007,7 @@ class Door:
         route = getattr(scope.get("route"), "path", "none")
         self.api.requests.note(route, scope["method"], status[0], monotonic() - began)
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #c89d0dbf
 async def _note_at_door(api, scope, refused):
     "Once a minute for each address"
     host = scope["client"][0] if scope.get("client") else ""
@@ -1099,7 +1125,7 @@ async def _serve(api):
         await asyncio.wait([running], timeout=3.)
         heard.close()
 
-
+# %% ../../nbs/90_ops/23_routes.ipynb #db70f0e9
 def api_for(here:Settings, feed:Feed, gatherer:Gatherer, watch:HealthWatch,
             hear:Callable[[Happening], object])->Api|None:
     "The API of these settings; None if there is none"

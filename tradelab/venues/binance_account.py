@@ -166,7 +166,7 @@ def rights_of(
     return KeyRights(bool(answer["enableFutures"]), bool(answer["enableWithdrawals"]), transfers,
                      bool(answer["ipRestrict"]))
 
-
+# %% ../../nbs/75_venues/07_binance_account.ipynb #976fdd72
 async def ask_rights(
     settings:VenueSettings,   # who is asked
     exchange:Any,             # of `exchange_for`
