@@ -59,7 +59,7 @@ def imported(
         found |= {place, *(f"{place}.{each}".lstrip(".") for each in re.findall(r"\w+", names))}
     return found
 
-
+# %% ../nbs/00_ground/02_compiled.ipynb #fedc5c8f
 def compiled_sources(
     folder: Path = PACKAGE,
 ) -> set[Path]:
