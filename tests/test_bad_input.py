@@ -1,10 +1,10 @@
 "What a person gets wrong: one clear sentence, an exit code that is not zero, and nothing half-written"
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -35,8 +35,8 @@ def tradelab(place, *words, **variables):
     environment |= {"TRADELAB_DATABASE": f"sqlite:///{place}/tradelab.db", "TRADELAB_LOCALNET_PORT": "0"} | variables
     # what is measured here is measured elsewhere, and slows every start
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADELAB_", "COVERAGE_"))}
-    return subprocess.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment,
-                          capture_output=True, text=True)
+    return forked.run([Path(sys.executable).parent / "tradelab", *words], cwd=ROOT, env=clean | environment,
+                      text=True)
 
 
 def refused(place, *words, **variables):

@@ -45,33 +45,37 @@ PACKAGE_IMPORT = re.compile(r"^[ \t]*from[ \t]+(\.*)([\w.]*)[ \t]+import[ \t]+(\
 
 
 def imported(
-    path: Path,    # of a source
-    folder: Path,  # of the package
-) -> set[Path]:    # sources
+    name: str,     # of a module below the package, like sim.kernel
+    source: str,
+    package: str,
+) -> set[str]:     # names of modules, as `name`, and of what is imported from them
     "What of the package a source imports, anywhere in it"
     found = set()
-    for dots, module, names in PACKAGE_IMPORT.findall(path.read_text(encoding="utf-8")):
+    for dots, module, names in PACKAGE_IMPORT.findall(source):
         first, _, rest = module.partition(".")
-        if not dots and first != folder.name: continue
-        begin = path.parents[len(dots) - 1] if dots else folder
-        place = begin.joinpath(*filter(None, (module if dots else rest).split(".")))
-        found |= {place.with_suffix(".py"), *(place / f"{name}.py" for name in re.findall(r"\w+", names))}
-    return {each for each in found if each.is_file()}
+        if not dots and first != package: continue
+        rooms = name.split(".")[:-len(dots)] if dots else []
+        place = ".".join(filter(None, (*rooms, module if dots else rest)))
+        found |= {place, *(f"{place}.{each}".lstrip(".") for each in re.findall(r"\w+", names))}
+    return found
 
 # %% ../nbs/00_ground/02_compiled.ipynb #fedc5c8f
 def compiled_sources(
     folder: Path = PACKAGE,
 ) -> set[Path]:
     "The sources that machine code depends on"
-    edges = {path: imported(path, folder) for path in folder.rglob("*.py")}
-    ours, found = folder / "compiled.py", set()
-    rooms = {path.parent for path, targets in edges.items() if ours in targets} - {folder}
-    open_ones = [ours, *(path for path, targets in edges.items() if ours in targets or path.parent in rooms)]
+    paths = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    edges = {name: imported(name, path.read_text(encoding="utf-8"), folder.name) & paths.keys()
+             for name, path in paths.items()}
+    rooms = {name.rpartition(".")[0] for name, targets in edges.items() if "compiled" in targets} - {""}
+    open_ones = ["compiled", *(name for name, targets in edges.items()
+                               if "compiled" in targets or name.rpartition(".")[0] in rooms)]
+    found = set()
     while open_ones:
-        if (path := open_ones.pop()) in found: continue
-        found.add(path)
-        open_ones += edges[path]
-    return found
+        if (name := open_ones.pop()) in found: continue
+        found.add(name)
+        open_ones += edges[name]
+    return {paths[name] for name in found}
 
 # %% ../nbs/00_ground/02_compiled.ipynb #a3455813
 @cache
