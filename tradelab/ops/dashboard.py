@@ -500,8 +500,12 @@ def dashboard(here:Settings, person:str="")->"AnyWidget": # who acts; empty: of 
     from anywidget import AnyWidget  # when one is shown
     from traitlets import Dict
     views, desk, tasks = Views(here), Desk(here, person), set()
-    widget = AnyWidget(_esm=module_text(), _css=style_text())
-    widget.add_traits(look=Dict(views.last).tag(sync=True))
+
+    class Dashboard(AnyWidget):
+        _esm = module_text()
+        _css = style_text()
+        look = Dict().tag(sync=True)
+    widget = Dashboard(look=views.last)
 
     async def answer(request): widget.send(await asyncio.to_thread(desk, request))
 
