@@ -150,6 +150,7 @@ READERS = {  # who reads files in another way, and why
     "tradelab/compiled.py": "sources of the package, before there is a door",
     "tradelab/live/recorder.py": "frame by frame, each of bounded size and proven",
     "tradelab/runs/registry.py": "the last byte of a log that it appends to",
+    "tradelab/database/backup.py": "the copy of a ledger, block by block, for its digest",
     "tradelab/live/lease.py": "what the system says of a process",
     "tradelab/log.py": "the log, which it appends to",
     "tradelab/log_lines.py": "the log, line by line, while others write it",

@@ -28,6 +28,7 @@ from tradelab.evaluation.tearsheet import TearSheet
 from tradelab.evaluation.value_at_risk import TailMeasures
 from tradelab.evaluation.var_backtest import var_backtest
 from tradelab.export import TABLES, export
+from tradelab.incident import Incident
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.inventory import Comparison
 from tradelab.live.doctor import Report
@@ -52,6 +53,7 @@ from tradelab.sim.stress import Stress
 from tradelab.sim.sweep import Sweep
 from tradelab.sources.tables import UnreachableError
 from tradelab.sources.universe import Universe, check_listings
+from tradelab.testnet_day import Day
 from tradelab.texts import cell_text, figure_text, one_line, printable
 from tradelab.venues.refusals import error_text
 
@@ -121,6 +123,11 @@ def shown(run, tmp_path_factory):
                                                                               [EVIL]), EVIL), EVIL),
             "live.status.Status": status, "aftermath.SessionRecord": SessionRecord(status, EVIL, EVIL, EVIL, EVIL,
                                                                                    (EVIL, EVIL), *4 * [evil]),
+            "incident.Incident": Incident(0, 1, (EVIL,), {EVIL: EVIL}, {EVIL: EVIL}, pd.DataFrame({
+                "time": [0], "source": ["notice"], "session": [EVIL], "level": ["error"], "text": [EVIL]}), evil),
+            "testnet_day.Day": Day(status, 0, 1, EVIL, EVIL, [(EVIL, 0, 1, EVIL)], pd.DataFrame({
+                "what": [EVIL], "begin": [0], "seconds": [1.], "why": [EVIL]}), pd.DataFrame({
+                "fills": [1], "mean": [0.], "median": [0.], "worst": [0.], "modelled": [0.]}, [EVIL]), evil),
             "live.doctor.Report": Report(0, EVIL, (Finding(EVIL, Verdict.WRONG, EVIL),)),
             "live.session.Statistics": Statistics(), "sections.Missing": Missing(EVIL),
                                 "market.quality.QualityReport": check_quality(candles, "1h", EVIL)}

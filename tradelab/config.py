@@ -8,9 +8,10 @@ __all__ = ['Folder', 'Address', 'Environment', 'VenueName', 'OURS', 'ENVIRONMENT
            'SECTIONS', 'RENAMED', 'FORMAT', 'CONFIRMATION', 'UNCONFIRMED', 'FORBIDDING', 'FALSE', 'project_root',
            'Trust', 'AlertSettings', 'TelegramSettings', 'TelemetrySettings', 'MonitorSettings', 'ApiSettings',
            'ScheduledJob', 'OperationsSettings', 'Settings', 'known_keys', 'nearest', 'read_table', 'read_variables',
-           'name_passphrase_file', 'in_container', 'read_places', 'settings', 'job_settings', 'one_section',
-           'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private', 'is_confirmed', 'confirm_real',
-           'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys', 'venue_for']
+           'name_passphrase_file', 'in_container', 'read_places', 'settings', 'inherited', 'without_variables',
+           'job_settings', 'one_section', 'overridden', 'is_here', 'is_mainnet', 'host_of', 'check_private',
+           'is_confirmed', 'confirm_real', 'VenueSettings', 'foreign_variables', 'forbidding', 'exposed_keys',
+           'venue_for']
 
 # %% ../nbs/00_ground/12_config.ipynb #98b52a8e
 import logging
@@ -584,6 +585,19 @@ def settings(
     try: return Settings(**parameters)
     except ValidationError as error:
         raise ConfigurationError("\n".join(_sentence(detail, parameters) for detail in error.errors())) from None
+
+# %% ../nbs/00_ground/12_config.ipynb #cfgenv02
+def inherited() -> dict[str, str]:
+    "The variables of this process, for what it starts"
+    return dict(os.environ)
+
+
+@contextmanager
+def without_variables() -> Iterator[dict[str, str]]: # those that were set
+    "A context in which no variable of tradelab is set"
+    outside = {name: os.environ.pop(name) for name in [*os.environ] if name.upper().startswith(PREFIX)}
+    try: yield outside
+    finally: os.environ.update(outside)
 
 # %% ../nbs/00_ground/12_config.ipynb #903e332b
 def job_settings(

@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo
 
 import psutil
 
-from ..config import PREFIX, ScheduledJob, Settings, project_root
+from ..config import PREFIX, ScheduledJob, Settings, inherited, project_root
 from ..database.engine import LedgerError
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, reading
@@ -32,6 +32,7 @@ from ..database.records import JobRun, Service, clock
 from ..database.rows import Database
 from ..database.schema import JOB_RUNS, record_of
 from ..errors import ConfigurationError, TradelabError
+from ..files import UnreadableFileError, read_bytes
 from ..live.lease import this_process
 from ..lock import InUseError, Lock, holder
 from ..log import names_secret, redact
@@ -210,9 +211,8 @@ async def _end(process, grace):
 
 def _last_line(path):
     "What a process has said last, without secrets"
-    with suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
-        lines = file.read().decode(errors="replace").split("\n")
+    with suppress(OSError, UnreadableFileError):
+        lines = read_bytes(path).decode(errors="replace").split("\n")
         said = next((line for line in reversed(lines) if line.strip()), "")
         return one_line(redact(said.removeprefix("Error: ")), 300)
     return ""
@@ -324,7 +324,7 @@ async def attempt(name:str, here:Settings, book:RunBook, number:int=1)->JobRun:
     await book.flush()
     state, text = "stopped", "it was asked to end"
     try:
-        text = await carry_out(words_of(name, job, output), environment_of(job, os.environ),
+        text = await carry_out(words_of(name, job, output), environment_of(job, inherited()),
                                here.logs / "jobs" / f"{name}.log", job.time_limit * 60, here.stop_grace)
         state = "failed" if text else "done"
     except OSError as error: state, text = "failed", f"it cannot be started: {error.strerror}"

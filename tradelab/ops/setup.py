@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,12 +24,14 @@ from tradelab.config import (
     PREFIX,
     SECTIONS,
     TOML,
+    inherited,
     job_settings,
     nearest,
     one_section,
     read_places,
     read_table,
     settings,
+    without_variables,
 )
 from ..errors import ConfigurationError
 from ..files import replace_files
@@ -94,12 +96,9 @@ def settings_text(answers:Answers)->str:
 @contextmanager
 def _alone(text:str)->Iterator[None]:
     "A project that has this file, and nothing else"
-    outside = {name: os.environ.pop(name) for name in [*os.environ] if name.upper().startswith(PREFIX)}
-    try:
-        with TemporaryDirectory() as folder, chdir(folder), one_section():
-            Path(TOML).write_text(text)
-            yield
-    finally: os.environ.update(outside)
+    with without_variables(), TemporaryDirectory() as folder, chdir(folder), one_section():
+        Path(TOML).write_text(text)
+        yield
 
 
 def _said(call):
@@ -111,7 +110,7 @@ def _said(call):
 
 def wrong_with(
     text:str,     # of a tradelab.toml
-    refuse=lambda job: None, # as `check_schedule` takes it
+    refuse:Callable[[str], object]=lambda job: None, # as `check_schedule` takes it
 )->list[str]:     # a sentence each; empty: it is in order
     "What is wrong with settings, in whichever environment"
     def look(name, section=""):
@@ -170,7 +169,7 @@ def set_up(
     if os.path.lexists(path) and not force:
         raise ConfigurationError(f"{path} is there already: nothing was written; --force replaces it")
     for value in answers.secrets.values(): register_secret(value)
-    outside = os.environ.get(f"{PREFIX}PASSPHRASE_FILE")
+    outside = inherited().get(f"{PREFIX}PASSPHRASE_FILE")
     here = _checked(settings_text(answers), answers).model_copy(update={
         "secrets_file": folder / "tradelab.secrets", "passphrase_file": Path(outside).absolute() if outside else None})
     _write(path, here, answers, int(time.time() * 1000) if now is None else now)
