@@ -15,8 +15,6 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import sha256
-from html import escape, unescape
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic
@@ -32,6 +30,7 @@ from ..database.records import Asked, Audited, SystemMetric, clock
 from ..database.schema import CLOSES, DECISIONS, MEASURED, TRADES, TRADING_STATES
 from ..events import TradingState
 from ..figures import prices_of
+from ..files import asset
 from ..live.status import Status, names, status_of
 from ..log import LOG, redact
 from ..log_lines import line_of, moment
@@ -42,7 +41,7 @@ from .wording import said
 from ..risk.answers import sentence, word
 from ..risk.trading_state import CAUSES
 from ..settings import Reason
-from ..texts import one_line
+from ..texts import html_text, one_line, without_html
 from ..times import format_time, milliseconds
 
 if TYPE_CHECKING:
@@ -463,13 +462,13 @@ def _acted(desk, request):
         code = _text_of(request, "code", 12)
         if not code: return {"plan": plan.action.words[language == "es"], "confirm": desk.codes.ask(0, plan, clock())}
         taken = desk.codes.take(0, code, clock())
-        if isinstance(taken, tuple): raise ValueError(unescape(line(taken[0], language, **taken[1])))
+        if isinstance(taken, tuple): raise ValueError(without_html(line(taken[0], language, **taken[1])))
         plan = taken
     came = carry_out(desk.here, plan, desk.patience)
-    return {"answer": came.answer or unescape(line("busy", language, whose=came.whose))}
+    return {"answer": came.answer or without_html(line("busy", language, whose=came.whose))}
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0042
-def _asset(name): return (files("tradelab") / "ops" / name).read_text(encoding="utf-8")
+def _asset(name): return asset(f"ops/{name}")
 
 
 @lru_cache
@@ -537,7 +536,7 @@ def page_files(language:str)->dict[str, tuple[str, str]]:
     made = {"/view.js": (module_text(), "text/javascript"), "/view.css": (style_text(), "text/css"),
             "/page.js": (_asset("page.js"), "text/javascript"), "/icon.svg": (_asset("icon.svg"), "image/svg+xml")}
     version = sha256("".join(text for text, _ in made.values()).encode()).hexdigest()[:12]
-    words = {name: escape(text) for name, text in words_of(language).items()}
+    words = {name: html_text(text) for name, text in words_of(language).items()}
     script = made["/page.js"][0].replace("/dashboard/view.js", f"/dashboard/view.js?{version}")
     return made | {"/page.js": (script, "text/javascript"),
                    "": (_asset("page.html").format(**words, of=version), "text/html")}
