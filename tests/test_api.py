@@ -175,12 +175,24 @@ def test_people_sign_in_refresh_once_and_out(alone):
     assert "was used before" in alone.told[-1].arguments["text"]
 
 
+def test_who_signs_in_from_another_address_than_before_is_told(alone):
+    body = {"name": "tom", "password": PASSWORD}
+    for _ in range(2): assert alone.ask("POST", "/auth/token", body=body)[0].status_code == 200
+    assert alone.told == []
+    with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")) as elsewhere:
+        url = f"http://127.0.0.1:{alone.api.port}/api/v1/auth/token"
+        for _ in range(2): assert elsewhere.post(url, json=body).status_code == 200
+    told, = alone.told
+    assert (told.kind, told.arguments["person"], told.arguments["address"]) == ("new address", "tom", "127.0.0.2")
+
+
 def test_who_fails_waits_longer_each_time_and_people_are_told(alone):
     wrong = {"name": "eve", "password": "wrong horse battery"}
     statuses = [alone.ask("POST", "/auth/token", body=wrong)[0] for _ in range(4)]
     assert [each.status_code for each in statuses] == [401, 401, 401, 429]
     assert int(statuses[-1].headers["Retry-After"]) >= 1
-    assert [each.kind for each in alone.told] == ["security"] * 3
+    assert [each.kind for each in alone.told] == ["failed login"] * 3
+    assert alone.told[0].arguments == {"person": "eve", "channel": "the API", "address": "127.0.0.1"}
     refusals = [row for row in alone.audit() if row["action"] == "POST /auth/token"]
     assert {row["outcome"] for row in refusals} == {"refused"}
     assert "wrong horse" not in json.dumps(refusals)

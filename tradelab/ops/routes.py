@@ -37,7 +37,7 @@ from ..database.engine import LedgerError
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, reading
 from ..database.records import Account, Threshold, clock
-from ..database.schema import ALERTS, CLOSES, INTENTS
+from ..database.schema import ALERTS, AUDIT, CLOSES, INTENTS
 from ..errors import ConfigurationError
 from ..log import get_logger, redact, register_secret
 from ..log_lines import LogError, Wanted, level_of, lines
@@ -315,11 +315,29 @@ def _may_try(api, request, name):
 async def _failed(api, request, name, error):
     "Somebody could not sign in: it is counted, written down, and people are told"
     for each in (f"name {name}", f"from {_host(request)}"): api.delays.fail(each, monotonic())
-    api.hear(Happening("security", subject="api", time=api.now(), arguments={
-        "text": f"{one_line(name, 40)} at {_host(request)}: {error}"}))
+    who = {"person": one_line(name, 40), "channel": "the API", "address": _host(request)}
+    about = {"text": f"{who['person']} at {who['address']}: {error}"}
+    login = request.url.path.endswith("/auth/token")
+    api.hear(Happening("failed login" if login else "security", subject="api", time=api.now(),
+                       arguments=who if login else about))
     raise RefusedError(401, str(error), **{"WWW-Authenticate": 'Bearer realm="tradelab"'}) from None
 
 # %% ../../nbs/90_ops/23_routes.ipynb #apirt020
+def _known_addresses(api, person):
+    "From where somebody has signed in before"
+    with reading(api.here.database) as look:
+        return {row["target"] for row in look.rows(AUDIT, person=person, action="POST /auth/token", outcome="done")}
+
+
+async def _signed_in(api, person, host):
+    "Write it down; people are told if somebody comes from another address than ever before"
+    known = await api.threads(_known_addresses, api, person)
+    await api.writes.audit(person, "POST /auth/token", host, "done", "signed in")
+    if known and host not in known:
+        api.hear(Happening("new address", subject=person, time=api.now(), arguments={
+            "person": person, "channel": "the API", "address": host}))
+
+# %% ../../nbs/90_ops/23_routes.ipynb #apirtna1
 @everybody.post("/auth/token", responses=example(_PAIR), tags=["auth"])
 async def _sign_in(request:Request, body:SignIn)->Response:
     "Tokens for a name and its password"
@@ -328,7 +346,7 @@ async def _sign_in(request:Request, body:SignIn)->Response:
     try: pair = await api.threads(log_in, api.gate, body.name, body.password, api.now())
     except TokenError as error: return await _failed(api, request, body.name, error)
     api.delays.succeed(f"name {body.name}")
-    await api.writes.audit(pair.person, "POST /auth/token", "", "done", "signed in")
+    await _signed_in(api, pair.person, _host(request))
     await api.refresh()
     return told(pair.told(), headers=_NO_STORE)
 
