@@ -133,7 +133,7 @@ def _average(parts): return sum(fill.price * part for fill, part in parts) / sum
 def _trade(parts):
     "The trade that these parts of fills make: (fill, signed base units of it)"
     side = parts[0][1]
-    entries, exits = ([each for each in parts if (each[1] * side > 0.) is enters] for enters in (True, False))
+    entries, exits = ([each for each in parts if (each[1] * side > 0.) == enters] for enters in (True, False))
     fees = sum(fill.fee * abs(part / fill.quantity) for fill, part in parts)
     return Trade(parts[0][0].symbol, decimal8(sum(part for _, part in entries)), _average(entries), _average(exits),
                  -sum(fill.price * part for fill, part in parts) - fees)
