@@ -330,9 +330,17 @@ class Aside(logging.Handler):
         super().close()
 
 
+def _runs_notebooks(process):
+    "Whether a process is a program whose stdout is for people and collectors, and no pipe between programs"
+    import psutil  # only for a job
+    try: words = psutil.Process(process).cmdline()
+    except psutil.Error: return False
+    return any(Path(word).name in ("papermill", "tradelab") for word in words[:2])
+
+
 def _runner(here):
     "The stdout of the process that runs this notebook, where that gets JSON and can be opened"
-    if console_for(here, in_container()) != "json": return []
+    if console_for(here, in_container()) != "json" or not _runs_notebooks(os.getppid()): return []
     try: place = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
     except OSError: return []
     if here.log_console == "json" or not os.isatty(place): return [place]
