@@ -275,8 +275,9 @@ def test_a_reader_follows_over_rotations_until_ctrl_c(project):
     files = [SharedFile(project / "logs" / log.LOG, maxBytes=1_000, backupCount=50) for _ in range(2)]
     for each in files: each.setFormatter(formatter(readable=False))
     write_line(files[0], -1)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # the tests may have been started where it is ignored
     reader = subprocess.Popen([*TRADELAB, "logs", "--follow", "--json", "--since", "1h"], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True, bufsize=1)
+                              stderr=subprocess.PIPE, text=True, bufsize=1, preexec_fn=heard)
     seen = [json.loads(reader.stdout.readline())["event"]]
     for number in range(60):
         write_line(files[number % 2], number)

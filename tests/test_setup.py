@@ -95,8 +95,9 @@ def test_a_passphrase_that_is_too_short_leaves_nothing(empty):
 
 def test_ctrl_c_in_the_middle_leaves_nothing(empty):
     here, there = pty.openpty()
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # the tests may have been started where it is ignored
     process = subprocess.Popen([sys.executable, "-c", COMMAND, "config", "init"], stdin=there, stdout=there,
-                               stderr=there, start_new_session=True)
+                               stderr=there, start_new_session=True, preexec_fn=heard)
     os.close(there)
     said, asked = b"", [b"Environment", b"Venue", b"Symbols"]
     while asked[0] not in said or len(asked) > 1:
