@@ -92,6 +92,7 @@ def test_whatever_a_verb_returns_shows_itself_in_the_same_words():
 PARTS = {"Missing": "a part of a page", "Statistics": "printed while a session runs", # and why it needs no picture
          "Regimes": "fitted, and drawn over candles that it is given", "Status": "read again as things happen",
          "Report": "a list of what is wrong", "Track": "the picture of a session, beside its status",
+         "Incident": "a list of what happened, beside its picture", "Day": "the same of a day",
          "SessionRecord": "beside the picture and the result of its session"}
 
 

@@ -77,6 +77,7 @@ class Histories(RuleBasedStateMachine):
         self.beat()
 
     def happens(self, kind, subject):
+        self.now += 1 # ms: the ledger keeps what happens twice at one time once
         event = Happening(kind, session="s", subject=subject, arguments={"text": "x"}, time=self.now)
         before = self.machine.alerts.get(event.key)
         self.take(event)

@@ -100,7 +100,7 @@ def test_a_session_waits_for_nobody_who_hangs_while_he_writes(postgres):
     with hanging._alone() as database:
         _keep_beside(database, "demo", [SystemMetric(7, "memory", 1.), Delivery(7, "telegram", "a halt")])
         ledger.measure("demo", SystemMetric(8, "memory", 2.), Delivery(8, "json", "a halt"))
-        with pytest.raises(LedgerError, match="the ledger takes nothing: .*lock"):
+        with pytest.raises(LedgerError, match="the ledger takes nothing: "):
             Operations(postgres, 100).beat(Service("serve", "me", 7, 7))
     assert [row["number"] for row in rows(postgres, MEASURED[Delivery])] == [-1, 1]
     hanging.close()

@@ -61,7 +61,8 @@ def test_each_package_of_the_lock_has_hashes_and_nothing_else_has():
 COPYLEFT = {"psycopg": "LGPL: the driver of PostgreSQL", "psycopg-binary": "LGPL: the same, compiled",
             "python-telegram-bot": "LGPL: only with a bot of Telegram", "certifi": "MPL: a file of certificates",
             "hypothesis": "MPL: only in tests", "tqdm": "MPL: a progress bar", "pathspec": "MPL: only for mypy",
-            "orjson": "MPL: JSON for ccxt's clients", "fqdn": "MPL: a check of names for JupyterLab"}
+            "orjson": "MPL: JSON for ccxt's clients", "fqdn": "MPL: a check of names for JupyterLab",
+            "astroid": "LGPL: only for the site of the documents", "docutils": "GPL in parts: the same"}
 SILENT = {"peewee": "MIT, in its repository", "ta-lib": "BSD, in its repository"} # say nothing in their metadata
 FREE = r"MIT|BSD|Apache|PSF|Python Software|ISC|Zlib|Unlicense|HPND|Historical|CC0|NCSA|CNRI|BlueOak|Public Domain"
 SHARED = r"GPL|General Public|MPL|Mozilla|EPL|Eclipse|CDDL|EUPL|SSPL|BUSL|Commons Clause|CC-BY-SA|CC-BY-NC"
