@@ -75,8 +75,8 @@ if __name__ == "__main__":
     trade(False)
     for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 5):
         alone.append(median(trade(False)[0]))
-        times, more = trade(True)
-        beside.append(median(times))
+        took, more = trade(True)
+        beside.append(median(took))
         said += more
     ratio = min(beside) / min(alone) # of the quietest turns: others use this machine, too
     for name, found in (("alone", alone), ("beside tradelab serve", beside)):
