@@ -12,7 +12,7 @@ from time import monotonic
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from servers import until, victoria_metrics, webhook
+from servers import get, until, victoria_metrics, webhook
 from telegram_double import TOKEN, telegram_double
 from test_live import HISTORY, LISTED, session, times
 from test_serve import served
@@ -24,7 +24,7 @@ from tradelab.localnet.server import Localnet
 from tradelab.market.synthetic import ar1
 from tradelab.settings import CostModel
 
-CANDLES, MOST = 300, 1.05
+CANDLES, MOST = 600, 1.05
 
 
 def localnet():
@@ -39,8 +39,7 @@ def project():
     here = os.getcwd()
     with TemporaryDirectory() as folder:
         os.chdir(folder)
-        Path("tradelab.toml").write_text('[alerts]\nlevel = "info"\n[telegram]\nadmins = [7]\n[telemetry]\n'
-                                         'interval = 1.0\n[monitor]\ninterval = 1.0\n')
+        Path("tradelab.toml").write_text('[alerts]\nlevel = "info"\n[telegram]\nadmins = [7]\n')
         try: yield Path(folder)
         finally: os.chdir(here)
 
@@ -51,10 +50,10 @@ def everything(folder):
     with ExitStack() as stack:
         figures, hook, telegram = (stack.enter_context(each) for each in (victoria_metrics(), webhook(),
                                                                          telegram_double()))
-        stack.enter_context(served(
+        process = stack.enter_context(served(
             influx_url=figures.url, alert_url=f"json://127.0.0.1:{hook.port}/", telegram_token=TOKEN,
             telegram_api=telegram.url))
-        yield hook, telegram
+        yield hook, telegram, process
 
 
 def trade(beside):
@@ -62,7 +61,10 @@ def trade(beside):
     with project() as folder, localnet() as exchange, ExitStack() as stack:
         live, times = session(exchange, folder, say=lambda line: None), []
         heard = stack.enter_context(everything(folder)) if beside else None
-        if beside: until(lambda: serving(f"sqlite:///{folder}/tradelab.db", clock()))
+        if beside:
+            until(lambda: serving(f"sqlite:///{folder}/tradelab.db", clock()))
+            figures = f"http://127.0.0.1:{heard[2].port}/metrics"
+            until(lambda: b"tradelab_ledger_up 1" in get(figures), 120.) # it has started, and compiled what it needs
         live.progress = lambda done: times.append(monotonic())
         asyncio.run(live.run(CANDLES))
         if beside: until(lambda: heard[0].heard and heard[1].sent)
