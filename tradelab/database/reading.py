@@ -6,7 +6,7 @@
 __all__ = ['MissingLedgerError', 'existing', 'Reading', 'reading']
 
 # %% ../../nbs/65_database/06_reading.ipynb #6c14a919
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,11 +50,13 @@ class Reading:
         *conditions:Any,         # of SQLAlchemy, such as INTENTS.c.state.in_(...)
         newest:int|None=None,    # only so many, by the key
         by:Any=None,             # a column that comes before the key in the order
+        before:Sequence[Any]=(), # only those before this place: a value of `by`, and a key
         **where:Any,             # the value of a column
     )->list[dict]:               # in the order of the key
         "The rows that are so"
         asked = table.select().where(*conditions, *(table.c[name] == value for name, value in where.items()))
         order = [*([] if by is None else [by]), *table.primary_key]
+        if before: asked = asked.where(sql.tuple_(*order) < sql.tuple_(*map(sql.literal, before)))
         keys = [key.desc() if newest is not None else key for key in order]
         found = [dict(row) for row in self._connection.execute(asked.order_by(*keys).limit(newest)).mappings()]
         return found[::-1] if newest is not None else found

@@ -9,6 +9,7 @@ __all__ = ['MODES', 'HISTORIES', 'plain', 'json_bytes', 'exchange_id', 'symbol_o
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian003
 import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -250,6 +251,19 @@ def judged_signal(
                                                                       "min_trade", "min_confidence")}}
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian033
+def _cursor_at(place): return urlsafe_b64encode(json.dumps(place).encode()).decode()
+
+
+def _place_in(cursor, order):
+    "A time and a key; ValueError if the cursor is of no page of these rows"
+    try:
+        place = json.loads(urlsafe_b64decode(cursor.encode()))
+        fits = [type(each) for each in place] == [each.type.python_type for each in order]
+        if fits and all(each < 2**63 if isinstance(each, int) else each.isprintable() for each in place): return place
+    except (ValueError, TypeError, NotImplementedError): pass
+    raise ValueError("cursor is none: take it from the answer before")
+
+
 def page(
     look:Reading,
     by:Any,             # a column: the time of a row
@@ -259,15 +273,11 @@ def page(
     **where:Any,
 )->dict[str, Any]:
     "Rows, newest first, and where the next page begins; ValueError if the cursor is none"
-    value, _, given = cursor.partition(".")
-    if cursor and not (value.isdecimal() and given.isdecimal() and max(len(value), len(given)) < 17):
-        raise ValueError("cursor is none: take it from the answer before")
-    seen = int(given or 0)
-    if cursor: conditions = (*conditions, by <= int(value))
-    rows = look.rows(by.table, *conditions, newest=limit + seen, by=by, **where)[::-1][seen:]
-    last = rows[-1][by.name] if rows else None
-    same = sum(row[by.name] == last for row in rows) + (seen if cursor and last == int(value) else 0)
-    return {"items": rows, "cursor": f"{last}.{same}" if len(rows) == limit and last is not None else None}
+    order = [by, *by.table.primary_key]
+    before = _place_in(cursor, order) if cursor else ()
+    rows = look.rows(by.table, *conditions, newest=limit, by=by, before=before, **where)[::-1]
+    more = len(rows) == limit
+    return {"items": rows, "cursor": _cursor_at([rows[-1][each.name] for each in order]) if more else None}
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian034
 HISTORIES: dict[str, Any] = { # what has happened, by its time

@@ -244,7 +244,7 @@ def example(value:Any, words:str="")->dict[int|str, dict[str, Any]]:
 
 
 Session = Annotated[str, Query(description="of which session; empty: all that run, or the only one", max_length=200)]
-Cursor = Annotated[str, Query(description="of the page before", max_length=40)]
+Cursor = Annotated[str, Query(description="of the page before", max_length=1_000)]
 Most = Annotated[int, Query(description="rows of a page", ge=1, le=1_000)]
 Hours = Annotated[float, Query(description="how far back", gt=0, le=24 * 366, allow_inf_nan=False)]
 Number = Annotated[int, Field(ge=1, le=2**53)]
