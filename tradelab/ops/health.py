@@ -112,7 +112,7 @@ async def looked_at(
         async with asyncio.timeout(limit): said = await check()
     except TimeoutError as error: return found(DOWN, str(error) or f"no answer within {limit:g} s")
     except Exception as error: return found(DOWN, str(error) or type(error).__name__)
-    return found(OFF, "not set up") if said is None else found(UP, said)
+    return found(OFF, "not in use") if said is None else found(UP, said)
 
 # %% ../../nbs/90_ops/07_health.ipynb #1b28754f
 DAY = 86_400_000 # ms; older deliveries say nothing of today
