@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SHORTEST', 'PERIOD', 'Kind', 'hashed', 'is_password', 'new_account', 'check_secret', 'new_secret', 'derived',
-           'signing_key', 'TokenError', 'Token', 'issue', 'read_token', 'Delays', 'Pair', 'Gate', 'log_in',
+           'signing_key', 'Token', 'issue', 'TokenError', 'read_token', 'Delays', 'Pair', 'Gate', 'log_in',
            'StolenError', 'sign_out', 'refresh']
 
 # %% ../../nbs/90_ops/18_people.ipynb #apipe003
 import hmac
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import scrypt, sha256
 from typing import Any, Literal
@@ -84,10 +84,6 @@ def signing_key(secret:str, generation:int, period:int)->bytes:
     return derived(secret.encode(), b"", f"tradelab api {generation} {period}".encode())
 
 # %% ../../nbs/90_ops/18_people.ipynb #apipe014
-class TokenError(TradelabError, ValueError):
-    "A token, or a name and a password, that are not taken, in one sentence"
-
-
 Kind = Literal["access", "refresh"]
 
 
@@ -111,6 +107,10 @@ def issue(token:Token, secret:str, generation:int)->str:
                       {"kid": f"{generation}.{period}"})
 
 # %% ../../nbs/90_ops/18_people.ipynb #apipe015
+class TokenError(TradelabError, ValueError):
+    "A token, or a name and a password, that are not taken, in one sentence"
+
+
 _UNCHECKED = {f"verify_{each}": False for each in ("exp", "iat", "nbf", "aud", "iss", "sub", "jti")}
 
 
@@ -185,8 +185,8 @@ class Pair:
     "What somebody who has signed in is given"
     person:str
     role:str
-    access:str
-    refresh:str
+    access:str = field(repr=False)
+    refresh:str = field(repr=False)
     seconds:int  # that access lasts
 
     def told(self)->dict[str, Any]:
@@ -199,7 +199,7 @@ class Pair:
 class Gate:
     "What is needed to let somebody in"
     accounts:Accounts
-    secret:str
+    secret:str = field(repr=False)
     access:float   # seconds
     refresh:float  # days
 
@@ -222,7 +222,7 @@ def log_in(gate:Gate, name:str, password:str, now:int)->Pair: # ms
     if not (fits and account): raise TokenError("name and password do not fit")
     return _pair(gate, account, secrets.token_hex(8), register.generation, now)
 
-
+# %% ../../nbs/90_ops/18_people.ipynb #e2c222d5
 class StolenError(TokenError):
     "A token of refresh that was spent already"
 
