@@ -6,19 +6,19 @@
 __all__ = ['FOLLOWED', 'YES', 'REMOVE', 'ONLY', 'one_sentence', 'say_unheard', 'Commands', 'main', 'ask_for_real', 'run',
            'session_of', 'JobCommand', 'add_job', 'status', 'metrics', 'seen_now', 'on_screen', 'watch', 'say_word',
            'parameters_of', 'number_of_pair', 'add_word', 'serve', 'first_streamed', 'candle_source', 'told_of',
-           'localnet', 'config', 'import_settings', 'secrets_asked', 'init_settings', 'check_settings', 'show_table',
-           'ask_first', 'secrets', 'set_one_secret', 'remove_one_secret', 'list_secrets', 'rotate_secrets',
-           'change_the_passphrase', 'alerts', 'test_alerts', 'show_channels', 'alert_lines', 'list_alerts',
-           'show_alert', 'answer_alert', 'acknowledge_alert', 'resolve_alert', 'telegram', 'test_telegram',
-           'names_running', 'runs', 'list_runs', 'show_one_run', 'compare_two_runs', 'tag_run', 'delete_one_run',
-           'sessions', 'list_sessions', 'show_one_session', 'compare_two_sessions', 'tag_session', 'delete_one_session',
-           'data', 'list_data', 'download_data', 'refresh_data', 'check_kept', 'delete_data', 'doctor', 'print_lines',
-           'in_colour', 'log_asked', 'logs', 'health', 'refuse_job', 'serve_sessions', 'accounts_of', 'password_asked',
-           'change_of_people', 'api', 'make_api_secret', 'api_user', 'list_people', 'add_person', 'change_password',
-           'remove_person', 'schedule', 'scheduled', 'list_schedule', 'next_in_schedule', 'run_scheduled',
-           'show_history', 'thresholds', 'list_thresholds', 'set_one_threshold', 'remove_one_threshold', 'watchdog',
-           'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'backup_ledger', 'maintain_ledger', 'telemetry',
-           'provision_telemetry']
+           'localnet', 'config', 'import_settings', 'show_table', 'ask_first', 'secrets', 'set_one_secret',
+           'remove_one_secret', 'list_secrets', 'rotate_secrets', 'change_the_passphrase', 'alerts', 'test_alerts',
+           'show_channels', 'alert_lines', 'list_alerts', 'show_alert', 'answer_alert', 'acknowledge_alert',
+           'resolve_alert', 'telegram', 'test_telegram', 'names_running', 'runs', 'list_runs', 'show_one_run',
+           'compare_two_runs', 'tag_run', 'delete_one_run', 'sessions', 'list_sessions', 'show_one_session',
+           'compare_two_sessions', 'tag_session', 'delete_one_session', 'data', 'list_data', 'download_data',
+           'refresh_data', 'check_kept', 'delete_data', 'doctor', 'print_lines', 'in_colour', 'log_asked', 'logs',
+           'health', 'ledger', 'upgrade_ledger', 'check_ledger', 'export_ledger', 'backup_ledger', 'maintain_ledger',
+           'refuse_job', 'serve_sessions', 'secrets_asked', 'init_settings', 'check_settings', 'accounts_of',
+           'password_asked', 'change_of_people', 'api', 'make_api_secret', 'api_user', 'list_people', 'add_person',
+           'change_password', 'remove_person', 'schedule', 'scheduled', 'list_schedule', 'next_in_schedule',
+           'run_scheduled', 'show_history', 'thresholds', 'list_thresholds', 'set_one_threshold',
+           'remove_one_threshold', 'watchdog', 'telemetry', 'provision_telemetry']
 
 # %% ../nbs/99_top/07_command.ipynb #affdc0d8
 import getpass
@@ -455,77 +455,6 @@ def import_settings(files:tuple[Path, ...], force:bool, dry_run:bool)->None:
     for title, entries in (("would be taken" if dry_run else "taken", taken), ("not taken", left)):
         if entries: click.echo("\n  ".join([f"{title}:", *map(str, entries)]))
     if not taken: click.echo("nothing was taken")
-
-# %% ../nbs/99_top/07_command.ipynb #schcm011
-def secrets_asked(
-    venue:str,
-    yes:bool,         # nobody is asked
-    given:Any=None,   # an open file of lines NAME=value
-)->dict[str, str]:    # those that are not empty
-    "Keys of a venue, and where people are told"
-    lines = given.read(100_000).splitlines() if given else []
-    if given: return {line.partition("=")[0].strip(): line.partition("=")[2].strip() for line in lines if line.strip()}
-    names = {f"{venue}_{each}": f"{each} of {venue}" for each in ("key", "secret") if venue in ("testnet", "mainnet")}
-    names |= {"alert_url": "Addresses of apprise that are told (tgram://..., mailto://...)",
-              "telegram_token": "Token of a bot at Telegram"}
-    asked = {} if yes else {name: click.prompt(f"{words}; empty: none", default="", show_default=False, hide_input=True)
-                            for name, words in names.items()}
-    return {name: value for name, value in asked.items() if value}
-
-# %% ../nbs/99_top/07_command.ipynb #schcm012
-@config.command("init")
-@click.option("--environment", type=click.Choice(["development", "staging", "production"]))
-@click.option("--venue", type=click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
-@click.option("--symbols", help="Names with commas.")
-@click.option("--timeframe", help="Such as 1h.")
-@click.option("--deposit", type=click.FloatRange(0, min_open=True), help="Quote.")
-@click.option("--admin", "admins", type=click.IntRange(1), multiple=True, help="Id of one who may act at Telegram.")
-@click.option("--secrets-from", type=click.File(), help="Lines NAME=value, such as testnet_key=...; -: stdin.")
-@click.option("--yes", is_flag=True, help="Ask nothing: what is not given is the default.")
-@click.option("--force", is_flag=True, help="Replace a tradelab.toml that is there.")
-def init_settings(secrets_from:Any, yes:bool, force:bool, admins:tuple[int, ...], **given:Any)->None:
-    "Write a tradelab.toml into this folder, and keys and tokens encrypted beside it."
-    from pydantic import SecretStr
-
-    from tradelab.ops.setup import Answers, set_up
-    def asked(name, words, default, kind=None):
-        return given[name] or (default if yes else click.prompt(words, default=default, type=kind))
-    with one_sentence():
-        if os.path.lexists("tradelab.toml") and not force:
-            raise ValueError("tradelab.toml is there already: nothing was written; --force replaces it")
-        environment = asked("environment", "Environment", "development",
-                            click.Choice(["development", "staging", "production"]))
-        venue = asked("venue", "Venue (mainnet is real money)",
-                      "localnet" if environment == "development" else "testnet",
-                      click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
-        plain = {"symbols": asked("symbols", "Symbols, with commas", "BTC/USDT:USDT"),
-                 "timeframe": asked("timeframe", "Timeframe", "1h"),
-                 "deposit": asked("deposit", "Money that a session may use, quote", 10_000., click.FLOAT)}
-        kept = secrets_asked(venue, yes, secrets_from)
-        if "telegram_token" in kept and not admins:
-            admins = (click.prompt("Your id at Telegram, which @userinfobot tells", type=click.IntRange(1)),)
-        answers = Answers(environment, venue, admins=admins, **plain,
-                          secrets={name: SecretStr(value) for name, value in kept.items()})
-        click.echo(set_up(Path.cwd(), answers, force))
-
-# %% ../nbs/99_top/07_command.ipynb #schcm013
-@config.command("check")
-@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.pass_context
-def check_settings(context:click.Context, file:Path|None)->None:
-    "Say what is wrong with FILE, in any environment; without FILE, what is in force here, and which place says so."
-    from tradelab.config import settings
-    from tradelab.files import read_text
-    from tradelab.ops.schedule import check_schedule
-    from tradelab.ops.setup import in_force, wrong_with
-    with one_sentence():
-        if file is None:
-            check_schedule(settings(), refuse_job)
-            return click.echo("\n".join(map(printable, in_force())) or "nothing is set: all is by default")
-        wrong = wrong_with(read_text(file, own=True), refuse_job)
-    for each in wrong: click.echo(f"Error: {printable(each)}", err=True)
-    if wrong: context.exit(1)
-    click.echo(f"{file} is in order")
 
 # %% ../nbs/99_top/07_command.ipynb #a4a05279
 def show_table(
@@ -994,6 +923,73 @@ def health(context:click.Context, as_json:bool)->None:
     click.echo(found.json() if as_json else printable(str(found)))
     if not found.ready: context.exit(1)
 
+# %% ../nbs/99_top/07_command.ipynb #bfadb8b9
+@main.group()
+def ledger()->None:
+    "Look after the database of all sessions."
+
+
+@ledger.command("upgrade")
+def upgrade_ledger()->None:
+    "Bring a ledger that an older version has written to the format of this one; a file is copied first."
+    from tradelab.config import settings
+    from tradelab.database.migrations import upgrade
+    with one_sentence(): click.echo(upgrade(settings().database))
+
+
+@ledger.command("check")
+@click.pass_context
+def check_ledger(context:click.Context)->None:
+    "Say what in the ledger is not as it was written; the exit code is 1 if there is anything."
+    from tradelab.config import settings
+    from tradelab.live.audit import faults, summary
+    with one_sentence(): said = faults(settings().database)
+    click.echo("\n".join(said) or f"the ledger is as it was written: {summary(settings().database)}")
+    if said: context.exit(1)
+
+# %% ../nbs/99_top/07_command.ipynb #ledg0002
+@ledger.command("export")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def export_ledger(folder:Path)->None:
+    "Write all tables, and the journal and emergencies of each session, as CSV to a new FOLDER."
+    from tradelab.config import settings
+    from tradelab.live.audit import export
+    with one_sentence(): made = export(settings().database, folder)
+    click.echo(f"{len(made)} files in {folder}")
+
+# %% ../nbs/99_top/07_command.ipynb #schcm007
+@ledger.command("backup")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="[default: backups in the project]")
+@click.option("--keep", default=14, show_default=True, type=click.IntRange(1, 10_000), help="Copies; older ones are "
+              "deleted.")
+def backup_ledger(folder:Path|None, keep:int)->None:
+    "Copy the ledger while sessions go on, check the copy, and write its sha256 beside it."
+    from tradelab.config import project_root, settings
+    from tradelab.database.backup import backup
+    from tradelab.database.records import clock
+    with one_sentence(): made = backup(settings().database, folder or project_root() / "backups", clock(), keep)
+    click.echo(f"the ledger is copied to {os.path.relpath(made)}, {made.stat().st_size:,} bytes")
+
+
+@ledger.command("maintain")
+@click.pass_context
+def maintain_ledger(context:click.Context)->None:
+    "Delete what is older than its table keeps it, give back its room, and check the rest; sessions go on."
+    from tradelab.config import settings
+    from tradelab.database.backup import compact
+    from tradelab.database.reading import existing
+    from tradelab.database.records import clock
+    from tradelab.live.ledger import Ledger
+    with one_sentence():
+        url = settings().database
+        existing(url).dispose()
+        kept = Ledger(url)
+        gone = kept.prune(clock())
+        kept.close()
+        click.echo(f"deleted: {', '.join(f'{count:,} {name}' for name, count in gone.items()) or 'nothing is too old'}")
+        click.echo(compact(url, clock()))
+    context.invoke(check_ledger)
+
 # %% ../nbs/99_top/07_command.ipynb #schcm003
 def refuse_job(
     job:Any,  # ScheduledJob
@@ -1024,6 +1020,77 @@ def serve_sessions()->None:
     with one_sentence():
         check_schedule(here := settings(), refuse_job)
         serve(with_secrets(here, SECRETS), click.echo)
+
+# %% ../nbs/99_top/07_command.ipynb #schcm011
+def secrets_asked(
+    venue:str,
+    yes:bool,         # nobody is asked
+    given:Any=None,   # an open file of lines NAME=value
+)->dict[str, str]:    # those that are not empty
+    "Keys of a venue, and where people are told"
+    lines = given.read(100_000).splitlines() if given else []
+    if given: return {line.partition("=")[0].strip(): line.partition("=")[2].strip() for line in lines if line.strip()}
+    names = {f"{venue}_{each}": f"{each} of {venue}" for each in ("key", "secret") if venue in ("testnet", "mainnet")}
+    names |= {"alert_url": "Addresses of apprise that are told (tgram://..., mailto://...)",
+              "telegram_token": "Token of a bot at Telegram"}
+    asked = {} if yes else {name: click.prompt(f"{words}; empty: none", default="", show_default=False, hide_input=True)
+                            for name, words in names.items()}
+    return {name: value for name, value in asked.items() if value}
+
+# %% ../nbs/99_top/07_command.ipynb #schcm012
+@config.command("init")
+@click.option("--environment", type=click.Choice(["development", "staging", "production"]))
+@click.option("--venue", type=click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
+@click.option("--symbols", help="Names with commas.")
+@click.option("--timeframe", help="Such as 1h.")
+@click.option("--deposit", type=click.FloatRange(0, min_open=True), help="Quote.")
+@click.option("--admin", "admins", type=click.IntRange(1), multiple=True, help="Id of one who may act at Telegram.")
+@click.option("--secrets-from", type=click.File(), help="Lines NAME=value, such as testnet_key=...; -: stdin.")
+@click.option("--yes", is_flag=True, help="Ask nothing: what is not given is the default.")
+@click.option("--force", is_flag=True, help="Replace a tradelab.toml that is there.")
+def init_settings(secrets_from:Any, yes:bool, force:bool, admins:tuple[int, ...], **given:Any)->None:
+    "Write a tradelab.toml into this folder, and keys and tokens encrypted beside it."
+    from pydantic import SecretStr
+
+    from tradelab.ops.setup import Answers, set_up
+    def asked(name, words, default, kind=None):
+        return given[name] or (default if yes else click.prompt(words, default=default, type=kind))
+    with one_sentence():
+        if os.path.lexists("tradelab.toml") and not force:
+            raise ValueError("tradelab.toml is there already: nothing was written; --force replaces it")
+        environment = asked("environment", "Environment", "development",
+                            click.Choice(["development", "staging", "production"]))
+        venue = asked("venue", "Venue (mainnet is real money)",
+                      "localnet" if environment == "development" else "testnet",
+                      click.Choice(["localnet", "dry_run", "testnet", "mainnet"]))
+        plain = {"symbols": asked("symbols", "Symbols, with commas", "BTC/USDT:USDT"),
+                 "timeframe": asked("timeframe", "Timeframe", "1h"),
+                 "deposit": asked("deposit", "Money that a session may use, quote", 10_000., click.FLOAT)}
+        kept = secrets_asked(venue, yes, secrets_from)
+        if "telegram_token" in kept and not admins:
+            admins = (click.prompt("Your id at Telegram, which @userinfobot tells", type=click.IntRange(1)),)
+        answers = Answers(environment, venue, admins=admins, **plain,
+                          secrets={name: SecretStr(value) for name, value in kept.items()})
+        click.echo(set_up(Path.cwd(), answers, force))
+
+# %% ../nbs/99_top/07_command.ipynb #schcm013
+@config.command("check")
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.pass_context
+def check_settings(context:click.Context, file:Path|None)->None:
+    "Say what is wrong with FILE, in any environment; without FILE, what is in force here, and which place says so."
+    from tradelab.config import settings
+    from tradelab.files import read_text
+    from tradelab.ops.schedule import check_schedule
+    from tradelab.ops.setup import in_force, wrong_with
+    with one_sentence():
+        if file is None:
+            check_schedule(settings(), refuse_job)
+            return click.echo("\n".join(map(printable, in_force())) or "nothing is set: all is by default")
+        wrong = wrong_with(read_text(file, own=True), refuse_job)
+    for each in wrong: click.echo(f"Error: {printable(each)}", err=True)
+    if wrong: context.exit(1)
+    click.echo(f"{file} is in order")
 
 # %% ../nbs/99_top/07_command.ipynb #apicm002
 @contextmanager
@@ -1266,73 +1333,6 @@ def watchdog(every:float)->None:
             for each in (signal.SIGTERM, signal.SIGINT): signal.signal(each, lambda *_: over.set())
             click.echo(f"watching every {every:g} s, telling {', '.join(dog.channels)}")
             dog.run(over)
-
-# %% ../nbs/99_top/07_command.ipynb #bfadb8b9
-@main.group()
-def ledger()->None:
-    "Look after the database of all sessions."
-
-
-@ledger.command("upgrade")
-def upgrade_ledger()->None:
-    "Bring a ledger that an older version has written to the format of this one; a file is copied first."
-    from tradelab.config import settings
-    from tradelab.database.migrations import upgrade
-    with one_sentence(): click.echo(upgrade(settings().database))
-
-
-@ledger.command("check")
-@click.pass_context
-def check_ledger(context:click.Context)->None:
-    "Say what in the ledger is not as it was written; the exit code is 1 if there is anything."
-    from tradelab.config import settings
-    from tradelab.live.audit import faults, summary
-    with one_sentence(): said = faults(settings().database)
-    click.echo("\n".join(said) or f"the ledger is as it was written: {summary(settings().database)}")
-    if said: context.exit(1)
-
-# %% ../nbs/99_top/07_command.ipynb #ledg0002
-@ledger.command("export")
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-def export_ledger(folder:Path)->None:
-    "Write all tables, and the journal and emergencies of each session, as CSV to a new FOLDER."
-    from tradelab.config import settings
-    from tradelab.live.audit import export
-    with one_sentence(): made = export(settings().database, folder)
-    click.echo(f"{len(made)} files in {folder}")
-
-# %% ../nbs/99_top/07_command.ipynb #schcm007
-@ledger.command("backup")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="[default: backups in the project]")
-@click.option("--keep", default=14, show_default=True, type=click.IntRange(1, 10_000), help="Copies; older ones are "
-              "deleted.")
-def backup_ledger(folder:Path|None, keep:int)->None:
-    "Copy the ledger while sessions go on, check the copy, and write its sha256 beside it."
-    from tradelab.config import project_root, settings
-    from tradelab.database.backup import backup
-    from tradelab.database.records import clock
-    with one_sentence(): made = backup(settings().database, folder or project_root() / "backups", clock(), keep)
-    click.echo(f"the ledger is copied to {os.path.relpath(made)}, {made.stat().st_size:,} bytes")
-
-
-@ledger.command("maintain")
-@click.pass_context
-def maintain_ledger(context:click.Context)->None:
-    "Delete what is older than its table keeps it, give back its room, and check the rest; sessions go on."
-    from tradelab.config import settings
-    from tradelab.database.backup import compact
-    from tradelab.database.reading import existing
-    from tradelab.database.records import clock
-    from tradelab.live.ledger import Ledger
-    with one_sentence():
-        url = settings().database
-        existing(url).dispose()
-        kept = Ledger(url)
-        gone = kept.prune(clock())
-        kept.close()
-        click.echo(f"deleted: {', '.join(f'{count:,} {name}' for name, count in gone.items()) or 'nothing is too old'}")
-        click.echo(compact(url, clock()))
-    context.invoke(check_ledger)
 
 # %% ../nbs/99_top/07_command.ipynb #tele0001
 @main.group()
