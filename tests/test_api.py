@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from socket import create_server
+from socket import create_connection, create_server
 
 import httpx
 import pytest
@@ -16,6 +16,7 @@ import websockets
 from pydantic import SecretStr
 from servers import until
 from test_live import session
+from test_schedule import notebook, write
 from test_serve import free_port, localnet, orders_at, run_alone, served
 from test_serve import refused as said_by_refused
 
@@ -120,7 +121,8 @@ WRITES = { # a path and a body, and who may at least
     "POST /risk/update-limits": ({"limits": {"max_position": .9}, "reason": "why"}, "admin"),
     "POST /risk/breakers/price_move/reset": ({"reason": "why"}, "admin"),
     "POST /alerts/1/acknowledge": (None, "trader"), "POST /alerts/1/resolve": (None, "trader"),
-    "PUT /thresholds/drawdown_ratio": ({"warning": .05, "critical": .1}, "admin"), "POST /auth/rotate": (None, "admin")}
+    "PUT /thresholds/drawdown_ratio": ({"warning": .05, "critical": .1}, "admin"), "POST /auth/rotate": (None, "admin"),
+    "POST /jobs/nightly/run": (None, "admin"), "POST /ml/retrain": (None, "admin")}
 
 
 def routes_of(world): return world.ask("GET", "/openapi.json", "vera")[1]["paths"]
@@ -142,7 +144,7 @@ def test_every_write_is_tried_by_those_who_may_not_and_is_refused_and_audited(al
 
 
 def test_there_is_no_write_that_was_not_tried_and_no_route_without_authority(alone):
-    tried = {re.sub(r"/(BTCUSDT|x|price_move|1|drawdown_ratio)(?=/|$)", "/*", each) for each in WRITES}
+    tried = {re.sub(r"/(BTCUSDT|x|price_move|1|drawdown_ratio|nightly)(?=/|$)", "/*", each) for each in WRITES}
     for path, methods in routes_of(alone).items():
         if path.startswith("/health"): continue
         for method, said in methods.items():
@@ -456,6 +458,65 @@ def test_an_api_that_is_asked_hangs_and_is_killed_changes_no_session(project):
     assert met == ["ask", "hang", "kill"]
     assert live.ledger.journal(live.id).equals(journal)
     assert orders_at(exchange) == orders
+
+
+def asking(port):
+    "What asks a process that serves, as ada"
+    accounts = Accounts(settings().database)
+    accounts.put(replace(ACCOUNTS["admin"], name="ada"))
+    accounts.close()
+    now = clock()
+    token = issue(Token("ada", "access", "x", "y", now, now + 600_000), SECRET, 0)
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", headers={"Authorization": f"Bearer {token}"})
+
+
+@pytest.mark.integration
+def test_a_job_is_started_by_its_name_once_as_the_schedule_starts_it(project):
+    for name in ("hang", "train"): # both until a file says so
+        notebook(name, f"import os, time\nopen('began-{name}', 'a').write('x')\n"
+                       f"while not os.path.exists('end-{name}'): time.sleep(.05)")
+    nightly = 'cron = "0 0 1 1 *"', "time_limit = 5"
+    write("[schedule.nightly]", 'notebook = "hang"', *nightly, "[schedule.weekly]", 'notebook = "train"', *nightly)
+    Database(settings().database).close()
+    port = free_port()
+    given = {"api_secret": SECRET, "api__port": port, "api__rate": 1e6, "api__burst": 1000}
+    with served(**given), asking(port) as client:
+        until(lambda: create_connection(("127.0.0.1", port), 1).close() is None)
+        until(lambda: client.get("/jobs").json() == {"items": [], "cursor": None})
+        key = {"Idempotency-Key": "run-1"}
+        begun = client.post("/jobs/nightly/run", headers=key)
+        assert (begun.status_code, begun.json()["answer"]) == (202, "job nightly has begun")
+        def rows(**asked): return client.get("/jobs", params=asked).json()["items"]
+        run, = rows()
+        assert (run["number"], run["job"], run["state"]) == (begun.json()["run"], "nightly", "running")
+        again = client.post("/jobs/nightly/run", headers=key)
+        assert (again.json(), again.headers["idempotent-replay"]) == (begun.json(), "true")
+        other = client.post("/jobs/weekly/run", headers=key) # the key is that of another request
+        assert other.status_code == 422
+        busy = client.post("/jobs/nightly/run")
+        assert (busy.status_code, busy.json()["error"]) == (409, "job nightly is running already")
+        for name, status in (("nigthly", 404), ("hang", 404), ("..%2Fhang", 404), ("ledger%20backup", 404)):
+            assert client.post(f"/jobs/{name}/run").status_code == status, name
+        assert client.post("/ml/retrain", json={"job": "nightly"}).status_code == 404
+        training = client.post("/ml/retrain").json()
+        assert training["job"] == "weekly"
+        until(lambda: Path("began-train").exists() and Path("began-hang").exists(), 60.)
+        for name in ("hang", "train"): Path(f"end-{name}").touch()
+        until(lambda: [row["state"] for row in rows()] == ["done", "done"], 60.)
+        assert [row["number"] for row in rows(job="weekly")] == [training["run"]]
+        assert Path("began-hang").read_text() == "x"
+        audit = [row for row in client.get("/audit").json()["items"] if row["action"] == "POST /jobs/run"]
+    assert {(row["person"], row["target"], row["outcome"]) for row in audit} >= {
+        ("ada", "nightly", "done"), ("ada", "nightly", "replayed"), ("ada", "nightly", "refused"),
+        ("ada", "weekly", "refused"), ("ada", "hang", "refused")}
+
+
+def test_without_a_schedule_no_job_is_started_and_the_answer_says_what_to_do(alone):
+    for path in ("/jobs/nightly/run", "/ml/retrain"):
+        found, said = alone.ask("POST", path, "ada")
+        assert found.status_code == 409
+        assert "tradelab.toml, and start tradelab serve anew" in said["error"]
+    assert [row["outcome"] for row in alone.audit()] == ["refused"] * 2
 
 
 def test_serve_says_where_it_answers_and_starts_nothing_where_it_cannot(project):

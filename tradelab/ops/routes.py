@@ -7,8 +7,8 @@ __all__ = ['logger', 'BASE', 'COOKIE', 'ERRORS', 'everybody', 'viewer', 'trader'
            'Number', 'Reason', 'Positive', 'Row', 'health', 'LARGEST', 'DEPRECATED', 'HEADERS', 'Api', 'told',
            'problem', 'api_of', 'Caller', 'caller_of', 'admit', 'too_often', 'router_of', 'example', 'seen', 'of_look',
            'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'LimitsToSet', 'ThresholdToSet',
-           'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening', 'check_api',
-           'api_for']
+           'Training', 'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening',
+           'check_api', 'api_for']
 
 # %% ../../nbs/90_ops/23_routes.ipynb #apirt003
 import asyncio
@@ -37,13 +37,24 @@ from ..database.engine import LedgerError
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, reading
 from ..database.records import Account, Threshold, clock
-from ..database.schema import ALERTS, AUDIT, CLOSES, INTENTS
+from ..database.schema import ALERTS, AUDIT, CLOSES, INTENTS, JOB_RUNS
 from ..errors import ConfigurationError
 from ..log import get_logger, redact, register_secret
 from ..log_lines import LogError, Wanted, level_of, lines
 from ..market.quality import check_quality
 from . import answers
-from .acts import Command, answer_alert, command, command_now, keep_threshold, known_symbol, one_of
+from tradelab.ops.acts import (
+    Command,
+    Jobs,
+    answer_alert,
+    begin_job,
+    command,
+    command_now,
+    keep_threshold,
+    known_symbol,
+    one_of,
+    training_job,
+)
 from .exposition import Requests
 from .feed import Feed, Look
 from .happenings import Happening
@@ -99,6 +110,7 @@ class Api:
         self.networks = Networks(here.api.allowed)
         self.of_address, self.of_token = (Buckets(here.api.rate, here.api.burst) for _ in range(2))
         self.noted = Buckets(1., 1)                 # refusals for their number, of which one a minute is written down
+        self.jobs: Jobs|None = None                 # the schedule; None: there is none
         self.register: Register|None = None
         self.alerts: list[dict] = []
         self.kept: tuple[Any, dict] = None, {}      # answers, and of what was seen
@@ -587,6 +599,34 @@ async def _rotate(request:Request)->Response:
     await api.refresh()
     return answer
 
+# %% ../../nbs/90_ops/23_routes.ipynb #499f416f
+_BEGUN: dict[int|str, dict[str, Any]] = {202: {"description": "it has begun", "content": {"application/json": {
+    "example": {"job": "nightly", "run": 7, "answer": "job nightly has begun",
+                "where": "/api/v1/jobs?job=nightly"}}}}}
+
+
+class Training(_Strict):
+    "Which job, if several of the schedule train"
+    job:Annotated[str, Field(max_length=100)] = ""
+    model_config = _like(job="weekly")
+
+
+async def _begin(request, action, name):
+    jobs, loop = api_of(request).jobs, asyncio.get_running_loop()
+    return await act(request, action, name, lambda id: begin_job(jobs, loop, name))
+
+
+@admin.post("/jobs/{name}/run", responses=_BEGUN, tags=["system"])
+async def _run_job(request:Request, name:str)->Response:
+    "Start a job of the schedule now; /jobs shows its run"
+    return await _begin(request, "POST /jobs/run", name)
+
+
+@admin.post("/ml/retrain", responses=_BEGUN, tags=["model"])
+async def _retrain(request:Request, body:Annotated[Training, Body()]=Training())->Response:
+    "Start the job of the schedule that trains, now; no run trades because of it"
+    return await _begin(request, "POST /ml/retrain", training_job(api_of(request).here.schedule, body.job))
+
 # %% ../../nbs/90_ops/23_routes.ipynb #apirt029
 @viewer.get("/system/status", tags=["system"],
             responses=example({"system_status": "HEALTHY", "active_alerts": [], "why": [], "sessions": []}))
@@ -869,10 +909,12 @@ async def _venues(request:Request, session:Session="", limit:Most=100, cursor:Cu
     return await rows(request, "venues", session, limit, cursor)
 
 
-@viewer.get("/jobs", responses=example(_ITEMS), tags=["system"])
-async def _jobs(request:Request, limit:Most=100, cursor:Cursor="")->Response:
-    "Jobs that were run, newest first"
-    return await rows(request, "jobs", "", limit, cursor)
+@viewer.get("/jobs", tags=["system"], responses=example(
+    {"items": [{"number": 7, "job": "nightly", "started": 0, "ended": 0, "state": "running"}], "cursor": None}))
+async def _jobs(request:Request, job:Annotated[str, Query(description="empty: all", max_length=100)]="",
+                limit:Most=100, cursor:Cursor="")->Response:
+    "Jobs that run, were run or were missed, newest first"
+    return await rows(request, "jobs", "", limit, cursor, *((JOB_RUNS.c.job == job,) if job else ()))
 
 
 @viewer.get("/commands/{number}", responses=example({"number": 7, "name": "halt", "answer": "halted"}), tags=["system"])

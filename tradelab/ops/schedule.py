@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo
 
 import psutil
 
-from ..config import PREFIX, ScheduledJob, Settings, inherited, project_root
+from ..config import PREFIX, ScheduledJob, Settings, inherited, nearest, project_root
 from ..database.engine import LedgerError
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, reading
@@ -38,6 +38,7 @@ from ..lock import InUseError, Lock, holder
 from ..log import names_secret, redact
 from .feed import OnThread
 from .happenings import Happening
+from .requests import RefusedError
 from ..secrets import secret_names
 from ..texts import one_line
 from ..times import format_time
@@ -289,6 +290,15 @@ class RunBook:
             except MissingLedgerError: return {}, []
         return await self._thread(read)
 
+    async def number_of(self, run:JobRun)->int:
+        "The number of a run in the ledger; 0 if it does not say"
+        def read():
+            with reading(self.url) as look:
+                rows = look.rows(JOB_RUNS, job=run.job, started=run.started, attempt=run.attempt)
+            return rows[-1]["number"] if rows else 0
+        try: return await self._thread(read)
+        except _AWAY: return 0
+
     def close(self)->None: self._operations.close()
 
 
@@ -316,12 +326,19 @@ def _output(here, job, started):
     return here.reports / job.notebook / f"{job.notebook}-{when}Z.ipynb"
 
 
-async def attempt(name:str, here:Settings, book:RunBook, number:int=1)->JobRun:
-    "Run a job once, and write down how that went"
+_Hears = Callable[[JobRun], object]
+
+
+def _nobody(run): pass
+
+
+async def attempt(name:str, here:Settings, book:RunBook, number:int=1, begun:_Hears=_nobody)->JobRun:
+    "Run a job once, and write down how that went; `begun` hears of it when the ledger has it"
     job, started = here.schedule[name], clock()
     output = _output(here, job, started)
     run = book.put(JobRun(name, started, attempt=number, output=str(output or "")))
     await book.flush()
+    begun(run)
     state, text = "stopped", "it was asked to end"
     try:
         text = await carry_out(words_of(name, job, output), environment_of(job, inherited()),
@@ -334,12 +351,12 @@ async def attempt(name:str, here:Settings, book:RunBook, number:int=1)->JobRun:
     return run
 
 
-async def run_job(name:str, here:Settings, book:RunBook, sleep:Callable=asyncio.sleep)->JobRun:
+async def run_job(name:str, here:Settings, book:RunBook, sleep:Callable=asyncio.sleep, begun:_Hears=_nobody)->JobRun:
     "Run a job until it is done or was tried as often as it may; InUseError if it runs already"
     job = here.schedule[name]
     with Lock(*_lock(here, name)):
         for number in range(1, job.retry + 2):
-            run = await attempt(name, here, book, number)
+            run = await attempt(name, here, book, number, begun)
             if run.state == "done" or number > job.retry: break
             await sleep(job.pause * 60)
     return run
@@ -382,6 +399,17 @@ async def _stop(tasks):
 LONGEST = 10. # seconds between two looks at the clock
 
 
+def _refuse_begin(schedule, name):
+    "RefusedError if a job cannot be started now"
+    if name not in schedule.times:
+        raise RefusedError(404, f"there is no job {name[:60]} in the schedule: did you mean "
+                                f"{nearest(name, schedule.times)}?")
+    if not schedule.at_work: raise RefusedError(503, "the schedule is not at work: try again in a moment")
+    if name in schedule.running: raise RefusedError(409, f"job {name} is running already")
+    if process := holder(*_lock(schedule.here, name)):
+        raise RefusedError(409, f"job {name} is running already, in process {process}")
+
+
 class Schedule:
     "Starts jobs when they are due"
     name = "schedule"
@@ -397,6 +425,7 @@ class Schedule:
         self.book = RunBook(here.database, now())
         self.seen = dict.fromkeys(self.times, self.book.service.began) # up to when, ms
         self.running:dict[str, asyncio.Task] = {}
+        self.at_work = False
 
     def _tell(self, kind, name, text):
         self.hear(Happening(kind, subject=name, arguments={"job": name, "text": text}, time=self.now()))
@@ -417,16 +446,24 @@ class Schedule:
         run = self.book.put(missed_run(name, found, why))
         self._tell("job missed", name, run.text)
 
-    def start(self, name:str)->str: # the API starts one, too
-        "Start a job now; a sentence, which begins with refused: if it cannot be"
-        if name not in self.times: return f"refused: there is no job {name[:60]}"
-        if name in self.running: return f"refused: job {name} is running already"
-        self.running[name] = asyncio.create_task(self._run(name), name=f"job {name}")
-        return f"job {name} has begun"
+    def start(self, name:str, begun:_Hears=_nobody)->None:
+        "Start a job that does not run, now"
+        self.running[name] = asyncio.create_task(self._run(name, begun), name=f"job {name}")
 
-    async def _run(self, name):
+    async def begin(self, name:str)->int:
+        "Start a job because somebody asks for it; the number of its run in the ledger, RefusedError if it cannot be"
+        _refuse_begin(self, name)
+        if not await self.book.flush(): raise RefusedError(503, "the ledger takes nothing now: try again later")
+        _refuse_begin(self, name) # it may have begun meanwhile
+        begun: asyncio.Future[JobRun] = asyncio.get_running_loop().create_future()
+        self.start(name, lambda run: None if begun.done() else begun.set_result(run))
+        await asyncio.wait([begun, self.running[name]], return_when=asyncio.FIRST_COMPLETED)
+        if not begun.done(): raise RefusedError(409, f"job {name} has not begun: its history and the log say why")
+        return await self.book.number_of(begun.result())
+
+    async def _run(self, name, begun):
         try:
-            run = await run_job(name, self.here, self.book, self.sleep)
+            run = await run_job(name, self.here, self.book, self.sleep, begun)
             self._tell(f"job {'done' if run.state == 'done' else 'failed'}", name, run.text)
         except InUseError: self._missed(name, Due(self.now()), "it was running already")
         except Exception as error:
@@ -434,6 +471,7 @@ class Schedule:
         finally: del self.running[name]
 
     async def run(self)->None:
+        self.at_work = True
         try:
             while True:
                 for run in await recall(self.book, self.here, self.seen): self._tell("job failed", run.job, run.text)
@@ -442,6 +480,7 @@ class Schedule:
                 following = min(times.after(self.now()) for times in self.times.values())
                 await self.sleep(max(.05, min((following - self.now()) / 1000, LONGEST)))
         finally:
+            self.at_work = False
             await _stop([*self.running.values()])
             await self.book.flush()
             self.book.close()

@@ -227,7 +227,7 @@ SECRETS = ("alert_url", "escalation_url", "telegram_token", "influx_token", "met
 
 
 def plan_api(plan:Plan, here:Settings, feed:Feed, gatherer:Gatherer, watch:HealthWatch,
-             hear:Callable[[Happening], None])->None:
+             hear:Callable[[Happening], None], jobs:Schedule|None)->None:
     "The API, if there is a secret for it"
     if here.api_secret is None:
         plan.lines.append("there is no API: tradelab api secret makes the secret that it needs")
@@ -240,6 +240,7 @@ def plan_api(plan:Plan, here:Settings, feed:Feed, gatherer:Gatherer, watch:Healt
                                  "'tradelab[ops]'") from None
     line = check_api(here)
     api = plan.add(api_for(here, feed, gatherer, watch, hear), line)
+    api.jobs = jobs
 
     async def viewer(request): admit(api, request, "viewer")
     add_dashboard(api.app, here, viewer)
@@ -255,12 +256,12 @@ def server_for(here:Settings)->Server: # here: with its secrets
     health = plan.add(HealthWatch(Examiner(here)))
     gatherer = plan_figures(plan, here, operations)
     hear = plan_people(plan, here, feed, gatherer)
-    plan_schedule(plan, here, hear)
+    schedule = plan_schedule(plan, here, hear)
     shown = f"[{here.metrics_host}]" if ":" in here.metrics_host else here.metrics_host
     exposition = plan.add(Exposition(here, gatherer), f"figures at http://{shown}:{here.metrics_port}/metrics, health "
                           "at /health, /health/live and /health/ready")
     add_routes(exposition.app, health)
-    plan_api(plan, here, feed, gatherer, health, hear)
+    plan_api(plan, here, feed, gatherer, health, hear, schedule)
     plan.add(Beats(operations))
     return Server(plan.parts, plan.lines, hear)
 
