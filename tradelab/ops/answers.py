@@ -222,17 +222,25 @@ def _objections(status, symbol, opens, size, confidence):
         if opens and each.symbol in ("", symbol) and each.requires != TradingState.NORMAL.name:
             yield "BREAKER", f"{each.name} requires {each.requires}: {each.evidence}"
         if each.name == "by_hand" and each.symbol == symbol: yield "BY_HAND", f"{symbol} is a person's until a release"
-    held = report["exposure"].get(symbol, 0.) / status.equity if status.equity else 0.
-    checks = (("max_position", held + size), ("max_leverage", (report["leverage"] or 0.) + size), ("max_order", size))
+    held = _share(status, symbol)
+    after, order = abs(held + size), abs(size)
+    checks = (("max_position", after), ("max_leverage", (report["leverage"] or 0.) - abs(held) + after),
+              ("max_order", order))
     for name, value in checks:
         limit = limits.get(name)
         if opens and limit is not None and value > limit:
             yield name.upper(), f"{value:.4g} would be above {name} {limit:.4g}"
-    if opens and size < (limits.get("min_trade") or 0.): yield "MIN_TRADE", f"{size:.4g} is below min_trade"
+    if opens and order < (limits.get("min_trade") or 0.): yield "MIN_TRADE", f"{order:.4g} is below min_trade"
     if confidence < (limits.get("min_confidence") or 0.):
         yield "MIN_CONFIDENCE", f"{confidence:.4g} is below min_confidence {limits['min_confidence']:.4g}"
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian030
+def _share(status, symbol):
+    "What is held of a symbol, a signed fraction of the equity"
+    held = sum(each.quantity * each.price for each in status.positions if each.symbol == symbol)
+    return held / status.equity if status.equity else 0.
+
+
 def judged_signal(
     status:Status,
     symbol:str,
@@ -241,10 +249,10 @@ def judged_signal(
     confidence:float,  # 0 to 1
 )->dict[str, Any]:
     "What speaks against a signal; it has no effect"
-    holds = next((each.quantity for each in status.positions if each.symbol == symbol), 0.)
     direction = {"buy": 1., "sell": -1.}.get(action.lower(), 0.)
-    opens = direction * holds >= 0. and direction != 0.
-    found = list(_objections(status, symbol, opens, size, confidence)) if direction else []
+    held = direction * _share(status, symbol)
+    opens = direction != 0. and (held >= 0. or held + size > 0.) # also what closes, and more than that
+    found = list(_objections(status, symbol, opens, direction * size, confidence)) if direction else []
     return {"session": status.session, "symbol": symbol, "action": action, "valid": not found, "opens": opens,
             "reasons": [{"code": code, "text": text} for code, text in found],
             "limits": {name: limits_of(status).get(name) for name in ("max_position", "max_leverage", "max_order",
