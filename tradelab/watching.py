@@ -12,7 +12,7 @@ import json
 import threading
 from bisect import bisect
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,15 +61,15 @@ class Place:
     note:str = ""     # what a person should know of it first
 
 
-def _example(exchange, folder, pace):
+def _example(exchange, folder, name, pace):
     "A session that goes with the trend, its stops at the exchange"
     venue = VenueSettings("localnet", "an example", exchange.url, exchange.url.replace("http", "ws"),
-                          SecretStr("example"), SecretStr("example"))
+                          SecretStr(name), SecretStr(name))
     policy = Momentum(lookback=8, threshold=.004)
     trader = Trader(policy, Observation.from_policy(policy), OrderGate, Limits(max_position=.3), (BITCOIN,),
                     execution=Execution(protect=True))
     return Session(trader, venue_at(venue), Ledger(f"sqlite:///{folder}/tradelab.db"), folder / "sessions",
-                   id="SYNTHETIC_example", timeframe="1h", source="localnet, synthetic ar1(seed=4)",
+                   id=name, timeframe="1h", source="localnet, synthetic ar1(seed=4)",
                    origin="tradelab.strategies.example:Momentum(lookback=8, threshold=.004)",
                    waits={"heartbeat": 100}, say=lambda line: None, progress=lambda statistics: sleep(pace))
 
@@ -79,17 +79,21 @@ def example_session(
     candles:int=60,   # that are traded
     pace:float=.03,   # seconds a candle
     finished:bool=False,  # wait until it has ended
+    name:str="SYNTHETIC_example",
+    beside:Place|None=None,   # another example, in whose ledger it trades, for an account of its own
 )->Iterator[Place]:
     "A session of an invented market that trades meanwhile, or has traded; everything is thrown away at the end"
     market = ar1(400, rho=.1, volatility=.008, seed=4)
-    with TemporaryDirectory() as name, Localnet({BITCOIN.symbol: market}, instruments=[BITCOIN], api_key="example",
-                                                api_secret="example", start=int(times(market)[60])) as exchange:
-        session = _example(exchange, Path(name), pace)
+    with ExitStack() as stack:
+        folder = beside.sessions.parent if beside else Path(stack.enter_context(TemporaryDirectory()))
+        exchange = stack.enter_context(Localnet({BITCOIN.symbol: market}, instruments=[BITCOIN], api_key=name,
+                                                api_secret=name, start=int(times(market)[60])))
+        session = _example(exchange, folder, name, pace)
         trading = threading.Thread(target=lambda: asyncio.run(session.run(candles)))
         trading.start()
         try:
             while trading.is_alive() and (finished or not session.statistics.candles): sleep(.01)
-            yield Place(f"sqlite:///{name}/tradelab.db", Path(name) / "sessions", session.id,
+            yield Place(f"sqlite:///{folder}/tradelab.db", folder / "sessions", session.id,
                         "no session has run here: this is an example with SYNTHETIC prices, on a localnet of its own")
         finally:
             session.stop()
