@@ -67,7 +67,7 @@ def run(command, folder):
 
 # pages that change nothing: their cells are the proof
 READ = {"runbook_start_and_stop", "runbook_incident", "runbook_hardening", "runbook_upgrade", "ask_by_telegram",
-        "design", "trade_on_localnet", "keep_keys", "watch_with_grafana", "be_told",
+        "ask_by_api", "design", "trade_on_localnet", "keep_keys", "watch_with_grafana", "be_told",
         "schedule_jobs"}
 
 
