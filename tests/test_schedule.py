@@ -182,8 +182,10 @@ def test_the_time_limit_ends_it_and_kills_it_and_what_it_started(project):
     notebook("hang", "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
              "open('kernel', 'w').write(str(os.getpid()))\nwhile True: time.sleep(.1)")
     Path("tradelab.toml").write_text("stop_grace = 0.5\n")
-    run, _ = run_here("stuck", notebook="hang", time_limit=.1)
-    assert (run.state, run.text) == ("failed", "its time limit of 0.1 minutes is over")
+    for limit in (.1, .4, 1.6): # a slow machine has not begun to run it by then
+        run, _ = run_here("stuck", notebook="hang", time_limit=limit)
+        assert (run.state, run.text) == ("failed", f"its time limit of {limit:g} minutes is over")
+        if Path("kernel").exists(): break
     def gone(): return not Path(f"/proc/{Path('kernel').read_text()}").exists()
     until(gone)
 
