@@ -14,7 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from servers import ask, get, prometheus, until
 
-from tradelab.config import VenueSettings
+from tradelab.config import ScheduledJob, VenueSettings
+from tradelab.database.backup import backup
+from tradelab.database.operations import Operations
+from tradelab.database.records import JobRun, clock
 from tradelab.evaluation.metrics import journal_round_trips
 from tradelab.features.observation import Observation
 from tradelab.inputs import venue_at
@@ -27,41 +30,56 @@ from tradelab.market.synthetic import ar1
 from tradelab.ops.exposition import Exposition, text_of
 from tradelab.ops.metrics import METRICS
 from tradelab.ops.samples import Gatherer, told_now
-from tradelab.policies import Scaler
+from tradelab.policies import Policy, Scaler
 from tradelab.risk.execution import OrderGate
-from tradelab.settings import Execution, Limits, Reason
+from tradelab.settings import CostModel, Execution, Limits, Reason
+from tradelab.sim.expected import ExpectedFills
 from tradelab.strategies.example import Momentum
 from tradelab.trader import Trader
 
 CANDLES, SYMBOL = 200, BITCOIN.symbol
+DEARER = CostModel(slippage=.0003) # than localnet, which takes .0001
+RUNS = [JobRun("nightly", 1, 2, "done"), JobRun("nightly", 3, 4, "failed"), JobRun("nightly", 3, 5, "done", 2),
+        JobRun("replay", 6), JobRun("replay", 4, 4, "missed")]
 # of another part, of two symbols that are held, of 500 closes, or of requests that nobody has made yet
 ELSEWHERE = {"events_dropped_total", "alerts_sent_total", "correlation_ratio", "api_request_seconds",
              "api_requests_total", "errors_ratio", "auth_failures_total", "clock_offset_seconds", "regime",
              "regime_accuracy_ratio"}
 
 
-def session_on(exchange, folder):
-    "A session of a policy with a scaler that changes nothing"
+def sure(parameters, memory, observation, prices, answer):
+    "Momentum, which is the surer the further the price has moved"
+    Momentum(lookback=8, threshold=.004).function(parameters, memory, observation, prices, answer[:1])
+    answer[1] = min(abs(float(observation[0, 0])) / .03, 1.)
+
+
+def session_on(exchange, folder, policy, costs):
+    "A session on localnet, which believes in these costs"
     venue = VenueSettings("localnet", "a test", exchange.url, exchange.url.replace("http", "ws"), SecretStr("test"),
                           SecretStr("test"))
-    rule = Momentum(lookback=8, threshold=.004)
-    policy = replace(rule, scaler=Scaler((0.,) * len(rule.features), (1.,) * len(rule.features)))
     trader = Trader(policy, Observation.from_policy(policy), OrderGate, Limits(max_position=.3), (BITCOIN,),
                     execution=Execution(protect=True))
     return Session(trader, venue_at(venue), Ledger(f"sqlite:///{folder}/tradelab.db"), folder / "sessions", id="demo",
-                   timeframe="1h", waits={"heartbeat": 100}, say=lambda line: None)
+                   timeframe="1h", waits={"heartbeat": 100}, expects=ExpectedFills(costs, (BITCOIN,)),
+                   say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
 def traded(tmp_path_factory):
     "A session that has traded: its gatherer while it lived, and another one afterwards"
     folder, market = tmp_path_factory.mktemp("traded"), ar1(700, rho=.1, volatility=.008, seed=4)
+    rule = Momentum(lookback=8, threshold=.004)
+    # with a scaler that changes nothing
+    policy = replace(rule, function=sure, scaler=Scaler((0.,) * len(rule.features), (1.,) * len(rule.features)),
+                     has_confidence=True)
+    nightly = ScheduledJob("0 3 * * *", command="ledger backup", parameters={"folder": str(folder / "copies")})
     here = SimpleNamespace(database=f"sqlite:///{folder}/tradelab.db", sessions=folder / "sessions",
+                           schedule={"nightly": nightly},
                            telemetry=SimpleNamespace(interval=15.), metrics_host="127.0.0.1", metrics_port=0,
                            metrics_token=None)
     with Localnet({SYMBOL: market}, instruments=[BITCOIN], api_key="test", api_secret="test",
                   start=int(times(market)[60])) as exchange:
-        session, looked, go_on = session_on(exchange, folder), threading.Event(), threading.Event()
+        session, looked, go_on = session_on(exchange, folder, policy, DEARER), threading.Event(), threading.Event()
 
         def pause(statistics): # at a candle at which something is held, so that its risk can be told
             if statistics.candles > CANDLES - 15 and session.trader.positions["quantity"].any() and not looked.is_set():
@@ -75,13 +93,19 @@ def traded(tmp_path_factory):
         assert looked.wait(120)
         until(lambda: rows(here.database.removeprefix("sqlite:///"),
                            "select 1 from system_metrics where name like 'stream_age_seconds%'"))
+        copied = backup(here.database, folder / "copies", clock() - 90_000)
+        operations = Operations(here.database)
+        operations.keep_runs(RUNS)
         gatherer.gather()
         alive = SimpleNamespace(latest=dict(gatherer.latest), histograms=dict(gatherer.histograms))
         go_on.set()
         trading.join()
         session.ledger.close()
+    operations.keep_runs([replace(RUNS[3], ended=7, state="broken")])
+    operations.close()
     gatherer.gather()
-    yield SimpleNamespace(here=here, alive=alive, gatherer=gatherer, folder=folder / "sessions" / "demo",
+    yield SimpleNamespace(here=here, copied=copied, market=market,
+                          alive=alive, gatherer=gatherer, folder=folder / "sessions" / "demo",
                           journal=pd.read_csv(folder / "sessions/demo/journal.csv"), ledger=folder / "tradelab.db",
                           equity=pd.read_csv(folder / "sessions/demo/equity.csv", index_col="open_time"))
 
@@ -155,6 +179,57 @@ def test_orders_and_fills(traded):
     assert list(np.cumsum(buckets.counts)[:-1]) == below
     hour = int(traded.equity.index[-1]) # of the last candle, an hour long
     assert_allclose(value(traded, "trade_frequency_per_minute"), (fills["time"] > hour).sum() / 60)
+
+
+def test_fills_are_dearer_or_cheaper_than_the_cost_model_of_the_session_says(traded):
+    told = rows(traded.ledger, "select t.quantity, t.price, i.decision_price from trades t join intents i using "
+                               "(session, order_id) where i.kind = 1 and i.slot < 600")
+    quantity, price, decided = np.array(told, float).T
+    tick = np.where(quantity > 0, np.ceil(decided * 1.0003 / .1 - 1e-6), np.floor(decided * .9997 / .1 + 1e-6))
+    errors = np.sign(quantity) * (price - .1 * tick) / decided
+    buckets = traded.gatherer.histograms[f'slippage_model_error_ratio{{session="demo",symbol="{SYMBOL}"}}']
+    assert sum(buckets.counts) == len(errors) > 10
+    assert_allclose(buckets.sum, errors.sum(), rtol=1e-6)
+    assert_allclose(buckets.sum / len(errors), -.0002, atol=1e-5) # localnet takes two basis points less
+    assert buckets.counts[METRICS["slippage_model_error_ratio"].bounds.index(-.0001)] == len(errors)
+
+
+def test_a_fill_is_expected_to_the_last_bit_where_the_exchange_has_the_same_costs(tmp_path):
+    def follow(parameters, memory, observation, prices, answer): answer[0] = np.sign(observation[0, 1])
+    policy, market = Policy("follow", follow, features=("return(240)", "return(1)")), ar1(400, rho=.1, seed=4)
+    costs = CostModel.realistic(impact=20.)
+    with Localnet({SYMBOL: market}, instruments=[BITCOIN], api_key="test", api_secret="test", costs=costs,
+                  start=int(times(market)[300])) as exchange:
+        session = session_on(exchange, tmp_path, policy, costs)
+        asyncio.run(session.run(60))
+        session.ledger.close()
+    told = rows(tmp_path / "tradelab.db", "select name, value from system_metrics where name like 'slippage_model%'")
+    assert len(told) > 20
+    assert {name for name, _ in told} == {f'slippage_model_error_ratio{{symbol="{SYMBOL}"}}'}
+    assert {float(error) for _, error in told} == {0.}
+
+
+def test_confidence_is_that_of_decisions(traded):
+    closes = traded.market["close"]
+    moved = pd.Series((closes / closes.shift(8) - 1.).to_numpy(), times(traded.market))
+    decided = moved.abs().div(.03).clip(upper=1.)[traded.journal["open_time"]]
+    told = rows(traded.ledger, "select value from system_metrics where name like 'confidence%' order by number")
+    kept = [float(each) for each, in told]
+    assert len(set(kept)) > 1
+    assert all(np.isclose(decided, each, rtol=1e-5).any() for each in kept)
+    assert value(traded, "confidence_ratio", symbol=SYMBOL) == kept[-1]
+
+
+def test_runs_of_jobs_and_the_newest_copy(traded):
+    counted = {(each.labels["job"], each.labels["outcome"]): each.value for each in traded.gatherer.latest.values()
+               if each.name == "job_runs_total"}
+    for job, state, count in rows(traded.ledger, "select job, state, count(*) from job_runs group by job, state"):
+        assert counted.pop((job, state)) == count
+    assert counted == {("replay", "done"): 0., ("replay", "failed"): 0.}
+    age = next(each for each in traded.alive.latest.values() if each.name == "backup_age_seconds")
+    begun = pd.to_datetime(traded.copied.stem, format="ledger-%Y%m%dT%H%M%S.%fZ", utc=True)
+    assert_allclose(age.value, (pd.Timestamp(age.time, unit="ms", tz="UTC") - begun).total_seconds())
+    assert 90 < age.value < 600
 
 
 def test_round_trips_are_those_of_the_journal(traded):

@@ -308,6 +308,7 @@ def test_each_query_of_the_dashboards_is_answered_and_an_alert_arrives(tmp_path)
                 found = answers_of(server)
                 scraped(trader, found)
                 check_dashboards(found)
+                assert found('tradelab_job_runs_total{job="one"}') # its own label, and not the name of the scrape
                 (body, *_) = until(lambda: [body for body in hook.bodies() if "DrawdownDeep" in body])
                 (alert, *_) = json.loads(body)["alerts"]
                 assert alert["labels"]["session"] == "one"

@@ -178,6 +178,7 @@ class Holdings:
         self.rows = np.zeros(len(symbols), JOURNAL)
         self.closed = np.zeros(1, EQUITY) # what the last close was worth
         self.memory = np.zeros(memory)
+        self.confidences: tuple[float, ...] = () # at the last decision, one per symbol; empty: the policy told none
         self.orders = np.zeros((len(symbols), OWN + slots), ORDER)
         self.execution_state = np.zeros(len(symbols), EXECUTION_STATE)
 
@@ -385,8 +386,10 @@ def _symbols_of(policy, instruments):
 
 def _ask(trader, observation):
     "Ask the policy; None where the window of its features has a hole"
+    trader.confidences = ()
     if trader.view.stream.waits: return None
     answer = trader.policy.act(observation, trader.memory, trader.prices, trader.orders)
+    trader.confidences = tuple(answer[len(trader.symbols):].tolist())
     if not trader.view.stale: return answer
     if trader.policy.order_slots:
         raise ValueError(f"{trader.policy.name} answers with orders, and a stale series asks it to be flat: "

@@ -12,9 +12,9 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'timed', 'weigh', 'Away', 'tell',
            'say', 'begin_alerts', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join',
            'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
-           'show_step', 'log_order', 'measured', 'hear', 'note', 'keep_standing', 'keep', 'turn', 'look', 'command_of',
-           'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out', 'one_name', 'heed', 'drive',
-           'drive_to_the_end', 'Running', 'Session']
+           'show_step', 'log_order', 'measured', 'hear', 'Expects', 'tell_expected', 'model_errors', 'note',
+           'keep_standing', 'keep', 'turn', 'look', 'command_of', 'know', 'unkept', 'recorder_trouble', 'kept_again',
+           'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -106,11 +106,12 @@ from tradelab.live.messages import (
     Unanswered,
     Waits,
     Wake,
+    Warmed,
     Woken,
     Write,
 )
 from .order_manager import Blotter, Offer, OrderManager, Persistence
-from .order_states import Intent, State, decision_id, ids_in
+from .order_states import Intent, State, decision_id, ids_in, is_decided
 from .reconcile import ForeignFills, StartRefusedError, Statement, TradeNumbers
 from .recorder import Recorder, Recording, encode
 from tradelab.live.start import (
@@ -137,6 +138,7 @@ from .venue import AccountSnapshot, Answer, Candle, OrderReport, Outcome, Venue,
 from ..lock import Lock
 from ..log import get_logger, redact
 from ..notices import NOTICES, Notice
+from ..orders import Order
 from ..settings import Reason
 from ..texts import html_rows
 from ..times import format_time
@@ -785,7 +787,7 @@ COUNTS = 10     # candles between two of how the features lie
 
 
 def timed(session:"Session", took:Sequence[tuple[str, float]])->list[SystemMetric]:
-    "How long things took, as rows of the ledger, and now and then how the features lie"
+    "How long things took and how sure the policy was, as rows of the ledger, and now and then how the features lie"
     session.times.extend(took)
     now, said = monotonic(), []
     if session.drift:
@@ -796,6 +798,8 @@ def timed(session:"Session", took:Sequence[tuple[str, float]])->list[SystemMetri
     session.timed = now
     said += session.times
     session.times.clear()
+    said += [(named("confidence_ratio", {"symbol": symbol}), sure) for symbol, sure in
+             zip(session.trader.symbols, session.trader.confidences) if np.isfinite(sure)]
     time = clock()
     return [SystemMetric(time, *each) for each in said]
 
@@ -1061,6 +1065,36 @@ def hear(session:"Session", received:Received)->None:
     if notice := told_of_start(session, received.events): tell(session, notice)
     session.stopwatch.thinks()
 
+# %% ../../nbs/70_live/19_session.ipynb #687d8e4a
+class Expects(Protocol):
+    "Knows what fills should cost; `sim.expected` has one"
+    def see(self, open_time:int, candles:np.ndarray)->None: "Candles closed: ms, (n_seen, 8 or 10)"
+    def send(self, order:Order)->None: "An order leaves that a decision wrote"
+    def fill(self, fill:Fill)->float|None: "By how much a fill was dearer, a fraction; None if nothing was expected"
+
+
+def tell_expected(expects:Expects, action:Action)->tuple[str, float]|None: # symbol and error
+    "Tell of an action; the error of a fill, where it has one"
+    match action:
+        case Warmed(times, candles):
+            for time, seen in zip(times.tolist(), candles): expects.see(time, seen)
+        case Decided(decision, _, np.ndarray() as candles): expects.see(decision.open_time, candles)
+        case Send(order) if is_decided(order): expects.send(order)
+        case Write(Entry(Fill() as fill, known=False)) if (error := expects.fill(fill)) is not None:
+            return fill.symbol, error
+    return None
+
+
+def model_errors(session:"Session", actions:Sequence[Action], now:int)->list[SystemMetric]:
+    "By how much fills were dearer than expected; a number for people, whose lack is no reason to trade less"
+    if session.expects is None: return []
+    try: found = [tell_expected(session.expects, action) for action in actions]
+    except Exception as error:
+        logger.debug(f"what fills should cost is not known: {error}", session=session.id)
+        return []
+    return [SystemMetric(now, named("slippage_model_error_ratio", {"symbol": symbol}), error)
+            for symbol, error in filter(None, found)]
+
 # %% ../../nbs/70_live/19_session.ipynb #ses18c09
 def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
     """Record what the core decided and what it will send, before anything of it is carried out, and have the ledger
@@ -1073,7 +1107,8 @@ def note(session:"Session", actions:Sequence[Action])->"Future[bool]|None":
         if isinstance(record, LadderMoved): session.ladder = record.ladder
     if any(isinstance(record, Step | LadderMoved) for record in records):
         records.append(standing_of(session.trader.account, session.id, clock(), session.ladder))
-    if session.files: records += [each for action in actions for each in measured(action, clock())]
+    errors = model_errors(session, actions, clock())
+    if session.files: records += [*(each for action in actions for each in measured(action, clock())), *errors]
     if took and session.files: records += timed(session, took)
     if not records or not session.writer: return None
     kept, began = session.writer.put(records), monotonic()
@@ -1284,6 +1319,7 @@ class Session(Running):
         gaps:bool=False, # carry holes in the exchange's candles through; otherwise it is guarded behind each
         waits:Mapping[str, Any]={}, # other settings of `Terms`, such as ask_after  [ms]
         alerts:Away|None=None,   # hears notices for people who are away; None: nobody does
+        expects:Expects|None=None, # what fills should cost; None: nobody knows
         check_on_start:"Callable[[Session], Awaitable[Sequence[Finding]]]|None"=None, # what is looked at first
         say:Callable[[str], object]=print,                        # one line for each thing that happens
         progress:Callable[[Statistics], object]=lambda statistics: None,
@@ -1297,7 +1333,7 @@ class Session(Running):
         self.patience, self.proof = patience, proof
         self.gaps = gaps
         self.waits = dict(waits)
-        self.alerts = alerts
+        self.alerts, self.expects = alerts, expects
         self.check_on_start = check_on_start
         self.say = say
         self.progress = progress

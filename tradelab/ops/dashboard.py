@@ -43,6 +43,7 @@ from ..risk.trading_state import CAUSES
 from ..settings import Reason
 from ..texts import html_text, one_line, without_html
 from ..times import format_time, milliseconds
+from ..vitals import named
 
 if TYPE_CHECKING:
     from anywidget import AnyWidget
@@ -104,6 +105,7 @@ VIEW |= {
     "version": ("tradelab", "tradelab"), "drift": ("Largest drift of a feature", "Mayor deriva de una variable"),
     "candle to order": ("Candle to order", "De vela a orden"),
     "order answer": ("Answer to an order", "Respuesta a una orden"), "inference": ("Inference", "Inferencia"),
+    "confidence": ("Confidence", "Confianza"),
     "waits": ("no answer yet", "sin respuesta aún"), "everything": ("everything", "todo"),
     "curve": ("{name} from {first} to {last}, {count} candles", "{name} de {first} a {last}, {count} velas")}
 
@@ -225,6 +227,9 @@ def model_part(status:Status, decisions:Sequence[Mapping[str, Any]], rows:Sequen
                                                             f"{said(drift[1], '+.2f', language)}"])
     facts += [[f"{words['target']} {row['symbol']}", f"{said(row['target'], '+.4g', language)}: {reason(row)}"]
               for row in decisions]
+    last = {row["name"]: row["value"] for row in rows}
+    facts += [[f"{words['confidence']} {row['symbol']}", said(last[name], ".0%", language)] for row in decisions
+              if (name := named("confidence_ratio", {"symbol": row["symbol"]})) in last]
     return _part("model", ("fact", "value"), facts, language)
 
 

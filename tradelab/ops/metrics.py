@@ -103,6 +103,9 @@ _TRADING = _area("trading",
     ("slippage_ratio", "ratio", "h", "session symbol", "trades",
      "what a market order of a decision paid beyond the close that it was decided on, as a fraction; below 0 is a gain",
      SLIPPED),
+    ("slippage_model_error_ratio", "ratio", "h", "session symbol", "system_metrics",
+     "what a fill of such an order paid beyond the price that the session's cost model expected for the order when it "
+     "left, asked about that close, as a fraction of it: above 0 it was dearer than in a backtest", SLIPPED),
     ("decisions_total", "decisions", "c", "session outcome", "decisions",
      "decisions, one for each symbol and candle, by what the rules made of the wish"),
     ("decisions_dropped_total", "notices", "c", "session", "notices",
@@ -141,6 +144,8 @@ _PERFORMANCE = _area("performance",
 _MODEL = _area("model",
     ("inference_seconds", "seconds", "h", "session", "system_metrics",
      "from a candle to what is decided on it: features, policy, rules", SECONDS),
+    ("confidence_ratio", "ratio", "g", "session symbol", "system_metrics",
+     "how sure the policy said it was at its last decision, 0 to 1; only of a policy that says so"),
     ("prediction_accuracy_ratio", "ratio", "g", "session", "decisions",
      "of the newest 1,000 decisions that wanted a position, the share after which the next close moved its way"),
     ("regime", "ratio", "g", "session symbol name", "decisions",
@@ -167,7 +172,12 @@ _TELEMETRY = _area("telemetry",
     ("notices_total", "notices", "c", "session level", "notices", "notices, by their level"),
     ("events_dropped_total", "events", "c", "sink", "line_protocol", "samples that a sink could not take"),
     ("alerts_sent_total", "messages", "c", "channel outcome", "deliveries",
-     "messages to people: sent, failed, or dropped"))
+     "messages to people: sent, failed, or dropped"),
+    ("job_runs_total", "runs", "c", "job outcome", "job_runs",
+     "runs of scheduled jobs that are over, by how: done, failed, stopped, missed, broken"),
+    ("backup_age_seconds", "seconds", "g", "", "backups",
+     "since the newest copy of the ledger was begun, by its name: in the folder backups of the project, or where the "
+     "schedule has it"))
 
 # %% ../../nbs/90_ops/02_metrics.ipynb #655a0ed0
 METRICS: dict[str, Metric] = {**_SYSTEM, **_API, **_TRADING, **_RISK, **_PERFORMANCE, **_MODEL, **_DATA, **_TELEMETRY}

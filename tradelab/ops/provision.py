@@ -178,7 +178,8 @@ BOARDS: dict[str, dict[str, str]] = {
         "Orders on their way": "orders_pending", "Orders of unknown fate": "orders_unknown",
         "Decisions": "decisions_total", "Decisions too late": "decisions_dropped_total",
         "From candle to order": "candle_to_order_seconds", "From order to answer": "order_ack_seconds",
-        "Slippage": "slippage_ratio", "Time of the model": "inference_seconds",
+        "Slippage": "slippage_ratio", "Slippage beyond the cost model": "slippage_model_error_ratio",
+        "Time of the model": "inference_seconds", "Confidence of the policy": "confidence_ratio",
         "Directions foreseen": "prediction_accuracy_ratio", "Drift of features": "feature_drift",
         "Market regime": "regime", "Regimes recognised": "regime_accuracy_ratio"},
     "System health": {
@@ -191,7 +192,8 @@ BOARDS: dict[str, dict[str, str]] = {
         "Candles missing": "gaps_total", "Quality of candles": "quality_score", "Requests": "api_requests_total",
         "Time of a request": "api_request_seconds", "Requests that failed": "errors_ratio",
         "Requests without a token": "auth_failures_total", "Notices": "notices_total",
-        "Samples dropped": "events_dropped_total", "Messages to people": "alerts_sent_total"},
+        "Samples dropped": "events_dropped_total", "Messages to people": "alerts_sent_total",
+        "Runs of jobs": "job_runs_total", "Age of the newest backup": "backup_age_seconds"},
     "Risk": {
         "Value at risk of a candle, 95 %": "value_at_risk_95_ratio",
         "Expected shortfall, 95 %": "expected_shortfall_95_ratio", "Below the peak": "drawdown_ratio",
@@ -249,13 +251,13 @@ def dashboard_of(title:str, panels:Mapping[str, str])->dict: # panels: metric by
 
 # %% ../../nbs/90_ops/06_provision.ipynb #f20a0d81
 def prometheus_file(here:Settings, alertmanager:str)->dict: # alertmanager: host and port
-    "Prometheus' configuration"
+    "Prometheus' configuration; the label job of a run of a job is its own, and not Prometheus' word for us"
     host = here.metrics_host if here.metrics_host not in ("0.0.0.0", "::") else "127.0.0.1"
     entry = {"authorization": {"credentials_file": "metrics_token"}} if here.metrics_token else {}
     every = f"{round(1_000 * here.telemetry.interval)}ms"
     return {"global": {"scrape_interval": every, "evaluation_interval": every}, "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
-            "scrape_configs": [{"job_name": "tradelab", **entry, "static_configs": [{
+            "scrape_configs": [{"job_name": "tradelab", "honor_labels": True, **entry, "static_configs": [{
                 "targets": [f"[{host}]:{here.metrics_port}" if ":" in host else f"{host}:{here.metrics_port}"]}]}]}
 
 

@@ -8,8 +8,9 @@ __all__ = ['logger', 'CLOSES_KEPT', 'PRICES_KEPT', 'FIRST', 'MEASURED_FIRST', 'C
            'read_measured', 'read_phases', 'began', 'availability', 'Trip', 'settled', 'read_fills', 'read_decisions',
            'read_closes', 'RegimeNow', 'regime_of', 'read_regimes', 'of_process', 'of_orders', 'past_returns',
            'tail_figures', 'of_risk', 'equity_series', 'of_performance', 'divergence', 'of_model', 'levels',
-           'read_session', 'Buckets', 'machine', 'samples_or_none', 'lost', 'summed', 'told_to_all', 'warm_up',
-           'compiled_apart', 'gather_again_and_again', 'Gatherer', 'gathered_once', 'told_now', 'screen_of']
+           'read_session', 'Buckets', 'machine', 'copies', 'JobRuns', 'of_jobs', 'samples_or_none', 'lost', 'summed',
+           'told_to_all', 'warm_up', 'compiled_apart', 'gather_again_and_again', 'Gatherer', 'gathered_once',
+           'told_now', 'screen_of']
 
 # %% ../../nbs/90_ops/03_samples.ipynb #e29471da
 import asyncio
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..account import maintenance_margin
-from ..config import Settings
+from ..config import Settings, project_root
+from ..database.backup import newest_copy
 from ..database.reading import Reading, reading
 from ..database.records import BreakerEvent, Delivery, ExchangeHealth, SystemMetric, clock
 from tradelab.database.schema import (
@@ -34,6 +36,7 @@ from tradelab.database.schema import (
     DECISIONS,
     FUNDINGS,
     INTENTS,
+    JOB_RUNS,
     MEASURED,
     NOTICES,
     ORDER_EVENTS,
@@ -523,6 +526,35 @@ def machine(here:Settings, time:int)->Iterator[Sample]:
     folder = next(each for each in (here.sessions, *here.sessions.parents) if each.exists())
     yield Sample("disk_free_bytes", float(psutil.disk_usage(str(folder)).free), {}, time)
 
+# %% ../../nbs/90_ops/03_samples.ipynb #07dc46ae
+def copies(here:Settings, time:int)->Iterator[Sample]:
+    "How old the newest copy of the ledger is, where the schedule has them made, or a person who names no folder"
+    asked = [job.parameters.get("folder", "backups") for job in here.schedule.values()
+             if job.command == "ledger backup"]
+    begun = [newest_copy(project_root() / str(each)) for each in dict.fromkeys(("backups", *asked))]
+    if any(begun): yield Sample("backup_age_seconds", (time - max(filter(None, begun))) / 1000, {}, time)
+
+# %% ../../nbs/90_ops/03_samples.ipynb #6df7198f
+@dataclass
+class JobRuns:
+    "What has been read of the runs of jobs"
+    seen:int = 0                                                     # number of the last row
+    running:set[int] = field(default_factory=set)                    # rows whose run was not over
+    totals:Counter[tuple[str, str]] = field(default_factory=Counter) # by job and outcome
+
+
+def of_jobs(look:Reading, known:JobRuns, time:int)->Iterator[Sample]:
+    "How many runs of each job are over, by how; of a job that has begun it is known how often it failed"
+    number = JOB_RUNS.c.number
+    for row in look.rows(JOB_RUNS, (number > known.seen) | number.in_(known.running)):
+        known.seen = max(known.seen, row["number"])
+        known.running.discard(row["number"])
+        for outcome in ("done", "failed"): known.totals[row["job"], outcome] += 0
+        if row["state"] == "running": known.running.add(row["number"])
+        else: known.totals[row["job"], row["state"]] += 1
+    for (job, outcome), total in known.totals.items():
+        yield Sample("job_runs_total", float(total), {"job": job, "outcome": outcome}, time)
+
 # %% ../../nbs/90_ops/03_samples.ipynb #2bf385a1
 def samples_or_none(gatherer:"Gatherer")->list[Sample]:
     "Look at the ledger once; if it cannot be read, that is the sample"
@@ -626,7 +658,8 @@ class Gatherer:
         self.histograms: dict[str, Buckets] = {}
         self.unread = "nobody has looked yet"        # why the ledger could not be read; empty: it could
         self._followed: dict[str, Followed] = {}
-        self.sources: list[Callable[[], Iterable[Sample]]] = [lambda: machine(here, clock())]
+        self._jobs = JobRuns()
+        self.sources: list[Callable[[], Iterable[Sample]]] = [lambda: [*machine(here, clock()), *copies(here, clock())]]
         self.hearers: list[Callable[[list[Sample]], object]] = []
 
     def add(self, source:Callable[[], Iterable[Sample]])->None:
@@ -665,6 +698,7 @@ class Gatherer:
             for (name, labels), total in known.totals.items():
                 if name == "alerts_sent_total": sums[labels] += total
         for labels, total in sums.items(): yield Sample("alerts_sent_total", float(total), dict(labels), found.time)
+        yield from of_jobs(look, self._jobs, found.time)
 
     def _settle(self, samples, sessions):
         "Forget what was true before, and keep the newest observations of the sessions that are still looked at"
