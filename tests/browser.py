@@ -61,12 +61,17 @@ class Page:
     def press(self): self.key("Enter", "\r")
     def type(self, text): self.call("Input.insertText", text=text)
 
+    def drawn(self): self.js("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+
     def size(self, width, height=900):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 500)
+        self.call("Emulation.setScrollbarsHidden", hidden=True) # a picture has none, and would be laid out anew for it
+        self.drawn()
 
     def scheme(self, name):
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+        self.drawn()
 
     def picture(self, path, whole=True):
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)

@@ -46,7 +46,7 @@ WIDE = ApiSettings(port=0, rate=1e6, burst=100_000)
 class World:
     "The API in a thread of its own, a client for it, and a clock that is turned by hand"
 
-    def __init__(self, database, sessions, api=WIDE, **given):
+    def __init__(self, database, sessions, api=WIDE, prepare=lambda api: None, **given):
         self.ahead, self.logins, self.told, self.database = 0, 0, [], database
         here = Settings(database=database, sessions=sessions, api_secret=SecretStr(SECRET), api=api, **given)
         accounts = Accounts(database)
@@ -55,6 +55,7 @@ class World:
         self.feed, self.began = Feed(here, every=.2), threading.Event()
         self.api = Api(here, self.feed, Gatherer(here), HealthWatch(self._healthy), self.told.append,
                        lambda: clock() + self.ahead)
+        prepare(self.api)
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self.thread.start()
         until(lambda: self.api.register is not None and self.feed.last is not None and self.api.port)

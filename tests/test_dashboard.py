@@ -1,7 +1,7 @@
 "The dashboard in a real browser, over a session that trades: one browser, one session, each test goes on from the last"
 import json
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from tradelab.database.operations import Operations
 from tradelab.database.reading import reading
 from tradelab.database.records import Alert, clock
 from tradelab.database.schema import ALERTS, COMMANDS
+from tradelab.live.ledger import Ledger
 from tradelab.ops.dashboard import add_dashboard
 from tradelab.ops.routes import admit
 from tradelab.watching import example_session
@@ -48,17 +49,28 @@ CUT = """(() => { const wide = document.documentElement.clientWidth // what is c
   return seen.filter(each => !each.closest(".chart, .hidden") && each.getBoundingClientRect().right > wide + .5)
     .map(each => [each.tagName, each.className, each.textContent.slice(0, 40)])
     .concat(document.documentElement.scrollWidth > wide ? ["it scrolls sideways"] : []) })()"""
+HIDDEN = """[...document.querySelectorAll(".sessions button, .buttons button, .fact, td, th, .banner, dialog *")]
+  .filter(each => each.checkVisibility() && each.clientWidth && each.scrollWidth > each.clientWidth + 1)
+  .map(each => [each.tagName, each.textContent.slice(0, 40)])""" # texts that do not fit into their own box
 FOCUS = """(() => { const each = document.activeElement, style = getComputedStyle(each)
   return {name: each.dataset.key || each.id || each.textContent.slice(0, 30), tag: each.tagName,
           seen: style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2} })()"""
 BODY = "document.getElementById('view').innerText"
+SESSIONS = "document.querySelectorAll('.sessions button')"
+CHOSEN = "document.querySelector('.sessions [aria-pressed=true]').dataset.key"
+
+
+def with_page(api):
+    "The dashboard, before anybody is answered"
+    async def viewer(request): admit(api, request, "viewer")
+    add_dashboard(api.app, api.here, viewer)
 
 
 class Served:
     "The API with the dashboard, which ends and comes back at the same port"
 
-    def __init__(self, place):
-        self.place, self.port = place, free_port()
+    def __init__(self, place, language):
+        self.place, self.language, self.port = place, language, free_port()
         self.begin()
 
     @property
@@ -66,17 +78,15 @@ class Served:
 
     def begin(self):
         wide = ApiSettings(port=self.port, rate=1e6, burst=100_000)
-        self.world = World(self.place.database, self.place.sessions, wide, logs=self.place.sessions.parent / "logs")
-
-        async def viewer(request): admit(self.world.api, request, "viewer")
-        add_dashboard(self.world.api.app, self.world.api.here, viewer)
+        self.world = World(self.place.database, self.place.sessions, wide, with_page, language=self.language,
+                           logs=self.place.sessions.parent / "logs")
 
     def end(self): self.world.close()
 
 
 @contextmanager
-def served(place):
-    made = Served(place)
+def served(place, language="en"):
+    made = Served(place, language)
     try: yield made
     finally: made.end()
 
@@ -159,7 +169,6 @@ def test_it_reads_well_in_each_size_and_light(scene):
         page.size(width)
         for scheme in ("light", "dark"):
             page.scheme(scheme)
-            page.js("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
             assert page.js(FAINT) == [], (width, scheme)
             assert page.js(CUT) == [], (width, scheme)
             scene.shot(f"{width}_{scheme}")
@@ -266,3 +275,128 @@ def test_it_asks_nobody_else_is_quick_and_says_no_error(scene):
         sent, drawn = (page.js(f"performance.getEntriesByName('{each}')[0].startTime") for each in ("sent", "drawn"))
         times.append((usable + drawn - sent) / 1_000)
     assert min(times) < 1.5, times
+
+
+LONG = "train_BTC-USDT-USDT_2020-01-01_2023-01-01_SAC_lr0.0003_bs256_ws30_seed7_2026-11-30_17-59-59" # as runs are named
+
+
+@pytest.fixture(scope="module")
+def several():
+    "A page in Spanish over three sessions: one trades, another one begins later, the third was killed"
+    with browser() as page, example_session(candles=330, pace=.12) as place, ExitStack() as stack:
+        ledger = Ledger(place.database)
+        ledger.open_session("carry", {"venue": "localnet", "symbols": ["ETH/USDT:USDT"], "timeframe": "1h"})
+        ledger.close()
+        operations = Operations(place.database)
+        operations.raise_alert(Alert(0, clock(), "session died", "critical", "carry", text="La sesión ha muerto"))
+        operations.close()
+        api = stack.enter_context(served(place, "es"))
+        page.size(1280)
+        page.scheme("light")
+        page.call("Page.navigate", url=f"{api.url}/dashboard")
+        page.wait("document.getElementById('login')?.checkVisibility() || false")
+        made = Scene(page, api, place)
+        made.stack = stack
+        yield made
+
+
+def test_in_spanish_it_is_spanish(several):
+    page = several.page
+    assert page.js("document.documentElement.lang") == "es"
+    assert "Contraseña" in page.js("document.getElementById('login').innerText")
+    several.sign_in()
+    page.wait("document.querySelectorAll('.chart canvas').length >= 3")
+    for each in ("Patrimonio", "Posiciones", "Órdenes", "Riesgo y límites en uso", "Cortacircuitos", "Latencia",
+                 "Modelo", "Avisos", "Registro", "Parar entradas", "Emergencia", "Confirmar", "La sesión ha muerto",
+                 "Precios SINTÉTICOS", "‼ crítico", "abierto", "activa"):
+        page.wait(f"{BODY}.includes({json.dumps(each)})")
+    assert page.js("document.querySelector('.chart').getAttribute('aria-label')").startswith("Patrimonio de ")
+
+
+def test_a_session_that_begins_is_there_and_moves_nothing(several):
+    page = several.page
+    assert page.js(CHOSEN) == several.place.session
+    other = example_session(candles=330, pace=.12, name=LONG, beside=several.place)
+    several.other = several.stack.enter_context(ExitStack())
+    several.other.enter_context(other)
+    page.wait(f"document.querySelector('[data-key=\"{LONG}\"]') !== null")
+    assert page.js(f"{SESSIONS}.length") == 3
+    assert page.js(CHOSEN) == several.place.session
+
+
+def test_one_is_chosen_by_the_keyboard_and_shown_whole(several):
+    page = several.page
+    for name, marks in ((LONG, ("● en marcha", "BTC/USDT:USDT")),
+                        ("carry", ("✕ muerta", "Antes deben cerrarse dos velas")),
+                        (several.place.session, ("● en marcha", "SYNTHETIC"))):
+        page.js(f"document.querySelector('[data-key=\"{name}\"]').focus()")
+        page.press()
+        page.wait(f"{CHOSEN} === {json.dumps(name)}")
+        assert page.js(FOCUS)["name"] == name # the keyboard is where it was
+        for each in marks: page.wait(f"{BODY}.includes({json.dumps(each)})")
+    several.click(LONG)
+    page.wait("document.querySelectorAll('.chart canvas').length >= 3")
+
+
+def test_of_several_nothing_is_cut_off(several):
+    page = several.page
+    for width in (1280, 700, 390):
+        page.size(width)
+        for scheme in ("light", "dark"):
+            page.scheme(scheme)
+            assert page.js(FAINT) == [], (width, scheme)
+            assert page.js(CUT) == [], (width, scheme)
+            assert page.js(HIDDEN) == [], (width, scheme)
+            several.shot(f"es_{width}_{scheme}")
+    page.scheme("light")
+    for width in (1_600, 1_100, 1_000, 800, 620, 580, 540, 500, 460, 390):
+        page.size(width)
+        assert page.js(CUT) == [], width
+        assert page.js(HIDDEN) == [], width
+
+
+def test_what_is_done_is_done_to_the_one_that_is_named(several):
+    page = several.page # 390 px wide, as before
+    several.click("stop")
+    page.wait("document.querySelector('dialog[open]') !== null")
+    assert LONG in page.js("document.querySelector('dialog').innerText")
+    assert page.js(CUT) == []
+    assert page.js(HIDDEN) == []
+    several.shot("es_stop")
+    page.press()
+    until(lambda: several.rows(COMMANDS))
+    row, = several.rows(COMMANDS)
+    assert (row["name"], row["session"], row["reason"]) == ("state", LONG, "pedido en el panel")
+    page.wait("document.querySelector('dialog [role=status]')?.textContent.startsWith('✓') || false")
+    page.press()
+    page.wait(f"{BODY}.includes('⚠ NO_ENTRY')")
+    several.click(several.place.session)
+    page.wait(f"{BODY}.includes('✓ NORMAL')")
+    several.click("emergency")
+    page.wait("document.querySelector('dialog[open]') !== null")
+    page.press()
+    page.wait("document.querySelector('dialog [role=alert]').textContent.includes('EMERGENCIA')")
+    page.type("emergencia")
+    page.press()
+    page.wait("document.querySelector('dialog strong')?.textContent.startsWith('El código') || false")
+    assert "cerrar todo y no abrir nada más" in page.js("document.querySelector('dialog').innerText")
+    assert page.js(CUT) == []
+    several.shot("es_emergency")
+    page.key("Escape")
+    page.wait("document.querySelector('dialog') === null")
+    assert len(several.rows(COMMANDS)) == 1
+
+
+def test_another_one_is_shown_in_place_of_one_that_has_ended_and_that_is_said(several):
+    page = several.page
+    several.click(LONG)
+    page.wait(f"{CHOSEN} === {json.dumps(LONG)}")
+    several.other.close()
+    page.wait(f"{CHOSEN} !== {json.dumps(LONG)}")
+    said = page.js("document.querySelector('.said').textContent")
+    assert said == f"⚠ {LONG} ya no está en marcha; se muestra {several.place.session}"
+    assert page.js(CUT) == []
+    assert page.js(FAINT) == []
+    several.shot("es_ended")
+    several.click(several.place.session)
+    assert page.js("document.querySelector('.said').textContent") == ""

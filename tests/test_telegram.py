@@ -290,7 +290,7 @@ def test_alerts_come_once_to_each_and_are_acknowledged_by_a_button(tmp_path, led
         assert f"alert {number} is acknowledged by Person &lt;1&gt; (1)" in lab.presses(ADMIN, f"ack:{number}")
         assert f"has acknowledged alert {number}" in lab.asks(ADMIN, f"/ack {number}")
         assert lab.asks(ADMIN, "/ack") == "¿Qué aviso? /ack NÚMERO, /alerts los muestra"
-        assert "acknowledged, 1 veces desde" in lab.asks(VIEWER, "/alerts")
+        assert "confirmado, 1 veces desde" in lab.asks(VIEWER, "/alerts")
         lab.double.blocked |= {ADMIN, VIEWER}
         assert "Forbidden: bot was blocked by the user" in lab.send(Message("t", "x", "x"))
 

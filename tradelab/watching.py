@@ -64,7 +64,7 @@ class Place:
 def _example(exchange, folder, name, pace):
     "A session that goes with the trend, its stops at the exchange"
     venue = VenueSettings("localnet", "an example", exchange.url, exchange.url.replace("http", "ws"),
-                          SecretStr(name), SecretStr(name))
+                          SecretStr("example"), SecretStr("example"))
     policy = Momentum(lookback=8, threshold=.004)
     trader = Trader(policy, Observation.from_policy(policy), OrderGate, Limits(max_position=.3), (BITCOIN,),
                     execution=Execution(protect=True))
@@ -80,14 +80,14 @@ def example_session(
     pace:float=.03,   # seconds a candle
     finished:bool=False,  # wait until it has ended
     name:str="SYNTHETIC_example",
-    beside:Place|None=None,   # another example, in whose ledger it trades, for an account of its own
+    beside:Place|None=None,   # another example, in whose ledger it trades, on a localnet of its own
 )->Iterator[Place]:
     "A session of an invented market that trades meanwhile, or has traded; everything is thrown away at the end"
     market = ar1(400, rho=.1, volatility=.008, seed=4)
     with ExitStack() as stack:
         folder = beside.sessions.parent if beside else Path(stack.enter_context(TemporaryDirectory()))
-        exchange = stack.enter_context(Localnet({BITCOIN.symbol: market}, instruments=[BITCOIN], api_key=name,
-                                                api_secret=name, start=int(times(market)[60])))
+        exchange = stack.enter_context(Localnet({BITCOIN.symbol: market}, instruments=[BITCOIN], api_key="example",
+                                                api_secret="example", start=int(times(market)[60])))
         session = _example(exchange, folder, name, pace)
         trading = threading.Thread(target=lambda: asyncio.run(session.run(candles)))
         trading.start()

@@ -37,8 +37,7 @@ from ..log_lines import line_of, moment
 from .feed import OnThread
 from .replies import ago, line, open_alerts, quote_of, state_in
 from .telegram import ACTIONS, Codes, Plan, carry_out
-from .wording import said
-from ..risk.answers import sentence, word
+from .wording import OF_NOTICES, reason_in, said
 from ..risk.trading_state import CAUSES
 from ..settings import Reason
 from ..texts import html_text, one_line, without_html
@@ -96,7 +95,7 @@ VIEW |= {
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash007b
 VIEW |= {
     "since": ("Since", "Desde"), "evidence": ("Evidence", "Evidencia"), "measure": ("Measure", "Medida"),
-    "median": ("Median", "Mediana"), "p95": ("95 %", "95 %"), "count": ("Count", "Número"),
+    "median": ("Median", "Mediana"), "p95": ("95 %", "95 %"), "count": ("Count", "Veces"),
     "newest": ("Newest", "Última"), "target": ("Target", "Objetivo"), "answer": ("Answer", "Respuesta"),
     "time": ("Time", "Hora"), "level": ("Level", "Nivel"), "text": ("Text", "Texto"), "number": ("Number", "Número"),
     "person": ("Person", "Persona"), "what": ("What", "Qué"), "fact": ("Fact", "Dato"), "value": ("Value", "Valor"),
@@ -107,6 +106,7 @@ VIEW |= {
     "order answer": ("Answer to an order", "Respuesta a una orden"), "inference": ("Inference", "Inferencia"),
     "confidence": ("Confidence", "Confianza"),
     "waits": ("no answer yet", "sin respuesta aún"), "everything": ("everything", "todo"),
+    "gone": ("runs no more; shown is", "ya no está en marcha; se muestra"),
     "curve": ("{name} from {first} to {last}, {count} candles", "{name} de {first} a {last}, {count} velas")}
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0008
@@ -117,6 +117,11 @@ def words_of(language:str)->dict[str, str]: # en or es
 
 _MARKS = {"info": "ℹ", "warning": "⚠", "error": "✕", "critical": "‼"}
 _TONES = {"info": "", "warning": "warn", "error": "bad", "critical": "bad"}
+
+
+def _level(level, language):
+    "How urgent something is, as a cell"
+    return [f"{_MARKS.get(level, '⚠')} {said(level, '', language)}", _TONES.get(level, "")]
 
 
 def signed(value:float, form:str, language:str)->list[str]:
@@ -149,10 +154,10 @@ def positions_part(status:Status, language:str)->dict[str, Any]:
 def orders_part(status:Status, language:str)->dict[str, Any]:
     "The orders of which the end is not known"
     words = words_of(language)
-    return _part("orders", ("symbol", "kind", "side", "quantity", "filled", "price", "stop", "state"), (
-        [each.symbol, each.kind, words["buy" if each.quantity > 0 else "sell"],
+    return _part("orders", ("symbol", "kind", "quantity", "filled", "price", "stop", "state"), (
+        [each.symbol, f"{words['buy' if each.quantity > 0 else 'sell']}, {said(each.kind, '', language)}",
          *(_number(value, language) for value in (abs(each.quantity), each.executed, each.price, each.trigger)),
-         each.state] for each in status.orders), language)
+         said(each.state, "", language)] for each in status.orders), language)
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0015
 def limits_used(
@@ -187,8 +192,9 @@ def breakers_part(status:Status, language:str)->dict[str, Any]:
     "What restricts trading, and since when"
     words = words_of(language)
 
-    def about(each): return "; ".join(filter(None, (CAUSES[each.name].sentence if each.name in CAUSES else "",
-                                                    one_line(each.evidence, 200))))
+    def about(each):
+        known = said(CAUSES[each.name].sentence, "", language) if each.name in CAUSES else ""
+        return "; ".join(filter(None, (known, one_line(each.evidence, 200))))
     rows = [[each.name, each.symbol or words["everything"], [f"⚠ {each.requires}", "warn"], format_time(each.since),
              about(each)] for each in status.causes]
     return _part("breakers", ("cause", "scope", "requires", "since", "evidence"), rows, language)
@@ -219,8 +225,9 @@ def model_part(status:Status, decisions:Sequence[Mapping[str, Any]], rows:Sequen
     "What decides, and what it decided last"
     words, known = words_of(language), status.settings
 
-    def reason(row): return sentence(row["reason"], row["value"], row["limit"]) or word(row["reason"]) \
-        if row["reason"] != Reason.ACCEPTED else f"✓ {word(row['reason'])}"
+    def reason(row):
+        text = reason_in(row["reason"], row["value"], row["limit"], language)
+        return f"✓ {text}" if row["reason"] == Reason.ACCEPTED else text
     facts = [[words["policy"], f"{known.get('policy', '')} {known.get('origin', '')}".strip()],
              [words["version"], str(known.get("version", ""))]] if known else []
     if drift := _drift(rows): facts.append([words["drift"], f"{one_line(drift[0], 80)} "
@@ -236,8 +243,9 @@ def model_part(status:Status, decisions:Sequence[Mapping[str, Any]], rows:Sequen
 def _told_parts(status, language):
     "Notices and commands, newest first"
     words = words_of(language)
-    notices = ([format_time(each.time), [f"{_MARKS.get(each.level, '⚠')} {each.level}", _TONES.get(each.level, "")],
-                each.kind, one_line(redact(each.text), 300)] for each in reversed(status.notices))
+    def kind(name): return OF_NOTICES.get(name, (name, name))[language == "es"]
+    notices = ([format_time(each.time), _level(each.level, language), kind(each.kind),
+                one_line(redact(each.text), 300)] for each in reversed(status.notices))
     commands = ([format_time(each.time), " ".join(filter(None, (each.name, each.symbol, each.arguments.strip("{}")))),
                  f"{each.person} ({one_line(each.reason, 100)})",
                  one_line(each.answer, 300) or [f"… {words['waits']}", "warn"]]
@@ -298,6 +306,14 @@ def _facts(status, track, language):
     if status.heard: yield words["heard"], ago(status.time - status.heard, language), ""
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0026
+def _source(status, language):
+    "Where the prices are from; empty if nothing is known of the session"
+    source = str(status.settings.get("source", ""))
+    if not status.settings or language == "en": return prices_of(source) if status.settings else ""
+    invented = " SINTÉTICOS" if "synthetic" in source.lower() else ""
+    return f"Precios{invented}: {source or 'origen desconocido'}"
+
+
 def session_view(look:Reading, status:Status, language:str)->dict[str, Any]:
     "What there is to see of a session"
     table, symbols = MEASURED[SystemMetric], status.settings.get("symbols", ())
@@ -305,22 +321,20 @@ def session_view(look:Reading, status:Status, language:str)->dict[str, Any]:
     decisions = look.rows(DECISIONS, session=status.session, newest=max(1, len(symbols)))
     standing = look.rows(TRADING_STATES, venue=status.venue, account=status.account, strategy=status.strategy)
     track = track_of(look, status, language)
-    source = status.settings.get("source", "")
     parts = [positions_part(status, language), orders_part(status, language),
              risk_part(status, standing[0]["day_equity"] if standing else 0., language),
              breakers_part(status, language), latency_part(rows, language),
              model_part(status, decisions, rows, language), *_told_parts(status, language)]
     return {"id": status.session, "mark": "●" if status.alive else "■", "alive": status.alive,
-            "note": "; ".join(filter(None, (prices_of(source) if status.settings else "", status.unread))),
+            "note": "; ".join(filter(None, (_source(status, language), status.unread))),
             "facts": [*map(list, _facts(status, track, language))], "parts": parts, "track": track}
 
 
 def alerts_part(rows:Iterable[Mapping[str, Any]], language:str)->dict[str, Any]: # of the alerts
     "What nobody has resolved, newest first; `open` are those that nobody has acknowledged"
     found = sorted(rows, key=lambda row: -row["number"])
-    told = ([str(row["number"]), [f"{_MARKS.get(row['level'], '⚠')} {row['level']}", _TONES.get(row["level"], "")],
-             row["state"], str(row["count"]), format_time(row["time"]), one_line(redact(row["text"]), 300)]
-            for row in found)
+    told = ([str(row["number"]), _level(row["level"], language), said(row["state"], "", language), str(row["count"]),
+             format_time(row["time"]), one_line(redact(row["text"]), 300)] for row in found)
     part = _part("alerts", ("number", "level", "state", "count", "since", "text"), told, language)
     return part | {"open": {str(row["number"]): row["number"] for row in found if row["state"] == "open"}}
 

@@ -24,8 +24,8 @@ from ..live.guards import REASONS
 from ..live.status import Status, age
 from ..log import redact
 from ..log_lines import LogError, newest
-from .wording import said, worded
-from ..risk.answers import sentence, word
+from .wording import reason_in, said, worded
+from ..risk.answers import word
 from ..risk.trading_state import CAUSES
 from ..settings import Reason
 from ..texts import html_text, one_line
@@ -273,7 +273,7 @@ def _decision_line(row, language):
     reason, values = row["reason"], dict(symbol=row["symbol"], target=row["target"], position=row["position"])
     code = f"decision.{word(reason).replace(' ', '_')}"
     if reason != Reason.ACCEPTED:
-        text = sentence(reason, row["value"], row["limit"]) or word(reason)
+        text = reason_in(reason, row["value"], row["limit"], language)
         return line("why answer", language, code=code, text=text, **values)
     return line("why held" if row["target"] or row["position"] else "why flat", language,
                 code=f"{code}.{reason:d}" if row["target"] else "decision.flat", **values)

@@ -61,12 +61,12 @@ function line(place, name, height, stroke, fill, track, format) { // one curve o
                    [track.time, track[name]], place)
 }
 
-function candles(place, track, symbol) { // prices with fills, of Lightweight Charts
+function candles(place, track, symbol, locale, priceFormatter) { // prices with fills, of Lightweight Charts
   const colour = colours(place), kit = window.LightweightCharts
   const chart = kit.createChart(place, {width: place.clientWidth, height: 260, handleScroll: false, handleScale: false,
     layout: {attributionLogo: false, background: {color: "transparent"}, textColor: colour("--quiet"), fontFamily: "sans-serif"},
     grid: {vertLines: {visible: false}, horzLines: {color: colour("--line")}}, rightPriceScale: {borderVisible: false},
-    timeScale: {borderVisible: false, timeVisible: true}})
+    timeScale: {borderVisible: false, timeVisible: true}, localization: {locale, priceFormatter}})
   const series = chart.addSeries(kit.CandlestickSeries, {upColor: "transparent", borderUpColor: colour("--good"), wickUpColor: colour("--good"),
     downColor: colour("--bad"), borderDownColor: colour("--bad"), wickDownColor: colour("--bad"), priceLineVisible: false})
   const prices = track.prices[symbol]
@@ -81,10 +81,10 @@ function drawn(root, state, track, words) { // equity, drawdown and prices, agai
   for (const each of state.charts.splice(0)) (each.destroy || each.remove).call(each)
   for (const each of ["equity", "drawdown", "prices"]) state[each].replaceChildren()
   if (!track || track.time.length < 2) return
-  const short = value => value.toLocaleString(words.locale, {maximumFractionDigits: 2})
+  const short = value => value.toLocaleString(words.locale, {maximumFractionDigits: 2}).replaceAll(words.locale === "es" ? "." : "\u00a0", "\u00a0")
   state.charts.push(line(state.equity, "equity", 180, "--accent", "", track, short),
                     line(state.drawdown, "drawdown", 110, "--bad", "--bad-soft", track, value => `${short(value)} %`))
-  if (track.prices[state.symbol]) state.charts.push(candles(state.prices, track, state.symbol))
+  if (track.prices[state.symbol]) state.charts.push(candles(state.prices, track, state.symbol, words.locale, short))
   for (const each of ["equity", "drawdown"]) state[each].setAttribute("aria-label", track.said[each])
   state.prices.setAttribute("aria-label", track.said.prices[state.symbol] || words.none)
 }
@@ -123,7 +123,7 @@ function asked(root, act, look, session, send) { // a dialog that asks once more
     go.removeAttribute("aria-disabled")
     if (answer.confirm) {
       request.planned = true
-      said.replaceChildren(answer.plan, made("br"), made("strong", {}, `${words.code_is} ${answer.confirm}`))
+      said.replaceChildren(act.words, made("br"), made("strong", {}, `${words.code_is} ${answer.confirm}`))
       fields.replaceChildren(...code)
       return code[1].focus()
     }
@@ -176,12 +176,13 @@ function skeleton(element) { // what is made once
 }
 
 function headed(element, state, look, again, send) { // sessions to choose from, and what may be done
-  const words = look.words, session = look.sessions.find(each => each.id === state.chosen) || look.sessions[0]
+  const words = look.words, before = state.chosen, session = look.sessions.find(each => each.id === before) || look.sessions[0]
   state.chosen = session ? session.id : ""
+  if (before && session && session.id !== before) state.status.textContent = `⚠ ${before} ${words.gone} ${session.id}`
   if (changed(state.sessions, [state.chosen, look.sessions.map(each => [each.id, each.mark])])) {
     state.sessions.setAttribute("aria-label", words.sessions)
     replaced(state.sessions, ...look.sessions.map(each => made("button", {type: "button", "data-key": each.id, "aria-pressed": String(each.id === state.chosen),
-      onclick: () => { state.chosen = each.id; again() }}, each.mark, " ", each.id)))
+      onclick: () => { state.chosen = each.id; state.status.textContent = ""; again() }}, each.mark, " ", each.id)))
   }
   if (changed(state.acts, [look.acts, state.chosen])) replaced(state.acts, ...look.acts.map(act => made("button", {type: "button",
     "data-key": act.name, class: act.type ? "danger" : null, onclick: () => asked(element, act, state.look, state.chosen, send)}, act.title)))
@@ -204,6 +205,13 @@ function pictured(element, state, session, words) { // the curves, if there is s
   drawn(element, state, track, words)
 }
 
+function stacked(element) { // a table that does not fit into its card is a list
+  const cards = [...element.querySelectorAll("section")].filter(each => each.querySelector("table"))
+  for (const each of cards) each.classList.remove("stacked")
+  const narrow = cards.filter(each => each.clientWidth < 480 || each.querySelector("table").offsetWidth > each.clientWidth - 24) // its padding
+  for (const each of narrow) each.classList.add("stacked")
+}
+
 function shown(element, state, look, again, send) { // a view
   const words = look.words, session = headed(element, state, look, again, send)
   for (const each of look.sessions) if (each.track) state.tracks[each.id] = each.track
@@ -224,6 +232,7 @@ function shown(element, state, look, again, send) { // a view
   pictured(element, state, session, words)
   const parts = [...(session?.parts || []), look.log]
   if (changed(state.parts, parts)) state.parts.replaceChildren(...parts.map(part => card(part.title, table(part))))
+  stacked(element)
   if (changed(state.foot, words.foot)) state.foot.replaceChildren(words.foot, " ", made("a", {href: "https://www.tradingview.com/", rel: "noopener noreferrer"}, "TradingView"))
 }
 
