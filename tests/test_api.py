@@ -7,15 +7,17 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from socket import create_connection, create_server
 
 import httpx
+import pandas as pd
 import pytest
 import websockets
 from pydantic import SecretStr
 from servers import until
-from test_live import session
+from test_live import HISTORY, MARKET, session, trader
 from test_schedule import notebook, write
 from test_serve import free_port, localnet, orders_at, run_alone, served
 from test_serve import refused as said_by_refused
@@ -24,15 +26,25 @@ from tradelab.config import ApiSettings, Settings, settings
 from tradelab.database.accounts import Accounts
 from tradelab.database.operations import Operations
 from tradelab.database.reading import reading
-from tradelab.database.records import Alert, clock
+from tradelab.database.records import Alert, Asked, clock
 from tradelab.database.rows import Database
 from tradelab.database.schema import AUDIT, COMMANDS
 from tradelab.errors import ConfigurationError
+from tradelab.evaluation.difference import first_difference
+from tradelab.events import Candles, LimitsChange
+from tradelab.live.ledger import Ledger
+from tradelab.live.recorder import Recording, read
+from tradelab.live.replay import first_other_action, replay, unproven
+from tradelab.market.synthetic import funding
 from tradelab.ops.feed import Feed
 from tradelab.ops.health import Health, HealthWatch
 from tradelab.ops.people import ROLES, Token, issue, new_account, read_token
 from tradelab.ops.routes import Api, check_api
 from tradelab.ops.samples import Gatherer
+from tradelab.settings import changed
+from tradelab.sim.backtest import backtest
+from tradelab.strategies.example import Momentum
+from tradelab.trader import Trader
 from tradelab.venues.binance import BinanceVenue
 from tradelab.watching import example_session
 
@@ -97,6 +109,28 @@ class World:
 
 
 ACCOUNTS = {role: new_account("somebody", role, PASSWORD, "root", 0) for role in ROLES}
+
+
+class Pausing:
+    "Makes a venue at which each of these things is done once, by the number of the candle behind which it is done"
+
+    def __init__(self, deeds): self.deeds, self.met, self.steps = deeds, [], {}
+
+    def __call__(self, *given):
+        pausing = self
+
+        class Venue(BinanceVenue):
+            async def waits(self, open_time, trade=None):
+                if deed := pausing.due(open_time): await asyncio.to_thread(deed)
+                await super().waits(open_time, trade)
+        return Venue(*given)
+
+    def due(self, open_time):
+        self.steps.setdefault(open_time, len(self.steps))
+        deed = self.deeds.get(self.steps[open_time])
+        if deed is None or deed.__name__ in self.met: return None
+        self.met.append(deed.__name__)
+        return deed
 
 
 @contextmanager
@@ -351,6 +385,90 @@ def confirmed(here, session):
     assert {"planned", "refused", "done", "replayed"} <= {row["outcome"] for row in here.audit()}
 
 
+def answered(here, path, body, **headers):
+    "What a session says to what ada asks, when it has said it"
+    found, said = here.ask("POST", path, "ada", body, **headers)
+    assert found.status_code in (200, 202), said
+    return until(lambda: here.ask("GET", f"/commands/{said['command']}", "vera")[1]["answer"])
+
+
+def in_force(here): return here.ask("GET", "/risk/limits", "vera")[1][0]["limits"]["max_position"]
+
+
+def tightened(here):
+    "Stricter limits are taken at once; what cannot be is asked of no session"
+    until(lambda: in_force(here) == .05)
+    seen = len(here.commands())
+    for limits, words in (({"max_position": 2.}, "max_position"), ({"hope": 1.}, "there is no limit 'hope'"),
+                          ({"leverage": 9.}, "there is no limit 'leverage'"), ({"max_drawdown": 1.5}, "max_drawdown")):
+        found, said = here.ask("POST", "/risk/update-limits", "ada", {"limits": limits, "reason": "bold"})
+        assert found.status_code == 422
+        assert words in said["error"]
+    assert len(here.commands()) == seen
+    said = answered(here, "/risk/update-limits", {"limits": {"max_position": .02}, "reason": "nervous"})
+    assert said == "from the next decision on, to the end of this session: max_position 0.02, was 0.05"
+    until(lambda: in_force(here) == .02)
+
+
+def loosened(here):
+    "Looser ones are an admin's, with a code: once, for nobody else, nothing else, and for a minute"
+    path, key = "/risk/update-limits", {"Idempotency_Key": "looser-1"}
+    body, seen = {"limits": {"max_position": .1}, "reason": "calm"}, len(here.commands())
+    def refused(name, body, **headers):
+        found, said = here.ask("POST", path, name, body, **headers)
+        return found.status_code, said.get("error", "")
+    assert refused("tom", body, **key)[0] == 403
+    assert refused("ada", body)[0] == 400 # it needs a key
+    found, plan = here.ask("POST", path, "ada", body, **key)
+    assert found.status_code == 202
+    assert plan["plan"].endswith("It may do more from its next candle on: max_position is 0.02 now")
+    code = plan["confirm"]
+    assert refused("otto", body, X_Confirm=code, **key)[0] == 403
+    assert refused("ada", body | {"limits": {"max_position": .4}}, X_Confirm=code, **key)[0] == 403
+    here.ahead += 60_001
+    assert refused("ada", body, X_Confirm=code, **key) == (403, "the code has expired: ask for another")
+    assert len(here.commands()) == seen
+    code = here.ask("POST", path, "ada", body, **key)[1]["confirm"]
+    said = answered(here, path, body, X_Confirm=code, **key)
+    assert said == "from the next decision on, to the end of this session: max_position 0.1, was 0.02"
+    until(lambda: in_force(here) == .1)
+    again, _ = here.ask("POST", path, "ada", body, **key)
+    assert again.headers["idempotent-replay"] == "true"
+    assert refused("ada", body | {"reason": "another"}, **key)[0] == 422
+    assert [json.loads(row["arguments"]) for row in here.commands()[seen:]] == [{"looser": True, "max_position": .1}]
+    outcomes = [row["outcome"] for row in here.audit() if row["action"] == "POST /risk/update-limits"]
+    assert outcomes == [*["refused"] * 4, "done", *["refused"] * 2, "planned", *["refused"] * 3, "planned", "done",
+                        "replayed", "refused"]
+
+
+def unsaid(here):
+    "Who writes a looser limit into the table of commands and does not say that it is one, is refused by the session"
+    ledger = Ledger(here.database)
+    number = ledger.commands.ask(Asked("limits", "a test", "eve", session="momentum_test",
+                                       arguments='{"max_position": 0.3}'))
+    answer = until(lambda: ledger.commands.find(number=number)[0]["answer"])
+    ledger.close()
+    assert answer.startswith("refused: max_position 0.3 is looser than the 0.1 in force")
+
+
+def limits_told(path, ledger):
+    "What a session's limits were changed to, by the candle that was the first to be decided under them"
+    taken = {row["number"] for row in ledger.commands.all() if not row["answer"].startswith("refused")}
+    found, given = {}, {}
+    for line in read(path):
+        if line["kind"] == "received":
+            for each in line["events"]:
+                if each["type"] == "Command" and each["name"] == "limits" and each["number"] in taken:
+                    given |= {name: value for name, value in each["arguments"].items() if name != "looser"}
+        if line["kind"] == "decision" and given: found[line["open_time"]], given = given, {}
+    return found
+
+
+def largest(steps):
+    "The largest position that was held in some steps, as a fraction of the equity"
+    return (steps["position"].abs() * steps["close"] / steps["equity"]).max()
+
+
 def alerts(here):
     operations = Operations(here.database)
     number = operations.raise_alert(Alert(0, clock(), "stop", "error", text="the stop was refused"))
@@ -405,6 +523,44 @@ def test_a_session_that_trades_is_seen_and_asked():
             runner.run(websockets.connect(f"ws://127.0.0.1:{here.api.port}/api/v1/stream").__aenter__())
 
 
+def test_limits_change_while_a_session_trades_and_it_decides_as_replay_and_backtest_do(tmp_path, monkeypatch):
+    "Stricter, then looser, kept over a restart; every decision comes out the same, bit for bit"
+    Database(url := f"sqlite:///{tmp_path}/tradelab.db").close()
+    quick = {"waits": {"heartbeat": 50}, "say": lambda line: None}
+    with localnet() as exchange, world(url, tmp_path / "sessions") as here:
+        deeds = {number: partial(deed, here) for number, deed in ((15, tightened), (40, loosened), (45, unsaid))}
+        for number, deed in deeds.items(): deed.__name__ = f"deed {number}"
+        pausing = Pausing(deeds)
+        first = session(exchange, tmp_path, pausing, **quick)
+        asyncio.run(first.run(60))
+        assert len(pausing.met) == 3
+        again = session(exchange, tmp_path, id="", resume="momentum_test", **quick)
+        asyncio.run(again.run(20))
+        assert again.trader.limits.max_position == .1
+        path, journal = tmp_path / "sessions" / "momentum_test" / "recording.zst", again.ledger.journal(again.id)
+        changes = limits_told(path, again.ledger)
+    assert [journal.index.get_loc(pd.Timestamp(each, unit="ms", tz="UTC")) for each in changes] == [15, 40]
+    assert .03 < largest(journal[:16]) < .055
+    assert largest(journal[20:41]) < .025
+    assert .06 < largest(journal[45:60]) < .11
+    assert .06 < largest(journal[62:]) < .11
+    recorded, recomputed = replay(path, trader())
+    assert first_difference(recorded, recomputed) is None
+    assert first_other_action(path, trader()) == ""
+    proven = Recording(path)
+    assert unproven(proven, replay(proven, trader())[0], journal) == ""
+
+    class Told(Trader):
+        def on(self, event):
+            given = changes.get(event.open_time) if isinstance(event, Candles) else None
+            if given: super().on(LimitsChange(changed(self.limits, given), "as the session was told", event.open_time))
+            return super().on(event)
+    monkeypatch.setattr("tradelab.sim.backtest.Trader", Told)
+    expected = backtest(Momentum(5, .005), MARKET, MARKET.index[HISTORY], funding=funding(MARKET, seed=0),
+                        engine="event", baselines=())
+    assert first_difference(expected.journal[:len(journal)], journal) is None
+
+
 def test_candles_are_judged_and_not_kept(alone):
     def ask(*candles): return alone.ask("POST", "/data/validate", "vera", {"candles": candles})
     good, bad = [1704067200000, 100, 101, 99, 100.5, 12], [1704070800000, 100, 90, 99, 101, 9]
@@ -429,7 +585,6 @@ def test_an_api_that_is_asked_hangs_and_is_killed_changes_no_session(project):
     Database(settings().database).close() # or it is made while others open it
     with localnet() as exchange, served(api_secret=SECRET, api__port=port, api__rate=1e6, api__burst=1000) as process:
         accounts = Accounts(settings().database)
-        met: list[str] = []
 
         def ask():
             accounts.put(replace(ACCOUNTS["viewer"], name="vera"))
@@ -443,20 +598,11 @@ def test_an_api_that_is_asked_hangs_and_is_killed_changes_no_session(project):
         def hang(): process.process.send_signal(signal.SIGSTOP)
 
         def kill(): process.process.kill()
-        deeds = {5: ask, 12: hang, 20: kill}
-
-        class Pausing(BinanceVenue):
-            async def waits(self, open_time, trade=None):
-                steps.setdefault(open_time, len(steps))
-                if (deed := deeds.get(steps[open_time])) and deed.__name__ not in met:
-                    met.append(deed.__name__)
-                    await asyncio.to_thread(deed)
-                await super().waits(open_time, trade)
-        steps: dict[int, int] = {}
-        live = session(exchange, project, Pausing, say=lambda line: None)
+        pausing = Pausing({5: ask, 12: hang, 20: kill})
+        live = session(exchange, project, pausing, say=lambda line: None)
         asyncio.run(live.run(30))
         accounts.close()
-    assert met == ["ask", "hang", "kill"]
+    assert pausing.met == ["ask", "hang", "kill"]
     assert live.ledger.journal(live.id).equals(journal)
     assert orders_at(exchange) == orders
 

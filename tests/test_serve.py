@@ -46,7 +46,7 @@ class Served:
     def said(self): return Path("serve.out").read_text()
 
     def begun(self):
-        until(lambda: "is at work" in self.said or self.process.poll() is not None)
+        until(lambda: "is at work" in self.said or self.process.poll() is not None, 60.)
         assert self.process.poll() is None, self.said
         return self
 

@@ -182,6 +182,7 @@ def test_words_are_done_once_while_the_session_trades(tmp_path):
         assert "resumed: nothing restricts it" in person.says("resume")
         assert "max_position 0.04, was 0.05" in person.says("limits", "max_position=0.04")
         assert "refused: max_position 0.05 is looser than the 0.04" in person.says("limits", "max_position=0.05")
+        assert "max_position 0.045, was 0.04" in person.says("limits", "max_position=0.045", "--looser")
         assert "0.01 BTC/USDT:USDT is the policy's from its next decision on" in person.says("release", BITCOIN)
         sent = len(person.slots())
         until(lambda: len(person.slots()) > sent, process)

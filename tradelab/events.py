@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN', 'HIGH', 'LOW', 'CLOSE', 'VOLUME', 'QUOTE_VOLUME', 'TRADES', 'TAKER_BUY_VOLUME', 'FUNDING_RATE', 'INDEX_PRICE',
            'OPEN_TIME', 'COLUMNS', 'KNOWN', 'SERIES', 'HOUR', 'Candles', 'TradingState', 'Fill', 'Funding',
-           'OrderUpdate', 'StateChange', 'Quote', 'Depth', 'Trade', 'Timer', 'Series', 'figure_row']
+           'OrderUpdate', 'StateChange', 'LimitsChange', 'Quote', 'Depth', 'Trade', 'Timer', 'Series', 'figure_row']
 
 # %% ../nbs/00_ground/10_events.ipynb #95_event002
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 
 from .errors import CandleError
 from .orders import Kind
-from .settings import SeriesDefinition
+from .settings import Limits, SeriesDefinition
 from .times import format_time
 
 # %% ../nbs/00_ground/10_events.ipynb #56cae0eb
@@ -90,6 +90,14 @@ class OrderUpdate:
 class StateChange:
     "What is still allowed has changed"
     state: TradingState
+    reason: str
+    change_time: int  # ms
+
+
+@dataclass(frozen=True)
+class LimitsChange:
+    "What the limits are from the next decision on"
+    limits: Limits
     reason: str
     change_time: int  # ms
 

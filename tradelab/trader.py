@@ -30,6 +30,7 @@ from tradelab.events import (
     Depth,
     Fill,
     Funding,
+    LimitsChange,
     OrderUpdate,
     Quote,
     Series,
@@ -422,6 +423,12 @@ def _warm(trader, times, candles, series):
     for open_time, candle in zip(times, candles): _see(trader, int(open_time), candle)
 
 
+def _limit(trader, limits):
+    "Decide under other limits from now on; what the rules cannot take changes nothing"
+    trader.rules.limit(limits)
+    trader.limits = limits
+
+
 def _restore(trader, snapshot):
     "Continue with holdings and figures, or with neither"
     published = unpacked_figures(trader.view.figures, snapshot)
@@ -496,7 +503,7 @@ class Trader(Holdings):
     @overload
     def on(self, event: Candles) -> Decision: ...
     @overload
-    def on(self, event: Fill | Funding | OrderUpdate | StateChange | Series) -> None: ...
+    def on(self, event: Fill | Funding | OrderUpdate | StateChange | LimitsChange | Series) -> None: ...
     @overload
     def on(self, event: Quote | Depth | Trade | Timer) -> Decision | None: ...
     def on(self, event: Any) -> Decision | None:
@@ -506,6 +513,7 @@ class Trader(Holdings):
             case Quote() | Depth() | Trade() | Timer(): return _hear(self, event)
             case Series(): self.view.figures.on(event)
             case StateChange(): self.rules.require(self.account, event.state)
+            case LimitsChange(): _limit(self, event.limits)
             case _: super().on(event)
         return None
 

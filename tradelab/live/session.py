@@ -8,13 +8,13 @@ __all__ = ['logger', 'COLUMNS', 'EMERGENCY', 'QUIET', 'DAY', 'Record', 'SLOW', '
            'Statistics', 'count', 'symbol_line', 'status_line', 'Forget', 'breaker_event', 'write', 'precedes',
            'needed', 'Files', 'answer_to', 'event_of', 'pass_on', 'told', 'clock_sample', 'in_loop', 'is_kept',
            'event_when_kept', 'waits_when_kept', 'together', 'Signals', 'run_to_completion', 'Driver', 'settings_of',
-           'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of', 'limits_by_hand',
-           'core_inputs', 'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'timed', 'weigh', 'Away', 'tell',
-           'say', 'begin_alerts', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join',
-           'other_standing', 'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files', 'finish',
-           'show_step', 'log_order', 'measured', 'hear', 'Expects', 'tell_expected', 'model_errors', 'note',
-           'keep_standing', 'keep', 'turn', 'look', 'command_of', 'know', 'unkept', 'recorder_trouble', 'kept_again',
-           'show_tables', 'carry_out', 'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
+           'restore', 'Kept', 'remember', 'known_links', 'refuse_changed', 'CoreInputs', 'opening_of', 'core_inputs',
+           'restore_books', 'make_core', 'refuse_clock', 'Stopwatch', 'timed', 'weigh', 'Away', 'tell', 'say',
+           'begin_alerts', 'save_status', 'hold', 'place_of', 'look_first', 'told_of_start', 'join', 'other_standing',
+           'causes', 'refuse_unproven', 'prepare', 'quietly', 'close_all', 'open_files', 'finish', 'show_step',
+           'log_order', 'measured', 'hear', 'Expects', 'tell_expected', 'model_errors', 'note', 'keep_standing', 'keep',
+           'turn', 'look', 'command_of', 'know', 'unkept', 'recorder_trouble', 'kept_again', 'show_tables', 'carry_out',
+           'one_name', 'heed', 'drive', 'drive_to_the_end', 'Running', 'Session']
 
 # %% ../../nbs/70_live/19_session.ipynb #98432f23
 import asyncio
@@ -53,7 +53,7 @@ from tradelab.database.records import (
     clock,
 )
 from ..database.schema import Measured
-from ..database.words import WORDS, arguments_of
+from ..database.words import WORDS, arguments_of, limits_by_hand
 from ..events import Fill, Funding, TradingState
 from ..files import owner_only, read_json, replace_files
 from ..journal import EQUITY, JOURNAL
@@ -653,20 +653,13 @@ class CoreInputs:
     deposit:float = 0.                      # of a session that is resumed: quote, that the trader was given
     standing:Standing|None = None           # where another session of this strategy left it
     ladder:str = ""                         # which causes restrict the strategy, whichever session met them
-    limits:dict[str, float] = field(default_factory=dict) # that a person has made stricter in this session
+    limits:dict[str, float] = field(default_factory=dict) # that people have changed in this session
 
 
 def opening_of(kept:Kept|None)->Opening|None:
     "Where the exchange's own books began for a session; None if it is older than that question"
     known = kept.settings.get("opening") if kept else None
     return Opening(**known) if known else None
-
-# %% ../../nbs/70_live/19_session.ipynb #39288b91
-def limits_by_hand(ledger:Ledger|MemoryLedger, session:str)->dict[str, float]:
-    "Those that a person has made stricter"
-    done = [row for row in ledger.commands.find(session=session, name="limits")
-            if row["answered"] and not row["answer"].startswith("refused")]
-    return {name: value for row in done for name, value in arguments_of(row["arguments"]).items()}
 
 # %% ../../nbs/70_live/19_session.ipynb #c8a1a5c8
 def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, offer:Offer=Offer(),
@@ -676,7 +669,7 @@ def core_inputs(ledger:Ledger|MemoryLedger, terms:Terms, kept:Kept|None=None, of
                       tuple(ledger.intents(terms.session)), tuple(ledger.booked(terms.session)), opening_of(kept),
                       tuple(ledger.paid(terms.session)), tuple(ledger.foreign(terms.session)),
                       kept.settings.get("deposit", 0.) if kept else 0., standing, ladder,
-                      limits_by_hand(ledger, terms.session) if kept else {})
+                      limits_by_hand(ledger.commands.find(session=terms.session, name="limits")) if kept else {})
 
 # %% ../../nbs/70_live/19_session.ipynb #b5c1b2c1
 def restore_books(core:Core, inputs:CoreInputs)->None:

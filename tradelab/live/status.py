@@ -11,7 +11,7 @@ __all__ = ['OPEN_STATES', 'ALIVE', 'Position', 'positions_of', 'Working', 'worki
 import json
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tradelab.database.schema import (
     TRADING_STATES,
     record_of,
 )
+from ..database.words import limits_by_hand
 from ..events import Fill, Funding, TradingState
 from ..files import read_json
 from .guards import REASONS
@@ -275,12 +276,18 @@ class Status:
     emergency:tuple[dict[str, Any], ...] = () # its newest steps
     notices:tuple[Told, ...] = ()             # the newest
     commands:tuple[CommandNow, ...] = ()            # those that wait, and the newest
+    limits_by_hand:dict[str, float] = field(default_factory=dict) # that people have changed since
     statistics:tuple[tuple[str, Any], ...] = () # as session.json has them
     alert:str = ""                # the last one, if it did not arrive
     unread:str = ""               # what could not be read, and why
 
     @property
     def alive(self)->bool: return self.state in ALIVE
+
+    @property
+    def limits(self)->dict[str, Any]:
+        "Those in force; none while it starts"
+        return {**(self.settings.get("limits") or {}), **self.limits_by_hand}
 
     def json(self)->str: return json.dumps(asdict(self) | {"statistics": dict(self.statistics)})
     def __str__(self)->str: return _screen(self)
@@ -331,6 +338,9 @@ def _about(status):
     told_why = causes or status.trading_state == TradingState.NORMAL.name
     if status.trading_state: yield "ladder", status.trading_state + ("" if told_why else f": {status.reason}")
     for each in causes: yield "", str(each)
+    began = status.settings.get("limits") or {}
+    if changed := [f"{name} {value:g} instead of {began.get(name)}" for name, value in status.limits_by_hand.items()]:
+        yield "limits", f"{', '.join(changed)}, to the end of this session"
     if status.emergency:
         step = status.emergency[-1]
         yield "emergency", (f"{_clock(step['time'])}  {step['step']} {step['symbol'] or 'all'}"
@@ -417,6 +427,7 @@ def _of_ledger(look, session, settings):
                 drawdown=_number(last.get("drawdown")), positions=tuple(positions),
                 phase=(phases(look, session, 1) or [PhaseNow()])[0], orders=tuple(working_orders(look, session)),
                 foreign=tuple(waiting(look, session)), notices=tuple(told(look, session, 8)),
+                limits_by_hand=limits_by_hand(look.rows(COMMANDS, session=session, name="limits")),
                 alert="".join(f"{_clock(row['time'])}  {one_line(row['text'], 160)}" for row in unheard),
                 emergency=tuple({name: row[name] for name in ("time", "step", "symbol", "text")} for row in steps))
 

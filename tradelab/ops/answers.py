@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'HISTORIES', 'plain', 'json_bytes', 'exchange_id', 'symbol_of', 'chosen', 'session_row', 'session_whole',
-           'system_status', 'grouped', 'performance', 'positions', 'orders', 'limits_of', 'looser', 'is_stricter',
-           'risk_mode', 'breakers', 'risk_report', 'judged_signal', 'page', 'why_now', 'models', 'predictions']
+           'system_status', 'grouped', 'performance', 'positions', 'orders', 'is_stricter', 'risk_mode', 'breakers',
+           'risk_report', 'judged_signal', 'page', 'why_now', 'models', 'predictions']
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian003
 import json
@@ -146,26 +146,6 @@ def orders(statuses:Iterable[Status])->list[dict]:
     return [{"session": status.session, **asdict(each), "id": exchange_id(each.symbol)} for status in statuses
             for each in status.orders]
 
-# %% ../../nbs/90_ops/20_answers.ipynb #apian022
-_TAKEN = "from the next decision on" # how a session begins its answer to limits that it takes
-
-
-def limits_of(status:Status)->dict[str, Any]:
-    "The limits in force, as far as the commands in sight tell"
-    found = {name: value for name, value in (status.settings.get("limits") or {}).items()}
-    for each in status.commands:
-        if each.name == "limits" and each.answer.startswith(_TAKEN): found |= json.loads(each.arguments or "{}")
-    return found
-
-
-def looser(status:Status, given:Mapping[str, float])->list[str]:
-    "The limits among these that would allow more than those in force"
-    known = limits_of(status)
-    def allows_more(name, value):
-        if (now := known.get(name)) is None: return False
-        return value < now if name.startswith("min_") else value > now
-    return [name for name, value in given.items() if allows_more(name, value)]
-
 # %% ../../nbs/90_ops/20_answers.ipynb #apian024
 MODES = {"NORMAL": "ACTIVE", "ACTIVE": "ACTIVE", "NO_ENTRY": "NO_ENTRY", "REDUCE_ONLY": "REDUCING",
          "REDUCING": "REDUCING", "HALT": "HALTED", "HALTED": "HALTED"} # what may be asked for, as `state` has it
@@ -200,7 +180,7 @@ def risk_report(status:Status)->dict[str, Any]:
     net = sum(each.quantity * each.price for each in status.positions)
     worth = status.equity or 0.
     share = (lambda value: value / worth if worth else None)
-    limits = limits_of(status)
+    limits = status.limits
     return {"session": status.session, "equity": status.equity, "drawdown": status.drawdown, "exposure": exposure,
             "leverage": share(sum(exposure.values())), "net": share(net),
             "in_use": {name: _used(value, limits.get(name)) for name, value in
@@ -214,7 +194,7 @@ def _used(value, limit): return None if value is None or not limit else value / 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian029
 def _objections(status, symbol, opens, size, confidence):
     "What speaks against a signal: a code, and words"
-    limits, report = limits_of(status), risk_report(status)
+    limits, report = status.limits, risk_report(status)
     if not status.alive: yield "NOT_RUNNING", f"{status.session} is {status.state}"
     state = status.trading_state or TradingState.NORMAL.name
     if opens and state != TradingState.NORMAL.name: yield "MODE", f"the mode is {state}: nothing new is opened"
@@ -255,7 +235,7 @@ def judged_signal(
     found = list(_objections(status, symbol, opens, direction * size, confidence)) if direction else []
     return {"session": status.session, "symbol": symbol, "action": action, "valid": not found, "opens": opens,
             "reasons": [{"code": code, "text": text} for code, text in found],
-            "limits": {name: limits_of(status).get(name) for name in ("max_position", "max_leverage", "max_order",
+            "limits": {name: status.limits.get(name) for name in ("max_position", "max_leverage", "max_order",
                                                                       "min_trade", "min_confidence")}}
 
 # %% ../../nbs/90_ops/20_answers.ipynb #apian033

@@ -165,7 +165,7 @@ def limits_used(
     day_equity:float=0.,  # quote, at midnight UTC; 0: not known
 )->list[tuple[str, float, float]]: # name, used, allowed
     "How much of each limit is used now"
-    equity, limits = status.equity or 0., status.settings.get("limits") or {}
+    equity, limits = status.equity or 0., status.limits
     weights = [each.quantity * each.price / equity for each in status.positions] if equity > 0. else []
     used = {"max_position": max(map(abs, weights), default=0.), "max_leverage": sum(map(abs, weights)),
             "max_positions": float(len(status.positions)), "max_net": abs(sum(weights)),

@@ -238,8 +238,7 @@ def risk_lines(status:Status, language:str)->list[str]:
     told = [_worth(status, language)]
     if status.equity: told.append(line("exposure", language, exposure=exposure, quote=quote_of(status),
                                        leverage=exposure / status.equity))
-    limits = status.settings.get("limits") or {}
-    return told + [line("limit", language, name=name, value=float(value)) for name, value in limits.items()
+    return told + [line("limit", language, name=name, value=float(value)) for name, value in status.limits.items()
                    if isinstance(value, int | float) and not isinstance(value, bool)]
 
 # %% ../../nbs/90_ops/16_replies.ipynb #8730617e

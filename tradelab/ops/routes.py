@@ -52,6 +52,7 @@ from tradelab.ops.acts import (
     command_now,
     keep_threshold,
     known_symbol,
+    new_limits,
     one_of,
     training_job,
 )
@@ -402,11 +403,18 @@ async def act(
     return told(answer.body, answer.status, answer.headers)
 
 
-async def tell(request:Request, action:str, asked:Command, confirmed:bool)->Response:
+async def tell(
+    request:Request,
+    action:str,
+    asked:Command,
+    confirmed:bool,
+    said:Any=None,     # what makes two requests the same; default: the word as it is asked
+)->Response:
     "Have a session do something"
     asked.check()
     api, person = api_of(request), request.state.caller.account.name
-    body = {"word": asked.word, "symbol": asked.symbol, "arguments": dict(asked.arguments), "reason": asked.reason}
+    body = said or {"word": asked.word, "symbol": asked.symbol, "arguments": dict(asked.arguments),
+                    "reason": asked.reason}
     do = partial(command, api.here, asked, f"{person} (api)")
     return await act(request, action, asked.target, do, body, asked.plan if confirmed else "")
 
@@ -525,13 +533,21 @@ class LimitsToSet(_Strict):
     model_config = _like(limits={"max_position": .02}, reason="a nervous market")
 
 
-@admin.post("/risk/update-limits", responses=_DONE, tags=["risk"])
+_LIMITED = example({"command": 7, "session": "demo", "answer":
+                    "from the next decision on, to the end of this session: max_position 0.02, was 0.05"})
+_LOOSER: dict[int|str, dict[str, Any]] = {202: {"description": "what would be allowed, and the code that confirms it",
+    "content": {"application/json": {"example": {
+        "plan": "limits max_position 0.1, looser True in demo: It may do more from its next candle on: max_position is "
+                "0.05 now", "confirm": "123456", "expires_in": 60,
+        "answer": "send it again within 60 s with X-Confirm: 123456"}}}}}
+
+
+@admin.post("/risk/update-limits", responses=_LIMITED | _LOOSER, tags=["risk"])
 async def _set_limits(request:Request, body:LimitsToSet)->Response:
-    "Other limits from the next candle on; looser ones need Idempotency-Key and X-Confirm"
-    status = one_of(api_of(request).look, body.session)
-    return await tell(request, "POST /risk/update-limits",
-                      Command("limits", status.session, body.reason, "", body.limits),
-                      bool(answers.looser(status, body.limits)))
+    "Other limits from the next candle on, to the end of a session; looser ones need Idempotency-Key and X-Confirm"
+    asked = new_limits(one_of(api_of(request).look, body.session), body.limits, body.reason)
+    return await tell(request, "POST /risk/update-limits", asked, "looser" in asked.arguments,
+                      body.model_dump(exclude={"session"}))
 
 
 @admin.post("/risk/breakers/{kind}/reset", responses=_DONE, tags=["risk"])
@@ -767,7 +783,7 @@ async def _order(request:Request, id:str)->Response:
 async def _limits(request:Request, session:Session="")->Response:
     "The limits in force"
     return of_look(request, "limits", session, make=lambda: (
-        [{"session": each.session, "limits": answers.limits_of(each)} for each in seen(request, session)]))
+        [{"session": each.session, "limits": each.limits} for each in seen(request, session)]))
 
 
 @viewer.get("/risk/report", responses=example([{"session": "demo", "leverage": .2}]), tags=["risk"])

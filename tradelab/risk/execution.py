@@ -45,7 +45,7 @@ from .limits import Gate, gate, propose, stand_by
 from .market_state import warm_up
 from .order_limits import capital
 from .stops import enter, levels
-from ..settings import COSTS, STYLES, Execution, Limits, Reason
+from ..settings import COSTS, STYLES, Execution, Limits, Reason, instrument_rows
 from ..trader import record
 
 # %% ../../nbs/30_risk/09_execution.ipynb #9d00d0ac
@@ -605,6 +605,7 @@ class OrderGate(Gate):
         costs = np.zeros((), COSTS)[()] # what an order costs, and how long it takes, is the venue's matter
         self._rules = TradingRules(costs, self._limits, self._instruments, execution.row(slots)[()])
         self._memory = self.requests, self.market, self.covariance
+        self._listed = tuple(instruments)
         self._symbols = [instrument.symbol for instrument in instruments]
         self._marks = np.zeros(len(instruments))
         self._no_targets = np.zeros(0)
@@ -612,7 +613,8 @@ class OrderGate(Gate):
         self._counts_working = limits.max_positions is not None
 
     def limit(self, limits:Limits)->None:
-        "Other limits from the next decision on; ConfigurationError if they look further back than these"
+        "Other limits from the next decision on; ConfigurationError if they look further back, or know no sector"
+        instrument_rows(self._listed, limits)
         if warm_up(limits) > self.warm_up:
             raise ConfigurationError(f"these limits look at {warm_up(limits)} candles before the first decision, those "
                                      f"in force at {self.warm_up}: set them in tradelab.toml, and start anew")
