@@ -1,6 +1,7 @@
 """The live core against an exchange in memory: killed between any two actions, it neither repeats nor loses an order.
 `tests/simulated.py` plays whole sessions on localnet's exchange and kills at their doors; here the core is alone, what
 goes wrong hangs on an order's name, and a restart is compared with the run that was not killed, row by row"""
+import sys
 from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count
@@ -170,6 +171,7 @@ class Driver:
         self.done = 0                # actions
         self.notices = []
         self.steps = 0
+        self.sends = []              # which of the actions were those
         self.ladder = ""             # which causes restrict the strategy, as its standing keeps them
         self.number = count()
         self.recorder = MemoryRecorder()
@@ -220,6 +222,7 @@ class Driver:
                 write(self.ledger, "s", record)
                 if isinstance(record, LadderMoved): self.ladder = record.ladder
             case Send(order):
+                self.sends.append(self.done)
                 written = {intent.order.order_id: intent for intent in self.ledger.intents("s")}
                 assert written[order.order_id].state is State.SENT
                 assert written[order.order_id].order == order
@@ -282,6 +285,15 @@ def test_killed_between_any_two_actions_it_ends_where_it_would_have_ended(data):
     assert "contradiction" not in again.notices
 
 
+def test_a_decision_that_is_made_once_more_knows_its_own_orders():
+    "Killed behind a request, before the step was kept: its fills are told before the decision that had wanted them"
+    driver, journal = whole(1)
+    for number in driver.sends[:8]:
+        again, rows = session(1, [number + 4])
+        if again.lost == driver.lost: assert rows.equals(journal)
+        assert "late" not in again.notices
+
+
 def test_every_kind_of_fault_is_met():
     met = {driver.exchange.fault(order) for driver, _ in map(whole, range(10))
            for order in driver.exchange.sent.values()}
@@ -306,6 +318,60 @@ def test_an_outage_ends_nothing(monkeypatch):
     assert "unanswered" in again.notices
     assert fetch is Exchange.fetch
     assert again.ledger.journal("s")["position"].iloc[-1] == expected["position"].iloc[-1]
+
+
+class Stalled(Driver):
+    "Its process stands still for hours, and its exchange does not; then what has come meanwhile is read bit by bit"
+    SINCE, UNTIL = int(TIMES[HISTORY + 1]) + HOUR, int(TIMES[HISTORY + 6]) + HOUR + HOUR // 2
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.stepped = {}
+
+    def tell(self, time, event):
+        stalled = self.SINCE <= time < self.UNTIL
+        super().tell(self.UNTIL + (time - self.SINCE) // HOUR if stalled else time, event)
+
+    def do(self, action):
+        super().do(action)
+        if isinstance(action, StepDone): self.stepped[action.open_time] = self.now
+
+
+def behind_a_stall(monkeypatch):
+    "What is left of a session that has stood still, its fills, and its positions before each"
+    monkeypatch.setattr(sys.modules[__name__], "FAULTS", ("none",))
+    monkeypatch.setattr(sys.modules[__name__], "TERMS", replace(TERMS, decision_deadline=STEPS * HOUR))
+    driver = Stalled(Exchange(0), MemoryLedger())
+    assert driver.run() == End("stopped")
+    assert driver.steps == STEPS
+    return driver, [fill for _, fill in driver.exchange.fills]
+
+
+def test_behind_a_stall_no_step_waits_for_a_fill_of_a_later_candle(monkeypatch):
+    """What is sent at the first of the candles that are read is filled hours ahead of it, and booked there. Each step
+    between would have waited for it, with all its patience"""
+    driver, fills = behind_a_stall(monkeypatch)
+    wanted = {fill.order_id: int(fill.order_id.split("-")[2], 36) for fill in fills}
+    assert any(wanted[fill.order_id] + 2 * HOUR <= driver.UNTIL <= fill.fill_time for fill in fills)
+    assert "unsettled" not in driver.notices
+    missed = [time for open_time, time in driver.stepped.items() if driver.SINCE <= open_time + HOUR < driver.UNTIL]
+    assert len(missed) == 6
+    assert max(missed) < driver.UNTIL + TERMS.quiet
+    assert sorted(entry.order_id for _, entry in driver.ledger.booked("s")) == sorted(wanted)
+
+
+def test_behind_a_stall_nothing_is_wanted_twice(monkeypatch):
+    "A decision that does not know of a fill yet would close what is closed already, and open what is open"
+    driver, fills = behind_a_stall(monkeypatch)
+    held = dict.fromkeys(SYMBOLS, 0.)
+    for fill in fills:
+        order, before = driver.exchange.sent[fill.order_id], held[fill.symbol]
+        assert not order.reduce_only or abs(before + fill.quantity) < abs(before)
+        held[fill.symbol] = before + fill.quantity
+        assert abs(held[fill.symbol]) < .03                      # the limits allow no more
+    rows = driver.ledger.journal("s")
+    last = rows[rows.index == rows.index[-1]].set_index("symbol")
+    assert held == pytest.approx((last["position"] + last["fill_quantity"]).to_dict())
 
 
 AMOUNTS = st.integers(-9, 9).filter(bool)

@@ -1,10 +1,16 @@
 "Sessions over real sockets that meet the outages of localnet's list: none ends one, and after each it trades again"
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from servers import until
 
 from tradelab.config import VenueSettings
 from tradelab.database.records import ExchangeHealth
@@ -17,6 +23,7 @@ from tradelab.live.session import Session
 from tradelab.localnet.server import Localnet
 from tradelab.market.candles import times
 from tradelab.market.synthetic import ar1, funding
+from tradelab.policies import Policy
 from tradelab.risk.execution import OrderGate
 from tradelab.settings import CostModel, Limits
 from tradelab.strategies.example import Momentum
@@ -26,7 +33,7 @@ from tradelab.venues.binance import BinanceVenue
 pytestmark = pytest.mark.integration
 
 BITCOIN, CANDLES, ARMED = "BTC/USDT:USDT", 40, 8
-MARKET = ar1(140, seed=3)
+MARKET, STEP = ar1(140, seed=3), 3_600_000
 WAITS = dict(ask_after=100, redial_after=300, quiet=100, pause=20, longest_pause=100, absent_after=200, first_delay=20,
              clock_every=50)
 
@@ -139,3 +146,73 @@ def test_what_lasts_is_told_once_and_that_it_is_over(tmp_path):
     assert asked > 5
     assert told.kinds["unanswered"] == told.kinds["over"] == 1
     assert told.ledger.notices("outage").query("kind == 'over'")["text"].item() == "localnet says account again"
+
+
+STOPPED = """
+import asyncio, os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_outages import BinanceVenue, Ledger, SecretStr, Session, VenueSettings, in_turns
+
+class Stopped(BinanceVenue):
+    sent = 0
+    async def place(self, order):
+        Stopped.sent += 1
+        if Stopped.sent == 5: os.kill(os.getpid(), signal.SIGSTOP)
+        return await super().place(order)
+
+venue = VenueSettings("localnet", "a test", {url!r}, {url!r}.replace("http", "ws"), SecretStr("localnet-key"),
+                      SecretStr("localnet-secret"))
+folder = Path({folder!r})
+live = Session(in_turns(), Stopped(venue), Ledger(f"sqlite:///{{folder}}/tradelab.db"), folder / "sessions", id="stall",
+               patience=2.)
+asyncio.run(live.run())
+"""
+BEHIND, PERIOD = 40, 150 # candles, and ms of each
+
+
+def _in_turns(parameters, memory, observation, prices, targets):
+    memory[0] += 1.
+    targets[:] = .3 if memory[0] % 4. < 2. else -.3
+
+
+def in_turns():
+    "Long for two candles, short for two"
+    policy = Policy("in_turns", _in_turns, memory=1)
+    return Trader(policy, Observation.from_policy(policy), OrderGate, Limits(), (replace(LISTED, symbol=BITCOIN),))
+
+
+def stopped_at(ledger): return ledger.intents("stall")[-1].order.open_time
+
+
+def test_a_session_that_stood_still_catches_up_without_waiting_at_each_candle(tmp_path):
+    """Its process is stopped while an order is on its way, and the market goes on without it: the order is filled 40
+    candles ahead of the step that sends it, and its fill is booked there. None of these steps waits for it"""
+    market, ledger = ar1(3_000, seed=3), Ledger(f"sqlite:///{tmp_path}/tradelab.db")
+    with Localnet({BITCOIN: market}, {}, [replace(LISTED, symbol=BITCOIN)], CostModel(),
+                  start=int(times(market)[40]), interval_ms=PERIOD) as exchange:
+        program = STOPPED.format(tests=str(Path(__file__).parent), url=exchange.url, folder=str(tmp_path))
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            until(lambda: exchange.exchange.market.now >= stopped_at(ledger) + BEHIND * STEP)
+            behind = exchange.exchange.market.now
+            process.send_signal(signal.SIGCONT)
+            until(lambda: ledger.snapshot("stall")["open_time"] >= behind, 30.)
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)[0]
+        finally: process.kill()
+        assert process.returncode == 0, said
+        orders = list(exchange.exchange.accounts["main"].orders.values())
+    kinds, booked = Counter(ledger.notices("stall")["kind"]), [entry for _, entry in ledger.booked("stall")]
+    print(kinds)
+    ahead = [fill for fill in booked if fill.fill_time - int(fill.order_id.split("-")[2], 36) >= BEHIND * STEP]
+    assert ahead
+    assert kinds["unsettled"] == 0
+    filled = Counter()
+    for fill in booked: filled[fill.order_id] += abs(fill.quantity)
+    assert set(Counter(order.client_id for order in orders).values()) == {1}
+    assert {order.client_id: order.executed for order in orders if order.time <= behind}.items() <= filled.items()
+    assert first_difference(*replay(tmp_path / "sessions" / "stall" / "recording.zst", in_turns())) is None

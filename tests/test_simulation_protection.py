@@ -4,10 +4,11 @@ import asyncio
 import json
 import os
 from collections import defaultdict
+from functools import partial
 from unittest.mock import patch
 
 import pytest
-from simulated import SYMBOLS, simulate, trader
+from simulated import PROCESS, SYMBOLS, simulate, trader, trader_of_orders
 from test_emergency import wrong_in_emergency
 from test_simulation_live import SHAPES, plan, wrong_in
 
@@ -128,3 +129,38 @@ def test_an_emergency_closes_what_stops_protect_and_takes_them_back(first):
     assert sum(halted for halted, _ in runs) > CHUNK / 2
     wrong = [line for _, lines in runs for line in lines]
     assert not wrong, "\n".join(wrong)
+
+
+OUTAGE = 12 # candles, fewer than those after which all is closed
+
+
+async def nothing_arrives(world):
+    "Neither requests nor frames, for some candles; then all of them, in their order"
+    step, latency = world.step / 1_000, world.latency
+    await asyncio.sleep(4.3 * step)
+    until = world.loop.time() + OUTAGE * step
+    world.latency = lambda: latency() + max(until - world.loop.time(), 0.)
+    await asyncio.sleep(OUTAGE * step)
+    world.latency, world.ended = latency, world.loop.now()
+
+
+@pytest.mark.parametrize("make_trader, profile", [(lambda seed: protecting(), "backtest"), (trader_of_orders, "book")],
+                         ids=["stops", "orders"])
+def test_behind_an_outage_no_step_waits_for_a_fill_of_a_later_candle(make_trader, profile):
+    """Stops and orders that rest are filled meanwhile, in candles that are still to be decided on: each of these steps
+    waited for that with all its patience, minutes together"""
+    ahead = 0
+    for seed in range(10):
+        done = {} # time of each step
+        with patch.object(sessions, "show_step", lambda session, step, done=done: done.setdefault(
+                step.open_time, PROCESS.get().world.loop.now())):
+            run = simulate(seed, make_trader=partial(make_trader, seed), profile=profile, timeframe="1m", candles=22,
+                           market_seed=seed % 5, script=nothing_arrives)
+        ended, step = run.world.ended, run.world.step
+        missed = {open_time: at for open_time, at in done.items() if at >= ended >= open_time + step}
+        assert len(missed) >= OUTAGE - 1
+        assert max(missed.values()) < ended + 2_000, f"seed {seed}"
+        assert "unsettled" not in run.notices
+        assert wrong_in(run) == []
+        ahead += sum(min(missed) + step <= entry.fill_time < ended for _, entry in run.ledger.booked(run.names[0]))
+    assert ahead

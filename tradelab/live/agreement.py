@@ -7,8 +7,8 @@ __all__ = ['ROWS_EVERY', 'row_of', 'tell_of_orders', 'tell_of_cancelled', 'book_
            'halt_if_liquidated', 'is_forgotten', 'halt_if_it_was_closing', 'take_trade', 'take_trades', 'take_rows',
            'catch_up', 'own_wallet', 'compared', 'differs', 'rows_differ', 'disagreement', 'restrict', 'ask_account',
            'freeze', 'accept', 'agree', 'ask_suspended', 'try_later', 'go_on_behind', 'history_questions', 'fill_gap',
-           'may_reconcile', 'reconcile', 'going', 'settle', 'is_by_hand', 'note_by_hand', 'with_offset', 'unfrozen',
-           'carry_out']
+           'may_reconcile', 'reconcile', 'waits_for_candles', 'awaited', 'going', 'settle', 'is_by_hand',
+           'note_by_hand', 'with_offset', 'unfrozen', 'carry_out']
 
 # %% ../../nbs/70_live/13_agreement.ipynb #4ad72d68
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from .guards import AT_END, EMERGENCY, Condition
 from .ladder import clear, in_hand, trip
 from .messages import Status, Step, Tell, Write
 from .order_manager import ATTEMPTS, Turn, busy, end_round, ended, under_our_name, update_of
-from .order_states import client_order_id, is_decided
+from .order_states import Intent, client_order_id, is_decided
 from .reconcile import Verdict, compare_accounts, difference, frozen_by, missed
 from .venue import UNITS, AccountSnapshot, OrderReport, forced, funding_of, units
 from ..notices import Notice
@@ -393,20 +393,33 @@ def reconcile(core:Core)->Process:
     else: try_later(core)
 
 # %% ../../nbs/70_live/13_agreement.ipynb #b3f5fb30
+def waits_for_candles(core:Core, intent:Intent)->bool:
+    "Whether an order has ended, and of its fills only those are not booked that belong to a later step"
+    name = intent.order.order_id
+    return core.manager.blotter.is_over(name, core.books.later(name))
+
+
+def awaited(core:Core)->list[Intent]:
+    "Orders that the present step waits for"
+    return [intent for intent in core.manager.awaited if not waits_for_candles(core, intent)]
+
+
 def going(core:Core)->bool:
-    "Whether an order waits for its turn that the guards let through"
-    return any(core.manager.gate(order) is not Turn.WAITS for order in core.manager.waiting)
+    "Whether an order waits for its turn that the guards let through, and that may come in the present step"
+    later = {each.order.symbol for each in core.manager.blotter.open.values() if waits_for_candles(core, each)}
+    return any(order.symbol not in later and core.manager.gate(order) is not Turn.WAITS
+               for order in core.manager.waiting)
 
 
 def settle(core:Core)->Process:
     "Wait until every order that may leave has ended or rests, or patience ends"
-    manager, until = core.manager, core.now + core.terms.patience
-    while (manager.awaited or going(core)) and (book(core) or core.now < until):
-        if not (manager.awaited or going(core)): break
+    until = core.now + core.terms.patience
+    while (awaited(core) or going(core)) and (book(core) or core.now < until):
+        if not (awaited(core) or going(core)): break
         if not (yield from news(core, core.now + core.terms.quiet)): yield from catch_up(core)
     core.do(*(Tell(Notice("unsettled", f"{intent.order.symbol} {intent.order.quantity}: {intent.state}, "
                           f"{intent.executed} executed, {intent.order.order_id}"))
-              for intent in manager.awaited))
+              for intent in awaited(core)))
 
 # %% ../../nbs/70_live/13_agreement.ipynb #6aefc9fc
 def is_by_hand(core:Core, symbol:str)->bool:
@@ -448,12 +461,12 @@ def unfrozen(core:Core, orders:Sequence[Order])->list[Order]:
 def carry_out(core:Core, orders:Sequence)->Process:
     """Write down, send, and wait until each order has ended and is booked, or rests; entries wait for the guards.
     Symbols wait for nobody but themselves: what is awaited from before is asked about while the others are sent"""
-    manager, before = core.manager, bool(core.manager.awaited or core.manager.searches)
+    manager, before = core.manager, bool(awaited(core) or core.manager.searches)
     core.do(*manager.resolve(core.now) if before else (), *manager.want(unfrozen(core, orders), core.now))
     until = core.now + core.terms.patience
     while busy(manager.pursuits.values(), until):
         if not book(core): yield None
-    if before and (manager.awaited or manager.searches): yield from catch_up(core) # all witnesses, at every candle
+    if before and (awaited(core) or manager.searches): yield from catch_up(core) # all witnesses, at every candle
     manager.cautious = False
     yield from settle(core)
     while core.manager.waiting and core.guards.missed and core.now < core.deadline and not core.stopping:

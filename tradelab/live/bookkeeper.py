@@ -219,6 +219,16 @@ class Bookkeeper:
         "Whether a fill of this order has been told, and is not booked yet"
         return any(isinstance(entry, Fill) and entry.order_id == order_id for entry, _ in self._waiting)
 
+    def later(self, order_id:str)->float:
+        "Base units of this order that were told and belong to a later step"
+        return sum(abs(entry.quantity) for entry, _ in self._waiting if isinstance(entry, Fill)
+                   and entry.order_id == order_id and not self._is_due(entry))
+
+    def is_ahead(self, open_time:int)->bool:
+        "Whether a fill tells that the candle after this one (open time, ms) has closed already"
+        opening = max(open_time + self.step, self.opening)
+        return any(isinstance(entry, Fill) and not is_due(entry, opening, self.step) for entry, _ in self._waiting)
+
     def _is_due(self, entry):
         return is_due(entry, max(self.trader.open_time + self.step, self.opening), self.step)
 

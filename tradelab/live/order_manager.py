@@ -96,11 +96,14 @@ class KnownOrders:
             self.filled.pop(name, None)
             self.passed.discard(name)
 
-    def release(self, name:str)->None:
-        "Follow an order no longer if it has ended, all its fills are booked, and nothing about it is in doubt"
+    def is_over(self, name:str, later:float=0.)->bool:
+        "Whether an order has ended, all its fills but these (base units) are booked, and nothing about it is in doubt"
         intent = self.known[name]
-        if intent.state.ended and self.filled[name] > intent.executed - 1e-9 and name not in self.doubts:
-            self.open.pop(name, None)
+        return intent.state.ended and self.filled[name] + later > intent.executed - 1e-9 and name not in self.doubts
+
+    def release(self, name:str)->None:
+        "Follow an order no longer if it is over"
+        if self.is_over(name): self.open.pop(name, None)
 
     @property
     def contradictions(self)->dict[str, str]:

@@ -16,7 +16,7 @@ from math import copysign, isfinite
 
 from ..account import decimal8
 from ..events import HIGH, LOW
-from .agreement import book, catch_up
+from .agreement import book, catch_up, waits_for_candles
 from .core import Core, Process, ask_all
 from .guards import Phase
 from .ladder import clear, trip
@@ -362,7 +362,8 @@ def on_their_way(core:Core, until:int)->bool:
     asked = any(protects(each.order) and busy([each], until) and not is_unseen(core, name)
                 for name, each in manager.pursuits.items())
     return asked or any(protects(each.order) and (each.state.ended or each.order.kind is Kind.MARKET)
-                        for name, each in manager.blotter.open.items() if not is_unseen(core, name))
+                        and not (is_unseen(core, name) or waits_for_candles(core, each))
+                        for name, each in manager.blotter.open.items())
 
 # %% ../../nbs/70_live/14_protection.ipynb #prtshow19
 def secure(core:Core)->Process:
