@@ -71,7 +71,7 @@ class Command:
     @property
     def plan(self)->str:
         "What would happen, in a sentence"
-        given = ", ".join(f"{name} {value}" for name, value in self.arguments.items())
+        given = ", ".join(f"{name} {value}".removeprefix(f"{self.word} ") for name, value in self.arguments.items())
         about = " ".join(filter(None, (self.word, self.symbol, given)))
         return f"{about} in {self.session}: {self.means or WORDS[self.word].words}"
 

@@ -198,7 +198,7 @@ def caller_of(api:Api, request:Any)->Caller: # a request or a WebSocket
     if api.register is None: raise RefusedError(503, "the ledger has not been read yet: try again in a moment")
     text, in_header = _token_text(request)
     challenge = {"WWW-Authenticate": 'Bearer realm="tradelab"'}
-    if not text: raise RefusedError(401, "this needs a token: POST /api/v1/auth/token gives one", **challenge)
+    if not text: raise RefusedError(401, "this needs a token, which POST /api/v1/auth/token gives", **challenge)
     try: token, account = read_token(text, "access", api.gate.secret, api.register, api.now())
     except TokenError as error: raise RefusedError(401, str(error), **challenge) from None
     changes = request.scope["type"] == "http" and request.method not in ("GET", "HEAD")
@@ -207,13 +207,16 @@ def caller_of(api:Api, request:Any)->Caller: # a request or a WebSocket
     return Caller(account, token)
 
 # %% ../../nbs/90_ops/23_routes.ipynb #786a1fcb
+_A = {role: f"a{'n' * (role[0] in 'aeiou')} {role}" for role in ROLES}
+
+
 def admit(api:Api, request:Any, role:str)->Caller:
     "Who asks, if it may; RefusedError if not"
     caller = caller_of(api, request)
     if request.scope["type"] == "http": request.state.caller = caller
     if wait := api.of_token.take(caller.token.name, monotonic()): raise too_often(wait)
     if ROLES.index(caller.account.role) < ROLES.index(role):
-        raise RefusedError(403, f"this is for a {role}, {caller.account.name} is a {caller.account.role}")
+        raise RefusedError(403, f"this is for {_A[role]}, {caller.account.name} is {_A[caller.account.role]}")
     return caller
 
 
@@ -226,7 +229,7 @@ ERRORS: dict[int|str, dict[str, Any]] = {status: {"description": words, "content
     "example": {"error": example}}}} for status, words, example in (
     (400, "the request cannot be understood", "the body is no JSON"),
     (401, "no token, or one that is not taken", "the token has expired: refresh it, or sign in again"),
-    (403, "not for this role, this code or this address", "this is for a admin, ada is a viewer"),
+    (403, "not for this role, this code or this address", "this is for an admin, ada is a viewer"),
     (404, "there is no such thing", "there is no alert 7"),
     (409, "it cannot be done now", "2 sessions are running, say which by session: a, b"),
     (413, "the body is too large", "a body has at most 1,000,000 bytes"),
@@ -511,7 +514,7 @@ def _needs(request, role, why):
     "RefusedError if who asks may not"
     account = request.state.caller.account
     if ROLES.index(account.role) < ROLES.index(role):
-        raise RefusedError(403, f"{why} is for a {role}, {account.name} is a {account.role}")
+        raise RefusedError(403, f"{why} is for {_A[role]}, {account.name} is {_A[account.role]}")
 
 
 @trader.put("/risk/mode", responses=_DONE, tags=["risk"])
