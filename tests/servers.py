@@ -176,14 +176,14 @@ def written(server):
 def pong(server):
     with socket.create_connection(("127.0.0.1", server.port), 1) as line:
         line.sendall(b"PING\r\n")
-        return line.recv(16).startswith(b"+PONG")
+        return line.recv(16).startswith((b"+PONG", b"-NOAUTH"))
 
 
-def redis():
+def redis(*options):
     found = program("redis-server")
     def make(folder, port):
         return Process((found, "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
-                        "--dir", folder), port, pong, "redis")
+                        "--dir", folder, *options), port, pong, "redis")
     return running(make)
 
 

@@ -31,7 +31,7 @@ from tradelab.settings import Limits
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {"testnet_key", "testnet_secret", "mainnet_key", "mainnet_secret", "alert_url", "escalation_url",
-           "watchdog_url", "telegram_token", "influx_token", "metrics_token", "api_secret"}
+           "watchdog_url", "telegram_token", "influx_token", "metrics_token", "api_secret", "redis_url"}
 UNSET = {"venue", "mainnet_confirmation", "passphrase_file", "alerts.templates", "alerts.levels", "api.certificate",
          "api.certificate_key"}
 

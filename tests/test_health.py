@@ -8,7 +8,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from postgres import database_at
 from pydantic import SecretStr
-from servers import free_port, hanging, influxdb, victoria_metrics, webhook
+from servers import free_port, hanging, influxdb, redis, victoria_metrics, webhook
 from test_outages import Told
 
 from tradelab.config import settings
@@ -40,7 +40,7 @@ def states(found): return {each.name: each.state for each in found.found}
 
 
 QUIET = {"ledger": UP, "disk": UP, "session": OFF, "venue": OFF, "serve": OFF, "watchdog": OFF, "telegram": OFF,
-         "influx": OFF}
+         "influx": OFF, "redis": OFF}
 
 
 def down(here, name, words, **others):
@@ -92,6 +92,24 @@ def test_a_database_of_figures_that_is_killed_hangs_and_is_back(here, server):
         assert states(look(here)) == QUIET | {"influx": UP}
     with webhook(status=503) as wrong:
         down(here.model_copy(update={"influx_url": wrong.url}), "influx", "it answers 503")
+
+
+def test_a_redis_that_is_killed_hangs_wants_a_password_and_is_back(here):
+    with redis("--requirepass", "planted-0123") as there:
+        url = f"redis://:planted-0123@127.0.0.1:{there.port}/0"
+        asked = here.model_copy(update={"redis_url": SecretStr(url)})
+        assert states(look(asked)) == QUIET | {"redis": UP}
+        there.hang()
+        down(asked, "redis", "no answer within 2 s")
+        there.go_on()
+        assert states(look(asked)) == QUIET | {"redis": UP}
+        other = here.model_copy(update={"redis_url": SecretStr(url.replace("planted", "wrong"))})
+        found = down(other, "redis", "invalid username-password pair")
+        assert "0123" not in found.json() + str(found)
+        there.kill()
+        down(asked, "redis", "onnect")
+        there.start()
+        assert states(look(asked)) == QUIET | {"redis": UP}
 
 
 class Mail:

@@ -27,7 +27,7 @@ OWNERS = {  # a library lives in one named place
                 *(f"tradelab.ops.{name}" for name in ("exposition", "line_protocol", "health", "serve"))},
     "prometheus_client": {"tradelab.ops.exposition"}, "telegram": {"tradelab.ops.telegram"},
     "fastapi": {"tradelab.ops.routes"}, "starlette": {"tradelab.ops.routes", "tradelab.ops.dashboard"},
-    "uvicorn": {"tradelab.ops.routes"},
+    "uvicorn": {"tradelab.ops.routes"}, "redis": {"tradelab.database.redis"},
     "jwt": {"tradelab.ops.people"}, "apscheduler": {"tradelab.ops.schedule"},
     "cryptography": {"tradelab.localnet.protocol", "tradelab.secrets"}, "keyring": {"tradelab.secrets"},
     "anywidget": {"tradelab.ops.dashboard"}, "papermill": {"tradelab.jobs"}, "apprise": {"tradelab.live.alerts"},

@@ -1,6 +1,8 @@
 "`tradelab serve` as a process beside sessions: nothing starts half, nothing of it is felt by those who trade"
 import asyncio
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from socket import SHUT_RDWR, SHUT_WR, create_connection, create_server, socket
 
 import pytest
 from aiosmtpd.controller import Controller
-from servers import free_port, get, until, webhook
+from servers import free_port, get, redis, until, webhook
 from telegram_double import TOKEN, telegram_double
 from test_live import localnet, orders_at, session
 
@@ -34,16 +36,16 @@ COMMAND = "from tradelab.command import main; main()"
 class Served:
     "A process that serves the project in the current folder"
 
-    def __init__(self, before="", **variables): # before: what it does first, in Python
-        self.port = variables["metrics_port"]
+    def __init__(self, before="", out="serve.out", **variables): # before: what it does first, in Python
+        self.port, self.file = variables["metrics_port"], Path(out)
         given = {f"TRADELAB_{name.upper()}": str(value) for name, value in variables.items()}
-        self.out = open("serve.out", "w+")
+        self.out = self.file.open("w+")
         self.process = subprocess.Popen([sys.executable, "-c", before + COMMAND, "serve"], stdout=self.out,
                                         stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                         env=os.environ | given | {"PYTHONUNBUFFERED": "1"})
 
     @property
-    def said(self): return Path("serve.out").read_text()
+    def said(self): return self.file.read_text()
 
     def begun(self):
         until(lambda: "is at work" in self.said or self.process.poll() is not None, 60.)
@@ -56,8 +58,8 @@ class Served:
 
 
 @contextmanager
-def served(before="", **variables):
-    made = Served(before, metrics_port=free_port(), **variables)
+def served(before="", out="serve.out", **variables):
+    made = Served(before, out, metrics_port=free_port(), **variables)
     try: yield made.begun()
     finally:
         if made.process.poll() is None: made.process.kill()
@@ -153,6 +155,8 @@ channels.LONGEST = line_protocol.LONGEST = .5
 channels.Outbox.__init__.__defaults__ = ("en", channels.MOST, .1)
 channels.AppriseChannel.__init__.__defaults__ = (1.,)
 line_protocol.LineSink.__init__.__defaults__ = (1., .1, line_protocol.MOST)
+import tradelab.ops.sharing as sharing
+sharing.PAUSES = .1, .5
 """
 
 
@@ -177,17 +181,17 @@ def mail_server():
 
 class Outside:
     "All that a process that serves leans on, each behind a door"
-    def __init__(self, hook, mail, figures, telegram):
+    def __init__(self, hook, mail, figures, telegram, shared):
         self.hook, self.mail, self.figures, self.telegram = hook, mail, figures, telegram
         ports = {"hook": hook.port, "mail": mail.port, "figures": figures.port,
-                 "telegram": int(telegram.url.rpartition(":")[2])}
+                 "telegram": int(telegram.url.rpartition(":")[2]), "redis": shared.port}
         self.doors = {name: Door(port) for name, port in ports.items()}
 
     def settings(self):
         at = {name: f"127.0.0.1:{door.port}" for name, door in self.doors.items()}
         mail = f"mailto://{at['mail']}/?from=a@example.com&to={MAIL}@example.com&mode=insecure&smtp=127.0.0.1"
         return {"influx_url": f"http://{at['figures']}", "alert_url": f"json://{at['hook']}/{HOOK} {mail}",
-                "telegram_api": f"http://{at['telegram']}", "telegram_token": TOKEN}
+                "telegram_api": f"http://{at['telegram']}", "telegram_token": TOKEN, "redis_url": f"redis://{at['redis']}"}
 
     def be(self, manner):
         for each in self.doors.values(): each.be(manner)
@@ -199,8 +203,9 @@ class Outside:
 
 @contextmanager
 def outside():
-    with webhook() as hook, mail_server() as mail, webhook(204) as figures, telegram_double() as telegram:
-        made = Outside(hook, mail, figures, telegram)
+    with (webhook() as hook, mail_server() as mail, webhook(204) as figures, telegram_double() as telegram,
+          redis() if shutil.which("redis-server") else webhook() as shared): # or what is there, and is none
+        made = Outside(hook, mail, figures, telegram, shared)
         try: yield made
         finally: made.be("shut")
 
@@ -257,6 +262,8 @@ def test_whatever_becomes_of_the_outside_a_session_trades_the_same_and_people_ar
         until(lambda: all(world.has_heard(f"the outside is {manner}") for manner in MANNERS.values()), 60.)
         world.figures.heard.clear()
         until(lambda: world.figures.heard)
+        if shutil.which("redis-server"): until(lambda: of_redis()[-1] == "Redis answers")
+        assert "Redis is away" in of_redis()
         until(lambda: b"tradelab_ledger_up 1" in get(f"http://127.0.0.1:{process.port}/metrics"))
         for line in lines: line.close()
         assert process.end(signal.SIGINT) == 0
@@ -264,6 +271,11 @@ def test_whatever_becomes_of_the_outside_a_session_trades_the_same_and_people_ar
     assert faults(settings().database) == []
     written = process.said + Path("logs/tradelab.jsonl").read_text()
     assert not [secret for secret in (HOOK, MAIL, TOKEN) if secret in written]
+
+
+def of_redis():
+    "What the log says of it"
+    return re.findall("Redis answers|Redis is away", Path("logs/tradelab.jsonl").read_text())
 
 
 def failed():

@@ -919,7 +919,9 @@ def health(context:click.Context, as_json:bool)->None:
     from tradelab.config import settings
     from tradelab.ops.health import Examiner
     from tradelab.secrets import with_secrets
-    with one_sentence(): found = asyncio.run(Examiner(with_secrets(settings(), ("alert_url", "telegram_token")))())
+    with one_sentence():
+        here = with_secrets(settings(), ("alert_url", "telegram_token", "redis_url"))
+        found = asyncio.run(Examiner(here)())
     click.echo(found.json() if as_json else printable(str(found)))
     if not found.ready: context.exit(1)
 

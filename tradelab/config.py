@@ -257,6 +257,8 @@ class OperationsSettings(BaseSettings):
     telegram: TelegramSettings = TelegramSettings()       # [telegram]
     influx_url: Address = ""                              # of InfluxDB or VictoriaMetrics; empty: figures go nowhere
     influx_token: SecretStr | None = None
+    # by which several tradelab serve of one ledger know of each other; empty: each is as if it were alone
+    redis_url: SecretStr | None = None
     metrics_host: str = "127.0.0.1"                       # where tradelab serve answers Prometheus
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8000
     metrics_token: SecretStr | None = None                # that Prometheus must show; needed beyond this machine

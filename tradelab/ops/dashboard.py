@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['VIEW', 'KEPT', 'POLICY', 'HEADERS', 'PAGES', 'words_of', 'signed', 'positions_part', 'orders_part', 'limits_used',
            'risk_part', 'breakers_part', 'latency_part', 'model_part', 'track_of', 'session_view', 'alerts_part',
-           'acts_of', 'view_of', 'log_tail', 'view_now', 'empty_view', 'Views', 'without_known', 'plan_from', 'Desk',
-           'module_text', 'style_text', 'follow', 'dashboard', 'shown', 'page_files', 'stream_of', 'add_dashboard']
+           'acts_of', 'view_of', 'log_tail', 'log_part', 'view_now', 'empty_view', 'Views', 'without_known',
+           'plan_from', 'Desk', 'module_text', 'style_text', 'follow', 'dashboard', 'shown', 'page_files', 'stream_of',
+           'add_dashboard']
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0003
 import asyncio
@@ -27,6 +28,7 @@ from ..database.engine import LedgerError
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, Reading, reading
 from ..database.records import Asked, Audited, SystemMetric, clock
+from ..database.redis import Redis
 from ..database.schema import CLOSES, DECISIONS, MEASURED, TRADES, TRADING_STATES
 from ..events import TradingState
 from ..figures import prices_of
@@ -353,17 +355,12 @@ def acts_of(language:str)->list[dict[str, str]]:
             | ({"type": _TYPED[spanish], "type_words": ask} if ACTIONS[name].confirmed else {}) for name in _SHOWN_ACTS]
 
 
-def view_of(look:Reading, statuses:Sequence[Status], now:int, language:str="en", log:Iterable[str]=())->dict[str, Any]:
-    "All that is shown, as JSON; now in ms, log: raw lines, newest last"
-    known = [found for found in map(line_of, log) if found]
-    def level(word): return [f"{_MARKS.get(word.lower(), 'ℹ')} {word}", _TONES.get(word.lower(), "")]
-    lines = ([format_time(each.time), level(each.level), one_line(redact(f"{each.module}: {each.text}"), 300)]
-             for each in reversed(known))
+def view_of(look:Reading, statuses:Sequence[Status], now:int, language:str="en")->dict[str, Any]: # ms
+    "All that is shown, as JSON, but for the log"
     return {"time": now, "clock": f"{moment(now)[:19]} UTC", "language": language, "words": words_of(language),
             "unread": "", "acts": acts_of(language),
             "sessions": [session_view(look, each, language) for each in statuses],
-            "alerts": alerts_part(open_alerts(look), language),
-            "log": _part("log", ("time", "level", "text"), lines, language)}
+            "alerts": alerts_part(open_alerts(look), language)}
 
 # %% ../../nbs/90_ops/24_dashboard.ipynb #dash0031
 _TAIL = 65_536 # bytes of the log that are read
@@ -378,13 +375,21 @@ def log_tail(file:Path, most:int=30)->list[str]:
     except OSError: return []
 
 
+def log_part(here:Settings)->dict[str, Any]:
+    "The newest lines of the log of this machine, newest first"
+    def level(word): return [f"{_MARKS.get(word.lower(), 'ℹ')} {word}", _TONES.get(word.lower(), "")]
+    lines = ([format_time(each.time), level(each.level), one_line(redact(f"{each.module}: {each.text}"), 300)]
+             for each in reversed([*filter(None, map(line_of, log_tail(here.logs / LOG)))]))
+    return _part("log", ("time", "level", "text"), lines, here.language)
+
+
 def view_now(here:Settings)->dict[str, Any]:
     "What there is to see now; MissingLedgerError, LedgerError or ValueError if the ledger cannot be read"
     now = clock()
     with reading(here.database) as look:
         found = sorted((status_of(look, here.sessions, each, now) for each in names(look, here.sessions, now)),
                        key=lambda each: not each.alive)
-        return view_of(look, found, now, here.language, log_tail(here.logs / LOG))
+        return view_of(look, found, now, here.language) | {"log": log_part(here)}
 
 
 def empty_view(language:str, now:int, unread:str="")->dict[str, Any]: # ms
@@ -397,20 +402,28 @@ def empty_view(language:str, now:int, unread:str="")->dict[str, Any]: # ms
 class Views:
     "The newest view, for all who look"
 
-    def __init__(self, here:Settings, every:float=1., limit:float=5.)->None: # seconds
-        self.here, self.every = here, every
+    def __init__(self, here:Settings, every:float=1., limit:float=5., shared:Redis|None=None)->None: # seconds
+        self.here, self.every, self.shared = here, every, shared
         self.last = empty_view(here.language, clock())
         self._thread = OnThread("the ledger", limit)
         self._time = -1e9
         self._reading: asyncio.Task[None]|None = None
 
     async def _look(self):
-        try: self.last = await self._thread(partial(view_now, self.here))
+        try: self.last = await self._seen()
         except Exception as error:
             yet = isinstance(error, MissingLedgerError) and not self.last["sessions"] # nothing has run yet
             self.last = (empty_view(self.here.language, clock()) if yet else
                          self.last | {"unread": one_line(redact(str(error)), 300) or type(error).__name__})
         self._time = monotonic()
+
+    async def _seen(self):
+        "A view that is read here, or that another process has just read; the log is of this one"
+        if self.shared is None: return await self._thread(partial(view_now, self.here))
+
+        async def make(): return json.dumps(await self._thread(partial(view_now, self.here))).encode()
+        found = json.loads(await self.shared.answer(f"view {self.here.language}", self.every, make))
+        return found | {"log": await self._thread(partial(log_part, self.here))}
 
     async def now(self)->dict[str, Any]:
         "A view that is at most `every` seconds old"
@@ -583,11 +596,12 @@ def add_dashboard(
     here:Settings,
     allowed:Callable[["Request"], Awaitable[object]],  # raises, as an HTTP exception, unless a viewer asks
     prefix:str="/api/v1",
+    shared:Redis|None=None,                            # with other processes that serve
 )->Views:
     "Serve the page at /dashboard, and what it shows at PREFIX/dashboard and PREFIX/dashboard/stream"
     from starlette.exceptions import HTTPException  # when a page is served
     from starlette.responses import JSONResponse, Response, StreamingResponse
-    views = Views(here)
+    views = Views(here, shared=shared)
     pages: list[Request] = []
     no_store = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 

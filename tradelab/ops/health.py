@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEPENDENCIES', 'LIMIT', 'UP', 'DOWN', 'OFF', 'DAY', 'VENUE_REASONS', 'FREE', 'Dependency', 'Found', 'Health',
            'looked_at', 'Facts', 'facts', 'session_words', 'venue_words', 'service_words', 'channel_words',
-           'telegram_words', 'influx_words', 'disk_words', 'Examiner', 'HealthWatch', 'add_routes']
+           'telegram_words', 'influx_words', 'redis_words', 'disk_words', 'Examiner', 'HealthWatch', 'add_routes']
 
 # %% ../../nbs/90_ops/07_health.ipynb #0611d97e
 import asyncio
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from ..config import Settings
 from ..database.reading import MissingLedgerError, reading
 from ..database.records import EXPIRES, Delivery, ExchangeHealth, clock
+from ..database.redis import check_redis, ping
 from ..database.schema import MEASURED, SERVICES
 from ..live.alerts import Attempts, channels_of, name_of, without
 from ..live.status import Status, age, statuses
@@ -55,6 +56,8 @@ DEPENDENCIES = {
                            "command line is, and other channels tell alerts"),
     "influx": Dependency("its /ping answers", "figures wait, the oldest are dropped and counted; the ledger keeps "
                          "those of sessions"),
+    "redis": Dependency("it answers a ping", "each tradelab serve reads the ledger once a second for itself, makes its "
+                        "own answers and counts its own requests"),
 }
 
 # %% ../../nbs/90_ops/07_health.ipynb #67e1f8d1
@@ -238,6 +241,13 @@ async def influx_words(here:Settings)->str|None:
     if status >= 300: raise OSError(f"it answers {status}")
     return "answers"
 
+
+async def redis_words(here:Settings)->str|None:
+    "That Redis answers as fast as it must to be of use; an error if not"
+    if not here.redis_url: return None
+    check_redis(url := here.redis_url.get_secret_value())
+    return await ping(url)
+
 # %% ../../nbs/90_ops/07_health.ipynb #ebc15e5b
 FREE = 5e8 # bytes
 
@@ -280,6 +290,7 @@ class Examiner:
             yield f"channel {name}", lambda name=name, url=url: channel_words(name, url, self.known, self.limit)
         yield "telegram", lambda: telegram_words(self.here)
         yield "influx", lambda: influx_words(self.here)
+        yield "redis", lambda: redis_words(self.here)
 
     async def __call__(self)->Health:
         "Look at all of it"

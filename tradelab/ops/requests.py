@@ -48,14 +48,25 @@ class Buckets:
     def __init__(self, rate:float, burst:int, most:int=10_000)->None: # a minute, at once; how many are remembered
         self.rate, self.burst, self.most = rate / 60., float(burst), most
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict() # tokens, at which time
+        self._taken: dict[str, int] = {} # since `share`
 
     def take(self, who:str, now:float)->float: # seconds to wait; 0: it may
         "Whether somebody may ask now"
         left, since = self._left.pop(who, (self.burst, now))
         left = min(self.burst, left + max(now - since, 0.) * self.rate)
         self._left[who] = (left - 1. if left >= 1. else left), now
-        if len(self._left) > self.most: self._left.popitem(last=False)
+        self._taken[who] = self._taken.get(who, 0) + (left >= 1.)
+        if len(self._left) > self.most: self._taken.pop(self._left.popitem(last=False)[0], None)
         return 0. if left >= 1. else (1. - left) / self.rate
+
+    def share(self)->dict[str, int]:
+        "How much each one who has asked here since the last time has taken, for those who count elsewhere"
+        taken, self._taken = self._taken, {}
+        return taken
+
+    def correct(self, who:str, left:float, now:float)->None:
+        "What is left when all have counted; what was taken here meanwhile is not in it"
+        if who in self._left: self._left[who] = left - self._taken.get(who, 0), now
 
 # %% ../../nbs/90_ops/19_requests.ipynb #apirq010
 class Networks:

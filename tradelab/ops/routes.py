@@ -6,14 +6,15 @@
 __all__ = ['logger', 'BASE', 'COOKIE', 'ERRORS', 'everybody', 'viewer', 'trader', 'admin', 'Session', 'Cursor', 'Most', 'Hours',
            'Number', 'Reason', 'Positive', 'Row', 'health', 'LARGEST', 'DEPRECATED', 'HEADERS', 'Api', 'told',
            'problem', 'api_of', 'Caller', 'caller_of', 'admit', 'too_often', 'router_of', 'example', 'seen', 'of_look',
-           'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'LimitsToSet', 'ThresholdToSet',
-           'Training', 'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of', 'listening',
-           'check_api', 'api_for']
+           'dear', 'rows', 'SignIn', 'Refresh', 'act', 'tell', 'Why', 'Wish', 'Order', 'Mode', 'LimitsToSet',
+           'ThresholdToSet', 'Training', 'Signal', 'Candles', 'bounded', 'too_large', 'Door', 'app_for', 'tls_of',
+           'listening', 'check_api', 'api_for']
 
 # %% ../../nbs/90_ops/23_routes.ipynb #apirt003
 import asyncio
+import json
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,8 +38,10 @@ from ..database.engine import LedgerError
 from ..database.operations import Operations
 from ..database.reading import MissingLedgerError, reading
 from ..database.records import Account, Threshold, clock
+from ..database.redis import Redis
 from ..database.schema import ALERTS, AUDIT, CLOSES, INTENTS, JOB_RUNS
 from ..errors import ConfigurationError
+from ..live.status import Status
 from ..log import get_logger, redact, register_secret
 from ..log_lines import LogError, Wanted, level_of, lines
 from ..market.quality import check_quality
@@ -116,6 +119,7 @@ class Api:
         self.alerts: list[dict] = []
         self.kept: tuple[Any, dict] = None, {}      # answers, and of what was seen
         self.port = here.api.port                   # of 0 another one, when it answers
+        self.shared: Redis|None = None              # with other processes
         self.app = app_for(self)
 
     @property
@@ -280,6 +284,13 @@ def of_look(request:Request, *question:str, make:Callable[[], Any])->Response:
         api.kept = seen_now, {}
     if (found := api.kept[1].get(question)) is None: found = api.kept[1][question] = answers.json_bytes(make())
     return Response(found, media_type="application/json")
+
+
+async def dear(api:Api, question:str, statuses:Iterable[Status], read:Callable[[], Any])->bytes: # JSON
+    "An answer that many rows are read for: until a candle closes it is the same, whichever process is asked"
+    async def make(): return answers.json_bytes(await api.threads(read))
+    if api.shared is None: return await make()
+    return await api.shared.answer(f"{question} {[(each.session, each.candle) for each in statuses]}", 5., make)
 
 
 async def rows(request:Request, name:str, session:str, most:int, cursor:str, *conditions:Any)->Response:
@@ -669,7 +680,7 @@ async def _system_metrics(request:Request, hours:Hours=24.)->Response:
     def read():
         with reading(api.here.database) as look:
             return {each.session: made_by(look, each) for each in api.look.statuses}
-    made = await api.threads(read)
+    made = json.loads(await dear(api, f"performance {hours}", api.look.statuses, read))
     figures = answers.grouped(told_now(api.gatherer))
     return told(figures | {"figures": figures["performance"], "performance": made, "hours": hours})
 
@@ -747,7 +758,7 @@ async def _equity(request:Request, hours:Hours=24., session:Session="")->Respons
             return [{name: row[name] for name in ("session", "open_time", "equity", "drawdown")} for each in statuses
                     for row in look.rows(CLOSES, CLOSES.c.open_time >= _since(each, since, hours), newest=10_000,
                                          session=each.session)]
-    return told(await api.threads(read))
+    return Response(await dear(api, f"equity {hours}", statuses, read), media_type="application/json")
 
 
 @viewer.get("/balance", responses=example(_ITEMS), tags=["sessions"])
