@@ -20,7 +20,7 @@ import numpy as np
 from ..account import decimal8, wallet
 from ..database.records import Income
 from ..events import Fill, TradingState
-from .bookkeeper import Feed, common_candles
+from .bookkeeper import Feed, common_candles, filled_ahead
 from tradelab.live.core import (
     Core,
     Process,
@@ -396,7 +396,7 @@ def reconcile(core:Core)->Process:
 def waits_for_candles(core:Core, intent:Intent)->bool:
     "Whether an order has ended, and of its fills only those are not booked that belong to a later step"
     name = intent.order.order_id
-    return core.manager.blotter.is_over(name, core.books.later(name))
+    return core.manager.blotter.is_over(name, filled_ahead(core.books, name))
 
 
 def awaited(core:Core)->list[Intent]:

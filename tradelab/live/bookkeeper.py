@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_candle', 'check_on_grid', 'Feed', 'common_candles', 'market_questions', 'with_funding_and_index', 'is_due',
-           'marked', 'after_all', 'Bookkeeper']
+           'marked', 'after_all', 'Bookkeeper', 'filled_ahead', 'is_ahead']
 
 # %% ../../nbs/70_live/06_bookkeeper.ipynb #101abc77
 from bisect import insort
@@ -219,16 +219,6 @@ class Bookkeeper:
         "Whether a fill of this order has been told, and is not booked yet"
         return any(isinstance(entry, Fill) and entry.order_id == order_id for entry, _ in self._waiting)
 
-    def later(self, order_id:str)->float:
-        "Base units of this order that were told and belong to a later step"
-        return sum(abs(entry.quantity) for entry, _ in self._waiting if isinstance(entry, Fill)
-                   and entry.order_id == order_id and not self._is_due(entry))
-
-    def is_ahead(self, open_time:int)->bool:
-        "Whether a fill tells that the candle after this one (open time, ms) has closed already"
-        opening = max(open_time + self.step, self.opening)
-        return any(isinstance(entry, Fill) and not is_due(entry, opening, self.step) for entry, _ in self._waiting)
-
     def _is_due(self, entry):
         return is_due(entry, max(self.trader.open_time + self.step, self.opening), self.step)
 
@@ -254,3 +244,15 @@ class Bookkeeper:
         "Signed base units by symbol when everything that waits is booked"
         held = dict(zip(self.trader.symbols, self.trader.positions["quantity"].tolist()))
         return after_all(held, (entry for entry, _ in self._waiting))
+
+# %% ../../nbs/70_live/06_bookkeeper.ipynb #later001
+def filled_ahead(books:Bookkeeper, order_id:str)->float:
+    "Base units of this order that were told and belong to a later step"
+    return sum(abs(entry.quantity) for entry, _ in books._waiting if isinstance(entry, Fill)
+               and entry.order_id == order_id and not books._is_due(entry))
+
+
+def is_ahead(books:Bookkeeper, open_time:int)->bool:
+    "Whether a fill tells that the candle after this one (open time, ms) has closed already"
+    opening = max(open_time + books.step, books.opening)
+    return any(isinstance(entry, Fill) and not is_due(entry, opening, books.step) for entry, _ in books._waiting)

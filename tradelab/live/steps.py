@@ -35,7 +35,7 @@ from tradelab.live.agreement import (
     tell_of_orders,
     waits_for_candles,
 )
-from .bookkeeper import market_questions, with_funding_and_index
+from .bookkeeper import is_ahead, market_questions, with_funding_and_index
 from .commands import URGENT, obey
 from .core import Core, Process, ask_all, ask_until_answered, news, set_reason, sleep
 from .emergency import emergency, flatten_at_end, obey_state, to_flatten
@@ -93,7 +93,7 @@ def is_overtaken(core:Core, open_time:int)->bool:
     and the trader does not know of yet"""
     unknown = any(each.order.open_time < open_time and is_one_shot(each.order) and waits_for_candles(core, each)
                   for each in core.manager.awaited)
-    return unknown or core.books.is_ahead(open_time)
+    return unknown or is_ahead(core.books, open_time)
 
 # %% ../../nbs/70_live/17_steps.ipynb #d66a8632
 def drop(core:Core, orders:Sequence[Order])->None:

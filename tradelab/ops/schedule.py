@@ -395,10 +395,7 @@ async def _stop(tasks):
     for task in tasks: task.cancel()
     if tasks: await asyncio.wait(tasks)
 
-# %% ../../nbs/90_ops/25_schedule.ipynb #schsc040
-LONGEST = 10. # seconds between two looks at the clock
-
-
+# %% ../../nbs/90_ops/25_schedule.ipynb #schsc041
 def _refuse_begin(schedule, name):
     "RefusedError if a job cannot be started now"
     if name not in schedule.times:
@@ -408,6 +405,20 @@ def _refuse_begin(schedule, name):
     if name in schedule.running: raise RefusedError(409, f"job {name} is running already")
     if process := holder(*_lock(schedule.here, name)):
         raise RefusedError(409, f"job {name} is running already, in process {process}")
+
+
+async def _run_one(schedule, name, begun):
+    "Run a job, and tell how it ended"
+    try:
+        run = await run_job(name, schedule.here, schedule.book, schedule.sleep, begun)
+        schedule.tell(f"job {'done' if run.state == 'done' else 'failed'}", name, run.text)
+    except InUseError: schedule.miss(name, Due(schedule.now()), "it was running already")
+    except Exception as error:
+        schedule.tell("job failed", name, one_line(redact(f"{type(error).__name__}: {error}"), 300))
+    finally: del schedule.running[name]
+
+# %% ../../nbs/90_ops/25_schedule.ipynb #schsc040
+LONGEST = 10. # seconds between two looks at the clock
 
 
 class Schedule:
@@ -427,7 +438,8 @@ class Schedule:
         self.running:dict[str, asyncio.Task] = {}
         self.at_work = False
 
-    def _tell(self, kind, name, text):
+    def tell(self, kind:str, name:str, text:str)->None:
+        "Have people hear of a job"
         self.hear(Happening(kind, subject=name, arguments={"job": name, "text": text}, time=self.now()))
 
     def look(self)->None:
@@ -437,18 +449,18 @@ class Schedule:
             found = due(times, min(self.seen[name], now), now)
             if not found: continue
             self.seen[name] = now
-            if name in self.running: self._missed(name, found, "the run before was under way")
-            else:
-                if found.missed: self._missed(name, found, "nobody was there to start it")
-                self.start(name)
+            busy = name in self.running
+            if busy: self.miss(name, found, "the run before was under way")
+            elif found.missed: self.miss(name, found, "nobody was there to start it")
+            if not busy: self.start(name)
 
-    def _missed(self, name, found, why):
-        run = self.book.put(missed_run(name, found, why))
-        self._tell("job missed", name, run.text)
+    def miss(self, name:str, found:Due, why:str)->None:
+        "Keep and tell that runs were missed"
+        self.tell("job missed", name, self.book.put(missed_run(name, found, why)).text)
 
     def start(self, name:str, begun:_Hears=_nobody)->None:
         "Start a job that does not run, now"
-        self.running[name] = asyncio.create_task(self._run(name, begun), name=f"job {name}")
+        self.running[name] = asyncio.create_task(_run_one(self, name, begun), name=f"job {name}")
 
     async def begin(self, name:str)->int:
         "Start a job because somebody asks for it; the number of its run in the ledger, RefusedError if it cannot be"
@@ -461,24 +473,15 @@ class Schedule:
         if not begun.done(): raise RefusedError(409, f"job {name} has not begun: its history and the log say why")
         return await self.book.number_of(begun.result())
 
-    async def _run(self, name, begun):
-        try:
-            run = await run_job(name, self.here, self.book, self.sleep, begun)
-            self._tell(f"job {'done' if run.state == 'done' else 'failed'}", name, run.text)
-        except InUseError: self._missed(name, Due(self.now()), "it was running already")
-        except Exception as error:
-            self._tell("job failed", name, one_line(redact(f"{type(error).__name__}: {error}"), 300))
-        finally: del self.running[name]
-
     async def run(self)->None:
         self.at_work = True
         try:
             while True:
-                for run in await recall(self.book, self.here, self.seen): self._tell("job failed", run.job, run.text)
+                for run in await recall(self.book, self.here, self.seen): self.tell("job failed", run.job, run.text)
                 self.look()
                 await self.book.flush()
-                following = min(times.after(self.now()) for times in self.times.values())
-                await self.sleep(max(.05, min((following - self.now()) / 1000, LONGEST)))
+                pause = (min(times.after(self.now()) for times in self.times.values()) - self.now()) / 1000
+                await self.sleep(max(.05, min(pause, LONGEST)))
         finally:
             self.at_work = False
             await _stop([*self.running.values()])
