@@ -456,7 +456,7 @@ def status_of(look:Reading, folder:Path, session:str, now:int)->Status:
 # %% ../../nbs/70_live/22_status.ipynb #7aab8f12
 def names(look:Reading, folder:Path, now:int)->list[str]:
     "The sessions that somebody may want to look at, newest first; none if none has run yet"
-    known = sorted(look.rows(SESSIONS), key=lambda row: -row["started"])
+    known = sorted(look.rows(SESSIONS), key=lambda row: row["started"])[::-1] # of one time, too
     open_now = [row["session"] for row in known if row["state"] == "running" or holder(folder / row["session"] / "lock",
                                                                                       row["session"])]
     starting = [row["session"] for row in look.rows(LEASES) if may_live(row, now)]

@@ -116,7 +116,7 @@ def look_at(
                                                          if now - time < LINGERS and each in known),
                             *(each for each in known if each not in cursors)])
     found = sorted((status_of(look, folder, each, now) for each in wanted), key=lambda each: not each.alive)
-    heard = [each for session in dict.fromkeys([*wanted, *(known if first else ())])
+    heard = [each for session in reversed(dict.fromkeys([*wanted, *(known if first else ())]))
              for each in _new(look, session, cursors.setdefault(session, 0))]
     for each in heard: cursors[each.session] = each.number
     alive = {each: time for each, time in seen.alive.items() if now - time < LINGERS}
