@@ -255,6 +255,11 @@ def test_no_process_is_signalled_by_its_number():
     assert [path.stem for path in MODULES for _ in sends.findall(path.read_text())] == ["jobs"]
 
 
+def test_nothing_waits_in_a_way_that_may_lose_a_cancellation():
+    "On Python 3.11 `asyncio.wait_for` returns a result that comes in the moment of a cancellation, and nothing else"
+    assert [path.stem for path in MODULES if "asyncio.wait_for(" in path.read_text()] == []
+
+
 def test_no_clock_where_it_decides():
     clock = re.compile(r"\b(time\.time|time\.monotonic|datetime\.now|Timestamp\.now|Timestamp\.utcnow|perf_counter)\(")
     rooms = ("features", "risk", "evaluation", "sim")

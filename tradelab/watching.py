@@ -317,5 +317,6 @@ async def looks(
                 track = track_of(look, place.session, newest)
             yield status, track
             if stop.is_set() or not status.alive or minutes and monotonic() > until: return
-            try: await asyncio.wait_for(stop.wait(), every)
+            try:
+                async with asyncio.timeout(every): await stop.wait()
             except TimeoutError: pass

@@ -153,15 +153,17 @@ async def host(
     "Whether a host answers, and how long it takes"
     parts, began = urlsplit(url), monotonic()
     name, port = f"host {parts.scheme}://{parts.netloc}", parts.port or PORTS[parts.scheme]
-    try: _, line = await asyncio.wait_for(asyncio.open_connection(parts.hostname, port), patience)
+    try:
+        async with asyncio.timeout(patience): _, line = await asyncio.open_connection(parts.hostname, port)
     except socket.gaierror as error:
         return Finding(name, WRONG, f"{parts.hostname} is not found ({error.strerror}): check the address, and DNS")
     except (OSError, TimeoutError) as error:
         return Finding(name, WRONG, f"{url} takes no connection ({one_line(str(error)) or 'time-out'}): check the "
                        "address, the network and the firewall")
     try:
-        if parts.scheme in ("https", "wss"): await asyncio.wait_for(line.start_tls(ssl.create_default_context(),
-            server_hostname=parts.hostname), patience)
+        async with asyncio.timeout(patience):
+            if parts.scheme in ("https", "wss"):
+                await line.start_tls(ssl.create_default_context(), server_hostname=parts.hostname)
     except (OSError, TimeoutError) as error:
         return Finding(name, WRONG, f"{url} does not prove who it is ({one_line(str(error)) or 'no certificate'}): "
                        "check the address, and what stands between here and there")
@@ -272,7 +274,8 @@ class Ears:
         end = monotonic() + patience
         while stream not in self.heard and (left := end - monotonic()) > 0:
             self._news.clear()
-            try: await asyncio.wait_for(self._news.wait(), left)
+            try:
+                async with asyncio.timeout(left): await self._news.wait()
             except TimeoutError: break
         return stream in self.heard
 

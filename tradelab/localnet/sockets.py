@@ -184,7 +184,8 @@ async def _in_passes(net:"Hall", moves:list)->None:
     free = net.pace.interval_ms or net.pace.speed
     for account in passes(net.service, moves, () if free else acting(net.service)):
         def acted(account=account): return not is_behind(net.service, account)
-        with suppress(asyncio.TimeoutError): await asyncio.wait_for(net.until(acted), PATIENCE)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE): await net.until(acted)
 
 
 async def _in_time(net:"Hall", moves:list)->None:
@@ -194,7 +195,8 @@ async def _in_time(net:"Hall", moves:list)->None:
         if net.zero is None: net.zero = loop.time(), now
         while (wait := _moment(net.pace, *net.zero, time) - loop.time()) > 0:
             def changed(pace=net.pace): return net.pace is not pace
-            with suppress(asyncio.TimeoutError): await asyncio.wait_for(net.until(changed), wait)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait): await net.until(changed)
         advance(net.service, list(group))
 
 

@@ -53,7 +53,8 @@ class Listener:
         "The oldest that waits; before it, how many were dropped"
         if not self._waiting:
             self._some.clear()
-            try: await asyncio.wait_for(self._some.wait(), patience)
+            try:
+                async with asyncio.timeout(patience): await self._some.wait()
             except TimeoutError: return None
         if not self.dropped: return self._waiting.popleft()
         dropped, self.dropped = self.dropped, 0

@@ -141,7 +141,8 @@ class Threads:
         self.busy += 1
         running = asyncio.get_running_loop().run_in_executor(self._pool, work, *given)
         running.add_done_callback(self._over)
-        try: return await asyncio.wait_for(asyncio.shield(running), self.limit)
+        try:
+            async with asyncio.timeout(self.limit): return await asyncio.shield(running)
         except TimeoutError: raise RefusedError(503, f"the ledger has not answered for {self.limit:g} s") from None
         except (LedgerError, MissingLedgerError) as error: raise RefusedError(503, one_line(str(error), 300)) from None
 

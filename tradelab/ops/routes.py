@@ -1026,7 +1026,7 @@ async def _stream(socket:WebSocket)->None:
     leaving = asyncio.ensure_future(_until_left(socket))
     try:
         async for event in events(api.hub, listener, lambda: not leaving.done() and _still(api, caller)()):
-            await asyncio.wait_for(socket.send_text(as_json(event) if event else '{"event": "alive"}'), 10.)
+            async with asyncio.timeout(10.): await socket.send_text(as_json(event) if event else '{"event": "alive"}')
         if not leaving.done(): await socket.close(4401, "the token has ended")
     except (RuntimeError, TimeoutError, OSError): pass
     finally: leaving.cancel()

@@ -202,7 +202,8 @@ main(prog_name="tradelab")
 async def _end(process, grace):
     "Ask a process to end, and kill it and what it has started if it does not"
     with suppress(ProcessLookupError): process.terminate()
-    with suppress(TimeoutError): return await asyncio.wait_for(process.wait(), grace)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(grace): return await process.wait()
     with suppress(psutil.Error):
         whole = psutil.Process(process.pid)
         for each in [*whole.children(recursive=True), whole]:
@@ -235,7 +236,8 @@ async def carry_out(
         sys.executable, "-c", _PROCESS, str(os.getpid()), *words, cwd=project_root(), env=dict(environment),
         stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
     finally: os.close(file)
-    try: code = await asyncio.wait_for(process.wait(), limit)
+    try:
+        async with asyncio.timeout(limit): code = await process.wait()
     except TimeoutError:
         await _end(process, grace)
         return f"its time limit of {limit / 60:g} minutes is over"

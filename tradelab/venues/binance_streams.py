@@ -54,7 +54,8 @@ class LastCall:
             for client in clients():
                 with suppress(ConnectionError):
                     await client.send({"method": "LIST_SUBSCRIPTIONS", "params": [], "id": name})
-            with suppress(TimeoutError): await asyncio.wait_for(self._noticed.wait(), pause)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause): await self._noticed.wait()
 
     def heard(self, frame:Any)->None:
         "A frame of a stream may be the answer"
