@@ -321,12 +321,13 @@ class CandleGuard:
         known = self.seen[symbol].get(open_time)
         old = last is not None and open_time <= last
         if old if known is None else same(known, values): return UNUSED
-        if known is not None: return self._again(symbol, open_time, values, old)
-        return self._first(symbol, open_time, values, received_time)
+        found = (self._first(symbol, open_time, values, received_time) if known is None
+                 else self._again(symbol, open_time, values, old))
+        if not found.again: self._keep(symbol, open_time, values, open_time if last is None else last)
+        return found
 
     def _again(self, symbol, open_time, values, old):
         "Another version of a candle"
-        self._keep(symbol, open_time, values)
         self.doubtful += 1
         return Heard(not old and not impossible(values), False, Notice("revised",
             f"{symbol} at {format_time(open_time)} has changed" + (" after it was decided on" if old else "")))
@@ -338,15 +339,15 @@ class CandleGuard:
             self.doubtful += 1
             return Heard(False, True, Notice("refused candle", f"{symbol} at {format_time(open_time)}: "
                                              f"{verdict.reason}; it is asked for again"))
-        self._keep(symbol, open_time, values)
         notice = flagged(symbol, open_time, verdict)
         self.doubtful += notice is not None
         return Heard(True, False, notice)
 
-    def _keep(self, symbol, open_time, values):
+    def _keep(self, symbol, open_time, values, last):
+        "What has not been decided on may be told again, however many candles ago it was"
         seen = self.seen[symbol]
         seen[open_time] = values
-        if len(seen) > REMEMBERED: seen.pop(min(seen))
+        while len(seen) > REMEMBERED and min(seen) <= last: seen.pop(min(seen))
 
 # %% ../../nbs/70_live/10_guards.ipynb #2f894494
 def clock_is_off(
