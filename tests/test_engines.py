@@ -13,6 +13,7 @@ import pytest
 from tradelab.account import POSITION, new_account
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.journal import JOURNAL
+from tradelab.market.synthetic import ar1
 from tradelab.orders import Kind
 from tradelab.policies import buy_and_hold, flat
 from tradelab.risk.execution import place_target
@@ -180,3 +181,20 @@ def test_buy_and_hold_is_the_market_whatever_the_limits(shared, limits):
     assert len(held.fills) == 2
     assert (sized.journal["reason"] == Reason.HALTED).any() == (limits.max_drawdown == .05)
     assert not (held.journal["reason"] == Reason.HALTED).any()
+
+
+@pytest.mark.parametrize("rate", [5e-4, 0., -5e-4])
+def test_buy_and_hold_keeps_its_quantity_through_funding(rate):
+    "Equity by hand: what was bought, at each close, less all that funding took until then; nothing is sold to pay it"
+    candles = ar1(1_500, rho=0., volatility=.01, seed=4)
+    due = pd.Series(rate, candles.index[8::8])
+    result = backtest(flat(), candles, funding=due, limits=Limits(), deposit=1e7, instruments=Instrument("X", .1, .001),
+                      costs=CostModel(taker_fee=0., slippage=0.))
+    held = result.baselines["buy and hold"]
+    assert len(held.fills) == 1
+    quantity, price = held.fills[["quantity", "price"]].iloc[0]
+    closes = candles["close"][held.equity.index]
+    paid = (due.reindex(closes.index[:-1] + pd.Timedelta("1h")).fillna(0.) * closes.to_numpy()[:-1]).cumsum().to_numpy()
+    assert abs(paid[-1]) > .05 * price or not rate
+    expected = 1e7 + quantity * (closes.to_numpy()[1:] - price - paid)
+    np.testing.assert_allclose(held.equity.to_numpy()[1:], expected, rtol=1e-4)

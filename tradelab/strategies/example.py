@@ -11,7 +11,7 @@ import numpy as np
 from ..compiled import compiled
 from ..events import CLOSE, OPEN
 from ..features.indicator import Indicator
-from ..policies import Policy
+from ..policies import Policy, sma_cross
 from ..runs.rule import rule
 
 # %% ../../nbs/95_strategies/01_example.ipynb #3dfe6fd7
@@ -40,19 +40,12 @@ def Momentum(
     return Policy(f"momentum({lookback},{threshold:g})", _momentum, np.array([threshold]), (f"return({lookback})",))
 
 # %% ../../nbs/95_strategies/01_example.ipynb #059dc692
-@compiled
-def _sma_cross(parameters, memory, observation, prices, targets):
-    for n in range(len(targets)): targets[n] = 1. if observation[n, 0] < observation[n, 1] else 0.
-
-
 def SmaCross(
     fast: int = 20,  # candles
     slow: int = 50,  # candles
 ) -> Policy:
     "A rule that is long while the fast simple moving average is above the slow one"
-    if not 0 < fast < slow: raise ValueError(f"SmaCross needs 0 < fast < slow, was fast={fast}, slow={slow}")
-    return Policy(f"sma cross({fast},{slow})", _sma_cross, np.zeros(0),
-                  (f"sma({fast}).relative", f"sma({slow}).relative"))
+    return sma_cross(fast, slow)
 
 # %% ../../nbs/95_strategies/01_example.ipynb #1ccc6fb1
 @compiled
