@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ..config import nearest, settings
 from ..features.observation import Observation
 from ..instruments import Instrument
-from .env import MarketVecEnv, longest_episode
+from .env import MarketVecEnv, episode_length, longest_episode
 from ..market.candles import CandlesLike, RatesLike, check, data_hash, frames_of, matrix
 from ..market.candles import timeframe_of as candles_timeframe
 
@@ -329,7 +329,6 @@ def train(agent:str, candles:CandlesLike, observation:Observation, *, steps:int,
     """
     chosen = choose(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
-    runs = runs_folder(folder)
     extra = with_series(extra, series, candles)
     frames, symbols = frames_of(candles, extra, funding, gaps)
     observation = _fitted(observation, frames, symbols, scaler, gaps)
@@ -338,5 +337,6 @@ def train(agent:str, candles:CandlesLike, observation:Observation, *, steps:int,
                      instruments=traded, funding=funding, extra=extra, gaps=gaps)
     config = _config(chosen, market, steps=steps, learning_rate=learning_rate, batch_size=batch_size, n_envs=n_envs,
                      net=list(net), gamma=gamma, seed=seed)
-    config |= provenance(frames if extra or gaps else candles) | {"episode": episode or _episode(market)}
-    return _run(chosen, market, config | _series(series, market, config), runs, progress, keep)
+    config |= provenance(frames if extra or gaps else candles)
+    config |= {"episode": episode_length(episode or _episode(market), market)} | _series(series, market, config)
+    return _run(chosen, market, config, runs_folder(folder), progress, keep)
