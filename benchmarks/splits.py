@@ -62,7 +62,7 @@ def judged(splits:list, length:np.ndarray)->dict[str, int]:
         found["in the embargo"] += pairs(train, test, ends, embargoed).sum()
         rest = np.setdiff1d(np.arange(HOURS), np.concatenate([train, test]))
         found["purged in vain"] += (~pairs(rest, test, ends, closed) & ~pairs(rest, test, ends, embargoed)).sum()
-    return found
+    return {name: int(count) for name, count in found.items()}
 
 
 def timed(make:Callable, length:np.ndarray)->tuple[float, list]:
@@ -84,7 +84,7 @@ def main()->None:
             except ImportError: continue
             rows[said, name] = {"seconds": round(seconds, 3), "splits": len(splits)} | judged(splits, length)
     print(f"{HOURS:,} hours, {GROUPS} groups, {TESTED} tested, embargo {EMBARGO} hours; counts over all splits\n")
-    print(pd.DataFrame(rows).T.rename_axis(["labels of", ""]).astype(object).to_string())
+    print(pd.DataFrame.from_dict(rows, "index").rename_axis(["labels of", ""]).to_string())
 
 
 if __name__ == "__main__": main()

@@ -184,6 +184,19 @@ def test_against_purgedcv():
         assert np.array_equal(train, their_train)
 
 
+def test_against_skfolio():
+    "It counts samples and knows no end times: right where all labels are as long, decided at each hour"
+    Theirs = pytest.importorskip("skfolio.model_selection", reason="pip install skfolio").CombinatorialPurgedCV
+    labels = forward_return(ar1(609, seed=0), 9, "cut")
+    ours = CombinatorialPurgedCV(labels.end_times, 6, 2, embargo="12h")
+    theirs = Theirs(6, 2, purged_size=9, embargo_size=12)
+    both = zip(ours.split(), theirs.split(labels.values.to_frame()), strict=True)
+    for (train, test), (their_train, their_tests) in both:
+        assert np.array_equal(test, np.concatenate(their_tests))
+        assert np.array_equal(train, their_train)
+    assert theirs.n_test_paths == ours.n_paths
+
+
 # --- scikit-learn
 
 def test_splitters_are_arguments_of_scikit_learn():
