@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict, cross_val_score
@@ -56,7 +56,7 @@ def expected(times, ends, test, candidates, behind=0, ahead=0):
 @st.composite
 def histories(draw):
     "End times of several symbols at irregular decision times, of random length; whole hours, so that many touch"
-    steps = draw(st.lists(st.integers(1, 5), min_size=12, max_size=40))
+    steps = draw(st.lists(st.integers(1, 5), min_size=20, max_size=40))
     hours = np.cumsum(steps)
     symbols = draw(st.integers(1, 3))
     rows = [(hour, symbol) for hour in hours for symbol in range(symbols) if symbol == 0 or draw(st.booleans())]
@@ -74,13 +74,19 @@ def whole_hours(end_times):
     return tuple(((each - START) / HOUR).to_numpy().astype(int) for each in (times, pd.DatetimeIndex(end_times)))
 
 
+def examples(count):
+    "Many of them are refused, because a fold is smaller than its embargo or a label: the others count"
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.filter_too_much,
+                                                                              HealthCheck.too_slow])
+
+
 def made(splitter, *arguments, **settings):
     "The splitter; an example that it refuses, because a fold is too small, is another example"
     try: return splitter(*arguments, **settings)
     except ValueError: assume(False)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(histories(), st.integers(2, 5), st.integers(0, 8))
 def test_k_fold_against_every_pair(end_times, n_splits, embargo):
     times, ends = whole_hours(end_times)
@@ -92,7 +98,7 @@ def test_k_fold_against_every_pair(end_times, n_splits, embargo):
     assert sorted(tested) == list(range(len(times)))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(histories(), st.integers(3, 6), st.data(), st.integers(0, 5))
 def test_combinations_against_every_pair(end_times, n_groups, data, embargo):
     times, ends = whole_hours(end_times)
@@ -104,7 +110,7 @@ def test_combinations_against_every_pair(end_times, n_groups, data, embargo):
         assert list(train) == expected(times, ends, set(test), range(len(times)), behind=embargo)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(histories(), st.integers(1, 5), st.integers(0, 8), st.booleans(), st.integers(5, 40))
 def test_walk_forward_against_every_pair(end_times, n_splits, embargo, rolling, length):
     times, ends = whole_hours(end_times)
@@ -119,8 +125,8 @@ def test_walk_forward_against_every_pair(end_times, n_splits, embargo, rolling, 
     assert sorted(times[tested]) == sorted(times[times >= times.min() + length])
 
 
-@settings(max_examples=100, deadline=None)
-@given(histories(), st.integers(2, 12), st.integers(2, 20))
+@examples(100)
+@given(histories(), st.integers(6, 12), st.integers(10, 20))
 def test_test_spans_of_one_length(end_times, test_length, length):
     times, _ = whole_hours(end_times)
     cv = made(WalkForward, end_times, test=HOUR * test_length, train=HOUR * length, rolling=True)

@@ -155,9 +155,10 @@ def check_blocks(
     blocks:Sequence[tuple[int, int]], # first and last row of the grid of each
     embargo:int,                      # ns
 )->None:
-    "Refuse test spans that are shorter than the embargo or than a label"
+    "Refuse test spans that are shorter, up to the next decision, than the embargo or than a label"
+    starts = np.append(samples.grid, samples.grid[-1] + samples.step)
     for number, (first, last) in enumerate(blocks):
-        length = int(samples.grid[last] - samples.grid[first]) + samples.step
+        length = int(starts[last + 1] - starts[first])
         for what, least in (("the embargo is", embargo), ("a label lasts", samples.longest)):
             if length < least:
                 raise ValueError(f"test span {number} is {pd.Timedelta(length)} long, {what} {pd.Timedelta(least)}: "
