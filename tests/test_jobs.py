@@ -233,7 +233,10 @@ def test_every_job_of_ours_says_what_its_parameters_are(root):
                                         ("session_report", {"replayed": -1}),
                                         ("incident", {"since": "soon"}), ("incident", {"minutes": 0}),
                                         ("testnet_day", {"hours": -1}), ("testnet_day", {"candles": 0}),
-                                        ("testnet_day", {"session": "nobody"})])
+                                        ("testnet_day", {"session": "nobody"}),
+                                        ("walkforward", {"agents": "PPO SACC"}), ("walkforward", {"agents": ""}),
+                                        ("walkforward", {"folds": 1}), ("walkforward", {"seeds": 0}),
+                                        ("walkforward", {"steps": 0}), ("walkforward", {"source": "none.csv"})])
 def test_our_jobs_refuse_what_is_wrong_before_a_kernel_starts(project, root, job, wrong, monkeypatch):
     def started(*_, **__): raise AssertionError("a kernel was started")
     monkeypatch.setattr("papermill.execute.execute_notebook", started)

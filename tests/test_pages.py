@@ -215,14 +215,14 @@ def test_a_stress_says_who_was_halted():
 
 
 @pytest.mark.parametrize("job", ["backtest", "report", "live", "drill", "watch", "dashboard", "session_report",
-                                 "incident", "testnet_day"])
+                                 "incident", "testnet_day", "walkforward"])
 def test_a_job_says_which_cell_is_its_answer(root, job):
     assert sum("answer" in cell.metadata.get("tags", []) for cell in nbformat.read(root / f"nbs/{job}.ipynb",
         4).cells) == 1
 
 
 @pytest.mark.parametrize("job", ("train", "backtest", "live", "replay", "report", "drill", "watch",
-                                 "dashboard", "session_report"))
+                                 "dashboard", "session_report", "walkforward"))
 def test_the_lab_saves_a_job_as_it_is_kept(job):
     "What Run All has added is left out, so that git sees no change"
     strip = runpy.run_path(str(ROOT / ".ci/jupyter_server_config.py"))["strip"]

@@ -132,6 +132,15 @@ def _check_agent(agent):
                          f"{', '.join(AGENT_NAMES)}")
 
 
+def _check_walk(agents, folds, seeds):
+    for each in agents: _check_agent(each)
+    if not agents: raise ValueError(f"agents must be one or more of {', '.join(AGENT_NAMES)}, was empty")
+    for name in agents:
+        if agents.count(name) > 1: raise ValueError(f"the agent {name} is there twice: name each once")
+    if folds < 2: raise ValueError(f"a walk-forward needs at least 2 folds, was {folds}")
+    if seeds < 1: raise ValueError(f"seeds must be at least 1, was {seeds}: 5 show how much is luck")
+
+
 def _check_times(timeframe, span):
     from tradelab.times import milliseconds, parse_span
     if timeframe: milliseconds(timeframe)
@@ -142,6 +151,9 @@ def check_job(*,
     settings:str="",        # a section of tradelab.toml
     policy:str="",
     agent:str="",
+    agents:str|None=None,   # names with blanks between them; None: the job has none
+    folds:int=2,
+    seeds:int=1,
     steps:int=1,
     symbol:str="",
     timeframe:str="",
@@ -160,6 +172,7 @@ def check_job(*,
         venue_for(here := with_keys(here))
         check_alerts(here)
     _check_agent(agent)
+    if agents is not None: _check_walk(agents.split(), folds, seeds)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)
     symbols = symbols_of(symbol)

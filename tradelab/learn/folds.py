@@ -6,7 +6,7 @@
 __all__ = ['Candidate', 'COSTS', 'DEPOSITS', 'Fold', 'folds_of', 'Study', 'fitted', 'fingerprint', 'tested', 'net_returns',
            'sharpe_of', 'dearer', 'with_impact', 'variants', 'Attempt', 'facts_of', 'try_fold']
 
-# %% ../../nbs/80_learn/08_folds.ipynb #77909ae6
+# %% ../../nbs/80_learn/08_folds.ipynb #5fb820cf
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +22,7 @@ from ..evaluation.result import Result
 from ..features.observation import Observation
 from ..instruments import Instrument
 from .agents import train
+from .splits import Length, WalkForward
 from ..market.candles import RatesLike, period_of, times
 from ..market.filters import instruments_for
 from ..risk.answers import halts
@@ -31,7 +32,7 @@ from ..settings import CostModel, Execution, Limits
 from ..sim.backtest import backtest
 from ..sources.exogenous import Exogenous
 
-# %% ../../nbs/80_learn/08_folds.ipynb #88c17b90
+# %% ../../nbs/80_learn/08_folds.ipynb #af657f07
 @dataclass(frozen=True)
 class Fold:
     "Rows of one step of a walk-forward, each span without its end"
@@ -42,31 +43,30 @@ class Fold:
 
 
 def folds_of(
-    candles:int,        # T
-    folds:int,          # test spans, equally long
+    index:pd.DatetimeIndex,     # open times, UTC
+    folds:int,                  # test spans, equally long
     *,
-    fitted_share:float=.5,      # of all candles, before the first test span
+    fitted_share:float=.5,      # of the span, before the first test span
     validation_share:float=.2,  # of what is before a test span
-    embargo:int=1,              # candles left out between two spans
+    embargo:Length|float=0.,    # a length of time left out between two spans, or a share of the span
     expanding:bool=False,       # whether each fold is fitted on all that came before; otherwise on an equal length
+    warm_up:int=0,              # candles that window and features use up
 )->tuple[Fold, ...]:
-    "The folds of so many candles; ValueError where they do not fit"
+    "The folds of these candles; ValueError where they do not fit"
     if folds < 2: raise ValueError(f"a walk-forward needs at least 2 folds, was {folds}")
     for name, share in (("fitted_share", fitted_share), ("validation_share", validation_share)):
         if not 0 < share < 1: raise ValueError(f"{name} must be between 0 and 1, was {share}")
-    if embargo < 1:
-        raise ValueError(f"embargo must be at least 1 candle, in which the last decision ends, was {embargo}")
-    first = int(candles * fitted_share)
-    borders = np.linspace(first, candles, folds + 1).astype(int)
-    held = int(first * validation_share)
-    if (shortest := min(held, int(np.diff(borders).min()))) <= embargo + 1:
-        raise ValueError(f"{candles:,} candles make spans of {shortest} candles, of which an embargo of {embargo} "
-                         "leaves too few: give a longer history, or fewer folds")
-    return tuple(Fold(number, (0 if expanding else int(end) - first, int(end) - held - embargo),
-                      (int(end) - held, int(end) - embargo), (int(end), int(after)))
-                 for number, (end, after) in enumerate(zip(borders, borders[1:]), 1))
+    ends = pd.Series(index[1:], index[:-1])
+    outer = WalkForward(ends, n_splits=folds, train=fitted_share, rolling=not expanding, embargo=embargo)
+    made = []
+    for number, (before, test) in enumerate(outer.split(), 1):
+        inner = WalkForward(ends.iloc[before], n_splits=1, train=1 - validation_share, embargo=embargo, warm_up=warm_up)
+        fitting, validation = next(iter(inner.split()))
+        spans = [(int(rows[0]), int(rows[-1]) + 1) for rows in (before[fitting], before[validation], test)]
+        made.append(Fold(number, *spans))
+    return tuple(made)
 
-# %% ../../nbs/80_learn/08_folds.ipynb #2e0ea0e3
+# %% ../../nbs/80_learn/08_folds.ipynb #e313bf42
 Candidate: TypeAlias = str | Tradable
 
 
@@ -88,6 +88,8 @@ class Study:
     runs:Path|None = None                                 # the folder whose log counts the trials
 
     @property
+    def index(self)->pd.DatetimeIndex: return next(iter(self.candles.values())).index
+    @property
     def times(self)->np.ndarray: return times(next(iter(self.candles.values()))) # ms
 
     def rows(self, first:int, end:int)->dict[str, Any]:
@@ -95,7 +97,7 @@ class Study:
         cut = lambda frames: {symbol: frame.iloc[first:end] for symbol, frame in (frames or {}).items()}
         return {"candles": cut(self.candles), "extra": cut(self.extra)}
 
-# %% ../../nbs/80_learn/08_folds.ipynb #707ea23d
+# %% ../../nbs/80_learn/08_folds.ipynb #819e08db
 def fitted(
     study:Study,
     fold:Fold,
@@ -123,7 +125,7 @@ def fingerprint(
     seen = json.dumps([policy.features, policy.window, scaler]).encode()
     return sha256(seen + policy.parameters.tobytes()).hexdigest()
 
-# %% ../../nbs/80_learn/08_folds.ipynb #f3f56d9d
+# %% ../../nbs/80_learn/08_folds.ipynb #c4d3300a
 def tested(
     study:Study,
     run:Run,
@@ -152,7 +154,7 @@ def net_returns(
     before = np.where(equity[:-1] > 0, equity[:-1], 1.)
     return pd.Series(np.where(equity[:-1] > 0, equity[1:] / before - 1, 0.), result.equity.index[1:], name=result.name)
 
-# %% ../../nbs/80_learn/08_folds.ipynb #3f4c3f24
+# %% ../../nbs/80_learn/08_folds.ipynb #46cab58d
 def sharpe_of(
     returns:pd.Series,   # simple, index of times
 )->float:                # annual; 0 where nothing moved
@@ -161,7 +163,7 @@ def sharpe_of(
     value = ratios(returns.to_numpy(float), YEAR / pd.Timedelta(period_of(times(returns)), "ms"))["sharpe"]
     return float(value) if np.isfinite(value) else 0.
 
-# %% ../../nbs/80_learn/08_folds.ipynb #49de423e
+# %% ../../nbs/80_learn/08_folds.ipynb #e1c5f01b
 COSTS = 1, 2, 5                                # times fees, spread and impact
 DEPOSITS = 1e4, 1e5, 1e6, 1e7                  # quote
 
@@ -190,7 +192,7 @@ def variants(
             | {f"deposit {deposit:,.0f}": {"costs": with_impact(study.costs), "deposit": deposit}
                for deposit in DEPOSITS})
 
-# %% ../../nbs/80_learn/08_folds.ipynb #11b3d2fe
+# %% ../../nbs/80_learn/08_folds.ipynb #f38e5d78
 @dataclass(frozen=True, eq=False)
 class Attempt:
     "A learner with a seed in a fold: how it did in sample, in validation, and out of sample"

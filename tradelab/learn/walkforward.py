@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WEATHER', 'chosen', 'joined', 'daily', 'measured', 'left_half', 'weather', 'rows_by_learner', 'overview',
            'by_variant', 'by_seed', 'by_regime', 'moments_of', 'by_fold', 'draw_walk', 'WalkForwardResult', 'names_of',
-           'check_study', 'out_of_sample', 'caption_of', 'tasks_of', 'assembled', 'walk_forward']
+           'candles_needed', 'check_unseen', 'out_of_sample', 'caption_of', 'tasks_of', 'assembled', 'walk_forward']
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #0c88265b
+# %% ../../nbs/80_learn/09_walkforward.ipynb #2e0e984e
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +34,11 @@ from tradelab.learn.folds import (
     try_fold,
     with_impact,
 )
+from .splits import LeakError, Length
 from .tasks import Failure, Task, run_tasks
 from ..market.candles import CandlesLike, RatesLike, frames_of, period_of, times
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #f660767a
+# %% ../../nbs/80_learn/09_walkforward.ipynb #307c40db
 from ..policies import always_short, buy_and_hold, flat, sma_cross
 from ..risk.market_state import warm_up
 from ..runs.registry import trials
@@ -52,7 +53,7 @@ from ..times import format_time
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported when something is drawn
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #a61857a0
+# %% ../../nbs/80_learn/09_walkforward.ipynb #5a66ded1
 def chosen(
     attempts:Sequence[Attempt],
 )->dict[tuple[str, int], Attempt]: # by learner and fold
@@ -82,7 +83,7 @@ def daily(
     grown: Any = returns + 1.
     return grown.groupby(returns.index.floor("D")).prod() - 1.
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #dcd22243
+# %% ../../nbs/80_learn/09_walkforward.ipynb #908bb0ff
 def measured(
     returns:pd.Series,  # net, per day
 )->dict[str, float]:
@@ -101,7 +102,7 @@ def left_half(
     kept = [deposit for deposit, ratio in ratios.items() if ratio >= first / 2]
     return max(kept)
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #47b4ba66
+# %% ../../nbs/80_learn/09_walkforward.ipynb #b70619e7
 WEATHER = pd.Timedelta(days=30)
 
 
@@ -118,7 +119,7 @@ def weather(
     told = np.char.add(np.where(rose > 0, "up, ", "down, "), np.where(swing > usual, "wild", "calm"))
     return pd.Series(told, moves.index).iloc[first:]
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #e36cde02
+# %% ../../nbs/80_learn/09_walkforward.ipynb #425a72e6
 def rows_by_learner(
     attempts:Sequence[Attempt],
     learners:Sequence[str],
@@ -160,7 +161,7 @@ def by_variant(
                        for measure, value in measured(history[learner]).items() if not measure.startswith("Max")}
     return pd.DataFrame(found).rename_axis(["learner", "measure"])
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #29b4fd10
+# %% ../../nbs/80_learn/09_walkforward.ipynb #66d00eaa
 def by_seed(
     result:"WalkForwardResult",
 )->pd.DataFrame:             # a row per learner
@@ -232,7 +233,7 @@ def draw_walk(
     dates(axis)
     return finished(figure)
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #bc92e929
+# %% ../../nbs/80_learn/09_walkforward.ipynb #b72ec89b
 @dataclass(frozen=True, eq=False)
 class WalkForwardResult:
     "What learners did out of sample, fold after fold"
@@ -297,7 +298,7 @@ class WalkForwardResult:
                 + (f"<p>{html_text(self.failed()).replace(chr(10), '<br>')}</p>" if self.failures else "")
                 + self.table().to_html(border=0, float_format="{:,.2f}".format, na_rep="-"))
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #2cd8502e
+# %% ../../nbs/80_learn/09_walkforward.ipynb #6e0375b6
 def names_of(
     learners:Sequence[Candidate],
 )->tuple[str, ...]:
@@ -310,30 +311,33 @@ def names_of(
     return names
 
 
-def check_study(
+def candles_needed(
+    study:Study,
+    learners:Sequence[Candidate],
+)->int:
+    "The candles that a fitting span uses up before its first decision"
+    symbols, timeframe = tuple(study.candles), timeframe_of(study.candles, study.gaps)
+    rules = [Observation.from_policy(as_run(each).policy, timeframe) for each in learners if not isinstance(each, str)]
+    seen = [each.for_symbols(symbols, timeframe).warm_up for each in (study.observation, *rules)]
+    return max(*seen, warm_up(study.limits), with_impact(study.costs).warm_up)
+
+
+def check_unseen(
     study:Study,
     folds:Sequence[Fold],
     learners:Sequence[Candidate],
 )->None:
-    "ValueError for a study whose result would be worth nothing"
+    "LeakError for an observation or a run that was fitted on a test span"
     if study.observation.scaler is not None:
-        raise ValueError("the observation has been fitted already, perhaps on a test span: pass it without a scaler, "
-                         "it is fitted in each fold")
+        raise LeakError("the observation has been fitted already, perhaps on a test span: pass it without a scaler, it "
+                        "is fitted in each fold")
     first = int(study.times[folds[0].test[0]])
-    symbols, timeframe = tuple(study.candles), timeframe_of(study.candles, study.gaps)
-    needed = [study.observation.for_symbols(symbols, timeframe).warm_up, warm_up(study.limits),
-              with_impact(study.costs).warm_up]
     for run in (as_run(each) for each in learners if not isinstance(each, str)):
         if run.fitted_until is not None and run.fitted_until >= first:
-            raise ValueError(f"{run.id} was fitted on candles until {format_time(run.fitted_until)}, the first test "
-                             f"span begins {format_time(first)}: name its agent, which is fitted in each fold")
-        needed.append(Observation.from_policy(run.policy, timeframe).warm_up)
-    shortest = min(fold.fitting[1] - fold.fitting[0] for fold in folds)
-    if shortest < max(needed) + 2:
-        raise ValueError(f"a fitting span of {shortest:,} candles is too short: window, features, limits and costs "
-                         f"take {max(needed):,} to warm up: give a longer history, or features that remember less")
+            raise LeakError(f"{run.id} was fitted on candles until {format_time(run.fitted_until)}, the first test "
+                            f"span begins {format_time(first)}: name its agent, which is fitted in each fold")
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #48921f2a
+# %% ../../nbs/80_learn/09_walkforward.ipynb #3cd55d1c
 def out_of_sample(
     study:Study,
     folds:Sequence[Fold],
@@ -358,7 +362,7 @@ def caption_of(
             f"{len(folds)} {'expanding' if expanding else 'rolling'} folds, "
             f"{net_of(tuple(study.candles), study.funding, study.costs)}")
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #5d88365e
+# %% ../../nbs/80_learn/09_walkforward.ipynb #f0e6ecf1
 def tasks_of(
     study:Study,
     folds:Sequence[Fold],
@@ -391,10 +395,10 @@ def assembled(
                              {name: facts_of(result) for name, result in beside.items()},
                              weather(study.candles, folds[0].test[0] + 1), count, caption, sources_of(study.candles))
 
-# %% ../../nbs/80_learn/09_walkforward.ipynb #c7f9a1a0
+# %% ../../nbs/80_learn/09_walkforward.ipynb #994871ec
 def walk_forward(learners:Sequence[Candidate], candles:CandlesLike, observation:Observation, *, steps:int=40_000,
                  folds:int=6, seeds:int=5, expanding:bool=False, fitted_share:float=.5, validation_share:float=.2,
-                 embargo:int=1, baselines:Sequence[Tradable]=(buy_and_hold(), always_short(), sma_cross()),
+                 embargo:Length|float=0., baselines:Sequence[Tradable]=(buy_and_hold(), always_short(), sma_cross()),
                  funding:RatesLike|None=None, extra:dict[str, pd.DataFrame]|None=None,
                  series:dict[str, Exogenous]|None=None, costs:CostModel|None=None, limits:Limits|None=None,
                  instruments:Sequence[Instrument]=(), execution:Execution=Execution(), deposit:float=10_000.,
@@ -442,9 +446,9 @@ def walk_forward(learners:Sequence[Candidate], candles:CandlesLike, observation:
     study = Study({symbol: frames[symbol] for symbol in symbols}, observation, costs or settings().costs,
                   limits or settings().risk, funding, seen, series, tuple(instruments), execution, deposit, gaps,
                   {"steps": steps, **training}, folder)
-    parts = folds_of(len(study.times), folds, fitted_share=fitted_share, validation_share=validation_share,
-                     embargo=embargo, expanding=expanding)
-    check_study(study, parts, learners)
+    parts = folds_of(study.index, folds, fitted_share=fitted_share, validation_share=validation_share, embargo=embargo,
+                     expanding=expanding, warm_up=candles_needed(study, learners))
+    check_unseen(study, parts, learners)
     beside = out_of_sample(study, parts, baselines)
     found = run_tasks(tasks_of(study, parts, learners, seeds), workers=workers, progress=progress)
     return assembled(study, parts, names, found, beside=beside, caption=caption_of(study, parts, expanding))
