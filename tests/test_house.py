@@ -19,6 +19,7 @@ OWNERS = {  # a library lives in one named place
     "ccxt": {"tradelab.sources.exchange", "tradelab.venues.binance_client"}, "yfinance": {"tradelab.sources.yahoo"},
     "curl_cffi": {"tradelab.sources.yahoo"},
     "torch": "tradelab.learn", "stable_baselines3": "tradelab.learn", "gymnasium": "tradelab.learn", "sklearn": set(),
+    "lightgbm": {"tradelab.learn.plug_in"},
     "sqlalchemy": {"tradelab.database.schema", "tradelab.database.engine", "tradelab.database.rows",
                    "tradelab.database.reading", "tradelab.database.migrations", "tradelab.database.operations",
                    "tradelab.database.backup", "tradelab.live.ledger", "tradelab.live.audit"},

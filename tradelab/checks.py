@@ -128,7 +128,8 @@ def check_watched(
 # %% ../nbs/99_top/02_checks.ipynb #ce80f08f
 def _check_agent(agent):
     if agent and agent not in AGENT_NAMES:
-        raise ValueError(f"there is no agent {agent!r}: did you mean {nearest(agent.upper(), AGENT_NAMES)}? There are "
+        known = {each.lower(): each for each in AGENT_NAMES}
+        raise ValueError(f"there is no agent {agent!r}: did you mean {known[nearest(agent.lower(), known)]}? There are "
                          f"{', '.join(AGENT_NAMES)}")
 
 

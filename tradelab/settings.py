@@ -540,7 +540,7 @@ class SeriesDefinition:
         return duration(self.stale) if self.stale else inf
 
 # %% ../nbs/00_ground/08_settings.ipynb #c605af5a
-AGENT_NAMES = ("SAC", "PPO") # of `learn.agents`, known here without torch
+AGENT_NAMES = ("SAC", "PPO", "linear", "boosted") # of `learn.agents`, known here without torch
 
 # %% ../nbs/00_ground/08_settings.ipynb #4f8a0360
 @dataclass(frozen=True)
