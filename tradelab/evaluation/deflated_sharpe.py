@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEWEST', 'Returns', 'EULER_MASCHERONI', 'check_returns', 'check_candidates', 'SharpeMoments', 'sharpe_moments',
            'probabilistic_sharpe', 'minimum_track_record', 'check_trials', 'expected_maximum_sharpe', 'deflated_sharpe',
-           'minimum_backtest_length', 'chance_figure']
+           'chance_of_best', 'minimum_backtest_length', 'chance_figure']
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000003
 import math
@@ -162,6 +162,15 @@ def deflated_sharpe(
     moments = sharpe_moments(returns)
     chance = expected_maximum_sharpe(trials, 1 / moments.count if variance is None else variance)
     return probabilistic_sharpe(moments, chance)
+
+# %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000036
+def chance_of_best(
+    returns:Returns|SharpeMoments, # simple, per period, (T,), of the best
+    trials:int,                    # strategies tried, this one counted
+)->float:                          # a probability
+    "How likely the best of so many trials without skill has a Sharpe ratio as high, if they are independent"
+    below = probabilistic_sharpe(returns)
+    return -math.expm1(check_trials(trials) * math.log(below)) if below > 0 else 1.
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000030
 def minimum_backtest_length(
