@@ -60,14 +60,12 @@ def sharpe_of(
     total,   # (N,) float64, sums of what is left without the mean
     squares, # (N,)
     mean,    # (N,), which was taken out
-    found,   # (N,), filled: per period; 0 where nothing moved
-):
+):           # (N,), per period; 0 where nothing moved
     "The Sharpe ratios of all candidates from sums"
-    for i in range(len(total)):
-        apart, square = total[i] / count, squares[i] / count
-        variance = square - apart * apart
-        moved = variance > 1e-12 * (square + mean[i] * mean[i])
-        found[i] = (apart + mean[i]) / np.sqrt(variance * (count / (count - 1))) if moved else 0.
+    apart, square = total / count, squares / count
+    variance = square - apart * apart
+    moved = variance > 1e-12 * (square + mean * mean)
+    return np.where(moved, (apart + mean) / np.sqrt(np.where(moved, variance, 1.) * (count / (count - 1))), 0.)
 
 # %% ../../nbs/40_evaluation/12_overfitting.ipynb #of000013
 @compiled
@@ -80,19 +78,14 @@ def choose(
     mean,    # (N,)
 ):           # (C, 4): column of the best, its Sharpe ratio in and out of sample, its rank among all, in (0, 1)
     "The best candidate of each way, and what became of it; ties share their rank"
-    found, candidates = np.empty((len(count), 4)), len(mean)
-    inside, outside = np.empty(candidates), np.empty(candidates)
+    found = np.empty((len(count), 4))
     for way in range(len(count)):
-        sharpe_of(count[way], total[way], squares[way], mean, inside)
-        sharpe_of(length - count[way], whole[0] - total[way], whole[1] - squares[way], mean, outside)
+        inside = sharpe_of(count[way], total[way], squares[way], mean)
+        outside = sharpe_of(length - count[way], whole[0] - total[way], whole[1] - squares[way], mean)
         best = np.argmax(inside)
         met = outside[best]
-        below, upto = 0, 0
-        for i in range(candidates):
-            below += outside[i] < met
-            upto += outside[i] <= met
         found[way, 0], found[way, 1], found[way, 2] = best, inside[best], met
-        found[way, 3] = (below + upto + 1) / 2 / (candidates + 1)
+        found[way, 3] = (np.sum(outside < met) + np.sum(outside <= met) + 1) / 2 / (len(mean) + 1)
     return found
 
 # %% ../../nbs/40_evaluation/12_overfitting.ipynb #of000035
@@ -217,9 +210,8 @@ def blind_choices(
     "What every candidate had out of sample, of some of the ways"
     some = ways(len(sums.lengths))
     some = some[::max(1, len(some) // most)]
-    found = np.empty((len(some), len(mean)))
-    for row, each in zip(found, some): sharpe_of(each @ sums.lengths, each @ sums.total, each @ sums.squares, mean, row)
-    return found.ravel()
+    return np.concatenate([sharpe_of(each @ sums.lengths, each @ sums.total, each @ sums.squares, mean)
+                           for each in some])
 
 # %% ../../nbs/40_evaluation/12_overfitting.ipynb #of000026
 def check_blocks(returns:pd.DataFrame, blocks:int)->None:
