@@ -1,11 +1,13 @@
 "Plug-in policies: forecasts against their libraries, controllers against brute force and the paper, storing, trading"
 import importlib.util
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import lightgbm
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.numpy
 from hypothesis import given, settings
@@ -126,6 +128,23 @@ def test_a_run_is_kept_and_trades_the_same(tmp_path, forecast, controller):
     assert np.array_equal(kept.policy.parameters.view(np.int64), made.policy.parameters.view(np.int64))
     candles = ar1(300, seed=5)
     assert first_difference(backtest(made, candles, baselines=()), backtest(kept, candles, baselines=())) is None
+
+
+def test_a_kept_plug_in_is_loaded_without_what_fitted_it(tmp_path):
+    "Also it decides on this machine as where it was fitted"
+    from tradelab.runs.self_test import SELF_TEST
+    candles = ar1(3_000, seed=6)
+    from tradelab.learn.agents import train
+    kept = train("boosted", candles, Observation(["return(1)"]), steps=1, folder=tmp_path, progress=False)
+    assert (kept.folder / SELF_TEST).exists()
+    code = ("import sys; from pathlib import Path; from tradelab.runs.registry import load\n"
+            "from tradelab.runs.self_test import self_test\n"
+            f"run = load({kept.id!r}, Path({str(tmp_path)!r})); self_test(run)\n"
+            "print([name for name in ('torch', 'lightgbm', 'sklearn', 'tradelab.learn') if name in sys.modules])")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stderr
+    assert kept.config["agent"] == "boosted"
+    assert len(kept.plot().axes) == 1
 
 
 @pytest.mark.parametrize("change, sentence", [
@@ -304,3 +323,47 @@ def test_a_nonlinear_market_needs_trees():
     line, grown = (fit_forecast(market, model) for model in ("linear", "boosted"))
     assert grown.trees > 0
     assert grown.slope / grown.slope_error > 2 * max(line.slope / line.slope_error, 2.)
+
+
+def test_one_model_is_fitted_for_all_symbols():
+    "Two symbols that each follow their own last return: more rows, one line, and each is traded by itself"
+    frames = {name: ar1(4_000, seed=seed) for name, seed in (("BTC/USDT:USDT", 1), ("ETH/USDT:USDT", 2))}
+    observation = Observation(["return(1)"]).for_symbols(tuple(frames), "1h").fit(frames)
+    market = prepare(frames, observation)
+    sample = sample_of(market)
+    assert np.bincount(sample.symbol).tolist() == [len(sample) // 2] * 2
+    policy = fit_plug_in(market)
+    result = backtest(policy, frames, baselines=())
+    assert set(result.fills["symbol"]) == set(frames)
+    weights = [fit_forecast(prepare(frame, Observation(["return(1)"]).fit(frame))).forecast.weights[0]
+               for frame in frames.values()]
+    assert min(weights) < fit_forecast(market).forecast.weights[0] < max(weights)
+
+
+def test_funding_is_taken_off_what_a_decision_earns():
+    "A long pays what falls due at the close of the candle in which it is held"
+    candles = ar1(2_000, seed=1)
+    rates = pd.Series(.001, candles.index[8::8])
+    observation = Observation(["return(1)"]).fit(candles)
+    with_rates, without = (sample_of(prepare(candles, observation, funding=funding)) for funding in (rates, None))
+    taken = without.earned - with_rates.earned
+    due = np.isin(candles.index[with_rates.candle + 2], rates.index) # the close of the candle after the decision
+    np.testing.assert_allclose(taken, np.where(due, .001, 0.), atol=1e-15)
+
+
+def test_a_hole_is_not_learnt_from():
+    candles = ar1(3_000, seed=1).drop(ar1(3_000, seed=1).index[1_000:1_010])
+    sample = sample_of(prepare(candles, Observation(["return(1)"], window=3).fit(candles, gaps=True), gaps=True))
+    assert not {998, 999, 1_000, 1_001} & set(sample.candle.tolist()) # the outcome, then the window, lies in it
+    assert {997, 1_003} <= set(sample.candle.tolist())
+    assert np.isfinite(sample.seen).all()
+    assert np.abs(sample.earned).max() < .06
+
+
+def test_holding_a_whole_position_pays_for_its_impact():
+    "Twice the money moves the price by the root of two more"
+    from tradelab.learn.plug_in import trading_cost
+    candles = ar1(3_000, seed=1)
+    costs = [trading_cost(prepare(candles, Observation(["return(1)"]), costs=CostModel(impact=1.), deposit=deposit))
+             for deposit in (1e6, 2e6)]
+    assert (costs[1] - .0006) / (costs[0] - .0006) == pytest.approx(np.sqrt(2))

@@ -65,8 +65,8 @@ def sample_of(
     "The rows of a market; ValueError if they are too few"
     window = market.observation.window
     earned = earned_until_next(market)
-    first = market.first_row
-    rows = np.arange(first, len(earned))
+    rows = np.arange(market.first_row, len(earned))
+    if len(market.arrays.waits) > 1: rows = rows[market.arrays.waits[rows] == 0]
     if len(market.stale): rows = rows[~market.stale[rows]]
     parts = []
     for n in range(earned.shape[1]):
