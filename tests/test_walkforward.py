@@ -93,7 +93,7 @@ def test_planted_skill_is_found_and_noise_is_not(runs):
     assert not found.failures + noise.failures
     assert sharpe_of(found.returns["PPO"]) > 5
     assert found.verdict.skill, str(found.verdict)
-    assert noise.sentence.startswith("PPO: no evidence of skill: ")
+    assert noise.sentences[0].startswith("PPO: no evidence of skill: ")
 
 
 def test_one_worker_and_two_find_the_same(skilled, runs):

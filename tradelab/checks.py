@@ -133,8 +133,8 @@ def _check_agent(agent):
                          f"{', '.join(AGENT_NAMES)}")
 
 
-def _check_walk(agents, folds, seeds):
-    for each in agents: _check_agent(each)
+def _check_walk(agents, runs, folds, seeds):
+    for each in agents: check_policy(each, runs) if ":" in each else _check_agent(each)
     if not agents: raise ValueError(f"agents must be one or more of {', '.join(AGENT_NAMES)}, was empty")
     for name in agents:
         if agents.count(name) > 1: raise ValueError(f"the agent {name} is there twice: name each once")
@@ -173,7 +173,7 @@ def check_job(*,
         venue_for(here := with_keys(here))
         check_alerts(here)
     _check_agent(agent)
-    if agents is not None: _check_walk(agents.split(), folds, seeds)
+    if agents is not None: _check_walk(agents.split(), here.runs, folds, seeds)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
     if policy: check_policy(policy, here.runs)
     symbols = symbols_of(symbol)

@@ -9,6 +9,7 @@ __all__ = ['WEATHER', 'chosen', 'joined', 'daily', 'measured', 'left_half', 'wea
 # %% ../../nbs/80_learn/08_walkforward.ipynb #cc26caa9
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,9 +247,9 @@ def _candidates_of(
 
 def _judged(
     result:"WalkForwardResult",
+    subject:str,             # a learner
 )->Verdict:
-    "Whether the first learner shows skill; ValueError where that cannot be judged"
-    subject = result.learners[0]
+    "Whether a learner shows skill; ValueError where that cannot be judged"
     own = {fold: each for (learner, fold), each in result.best.items() if learner == subject}
     fitted = any(each.inside for each in own.values())
     table = _candidates_of(result)
@@ -294,11 +295,15 @@ class WalkForwardResult:
                                                 self.index) for pair in pairs}))
 
     @cached
-    def verdict(self)->Verdict|Missing:
-        "Whether the first learner shows skill, in one sentence with its evidence; or why that cannot be said"
-        return section(lambda: _judged(self))
+    def verdicts(self)->dict[str, Verdict|Missing]:
+        "Whether each learner shows skill, in one sentence with its evidence; or why that cannot be said"
+        return {name: section(partial(_judged, self, name)) for name in self.learners}
     @property
-    def sentence(self)->str: return f"{self.learners[0]}: {getattr(self.verdict, 'sentence', self.verdict)}"
+    def verdict(self)->Verdict|Missing: return self.verdicts[self.learners[0]] # on the subject
+    @property
+    def sentences(self)->tuple[str, ...]:
+        "The verdict on each learner, the subject's first"
+        return tuple(f"{name}: {getattr(each, 'sentence', each)}" for name, each in self.verdicts.items())
 
     @once
     def table(self)->pd.DataFrame: return _overview(self)
@@ -323,10 +328,11 @@ class WalkForwardResult:
 
     def __str__(self)->str:
         told = self.table().to_string(float_format="{:,.2f}".format)
-        return "\n".join(filter(None, [self.sentence, self.told, self.failed(), told]))
+        return "\n".join(filter(None, [*self.sentences, self.told, self.failed(), told]))
 
     def _repr_html_(self)->str:
-        return (f"<p><b>{html_text(self.sentence)}</b></p><p>{html_text(self.told)}</p>"
+        first, *others = map(html_text, self.sentences)
+        return ("<br>".join([f"<p><b>{first}</b>", *others]) + f"</p><p>{html_text(self.told)}</p>"
                 + (f"<p>{html_text(self.failed()).replace(chr(10), '<br>')}</p>" if self.failures else "")
                 + self.table().to_html(border=0, float_format="{:,.2f}".format, na_rep="-"))
 
