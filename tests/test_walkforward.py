@@ -150,9 +150,9 @@ def test_a_failed_fold_is_a_value_and_said_on_the_page(skilled, runs):
 
 
 def test_if_every_task_fails_it_is_said(skilled, runs):
-    with pytest.raises(ValueError, match="none of 4 tasks succeeded: PPO, fold 1, seed 0: TypeError"):
-        walk_forward(["PPO"], skilled, Observation(["return(1)"]), folds=2, seeds=2, folder=runs, steps=100, net="no",
-                     **PLAIN)
+    with pytest.raises(ValueError, match="none of 4 tasks succeeded: PPO, fold 1, seed 0: ValueError: an episode has"):
+        walk_forward(["PPO"], skilled, Observation(["return(1)"]), folds=2, seeds=2, folder=runs, steps=100,
+                     episode=1_000_000, **PLAIN)
 
 
 @pytest.mark.parametrize("told, sentence", [
@@ -165,6 +165,12 @@ def test_if_every_task_fails_it_is_said(skilled, runs):
     ({"workers": 0}, "workers must be at least 1"),
     ({"observation": Observation(["ema(500)"])}, "of which window and warm-up take"),
     ({"observation": Observation(["return(1)"], 3_000)}, "of which window and warm-up take"),
+    ({"candles": ar1(3_600, seed=1).assign(open=7., high=7., low=7., close=7.)}, "the price is 7 in all .* of fold 1"),
+    ({"candles": ar1(900, seed=1), "learners": ["linear"]}, "linear is fitted on at least 500 candles"),
+    ({"n_env": 3, "learners": ["PPO", follow]}, "no setting 'n_env': did you mean n_envs"),
+    ({"keep": True}, "no setting 'keep'"), ({"gamma": 5.}, "gamma must be at least 0 and below 1, was 5"),
+    ({"batch_size": 0}, "batch_size must be"), ({"scaler": "standart"}, "scaler must be standard or robust"),
+    ({"net": (0,)}, "net must be whole numbers"), ({"learning_rate": float("nan")}, "learning_rate must be"),
     ({"learners": []}, "learners must be a list"), ({"learners": ["PPOO"]}, "did you mean PPO"),
     ({"learners": ["PPO", "PPO"]}, "'PPO' is there twice"), ({"learners": [3]}, "cannot trade 3")])
 def test_bad_input_is_refused_before_anything_is_fitted(skilled, tmp_path, told, sentence):

@@ -44,7 +44,7 @@ from ..market.filters import instruments_for
 from ..policies import Policy, mlp, pack
 from ..runs.registry import record_trial, runs_folder, save, trial
 from ..runs.run import Run
-from ..settings import CostModel, Limits
+from ..settings import CostModel, Limits, Training
 from ..sim.prepared import PreparedMarket, prepare
 from ..sources.exogenous import Exogenous, series_record, with_series
 from ..times import format_time, milliseconds, to_ms
@@ -368,7 +368,7 @@ def train(agent:str, candles:CandlesLike, observation:Observation, *, steps:int,
     Raises
     ------
     ValueError
-        For an unknown agent, too few candles, or candles that do not fit together.
+        For an unknown agent, a setting that cannot be, too few candles, or candles that do not fit together.
 
     Examples
     --------
@@ -376,6 +376,7 @@ def train(agent:str, candles:CandlesLike, observation:Observation, *, steps:int,
     """
     chosen = choose(agent)
     if steps < 1: raise ValueError(f"steps must be at least 1, was {steps}: 40,000 is a start")
+    Training(1, scaler, learning_rate, batch_size, n_envs, net, gamma, episode) # refuses what cannot be
     extra = with_series(extra, series, candles)
     frames, symbols = frames_of(candles, extra, funding, gaps)
     observation = _fitted(observation, frames, symbols, scaler, gaps)

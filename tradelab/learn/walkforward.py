@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEATHER', 'chosen', 'joined', 'daily', 'measured', 'left_half', 'weather', 'WalkForwardResult', 'names_of',
-           'candles_needed', 'check_unseen', 'out_of_sample', 'caption_of', 'tasks_of', 'assembled', 'walk_forward']
+           'candles_needed', 'check_unseen', 'check_spans', 'training_options', 'out_of_sample', 'caption_of',
+           'tasks_of', 'assembled', 'walk_forward']
 
 # %% ../../nbs/80_learn/08_walkforward.ipynb #cc26caa9
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..config import settings
+from ..config import nearest, settings
 from ..evaluation.intervals import MEASURES
 from ..evaluation.stability import degradation
 from ..evaluation.verdict import Verdict, verdict
 from ..features.observation import Observation
 from ..figures import BEHIND, INK, caption, dates, finished, naive_times, plain, prices_of
 from ..instruments import Instrument
-from .agents import choose, timeframe_of
+from .agents import PlugIn, choose, timeframe_of
 from tradelab.learn.folds import (
     Attempt,
     Candidate,
@@ -36,6 +37,7 @@ from tradelab.learn.folds import (
     try_fold,
     with_impact,
 )
+from .plug_in import FEWEST
 from .splits import LeakError, Length
 from .tasks import Failure, Task, run_tasks
 from ..market.candles import CandlesLike, RatesLike, frames_of, period_of, times
@@ -46,7 +48,7 @@ from ..risk.market_state import warm_up
 from ..runs.registry import trials
 from ..runs.run import Tradable, as_run
 from ..sections import Missing, cached, once, section
-from ..settings import CostModel, Execution, Limits
+from ..settings import CostModel, Execution, Limits, Training
 from ..sim.backtest import backtest, net_of, sources_of
 from ..sources.exogenous import Exogenous
 from ..texts import figure_text, html_text
@@ -348,7 +350,6 @@ def names_of(
         if names.count(name) > 1: raise ValueError(f"the learner {name!r} is there twice: name each once")
     return names
 
-
 # %% ../../nbs/80_learn/08_walkforward.ipynb #d5ccf93a
 def candles_needed(
     study:Study,
@@ -375,6 +376,40 @@ def check_unseen(
         if run.fitted_until is not None and run.fitted_until >= first:
             raise LeakError(f"{run.id} was fitted on candles until {format_time(run.fitted_until)}, the first test "
                             f"span begins {format_time(first)}: name its agent, which is fitted in each fold")
+
+
+def check_spans(
+    study:Study,
+    folds:Sequence[Fold],
+    learners:Sequence[Candidate],
+)->None:
+    "ValueError for a span in which a price never moves, or one that is too short for a plug-in"
+    for fold, what in ((fold, what) for fold in folds for what in ("fitting", "validation", "test")):
+        first, end = getattr(fold, what)
+        for symbol, frame in study.candles.items():
+            closes = frame["close"].to_numpy()[first:end]
+            if len(closes) > 1 and not np.ptp(closes):
+                raise ValueError(f"{symbol}: the price is {closes[0]:g} in all {len(closes)} candles of the {what} "
+                                 f"span of fold {fold.number}: take a span or a source in which it moves")
+    seen = study.observation.for_symbols(tuple(study.candles), timeframe_of(study.candles, study.gaps))
+    shortest = min(end - first for first, end in (fold.fitting for fold in folds))
+    for name in (each for each in learners if isinstance(each, str) and isinstance(choose(each), PlugIn)):
+        if shortest < seen.warm_up + FEWEST:
+            raise ValueError(f"{name} is fitted on at least {FEWEST} candles after a warm-up of {seen.warm_up}, the "
+                             f"shortest fitting span has {shortest}: take fewer folds or a longer history")
+
+
+def training_options(
+    steps:int,
+    given:Mapping[str, Any],  # what else `train` is told
+)->dict[str, Any]:
+    "The settings of each training; ValueError for one that is unknown, or cannot be"
+    known = Training().options
+    for name in given:
+        if name not in known:
+            raise ValueError(f"a training has no setting {name!r}: did you mean {nearest(name, known)}? There are "
+                             f"{', '.join(known)}")
+    return {"steps": steps, **Training(**given).options}
 
 # %% ../../nbs/80_learn/08_walkforward.ipynb #2ef1f05a
 def out_of_sample(
@@ -471,8 +506,8 @@ def walk_forward(learners:Sequence[Candidate], candles:CandlesLike, observation:
     Raises
     ------
     ValueError
-        Before anything is fitted: for unknown learners, spans that are too short, an observation or a run that has
-        seen a test span. Afterwards only if no task succeeded.
+        Before anything is fitted: for unknown learners and settings, spans that are too short or without movement, an
+        observation or a run that has seen a test span. Afterwards only if no task succeeded.
 
     Examples
     --------
@@ -485,10 +520,11 @@ def walk_forward(learners:Sequence[Candidate], candles:CandlesLike, observation:
     seen = {symbol: frames[symbol] for symbol in frames if symbol not in symbols}
     study = Study({symbol: frames[symbol] for symbol in symbols}, observation, costs or settings().costs,
                   limits or settings().risk, funding, seen, series, tuple(instruments), execution, deposit, gaps,
-                  {"steps": steps, **training}, folder)
+                  training_options(steps, training), folder)
     parts = folds_of(study.index, folds, fitted_share=fitted_share, validation_share=validation_share, embargo=embargo,
                      expanding=expanding, warm_up=candles_needed(study, learners))
     check_unseen(study, parts, learners)
+    check_spans(study, parts, learners)
     beside = out_of_sample(study, parts, baselines)
     found = run_tasks(tasks_of(study, parts, learners, seeds), workers=workers, progress=progress)
     return assembled(study, parts, learners, found, beside=beside, caption=caption_of(study, parts, expanding))
