@@ -211,30 +211,43 @@ def _by_fold(
                               "Out of sample [Sharpe]": each.outside, "Fills [count]": each.facts["fills"],
                               "Halted [% of the span]": 100 * each.facts["halted_share"]}
             for (learner, fold), each in sorted(result.best.items())}
-    return pd.DataFrame(rows).T.rename_axis(["learner", "fold"])
+    return pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(rows, names=["learner", "fold"]))
+
+
+def _draw_histories(
+    axis:Any,
+    result:"WalkForwardResult",
+    names:Sequence[str],     # columns of the returns
+)->None:
+    "Draw equity: learners in colour, the subject thick, baselines dashed; dotted where all were fitted again"
+    for name in reversed(names):
+        grown = (1 + result.returns[name]).cumprod()
+        learns = name in result.learners
+        number = (result.learners if learns else list(result.baselines)).index(name)
+        colours = (INK, *BEHIND[1:]) if learns else (*BEHIND[::-1],)
+        axis.plot(naive_times(grown), grown.to_numpy(), color=colours[number % 6], ls="-" if learns else "--",
+                  lw=1.8 if learns and not number else .9, label=figure_text(str(name), 40))
+    for border in _moments_of(result.times)[[fold.test[0] for fold in result.folds[1:]]]:
+        axis.axvline(border, color="#bbbbbb", lw=.7, ls=":")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_ylabel("Equity [x start]")
+    plain(axis)
+    dates(axis)
 
 
 def _draw_walk(
     result:"WalkForwardResult",
 )->"Figure":
-    "A figure of the joined equity of learners and baselines, with the borders of the folds"
+    "A figure of the joined equity of all that keep to the limits, and below it of the market held whole"
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for number, name in reversed(list(enumerate(result.returns))):
-        grown = (1 + result.returns[name]).cumprod()
-        axis.plot(naive_times(grown), grown.to_numpy(), color=(INK, *BEHIND)[number % 7], lw=.9 if number else 1.8,
-                  ls="-" if name in result.learners else "--", label=figure_text(str(name), 40))
-    for border in _moments_of(result.times)[[fold.test[0] for fold in result.folds[1:]]]:
-        axis.axvline(border, color="#bbbbbb", lw=.7, ls=":")
-    axis.set_ylabel("Equity [x start]")
-    axis.set_xlabel("Time [UTC]; dotted: fitted again")
-    handles, names = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], names[::-1], frameon=False, fontsize=8, ncols=3, loc="upper left")
-    axis.margins(y=.18)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5), height_ratios=(2, 1), layout="constrained")
+    whole = [name for name in result.baselines if name == buy_and_hold().name]
+    _draw_histories(axes[0], result, [name for name in result.returns if name not in whole])
+    _draw_histories(axes[1], result, [result.learners[0], *whole])
+    axes[1].set_xlabel("Time [UTC]; dotted: fitted again")
     figure.suptitle(figure_text(result.caption, 150), fontsize=8)
-    caption(axis, prices_of(result.source))
-    plain(axis)
-    dates(axis)
+    caption(axes[0], prices_of(result.source))
     return finished(figure)
 
 # %% ../../nbs/80_learn/08_walkforward.ipynb #07d9f95d
