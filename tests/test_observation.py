@@ -27,7 +27,7 @@ from tradelab.runs.formats import CONFIG, DamagedRunError, seal
 from tradelab.runs.registry import load
 from tradelab.settings import NO_STOPS, Limits
 from tradelab.sim.backtest import backtest
-from tradelab.sim.prepared import prepare
+from tradelab.sim.prepared import market_data, prepare
 
 SYMBOLS = BTC, ETH, SOL = "BTC/USDT:USDT", "ETH/USDT:USDT", "SOL/USDT:USDT"
 CHOICE = ("return(1)", "rsi(3)", "sma(5).relative@2h", "return(1)@4h[-1]", "taker_share(2)", "funding_rate", "basis",
@@ -223,6 +223,16 @@ def test_environment_and_both_backtests_see_and_do_the_same(market, traded):
         assert_array_equal(seen.reshape(len(traded), -1), array.observations[t])
         seen, *_, info = env.step(policy.act(seen.reshape(len(traded), -1)))
         assert np.array_equal(np.array(info["journal"]), array.rows[t])
+
+
+def test_funding_of_an_extra_symbol_is_seen_and_not_paid(market):
+    frames, extra = {BTC: market[BTC]}, {ETH: market[ETH].drop(columns="funding_rate")}
+    rates = {symbol: funding(market[symbol]) for symbol in (BTC, ETH)}
+    made = market_data(frames, extra=extra, funding=rates)
+    assert_array_equal(made.rates, market_data(frames, extra=extra, funding=rates[BTC]).rates)
+    assert made.frames[ETH]["funding_rate"].any()
+    with pytest.raises(ValueError, match="there are funding rates of SOL.*, but no candles: give rates of BTC"):
+        market_data(frames, funding={SOL: rates[BTC]})
 
 
 def test_what_a_feature_looks_at_must_be_there(market):

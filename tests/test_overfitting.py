@@ -183,6 +183,27 @@ def test_a_still_column_is_refused_and_a_quiet_half_is_not():
     assert np.isfinite(overfitting(returns, 4).logits).all()
 
 
+@pytest.mark.parametrize("trials", [10 ** 16, 10 ** 30])
+def test_any_number_of_trials_counts(trials):
+    assert 8 < expected_maximum_sharpe(trials) < 12
+
+
+def test_two_values_have_a_probability():
+    "Where skew and Sharpe ratio leave the error nothing, rounding may leave it less"
+    for sharpe in (.1, .3, .7, 1., 1.3):
+        assert probabilistic_sharpe(SharpeMoments(sharpe, 100, 2 / sharpe, 1 + 4 / sharpe ** 2)) > .999
+
+
+@pytest.mark.parametrize("blocks", ["16", 16., 3, 22])
+def test_blocks_are_whole_and_even(blocks):
+    with pytest.raises(ValueError, match="blocks must be even, from 4 to 20"): overfitting(noise(500, 3), blocks)
+
+
+def test_spans_within_a_day_keep_their_names():
+    times = pd.date_range("2021", periods=60, freq="min", tz="UTC")
+    assert len(over_time(noise(60, 1)[0].set_axis(times)).sharpes) == 6
+
+
 def test_the_wrong_way_round_is_refused():
     returns = noise(400, 5)
     with pytest.raises(ValueError, match="it lies the wrong way round, pass returns.T"): overfitting(returns.T, 4)

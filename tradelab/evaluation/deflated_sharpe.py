@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FEWEST', 'Returns', 'EULER_MASCHERONI', 'check_returns', 'check_candidates', 'SharpeMoments', 'sharpe_moments',
            'probabilistic_sharpe', 'minimum_track_record', 'check_trials', 'expected_maximum_sharpe', 'deflated_sharpe',
-           'chance_of_best', 'minimum_backtest_length', 'chance_figure']
+           'effective_count', 'chance_of_best', 'minimum_backtest_length', 'chance_figure']
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000003
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -89,12 +89,13 @@ class SharpeMoments:
     @classmethod
     def from_annual(cls, sharpe:float, periods:float, count:int, skew:float=0., kurtosis:float=3.)->"SharpeMoments":
         "Those of an annual Sharpe ratio, with `periods` returns in a year"
+        if not (math.isfinite(periods) and periods > 0): raise ValueError(f"periods must be above 0, was {periods}")
         return cls(sharpe / math.sqrt(periods), count, skew, kurtosis)
 
     @property
     def deviation(self)->float:
         "The standard deviation of the Sharpe ratio times the square root of T-1 (Mertens 2002): 1 for a normal 0"
-        return math.sqrt(1 - self.skew * self.sharpe + (self.kurtosis - 1) / 4 * self.sharpe ** 2)
+        return math.sqrt(max(1 - self.skew * self.sharpe + (self.kurtosis - 1) / 4 * self.sharpe ** 2, 1e-12))
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000014
 def sharpe_moments(
@@ -148,9 +149,9 @@ def expected_maximum_sharpe(
     "The Sharpe ratio to be expected of the best of trials without skill (Bailey & Lopez de Prado 2014)"
     if not (math.isfinite(variance) and variance >= 0): raise ValueError(f"variance must be at least 0, was {variance}")
     if check_trials(trials) == 1: return 0.
-    quantile = NormalDist().inv_cdf
-    return math.sqrt(variance) * ((1 - EULER_MASCHERONI) * quantile(1 - 1 / trials)
-                                  + EULER_MASCHERONI * quantile(1 - 1 / (trials * math.e)))
+    quantile = NormalDist().inv_cdf # of what is left above: 1 minus it is 1 for very many trials
+    return -math.sqrt(variance) * ((1 - EULER_MASCHERONI) * quantile(1 / trials)
+                                   + EULER_MASCHERONI * quantile(1 / (trials * math.e)))
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000026
 def deflated_sharpe(
@@ -163,13 +164,35 @@ def deflated_sharpe(
     chance = expected_maximum_sharpe(trials, 1 / moments.count if variance is None else variance)
     return probabilistic_sharpe(moments, chance)
 
+# %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #aa0ee04d
+def effective_count(
+    returns:Returns, # simple, per period, (T,)
+)->float:            # at most T
+    """How many independent returns have a mean that is as well known, from the long-run variance of these
+
+    Bartlett's weights after an autoregression is taken out (Andrews & Monahan 1992); those that turn back count as
+    independent."""
+    values = check_returns(returns)
+    apart = values - values.mean()
+    follows = min(max(float(apart[1:] @ apart[:-1] / (apart @ apart)), -.9), .9)
+    left = apart[1:] - follows * apart[:-1]
+    lags = int(4 * (len(left) / 100) ** (2 / 9))
+    longrun = left @ left + 2 * sum((1 - lag / (lags + 1)) * (left[lag:] @ left[:-lag]) for lag in range(1, lags + 1))
+    ratio = longrun / len(left) / (1 - follows) ** 2 / (apart @ apart / len(apart))
+    return len(values) / max(1., float(ratio))
+
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000036
 def chance_of_best(
     returns:Returns|SharpeMoments, # simple, per period, (T,), of the best
     trials:int,                    # strategies tried, this one counted
 )->float:                          # a probability
-    "How likely the best of so many trials without skill has a Sharpe ratio as high, if they are independent"
-    below = probabilistic_sharpe(returns)
+    """How likely the best of so many trials without skill has a Sharpe ratio as high, if the trials are independent
+
+    Returns that follow one another count as the fewer independent ones; moments as they are."""
+    moments = sharpe_moments(returns)
+    if not isinstance(returns, SharpeMoments):
+        moments = replace(moments, count=max(FEWEST, int(effective_count(returns))))
+    below = probabilistic_sharpe(moments)
     return -math.expm1(check_trials(trials) * math.log(below)) if below > 0 else 1.
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000030

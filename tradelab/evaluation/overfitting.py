@@ -216,7 +216,8 @@ def blind_choices(
 # %% ../../nbs/40_evaluation/12_overfitting.ipynb #of000026
 def check_blocks(returns:pd.DataFrame, blocks:int)->None:
     "ValueError if the table cannot be cut into the blocks, or has nothing to choose from"
-    if blocks % 2 or not 4 <= blocks <= 20: raise ValueError(f"blocks must be even, from 4 to 20, was {blocks}")
+    if not isinstance(blocks, (int, np.integer)) or blocks % 2 or not 4 <= blocks <= 20:
+        raise ValueError(f"blocks must be even, from 4 to 20, was {blocks}")
     if returns.shape[1] < 2: raise ValueError("returns has one candidate: there is nothing to choose from")
     if len(returns) < (needed := 2 * FINE * blocks):
         raise ValueError(f"{len(returns)} returns are too few for {blocks} blocks: at least {needed}, or fewer blocks")

@@ -80,11 +80,13 @@ def over_time(
 )->Stability:
     "The Sharpe ratio of each of several spans of equal length"
     frame = check_candidates(returns.to_frame("returns"))
-    if parts < 2 or len(frame) // parts < FEWEST:
+    if not isinstance(parts, int) or parts < 2 or len(frame) // parts < FEWEST:
         raise ValueError(f"{len(frame)} returns cannot be cut into {parts} spans: from 2 to {len(frame) // FEWEST}")
     edges = np.linspace(0, len(frame), parts + 1).astype(int)
     spans = [frame.iloc[first:last] for first, last in zip(edges, edges[1:])]
-    named = {f"{each.index[0]:%Y-%m-%d} to {each.index[-1]:%Y-%m-%d}": annual_sharpes(each).iloc[0] for each in spans}
+    days = (frame.index[-1] - frame.index[0]) / parts >= pd.Timedelta(days=1)
+    named = {" to ".join(f"{each.index[row]:{'%Y-%m-%d' if days else '%Y-%m-%d %H:%M'}}" for row in (0, -1)):
+             annual_sharpes(each).iloc[0] for each in spans}
     return stability_of(pd.Series(named), "spans")
 
 # %% ../../nbs/40_evaluation/14_stability.ipynb #sb000014

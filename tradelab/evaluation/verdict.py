@@ -121,13 +121,15 @@ def against(case:Case, baseline:Any)->list[Evidence]:
     "Whether the Sharpe ratio is above the baseline's, and whether there is skill beyond it"
     name = one_line(baseline, 40)
     other = float(annual_sharpes(case.returns[[baseline]]).iloc[0])
-    above = case.sharpe > other
+    equal = math.isclose(case.sharpe, other, rel_tol=1e-9)
+    above = case.sharpe > other and not equal
     ratios = f"its Sharpe ratio is {other:.2f} a year, and here {case.sharpe:.2f}"
     rest = beyond(case.own, case.returns[baseline])
     same = np.ptp(rest.to_numpy()) <= 1e-9 * np.ptp(case.own.to_numpy())
     value = 1. if same else chance_of_best(rest, case.trials)
     return [Evidence(f"Sharpe ratio above {name}", case.sharpe, other, above, True,
-                     f"it did better than {name} ({ratios})" if above else f"{name} did better ({ratios})"),
+                     f"it did better than {name} ({ratios})" if above else
+                     f"{name} did {'as well' if equal else 'better'} ({ratios})"),
             Evidence(f"Chance beyond {name}", value, case.allowed, value <= case.allowed, True,
                      f"without what {name} explains, {as_well(case, value)}")]
 
@@ -188,7 +190,9 @@ def trained_again(case:Case, seeds:pd.DataFrame)->tuple[Evidence, Displayable|No
 
 
 def fitted(case:Case, in_sample:pd.Series|Degradation)->tuple[Evidence, Displayable]:
-    "How much of the Sharpe ratios in sample was left"
+    "How much of the Sharpe ratios in sample was left; ValueError for names that are no columns"
+    if isinstance(in_sample, pd.Series) and len(strange := in_sample.index.difference(case.returns.columns)):
+        raise ValueError(f"in_sample has {one_line(strange[0])!r}, which is no column of returns, or never moved there")
     found = in_sample if isinstance(in_sample, Degradation) else degradation(in_sample, annual_sharpes(
         case.returns).reindex(in_sample.index))
     return Evidence("Sharpe ratio left out of sample [fraction]", found.ratio, .5, found.ratio >= .5, False,
@@ -285,7 +289,8 @@ def sentence_of(
     missing = next((each for each in evidence if each.needed and not each.passed), None)
     if missing: return f"no evidence of skill: {missing.words}"
     beaten = [each.what.removeprefix("Chance beyond ") for each in evidence if each.what.startswith("Chance beyond ")]
-    explained = f", and {' and '.join(beaten)} {'do' if len(beaten) > 1 else 'does'} not explain it" if beaten else ""
+    explained = (f", and {' and '.join(beaten)} {'do' if len(beaten) > 1 else 'does'} not explain it" if beaten else
+                 ", but it stands beside no baseline that moves: holding the market may explain it")
     return f"evidence of skill: {next(each.words for each in evidence if each.what.startswith('Chance of'))}{explained}"
 
 # %% ../../nbs/40_evaluation/15_verdict.ipynb #vd000030

@@ -19,6 +19,7 @@ from ..events import CLOSE, COLUMNS, KNOWN, SERIES
 from ..features.observation import Observation, waiting
 from ..instruments import Instrument
 from tradelab.market.candles import (
+    CandleError,
     CandlesLike,
     RatesLike,
     frames_of,
@@ -104,11 +105,17 @@ def market_data(
 )->MarketData:
     "The part of a market that does not depend on a policy; CandleError if the candles do not fit together"
     frames, symbols = frames_of(candles, with_series(extra, series, candles), funding, gaps)
+    rates = rates_by_symbol(funding, symbols)
+    for symbol in rates:
+        if symbol not in frames:
+            raise CandleError(f"there are funding rates of {symbol}, but no candles: give rates of "
+                              f"{', '.join(frames)}")
     times, known, _ = matrix(frames, KNOWN)
     traded = {symbol: frames[symbol] for symbol in symbols}
     return MarketData(frames, symbols, instruments_for(traded, instruments, known_instruments), times, known,
                       np.ascontiguousarray(known[:, :len(symbols), :len(COLUMNS)]),
-                      funding_rates(funding, times, symbols), *holes_in(times), dict(series or {}))
+                      funding_rates({name: rates[name] for name in symbols if name in rates}, times, symbols),
+                      *holes_in(times), dict(series or {}))
 
 # %% ../../nbs/50_sim/05_prepared.ipynb #4474d68c
 def observed_candles(
