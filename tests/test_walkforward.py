@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pandas as pd
 import pytest
@@ -262,3 +263,12 @@ def test_tasks_compute_with_one_thread():
         import torch
         return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
     assert run_tasks([Task("threads", threads)], progress=False) == [(1, "1")]
+
+
+def test_two_threads_send_the_same_compiled_function_at_once():
+    "numba gives a function its name when it is first pickled, and refuses to do so twice"
+    rules = [Momentum(1, .01) for _ in range(4)]
+    fresh = numba.njit(lambda x: x + 1.)
+    tasks = [Task(str(n), lambda rule, function: function(rule.parameters[0]), dict(rule=rule, function=fresh))
+             for n, rule in enumerate(rules)]
+    assert run_tasks(tasks, workers=4, progress=False) == [1.01] * 4
