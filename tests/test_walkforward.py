@@ -17,6 +17,7 @@ from tradelab.learn.splits import LeakError, check_split
 from tradelab.learn.tasks import Failure, Task, run_tasks
 from tradelab.learn.walkforward import candles_needed, chosen, walk_forward
 from tradelab.market.synthetic import ar1, funding, random_walk
+from tradelab.policies import buy_and_hold
 from tradelab.runs.registry import trials
 from tradelab.settings import NO_STOPS, CostModel, Limits
 from tradelab.sim.backtest import backtest
@@ -169,6 +170,7 @@ def test_if_every_task_fails_it_is_said(skilled, runs):
     ({"candles": ar1(3_600, seed=1).assign(open=7., high=7., low=7., close=7.)}, "the price is 7 in all .* of fold 1"),
     ({"candles": ar1(900, seed=1), "learners": ["linear"]}, "linear is fitted on at least 500 candles"),
     ({"n_env": 3, "learners": ["PPO", follow]}, "no setting 'n_env': did you mean n_envs"),
+    ({"learners": ["PPO", buy_and_hold()]}, "'buy and hold' is a learner and a baseline"),
     ({"keep": True}, "no setting 'keep'"), ({"gamma": 5.}, "gamma must be at least 0 and below 1, was 5"),
     ({"batch_size": 0}, "batch_size must be"), ({"scaler": "standart"}, "scaler must be standard or robust"),
     ({"net": (0,)}, "net must be whole numbers"), ({"learning_rate": float("nan")}, "learning_rate must be"),

@@ -539,5 +539,7 @@ def walk_forward(learners:Sequence[Candidate], candles:CandlesLike, observation:
     check_unseen(study, parts, learners)
     check_spans(study, parts, learners)
     beside = out_of_sample(study, parts, baselines)
+    if both := [name for name in names_of(learners) if name in beside]:
+        raise ValueError(f"{both[0]!r} is a learner and a baseline: leave it out of one of them (baselines=)")
     found = run_tasks(tasks_of(study, parts, learners, seeds), workers=workers, progress=progress)
     return assembled(study, parts, learners, found, beside=beside, caption=caption_of(study, parts, expanding))
