@@ -9,6 +9,7 @@ __all__ = ['START', 'PICKLING', 'Task', 'Failure', 'done', 'serve', 'Worker', 'c
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -70,11 +71,22 @@ def _received(connection, tasks):
         except (EOFError, OSError): _exit(0)
 
 
+def _once(show):
+    "A `warnings.showwarning` that tells of each place once: folds differ in the numbers that they are warned of"
+    told = set()
+    def tell(message, category, filename, lineno, *others, **named):
+        if (filename, lineno) in told: return
+        told.add((filename, lineno))
+        show(message, category, filename, lineno, *others, **named)
+    return tell
+
+
 def serve(
     handle:int,   # of this side of the pipe
 )->None:
     "Do the tasks that come through a pipe, one after another"
     signal(SIGINT, SIG_IGN)
+    warnings.showwarning = _once(warnings.showwarning)
     connection = Connection(handle)
     tasks: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_received, args=(connection, tasks), daemon=True).start()
