@@ -42,6 +42,7 @@ def render():
                                                             {"unique_key": "index",
                                                              "output_files_dir": "nbs/index_files"})
     body = re.sub(r"\]\((?=[\w/]+\.ipynb\))", "](nbs/", body)
+    body = body.replace("](../", "](")
     images = {ROOT / name: data for name, data in resources["outputs"].items()}
     return NOTE + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", images
 
