@@ -21,22 +21,33 @@ import tradelab
 from tradelab.account import POSITION
 from tradelab.aftermath import SessionRecord
 from tradelab.errors import CandleError
+from tradelab.evaluation.data_snooping import data_snooping
 from tradelab.evaluation.difference import LookAhead
 from tradelab.evaluation.intervals import Intervals
+from tradelab.evaluation.overfitting import overfitting
 from tradelab.evaluation.risk_report import RiskReport
+from tradelab.evaluation.stability import Degradation, Stability
 from tradelab.evaluation.tearsheet import TearSheet
 from tradelab.evaluation.value_at_risk import TailMeasures
 from tradelab.evaluation.var_backtest import var_backtest
+from tradelab.evaluation.verdict import verdict
 from tradelab.export import TABLES, export
 from tradelab.incident import Incident
 from tradelab.instruments import BITCOIN, Instrument
 from tradelab.inventory import Comparison
+from tradelab.learn.folds import Attempt, Fold
+from tradelab.learn.labels import forward_return
+from tradelab.learn.plug_in import FittedForecast
+from tradelab.learn.splits import WalkForward
+from tradelab.learn.tasks import Failure
+from tradelab.learn.walkforward import WalkForwardResult
 from tradelab.live.doctor import Report
 from tradelab.live.session import Statistics
 from tradelab.live.start import Finding, Verdict
 from tradelab.live.status import CommandNow, Status, Told, Waiting
 from tradelab.live.venue import VenueError
 from tradelab.log import formatter
+from tradelab.market.candles import times
 from tradelab.market.quality import check_quality
 from tradelab.market.synthetic import ar1
 from tradelab.notices import Notice
@@ -44,6 +55,7 @@ from tradelab.policies import Policy, buy_and_hold, flat
 from tradelab.risk.breakers import BreakerEvent
 from tradelab.risk.portfolio import PortfolioRisk
 from tradelab.risk.trading_state import StateMachine
+from tradelab.runs.forecast import LinearForecast
 from tradelab.runs.run import Run
 from tradelab.sections import Missing
 from tradelab.settings import Limits
@@ -82,6 +94,30 @@ def run():
     return backtest(Policy(EVIL, buy_and_hold().function), frames, limits=Limits(max_position=.5, max_drawdown=.01))
 
 
+def judged():
+    "What judges results, of candidates, folds and symbols with evil names"
+    random = np.random.default_rng(0)
+    days = pd.DataFrame(random.normal(0, .01, (300, 3)), pd.date_range("2024", periods=300, tz="UTC"),
+                        [EVIL, f"{EVIL} 2", "c"])
+    candles = ar1(400, seed=1)
+    rows = candles.index[200:]
+    fold = Fold(1, (0, 150), (150, 199), (200, 399))
+    attempt = Attempt(EVIL, 1, 0, EVIL, 1., 1., 1., pd.DataFrame({"costs x1": random.normal(0, .01, 200)}, rows),
+                      dict.fromkeys(("fills", "fees", "funding", "halted_share"), 0.))
+    forecast = FittedForecast(LinearForecast(0., np.zeros(1)), 1., 0, .5, .1, .5, .9, .001, .01)
+    return {"evaluation.data_snooping.DataSnooping": data_snooping(days, f"{EVIL} 2", draws=100),
+            "evaluation.overfitting.Overfitting": overfitting(days, 4, draws=2),
+            "evaluation.stability.Stability": Stability(pd.Series([1., 2.], [EVIL, "b"]), 1., 1., 1., 1., EVIL),
+            "evaluation.stability.Degradation": Degradation(1., 1., 2, pd.DataFrame({
+                "in_sample": [1., 2.], "out_of_sample": [0., 1.]}, [EVIL, "b"])),
+            "evaluation.verdict.Verdict": verdict(days, EVIL, trials=3, baselines=(f"{EVIL} 2",), draws=100),
+            "learn.labels.Labels": forward_return({EVIL: candles}, 3, "cut"), "learn.plug_in.FittedForecast": forecast,
+            "learn.splits._Splitter": WalkForward(candles.index, n_splits=3),
+            "learn.walkforward.WalkForwardResult": WalkForwardResult(
+                (EVIL,), (), (fold,), times(candles), (attempt,), (Failure(EVIL, EVIL, EVIL),),
+                pd.DataFrame({f"{EVIL} 2": 0.}, rows), {}, pd.Series(EVIL, rows), 1, EVIL, EVIL)}
+
+
 @pytest.fixture(scope="module")
 def shown(run, tmp_path_factory):
     "An object of each of these classes, with evil in every text that somebody else may have written"
@@ -98,7 +134,8 @@ def shown(run, tmp_path_factory):
     status = Status(EVIL, 0, "died", known, notices=(Told(0, "error", EVIL, EVIL),),
                     commands=(CommandNow(1, EVIL, EVIL, EVIL, EVIL, EVIL, 0, 0, EVIL),),
                     foreign=(Waiting(EVIL, 1., 1., EVIL, 0),), statistics=((EVIL, EVIL),))
-    return {"evaluation.metrics.Metrics": run.summary(),
+    return judged() | {
+            "evaluation.metrics.Metrics": run.summary(),
             "evaluation.difference.LookAhead": LookAhead(pd.DataFrame({
                 "rerun": [EVIL], "cut": [returns.index[9]], "difference": [EVIL]})),
             "evaluation.intervals.Intervals": Intervals(pd.DataFrame({
@@ -150,7 +187,8 @@ def test_what_a_notebook_shows_is_text(shown, name):
         assert not FORBIDDEN.search(html)
         if name not in ("evaluation.metrics.Metrics", "evaluation.value_at_risk.TailMeasures",
                         "risk.portfolio.PortfolioMeasures", "live.session.Statistics", "sim.costs.Calibration",
-                        "evaluation.var_backtest.VarBacktest"):
+                        "evaluation.var_backtest.VarBacktest", "evaluation.overfitting.Overfitting",
+                        "learn.plug_in.FittedForecast", "learn.splits._Splitter"):
             assert "&lt;script&gt;" in html
 
 

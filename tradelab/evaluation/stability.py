@@ -53,7 +53,7 @@ class Stability:
         axis.axhline(self.median, color=INK, lw=1., label="median")
         names = [figure_text(str(each).partition(" to ")[0], 24) for each in self.sharpes.index]
         axis.set_xticks(range(len(self.sharpes)), names, fontsize=7)
-        axis.set(xlabel=self.of.capitalize(), ylabel="Sharpe ratio [annual]")
+        axis.set(xlabel=figure_text(self.of.capitalize()), ylabel="Sharpe ratio [annual]")
         axis.set_title(figure_text(str(self), 120), fontsize=8)
         axis.legend(frameon=False, fontsize=8)
         plain(axis)
