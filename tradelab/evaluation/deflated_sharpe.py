@@ -193,7 +193,7 @@ def chance_of_best(
     if not isinstance(returns, SharpeMoments):
         moments = replace(moments, count=max(FEWEST, int(effective_count(returns))))
     below = probabilistic_sharpe(moments)
-    return -math.expm1(check_trials(trials) * math.log(below)) if below > 0 else 1.
+    return 0. - math.expm1(check_trials(trials) * math.log(below)) if below > 0 else 1. # 0, and not -0
 
 # %% ../../nbs/40_evaluation/11_deflated_sharpe.ipynb #ds000030
 def minimum_backtest_length(
