@@ -21,9 +21,9 @@ from tradelab.instruments import BITCOIN
 from tradelab.learn.plug_in import (
     PENALTIES,
     aim_portfolio,
+    blocks_of,
     fit_forecast,
     fit_plug_in,
-    folds_of,
     left_out,
     left_out_trees,
     no_trade_band,
@@ -245,7 +245,7 @@ def test_a_forecast_of_a_block_knows_nothing_of_it():
     candles = ar1(3_000, seed=6)
     market = prepare(candles, Observation(["return(1)", "return(5)"], window=2).fit(candles))
     sample = sample_of(market)
-    folds = folds_of(sample)
+    folds = blocks_of(sample)
     before = left_out(sample, folds, PENALTIES), left_out_trees(sample, folds, .01, 0)
     for fold in folds:
         earned = np.where(fold.forecast, np.random.default_rng(0).permutation(sample.earned), sample.earned)

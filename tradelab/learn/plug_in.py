@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'BLOCKS', 'PENALTIES', 'CHUNK', 'ROUNDS', 'SIGNIFICANT', 'MODELS', 'WIDE', 'LEVELS', 'FINEST', 'CONTROLLERS',
-           'Sample', 'earned_until_next', 'sample_of', 'Fold', 'folds_of', 'Ridge', 'ridge', 'boosted', 'nodes_of',
+           'Sample', 'earned_until_next', 'sample_of', 'Block', 'blocks_of', 'Ridge', 'ridge', 'boosted', 'nodes_of',
            'believed', 'clustered', 'slope_of', 'share_believed', 'FittedForecast', 'plot_decay', 'left_out',
            'left_out_trees', 'best_of', 'line_of', 'whole_forecast', 'persistence_of', 'fit_forecast', 'transitions',
            'marginal_value', 'no_trade_band', 'aim_portfolio', 'trading_cost', 'held_at_most', 'controller_of',
@@ -87,21 +87,21 @@ BLOCKS = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Fold:
+class Block:
     "Rows to fit on and rows to forecast"
     fit:np.ndarray       # bool (rows,)
     forecast:np.ndarray  # bool (rows,)
 
 
-def folds_of(
+def blocks_of(
     sample:Sample,
     blocks:int=BLOCKS,
-)->list[Fold]:
+)->list[Block]:
     "Each block of time with all that lies far enough from it"
     candles = np.unique(sample.candle)
     decided, ended = (pd.to_datetime(sample.times[candles + ahead], unit="ms", utc=True) for ahead in (0, 2))
     cut = PurgedKFold(pd.Series(ended, decided), n_splits=blocks, embargo=pd.Timedelta(sample.embargo, "ms"))
-    return [Fold(*(np.isin(sample.candle, candles[rows]) for rows in pair)) for pair in cut.split()]
+    return [Block(*(np.isin(sample.candle, candles[rows]) for rows in pair)) for pair in cut.split()]
 
 # %% ../../nbs/80_learn/04_plug_in.ipynb #c8e12d35
 PENALTIES = np.geomspace(1e-4, 1e3, 15) # beside the variance of a feature, which is 1
@@ -264,33 +264,33 @@ def plot_decay(fitted:FittedForecast)->"Figure":
 # %% ../../nbs/80_learn/04_plug_in.ipynb #a83e105e
 def left_out(
     sample:Sample,
-    folds:list[Fold],
+    blocks:list[Block],
     penalties:np.ndarray,
 )->np.ndarray:        # (rows, penalties)
     "Linear forecasts of each block by models of the others"
     found = np.empty((len(sample), len(penalties)))
-    for fold in folds:
-        found[fold.forecast] = ridge(sample.seen[fold.fit], sample.earned[fold.fit], penalties).over(
-            sample.seen[fold.forecast])
+    for block in blocks:
+        found[block.forecast] = ridge(sample.seen[block.fit], sample.earned[block.fit], penalties).over(
+            sample.seen[block.forecast])
     return found
 
 
 def left_out_trees(
     sample:Sample,
-    folds:list[Fold],
+    blocks:list[Block],
     penalty:float,
     seed:int,
 )->np.ndarray:        # (rows, len(ROUNDS))
     "Forecasts of each block by a line and trees of the others, for each number of trees"
     found = np.empty((len(sample), len(ROUNDS)))
-    for fold in folds:
-        seen, earned, rest = sample.seen[fold.fit], sample.earned[fold.fit], sample.seen[fold.forecast]
+    for block in blocks:
+        seen, earned, rest = sample.seen[block.fit], sample.earned[block.fit], sample.seen[block.forecast]
         line = ridge(seen, earned, np.array([penalty]))
         unit = earned.std() or 1.
         booster = boosted(seen, (earned - earned.mean() - line.over(seen)[:, 0]) / unit, max(ROUNDS), seed)
         added = [unit * booster.predict(rest, num_iteration=rounds) if rounds else np.zeros(len(rest))
                  for rounds in ROUNDS]
-        found[fold.forecast] = line.over(rest) + np.column_stack(added)
+        found[block.forecast] = line.over(rest) + np.column_stack(added)
     return found
 
 
@@ -358,12 +358,12 @@ def fit_forecast(
                          f"{', '.join(MODELS)}")
     sample = sample_of(market)
     earned = sample.earned - sample.earned.mean()
-    folds = folds_of(sample)
-    lines = left_out(sample, folds, PENALTIES)
+    blocks = blocks_of(sample)
+    lines = left_out(sample, blocks, PENALTIES)
     best = best_of(lines, earned, sample.candle)
     made, trees = lines[:, best], 0
     if model == "boosted":
-        grown = left_out_trees(sample, folds, float(PENALTIES[best]), seed)
+        grown = left_out_trees(sample, blocks, float(PENALTIES[best]), seed)
         enough = best_of(grown, earned, sample.candle, 1.)
         made, trees = grown[:, enough], ROUNDS[enough]
     slope, error = slope_of(made, earned, sample.candle)

@@ -194,7 +194,7 @@ def _by_regime(
             for name, returns in [*parts.items(), *result.baselines.items()] for regime in sorted(set(known))}
     return pd.DataFrame(rows).T.rename_axis(["learner", "regime"])
 
-
+# %% ../../nbs/80_learn/08_walkforward.ipynb #e89c9121
 def _moments_of(
     times:np.ndarray,        # ms
 )->Any:                      # datetimes
@@ -214,7 +214,7 @@ def _by_fold(
             for (learner, fold), each in sorted(result.best.items())}
     return pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(rows, names=["learner", "fold"]))
 
-
+# %% ../../nbs/80_learn/08_walkforward.ipynb #371b18a2
 def _draw_histories(
     axis:Any,
     result:"WalkForwardResult",
@@ -391,7 +391,7 @@ def check_unseen(
             raise LeakError(f"{run.id} was fitted on candles until {format_time(run.fitted_until)}, the first test "
                             f"span begins {format_time(first)}: name its agent, which is fitted in each fold")
 
-
+# %% ../../nbs/80_learn/08_walkforward.ipynb #34b0d7f3
 def check_spans(
     study:Study,
     folds:Sequence[Fold],
