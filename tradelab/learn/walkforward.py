@@ -8,6 +8,7 @@ __all__ = ['WEATHER', 'IN_ONE_PIECE', 'chosen', 'joined', 'daily', 'measured', '
            'caption_of', 'tasks_of', 'assembled', 'walk_forward']
 
 # %% ../../nbs/80_learn/08_walkforward.ipynb #cc26caa9
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,6 +138,16 @@ def _rows_by_learner(
     return daily(pd.DataFrame({learner: joined(own(learner), index, variant) for learner in learners}))
 
 
+def _rows_by_seed(
+    attempts:Sequence[Attempt],
+    index:pd.DatetimeIndex,
+)->pd.DataFrame:            # daily, a column (learner, seed) each
+    "The joined history of each learner with each seed"
+    pairs = sorted({(each.learner, each.seed) for each in attempts})
+    return daily(pd.DataFrame({pair: joined([each for each in attempts if (each.learner, each.seed) == pair], index)
+                               for pair in pairs}))
+
+
 def _overview(
     result:"WalkForwardResult",
 )->pd.DataFrame:            # a row per learner, then one per baseline
@@ -261,6 +272,16 @@ def _candidates_of(
     return pd.concat([result.returns, pd.DataFrame(seeds, result.returns.index)], axis=1)
 
 
+def _html(
+    result:"WalkForwardResult",
+)->str:
+    "The sentences, what failed, and the table"
+    first, *others = map(html_text, result.sentences)
+    return ("<br>".join([f"<p><b>{first}</b>", *others]) + f"</p><p>{html_text(result.told)}</p>"
+            + (f"<p>{html_text(result.failed()).replace(chr(10), '<br>')}</p>" if result.failures else "")
+            + result.table().to_html(border=0, float_format="{:,.2f}".format, na_rep="-"))
+
+
 def _judged(
     result:"WalkForwardResult",
     subject:str,             # a learner
@@ -306,9 +327,7 @@ class WalkForwardResult:
     @cached
     def all_returns(self)->pd.DataFrame:
         "Net returns out of sample per day, a column (learner, seed) each"
-        pairs = sorted({(each.learner, each.seed) for each in self.attempts})
-        return daily(pd.DataFrame({pair: joined([each for each in self.attempts if (each.learner, each.seed) == pair],
-                                                self.index) for pair in pairs}))
+        return _rows_by_seed(self.attempts, self.index)
 
     @cached
     def verdicts(self)->dict[str, Verdict|Missing]:
@@ -347,10 +366,7 @@ class WalkForwardResult:
         return "\n".join(filter(None, [*self.sentences, self.told, self.failed(), told]))
 
     def _repr_html_(self)->str:
-        first, *others = map(html_text, self.sentences)
-        return ("<br>".join([f"<p><b>{first}</b>", *others]) + f"</p><p>{html_text(self.told)}</p>"
-                + (f"<p>{html_text(self.failed()).replace(chr(10), '<br>')}</p>" if self.failures else "")
-                + self.table().to_html(border=0, float_format="{:,.2f}".format, na_rep="-"))
+        return _html(self)
 
 # %% ../../nbs/80_learn/08_walkforward.ipynb #6cb0a42f
 def names_of(
@@ -445,7 +461,9 @@ def out_of_sample(
 )->dict[str, list[Result]]:  # by name, doing nothing first
     "What baselines did: what is held for good in one piece, the others fold by fold, as learners do"
     whole = _over(study, (folds[0].test[0], folds[-1].test[1]), others)
-    parts = [_over(study, fold.test, others) for fold in folds]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # the whole has said it
+        parts = [_over(study, fold.test, others) for fold in folds]
     return {name: [result] if name in IN_ONE_PIECE else [part[name] for part in parts]
             for name, result in whole.items()}
 
